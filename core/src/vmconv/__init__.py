@@ -1,0 +1,62 @@
+"""Any-to-any conversion of virtual machine disks without copying their payload.
+
+    import vmconv
+    result = vmconv.convert("disk.raw", "disk.qcow2")
+
+Names are imported when they are first used: `import vmconv` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmconv.api import check, compare, convert, info, map_disk, plan, prove
+    from vmconv.comparison import Comparison
+    from vmconv.conversion import Request, Result
+    from vmconv.errors import VmconvError
+    from vmconv.formats import CheckReport
+    from vmconv.mapping import MapRow
+    from vmconv.planner import Plan
+    from vmconv.proof import Proof
+    from vmconv.registry import Registry, installed
+
+__all__ = [
+    "CheckReport",
+    "Comparison",
+    "MapRow",
+    "Plan",
+    "Proof",
+    "Registry",
+    "Request",
+    "Result",
+    "VmconvError",
+    "check",
+    "compare",
+    "convert",
+    "info",
+    "installed",
+    "map_disk",
+    "plan",
+    "prove",
+]
+
+_HOMES = {
+    "CheckReport": "formats",
+    "Comparison": "comparison",
+    "MapRow": "mapping",
+    "Plan": "planner",
+    "Proof": "proof",
+    "Registry": "registry",
+    "Request": "conversion",
+    "Result": "conversion",
+    "VmconvError": "errors",
+    "installed": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)

@@ -1,0 +1,106 @@
+"""What the command line does, from Python: one function for each command, with typed results, for files by path.
+
+Keyword arguments that all of them share: `allow_external`, trees of files that images may refer to besides their own
+directory; `force_share`, to read what another process writes. All raise `VmconvError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from vmconv import conversion
+from vmconv.commit import Progress
+from vmconv.comparison import Comparison, compare_images
+from vmconv.conversion import Request, Result
+from vmconv.description import describe
+from vmconv.formats import CheckReport
+from vmconv.mapping import MapRow, map_rows
+from vmconv.opener import Opener
+from vmconv.planner import Plan
+from vmconv.proof import Proof, prove_images
+from vmconv.registry import installed
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    verify: bool = True,
+    announce: Callable[[Plan], None] = lambda plan: None,
+    progress: Progress = lambda done, to_do: None,
+    **options: Any,
+) -> Result:
+    """Converts the disk in the file `source` into the new file `target` and returns what was done.
+
+    `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
+    `progress` with bytes done and to do. The target appears complete or not at all; the source is never changed.
+    """
+    return conversion.run(Request(source, target, **options), verify=verify, announce=announce, progress=progress)
+
+
+def plan(source: str, target: str, **options: Any) -> Plan:
+    """Returns what `convert` would do with the same arguments; touches nothing."""
+    with conversion.prepared(Request(source, target, **options)) as ready:
+        return ready.plan
+
+
+def info(
+    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+) -> dict[str, Any]:
+    """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
+    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+        return describe(opener.image(path, format_name, content_decides=True))
+
+
+def map_disk(
+    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+) -> list[MapRow]:
+    """Returns where each range of the guest's disk lies, all layers of a chain taken together."""
+    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+        return list(map_rows(opener.image(path, format_name)))
+
+
+def check(
+    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+) -> CheckReport | None:
+    """Returns what is wrong with the structure of an image; None when its format has none to check."""
+    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+        image = opener.image(path, format_name)
+        return opener.registry.format(image.format_name).check(image)
+
+
+def compare(
+    left: str,
+    right: str,
+    *,
+    left_format: str | None = None,
+    right_format: str | None = None,
+    strict: bool = False,
+    allow_external: Iterable[str] = (),
+    force_share: bool = False,
+) -> Comparison:
+    """Returns whether a guest sees the same bytes in both; true when it does. Reads only what is not shared."""
+    # An own opener for each: what one image may refer to is not what the other may.
+    with (
+        Opener(installed(), allow_external=allow_external, force_share=force_share) as one,
+        Opener(installed(), allow_external=allow_external, force_share=force_share) as other,
+    ):
+        return compare_images(one.image(left, left_format), other.image(right, right_format), strict=strict)
+
+
+def prove(
+    left: str,
+    right: str,
+    *,
+    left_format: str | None = None,
+    right_format: str | None = None,
+    allow_external: Iterable[str] = (),
+    force_share: bool = False,
+) -> Proof:
+    """Returns the proof, by physical addresses, that two images share their payload; true when all of it is shared."""
+    with (
+        Opener(installed(), allow_external=allow_external, force_share=force_share) as one,
+        Opener(installed(), allow_external=allow_external, force_share=force_share) as other,
+    ):
+        return prove_images(one.image(left, left_format), other.image(right, right_format))

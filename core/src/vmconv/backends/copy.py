@@ -1,0 +1,25 @@
+"""Copying: for storage that cannot share. Sparse and parallel; never chosen without saying so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vmconv.storage import Ability, Backend, Survey, Transaction
+from vmconv.backends.files import FileTransaction
+from vmconv.sources import File
+
+
+class CopyBackend(Backend):
+    name = "copy"
+    title = "copies every payload byte"
+
+    def ability(self, directory: str) -> Ability:
+        usable = os.access(directory, os.W_OK)
+        return Ability(usable=usable, shares=False, reason=None if usable else f"{directory} is not writable")
+
+    def survey(self, directory: str, sources: Sequence[File]) -> Survey:
+        return Survey(1, {id(source): "the copy backend was asked for" for source in sources})
+
+    def begin(self, directory: str, *, force: bool = False) -> Transaction:
+        return FileTransaction(directory, force=force)

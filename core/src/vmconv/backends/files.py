@@ -1,0 +1,178 @@
+"""Outputs that are files: written beside the target under a temporary name, made durable, then renamed.
+
+A run that is killed leaves its temporary files behind; they are recognisable by name and by not being locked any more,
+and the next run that makes the same target removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vmconv import linux
+from vmconv.storage import Output, Transaction
+from vmconv.errors import BackendError, os_errors
+from vmconv.sources import File, Source
+
+if TYPE_CHECKING:
+    from vmconv.planner import ShareSteps
+
+
+def temporary_name(name: str) -> str:
+    """Returns a new temporary name for the file `name`."""
+    return f".{name}.vmconv-{secrets.token_hex(4)}.tmp"
+
+
+def remove_stale(directory: str, name: str) -> list[str]:
+    """Removes temporary files of `name` whose run is dead; returns their names. A living run holds a lock on its own."""
+    pattern = re.compile(re.escape(f".{name}.vmconv-") + r"[0-9a-f]{8}\.tmp")
+    removed = []
+    for entry in sorted(os.listdir(directory)):
+        if pattern.fullmatch(entry) and _is_dead(os.path.join(directory, entry)):
+            os.unlink(os.path.join(directory, entry))
+            removed.append(entry)
+    return removed
+
+
+def _is_dead(path: str) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+class FileOutput(Output):
+    """A temporary file that will become the target."""
+
+    def __init__(self, path: str, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        self.file: File | None = None
+
+    def share(self, steps: ShareSteps) -> None:
+        if len(steps):
+            raise BackendError(f"{self.path}: this backend cannot share")
+        os.ftruncate(self.descriptor, self.size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(self.descriptor, view, offset)
+            view, offset = view[done:], offset + done
+
+    def finish(self) -> File:
+        os.fsync(self.descriptor)
+        self.file = File(self.path, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        return self.file
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class FileTransaction(Transaction):
+    """Temporary files in one directory that get their names together."""
+
+    output: type[FileOutput] = FileOutput
+
+    def __init__(self, directory: str, *, force: bool) -> None:
+        self.directory = directory
+        self.force = force
+        self._outputs: list[tuple[FileOutput, str]] = []
+        self._named: list[str] = []
+
+    def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
+        with os_errors("cannot be created"):
+            remove_stale(self.directory, name)
+            output = self.output(os.path.join(self.directory, temporary_name(name)), size)
+            self._outputs.append((output, os.path.join(self.directory, name)))
+            # Btrfs shares only between files that are alike in this, and it can be set only while a file is empty.
+            if any(linux.is_nocow(source.descriptor) for source in sources):
+                linux.set_nocow(output.descriptor)
+        return output
+
+    def commit(self) -> None:
+        try:
+            with os_errors("cannot be given its name"):
+                for output, target in self._outputs:
+                    self._name(output.path, target)
+                    self._named.append(target)
+                _sync_directory(self.directory)
+        except BaseException:
+            # Files that replaced others cannot be taken back; those that are new can, and leave no half of a set.
+            if not self.force:
+                for target in self._named:
+                    os.unlink(target)
+            raise
+        finally:
+            self._close()
+        self._outputs.clear()
+
+    def _name(self, path: str, target: str) -> None:
+        if self.force:
+            os.replace(path, target)
+            return
+        try:
+            # A link, unlike a rename, never replaces a file that somebody else made in the meantime.
+            os.link(path, target)
+        except FileExistsError as exc:
+            raise BackendError(f"{target}: already exists", hint="--force replaces it") from exc
+        except OSError:
+            if os.path.lexists(target):
+                raise
+            os.rename(path, target)
+            return
+        os.unlink(path)
+
+    def abort(self) -> None:
+        self._close()
+        for output, _ in self._outputs:
+            if os.path.lexists(output.path):
+                os.unlink(output.path)
+        self._outputs.clear()
+
+    def _close(self) -> None:
+        for output, _ in self._outputs:
+            output.close()
+
+
+def _sync_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_in_kernel(source: File, source_offset: int, target: int, offset: int, length: int) -> int:
+    """Copies by copy_file_range and returns how many bytes it did; what is left is for reading and writing."""
+    done = 0
+    while done < length:
+        try:
+            step = os.copy_file_range(source.descriptor, target, length - done, source_offset + done, offset + done)
+        except OSError:
+            break
+        if not step:
+            break
+        done += step
+    return done
+
+
+def is_file(source: Source) -> bool:
+    return isinstance(source, File) and source.descriptor >= 0

@@ -1,0 +1,109 @@
+"""A disk in whole blocks: what every writer of a block-allocating format (clusters, grains, blocks) starts from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.extents import Column, Extents, Kind, Kinds, cut, gather
+
+
+class Runs(NamedTuple):
+    """Blocks in guest order, without a gap: `count` blocks from block number `first`.
+
+    A run that is not `mixed` lies inside one row of the table; a mixed run is one block in which rows meet, and its
+    kind is DATA when any of it is, else ZERO when any of it is.
+    """
+
+    first: Column
+    count: Column
+    kind: Kinds
+    mixed: npt.NDArray[np.bool_]
+
+    def take(self, index: npt.NDArray[np.bool_] | Column) -> Runs:
+        return Runs(*(column[index] for column in self))
+
+
+def padded(table: Extents, unit: int) -> Extents:
+    """Returns the table with its size rounded up to whole units; what is added is ZERO where nothing else is a HOLE."""
+    longer = table.window(0, -(-table.size // unit) * unit)
+    return longer if (table.kind == Kind.HOLE).any() else longer.without_holes()
+
+
+def whole_blocks(table: Extents, unit: int) -> Runs:
+    """Returns the runs of a table whose size is whole units."""
+    if table.size % unit:
+        raise ValueError(f"{table.size} bytes are not whole units of {unit}")
+    first, last = -(-table.start // unit), table.end // unit
+    full = first < last
+    inner = table.start[table.start % unit != 0]
+    mixed = np.unique(inner // unit)
+    kind = np.empty(0, dtype=np.uint8)
+    if len(mixed):
+        rows = gather(table, mixed * unit, np.full(len(mixed), unit), mixed * unit)
+        kind = np.maximum.reduceat(rows.kind, np.searchsorted(rows.start, mixed * unit))
+    runs = Runs(
+        np.concatenate([first[full], mixed]),
+        np.concatenate([(last - first)[full], np.ones(len(mixed), dtype=np.int64)]),
+        np.concatenate([table.kind[full], kind]),
+        np.concatenate([np.zeros(int(full.sum()), dtype=bool), np.ones(len(mixed), dtype=bool)]),
+    )
+    return runs.take(np.argsort(runs.first, kind="stable"))
+
+
+def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
+    """Returns the table with no block that is partly a HOLE: in those, the HOLE is what the parent says there.
+
+    A format that allocates whole blocks cannot leave a part of one to the parent.
+    """
+    runs = whole_blocks(table, unit)
+    mixed = runs.first[runs.mixed] * unit
+    if not len(mixed):
+        return table
+    rows, length = cut(table, mixed, np.full(len(mixed), unit), mixed)
+    hole = rows.kind == Kind.HOLE
+    if not hole.any():
+        return table
+    return table.replaced(table.over(parent).without_holes(), rows.start[hole], length[hole])
+
+
+class Placed(NamedTuple):
+    """Where runs of blocks go in the output: `run` indexes the runs in the order of their `offset`, bytes; `end` of all."""
+
+    run: Column
+    offset: Column
+    end: int
+
+
+def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Placed:
+    """Returns places for runs of blocks from offset `base` on, each congruent to its source where blocks allow it.
+
+    Runs go in the order of their sources, not of the guest: what lies together in a source stays together, so that it
+    can be shared in one piece however the guest's disk is scattered over it. `base` must be a multiple of both `unit`
+    and `modulus`, which are powers of two.
+    """
+    address = runs.first * unit
+    # The run's first row of DATA decides where the run would like to be.
+    row = np.arange(len(table), dtype=np.int64)
+    next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
+    lead = next_data[table.row_at(address)]
+    source = table.source[lead]
+    wish = table.offset[lead] - (table.start[lead] - address)
+    order = np.lexsort((wish, source))
+    source, wish, length = source[order], wish[order], (runs.count * unit)[order]
+    if not len(order):
+        return Placed(order, order, base)
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (source[1:] != source[:-1]) | (wish[1:] != wish[:-1] + length[:-1])
+    group = np.cumsum(begins) - 1
+    phase = wish[begins] % modulus
+    phase[phase % unit != 0] = 0
+    inside = np.cumsum(length) - length
+    inside -= inside[begins][group]
+    total = np.add.reduceat(length, np.flatnonzero(begins))
+    span = -(-(phase + total) // modulus) * modulus
+    start = base + np.cumsum(span) - span + phase
+    offset = start[group] + inside
+    return Placed(order, offset, int(offset[-1] + length[-1]))

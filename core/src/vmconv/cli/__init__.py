@@ -1,0 +1,108 @@
+"""The command line: `vmconv COMMAND`. Its own commands are registered by the same hook as third parties' ones."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.cli.command import Command
+
+EXIT_INTERRUPTED = 130
+
+
+@hookimpl
+def vmconv_register_commands() -> Iterable[Command]:
+    from vmconv.cli import comparing, completion, converting, demo, inspecting, listing
+
+    modules = (listing, inspecting, converting, comparing, demo, completion)
+    return [command for module in modules for command in module.COMMANDS]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line, with every command that is installed."""
+    from vmconv.cli.options import formatter
+    from vmconv.registry import installed
+
+    parser = argparse.ArgumentParser(
+        prog="vmconv",
+        description="Converts virtual machine disks between formats without copying their payload.",
+        epilog="vmconv COMMAND --help says more about a command; vmconv formats lists what is installed.",
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=_Version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for command in installed().commands.values():
+        sub = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.description,
+            epilog=command.epilog,
+            formatter_class=formatter,
+        )
+        command.configure(sub)
+        sub.set_defaults(run=command.run, parser=sub)
+    return parser
+
+
+class _Version(str):
+    """The version, looked up only when it is asked for."""
+
+    def __new__(cls) -> _Version:
+        return super().__new__(cls, "%(prog)s")
+
+    def __mod__(self, values: object) -> str:
+        from importlib.metadata import version
+
+        return f"vmconv {version('vmconv')}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; the errors of vmconv become one line, with a hint below it."""
+    import gc
+
+    # A run is short: collecting garbage while modules are imported costs more than it frees.
+    gc.disable()
+    from vmconv.errors import VmconvError
+
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options = make_parser().parse_args(arguments)
+        gc.enable()
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except VmconvError as exc:
+        return _report(exc, options)
+    except KeyboardInterrupt:
+        print("vmconv: interrupted, nothing was created", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _report(exc: Exception, options: argparse.Namespace) -> int:
+    from vmconv.errors import VmconvError
+
+    assert isinstance(exc, VmconvError)
+    code = getattr(options, "error_code", None) or exc.exit_code
+    if getattr(options, "output", "human") == "json" and options.command == "convert":
+        from vmconv.cli.output import print_json
+
+        print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
+    print(f"vmconv: {exc}", file=sys.stderr)
+    if exc.hint:
+        print(f"  hint: {exc.hint}", file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,194 @@
+"""`vmconv convert` and `vmconv plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import SetOptions, add_access, add_format, add_output
+
+if TYPE_CHECKING:
+    from vmconv.conversion import Request
+    from vmconv.planner import Plan
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from vmconv.conversion import Request
+
+    return Request(
+        options.source,
+        options.target,
+        source_format=options.format_f,
+        target_format=options.format_O,
+        options=options.options,
+        snapshot=options.snapshot,
+        backing_file=options.backing_file,
+        backing_format=options.backing_format,
+        backend=options.backend,
+        zero_copy=options.zero_copy,
+        force=options.force,
+        force_share=options.force_share,
+        allow_external=options.allow_external,
+    )
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "backend": plan.backend,
+        **asdict(plan.totals),
+        "copies": [asdict(copy) for copy in plan.copies],
+        "losses": list(plan.losses),
+        "files": [{"name": file.name, "size": file.size, **_steps(file)} for file in plan.files],
+    }
+
+
+def _steps(file: Any) -> dict[str, int]:
+    from vmconv.planner import Action
+
+    return {action.name.lower(): file.steps.total(action) for action in Action}
+
+
+def _run_plan(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_json, size_text
+    from vmconv.conversion import prepared
+
+    with prepared(_request(options)) as ready:
+        plan = ready.plan
+        warnings = ready.image.warnings
+        if options.output == "json":
+            print_json({**_plan_json(plan), "warnings": list(warnings)}, indent=4)
+            return 0
+        print(f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}")
+        for name, value in asdict(plan.totals).items():
+            print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
+        for copy in plan.copies:
+            print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} range(s), ", end="")
+            print(f"the first at {copy.offset:#x} of {copy.file}")
+        for file in plan.files:
+            print(f"  file {file.name}: {size_text(file.size)}")
+        for loss in plan.losses:
+            print(f"  not carried over: {loss}")
+        for warning in warnings:
+            print(f"  warning: {warning}")
+    return 0
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import ProgressBar, print_json, size_text
+    from vmconv.conversion import run
+
+    as_json = options.output == "json"
+    bar = ProgressBar() if not as_json and not options.quiet and (options.progress or sys.stderr.isatty()) else None
+
+    def announce(plan: Plan) -> None:
+        if as_json:
+            print_json({"event": "plan", **_plan_json(plan)})
+        elif not options.quiet:
+            for copy in plan.copies:
+                print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+            for loss in plan.losses:
+                print(f"not carried over: {loss}", file=sys.stderr)
+
+    def progress(done: int, to_do: int) -> None:
+        if as_json:
+            print_json({"event": "progress", "done": done, "total": to_do})
+        elif bar:
+            bar(done, to_do)
+
+    try:
+        result = run(_request(options), verify=options.verify, announce=announce, progress=progress)
+    finally:
+        if bar:
+            bar.close()
+    if as_json:
+        print_json({"event": "result", **asdict(result)})
+    elif not options.quiet:
+        for warning in result.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        totals = result.totals
+        print(
+            f"{result.target}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
+            f"written {size_text(totals.written)} in {result.seconds:.3f} s"
+        )
+    return 0
+
+
+def _configure_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed")
+    parser.add_argument("target", metavar="TARGET", help="file to make; appears complete or not at all")
+    add_format(parser, "-f", "SOURCE")
+    parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action=SetOptions,
+        default={},
+        metavar="NAME=VALUE",
+        help="options of the target format, separated by commas; vmconv formats lists them",
+    )
+    parser.add_argument(
+        "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
+    )
+    parser.add_argument(
+        "-B",
+        dest="backing_file",
+        metavar="FILE",
+        help="keep the chain from this layer of SOURCE downwards as TARGET's backing file, instead of flattening it;\n"
+        "written as given, relative to TARGET's directory",
+    )
+    parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)")
+    parser.add_argument(
+        "--zero-copy",
+        choices=("auto", "require"),
+        default="auto",
+        help="require: fail, touching nothing, rather than copy a byte of payload (default: auto, copies what must be)",
+    )
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="how payload gets to TARGET (default: auto)")
+    parser.add_argument("--force", action="store_true", help="replace TARGET when it exists")
+    add_output(parser)
+    add_access(parser)
+
+
+def _configure_convert(parser: argparse.ArgumentParser) -> None:
+    _configure_plan(parser)
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not read the result's metadata back and check it"
+    )
+
+
+_EXIT_STATUS = """exit status:
+  0  converted
+  1  the image, the storage or the plan does not allow it; TARGET was not created
+  2  the request makes no sense: an unknown format, option or combination
+  3  --zero-copy=require, and payload would have to be copied; nothing was touched
+
+examples:
+  vmconv convert disk.raw disk.qcow2
+  vmconv convert -f raw -O qcow2 -o cluster_size=2M /dev/vg0/guest guest.qcow2
+  vmconv convert --snapshot before-upgrade disk.qcow2 disk.raw"""
+
+COMMANDS = (
+    Command(
+        "plan",
+        "show what a conversion would share, copy and write",
+        "Shows what convert would do with the same arguments: what is shared, copied and written, and why each copied\n"
+        "byte must be. Touches nothing.",
+        _configure_plan,
+        _run_plan,
+    ),
+    Command(
+        "convert",
+        "convert a disk to another format",
+        "Converts a disk without copying its payload wherever storage allows it. What must be copied is announced with\n"
+        "the reason before anything is written. The result is read back and compared with the source by its metadata\n"
+        "before it gets its name.",
+        _configure_convert,
+        _run_convert,
+        _EXIT_STATUS,
+    ),
+)

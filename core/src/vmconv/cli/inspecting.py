@@ -1,0 +1,200 @@
+"""`vmconv info`, `vmconv map` and `vmconv check`: looking at one image."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import add_access, add_format, add_output
+
+if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
+    from vmconv.opener import Opener
+
+_CHECK_CORRUPT, _CHECK_LEAKS, _CHECK_UNSUPPORTED = 2, 3, 63
+
+
+def _opener(options: argparse.Namespace) -> Opener:
+    from vmconv.opener import Opener
+    from vmconv.registry import installed
+
+    return Opener(installed(), allow_external=options.allow_external, force_share=options.force_share)
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_json
+    from vmconv.description import describe
+
+    with _opener(options) as opener:
+        image = opener.image(options.file, options.format_f, content_decides=True)
+        layers = [describe(layer) for layer in (image.chain() if options.backing_chain else (image,))]
+    if options.output == "json":
+        print_json(layers if options.backing_chain else layers[0], indent=4)
+        return 0
+    for number, facts in enumerate(layers):
+        if number:
+            print()
+        _print_info(facts)
+    return 0
+
+
+def _print_info(facts: dict[str, Any]) -> None:
+    from vmconv.cli.output import size_text
+
+    print(f"image: {facts['filename']}")
+    print(f"file format: {facts['format']}")
+    print(f"virtual size: {size_text(facts['virtual-size'])} ({facts['virtual-size']} bytes)")
+    print(f"disk size: {size_text(facts['actual-size'])}")
+    for key, title in _INFO_TITLES.items():
+        if facts.get(key):
+            print(f"{title}: {facts[key]}")
+    if facts.get("snapshots"):
+        print("snapshot list:")
+        for snapshot in facts["snapshots"]:
+            print(f"    {snapshot['id']}: {snapshot['name']} ({size_text(snapshot['vm-state-size'])} of machine state)")
+    data = facts.get("format-specific", {}).get("data", {})
+    if data:
+        print("format specific information:")
+        for key, value in data.items():
+            print(f"    {key.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+    for loss in facts["losses"]:
+        print(f"not carried over: {loss}")
+    for warning in facts["warnings"]:
+        print(f"warning: {warning}")
+
+
+_INFO_TITLES = {
+    "cluster-size": "cluster size",
+    "backing-filename": "backing file",
+    "backing-filename-format": "backing file format",
+}
+
+
+def _configure_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="image to look at")
+    add_format(parser)
+    parser.add_argument("--backing-chain", action="store_true", help="describe every layer of the chain")
+    add_output(parser)
+    add_access(parser)
+
+
+def _run_map(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_table
+    from vmconv.mapping import map_rows
+
+    with _opener(options) as opener:
+        rows = map_rows(opener.image(options.file, options.format_f))
+        if options.output == "json":
+            _print_map(rows)
+            return 0
+        table = [["Offset", "Length", "Mapped to", "File"]]
+        for row in rows:
+            if row.data and not row.zero:
+                place = "-" if row.offset is None else f"{row.offset:#x}"
+                table.append([f"{row.start:#x}", f"{row.length:#x}", place, row.file or "-"])
+        print_table(table)
+    return 0
+
+
+def _print_map(rows: Any) -> None:
+    """Prints the rows as qemu-img does, so that the two can be compared line by line."""
+    import json
+
+    before = "["
+    for row in rows:
+        print(before, end="")
+        before = ",\n"
+        print(json.dumps(row.as_json()).replace("{", "{ ", 1)[:-1] + "}", end="")
+    print("]" if before != "[" else "[]")
+
+
+def _configure_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="image to map")
+    add_format(parser)
+    add_output(parser)
+    add_access(parser)
+
+
+def _run_check(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_json
+
+    with _opener(options) as opener:
+        image = opener.image(options.file, options.format_f)
+        report = opener.registry.format(image.format_name).check(image)
+    if report is None:
+        print(f"vmconv: {options.file}: {image.format_name} images have no structure to check")
+        return _CHECK_UNSUPPORTED
+    if options.output == "json":
+        print_json({"filename": options.file, "format": image.format_name, **_report_json(report)}, indent=4)
+    else:
+        _print_report(report)
+    if report.corruption_count:
+        return _CHECK_CORRUPT
+    return _CHECK_LEAKS if report.leak_count else 0
+
+
+def _report_json(report: CheckReport) -> dict[str, Any]:
+    return {
+        "corruptions": report.corruption_count,
+        "leaks": report.leak_count,
+        "check-errors": 0,
+        "allocated-clusters": report.allocated_clusters,
+        "total-clusters": report.total_clusters,
+        "image-end-offset": report.image_end,
+        "findings": [*report.corruptions, *report.leaks],
+    }
+
+
+def _print_report(report: CheckReport) -> None:
+    for text in report.corruptions:
+        print(f"ERROR {text}")
+    for text in report.leaks:
+        print(f"Leaked {text}")
+    for count, shown, what in (
+        (report.corruption_count, len(report.corruptions), "errors"),
+        (report.leak_count, len(report.leaks), "leaked clusters"),
+    ):
+        if count > shown:
+            print(f"... {count} {what} in all")
+    if not report.corruption_count and not report.leak_count:
+        print("No errors were found on the image.")
+    if report.total_clusters:
+        part = report.allocated_clusters / report.total_clusters
+        print(f"{report.allocated_clusters}/{report.total_clusters} = {part:.2%} allocated")
+    print(f"Image end offset: {report.image_end}")
+
+
+COMMANDS = (
+    Command(
+        "info",
+        "describe an image",
+        "Describes an image: format, sizes, features, parent, identity and health. Reads the header only.",
+        _configure_info,
+        _run_info,
+        "The format is taken from the content when -f is not given, as qemu-img info does: nothing depends on it here.\n"
+        "All other commands want name and content to agree, or -f.",
+    ),
+    Command(
+        "map",
+        "show where each range of the guest's disk lies",
+        "Shows, for each range of the guest's address space, what it is and where it lies in which file.\n"
+        "--output json prints what qemu-img map --output=json prints.",
+        _configure_map,
+        _run_map,
+    ),
+    Command(
+        "check",
+        "check the structure of an image",
+        "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts.\n"
+        "Changes nothing.",
+        lambda parser: _configure_map(parser),
+        _run_check,
+        "exit status (as qemu-img check):\n"
+        "  0   no errors\n"
+        "  1   the check could not be done\n"
+        "  2   the image is corrupt\n"
+        "  3   clusters are leaked, nothing is corrupt\n"
+        "  63  the format has no structure to check",
+    ),
+)

@@ -1,0 +1,130 @@
+"""`vmconv formats` and `vmconv backends`: what is installed and what it can do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import add_output
+
+
+def _run_formats(options: argparse.Namespace) -> int:
+    from vmconv.known import KNOWN
+    from vmconv.options import describe
+    from vmconv.registry import installed
+
+    registry = installed()
+    versions = {plugin.distribution: plugin.version for plugin in registry.plugins}
+    formats = []
+    for name, one in sorted(registry.formats.items()):
+        distribution = registry.owners["format", name]
+        formats.append(
+            {
+                "name": name,
+                "title": one.title,
+                "reads": one.can_read,
+                "writes": one.can_write,
+                "suffixes": list(one.suffixes),
+                "distribution": distribution,
+                "version": versions[distribution],
+                "options": [
+                    {"name": o.name, "default": o.default, "help": o.help} for o in describe(one.options())
+                ],
+            }
+        )
+    missing = [
+        {"name": known.name, "title": known.title, "distribution": known.distribution}
+        for known in KNOWN
+        if known.distribution and known.name not in registry.formats
+    ]
+    problems = [{"distribution": p.distribution, "reason": p.reason} for p in registry.problems]
+    report: dict[str, Any] = {"formats": formats, "installable": missing, "problems": problems}
+    if options.output == "json":
+        from vmconv.cli.output import print_json
+
+        print_json(report, indent=4)
+    else:
+        _print_formats(report)
+    return 0
+
+
+def _print_formats(report: dict[str, Any]) -> None:
+    from vmconv.cli.output import print_table
+
+    rows = [["FORMAT", "READS", "WRITES", "SUFFIXES", "DISTRIBUTION", "TITLE"]]
+    for one in report["formats"]:
+        reads, writes = ("yes" if one[key] else "no" for key in ("reads", "writes"))
+        distribution = f"{one['distribution']} {one['version']}"
+        rows.append([one["name"], reads, writes, " ".join(one["suffixes"]), distribution, one["title"]])
+    print_table(rows)
+    for one in report["formats"]:
+        if one["options"]:
+            print(f"\nOptions of {one['name']} (-o NAME=VALUE):")
+            print_table([[f"{o['name']}={_value(o['default'])}", o["help"]] for o in one["options"]], "  ")
+    if report["installable"]:
+        print("\nNot installed:")
+        print_table([[m["name"], f"pip install {m['distribution']}", m["title"]] for m in report["installable"]], "  ")
+    if report["problems"]:
+        print("\nProblems:")
+        print_table([[p["distribution"], p["reason"]] for p in report["problems"]], "  ")
+
+
+def _value(default: object) -> str:
+    return {True: "on", False: "off"}.get(default, str(default)) if isinstance(default, bool) else str(default)
+
+
+def _run_backends(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_json, print_table
+    from vmconv.errors import BackendError
+    from vmconv.registry import installed
+
+    if not os.path.isdir(options.directory):
+        raise BackendError(f"{options.directory}: is not a directory")
+    found = []
+    for name, backend in installed().backends.items():
+        ability = backend.ability(options.directory)
+        found.append(
+            {
+                "name": name,
+                "title": backend.title,
+                "usable": ability.usable,
+                "shares": ability.shares,
+                "unit": ability.unit,
+                "reason": ability.reason,
+            }
+        )
+    if options.output == "json":
+        print_json({"directory": options.directory, "backends": found}, indent=4)
+        return 0
+    rows = [["BACKEND", "USABLE", "SHARES", "WHAT IT DOES"]]
+    for one in found:
+        shares = f"blocks of {one['unit']}" if one["shares"] else "no"
+        rows.append([str(one["name"]), "yes" if one["usable"] else "no", shares, str(one["reason"] or one["title"])])
+    print_table(rows)
+    return 0
+
+
+def _configure_backends(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", nargs="?", default=".", help="directory to ask about (default: .)")
+    add_output(parser)
+
+
+COMMANDS = (
+    Command(
+        "formats",
+        "list the formats that are installed, and those that could be",
+        "Lists each format that is installed: whether it is read and written, the options of its writer, and the\n"
+        "distribution it comes from. Then the formats that a pip install would add, and plugins that are broken.",
+        add_output,
+        _run_formats,
+    ),
+    Command(
+        "backends",
+        "show what each storage backend can do in a directory",
+        "Asks the filesystem of a directory, by trying it on a file without a name, what each backend can do there.",
+        _configure_backends,
+        _run_backends,
+    ),
+)

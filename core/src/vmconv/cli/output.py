@@ -1,0 +1,56 @@
+"""Printing: sizes for people, JSON for machines, tables, and progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def size_text(size: int) -> str:
+    """Returns a size for people: three digits and a unit of 1024, as qemu-img prints it."""
+    value, units = float(size), iter(("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"))
+    unit = "B"
+    while value >= 1000 and (following := next(units, None)):
+        value, unit = value / 1024, following
+    return f"{value:.3g} {unit}"
+
+
+def print_json(value: Any, *, indent: int | None = None) -> None:
+    """Prints one JSON document; without `indent` on one line."""
+    import json
+
+    # File names need not be Unicode; what is not is printed as escapes.
+    print(json.dumps(value, indent=indent, default=str), flush=True)
+
+
+def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
+    """Prints rows of text in aligned columns; the first row is the heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class ProgressBar:
+    """A bar on a terminal that is redrawn at most ten times a second; `close` ends its line."""
+
+    _WIDTH = 30
+
+    def __init__(self) -> None:
+        self._drawn = 0.0
+        self._shown = False
+
+    def __call__(self, done: int, to_do: int) -> None:
+        now = time.monotonic()
+        if now - self._drawn < 0.1 and done < to_do:
+            return
+        self._drawn, self._shown = now, True
+        part = done / to_do if to_do else 1.0
+        bar = "#" * int(part * self._WIDTH)
+        text = f"[{bar:<{self._WIDTH}}] {part:7.2%} of {size_text(to_do)}"
+        print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._shown:
+            print(file=sys.stderr)

@@ -1,0 +1,75 @@
+"""Makes a plan real: shares first, then copies and writes, makes all durable, and only then gives the files their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from vmconv.parallel import in_order
+from vmconv.planner import Action, FilePlan, Plan
+from vmconv.sources import Blob, File, Source
+from vmconv.storage import Output, Transaction
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes to do, of what is copied and written."""
+
+_PIECE = 4 << 20
+_Piece = tuple[Output, Source, int, int, int]
+
+
+def make(plan: Plan, transaction: Transaction, progress: Progress) -> list[File]:
+    """Returns the finished files of the plan, durable but still under temporary names, in the plan's order."""
+    outputs = []
+    for file in plan.files:
+        sources = [source for source in file.sources if isinstance(source, File)]
+        output = transaction.create(file.name, file.size, sources)
+        output.share(file.shares())
+        outputs.append(output)
+    to_do = plan.totals.copied + plan.totals.written
+    done = 0
+    progress(done, to_do)
+    pairs = list(zip(plan.files, outputs, strict=True))
+    for file, output in pairs:
+        for piece in _pieces(file, output, Action.WRITE):
+            done += _do(piece)
+            progress(done, to_do)
+    if plan.totals.copied:
+        copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
+        for step in in_order(_do_all, _batches(copies)):
+            done += step
+            progress(done, to_do)
+    return [output.finish() for output in outputs]
+
+
+def _pieces(file: FilePlan, output: Output, action: Action) -> Iterator[_Piece]:
+    """Yields `(output, source, source offset, offset, length)` in pieces of bounded size."""
+    for offset, length, index, source_offset in file.steps.rows(action):
+        source = file.sources[index]
+        for at in range(0, length, _PIECE):
+            yield output, source, source_offset + at, offset + at, min(_PIECE, length - at)
+
+
+def _do(piece: _Piece) -> int:
+    output, source, source_offset, offset, length = piece
+    if isinstance(source, Blob):
+        output.write(offset, source.read(source_offset, length))
+    else:
+        output.copy(source, source_offset, offset, length)
+    return length
+
+
+def _do_all(pieces: Sequence[_Piece]) -> int:
+    return sum(_do(piece) for piece in pieces)
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Yields lists of neighbouring pieces of about the size of one: many small ones cost as little as one large."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece[-1]
+        if size >= _PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,66 @@
+"""The errors of vmconv: one root, and the exit code of the command line on each class.
+
+A message is one phrase that names the file, the field, its offset and value; what to do about it is the `hint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class VmconvError(Exception):
+    """Root of every error that vmconv raises on purpose; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(VmconvError):
+    """The request itself makes no sense: an unknown format, option or combination."""
+
+    exit_code = 2
+
+
+class ImageError(VmconvError):
+    """An image is damaged, contradicts itself, or uses a feature that is refused by name."""
+
+
+class AccessError(VmconvError):
+    """An image asks for a file that the rules of the `Opener` do not allow, or that somebody else is writing."""
+
+
+class PlanError(VmconvError):
+    """The conversion cannot be planned: the target cannot hold the disk, or exists, or is the source."""
+
+
+class ZeroCopyError(PlanError):
+    """Payload would have to be copied although the caller asked for zero-copy only; nothing was touched."""
+
+    exit_code = 3
+
+
+class BackendError(VmconvError):
+    """Storage refused or failed while a conversion was made real; the target was not created."""
+
+
+class VerifyError(BackendError):
+    """The result, read back, is not the source's disk; the target was not created."""
+
+
+class PluginError(VmconvError):
+    """A plugin is broken, missing, or claims a name that another one claims."""
+
+
+@contextmanager
+def os_errors(doing: str, error: type[VmconvError] = BackendError) -> Iterator[None]:
+    """Turns an `OSError` of the block into `error`: the one place where the system's errors are wrapped."""
+    try:
+        yield
+    except OSError as exc:
+        name = exc.filename2 or exc.filename
+        where = f"{name}: " if isinstance(name, str) else ""
+        raise error(f"{where}{doing}: {exc.strerror or exc}") from exc

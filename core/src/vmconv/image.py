@@ -1,0 +1,116 @@
+"""What a reader returns: one image, its table of the guest's address space, and what is known of the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from vmconv.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.disk import Disk
+    from vmconv.extents import Extents
+
+
+class Image:
+    """One layer of a disk: `size` bytes for the guest, held in `file`, on top of `parent` when there is one.
+
+    What costs time is done when it is asked for: `load_guest` reads the allocation tables, `load_parent` opens the
+    next layer. `metadata` are the fields of `Disk` that the image states, besides size and parent. `losses` say in
+    words what the image holds that no conversion carries over; `warnings` what its user should know about its health.
+    `details` are the format's own facts, for people and for `info`.
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        file: File,
+        size: int,
+        load_guest: Callable[[], Extents],
+        *,
+        load_parent: Callable[[], Image] | None = None,
+        parent_reference: str | None = None,
+        parent_format: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        losses: tuple[str, ...] = (),
+        warnings: tuple[str, ...] = (),
+        details: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.format_name = format_name
+        self.file = file
+        self.size = size
+        self.metadata = dict(metadata or {})
+        self.losses = losses
+        self.warnings = warnings
+        self.parent_reference = parent_reference
+        self.parent_format = parent_format
+        self._load_guest = load_guest
+        self._load_parent = load_parent
+        self._details = details
+
+    @cached_property
+    def guest(self) -> Extents:
+        """This layer's own table: a HOLE is where it says nothing. Exactly `size` bytes."""
+        table = self._load_guest()
+        if table.size != self.size:
+            raise ValueError(f"{self.format_name} reader: table of {table.size} bytes for a disk of {self.size}")
+        return table
+
+    @cached_property
+    def parent(self) -> Image | None:
+        """The next layer, opened under the rules of the `Opener` that this image was read with."""
+        return self._load_parent() if self._load_parent else None
+
+    @cached_property
+    def flat(self) -> Extents:
+        """The disk as the guest sees it: all layers in one table, without a HOLE.
+
+        What lies in a hole of its file on storage is ZERO: there is nothing there that could be shared or copied.
+        """
+        from vmconv.extents import on_storage
+
+        table = self.guest
+        for layer in self.chain():
+            if layer is not self:
+                table = table.over(layer.guest)
+        table = table.without_holes()
+        for source in table.sources:
+            if isinstance(source, File):
+                table = table.through(source, on_storage(source))
+        return table
+
+    def onto(self, base: Image) -> Image:
+        """Returns this disk as one layer on top of `base`, which must be a layer of its chain."""
+
+        def load_guest() -> Extents:
+            table = self.guest
+            for layer in self.chain():
+                if layer is base:
+                    break
+                if layer is not self:
+                    table = table.over(layer.guest)
+            return table
+
+        return Image(self.format_name, self.file, self.size, load_guest, load_parent=lambda: base, metadata=self.metadata)
+
+    @cached_property
+    def disk(self) -> Disk:
+        """The neutral description of the disk, validated."""
+        from vmconv.disk import Disk, Parent
+
+        parent = None
+        if self.parent_reference is not None:
+            parent = Parent(reference=self.parent_reference, format=self.parent_format)
+        return Disk(size=self.size, parent=parent, **self.metadata)
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        return self._details()
+
+    def chain(self) -> Iterator[Image]:
+        """Yields this image and every layer below it, opening them one by one."""
+        layer: Image | None = self
+        while layer is not None:
+            yield layer
+            layer = layer.parent

@@ -1,0 +1,74 @@
+"""Formats that exist whether or not their plugin is installed: the table behind "pip install ..." hints.
+
+This is the only place in core that names a format. Magic numbers: QEMU's block drivers, the formats' specifications.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmconv.sources import File
+
+
+@dataclass(frozen=True)
+class Known:
+    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), offset < 0 from the end."""
+
+    name: str
+    title: str
+    distribution: str | None
+    suffixes: tuple[str, ...]
+    magic: tuple[tuple[int, bytes], ...]
+
+
+RAW_NAME = "raw"
+"""The format of a file that is none of the others."""
+
+KNOWN = (
+    Known("raw", "raw disk", "vmconv-raw", (".raw", ".img", ".dd"), ()),
+    Known("qcow2", "QEMU copy-on-write, versions 2 and 3", "vmconv-qcow2", (".qcow2",), ((0, b"QFI\xfb\0\0\0\2"), (0, b"QFI\xfb\0\0\0\3"))),
+    Known(
+        "vmdk",
+        "VMware virtual disk",
+        "vmconv-vmdk",
+        (".vmdk",),
+        ((0, b"KDMV"), (0, b"COWD"), (0, b"# Disk DescriptorFile"), (0, b"\xbe\xba\xfe\xca\0\0\0\0")),
+    ),
+    Known("vhdx", "Hyper-V virtual disk, version 2", "vmconv-vhdx", (".vhdx", ".avhdx"), ((0, b"vhdxfile"),)),
+    Known("vhd", "Hyper-V and Virtual PC virtual disk", "vmconv-vhd", (".vhd", ".vpc", ".avhd"), ((0, b"conectix"), (-512, b"conectix"), (-511, b"conectix"))),
+    Known("vdi", "VirtualBox disk image", "vmconv-vdi", (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
+    Known("parallels", "Parallels disk image", "vmconv-parallels", (".hdd", ".hds"), ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"))),
+    Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
+    Known("qcow", "QEMU copy-on-write, version 1", None, (".qcow",), ((0, b"QFI\xfb\0\0\0\1"),)),
+    Known("luks", "LUKS encrypted disk", None, (".luks",), ((0, b"LUKS\xba\xbe"),)),
+    Known("bochs", "Bochs growing disk", None, (".bochs",), ((0, b"Bochs Virtual HD Image"),)),
+    Known("cloop", "compressed loop image", None, (".cloop",), ((0, b"#!/bin/sh\n#V2.0 Format\n"),)),
+    Known("dmg", "Apple disk image", None, (".dmg",), ((-512, b"koly"),)),
+    Known("ova", "Open Virtualization archive", None, (".ova",), ((257, b"ustar"),)),
+)
+
+_BY_NAME = {known.name: known for known in KNOWN}
+
+
+def known_format(name: str) -> Known | None:
+    """Returns the entry of a format by its name."""
+    return _BY_NAME.get(name)
+
+
+def known_suffix(path: str) -> Known | None:
+    """Returns the format that a file name's ending speaks of."""
+    return next((known for known in KNOWN if path.lower().endswith(known.suffixes)), None)
+
+
+def known_content(file: File) -> Known | None:
+    """Returns the format whose magic number the content bears."""
+    head = file.read(0, min(512, file.size))
+    tail = file.read(max(0, file.size - 512), min(512, file.size))
+    for known in KNOWN:
+        for offset, magic in known.magic:
+            place = head[offset:] if offset >= 0 else tail[offset:] if file.size >= -offset else b""
+            if place.startswith(magic):
+                return known
+    return None

@@ -1,0 +1,52 @@
+"""QEMU's image locks: open file description locks on single bytes that say who uses an image and how.
+
+Byte 100 + n is locked by whoever uses permission n, byte 200 + n by whoever does not share it with others; the
+permissions are 0 consistent read, 1 write, 2 write unchanged, 3 resize (QEMU, block/file-posix.c).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+
+from vmconv.errors import AccessError
+from vmconv.sources import File
+
+_USES = 100
+_DOES_NOT_SHARE = 200
+_CONSISTENT_READ = 0
+_WRITE = 1
+
+# struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid.
+_FLOCK = struct.Struct("@hhqqi")
+
+
+def share(file: File) -> None:
+    """Says, for as long as the file is open, that we read it and that nobody may write; refuses when somebody does.
+
+    Raises `AccessError` when QEMU has the image open for writing. Where the filesystem has no such locks, there is
+    nothing that could be asked.
+    """
+    try:
+        for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
+            fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
+        busy = any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
+    except OSError as exc:
+        busy = exc.errno in (errno.EAGAIN, errno.EACCES)
+    if busy:
+        raise AccessError(
+            f"{file.name}: is open for writing in another process (QEMU's lock on byte {_USES + _WRITE})",
+            hint="stop the guest, or take a snapshot and convert that; --force-share reads it all the same",
+        )
+
+
+def _lock(kind: int, byte: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _is_locked(file: File, byte: int) -> bool:
+    answer = fcntl.fcntl(file.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
+    kind: int = _FLOCK.unpack(answer)[0]
+    return kind != fcntl.F_UNLCK

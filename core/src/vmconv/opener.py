@@ -1,0 +1,125 @@
+"""The only way to a file: opens what the user names, and what images name when the rules allow it.
+
+An image that comes from a stranger may name any file of this machine as its parent. So a file that an image names must
+lie in the directory of the file that the user named, or below it, or in a tree that the user allowed; this is decided
+on the file that was really opened, after every symbolic link.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from vmconv import locks
+from vmconv.errors import AccessError, ImageError, os_errors
+from vmconv.known import RAW_NAME
+from vmconv.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.registry import Registry
+
+MAX_CHAIN_DEPTH = 200
+"""Layers of one chain, as libvirt has it."""
+
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+
+class Opener:
+    """Opens files read-only and keeps them open until `close`; use it as a context manager.
+
+    `allow_external` are directories (or files) that images may refer to besides their own directory. `force_share`
+    reads a file that QEMU has open for writing, which may give a disk that never existed.
+    """
+
+    def __init__(self, registry: Registry, *, allow_external: Iterable[str] = (), force_share: bool = False) -> None:
+        self.registry = registry
+        self.files: list[File] = []
+        self._trees = [os.path.realpath(tree) for tree in allow_external]
+        self._force_share = force_share
+        self._depth: dict[int, list[tuple[int, int]]] = {}
+
+    def __enter__(self) -> Opener:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self.files:
+            self.files.pop().close()
+
+    def image(
+        self, path: str, format_name: str | None = None, *, snapshot: str | None = None, content_decides: bool = False
+    ) -> Image:
+        """Returns the image in the file that the user named; see `Registry.identify` for the format."""
+        file = self._open(path)
+        if not any(_inside(os.path.realpath(file.path), tree) for tree in self._trees):
+            self._trees.append(os.path.dirname(os.path.realpath(file.path)))
+        self._depth[id(file)] = [_identity(file)]
+        if content_decides and format_name is None:
+            format_name = self.registry.probe(file) or RAW_NAME
+        return self.registry.identify(file, format_name).read(file, self, snapshot=snapshot)
+
+    def related(self, origin: File, reference: str, role: str) -> File:
+        """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it."""
+        if "\0" in reference or not reference:
+            raise ImageError(f"{origin.name}: {role} {reference!r} is not a file name")
+        if _PROTOCOL.match(reference):
+            raise AccessError(
+                f"{origin.name}: {role} {reference!r} is not a plain file name",
+                hint="protocols and json: names are never followed",
+            )
+        path = os.path.join(os.path.dirname(os.path.realpath(origin.path)), reference)
+        self._allow(origin, os.path.realpath(path), reference, role)
+        file = self._open(path, f"{origin.name}: {role} {reference!r}")
+        # A link may have been changed between the look and the opening: what counts is what was opened.
+        self._allow(origin, os.path.realpath(f"/proc/self/fd/{file.descriptor}"), reference, role)
+        if _identity(file) == _identity(origin):
+            raise ImageError(f"{origin.name}: {role} {reference!r} is the image itself, a loop")
+        return file
+
+    def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
+        """Returns the image that `origin` names as its parent; refuses loops and chains of more than the limit."""
+        file = self.related(origin, reference, "backing file")
+        above = self._depth[id(origin)]
+        if _identity(file) in above:
+            raise ImageError(f"{origin.name}: backing file {reference!r} is already part of the chain, a loop")
+        if len(above) >= MAX_CHAIN_DEPTH:
+            raise ImageError(f"{origin.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
+        self._depth[id(file)] = [*above, _identity(file)]
+        return self.registry.identify(file, format_name).read(file, self)
+
+    def _allow(self, origin: File, real: str, reference: str, role: str) -> None:
+        if any(_inside(real, tree) for tree in self._trees):
+            return
+        raise AccessError(
+            f"{origin.name}: {role} {reference!r} lies outside the image's directory, at {real}",
+            hint=f"if you trust the image, --allow-external {os.path.dirname(real)}",
+        )
+
+    def _open(self, path: str, said: str | None = None) -> File:
+        with os_errors("cannot be opened" if said is None else f"cannot be opened as {said}", AccessError):
+            # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            os.close(descriptor)
+            raise AccessError(f"{path}: is neither a regular file nor a block device")
+        file = File(path, descriptor)
+        self.files.append(file)
+        if not self._force_share:
+            locks.share(file)
+        return file
+
+
+def _identity(file: File) -> tuple[int, int]:
+    return file.stamp.device, file.stamp.inode
+
+
+def _inside(path: str, tree: str) -> bool:
+    return path == tree or path.startswith(tree.rstrip("/") + "/")

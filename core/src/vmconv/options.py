@@ -1,0 +1,92 @@
+"""Options of writers: frozen dataclasses whose fields carry their help, validated by pydantic when users set them.
+
+A plugin writes::
+
+    @dataclass(frozen=True)
+    class Options:
+        cluster_size: Size = option(65536, "bytes of a cluster, a power of two from 512 to 2M")
+
+and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults needs no pydantic, whose
+import would take longer than a conversion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from vmconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+_UNITS = {"": 1, "b": 1, **{letter: 1 << (10 * power) for power, letter in enumerate("kmgtpe", start=1)}}
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes that `text` names: digits and one of the suffixes K M G T P E of 1024, as qemu-img has them."""
+    match = re.fullmatch(r"(\d{1,19})\s*([bkmgtpe]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 512, 64K or 2M")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+class _SizeSchema:
+    """Tells pydantic to accept sizes with a suffix; pydantic is imported by then, by whoever asks."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        def parse(value: object) -> object:
+            return parse_size(value) if isinstance(value, str) else value
+
+        return core_schema.no_info_before_validator_function(parse, handler(int))
+
+
+Size = Annotated[int, _SizeSchema()]
+"""A number of bytes; strings such as "64K" are accepted."""
+
+
+def option(default: Any, text: str) -> Any:
+    """Returns a dataclass field with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Described:
+    """One option as `vmconv formats` lists it."""
+
+    name: str
+    default: Any
+    help: str
+
+
+def describe(model: type[Any]) -> Iterator[Described]:
+    """Yields the options of a model in the order they were written."""
+    for field in dataclasses.fields(model):
+        yield Described(field.name, field.default, field.metadata.get("help", ""))
+
+
+def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) -> Any:
+    """Returns the options of a writer, from strings or values; raises `UsageError` naming the option and its value."""
+    if not given:
+        return model()
+    known = [field.name for field in dataclasses.fields(model)]
+    for name in given:
+        if name not in known:
+            hint = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise UsageError(f"{format_name} has no option {name!r}", hint=hint)
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(model).validate_python(dict(given))
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        value = f" {field}={given[field]}" if field in given else ""
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise UsageError(f"{format_name} option{value}: {message[:1].lower()}{message[1:]}") from exc

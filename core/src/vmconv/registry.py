@@ -1,0 +1,216 @@
+"""What is installed: formats, backends and commands, from which distribution, and which plugins are broken and why.
+
+One broken plugin never stops the others: whatever is wrong with it becomes a `Problem`. A name that two plugins claim is
+given to neither, so that nobody's disks are read by whichever happened to load first.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from vmconv import hooks
+from vmconv.storage import Backend
+from vmconv.errors import ImageError, PluginError, UsageError
+from vmconv.formats import Format
+from vmconv.known import RAW_NAME, known_content, known_format, known_suffix
+
+if TYPE_CHECKING:
+    from vmconv.cli.command import Command
+    from vmconv.sources import File
+
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A plugin, or a part of one, that cannot be used, and why."""
+
+    distribution: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One loaded entry point."""
+
+    distribution: str
+    version: str
+    module: str
+
+
+@dataclass
+class Registry:
+    """Everything that plugins registered, by name; `owners` maps `(kind of thing, name)` to the distribution."""
+
+    formats: dict[str, Format] = field(default_factory=dict)
+    backends: dict[str, Backend] = field(default_factory=dict)
+    commands: dict[str, Command] = field(default_factory=dict)
+    owners: dict[tuple[str, str], str] = field(default_factory=dict)
+    plugins: list[Plugin] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def format(self, name: str) -> Format:
+        """Returns a format by its name; raises `UsageError` saying what to install, or which plugin is broken."""
+        if name in self.formats:
+            return self.formats[name]
+        raise UsageError(f"format {name!r} is not installed", hint=self._missing(name))
+
+    def _missing(self, name: str) -> str:
+        broken = [p for p in self.problems if repr(name) in p.reason or p.distribution.endswith(f"-{name}")]
+        if broken:
+            return f"{broken[0].distribution}: {broken[0].reason}"
+        known = known_format(name)
+        if known and known.distribution:
+            return f"pip install {known.distribution}"
+        have = ", ".join(sorted(self.formats)) or "none"
+        about = f"{known.title}: no plugin is known to read it; " if known else ""
+        return f"{about}installed formats: {have}"
+
+    def backend(self, name: str) -> Backend:
+        """Returns a backend by its name."""
+        if name not in self.backends:
+            raise UsageError(f"backend {name!r} is not installed", hint=f"installed: {', '.join(sorted(self.backends))}")
+        return self.backends[name]
+
+    def format_by_suffix(self, path: str) -> str | None:
+        """Returns the name of the format that the ending of a file name speaks of, installed or not."""
+        lower = path.lower()
+        for name, candidate in self.formats.items():
+            if lower.endswith(candidate.suffixes) and candidate.suffixes:
+                return name
+        known = known_suffix(path)
+        return known.name if known else None
+
+    def probe(self, file: File) -> str | None:
+        """Returns the name of the format whose signature the content bears; None when it bears none."""
+        for name, candidate in self.formats.items():
+            if candidate.probe(file):
+                return name
+        known = known_content(file)
+        return known.name if known else None
+
+    def identify(self, file: File, named: str | None = None) -> Format:
+        """Returns the format to read `file` with: the one `named`, else what suffix and content agree on.
+
+        Content alone decides nothing: a guest can write any header into the first sector of its raw disk. So a file
+        that bears a signature its name does not speak of is refused until the user names the format.
+        """
+        if named is not None:
+            return self.format(named)
+        suffix, content = self.format_by_suffix(file.path), self.probe(file)
+        if content is None:
+            if suffix not in (None, RAW_NAME):
+                raise ImageError(
+                    f"{file.name}: no signature of {suffix}, the format its name speaks of",
+                    hint=f"if it is a raw disk, say so with -f {RAW_NAME}",
+                )
+            return self.format(RAW_NAME)
+        if content != suffix:
+            spoken = f"its name speaks of {suffix}" if suffix else "its name speaks of no format"
+            raise ImageError(
+                f"{file.name}: content has the signature of {content} but {spoken}",
+                hint=f"a guest can write such a header into its raw disk: name the format, -f {content} or -f {RAW_NAME}",
+            )
+        return self.format(content)
+
+
+@cache
+def installed() -> Registry:
+    """Returns the registry of this environment; found once per process."""
+    registry = Registry()
+    manager = pluggy.PluginManager(hooks.GROUP)
+    manager.add_hookspecs(hooks)
+    names: dict[str, str] = {}
+    for distribution, version, module, plugin in _builtin():
+        _register(registry, manager, names, Plugin(distribution, version, module), plugin)
+    for entry in _entry_points():
+        name, version = entry.dist.name, entry.dist.version  # type: ignore[union-attr]
+        try:
+            plugin = entry.load()
+        except (Exception, SystemExit) as exc:
+            registry.problems.append(Problem(name, f"cannot be imported: {type(exc).__name__}: {exc}"))
+            continue
+        _register(registry, manager, names, Plugin(name, version, entry.value), plugin)
+    for kind, base in (("format", Format), ("backend", Backend), ("command", None)):
+        _collect(registry, manager, names, kind, base)
+    return registry
+
+
+def _builtin() -> Iterator[tuple[str, str, str, Any]]:
+    from vmconv import backends, cli
+
+    for module in (backends, cli):
+        yield "vmconv", "", module.__name__, module
+
+
+def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
+    """Returns the entry points of our group, by distribution name; reads no more of other distributions than it must."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for distribution in importlib.metadata.distributions():
+        text = distribution.read_text("entry_points.txt")
+        if text and f"[{hooks.GROUP}]" in text and distribution.name not in found:
+            found[distribution.name] = list(distribution.entry_points.select(group=hooks.GROUP))
+    return [entry for name in sorted(found) for entry in found[name]]
+
+
+def _register(
+    registry: Registry, manager: pluggy.PluginManager, names: dict[str, str], plugin: Plugin, module: Any
+) -> None:
+    key = f"{plugin.distribution}:{plugin.module}"
+    names[key] = plugin.distribution
+    try:
+        manager.register(module, name=key)
+    except (pluggy.PluginValidationError, ValueError) as exc:
+        registry.problems.append(Problem(plugin.distribution, str(exc).splitlines()[-1]))
+        return
+    registry.plugins.append(plugin)
+    for caller in manager.get_hookcallers(module) or ():
+        if not caller.has_spec():
+            registry.problems.append(Problem(plugin.distribution, _unknown_hook(caller.name)))
+
+
+def _unknown_hook(name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, [n for n in vars(hooks) if n.startswith("vmconv_")], n=1)
+    return f"unknown hook {name}" + (f", did you mean {close[0]}" if close else "")
+
+
+def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str, str], kind: str, base: Any) -> None:
+    """Calls one registering hook of each plugin by itself, so that what goes wrong is known to be that plugin's."""
+    claims: dict[str, list[tuple[str, Any]]] = {}
+    for implementation in getattr(manager.hook, f"vmconv_register_{kind}s").get_hookimpls():
+        distribution = names[implementation.plugin_name]
+        try:
+            for item in implementation.function():
+                _checked(item, kind, base)
+                claims.setdefault(item.name, []).append((distribution, item))
+        except Exception as exc:
+            where = implementation.function.__name__
+            registry.problems.append(Problem(distribution, f"{where}: {type(exc).__name__}: {exc}"))
+    things: dict[str, Any] = getattr(registry, f"{kind}s")
+    for name, claimants in claims.items():
+        if len(claimants) == 1:
+            registry.owners[kind, name], things[name] = claimants[0]
+            continue
+        who = " and ".join(f"{_class_of(item)} of {distribution}" for distribution, item in claimants)
+        for distribution in dict.fromkeys(distribution for distribution, _ in claimants):
+            registry.problems.append(Problem(distribution, f"{kind} {name!r} is claimed by {who}; uninstall one"))
+
+
+def _checked(item: Any, kind: str, base: Any) -> None:
+    if base is not None and not isinstance(item, base):
+        raise PluginError(f"registers {item!r}, which is no {base.__name__}")
+    if not _NAME.fullmatch(getattr(item, "name", "")):
+        raise PluginError(f"{kind} name {getattr(item, 'name', None)!r} is not lower case letters, digits, - and _")
+
+
+def _class_of(item: object) -> str:
+    return f"{type(item).__module__}.{type(item).__qualname__}"

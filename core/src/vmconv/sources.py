@@ -1,0 +1,149 @@
+"""Where bytes come from: a file on storage (can be referenced), bytes we made, or a decoded view (copied by nature)."""
+
+from __future__ import annotations
+
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.errors import ImageError
+
+if TYPE_CHECKING:
+    from vmconv.extents import Extents
+
+
+class Source(ABC):
+    """`size` bytes that can be read at any offset; compared by identity."""
+
+    name: str
+    size: int
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns exactly `length` bytes; raises `ImageError` when they are not there."""
+
+
+class Stamp(NamedTuple):
+    """What must not change while a file is a source: device, inode, size in bytes, mtime and ctime in ns."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+
+class File(Source):
+    """A file on storage, opened read-only by the `Opener`: the only kind of source that can be referenced.
+
+    Owns its descriptor: whoever made it closes it.
+    """
+
+    on_storage: Extents | None = None
+    """What `vmconv.extents.on_storage` found, once it was asked."""
+
+    def __init__(self, path: str, descriptor: int) -> None:
+        self.path = path
+        self.name = os.path.basename(path) or path
+        self.descriptor = descriptor
+        status = os.fstat(descriptor)
+        self.is_device = stat.S_ISBLK(status.st_mode)
+        self.stamp = _stamp(status)
+        # A block device has no size in its inode: its end is where seeking ends.
+        self.size = os.lseek(descriptor, 0, os.SEEK_END) if self.is_device else status.st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self.descriptor, length, offset)
+        if len(data) == length:
+            return data
+        parts, have = [data], len(data)
+        while data and have < length:
+            data = os.pread(self.descriptor, length - have, offset + have)
+            parts.append(data)
+            have += len(data)
+        if have < length:
+            raise ImageError(f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected")
+        return b"".join(parts)
+
+    def sync(self) -> None:
+        """Makes the filesystem decide where every byte lies; without it a map of the file may be out of date."""
+        if not self.is_device:
+            os.fsync(self.descriptor)
+
+    def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
+        """Returns the `(start, end)` ranges that may hold data, in order; the rest are holes or unwritten."""
+        limit = self.size if end is None else min(end, self.size)
+        if self.is_device:
+            return [(start, limit)] if start < limit else []
+        ranges = []
+        at = start
+        while at < limit:
+            try:
+                begin = os.lseek(self.descriptor, at, os.SEEK_DATA)
+            except OSError:
+                # ENXIO: nothing but a hole from here on.
+                break
+            if begin >= limit:
+                break
+            at = min(os.lseek(self.descriptor, begin, os.SEEK_HOLE), limit)
+            ranges.append((begin, at))
+        return ranges
+
+    def changed(self) -> bool:
+        """True when the file is not the one that was opened any more: replaced, resized or written."""
+        return _stamp(os.fstat(self.descriptor)) != self.stamp
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    if stat.S_ISBLK(status.st_mode):
+        # Reading and udev touch the times of a device node; what it is made of is its device number.
+        return Stamp(status.st_rdev, 0, 0, 0, 0)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Blob(Source):
+    """Bytes we made: given, or computed in pieces whenever they are read."""
+
+    def __init__(self, name: str, content: bytes | Callable[[int, int], bytes], size: int | None = None) -> None:
+        self.name = name
+        if isinstance(content, bytes):
+            self.size = len(content)
+            self._compute: Callable[[int, int], bytes] = lambda offset, length: content[offset : offset + length]
+        else:
+            if size is None:
+                raise ValueError("a computed blob needs its size")
+            self.size = size
+            self._compute = content
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._compute(offset, length)
+
+
+class Decoded(Source):
+    """A decoded view of parts of `file`: an address space of units that `decode(index)` returns one at a time.
+
+    `reason` completes the sentence "copied because ...".
+    """
+
+    def __init__(
+        self, name: str, file: File, *, unit: int, count: int, decode: Callable[[int], bytes], reason: str
+    ) -> None:
+        self.name = name
+        self.file = file
+        self.unit = unit
+        self.size = unit * count
+        self.reason = reason
+        self._decode = decode
+
+    def read(self, offset: int, length: int) -> bytes:
+        first, last = offset // self.unit, (offset + length - 1) // self.unit
+        data = b"".join(self._decode(index) for index in range(first, last + 1))
+        skip = offset - first * self.unit
+        return data if len(data) == length else data[skip : skip + length]

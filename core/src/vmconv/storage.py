@@ -1,0 +1,90 @@
+"""The interface of indirection storage: what a backend can do, and the transaction in which it makes outputs real."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmconv.planner import ShareSteps
+    from vmconv.sources import File, Source
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What a backend can do in one directory: share blocks of `unit` bytes, or not and why."""
+
+    usable: bool
+    shares: bool
+    unit: int = 1
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a backend can do with certain sources: `unit` is the modulus for those it can share.
+
+    `refusals` maps `id(file)` to the reason why that source cannot be shared; it completes "copied because ...".
+    """
+
+    unit: int = 1
+    refusals: Mapping[int, str] = field(default_factory=dict)
+
+
+class Output(ABC):
+    """One output file while it is being made. Ranges never touched read as zero."""
+
+    @abstractmethod
+    def share(self, steps: ShareSteps) -> None:
+        """Makes ranges of this file references to ranges of source files; called once, before any other method."""
+
+    @abstractmethod
+    def write(self, offset: int, data: bytes) -> None:
+        """Writes bytes; called from several threads, for ranges that do not overlap."""
+
+    def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
+        """Copies bytes of a source; called from several threads, for ranges that do not overlap."""
+        self.write(offset, source.read(source_offset, length))
+
+    @abstractmethod
+    def finish(self) -> File:
+        """Makes all that was written durable and returns the file to read it back; the transaction closes it."""
+
+
+class Transaction(ABC):
+    """All output files of one conversion: after `commit` all are there under their names, after `abort` none is."""
+
+    @abstractmethod
+    def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
+        """Returns a new output of `size` bytes that will be `name`; `sources` are the files it will share with."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Makes the outputs appear under their names, in the order they were created."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Removes every trace of the outputs; does nothing after `commit`."""
+
+
+class Backend(ABC):
+    """One way of making output tables real on storage."""
+
+    name: str
+    title: str
+    automatic = True
+    """Whether `convert` may choose this backend by itself."""
+
+    @abstractmethod
+    def ability(self, directory: str) -> Ability:
+        """Returns what this backend can do in a directory: asked of the storage, never guessed from its name."""
+
+    @abstractmethod
+    def survey(self, directory: str, sources: Sequence[File]) -> Survey:
+        """Returns which of these sources can be shared with files of a directory; changes nothing that is seen."""
+
+    @abstractmethod
+    def begin(self, directory: str, *, force: bool = False) -> Transaction:
+        """Returns a new transaction for files of a directory; `force` lets `commit` replace existing ones."""

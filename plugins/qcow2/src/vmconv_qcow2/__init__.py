@@ -1,0 +1,51 @@
+"""qcow2 images for vmconv: QEMU's copy-on-write format, versions 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Qcow2(Format):
+    name = "qcow2"
+    title = "QEMU copy-on-write, versions 2 and 3"
+    suffixes = (".qcow2",)
+    can_back = True
+
+    def options(self) -> type[Any]:
+        from vmconv_qcow2.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 8 and file.read(0, 8) in (b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3")
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_qcow2.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_qcow2.writer import write
+
+        return write(image, options, placement, backing=backing)
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_qcow2.check import check
+
+        return check(image)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Qcow2()]

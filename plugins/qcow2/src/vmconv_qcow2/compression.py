@@ -1,0 +1,91 @@
+"""Compressed clusters: the part of a qcow2 image that cannot be referenced and is decompressed by who reads it."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.errors import ImageError
+from vmconv.extents import Column
+from vmconv.sources import Decoded
+from vmconv_qcow2.header import Header
+
+_SECTOR = 512
+# QEMU compresses with windows of a cluster at most; a frame that wants more memory than this is not from there.
+_ZSTD_MAX_WINDOW = 32 << 20
+
+
+class CompressedClusters:
+    """Where the compressed clusters of one disk lie; `source` is their content at the guest's own addresses."""
+
+    def __init__(self, header: Header, size: int) -> None:
+        self.file = header.file
+        self.cluster_size = header.cluster_size
+        self._offset_bits = 62 - (header.cluster_bits - 8)
+        self._inflate = _inflate_zstd if header.compression == "zstd" else _inflate_zlib
+        self._parts: list[tuple[Column, Column, Column]] = []
+        self._columns: tuple[Column, Column, Column] | None = None
+        self.source = Decoded(
+            f"{header.file.name} ({header.compression})",
+            header.file,
+            unit=self.cluster_size,
+            count=-(-size // self.cluster_size),
+            decode=self._decode,
+            reason=f"compressed clusters have to be decompressed ({header.compression})",
+        )
+
+    def add(self, guest: Column, raw: npt.NDArray[np.uint64]) -> int | None:
+        """Takes L2 entries of guest clusters, in order; returns the first that begins past the end of the file."""
+        offset, length = locate(raw, self._offset_bits)
+        bad = offset >= self.file.size
+        if bad.any():
+            return int(guest[bad][0])
+        self._parts.append((guest, offset, np.minimum(length, self.file.size - offset)))
+        self._columns = None
+        return None
+
+    def _decode(self, index: int) -> bytes:
+        if self._columns is None:
+            guest, offset, length = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+            self._columns = guest, offset, length
+        guest, offset, length = self._columns
+        row = int(np.searchsorted(guest, index))
+        place = int(offset[row])
+        encoded = self.file.read(place, int(length[row]))
+        try:
+            data = self._inflate(encoded, self.cluster_size)
+        except Exception as exc:
+            # The libraries raise errors of their own; what they mean is that these bytes are not what they should be.
+            raise ImageError(f"{self.file.name}: compressed cluster at {place:#x}: {exc}") from exc
+        if len(data) != self.cluster_size:
+            raise ImageError(
+                f"{self.file.name}: compressed cluster at {place:#x}: yields {len(data)} bytes, not {self.cluster_size}"
+            )
+        return data
+
+
+def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Column]:
+    """Returns offset and length in bytes of the data that entries of compressed clusters point to.
+
+    The length is what the entry's count of sectors allows; the data may end before.
+    """
+    offset = (raw & np.uint64((1 << offset_bits) - 1)).astype(np.int64)
+    sectors = ((raw & np.uint64((1 << 62) - 1)) >> np.uint64(offset_bits)).astype(np.int64) + 1
+    return offset, sectors * _SECTOR - offset % _SECTOR
+
+
+def _inflate_zlib(data: bytes, size: int) -> bytes:
+    from isal import isal_zlib
+
+    # A window of 12 bits is what QEMU writes; the largest one reads all others too.
+    return isal_zlib.decompressobj(wbits=-15).decompress(data, size)
+
+
+def _inflate_zstd(data: bytes, size: int) -> bytes:
+    from zstandard import ZstdDecompressor
+
+    # After the frame there is padding to the sector, so the frame's end is where reading stops, not the data's.
+    reader = ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).stream_reader(data)
+    return reader.read(size)
+
+

@@ -1,0 +1,255 @@
+"""The header of a qcow2 image, read and bounded: what the reader and the check start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from construct import Construct, ConstructError
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE
+from vmconv.sources import File
+from vmconv_qcow2 import structs
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One internal snapshot; sizes are bytes, `date` seconds since the epoch."""
+
+    id: str
+    name: str
+    l1_offset: int
+    l1_size: int
+    disk_size: int
+    vm_state_size: int
+    date: int
+    vm_clock_nsec: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header whose numbers were all checked against the file and the format's limits."""
+
+    file: File
+    version: int
+    cluster_bits: int
+    size: int
+    l1_offset: int
+    l1_size: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    refcount_order: int
+    incompatible: int
+    compatible: int
+    autoclear: int
+    compression: str
+    snapshot_count: int
+    snapshots_offset: int
+    backing_file: str | None = None
+    backing_format: str | None = None
+    data_file: str | None = None
+    bitmaps: Any = None
+    unknown_extensions: tuple[int, ...] = ()
+    extensions: dict[int, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible & structs.EXTENDED_L2)
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of one L2 table."""
+        return self.cluster_size // (16 if self.extended_l2 else 8)
+
+
+def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
+    """Returns the error for a field: its name, its place in the file, and what is wrong with its value."""
+    return ImageError(f"{file.name}: {what} at {offset:#x}: {problem}")
+
+
+def read_header(file: File) -> Header:
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    basic = _parse(structs.HeaderV2, file, 0, "header")
+    _limit(file, "version", basic.version, 2, 3)
+    _limit(file, "cluster_bits", basic.cluster_bits, 9, 21)
+    _limit(file, "size", basic.size, 0, MAX_SIZE)
+    cluster_size = 1 << basic.cluster_bits
+    fields: dict[str, Any] = {"incompatible": 0, "compatible": 0, "autoclear": 0, "refcount_order": 4}
+    length, compression = structs.V2_LENGTH, 0
+    if basic.version == 3:
+        newer = _parse(structs.HeaderV3, file, structs.V2_LENGTH, "header")
+        _limit(file, "header_length", newer.header_length, structs.V3_LENGTH, cluster_size)
+        _limit(file, "refcount_order", newer.refcount_order, 0, 6)
+        length = newer.header_length
+        fields = {
+            "incompatible": newer.incompatible_features,
+            "compatible": newer.compatible_features,
+            "autoclear": newer.autoclear_features,
+            "refcount_order": newer.refcount_order,
+        }
+        if length >= structs.V3_FULL_LENGTH:
+            compression = _parse(structs.HeaderV3Additional, file, structs.V3_LENGTH, "header").compression_type
+    name = _backing_name(file, basic, cluster_size)
+    end = basic.backing_file_offset or cluster_size
+    extensions = dict(_extensions(file, length, min(end, file.size)))
+    _refuse_unknown_features(file, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
+    if basic.crypt_method or structs.ENCRYPTION in extensions:
+        method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
+        raise damaged(
+            file, "crypt_method", structs.field_offset("crypt_method"), f"{method} encryption, which is refused"
+        )
+    if compression not in structs.COMPRESSION_TYPES:
+        raise damaged(file, "compression_type", structs.V3_LENGTH, f"{compression} is neither 0 (zlib) nor 1 (zstd)")
+    header = Header(
+        file=file,
+        version=basic.version,
+        cluster_bits=basic.cluster_bits,
+        size=basic.size,
+        l1_offset=basic.l1_table_offset,
+        l1_size=basic.l1_size,
+        refcount_table_offset=basic.refcount_table_offset,
+        refcount_table_clusters=basic.refcount_table_clusters,
+        compression=structs.COMPRESSION_TYPES[compression],
+        snapshot_count=basic.nb_snapshots,
+        snapshots_offset=basic.snapshots_offset,
+        backing_file=name,
+        backing_format=_text(extensions.get(structs.BACKING_FORMAT)),
+        data_file=_text(extensions.get(structs.DATA_FILE_NAME)),
+        bitmaps=_bitmaps(file, extensions, fields["autoclear"]),
+        unknown_extensions=tuple(sorted(extensions.keys() - _KNOWN_EXTENSIONS)),
+        extensions=extensions,
+        **fields,
+    )
+    _limit(file, "nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)
+    if header.incompatible & structs.EXTERNAL_DATA and not header.data_file:
+        raise damaged(file, "incompatible_features", 72, "an external data file that no header extension names")
+    if header.extended_l2 and cluster_size < 1 << 14:
+        raise damaged(file, "cluster_bits", 20, f"{basic.cluster_bits} is too small for extended L2 entries")
+    return header
+
+
+_KNOWN_EXTENSIONS = {
+    structs.BACKING_FORMAT,
+    structs.FEATURE_NAMES,
+    structs.BITMAPS,
+    structs.ENCRYPTION,
+    structs.DATA_FILE_NAME,
+}
+
+
+def read_snapshots(header: Header) -> Iterator[Snapshot]:
+    """Yields the internal snapshots in the order of their table."""
+    file, at = header.file, header.snapshots_offset
+    for number in range(header.snapshot_count):
+        what = f"snapshot {number}"
+        entry = _parse(structs.SnapshotHeader, file, at, what)
+        if entry.extra_data_size > structs.MAX_SNAPSHOT_EXTRA:
+            raise damaged(file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most")
+        place = at + structs.SnapshotHeader.sizeof()
+        disk_size, vm_state_size = header.size, entry.vm_state_size
+        if entry.extra_data_size >= structs.SnapshotExtra.sizeof():
+            extra = _parse(structs.SnapshotExtra, file, place, what)
+            disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
+        place += entry.extra_data_size
+        names = _bytes(file, place, entry.id_size + entry.name_size, what)
+        yield Snapshot(
+            id=_decode(names[: entry.id_size]),
+            name=_decode(names[entry.id_size :]),
+            l1_offset=entry.l1_table_offset,
+            l1_size=entry.l1_size,
+            disk_size=disk_size,
+            vm_state_size=vm_state_size,
+            date=entry.date_sec,
+            vm_clock_nsec=entry.vm_clock_nsec,
+        )
+        at = -(-(place + len(names)) // 8) * 8
+
+
+def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise damaged(file, name, structs.field_offset(name), f"{value} is not in {least}..{most}")
+
+
+def _parse(struct: Construct[Any, Any], file: File, offset: int, what: str) -> Any:
+    try:
+        return struct.parse(_bytes(file, offset, struct.sizeof(), what))
+    except ConstructError as exc:
+        raise damaged(file, what, offset, "no qcow2 signature") from exc
+
+
+def _bytes(file: File, offset: int, length: int, what: str) -> bytes:
+    if offset + length > file.size:
+        raise damaged(file, what, offset, f"{length} bytes reach past the end of the file ({file.size:#x})")
+    return file.read(offset, length)
+
+
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _text(data: bytes | None) -> str | None:
+    return _decode(data.rstrip(b"\0")) if data else None
+
+
+def _backing_name(file: File, basic: Any, cluster_size: int) -> str | None:
+    offset, length = basic.backing_file_offset, basic.backing_file_size
+    if not offset:
+        return None
+    _limit(file, "backing_file_size", length, 1, structs.MAX_BACKING_NAME)
+    _limit(file, "backing_file_offset", offset, structs.V2_LENGTH, cluster_size - length)
+    return _decode(_bytes(file, offset, length, "backing file name"))
+
+
+def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+    size = structs.Extension.sizeof()
+    for _ in range(structs.MAX_EXTENSIONS):
+        if at + size > end:
+            return
+        extension = _parse(structs.Extension, file, at, "header extension")
+        if extension.type == structs.END:
+            return
+        if extension.length > end - at - size:
+            raise damaged(
+                file, f"header extension {extension.type:#x}", at, f"{extension.length} bytes, {end - at - size} are left"
+            )
+        yield extension.type, file.read(at + size, extension.length)
+        at += size + -(-extension.length // 8) * 8
+    raise damaged(file, "header extensions", at, f"more than {structs.MAX_EXTENSIONS}")
+
+
+def _refuse_unknown_features(file: File, features: int, names: bytes) -> None:
+    unknown = [bit for bit in range(64) if features >> bit & 1 and 1 << bit not in structs.INCOMPATIBLE]
+    if not unknown:
+        return
+    size = structs.FeatureName.sizeof()
+    known = {}
+    for at in range(0, len(names) - size + 1, size):
+        entry = structs.FeatureName.parse(names[at : at + size])
+        if entry.type == 0:
+            known[entry.bit] = _text(entry.name)
+    said = ", ".join(f"bit {bit} ({known[bit]})" if known.get(bit) else f"bit {bit}" for bit in unknown)
+    raise damaged(file, "incompatible_features", structs.field_offset("incompatible_features"), f"unknown {said}")
+
+
+def _bitmaps(file: File, extensions: dict[int, bytes], autoclear: int) -> Any:
+    """Returns the bitmaps extension when it counts: without its autoclear bit, others have changed the image since."""
+    data = extensions.get(structs.BITMAPS)
+    if data is None or not autoclear & structs.BITMAPS_CONSISTENT:
+        return None
+    if len(data) != structs.Bitmaps.sizeof():
+        raise ImageError(f"{file.name}: bitmaps extension: {len(data)} bytes, {structs.Bitmaps.sizeof()} expected")
+    bitmaps = structs.Bitmaps.parse(data)
+    if bitmaps.nb_bitmaps > structs.MAX_BITMAPS or bitmaps.directory_size > structs.MAX_BITMAP_DIRECTORY:
+        raise damaged(
+            file,
+            "bitmaps extension",
+            bitmaps.directory_offset,
+            f"{bitmaps.nb_bitmaps} bitmaps in {bitmaps.directory_size} bytes, {structs.MAX_BITMAPS} at most",
+        )
+    return bitmaps

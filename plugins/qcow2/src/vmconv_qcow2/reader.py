@@ -1,0 +1,295 @@
+"""Reads qcow2 images: L1 and L2 tables into the table of the guest's address space, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.errors import ImageError, UsageError
+from vmconv.extents import Column, Extents, Kind, Kinds
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File
+from vmconv_qcow2 import structs
+from vmconv_qcow2.compression import CompressedClusters
+from vmconv_qcow2.header import Header, Snapshot, damaged, read_header, read_snapshots
+
+# L2 tables are read in slices of this many bytes; each entry needs about ten times its size while it is looked at,
+# and an extended one thirty times that.
+_SLICE = 4 << 20
+_EXTENDED_SLICE = 512 << 10
+
+_Slice = tuple[Kinds, "npt.NDArray[np.int32] | int", Column]
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`, or its internal snapshot of that id or name."""
+    header = read_header(file)
+    size, l1_offset, l1_size = header.size, header.l1_offset, header.l1_size
+    if snapshot is not None:
+        chosen = _snapshot(header, snapshot)
+        size, l1_offset, l1_size = chosen.disk_size, chosen.l1_offset, chosen.l1_size
+    payload = file
+    if header.incompatible & structs.EXTERNAL_DATA:
+        payload = opener.related(file, header.data_file or "", "data file")
+
+    def load_guest() -> Extents:
+        return _Mapper(header, payload, size).table(l1_offset, l1_size)
+
+    def load_parent() -> Image:
+        return opener.parent(file, header.backing_file or "", header.backing_format)
+
+    return Image(
+        "qcow2",
+        file,
+        size,
+        load_guest,
+        load_parent=load_parent if header.backing_file else None,
+        parent_reference=header.backing_file,
+        parent_format=header.backing_format,
+        losses=tuple(_losses(header, snapshot)),
+        warnings=tuple(_warnings(header)),
+        details=lambda: _details(header),
+    )
+
+
+def _snapshot(header: Header, wanted: str) -> Snapshot:
+    """Returns the snapshot of that id, or else of that name, as qemu-img looks for it."""
+    snapshots = list(read_snapshots(header))
+    for found in [s for s in snapshots if s.id == wanted] + [s for s in snapshots if s.name == wanted]:
+        return found
+    have = ", ".join(f"{s.id} ({s.name})" for s in snapshots) or "none"
+    raise UsageError(f"{header.file.name}: no snapshot {wanted!r}", hint=f"its snapshots: {have}")
+
+
+def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
+    if header.bitmaps is not None:
+        yield f"{header.bitmaps.nb_bitmaps} persistent bitmap(s)"
+    others = header.snapshot_count - (snapshot is not None)
+    if others:
+        yield f"{others} internal snapshot(s); --snapshot converts one"
+    for kind in header.unknown_extensions:
+        yield f"unknown header extension {kind:#010x}"
+
+
+def _warnings(header: Header) -> Iterator[str]:
+    name = header.file.name
+    if header.incompatible & structs.CORRUPT:
+        yield f"{name}: marked corrupt by QEMU; what can be read is converted"
+    if header.incompatible & structs.DIRTY:
+        yield f"{name}: was not closed cleanly; its reference counts may be wrong, its content is not affected"
+
+
+def _details(header: Header) -> Mapping[str, Any]:
+    """Returns the facts that qemu-img lists as format specific, under its names."""
+    facts: dict[str, Any] = {"compat": "1.1" if header.version == 3 else "0.10"}
+    facts["compression-type"] = header.compression
+    facts["refcount-bits"] = 1 << header.refcount_order
+    if header.version == 3:
+        facts["lazy-refcounts"] = bool(header.compatible & structs.LAZY_REFCOUNTS)
+        facts["corrupt"] = bool(header.incompatible & structs.CORRUPT)
+        facts["extended-l2"] = header.extended_l2
+    if header.data_file:
+        facts["data-file"] = header.data_file
+        facts["data-file-raw"] = bool(header.autoclear & structs.RAW_EXTERNAL_DATA)
+    if header.bitmaps is not None:
+        facts["bitmaps"] = header.bitmaps.nb_bitmaps
+    return {
+        "cluster-size": header.cluster_size,
+        "dirty-flag": bool(header.incompatible & structs.DIRTY),
+        "snapshots": [
+            {
+                "id": s.id,
+                "name": s.name,
+                "vm-state-size": s.vm_state_size,
+                "date-sec": s.date,
+                "disk-size": s.disk_size,
+            }
+            for s in read_snapshots(header)
+        ],
+        "format-specific": {"type": "qcow2", "data": facts},
+    }
+
+
+def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
+    """Returns the first `needed` offsets of L2 tables, 0 where there is none; every one lies inside the file."""
+    file, bits = header.file, header.cluster_bits
+    if needed * 8 > structs.MAX_L1_BYTES:
+        raise damaged(
+            file, "size", structs.field_offset("size"), f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most"
+        )
+    if size < needed:
+        raise damaged(file, "l1_size", structs.field_offset("l1_size"), f"{size} entries, the disk needs {needed}")
+    if not needed:
+        return np.empty(0, dtype=np.int64)
+    if offset % header.cluster_size or offset + needed * 8 > file.size:
+        raise damaged(
+            file,
+            "l1_table_offset",
+            structs.field_offset("l1_table_offset"),
+            f"{offset:#x} is not the place of {needed * 8} bytes in a file of {file.size:#x}",
+        )
+    raw = np.frombuffer(file.read(offset, needed * 8), dtype=">u8")
+    tables = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
+    _check_tables(header, tables, offset, bits)
+    return tables
+
+
+def _check_tables(header: Header, tables: Column, l1_offset: int, bits: int) -> None:
+    file, cluster = header.file, header.cluster_size
+    bad = (tables != 0) & ((tables & (cluster - 1) != 0) | (tables > file.size - cluster))
+    if bad.any():
+        entry = int(np.flatnonzero(bad)[0])
+        raise damaged(
+            file,
+            f"L1 entry {entry}",
+            l1_offset + entry * 8,
+            f"L2 table at {tables[entry]:#x} is not a cluster of the file ({file.size:#x})",
+        )
+    used = np.sort(tables[tables != 0])
+    twice = used[1:][used[1:] == used[:-1]]
+    if len(twice):
+        entry = int(np.flatnonzero(tables == twice[0])[1])
+        raise damaged(file, f"L1 entry {entry}", l1_offset + entry * 8, f"L2 table at {twice[0]:#x} is used twice")
+
+
+def l2_slices(header: Header, tables: Column) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yields `(first L1 entry, count, bytes of their L2 tables)`; None stands for tables that say nothing.
+
+    Tables that lie together in the file are read together, and holes of the file are not read at all.
+    """
+    cluster = header.cluster_size
+    most = max(1, (_EXTENDED_SLICE if header.extended_l2 else _SLICE) // cluster)
+    breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != cluster)) + 1
+    edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
+    for begin, end in zip(edges, edges[1:], strict=False):
+        if not tables[begin]:
+            yield begin, end - begin, None
+            continue
+        for first in range(begin, end, most):
+            count = min(most, end - first)
+            offset, length = int(tables[first]), count * cluster
+            there = header.file.data_ranges(offset, offset + length)
+            yield first, count, header.file.read(offset, length) if there else None
+
+
+class _Mapper:
+    """Turns the L2 tables under one L1 table into the table of the guest's address space."""
+
+    def __init__(self, header: Header, payload: File, size: int) -> None:
+        self.header = header
+        self.payload = payload
+        self.size = size
+        self.compressed = CompressedClusters(header, size)
+        self.in_data_file = payload is not header.file
+        self.allocated = 0
+
+    def table(self, l1_offset: int, l1_size: int) -> Extents:
+        cluster, entries = self.header.cluster_size, self.header.l2_entries
+        needed = -(-self.size // (cluster * entries))
+        tables = read_l1(self.header, l1_offset, l1_size, needed)
+        unit = cluster // structs.SUBCLUSTERS if self.header.extended_l2 else cluster
+        sources = (self.payload, self.compressed.source)
+        return Extents.from_units(unit, self.size, self._slices(tables, cluster // unit), sources)
+
+    def _slices(self, tables: Column, parts: int) -> Iterator[_Slice | int]:
+        entries = self.header.l2_entries
+        for first, count, data in l2_slices(self.header, tables):
+            if data is None:
+                yield count * entries * parts
+                continue
+            # What lies past the end of the disk is not part of it, whatever the table says.
+            wanted = min(count * entries, -(-self.size // self.header.cluster_size) - first * entries)
+            raw = np.frombuffer(data, dtype=">u8").astype(np.uint64)
+            if self.header.extended_l2:
+                yield self._extended(raw[0::2][:wanted], raw[1::2][:wanted], first * entries)
+            else:
+                yield self._standard(raw[:wanted], first * entries)
+
+    def _standard(self, raw: npt.NDArray[np.uint64], first: int) -> _Slice:
+        """Returns the columns of entries without subclusters, the first of which is guest cluster `first`."""
+        offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
+        special = raw & np.uint64(structs.COMPRESSED | structs.ZERO)
+        if not special.any() and offset.min() > 0:
+            self._check(offset, None, first)
+            return np.full(len(raw), Kind.DATA, dtype=np.uint8), 0, offset
+        kind = np.where(self._is_there(raw, offset), Kind.DATA, Kind.HOLE).astype(np.uint8)
+        kind[special == structs.ZERO] = Kind.ZERO
+        if self.header.version == 2 and (special == structs.ZERO).any():
+            self._refuse(int(np.flatnonzero(special == structs.ZERO)[0]), first, "zero flag in a version 2 image")
+        source = np.zeros(len(raw), dtype=np.int32)
+        packed = (raw & np.uint64(structs.COMPRESSED)) != 0
+        self._check(offset, (kind == Kind.DATA) & ~packed, first)
+        if packed.any():
+            kind[packed], source[packed] = Kind.DATA, 1
+            offset[packed] = self._add_compressed(raw, packed, first)
+        return kind, source, offset
+
+    def _extended(self, raw: npt.NDArray[np.uint64], bitmap: npt.NDArray[np.uint64], first: int) -> _Slice:
+        """Returns the columns of extended entries, one for each subcluster."""
+        offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
+        packed = (raw & np.uint64(structs.COMPRESSED)) != 0
+        bits = np.unpackbits(bitmap.astype("<u8").view(np.uint8), bitorder="little").reshape(-1, 2, structs.SUBCLUSTERS)
+        allocated, zero = bits[:, 0] != 0, bits[:, 1] != 0
+        bad = (allocated & zero).any(axis=1) | (allocated.any(axis=1) & ~self._is_there(raw, offset) & ~packed)
+        if bad.any():
+            self._refuse(int(np.flatnonzero(bad)[0]), first, "subcluster bitmap contradicts itself")
+        if (packed & (bitmap != 0)).any():
+            self._refuse(int(np.flatnonzero(packed & (bitmap != 0))[0]), first, "compressed cluster with a bitmap")
+        self._check(offset, allocated.any(axis=1) & ~packed, first)
+        kind = np.where(allocated, Kind.DATA, np.where(zero, Kind.ZERO, Kind.HOLE)).astype(np.uint8)
+        source = np.zeros(kind.shape, dtype=np.int32)
+        unit = self.header.cluster_size // structs.SUBCLUSTERS
+        if packed.any():
+            kind[packed], source[packed] = Kind.DATA, 1
+            offset[packed] = self._add_compressed(raw, packed, first)
+        place = offset[:, np.newaxis] + np.arange(structs.SUBCLUSTERS, dtype=np.int64) * unit
+        # The last subclusters of the file may be missing from it: they were never written.
+        limit = self.payload.size
+        kind[(kind == Kind.DATA) & (source == 0) & (place >= limit)] = Kind.ZERO
+        return kind.reshape(-1), source.reshape(-1), place.reshape(-1)
+
+    def _is_there(self, raw: npt.NDArray[np.uint64], offset: Column) -> npt.NDArray[np.bool_]:
+        """True where a cluster is allocated: in a data file, offset 0 is a place like any other."""
+        if self.in_data_file:
+            return (offset != 0) | ((raw & np.uint64(structs.COPIED)) != 0)
+        return offset != 0
+
+    def _check(self, offset: Column, chosen: npt.NDArray[np.bool_] | None, first: int) -> None:
+        """Raises `ImageError` unless the chosen offsets are clusters that begin inside the file of the payload."""
+        size, cluster = self.payload.size, self.header.cluster_size
+        bad = (offset & (cluster - 1) != 0) | (offset >= size)
+        if chosen is not None:
+            bad &= chosen
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            where = f"payload at {offset[entry]:#x}"
+            if offset[entry] % cluster:
+                self._refuse(entry, first, f"{where} is not aligned to the cluster size ({cluster:#x})")
+            self._refuse(entry, first, f"{where} lies past the end of {self.payload.name} ({size:#x})")
+        self.allocated += len(offset) if chosen is None else int(chosen.sum())
+        if self.allocated > -(-size // cluster):
+            raise ImageError(
+                f"{self.header.file.name}: L2 tables: more than {self.allocated - 1} clusters are allocated, "
+                f"the file has room for {-(-size // cluster)}"
+            )
+
+    def _add_compressed(self, raw: npt.NDArray[np.uint64], packed: npt.NDArray[np.bool_], first: int) -> Column:
+        if self.in_data_file:
+            self._refuse(int(np.flatnonzero(packed)[0]), first, "compressed cluster in an image with a data file")
+        guest = np.flatnonzero(packed) + first
+        bad = self.compressed.add(guest, raw[packed])
+        if bad is not None:
+            self._refuse(bad - first, first, f"compressed data lies past the end of the file ({self.header.file.size:#x})")
+        return guest * self.header.cluster_size
+
+    def _refuse(self, entry: int, first: int, problem: str) -> None:
+        cluster = first + entry
+        address = cluster * self.header.cluster_size
+        l1, l2 = divmod(cluster, self.header.l2_entries)
+        raise ImageError(f"{self.header.file.name}: L2 entry {l2} of table {l1} (guest address {address:#x}): {problem}")
+
+

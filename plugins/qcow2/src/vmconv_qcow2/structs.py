@@ -1,0 +1,135 @@
+"""The structures of a qcow2 image, in the order of the specification (QEMU, docs/interop/qcow2.txt).
+
+    cluster 0       Header, header extensions, backing file name
+    anywhere        refcount table -> refcount blocks: how often each cluster of the file is used
+    anywhere        L1 table -> L2 tables: guest cluster -> cluster of the file
+    anywhere        snapshot table, bitmap directory, data clusters
+
+All numbers are big-endian. Tables are numpy's business, see the reader and the writer.
+"""
+
+from __future__ import annotations
+
+from construct import Bytes, Const, Int8ub, Int16ub, Int32ub, Int64ub, Padding, Struct
+
+MAGIC = b"QFI\xfb"
+
+# Header
+
+HeaderV2 = Struct(
+    "magic" / Const(MAGIC),
+    "version" / Int32ub,
+    "backing_file_offset" / Int64ub,
+    "backing_file_size" / Int32ub,
+    "cluster_bits" / Int32ub,
+    "size" / Int64ub,
+    "crypt_method" / Int32ub,
+    "l1_size" / Int32ub,
+    "l1_table_offset" / Int64ub,
+    "refcount_table_offset" / Int64ub,
+    "refcount_table_clusters" / Int32ub,
+    "nb_snapshots" / Int32ub,
+    "snapshots_offset" / Int64ub,
+)
+
+HeaderV3 = Struct(
+    "incompatible_features" / Int64ub,
+    "compatible_features" / Int64ub,
+    "autoclear_features" / Int64ub,
+    "refcount_order" / Int32ub,
+    "header_length" / Int32ub,
+)
+
+HeaderV3Additional = Struct("compression_type" / Int8ub, Padding(7))
+
+V2_LENGTH = 72
+V3_LENGTH = 104
+V3_FULL_LENGTH = 112
+
+
+def field_offset(name: str) -> int:
+    """Returns the byte offset of a header field, for error messages."""
+    at = 0
+    for part in (HeaderV2, HeaderV3, HeaderV3Additional):
+        for subcon in part.subcons:
+            if subcon.name == name:
+                return at
+            at += subcon.sizeof()
+    raise KeyError(name)
+
+
+DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
+INCOMPATIBLE = {
+    DIRTY: "dirty",
+    CORRUPT: "corrupt",
+    EXTERNAL_DATA: "external data file",
+    COMPRESSION: "compression type",
+    EXTENDED_L2: "extended L2 entries",
+}
+LAZY_REFCOUNTS = 1
+BITMAPS_CONSISTENT, RAW_EXTERNAL_DATA = 1, 2
+
+CRYPT_METHODS = {1: "AES", 2: "LUKS"}
+COMPRESSION_TYPES = {0: "zlib", 1: "zstd"}
+
+# Header extensions
+
+Extension = Struct("type" / Int32ub, "length" / Int32ub)
+
+END = 0x00000000
+BACKING_FORMAT = 0xE2792ACA
+FEATURE_NAMES = 0x6803F857
+BITMAPS = 0x23852875
+ENCRYPTION = 0x0537BE77
+DATA_FILE_NAME = 0x44415441
+
+FeatureName = Struct("type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
+
+Bitmaps = Struct("nb_bitmaps" / Int32ub, Padding(4), "directory_size" / Int64ub, "directory_offset" / Int64ub)
+
+# Cluster mapping: L1 and L2 entries
+
+OFFSET_MASK = 0x00FFFFFFFFFFFE00
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+ZERO = 1
+SUBCLUSTERS = 32
+
+# Snapshots
+
+SnapshotHeader = Struct(
+    "l1_table_offset" / Int64ub,
+    "l1_size" / Int32ub,
+    "id_size" / Int16ub,
+    "name_size" / Int16ub,
+    "date_sec" / Int32ub,
+    "date_nsec" / Int32ub,
+    "vm_clock_nsec" / Int64ub,
+    "vm_state_size" / Int32ub,
+    "extra_data_size" / Int32ub,
+)
+
+SnapshotExtra = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub)
+
+# Bitmap directory
+
+BitmapEntry = Struct(
+    "table_offset" / Int64ub,
+    "table_size" / Int32ub,
+    "flags" / Int32ub,
+    "type" / Int8ub,
+    "granularity_bits" / Int8ub,
+    "name_size" / Int16ub,
+    "extra_data_size" / Int32ub,
+)
+
+# Limits that QEMU has too: no number of an image decides alone how much memory is used.
+
+MAX_L1_BYTES = 32 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MAX_BACKING_NAME = 1023
+MAX_EXTENSIONS = 64
+MAX_SNAPSHOTS = 65536
+MAX_SNAPSHOT_EXTRA = 1024
+MAX_BITMAPS = 65535
+MAX_BITMAP_DIRECTORY = MAX_BITMAPS * 1024

@@ -1,0 +1,329 @@
+"""Writes qcow2 images: a pure function from the guest's table to the table of the output file.
+
+    header | refcount table | refcount blocks | L1 table | L2 tables | payload
+
+Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The large
+tables (L2, refcounts) are computed when they are written, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vmconv import blocks
+from vmconv.errors import PlanError
+from vmconv.extents import Column, Columns, Extents, Kind, cut, spread
+from vmconv.image import Image
+from vmconv.layout import Backing, Layout, OutFile, Placement
+from vmconv.sources import Blob, Source
+from vmconv_qcow2 import structs
+from vmconv_qcow2.options import Options
+
+
+class _Output(Source):
+    """The address space of the output file, for tables that say where in it a cluster goes."""
+
+    name = "output"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("the output is being planned")
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Sizes and places of the metadata, bytes: each begins at a cluster."""
+
+    l1_entries: int
+    l2_tables: Column
+    refcount_blocks: int
+    refcount_table: int
+    first_block: int
+    l1: int
+    l2: int
+    end: int
+
+
+def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
+    """Returns the layout of a qcow2 image; raises `PlanError` when the disk is too large for its cluster size."""
+    return _Writer(image, options, placement, backing).layout()
+
+
+class _Writer:
+    def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
+        self.options = options
+        self.cluster = options.cluster_size
+        self.backing = backing
+        self.modulus = placement.modulus
+        self.entry_size = 16 if options.extended_l2 else 8
+        self.entries = self.cluster // self.entry_size
+        self.unit = self.cluster // structs.SUBCLUSTERS if options.extended_l2 else self.cluster
+        # A disk is whole sectors.
+        self.size = -(-image.size // 512) * 512
+        table = blocks.padded(image.guest if backing else image.flat, self.cluster)
+        if backing and image.parent:
+            table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
+        self.guest = table
+        self.runs = blocks.whole_blocks(table, self.cluster)
+        self.allocated = self.runs.kind == Kind.DATA
+        # Version 2 has no clusters that read as zero: hiding the parent takes real ones, which are holes in the file.
+        if backing and options.version == 2:
+            self.allocated |= self.runs.kind == Kind.ZERO
+        self.mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
+
+    def layout(self) -> Layout:
+        payload = self.runs.take(self.allocated)
+        tables, placed = self._arrange(payload)
+        end = max(tables.end, placed.end)
+        runs = payload.take(placed.run)
+        length = runs.count * self.cluster
+        rows, row_length = cut(self.guest, runs.first * self.cluster, length, placed.offset)
+        file = self._file(tables, runs, placed.offset, end)
+        metadata = [(offset, blob) for offset, blob in file if blob.size]
+        sources = (*self.guest.sources, *(blob for _, blob in metadata))
+        first = len(self.guest.sources)
+        blobs = Columns(
+            np.array([offset for offset, _ in metadata], dtype=np.int64),
+            np.full(len(metadata), Kind.DATA, dtype=np.uint8),
+            np.arange(first, first + len(metadata), dtype=np.int32),
+            np.zeros(len(metadata), dtype=np.int64),
+        )
+        blob_length = np.array([blob.size for _, blob in metadata], dtype=np.int64)
+        both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
+        data = both.kind == Kind.DATA
+        # The file ends with its last byte of data: readers take what is missing of a cluster for zeros, and the end
+        # of a source can be shared as the end of the target.
+        size = max(tables.end, int((both.start + both_length)[data].max()))
+        inside = both.start < size
+        both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
+        return Layout((OutFile(Extents.placed(size, both, both_length, sources)),))
+
+    # -- where everything goes
+
+    def _arrange(self, payload: blocks.Runs) -> tuple[_Tables, blocks.Placed]:
+        """Returns places for metadata and payload; how many refcounts there are depends on both, and they on it."""
+        size = self.guest.size
+        l1_entries = -(-size // (self.cluster * self.entries))
+        if l1_entries * 8 > structs.MAX_L1_BYTES:
+            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes, {structs.MAX_L1_BYTES} at most")
+        l2_tables = _l1_indices(self.runs.take(self.mapped), self.entries)
+        align = max(self.cluster, self.modulus)
+        blocks_needed = 0
+        while True:
+            tables = self._tables(l1_entries, l2_tables, blocks_needed)
+            base = -(-tables.end // align) * align
+            placed = blocks.place(self.guest, payload, self.cluster, base, self.modulus)
+            total = -(-max(tables.end, placed.end) // self.cluster)
+            per_block = self.cluster * 8 // self.options.refcount_bits
+            if -(-total // per_block) <= blocks_needed:
+                return tables, placed
+            blocks_needed = -(-total // per_block)
+            if blocks_needed * 8 > structs.MAX_REFCOUNT_TABLE_BYTES:
+                self._refuse_size(
+                    f"a refcount table of {blocks_needed * 8} bytes, {structs.MAX_REFCOUNT_TABLE_BYTES} at most"
+                )
+
+    def _tables(self, l1_entries: int, l2_tables: Column, refcount_blocks: int) -> _Tables:
+        cluster = self.cluster
+        first_block = cluster + -(-refcount_blocks * 8 // cluster) * cluster
+        l1 = first_block + refcount_blocks * cluster
+        l2 = l1 + -(-l1_entries * 8 // cluster) * cluster
+        end = l2 + len(l2_tables) * cluster
+        return _Tables(l1_entries, l2_tables, refcount_blocks, cluster, first_block, l1, l2, end)
+
+    def _refuse_size(self, problem: str) -> None:
+        raise PlanError(
+            f"qcow2 with clusters of {self.cluster} bytes cannot hold {self.size} bytes: needs {problem}",
+            hint=f"use larger clusters, such as -o cluster_size={min(self.cluster * 16, 2 << 20)}",
+        )
+
+    # -- what the metadata says
+
+    def _file(self, tables: _Tables, runs: blocks.Runs, offset: Column, end: int) -> list[tuple[int, Blob]]:
+        """Returns the metadata of the file and its places."""
+        cluster = self.cluster
+        used_to = -(-end // cluster) * cluster
+        output = _Output(used_to)
+        whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.count * cluster])
+        used = _windows(whole[0], whole[1], whole[0], output, used_to)
+        host = self._host(runs, offset, output)
+        l1 = np.zeros(tables.l1_entries, dtype=">u8")
+        l2_places = tables.l2 + np.arange(len(tables.l2_tables), dtype=np.int64) * cluster
+        l1[tables.l2_tables] = l2_places | np.int64(-structs.COPIED)
+        block_places = tables.first_block + np.arange(tables.refcount_blocks, dtype=np.int64) * cluster
+        return [
+            (0, Blob("header", self._header(tables))),
+            (tables.refcount_table, Blob("refcount table", block_places.astype(">u8").tobytes())),
+            (tables.first_block, self._refcounts(used, tables.refcount_blocks)),
+            (tables.l1, Blob("L1 table", l1.tobytes())),
+            (tables.l2, self._l2(host, tables.l2_tables)),
+        ]
+
+    def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
+        """Returns the table of the guest's clusters whose windows are their places in the output file."""
+        length = runs.count * self.cluster
+        host = _windows(runs.first * self.cluster, length, offset, output, self.guest.size, Kind.HOLE)
+        if not self.backing:
+            return host
+        zero = self.runs.take((self.runs.kind == Kind.ZERO) & ~self.allocated)
+        zeros = Extents.filled(self.guest.size)
+        return host.replaced(zeros, zero.first * self.cluster, zero.count * self.cluster) if len(zero.first) else host
+
+    def _header(self, tables: _Tables) -> bytes:
+        options, backing = self.options, self.backing
+        extensions = b""
+        name = b""
+        if backing:
+            name = backing.reference.encode("utf-8", "surrogateescape")
+            extensions += _extension(structs.BACKING_FORMAT, backing.format.encode())
+        extensions += _extension(structs.END, b"")
+        length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
+        name_offset = length + len(extensions)
+        if len(name) > structs.MAX_BACKING_NAME or name_offset + len(name) > self.cluster:
+            raise PlanError(f"backing file name of {len(name)} bytes does not fit into the header cluster")
+        fields: dict[str, Any] = {
+            "version": options.version,
+            "backing_file_offset": name_offset if name else 0,
+            "backing_file_size": len(name),
+            "cluster_bits": self.cluster.bit_length() - 1,
+            "size": self.size,
+            "crypt_method": 0,
+            "l1_size": tables.l1_entries,
+            "l1_table_offset": tables.l1,
+            "refcount_table_offset": tables.refcount_table,
+            "refcount_table_clusters": (tables.first_block - tables.refcount_table) // self.cluster,
+            "nb_snapshots": 0,
+            "snapshots_offset": 0,
+        }
+        header = structs.HeaderV2.build(fields)
+        if options.version == 3:
+            header += structs.HeaderV3.build(
+                {
+                    "incompatible_features": structs.EXTENDED_L2 if options.extended_l2 else 0,
+                    "compatible_features": structs.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+                    "autoclear_features": 0,
+                    "refcount_order": options.refcount_bits.bit_length() - 1,
+                    "header_length": length,
+                }
+            )
+            header += structs.HeaderV3Additional.build({"compression_type": 0})
+        return header + extensions + name
+
+    def _refcounts(self, used: Extents, count: int) -> Blob:
+        """Returns all refcount blocks: 1 for each cluster of the file that is used."""
+        bits, cluster = self.options.refcount_bits, self.cluster
+
+        def compute(offset: int, length: int) -> bytes:
+            first = offset * 8 // bits
+            n = length * 8 // bits
+            kind, _, _ = used.units(cluster, first, n)
+            ones = kind == Kind.DATA
+            if bits >= 8:
+                return ones.astype(f">u{bits // 8}").tobytes()
+            spread = np.zeros((n, bits), dtype=np.uint8)
+            spread[:, 0] = ones
+            return np.packbits(spread, bitorder="little").tobytes()
+
+        return Blob("refcount blocks", _by_words(compute), count * cluster)
+
+    def _l2(self, host: Extents, indices: Column) -> Blob:
+        """Returns all L2 tables, end to end, of the given entries of the L1 table."""
+        shape = self._shape() if self.options.extended_l2 else None
+
+        def compute(offset: int, length: int) -> bytes:
+            parts = []
+            end = offset + length
+            while offset < end:
+                number, skip = divmod(offset, self.cluster)
+                # Tables of neighbouring parts of the guest are computed together.
+                together = _neighbours(indices, number, -(-(skip + end - offset) // self.cluster))
+                step = min(end - offset, together * self.cluster - skip)
+                first = int(indices[number]) * self.entries + skip // self.entry_size
+                parts.append(self._entries(host, shape, first, step // self.entry_size))
+                offset += step
+            return b"".join(parts)
+
+        return Blob("L2 tables", _by_words(compute, self.entry_size), len(indices) * self.cluster)
+
+    def _entries(self, host: Extents, shape: Extents | None, first: int, count: int) -> bytes:
+        kind, _, offset = host.units(self.cluster, first, count)
+        data = kind == Kind.DATA
+        if data.all():
+            entry = offset | np.int64(-structs.COPIED)
+        else:
+            entry = np.where(data, offset | np.int64(-structs.COPIED), 0)
+            if shape is None:
+                entry[kind == Kind.ZERO] = structs.ZERO
+        if shape is None:
+            return entry.astype(">i8").tobytes()
+        n = structs.SUBCLUSTERS
+        kinds, _, _ = shape.units(self.unit, first * n, count * n)
+        bits = np.stack([kinds.reshape(-1, n) == Kind.DATA, kinds.reshape(-1, n) == Kind.ZERO], axis=1)
+        if not self.backing:
+            # Nothing lies below that would have to be hidden.
+            bits[:, 1] = False
+        bitmap = np.packbits(bits.reshape(count, -1), axis=1, bitorder="little").view("<u8").reshape(-1)
+        return np.stack([entry.astype(">i8").view(">u8"), bitmap.astype(">u8")], axis=1).tobytes()
+
+    def _shape(self) -> Extents:
+        """Returns the table of subclusters: which are DATA, ZERO or left to the parent."""
+        runs = blocks.whole_blocks(self.guest, self.unit)
+        rows = Columns(
+            runs.first * self.unit,
+            runs.kind,
+            np.zeros(len(runs.first), dtype=np.int32),
+            runs.first * self.unit,
+        )
+        return Extents(self.guest.size, rows, [_Output(self.guest.size)])
+
+
+def _windows(
+    start: Column, length: Column, offset: Column, source: Source, size: int, rest: Kind = Kind.ZERO
+) -> Extents:
+    """Returns a table with windows onto `source` and `rest` between them."""
+    order = np.argsort(start, kind="stable")
+    start, length, offset = start[order], length[order], offset[order]
+    there = length > 0
+    start, length, offset = start[there], length[there], offset[there]
+    zero = np.zeros(len(start), dtype=np.int32)
+    rows = Columns(start, np.full(len(start), Kind.DATA, dtype=np.uint8), zero, offset)
+    table = Extents.placed(size, rows, length, [source])
+    if rest == Kind.ZERO:
+        return table
+    kind = np.where(table.kind == Kind.ZERO, np.uint8(rest), table.kind)
+    return Extents(size, table.columns._replace(kind=kind), [source])
+
+
+def _l1_indices(runs: blocks.Runs, entries: int) -> Column:
+    """Returns the entries of the L1 table that need an L2 table, in order."""
+    low, high = runs.first // entries, (runs.first + runs.count - 1) // entries
+    run, place = spread(high - low + 1)
+    return np.unique(low[run] + place)
+
+
+def _neighbours(indices: Column, first: int, most: int) -> int:
+    """Returns how many of the numbers from place `first` on follow each other, `most` at most."""
+    some = indices[first : first + most]
+    gaps = np.flatnonzero(np.diff(some) != 1)
+    return int(gaps[0]) + 1 if len(gaps) else len(some)
+
+
+def _extension(kind: int, data: bytes) -> bytes:
+    padding = bytes(-len(data) % 8)
+    return structs.Extension.build({"type": kind, "length": len(data)}) + data + padding
+
+
+def _by_words(compute: Any, word: int = 8) -> Any:
+    """Returns a blob's reader for ranges that need not begin and end with a word of the table."""
+
+    def read(offset: int, length: int) -> bytes:
+        low, high = offset // word * word, -(-(offset + length) // word) * word
+        data: bytes = compute(low, high - low)
+        return data if len(data) == length else data[offset - low : offset - low + length]
+
+    return read

@@ -1,0 +1,36 @@
+"""Raw disks for vmconv: a file that is the disk, byte for byte, with holes where it reads as zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Raw(Format):
+    name = "raw"
+    title = "raw disk"
+    suffixes = (".raw", ".img", ".dd")
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_raw.reader import read
+
+        return read(file, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_raw.writer import write
+
+        return write(image)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Raw()]

@@ -1,0 +1,11 @@
+"""Writes a raw disk: the output file is the guest's address space itself."""
+
+from __future__ import annotations
+
+from vmconv.image import Image
+from vmconv.layout import Layout, OutFile
+
+
+def write(image: Image) -> Layout:
+    """Returns the layout whose only file is the disk; offsets are the guest's, so every placement is kept."""
+    return Layout((OutFile(image.flat),))
