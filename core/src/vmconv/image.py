@@ -17,7 +17,7 @@ class Image:
     """One layer of a disk: `size` bytes for the guest, held in `file`, on top of `parent` when there is one.
 
     What costs time is done when it is asked for: `load_guest` reads the allocation tables, `load_parent` opens the
-    next layer. `metadata` are the fields of `Disk` that the image states, besides size and parent. `losses` say in
+    next layer. `load_places` is for formats that set space aside, see `places`. `metadata` are the fields of `Disk` that the image states, besides size and parent. `losses` say in
     words what the image holds that no conversion carries over; `warnings` what its user should know about its health.
     `details` are the format's own facts, for people and for `info`.
     """
@@ -29,6 +29,7 @@ class Image:
         size: int,
         load_guest: Callable[[], Extents],
         *,
+        load_places: Callable[[], Extents] | None = None,
         load_parent: Callable[[], Image] | None = None,
         parent_reference: str | None = None,
         parent_format: str | None = None,
@@ -46,6 +47,7 @@ class Image:
         self.parent_reference = parent_reference
         self.parent_format = parent_format
         self._load_guest = load_guest
+        self._load_places = load_places
         self._load_parent = load_parent
         self._details = details
 
@@ -56,6 +58,11 @@ class Image:
         if table.size != self.size:
             raise ValueError(f"{self.format_name} reader: table of {table.size} bytes for a disk of {self.size}")
         return table
+
+    @cached_property
+    def places(self) -> Extents:
+        """The own table for maps: rows that are not DATA are windows onto `Reserved` where space is set aside for them."""
+        return self._load_places() if self._load_places else self.guest
 
     @cached_property
     def parent(self) -> Image | None:

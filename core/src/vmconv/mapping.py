@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vmconv.extents import Columns, Extents, Kind, on_storage
+import numpy as np
+
+from vmconv.extents import Columns, Extents, Kind, Row, on_storage
 from vmconv.image import Image
-from vmconv.sources import Decoded, File, Source
+from vmconv.sources import Decoded, File, Reserved, Source
 
 
 @dataclass(frozen=True)
@@ -57,41 +61,66 @@ class _Layer(Source):
 def map_rows(image: Image) -> Iterator[MapRow]:
     """Yields the rows of the whole disk in order."""
     depths: dict[int, int] = {}
-    table: Extents | None = None
-    last = 0
+    holey: dict[int, bool] = {}
+    table = Extents.filled(image.size, Kind.HOLE)
+    sizes = []
     for depth, layer in enumerate(image.chain()):
+        sizes.append(layer.size)
         marked = _with_marks(layer, depth)
         for source in marked.sources:
             depths.setdefault(id(source), depth)
-        table = marked if table is None else table.over(marked)
-        last = depth
-    assert table is not None
+        holey[id(layer.file)] = _is_holey(layer.file)
+        table = table.over(marked)
     for row in table:
         source = row.source
         if source is None:
-            yield MapRow(row.start, row.length, last, False, True, False, None, None)
-        elif isinstance(source, _Layer):
-            yield MapRow(row.start, row.length, source.depth, True, True, False, None, None)
+            yield from _absent_rows(row, sizes)
+            continue
+        depth = depths[id(source)]
+        if isinstance(source, _Layer):
+            yield MapRow(row.start, row.length, depth, True, True, False, None, None)
+        elif isinstance(source, Reserved):
+            yield MapRow(row.start, row.length, depth, source.hides, True, False, row.offset, source.file.path)
+        elif isinstance(source, File) and holey.get(id(source)):
+            yield from _file_rows(row, source, depth)
         elif isinstance(source, File):
-            yield from _file_rows(row.start, row.length, source, row.offset, depths[id(source)])
+            yield MapRow(row.start, row.length, depth, True, False, True, row.offset, source.path)
         else:
             name = source.file.path if isinstance(source, Decoded) else None
-            yield MapRow(row.start, row.length, depths[id(source)], True, False, True, None, name)
+            yield MapRow(row.start, row.length, depth, True, False, True, None, name)
 
 
-def _file_rows(start: int, length: int, file: File, offset: int, depth: int) -> Iterator[MapRow]:
-    for piece in on_storage(file).window(offset, length):
+def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
+    """Yields what no layer says anything of; it is found missing in the last layer that is long enough to be asked."""
+    edges = sorted({row.start, row.end, *(size for size in sizes if row.start < size < row.end)})
+    for start, end in itertools.pairwise(edges):
+        depth = len(list(itertools.takewhile(lambda size, start=start: size > start, sizes))) - 1  # type: ignore[misc]
+        yield MapRow(start, end - start, depth, False, True, False, None, None)
+
+
+def _is_holey(file: File) -> bool:
+    """True when so much of a file is holes that its payload must be too; QEMU looks no closer at others, nor do we."""
+    return not file.is_device and os.fstat(file.descriptor).st_blocks * 512 * 10 // 9 < file.size
+
+
+def _file_rows(row: Row, file: File, depth: int) -> Iterator[MapRow]:
+    for piece in on_storage(file).window(row.offset, row.length):
         zero = piece.kind != Kind.DATA
-        yield MapRow(
-            start + piece.start, piece.length, depth, True, zero, True, offset + piece.start, file.path
-        )
+        start, offset = row.start + piece.start, row.offset + piece.start
+        yield MapRow(start, piece.length, depth, True, zero, True, offset, file.path)
 
 
 def _with_marks(layer: Image, depth: int) -> Extents:
-    """Returns the layer's table with its ZERO rows as windows onto a mark, which stacking keeps."""
-    table = layer.guest
+    """Returns the layer's table of places with its ZERO rows as windows onto a mark, which stacking keeps.
+
+    In the last layer, space set aside for nothing is a place too; above, what the parent says there is what counts.
+    """
+    table = layer.places
     mark = _Layer(depth, table.size)
     zero = table.kind == Kind.ZERO
     kind, source, offset = table.kind.copy(), table.source.copy(), table.offset.copy()
     kind[zero], source[zero], offset[zero] = Kind.DATA, len(table.sources), table.start[zero]
+    if layer.parent is not None:
+        idle = [i for i, s in enumerate(table.sources) if isinstance(s, Reserved) and not s.hides]
+        kind[np.isin(source, idle) & (kind == Kind.DATA)] = Kind.HOLE
     return Extents(table.size, Columns(table.start, kind, source, offset), [*table.sources, mark])

@@ -147,3 +147,19 @@ class Decoded(Source):
         data = b"".join(self._decode(index) for index in range(first, last + 1))
         skip = offset - first * self.unit
         return data if len(data) == length else data[skip : skip + length]
+
+
+class Reserved(Source):
+    """Space that an image has set aside in `file` without using it: a place, for maps; what is read there is zero.
+
+    `hides` is whether the guest sees zeros there, or else what the parent says.
+    """
+
+    def __init__(self, file: File, *, hides: bool) -> None:
+        self.name = file.name
+        self.file = file
+        self.size = 1 << 62
+        self.hides = hides
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)

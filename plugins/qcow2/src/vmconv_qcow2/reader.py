@@ -12,7 +12,7 @@ from vmconv.errors import ImageError, UsageError
 from vmconv.extents import Column, Extents, Kind, Kinds
 from vmconv.image import Image
 from vmconv.opener import Opener
-from vmconv.sources import File
+from vmconv.sources import File, Reserved, Source
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
 from vmconv_qcow2.header import Header, Snapshot, damaged, read_header, read_snapshots
@@ -39,6 +39,9 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     def load_guest() -> Extents:
         return _Mapper(header, payload, size).table(l1_offset, l1_size)
 
+    def load_places() -> Extents:
+        return _Mapper(header, payload, size, places=True).table(l1_offset, l1_size)
+
     def load_parent() -> Image:
         return opener.parent(file, header.backing_file or "", header.backing_format)
 
@@ -47,6 +50,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         size,
         load_guest,
+        load_places=load_places,
         load_parent=load_parent if header.backing_file else None,
         parent_reference=header.backing_file,
         parent_format=header.backing_format,
@@ -176,11 +180,19 @@ def l2_slices(header: Header, tables: Column) -> Iterator[tuple[int, int, bytes 
             yield first, count, header.file.read(offset, length) if there else None
 
 
-class _Mapper:
-    """Turns the L2 tables under one L1 table into the table of the guest's address space."""
+_COMPRESSED, _ZEROED, _IDLE = 1, 2, 3
+"""Sources of a table, after the file of the payload: compressed clusters, and space set aside, for maps."""
 
-    def __init__(self, header: Header, payload: File, size: int) -> None:
+
+class _Mapper:
+    """Turns the L2 tables under one L1 table into the table of the guest's address space.
+
+    With `places`, clusters that are allocated but not used are windows onto `Reserved`.
+    """
+
+    def __init__(self, header: Header, payload: File, size: int, *, places: bool = False) -> None:
         self.header = header
+        self.places = places
         self.payload = payload
         self.size = size
         self.compressed = CompressedClusters(header, size)
@@ -192,7 +204,9 @@ class _Mapper:
         needed = -(-self.size // (cluster * entries))
         tables = read_l1(self.header, l1_offset, l1_size, needed)
         unit = cluster // structs.SUBCLUSTERS if self.header.extended_l2 else cluster
-        sources = (self.payload, self.compressed.source)
+        sources: list[Source] = [self.payload, self.compressed.source]
+        if self.places:
+            sources += [Reserved(self.payload, hides=True), Reserved(self.payload, hides=False)]
         return Extents.from_units(unit, self.size, self._slices(tables, cluster // unit), sources)
 
     def _slices(self, tables: Column, parts: int) -> Iterator[_Slice | int]:
@@ -224,8 +238,11 @@ class _Mapper:
         packed = (raw & np.uint64(structs.COMPRESSED)) != 0
         self._check(offset, (kind == Kind.DATA) & ~packed, first)
         if packed.any():
-            kind[packed], source[packed] = Kind.DATA, 1
+            kind[packed], source[packed] = Kind.DATA, _COMPRESSED
             offset[packed] = self._add_compressed(raw, packed, first)
+        if self.places:
+            reserved = (kind == Kind.ZERO) & (offset != 0)
+            kind[reserved], source[reserved] = Kind.DATA, _ZEROED
         return kind, source, offset
 
     def _extended(self, raw: npt.NDArray[np.uint64], bitmap: npt.NDArray[np.uint64], first: int) -> _Slice:
@@ -244,12 +261,17 @@ class _Mapper:
         source = np.zeros(kind.shape, dtype=np.int32)
         unit = self.header.cluster_size // structs.SUBCLUSTERS
         if packed.any():
-            kind[packed], source[packed] = Kind.DATA, 1
+            kind[packed], source[packed] = Kind.DATA, _COMPRESSED
             offset[packed] = self._add_compressed(raw, packed, first)
         place = offset[:, np.newaxis] + np.arange(structs.SUBCLUSTERS, dtype=np.int64) * unit
         # The last subclusters of the file may be missing from it: they were never written.
         limit = self.payload.size
         kind[(kind == Kind.DATA) & (source == 0) & (place >= limit)] = Kind.ZERO
+        if self.places:
+            there = (offset != 0)[:, np.newaxis]
+            for what, index in ((Kind.ZERO, _ZEROED), (Kind.HOLE, _IDLE)):
+                reserved = (kind == what) & there
+                kind[reserved], source[reserved] = Kind.DATA, index
         return kind.reshape(-1), source.reshape(-1), place.reshape(-1)
 
     def _is_there(self, raw: npt.NDArray[np.uint64], offset: Column) -> npt.NDArray[np.bool_]:

@@ -229,7 +229,9 @@ class _Writer:
             spread[:, 0] = ones
             return np.packbits(spread, bitorder="little").tobytes()
 
-        return Blob("refcount blocks", _by_words(compute), count * cluster)
+        # The counts of clusters past the end of the file are zero, as is what is not written.
+        needed = -(-used.size // cluster * bits // 64) * 8
+        return Blob("refcount blocks", _by_words(compute), min(needed, count * cluster))
 
     def _l2(self, host: Extents, indices: Column) -> Blob:
         """Returns all L2 tables, end to end, of the given entries of the L1 table."""
@@ -268,7 +270,9 @@ class _Writer:
             # Nothing lies below that would have to be hidden.
             bits[:, 1] = False
         bitmap = np.packbits(bits.reshape(count, -1), axis=1, bitorder="little").view("<u8").reshape(-1)
-        return np.stack([entry.astype(">i8").view(">u8"), bitmap.astype(">u8")], axis=1).tobytes()
+        both = np.empty((count, 2), dtype=">u8")
+        both[:, 0], both[:, 1] = entry.view(np.uint64), bitmap
+        return both.tobytes()
 
     def _shape(self) -> Extents:
         """Returns the table of subclusters: which are DATA, ZERO or left to the parent."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vmconv.errors import ImageError
-from vmconv.extents import Extents, on_storage
+from vmconv.extents import Columns, Extents, Kind, on_storage
 from vmconv.image import Image
-from vmconv.sources import File
+from vmconv.sources import File, Reserved
 
 SECTOR = 512
 
@@ -19,8 +21,16 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
     def load_guest() -> Extents:
         return on_storage(file).window(0, size).without_holes()
 
-    losses = ()
+    def load_places() -> Extents:
+        # In a raw disk a hole has its place like everything else.
+        table = load_guest()
+        hole = table.kind == Kind.ZERO
+        source = np.where(hole, 1, table.source).astype(np.int32)
+        rows = Columns(table.start, np.full(len(table), Kind.DATA, dtype=np.uint8), source, table.start)
+        return Extents(size, rows, [file, Reserved(file, hides=True)])
+
+    losses: tuple[str, ...] = ()
     if size != file.size:
         losses = (f"size {file.size} is not whole sectors: the disk has {size} bytes, the last {size - file.size} zero",)
-    return Image("raw", file, size, load_guest, losses=losses)
+    return Image("raw", file, size, load_guest, load_places=load_places, losses=losses)
 
