@@ -25,7 +25,8 @@ class Snapshot:
     disk_size: int
     vm_state_size: int
     date: int
-    vm_clock_nsec: int
+    end: int
+    """Where its entry in the snapshot table ends."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
             disk_size=disk_size,
             vm_state_size=vm_state_size,
             date=entry.date_sec,
-            vm_clock_nsec=entry.vm_clock_nsec,
+            end=place + len(names),
         )
         at = -(-(place + len(names)) // 8) * 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -160,24 +161,24 @@ def _check_tables(header: Header, tables: Column, l1_offset: int, bits: int) -> 
         raise damaged(file, f"L1 entry {entry}", l1_offset + entry * 8, f"L2 table at {twice[0]:#x} is used twice")
 
 
-def l2_slices(header: Header, tables: Column) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yields `(first L1 entry, count, bytes of their L2 tables)`; None stands for tables that say nothing.
+def table_slices(file: File, tables: Column, cluster: int, size: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yields `(first entry, count, bytes of their tables)` for the offsets of tables of one cluster each.
 
-    Tables that lie together in the file are read together, and holes of the file are not read at all.
+    None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
+    together, `size` bytes at most, and holes of the file are not read at all.
     """
-    cluster = header.cluster_size
-    most = max(1, (_EXTENDED_SLICE if header.extended_l2 else _SLICE) // cluster)
+    most = max(1, size // cluster)
     breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != cluster)) + 1
     edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         if not tables[begin]:
             yield begin, end - begin, None
             continue
         for first in range(begin, end, most):
             count = min(most, end - first)
             offset, length = int(tables[first]), count * cluster
-            there = header.file.data_ranges(offset, offset + length)
-            yield first, count, header.file.read(offset, length) if there else None
+            there = file.data_ranges(offset, offset + length)
+            yield first, count, file.read(offset, length) if there else None
 
 
 _COMPRESSED, _ZEROED, _IDLE = 1, 2, 3
@@ -211,7 +212,8 @@ class _Mapper:
 
     def _slices(self, tables: Column, parts: int) -> Iterator[_Slice | int]:
         entries = self.header.l2_entries
-        for first, count, data in l2_slices(self.header, tables):
+        size = _EXTENDED_SLICE if self.header.extended_l2 else _SLICE
+        for first, count, data in table_slices(self.header.file, tables, self.header.cluster_size, size):
             if data is None:
                 yield count * entries * parts
                 continue

@@ -1,0 +1,319 @@
+"""The structural check of a qcow2 image: what is referenced, counted, and compared with the stored reference counts.
+
+Both are step functions over the clusters of the file, kept as runs, so that memory follows fragmentation, not size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.errors import ImageError
+from vmconv.extents import Column
+from vmconv.formats import CheckReport
+from vmconv.image import Image
+from vmconv_qcow2 import structs
+from vmconv_qcow2.compression import locate
+from vmconv_qcow2.header import Header, read_header, read_snapshots
+from vmconv_qcow2.reader import table_slices
+
+_SHOWN = 100
+"""Findings that are put into words; all are counted."""
+
+
+class Steps(NamedTuple):
+    """A step function: `value[i]` from cluster `start[i]` on, until the next one; the first start is 0."""
+
+    start: Column
+    value: Column
+
+    def at(self, cluster: Column) -> Column:
+        return self.value[np.searchsorted(self.start, cluster, side="right") - 1]
+
+
+def check(image: Image) -> CheckReport:
+    """Returns what is wrong with the structure of the image's file; its parents are not looked at."""
+    return _Check(read_header(image.file)).report(image.size)
+
+
+class _Check:
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.file = header.file
+        self.cluster = header.cluster_size
+        self.clusters = -(-self.file.size // self.cluster)
+        self.corruptions: list[str] = []
+        self.corruption_count = 0
+        self.runs: list[tuple[Column, Column]] = []
+        self.allocated = 0
+
+    def report(self, size: int) -> CheckReport:
+        stored = self._stored_counts()
+        self._count(0, 1)
+        self._count_l1("", self.header.l1_offset, self.header.l1_size, stored, active=True)
+        self._count_snapshots(stored)
+        self._count_bitmaps()
+        counted = _steps(self.runs)
+        low, high, references, counts = _differences(counted, stored, self.clusters)
+        missing = counts < references
+        for at, end, used, count in _rows(low, high, references, counts, missing):
+            self._corrupt(end - at, f"{_clusters(at, end)} refcount={count} reference={used}")
+        leaks = [
+            f"{_clusters(at, end)} refcount={count} reference={used}"
+            for at, end, used, count in _rows(low, high, references, counts, ~missing)
+        ]
+        return CheckReport(
+            tuple(self.corruptions),
+            tuple(leaks[:_SHOWN]),
+            self.corruption_count,
+            int((high - low)[~missing].sum()),
+            self.allocated,
+            -(-size // self.cluster),
+            self.file.size,
+        )
+
+    # -- findings
+
+    def _corrupt(self, count: int, text: str) -> None:
+        self.corruption_count += count
+        if len(self.corruptions) < _SHOWN:
+            self.corruptions.append(text)
+
+    def _corrupt_where(self, bad: npt.NDArray[np.bool_], text: str, values: npt.NDArray[np.uint64]) -> None:
+        """Reports the entries of a table that are bad: how many, and the first ones by their number and value."""
+        for entry in np.flatnonzero(bad)[:_SHOWN].tolist():
+            self._corrupt(0, f"{text} {entry}: {int(values[entry]):#x}")
+        self.corruption_count += int(bad.sum())
+
+    # -- what is referenced
+
+    def _count(self, offset: int, length: int) -> None:
+        """Counts a reference to each cluster that the byte range touches."""
+        first, end = offset // self.cluster, -(-(offset + length) // self.cluster)
+        self.runs.append((np.array([first]), np.array([end - first])))
+
+    def _place(self, what: str, offset: int, length: int) -> bool:
+        """Counts the clusters of a table; reports it when it cannot be where it is said to be."""
+        if offset % self.cluster or offset + length > -(-self.file.size // self.cluster) * self.cluster or not offset:
+            self._corrupt(1, f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
+            return False
+        if length:
+            self._count(offset, length)
+        return True
+
+    def _count_clusters(
+        self, what: str, raw: npt.NDArray[np.uint64], reserved: int, mask: int = structs.OFFSET_MASK
+    ) -> Column:
+        """Counts the clusters that table entries point to; returns their offsets, 0 for none and for bad ones."""
+        self._corrupt_where((raw & np.uint64(reserved)) != 0, f"reserved bits are set in {what}", raw)
+        wide = raw & np.uint64(mask)
+        bad = (wide % np.uint64(self.cluster) != 0) | (wide > np.uint64(max(0, self.file.size - self.cluster)))
+        self._corrupt_where(bad, what, raw)
+        offset = np.where(bad, np.uint64(0), wide).astype(np.int64)
+        self._count_offsets(offset[offset != 0])
+        return offset
+
+    def _count_offsets(self, offset: Column) -> None:
+        if not len(offset):
+            return
+        first = np.ones(len(offset), dtype=bool)
+        first[1:] = np.diff(offset) != self.cluster
+        starts = np.flatnonzero(first)
+        self.runs.append((offset[starts] // self.cluster, np.diff(starts, append=len(offset))))
+
+    def _count_snapshots(self, stored: Steps) -> None:
+        header = self.header
+        if not header.snapshot_count:
+            return
+        end = header.snapshots_offset
+        for number, snapshot in enumerate(read_snapshots(header)):
+            end = snapshot.end
+            self._count_l1(f"snapshot {number} ", snapshot.l1_offset, snapshot.l1_size, stored, active=False)
+        self._place("snapshot table", header.snapshots_offset, end - header.snapshots_offset)
+
+    def _count_l1(self, whose: str, offset: int, size: int, stored: Steps, *, active: bool) -> None:
+        if size * 8 > structs.MAX_L1_BYTES:
+            self._corrupt(1, f"{whose}L1 table: {size} entries, {structs.MAX_L1_BYTES // 8} at most")
+            return
+        if not size or not self._place(f"{whose}L1 table", offset, size * 8) or offset + size * 8 > self.file.size:
+            return
+        raw = np.frombuffer(self.file.read(offset, size * 8), dtype=">u8").astype(np.uint64)
+        tables = self._count_clusters(f"{whose}L1 entry", raw, structs.L1_RESERVED)
+        if active:
+            self._check_copied("L1 entry", raw, tables, tables != 0, stored)
+        for first, _, data in table_slices(self.file, tables, self.cluster, 4 << 20):
+            if data is not None:
+                entries = np.frombuffer(data, dtype=">u8").astype(np.uint64)
+                self._count_l2(whose, entries, first, stored, active=active)
+
+    def _count_l2(
+        self, whose: str, raw: npt.NDArray[np.uint64], first: int, stored: Steps, *, active: bool
+    ) -> None:
+        bitmap = raw[1::2] if self.header.extended_l2 else None
+        raw = raw[0::2] if self.header.extended_l2 else raw
+        packed = (raw & np.uint64(structs.COMPRESSED)) != 0
+        offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
+        external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
+        # The last cluster of the file may be incomplete; what was set aside for zeros may lie past its end.
+        zero = (raw & np.uint64(structs.ZERO)) != 0
+        if bitmap is not None:
+            zero = (bitmap & np.uint64(0xFFFFFFFF)) == 0
+        past = (offset >= self.file.size) & ~zero
+        what = f"{whose}L2 entry of guest cluster {first * self.header.l2_entries} +"
+        reserved = structs.L2_RESERVED | (structs.ZERO if bitmap is not None else 0)
+        self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), f"reserved bits are set in {what}", raw)
+        bad = ~packed & ((offset % self.cluster != 0) | (past & (not external)))
+        self._corrupt_where(bad, what, raw)
+        if bitmap is not None:
+            self._check_bitmaps(what, raw, bitmap, packed, offset != 0)
+        plain = ~packed & ~bad & (offset != 0)
+        if external:
+            plain |= (raw & np.uint64(structs.COPIED)) != 0
+        if active:
+            there = plain | packed
+            self.allocated += int(there.sum())
+            if not external:
+                self._check_copied("L2 entry", raw, offset, plain, stored)
+        if not external:
+            self._count_offsets(offset[plain])
+            for misplaced in offset[bad & ~past].tolist():
+                self._count(misplaced, min(self.cluster, self.file.size - misplaced))
+        if packed.any():
+            self._count_compressed(raw[packed])
+
+    def _count_compressed(self, raw: npt.NDArray[np.uint64]) -> None:
+        offset, length = locate(raw, 62 - (self.header.cluster_bits - 8))
+        first, last = offset // self.cluster, (offset + length - 1) // self.cluster
+        bad = offset >= self.file.size
+        self._corrupt_where(bad, "compressed cluster", raw)
+        last = np.minimum(last, self.clusters - 1)
+        self.runs.append((first[~bad], (last - first + 1)[~bad]))
+
+    def _check_bitmaps(
+        self,
+        what: str,
+        raw: npt.NDArray[np.uint64],
+        bitmap: npt.NDArray[np.uint64],
+        packed: npt.NDArray[np.bool_],
+        there: npt.NDArray[np.bool_],
+    ) -> None:
+        """Reports subcluster bitmaps that contradict themselves or their entry."""
+        allocated, zero = bitmap & np.uint64(0xFFFFFFFF), bitmap >> np.uint64(32)
+        bad = np.where(packed, bitmap != 0, (allocated & zero) != 0)
+        external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
+        bad |= ~packed & ~there & (allocated != 0) & (not external)
+        self._corrupt_where(bad, f"subcluster bitmap contradicts itself in {what}", raw)
+
+    def _check_copied(
+        self, what: str, raw: npt.NDArray[np.uint64], offset: Column, chosen: npt.NDArray[np.bool_], stored: Steps
+    ) -> None:
+        """Reports entries whose COPIED flag does not say whether their cluster is referenced once."""
+        flag = (raw & np.uint64(structs.COPIED)) != 0
+        once = np.zeros(len(raw), dtype=bool)
+        once[chosen] = stored.at(offset[chosen] // self.cluster) == 1
+        bad = chosen & (flag != once)
+        self._corrupt_where(bad, f"COPIED flag contradicts the refcount, {what}", raw)
+
+    def _count_bitmaps(self) -> None:
+        bitmaps = self.header.bitmaps
+        if bitmaps is None:
+            return
+        offset, size = bitmaps.directory_offset, bitmaps.directory_size
+        if not self._place("bitmap directory", offset, size) or offset + size > self.file.size:
+            return
+        data = self.file.read(offset, size)
+        at, fixed = 0, structs.BitmapEntry.sizeof()
+        for number in range(bitmaps.nb_bitmaps):
+            if at + fixed > size:
+                self._corrupt(1, f"bitmap {number}: its entry reaches past the directory")
+                return
+            entry = structs.BitmapEntry.parse(data[at : at + fixed])
+            at += -(-(fixed + entry.extra_data_size + entry.name_size) // 8) * 8
+            length = entry.table_size * 8
+            if not self._place(f"bitmap {number} table", entry.table_offset, length):
+                continue
+            if entry.table_offset + length <= self.file.size:
+                raw = np.frombuffer(self.file.read(entry.table_offset, length), dtype=">u8").astype(np.uint64)
+                self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
+
+    # -- what is stored
+
+    def _stored_counts(self) -> Steps:
+        """Returns the reference counts of the file, and counts the clusters of the structures that hold them."""
+        header = self.header
+        length = header.refcount_table_clusters * self.cluster
+        if length > structs.MAX_REFCOUNT_TABLE_BYTES or header.refcount_table_offset + length > self.file.size:
+            raise ImageError(
+                f"{self.file.name}: refcount_table_clusters at {structs.field_offset('refcount_table_clusters'):#x}: "
+                f"{length} bytes at {header.refcount_table_offset:#x} are not a table inside the file"
+            )
+        if not self._place("refcount table", header.refcount_table_offset, length):
+            return Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        raw = np.frombuffer(self.file.read(header.refcount_table_offset, length), dtype=">u8").astype(np.uint64)
+        blocks = self._count_clusters("refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK)
+        used = np.sort(blocks[blocks != 0])
+        if (used[1:] == used[:-1]).any():
+            raise ImageError(f"{self.file.name}: refcount table: a refcount block is used twice")
+        per_block = self.cluster * 8 >> header.refcount_order
+        starts, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+        for first, count, data in table_slices(self.file, blocks, self.cluster, 1 << 20):
+            counts = np.zeros(1, dtype=np.int64) if data is None else _decode_counts(data, header.refcount_order)
+            changes = np.flatnonzero(np.diff(counts)) + 1
+            begin = first * per_block
+            starts.append(begin + np.concatenate([[0], changes]))
+            values.append(counts[np.concatenate([[0], changes])])
+            starts.append(np.array([begin + count * per_block]))
+            values.append(np.zeros(1, dtype=np.int64))
+        return _settled(np.concatenate(starts), np.concatenate(values))
+
+
+def _decode_counts(data: bytes, order: int) -> Column:
+    bits = 1 << order
+    if bits >= 8:
+        wide = np.frombuffer(data, dtype=f">u{bits // 8}")
+        # A count of 2^63 is as wrong as any larger one.
+        return np.minimum(wide, (1 << 63) - 1).astype(np.int64) if bits == 64 else wide.astype(np.int64)
+    single = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little").reshape(-1, bits)
+    return single @ (1 << np.arange(bits, dtype=np.int64))
+
+
+def _settled(start: Column, value: Column) -> Steps:
+    """Returns the steps without those that change nothing; of two at one place, the later one counts."""
+    last = np.append(start[1:] != start[:-1], True)
+    start, value = start[last], value[last]
+    changes = np.ones(len(start), dtype=bool)
+    changes[1:] = value[1:] != value[:-1]
+    return Steps(start[changes], value[changes])
+
+
+def _steps(runs: list[tuple[Column, Column]]) -> Steps:
+    """Returns how many of the runs `(first, count)` cover each cluster."""
+    first = np.concatenate([run[0] for run in runs])
+    end = first + np.concatenate([run[1] for run in runs])
+    edges = np.concatenate([[0], first, end])
+    change = np.concatenate([[0], np.ones(len(first), dtype=np.int64), -np.ones(len(end), dtype=np.int64)])
+    order = np.argsort(edges, kind="stable")
+    return _settled(edges[order], np.cumsum(change[order]))
+
+
+def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
+    """Returns `(first, end, references, stored count)` of the runs of clusters of the file where the two differ."""
+    cuts = np.union1d(counted.start, stored.start)
+    cuts = cuts[cuts < clusters]
+    references, counts = counted.at(cuts), stored.at(cuts)
+    end = np.append(cuts[1:], clusters)
+    differ = references != counts
+    return cuts[differ], end[differ], references[differ], counts[differ]
+
+
+def _rows(*columns: npt.NDArray[np.generic]) -> Iterator[tuple[int, ...]]:
+    """Yields the first rows of the columns where the last one, a mask, is true."""
+    chosen = np.flatnonzero(columns[-1])
+    yield from zip(*(column[chosen].tolist() for column in columns[:-1]), strict=True)
+
+
+def _clusters(first: int, end: int) -> str:
+    return f"cluster {first}" if end == first + 1 else f"clusters {first} to {end - 1}"
