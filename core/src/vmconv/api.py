@@ -27,8 +27,8 @@ def convert(
     target: str,
     *,
     verify: bool = True,
-    announce: Callable[[Plan], None] = lambda plan: None,
-    progress: Progress = lambda done, to_do: None,
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Result:
     """Converts the disk in the file `source` into the new file `target` and returns what was done.

@@ -7,23 +7,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.extents import Column, Extents, Kind, Kinds, cut, gather
+from vmconv.extents import Column, Extents, Kind, Kinds, cut, distinct, gather
 
 
 class Runs(NamedTuple):
-    """Blocks in guest order, without a gap: `count` blocks from block number `first`.
+    """Blocks in guest order, without a gap: `blocks` blocks from block number `first`.
 
     A run that is not `mixed` lies inside one row of the table; a mixed run is one block in which rows meet, and its
     kind is DATA when any of it is, else ZERO when any of it is.
     """
 
     first: Column
-    count: Column
+    blocks: Column
     kind: Kinds
     mixed: npt.NDArray[np.bool_]
 
     def take(self, index: npt.NDArray[np.bool_] | Column) -> Runs:
-        return Runs(*(column[index] for column in self))
+        return Runs(self.first[index], self.blocks[index], self.kind[index], self.mixed[index])
 
 
 def padded(table: Extents, unit: int) -> Extents:
@@ -39,7 +39,7 @@ def whole_blocks(table: Extents, unit: int) -> Runs:
     first, last = -(-table.start // unit), table.end // unit
     full = first < last
     inner = table.start[table.start % unit != 0]
-    mixed = np.unique(inner // unit)
+    mixed = distinct(inner // unit)
     kind = np.empty(0, dtype=np.uint8)
     if len(mixed):
         rows = gather(table, mixed * unit, np.full(len(mixed), unit), mixed * unit)
@@ -70,7 +70,7 @@ def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
 
 
 class Placed(NamedTuple):
-    """Where runs of blocks go in the output: `run` indexes the runs in the order of their `offset`, bytes; `end` of all."""
+    """Where runs of blocks go: `run` indexes the runs in the order of their `offset`, bytes; `end` of all."""
 
     run: Column
     offset: Column
@@ -92,7 +92,7 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     source = table.source[lead]
     wish = table.offset[lead] - (table.start[lead] - address)
     order = np.lexsort((wish, source))
-    source, wish, length = source[order], wish[order], (runs.count * unit)[order]
+    source, wish, length = source[order], wish[order], (runs.blocks * unit)[order]
     if not len(order):
         return Placed(order, order, base)
     begins = np.ones(len(order), dtype=bool)

@@ -1,4 +1,4 @@
-"""Makes a plan real: shares first, then copies and writes, makes all durable, and only then gives the files their names."""
+"""Makes a plan real: shares first, then writes and copies, then makes all durable; names come later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PIECE = 4 << 20
 _Piece = tuple[Output, Source, int, int, int]
 
 
-def make(plan: Plan, transaction: Transaction, progress: Progress) -> list[File]:
+def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> list[File]:
     """Returns the finished files of the plan, durable but still under temporary names, in the plan's order."""
     outputs = []
     for file in plan.files:
@@ -24,20 +24,29 @@ def make(plan: Plan, transaction: Transaction, progress: Progress) -> list[File]
         output = transaction.create(file.name, file.size, sources)
         output.share(file.shares())
         outputs.append(output)
-    to_do = plan.totals.copied + plan.totals.written
-    done = 0
-    progress(done, to_do)
+    steps = _Steps(plan.totals.copied + plan.totals.written, progress)
     pairs = list(zip(plan.files, outputs, strict=True))
     for file, output in pairs:
         for piece in _pieces(file, output, Action.WRITE):
-            done += _do(piece)
-            progress(done, to_do)
+            steps.add(_do(piece))
     if plan.totals.copied:
         copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
         for step in in_order(_do_all, _batches(copies)):
-            done += step
-            progress(done, to_do)
+            steps.add(step)
     return [output.finish() for output in outputs]
+
+
+class _Steps:
+    """Counts the bytes that are done and says so."""
+
+    def __init__(self, to_do: int, progress: Progress | None) -> None:
+        self._done, self._to_do, self._progress = 0, to_do, progress
+        self.add(0)
+
+    def add(self, step: int) -> None:
+        self._done += step
+        if self._progress:
+            self._progress(self._done, self._to_do)
 
 
 def _pieces(file: FilePlan, output: Output, action: Action) -> Iterator[_Piece]:

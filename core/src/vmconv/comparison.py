@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vmconv.extents import Column, Extents, Kind, gather, merge_sources
+from vmconv.extents import Column, Extents, Kind, distinct, gather, merge_sources
 from vmconv.image import Image
 from vmconv.physical import PhysicalMap
 
@@ -16,7 +16,7 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcome: `first_difference` is a guest offset in bytes; the other figures are bytes of guest address space."""
+    """The outcome: `first_difference` is a guest offset in bytes, the other figures are bytes of the guest's disk."""
 
     identical: bool
     first_difference: int | None
@@ -31,7 +31,7 @@ class Comparison:
 def unproved(a: Extents, b: Extents) -> tuple[Column, Column]:
     """Returns `(start, length)` of the ranges that the two tables, of equal size, do not show to be equal."""
     _, (a, b) = merge_sources(a, b)
-    cuts = np.union1d(a.start, b.start)
+    cuts = distinct(np.concatenate([a.start, b.start]))
     length = np.diff(cuts, append=a.size)
     if not len(cuts):
         return cuts, length

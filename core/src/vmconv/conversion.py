@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vmconv import registry as registries
 from vmconv.commit import Progress, make
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError, os_errors
 from vmconv.extents import Extents
@@ -19,6 +18,7 @@ from vmconv.layout import Backing, Layout, Placement
 from vmconv.opener import Opener
 from vmconv.options import parse_options
 from vmconv.planner import CopyReason, Plan, Totals, plan_layout
+from vmconv.registry import Registry, installed
 from vmconv.sources import File
 from vmconv.storage import Backend, Survey
 from vmconv.verify import verify as verify_result
@@ -83,7 +83,7 @@ class Prepared:
 @contextmanager
 def prepared(request: Request) -> Iterator[Prepared]:
     """Yields the planned conversion: everything has been read and checked, nothing has been touched."""
-    registry = registries.installed()
+    registry = installed()
     with ExitStack() as stack:
         opener = stack.enter_context(
             Opener(registry, allow_external=request.allow_external, force_share=request.force_share)
@@ -107,13 +107,14 @@ def run(
     request: Request,
     *,
     verify: bool = True,
-    announce: Callable[[Plan], None] = lambda plan: None,
-    progress: Progress = lambda done, to_do: None,
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Plans and makes one conversion; see `vmconv.api.convert`."""
     began = time.perf_counter()
     with prepared(request) as ready:
-        announce(ready.plan)
+        if announce:
+            announce(ready.plan)
         totals = ready.plan.totals
         if request.zero_copy == "require" and totals.copied:
             reasons = "; ".join(f"{copy.bytes} bytes because {copy.reason}" for copy in ready.plan.copies)
@@ -124,9 +125,7 @@ def run(
             with os_errors(f"{request.target}: cannot be written"):
                 files = make(ready.plan, transaction, progress)
             if verify:
-                verify_result(
-                    ready.format, ready.layout.files, files, ready.image, ready.opener.registry, ready.below
-                )
+                verify_result(ready.format, ready.layout.files, files, ready.image, ready.opener.registry, ready.below)
             _refuse_changed(ready.opener.files)
             transaction.commit()
         finally:
@@ -145,7 +144,7 @@ def run(
         )
 
 
-def _target_format(registry: registries.Registry, request: Request) -> str:
+def _target_format(registry: Registry, request: Request) -> str:
     name = request.target_format or registry.format_by_suffix(request.target)
     if name is None:
         raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")
@@ -186,8 +185,8 @@ def _backing(request: Request, target: Format, image: Image) -> tuple[Image, Bac
     )
 
 
-def _choose(registry: registries.Registry, name: str, directory: str, files: Sequence[File]) -> tuple[Backend, Survey]:
-    """Returns the backend that shares something, or else the one that copies, with the reasons why nothing is shared."""
+def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]) -> tuple[Backend, Survey]:
+    """Returns the backend that shares something, or else the one that copies, with the reasons for copying."""
     if name != "auto":
         backend = registry.backend(name)
         ability = backend.ability(directory)

@@ -56,13 +56,13 @@ class Columns(NamedTuple):
     offset: Column
 
     def take(self, index: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Columns:
-        return Columns(*(column[index] for column in self))
+        return Columns(self.start[index], self.kind[index], self.source[index], self.offset[index])
 
     @staticmethod
     def join(parts: Sequence[Columns]) -> Columns:
         if not parts:
             return _columns([], [], [], [])
-        return Columns(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))  # type: ignore[arg-type]
+        return Columns(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _columns(start: object, kind: object, source: object, offset: object) -> Columns:
@@ -74,7 +74,7 @@ def _columns(start: object, kind: object, source: object, offset: object) -> Col
     )
 
 
-def _coalesce(rows: Columns, size: int) -> Columns:
+def _coalesce(rows: Columns) -> Columns:
     """Merges neighbours that say one thing; a row that is not DATA loses its window."""
     n = len(rows.start)
     if n == 0:
@@ -92,12 +92,23 @@ def _coalesce(rows: Columns, size: int) -> Columns:
     return rows if first.all() else rows.take(first)
 
 
+def _is_one_run(kind: Kinds, offset: Column, unit: int) -> bool:
+    """True for the common case, neighbours that follow each other in their source; told in one pass over each."""
+    return len(kind) > 0 and int(kind.min()) == Kind.DATA and bool((np.diff(offset) == unit).all())
+
+
 def spread(counts: Column) -> tuple[Column, Column]:
     """Returns, for groups of the given sizes laid end to end, each element's group and its place in the group."""
     group = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.arange(len(group), dtype=np.int64)
     place -= np.repeat(np.cumsum(counts) - counts, counts)
     return group, place
+
+
+def distinct(values: Column) -> Column:
+    """Returns the different values, sorted. (`numpy.unique` imports as much as all the rest of a conversion needs.)"""
+    values = np.sort(values)
+    return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
 
 class Extents:
@@ -122,7 +133,7 @@ class Extents:
             raise ValueError(f"size {size} is not in 0..{MAX_SIZE}")
         self.size = size
         self.sources = tuple(sources)
-        rows = self._checked(_coalesce(rows, size))
+        rows = self._checked(_coalesce(rows))
         for column in rows:
             column.flags.writeable = False
         self.start, self.kind, self.source, self.offset = rows
@@ -212,8 +223,9 @@ class Extents:
         """Returns the table that a format's allocation table describes, one entry for each `unit` bytes.
 
         `slices` yields `(kind, source, offset)` columns of consecutive entries, in bounded pieces: each is coalesced
-        before the next is asked for. A number stands for that many HOLEs. The last unit may reach past `size`, and past the end of its source: what is
-        missing there reads as zero. Entries that begin past the end of their source are the reader's to refuse.
+        before the next is asked for. A number stands for that many HOLEs. The last unit may reach past `size`, and past
+        the end of its source: what is missing there reads as zero. Entries that begin past the end of their source are
+        the reader's to refuse.
         """
         parts: list[Columns] = []
         at = 0
@@ -224,21 +236,19 @@ class Extents:
                 continue
             kind, source, offset = piece
             n = len(kind)
-            if n and isinstance(source, int) and kind[0] == Kind.DATA and (kind == Kind.DATA).all():
-                # The common case, a run of neighbours, is told from the rest in one pass over the offsets.
-                if n == 1 or (np.diff(offset) == unit).all():
-                    parts.append(_columns([at * unit], [Kind.DATA], [source], offset[:1]))
-                    at += n
-                    continue
+            if isinstance(source, int) and _is_one_run(kind, offset, unit):
+                parts.append(_columns([at * unit], [Kind.DATA], [source], offset[:1]))
+                at += n
+                continue
             start = np.arange(at * unit, (at + n) * unit, unit, dtype=np.int64)
             column = np.full(n, source, dtype=np.int32) if isinstance(source, int) else source
-            parts.append(_coalesce(Columns(start, kind, column, offset), size))
+            parts.append(_coalesce(Columns(start, kind, column, offset)))
             at += n
         if at * unit < size:
             raise ValueError(f"{at} units of {unit} bytes do not cover {size} bytes")
         rows = Columns.join(parts)
         rows = rows.take(rows.start < size)
-        return cls(size, clip_to_sources(_coalesce(rows, size), size, sources), sources)
+        return cls(size, clip_to_sources(_coalesce(rows), size, sources), sources)
 
     # -- looking at tables
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from vmconv.storage import Backend
     from vmconv.cli.command import Command
     from vmconv.formats import Format
+    from vmconv.storage import Backend
 
 GROUP = "vmconv"
 

@@ -17,9 +17,10 @@ class Image:
     """One layer of a disk: `size` bytes for the guest, held in `file`, on top of `parent` when there is one.
 
     What costs time is done when it is asked for: `load_guest` reads the allocation tables, `load_parent` opens the
-    next layer. `load_places` is for formats that set space aside, see `places`. `metadata` are the fields of `Disk` that the image states, besides size and parent. `losses` say in
-    words what the image holds that no conversion carries over; `warnings` what its user should know about its health.
-    `details` are the format's own facts, for people and for `info`.
+    next layer, `load_places` is for formats that set space aside, see `places`. `metadata` are the fields of `Disk`
+    that the image states, besides size and parent. `losses` say in words what the image holds that no conversion
+    carries over; `warnings` what its user should know about its health. `details` are the format's own facts, for
+    people and for `info`.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Image:
 
     @cached_property
     def guest(self) -> Extents:
-        """This layer's own table: a HOLE is where it says nothing. Exactly `size` bytes."""
+        """The table of this layer alone: a HOLE is where it says nothing. Exactly `size` bytes."""
         table = self._load_guest()
         if table.size != self.size:
             raise ValueError(f"{self.format_name} reader: table of {table.size} bytes for a disk of {self.size}")
@@ -61,7 +62,7 @@ class Image:
 
     @cached_property
     def places(self) -> Extents:
-        """The own table for maps: rows that are not DATA are windows onto `Reserved` where space is set aside for them."""
+        """The table of this layer for maps: windows onto `Reserved` are where space is set aside and not used."""
         return self._load_places() if self._load_places else self.guest
 
     @cached_property
@@ -99,7 +100,9 @@ class Image:
                     table = table.over(layer.guest)
             return table
 
-        return Image(self.format_name, self.file, self.size, load_guest, load_parent=lambda: base, metadata=self.metadata)
+        return Image(
+            self.format_name, self.file, self.size, load_guest, load_parent=lambda: base, metadata=self.metadata
+        )
 
     @cached_property
     def disk(self) -> Disk:

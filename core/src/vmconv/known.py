@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), offset < 0 from the end."""
+    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0."""
 
     name: str
     title: str
@@ -28,7 +28,13 @@ RAW_NAME = "raw"
 
 KNOWN = (
     Known("raw", "raw disk", "vmconv-raw", (".raw", ".img", ".dd"), ()),
-    Known("qcow2", "QEMU copy-on-write, versions 2 and 3", "vmconv-qcow2", (".qcow2",), ((0, b"QFI\xfb\0\0\0\2"), (0, b"QFI\xfb\0\0\0\3"))),
+    Known(
+        "qcow2",
+        "QEMU copy-on-write, versions 2 and 3",
+        "vmconv-qcow2",
+        (".qcow2",),
+        ((0, b"QFI\xfb\0\0\0\2"), (0, b"QFI\xfb\0\0\0\3")),
+    ),
     Known(
         "vmdk",
         "VMware virtual disk",
@@ -37,9 +43,21 @@ KNOWN = (
         ((0, b"KDMV"), (0, b"COWD"), (0, b"# Disk DescriptorFile"), (0, b"\xbe\xba\xfe\xca\0\0\0\0")),
     ),
     Known("vhdx", "Hyper-V virtual disk, version 2", "vmconv-vhdx", (".vhdx", ".avhdx"), ((0, b"vhdxfile"),)),
-    Known("vhd", "Hyper-V and Virtual PC virtual disk", "vmconv-vhd", (".vhd", ".vpc", ".avhd"), ((0, b"conectix"), (-512, b"conectix"), (-511, b"conectix"))),
+    Known(
+        "vhd",
+        "Hyper-V and Virtual PC virtual disk",
+        "vmconv-vhd",
+        (".vhd", ".vpc", ".avhd"),
+        ((0, b"conectix"), (-512, b"conectix"), (-511, b"conectix")),
+    ),
     Known("vdi", "VirtualBox disk image", "vmconv-vdi", (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
-    Known("parallels", "Parallels disk image", "vmconv-parallels", (".hdd", ".hds"), ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"))),
+    Known(
+        "parallels",
+        "Parallels disk image",
+        "vmconv-parallels",
+        (".hdd", ".hds"),
+        ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt")),
+    ),
     Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
     Known("qcow", "QEMU copy-on-write, version 1", None, (".qcow",), ((0, b"QFI\xfb\0\0\0\1"),)),
     Known("luks", "LUKS encrypted disk", None, (".luks",), ((0, b"LUKS\xba\xbe"),)),

@@ -97,7 +97,14 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
     import numpy as np
 
     extent = np.dtype(
-        [("logical", "<u8"), ("physical", "<u8"), ("length", "<u8"), ("_a", "<u8", 2), ("flags", "<u4"), ("_b", "<u4", 3)]
+        [
+            ("logical", "<u8"),
+            ("physical", "<u8"),
+            ("length", "<u8"),
+            ("_a", "<u8", 2),
+            ("flags", "<u4"),
+            ("_b", "<u4", 3),
+        ]
     )
     parts = [np.empty((0, 3), dtype=np.int64)]
     start = 0

@@ -17,7 +17,7 @@ from vmconv.sources import Decoded, File, Reserved, Source
 
 @dataclass(frozen=True)
 class MapRow:
-    """Guest bytes `[start, start + length)`: `depth` counts layers from the top; `offset` is in `file`, if there is one.
+    """Guest bytes `[start, start + length)`: `depth` counts layers from the top; `offset` is in `file`, if any.
 
     `present` is whether a layer says anything; `data` whether bytes are stored; `zero` whether they read as zero.
     """
@@ -72,11 +72,11 @@ def map_rows(image: Image) -> Iterator[MapRow]:
         holey[id(layer.file)] = _is_holey(layer.file)
         table = table.over(marked)
     for row in table:
-        source = row.source
-        if source is None:
+        origin = row.source
+        if origin is None:
             yield from _absent_rows(row, sizes)
             continue
-        depth = depths[id(source)]
+        source, depth = origin, depths[id(origin)]
         if isinstance(source, _Layer):
             yield MapRow(row.start, row.length, depth, True, True, False, None, None)
         elif isinstance(source, Reserved):

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from vmconv import locks
 from vmconv.errors import AccessError, ImageError, os_errors
@@ -43,10 +43,12 @@ class Opener:
         self._force_share = force_share
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
-    def __enter__(self) -> Opener:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:

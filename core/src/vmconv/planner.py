@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.storage import Survey
 from vmconv.extents import Column, Extents, Kind, spread
 from vmconv.layout import Layout
 from vmconv.sources import Blob, Decoded, File, Source
+from vmconv.storage import Survey
 
 
 class Action(IntEnum):
@@ -59,7 +59,7 @@ class ShareSteps:
         )
 
     def ordered(self, *, by_target: bool) -> ShareSteps:
-        """Returns the ranges sorted by target offset, or by source and its offset: filesystems differ in their taste."""
+        """Returns the ranges sorted by target offset, or by source and its offset: filesystems differ in taste."""
         return self.take(
             np.argsort(self.offset, kind="stable") if by_target else np.lexsort((self.source_offset, self.source))
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vmconv.extents import Extents, Kind, gather
+from vmconv.extents import Extents, Kind, distinct, gather
 from vmconv.image import Image
 from vmconv.physical import PhysicalMap, Storage
 
@@ -40,7 +40,7 @@ class Proof:
 
     def rows(self) -> Iterator[ProofRow]:
         """Yields the ranges where at least one image has payload, in guest order."""
-        cuts = np.union1d(self.left.start, self.right.start)
+        cuts = distinct(np.concatenate([self.left.start, self.right.start]))
         length = np.diff(cuts, append=self.left.size)
         sides = []
         for table in (self.left, self.right):

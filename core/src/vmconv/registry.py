@@ -1,7 +1,7 @@
 """What is installed: formats, backends and commands, from which distribution, and which plugins are broken and why.
 
-One broken plugin never stops the others: whatever is wrong with it becomes a `Problem`. A name that two plugins claim is
-given to neither, so that nobody's disks are read by whichever happened to load first.
+One broken plugin never stops the others: whatever is wrong with it becomes a `Problem`. A name that two plugins claim
+is given to neither, so that nobody's disks are read by whichever happened to load first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from vmconv import hooks
-from vmconv.storage import Backend
 from vmconv.errors import ImageError, PluginError, UsageError
 from vmconv.formats import Format
 from vmconv.known import RAW_NAME, known_content, known_format, known_suffix
+from vmconv.storage import Backend
 
 if TYPE_CHECKING:
     from vmconv.cli.command import Command
@@ -76,7 +76,9 @@ class Registry:
     def backend(self, name: str) -> Backend:
         """Returns a backend by its name."""
         if name not in self.backends:
-            raise UsageError(f"backend {name!r} is not installed", hint=f"installed: {', '.join(sorted(self.backends))}")
+            raise UsageError(
+                f"backend {name!r} is not installed", hint=f"installed: {', '.join(sorted(self.backends))}"
+            )
         return self.backends[name]
 
     def format_by_suffix(self, path: str) -> str | None:
@@ -116,7 +118,7 @@ class Registry:
             spoken = f"its name speaks of {suffix}" if suffix else "its name speaks of no format"
             raise ImageError(
                 f"{file.name}: content has the signature of {content} but {spoken}",
-                hint=f"a guest can write such a header into its raw disk: name the format, -f {content} or -f {RAW_NAME}",
+                hint=f"a guest can write such a header into its raw disk: say -f {content} or -f {RAW_NAME}",
             )
         return self.format(content)
 
@@ -151,7 +153,7 @@ def _builtin() -> Iterator[tuple[str, str, str, Any]]:
 
 
 def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
-    """Returns the entry points of our group, by distribution name; reads no more of other distributions than it must."""
+    """Returns the entry points of our group, by distribution name; reads little of distributions without any."""
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for distribution in importlib.metadata.distributions():
         text = distribution.read_text("entry_points.txt")

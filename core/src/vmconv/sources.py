@@ -64,7 +64,9 @@ class File(Source):
             parts.append(data)
             have += len(data)
         if have < length:
-            raise ImageError(f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected")
+            raise ImageError(
+                f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected"
+            )
         return b"".join(parts)
 
     def sync(self) -> None:

@@ -36,7 +36,12 @@ class _Results(Opener):
 
 
 def verify(
-    target: Format, outs: Sequence[OutFile], files: Sequence[File], image: Image, registry: Registry, below: Extents | None
+    target: Format,
+    outs: Sequence[OutFile],
+    files: Sequence[File],
+    image: Image,
+    registry: Registry,
+    below: Extents | None,
 ) -> None:
     """Raises `VerifyError` unless the finished `files`, laid out as `outs`, are the disk of `image` for a guest.
 

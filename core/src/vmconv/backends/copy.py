@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vmconv.storage import Ability, Backend, Survey, Transaction
 from vmconv.backends.files import FileTransaction
 from vmconv.sources import File
+from vmconv.storage import Ability, Backend, Survey, Transaction
 
 
 class CopyBackend(Backend):

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmconv import linux
-from vmconv.storage import Output, Transaction
 from vmconv.errors import BackendError, os_errors
 from vmconv.sources import File, Source
+from vmconv.storage import Output, Transaction
 
 if TYPE_CHECKING:
     from vmconv.planner import ShareSteps
@@ -28,7 +28,7 @@ def temporary_name(name: str) -> str:
 
 
 def remove_stale(directory: str, name: str) -> list[str]:
-    """Removes temporary files of `name` whose run is dead; returns their names. A living run holds a lock on its own."""
+    """Removes temporary files of `name` whose run is dead (a living one locks its own); returns their names."""
     pattern = re.compile(re.escape(f".{name}.vmconv-") + r"[0-9a-f]{8}\.tmp")
     removed = []
     for entry in sorted(os.listdir(directory)):

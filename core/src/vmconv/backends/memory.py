@@ -10,9 +10,9 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmconv.storage import Ability, Backend, Output, Survey, Transaction
 from vmconv.errors import BackendError
 from vmconv.sources import File, Source, Stamp
+from vmconv.storage import Ability, Backend, Output, Survey, Transaction
 
 if TYPE_CHECKING:
     from vmconv.planner import ShareSteps

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vmconv import linux
-from vmconv.storage import Ability, Backend, Survey, Transaction
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
 from vmconv.sources import File
+from vmconv.storage import Ability, Backend, Survey, Transaction
 
 if TYPE_CHECKING:
     from vmconv.planner import ShareSteps

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from vmconv.hooks import hookimpl
 
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
 class _Version(str):
     """The version, looked up only when it is asked for."""
 
-    def __new__(cls) -> _Version:
+    def __new__(cls) -> Self:
         return super().__new__(cls, "%(prog)s")
 
     def __mod__(self, values: object) -> str:
@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # A run is short: collecting garbage while modules are imported costs more than it frees.
     gc.disable()
+    # Nothing here is linear algebra: without this numpy starts a thread for each processor when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from vmconv.errors import VmconvError
 
     signal.signal(signal.SIGTERM, _terminate)
@@ -104,5 +106,5 @@ def _report(exc: Exception, options: argparse.Namespace) -> int:
     return code
 
 
-def _terminate(number: int, frame: object) -> None:
+def _terminate(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)

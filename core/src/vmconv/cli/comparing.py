@@ -115,10 +115,12 @@ COMMANDS = (
     Command(
         "prove",
         "prove by physical addresses that two images share their payload",
-        "Shows the physical addresses of the payload of two images, from the filesystem's own map (FIEMAP), and whether\n"
-        "they are the same. Reads no payload.",
+        "Shows the physical addresses of the payload of two images, from the filesystem's own map (FIEMAP), and\n"
+        "whether they are the same. Reads no payload.",
         _configure_prove,
         _run_prove,
-        _EXIT_STATUS.format(same="all payload is shared", different="some payload is not shared, or cannot be shown to be"),
+        _EXIT_STATUS.format(
+            same="all payload is shared", different="some payload is not shared, or cannot be shown to be"
+        ),
     ),
 )

@@ -27,6 +27,6 @@ COMMANDS = (
         "Prints a script that makes a shell complete commands and options of vmconv.",
         _configure,
         _run,
-        'example:\n  vmconv completion bash > ~/.local/share/bash-completion/completions/vmconv',
+        "example:\n  vmconv completion bash > ~/.local/share/bash-completion/completions/vmconv",
     ),
 )

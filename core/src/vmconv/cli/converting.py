@@ -11,7 +11,7 @@ from vmconv.cli.command import Command
 from vmconv.cli.options import SetOptions, add_access, add_format, add_output
 
 if TYPE_CHECKING:
-    from vmconv.conversion import Request
+    from vmconv.conversion import Request, Result
     from vmconv.planner import Plan
 
 
@@ -61,7 +61,9 @@ def _run_plan(options: argparse.Namespace) -> int:
         if options.output == "json":
             print_json({**_plan_json(plan), "warnings": list(warnings)}, indent=4)
             return 0
-        print(f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}")
+        print(
+            f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}"
+        )
         for name, value in asdict(plan.totals).items():
             print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
         for copy in plan.copies:
@@ -76,36 +78,67 @@ def _run_plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_convert(options: argparse.Namespace) -> int:
-    from vmconv.cli.output import ProgressBar, print_json, size_text
-    from vmconv.conversion import run
+class _Silence:
+    """What `--quiet` prints."""
 
-    as_json = options.output == "json"
-    bar = ProgressBar() if not as_json and not options.quiet and (options.progress or sys.stderr.isatty()) else None
+    def announce(self, plan: Plan) -> None:
+        pass
 
-    def announce(plan: Plan) -> None:
-        if as_json:
-            print_json({"event": "plan", **_plan_json(plan)})
-        elif not options.quiet:
-            for copy in plan.copies:
-                print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
-            for loss in plan.losses:
-                print(f"not carried over: {loss}", file=sys.stderr)
+    def progress(self, done: int, to_do: int) -> None:
+        pass
 
-    def progress(done: int, to_do: int) -> None:
-        if as_json:
-            print_json({"event": "progress", "done": done, "total": to_do})
-        elif bar:
-            bar(done, to_do)
+    def result(self, result: Result) -> None:
+        pass
 
-    try:
-        result = run(_request(options), verify=options.verify, announce=announce, progress=progress)
-    finally:
-        if bar:
-            bar.close()
-    if as_json:
-        print_json({"event": "result", **asdict(result)})
-    elif not options.quiet:
+    def close(self) -> None:
+        pass
+
+
+class _Events(_Silence):
+    """One JSON document on each line: the plan, progress, the result."""
+
+    def announce(self, plan: Plan) -> None:
+        self._print("plan", _plan_json(plan))
+
+    def progress(self, done: int, to_do: int) -> None:
+        self._print("progress", {"done": done, "total": to_do})
+
+    def result(self, result: Result) -> None:
+        self._print("result", asdict(result))
+
+    def _print(self, event: str, values: dict[str, Any]) -> None:
+        from vmconv.cli.output import print_json
+
+        print_json({"event": event, **values})
+
+
+class _Words(_Silence):
+    """What people read: what will be copied and why, a bar, and what was done."""
+
+    def __init__(self, *, bar: bool) -> None:
+        from vmconv.cli.output import ProgressBar
+
+        self._bar = ProgressBar() if bar else None
+
+    def announce(self, plan: Plan) -> None:
+        from vmconv.cli.output import size_text
+
+        for copy in plan.copies:
+            print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+        for loss in plan.losses:
+            print(f"not carried over: {loss}", file=sys.stderr)
+
+    def progress(self, done: int, to_do: int) -> None:
+        if self._bar:
+            self._bar(done, to_do)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def result(self, result: Result) -> None:
+        from vmconv.cli.output import size_text
+
         for warning in result.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         totals = result.totals
@@ -113,6 +146,19 @@ def _run_convert(options: argparse.Namespace) -> int:
             f"{result.target}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
             f"written {size_text(totals.written)} in {result.seconds:.3f} s"
         )
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    from vmconv.conversion import run
+
+    report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
+    if options.output == "json":
+        report = _Events()
+    try:
+        result = run(_request(options), verify=options.verify, announce=report.announce, progress=report.progress)
+    finally:
+        report.close()
+    report.result(result)
     return 0
 
 
@@ -139,7 +185,9 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         help="keep the chain from this layer of SOURCE downwards as TARGET's backing file, instead of flattening it;\n"
         "written as given, relative to TARGET's directory",
     )
-    parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)")
+    parser.add_argument(
+        "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)"
+    )
     parser.add_argument(
         "--zero-copy",
         choices=("auto", "require"),
@@ -184,9 +232,9 @@ COMMANDS = (
     Command(
         "convert",
         "convert a disk to another format",
-        "Converts a disk without copying its payload wherever storage allows it. What must be copied is announced with\n"
-        "the reason before anything is written. The result is read back and compared with the source by its metadata\n"
-        "before it gets its name.",
+        "Converts a disk without copying its payload wherever storage allows it. What must be copied is announced\n"
+        "with the reason before anything is written. The result is read back and compared with the source by its\n"
+        "metadata before it gets its name.",
         _configure_convert,
         _run_convert,
         _EXIT_STATUS,

@@ -21,14 +21,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _demonstrate(directory: str, size: int) -> int:
-    from vmconv.cli.output import print_table, size_text
     from vmconv.api import convert
+    from vmconv.cli.output import print_table, size_text
     from vmconv.known import RAW_NAME
     from vmconv.linux import mount_of
     from vmconv.registry import installed
 
     mount = mount_of(directory)
-    print(f"A disk of {size_text(size)} with {size_text(size // 2)} of random payload, on {mount.type} at {mount.point}")
+    print(
+        f"A disk of {size_text(size)} with {size_text(size // 2)} of random payload, on {mount.type} at {mount.point}"
+    )
     source = os.path.join(directory, "disk.raw")
     _make_disk(source, size)
     registry = installed()
@@ -69,7 +71,11 @@ def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
     with Opener(installed()) as opener:
         left, right = opener.image(source, RAW_NAME), opener.image(target, target_format)
         proof = prove_images(left, right)
-        words = f"all {size_text(proof.shared)}" if proof else f"{size_text(proof.shared)} of {size_text(proof.shared + proof.apart)}"
+        words = (
+            f"all {size_text(proof.shared)}"
+            if proof
+            else f"{size_text(proof.shared)} of {size_text(proof.shared + proof.apart)}"
+        )
         return bool(compare_images(left, right)), words
 
 
@@ -96,9 +102,9 @@ COMMANDS = (
     Command(
         "demo",
         "convert a disk to every installed format and back, with the proof",
-        "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows for\n"
-        "each conversion what was shared, copied and written, how long it took, whether a guest sees the same bytes, and\n"
-        "how much of the payload lies in the very same blocks. Removes everything it made.",
+        "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows\n"
+        "for each conversion what was shared, copied and written, how long it took, whether a guest sees the same\n"
+        "bytes, and how much of the payload lies in the very same blocks. Removes everything it made.",
         _configure,
         _run,
     ),

@@ -172,8 +172,8 @@ COMMANDS = (
         "Describes an image: format, sizes, features, parent, identity and health. Reads the header only.",
         _configure_info,
         _run_info,
-        "The format is taken from the content when -f is not given, as qemu-img info does: nothing depends on it here.\n"
-        "All other commands want name and content to agree, or -f.",
+        "The format is taken from the content when -f is not given, as qemu-img info does: nothing depends on it\n"
+        "here. All other commands want name and content to agree, or -f.",
     ),
     Command(
         "map",
@@ -188,7 +188,7 @@ COMMANDS = (
         "check the structure of an image",
         "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts.\n"
         "Changes nothing.",
-        lambda parser: _configure_map(parser),
+        _configure_map,
         _run_check,
         "exit status (as qemu-img check):\n"
         "  0   no errors\n"

@@ -29,9 +29,7 @@ def _run_formats(options: argparse.Namespace) -> int:
                 "suffixes": list(one.suffixes),
                 "distribution": distribution,
                 "version": versions[distribution],
-                "options": [
-                    {"name": o.name, "default": o.default, "help": o.help} for o in describe(one.options())
-                ],
+                "options": [{"name": o.name, "default": o.default, "help": o.help} for o in describe(one.options())],
             }
         )
     missing = [

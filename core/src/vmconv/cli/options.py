@@ -21,7 +21,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 def add_format(parser: argparse.ArgumentParser, flag: str = "-f", whose: str = "FILE") -> None:
     parser.add_argument(
-        flag, dest=f"format_{flag.strip('-')}", metavar="FMT", help=f"format of {whose} (default: by its suffix and content)"
+        flag,
+        dest=f"format_{flag.strip('-')}",
+        metavar="FMT",
+        help=f"format of {whose} (default: by its suffix and content)",
     )
 
 

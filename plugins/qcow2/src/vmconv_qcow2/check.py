@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.errors import ImageError
-from vmconv.extents import Column
+from vmconv.extents import Column, distinct
 from vmconv.formats import CheckReport
 from vmconv.image import Image
 from vmconv_qcow2 import structs
@@ -149,9 +149,7 @@ class _Check:
                 entries = np.frombuffer(data, dtype=">u8").astype(np.uint64)
                 self._count_l2(whose, entries, first, stored, active=active)
 
-    def _count_l2(
-        self, whose: str, raw: npt.NDArray[np.uint64], first: int, stored: Steps, *, active: bool
-    ) -> None:
+    def _count_l2(self, whose: str, raw: npt.NDArray[np.uint64], first: int, stored: Steps, *, active: bool) -> None:
         bitmap = raw[1::2] if self.header.extended_l2 else None
         raw = raw[0::2] if self.header.extended_l2 else raw
         packed = (raw & np.uint64(structs.COMPRESSED)) != 0
@@ -179,7 +177,7 @@ class _Check:
                 self._check_copied("L2 entry", raw, offset, plain, stored)
         if not external:
             self._count_offsets(offset[plain])
-            for misplaced in offset[bad & ~past].tolist():
+            for misplaced in offset[bad & (offset < self.file.size)].tolist():
                 self._count(misplaced, min(self.cluster, self.file.size - misplaced))
         if packed.any():
             self._count_compressed(raw[packed])
@@ -253,7 +251,9 @@ class _Check:
         if not self._place("refcount table", header.refcount_table_offset, length):
             return Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
         raw = np.frombuffer(self.file.read(header.refcount_table_offset, length), dtype=">u8").astype(np.uint64)
-        blocks = self._count_clusters("refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK)
+        blocks = self._count_clusters(
+            "refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK
+        )
         used = np.sort(blocks[blocks != 0])
         if (used[1:] == used[:-1]).any():
             raise ImageError(f"{self.file.name}: refcount table: a refcount block is used twice")
@@ -300,11 +300,11 @@ def _steps(runs: list[tuple[Column, Column]]) -> Steps:
 
 
 def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
-    """Returns `(first, end, references, stored count)` of the runs of clusters of the file where the two differ."""
-    cuts = np.union1d(counted.start, stored.start)
-    cuts = cuts[cuts < clusters]
-    references, counts = counted.at(cuts), stored.at(cuts)
-    end = np.append(cuts[1:], clusters)
+    """Returns `(first, end, references, stored count)` of the runs of clusters where the two differ."""
+    cuts = distinct(np.concatenate([counted.start, stored.start, [clusters]]))
+    # What is stored for clusters past the end of the file means nothing; a reference to one does.
+    references, counts = counted.at(cuts), np.where(cuts < clusters, stored.at(cuts), 0)
+    end = np.append(cuts[1:], cuts[-1] + 1)
     differ = references != counts
     return cuts[differ], end[differ], references[differ], counts[differ]
 

@@ -87,5 +87,3 @@ def _inflate_zstd(data: bytes, size: int) -> bytes:
     # After the frame there is padding to the sector, so the frame's end is where reading stops, not the data's.
     reader = ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).stream_reader(data)
     return reader.read(size)
-
-

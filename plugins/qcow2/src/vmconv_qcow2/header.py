@@ -151,7 +151,9 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
         what = f"snapshot {number}"
         entry = _parse(structs.SnapshotHeader, file, at, what)
         if entry.extra_data_size > structs.MAX_SNAPSHOT_EXTRA:
-            raise damaged(file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most")
+            raise damaged(
+                file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most"
+            )
         place = at + structs.SnapshotHeader.sizeof()
         disk_size, vm_state_size = header.size, entry.vm_state_size
         if entry.extra_data_size >= structs.SnapshotExtra.sizeof():
@@ -217,7 +219,10 @@ def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
             return
         if extension.length > end - at - size:
             raise damaged(
-                file, f"header extension {extension.type:#x}", at, f"{extension.length} bytes, {end - at - size} are left"
+                file,
+                f"header extension {extension.type:#x}",
+                at,
+                f"{extension.length} bytes, {end - at - size} are left",
             )
         yield extension.type, file.read(at + size, extension.length)
         at += size + -(-extension.length // 8) * 8

@@ -121,10 +121,13 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
     """Returns the first `needed` offsets of L2 tables, 0 where there is none; every one lies inside the file."""
-    file, bits = header.file, header.cluster_bits
+    file = header.file
     if needed * 8 > structs.MAX_L1_BYTES:
         raise damaged(
-            file, "size", structs.field_offset("size"), f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most"
+            file,
+            "size",
+            structs.field_offset("size"),
+            f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most",
         )
     if size < needed:
         raise damaged(file, "l1_size", structs.field_offset("l1_size"), f"{size} entries, the disk needs {needed}")
@@ -139,11 +142,11 @@ def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
         )
     raw = np.frombuffer(file.read(offset, needed * 8), dtype=">u8")
     tables = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
-    _check_tables(header, tables, offset, bits)
+    _check_tables(header, tables, offset)
     return tables
 
 
-def _check_tables(header: Header, tables: Column, l1_offset: int, bits: int) -> None:
+def _check_tables(header: Header, tables: Column, l1_offset: int) -> None:
     file, cluster = header.file, header.cluster_size
     bad = (tables != 0) & ((tables & (cluster - 1) != 0) | (tables > file.size - cluster))
     if bad.any():
@@ -278,9 +281,10 @@ class _Mapper:
 
     def _is_there(self, raw: npt.NDArray[np.uint64], offset: Column) -> npt.NDArray[np.bool_]:
         """True where a cluster is allocated: in a data file, offset 0 is a place like any other."""
+        there: npt.NDArray[np.bool_] = offset != 0
         if self.in_data_file:
-            return (offset != 0) | ((raw & np.uint64(structs.COPIED)) != 0)
-        return offset != 0
+            there |= (raw & np.uint64(structs.COPIED)) != 0
+        return there
 
     def _check(self, offset: Column, chosen: npt.NDArray[np.bool_] | None, first: int) -> None:
         """Raises `ImageError` unless the chosen offsets are clusters that begin inside the file of the payload."""
@@ -307,13 +311,15 @@ class _Mapper:
         guest = np.flatnonzero(packed) + first
         bad = self.compressed.add(guest, raw[packed])
         if bad is not None:
-            self._refuse(bad - first, first, f"compressed data lies past the end of the file ({self.header.file.size:#x})")
+            self._refuse(
+                bad - first, first, f"compressed data lies past the end of the file ({self.header.file.size:#x})"
+            )
         return guest * self.header.cluster_size
 
     def _refuse(self, entry: int, first: int, problem: str) -> None:
         cluster = first + entry
         address = cluster * self.header.cluster_size
         l1, l2 = divmod(cluster, self.header.l2_entries)
-        raise ImageError(f"{self.header.file.name}: L2 entry {l2} of table {l1} (guest address {address:#x}): {problem}")
-
-
+        raise ImageError(
+            f"{self.header.file.name}: L2 entry {l2} of table {l1} (guest address {address:#x}): {problem}"
+        )

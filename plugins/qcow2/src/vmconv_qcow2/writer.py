@@ -8,6 +8,7 @@ tables (L2, refcounts) are computed when they are written, a slice at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from vmconv import blocks
 from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut, spread
+from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, Source
@@ -81,7 +82,7 @@ class _Writer:
         tables, placed = self._arrange(payload)
         end = max(tables.end, placed.end)
         runs = payload.take(placed.run)
-        length = runs.count * self.cluster
+        length = runs.blocks * self.cluster
         rows, row_length = cut(self.guest, runs.first * self.cluster, length, placed.offset)
         file = self._file(tables, runs, placed.offset, end)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
@@ -149,7 +150,7 @@ class _Writer:
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
         output = _Output(used_to)
-        whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.count * cluster])
+        whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.blocks * cluster])
         used = _windows(whole[0], whole[1], whole[0], output, used_to)
         host = self._host(runs, offset, output)
         l1 = np.zeros(tables.l1_entries, dtype=">u8")
@@ -166,13 +167,13 @@ class _Writer:
 
     def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
         """Returns the table of the guest's clusters whose windows are their places in the output file."""
-        length = runs.count * self.cluster
+        length = runs.blocks * self.cluster
         host = _windows(runs.first * self.cluster, length, offset, output, self.guest.size, Kind.HOLE)
         if not self.backing:
             return host
         zero = self.runs.take((self.runs.kind == Kind.ZERO) & ~self.allocated)
         zeros = Extents.filled(self.guest.size)
-        return host.replaced(zeros, zero.first * self.cluster, zero.count * self.cluster) if len(zero.first) else host
+        return host.replaced(zeros, zero.first * self.cluster, zero.blocks * self.cluster) if len(zero.first) else host
 
     def _header(self, tables: _Tables) -> bytes:
         options, backing = self.options, self.backing
@@ -212,7 +213,7 @@ class _Writer:
                 }
             )
             header += structs.HeaderV3Additional.build({"compression_type": 0})
-        return header + extensions + name
+        return b"".join([header, extensions, name])
 
     def _refcounts(self, used: Extents, count: int) -> Blob:
         """Returns all refcount blocks: 1 for each cluster of the file that is used."""
@@ -224,10 +225,10 @@ class _Writer:
             kind, _, _ = used.units(cluster, first, n)
             ones = kind == Kind.DATA
             if bits >= 8:
-                return ones.astype(f">u{bits // 8}").tobytes()
-            spread = np.zeros((n, bits), dtype=np.uint8)
-            spread[:, 0] = ones
-            return np.packbits(spread, bitorder="little").tobytes()
+                return bytes(ones.astype(f">u{bits // 8}"))
+            single = np.zeros((n, bits), dtype=np.uint8)
+            single[:, 0] = ones
+            return bytes(np.packbits(single, bitorder="little"))
 
         # The counts of clusters past the end of the file are zero, as is what is not written.
         needed = -(-used.size // cluster * bits // 64) * 8
@@ -305,9 +306,9 @@ def _windows(
 
 def _l1_indices(runs: blocks.Runs, entries: int) -> Column:
     """Returns the entries of the L1 table that need an L2 table, in order."""
-    low, high = runs.first // entries, (runs.first + runs.count - 1) // entries
+    low, high = runs.first // entries, (runs.first + runs.blocks - 1) // entries
     run, place = spread(high - low + 1)
-    return np.unique(low[run] + place)
+    return distinct(low[run] + place)
 
 
 def _neighbours(indices: Column, first: int, most: int) -> int:
@@ -319,15 +320,15 @@ def _neighbours(indices: Column, first: int, most: int) -> int:
 
 def _extension(kind: int, data: bytes) -> bytes:
     padding = bytes(-len(data) % 8)
-    return structs.Extension.build({"type": kind, "length": len(data)}) + data + padding
+    return b"".join([structs.Extension.build({"type": kind, "length": len(data)}), data, padding])
 
 
-def _by_words(compute: Any, word: int = 8) -> Any:
+def _by_words(compute: Callable[[int, int], bytes], word: int = 8) -> Callable[[int, int], bytes]:
     """Returns a blob's reader for ranges that need not begin and end with a word of the table."""
 
     def read(offset: int, length: int) -> bytes:
         low, high = offset // word * word, -(-(offset + length) // word) * word
-        data: bytes = compute(low, high - low)
+        data = compute(low, high - low)
         return data if len(data) == length else data[offset - low : offset - low + length]
 
     return read

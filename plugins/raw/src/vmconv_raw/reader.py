@@ -31,6 +31,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
 
     losses: tuple[str, ...] = ()
     if size != file.size:
-        losses = (f"size {file.size} is not whole sectors: the disk has {size} bytes, the last {size - file.size} zero",)
+        losses = (
+            f"size {file.size} is not whole sectors: the disk has {size} bytes, the last {size - file.size} zero",
+        )
     return Image("raw", file, size, load_guest, load_places=load_places, losses=losses)
-
