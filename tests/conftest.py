@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disks import QemuImg
+
+pytest.register_assert_rewrite("vmconv.testing")
 
 REQUIRED = frozenset(filter(None, os.environ.get("VMCONV_REQUIRE", "").split(",")))
 FILESYSTEM_SIZE = 4 << 30
@@ -102,9 +105,6 @@ def btrfs_dir(mounts: Mounts) -> Iterator[Path]:
 def ext4_dir(mounts: Mounts) -> Iterator[Path]:
     """An empty directory on ext4, which cannot share blocks."""
     yield from _directory(mounts, "ext4")
-
-
-QemuImg = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,65 @@
+"""Disks without storage: sources in memory, images over them, and layouts made real in memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+from vmconv.backends.memory import MemoryBackend, MemoryFile
+from vmconv.commit import make
+from vmconv.extents import Extents, Kind, on_storage
+from vmconv.image import Image
+from vmconv.layout import Layout
+from vmconv.planner import Plan, plan_layout
+
+SECTOR = 512
+
+
+def random_bytes(count: int, seed: int = 0) -> bytes:
+    """Returns the same incompressible bytes for the same seed."""
+    return random.Random(seed).randbytes(count)
+
+
+def patterned(size: int, pieces: Iterable[tuple[int, int]], seed: int = 0) -> MemoryFile:
+    """Returns a file in memory with random bytes in the given `(start, length)` pieces and holes elsewhere."""
+    file = MemoryFile("source.raw", size)
+    for number, (start, length) in enumerate(pieces):
+        file.write(start, random_bytes(length, seed + number))
+    return file
+
+
+def image_file(content: bytes, name: str = "image") -> MemoryFile:
+    """Returns a file in memory with this content."""
+    file = MemoryFile(name, len(content))
+    file.write(0, content)
+    return file
+
+
+def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, **metadata: object) -> Image:
+    """Returns a disk that is `table`, for writers; `metadata` are fields of `Disk`."""
+    load_parent = (lambda: parent) if parent else None
+    return Image("test", file, table.size, lambda: table, load_parent=load_parent, metadata=metadata)  # type: ignore[arg-type]
+
+
+def raw_disk(file: MemoryFile, **metadata: object) -> Image:
+    """Returns the disk that a file is, byte for byte."""
+    return disk_of(on_storage(file), file, **metadata)
+
+
+def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[Plan, list[MemoryFile]]:
+    """Returns the plan of a layout and its files made in memory; payload is shared wherever it is congruent."""
+    backend = MemoryBackend()
+    sources = [source for source in image.flat.sources if isinstance(source, MemoryFile)]
+    plan = plan_layout(layout, name, "", backend.name, backend.survey("", sources))
+    files = make(plan, backend.begin(""), None)
+    return plan, [file for file in files if isinstance(file, MemoryFile)]
+
+
+def content(table: Extents) -> bytes:
+    """Returns what a guest reads."""
+    return table.without_holes().read(0, table.size)
+
+
+def kinds(table: Extents) -> Sequence[Kind]:
+    """Returns the kinds of the rows."""
+    return [row.kind for row in table]

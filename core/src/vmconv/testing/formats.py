@@ -1,0 +1,278 @@
+"""What every format has to pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vmconv.backends.memory import MemoryFile
+from vmconv.errors import UsageError, VmconvError
+from vmconv.extents import Kind
+from vmconv.formats import Format
+from vmconv.image import Image
+from vmconv.layout import Layout, Placement
+from vmconv.opener import Opener
+from vmconv.options import describe, parse_options
+from vmconv.registry import Registry
+from vmconv.sources import File
+from vmconv.testing.disks import content, image_file, make_in_memory, patterned, random_bytes, raw_disk
+from vmconv.testing.strategies import disks
+
+_HEAVY = ("numpy", "construct", "pydantic", "zstandard")
+_MIB = 1 << 20
+
+
+class _Siblings(Opener):
+    """An opener that knows the files of one image made in memory, and no others."""
+
+    def __init__(self, registry: Registry, files: Mapping[str, File]) -> None:
+        super().__init__(registry)
+        self._siblings = files
+        self.asked: list[str] = []
+
+    def related(self, origin: File, reference: str, role: str) -> File:
+        self.asked.append(reference)
+        if reference not in self._siblings:
+            return super().related(origin, reference, role)
+        return self._siblings[reference]
+
+
+class FormatTests:
+    """Subclass it, say which `format`, and pytest collects the rest; the answers below it may need."""
+
+    format: ClassVar[Format]
+    variants: ClassVar[Sequence[Mapping[str, str]]] = ({},)
+    """Options to write images with, as a user would give them; each test that writes runs for each."""
+    wrong_options: ClassVar[Sequence[Mapping[str, str]]] = ()
+    """Options that must be refused."""
+    metadata: ClassVar[Mapping[str, Any]] = {}
+    """A value for each field of `Disk` that the format carries."""
+    block: ClassVar[int] = 512
+    """A payload granularity, bytes, at which every variant can reference payload that is aligned to it."""
+    has_signature: ClassVar[bool] = True
+    """False for a format whose images cannot be told by their content."""
+
+    # -- what the tests are made of
+
+    def write(self, image: Image, variant: Mapping[str, str], modulus: int = 512) -> Layout:
+        options = parse_options(self.format.options(), variant, self.format.name)
+        return self.format.write(image, options, Placement(modulus))
+
+    def read(self, files: Sequence[MemoryFile], layout: Layout) -> Image:
+        names = {out.name: file for out, file in zip(layout.files, files, strict=True) if out.name}
+        return self.format.read(files[-1], _Siblings(Registry({self.format.name: self.format}), names))
+
+    def round_trip(self, image: Image, variant: Mapping[str, str], modulus: int = 512) -> Image:
+        layout = self.write(image, variant, modulus)
+        _, files = make_in_memory(layout, image)
+        return self.read(files, layout)
+
+    def sample(self, variant: Mapping[str, str]) -> bytes:
+        """Returns the bytes of an image with payload, zeros and a hole, in one file."""
+        source = patterned(3 * _MIB, [(0, 4096), (_MIB, 70000), (3 * _MIB - 8192, 8192)])
+        image = raw_disk(source)
+        layout = self.write(image, variant)
+        _, files = make_in_memory(layout, image)
+        return files[-1].read(0, files[-1].size)
+
+    def open_sample(self, data: bytes) -> Image:
+        return self.format.read(image_file(data), _Siblings(Registry({self.format.name: self.format}), {}))
+
+    def each_variant(self) -> Iterator[Mapping[str, str]]:
+        yield from self.variants
+
+    # -- the plugin
+
+    def test_name_title_and_suffixes_are_usable(self) -> None:
+        assert re.fullmatch(r"[a-z][a-z0-9_-]*", self.format.name)
+        assert self.format.title
+        assert self.format.suffixes
+        assert all(re.fullmatch(r"\.[a-z0-9]+", suffix) for suffix in self.format.suffixes)
+
+    def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
+        module = type(self.format).__module__
+        code = f"import sys, {module}; print([m for m in {_HEAVY!r} if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+    def test_options_are_a_frozen_dataclass_with_help_for_each_field(self) -> None:
+        model = self.format.options()
+        assert dataclasses.is_dataclass(model)
+        assert model.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert all(option.help for option in describe(model))
+
+    def test_an_unknown_option_is_refused_by_name(self) -> None:
+        with pytest.raises(UsageError, match="no_such_option"):
+            parse_options(self.format.options(), {"no_such_option": "1"}, self.format.name)
+
+    def test_wrong_options_are_refused_by_name_and_value(self) -> None:
+        for wrong in self.wrong_options:
+            with pytest.raises(UsageError) as caught:
+                parse_options(self.format.options(), wrong, self.format.name)
+            assert "\n" not in str(caught.value)
+
+    # -- writing
+
+    def test_a_disk_is_the_same_after_writing_and_reading(self) -> None:
+        source = patterned(5 * _MIB, [(0, 512), (4096, 65536), (_MIB, 3 * _MIB // 2), (5 * _MIB - 512, 512)])
+        for variant in self.each_variant():
+            image = raw_disk(source)
+            result = self.round_trip(image, variant)
+            assert content(result.flat) == source.read(0, source.size), variant
+
+    @pytest.mark.parametrize("sectors", [1, 2, 7, 127, 128, 129, 4097])
+    def test_a_disk_of_any_number_of_sectors_is_the_same(self, sectors: int) -> None:
+        size = sectors * 512
+        source = patterned(size, [(0, size)])
+        for variant in self.each_variant():
+            result = self.round_trip(raw_disk(source), variant)
+            assert result.size == size
+            assert content(result.flat) == source.read(0, size), variant
+
+    def test_a_disk_of_nothing_but_zeros_has_no_payload(self) -> None:
+        source = MemoryFile("source.raw", 100 * _MIB)
+        for variant in self.each_variant():
+            image = raw_disk(source)
+            layout = self.write(image, variant)
+            plan, files = make_in_memory(layout, image)
+            assert plan.totals.shared == plan.totals.copied == 0
+            assert self.read(files, layout).flat.total(Kind.DATA) == 0, variant
+
+    def test_any_table_is_the_same_after_writing_and_reading(self) -> None:
+        @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+        @given(image=disks(), variant=st.sampled_from(list(self.variants)))
+        def check(image: Image, variant: Mapping[str, str]) -> None:
+            result = self.round_trip(image, variant)
+            assert content(result.flat)[: image.size] == content(image.flat)
+
+        check()
+
+    def test_the_writer_is_a_pure_function(self) -> None:
+        source = patterned(3 * _MIB, [(4096, _MIB)])
+        image = raw_disk(source)
+        for variant in self.each_variant():
+            first, second = (self.write(image, variant) for _ in range(2))
+            assert [(f.name, f.table.size) for f in first.files] == [(f.name, f.table.size) for f in second.files]
+            for one, other in zip(first.files, second.files, strict=True):
+                assert [row[:3] for row in one.table] == [row[:3] for row in other.table]
+
+    @pytest.mark.parametrize("modulus", [512, 4096, 65536])
+    def test_aligned_payload_is_placed_where_it_can_be_referenced(self, modulus: int) -> None:
+        unit = max(modulus, self.block)
+        source = patterned(64 * unit, [(0, 3 * unit), (8 * unit, unit), (40 * unit, 24 * unit)])
+        for variant in self.each_variant():
+            layout = self.write(raw_disk(source), variant, modulus)
+            for out in layout.files:
+                for row in out.table:
+                    if row.source is source:
+                        assert (row.start - row.offset) % modulus == 0, (variant, row)
+
+    def test_computed_metadata_reads_the_same_in_pieces_and_as_a_whole(self) -> None:
+        source = patterned(9 * _MIB, [(0, 4096), (_MIB, 5 * _MIB)])
+        for variant in self.each_variant():
+            for out in self.write(raw_disk(source), variant).files:
+                for blob in out.table.sources:
+                    if isinstance(blob, File) or not blob.size:
+                        continue
+                    whole = blob.read(0, blob.size)
+                    assert len(whole) == blob.size
+                    for seed in range(5):
+                        rng = random.Random(seed)
+                        start = rng.randrange(blob.size)
+                        length = rng.randrange(blob.size - start) + 1
+                        assert blob.read(start, length) == whole[start : start + length], (variant, blob.name)
+
+    def test_what_the_format_carries_comes_back(self) -> None:
+        assert self.format.carries == frozenset(self.metadata)
+        source = patterned(4 * _MIB, [(0, _MIB)])
+        for variant in self.each_variant():
+            result = self.round_trip(raw_disk(source, **self.metadata), variant)
+            assert {key: getattr(result.disk, key) for key in self.metadata} == dict(self.metadata)
+
+    def test_what_was_written_passes_the_check(self) -> None:
+        for variant in self.each_variant():
+            report = self.format.check(self.open_sample(self.sample(variant)))
+            assert report is None or (report.corruption_count, report.leak_count) == (0, 0), (variant, report)
+
+    # -- reading
+
+    def test_own_images_are_recognised_and_others_are_not(self) -> None:
+        for variant in self.each_variant():
+            assert self.format.probe(image_file(self.sample(variant))) is self.has_signature
+        for other in (b"", b"\0", b"x" * 100, bytes(8192), random_bytes(8192)):
+            assert not self.format.probe(image_file(other))
+
+    def test_the_neutral_description_is_valid(self) -> None:
+        for variant in self.each_variant():
+            image = self.open_sample(self.sample(variant))
+            assert image.disk.size == image.size
+            assert isinstance(image.details, Mapping)
+
+    def test_an_unknown_snapshot_is_refused(self) -> None:
+        file = image_file(self.sample(self.variants[0]))
+        with pytest.raises(VmconvError):
+            self.format.read(file, _Siblings(Registry(), {}), snapshot="no such snapshot")
+
+    def test_reading_opens_no_other_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = self.sample(self.variants[0])
+
+        def refuse(*arguments: object, **keywords: object) -> None:
+            raise AssertionError(f"the reader opens {arguments}")
+
+        monkeypatch.setattr("os.open", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
+        self.open_sample(data).flat.total(Kind.DATA)
+
+    # -- hostile input
+
+    def outcome(self, data: bytes) -> str:
+        """Reads all of an image; returns "read", or the message of the error, which must be one line that names it."""
+        try:
+            image = self.open_sample(data)
+            table = image.flat
+            for row in table.window(0, min(table.size, 1 << 22)):
+                if row.source is not None and row.offset + row.length <= row.source.size:
+                    row.source.read(row.offset, min(row.length, 1 << 16))
+            self.format.check(image)
+        except VmconvError as exc:
+            message = str(exc)
+            assert "\n" not in message
+            assert not message.endswith(".")
+            return message
+        return "read"
+
+    def test_a_truncated_image_is_read_or_refused_in_one_line(self) -> None:
+        if not self.has_signature:
+            pytest.skip("anything is an image of this format")
+        data = self.sample(self.variants[0])
+        lengths = {0, 1, 7, 8, 71, 72, 103, 104, 511, 512, 1024, 4096, len(data) // 2, len(data) - 512}
+        refused = [length for length in sorted(lengths) if self.outcome(data[:length]) != "read"]
+        assert 0 in refused
+        assert len(refused) > 5
+
+    def test_an_image_with_flipped_bits_is_read_or_refused_in_one_line(self) -> None:
+        for seed, variant in enumerate(self.each_variant()):
+            data = self.sample(variant)
+            # Most of an image is zeros or payload; what can hurt is where its metadata is.
+            places = np.flatnonzero(np.frombuffer(data[: 1 << 20], dtype=np.uint8))[:4096]
+            rng = random.Random(seed)
+            for _ in range(40):
+                changed = bytearray(data)
+                for _ in range(rng.randrange(1, 4)):
+                    changed[int(rng.choice(places)) ^ rng.randrange(8)] ^= 1 << rng.randrange(8)
+                self.outcome(bytes(changed))
+
+    def test_garbage_after_a_good_beginning_is_read_or_refused_in_one_line(self) -> None:
+        data = self.sample(self.variants[0])
+        for keep in (4, 8, 64, 512, 4096):
+            self.outcome(data[:keep] + random_bytes(65536, keep))

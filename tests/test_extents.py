@@ -1,0 +1,202 @@
+"""The table of extents against a model that is a list of bytes' places, one for each address."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmconv.extents import Columns, Extents, Kind, on_storage
+from vmconv.sources import Blob, Source
+from vmconv.testing import patterned, tables
+
+A, B = Blob("a", bytes(range(200))), Blob("b", bytes(range(255, 55, -1)))
+SOURCES = (A, B)
+
+Place = tuple[Kind, Source | None, int]
+
+
+def model(table: Extents) -> list[Place]:
+    """Returns what the table says of each address by itself."""
+    places: list[Place] = []
+    for row in table:
+        for step in range(row.length):
+            places.append((row.kind, row.source, row.offset + step if row.kind == Kind.DATA else 0))
+    assert len(places) == table.size
+    return places
+
+
+@given(tables(SOURCES))
+def test_rows_cover_the_size_without_gaps(table: Extents) -> None:
+    assert int(table.length.sum()) == table.size
+    assert (np.diff(table.start) > 0).all()
+
+
+@given(tables(SOURCES))
+def test_no_two_neighbours_could_be_one_row(table: Extents) -> None:
+    rows = list(table)
+    for one, following in zip(rows, rows[1:], strict=False):
+        same = one.kind == following.kind and one.source is following.source
+        assert not (same and (one.kind != Kind.DATA or following.offset == one.offset + one.length))
+
+
+@given(tables(SOURCES), st.data())
+def test_tables_are_equal_exactly_when_they_say_the_same(table: Extents, data: st.DataObject) -> None:
+    other = data.draw(tables(SOURCES, size=table.size))
+    assert (table == other) == (model(table) == model(other))
+    assert table == Extents(table.size, table.columns, table.sources)
+
+
+def test_equal_tables_may_list_their_sources_differently() -> None:
+    one = Extents.of([(0, Kind.DATA, A, 0), (10, Kind.DATA, B, 0)], 20)
+    other = Extents(20, one.columns._replace(source=np.array([1, 0], dtype=np.int32)), [B, A])
+    assert one == other
+
+
+@given(tables(SOURCES), st.integers(0, 120), st.integers(0, 120))
+def test_a_window_is_that_part_and_a_hole_past_the_end(table: Extents, start: int, length: int) -> None:
+    expected = model(table)[start : start + length]
+    expected += [(Kind.HOLE, None, 0)] * (length - len(expected))
+    assert model(table.window(start, length)) == expected
+
+
+@given(tables(SOURCES), tables(SOURCES))
+def test_a_layer_over_a_parent_is_the_parent_in_its_holes(layer: Extents, parent: Extents) -> None:
+    below = model(parent) + [(Kind.HOLE, None, 0)] * layer.size
+    expected = [below[at] if place[0] == Kind.HOLE else place for at, place in enumerate(model(layer))]
+    assert model(layer.over(parent)) == expected
+
+
+@given(tables(SOURCES), tables(SOURCES), tables(SOURCES))
+def test_stacking_is_associative(top: Extents, middle: Extents, bottom: Extents) -> None:
+    middle, bottom = middle.window(0, top.size), bottom.window(0, top.size)
+    assert top.over(middle).over(bottom) == top.over(middle.over(bottom))
+
+
+@given(tables(SOURCES), tables((B,), size=A.size))
+def test_composition_replaces_windows_onto_a_source(table: Extents, inner: Extents) -> None:
+    below = model(inner)
+    expected = [below[offset] if source is A else (kind, source, offset) for kind, source, offset in model(table)]
+    assert model(table.through(A, inner)) == expected
+
+
+@given(tables(SOURCES))
+def test_composition_with_the_identity_changes_nothing(table: Extents) -> None:
+    assert table.through(A, Extents.whole(A)) == table
+
+
+@given(tables(SOURCES), st.data())
+def test_replaced_ranges_are_those_of_the_other_table(table: Extents, data: st.DataObject) -> None:
+    other = data.draw(tables(SOURCES, size=table.size))
+    edges = sorted(data.draw(st.sets(st.integers(0, table.size), max_size=6)))
+    pairs = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if a < b]
+    start = np.array([a for a, _ in pairs], dtype=np.int64)
+    length = np.array([b - a for a, b in pairs], dtype=np.int64)
+    expected = model(table)
+    for a, b in pairs:
+        expected[a:b] = model(other)[a:b]
+    assert model(table.replaced(other, start, length)) == expected
+
+
+@given(tables(SOURCES))
+def test_without_holes_every_hole_is_zero(table: Extents) -> None:
+    expected = [(Kind.ZERO, None, 0) if place[0] == Kind.HOLE else place for place in model(table)]
+    assert model(table.without_holes()) == expected
+
+
+@given(tables(SOURCES))
+def test_reading_gives_the_bytes_of_the_windows(table: Extents) -> None:
+    expected = bytes(0 if source is None else source.read(offset, 1)[0] for _, source, offset in model(table))
+    assert table.read(0, table.size) == expected
+
+
+@given(tables(SOURCES, unit=4), st.integers(0, 20), st.integers(0, 60))
+def test_units_are_what_each_unit_says(table: Extents, first: int, count: int) -> None:
+    kind, source, offset = table.units(4, first, count)
+    places = model(table)[:: 4][first : first + count]
+    places += [(Kind.HOLE, None, 0)] * (count - len(places))
+    named = [table.sources[index] if index >= 0 else None for index in source.tolist()]
+    assert list(zip(map(Kind, kind.tolist()), named, offset.tolist(), strict=True)) == places
+
+
+def test_units_refuse_a_boundary_inside_a_unit() -> None:
+    with pytest.raises(ValueError, match="inside a unit"):
+        Extents.of([(0, Kind.ZERO, None, 0), (3, Kind.DATA, A, 0)], 8).units(4, 0, 2)
+
+
+@given(tables(SOURCES, unit=4), st.integers(1, 9))
+def test_a_table_comes_back_from_its_units_in_slices(table: Extents, step: int) -> None:
+    count = table.size // 4
+    slices = [table.units(4, first, min(step, count - first)) for first in range(0, count, step)]
+    assert Extents.from_units(4, table.size, slices, table.sources) == table
+
+
+def test_the_part_of_a_unit_past_the_end_of_its_source_is_zero() -> None:
+    kind = np.array([Kind.DATA], dtype=np.uint8)
+    table = Extents.from_units(256, 256, [(kind, 0, np.array([0]))], [A])
+    assert [(row.start, row.kind) for row in table] == [(0, Kind.DATA), (200, Kind.ZERO)]
+
+
+def test_a_number_among_slices_is_that_many_holes() -> None:
+    kind = np.array([Kind.ZERO], dtype=np.uint8)
+    table = Extents.from_units(1 << 20, 1 << 50, [(1 << 30) - 1, (kind, -1, np.array([0]))], [A])
+    assert [(row.start, row.kind) for row in table] == [(0, Kind.HOLE), ((1 << 50) - (1 << 20), Kind.ZERO)]
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20)), max_size=6))
+def test_placed_rows_are_where_they_are_and_zero_is_between(pieces: list[tuple[int, int]]) -> None:
+    taken: list[tuple[int, int]] = []
+    for start, length in pieces:
+        if all(start + length <= other or start >= other + size for other, size in taken):
+            taken.append((start, length))
+    rows = Columns(
+        np.array([start for start, _ in taken], dtype=np.int64),
+        np.full(len(taken), Kind.DATA, dtype=np.uint8),
+        np.zeros(len(taken), dtype=np.int32),
+        np.array([start for start, _ in taken], dtype=np.int64),
+    )
+    table = Extents.placed(130, rows, np.array([length for _, length in taken], dtype=np.int64), [A])
+    covered = {address for start, length in taken for address in range(start, start + length)}
+    assert model(table) == [(Kind.DATA, A, at) if at in covered else (Kind.ZERO, None, 0) for at in range(130)]
+
+
+def test_placed_rows_must_not_overlap() -> None:
+    rows = Columns(np.array([0, 5]), np.full(2, 2, dtype=np.uint8), np.zeros(2, dtype=np.int32), np.array([0, 5]))
+    with pytest.raises(ValueError, match="overlap"):
+        Extents.placed(20, rows, np.array([6, 5]), [A])
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "problem"),
+    [
+        ([(1, Kind.ZERO, None, 0)], 5, "gapless"),
+        ([(0, Kind.ZERO, None, 0), (0, Kind.DATA, A, 0)], 5, "gapless"),
+        ([(0, Kind.ZERO, None, 0), (5, Kind.DATA, A, 0)], 5, "gapless"),
+        ([(0, Kind.DATA, A, 100)], 101, "outside"),
+        ([(0, Kind.DATA, A, -1)], 1, "outside"),
+        ([(0, Kind.DATA, None, 0)], 1, "names no source"),
+        ([], 1, "no rows"),
+        ([], -1, "not in"),
+        ([], 1 << 63, "not in"),
+    ],
+)
+def test_an_invalid_table_cannot_be_made(rows: list[tuple[int, Kind, Source | None, int]], size: int, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Extents.of(rows, size)
+
+
+def test_a_table_cannot_be_changed() -> None:
+    table = Extents.whole(A)
+    with pytest.raises(ValueError, match="read-only"):
+        table.start[0] = 1
+
+
+def test_the_map_of_a_file_says_where_its_holes_are() -> None:
+    file = patterned(10 * 512, [(512, 1024), (9 * 512, 512)])
+    assert [(row.start, row.kind) for row in on_storage(file)] == [
+        (0, Kind.ZERO),
+        (512, Kind.DATA),
+        (1536, Kind.ZERO),
+        (9 * 512, Kind.DATA),
+    ]
