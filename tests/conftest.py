@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from disks import QemuImg
 
 pytest.register_assert_rewrite("vmconv.testing")

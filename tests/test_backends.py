@@ -53,12 +53,12 @@ class TestMemory(BackendTests):
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Iterator[str]:
         yield str(tmp_path)
-        self.backend.files.clear()  # type: ignore[attr-defined]
+        self.backend.files.clear()
 
     def read_back(self, path: str) -> bytes:
-        file = self.backend.files[path]  # type: ignore[attr-defined]
+        file = self.backend.files[path]
         data: bytes = file.read(0, file.size)
         return data
 
     def names(self, directory: str) -> list[str]:
-        return sorted(os.path.basename(path) for path in self.backend.files)  # type: ignore[attr-defined]
+        return sorted(os.path.basename(path) for path in self.backend.files)

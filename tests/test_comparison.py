@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from disks import MIB, QemuImg, make_disk, process_io
 
 import vmconv
+from disks import MIB, QemuImg, make_disk, process_io
 from vmconv.cli import main
 
 

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from disks import MIB, QemuImg, make_disk, process_io, scribble
 
 import vmconv
+from disks import MIB, QemuImg, make_disk, process_io, scribble
 from vmconv.errors import PlanError, UsageError
 
-OPTIONS = (
+OPTIONS: tuple[dict[str, str], ...] = (
     {},
     {"cluster_size": "512"},
     {"cluster_size": "4K"},
@@ -26,7 +26,9 @@ OPTIONS = (
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_raw_to_qcow2_and_back_shares_all_payload(reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
+def test_raw_to_qcow2_and_back_shares_all_payload(
+    reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]
+) -> None:
     raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.qcow2", "back.raw"))
     make_disk(raw, 40 * MIB)
     there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
@@ -203,9 +205,7 @@ def test_compressed_clusters_are_copied_with_that_reason(reflink_dir: Path, qemu
 
 
 @pytest.mark.parametrize("options", [{}, {"extended_l2": "on"}, {"cluster_size": "2M"}, {"compat": "0.10"}], ids=str)
-def test_a_kept_backing_file_stays_the_parent(
-    reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]
-) -> None:
+def test_a_kept_backing_file_stays_the_parent(reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
     make_disk(reflink_dir / "base.raw", 8 * MIB)
     middle, top = reflink_dir / "middle.qcow2", reflink_dir / "top.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", middle)
@@ -225,7 +225,7 @@ def test_only_a_layer_of_the_source_can_be_kept(reflink_dir: Path, qemu_img: Qem
     make_disk(reflink_dir / "base.raw", MIB)
     make_disk(reflink_dir / "other.raw", MIB, seed=1)
     qemu_img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", reflink_dir / "top.qcow2")
-    with pytest.raises(PlanError, match="not a backing file of top.qcow2"):
+    with pytest.raises(PlanError, match="not a backing file of top"):
         vmconv.convert(str(reflink_dir / "top.qcow2"), str(reflink_dir / "new.qcow2"), backing_file="other.raw")
     with pytest.raises(UsageError, match="raw cannot have a backing file"):
         vmconv.convert(str(reflink_dir / "top.qcow2"), str(reflink_dir / "new.raw"), backing_file="base.raw")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -36,7 +38,7 @@ def test_rows_cover_the_size_without_gaps(table: Extents) -> None:
 @given(tables(SOURCES))
 def test_no_two_neighbours_could_be_one_row(table: Extents) -> None:
     rows = list(table)
-    for one, following in zip(rows, rows[1:], strict=False):
+    for one, following in itertools.pairwise(rows):
         same = one.kind == following.kind and one.source is following.source
         assert not (same and (one.kind != Kind.DATA or following.offset == one.offset + one.length))
 
@@ -114,7 +116,7 @@ def test_reading_gives_the_bytes_of_the_windows(table: Extents) -> None:
 @given(tables(SOURCES, unit=4), st.integers(0, 20), st.integers(0, 60))
 def test_units_are_what_each_unit_says(table: Extents, first: int, count: int) -> None:
     kind, source, offset = table.units(4, first, count)
-    places = model(table)[:: 4][first : first + count]
+    places = model(table)[::4][first : first + count]
     places += [(Kind.HOLE, None, 0)] * (count - len(places))
     named = [table.sources[index] if index >= 0 else None for index in source.tolist()]
     assert list(zip(map(Kind, kind.tolist()), named, offset.tolist(), strict=True)) == places
@@ -181,7 +183,9 @@ def test_placed_rows_must_not_overlap() -> None:
         ([], 1 << 63, "not in"),
     ],
 )
-def test_an_invalid_table_cannot_be_made(rows: list[tuple[int, Kind, Source | None, int]], size: int, problem: str) -> None:
+def test_an_invalid_table_cannot_be_made(
+    rows: list[tuple[int, Kind, Source | None, int]], size: int, problem: str
+) -> None:
     with pytest.raises(ValueError, match=problem):
         Extents.of(rows, size)
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from disks import MIB, QemuImg, make_disk, scribble
 
 import vmconv
+from disks import MIB, QemuImg, make_disk, scribble
 from vmconv.cli import main
 
 CREATE = {
@@ -42,7 +42,9 @@ def chain(tmp_path: Path, qemu_img: QemuImg) -> Iterator[Path]:
     """The top of a chain of four, whose sizes and clusters differ."""
     make_disk(tmp_path / "base.raw", 8 * MIB)
     below, kind = "base.raw", "raw"
-    for number, (size, options) in enumerate([("20M", "cluster_size=64K"), ("20M", "extended_l2=on"), ("12M", "compat=0.10")]):
+    for number, (size, options) in enumerate(
+        [("20M", "cluster_size=64K"), ("20M", "extended_l2=on"), ("12M", "compat=0.10")]
+    ):
         path = tmp_path / f"layer{number}.qcow2"
         qemu_img("create", "-f", "qcow2", "-o", options, "-b", below, "-F", kind, path, size)
         scribble(path, 12 * MIB, number)

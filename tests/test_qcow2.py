@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from vmconv_qcow2 import Qcow2
-
 from vmconv.testing import FormatTests
+from vmconv_qcow2 import Qcow2
 
 
 class TestQcow2(FormatTests):

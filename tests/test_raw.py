@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from vmconv_raw import Raw
-
 from vmconv.testing import FormatTests
+from vmconv_raw import Raw
 
 
 class TestRaw(FormatTests):

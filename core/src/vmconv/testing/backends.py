@@ -90,7 +90,9 @@ class BackendTests:
         self.backend.survey(directory, [source])
         assert self.names(directory) == before
 
-    def test_a_survey_refuses_no_source_when_it_shares_and_every_one_when_not(self, directory: str, source: File) -> None:
+    def test_a_survey_refuses_no_source_when_it_shares_and_every_one_when_not(
+        self, directory: str, source: File
+    ) -> None:
         refusals = self.backend.survey(directory, [source]).refusals
         assert (id(source) in refusals) is not self.shares
         assert all(refusals.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from vmconv.backends.memory import MemoryBackend, MemoryFile
 from vmconv.commit import make
@@ -35,13 +36,13 @@ def image_file(content: bytes, name: str = "image") -> MemoryFile:
     return file
 
 
-def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, **metadata: object) -> Image:
+def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, **metadata: Any) -> Image:
     """Returns a disk that is `table`, for writers; `metadata` are fields of `Disk`."""
     load_parent = (lambda: parent) if parent else None
-    return Image("test", file, table.size, lambda: table, load_parent=load_parent, metadata=metadata)  # type: ignore[arg-type]
+    return Image("test", file, table.size, lambda: table, load_parent=load_parent, metadata=metadata)
 
 
-def raw_disk(file: MemoryFile, **metadata: object) -> Image:
+def raw_disk(file: MemoryFile, **metadata: Any) -> Image:
     """Returns the disk that a file is, byte for byte."""
     return disk_of(on_storage(file), file, **metadata)
 

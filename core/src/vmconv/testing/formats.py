@@ -226,7 +226,7 @@ class FormatTests:
     def test_reading_opens_no_other_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = self.sample(self.variants[0])
 
-        def refuse(*arguments: object, **keywords: object) -> None:
+        def refuse(*arguments: object, **_: object) -> None:
             raise AssertionError(f"the reader opens {arguments}")
 
         monkeypatch.setattr("os.open", refuse)
