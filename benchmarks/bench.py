@@ -43,8 +43,8 @@ class Bench:
         """Expects `name` to be `limit` times faster than `other`, as that is and when both are made durable."""
         for figure, how in (("seconds", "as is"), ("durable", "durable")):
             value = measured.times_faster(name, other, figure)
-            words = f"{text} ({how})"
-            self.expectations.append(Expectation(measured.case, measured.place, words, value, limit, "x", at_least=True))
+            found = Expectation(measured.case, measured.place, f"{text} ({how})", value, limit, "x", at_least=True)
+            self.expectations.append(found)
 
     def random(self, place: Place) -> str:
         """Returns a raw image of random bytes in this place; made once, and gone with the place."""
@@ -59,9 +59,8 @@ class Bench:
         return copied(original, place.path(f"{kind}.qcow2"))
 
 
-def vmconv(source: str, target: str, *, flags: Sequence[str] = (), check: Check | None = None, heavy: bool = False) -> Contender:
-    name = " ".join(("vmconv", *flags))
-    return Contender(name, [VMCONV, "convert", "-q", *flags, source, target], target, heavy=heavy, check=check)
+def vmconv(source: str, target: str, *flags: str, check: Check | None = None) -> Contender:
+    return Contender("vmconv", [VMCONV, "convert", "-q", *flags, source, target], target, check=check)
 
 
 def qemu_img(
@@ -69,8 +68,8 @@ def qemu_img(
 ) -> Contender:
     """Returns `qemu-img convert`, which leaves flushing to the system: it is measured with and without."""
     formats = ["-f", source_format, "-O", target_format]
-    name = " ".join(("qemu-img", *flags))
-    return Contender(name, ["qemu-img", "convert", *flags, *formats, source, target], target, durable=False, heavy=heavy)
+    command = ["qemu-img", "convert", *flags, *formats, source, target]
+    return Contender(" ".join(("qemu-img", *flags)), command, target, durable=False, heavy=heavy)
 
 
 def python(name: str, script: str, *arguments: str, target: str, check: Check | None = None) -> Contender:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Self
 
 from measure import BenchmarkError
 
@@ -23,8 +24,10 @@ CLUSTER = 1 << 16
 
 _FICLONERANGE = 0x4020940D
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
-_PIECE = 64 << 20
+# Small: the peak memory of a child is never less than what this program had when it started it.
+_PIECE = 4 << 20
 _SEED = 20
+_FLAGS = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}
 
 # The qcow2 header, version 3: magic, version, backing file (offset, size), cluster bits, size, crypt method, L1 (size,
 # offset), refcount table (offset, clusters), snapshots (count, offset), features (3), refcount order, header length.
@@ -63,19 +66,17 @@ class Place:
 class Filesystem(Place):
     """A new filesystem in a sparse file, mounted while the `with` block runs."""
 
-    _FLAGS = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}
-
     def __init__(self, kind: str, parent: str, size: int) -> None:
         super().__init__(kind, os.path.join(parent, kind))
         self._image = os.path.join(parent, f"{kind}.img")
         self._size = size
 
-    def __enter__(self) -> Filesystem:
+    def __enter__(self) -> Self:
         os.mkdir(self.directory)
         with open(self._image, "wb") as file:
             file.truncate(self._size)
         try:
-            command(f"mkfs.{self.kind}", *self._FLAGS[self.kind], self._image)
+            command(f"mkfs.{self.kind}", *_FLAGS[self.kind], self._image)
             command("mount", "-o", "loop", self._image, self.directory)
         except BaseException:
             self._remove()
@@ -139,7 +140,7 @@ def text_raw(path: str, size: int) -> str:
     chance = random.Random(_SEED)
     words = [chance.randbytes(chance.randint(1, 5)).hex().encode() for _ in range(4096)]
     weights = [1 / (rank + 1) for rank in range(len(words))]
-    text = b" ".join(chance.choices(words, weights, k=2 << 20))
+    text = b" ".join(chance.choices(words, weights, k=1 << 18))
     # Not a multiple of a cluster, so that repetitions of the text make different clusters.
     text = text[: len(text) // CLUSTER * CLUSTER - 777]
     with open(path, "wb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import tempfile
@@ -21,7 +22,8 @@ class BenchmarkError(Exception):
 class Sample:
     """One run: seconds of the whole process, the same until its target was durable, and what the kernel counted.
 
-    `inner` is what the program measured in itself, where it does. `peak` is in bytes; `io` has the keys of /proc/PID/io.
+    `inner` is what the program measured in itself, where it does. `peak` is in bytes; `io` has the keys of
+    /proc/PID/io.
     """
 
     seconds: float
@@ -69,7 +71,9 @@ class Measured:
         return self.median(other, figure) / self.median(name, figure)
 
 
-def side_by_side(measured: Measured, contenders: Sequence[Contender], runs: int, settle: Callable[[], None]) -> Measured:
+def side_by_side(
+    measured: Measured, contenders: Sequence[Contender], runs: int, settle: Callable[[], None]
+) -> Measured:
     """Fills in `measured`: the contenders take turns (A B A B), each from the same state of the filesystem."""
     for turn in range(runs):
         for contender in contenders:
@@ -113,9 +117,13 @@ def run(contender: Contender) -> Sample:
         durable = seconds + time.perf_counter() - began_flush
         output.seek(0)
         inner = _inner(output.read())
-    # Linux counts the peak from before exec too, so this program's own size is the floor: it stays small.
-    peak = usage.ru_maxrss * 1024
-    return Sample(seconds, durable, inner, usage.ru_utime + usage.ru_stime, peak, io)
+    # Linux counts the peak from before exec too, so this program's own peak is the floor: it stays small.
+    return Sample(seconds, durable, inner, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, io)
+
+
+def peak() -> int:
+    """Returns the peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def flush(path: str) -> None:

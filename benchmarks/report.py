@@ -15,7 +15,8 @@ from typing import Any
 from measure import Measured
 
 _MIB = 1 << 20
-_COLUMNS = ("", "runs", "min", "median", "max", "durable", "inside", "cpu", "peak", "rchar", "wchar", "written", "factor")
+_TIMES = ("min", "median", "max", "durable", "inside", "cpu")
+_COLUMNS = ("", "runs", *_TIMES, "peak", "rchar", "wchar", "written", "factor")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Expectation:
 
 
 def print_measured(measured: Measured) -> None:
-    """Prints the figures of programs side by side: medians but for min and max, seconds and MiB; factor is to the first."""
+    """Prints programs side by side: medians (but min, max), in seconds and MiB, and as a factor of the first."""
     print(f"\n{measured.case} ({measured.place}): {measured.title}")
     first = next(iter(measured.samples))
     rows = [_COLUMNS, *(_row(measured, name, first) for name in measured.samples)]

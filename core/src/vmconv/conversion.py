@@ -92,7 +92,7 @@ def prepared(request: Request) -> Iterator[Prepared]:
         options = parse_options(target_format.options(), request.options, target_format.name)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
         layered, backing = _backing(request, target_format, image)
-        directory, name = _target(request, image.chain())
+        directory, name = _target(request)
         files = [source for source in image.flat.sources if isinstance(source, File)]
         backend, survey = _choose(registry, request.backend, directory, files)
         layout = target_format.write(layered, options, Placement(survey.unit), backing=backing)
@@ -151,7 +151,7 @@ def _target_format(registry: Registry, request: Request) -> str:
     return name
 
 
-def _target(request: Request, chain: Iterator[Image]) -> tuple[str, str]:
+def _target(request: Request) -> tuple[str, str]:
     """Returns the directory and name of the target; a symbolic link is followed, so that it goes on naming the file."""
     path = os.path.realpath(request.target)
     directory, name = os.path.split(path)
@@ -159,9 +159,6 @@ def _target(request: Request, chain: Iterator[Image]) -> tuple[str, str]:
         raise PlanError(f"{request.target}: its directory does not exist")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise PlanError(f"{request.target}: is not a regular file")
-    for _ in chain:
-        # Every layer is opened before anything is decided.
-        pass
     return directory, name
 
 

@@ -63,9 +63,15 @@ class Opener:
         if not any(_inside(os.path.realpath(file.path), tree) for tree in self._trees):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
         self._depth[id(file)] = [_identity(file)]
+        warnings: tuple[str, ...] = ()
         if content_decides and format_name is None:
             format_name = self.registry.probe(file) or RAW_NAME
-        return self.registry.identify(file, format_name).read(file, self, snapshot=snapshot)
+            spoken = self.registry.format_by_suffix(path)
+            if spoken not in (None, format_name):
+                warnings = (f"{file.name}: its name speaks of {spoken}, its content of {format_name}",)
+        image = self.registry.identify(file, format_name).read(file, self, snapshot=snapshot)
+        image.warnings += warnings
+        return image
 
     def related(self, origin: File, reference: str, role: str) -> File:
         """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it."""
