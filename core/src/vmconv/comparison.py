@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from vmconv.physical import PhysicalMap
 _PIECE = 4 << 20
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """The outcome: `first_difference` is a guest offset in bytes, the other figures are bytes of the guest's disk."""
 
     identical: bool

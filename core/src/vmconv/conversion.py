@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from vmconv.commit import Progress, make
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError, os_errors
@@ -26,8 +26,7 @@ from vmconv.verify import verify as verify_result
 ZeroCopy = Literal["auto", "require"]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to convert and how; the names are those of the command line's options.
 
     `source_format` and `target_format` override what the file names speak of. `backing_file` keeps the chain: it is
@@ -39,7 +38,7 @@ class Request:
     target: str
     source_format: str | None = None
     target_format: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = MappingProxyType({})
     snapshot: str | None = None
     backing_file: str | None = None
     backing_format: str | None = None
@@ -50,8 +49,7 @@ class Request:
     allow_external: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What was done: bytes by kind, the reason for each copied byte, what was lost, and the seconds it took."""
 
     source: str
@@ -66,8 +64,7 @@ class Result:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A conversion that was planned and can be made real; its source files are open."""
 
     request: Request

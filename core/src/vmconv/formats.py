@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.image import Image
@@ -17,8 +17,7 @@ class NoOptions:
     """The options of a format that has none."""
 
 
-@dataclass(frozen=True)
-class CheckReport:
+class CheckReport(NamedTuple):
     """What a structural check found: `corruptions` make wrong reads possible, `leaks` only waste space."""
 
     corruptions: tuple[str, ...] = ()

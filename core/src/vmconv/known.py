@@ -5,15 +5,13 @@ This is the only place in core that names a format. Magic numbers: QEMU's block 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.sources import File
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0."""
 
     name: str

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.extents import Extents
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """How free a writer is to place payload.
 
     A payload row can be referenced when its offset in the output is congruent to its offset in the source modulo
@@ -20,8 +18,7 @@ class Placement:
     modulus: int = 1
 
 
-@dataclass(frozen=True)
-class OutFile:
+class OutFile(NamedTuple):
     """One output file: `table` says what each of its bytes is (DATA of a guest's file, of a `Blob`, ... or ZERO).
 
     `name` is None for the file that the user named, else the file's own name beside it.
@@ -31,16 +28,14 @@ class OutFile:
     name: str | None = None
 
 
-@dataclass(frozen=True)
-class Backing:
+class Backing(NamedTuple):
     """The parent that an output keeps instead of being flattened: as it is written into the image."""
 
     reference: str
     format: str
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """All files of one output image; the one that the user named comes last, so that it appears when all is there."""
 
     files: tuple[OutFile, ...]

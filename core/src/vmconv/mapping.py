@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from vmconv.image import Image
 from vmconv.sources import Decoded, File, Reserved, Source
 
 
-@dataclass(frozen=True)
-class MapRow:
+class MapRow(NamedTuple):
     """Guest bytes `[start, start + length)`: `depth` counts layers from the top; `offset` is in `file`, if any.
 
     `present` is whether a layer says anything; `data` whether bytes are stored; `zero` whether they read as zero.

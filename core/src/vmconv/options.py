@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from vmconv.errors import UsageError
 
@@ -56,8 +55,7 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(NamedTuple):
     """One option as `vmconv formats` lists it."""
 
     name: str

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-WORKERS = max(2, min(8, os.cpu_count() or 2))
+WORKERS = max(4, min(8, os.cpu_count() or 4))
+"""Threads at once: more than processors, because most of them wait for storage."""
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")

@@ -7,9 +7,9 @@ offsets are congruent, and otherwise copied.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class Action(IntEnum):
     WRITE = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ShareSteps:
     """Ranges to share: parallel columns of bytes, and the files that `source` indexes."""
 
@@ -72,7 +72,7 @@ class ShareSteps:
         ).tobytes()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steps:
     """What is done to one output file, sorted by offset: parallel columns; `reason` is -1 unless `action` is COPY."""
 
@@ -105,23 +105,21 @@ class Steps:
         return joined.take(np.argsort(joined.offset, kind="stable"))
 
 
-@dataclass(frozen=True)
-class FilePlan:
+class FilePlan(NamedTuple):
     """One output file: `name` is the file's name in the target's directory, `size` its bytes."""
 
     name: str
     size: int
     steps: Steps
     sources: tuple[Source, ...]
-    table: Extents = field(repr=False)
+    table: Extents
 
     def shares(self) -> ShareSteps:
         rows = self.steps.take(self.steps.action == Action.SHARE)
         return ShareSteps(self.sources, rows.source, rows.source_offset, rows.length, rows.offset)
 
 
-@dataclass(frozen=True)
-class CopyReason:
+class CopyReason(NamedTuple):
     """Why bytes are copied: how many, in how many ranges, and where the first of them is."""
 
     reason: str
@@ -131,8 +129,7 @@ class CopyReason:
     offset: int
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Bytes of the output by what is done for them: `zero` bytes are left to read as zero."""
 
     shared: int
@@ -141,8 +138,7 @@ class Totals:
     zero: int
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything a conversion will do, in the order of the files; nothing has been touched yet."""
 
     directory: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from vmconv.image import Image
 from vmconv.physical import PhysicalMap, Storage
 
 
-@dataclass(frozen=True)
-class ProofRow:
+class ProofRow(NamedTuple):
     """One range of the guest's disk, bytes; the physical addresses are None where the filesystem does not tell."""
 
     start: int
@@ -26,14 +25,13 @@ class ProofRow:
         return self.left is not None and self.left == self.right
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(NamedTuple):
     """`shared` bytes of payload lie at the same physical addresses in both images, `apart` bytes do not or may not."""
 
     shared: int
     apart: int
-    left: Extents = field(repr=False)
-    right: Extents = field(repr=False)
+    left: Extents
+    right: Extents
 
     def __bool__(self) -> bool:
         return self.apart == 0

@@ -6,16 +6,16 @@ is given to neither, so that nobody's disks are read by whichever happened to lo
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
 from vmconv import hooks
+from vmconv.discovery import Plugin, entry_points
 from vmconv.errors import ImageError, PluginError, UsageError
 from vmconv.formats import Format
 from vmconv.known import RAW_NAME, known_content, known_format, known_suffix
@@ -28,33 +28,23 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A plugin, or a part of one, that cannot be used, and why."""
 
     distribution: str
     reason: str
 
 
-@dataclass(frozen=True)
-class Plugin:
-    """One loaded entry point."""
-
-    distribution: str
-    version: str
-    module: str
-
-
-@dataclass
 class Registry:
     """Everything that plugins registered, by name; `owners` maps `(kind of thing, name)` to the distribution."""
 
-    formats: dict[str, Format] = field(default_factory=dict)
-    backends: dict[str, Backend] = field(default_factory=dict)
-    commands: dict[str, Command] = field(default_factory=dict)
-    owners: dict[tuple[str, str], str] = field(default_factory=dict)
-    plugins: list[Plugin] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    def __init__(self, formats: Mapping[str, Format] | None = None) -> None:
+        self.formats: dict[str, Format] = dict(formats or {})
+        self.backends: dict[str, Backend] = {}
+        self.commands: dict[str, Command] = {}
+        self.owners: dict[tuple[str, str], str] = {}
+        self.plugins: list[Plugin] = []
+        self.problems: list[Problem] = []
 
     def format(self, name: str) -> Format:
         """Returns a format by its name; raises `UsageError` saying what to install, or which plugin is broken."""
@@ -132,14 +122,13 @@ def installed() -> Registry:
     names: dict[str, str] = {}
     for distribution, version, module, plugin in _builtin():
         _register(registry, manager, names, Plugin(distribution, version, module), plugin)
-    for entry in _entry_points():
-        name, version = entry.dist.name, entry.dist.version  # type: ignore[union-attr]
+    for entry in entry_points(hooks.GROUP):
         try:
-            plugin = entry.load()
+            plugin = import_module(entry.module)
         except (Exception, SystemExit) as exc:
-            registry.problems.append(Problem(name, f"cannot be imported: {type(exc).__name__}: {exc}"))
+            registry.problems.append(Problem(entry.distribution, f"cannot be imported: {type(exc).__name__}: {exc}"))
             continue
-        _register(registry, manager, names, Plugin(name, version, entry.value), plugin)
+        _register(registry, manager, names, entry, plugin)
     for kind, base in (("format", Format), ("backend", Backend), ("command", None)):
         _collect(registry, manager, names, kind, base)
     return registry
@@ -150,16 +139,6 @@ def _builtin() -> Iterator[tuple[str, str, str, Any]]:
 
     for module in (backends, cli):
         yield "vmconv", "", module.__name__, module
-
-
-def _entry_points() -> Iterable[importlib.metadata.EntryPoint]:
-    """Returns the entry points of our group, by distribution name; reads little of distributions without any."""
-    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for distribution in importlib.metadata.distributions():
-        text = distribution.read_text("entry_points.txt")
-        if text and f"[{hooks.GROUP}]" in text and distribution.name not in found:
-            found[distribution.name] = list(distribution.entry_points.select(group=hooks.GROUP))
-    return [entry for name in sorted(found) for entry in found[name]]
 
 
 def _register(

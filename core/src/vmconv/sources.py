@@ -145,10 +145,16 @@ class Decoded(Source):
         self._decode = decode
 
     def read(self, offset: int, length: int) -> bytes:
-        first, last = offset // self.unit, (offset + length - 1) // self.unit
-        data = b"".join(self._decode(index) for index in range(first, last + 1))
-        skip = offset - first * self.unit
-        return data if len(data) == length else data[skip : skip + length]
+        return b"".join(self.units(offset, length))
+
+    def units(self, offset: int, length: int) -> list[bytes]:
+        """Returns the same bytes as `read` in the pieces that they were decoded in."""
+        first, end = offset // self.unit, -(-(offset + length) // self.unit)
+        pieces = [self._decode(index) for index in range(first, end)]
+        if pieces:
+            pieces[-1] = pieces[-1][: offset + length - (end - 1) * self.unit]
+            pieces[0] = pieces[0][offset - first * self.unit :]
+        return pieces
 
 
 class Reserved(Source):

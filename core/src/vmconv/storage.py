@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.planner import ShareSteps
     from vmconv.sources import File, Source
 
 
-@dataclass(frozen=True)
-class Ability:
+class Ability(NamedTuple):
     """What a backend can do in one directory: share blocks of `unit` bytes, or not and why."""
 
     usable: bool
@@ -22,15 +21,14 @@ class Ability:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """What a backend can do with certain sources: `unit` is the modulus for those it can share.
 
     `refusals` maps `id(file)` to the reason why that source cannot be shared; it completes "copied because ...".
     """
 
     unit: int = 1
-    refusals: Mapping[int, str] = field(default_factory=dict)
+    refusals: Mapping[int, str] = MappingProxyType({})
 
 
 class Output(ABC):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from vmconv.backends.files import FileTransaction
+from vmconv.backends.reflink import ReflinkBackend
 from vmconv.sources import File
 from vmconv.storage import Ability, Backend, Survey, Transaction
 
@@ -22,4 +23,6 @@ class CopyBackend(Backend):
         return Survey(1, {id(source): "the copy backend was asked for" for source in sources})
 
     def begin(self, directory: str, *, force: bool = False) -> Transaction:
-        return FileTransaction(directory, force=force)
+        # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
+        shares = ReflinkBackend().ability(directory).shares
+        return FileTransaction(directory, force=force, kernel_copies=not shares)

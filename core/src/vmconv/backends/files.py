@@ -6,25 +6,29 @@ and the next run that makes the same target removes them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
-import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmconv import linux
 from vmconv.errors import BackendError, os_errors
-from vmconv.sources import File, Source
+from vmconv.sources import Decoded, File, Source
 from vmconv.storage import Output, Transaction
 
 if TYPE_CHECKING:
     from vmconv.planner import ShareSteps
 
 
+_VECTOR = 512
+"""Buffers that are written in one call; the kernel takes 1024 at most."""
+
+
 def temporary_name(name: str) -> str:
     """Returns a new temporary name for the file `name`."""
-    return f".{name}.vmconv-{secrets.token_hex(4)}.tmp"
+    return f".{name}.vmconv-{os.urandom(4).hex()}.tmp"
 
 
 def remove_stale(directory: str, name: str) -> list[str]:
@@ -53,11 +57,16 @@ def _is_dead(path: str) -> bool:
 
 
 class FileOutput(Output):
-    """A temporary file that will become the target."""
+    """A temporary file that will become the target.
 
-    def __init__(self, path: str, size: int) -> None:
+    `kernel_copies` lets the kernel copy between files, which is faster than reading and writing. Where blocks can be
+    shared it shares them instead, so this is for those who do not mind, or for filesystems that cannot.
+    """
+
+    def __init__(self, path: str, size: int, *, kernel_copies: bool) -> None:
         self.path = path
         self.size = size
+        self.kernel_copies = kernel_copies
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX)
         self.file: File | None = None
@@ -72,6 +81,39 @@ class FileOutput(Output):
         while view:
             done = os.pwrite(self.descriptor, view, offset)
             view, offset = view[done:], offset + done
+
+    def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
+        done = 0
+        if isinstance(source, File) and self.kernel_copies:
+            done = self._copy_in_kernel(source, source_offset, offset, length)
+        elif isinstance(source, Decoded):
+            units = source.units(source_offset, length)
+            for first in range(0, len(units), _VECTOR):
+                self._write_all(offset + done, units[first : first + _VECTOR])
+                done += sum(map(len, units[first : first + _VECTOR]))
+        if done < length:
+            super().copy(source, source_offset + done, offset + done, length - done)
+
+    def _copy_in_kernel(self, source: File, source_offset: int, offset: int, length: int) -> int:
+        """Returns how many bytes the kernel copied; it may refuse (another filesystem) at any point."""
+        done = 0
+        while done < length:
+            places = source_offset + done, offset + done
+            try:
+                step = os.copy_file_range(source.descriptor, self.descriptor, length - done, *places)
+            except OSError as exc:
+                if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+                    raise
+                break
+            if not step:
+                break
+            done += step
+        return done
+
+    def _write_all(self, offset: int, parts: list[bytes]) -> None:
+        done = os.pwritev(self.descriptor, parts, offset)
+        if done < sum(map(len, parts)):
+            self.write(offset + done, b"".join(parts)[done:])
 
     def finish(self) -> File:
         os.fsync(self.descriptor)
@@ -91,16 +133,18 @@ class FileTransaction(Transaction):
 
     output: type[FileOutput] = FileOutput
 
-    def __init__(self, directory: str, *, force: bool) -> None:
+    def __init__(self, directory: str, *, force: bool, kernel_copies: bool) -> None:
         self.directory = directory
         self.force = force
+        self.kernel_copies = kernel_copies
         self._outputs: list[tuple[FileOutput, str]] = []
         self._named: list[str] = []
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         with os_errors("cannot be created"):
             remove_stale(self.directory, name)
-            output = self.output(os.path.join(self.directory, temporary_name(name)), size)
+            path = os.path.join(self.directory, temporary_name(name))
+            output = self.output(path, size, kernel_copies=self.kernel_copies)
             self._outputs.append((output, os.path.join(self.directory, name)))
             # Btrfs shares only between files that are alike in this, and it can be set only while a file is empty.
             if any(linux.is_nocow(source.descriptor) for source in sources):
@@ -158,21 +202,3 @@ def _sync_directory(directory: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def copy_in_kernel(source: File, source_offset: int, target: int, offset: int, length: int) -> int:
-    """Copies by copy_file_range and returns how many bytes it did; what is left is for reading and writing."""
-    done = 0
-    while done < length:
-        try:
-            step = os.copy_file_range(source.descriptor, target, length - done, source_offset + done, offset + done)
-        except OSError:
-            break
-        if not step:
-            break
-        done += step
-    return done
-
-
-def is_file(source: Source) -> bool:
-    return isinstance(source, File) and source.descriptor >= 0

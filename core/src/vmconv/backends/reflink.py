@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -83,7 +82,7 @@ class ReflinkBackend(Backend):
         return Survey(unit, refusals)
 
     def begin(self, directory: str, *, force: bool = False) -> Transaction:
-        return ReflinkTransaction(directory, force=force)
+        return ReflinkTransaction(directory, force=force, kernel_copies=True)
 
 
 @contextmanager
@@ -94,7 +93,9 @@ def _scratch(directory: str) -> Iterator[int]:
     except OSError as exc:
         if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT) or not os.path.isdir(directory):
             raise
-        descriptor, path = tempfile.mkstemp(prefix=".vmconv-", dir=directory)
+        from tempfile import mkstemp
+
+        descriptor, path = mkstemp(prefix=".vmconv-", dir=directory)
         os.unlink(path)
     try:
         yield descriptor

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One subcommand: `help` is a phrase for the list of commands, `configure` adds its arguments to the parser that
     gets `description` and `epilog`, and `run` does it and returns the exit code.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vmconv.cli.command import Command
@@ -31,13 +30,13 @@ def _images(options: argparse.Namespace) -> Iterator[tuple[Image, Image]]:
 
 
 def _run_compare(options: argparse.Namespace) -> int:
-    from vmconv.cli.output import print_json, size_text
+    from vmconv.cli.output import as_plain, print_json, size_text
     from vmconv.comparison import compare_images
 
     with _images(options) as (left, right):
         found = compare_images(left, right, strict=options.strict)
     if options.output == "json":
-        print_json(asdict(found), indent=4)
+        print_json(as_plain(found), indent=4)
     elif not options.quiet:
         if found.sizes[0] != found.sizes[1]:
             print(f"{'Image' if options.strict else 'Warning: Image'} size mismatch!")
@@ -56,7 +55,7 @@ def _run_prove(options: argparse.Namespace) -> int:
     with _images(options) as (left, right):
         proof = prove_images(left, right)
         if options.output == "json":
-            rows = [{**asdict(row), "same": row.same} for row in proof.rows()]
+            rows = [{**row._asdict(), "same": row.same} for row in proof.rows()]
             print_json({"proved": bool(proof), "shared": proof.shared, "apart": proof.apart, "ranges": rows}, indent=4)
             return 0 if proof else _DIFFERENT
         table = [["GUEST", "LENGTH", f"IN {left.file.name}", f"IN {right.file.name}", ""]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
@@ -38,8 +37,8 @@ def _request(options: argparse.Namespace) -> Request:
 def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "backend": plan.backend,
-        **asdict(plan.totals),
-        "copies": [asdict(copy) for copy in plan.copies],
+        **plan.totals._asdict(),
+        "copies": [copy._asdict() for copy in plan.copies],
         "losses": list(plan.losses),
         "files": [{"name": file.name, "size": file.size, **_steps(file)} for file in plan.files],
     }
@@ -64,7 +63,7 @@ def _run_plan(options: argparse.Namespace) -> int:
         print(
             f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}"
         )
-        for name, value in asdict(plan.totals).items():
+        for name, value in plan.totals._asdict().items():
             print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
         for copy in plan.copies:
             print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} range(s), ", end="")
@@ -104,7 +103,9 @@ class _Events(_Silence):
         self._print("progress", {"done": done, "total": to_do})
 
     def result(self, result: Result) -> None:
-        self._print("result", asdict(result))
+        from vmconv.cli.output import as_plain
+
+        self._print("result", as_plain(result))
 
     def _print(self, event: str, values: dict[str, Any]) -> None:
         from vmconv.cli.output import print_json

@@ -17,6 +17,13 @@ def size_text(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
+def as_plain(value: Any) -> Any:
+    """Returns a result as what JSON knows: records as dictionaries by their fields' names."""
+    if hasattr(value, "_asdict"):
+        return {name: as_plain(field) for name, field in value._asdict().items()}
+    return [as_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 def print_json(value: Any, *, indent: int | None = None) -> None:
     """Prints one JSON document; without `indent` on one line."""
     import json

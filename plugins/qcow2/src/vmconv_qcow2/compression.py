@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import numpy.typing as npt
 
@@ -75,15 +77,25 @@ def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Colum
 
 
 def _inflate_zlib(data: bytes, size: int) -> bytes:
-    from isal import isal_zlib
+    from isal import igzip_lib
 
-    # A window of 12 bits is what QEMU writes; the largest one reads all others too.
-    return isal_zlib.decompressobj(wbits=-15).decompress(data, size)
+    # A window of 12 bits is what QEMU writes; the largest one reads all others too. What follows the stream is padding.
+    inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15)
+    return bytes(inflater.decompress(data, size))
+
+
+# A decompressor is expensive to make and cannot be shared between threads.
+_zstd = threading.local()
 
 
 def _inflate_zstd(data: bytes, size: int) -> bytes:
-    from zstandard import ZstdDecompressor
+    import zstandard
 
-    # After the frame there is padding to the sector, so the frame's end is where reading stops, not the data's.
-    reader = ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW).stream_reader(data)
-    return reader.read(size)
+    # A frame's header may announce any size, which the library would allocate: it has to be looked at before.
+    frame = zstandard.get_frame_parameters(data)
+    if frame.content_size not in (0, size, zstandard.CONTENTSIZE_UNKNOWN) or frame.window_size > _ZSTD_MAX_WINDOW:
+        raise ValueError(f"frame of {frame.content_size} bytes with a window of {frame.window_size}")
+    if not hasattr(_zstd, "decompressor"):
+        _zstd.decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+    result: bytes = _zstd.decompressor.decompress(data, max_output_size=size, allow_extra_data=True)
+    return result

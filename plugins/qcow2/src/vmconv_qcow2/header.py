@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from construct import Construct, ConstructError
 
@@ -14,8 +13,7 @@ from vmconv.sources import File
 from vmconv_qcow2 import structs
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One internal snapshot; sizes are bytes, `date` seconds since the epoch."""
 
     id: str
@@ -29,8 +27,7 @@ class Snapshot:
     """Where its entry in the snapshot table ends."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """A header whose numbers were all checked against the file and the format's limits."""
 
     file: File
@@ -53,7 +50,6 @@ class Header:
     data_file: str | None = None
     bitmaps: Any = None
     unknown_extensions: tuple[int, ...] = ()
-    extensions: dict[int, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def cluster_size(self) -> int:
@@ -124,7 +120,6 @@ def read_header(file: File) -> Header:
         data_file=_text(extensions.get(structs.DATA_FILE_NAME)),
         bitmaps=_bitmaps(file, extensions, fields["autoclear"]),
         unknown_extensions=tuple(sorted(extensions.keys() - _KNOWN_EXTENSIONS)),
-        extensions=extensions,
         **fields,
     )
     _limit(file, "nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)

@@ -9,8 +9,7 @@ tables (L2, refcounts) are computed when they are written, a slice at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,7 @@ class _Output(Source):
         raise NotImplementedError("the output is being planned")
 
 
-@dataclass(frozen=True)
-class _Tables:
+class _Tables(NamedTuple):
     """Sizes and places of the metadata, bytes: each begins at a cluster."""
 
     l1_entries: int
