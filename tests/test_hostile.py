@@ -10,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,6 +263,7 @@ def zstd_frame(window_log: int) -> bytes:
 L1_PLACE = L1_TABLE * CLUSTER
 END = (PAYLOAD + 1) * CLUSTER
 CLUSTER_DATA = bytes(range(256)) * (CLUSTER // 256)
+NOISE = random.Random(0).randbytes(CLUSTER)
 
 
 def l1_tables() -> Iterator[tuple[str, Case]]:
@@ -332,11 +332,12 @@ def extended_l2_tables() -> Iterator[tuple[str, Case]]:
 def streams() -> Iterator[tuple[str, Case]]:
     words = f"compressed cluster at {PAYLOAD * CLUSTER:#x}: "
     yield "deflate stream of nonsense", (packed(b"\xff" * CLUSTER), words)
-    yield "deflate stream cut off", (packed(deflated(os.urandom(CLUSTER)[:100])), words)
+    one_sector = compressed_entry(PAYLOAD * CLUSTER, 1)
+    yield "deflate stream cut off", (packed(deflated(NOISE)[:512], entry=one_sector), words)
     short = f"{words}yields {CLUSTER - 1} bytes, not {CLUSTER}"
     yield "deflate stream of too few bytes", (packed(deflated(CLUSTER_DATA[1:])), short)
     yield "zstd stream of nonsense", (zstd(b"\xff" * CLUSTER), words)
-    yield "zstd stream cut off", (zstd(zstandard.compress(os.urandom(CLUSTER))[:100]), words)
+    yield "zstd stream cut off", (zstd(zstandard.compress(NOISE)[:100]), words)
     yield "zstd stream of too few bytes", (zstd(zstandard.compress(CLUSTER_DATA[1:])), short)
     for log in (31, 41):
         yield f"zstd stream with a window of 2**{log}", (zstd(zstd_frame(log)), words)
@@ -506,25 +507,28 @@ def test_a_zstd_frame_followed_by_padding_is_read(write: Callable[[bytes], Path]
 # Absurd numbers, and how much memory and time they cost
 
 CHILD = """
-import resource, sys
+import resource, sys, time
 from vmconv import api
 from vmconv.errors import VmconvError
 
-operation, path = sys.argv[1:]
+path = sys.argv[1]
 operations = {
     "info": lambda: api.info(path, format_name="qcow2"),
     "map": lambda: api.map_disk(path, format_name="qcow2"),
     "check": lambda: api.check(path, format_name="qcow2"),
-    "convert": lambda: api.convert(path, path + ".target", source_format="qcow2", target_format="raw", force=True),
+    "convert": lambda: api.convert(path, path + ".target", source_format="qcow2", target_format="raw"),
 }
 # So that what goes wrong ends this process and not the machine.
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-try:
-    operations[operation]()
-except VmconvError as exc:
-    assert len(str(exc).splitlines()) == 1
-# The maximum of getrusage is that of the parent too, which is this process until it is Python.
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+for name, operation in operations.items():
+    began = time.monotonic()
+    try:
+        operation()
+    except VmconvError as exc:
+        assert len(str(exc).splitlines()) == 1
+    # The most that was ever resident; getrusage would tell that of the parent, which this process once was.
+    peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(name, time.monotonic() - began, peak, flush=True)
 """
 
 
@@ -620,31 +624,20 @@ ABSURD = {
 }
 
 
-@pytest.fixture(scope="module")
-def absurd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Makes an absurd image once for all operations."""
-    directory = tmp_path_factory.mktemp("absurd")
-
-    def make(case: str) -> Path:
-        path = directory / f"{case}.qcow2"
-        if not path.exists():
-            ABSURD[case](path)
-        return path
-
-    yield make
-    for path in directory.iterdir():
-        path.unlink()
-
-
-@each_operation
 @pytest.mark.parametrize("case", ABSURD)
-def test_absurd_numbers_cost_little_memory_and_time(absurd: Callable[[str], Path], case: str, operation: str) -> None:
-    command = [sys.executable, "-c", CHILD, operation, str(absurd(case))]
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * SOON)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) << 10 < MUCH_MEMORY
-    assert time.monotonic() - began < 2 * SOON
+def test_absurd_numbers_cost_little_memory_and_time(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "disk.qcow2"
+    ABSURD[case](path)
+    command = [sys.executable, "-c", CHILD, str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=8 * SOON)
+    finally:
+        path.unlink()
+        path.with_name("disk.qcow2.target").unlink(missing_ok=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    for operation, seconds, peak in (line.split() for line in done.stdout.splitlines()):
+        assert float(seconds) < 2 * SOON, operation
+        assert int(peak) << 10 < MUCH_MEMORY, operation
 
 
 # Mutations of images that QEMU made
@@ -681,7 +674,7 @@ MADE_BY_QEMU: dict[str, Callable[[QemuImg, Path], None]] = {
     "backing file": with_backing,
     "snapshots": with_snapshots,
 }
-MUTATIONS = 40
+MUTATIONS = 25
 HEADER_BYTES = 600
 
 
@@ -715,7 +708,7 @@ def test_flipped_bits_are_refused_or_read(
 # Arbitrary bytes
 
 ANY = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 interesting = st.sampled_from([0, 1, 8, 9, 511, 512, 513, CLUSTER, END, 2**31 - 1, 2**31, 2**32 - 1])
 number32 = st.one_of(interesting, st.integers(0, 2**32 - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from vmconv.registry import Registry, installed
 
 SECRET = b"secret!!" * 64
 PLAIN = b"\x11" * 512 * 16
-SOON = 2.0
+SOON = 2
 """Seconds within which a refusal has to come."""
 
 
@@ -54,6 +54,27 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(os, "open", recording)
     return paths
+
+
+class TooSlow(BaseException):
+    """Not an `Exception`, so that nothing between here and the test takes it for one of its own."""
+
+
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """Ends a test that waits for something that never comes."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TooSlow(f"took more than {SOON} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SOON)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+in_time = pytest.mark.usefixtures("soon")
 
 
 def overlay(reference: str) -> bytes:
@@ -210,24 +231,22 @@ def test_a_reference_is_relative_to_its_image_and_not_to_the_working_directory(
 # Chains
 
 
+@in_time
 def test_an_image_that_backs_itself_is_refused_at_once(images: Path) -> None:
     image = images / "disk.qcow2"
     image.write_bytes(qcow2_images.empty_overlay("disk.qcow2", "qcow2"))
-    began = time.monotonic()
     error = refused(image)
     assert isinstance(error, ImageError)
     assert "loop" in str(error)
-    assert time.monotonic() - began < SOON
 
 
+@in_time
 def test_a_loop_of_two_images_is_refused_at_once(images: Path) -> None:
     (images / "a.qcow2").write_bytes(qcow2_images.empty_overlay("b.qcow2", "qcow2"))
     (images / "b.qcow2").write_bytes(qcow2_images.empty_overlay("a.qcow2", "qcow2"))
-    began = time.monotonic()
     error = refused(images / "a.qcow2")
     assert isinstance(error, ImageError)
     assert "loop" in str(error)
-    assert time.monotonic() - began < SOON
 
 
 def test_a_loop_through_a_hard_link_is_refused(images: Path) -> None:
@@ -293,23 +312,21 @@ def make_character_device(path: Path) -> None:
 SPECIAL = {"a pipe": make_pipe, "a directory": make_directory, "a character device": make_character_device}
 
 
+@in_time
 @pytest.mark.parametrize("kind", SPECIAL)
 def test_what_is_no_file_is_refused_as_source_without_waiting(images: Path, kind: str) -> None:
     SPECIAL[kind](images / "disk.raw")
-    began = time.monotonic()
     error = refused(images / "disk.raw")
     assert isinstance(error, AccessError)
     assert "neither a regular file nor a block device" in str(error)
-    assert time.monotonic() - began < SOON
 
 
+@in_time
 @referrer
 @pytest.mark.parametrize("kind", ["a pipe", "a directory"])
 def test_what_is_no_file_is_refused_when_an_image_names_it(images: Path, role: str, kind: str) -> None:
     SPECIAL[kind](images / "base.raw")
-    began = time.monotonic()
     assert isinstance(refused(referring(images, role, "base.raw")), AccessError)
-    assert time.monotonic() - began < SOON
 
 
 def test_a_source_that_does_not_exist_is_named(images: Path) -> None:

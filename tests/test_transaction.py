@@ -189,8 +189,10 @@ def test_a_symlink_with_the_name_of_a_temporary_file_is_not_followed(
     source: Path, target: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious").write_bytes(b"mine")
-    source.with_name(".target.qcow2.vmconv-0123abcd.tmp").symlink_to(tmp_path / "precious")
+    link = source.with_name(".target.qcow2.vmconv-0123abcd.tmp")
+    link.symlink_to(tmp_path / "precious")
     api.convert(str(source), str(target))
+    assert link.is_symlink()
     assert (tmp_path / "precious").read_bytes() == b"mine"
 
 
@@ -598,9 +600,10 @@ def test_sigterm_while_plugins_are_imported_ends_the_run(source: Path, target: P
     (site / "acme-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1\n")
     (site / "acme-1.dist-info" / "entry_points.txt").write_text("[vmconv]\nacme = acme_plugin\n")
     (site / "acme_plugin.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*CLI, "convert", str(source), str(target)],
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         check=False,
     )

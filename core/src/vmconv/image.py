@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from vmconv.errors import printable
 from vmconv.sources import File
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Image:
 
         parent = None
         if self.parent_reference is not None:
-            parent = Parent(reference=self.parent_reference, format=self.parent_format)
+            # A file name need not be text, the schema's strings are.
+            reference, kind = printable(self.parent_reference), self.parent_format
+            parent = Parent(reference=reference, format=None if kind is None else printable(kind))
         return Disk(size=self.size, parent=parent, **self.metadata)
 
     @property

@@ -46,6 +46,11 @@ class Registry:
         self.plugins: list[Plugin] = []
         self.problems: list[Problem] = []
 
+    def add_problem(self, distribution: str, doing: str, exc: BaseException) -> None:
+        """Notes that a plugin failed, in one line."""
+        said = " ".join(str(exc).split())
+        self.problems.append(Problem(distribution, f"{doing}: {type(exc).__name__}: {said}"))
+
     def format(self, name: str) -> Format:
         """Returns a format by its name; raises `UsageError` saying what to install, or which plugin is broken."""
         if name in self.formats:
@@ -53,9 +58,9 @@ class Registry:
         raise UsageError(f"format {name!r} is not installed", hint=self._missing(name))
 
     def _missing(self, name: str) -> str:
-        broken = [p for p in self.problems if repr(name) in p.reason or p.distribution.endswith(f"-{name}")]
+        broken = self._broken(name)
         if broken:
-            return f"{broken[0].distribution}: {broken[0].reason}"
+            return broken
         known = known_format(name)
         if known and known.distribution:
             return f"pip install {known.distribution}"
@@ -63,12 +68,18 @@ class Registry:
         about = f"{known.title}: no plugin is known to read it; " if known else ""
         return f"{about}installed formats: {have}"
 
+    def _broken(self, name: str) -> str | None:
+        """Returns what is wrong with the plugin that would have brought this name."""
+        for problem in self.problems:
+            if repr(name) in problem.reason or problem.distribution.endswith(f"-{name}"):
+                return f"{problem.distribution}: {problem.reason}"
+        return None
+
     def backend(self, name: str) -> Backend:
         """Returns a backend by its name."""
         if name not in self.backends:
-            raise UsageError(
-                f"backend {name!r} is not installed", hint=f"installed: {', '.join(sorted(self.backends))}"
-            )
+            have = ", ".join(sorted(self.backends))
+            raise UsageError(f"backend {name!r} is not installed", hint=self._broken(name) or f"installed: {have}")
         return self.backends[name]
 
     def format_by_suffix(self, path: str) -> str | None:
@@ -83,8 +94,12 @@ class Registry:
     def probe(self, file: File) -> str | None:
         """Returns the name of the format whose signature the content bears; None when it bears none."""
         for name, candidate in self.formats.items():
-            if candidate.probe(file):
-                return name
+            try:
+                if candidate.probe(file):
+                    return name
+            except Exception:
+                # A probe must not raise; one that does has not recognised its format, and others may.
+                continue
         known = known_content(file)
         return known.name if known else None
 
@@ -126,10 +141,12 @@ def installed() -> Registry:
         try:
             plugin = import_module(entry.module)
         except (Exception, SystemExit) as exc:
-            registry.problems.append(Problem(entry.distribution, f"cannot be imported: {type(exc).__name__}: {exc}"))
+            registry.add_problem(entry.distribution, "cannot be imported", exc)
             continue
         _register(registry, manager, names, entry, plugin)
-    for kind, base in (("format", Format), ("backend", Backend), ("command", None)):
+    from vmconv.cli.command import Command
+
+    for kind, base in (("format", Format), ("backend", Backend), ("command", Command)):
         _collect(registry, manager, names, kind, base)
     return registry
 
@@ -173,9 +190,8 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str,
             for item in implementation.function():
                 _checked(item, kind, base)
                 claims.setdefault(item.name, []).append((distribution, item))
-        except Exception as exc:
-            where = implementation.function.__name__
-            registry.problems.append(Problem(distribution, f"{where}: {type(exc).__name__}: {exc}"))
+        except (Exception, SystemExit) as exc:
+            registry.add_problem(distribution, implementation.function.__name__, exc)
     things: dict[str, Any] = getattr(registry, f"{kind}s")
     for name, claimants in claims.items():
         if len(claimants) == 1:
@@ -187,10 +203,16 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str,
 
 
 def _checked(item: Any, kind: str, base: Any) -> None:
-    if base is not None and not isinstance(item, base):
+    if not isinstance(item, base):
         raise PluginError(f"registers {item!r}, which is no {base.__name__}")
     if not _NAME.fullmatch(getattr(item, "name", "")):
         raise PluginError(f"{kind} name {getattr(item, 'name', None)!r} is not lower case letters, digits, - and _")
+    field = "help" if kind == "command" else "title"
+    if not isinstance(getattr(item, field, None), str):
+        raise PluginError(f"{kind} {item.name!r} has no {field}, a few words on what it is")
+    suffixes = getattr(item, "suffixes", ())
+    if not (isinstance(suffixes, tuple) and all(isinstance(suffix, str) for suffix in suffixes)):
+        raise PluginError(f"suffixes of {kind} {item.name!r} are not a tuple of strings")
 
 
 def _class_of(item: object) -> str:

@@ -55,14 +55,17 @@ class File(Source):
         self.size = os.lseek(descriptor, 0, os.SEEK_END) if self.is_device else status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.descriptor, length, offset)
-        if len(data) == length:
-            return data
-        parts, have = [data], len(data)
-        while data and have < length:
-            data = os.pread(self.descriptor, length - have, offset + have)
-            parts.append(data)
-            have += len(data)
+        try:
+            data = os.pread(self.descriptor, length, offset)
+            if len(data) == length:
+                return data
+            parts, have = [data], len(data)
+            while data and have < length:
+                data = os.pread(self.descriptor, length - have, offset + have)
+                parts.append(data)
+                have += len(data)
+        except OSError as exc:
+            raise ImageError(f"{self.name}: cannot be read at {offset:#x}: {exc.strerror}") from exc
         if have < length:
             raise ImageError(
                 f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected"

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
     from vmconv.cli.command import Command
+    from vmconv.errors import VmconvError
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 @hookimpl
@@ -38,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=_Version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for command in installed().commands.values():
+    registry = installed()
+    for command in registry.commands.values():
         sub = commands.add_parser(
             command.name,
             help=command.help,
@@ -46,9 +50,24 @@ def make_parser() -> argparse.ArgumentParser:
             epilog=command.epilog,
             formatter_class=formatter,
         )
-        command.configure(sub)
-        sub.set_defaults(run=command.run, parser=sub)
+        try:
+            command.configure(sub)
+            sub.set_defaults(run=command.run)
+        except Exception as exc:
+            distribution = registry.owners["command", command.name]
+            registry.add_problem(distribution, f"command {command.name!r}", exc)
+            sub.set_defaults(run=_broken(command.name, distribution))
     return parser
+
+
+def _broken(name: str, distribution: str) -> Callable[[argparse.Namespace], int]:
+    """Returns what runs instead of a command whose arguments could not be set up."""
+    from vmconv.errors import PluginError
+
+    def run(_options: argparse.Namespace) -> int:
+        raise PluginError(f"command {name!r} of {distribution} is broken", hint="vmconv formats says why")
+
+    return run
 
 
 class _Version(str):
@@ -63,6 +82,10 @@ class _Version(str):
         return f"vmconv {version('vmconv')}"
 
 
+class _Terminated(BaseException):
+    """SIGTERM arrived. No `Exception` and no `SystemExit`: what plugins raise is caught, this must not be."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; the errors of vmconv become one line, with a hint below it."""
     import gc
@@ -71,9 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.disable()
     # Nothing here is linear algebra: without this numpy starts a thread for each processor when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be text in the terminal's encoding.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
+    return _guarded(arguments)
+
+
+def _guarded(arguments: Sequence[str] | None) -> int:
+    """Parses and runs a command; whatever stops it is reported here."""
+    import gc
+
     from vmconv.errors import VmconvError
 
-    signal.signal(signal.SIGTERM, _terminate)
+    options = argparse.Namespace()
     try:
         options = make_parser().parse_args(arguments)
         gc.enable()
@@ -85,18 +120,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vmconv: interrupted, nothing was created", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except _Terminated:
+        print("vmconv: terminated, nothing was created", file=sys.stderr)
+        return EXIT_TERMINATED
     except BrokenPipeError:
         # Who read our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+        return 1
+    except OSError as exc:
+        print(f"vmconv: {exc.filename or 'output'}: {exc.strerror or exc}", file=sys.stderr)
+        _drop_output()
         return 1
 
 
-def _report(exc: Exception, options: argparse.Namespace) -> int:
-    from vmconv.errors import VmconvError
+def _drop_output() -> None:
+    """Keeps the interpreter from writing, when it exits, what could not be written before."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    assert isinstance(exc, VmconvError)
-    code = getattr(options, "error_code", None) or exc.exit_code
-    if getattr(options, "output", "human") == "json" and options.command == "convert":
+
+def _report(exc: VmconvError, options: argparse.Namespace) -> int:
+    code: int = getattr(options, "error_code", None) or exc.exit_code
+    if getattr(options, "output", "human") == "json" and getattr(options, "command", "") == "convert":
         from vmconv.cli.output import print_json
 
         print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
@@ -106,5 +150,5 @@ def _report(exc: Exception, options: argparse.Namespace) -> int:
     return code
 
 
-def _terminate(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
+def _terminate(_number: int, _frame: object) -> None:
+    raise _Terminated

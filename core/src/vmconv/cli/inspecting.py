@@ -41,27 +41,29 @@ def _run_info(options: argparse.Namespace) -> int:
 
 def _print_info(facts: dict[str, Any]) -> None:
     from vmconv.cli.output import size_text
+    from vmconv.errors import printable
 
-    print(f"image: {facts['filename']}")
-    print(f"file format: {facts['format']}")
-    print(f"virtual size: {size_text(facts['virtual-size'])} ({facts['virtual-size']} bytes)")
-    print(f"disk size: {size_text(facts['actual-size'])}")
-    for key, title in _INFO_TITLES.items():
-        if facts.get(key):
-            print(f"{title}: {facts[key]}")
+    lines = [
+        f"image: {facts['filename']}",
+        f"file format: {facts['format']}",
+        f"virtual size: {size_text(facts['virtual-size'])} ({facts['virtual-size']} bytes)",
+        f"disk size: {size_text(facts['actual-size'])}",
+    ]
+    lines += [f"{title}: {facts[key]}" for key, title in _INFO_TITLES.items() if facts.get(key)]
     if facts.get("snapshots"):
-        print("snapshot list:")
-        for snapshot in facts["snapshots"]:
-            print(f"    {snapshot['id']}: {snapshot['name']} ({size_text(snapshot['vm-state-size'])} of machine state)")
+        lines.append("snapshot list:")
+    for snapshot in facts.get("snapshots", ()):
+        state = size_text(snapshot["vm-state-size"])
+        lines.append(f"    {snapshot['id']}: {snapshot['name']} ({state} of machine state)")
     data = facts.get("format-specific", {}).get("data", {})
     if data:
-        print("format specific information:")
-        for key, value in data.items():
-            print(f"    {key.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
-    for loss in facts["losses"]:
-        print(f"not carried over: {loss}")
-    for warning in facts["warnings"]:
-        print(f"warning: {warning}")
+        lines.append("format specific information:")
+    for key, value in data.items():
+        lines.append(f"    {key.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+    lines += [f"not carried over: {loss}" for loss in facts["losses"]]
+    lines += [f"warning: {warning}" for warning in facts["warnings"]]
+    for line in lines:
+        print(printable(line))
 
 
 _INFO_TITLES = {

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
 from vmconv.cli.options import add_output
 
+if TYPE_CHECKING:
+    from vmconv.formats import Format
+    from vmconv.registry import Registry
+
 
 def _run_formats(options: argparse.Namespace) -> int:
     from vmconv.known import KNOWN
-    from vmconv.options import describe
     from vmconv.registry import installed
 
     registry = installed()
@@ -29,7 +32,7 @@ def _run_formats(options: argparse.Namespace) -> int:
                 "suffixes": list(one.suffixes),
                 "distribution": distribution,
                 "version": versions[distribution],
-                "options": [{"name": o.name, "default": o.default, "help": o.help} for o in describe(one.options())],
+                "options": _options(registry, one),
             }
         )
     missing = [
@@ -46,6 +49,16 @@ def _run_formats(options: argparse.Namespace) -> int:
     else:
         _print_formats(report)
     return 0
+
+
+def _options(registry: Registry, one: Format) -> list[dict[str, Any]]:
+    from vmconv.options import describe
+
+    try:
+        return [option._asdict() for option in describe(one.options())]
+    except Exception as exc:
+        registry.add_problem(registry.owners["format", one.name], f"options of {one.name!r}", exc)
+        return []
 
 
 def _print_formats(report: dict[str, Any]) -> None:

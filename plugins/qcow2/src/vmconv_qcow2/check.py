@@ -290,13 +290,20 @@ def _settled(start: Column, value: Column) -> Steps:
 
 
 def _steps(runs: list[tuple[Column, Column]]) -> Steps:
-    """Returns how many of the runs `(first, count)` cover each cluster."""
-    first = np.concatenate([run[0] for run in runs])
-    end = first + np.concatenate([run[1] for run in runs])
-    edges = np.concatenate([[0], first, end])
-    change = np.concatenate([[0], np.ones(len(first), dtype=np.int64), -np.ones(len(end), dtype=np.int64)])
-    order = np.argsort(edges, kind="stable")
-    return _settled(edges[order], np.cumsum(change[order]))
+    """Returns how many of the runs `(first, count)` cover each cluster.
+
+    Each run is two edges, kept as one number: the cluster, and in the lowest bit whether the run begins or ends there.
+    There may be millions, so they are sorted in place.
+    """
+    ends = [(first + count) * 2 for first, count in runs]
+    edges = np.concatenate([[0], *ends, *(first * 2 + 1 for first, _ in runs)])
+    del ends
+    edges.sort()
+    change = (edges & 1).astype(np.int8) * np.int8(2) - np.int8(1)
+    # The first edge of all only says that counting begins at cluster 0.
+    change[0] = 0
+    edges >>= 1
+    return _settled(edges, np.cumsum(change, dtype=np.int64))
 
 
 def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:

@@ -93,7 +93,8 @@ def _inflate_zstd(data: bytes, size: int) -> bytes:
 
     # A frame's header may announce any size, which the library would allocate: it has to be looked at before.
     frame = zstandard.get_frame_parameters(data)
-    if frame.content_size not in (0, size, zstandard.CONTENTSIZE_UNKNOWN) or frame.window_size > _ZSTD_MAX_WINDOW:
+    announced = 0 if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN else frame.content_size
+    if announced > size or frame.window_size > _ZSTD_MAX_WINDOW:
         raise ValueError(f"frame of {frame.content_size} bytes with a window of {frame.window_size}")
     if not hasattr(_zstd, "decompressor"):
         _zstd.decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)

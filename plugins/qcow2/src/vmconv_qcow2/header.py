@@ -76,6 +76,7 @@ def read_header(file: File) -> Header:
     _limit(file, "version", basic.version, 2, 3)
     _limit(file, "cluster_bits", basic.cluster_bits, 9, 21)
     _limit(file, "size", basic.size, 0, MAX_SIZE)
+    _limit(file, "l1_size", basic.l1_size, 0, structs.MAX_L1_BYTES // 8)
     cluster_size = 1 << basic.cluster_bits
     fields: dict[str, Any] = {"incompatible": 0, "compatible": 0, "autoclear": 0, "refcount_order": 4}
     length, compression = structs.V2_LENGTH, 0
@@ -167,6 +168,9 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
             end=place + len(names),
         )
         at = -(-(place + len(names)) // 8) * 8
+        if at - header.snapshots_offset > structs.MAX_SNAPSHOT_TABLE:
+            problem = f"the snapshot table is longer than {structs.MAX_SNAPSHOT_TABLE} bytes"
+            raise damaged(file, what, header.snapshots_offset, problem)
 
 
 def _limit(file: File, name: str, value: int, least: int, most: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.errors import ImageError, UsageError
-from vmconv.extents import Column, Extents, Kind, Kinds
+from vmconv.extents import Column, Extents, Kind, Kinds, on_storage
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File, Reserved, Source
@@ -157,6 +157,12 @@ def _check_tables(header: Header, tables: Column, l1_offset: int) -> None:
             l1_offset + entry * 8,
             f"L2 table at {tables[entry]:#x} is not a cluster of the file ({file.size:#x})",
         )
+    inside = (tables + cluster > l1_offset) & (tables < l1_offset + len(tables) * 8) & (tables != 0)
+    if inside.any():
+        entry = int(np.flatnonzero(inside)[0])
+        raise damaged(
+            file, f"L1 entry {entry}", l1_offset + entry * 8, f"L2 table at {tables[entry]:#x} overlaps the L1 table"
+        )
     used = np.sort(tables[tables != 0])
     twice = used[1:][used[1:] == used[:-1]]
     if len(twice):
@@ -170,6 +176,7 @@ def table_slices(file: File, tables: Column, cluster: int, size: int) -> Iterato
     None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
     together, `size` bytes at most, and holes of the file are not read at all.
     """
+    tables = np.where(_in_hole(file, tables, cluster), 0, tables)
     most = max(1, size // cluster)
     breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != cluster)) + 1
     edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
@@ -179,9 +186,17 @@ def table_slices(file: File, tables: Column, cluster: int, size: int) -> Iterato
             continue
         for first in range(begin, end, most):
             count = min(most, end - first)
-            offset, length = int(tables[first]), count * cluster
-            there = file.data_ranges(offset, offset + length)
-            yield first, count, file.read(offset, length) if there else None
+            yield first, count, file.read(int(tables[first]), count * cluster)
+
+
+def _in_hole(file: File, tables: Column, cluster: int) -> npt.NDArray[np.bool_]:
+    """Returns which of the tables lie in holes of the file, all at once: there may be millions."""
+    storage = on_storage(file)
+    if not len(storage) or not len(tables):
+        return np.zeros(len(tables), dtype=bool)
+    first, last = storage.row_at(tables), storage.row_at(tables + (cluster - 1))
+    hole: npt.NDArray[np.bool_] = (first == last) & (storage.kind[first] != Kind.DATA)
+    return hole
 
 
 _COMPRESSED, _ZEROED, _IDLE = 1, 2, 3
