@@ -33,7 +33,6 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXIT_TERMINATED = 128 + 15
 
 
 class Block(NamedTuple):
@@ -161,7 +160,7 @@ def test_each_exit_code_of_a_command_is_in_the_table(command: str) -> None:
     _, _, status = (COMMANDS[command].epilog or "").partition("exit status")
     stated = {int(code) for code in re.findall(r"^  (\d+)  ", status, re.MULTILINE)}
     error_code = COMMANDS[command].get_default("error_code")
-    assert stated | {0, cli.EXIT_INTERRUPTED, EXIT_TERMINATED} | ({error_code} - {None}) <= documented
+    assert stated | {0, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED} | ({error_code} - {None}) <= documented
 
 
 def shipped_formats() -> list[str]:

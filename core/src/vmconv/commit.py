@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from vmconv.parallel import in_order
 from vmconv.planner import Action, FilePlan, Plan
-from vmconv.sources import Blob, File, Source
+from vmconv.sources import Decoded, File, Source
 from vmconv.storage import Output, Transaction
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes to do, of what is copied and written."""
 
 _PIECE = 4 << 20
-_Piece = tuple[Output, Source, int, int, int]
+
+
+class _Piece(NamedTuple):
+    """A range of an output of bounded size, and where its bytes come from."""
+
+    output: Output
+    source: Source
+    source_offset: int
+    offset: int
+    length: int
 
 
 def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> list[File]:
@@ -28,11 +38,15 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> lis
     pairs = list(zip(plan.files, outputs, strict=True))
     for file, output in pairs:
         for piece in _pieces(file, output, Action.WRITE):
-            steps.add(_do(piece))
+            output.write(piece.offset, piece.source.read(piece.source_offset, piece.length))
+            steps.add(piece.length)
     if plan.totals.copied:
         copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
-        for step in in_order(_do_all, _batches(copies)):
-            steps.add(step)
+        for batch in in_order(_copy, _batches(copies)):
+            for piece, data in batch:
+                if data:
+                    piece.output.write(piece.offset, data)
+                steps.add(piece.length)
     return [output.finish() for output in outputs]
 
 
@@ -50,24 +64,26 @@ class _Steps:
 
 
 def _pieces(file: FilePlan, output: Output, action: Action) -> Iterator[_Piece]:
-    """Yields `(output, source, source offset, offset, length)` in pieces of bounded size."""
     for offset, length, index, source_offset in file.steps.rows(action):
         source = file.sources[index]
         for at in range(0, length, _PIECE):
-            yield output, source, source_offset + at, offset + at, min(_PIECE, length - at)
+            yield _Piece(output, source, source_offset + at, offset + at, min(_PIECE, length - at))
 
 
-def _do(piece: _Piece) -> int:
-    output, source, source_offset, offset, length = piece
-    if isinstance(source, Blob):
-        output.write(offset, source.read(source_offset, length))
-    else:
-        output.copy(source, source_offset, offset, length)
-    return length
+def _copy(pieces: Sequence[_Piece]) -> list[tuple[_Piece, bytes]]:
+    """Copies what comes from files; decodes the rest and returns it for who waits to write it.
 
-
-def _do_all(pieces: Sequence[_Piece]) -> int:
-    return sum(_do(piece) for piece in pieces)
+    Decoding takes processors and runs in threads; writing takes the lock of the file, for which threads would only
+    contend.
+    """
+    done = []
+    for piece in pieces:
+        if isinstance(piece.source, Decoded):
+            done.append((piece, piece.source.read(piece.source_offset, piece.length)))
+        else:
+            piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
+            done.append((piece, b""))
+    return done
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
@@ -76,7 +92,7 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
     size = 0
     for piece in pieces:
         batch.append(piece)
-        size += piece[-1]
+        size += piece.length
         if size >= _PIECE:
             yield batch
             batch, size = [], 0

@@ -132,13 +132,13 @@ class Blob(Source):
 
 
 class Decoded(Source):
-    """A decoded view of parts of `file`: an address space of units that `decode(index)` returns one at a time.
+    """A decoded view of parts of `file`: an address space of units, `decode(first, count)` of which are made at a time.
 
     `reason` completes the sentence "copied because ...".
     """
 
     def __init__(
-        self, name: str, file: File, *, unit: int, count: int, decode: Callable[[int], bytes], reason: str
+        self, name: str, file: File, *, unit: int, count: int, decode: Callable[[int, int], list[bytes]], reason: str
     ) -> None:
         self.name = name
         self.file = file
@@ -148,16 +148,13 @@ class Decoded(Source):
         self._decode = decode
 
     def read(self, offset: int, length: int) -> bytes:
-        return b"".join(self.units(offset, length))
-
-    def units(self, offset: int, length: int) -> list[bytes]:
-        """Returns the same bytes as `read` in the pieces that they were decoded in."""
+        if not length:
+            return b""
         first, end = offset // self.unit, -(-(offset + length) // self.unit)
-        pieces = [self._decode(index) for index in range(first, end)]
-        if pieces:
-            pieces[-1] = pieces[-1][: offset + length - (end - 1) * self.unit]
-            pieces[0] = pieces[0][offset - first * self.unit :]
-        return pieces
+        units = self._decode(first, end - first)
+        units[-1] = units[-1][: offset + length - (end - 1) * self.unit]
+        units[0] = units[0][offset - first * self.unit :]
+        return b"".join(units)
 
 
 class Reserved(Source):

@@ -13,6 +13,8 @@ from vmconv.sources import Decoded
 from vmconv_qcow2.header import Header
 
 _SECTOR = 512
+# Neighbouring clusters are read in one piece when that is at most so many times what they hold.
+_SPREAD = 2
 # QEMU compresses with windows of a cluster at most; a frame that wants more memory than this is not from there.
 _ZSTD_MAX_WINDOW = 32 << 20
 
@@ -46,14 +48,26 @@ class CompressedClusters:
         self._columns = None
         return None
 
-    def _decode(self, index: int) -> bytes:
+    def _decode(self, first: int, count: int) -> list[bytes]:
+        """Returns the content of neighbouring clusters, all of which are compressed."""
         if self._columns is None:
             guest, offset, length = (np.concatenate(column) for column in zip(*self._parts, strict=True))
             self._columns = guest, offset, length
         guest, offset, length = self._columns
-        row = int(np.searchsorted(guest, index))
-        place = int(offset[row])
-        encoded = self.file.read(place, int(length[row]))
+        row = int(np.searchsorted(guest, first))
+        places, lengths = offset[row : row + count], length[row : row + count]
+        begin, end = int(places.min()), int((places + lengths).max())
+        if end - begin > _SPREAD * int(lengths.sum()):
+            # Clusters that others wrote later lie elsewhere: what is between is not worth reading.
+            return [
+                self._inflated(self.file.read(at, n), at)
+                for at, n in zip(places.tolist(), lengths.tolist(), strict=True)
+            ]
+        data = memoryview(self.file.read(begin, end - begin))
+        pairs = zip(places.tolist(), lengths.tolist(), strict=True)
+        return [self._inflated(data[at - begin : at - begin + n], at) for at, n in pairs]
+
+    def _inflated(self, encoded: bytes | memoryview, place: int) -> bytes:
         try:
             data = self._inflate(encoded, self.cluster_size)
         except Exception as exc:
@@ -76,19 +90,20 @@ def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Colum
     return offset, sectors * _SECTOR - offset % _SECTOR
 
 
-def _inflate_zlib(data: bytes, size: int) -> bytes:
+def _inflate_zlib(data: bytes | memoryview, size: int) -> bytes:
     from isal import igzip_lib
 
     # A window of 12 bits is what QEMU writes; the largest one reads all others too. What follows the stream is padding.
     inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15)
-    return bytes(inflater.decompress(data, size))
+    result: bytes = inflater.decompress(data, size)
+    return result
 
 
 # A decompressor is expensive to make and cannot be shared between threads.
 _zstd = threading.local()
 
 
-def _inflate_zstd(data: bytes, size: int) -> bytes:
+def _inflate_zstd(data: bytes | memoryview, size: int) -> bytes:
     import zstandard
 
     # A frame's header may announce any size, which the library would allocate: it has to be looked at before.
