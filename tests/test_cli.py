@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from disks import MIB, QemuImg, make_disk
 
 import vmconv
+from disks import MIB, QemuImg, make_disk
 from vmconv.cli import main
 
 Capture = pytest.CaptureFixture[str]

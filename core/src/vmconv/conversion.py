@@ -110,13 +110,11 @@ def run(
     """Plans and makes one conversion; see `vmconv.api.convert`."""
     began = time.perf_counter()
     with prepared(request) as ready:
+        totals = ready.plan.totals
+        refuse_copies(request, ready.plan)
+        _refuse_too_large(ready.plan)
         if announce:
             announce(ready.plan)
-        totals = ready.plan.totals
-        if request.zero_copy == "require" and totals.copied:
-            reasons = "; ".join(f"{copy.bytes} bytes because {copy.reason}" for copy in ready.plan.copies)
-            raise ZeroCopyError(f"{request.target}: {totals.copied} bytes would have to be copied: {reasons}")
-        _refuse_too_large(ready.plan)
         transaction = ready.backend.begin(ready.plan.directory, force=request.force)
         try:
             with os_errors(f"{request.target}: cannot be written"):
@@ -141,7 +139,16 @@ def run(
         )
 
 
+def refuse_copies(request: Request, plan: Plan) -> None:
+    """Raises `ZeroCopyError` when the request wants no payload copied and the plan copies some."""
+    if request.zero_copy == "require" and plan.copies:
+        why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
+        raise ZeroCopyError(f"{request.target}: {why}")
+
+
 def _target_format(registry: Registry, request: Request) -> str:
+    if os.path.isdir(request.target):
+        raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
     name = request.target_format or registry.format_by_suffix(request.target)
     if name is None:
         raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")

@@ -237,7 +237,8 @@ class Extents:
             kind, source, offset = piece
             n = len(kind)
             if isinstance(source, int) and _is_one_run(kind, offset, unit):
-                parts.append(_columns([at * unit], [Kind.DATA], [source], offset[:1]))
+                # The number, not a view of it: that would keep the whole slice in memory.
+                parts.append(_columns([at * unit], [Kind.DATA], [source], [int(offset[0])]))
                 at += n
                 continue
             start = np.arange(at * unit, (at + n) * unit, unit, dtype=np.int64)

@@ -85,6 +85,9 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        value = f" {field}={given[field]}" if field in given else ""
+        chosen = [field] if field in given else list(given)
+        value = f" {', '.join(f'{name}={given[name]}' for name in chosen)}"
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        if first["type"].startswith("bool"):
+            message = "is neither on nor off"
         raise UsageError(f"{format_name} option{value}: {message[:1].lower()}{message[1:]}") from exc

@@ -13,12 +13,17 @@ from vmconv.physical import PhysicalMap, Storage
 
 
 class ProofRow(NamedTuple):
-    """One range of the guest's disk, bytes; the physical addresses are None where the filesystem does not tell."""
+    """One range of the guest's disk, bytes; `has_` is whether that image has payload there.
+
+    The physical addresses are None where there is no payload, and where the filesystem does not tell.
+    """
 
     start: int
     length: int
     left: int | None
     right: int | None
+    has_left: bool
+    has_right: bool
 
     @property
     def same(self) -> bool:
@@ -52,6 +57,8 @@ class Proof(NamedTuple):
                 int(length[i]),
                 int(left[i]) if knows_left[i] else None,
                 int(right[i]) if knows_right[i] else None,
+                bool(has_left[i]),
+                bool(has_right[i]),
             )
 
 

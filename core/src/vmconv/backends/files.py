@@ -54,6 +54,16 @@ def _is_dead(path: str) -> bool:
     return True
 
 
+def _create_locked(path: str) -> int:
+    """Returns a new file that is locked: between the two, another run may take it for a dead one's and remove it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)
+
+
 _DIRECT_FROM = 2 << 20
 _DIRECT_UNIT = 4096
 
@@ -109,8 +119,7 @@ class FileOutput(Output):
         self.path = path
         self.size = size
         self.kernel_copies = kernel_copies
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        self.descriptor = _create_locked(path)
         self.file: File | None = None
         self._direct = _DirectWriter(path)
 

@@ -44,7 +44,8 @@ def _run_compare(options: argparse.Namespace) -> int:
             print("Images are identical.")
         elif not (options.strict and found.sizes[0] != found.sizes[1]):
             print(f"Content mismatch at offset {found.first_difference}!")
-        print(f"{size_text(found.proved)} equal by shared storage, {size_text(found.read)} to be read.")
+        if found.proved or found.read:
+            print(f"{size_text(found.proved)} proved equal by metadata, {size_text(found.read)} read.")
     return 0 if found else _DIFFERENT
 
 
@@ -61,17 +62,25 @@ def _run_prove(options: argparse.Namespace) -> int:
         table = [["GUEST", "LENGTH", f"IN {left.file.name}", f"IN {right.file.name}", ""]]
         hidden = 0
         for row in proof.rows():
-            if len(table) > options.rows:
+            if len(table) > max(0, options.rows):
                 hidden += 1
                 continue
-            places = ["unknown" if place is None else f"{place:#x}" for place in (row.left, row.right)]
+            places = [_place(row.left, row.has_left), _place(row.right, row.has_right)]
             table.append([f"{row.start:#x}", f"{row.length:#x}", *places, "same" if row.same else "NOT SHARED"])
     print_table(table)
     if hidden:
         print(f"... and {hidden} more ranges, --rows shows them")
     verdict = "all payload is shared" if proof else "not all payload is shared"
+    if not proof.shared and not proof.apart:
+        verdict = "there is no payload"
     print(f"{verdict}: {size_text(proof.shared)} at the same physical addresses, {size_text(proof.apart)} not")
     return 0 if proof else _DIFFERENT
+
+
+def _place(address: int | None, has_payload: bool) -> str:
+    if not has_payload:
+        return "-"
+    return "unknown" if address is None else f"{address:#x}"
 
 
 def _configure_two(parser: argparse.ArgumentParser) -> None:

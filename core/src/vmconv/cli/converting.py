@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
@@ -52,13 +53,14 @@ def _steps(file: Any) -> dict[str, int]:
 
 def _run_plan(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json, size_text
-    from vmconv.conversion import prepared
+    from vmconv.conversion import prepared, refuse_copies
 
     with prepared(_request(options)) as ready:
         plan = ready.plan
         warnings = ready.image.warnings
         if options.output == "json":
             print_json({**_plan_json(plan), "warnings": list(warnings)}, indent=4)
+            refuse_copies(ready.request, plan)
             return 0
         print(
             f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}"
@@ -66,15 +68,19 @@ def _run_plan(options: argparse.Namespace) -> int:
         for name, value in plan.totals._asdict().items():
             print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
         for copy in plan.copies:
-            print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} range(s), ", end="")
-            print(f"the first at {copy.offset:#x} of {copy.file}")
+            print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} ", end="")
+            print(f"{'range' if copy.ranges == 1 else 'ranges'}, the first at {copy.offset:#x} of {copy.file}")
         for file in plan.files:
             print(f"  file {file.name}: {size_text(file.size)}")
         for loss in plan.losses:
             print(f"  not carried over: {loss}")
         for warning in warnings:
             print(f"  warning: {warning}")
+        refuse_copies(ready.request, plan)
     return 0
+
+
+_EVENT_SECONDS = 0.1
 
 
 class _Silence:
@@ -99,8 +105,14 @@ class _Events(_Silence):
     def announce(self, plan: Plan) -> None:
         self._print("plan", _plan_json(plan))
 
+    def __init__(self) -> None:
+        self._said = 0.0
+
     def progress(self, done: int, to_do: int) -> None:
-        self._print("progress", {"done": done, "total": to_do})
+        now = time.monotonic()
+        if done in (0, to_do) or now - self._said >= _EVENT_SECONDS:
+            self._said = now
+            self._print("progress", {"done": done, "total": to_do})
 
     def result(self, result: Result) -> None:
         from vmconv.cli.output import as_plain
@@ -195,7 +207,9 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="require: fail, touching nothing, rather than copy a byte of payload (default: auto, copies what must be)",
     )
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="how payload gets to TARGET (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, or one that vmconv backends lists (default: auto)"
+    )
     parser.add_argument("--force", action="store_true", help="replace TARGET when it exists")
     add_output(parser)
     add_access(parser)
@@ -229,6 +243,7 @@ COMMANDS = (
         "byte must be. Touches nothing.",
         _configure_plan,
         _run_plan,
+        "exit status: as vmconv convert would return, as far as that can be known beforehand",
     ),
     Command(
         "convert",

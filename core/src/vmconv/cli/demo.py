@@ -7,17 +7,25 @@ import os
 
 from vmconv.cli.command import Command
 
+_SMALLEST = 8 << 20
+
 
 def _run(options: argparse.Namespace) -> int:
     import tempfile
 
-    from vmconv.errors import BackendError
+    from vmconv.errors import BackendError, UsageError
     from vmconv.options import parse_size
 
     if not os.path.isdir(options.directory):
         raise BackendError(f"{options.directory}: is not a directory")
+    try:
+        size = parse_size(options.size)
+    except ValueError as exc:
+        raise UsageError(f"--size: {exc}") from exc
+    if size < _SMALLEST:
+        raise UsageError(f"--size: {options.size} is less than {_SMALLEST >> 20}M, the smallest that shows anything")
     with tempfile.TemporaryDirectory(prefix="vmconv-demo-", dir=options.directory) as directory:
-        return _demonstrate(directory, parse_size(options.size))
+        return _demonstrate(directory, size)
 
 
 def _demonstrate(directory: str, size: int) -> int:

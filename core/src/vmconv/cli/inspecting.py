@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from vmconv.formats import CheckReport
     from vmconv.opener import Opener
 
-_CHECK_CORRUPT, _CHECK_LEAKS, _CHECK_UNSUPPORTED = 2, 3, 63
+_CHECK_NOT_DONE, _CHECK_CORRUPT, _CHECK_LEAKS, _CHECK_UNSUPPORTED = 1, 2, 3, 63
 
 
 def _opener(options: argparse.Namespace) -> Opener:
@@ -75,7 +76,7 @@ _INFO_TITLES = {
 
 def _configure_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="image to look at")
-    add_format(parser)
+    add_format(parser, default="by its content")
     parser.add_argument("--backing-chain", action="store_true", help="describe every layer of the chain")
     add_output(parser)
     add_access(parser)
@@ -118,6 +119,15 @@ def _configure_map(parser: argparse.ArgumentParser) -> None:
     add_access(parser)
 
 
+def _configure_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="image to check")
+    add_format(parser)
+    add_output(parser)
+    add_access(parser)
+    # 2 and 3 say what was found, so a check that could not be done has a code of its own.
+    parser.set_defaults(error_code=_CHECK_NOT_DONE)
+
+
 def _run_check(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json
 
@@ -125,7 +135,7 @@ def _run_check(options: argparse.Namespace) -> int:
         image = opener.image(options.file, options.format_f)
         report = opener.registry.format(image.format_name).check(image)
     if report is None:
-        print(f"vmconv: {options.file}: {image.format_name} images have no structure to check")
+        print(f"vmconv: {options.file}: {image.format_name} images have no structure to check", file=sys.stderr)
         return _CHECK_UNSUPPORTED
     if options.output == "json":
         print_json({"filename": options.file, "format": image.format_name, **_report_json(report)}, indent=4)
@@ -190,7 +200,7 @@ COMMANDS = (
         "check the structure of an image",
         "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts.\n"
         "Changes nothing.",
-        _configure_map,
+        _configure_check,
         _run_check,
         "exit status (as qemu-img check):\n"
         "  0   no errors\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
 
@@ -11,20 +10,23 @@ class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
     """Help of one width wherever it is shown, with descriptions as they were written."""
 
     def __init__(self, prog: str) -> None:
-        width = int(os.environ.get("COLUMNS", "100"))
-        super().__init__(prog, max_help_position=28, width=min(width, 100))
+        import shutil
+
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size((100, 24)).columns, 100))
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", choices=("human", "json"), default="human", help="how to print (default: human)")
 
 
-def add_format(parser: argparse.ArgumentParser, flag: str = "-f", whose: str = "FILE") -> None:
+def add_format(
+    parser: argparse.ArgumentParser, flag: str = "-f", whose: str = "FILE", default: str = "by its suffix and content"
+) -> None:
     parser.add_argument(
         flag,
         dest=f"format_{flag.strip('-')}",
         metavar="FMT",
-        help=f"format of {whose} (default: by its suffix and content)",
+        help=f"format of {whose} (default: {default})",
     )
 
 

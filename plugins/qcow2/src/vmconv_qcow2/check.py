@@ -23,6 +23,9 @@ from vmconv_qcow2.reader import table_slices
 _SHOWN = 100
 """Findings that are put into words; all are counted."""
 
+_RESERVED = "has reserved bits set"
+_NO_CLUSTER = "is not the place of a cluster of the file"
+
 
 class Steps(NamedTuple):
     """A step function: `value[i]` from cluster `start[i]` on, until the next one; the first start is 0."""
@@ -82,10 +85,12 @@ class _Check:
         if len(self.corruptions) < _SHOWN:
             self.corruptions.append(text)
 
-    def _corrupt_where(self, bad: npt.NDArray[np.bool_], text: str, values: npt.NDArray[np.uint64]) -> None:
-        """Reports the entries of a table that are bad: how many, and the first ones by their number and value."""
+    def _corrupt_where(
+        self, bad: npt.NDArray[np.bool_], what: str, values: npt.NDArray[np.uint64], problem: str, first: int = 0
+    ) -> None:
+        """Reports the bad ones of entries numbered from `first`: how many, and some by their number and value."""
         for entry in np.flatnonzero(bad)[:_SHOWN].tolist():
-            self._corrupt(0, f"{text} {entry}: {int(values[entry]):#x}")
+            self._corrupt(0, f"{what} {first + entry}: {int(values[entry]):#x} {problem}")
         self.corruption_count += int(bad.sum())
 
     # -- what is referenced
@@ -108,10 +113,10 @@ class _Check:
         self, what: str, raw: npt.NDArray[np.uint64], reserved: int, mask: int = structs.OFFSET_MASK
     ) -> Column:
         """Counts the clusters that table entries point to; returns their offsets, 0 for none and for bad ones."""
-        self._corrupt_where((raw & np.uint64(reserved)) != 0, f"reserved bits are set in {what}", raw)
+        self._corrupt_where((raw & np.uint64(reserved)) != 0, what, raw, _RESERVED)
         wide = raw & np.uint64(mask)
         bad = (wide % np.uint64(self.cluster) != 0) | (wide > np.uint64(max(0, self.file.size - self.cluster)))
-        self._corrupt_where(bad, what, raw)
+        self._corrupt_where(bad, what, raw, _NO_CLUSTER)
         offset = np.where(bad, np.uint64(0), wide).astype(np.int64)
         self._count_offsets(offset[offset != 0])
         return offset
@@ -160,13 +165,14 @@ class _Check:
         if bitmap is not None:
             zero = (bitmap & np.uint64(0xFFFFFFFF)) == 0
         past = (offset >= self.file.size) & ~zero
-        what = f"{whose}L2 entry of guest cluster {first * self.header.l2_entries} +"
+        what, first_cluster = f"{whose}L2 entry of guest cluster", first * self.header.l2_entries
         reserved = structs.L2_RESERVED | (structs.ZERO if bitmap is not None else 0)
-        self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), f"reserved bits are set in {what}", raw)
+        self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), what, raw, _RESERVED, first_cluster)
         bad = ~packed & ((offset % self.cluster != 0) | (past & (not external)))
-        self._corrupt_where(bad, what, raw)
+        self._corrupt_where(bad, what, raw, _NO_CLUSTER, first_cluster)
         if bitmap is not None:
-            self._check_bitmaps(what, raw, bitmap, packed, offset != 0)
+            wrong = self._wrong_bitmaps(bitmap, packed, offset != 0)
+            self._corrupt_where(wrong, what, raw, "has a subcluster bitmap that contradicts it", first_cluster)
         plain = ~packed & ~bad & (offset != 0)
         if external:
             plain |= (raw & np.uint64(structs.COPIED)) != 0
@@ -174,7 +180,7 @@ class _Check:
             there = plain | packed
             self.allocated += int(there.sum())
             if not external:
-                self._check_copied("L2 entry", raw, offset, plain, stored)
+                self._check_copied(what, raw, offset, plain, stored, first_cluster)
         if not external:
             self._count_offsets(offset[plain])
             for misplaced in offset[bad & (offset < self.file.size)].tolist():
@@ -186,34 +192,35 @@ class _Check:
         offset, length = locate(raw, 62 - (self.header.cluster_bits - 8))
         first, last = offset // self.cluster, (offset + length - 1) // self.cluster
         bad = offset >= self.file.size
-        self._corrupt_where(bad, "compressed cluster", raw)
+        self._corrupt_where(bad, "compressed cluster", raw, "lies past the end of the file")
         last = np.minimum(last, self.clusters - 1)
         self.runs.append((first[~bad], (last - first + 1)[~bad]))
 
-    def _check_bitmaps(
-        self,
-        what: str,
-        raw: npt.NDArray[np.uint64],
-        bitmap: npt.NDArray[np.uint64],
-        packed: npt.NDArray[np.bool_],
-        there: npt.NDArray[np.bool_],
-    ) -> None:
-        """Reports subcluster bitmaps that contradict themselves or their entry."""
+    def _wrong_bitmaps(
+        self, bitmap: npt.NDArray[np.uint64], packed: npt.NDArray[np.bool_], there: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """Returns which subcluster bitmaps contradict themselves or their entry."""
         allocated, zero = bitmap & np.uint64(0xFFFFFFFF), bitmap >> np.uint64(32)
         bad = np.where(packed, bitmap != 0, (allocated & zero) != 0)
         external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
-        bad |= ~packed & ~there & (allocated != 0) & (not external)
-        self._corrupt_where(bad, f"subcluster bitmap contradicts itself in {what}", raw)
+        wrong: npt.NDArray[np.bool_] = bad | (~packed & ~there & (allocated != 0) & (not external))
+        return wrong
 
     def _check_copied(
-        self, what: str, raw: npt.NDArray[np.uint64], offset: Column, chosen: npt.NDArray[np.bool_], stored: Steps
+        self,
+        what: str,
+        raw: npt.NDArray[np.uint64],
+        offset: Column,
+        chosen: npt.NDArray[np.bool_],
+        stored: Steps,
+        first: int = 0,
     ) -> None:
         """Reports entries whose COPIED flag does not say whether their cluster is referenced once."""
         flag = (raw & np.uint64(structs.COPIED)) != 0
         once = np.zeros(len(raw), dtype=bool)
         once[chosen] = stored.at(offset[chosen] // self.cluster) == 1
-        bad = chosen & (flag != once)
-        self._corrupt_where(bad, f"COPIED flag contradicts the refcount, {what}", raw)
+        problem = "has a COPIED flag that contradicts the refcount"
+        self._corrupt_where(chosen & (flag != once), what, raw, problem, first)
 
     def _count_bitmaps(self) -> None:
         bitmaps = self.header.bitmaps

@@ -104,6 +104,10 @@ def read_header(file: File) -> Header:
         )
     if compression not in structs.COMPRESSION_TYPES:
         raise damaged(file, "compression_type", structs.V3_LENGTH, f"{compression} is neither 0 (zlib) nor 1 (zstd)")
+    if bool(compression) != bool(fields["incompatible"] & structs.COMPRESSION):
+        raise damaged(
+            file, "compression_type", structs.V3_LENGTH, f"{compression} contradicts incompatible feature bit 3"
+        )
     header = Header(
         file=file,
         version=basic.version,

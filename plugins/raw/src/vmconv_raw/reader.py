@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.errors import ImageError
+from vmconv.errors import UsageError
 from vmconv.extents import Columns, Extents, Kind, on_storage
 from vmconv.image import Image
 from vmconv.sources import File, Reserved
@@ -15,7 +15,7 @@ SECTOR = 512
 def read(file: File, *, snapshot: str | None = None) -> Image:
     """Returns the disk in `file`; a size that is not whole sectors is rounded up with zeros, as QEMU does."""
     if snapshot is not None:
-        raise ImageError(f"{file.name}: raw disks have no snapshots, {snapshot!r} was asked for")
+        raise UsageError(f"{file.name}: raw disks have no snapshots, {snapshot!r} was asked for")
     size = -(-file.size // SECTOR) * SECTOR
 
     def load_guest() -> Extents:
