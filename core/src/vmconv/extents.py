@@ -368,12 +368,20 @@ class Extents:
         past it, and units past it are HOLEs.
         """
         inside = max(0, min(count, -(-self.size // unit) - first))
+        low = int(self.row_at(first * unit)) if inside else 0
+        if inside == count > 0 and int(self.end[low]) >= (first + count) * unit and self.kind[low] == Kind.DATA:
+            # The common case, a slice inside one row.
+            begin = int(self.offset[low]) + first * unit - int(self.start[low])
+            return (
+                np.full(count, Kind.DATA, dtype=np.uint8),
+                np.full(count, self.source[low], dtype=np.int32),
+                np.arange(begin, begin + count * unit, unit, dtype=np.int64),
+            )
         kind = np.zeros(count, dtype=np.uint8)
         source = np.full(count, -1, dtype=np.int32)
         offset = np.zeros(count, dtype=np.int64)
         if not inside:
             return kind, source, offset
-        low = int(self.row_at(first * unit))
         high = int(self.row_at(min((first + inside) * unit, self.size) - 1)) + 1
         begins = self.start[low:high] - first * unit
         begins[0] = 0
@@ -385,11 +393,8 @@ class Extents:
         base = self.offset[low:high] - (self.start[low:high] - first * unit)
         step = np.where(self.kind[low:high] == Kind.DATA, unit, 0)
         base = np.where(self.kind[low:high] == Kind.DATA, base, 0)
-        if high - low == 1:
-            offset[:inside] = np.arange(inside, dtype=np.int64) * step[0] + base[0]
-        else:
-            ramp = np.arange(inside, dtype=np.int64)
-            offset[:inside] = ramp * np.repeat(step, counts) + np.repeat(base, counts)
+        ramp = np.arange(inside, dtype=np.int64)
+        offset[:inside] = ramp * np.repeat(step, counts) + np.repeat(base, counts)
         return kind, source, offset
 
     def read(self, address: int, length: int) -> bytes:

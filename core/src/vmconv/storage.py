@@ -42,6 +42,10 @@ class Output(ABC):
     def write(self, offset: int, data: bytes) -> None:
         """Writes bytes; called from several threads, for ranges that do not overlap."""
 
+    def write_payload(self, offset: int, data: bytes) -> None:
+        """Writes bytes that nobody will read soon: they need not stay in memory."""
+        self.write(offset, data)
+
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
         """Copies bytes of a source; called from several threads, for ranges that do not overlap."""
         self.write(offset, source.read(source_offset, length))

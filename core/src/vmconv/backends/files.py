@@ -64,7 +64,7 @@ def _create_locked(path: str) -> int:
         os.close(descriptor)
 
 
-_DIRECT_FROM = 2 << 20
+_DIRECT_FROM = 1 << 20
 _DIRECT_UNIT = 4096
 
 
@@ -130,12 +130,13 @@ class FileOutput(Output):
 
     def write(self, offset: int, data: bytes) -> None:
         view = memoryview(data)
-        if len(view) >= _DIRECT_FROM:
-            done = self._direct.write(offset, view)
-            view, offset = view[done:], offset + done
         while view:
             done = os.pwrite(self.descriptor, view, offset)
             view, offset = view[done:], offset + done
+
+    def write_payload(self, offset: int, data: bytes) -> None:
+        done = self._direct.write(offset, memoryview(data)) if len(data) >= _DIRECT_FROM else 0
+        self.write(offset + done, data[done:] if done else data)
 
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
         done = 0

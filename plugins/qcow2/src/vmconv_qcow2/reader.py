@@ -20,8 +20,8 @@ from vmconv_qcow2.header import Header, Snapshot, damaged, read_header, read_sna
 
 # L2 tables are read in slices of this many bytes; each entry needs about ten times its size while it is looked at,
 # and an extended one thirty times that.
-_SLICE = 4 << 20
-_EXTENDED_SLICE = 512 << 10
+_SLICE = 1 << 20
+_EXTENDED_SLICE = 128 << 10
 
 _Slice = tuple[Kinds, "npt.NDArray[np.int32] | int", Column]
 
