@@ -35,12 +35,14 @@ def qemu_io(path: Path, format_name: str, *, writing: bool = True) -> Iterator[N
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        # The answer to the first command comes when the image is open; an empty line is the end of the program.
-        assert process.stdout.readline()
-        yield
-        process.stdin.close()
+        try:
+            process.stdin.write("length\n")
+            process.stdin.flush()
+            # The answer to the first command comes when the image is open; the end of its input ends the program.
+            assert process.stdout.readline()
+            yield
+        finally:
+            process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -59,6 +61,11 @@ def qemu_nbd(path: Path, format_name: str, *, writing: bool = True) -> Iterator[
             yield
         finally:
             process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                # Seen with QEMU 7.2: a signal that comes while it is still starting is lost.
+                process.kill()
 
 
 def qemu_opens_for_writing(path: Path, format_name: str) -> bool:
