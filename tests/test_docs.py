@@ -172,7 +172,9 @@ def test_each_option_of_a_format_is_in_the_guide_with_its_default(name: str) -> 
     table = {row[0]: row[1] for row in cells(section(GUIDE, f"Options of {name}"))}
     options = {}
     for option in describe(installed().formats[name].options()):
-        default = {True: "on", False: "off"}[option.default] if isinstance(option.default, bool) else option.default
+        default = {True: "on", False: "off", None: "none"}.get(option.default, option.default)
+        if isinstance(option.default, int) and not isinstance(option.default, bool):
+            default = option.default
         options[f"`{option.name}`"] = f"`{default}`"
     assert {key: value for key, value in table.items() if key != "option"} == options
 
@@ -190,8 +192,8 @@ def test_the_module_map_is_complete() -> None:
 def test_the_set_up_line_of_the_readme_installs_every_distribution() -> None:
     distributions = [ROOT / "core", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
     line = next(b.text for b in blocks(section(README, "Set-up")) if "vmconv demo" in b.text)
-    for distribution in distributions:
-        assert f"./{distribution.relative_to(ROOT)}" in line.split()
+    named = {path for word in line.split() if word.startswith("./") for path in ROOT.glob(word)}
+    assert set(distributions) <= named
 
 
 def test_a_changelog_fragment_names_an_issue_and_a_kind() -> None:

@@ -44,11 +44,8 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> lis
             steps.add(piece.length)
     if plan.totals.copied:
         copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
-        for batch in in_order(_copy, _batches(copies)):
-            for piece, data in batch:
-                if data:
-                    piece.output.write_payload(piece.offset, data)
-                steps.add(piece.length)
+        for step in in_order(_copy, _batches(copies)):
+            steps.add(step)
     return [output.finish() for output in outputs]
 
 
@@ -72,20 +69,14 @@ def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) 
             yield _Piece(output, source, source_offset + at, offset + at, min(size, length - at))
 
 
-def _copy(pieces: Sequence[_Piece]) -> list[tuple[_Piece, bytes]]:
-    """Copies what comes from files; decodes the rest and returns it for who waits to write it.
-
-    Decoding takes processors and runs in threads; writing takes the lock of the file, for which threads would only
-    contend.
-    """
-    done = []
+def _copy(pieces: Sequence[_Piece]) -> int:
+    """Copies pieces and returns how many bytes they were; runs in threads."""
     for piece in pieces:
         if isinstance(piece.source, Decoded):
-            done.append((piece, piece.source.read(piece.source_offset, piece.length)))
+            piece.output.write_payload(piece.offset, piece.source.read(piece.source_offset, piece.length))
         else:
             piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
-            done.append((piece, b""))
-    return done
+    return sum(piece.length for piece in pieces)
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

@@ -92,7 +92,7 @@ def prepared(request: Request) -> Iterator[Prepared]:
         directory, name = _target(request)
         files = [source for source in image.flat.sources if isinstance(source, File)]
         backend, survey = _choose(registry, request.backend, directory, files)
-        layout = target_format.write(layered, options, Placement(survey.unit), backing=backing)
+        layout = target_format.write(layered, options, Placement(survey.unit, name), backing=backing)
         losses = image.losses + tuple(_losses(image, target_format))
         plan = plan_layout(layout, name, directory, backend.name, survey, losses)
         _refuse_collisions(plan, opener.files, request.force)

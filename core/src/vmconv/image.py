@@ -19,7 +19,8 @@ class Image:
 
     What costs time is done when it is asked for: `load_guest` reads the allocation tables, `load_parent` opens the
     next layer, `load_places` is for formats that set space aside, see `places`. `metadata` are the fields of `Disk`
-    that the image states, besides size and parent. `losses` say in words what the image holds that no conversion
+    that the image states, besides size and parent: as values that `Disk` accepts (a geometry is a dictionary of its
+    fields), because readers do not import pydantic. `losses` say in words what the image holds that no conversion
     carries over; `warnings` what its user should know about its health. `details` are the format's own facts, for
     people and for `info`.
     """

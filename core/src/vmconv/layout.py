@@ -9,13 +9,15 @@ if TYPE_CHECKING:
 
 
 class Placement(NamedTuple):
-    """How free a writer is to place payload.
+    """What a writer is told of where its output goes.
 
     A payload row can be referenced when its offset in the output is congruent to its offset in the source modulo
-    `modulus` bytes, a power of two; 1 means that any place will do.
+    `modulus` bytes, a power of two; 1 means that any place will do. `target` is the name of the file that the user
+    named, for formats whose further files are named after it.
     """
 
     modulus: int = 1
+    target: str = "disk"
 
 
 class OutFile(NamedTuple):

@@ -77,30 +77,38 @@ class _DirectWriter:
     def __init__(self, path: str) -> None:
         self._path = path
         self._descriptor = -1
-        self._buffer: mmap.mmap | None = None
         self._refused = False
         self._lock = threading.Lock()
+        self._buffers = threading.local()
 
     def write(self, offset: int, view: memoryview) -> int:
         """Returns how many bytes of the beginning were written."""
         length = len(view) // _DIRECT_UNIT * _DIRECT_UNIT
         if self._refused or offset % _DIRECT_UNIT:
             return 0
+        buffer = self._buffer(length)
+        buffer[:length] = view[:length]
+        try:
+            with memoryview(buffer) as whole, whole[:length] as part:
+                return os.pwrite(self._opened(), part, offset)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            self._refused = True
+            return 0
+
+    def _buffer(self, length: int) -> mmap.mmap:
+        """Returns memory that begins at a page, as the kernel wants it and a mapping does; one for each thread."""
+        buffer: mmap.mmap | None = getattr(self._buffers, "own", None)
+        if buffer is None or len(buffer) < length:
+            buffer = self._buffers.own = mmap.mmap(-1, length)
+        return buffer
+
+    def _opened(self) -> int:
         with self._lock:
-            try:
-                if self._descriptor < 0:
-                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-                if self._buffer is None or len(self._buffer) < length:
-                    # The kernel wants memory that begins at a page, which a mapping does.
-                    self._buffer = mmap.mmap(-1, length)
-                self._buffer[:length] = view[:length]
-                with memoryview(self._buffer) as whole, whole[:length] as part:
-                    return os.pwrite(self._descriptor, part, offset)
-            except OSError as exc:
-                if exc.errno != errno.EINVAL:
-                    raise
-                self._refused = True
-                return 0
+            if self._descriptor < 0:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            return self._descriptor
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -1,0 +1,54 @@
+"""Parallels disk images for vmconv: expandable images, and the descriptor of a disk with its snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Parallels(Format):
+    name = "parallels"
+    title = "Parallels disk image"
+    suffixes = (".hdd", ".hds")
+
+    def options(self) -> type[Any]:
+        from vmconv_parallels.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        head = file.read(0, min(512, file.size))
+        return head.startswith((b"WithoutFreeSpace", b"WithouFreSpacExt")) or is_descriptor(head)
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        if is_descriptor(file.read(0, min(512, file.size))):
+            from vmconv_parallels.bundle import read_bundle
+
+            return read_bundle(file, opener, snapshot=snapshot)
+        from vmconv_parallels.reader import read
+
+        return read(file, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_parallels.writer import write
+
+        return write(image, options, placement)
+
+
+def is_descriptor(head: bytes) -> bool:
+    """True when these are the first bytes of a DiskDescriptor.xml."""
+    return b"<Parallels_disk_image" in head and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Parallels()]

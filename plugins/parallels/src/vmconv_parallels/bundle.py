@@ -1,0 +1,132 @@
+"""Reads a Parallels disk by its descriptor: each snapshot is a layer, on top of the layer of its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vmconv.errors import ImageError, UsageError
+from vmconv.extents import Columns, Extents
+from vmconv.image import Image
+from vmconv.opener import MAX_CHAIN_DEPTH, Opener
+from vmconv.sources import File, Source
+from vmconv_parallels import reader
+from vmconv_parallels.descriptor import NO_GUID, Descriptor, Storage, guid, read_descriptor
+from vmconv_parallels.reader import Header
+
+
+def read_bundle(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the disk that the descriptor in `file` describes, or its snapshot of that GUID."""
+    descriptor = read_descriptor(file)
+    return _layer(file, opener, descriptor, _chain(file, descriptor, snapshot))
+
+
+def _chain(file: File, descriptor: Descriptor, snapshot: str | None) -> list[str]:
+    """Returns the snapshot and those below it, down to the root."""
+    shots = descriptor.shots
+    chosen = descriptor.top if snapshot is None else guid(snapshot)
+    if chosen is None or chosen not in shots:
+        raise UsageError(f"{file.name}: no snapshot {snapshot!r}", hint=f"its snapshots: {', '.join(shots)}")
+    chain = [chosen]
+    while shots[chain[-1]] != NO_GUID:
+        parent = shots[chain[-1]]
+        if parent not in shots:
+            raise ImageError(f"{file.name}: ParentGUID of {chain[-1]}: there is no snapshot {parent}")
+        if parent in chain:
+            raise ImageError(f"{file.name}: ParentGUID of {chain[-1]}: {parent} is above it, a loop")
+        chain.append(parent)
+        if len(chain) > MAX_CHAIN_DEPTH:
+            raise ImageError(f"{file.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
+    return chain
+
+
+def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str], *, below: bool = False) -> Image:
+    """Returns the first layer of `chain`; the one below is opened when it is asked for."""
+    parts = [_Part(file, opener, storage, chain[0]) for storage in descriptor.storages]
+    rest = chain[1:]
+    headers = [part.header for part in parts if part.header]
+    # Only a root in one piece is an image by itself, which others may keep as their parent.
+    alone = below and not rest and len(parts) == 1
+    return Image(
+        "parallels",
+        parts[0].file if alone else file,
+        descriptor.size,
+        lambda: _joined([part.table() for part in parts], descriptor.size),
+        load_parent=(lambda: _layer(file, opener, descriptor, rest, below=True)) if rest else None,
+        parent_reference=_image_of(file, descriptor.storages[0], rest[0]) if rest else None,
+        parent_format="parallels" if rest else None,
+        metadata=_metadata(descriptor),
+        losses=(*_losses(descriptor), *(text for header in headers for text in reader.losses(header))),
+        warnings=tuple(text for header in headers for text in reader.warnings(header)),
+        details=lambda: _details(descriptor, headers),
+    )
+
+
+def _image_of(file: File, storage: Storage, shot: str) -> str:
+    if shot not in storage.images:
+        raise ImageError(f"{file.name}: storage at sector {storage.start // 512}: no image of snapshot {shot}")
+    return storage.images[shot].file
+
+
+class _Part:
+    """One storage of one layer, with its file open."""
+
+    def __init__(self, file: File, opener: Opener, storage: Storage, shot: str) -> None:
+        self.file = opener.related(file, _image_of(file, storage, shot), "image")
+        self.length = storage.end - storage.start
+        self.header: Header | None = None
+        if not storage.images[shot].plain:
+            self.header = reader.read_header(self.file)
+
+    def table(self) -> Extents:
+        if self.header is None:
+            return Extents.whole(self.file).window(0, self.length).without_holes()
+        return reader.read_table(self.header).window(0, self.length)
+
+
+def _joined(tables: list[Extents], size: int) -> Extents:
+    """Returns the table of the storages laid end to end."""
+    parts: list[Columns] = []
+    sources: list[Source] = []
+    at = 0
+    for table in tables:
+        source = np.where(table.source >= 0, table.source + len(sources), -1).astype(np.int32)
+        parts.append(table.columns._replace(start=table.start + at, source=source))
+        sources += table.sources
+        at += table.size
+    return Extents(size, Columns.join(parts), sources)
+
+
+def _metadata(descriptor: Descriptor) -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
+    cylinders, heads, sectors = descriptor.geometry
+    if 0 < cylinders < 1 << 32 and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16:
+        found["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
+    if descriptor.sector_size == 4096:
+        found["logical_sector_size"] = 4096
+    if descriptor.physical_sector_size in (512, 4096):
+        found["physical_sector_size"] = descriptor.physical_sector_size
+    if descriptor.uid != NO_GUID:
+        from uuid import UUID
+
+        found["identity"] = UUID(descriptor.uid)
+    return found
+
+
+def _losses(descriptor: Descriptor) -> Iterator[str]:
+    others = len(descriptor.shots) - 1
+    if others:
+        yield f"{others} other snapshot(s); --snapshot converts one"
+
+
+def _details(descriptor: Descriptor, headers: list[Header]) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {"dirty-flag": any(header.in_use for header in headers)}
+    if headers:
+        facts["cluster-size"] = headers[0].cluster_size
+    facts["format-specific"] = {
+        "type": "parallels",
+        "data": {"top": descriptor.top, "snapshots": dict(descriptor.shots), "storages": len(descriptor.storages)},
+    }
+    return facts

@@ -1,0 +1,18 @@
+"""Options of the Parallels writer; names and values are those of `qemu-img create -o`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmconv.options import Size, option
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a Parallels image is written; raises `ValueError` for what the format cannot be."""
+
+    cluster_size: Size = option(1 << 20, "bytes of a cluster: a power of two from 512 to 1G")
+
+    def __post_init__(self) -> None:
+        if self.cluster_size not in (1 << bits for bits in range(9, 31)):
+            raise ValueError("a cluster is a power of two from 512 to 1G")

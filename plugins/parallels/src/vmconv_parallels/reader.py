@@ -1,0 +1,172 @@
+"""Reads Parallels expandable images: the BAT into the table of the guest's address space, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
+from vmconv.image import Image
+from vmconv.sources import File
+from vmconv_parallels import structs
+
+# The BAT is read in slices of this many entries.
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+
+    file: File
+    version: int
+    cluster_size: int
+    entry_unit: int
+    """What the entries of the BAT count."""
+    size: int
+    in_use: bool
+    empty: bool
+    extension: int
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the disk, the last of which may be longer than what is left of the disk."""
+        return -(-self.size // self.cluster_size)
+
+
+def read(file: File, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`; a disk with snapshots has an image for each, and a descriptor that names them."""
+    if snapshot is not None:
+        raise ImageError(
+            f"{file.name}: no snapshots inside, {snapshot!r} was asked for",
+            hint="the disk's DiskDescriptor.xml names its snapshots",
+        )
+    header = read_header(file)
+    return Image(
+        "parallels",
+        file,
+        header.size,
+        lambda: read_table(header),
+        losses=tuple(losses(header)),
+        warnings=tuple(warnings(header)),
+        details=lambda: _details(header),
+    )
+
+
+def read_header(file: File) -> Header:
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    raw = _parse(file)
+    newer = raw.magic == structs.MAGIC_V2
+    _limit(file, "tracks", raw.tracks, 1, structs.MAX_TRACKS)
+    # The older version has 32 bits for the size, and other writers' remains in the next 32.
+    sectors = raw.nb_sectors if newer else raw.nb_sectors & 0xFFFFFFFF
+    _limit(file, "nb_sectors", sectors, 0, MAX_SIZE // structs.SECTOR)
+    cluster = raw.tracks * structs.SECTOR
+    header = Header(
+        file=file,
+        version=2 if newer else 1,
+        cluster_size=cluster,
+        entry_unit=cluster if newer else structs.SECTOR,
+        size=sectors * structs.SECTOR,
+        in_use=raw.in_use == structs.IN_USE,
+        empty=bool(raw.flags & structs.EMPTY),
+        extension=raw.ext_off,
+    )
+    if raw.nb_bat_entries < header.clusters:
+        raise damaged(file, "nb_bat_entries", f"{raw.nb_bat_entries} entries, the disk needs {header.clusters}")
+    end = structs.HEADER_LENGTH + header.clusters * 4
+    if end > file.size:
+        raise damaged(file, "nb_bat_entries", f"the BAT reaches to {end:#x}, past the end of the file ({file.size:#x})")
+    return header
+
+
+def damaged(file: File, name: str, problem: str) -> ImageError:
+    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
+    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
+
+
+def _parse(file: File) -> Any:
+    length = structs.HEADER_LENGTH
+    if file.size < length:
+        raise ImageError(f"{file.name}: header at 0x0: {length} bytes, the file has {file.size}")
+    raw = structs.Header.parse(file.read(0, length))
+    if raw.magic not in (structs.MAGIC_V1, structs.MAGIC_V2):
+        raise damaged(file, "magic", "no Parallels signature")
+    _limit(file, "version", raw.version, structs.VERSION, structs.VERSION)
+    return raw
+
+
+def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        allowed = f"in {least}..{most}" if least < most else f"{least}"
+        raise damaged(file, name, f"{value} is not {allowed}")
+
+
+def losses(header: Header) -> Iterator[str]:
+    """Yields what the image holds that no conversion carries over."""
+    if header.extension:
+        yield f"{header.file.name}: format extension (dirty bitmaps)"
+
+
+def warnings(header: Header) -> Iterator[str]:
+    """Yields what users should know about the health of the image."""
+    if header.in_use:
+        yield f"{header.file.name}: is marked as open, so it was not closed cleanly; what it holds is converted"
+
+
+def _details(header: Header) -> Mapping[str, Any]:
+    return {
+        "cluster-size": header.cluster_size,
+        "dirty-flag": header.in_use,
+        "format-specific": {"type": "parallels", "data": {"version": header.version}},
+    }
+
+
+def read_table(header: Header) -> Extents:
+    """Returns the table of the image: a HOLE where a cluster was never written."""
+    return Extents.from_units(header.cluster_size, header.size, _slices(header), [header.file])
+
+
+def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
+    file = header.file
+    room = -(-file.size // header.cluster_size)
+    allocated = 0
+    for first in range(0, header.clusters, _SLICE):
+        count = min(_SLICE, header.clusters - first)
+        place = structs.HEADER_LENGTH + first * 4
+        if not file.data_ranges(place, place + count * 4):
+            yield count
+            continue
+        offset = np.frombuffer(file.read(place, count * 4), dtype="<u4").astype(np.int64) * header.entry_unit
+        there = offset != 0
+        _check(header, offset, first)
+        allocated += int(there.sum())
+        if allocated > room:
+            raise ImageError(
+                f"{file.name}: BAT at {place:#x}: {allocated} clusters are allocated so far, the file has room for "
+                f"{room}"
+            )
+        yield np.where(there, Kind.DATA, Kind.HOLE).astype(np.uint8), 0, offset
+
+
+def _check(header: Header, offset: Column, first: int) -> None:
+    """Raises `ImageError` unless all clusters that have a place begin after the BAT and inside the file."""
+    size, least = header.file.size, structs.HEADER_LENGTH + header.clusters * 4
+    bad = (offset != 0) & ((offset < least) | (offset >= size) | header.empty)
+    if not bad.any():
+        return
+    entry = int(np.flatnonzero(bad)[0])
+    where, number = int(offset[entry]), first + entry
+    problem = "in an image whose flags say that it is empty"
+    if where < least:
+        problem = f"lies before the end of the BAT ({least:#x})"
+    elif where >= size:
+        problem = f"lies past the end of the file ({size:#x})"
+    raise ImageError(
+        f"{header.file.name}: BAT entry {number} at {structs.HEADER_LENGTH + number * 4:#x} "
+        f"(guest address {number * header.cluster_size:#x}): payload at {where:#x} {problem}"
+    )

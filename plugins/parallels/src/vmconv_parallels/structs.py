@@ -1,0 +1,54 @@
+"""The structures of a Parallels expandable image, in the order of QEMU's docs/interop/parallels.txt.
+
+    0               Header
+    64              BAT: for each cluster of the disk its place in the file, in sectors (version 1) or clusters
+    data_off        data area: clusters, and the Format Extension when there is one
+
+All numbers are little-endian. The BAT is numpy's business, see the reader and the writer.
+"""
+
+from __future__ import annotations
+
+from construct import Bytes, Int32ul, Int64ul, Struct
+
+MAGIC_V1 = b"WithoutFreeSpace"
+MAGIC_V2 = b"WithouFreSpacExt"
+VERSION = 2
+
+Header = Struct(
+    "magic" / Bytes(16),
+    "version" / Int32ul,
+    "heads" / Int32ul,
+    "cylinders" / Int32ul,
+    "tracks" / Int32ul,
+    "nb_bat_entries" / Int32ul,
+    "nb_sectors" / Int64ul,
+    "in_use" / Int32ul,
+    "data_off" / Int32ul,
+    "flags" / Int32ul,
+    "ext_off" / Int64ul,
+)
+
+HEADER_LENGTH = Header.sizeof()
+SECTOR = 512
+
+IN_USE = 0x746F6E59
+"""An image that somebody has open for writing. All other values have been seen in images that nobody had open."""
+CLOSED = 0x312E3276
+
+EMPTY = 1
+"""Flag: the image is to be taken for a clear disk, whatever its BAT says."""
+
+MAX_TRACKS = 0x7FFFFFFF // 513
+MAX_BAT_ENTRIES = 0x7FFFFFFF // 4
+"""As QEMU has them."""
+
+
+def field_offset(name: str) -> int:
+    """Returns the byte offset of a header field, for error messages."""
+    at = 0
+    for subcon in Header.subcons:
+        if subcon.name == name:
+            return at
+        at += subcon.sizeof()
+    raise KeyError(name)

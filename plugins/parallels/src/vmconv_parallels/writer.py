@@ -1,0 +1,129 @@
+"""Writes Parallels images of version 2: a pure function from the guest's table to the table of the output file.
+
+    header | BAT | slack | clusters
+
+Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The BAT is
+computed when it is written. The last cluster is whole even where the disk ends inside it: QEMU (8.1 and later) takes a
+cluster that reaches past the end of the file for damage, and drops it when it repairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmconv import blocks
+from vmconv.errors import PlanError
+from vmconv.extents import Column, Columns, Extents, Kind, cut
+from vmconv.image import Image
+from vmconv.layout import Layout, OutFile, Placement
+from vmconv.sources import Blob, Source
+from vmconv_parallels import structs
+from vmconv_parallels.options import Options
+
+_HEADS, _SECTORS = 16, 32
+"""The geometry that QEMU and Parallels give to new disks."""
+
+
+class _Output(Source):
+    """The address space of the output file, for the table that says where in it a cluster goes."""
+
+    name = "output"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("the output is being planned")
+
+
+def write(image: Image, options: Options, placement: Placement) -> Layout:
+    """Returns the layout of a Parallels image; raises `PlanError` when the disk is too large for its clusters."""
+    cluster = options.cluster_size
+    size = -(-image.size // structs.SECTOR) * structs.SECTOR
+    _refuse_too_large(size, cluster)
+    guest = blocks.padded(image.flat, cluster)
+    runs = blocks.whole_blocks(guest, cluster)
+    data = runs.take(runs.kind == Kind.DATA)
+    # Only where the storage shares in larger pieces than clusters are there clusters that nothing uses.
+    align = max(cluster, placement.modulus)
+    base = -(-(structs.HEADER_LENGTH + guest.size // cluster * 4) // align) * align
+    placed = blocks.place(guest, data, cluster, base, placement.modulus)
+    if placed.end // cluster > 1 << 32:
+        raise PlanError(
+            f"parallels with clusters of {cluster} bytes cannot name clusters past {cluster << 32:#x}",
+            hint="use larger clusters",
+        )
+    data = data.take(placed.run)
+    rows, length = cut(guest, data.first * cluster, data.blocks * cluster, placed.offset)
+    metadata = [
+        (0, Blob("header", _header(size, cluster, base))),
+        (structs.HEADER_LENGTH, _bat(guest.size, cluster, data, placed)),
+    ]
+    return Layout((OutFile(_file(metadata, guest, rows, length, placed.end)),))
+
+
+def _refuse_too_large(size: int, cluster: int) -> None:
+    most = structs.MAX_BAT_ENTRIES * cluster
+    if size <= most:
+        return
+    needed = -(-size // structs.MAX_BAT_ENTRIES)
+    larger = min(1 << (needed - 1).bit_length(), 1 << 30)
+    raise PlanError(
+        f"parallels with clusters of {cluster} bytes cannot hold {size} bytes, {most} at most",
+        hint=f"use larger clusters, such as -o cluster_size={larger}",
+    )
+
+
+def _header(size: int, cluster: int, base: int) -> bytes:
+    header: bytes = structs.Header.build(
+        {
+            "magic": structs.MAGIC_V2,
+            "version": structs.VERSION,
+            "heads": _HEADS,
+            "cylinders": min(size // (structs.SECTOR * _HEADS * _SECTORS), 0xFFFFFFFF),
+            "tracks": cluster // structs.SECTOR,
+            "nb_bat_entries": -(-size // cluster),
+            "nb_sectors": size // structs.SECTOR,
+            "in_use": structs.CLOSED,
+            "data_off": base // structs.SECTOR,
+            "flags": 0,
+            "ext_off": 0,
+        }
+    )
+    return header
+
+
+def _bat(size: int, cluster: int, data: blocks.Runs, placed: blocks.Placed) -> Blob:
+    """Returns the BAT of a disk of `size` bytes, computed when it is read."""
+    order = np.argsort(data.first, kind="stable")
+    n = len(order)
+    rows = Columns(
+        (data.first * cluster)[order],
+        np.full(n, Kind.DATA, dtype=np.uint8),
+        np.zeros(n, dtype=np.int32),
+        placed.offset[order],
+    )
+    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [_Output(placed.end)])
+
+    def compute(offset: int, length: int) -> bytes:
+        first, last = offset // 4, -(-(offset + length) // 4)
+        # What is not DATA has offset 0, which stands for "not allocated" here too.
+        _, _, where = host.units(cluster, first, last - first)
+        return (where // cluster).astype("<u4").tobytes()[offset - first * 4 :][:length]
+
+    return Blob("BAT", compute, size // cluster * 4)
+
+
+def _file(metadata: list[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int) -> Extents:
+    """Returns the table of the output file: metadata at its places, the rows at theirs."""
+    there = [(offset, blob) for offset, blob in metadata if blob.size]
+    first = len(guest.sources)
+    made = Columns(
+        np.array([offset for offset, _ in there], dtype=np.int64),
+        np.full(len(there), Kind.DATA, dtype=np.uint8),
+        np.arange(first, first + len(there), dtype=np.int32),
+        np.zeros(len(there), dtype=np.int64),
+    )
+    made_length = np.array([blob.size for _, blob in there], dtype=np.int64)
+    sources = (*guest.sources, *(blob for _, blob in there))
+    return Extents.placed(size, Columns.join([made, rows]), np.concatenate([made_length, length]), sources)

@@ -1,0 +1,45 @@
+"""QED images for vmconv: QEMU's enhanced disk, a format between qcow and qcow2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Qed(Format):
+    name = "qed"
+    title = "QEMU enhanced disk"
+    suffixes = (".qed",)
+    can_back = True
+
+    def options(self) -> type[Any]:
+        from vmconv_qed.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 4 and file.read(0, 4) == b"QED\0"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_qed.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_qed.writer import write
+
+        return write(image, options, placement, backing=backing)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Qed()]

@@ -1,0 +1,248 @@
+"""Reads QED images: L1 and L2 tables into the table of the guest's address space, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from construct import ConstructError
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File
+from vmconv_qed import structs
+
+# L2 tables are read in slices of this many entries.
+_SLICE = 1 << 19
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+
+    file: File
+    cluster_size: int
+    table_size: int
+    header_size: int
+    features: int
+    l1_offset: int
+    size: int
+    backing_file: str | None
+
+    @property
+    def entries(self) -> int:
+        """Entries of one table."""
+        return self.table_size // 8
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the disk, the last of which may be longer than what is left of the disk."""
+        return -(-self.size // self.cluster_size)
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`."""
+    if snapshot is not None:
+        raise ImageError(f"{file.name}: QED images have no snapshots, {snapshot!r} was asked for")
+    header = read_header(file)
+    # The format knows two cases: the parent is raw, or it is for its content to say what it is.
+    parent_format = "raw" if header.features & structs.BACKING_FORMAT_NO_PROBE else None
+
+    def load_guest() -> Extents:
+        return Extents.from_units(header.cluster_size, header.size, _slices(header), [file])
+
+    def load_parent() -> Image:
+        return opener.parent(file, header.backing_file or "", parent_format)
+
+    warnings: tuple[str, ...] = ()
+    if header.features & structs.NEED_CHECK:
+        warnings = (f"{file.name}: was not closed cleanly; clusters may have leaked, its content is not affected",)
+    return Image(
+        "qed",
+        file,
+        header.size,
+        load_guest,
+        load_parent=load_parent if header.backing_file else None,
+        parent_reference=header.backing_file,
+        parent_format=parent_format if header.backing_file else None,
+        warnings=warnings,
+        details=lambda: _details(header),
+    )
+
+
+def read_header(file: File) -> Header:
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    raw = _parse(file)
+    _power(file, "cluster_size", raw.cluster_size, structs.MIN_CLUSTER, structs.MAX_CLUSTER)
+    _power(file, "table_size", raw.table_size, structs.MIN_TABLE, structs.MAX_TABLE)
+    cluster = raw.cluster_size
+    _limit(file, "header_size", raw.header_size, 1, max(1, file.size // cluster))
+    unknown = raw.features & ~structs.FEATURES
+    if unknown:
+        bits = ", ".join(f"bit {bit}" for bit in range(64) if unknown >> bit & 1)
+        raise damaged(file, "features", f"unknown {bits}")
+    header = Header(
+        file=file,
+        cluster_size=cluster,
+        table_size=raw.table_size * cluster,
+        header_size=raw.header_size * cluster,
+        features=raw.features,
+        l1_offset=raw.l1_table_offset,
+        size=raw.image_size,
+        backing_file=_backing_name(file, raw),
+    )
+    # Both tables full of clusters are as much as there can be; the last tables may be longer than an address.
+    _limit(file, "image_size", raw.image_size, 0, min(MAX_SIZE, header.entries**2 * cluster))
+    if raw.image_size % structs.SECTOR:
+        raise damaged(file, "image_size", f"{raw.image_size} is not whole sectors")
+    offset, end = raw.l1_table_offset, raw.l1_table_offset + header.table_size
+    if offset % cluster or offset < header.header_size or end > file.size:
+        raise damaged(
+            file,
+            "l1_table_offset",
+            f"{offset:#x} is not the place of {header.table_size} bytes in a file of {file.size:#x}",
+        )
+    return header
+
+
+def damaged(file: File, name: str, problem: str) -> ImageError:
+    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
+    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
+
+
+def _parse(file: File) -> Any:
+    length = structs.HEADER_LENGTH
+    if file.size < length:
+        raise ImageError(f"{file.name}: header at 0x0: {length} bytes, the file has {file.size}")
+    try:
+        return structs.Header.parse(file.read(0, length))
+    except ConstructError as exc:
+        raise damaged(file, "magic", "no QED signature") from exc
+
+
+def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise damaged(file, name, f"{value} is not in {least}..{most}")
+
+
+def _power(file: File, name: str, value: int, least: int, most: int) -> None:
+    _limit(file, name, value, least, most)
+    if value & (value - 1):
+        raise damaged(file, name, f"{value} is not a power of two")
+
+
+def _backing_name(file: File, raw: Any) -> str | None:
+    if not raw.features & structs.BACKING_FILE:
+        return None
+    offset, length = raw.backing_filename_offset, raw.backing_filename_size
+    _limit(file, "backing_filename_size", length, 1, structs.MAX_BACKING_NAME)
+    end = min(raw.header_size * raw.cluster_size, file.size)
+    _limit(file, "backing_filename_offset", offset, structs.HEADER_LENGTH, end - length)
+    return file.read(offset, length).decode("utf-8", "surrogateescape")
+
+
+def _details(header: Header) -> Mapping[str, Any]:
+    return {
+        "cluster-size": header.cluster_size,
+        "dirty-flag": bool(header.features & structs.NEED_CHECK),
+        "format-specific": {"type": "qed", "data": {"table-size": header.table_size // header.cluster_size}},
+    }
+
+
+def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
+    """Yields the columns of the L2 tables, and the number of clusters where there are none."""
+    room = -(-header.file.size // header.cluster_size)
+    allocated = at = 0
+    for first, place, count in _pieces(header):
+        if first > at:
+            yield first - at
+        kind, offset = _columns(header, first, place, count)
+        allocated += int((kind == Kind.DATA).sum())
+        if allocated > room:
+            raise ImageError(
+                f"{header.file.name}: L2 entries from {place:#x}: {allocated} clusters are allocated so far, the file "
+                f"has room for {room}"
+            )
+        yield kind, 0, offset
+        at = first + count
+    if at < header.clusters:
+        yield header.clusters - at
+
+
+def _pieces(header: Header) -> Iterator[tuple[int, int, int]]:
+    """Yields `(first cluster, place of its entry, entries)` of L2 tables in bounded pieces; not what lies in holes."""
+    tables = _l1(header)
+    for number in _written(header, tables).tolist():
+        begin, table = number * header.entries, int(tables[number])
+        count = min(header.entries, header.clusters - begin)
+        for first in range(0, count, _SLICE):
+            n = min(_SLICE, count - first)
+            place = table + first * 8
+            if header.file.data_ranges(place, place + n * 8):
+                yield begin + first, place, n
+
+
+def _written(header: Header, tables: Column) -> Column:
+    """Returns the L1 entries whose L2 tables hold data; the file is asked once, not for each of millions of tables."""
+    there = np.flatnonzero(tables)
+    if not len(there):
+        return there
+    begin = tables[there]
+    ranges = header.file.data_ranges(int(begin.min()), int(begin.max()) + header.table_size)
+    edges = np.array(ranges, dtype=np.int64).reshape(-1, 2)
+    # The first range that ends behind the table's beginning, if any, must begin before the table's end.
+    following = np.append(edges[:, 0], MAX_SIZE)[np.searchsorted(edges[:, 1], begin, side="right")]
+    return there[following < begin + header.table_size]
+
+
+def _columns(header: Header, first: int, place: int, count: int) -> tuple[Kinds, Column]:
+    """Returns kind and offset of the clusters from number `first` on, whose entries are at `place`."""
+    raw = np.frombuffer(header.file.read(place, count * 8), dtype="<u8")
+    kind = np.where(raw > structs.ZERO, Kind.DATA, np.where(raw == structs.ZERO, Kind.ZERO, Kind.HOLE))
+    data = kind == Kind.DATA
+    _check(header, raw, data, first, place)
+    return kind.astype(np.uint8), np.where(data, raw, 0).astype(np.int64)
+
+
+def _l1(header: Header) -> Column:
+    """Returns the offsets of the L2 tables of the disk, 0 where there is none; every table lies inside the file."""
+    file, cluster = header.file, header.cluster_size
+    needed = -(-header.clusters // header.entries)
+    raw = np.frombuffer(file.read(header.l1_offset, needed * 8), dtype="<u8")
+    most = max(0, file.size - header.table_size)
+    bad = (raw != 0) & ((raw % cluster != 0) | (raw < header.header_size) | (raw > most))
+    if bad.any():
+        entry = int(np.flatnonzero(bad)[0])
+        raise ImageError(
+            f"{file.name}: L1 entry {entry} at {header.l1_offset + entry * 8:#x}: L2 table at {int(raw[entry]):#x} is "
+            f"not {header.table_size} bytes of clusters of the file ({file.size:#x})"
+        )
+    used = np.sort(raw[raw != 0])
+    twice = used[1:][used[1:] - used[:-1] < header.table_size]
+    if len(twice):
+        entry = int(np.flatnonzero(raw == twice[0])[-1])
+        raise ImageError(
+            f"{file.name}: L1 entry {entry} at {header.l1_offset + entry * 8:#x}: L2 table at {int(twice[0]):#x} "
+            "overlaps another one"
+        )
+    return raw.astype(np.int64)
+
+
+def _check(header: Header, raw: npt.NDArray[np.uint64], data: npt.NDArray[np.bool_], first: int, place: int) -> None:
+    """Raises `ImageError` unless the entries that are `data` are clusters that begin inside the file."""
+    size, cluster = header.file.size, header.cluster_size
+    bad = data & ((raw % cluster != 0) | (raw < header.header_size) | (raw >= size))
+    if not bad.any():
+        return
+    entry = int(np.flatnonzero(bad)[0])
+    where = int(raw[entry])
+    problem = f"lies past the end of the file ({size:#x})" if where >= size else f"is no cluster of {cluster:#x} bytes"
+    raise ImageError(
+        f"{header.file.name}: L2 entry at {place + entry * 8:#x} (guest address {(first + entry) * cluster:#x}): "
+        f"payload at {where:#x} {problem}"
+    )

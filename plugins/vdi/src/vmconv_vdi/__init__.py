@@ -1,0 +1,45 @@
+"""VDI images for vmconv: VirtualBox's own format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Vdi(Format):
+    name = "vdi"
+    title = "VirtualBox disk image"
+    suffixes = (".vdi",)
+    carries = frozenset({"geometry", "identity"})
+
+    def options(self) -> type[Any]:
+        from vmconv_vdi.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 72 and file.read(64, 4) == b"\x7f\x10\xda\xbe"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_vdi.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_vdi.writer import write
+
+        return write(image, options, placement)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Vdi()]

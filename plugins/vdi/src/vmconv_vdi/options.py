@@ -1,0 +1,14 @@
+"""Options of the VDI writer; the name is that of `qemu-img create -o`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmconv.options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a VDI image is written."""
+
+    static: bool = option(False, "on: every block has its place from the beginning, in the guest's order")

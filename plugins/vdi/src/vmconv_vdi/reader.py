@@ -1,0 +1,250 @@
+"""Reads VDI images: the block map into the table of the guest's address space, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from construct import ConstructError
+
+from vmconv.errors import AccessError, ImageError
+from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File
+from vmconv_vdi import structs
+
+# The block map is read in slices of this many entries.
+_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+
+    file: File
+    kind: int
+    size: int
+    block_size: int
+    block_extra: int
+    map_offset: int
+    data_offset: int
+    geometry: tuple[int, int, int]
+    comment: str
+    uuid: bytes
+    modified: bytes
+    parent: bytes
+    parent_modified: bytes
+
+    @property
+    def stride(self) -> int:
+        """From the beginning of one block of the data area to that of the next."""
+        return self.block_extra + self.block_size
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the disk, the last of which may be longer than what is left of the disk."""
+        return -(-self.size // self.block_size)
+
+    @property
+    def parent_reference(self) -> str | None:
+        """The name under which the parent is looked for; VirtualBox gives such names to differencing images."""
+        return f"{{{structs.uuid_text(self.parent)}}}.vdi" if self.parent != structs.NIL_UUID else None
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`; snapshots of VirtualBox are images of their own."""
+    if snapshot is not None:
+        raise ImageError(f"{file.name}: VDI images have no snapshots inside, {snapshot!r} was asked for")
+    header = read_header(file)
+    reference = header.parent_reference
+    return Image(
+        "vdi",
+        file,
+        header.size,
+        lambda: Extents.from_units(header.block_size, header.size, _slices(header), [file]),
+        load_parent=(lambda: _parent(header, opener)) if reference else None,
+        parent_reference=reference,
+        parent_format="vdi" if reference else None,
+        metadata=_metadata(header),
+        losses=(f"comment {header.comment!r}",) if header.comment else (),
+        details=lambda: _details(header),
+    )
+
+
+def damaged(file: File, name: str, problem: str) -> ImageError:
+    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
+    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
+
+
+def read_header(file: File) -> Header:
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    raw = _parse(file)
+    _limit(file, "u32Type", raw.u32Type, structs.NORMAL, structs.DIFFERENCING)
+    _limit(file, "cbBlock", raw.cbBlock, structs.MIN_BLOCK, structs.MAX_BLOCK)
+    if raw.cbBlock & (raw.cbBlock - 1):
+        raise damaged(file, "cbBlock", f"{raw.cbBlock} is not a power of two")
+    _limit(file, "cbBlockExtra", raw.cbBlockExtra, 0, raw.cbBlock)
+    # VirtualBox itself has made disks that are not whole sectors; what is missing of the last one reads as zero.
+    size = -(-raw.cbDisk // structs.SECTOR) * structs.SECTOR
+    _limit(file, "cbDisk", size, 0, min(MAX_SIZE, raw.cbBlock * structs.MAX_BLOCKS))
+    blocks = -(-size // raw.cbBlock)
+    if raw.cBlocks < blocks:
+        raise damaged(file, "cBlocks", f"{raw.cBlocks} blocks, a disk of {size} bytes has {blocks}")
+    end = raw.offBlocks + blocks * 4
+    if raw.offBlocks < structs.PreHeader.sizeof() + raw.cbHeader or end > file.size:
+        raise damaged(
+            file, "offBlocks", f"{raw.offBlocks:#x} is not the place of {blocks * 4} bytes in a file of {file.size:#x}"
+        )
+    if raw.offData % structs.SECTOR or raw.offData < end:
+        raise damaged(file, "offData", f"{raw.offData:#x} is not a sector after the block map, which ends at {end:#x}")
+    differencing = raw.u32Type in (structs.UNDO, structs.DIFFERENCING)
+    if differencing and raw.uuidLinkage == structs.NIL_UUID:
+        raise damaged(file, "uuidLinkage", f"{structs.TYPES[raw.u32Type]} image that names no parent")
+    return Header(
+        file=file,
+        kind=raw.u32Type,
+        size=size,
+        block_size=raw.cbBlock,
+        block_extra=raw.cbBlockExtra,
+        map_offset=raw.offBlocks,
+        data_offset=raw.offData,
+        geometry=_geometry(file, raw),
+        comment=raw.szComment.split(b"\0")[0].decode("utf-8", "replace"),
+        uuid=raw.uuidCreate,
+        modified=raw.uuidModify,
+        parent=raw.uuidLinkage,
+        parent_modified=raw.uuidParentModify,
+    )
+
+
+def _parse(file: File) -> Any:
+    start, length = structs.PreHeader.sizeof(), structs.HEADER_LENGTH
+    if file.size < start + length:
+        raise ImageError(f"{file.name}: header at 0x0: {start + length} bytes, the file has {file.size}")
+    try:
+        version = structs.PreHeader.parse(file.read(0, start)).u32Version
+    except ConstructError as exc:
+        raise damaged(file, "u32Signature", "no VDI signature") from exc
+    if version != structs.VERSION:
+        raise damaged(
+            file, "u32Version", f"{version >> 16}.{version & 0xFFFF} is not {structs.VERSION >> 16}.1, the one known"
+        )
+    raw = structs.Header.parse(file.read(start, length))
+    _limit(file, "cbHeader", raw.cbHeader, length, structs.MAX_HEADER)
+    return raw
+
+
+def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise damaged(file, name, f"{value} is not in {least}..{most}")
+
+
+def _geometry(file: File, raw: Any) -> tuple[int, int, int]:
+    """Returns cylinders, heads and sectors, 0 where the image does not say: older images say it in another place."""
+    geometry = raw.LegacyGeometry
+    at = structs.PreHeader.sizeof() + structs.HEADER_LENGTH
+    if raw.cbHeader >= structs.LONG_HEADER_LENGTH and file.size >= at + structs.Geometry.sizeof():
+        newer = structs.Geometry.parse(file.read(at, structs.Geometry.sizeof()))
+        geometry = newer if newer.cCylinders else geometry
+    return geometry.cCylinders, geometry.cHeads, geometry.cSectors
+
+
+def _metadata(header: Header) -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
+    cylinders, heads, sectors = header.geometry
+    # What no firmware can be told is as good as nothing.
+    if cylinders and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16:
+        found["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
+    if header.uuid != structs.NIL_UUID:
+        from uuid import UUID
+
+        found["identity"] = UUID(bytes_le=header.uuid)
+    return found
+
+
+def _details(header: Header) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {"subformat": structs.TYPES[header.kind], "data-offset": header.data_offset}
+    if header.parent != structs.NIL_UUID:
+        facts["parent-uuid"] = structs.uuid_text(header.parent)
+    return {"cluster-size": header.block_size, "format-specific": {"type": "vdi", "data": facts}}
+
+
+def _parent(header: Header, opener: Opener) -> Image:
+    """Returns the parent, after making sure that it is the one this image was made on."""
+    file, reference = header.file, header.parent_reference or ""
+    try:
+        parent = opener.parent(file, reference, "vdi")
+    except AccessError as exc:
+        if not isinstance(exc.__cause__, FileNotFoundError):
+            raise
+        raise ImageError(
+            f"{file.name}: uuidLinkage at {structs.field_offset('uuidLinkage'):#x}: the parent is named by its UUID "
+            f"{structs.uuid_text(header.parent)} only, and there is no {reference} beside the image",
+            hint=f"put the parent, or a link to it, beside the image under the name {reference}",
+        ) from exc
+    found = read_header(parent.file)
+    for name, wanted, is_there in (
+        ("uuidLinkage", header.parent, found.uuid),
+        ("uuidParentModify", header.parent_modified, found.modified),
+    ):
+        if wanted not in (structs.NIL_UUID, is_there):
+            changed = "was changed after the image was made on it" if name == "uuidParentModify" else "is another disk"
+            raise ImageError(
+                f"{file.name}: {name} at {structs.field_offset(name):#x}: {structs.uuid_text(wanted)} is wanted, "
+                f"{parent.file.name} has {structs.uuid_text(is_there)}",
+                hint=f"{parent.file.name} {changed}",
+            )
+    return parent
+
+
+def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
+    """Yields the columns of the block map; each block of the data area belongs to one block of the disk."""
+    file = header.file
+    room = min(max(0, -(-(file.size - header.data_offset) // header.stride)), structs.DISCARDED)
+    # One byte for each block of the file, touched (and so taken from memory) only where blocks are used.
+    used = np.zeros(room, dtype=bool)
+    for first in range(0, header.blocks, _SLICE):
+        count = min(_SLICE, header.blocks - first)
+        raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
+        allocated = raw < structs.DISCARDED
+        blocks = raw[allocated]
+        offset = header.data_offset + header.block_extra + blocks * header.stride
+        bad = (blocks >= room) | (offset >= file.size)
+        if bad.any():
+            entry = int(np.flatnonzero(allocated)[np.flatnonzero(bad)[0]])
+            where = int(offset[bad][0])
+            raise _refuse(
+                header, first + entry, f"payload at {where:#x} lies past the end of the file ({file.size:#x})"
+            )
+        twice = _taken_twice(blocks, used)
+        if twice is not None:
+            entry = int(np.flatnonzero(allocated)[twice])
+            raise _refuse(header, first + entry, f"block {raw[entry]} of the file is used twice")
+        used[blocks] = True
+        kind = np.where(allocated, Kind.DATA, np.where(raw == structs.DISCARDED, Kind.ZERO, Kind.HOLE))
+        place = np.zeros(count, dtype=np.int64)
+        place[allocated] = offset
+        yield kind.astype(np.uint8), 0, place
+
+
+def _taken_twice(blocks: Column, used: npt.NDArray[np.bool_]) -> int | None:
+    """Returns the index of a block that is in `used`, or that comes a second time."""
+    before = used[blocks]
+    if before.any():
+        return int(np.flatnonzero(before)[0])
+    if (np.diff(blocks) > 0).all():
+        return None
+    order = np.argsort(blocks, kind="stable")
+    again = np.diff(blocks[order]) == 0
+    return int(order[1:][again].min()) if again.any() else None
+
+
+def _refuse(header: Header, block: int, problem: str) -> ImageError:
+    return ImageError(
+        f"{header.file.name}: block map entry {block} at {header.map_offset + block * 4:#x} "
+        f"(guest address {block * header.block_size:#x}): {problem}"
+    )

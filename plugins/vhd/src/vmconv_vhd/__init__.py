@@ -1,0 +1,54 @@
+"""VHD images for vmconv: the disks of Virtual PC, Hyper-V, Azure and XenServer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+_COOKIE = b"conectix"
+
+
+class Vhd(Format):
+    name = "vhd"
+    title = "Hyper-V and Virtual PC virtual disk"
+    suffixes = (".vhd", ".vpc", ".avhd")
+    carries = frozenset({"identity", "geometry", "creator"})
+    can_back = True
+
+    def options(self) -> type[Any]:
+        from vmconv_vhd.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        if file.size < 512:
+            return False
+        # Virtual PC 2004 and older wrote footers of 511 bytes.
+        return file.read(0, 8) == _COOKIE or _COOKIE in (
+            file.read(file.size - 512, 8),
+            file.read(file.size - 511, 8),
+        )
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_vhd.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_vhd.writer import write
+
+        return write(image, options, placement, backing=backing)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Vhd()]

@@ -1,0 +1,221 @@
+"""Footer and dynamic header of a VHD image, read, checked and bounded: what the reader starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from construct import Construct, ConstructError
+
+from vmconv.errors import ImageError
+from vmconv.sources import File
+from vmconv_vhd import structs
+
+
+@dataclass(frozen=True)
+class Header:
+    """What footer and dynamic header say; sizes are bytes, `end` is where payload must end: at the footer.
+
+    The fields of the dynamic header are 0 in a fixed disk. `parents` are the file names of the parent, the most
+    trusted first.
+    """
+
+    file: File
+    kind: int
+    size: int
+    end: int
+    original_size: int
+    creator: str
+    geometry: tuple[int, int, int]
+    unique_id: bytes
+    saved_state: bool
+    time_stamp: int
+    table_offset: int = 0
+    entries: int = 0
+    block_size: int = 0
+    parent_id: bytes = bytes(16)
+    parents: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def bitmap_size(self) -> int:
+        """Bytes of a block's bitmap: one bit for each sector, padded to whole sectors."""
+        return bitmap_size(self.block_size)
+
+
+def bitmap_size(block_size: int) -> int:
+    """Returns the bytes that the bitmap of a block takes."""
+    return -(-block_size // structs.SECTOR // 8 // structs.SECTOR) * structs.SECTOR
+
+
+def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
+    """Returns the error for a field: its name, its place in the file, and what is wrong with its value."""
+    return ImageError(f"{file.name}: {what} at {offset:#x}: {problem}")
+
+
+def read_header(file: File) -> Header:
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    footer, at, end, warnings = _footer(file)
+    if footer.file_format_version >> 16 != structs.VERSION >> 16:
+        raise _wrong(file, at, "file_format_version", f"{footer.file_format_version:#x}, version 1 is expected")
+    if footer.disk_type not in structs.DISK_TYPES:
+        raise _wrong(
+            file, at, "disk_type", f"{footer.disk_type} is neither fixed (2), dynamic (3) nor differencing (4)"
+        )
+    geometry = (footer.cylinders, footer.heads, footer.sectors)
+    basics = {
+        "file": file,
+        "kind": footer.disk_type,
+        "end": end,
+        "original_size": footer.original_size,
+        "creator": footer.creator_application.rstrip(b"\0").decode("ascii", "replace"),
+        "geometry": geometry,
+        "unique_id": footer.unique_id,
+        "saved_state": bool(footer.saved_state),
+        "time_stamp": footer.time_stamp,
+    }
+    size = footer.current_size
+    if size % structs.SECTOR:
+        raise _wrong(file, at, "current_size", f"{size} bytes are not whole sectors")
+    if footer.disk_type == structs.FIXED:
+        if size > end:
+            raise _wrong(file, at, "current_size", f"{size} bytes, the file has room for {end}")
+        return Header(size=_size(footer, end), warnings=warnings, **basics)
+    dynamic = _dynamic_header(file, footer.data_offset, at, differencing=footer.disk_type == structs.DIFFERENCING)
+    room = dynamic["entries"] * dynamic["block_size"]
+    if size > room:
+        raise damaged(
+            file,
+            "max_table_entries",
+            footer.data_offset + structs.field_offset(structs.DynamicHeader, "max_table_entries"),
+            f"{dynamic['entries']} blocks of {dynamic['block_size']} bytes for a disk of {size} bytes",
+        )
+    return Header(size=_size(footer, room), warnings=warnings, **basics, **dynamic)
+
+
+def _wrong(file: File, at: int, name: str, problem: str) -> ImageError:
+    return damaged(file, name, at + structs.field_offset(structs.Footer, name), problem)
+
+
+def _size(footer: Any, room: int) -> int:
+    """Returns the size of the disk, bytes: the footer's current size, whatever its geometry says.
+
+    Only where QEMU ("qemu", not "qem2") made the image did its guest see what the geometry says: QEMU reads those by
+    cylinders, heads and sectors unless the geometry is the largest there is.
+    """
+    geometry = (footer.cylinders, footer.heads, footer.sectors)
+    by_geometry = int(footer.cylinders * footer.heads * footer.sectors) * structs.SECTOR
+    if footer.creator_application == b"qemu" and geometry != structs.MAX_GEOMETRY and 0 < by_geometry <= room:
+        return by_geometry
+    return int(footer.current_size)
+
+
+def _footer(file: File) -> tuple[Any, int, int, tuple[str, ...]]:
+    """Returns the footer, its place, where payload must end, and warnings: the last sector, or else its copy."""
+    if file.size < structs.OLD_FOOTER_LENGTH:
+        raise damaged(file, "footer", 0, f"the file has {file.size} bytes, a footer has 512")
+    problem = "no footer"
+    for length in (structs.FOOTER_LENGTH, structs.OLD_FOOTER_LENGTH):
+        at = file.size - length
+        if at < 0 or file.read(at, len(structs.COOKIE)) != structs.COOKIE:
+            continue
+        footer, problem = _parse_footer(file, at)
+        if footer is not None:
+            return footer, at, at, ()
+    at = max(0, file.size - structs.FOOTER_LENGTH)
+    if file.read(0, len(structs.COOKIE)) == structs.COOKIE:
+        footer, copy_problem = _parse_footer(file, 0)
+        # A fixed disk has no copy: what its first sector looks like is the guest's doing.
+        if footer is not None and footer.disk_type != structs.FIXED:
+            return footer, 0, file.size, (f"{file.name}: footer at {at:#x}: {problem}; its copy at 0x0 was used",)
+        problem = f"{problem}, nor is there a copy of one at 0x0 ({copy_problem or 'it is a fixed disk'})"
+    raise damaged(file, "footer", at, problem)
+
+
+def _parse_footer(file: File, at: int) -> tuple[Any, str]:
+    data = file.read(at, structs.OLD_FOOTER_LENGTH)
+    footer = _parse(structs.Footer, file, at, data, "footer")
+    expected = structs.checksum(data, structs.CHECKSUM_OFFSET)
+    if footer.checksum != expected:
+        return None, f"checksum {footer.checksum:#010x}, its bytes sum up to {expected:#010x}"
+    return footer, ""
+
+
+def _parse(struct: Construct[Any, Any], file: File, offset: int, data: bytes, what: str) -> Any:
+    try:
+        return struct.parse(data)
+    except ConstructError as exc:
+        raise damaged(file, what, offset, "no VHD signature") from exc
+
+
+def _dynamic_header(file: File, at: int, footer_at: int, *, differencing: bool) -> dict[str, Any]:
+    """Returns the fields of `Header` that the dynamic header has; those of the parent only if there is to be one."""
+    length = structs.DYNAMIC_HEADER_LENGTH
+    if at + length > file.size:
+        raise _wrong(file, footer_at, "data_offset", f"{at:#x} is not the place of a header in {file.size:#x} bytes")
+    data = file.read(at, length)
+    header = _parse(structs.DynamicHeader, file, at, data, "dynamic header")
+
+    def wrong(name: str, problem: str) -> ImageError:
+        return damaged(file, name, at + structs.field_offset(structs.DynamicHeader, name), problem)
+
+    expected = structs.checksum(data, structs.HEADER_CHECKSUM_OFFSET)
+    if header.checksum != expected:
+        raise wrong("checksum", f"{header.checksum:#010x}, the bytes of the header sum up to {expected:#010x}")
+    if header.header_version >> 16 != structs.VERSION >> 16:
+        raise wrong("header_version", f"{header.header_version:#x}, version 1 is expected")
+    block = header.block_size
+    if not structs.SECTOR <= block <= structs.MAX_BLOCK_SIZE or block & (block - 1):
+        raise wrong("block_size", f"{block} is not a power of two from {structs.SECTOR} to {structs.MAX_BLOCK_SIZE}")
+    if header.table_offset + header.max_table_entries * 4 > file.size:
+        raise wrong(
+            "table_offset",
+            f"{header.max_table_entries} entries from {header.table_offset:#x} reach past the end of the file "
+            f"({file.size:#x})",
+        )
+    fields = {"table_offset": header.table_offset, "entries": header.max_table_entries, "block_size": block}
+    if not differencing:
+        return fields
+    return {
+        **fields,
+        "parent_id": header.parent_unique_id,
+        "parents": tuple(dict.fromkeys(_parents(file, header))),
+    }
+
+
+def _parents(file: File, header: Any) -> Iterator[str]:
+    """Yields the parent's names: relative, absolute, and the one in the header, as paths of this system."""
+    found = {locator.platform_code: locator for locator in header.parent_locators}
+    for code, encoding in ((structs.RELATIVE, "utf-16-le"), (structs.MAC, "utf-8"), (structs.ABSOLUTE, "utf-16-le")):
+        if code in found:
+            name = _locator(file, found[code]).decode(encoding, "replace")
+            yield from _local(name.removeprefix("file://"))
+    yield from _local(header.parent_unicode_name.decode("utf-16-be", "replace"))
+
+
+def _locator(file: File, locator: Any) -> bytes:
+    at, length = locator.platform_data_offset, locator.platform_data_length
+    what = f"parent locator {locator.platform_code.decode('ascii', 'replace')}"
+    if length > structs.MAX_LOCATOR_LENGTH:
+        raise damaged(file, what, at, f"{length} bytes, {structs.MAX_LOCATOR_LENGTH} at most")
+    if at + length > file.size:
+        raise damaged(file, what, at, f"{length} bytes reach past the end of the file ({file.size:#x})")
+    return file.read(at, length)
+
+
+def _local(name: str) -> Iterator[str]:
+    r"""Yields a Windows path as a path of this system.
+
+    Drives and shares are not here; the file may have been brought along, though, so the name alone is looked for
+    beside the image. The parent's identity decides whether it is the right one.
+    """
+    path = name.split("\0", maxsplit=1)[0].replace("\\", "/")
+    if not path:
+        return
+    if path[1:2] == ":" or path.startswith("//"):
+        path = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    while path.startswith("./"):
+        path = path[2:]
+    if path:
+        yield path

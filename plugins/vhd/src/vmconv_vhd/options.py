@@ -1,0 +1,23 @@
+"""Options of the VHD writer; names and values are those of `qemu-img create -o` where it has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vmconv.options import option
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a VHD image is written; raises `ValueError` for what the format cannot be."""
+
+    subformat: Literal["dynamic", "fixed"] = option("dynamic", "dynamic (grows as it is written) or fixed")
+    force_size: bool = option(True, "off: round the size up to whole cylinders, as Virtual PC needs it")
+    azure: bool = option(False, "on: round the size up to whole MiB, as Azure needs it (fixed only)")
+
+    def __post_init__(self) -> None:
+        if self.azure and self.subformat != "fixed":
+            raise ValueError("azure=on needs subformat=fixed")
+        if self.azure and not self.force_size:
+            raise ValueError("azure=on needs force_size=on")

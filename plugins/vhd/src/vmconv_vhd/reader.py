@@ -1,0 +1,193 @@
+"""Reads VHD images: the block allocation table, and the sector bitmaps of differencing disks, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.errors import AccessError, ImageError
+from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File
+from vmconv_vhd import structs
+from vmconv_vhd.header import Header, damaged, read_header
+
+# Entries of the allocation table that are looked at together; each needs some 50 bytes meanwhile.
+_SLICE = 1 << 18
+# Bytes of sector bitmaps that are looked at together; each bit needs some 20 bytes meanwhile.
+_BITMAPS = 128 << 10
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`."""
+    if snapshot is not None:
+        raise ImageError(f"{file.name}: VHD images have no snapshots, {snapshot!r} was asked for")
+    header = read_header(file)
+    differencing = header.kind == structs.DIFFERENCING
+    if differencing and not header.parents:
+        raise damaged(file, "parent_unicode_name", 512, "a differencing disk that names no parent")
+
+    def load_guest() -> Extents:
+        if header.kind == structs.FIXED:
+            return Extents.of([(0, Kind.DATA, file, 0)] if header.size else [], header.size)
+        return _Mapper(header).table()
+
+    return Image(
+        "vhd",
+        file,
+        header.size,
+        load_guest,
+        load_parent=(lambda: _load_parent(header, opener)) if differencing else None,
+        parent_reference=header.parents[0] if differencing else None,
+        parent_format="vhd" if differencing else None,
+        metadata=_metadata(header),
+        losses=("saved state of a virtual machine",) if header.saved_state else (),
+        warnings=header.warnings,
+        details=lambda: _details(header),
+    )
+
+
+def _metadata(header: Header) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"creator": header.creator} if header.creator else {}
+    if any(header.unique_id):
+        metadata["identity"] = UUID(bytes=header.unique_id)
+    if all(header.geometry):
+        metadata["geometry"] = dict(zip(("cylinders", "heads", "sectors"), header.geometry, strict=True))
+    return metadata
+
+
+def _details(header: Header) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {"subformat": structs.DISK_TYPES[header.kind], "original-size": header.original_size}
+    if header.kind != structs.FIXED:
+        facts["block-size"] = header.block_size
+    if header.parents:
+        facts["parent-id"] = str(UUID(bytes=header.parent_id))
+        facts["parent-names"] = list(header.parents)
+    details: dict[str, Any] = {"format-specific": {"type": "vhd", "data": facts}}
+    return details if header.kind == structs.FIXED else {"cluster-size": header.block_size, **details}
+
+
+def _load_parent(header: Header, opener: Opener) -> Image:
+    """Returns the parent under the first of its names that can be opened; raises `ImageError` if it is another disk."""
+    parent, refused = None, None
+    for name in header.parents:
+        try:
+            parent = opener.parent(header.file, name, "vhd")
+            break
+        except AccessError as exc:
+            refused = refused or exc
+    if parent is None:
+        raise refused or ImageError(f"{header.file.name}: names no parent")
+    found, wanted = parent.metadata.get("identity", UUID(int=0)), UUID(bytes=header.parent_id)
+    if found != wanted:
+        raise ImageError(
+            f"{header.file.name}: parent {parent.file.name} has the unique id {found}, {wanted} is expected",
+            hint="the parent was exchanged, or made anew: find the disk that this one was made on",
+        )
+    return parent
+
+
+class _Mapper:
+    """Turns the allocation table of a dynamic or differencing disk into the table of the guest's address space."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.allocated = 0
+        self.places: list[tuple[Column, Column]] = []
+
+    def table(self) -> Extents:
+        header = self.header
+        blocks = Extents.from_units(header.block_size, header.size, self._slices(), [header.file])
+        if header.kind != structs.DIFFERENCING or not self.places:
+            return blocks
+        block, place = (np.concatenate(columns) for columns in zip(*self.places, strict=True))
+        return _detailed(blocks, list(self._partial(block, place)), header)
+
+    def _slices(self) -> Iterator[tuple[Kinds, int, Column]]:
+        header = self.header
+        needed = -(-header.size // header.block_size)
+        for first in range(0, needed, _SLICE):
+            count = min(_SLICE, needed - first)
+            raw = np.frombuffer(header.file.read(header.table_offset + first * 4, count * 4), dtype=">u4")
+            there = raw != structs.UNUSED
+            place = raw.astype(np.int64) * structs.SECTOR
+            self._check(place, there, first)
+            if there.any():
+                self.places.append((np.flatnonzero(there) + first, place[there]))
+            yield np.where(there, Kind.DATA, Kind.HOLE).astype(np.uint8), 0, place + header.bitmap_size
+
+    def _check(self, place: Column, there: npt.NDArray[np.bool_], first: int) -> None:
+        header = self.header
+        left = header.size - np.arange(first, first + len(place), dtype=np.int64) * header.block_size
+        needed = header.bitmap_size + np.minimum(left, header.block_size)
+        bad = there & ((place < structs.FOOTER_LENGTH) | (place + needed > header.end))
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            low, high = place[entry], place[entry] + needed[entry]
+            raise damaged(
+                header.file,
+                f"BAT entry {first + entry}",
+                header.table_offset + (first + entry) * 4,
+                f"block {low:#x}..{high:#x} does not lie between the headers and the footer ({header.end:#x})",
+            )
+        self.allocated += int(there.sum())
+        room = -(-header.file.size // header.block_size)
+        if self.allocated > room:
+            raise damaged(
+                header.file,
+                "BAT",
+                header.table_offset,
+                f"at least {self.allocated} blocks are allocated, the file has room for {room}",
+            )
+
+    def _partial(self, block: Column, place: Column) -> Iterator[tuple[Columns, Column]]:
+        """Yields the rows of blocks whose bitmap is not all ones, in bounded slices, and the blocks' addresses."""
+        header = self.header
+        sectors = header.block_size // structs.SECTOR
+        length = header.bitmap_size
+        step = max(1, _BITMAPS // length)
+        for first in range(0, len(block), step):
+            some, at = block[first : first + step], place[first : first + step]
+            # The bitmaps lie apart, one before each block.
+            raw = b"".join(header.file.read(offset, length) for offset in at.tolist())
+            packed = np.frombuffer(raw, dtype=np.uint8).reshape(len(some), length)[:, : -(-sectors // 8)]
+            partial = (packed != 0xFF).any(axis=1)
+            if not partial.any():
+                continue
+            address, at = some[partial] * header.block_size, at[partial]
+            bits = np.unpackbits(packed[partial], axis=1)[:, :sectors]
+            yield _bit_runs(bits, address, at + length), address
+
+
+def _bit_runs(bits: npt.NDArray[np.uint8], address: Column, place: Column) -> Columns:
+    """Returns a row for each run of equal bits: 1 is DATA at its place in the file, 0 a HOLE; bits are sectors."""
+    begins = np.ones(bits.shape, dtype=bool)
+    begins[:, 1:] = bits[:, 1:] != bits[:, :-1]
+    block, sector = np.nonzero(begins)
+    inside = sector * structs.SECTOR
+    kind = np.where(bits[block, sector] == 1, Kind.DATA, Kind.HOLE).astype(np.uint8)
+    return Columns(address[block] + inside, kind, np.zeros(len(block), dtype=np.int32), place[block] + inside)
+
+
+def _detailed(blocks: Extents, parts: list[tuple[Columns, Column]], header: Header) -> Extents:
+    """Returns the table of blocks with the rows of some of them in place of what it says of those blocks."""
+    if not parts:
+        return blocks
+    rows = Columns.join([rows for rows, _ in parts])
+    start = np.concatenate([address for _, address in parts])
+    end = np.minimum(start + header.block_size, header.size)
+    # What is missing from the end of the file was never written.
+    rows.kind[(rows.kind == Kind.DATA) & (rows.offset >= header.file.size)] = Kind.ZERO
+    # Between those blocks a HOLE; it gives way to the rows of a block that begins there.
+    apart = np.append(0, end)
+    holes = Columns(apart, np.zeros(len(apart), np.uint8), np.full(len(apart), -1, np.int32), np.zeros_like(apart))
+    both = Columns.join([rows, holes])
+    both = both.take(np.argsort(both.start, kind="stable"))
+    both = both.take(np.append(True, both.start[1:] != both.start[:-1]) & (both.start < header.size))
+    detailed = Extents(header.size, clip_to_sources(both, header.size, [header.file]), [header.file])
+    return blocks.replaced(detailed, start, end - start)

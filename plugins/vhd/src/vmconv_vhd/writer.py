@@ -1,0 +1,326 @@
+"""Writes VHD images: a pure function from the guest's table to the table of the output file.
+
+    fixed                   payload | footer
+    dynamic, differencing   footer copy | dynamic header | parent locator | BAT | {slack, bitmap, block} ... | footer
+
+A block's data would begin 512 bytes, its bitmap, after whatever precedes it. Slack before the bitmap makes the data
+congruent to the source instead, for each block by itself, so that it can be shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from vmconv import blocks
+from vmconv.errors import PlanError
+from vmconv.extents import Column, Columns, Extents, Kind, cut
+from vmconv.image import Image
+from vmconv.layout import Backing, Layout, OutFile, Placement
+from vmconv.sources import Blob, File
+from vmconv_vhd import structs
+from vmconv_vhd.header import bitmap_size
+from vmconv_vhd.options import Options
+
+_MIB = 1 << 20
+_PAGE = 4096
+_BITMAP = bitmap_size(structs.BLOCK_SIZE)
+_WINDOWS = b"win "
+# Creators whose disks every reader takes to be as large as the footer says, not as the geometry does (QEMU's list).
+_SIZED_BY_FOOTER = (_WINDOWS, b"qem2", b"d2v ", b"tap\0", b"CTXS")
+_CREATOR_VERSION = 0x000A0000
+
+
+def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
+    """Returns the layout of a VHD image; raises `PlanError` when the disk is too large or the parent is no VHD."""
+    return _Writer(image, options, placement, backing).layout()
+
+
+class _Writer:
+    def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
+        self.image = image
+        self.fixed = options.subformat == "fixed"
+        self.modulus = placement.modulus
+        self.backing = backing
+        self.losses: list[str] = []
+        if backing and self.fixed:
+            raise PlanError("a fixed VHD cannot have a parent", hint="use -o subformat=dynamic")
+        self.parent_id = _parent_id(image, backing)
+        self.size = self._rounded(options)
+        if self.size > structs.MAX_SIZE:
+            raise PlanError(
+                f"VHD cannot hold {image.size} bytes: {structs.MAX_SIZE} bytes (2040 GiB) at most",
+                hint="use another format, such as vhdx",
+            )
+        table = (image.guest if backing else image.flat).window(0, self.size)
+        self.guest = table if backing else table.without_holes()
+        self.geometry = self._geometry()
+        self.unique_id = self._identity()
+
+    def layout(self) -> Layout:
+        return self._fixed() if self.fixed else self._dynamic()
+
+    def _rounded(self, options: Options) -> int:
+        """Returns the size of the disk, bytes: the image's, or what the options round it up to."""
+        # A disk is whole sectors.
+        size = -(-self.image.size // structs.SECTOR) * structs.SECTOR
+        rounded = size
+        if options.azure:
+            rounded = -(-size // _MIB) * _MIB
+        elif not options.force_size:
+            rounded = _whole_cylinders(size // structs.SECTOR) * structs.SECTOR
+        if rounded != size:
+            unit = "MiB" if options.azure else "cylinders"
+            self.losses.append(f"size {size}: rounded up to whole {unit}, {rounded} bytes")
+        return rounded
+
+    # -- fixed
+
+    def _fixed(self) -> Layout:
+        footer = Blob("footer", self._footer(structs.FIXED))
+        length = np.append(self.guest.length, footer.size)
+        rows = Columns.join([self.guest.columns, _blob_row(self.size, len(self.guest.sources))])
+        table = Extents.placed(self.size + footer.size, rows, length, (*self.guest.sources, footer))
+        return Layout((OutFile(table),), tuple(self.losses))
+
+    # -- dynamic and differencing
+
+    def _dynamic(self) -> Layout:
+        unit, differencing = structs.BLOCK_SIZE, self.backing is not None
+        table = blocks.padded(self.guest, unit)
+        if differencing and self.image.parent:
+            table = blocks.fill_partial_holes(table, self.image.parent.flat.window(0, table.size), structs.SECTOR)
+        block, total = _allocated(table, differencing=differencing)
+        head, table_offset = self._head(total)
+        block, place = _places(table, block, table_offset + total * 4, self.modulus)
+        bat = _table(total, block, place)
+        end = int(place[-1]) + unit if len(place) else table_offset + len(bat)
+        if end // structs.SECTOR >= structs.UNUSED:
+            raise PlanError(
+                f"VHD cannot hold {self.size} bytes in blocks aligned to {self.modulus}: its file ends at 2T"
+            )
+        footer = self._footer(structs.DIFFERENCING if differencing else structs.DYNAMIC)
+        metadata = {
+            0: Blob("footer copy", footer),
+            structs.FOOTER_LENGTH: Blob("dynamic header", head),
+            table_offset: Blob("BAT", bat),
+            end: Blob("footer", footer),
+        }
+        bitmaps = _bitmaps(table, block, differencing=differencing)
+        first = len(table.sources)
+        rows, length = cut(table, block * unit, np.full(len(block), unit), place)
+        named = [_blob_row(offset, first + 1 + index) for index, offset in enumerate(metadata)]
+        before = Columns(
+            place - _BITMAP,
+            np.full(len(place), Kind.DATA, dtype=np.uint8),
+            np.full(len(place), first, dtype=np.int32),
+            np.arange(len(place), dtype=np.int64) * _BITMAP,
+        )
+        sizes = [np.array([blob.size for blob in metadata.values()]), np.full(len(place), _BITMAP), length]
+        sources = (*table.sources, bitmaps, *metadata.values())
+        both, both_length = Columns.join([*named, before, rows]), np.concatenate(sizes).astype(np.int64)
+        return Layout((OutFile(Extents.placed(end + len(footer), both, both_length, sources)),), tuple(self.losses))
+
+    def _head(self, entries: int) -> tuple[bytes, int]:
+        """Returns dynamic header and parent locator, which follow the footer's copy, and where the BAT is."""
+        at = structs.FOOTER_LENGTH + structs.DYNAMIC_HEADER_LENGTH
+        name, title, locator = b"", b"", structs.ParentLocator.parse(bytes(24))
+        if self.backing:
+            name, title, locator = _locator(self.backing.reference, at)
+        name += bytes(-len(name) % structs.SECTOR)
+        fields: dict[str, Any] = {
+            "data_offset": structs.NOWHERE,
+            "table_offset": at + len(name),
+            "header_version": structs.VERSION,
+            "max_table_entries": entries,
+            "block_size": structs.BLOCK_SIZE,
+            "checksum": 0,
+            "parent_unique_id": self.parent_id,
+            "parent_time_stamp": 0,
+            "parent_unicode_name": title.ljust(512, b"\0"),
+            "parent_locators": [locator, *[structs.ParentLocator.parse(bytes(24))] * (structs.LOCATORS - 1)],
+        }
+        fields["checksum"] = structs.checksum(structs.DynamicHeader.build(fields), structs.HEADER_CHECKSUM_OFFSET)
+        return structs.DynamicHeader.build(fields) + name, at + len(name)
+
+    # -- what the footer says
+
+    def _footer(self, kind: int) -> bytes:
+        cylinders, heads, sectors = self.geometry
+        fields: dict[str, Any] = {
+            "features": structs.FEATURE_RESERVED,
+            "file_format_version": structs.VERSION,
+            "data_offset": structs.NOWHERE if kind == structs.FIXED else structs.FOOTER_LENGTH,
+            # No clock: the same disk gives the same image.
+            "time_stamp": 0,
+            "creator_application": self._creator(),
+            "creator_version": _CREATOR_VERSION,
+            "creator_host_os": b"Wi2k",
+            "original_size": self.size,
+            "current_size": self.size,
+            "cylinders": cylinders,
+            "heads": heads,
+            "sectors": sectors,
+            "disk_type": kind,
+            "checksum": 0,
+            "unique_id": self.unique_id,
+            "saved_state": 0,
+        }
+        footer = structs.Footer.build(fields)
+        fields["checksum"] = structs.checksum(footer, structs.CHECKSUM_OFFSET)
+        return bytes(structs.Footer.build(fields)).ljust(structs.FOOTER_LENGTH, b"\0")
+
+    def _creator(self) -> bytes:
+        """Returns the source's creator when it has one that fits and does not change what the size is, or Windows'.
+
+        QEMU takes the geometry for the size where it does not know the creator.
+        """
+        said = self.image.metadata.get("creator")
+        if said is None:
+            return _WINDOWS
+        creator = str(said).encode("ascii", "replace").ljust(4, b"\0")
+        cylinders, heads, sectors = self.geometry
+        by_geometry = cylinders * heads * sectors * structs.SECTOR
+        if len(creator) == 4 and (creator in _SIZED_BY_FOOTER or by_geometry == self.size):
+            return creator
+        why = "has 4 characters" if len(creator) > 4 else "would make readers take the geometry for the size"
+        self.losses.append(f"creator {said}: what VHD has for it {why}")
+        return _WINDOWS
+
+    def _geometry(self) -> tuple[int, int, int]:
+        """Returns the source's geometry, or what the specification computes from the size."""
+        said = self.image.metadata.get("geometry")
+        if said is not None:
+            parts = said if isinstance(said, Mapping) else vars(said)
+            cylinders, heads, sectors = (int(parts[name]) for name in ("cylinders", "heads", "sectors"))
+            if cylinders < 1 << 16 and heads < 1 << 8 and sectors < 1 << 8:
+                return cylinders, heads, sectors
+            self.losses.append(f"geometry {cylinders}/{heads}/{sectors}: VHD has 16, 8 and 8 bits for it")
+        return structs.geometry_of(self.size // structs.SECTOR)
+
+    def _identity(self) -> bytes:
+        """Returns the disk's own identity, or one that follows from its size and from where its payload lies."""
+        said = self.image.metadata.get("identity")
+        if said is not None:
+            return UUID(str(said)).bytes
+        table = self.guest
+        digest = hashlib.blake2b(f"vmconv vhd {self.size} {len(table)}".encode(), digest_size=16)
+        for source in table.sources:
+            digest.update(source.name.encode("utf-8", "surrogateescape") if isinstance(source, File) else b"\0")
+        for column in (table.start, table.kind, table.offset):
+            # The first rows will do: this tells disks apart, it does not protect them.
+            digest.update(column[: 1 << 16].tobytes())
+        return UUID(bytes=digest.digest(), version=4).bytes
+
+
+def _parent_id(image: Image, backing: Backing | None) -> bytes:
+    if backing is None:
+        return bytes(16)
+    identity = image.parent.metadata.get("identity") if image.parent else None
+    if backing.format != "vhd" or identity is None:
+        what = f"one of format {backing.format}" if backing.format != "vhd" else "one without a unique id"
+        raise PlanError(
+            f"the parent of a VHD is a VHD with a unique id, {backing.reference} is {what}",
+            hint="convert the parent to vhd first, or flatten the chain",
+        )
+    return UUID(str(identity)).bytes
+
+
+def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Returns the parent's path as Windows writes it, its name for the header, and the locator that points to `at`."""
+    windows = reference.replace("/", "\\")
+    absolute = reference.startswith("/")
+    data = (windows if absolute else f".\\{windows}").encode("utf-16-le", "replace")
+    if len(data) > structs.MAX_LOCATOR_LENGTH:
+        raise PlanError(f"parent name of {len(data)} bytes: a VHD has room for {structs.MAX_LOCATOR_LENGTH}")
+    space = -(-len(data) // structs.SECTOR) * structs.SECTOR
+    locator = {
+        "platform_code": structs.ABSOLUTE if absolute else structs.RELATIVE,
+        "platform_data_space": space,
+        "platform_data_length": len(data),
+        "platform_data_offset": at,
+    }
+    return data, windows.encode("utf-16-be", "replace")[-510:], locator
+
+
+def _whole_cylinders(sectors: int) -> int:
+    """Returns the sectors of the smallest geometry that holds so many, or just these where none does."""
+    wanted = sectors
+    while True:
+        cylinders, heads, per_track = structs.geometry_of(wanted)
+        if (cylinders, heads, per_track) == structs.MAX_GEOMETRY:
+            return sectors
+        if cylinders * heads * per_track >= sectors:
+            return cylinders * heads * per_track
+        wanted = max(wanted + 1, -(-sectors // (heads * per_track)) * heads * per_track)
+
+
+def _blob_row(offset: int, source: int) -> Columns:
+    return Columns(
+        np.array([offset], dtype=np.int64),
+        np.array([Kind.DATA], dtype=np.uint8),
+        np.array([source], dtype=np.int32),
+        np.zeros(1, dtype=np.int64),
+    )
+
+
+def _allocated(table: Extents, *, differencing: bool) -> tuple[Column, int]:
+    """Returns the numbers of the blocks that need a place, and how many blocks there are in all."""
+    runs = blocks.whole_blocks(table, structs.BLOCK_SIZE)
+    kind = np.repeat(runs.kind, runs.blocks)
+    # A VHD cannot say that a block is zero: hiding the parent takes a real one, which is a hole in the file.
+    least = Kind.ZERO if differencing else Kind.DATA
+    return np.flatnonzero(kind >= least).astype(np.int64), len(kind)
+
+
+def _places(table: Extents, block: Column, base: int, modulus: int) -> tuple[Column, Column]:
+    """Returns the blocks in the order of their sources, and where the data of each goes, congruent to its source.
+
+    Blocks stand apart by the modulus, 4 KiB at least, so whatever the phases of two neighbours are, the bitmap fits
+    between them. Where the source does not care the data is aligned to 4 KiB and its bitmap at 3584, as Windows does.
+    """
+    if not len(block):
+        return block, block
+    unit = structs.BLOCK_SIZE
+    address = block * unit
+    row = np.arange(len(table), dtype=np.int64)
+    next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
+    lead = next_data[table.row_at(address)]
+    source, wish = table.source[lead], table.offset[lead] - (table.start[lead] - address)
+    order = np.lexsort((wish, source))
+    phase = wish[order] % modulus
+    phase[phase % structs.SECTOR != 0] = 0
+    align = max(modulus, _PAGE)
+    stride = -(-(unit + align) // align) * align
+    # The BAT ends with whole sectors.
+    first = -(-(base + structs.SECTOR + _BITMAP) // align) * align
+    return block[order], first + np.arange(len(block), dtype=np.int64) * stride + phase
+
+
+def _table(entries: int, block: Column, place: Column) -> bytes:
+    bat = np.full(entries, structs.UNUSED, dtype=">u4")
+    bat[block] = (place - _BITMAP) // structs.SECTOR
+    data = bat.tobytes()
+    return data + b"\xff" * (-len(data) % structs.SECTOR)
+
+
+def _bitmaps(table: Extents, block: Column, *, differencing: bool) -> Blob:
+    """Returns the bitmaps of these blocks, end to end: all ones, or zeros for what is left to the parent."""
+    if not differencing:
+        return Blob("bitmaps", lambda _, length: b"\xff" * length, len(block) * _BITMAP)
+    sectors = structs.BLOCK_SIZE // structs.SECTOR
+
+    def compute(offset: int, length: int) -> bytes:
+        first, last = offset // _BITMAP, (offset + length - 1) // _BITMAP
+        parts = []
+        for number in block[first : last + 1].tolist():
+            kind, _, _ = table.units(structs.SECTOR, number * sectors, sectors)
+            parts.append(np.packbits(kind != Kind.HOLE).tobytes())
+        skip = offset - first * _BITMAP
+        return b"".join(parts)[skip : skip + length]
+
+    return Blob("bitmaps", compute, len(block) * _BITMAP)

@@ -1,0 +1,46 @@
+"""VHDX images for vmconv: the disks of Hyper-V since Windows Server 2012."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+
+class Vhdx(Format):
+    name = "vhdx"
+    title = "Hyper-V virtual disk, version 2"
+    suffixes = (".vhdx", ".avhdx")
+    carries = frozenset({"creator", "identity", "logical_sector_size", "physical_sector_size"})
+    can_back = True
+
+    def options(self) -> type[Any]:
+        from vmconv_vhdx.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 8 and file.read(0, 8) == b"vhdxfile"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_vhdx.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_vhdx.writer import write
+
+        return write(image, options, placement, backing=backing)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Vhdx()]

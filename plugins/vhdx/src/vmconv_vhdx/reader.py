@@ -1,0 +1,304 @@
+"""Reads VHDX images: the BAT, and the sector bitmaps of differencing disks, in bounded slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.errors import AccessError, ImageError
+from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File, Source
+from vmconv_vhdx import structs
+from vmconv_vhdx.header import Header, damaged, is_hole, read_header
+
+# Entries of the BAT that are looked at together; each needs some 60 bytes meanwhile.
+_SLICE = 1 << 18
+# Bytes of sector bitmaps that are looked at together; each bit needs some 20 bytes meanwhile.
+_BITMAPS = 128 << 10
+_MAX_CREATOR = 64
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image in `file`; a log that was left behind is replayed in memory."""
+    if snapshot is not None:
+        raise ImageError(f"{file.name}: VHDX images have no snapshots, {snapshot!r} was asked for")
+    header = read_header(file)
+    names = tuple(_parents(header.locator))
+    if header.has_parent and not names:
+        raise ImageError(f"{file.name}: parent locator: a differencing disk that names no parent")
+    warnings = (f"{file.name}: was not closed cleanly; its log was replayed in memory",) if header.replayed else ()
+    return Image(
+        "vhdx",
+        file,
+        header.size,
+        lambda: _Mapper(header).table(),
+        load_parent=(lambda: _load_parent(header, names, opener)) if header.has_parent else None,
+        parent_reference=names[0] if header.has_parent else None,
+        parent_format="vhdx" if header.has_parent else None,
+        metadata=_metadata(header),
+        warnings=warnings,
+        details=lambda: _details(header, names),
+    )
+
+
+def _metadata(header: Header) -> dict[str, Any]:
+    # 512 is what a disk has that does not say.
+    said = {
+        "creator": header.creator[:_MAX_CREATOR] or None,
+        "identity": header.identity,
+        "logical_sector_size": header.logical_sector_size if header.logical_sector_size != 512 else None,
+        "physical_sector_size": header.physical_sector_size if header.physical_sector_size != 512 else None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _details(header: Header, names: tuple[str, ...]) -> Mapping[str, Any]:
+    facts: dict[str, Any] = {
+        "subformat": "differencing" if header.has_parent else "fixed" if header.fixed else "dynamic",
+        "block-size": header.block_size,
+        "data-write-guid": str(header.data_write_guid),
+        "file-write-guid": str(header.file_write_guid),
+    }
+    if header.has_parent:
+        facts["parent-linkage"] = header.locator.get("parent_linkage")
+        facts["parent-names"] = list(names)
+    return {
+        "cluster-size": header.block_size,
+        "dirty-flag": header.replayed,
+        "format-specific": {"type": "vhdx", "data": facts},
+    }
+
+
+# -- the parent
+
+
+def _parents(locator: Mapping[str, str]) -> Iterator[str]:
+    r"""Yields the parent's names as paths of this system, in the order that [MS-VHDX] 2.6.2.6.3 gives.
+
+    Volumes and drives are not here; the file may have been brought along, though, so the name alone is looked for
+    beside the image. The parent's GUID decides whether it is the right one.
+    """
+    seen = set()
+    for key in ("relative_path", "volume_path", "absolute_win32_path"):
+        path = locator.get(key, "").replace("\\", "/")
+        if path[1:2] == ":" or path.startswith("//"):
+            path = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+        while path.startswith("./"):
+            path = path[2:]
+        if path and path not in seen:
+            seen.add(path)
+            yield path
+
+
+def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Image:
+    """Returns the parent under the first of its names that can be opened; raises `ImageError` if it is another disk."""
+    parent, refused = None, None
+    for name in names:
+        try:
+            parent = opener.parent(header.file, name, "vhdx")
+            break
+        except AccessError as exc:
+            refused = refused or exc
+    if parent is None:
+        raise refused or ImageError(f"{header.file.name}: names no parent")
+    wanted = {_guid(header.locator.get(key, "")) for key in ("parent_linkage", "parent_linkage2")} - {None}
+    found = _guid(str(parent.details.get("format-specific", {}).get("data", {}).get("data-write-guid", "")))
+    if found is None or found not in wanted:
+        raise ImageError(
+            f"{header.file.name}: parent {parent.file.name} has the data write GUID {found}, "
+            f"{' or '.join(sorted(str(guid) for guid in wanted)) or 'none'} is expected",
+            hint="the parent was written to since this image was made on it, or it is another disk",
+        )
+    return parent
+
+
+def _guid(text: str) -> UUID | None:
+    try:
+        return UUID(text.strip("{}"))
+    except ValueError:
+        return None
+
+
+# -- the guest's address space
+
+
+class _Replayed(Source):
+    """The address space of the file after its log was replayed, until it is put together from what it is of."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("the log is being replayed")
+
+
+class _Mapper:
+    """Turns the BAT into the table of the guest's address space."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.source: Source = _Replayed(header.file.name, header.view.size) if header.replayed else header.file
+        self.blocks = -(-header.size // header.block_size)
+        self.allocated = 0
+        self.partial: list[tuple[Column, Column, Column]] = []
+
+    def table(self) -> Extents:
+        header = self.header
+        self._check_room()
+        table = Extents.from_units(header.block_size, header.size, self._slices(), [self.source])
+        if self.partial:
+            block, place, bitmap = (np.concatenate(columns) for columns in zip(*self.partial, strict=True))
+            table = self._detailed(table, list(self._bits(block, place, bitmap)))
+        return table.through(self.source, header.view) if header.replayed else table
+
+    def _check_room(self) -> None:
+        header, ratio = self.header, self.header.chunk_ratio
+        last = -(-self.blocks // ratio) * (ratio + 1) if header.has_parent else self.blocks + (self.blocks - 1) // ratio
+        if self.blocks and last * 8 > header.bat.length:
+            raise damaged(
+                header.file,
+                "BAT",
+                header.bat.offset,
+                f"{header.bat.length} bytes, a disk of {header.size} bytes in blocks of {header.block_size} "
+                f"needs {last * 8}",
+            )
+
+    def _slices(self) -> Iterator[tuple[Kinds, int, Column] | int]:
+        """Yields the columns of whole chunks: payload entries, without the entry of their sector bitmap after them."""
+        header, ratio = self.header, self.header.chunk_ratio
+        group = (ratio + 1) * max(1, _SLICE // (ratio + 1))
+        for first in range(0, self.blocks, group // (ratio + 1) * ratio):
+            entry = first // ratio * (ratio + 1)
+            at = header.bat.offset + entry * 8
+            length = min(group * 8, header.bat.offset + header.bat.length - at)
+            count = min(group // (ratio + 1) * ratio, self.blocks - first)
+            if is_hole(header, at, length):
+                yield count
+                continue
+            raw = np.zeros(group, dtype=np.uint64)
+            raw[: length // 8] = np.frombuffer(header.view.read(at, length), dtype="<u8")
+            chunks = raw.reshape(-1, ratio + 1)
+            yield self._columns(chunks[:, :-1].reshape(-1)[:count], chunks[:, -1], first)
+
+    def _columns(
+        self, raw: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint64], first: int
+    ) -> tuple[Kinds, int, Column]:
+        state = (raw & np.uint64(structs.STATE_MASK)).astype(np.uint8)
+        # Offsets of more than 63 bits are past the end of any file.
+        place = np.minimum(raw & np.uint64(structs.OFFSET_MASK), np.uint64(1 << 62)).astype(np.int64)
+        kind = _KINDS[state]
+        if (kind == _UNKNOWN).any():
+            entry = int(np.flatnonzero(kind == _UNKNOWN)[0])
+            self._refuse(first + entry, f"state {state[entry]} is not known")
+        partial = state == structs.PARTIALLY_PRESENT
+        if partial.any():
+            self._add_partial(partial, place, bitmaps, first)
+        self._check(place, kind == Kind.DATA, first)
+        return kind, 0, place
+
+    def _check(self, place: Column, there: npt.NDArray[np.bool_], first: int) -> None:
+        """Raises `ImageError` unless every payload lies inside the file, as far as the disk reaches."""
+        header = self.header
+        left = header.size - np.arange(first, first + len(place), dtype=np.int64) * header.block_size
+        end = place + np.minimum(left, header.block_size)
+        bad = there & ((place < structs.HEADER_SECTION) | (end > header.view.size))
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            problem = f"payload at {place[entry]:#x} lies past the end of the file ({header.view.size:#x})"
+            if place[entry] < structs.HEADER_SECTION:
+                problem = f"payload at {place[entry]:#x} lies where the headers are"
+            self._refuse(first + entry, problem)
+        self.allocated += int(there.sum())
+        room = -(-header.view.size // header.block_size)
+        if self.allocated > room:
+            raise damaged(
+                header.file,
+                "BAT",
+                header.bat.offset,
+                f"at least {self.allocated} blocks are allocated, the file has room for {room}",
+            )
+
+    def _refuse(self, block: int, problem: str) -> None:
+        header = self.header
+        entry = block + block // header.chunk_ratio
+        raise damaged(header.file, f"BAT entry {entry}", header.bat.offset + entry * 8, problem)
+
+    # -- blocks that are the disk's own in part
+
+    def _add_partial(
+        self, partial: npt.NDArray[np.bool_], place: Column, bitmaps: npt.NDArray[np.uint64], first: int
+    ) -> None:
+        """Notes blocks, their places and the places of their bits; their chunk has to have a bitmap for them."""
+        header = self.header
+        chosen = np.flatnonzero(partial)
+        if not header.has_parent:
+            self._refuse(first + int(chosen[0]), "partially present in a disk without a parent")
+        chunk, inside = np.divmod(chosen, header.chunk_ratio)
+        entry = bitmaps[chunk]
+        at = np.minimum(entry & np.uint64(structs.OFFSET_MASK), np.uint64(1 << 62)).astype(np.int64)
+        bad = (entry & np.uint64(structs.STATE_MASK)) != structs.BITMAP_PRESENT
+        bad |= (at < structs.HEADER_SECTION) | (at + structs.BITMAP_BLOCK > header.view.size)
+        if bad.any():
+            index = int(np.flatnonzero(bad)[0])
+            self._refuse(
+                first + int(chosen[index]), f"partially present, but its sector bitmap at {at[index]:#x} is not"
+            )
+        self.partial.append((chosen + first, place[chosen], at + inside * self._bitmap_size))
+
+    @property
+    def _bitmap_size(self) -> int:
+        """Bytes of the sector bitmap that speak for one block."""
+        return self.header.block_size // self.header.logical_sector_size // 8
+
+    def _bits(self, block: Column, place: Column, bitmap: Column) -> Iterator[tuple[Columns, Column]]:
+        """Yields the rows of partially present blocks, in bounded slices, and the blocks' addresses."""
+        size = self._bitmap_size
+        step = max(1, _BITMAPS // size)
+        for first in range(0, len(block), step):
+            some = slice(first, first + step)
+            # What lies together is not worth looking for: bitmaps of such blocks are small and few.
+            raw = b"".join(self.header.view.read(at, size) for at in bitmap[some].tolist())
+            bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8).reshape(-1, size), axis=1, bitorder="little")
+            address = block[some] * self.header.block_size
+            yield _bit_runs(bits, self.header.logical_sector_size, address, place[some]), address
+
+    def _detailed(self, blocks: Extents, parts: list[tuple[Columns, Column]]) -> Extents:
+        """Returns the table of blocks with the rows of some of them in place of what it says of those blocks."""
+        size = self.header.size
+        rows = Columns.join([rows for rows, _ in parts])
+        start = np.concatenate([address for _, address in parts])
+        end = np.minimum(start + self.header.block_size, size)
+        # Between those blocks a HOLE; it gives way to the rows of a block that begins there.
+        apart = np.append(0, end)
+        holes = Columns(apart, np.zeros(len(apart), np.uint8), np.full(len(apart), -1, np.int32), np.zeros_like(apart))
+        both = Columns.join([rows, holes])
+        both = both.take(np.argsort(both.start, kind="stable"))
+        both = both.take(np.append(True, both.start[1:] != both.start[:-1]) & (both.start < size))
+        detailed = Extents(size, clip_to_sources(both, size, [self.source]), [self.source])
+        return blocks.replaced(detailed, start, end - start)
+
+
+def _bit_runs(bits: npt.NDArray[np.uint8], unit: int, address: Column, place: Column) -> Columns:
+    """Returns a row for each run of equal bits: 1 is DATA at its place in the file, 0 a HOLE; bits are sectors."""
+    begins = np.ones(bits.shape, dtype=bool)
+    begins[:, 1:] = bits[:, 1:] != bits[:, :-1]
+    block, sector = np.nonzero(begins)
+    inside = sector * unit
+    kind = np.where(bits[block, sector] == 1, Kind.DATA, Kind.HOLE).astype(np.uint8)
+    return Columns(address[block] + inside, kind, np.zeros(len(block), dtype=np.int32), place[block] + inside)
+
+
+_UNKNOWN = 255
+# What the guest reads by the state of a block: what is undefined or unmapped reads as zero here, as in QEMU, and never
+# as what the parent says.
+_KINDS = np.full(8, _UNKNOWN, dtype=np.uint8)
+_KINDS[structs.NOT_PRESENT] = Kind.HOLE
+_KINDS[[structs.UNDEFINED, structs.ZERO, structs.UNMAPPED, structs.UNMAPPED_V095]] = Kind.ZERO
+_KINDS[[structs.FULLY_PRESENT, structs.PARTIALLY_PRESENT]] = Kind.DATA

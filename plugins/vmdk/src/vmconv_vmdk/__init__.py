@@ -1,0 +1,48 @@
+"""VMDK images for vmconv: VMware's virtual disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vmconv.formats import Format
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.layout import Backing, Layout, Placement
+    from vmconv.opener import Opener
+    from vmconv.sources import File
+
+_SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0", b"# Disk DescriptorFile", b"# disk descriptorfile")
+
+
+class Vmdk(Format):
+    name = "vmdk"
+    title = "VMware virtual disk"
+    suffixes = (".vmdk",)
+    carries = frozenset({"adapter_type", "geometry", "identity"})
+    can_back = True
+
+    def options(self) -> type[Any]:
+        from vmconv_vmdk.options import Options
+
+        return Options
+
+    def probe(self, file: File) -> bool:
+        return file.read(0, min(file.size, 64)).removeprefix(b"\xef\xbb\xbf").startswith(_SIGNATURES)
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_vmdk.reader import read
+
+        return read(file, opener, snapshot=snapshot)
+
+    def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
+        from vmconv_vmdk.writer import write
+
+        return write(image, options, placement, backing=backing)
+
+
+@hookimpl
+def vmconv_register_formats() -> Iterable[Format]:
+    return [Vmdk()]

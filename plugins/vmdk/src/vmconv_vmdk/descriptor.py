@@ -1,0 +1,229 @@
+"""The text that describes a disk: what it is made of and what is below it (Virtual Disk Format 5.0, "The Descriptor
+File"). Read leniently, as it is edited by hand: names are not case-sensitive, spaces do not matter, lines come in any
+order.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE
+from vmconv.sources import File
+from vmconv_vmdk import structs
+
+NO_PARENT = 0xFFFFFFFF
+
+_EXTENT = re.compile(r'(RW|RDONLY|NOACCESS)\s+(\d{1,18})\s+([A-Z]+)(?:\s+"(.*)"(?:\s+(\d{1,18})\b)?.*)?', re.IGNORECASE)
+_VALUE = re.compile(r'([\w.:-]+)\s*=\s*(?:"(.*)"|(.*))')
+_ENCODING = re.compile(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.:-]{1,40})", re.IGNORECASE | re.MULTILINE)
+_TEXT_CODECS = re.compile(
+    r"utf-8|ascii|cp\d+|iso8859-\d+|shift_jis\w*|gb2312|gbk|gb18030|big5\w*|euc_\w+|koi8-[rut]|mac-\w+"
+)
+FLAT_KINDS = frozenset({"FLAT", "VMFS"})
+SPARSE_KINDS = frozenset({"SPARSE", "VMFSSPARSE", "SESPARSE"})
+_DEVICE_KINDS = frozenset({"VMFSRDM", "VMFSRAW"})
+_DEVICE_TYPES = frozenset(
+    {
+        "fulldevice",
+        "partitioneddevice",
+        "vmfsrawdevicemap",
+        "vmfspassthroughrawdevicemap",
+        "vmfsraw",
+        "vmfsrdm",
+        "vmfsrdmp",
+    }
+)
+_KNOWN_TYPES = frozenset(
+    {
+        "custom",
+        "monolithicsparse",
+        "monolithicflat",
+        "twogbmaxextentsparse",
+        "twogbmaxextentflat",
+        "2gbmaxextentsparse",
+        "2gbmaxextentflat",
+        "vmfs",
+        "vmfsthin",
+        "vmfssparse",
+        "vmfseagerzeroedthick",
+        "vmfspreallocated",
+        "sesparse",
+        "streamoptimized",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One extent of a disk, as a line of the descriptor has it: `offset` is sectors into the file `name`."""
+
+    access: str
+    sectors: int
+    kind: str
+    name: str | None = None
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.sectors * structs.SECTOR
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A descriptor whose numbers were checked; `values` are by lower-case name."""
+
+    values: Mapping[str, str]
+    parts: tuple[Part, ...]
+    create_type: str
+    cid: int | None
+    parent_cid: int
+    encoding: str | None = None
+    parent: str | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+def parse(data: bytes, name: str) -> Descriptor:
+    """Returns the descriptor in `data`, which may be padded with zeros; raises `ImageError` naming what cannot be."""
+    text, encoding = _decode(data.split(b"\0", 1)[0], name)
+    values: dict[str, str] = {}
+    parts: list[Part] = []
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        if found := _EXTENT.fullmatch(line):
+            parts.append(_part(found, f"{name}: line {number}"))
+        elif found := _VALUE.fullmatch(line):
+            values.setdefault(found[1].lower(), (found[2] if found[2] is not None else found[3]).strip())
+        elif re.match(r"(RW|RDONLY|NOACCESS)\b", line, re.IGNORECASE):
+            raise ImageError(f"{name}: line {number}: {line[:80]!r} is not an extent")
+    descriptor = Descriptor(
+        values,
+        tuple(parts),
+        values.get("createtype", ""),
+        _content_id(values, "CID", name),
+        NO_PARENT if (below := _content_id(values, "parentCID", name)) is None else below,
+        encoding,
+        values.get("parentfilenamehint") or None,
+    )
+    _check(descriptor, name)
+    return descriptor
+
+
+def _decode(data: bytes, name: str) -> tuple[str, str | None]:
+    data = data.removeprefix(codecs.BOM_UTF8)
+    found = _ENCODING.search(data)
+    if not found:
+        # File names are bytes: what is not UTF-8 still names its file.
+        return data.decode("utf-8", "surrogateescape"), None
+    encoding = found[1].decode("ascii", "replace")
+    try:
+        codec = codecs.lookup(encoding.lower().replace("windows-", "cp")).name
+    except LookupError:
+        codec = ""
+    if not _TEXT_CODECS.fullmatch(codec):
+        raise ImageError(f"{name}: encoding {encoding!r} of the descriptor is not known")
+    try:
+        return data.decode(codec, "surrogateescape" if codec == "utf-8" else "strict"), encoding
+    except UnicodeDecodeError as exc:
+        raise ImageError(f"{name}: descriptor at {exc.start:#x}: is not {encoding}") from exc
+
+
+def _part(found: re.Match[str], where: str) -> Part:
+    access, sectors, kind, file, offset = found.groups()
+    access, kind = access.upper(), kind.upper()
+    if kind in _DEVICE_KINDS:
+        raise ImageError(f"{where}: extent of kind {kind}: the disk is a raw device, not a file")
+    if kind not in FLAT_KINDS | SPARSE_KINDS | {"ZERO"}:
+        raise ImageError(f"{where}: extent of unknown kind {kind[:40]!r}")
+    if not 0 < int(sectors) <= MAX_SIZE // structs.SECTOR:
+        raise ImageError(f"{where}: extent of {sectors} sectors, 1 to {MAX_SIZE // structs.SECTOR} are possible")
+    if int(offset or 0) > MAX_SIZE // structs.SECTOR:
+        raise ImageError(f"{where}: extent at sector {offset}, {MAX_SIZE // structs.SECTOR} at most")
+    if kind != "ZERO" and access != "NOACCESS" and not file:
+        raise ImageError(f"{where}: extent of kind {kind} names no file")
+    return Part(access, int(sectors), kind, file or None, int(offset or 0))
+
+
+def _content_id(values: Mapping[str, str], key: str, name: str) -> int | None:
+    text = values.get(key.lower())
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9a-fA-F]{1,8}", text):
+        raise ImageError(f"{name}: {key} {text[:40]!r} is not a number of 32 bits in hexadecimal")
+    return int(text, 16)
+
+
+def _check(descriptor: Descriptor, name: str) -> None:
+    kind = descriptor.create_type
+    if kind.lower() in _DEVICE_TYPES:
+        raise ImageError(f"{name}: createType {kind}: the disk is a physical device, not a file")
+    if kind and kind.lower() not in _KNOWN_TYPES:
+        raise ImageError(f"{name}: createType {kind[:40]!r} is not known")
+    if any("encryption" in key or "keysafe" in key for key in descriptor.values) or "vmwarevmcrypt" in (
+        descriptor.values.get("ddb.iofilters", "").lower()
+    ):
+        raise ImageError(f"{name}: the disk is encrypted", hint="decrypt it with VMware's tools first")
+    if not descriptor.parts:
+        raise ImageError(f"{name}: descriptor names no extent")
+    if descriptor.size > MAX_SIZE:
+        raise ImageError(f"{name}: extents of {descriptor.size} bytes together, {MAX_SIZE} at most")
+    if descriptor.parent_cid != NO_PARENT and not descriptor.parent:
+        raise ImageError(
+            f"{name}: parentCID {descriptor.parent_cid:08x} speaks of a parent, but no line names its file"
+        )
+
+
+def separate(file: File) -> Descriptor:
+    """Returns the descriptor that a file consists of."""
+    if file.size > structs.MAX_DESCRIPTOR:
+        raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {structs.MAX_DESCRIPTOR} at most")
+    data = file.read(0, file.size)
+    if not data.removeprefix(codecs.BOM_UTF8)[:32].lower().startswith(b"# disk descriptorfile"):
+        raise ImageError(f"{file.name}: neither a descriptor nor an extent of a VMDK")
+    return parse(data, file.name)
+
+
+def render(
+    *,
+    create_type: str,
+    cid: int,
+    parts: Sequence[Part],
+    database: Mapping[str, str],
+    parent_cid: int = NO_PARENT,
+    parent: str | None = None,
+) -> bytes:
+    """Returns the text of a descriptor: `database` are the lines of "ddb", by name."""
+    lines = [
+        "# Disk DescriptorFile",
+        # QEMU wants the version to be the first line that is not a comment.
+        "version=1",
+        'encoding="UTF-8"',
+        f"CID={cid:08x}",
+        f"parentCID={parent_cid:08x}",
+        'isNativeSnapshot="no"',
+        f'createType="{create_type}"',
+        *([f'parentFileNameHint="{parent}"'] if parent else []),
+        "",
+        "# Extent description",
+        *(_line(part) for part in parts),
+        "",
+        "# The Disk Data Base",
+        "#DDB",
+        "",
+        *(f'ddb.{name} = "{value}"' for name, value in database.items()),
+        "",
+    ]
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
+
+
+def _line(part: Part) -> str:
+    place = f" {part.offset}" if part.kind == "FLAT" else ""
+    return f'{part.access} {part.sectors} {part.kind} "{part.name}"{place}'

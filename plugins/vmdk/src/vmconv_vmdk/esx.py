@@ -1,0 +1,137 @@
+"""Sparse extents of ESX, the layers of its snapshots: vmfsSparse ("COWD") and seSparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE, Extents, Kind
+from vmconv.sources import File
+from vmconv_vmdk import structs
+from vmconv_vmdk.sparse import Extent, RawEntries, Slice, damaged, parse
+
+
+class Cowd(Extent):
+    """An extent of ESX: vmfsSparse, "COWD"."""
+
+    width = 4
+    entries = structs.COWD_ENTRIES
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        header = parse(structs.CowdHeader, file, 0, "header")
+        if header.version != 1:
+            raise damaged(file, structs.CowdHeader, "version", f"{header.version} is not 1")
+        if not 1 <= header.grainSize <= structs.MAX_GRAIN_SECTORS:
+            raise damaged(
+                file,
+                structs.CowdHeader,
+                "grainSize",
+                f"{header.grainSize} sectors are not in 1..{structs.MAX_GRAIN_SECTORS}",
+            )
+        self.header = header
+        self.size = header.numSectors * structs.SECTOR
+        self.grain = header.grainSize * structs.SECTOR
+        if header.numGDEntries < self.tables_needed:
+            raise damaged(
+                file,
+                structs.CowdHeader,
+                "numGDEntries",
+                f"{header.numGDEntries} tables, the disk needs {self.tables_needed}",
+            )
+
+    def table(self) -> Extents:
+        if not self.size:
+            return Extents.filled(0)
+        offset = self.header.gdOffset * structs.SECTOR
+        tables = self._read_directory(offset, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
+        self._check_tables(tables, offset, self.width)
+        return self._mapped(tables, [self.file])
+
+    def _slice(self, raw: RawEntries, first: int) -> Slice:
+        return self._columns(raw, None, first)
+
+
+class SeSparse(Extent):
+    """An extent of ESXi 6.5 and later: seSparse, "space-efficient"."""
+
+    width = 8
+    grain = structs.SE_GRAIN_SECTORS * structs.SECTOR
+    entries = structs.SE_TABLE_SECTORS * structs.SECTOR // 8
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        header = parse(structs.SeSparseHeader, file, 0, "header")
+        self.header = header
+        for field, only in (
+            ("version", structs.SE_VERSION),
+            ("flags", 0),
+            ("grain_size", structs.SE_GRAIN_SECTORS),
+            ("grain_table_size", structs.SE_TABLE_SECTORS),
+        ):
+            if header[field] != only:
+                raise damaged(file, structs.SeSparseHeader, field, f"{header[field]:#x} is not {only:#x}")
+        # A quarter, so that sums of two places are still numbers of 64 bits.
+        most = MAX_SIZE // structs.SECTOR // 4
+        for field in ("capacity", "grain_dir_offset", "grain_tables_offset", "grains_offset", "volatile_header_offset"):
+            if header[field] > most:
+                raise damaged(file, structs.SeSparseHeader, field, f"{header[field]:#x} sectors, {most:#x} at most")
+        self.size = header.capacity * structs.SECTOR
+        self._check_journal(header)
+
+    def _check_journal(self, header: Any) -> None:
+        place = header.volatile_header_offset * structs.SECTOR
+        volatile = parse(structs.SeSparseVolatile, self.file, place, "volatile header")
+        if volatile.magic != structs.SE_VOLATILE_MAGIC:
+            raise ImageError(f"{self.file.name}: volatile header at {place:#x}: has not the signature of one")
+        if volatile.replay_journal:
+            raise ImageError(
+                f"{self.file.name}: replay_journal at {place + 24:#x}: the journal was not replayed",
+                hint="let ESXi open the disk once, or consolidate it there",
+            )
+
+    def table(self) -> Extents:
+        if not self.size:
+            return Extents.filled(0)
+        header = self.header
+        directory = header.grain_dir_offset * structs.SECTOR
+        needed = self.tables_needed
+        if header.grain_dir_size * structs.SECTOR < needed * 8:
+            raise damaged(
+                self.file,
+                structs.SeSparseHeader,
+                "grain_dir_size",
+                f"{header.grain_dir_size} sectors, the disk needs {needed * 8} bytes",
+            )
+        raw = self._read_directory(directory, needed, "<u8")
+        bad = (raw != 0) & (raw & np.uint64(structs.SE_TABLE_KIND) != np.uint64(structs.SE_TABLE_ALLOCATED))
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            raise ImageError(
+                f"{self.file.name}: grain directory entry {entry} at {directory + entry * 8:#x}: "
+                f"{int(raw[entry]):#x} is of no known kind"
+            )
+        number = (raw & np.uint64(0xFFFFFFFF)).astype(np.int64)
+        base = header.grain_tables_offset * structs.SECTOR
+        tables = np.where(raw != 0, base + number * structs.SE_TABLE_SECTORS * structs.SECTOR, 0)
+        self._check_tables(tables, directory, 8)
+        return self._mapped(tables, [self.file])
+
+    def _slice(self, raw: RawEntries, first: int) -> Slice:
+        """Returns the columns of entries: a kind in the top nibble; a grain's number has its low bits on top."""
+        what = raw & np.uint64(structs.SE_KIND)
+        bad = (what > np.uint64(structs.SE_ALLOCATED)) | ((what == 0) & (raw != 0))
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            self._refuse(entry, first, f"{int(raw[entry]):#x} is of no known kind")
+        data = what == np.uint64(structs.SE_ALLOCATED)
+        low = (raw >> np.uint64(48)) & np.uint64(0xFFF)
+        number = (low | ((raw & np.uint64(0xFFFFFFFFFFFF)) << np.uint64(12))).astype(np.int64)
+        # Numbers that would overflow are past the end of any file.
+        number = np.minimum(number, MAX_SIZE // self.grain // 2)
+        offset = np.where(data, self.header.grains_offset * structs.SECTOR + number * self.grain, 0)
+        kind = np.where(data, Kind.DATA, np.where(what == 0, Kind.HOLE, Kind.ZERO)).astype(np.uint8)
+        self._check_places(offset, data, first)
+        return kind, 0, offset

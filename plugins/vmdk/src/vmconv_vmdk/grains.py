@@ -1,0 +1,264 @@
+"""Lays out a hosted sparse extent: grains wherever they can be shared, and the tables that say where.
+
+    header | descriptor | redundant grain directory, grain tables | grain directory, grain tables | grains
+
+A grain may begin at any sector, so each run of grains goes to an offset congruent to its source. The grain tables are
+computed when they are written, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv import blocks
+from vmconv.errors import PlanError
+from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
+from vmconv.sources import Blob, File, Source
+from vmconv_vmdk import structs
+
+GRAIN = 65536
+GRAIN_SECTORS = GRAIN // structs.SECTOR
+TABLE = structs.ENTRIES * 4
+"""Bytes of a grain table."""
+
+MAX_FILE = structs.SECTOR << 32
+"""Grain tables hold sectors in 32 bits."""
+
+
+class Output(Source):
+    """The address space of the output file, for tables that say where in it a grain goes."""
+
+    name = "output"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("the output is being planned")
+
+
+def directory_bytes(tables: int) -> int:
+    """Returns the bytes of a grain directory, in whole sectors."""
+    return -(-tables * 4 // structs.SECTOR) * structs.SECTOR
+
+
+def directory(first_table: int, tables: int) -> bytes:
+    """Returns the entries of a grain directory whose tables lie one after the other."""
+    places = (first_table + np.arange(tables, dtype=np.int64) * TABLE) // structs.SECTOR
+    return places.astype("<u4").tobytes()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the metadata goes, bytes."""
+
+    redundant_directory: int
+    redundant_tables: int
+    directory: int
+    tables: int
+    grains: int
+
+
+class SparseExtent:
+    """One extent: `guest` is its table in whole grains, `size` its capacity in bytes.
+
+    In a `delta`, a HOLE is left to the parent and zeros hide it: with `zeroed_grains` by an entry that says so, else by
+    a grain that is a hole in the file.
+    """
+
+    def __init__(
+        self, guest: Extents, size: int, modulus: int, descriptor: bytes | None, *, delta: bool, zeroed_grains: bool
+    ) -> None:
+        self.guest = guest
+        self.size = size
+        self.modulus = modulus
+        self.descriptor = descriptor or b""
+        self.zeroed_grains = zeroed_grains
+        runs = blocks.whole_blocks(guest, GRAIN)
+        allocated = runs.kind == Kind.DATA
+        zero = (runs.kind == Kind.ZERO) if delta else np.zeros_like(allocated)
+        if not zeroed_grains:
+            allocated, zero = allocated | zero, np.zeros_like(zero)
+        self.zero = runs.take(zero)
+        self.payload = runs.take(allocated)
+        self.table_count = -(-size // (GRAIN * structs.ENTRIES))
+        self.places = self._places()
+
+    def _places(self) -> _Places:
+        step = directory_bytes(self.table_count)
+        first = structs.SECTOR + len(self.descriptor)
+        second = first + step + self.table_count * TABLE
+        end = second + step + self.table_count * TABLE
+        align = max(GRAIN, self.modulus)
+        return _Places(first, first + step, second, second + step, -(-end // align) * align)
+
+    def file(self) -> Extents:
+        """Returns the table of the file; raises `PlanError` when its grains lie past what an entry can say."""
+        # Placed by sectors, not by grains: that is the freedom that grains have.
+        by_sector = self.payload._replace(
+            first=self.payload.first * GRAIN_SECTORS, blocks=self.payload.blocks * GRAIN_SECTORS
+        )
+        placed = blocks.place(self.guest, by_sector, structs.SECTOR, self.places.grains, self.modulus)
+        if placed.end > MAX_FILE:
+            raise PlanError(
+                f"VMDK sparse extent cannot hold {int(self.payload.blocks.sum()) * GRAIN} bytes of payload: "
+                f"{MAX_FILE - self.places.grains} at most",
+                hint="use -o subformat=twoGbMaxExtentSparse or a flat subformat",
+            )
+        runs = self.payload.take(placed.run)
+        length = runs.blocks * GRAIN
+        rows, row_length = cut(self.guest, runs.first * GRAIN, length, placed.offset)
+        rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
+        blobs, blob_rows, blob_length = self._metadata(self._host(runs, placed.offset, placed.end))
+        both, both_length = Columns.join([blob_rows, rows]), np.concatenate([blob_length, row_length])
+        size = self._file_size(placed.end, rows, row_length)
+        inside = both.start < size
+        both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
+        return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
+
+    def _file_size(self, end: int, rows: Columns, length: Column) -> int:
+        """Returns where the file ends: with its last grain, or inside it with the last byte of data.
+
+        The last block of a source that is not whole blocks can only be shared as the end of the target; readers take
+        what is missing of a grain for zeros.
+        """
+        data = rows.kind == Kind.DATA
+        last = int((rows.start + length)[data].max()) if data.any() else 0
+        return max(self.places.grains, last if last % self.modulus else max(last, end))
+
+    def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
+        """Returns the table of the extent's grains whose windows are their places in the file."""
+        output = Output(max(end, self.places.grains))
+        start = np.concatenate([runs.first, self.zero.first]) * GRAIN
+        length = np.concatenate([runs.blocks, self.zero.blocks]) * GRAIN
+        place = np.concatenate([offset, np.zeros(len(self.zero.first), dtype=np.int64)])
+        kind = np.full(len(start), Kind.DATA, dtype=np.uint8)
+        kind[len(runs.first) :] = Kind.ZERO
+        source = np.where(kind == Kind.DATA, 0, -1).astype(np.int32)
+        gaps = Extents.filled(self.guest.size, Kind.HOLE)
+        if not len(start):
+            return gaps
+        order = np.argsort(start, kind="stable")
+        start, length = start[order], length[order]
+        rows = Columns(start, kind[order], source[order], place[order])
+        table = Extents.placed(self.guest.size, rows, length, [output])
+        # `placed` fills what is between the rows with ZERO; here it is a HOLE, an entry of 0.
+        return gaps.replaced(table, start, length)
+
+    # -- metadata
+
+    def _metadata(self, host: Extents) -> tuple[list[Blob], Columns, Column]:
+        """Returns the blobs, and the rows that place them, their sources numbered after those of the guest."""
+        places = self.places
+        tables = Blob("grain tables", lambda offset, length: self._entries(host, offset, length), self._tables_size())
+        blobs = [
+            Blob("header", self._header() + self.descriptor),
+            Blob("redundant grain directory", directory(places.redundant_tables, self.table_count)),
+            Blob("grain directory", directory(places.tables, self.table_count)),
+            tables,
+        ]
+        # Tables without an entry are left as holes in the file.
+        first, count = self._used_tables()
+        skip = first * TABLE
+        single = np.array([0, places.redundant_directory, places.directory], dtype=np.int64)
+        start = np.concatenate([single, places.redundant_tables + skip, places.tables + skip])
+        length = np.concatenate([[blob.size for blob in blobs[:3]], count * TABLE, count * TABLE])
+        index = np.concatenate([[0, 1, 2], np.full(2 * len(first), 3)]) + len(self.guest.sources)
+        offset = np.concatenate([np.zeros(3, dtype=np.int64), skip, skip])
+        rows = Columns(start, np.full(len(start), Kind.DATA, dtype=np.uint8), index.astype(np.int32), offset)
+        return blobs, rows, length
+
+    def _tables_size(self) -> int:
+        return self.table_count * TABLE
+
+    def _used_tables(self) -> tuple[Column, Column]:
+        """Returns the runs of grain tables that say something: number of the first, and how many."""
+        first = np.concatenate([self.payload.first, self.zero.first])
+        last = first + np.concatenate([self.payload.blocks, self.zero.blocks]) - 1
+        low, high = first // structs.ENTRIES, last // structs.ENTRIES
+        run, place = spread(high - low + 1)
+        numbers = distinct(low[run] + place)
+        if not len(numbers):
+            return numbers, numbers
+        begins = np.flatnonzero(np.append(True, np.diff(numbers) != 1))
+        return numbers[begins], np.diff(begins, append=len(numbers))
+
+    def _entries(self, host: Extents, offset: int, length: int) -> bytes:
+        low, high = offset // 4, -(-(offset + length) // 4)
+        data = _sectors(host, low, high - low).tobytes()
+        return data[offset - low * 4 : offset - low * 4 + length]
+
+    def _header(self) -> bytes:
+        flags = structs.NEWLINE_TEST | structs.REDUNDANT | (structs.ZEROED_GRAINS if self.zeroed_grains else 0)
+        return bytes(
+            structs.SparseExtentHeader.build(
+                {
+                    "version": 2 if self.zeroed_grains else 1,
+                    "flags": flags,
+                    "capacity": self.size // structs.SECTOR,
+                    "grainSize": GRAIN_SECTORS,
+                    "descriptorOffset": 1 if self.descriptor else 0,
+                    "descriptorSize": len(self.descriptor) // structs.SECTOR,
+                    "numGTEsPerGT": structs.ENTRIES,
+                    "rgdOffset": self.places.redundant_directory // structs.SECTOR,
+                    "gdOffset": self.places.directory // structs.SECTOR,
+                    "overHead": self.places.grains // structs.SECTOR,
+                    "uncleanShutdown": 0,
+                    "newlines": structs.NEWLINES,
+                    "compressAlgorithm": 0,
+                }
+            )
+        )
+
+
+def _whole_blocks(
+    rows: Columns, length: Column, sources: Sequence[Source], base: int, modulus: int
+) -> tuple[Columns, Column]:
+    """Returns rows of payload grown to whole blocks of `modulus` bytes, where nothing else is in the way.
+
+    Between grains there is space that no reader looks at. With the rest of its first and last block, which is what the
+    source's file has there, a row that begins in the middle of a block can be shared like any other.
+    """
+    order = np.argsort(rows.start, kind="stable")
+    rows, length = rows.take(order), length[order]
+    start, end = rows.start, rows.start + length
+    size = np.array([source.size if isinstance(source, File) else -1 for source in sources] + [-1], dtype=np.int64)
+    limit = size[rows.source]
+    head, tail = start % modulus, -end % modulus
+    can = (rows.kind == Kind.DATA) & (limit >= 0) & ((start - rows.offset) % modulus == 0)
+    # What lies before in the file, zeros inside of a grain included, and what comes after.
+    before = np.concatenate([[base], end[:-1]])
+    after = np.append(start[1:], np.int64(MAX_FILE))
+    head[~can | (start - head < before) | (rows.offset < head)] = 0
+    tail[~can | (end + tail > after) | (rows.offset + length + tail > limit)] = 0
+    return rows._replace(start=start - head, offset=rows.offset - head), length + head + tail
+
+
+def _sectors(host: Extents, first: int, count: int) -> npt.NDArray[np.uint32]:
+    """Returns grain table entries: sectors, `ZEROED`, or 0 for grains that are not there.
+
+    All in 32 bits, where what overflows in between comes out right in the end: there are sixteen million for a TiB.
+    """
+    entries = np.zeros(count, dtype="<u4")
+    inside = max(0, min(count, host.size // GRAIN - first))
+    if not inside:
+        return entries
+    low, high = int(host.row_at(first * GRAIN)), int(host.row_at((first + inside) * GRAIN - 1)) + 1
+    begins = host.start[low:high] // GRAIN - first
+    # Where grain `first` would be if the row began there.
+    base = (host.offset[low:high] // structs.SECTOR - begins * GRAIN_SECTORS).astype(np.uint32)
+    begins[0] = 0
+    counts = np.diff(begins, append=inside)
+    there = entries[:inside]
+    there[:] = np.arange(inside, dtype=np.uint32)
+    there *= np.uint32(GRAIN_SECTORS)
+    there += base[0] if high - low == 1 else np.repeat(base, counts)
+    kind = host.kind[low:high]
+    if int(kind.min()) != Kind.DATA:
+        missing = np.repeat(kind != Kind.DATA, counts)
+        there[missing] = np.repeat(np.where(kind == Kind.ZERO, structs.ZEROED, 0), counts)[missing]
+    return entries

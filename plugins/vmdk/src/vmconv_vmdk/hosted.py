@@ -1,0 +1,178 @@
+"""Extents of VMware's hosted products: header, descriptor, redundant and compressed grains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vmconv.errors import ImageError
+from vmconv.extents import MAX_SIZE, Column, Extents, Kind
+from vmconv.sources import File
+from vmconv_vmdk import structs
+from vmconv_vmdk.compression import CompressedGrains
+from vmconv_vmdk.sparse import Extent, RawEntries, Slice, damaged, parse
+
+Warn = Callable[[str], None]
+
+
+class Hosted(Extent):
+    """An extent of VMware's hosted products, monolithic, split or stream-optimized; `size` is the header's capacity."""
+
+    width = 4
+
+    def __init__(self, file: File, warn: Warn) -> None:
+        self.file = file
+        self.warn = warn
+        self._header_offset = 0
+        header = parse(structs.SparseExtentHeader, file, 0, "header")
+        self._check_identity(header)
+        if header.gdOffset == structs.GD_AT_END:
+            header = self._footer(header)
+        self.header = header
+        self.flags: int = header.flags
+        self.compressed = bool(self.flags & structs.COMPRESSED)
+        self.size = header.capacity * structs.SECTOR
+        self.grain = header.grainSize * structs.SECTOR
+        self.entries = header.numGTEsPerGT
+        self._check_numbers(header)
+        if header.uncleanShutdown:
+            warn(f"{file.name}: was not closed cleanly; what can be read is converted")
+
+    def _damaged(self, field: str, problem: str) -> ImageError:
+        return damaged(self.file, structs.SparseExtentHeader, field, problem, self._header_offset)
+
+    def _check_identity(self, header: Any) -> None:
+        """Refuses what this is not an extent of, and features that we do not know."""
+        if not 1 <= header.version <= 3:
+            raise self._damaged("version", f"{header.version} is not in 1..3")
+        unknown = header.flags & ~structs.KNOWN_FLAGS
+        if unknown:
+            raise self._damaged("flags", f"unknown features {unknown:#x}")
+        if header.flags & structs.NEWLINE_TEST and header.newlines != structs.NEWLINES:
+            raise self._damaged("newlines", f"{header.newlines.hex()}: the file was damaged by a transfer as text")
+        algorithm = header.compressAlgorithm
+        if header.flags & structs.COMPRESSED and algorithm != structs.DEFLATE:
+            raise self._damaged("compressAlgorithm", f"{algorithm} is not known, deflate is 1")
+
+    def _footer(self, header: Any) -> Any:
+        """Returns the copy of the header at the end of a stream, which knows where the grain directory is."""
+        place = self.file.size - 3 * structs.SECTOR
+        if place < structs.SECTOR:
+            raise self._damaged("gdOffset", f"speaks of a footer, which a file of {self.file.size:#x} has no room for")
+        marker = parse(structs.Marker, self.file, place, "footer marker")
+        end = parse(structs.Marker, self.file, place + 2 * structs.SECTOR, "end-of-stream marker")
+        if (marker.size, marker.type) != (0, structs.FOOTER) or (end.val, end.size, end.type) != (0, 0, 0):
+            raise ImageError(
+                f"{self.file.name}: footer marker at {place:#x}: is not there, the file may be incomplete",
+            )
+        footer = parse(structs.SparseExtentHeader, self.file, place + structs.SECTOR, "footer")
+        self._header_offset = place + structs.SECTOR
+        self._check_identity(footer)
+        for field in ("capacity", "grainSize", "numGTEsPerGT", "flags"):
+            if footer[field] != header[field]:
+                raise self._damaged(field, f"{footer[field]:#x} in the footer, {header[field]:#x} in the header")
+        return footer
+
+    def _check_numbers(self, header: Any) -> None:
+        most = MAX_SIZE // structs.SECTOR
+        if header.capacity > most:
+            raise self._damaged("capacity", f"{header.capacity} sectors, {most} at most")
+        grains = structs.MAX_COMPRESSED_GRAIN_SECTORS if self.compressed else structs.MAX_GRAIN_SECTORS
+        if not 1 <= header.grainSize <= grains or header.grainSize & (header.grainSize - 1):
+            raise self._damaged("grainSize", f"{header.grainSize} sectors is not a power of two in 1..{grains}")
+        if not 1 <= header.numGTEsPerGT <= structs.ENTRIES:
+            raise self._damaged("numGTEsPerGT", f"{header.numGTEsPerGT} is not in 1..{structs.ENTRIES}")
+        if self.tables_needed > structs.MAX_DIRECTORY:
+            raise self._damaged(
+                "capacity", f"needs a grain directory of {self.tables_needed} entries, {structs.MAX_DIRECTORY} at most"
+            )
+
+    def embedded(self) -> bytes | None:
+        """Returns the descriptor inside the extent, None when there is none."""
+        header = structs.SparseExtentHeader.parse(self.file.read(0, structs.SECTOR))
+        if not header.descriptorOffset:
+            return None
+        offset, size = header.descriptorOffset * structs.SECTOR, header.descriptorSize * structs.SECTOR
+        if not 0 < size <= structs.MAX_DESCRIPTOR:
+            raise damaged(
+                self.file,
+                structs.SparseExtentHeader,
+                "descriptorSize",
+                f"{size} bytes are not in 1..{structs.MAX_DESCRIPTOR}",
+            )
+        if offset + size > self.file.size:
+            raise damaged(
+                self.file,
+                structs.SparseExtentHeader,
+                "descriptorOffset",
+                f"descriptor at {offset:#x} lies past the end of the file ({self.file.size:#x})",
+            )
+        return self.file.read(offset, size)
+
+    def table(self) -> Extents:
+        """Returns the table by the grain directory, or, where that is damaged, by the redundant one."""
+        redundant = bool(self.flags & structs.REDUNDANT)
+        try:
+            return self._table(self.header.gdOffset, "gdOffset")
+        except ImageError as damage:
+            if not redundant or self.header.rgdOffset == self.header.gdOffset:
+                raise
+            try:
+                table = self._table(self.header.rgdOffset, "rgdOffset")
+            except ImageError:
+                raise damage from None
+            self.warn(f"{damage}; the redundant grain directory is used instead")
+            return table
+
+    def _table(self, sector: int, field: str) -> Extents:
+        if not self.size:
+            return Extents.filled(0)
+        if sector > self.file.size // structs.SECTOR:
+            raise self._damaged(field, f"sector {sector:#x} lies past the end of the file ({self.file.size:#x})")
+        tables = self._directory(sector * structs.SECTOR)
+        if field == "gdOffset" and self.flags & structs.REDUNDANT:
+            self._check_missing(tables, sector * structs.SECTOR)
+        self.allocated = 0
+        self.grains = CompressedGrains(self.file, self.grain, self.size, markers=bool(self.flags & structs.MARKERS))
+        return self._mapped(tables, [self.grains.source if self.compressed else self.file])
+
+    def _directory(self, offset: int) -> Column:
+        tables = self._read_directory(offset, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
+        self._check_tables(tables, offset, self.width)
+        return tables
+
+    def _check_missing(self, tables: Column, offset: int) -> None:
+        """Raises `ImageError` where only the redundant directory, if it is sound, has a table."""
+        try:
+            others = self._directory(self.header.rgdOffset * structs.SECTOR)
+        except ImageError as damage:
+            self.warn(f"redundant grain directory: {damage}")
+            return
+        missing = (tables == 0) & (others != 0)
+        if missing.any():
+            entry = int(np.flatnonzero(missing)[0])
+            raise ImageError(
+                f"{self.file.name}: grain directory entry {entry} at {offset + entry * self.width:#x}: "
+                "0, but the redundant grain directory has a table"
+            )
+
+    def _slice(self, raw: RawEntries, first: int) -> Slice:
+        zero = None
+        if self.flags & structs.ZEROED_GRAINS or self.header.version >= 2:
+            zero = raw == structs.ZEROED
+        kind, source, offset = self._columns(raw, zero, first)
+        data = kind == Kind.DATA
+        self.allocated += int(np.count_nonzero(data))
+        # A compressed grain has a sector of its own at least, any other one its whole size (the last may be cut).
+        room = self.file.size // (structs.SECTOR if self.compressed else self.grain) + 1
+        if self.allocated > room:
+            raise ImageError(
+                f"{self.file.name}: grain tables: {self.allocated} grains are allocated, the file has room for {room}"
+            )
+        if self.compressed and data.any():
+            guest = np.flatnonzero(data) + first
+            self.grains.add(guest, offset[data])
+            offset[data] = guest * self.grain
+        return kind, source, offset

@@ -1,0 +1,45 @@
+"""Options of the VMDK writer; names and values are those of `qemu-img create -o`, with VMware's vmfs beside them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from vmconv.options import option
+
+Subformat = Literal[
+    "monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "vmfs", "streamOptimized"
+]
+AdapterType = Literal["ide", "buslogic", "lsilogic", "legacyESX", "pvscsi"]
+
+FLAT = {"monolithicFlat": "FLAT", "twoGbMaxExtentFlat": "FLAT", "vmfs": "VMFS"}
+"""Subformats whose extents are the disk itself, with the kind of extent that their descriptor names."""
+
+SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a VMDK is written; raises `ValueError` for what the format cannot be."""
+
+    subformat: Subformat = option("monolithicSparse", "how extents are stored; streamOptimized compresses")
+    adapter_type: AdapterType | None = option(None, "virtual adapter; by default what the source says, or ide")
+    hwversion: str = option("4", "version of the virtual hardware")
+    toolsversion: str = option("2147483647", "version of VMware's guest tools")
+    zeroed_grain: bool = option(False, "on: zeros that hide the parent take no space (not for old readers)")
+
+    def __post_init__(self) -> None:
+        for field in ("hwversion", "toolsversion"):
+            if not re.fullmatch(r"\d{1,10}", getattr(self, field)):
+                raise ValueError(f"{field} is a number")
+        if self.zeroed_grain and (self.flat or self.subformat == "streamOptimized"):
+            raise ValueError(f"zeroed_grain needs sparse extents, {self.subformat} has none")
+
+    @property
+    def flat(self) -> bool:
+        return self.subformat in FLAT
+
+    @property
+    def split(self) -> bool:
+        return self.subformat in SPLIT

@@ -1,0 +1,255 @@
+"""Reads VMDK images: the descriptor says of which extents the disk is made, one after the other, and what is below."""
+
+from __future__ import annotations
+
+import ntpath
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+
+from vmconv.errors import ImageError, UsageError
+from vmconv.extents import Columns, Extents, Kind
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import File, Source
+from vmconv_vmdk import descriptor as descriptors
+from vmconv_vmdk import structs
+from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, Descriptor, Part
+from vmconv_vmdk.esx import Cowd, SeSparse
+from vmconv_vmdk.hosted import Hosted
+
+_GEOMETRY = ("cylinders", "heads", "sectors")
+
+
+def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+    """Returns the image whose descriptor, or whose only extent, is `file`; other extents are opened with the table."""
+    if snapshot is not None:
+        raise UsageError(f"{file.name}: VMDK has no internal snapshots, {snapshot!r} was asked for")
+    disk = _Disk(file, opener)
+
+    def load_guest() -> Extents:
+        table = disk.table()
+        image.warnings = tuple(dict.fromkeys((*image.warnings, *disk.warnings)))
+        return table
+
+    described = disk.descriptor
+    image = Image(
+        "vmdk",
+        file,
+        disk.size,
+        load_guest,
+        load_parent=disk.parent if described.parent_cid != NO_PARENT else None,
+        parent_reference=described.parent if described.parent_cid != NO_PARENT else None,
+        parent_format="vmdk" if described.parent_cid != NO_PARENT else None,
+        metadata=_metadata(described),
+        losses=tuple(_losses(described)),
+        warnings=tuple(disk.warnings),
+        details=disk.details,
+    )
+    return image
+
+
+def content_id(image: Image) -> int | None:
+    """Returns the CID of a VMDK image, which is that of its content; None for other images."""
+    if image.format_name != "vmdk":
+        return None
+    data = image.details.get("format-specific", {}).get("data", {})
+    found: int | None = data.get("cid")
+    return found
+
+
+class _Disk:
+    """A descriptor and the extents that it names."""
+
+    def __init__(self, file: File, opener: Opener) -> None:
+        self.file = file
+        self.opener = opener
+        self.warnings: list[str] = []
+        # The extent is there when it holds the descriptor and all of the disk.
+        self.descriptor, self.whole = self._described()
+        self.size = self.whole.size if self.whole else self.descriptor.size
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def _described(self) -> tuple[Descriptor, Hosted | None]:
+        head = self.file.read(0, min(self.file.size, 8))
+        if not head.startswith((structs.SPARSE_MAGIC, structs.COWD_MAGIC, structs.SE_MAGIC)):
+            return descriptors.separate(self.file), None
+        if head.startswith(structs.SPARSE_MAGIC):
+            extent = Hosted(self.file, self._warn)
+            text = extent.embedded()
+            if text is not None:
+                return self._embedded(extent, descriptors.parse(text, self.file.name))
+        # What is below such an extent, and beside it, only the descriptor knows.
+        raise ImageError(
+            f"{self.file.name}: is an extent of a disk, without its descriptor",
+            hint="name the file that describes the disk, a small text",
+        )
+
+    def _embedded(self, extent: Hosted, described: Descriptor) -> tuple[Descriptor, Hosted | None]:
+        if not extent.size:
+            # A header without a capacity only carries the descriptor of a disk in other files.
+            return described, None
+        if len(described.parts) > 1:
+            raise ImageError(
+                f"{self.file.name}: embedded descriptor names {len(described.parts)} extents, it can only be in one"
+            )
+        return described, extent
+
+    # -- the table
+
+    def table(self) -> Extents:
+        """Returns the table of the disk, extent by extent."""
+        if self.whole:
+            return self.whole.table()
+        files: dict[str, File] = {}
+        used: set[str] = set()
+        tables = []
+        for part in self.descriptor.parts:
+            if part.kind == "ZERO":
+                tables.append(Extents.filled(part.size))
+                continue
+            if part.access == "NOACCESS":
+                self._warn(f"{self.file.name}: {part.size} bytes that the guest may not read are converted as zeros")
+                tables.append(Extents.filled(part.size))
+                continue
+            name = part.name or ""
+            if name not in files:
+                files[name] = self.opener.related(self.file, name, "extent")
+            if part.kind not in FLAT_KINDS and name in used:
+                raise ImageError(f"{self.file.name}: extent {name!r} is named twice")
+            used.add(name)
+            tables.append(self._flat(part, files[name]) if part.kind in FLAT_KINDS else self._sparse(part, files[name]))
+        return _concatenated(tables)
+
+    def _flat(self, part: Part, file: File) -> Extents:
+        offset = part.offset * structs.SECTOR
+        if offset + part.size > file.size:
+            raise ImageError(
+                f"{self.file.name}: extent {part.name!r}: {part.size} bytes from {offset:#x} lie past the end of the "
+                f"file ({file.size:#x})"
+            )
+        return Extents.of([(0, Kind.DATA, file, offset)], part.size)
+
+    def _sparse(self, part: Part, file: File) -> Extents:
+        extent = self._extent(part, file)
+        if extent.size < part.size:
+            raise ImageError(
+                f"{file.name}: capacity of {extent.size} bytes, {self.file.name} says that it has {part.size}"
+            )
+        return extent.table().window(0, part.size)
+
+    def _extent(self, part: Part, file: File) -> Hosted | Cowd | SeSparse:
+        magic = file.read(0, min(8, file.size))
+        if magic.startswith(structs.SPARSE_MAGIC):
+            return Hosted(file, self._warn)
+        if magic.startswith(structs.COWD_MAGIC):
+            return Cowd(file)
+        if magic == structs.SE_MAGIC:
+            return SeSparse(file)
+        raise ImageError(f"{file.name}: magic at 0x0: {magic[:4].hex()} is not that of a {part.kind} extent")
+
+    # -- the parent
+
+    def parent(self) -> Image:
+        """Returns the layer below; raises `ImageError` when it is not as it was when this one was made."""
+        described = self.descriptor
+        reference = described.parent or ""
+        if re.match(r"[A-Za-z]:[\\/]|\\\\", reference):
+            # A path of Windows names nothing here; the chain was copied, and its files lie together.
+            reference = ntpath.basename(reference)
+        parent = self.opener.parent(self.file, reference.replace("\\", "/"), "vmdk")
+        found = content_id(parent)
+        if found != described.parent_cid:
+            has = "has none" if found is None else f"is {found:08x}"
+            raise ImageError(
+                f"{self.file.name}: parentCID {described.parent_cid:08x}: the CID of {parent.file.name} {has}",
+                hint="the parent was written to after this layer was made, or is another disk",
+            )
+        return parent
+
+    # -- facts
+
+    def details(self) -> Mapping[str, Any]:
+        """Returns the facts that qemu-img lists as format specific, under its names."""
+        described = self.descriptor
+        facts: dict[str, Any] = {
+            "cid": described.cid,
+            "parent-cid": described.parent_cid,
+            "create-type": described.create_type,
+            "extents": [self._facts(part) for part in described.parts],
+        }
+        if identity := described.values.get("ddb.longcontentid"):
+            facts["long-content-id"] = identity
+        details: dict[str, Any] = {"format-specific": {"type": "vmdk", "data": facts}}
+        if self.whole:
+            details["cluster-size"] = self.whole.grain
+            details["dirty-flag"] = bool(self.whole.header.uncleanShutdown)
+        return details
+
+    def _facts(self, part: Part) -> dict[str, Any]:
+        facts = {"format": part.kind, "virtual-size": part.size, "filename": part.name or ""}
+        if self.whole:
+            facts |= {
+                "virtual-size": self.whole.size,
+                "filename": self.file.name,
+                "cluster-size": self.whole.grain,
+                "compressed": self.whole.compressed,
+            }
+        return facts
+
+
+def _concatenated(tables: Sequence[Extents]) -> Extents:
+    """Returns the tables one after the other as one."""
+    sources: list[Source] = []
+    index: dict[int, int] = {}
+    parts = []
+    at = 0
+    for table in tables:
+        for source in table.sources:
+            if id(source) not in index:
+                index[id(source)] = len(sources)
+                sources.append(source)
+        # The extra last element answers for -1, the index of rows that have no source.
+        renumber = np.array([index[id(source)] for source in table.sources] + [-1], dtype=np.int32)
+        parts.append(Columns(table.start + at, table.kind, renumber[table.source], table.offset))
+        at += table.size
+    return Extents(at, Columns.join(parts), sources)
+
+
+def _metadata(described: Descriptor) -> dict[str, Any]:
+    """Returns what the disk database says of the disk; what makes no sense there is as good as not said."""
+    values = described.values
+    metadata: dict[str, Any] = {}
+    numbers = [values.get(f"ddb.geometry.{name}", "") for name in _GEOMETRY]
+    if all(re.fullmatch(r"\d{1,5}|\d{6,9}", number) for number in numbers):
+        cylinders, heads, sectors = (int(number) for number in numbers)
+        if heads < 1 << 16 and sectors < 1 << 16 and not _follows_from_size(described, cylinders, heads, sectors):
+            metadata["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
+    adapter = values.get("ddb.adaptertype", "")
+    if 0 < len(adapter) <= 64 and adapter.isprintable():
+        metadata["adapter_type"] = adapter
+    for key in ("ddb.uuid", "ddb.uuid.image"):
+        text = re.sub(r"[\s{}-]", "", values.get(key, ""))
+        if re.fullmatch(r"[0-9a-fA-F]{32}", text) and int(text, 16):
+            metadata.setdefault("identity", UUID(text))
+    return metadata
+
+
+def _follows_from_size(described: Descriptor, cylinders: int, heads: int, sectors: int) -> bool:
+    """True for the geometry that is made for every disk of this size: it says nothing, so nothing is lost with it."""
+    per_cylinder = heads * sectors
+    made = (heads, sectors) in ((16, 63), (255, 63))
+    return made and cylinders == described.size // structs.SECTOR // per_cylinder
+
+
+def _losses(described: Descriptor) -> Iterator[str]:
+    tracked = described.values.get("changetrackpath")
+    if tracked:
+        yield f"change tracking in {tracked!r}"
+    if sidecars := described.values.get("ddb.sidecars"):
+        yield f"sidecar files of I/O filters: {sidecars[:80]!r}"

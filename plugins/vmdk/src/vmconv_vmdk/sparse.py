@@ -1,0 +1,168 @@
+"""What all sparse extents have in common: grain directories and grain tables into the table of an address space.
+
+Three kinds, one shape: a directory of the places of grain tables, each with the places of grains. They differ in the
+width of entries and in what an entry that is not a place says: see hosted.py and esx.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from construct import Construct, ConstructError
+
+from vmconv.errors import ImageError
+from vmconv.extents import Column, Extents, Kind, Kinds
+from vmconv.sources import File, Source
+from vmconv_vmdk import structs
+
+# Grain tables are read in slices of this many bytes.
+_SLICE = 2 << 20
+
+RawEntries = npt.NDArray[np.unsignedinteger[Any]]
+Slice = tuple[Kinds, int, Column]
+
+
+def damaged(file: File, struct: Construct, field: str, problem: str, base: int = 0) -> ImageError:
+    """Returns the error for a header field: its name, its place in the file, and what is wrong with its value."""
+    return ImageError(f"{file.name}: {field} at {base + structs.field_offset(struct, field):#x}: {problem}")
+
+
+def parse(struct: Construct, file: File, offset: int, what: str) -> Any:
+    """Returns a structure of the file; raises `ImageError` when the file ends before it, or has another one there."""
+    length = struct.sizeof()
+    if offset + length > file.size:
+        raise ImageError(f"{file.name}: {what} at {offset:#x}: {length} bytes in a file of {file.size:#x}")
+    try:
+        return struct.parse(file.read(offset, length))
+    except ConstructError as exc:
+        raise ImageError(f"{file.name}: {what} at {offset:#x}: has not the signature of one") from exc
+
+
+class Extent(ABC):
+    """One sparse extent, its header checked: `grain` and `size` are bytes."""
+
+    file: File
+    grain: int
+    size: int
+    entries: int
+    """Entries of a grain table."""
+    width: int
+    """Bytes of an entry."""
+    directory_offset: int
+
+    @abstractmethod
+    def table(self) -> Extents:
+        """Returns the table of the extent; HOLE is what it leaves to the parent."""
+
+    @abstractmethod
+    def _slice(self, raw: RawEntries, first: int) -> Slice:
+        """Returns the columns of grain table entries, the first of which is grain number `first`."""
+
+    @property
+    def tables_needed(self) -> int:
+        return -(-self.size // (self.grain * self.entries))
+
+    def _mapped(self, tables: Column, sources: list[Source]) -> Extents:
+        return Extents.from_units(self.grain, self.size, self._slices(tables), sources)
+
+    def _slices(self, tables: Column) -> Iterator[Slice | int]:
+        length = self.entries * self.width
+        grains = -(-self.size // self.grain)
+        for first, count, data in _table_slices(self.file, tables, length):
+            # What lies past the end of the disk is not part of it, whatever the table says.
+            wanted = min(count * self.entries, grains - first * self.entries)
+            if data is None:
+                yield wanted
+                continue
+            yield self._slice(np.frombuffer(data, dtype=f"<u{self.width}")[:wanted], first * self.entries)
+
+    def _read_directory(self, offset: int, count: int, dtype: str) -> npt.NDArray[np.uint64]:
+        length = count * np.dtype(dtype).itemsize
+        if count > structs.MAX_DIRECTORY:
+            raise ImageError(
+                f"{self.file.name}: grain directory of {count} entries for {self.size} bytes, "
+                f"{structs.MAX_DIRECTORY} at most"
+            )
+        if offset <= 0 or offset + length > self.file.size:
+            raise ImageError(
+                f"{self.file.name}: grain directory at {offset:#x}: {length} bytes do not lie inside the file "
+                f"({self.file.size:#x})"
+            )
+        return np.frombuffer(self.file.read(offset, length), dtype=dtype).astype(np.uint64)
+
+    def _check_tables(self, tables: Column, directory: int, width: int) -> None:
+        """Raises `ImageError` unless the tables lie inside the file, each used once."""
+        length = self.entries * self.width
+        bad = (tables != 0) & (tables > self.file.size - length)
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            raise ImageError(
+                f"{self.file.name}: grain directory entry {entry} at {directory + entry * width:#x}: "
+                f"table at {tables[entry]:#x} lies past the end of the file ({self.file.size:#x})"
+            )
+        used = np.sort(tables[tables != 0])
+        twice = used[1:][used[1:] == used[:-1]]
+        if len(twice):
+            entry = int(np.flatnonzero(tables == twice[0])[1])
+            raise ImageError(
+                f"{self.file.name}: grain directory entry {entry} at {directory + entry * width:#x}: "
+                f"table at {twice[0]:#x} is used twice"
+            )
+
+    def _refuse(self, entry: int, first: int, problem: str) -> None:
+        grain = first + entry
+        table, place = divmod(grain, self.entries)
+        raise ImageError(
+            f"{self.file.name}: grain table {table} entry {place} (address {grain * self.grain:#x}): {problem}"
+        )
+
+    def _check_places(self, offset: Column, data: npt.NDArray[np.bool_] | None, first: int) -> None:
+        """Raises `ImageError` unless the chosen offsets (None: all) begin inside the file, behind the header."""
+        bad = offset >= self.file.size
+        bad |= offset < structs.SECTOR
+        if data is not None:
+            bad &= data
+        if bad.any():
+            entry = int(np.flatnonzero(bad)[0])
+            self._refuse(
+                entry, first, f"grain at {offset[entry]:#x} lies past the end of the file ({self.file.size:#x})"
+            )
+
+    def _columns(self, raw: RawEntries, zero: npt.NDArray[np.bool_] | None, first: int) -> Slice:
+        """Returns the columns of entries that are sectors, 0 where there is no grain; `zero` is where they are not."""
+        offset = raw.astype(np.int64)
+        offset *= structs.SECTOR
+        if int(raw.min()) > structs.ZEROED:
+            kind = np.full(len(raw), Kind.DATA, dtype=np.uint8)
+            self._check_places(offset, None, first)
+            return kind, 0, offset
+        kind = np.where(offset != 0, Kind.DATA, Kind.HOLE).astype(np.uint8)
+        if zero is not None:
+            kind[zero] = Kind.ZERO
+        self._check_places(offset, kind == Kind.DATA, first)
+        return kind, 0, offset
+
+
+def _table_slices(file: File, tables: Column, length: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yields `(first table, count, their bytes)` for the offsets of tables of `length` bytes each.
+
+    None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
+    together, in slices of bounded size, and holes of the file are not read at all.
+    """
+    most = max(1, _SLICE // length)
+    breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != length)) + 1
+    edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
+    for begin, end in itertools.pairwise(edges):
+        if not tables[begin]:
+            yield begin, end - begin, None
+            continue
+        for first in range(begin, end, most):
+            count = min(most, end - first)
+            offset, size = int(tables[first]), count * length
+            there = file.data_ranges(offset, offset + size)
+            yield first, count, file.read(offset, size) if there else None

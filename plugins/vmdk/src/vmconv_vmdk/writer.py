@@ -1,0 +1,195 @@
+"""Writes VMDK images: a pure function from the guest's table to the tables of the output files.
+
+monolithicSparse       name.vmdk, one sparse extent with the descriptor inside
+twoGbMaxExtentSparse   name-s001.vmdk ..., sparse extents, and name.vmdk, the descriptor
+monolithicFlat, vmfs   name-flat.vmdk, the disk itself, and name.vmdk, the descriptor
+twoGbMaxExtentFlat     name-f001.vmdk ..., parts of the disk itself, and name.vmdk, the descriptor
+streamOptimized        name.vmdk, compressed, see stream.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from vmconv import blocks
+from vmconv.errors import PlanError
+from vmconv.extents import Extents
+from vmconv.image import Image
+from vmconv.layout import Backing, Layout, OutFile, Placement
+from vmconv.sources import Blob
+from vmconv_vmdk import structs
+from vmconv_vmdk.descriptor import NO_PARENT, Part, render
+from vmconv_vmdk.grains import GRAIN, SparseExtent
+from vmconv_vmdk.options import FLAT, AdapterType, Options
+from vmconv_vmdk.reader import content_id
+
+SPLIT_SECTORS = 4192256
+"""Sectors of each extent of a split disk but the last: 2047 MiB, as VMware has it."""
+
+DESCRIPTOR_SECTORS = 20
+"""Room for an embedded descriptor, as VMware and QEMU have it."""
+
+MAX_SECTORS = 1 << 37
+"""64 TiB: a directory of 2 Mi grain tables."""
+
+_EXTENT_NAMES = {"monolithicFlat": "-flat", "vmfs": "-flat", "twoGbMaxExtentSparse": "-s{:03d}"}
+_EXTENT_NAMES["twoGbMaxExtentFlat"] = "-f{:03d}"
+
+
+def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
+    """Returns the layout of the VMDK `placement.target`; raises `PlanError` for what the subformat cannot hold."""
+    return _Writer(image, options, placement, backing).layout()
+
+
+class _Writer:
+    def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
+        self.image = image
+        self.options = options
+        self.modulus = placement.modulus
+        self.backing = backing
+        self.name = placement.target
+        # A disk is whole sectors.
+        self.sectors = -(-image.size // structs.SECTOR)
+        self.size = self.sectors * structs.SECTOR
+        self._check_request()
+        self.losses: list[str] = []
+        self.guest = self._guest()
+
+    def _check_request(self) -> None:
+        subformat = self.options.subformat
+        for text, what in ((self.name, "file name"), (self.backing.reference if self.backing else "", "backing file")):
+            if any(character in text for character in '"\n\r\0'):
+                raise PlanError(f"VMDK descriptor cannot hold the {what} {text!r}")
+        if not 1 <= self.sectors <= MAX_SECTORS:
+            nearest = structs.SECTOR * (MAX_SECTORS if self.sectors else 1)
+            raise PlanError(f"VMDK cannot hold {self.image.size} bytes, the nearest size it can hold is {nearest}")
+        if self.backing and (self.options.flat or subformat == "streamOptimized"):
+            raise PlanError(f"{subformat} cannot have a backing file", hint="use -o subformat=monolithicSparse")
+        if self.backing and self.backing.format != "vmdk":
+            raise PlanError(f"a VMDK's parent must be a VMDK, {self.backing.reference} is {self.backing.format}")
+
+    def _guest(self) -> Extents:
+        """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
+        if self.options.flat:
+            return self.image.flat.window(0, self.size).without_holes()
+        table = blocks.padded(self.image.guest if self.backing else self.image.flat, GRAIN)
+        if self.backing and self.image.parent:
+            table = blocks.fill_partial_holes(table, self.image.parent.flat.window(0, table.size), GRAIN)
+        return table
+
+    def layout(self) -> Layout:
+        parts = self._parts()
+        text = self._descriptor(parts)
+        if self.options.subformat == "streamOptimized":
+            from vmconv_vmdk.stream import stream
+
+            table = stream(self.guest, self.image.file, self.size, self._embedded(text))
+            return Layout((OutFile(table),), tuple(self.losses))
+        if self.options.subformat == "monolithicSparse":
+            table = self._sparse(self.guest, self.size, self._embedded(text))
+            return Layout((OutFile(table),), tuple(self.losses))
+        files = []
+        at = 0
+        for part in parts:
+            window = self.guest.window(at, part.size)
+            table = window if self.options.flat else self._sparse(window, part.size, None)
+            files.append(OutFile(table, part.name))
+            at += part.size
+        files.append(OutFile(Extents.whole(Blob("descriptor", text))))
+        return Layout(tuple(files), tuple(self.losses))
+
+    def _parts(self) -> list[Part]:
+        """Returns the extents as the descriptor names them."""
+        options, stem = self.options, self.name.removesuffix(".vmdk")
+        kind = FLAT.get(options.subformat, "SPARSE")
+        pattern = _EXTENT_NAMES.get(options.subformat)
+        if pattern is None:
+            return [Part("RW", self.sectors, kind, self.name)]
+        longest = SPLIT_SECTORS if options.split else self.sectors
+        return [
+            Part("RW", min(longest, self.sectors - at), kind, f"{stem}{pattern.format(number)}.vmdk")
+            for number, at in enumerate(range(0, self.sectors, longest), start=1)
+        ]
+
+    def _sparse(self, window: Extents, size: int, descriptor: bytes | None) -> Extents:
+        table = blocks.padded(window, GRAIN)
+        extent = SparseExtent(
+            table,
+            size,
+            self.modulus,
+            descriptor,
+            delta=self.backing is not None,
+            zeroed_grains=self.options.zeroed_grain,
+        )
+        return extent.file()
+
+    # -- the descriptor
+
+    def _embedded(self, text: bytes) -> bytes:
+        room = DESCRIPTOR_SECTORS * structs.SECTOR
+        if len(text) > room:
+            raise PlanError(f"VMDK descriptor of {len(text)} bytes, {room} at most: its file names are too long")
+        return text.ljust(room, b"\0")
+
+    def _descriptor(self, parts: Sequence[Part]) -> bytes:
+        """Returns the descriptor; its identities are the source's, else made from what the disk is, not from chance."""
+        digest = self._digest()
+        kept = content_id(self.image)
+        # 0, fffffffe and ffffffff have a meaning of their own.
+        cid = kept if kept is not None else int.from_bytes(digest[:4], "big") % 0xFFFFFFFD + 1
+        parent_cid = NO_PARENT
+        if self.backing:
+            found = content_id(self.image.parent) if self.image.parent else None
+            if found is None:
+                raise PlanError(f"CID of the parent {self.backing.reference} is not known: it was not read as a VMDK")
+            parent_cid = found
+        return render(
+            create_type=self.options.subformat,
+            cid=cid,
+            parts=parts,
+            database=self._database(digest, cid),
+            parent_cid=parent_cid,
+            parent=self.backing.reference if self.backing else None,
+        )
+
+    def _digest(self) -> bytes:
+        """Returns a digest of the disk's identity, its size and where its payload lies."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{self.image.metadata.get('identity')} {self.size}".encode())
+        for column in self.guest.columns:
+            digest.update(column.tobytes())
+        return digest.digest()
+
+    def _database(self, digest: bytes, cid: int) -> dict[str, str]:
+        metadata, options = self.image.metadata, self.options
+        adapter = options.adapter_type or self._adapter(metadata.get("adapter_type"))
+        database = {"adapterType": adapter}
+        geometry = _geometry(metadata.get("geometry"))
+        if geometry is None:
+            # What VMware's own tools make: 16 heads for IDE, else 255.
+            heads = 16 if adapter == "ide" else 255
+            geometry = {"cylinders": self.sectors // (heads * 63), "heads": heads, "sectors": 63}
+        database |= {f"geometry.{key}": str(value) for key, value in geometry.items()}
+        database["longContentID"] = f"{digest[4:].hex()}{cid:08x}"
+        database["toolsVersion"] = options.toolsversion
+        if identity := metadata.get("identity"):
+            text = identity.bytes.hex(" ")
+            database["uuid"] = f"{text[:23]}-{text[24:]}"
+        database["virtualHWVersion"] = options.hwversion
+        return database
+
+    def _adapter(self, wish: str | None) -> str:
+        known = get_args(AdapterType)
+        if wish is None or wish in known:
+            return wish or "ide"
+        self.losses.append(f"adapter type {wish}: VMDK knows {', '.join(known)}, ide is written")
+        return "ide"
+
+
+def _geometry(given: Any) -> Mapping[str, int] | None:
+    """Returns a geometry as numbers by name, from either of the shapes that readers give it."""
+    if given is None or isinstance(given, Mapping):
+        return given
+    return {name: getattr(given, name) for name in ("cylinders", "heads", "sectors")}
