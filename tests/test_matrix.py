@@ -67,7 +67,7 @@ def test_a_format_converts_to_every_other(reflink_dir: Path, qemu_img: QemuImg, 
             options=options(target),
             zero_copy="auto" if copies else "require",
         )
-        formats = {"left_format": source[0], "right_format": target[0]}
+        formats: dict[str, Any] = {"left_format": source[0], "right_format": target[0]}
         assert vmconv.compare(str(image), str(path), **formats), target
         if not copies:
             assert result.totals.copied == 0, target
