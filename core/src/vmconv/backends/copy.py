@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from vmconv import linux
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.sources import File
 from vmconv.storage import Ability, Backend, Survey, Transaction
+
+_COPIED_BY_THE_SERVER = frozenset({"ceph", "cifs", "nfs", "nfs4", "smb3"})
 
 
 class CopyBackend(Backend):
@@ -24,5 +27,6 @@ class CopyBackend(Backend):
 
     def begin(self, directory: str, *, force: bool = False) -> Transaction:
         # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
-        shares = ReflinkBackend().ability(directory).shares
-        return FileTransaction(directory, force=force, kernel_copies=not shares)
+        remote = linux.mount_of(directory).type in _COPIED_BY_THE_SERVER
+        kernel_copies = remote and not ReflinkBackend().ability(directory).shares
+        return FileTransaction(directory, force=force, kernel_copies=kernel_copies)

@@ -83,13 +83,28 @@ class _DirectWriter:
 
     def write(self, offset: int, view: memoryview) -> int:
         """Returns how many bytes of the beginning were written."""
-        length = len(view) // _DIRECT_UNIT * _DIRECT_UNIT
-        if self._refused or offset % _DIRECT_UNIT:
+        length = self._length(offset, len(view))
+        if length:
+            self._buffer(length)[:length] = view[:length]
+        return self._put(offset, length)
+
+    def copy(self, source: File, source_offset: int, offset: int, length: int) -> int:
+        """Returns how many bytes of the beginning were copied; they are read to where they are written from."""
+        length = self._length(offset, length)
+        if length:
+            with memoryview(self._buffer(length)) as whole, whole[:length] as part:
+                length = os.preadv(source.descriptor, [part], source_offset)
+        return self._put(offset, length // _DIRECT_UNIT * _DIRECT_UNIT)
+
+    def _length(self, offset: int, length: int) -> int:
+        whole = length // _DIRECT_UNIT * _DIRECT_UNIT
+        return 0 if self._refused or offset % _DIRECT_UNIT or whole < _DIRECT_FROM else whole
+
+    def _put(self, offset: int, length: int) -> int:
+        if not length:
             return 0
-        buffer = self._buffer(length)
-        buffer[:length] = view[:length]
         try:
-            with memoryview(buffer) as whole, whole[:length] as part:
+            with memoryview(self._buffer(length)) as whole, whole[:length] as part:
                 return os.pwrite(self._opened(), part, offset)
         except OSError as exc:
             if exc.errno != errno.EINVAL:
@@ -119,8 +134,8 @@ class _DirectWriter:
 class FileOutput(Output):
     """A temporary file that will become the target.
 
-    `kernel_copies` lets the kernel copy between files, which is faster than reading and writing. Where blocks can be
-    shared it shares them instead, so this is for those who do not mind, or for filesystems that cannot.
+    `kernel_copies` leaves copying to copy_file_range, for filesystems whose server can do it. Elsewhere that is slower
+    than reading and writing, or shares blocks where copies were asked for.
     """
 
     def __init__(self, path: str, size: int, *, kernel_copies: bool) -> None:
@@ -143,13 +158,15 @@ class FileOutput(Output):
             view, offset = view[done:], offset + done
 
     def write_payload(self, offset: int, data: bytes) -> None:
-        done = self._direct.write(offset, memoryview(data)) if len(data) >= _DIRECT_FROM else 0
+        done = self._direct.write(offset, memoryview(data))
         self.write(offset + done, data[done:] if done else data)
 
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
         done = 0
         if isinstance(source, File) and self.kernel_copies:
             done = self._copy_in_kernel(source, source_offset, offset, length)
+        elif isinstance(source, File) and source.descriptor >= 0:
+            done = self._direct.copy(source, source_offset, offset, length)
         if done < length:
             super().copy(source, source_offset + done, offset + done, length - done)
 

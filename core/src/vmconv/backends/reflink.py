@@ -82,7 +82,7 @@ class ReflinkBackend(Backend):
         return Survey(unit, refusals)
 
     def begin(self, directory: str, *, force: bool = False) -> Transaction:
-        return ReflinkTransaction(directory, force=force, kernel_copies=True)
+        return ReflinkTransaction(directory, force=force, kernel_copies=False)
 
 
 @contextmanager
