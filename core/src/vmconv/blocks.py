@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.extents import Column, Extents, Kind, Kinds, cut, distinct, gather
+from vmconv.extents import Column, Columns, Extents, Kind, Kinds, cut, distinct, gather
+from vmconv.sources import Blob, Source
 
 
 class Runs(NamedTuple):
@@ -107,3 +109,32 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     start = base + np.cumsum(span) - span + phase
     offset = start[group] + inside
     return Placed(order, offset, int(offset[-1] + length[-1]))
+
+
+class Output(Source):
+    """The address space of an output file that is being planned, for tables that say where in it a block goes."""
+
+    name = "output"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("the output is being planned")
+
+
+def output_table(
+    metadata: Sequence[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int
+) -> Extents:
+    """Returns the table of an output file of `size` bytes: metadata at its offsets, the rows of `guest` at theirs."""
+    there = [(offset, blob) for offset, blob in metadata if blob.size]
+    first = len(guest.sources)
+    made = Columns(
+        np.array([offset for offset, _ in there], dtype=np.int64),
+        np.full(len(there), Kind.DATA, dtype=np.uint8),
+        np.arange(first, first + len(there), dtype=np.int32),
+        np.zeros(len(there), dtype=np.int64),
+    )
+    made_length = np.array([blob.size for _, blob in there], dtype=np.int64)
+    sources = (*guest.sources, *(blob for _, blob in there))
+    return Extents.placed(size, Columns.join([made, rows]), np.concatenate([made_length, length]), sources)

@@ -13,27 +13,15 @@ import numpy as np
 
 from vmconv import blocks
 from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut
+from vmconv.extents import Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Layout, OutFile, Placement
-from vmconv.sources import Blob, Source
+from vmconv.sources import Blob
 from vmconv_parallels import structs
 from vmconv_parallels.options import Options
 
 _HEADS, _SECTORS = 16, 32
 """The geometry that QEMU and Parallels give to new disks."""
-
-
-class _Output(Source):
-    """The address space of the output file, for the table that says where in it a cluster goes."""
-
-    name = "output"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
 
 
 def write(image: Image, options: Options, placement: Placement) -> Layout:
@@ -59,7 +47,7 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
         (0, Blob("header", _header(size, cluster, base))),
         (structs.HEADER_LENGTH, _bat(guest.size, cluster, data, placed)),
     ]
-    return Layout((OutFile(_file(metadata, guest, rows, length, placed.end)),))
+    return Layout((OutFile(blocks.output_table(metadata, guest, rows, length, placed.end)),))
 
 
 def _refuse_too_large(size: int, cluster: int) -> None:
@@ -103,7 +91,7 @@ def _bat(size: int, cluster: int, data: blocks.Runs, placed: blocks.Placed) -> B
         np.zeros(n, dtype=np.int32),
         placed.offset[order],
     )
-    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [_Output(placed.end)])
+    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [blocks.Output(placed.end)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)
@@ -112,18 +100,3 @@ def _bat(size: int, cluster: int, data: blocks.Runs, placed: blocks.Placed) -> B
         return (where // cluster).astype("<u4").tobytes()[offset - first * 4 :][:length]
 
     return Blob("BAT", compute, size // cluster * 4)
-
-
-def _file(metadata: list[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int) -> Extents:
-    """Returns the table of the output file: metadata at its places, the rows at theirs."""
-    there = [(offset, blob) for offset, blob in metadata if blob.size]
-    first = len(guest.sources)
-    made = Columns(
-        np.array([offset for offset, _ in there], dtype=np.int64),
-        np.full(len(there), Kind.DATA, dtype=np.uint8),
-        np.arange(first, first + len(there), dtype=np.int32),
-        np.zeros(len(there), dtype=np.int64),
-    )
-    made_length = np.array([blob.size for _, blob in there], dtype=np.int64)
-    sources = (*guest.sources, *(blob for _, blob in there))
-    return Extents.placed(size, Columns.join([made, rows]), np.concatenate([made_length, length]), sources)

@@ -23,18 +23,6 @@ from vmconv_qcow2 import structs
 from vmconv_qcow2.options import Options
 
 
-class _Output(Source):
-    """The address space of the output file, for tables that say where in it a cluster goes."""
-
-    name = "output"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
-
-
 class _Tables(NamedTuple):
     """Sizes and places of the metadata, bytes: each begins at a cluster."""
 
@@ -147,7 +135,7 @@ class _Writer:
         """Returns the metadata of the file and its places."""
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
-        output = _Output(used_to)
+        output = blocks.Output(used_to)
         whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.blocks * cluster])
         used = _windows(whole[0], whole[1], whole[0], output, used_to)
         host = self._host(runs, offset, output)
@@ -282,7 +270,7 @@ class _Writer:
             np.zeros(len(runs.first), dtype=np.int32),
             runs.first * self.unit,
         )
-        return Extents(self.guest.size, rows, [_Output(self.guest.size)])
+        return Extents(self.guest.size, rows, [blocks.Output(self.guest.size)])
 
 
 def _windows(

@@ -20,18 +20,6 @@ from vmconv_qed import structs
 from vmconv_qed.options import Options
 
 
-class _Output(Source):
-    """The address space of the output file, for the table that says where in it a cluster goes."""
-
-    name = "output"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
-
-
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
     """Returns the layout of a QED image; raises `PlanError` when the disk is too large for its tables."""
     return _Writer(image, options, backing).layout(placement.modulus)
@@ -78,7 +66,7 @@ class _Writer:
         host = self._host(data, placed.offset, zero, size)
         rows, length = cut(self.guest, data.first * self.cluster, data.blocks * self.cluster, placed.offset)
         metadata = [(0, self._header()), (l1, self._l1(tables, l2)), (l2, self._l2(host, tables))]
-        return Layout((OutFile(_file(metadata, self.guest, rows, length, size)),))
+        return Layout((OutFile(blocks.output_table(metadata, self.guest, rows, length, size)),))
 
     def _header(self) -> Blob:
         name, features = b"", 0
@@ -119,7 +107,7 @@ class _Writer:
         order = np.argsort(first, kind="stable")
         rows = Columns(first * self.cluster, kind, source, where).take(order)
         length = (count * self.cluster)[order]
-        return _with_holes(self.guest.size, rows, length, _Output(size))
+        return _with_holes(self.guest.size, rows, length, blocks.Output(size))
 
     def _l2(self, host: Extents, tables: Column) -> Blob:
         """Returns all L2 tables, end to end, of the given entries of the L1 table."""
@@ -157,18 +145,3 @@ def _with_holes(size: int, rows: Columns, length: Column, source: Source) -> Ext
     holes = Columns(gap, np.full(len(gap), Kind.HOLE, dtype=np.uint8), nothing, np.zeros(len(gap), dtype=np.int64))
     both = Columns.join([rows, holes])
     return Extents(size, both.take(np.argsort(both.start, kind="stable")), [source])
-
-
-def _file(metadata: list[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int) -> Extents:
-    """Returns the table of the output file: metadata at its places, the rows at theirs."""
-    there = [(offset, blob) for offset, blob in metadata if blob.size]
-    first = len(guest.sources)
-    made = Columns(
-        np.array([offset for offset, _ in there], dtype=np.int64),
-        np.full(len(there), Kind.DATA, dtype=np.uint8),
-        np.arange(first, first + len(there), dtype=np.int32),
-        np.zeros(len(there), dtype=np.int64),
-    )
-    made_length = np.array([blob.size for _, blob in there], dtype=np.int64)
-    sources = (*guest.sources, *(blob for _, blob in there))
-    return Extents.placed(size, Columns.join([made, rows]), np.concatenate([made_length, length]), sources)

@@ -20,7 +20,7 @@ from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Layout, OutFile, Placement
-from vmconv.sources import Blob, File, Source
+from vmconv.sources import Blob, File
 from vmconv_vdi import structs
 from vmconv_vdi.options import Options
 
@@ -30,18 +30,6 @@ BLOCK = 1 << 20
 MAP_OFFSET = 512
 MAX_BLOCKS = ((1 << 32) - BLOCK - MAP_OFFSET) // 4
 """Blocks whose map leaves the data area a place that 32 bits can say."""
-
-
-class _Data(Source):
-    """The data area of the output file, for the table that says where in it a block goes."""
-
-    name = "data area"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
 
 
 def write(image: Image, options: Options, placement: Placement) -> Layout:
@@ -67,7 +55,9 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
     rows, length = cut(guest, runs.first * BLOCK, runs.blocks * BLOCK, data + place)
     length = np.minimum(length, end - rows.start)
     inside = length > 0
-    table = _file([(0, Blob("header", header)), (MAP_OFFSET, block_map)], guest, rows.take(inside), length[inside], end)
+    table = blocks.output_table(
+        [(0, Blob("header", header)), (MAP_OFFSET, block_map)], guest, rows.take(inside), length[inside], end
+    )
     return Layout((OutFile(table),))
 
 
@@ -112,7 +102,7 @@ def _block_map(size: int, runs: blocks.Runs, place: Column, used: int) -> Blob:
         np.zeros(n, dtype=np.int32),
         place[order],
     )
-    host = Extents.placed(size, rows, (runs.blocks * BLOCK)[order], [_Data(used * BLOCK)])
+    host = Extents.placed(size, rows, (runs.blocks * BLOCK)[order], [blocks.Output(used * BLOCK)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)
@@ -183,18 +173,3 @@ def _geometry(geometry: Any) -> dict[str, int]:
         values = geometry if isinstance(geometry, Mapping) else vars(geometry)
         fields |= {"cCylinders": values["cylinders"], "cHeads": values["heads"], "cSectors": values["sectors"]}
     return fields
-
-
-def _file(metadata: list[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int) -> Extents:
-    """Returns the table of the output file: metadata at its places, the rows at theirs."""
-    there = [(offset, blob) for offset, blob in metadata if blob.size]
-    first = len(guest.sources)
-    made = Columns(
-        np.array([offset for offset, _ in there], dtype=np.int64),
-        np.full(len(there), Kind.DATA, dtype=np.uint8),
-        np.arange(first, first + len(there), dtype=np.int32),
-        np.zeros(len(there), dtype=np.int64),
-    )
-    made_length = np.array([blob.size for _, blob in there], dtype=np.int64)
-    sources = (*guest.sources, *(blob for _, blob in there))
-    return Extents.placed(size, Columns.join([made, rows]), np.concatenate([made_length, length]), sources)
