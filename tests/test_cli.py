@@ -194,6 +194,39 @@ def test_a_command_imports_no_more_than_it_needs(xfs_dir: Path, arguments: list[
     assert not unwanted & set(done.stdout.splitlines()[-1].split())
 
 
+def test_the_program_postpones_what_only_other_uses_of_its_libraries_need(xfs_dir: Path) -> None:
+    make_disk(xfs_dir / "disk.raw", MIB)
+    command = [sys.executable, "-X", "importtime", "-m", "vmconv", "convert", "disk.raw", "disk.qcow2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=xfs_dir)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"numpy", "construct"} <= imported
+    assert not {"pdb", "hashlib", "pickle", "numpy._core._add_newdocs"} & imported
+
+
+def test_a_postponed_module_is_imported_when_it_is_used() -> None:
+    code = """if True:
+        import sys
+        from vmconv.__main__ import _Postponed
+        sys.modules["colorsys"] = stand_in = _Postponed("colorsys")
+        import colorsys
+        assert colorsys is stand_in
+        assert colorsys.rgb_to_hsv(0, 0, 1)[2] == 1
+        import colorsys
+        assert colorsys is not stand_in
+        assert not hasattr(stand_in, "no_such_thing")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["formats"], 0), (["no-such-command"], 2), (["info", "no-such-file"], 1)]
+)
+def test_the_program_ends_with_the_exit_code_of_the_command(arguments: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-m", "vmconv", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout if code == 0 else done.stderr.startswith(("usage: vmconv", "vmconv: no-such-file"))
+
+
 def test_a_reader_of_the_output_may_go_away(tmp_path: Path) -> None:
     command = f"{sys.executable} -m vmconv formats | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

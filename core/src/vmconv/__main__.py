@@ -1,7 +1,62 @@
-"""`python -m vmconv` is `vmconv`."""
+"""The program: `vmconv` and `python -m vmconv`. What makes it start and end quickly is here and not in the library."""
 
+from __future__ import annotations
+
+import os
 import sys
+from types import ModuleType
+from typing import Any, NoReturn
 
-from vmconv.cli import main
+_SELDOM_USED = ("cmd", "ctypes", "hashlib", "pdb", "pickle", "platform", "traceback")
+"""What numpy and construct import at once, for parts of them that hardly any run comes to."""
 
-sys.exit(main())
+_DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
+"""Give what numpy has written in C its docstrings, which takes a tenth of its import."""
+
+
+class _Postponed(ModuleType):
+    """Stands for a module until something of it is asked for; then that is imported."""
+
+    def __getattr__(self, name: str) -> Any:
+        from importlib import import_module
+
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        self.__dict__.update(vars(import_module(self.__name__)))
+        if name not in self.__dict__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return self.__dict__[name]
+
+
+def run() -> NoReturn:
+    """Runs the command that the command line names and ends the process with its exit code."""
+    for name in _SELDOM_USED:
+        sys.modules.setdefault(name, _Postponed(name))
+    for name in _DOCSTRINGS:
+        sys.modules.setdefault(name, ModuleType(name))
+    from vmconv.cli import main
+
+    try:
+        code = main()
+    except SystemExit as exc:
+        # From argparse, which has said what there is to say.
+        code = exc.code if isinstance(exc.code, int) else 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once: taking all modules apart again takes longer than sharing a disk.
+
+    What a command makes is closed and durable when it returns, and its threads have ended.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Who read it has gone.
+            code = code or 1
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()

@@ -28,8 +28,8 @@ def vmconv_register_commands() -> Iterable[Command]:
     return [command for module in modules for command in module.COMMANDS]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the whole command line, with every command that is installed."""
+def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line; of the commands only the `wanted` one when it is installed."""
     from vmconv.cli.options import formatter
     from vmconv.registry import installed
 
@@ -42,7 +42,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_Version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     registry = installed()
-    for command in registry.commands.values():
+    found = registry.commands.get(wanted or "")
+    for command in [found] if found else registry.commands.values():
         sub = commands.add_parser(
             command.name,
             help=command.help,
@@ -110,7 +111,9 @@ def _guarded(arguments: Sequence[str] | None) -> int:
 
     options = argparse.Namespace()
     try:
-        options = make_parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        # What is not asked for needs no parser: making those of all commands takes as long as a conversion's metadata.
+        options = make_parser(given[0] if given else None).parse_args(given)
         gc.enable()
         code: int = options.run(options)
         sys.stdout.flush()

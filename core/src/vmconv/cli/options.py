@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 
@@ -10,9 +11,15 @@ class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
     """Help of one width wherever it is shown, with descriptions as they were written."""
 
     def __init__(self, prog: str) -> None:
-        import shutil
+        super().__init__(prog, max_help_position=28, width=min(_columns(), 100))
 
-        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size((100, 24)).columns, 100))
+
+def _columns() -> int:
+    """Returns the columns of the terminal, as `shutil` does, whose import takes longer than the rest of the parser."""
+    try:
+        return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 100
+    except (OSError, ValueError):
+        return 100
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
