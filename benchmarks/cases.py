@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bench import VMCONV, Bench, python, qemu_img, vmconv
+from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
@@ -137,13 +137,14 @@ def _copy(bench: Bench, place: Place, source: str, source_format: str, target_fo
             f"{title}, {_gib(bench.size)} of random payload",
             [
                 vmconv(source, target, check=same_as(source, source_format, target_format)),
+                vmconv_hasty(source, target),
                 qemu_img(source, source_format, target, target_format, *PARALLEL, heavy=False),
                 qemu_img(source, source_format, target, target_format, *EIGHT, heavy=False),
             ],
             _few(bench),
         )
     for other in ("qemu-img -W -m 16", "qemu-img -W -m 8"):
-        bench.at_least(measured, f"{title}: at least as fast as {other}", "vmconv", other, 1)
+        bench.at_least(measured, f"{title}: at least as fast as {other}", "vmconv", other, 1, hasty=HASTY)
 
 
 def compressed(bench: Bench, place: Place) -> None:
@@ -158,13 +159,14 @@ def compressed(bench: Bench, place: Place) -> None:
                 f"{_gib(GIB // 4 if bench.quick else GIB)}",
                 [
                     vmconv(image, target, check=same_as(image, "qcow2", "raw")),
+                    vmconv_hasty(image, target),
                     qemu_img(image, "qcow2", target, "raw", *PARALLEL, heavy=False),
                 ],
                 _few(bench),
             )
         if kind == "zlib":
             text = "zlib: 1.5 times faster than qemu-img -W -m 16"
-            bench.at_least(measured, text, "vmconv", "qemu-img -W -m 16", 1.5)
+            bench.at_least(measured, text, "vmconv", "qemu-img -W -m 16", 1.5, hasty=HASTY)
 
 
 def scale(bench: Bench, place: Place) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from vmconv.parallel import in_order
 from vmconv.planner import Action, FilePlan, Plan
-from vmconv.sources import Decoded, File, Source
+from vmconv.sources import File, Source
 from vmconv.storage import Output, Transaction
 
 Progress = Callable[[int, int], None]
@@ -72,10 +72,7 @@ def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) 
 def _copy(pieces: Sequence[_Piece]) -> int:
     """Copies pieces and returns how many bytes they were; runs in threads."""
     for piece in pieces:
-        if isinstance(piece.source, Decoded):
-            piece.output.write_payload(piece.offset, piece.source.read(piece.source_offset, piece.length))
-        else:
-            piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
+        piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
     return sum(piece.length for piece in pieces)
 
 

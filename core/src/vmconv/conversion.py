@@ -24,6 +24,7 @@ from vmconv.storage import Backend, Survey
 from vmconv.verify import verify as verify_result
 
 ZeroCopy = Literal["auto", "require"]
+Cache = Literal["writeback", "unsafe"]
 
 
 class Request(NamedTuple):
@@ -31,7 +32,8 @@ class Request(NamedTuple):
 
     `source_format` and `target_format` override what the file names speak of. `backing_file` keeps the chain: it is
     the layer that the target will have as its parent, as it is to be written into the target, with `backing_format`.
-    `zero_copy="require"` refuses to copy a single byte of payload.
+    `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
+    on storage, as `qemu-img convert` does not.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Request(NamedTuple):
     backing_format: str | None = None
     backend: str = "auto"
     zero_copy: ZeroCopy = "auto"
+    cache: Cache = "writeback"
     force: bool = False
     force_share: bool = False
     allow_external: Sequence[str] = ()
@@ -115,7 +118,8 @@ def run(
         _refuse_too_large(ready.plan)
         if announce:
             announce(ready.plan)
-        transaction = ready.backend.begin(ready.plan.directory, force=request.force)
+        durable = request.cache != "unsafe"
+        transaction = ready.backend.begin(ready.plan.directory, force=request.force, durable=durable)
         try:
             with os_errors(f"{request.target}: cannot be written"):
                 files = make(ready.plan, transaction, progress)

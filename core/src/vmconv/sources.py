@@ -6,6 +6,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import ImageError
@@ -23,6 +24,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
         """Returns exactly `length` bytes; raises `ImageError` when they are not there."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer with the bytes from `offset` on, as `read` returns them."""
+        buffer[:] = self.read(offset, len(buffer))
 
 
 class Stamp(NamedTuple):
@@ -71,6 +76,12 @@ class File(Source):
                 f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected"
             )
         return b"".join(parts)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with suppress(OSError):
+            if self.descriptor >= 0 and os.preadv(self.descriptor, [buffer], offset) == len(buffer):
+                return
+        super().read_into(offset, buffer)
 
     def sync(self) -> None:
         """Makes the filesystem decide where every byte lies; without it a map of the file may be out of date."""
@@ -137,6 +148,9 @@ class Decoded(Source):
     `reason` completes the sentence "copied because ...".
     """
 
+    step = 512 << 10
+    """Bytes to ask for at a time: what is decoded is still in the processor's cache when it is written."""
+
     def __init__(
         self, name: str, file: File, *, unit: int, count: int, decode: Callable[[int, int], list[bytes]], reason: str
     ) -> None:
@@ -148,13 +162,17 @@ class Decoded(Source):
         self._decode = decode
 
     def read(self, offset: int, length: int) -> bytes:
+        return b"".join(self.units(offset, length))
+
+    def units(self, offset: int, length: int) -> list[bytes]:
+        """Returns the bytes of `read` in the pieces in which they were decoded."""
         if not length:
-            return b""
+            return []
         first, end = offset // self.unit, -(-(offset + length) // self.unit)
         units = self._decode(first, end - first)
         units[-1] = units[-1][: offset + length - (end - 1) * self.unit]
         units[0] = units[0][offset - first * self.unit :]
-        return b"".join(units)
+        return units
 
 
 class Reserved(Source):

@@ -42,17 +42,16 @@ class Output(ABC):
     def write(self, offset: int, data: bytes) -> None:
         """Writes bytes; called from several threads, for ranges that do not overlap."""
 
-    def write_payload(self, offset: int, data: bytes) -> None:
-        """Writes bytes that nobody will read soon: they need not stay in memory."""
-        self.write(offset, data)
-
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
         """Copies bytes of a source; called from several threads, for ranges that do not overlap."""
         self.write(offset, source.read(source_offset, length))
 
     @abstractmethod
     def finish(self) -> File:
-        """Makes all that was written durable and returns the file to read it back; the transaction closes it."""
+        """Makes all that was written durable, unless the transaction need not be, and returns the file to read it back.
+
+        The transaction closes it.
+        """
 
 
 class Transaction(ABC):
@@ -88,5 +87,8 @@ class Backend(ABC):
         """Returns which of these sources can be shared with files of a directory; changes nothing that is seen."""
 
     @abstractmethod
-    def begin(self, directory: str, *, force: bool = False) -> Transaction:
-        """Returns a new transaction for files of a directory; `force` lets `commit` replace existing ones."""
+    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
+        """Returns a new transaction for files of a directory; `force` lets `commit` replace existing ones.
+
+        Where it is not `durable`, nothing waits for storage, and a power cut may leave less than was committed.
+        """

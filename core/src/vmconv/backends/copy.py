@@ -25,8 +25,8 @@ class CopyBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(1, {id(source): "the copy backend was asked for" for source in sources})
 
-    def begin(self, directory: str, *, force: bool = False) -> Transaction:
+    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
         # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
         remote = linux.mount_of(directory).type in _COPIED_BY_THE_SERVER
         kernel_copies = remote and not ReflinkBackend().ability(directory).shares
-        return FileTransaction(directory, force=force, kernel_copies=kernel_copies)
+        return FileTransaction(directory, force=force, durable=durable, kernel_copies=kernel_copies)

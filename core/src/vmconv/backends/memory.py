@@ -149,5 +149,5 @@ class MemoryBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(_UNIT)
 
-    def begin(self, directory: str, *, force: bool = False) -> Transaction:
+    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
         return MemoryTransaction(self.files, directory, force=force)

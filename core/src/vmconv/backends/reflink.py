@@ -81,8 +81,8 @@ class ReflinkBackend(Backend):
                     refusals[id(source)] = reason
         return Survey(unit, refusals)
 
-    def begin(self, directory: str, *, force: bool = False) -> Transaction:
-        return ReflinkTransaction(directory, force=force, kernel_copies=False)
+    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
+        return ReflinkTransaction(directory, force=force, durable=durable)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def _request(options: argparse.Namespace) -> Request:
         backing_format=options.backing_format,
         backend=options.backend,
         zero_copy=options.zero_copy,
+        cache=options.cache,
         force=options.force,
         force_share=options.force_share,
         allow_external=options.allow_external,
@@ -209,6 +210,14 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend", default="auto", metavar="NAME", help="auto, or one that vmconv backends lists (default: auto)"
+    )
+    parser.add_argument(
+        "-t",
+        dest="cache",
+        choices=("writeback", "unsafe"),
+        default="writeback",
+        help="writeback: TARGET is on storage before it gets its name; unsafe: do not wait for storage, as qemu-img\n"
+        "convert does unless told otherwise: a power cut may leave a damaged TARGET (default: writeback)",
     )
     parser.add_argument("--force", action="store_true", help="replace TARGET when it exists")
     add_output(parser)

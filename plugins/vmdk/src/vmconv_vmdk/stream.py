@@ -120,6 +120,9 @@ class _Places(NamedTuple):
 class _Stream(Decoded):
     """The compressed grains one after the other, each behind its marker and padded to sectors: made when it is read."""
 
+    # Where a piece begins or ends inside a grain, that one is compressed twice.
+    step = 4 << 20
+
     def __init__(
         self,
         guest: Extents,
@@ -147,15 +150,18 @@ class _Stream(Decoded):
         self.begins = (np.cumsum(sectors, dtype=np.int64) - sectors).astype(np.uint32)
 
     def _sectors(self, first: int, count: int) -> list[bytes]:
-        return [self.read(first * structs.SECTOR, count * structs.SECTOR)]
+        data = memoryview(self.read(first * structs.SECTOR, count * structs.SECTOR))
+        return [bytes(data[at : at + structs.SECTOR]) for at in range(0, len(data), structs.SECTOR)]
 
-    def read(self, offset: int, length: int) -> bytes:
+    def units(self, offset: int, length: int) -> list[bytes]:
+        if not length:
+            return []
         sector, last = offset // structs.SECTOR, (offset + length - 1) // structs.SECTOR
         low = int(np.searchsorted(self.begins, sector, side="right")) - 1
         high = int(np.searchsorted(self.begins, last, side="right"))
         data = b"".join(self._marked(low, high))
         skip = offset - int(self.begins[low]) * structs.SECTOR
-        return data[skip : skip + length]
+        return [data[skip : skip + length]]
 
     def _marked(self, low: int, high: int) -> Iterator[bytes]:
         """Yields the grains from index `low` to `high` as they are written."""
