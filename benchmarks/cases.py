@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
+from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
 from measure import Contender, Measured
 
-PARALLEL, EIGHT = ("-W", "-m", "16"), ("-W", "-m", "8")
+EIGHT = ("-W", "-m", "8")
 _MIB = 1 << 20
 
 
@@ -276,4 +277,8 @@ CASES = (
     Case("scale", ("xfs",), scale),
     Case("compressed", ("xfs", "ext4"), compressed),
     Case("copy", ("ext4", "directory"), copy),
+    Case("pairs", ("xfs", "btrfs"), pairs),
+    Case("misaligned", ("xfs", "btrfs"), misaligned),
+    Case("terabyte", ("xfs",), terabyte),
+    Case("streams", ("xfs", "ext4"), streams),
 )

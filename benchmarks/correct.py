@@ -40,8 +40,9 @@ def some_offsets(size: int, count: int = 12) -> list[int]:
 
 
 def _sound(image: str, format_name: str) -> None:
-    if format_name != "raw":
-        command("qemu-img", "check", "-f", format_name, image)
+    if format_name not in ("raw", "vpc"):
+        # Of QED, qemu-img 7.2 calls a cluster of each 4 GiB leaked, in images of its own too.
+        command("qemu-img", "check", "-f", format_name, image, ok=(0, 3) if format_name == "qed" else (0,))
 
 
 def _same_at(source: str, target: str, target_format: str, offset: int) -> None:
