@@ -221,6 +221,28 @@ def test_a_kept_backing_file_stays_the_parent(reflink_dir: Path, qemu_img: QemuI
         assert target.stat().st_blocks * 512 <= 9 * MIB
 
 
+def test_names_of_formats_are_those_of_qemu_in_images_that_qemu_reads(reflink_dir: Path, qemu_img: QemuImg) -> None:
+    """QEMU calls a VHD vpc."""
+    raw, base, top = make_disk(reflink_dir / "disk.raw", 8 * MIB), reflink_dir / "base.vpc", reflink_dir / "top.qcow2"
+    vmconv.convert(str(raw), str(base), target_format="vpc")
+    qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "vpc", top)
+    scribble(top, 8 * MIB, 1)
+    flat = reflink_dir / "flat.raw"
+    vmconv.convert(str(top), str(flat), zero_copy="require")
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", top, flat)
+    for backing_format in (None, "vhd", "vpc"):
+        kept = reflink_dir / "kept.qcow2"
+        vmconv.convert(str(top), str(kept), backing_file=base.name, backing_format=backing_format, force=True)
+        assert vmconv.info(str(kept))["backing-filename-format"] == "vpc"
+        qemu_img("compare", "-f", "qcow2", "-F", "qcow2", top, kept)
+    # The other way round a name of QEMU's does for a parent that has to be of the format itself.
+    target = reflink_dir / "new.vhd"
+    vmconv.convert(str(top), str(target), chain=True)
+    child = reflink_dir / "child.vhd"
+    vmconv.convert(str(target), str(child), backing_file="base.vhd", backing_format="vpc")
+    assert vmconv.compare(str(top), str(child))
+
+
 def test_only_a_layer_of_the_source_can_be_kept(reflink_dir: Path, qemu_img: QemuImg) -> None:
     make_disk(reflink_dir / "base.raw", MIB)
     make_disk(reflink_dir / "other.raw", MIB, seed=1)

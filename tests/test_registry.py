@@ -394,6 +394,13 @@ def test_a_known_format_that_has_no_plugin_says_so(install: Install) -> None:
     assert "no plugin is known to read it" in (caught.value.hint or "")
 
 
+def test_a_format_is_found_by_the_name_that_qemu_has_for_it() -> None:
+    assert installed().format("vpc") is installed().formats["vhd"]
+    with pytest.raises(UsageError, match="format 'vpc' is not installed") as caught:
+        Registry().format("vpc")
+    assert caught.value.hint == "pip install vmconv-vhd"
+
+
 def test_an_unknown_format_lists_what_is_installed() -> None:
     with pytest.raises(UsageError) as caught:
         installed().format("floppy")

@@ -252,10 +252,68 @@ def test_a_differencing_image_of_a_differencing_image_is_flattened(tmp_path: Pat
 
 def test_a_missing_parent_is_named_by_its_uuid(tmp_path: Path) -> None:
     parent, child, _ = chain(tmp_path)
-    parent.rename(tmp_path / "base.vdi")
+    parent.unlink()
+    (tmp_path / "other.vdi").write_bytes(build({0: bytes(MIB)}, [0], uuidCreate=structs.uuid_bytes(UUID(int=5))))
+    (tmp_path / "garbage.vdi").write_bytes(b"x" * 1000)
     with pytest.raises(ImageError, match=f"uuidLinkage at 0x1a8: .* UUID {IDENTITY} only") as caught:
         vmconv.convert(str(child), str(tmp_path / "flat.raw"))
-    assert f"{{{IDENTITY}}}.vdi" in str(caught.value.hint)
+    assert "--allow-external" in str(caught.value.hint)
+
+
+def test_a_parent_under_another_name_is_found_by_its_uuid(tmp_path: Path) -> None:
+    parent, child, payload = chain(tmp_path)
+    parent.rename(tmp_path / "any name.vdi")
+    for name in ("a.vdi", "z.vdi"):
+        (tmp_path / name).write_bytes(build({0: bytes(MIB)}, [0], uuidCreate=structs.uuid_bytes(UUID(int=5))))
+    vmconv.convert(str(child), str(tmp_path / "flat.raw"))
+    assert (tmp_path / "flat.raw").read_bytes()[:MIB] == payload[0]
+
+
+def test_a_parent_in_another_directory_is_found_where_the_user_allows_it(tmp_path: Path) -> None:
+    """VirtualBox keeps differencing images in a directory below that of the disk."""
+    snapshots = tmp_path / "Snapshots"
+    snapshots.mkdir()
+    parent, child, payload = chain(snapshots)
+    parent.rename(tmp_path / "disk.vdi")
+    flat = tmp_path / "flat.raw"
+    with pytest.raises(ImageError, match="named by its UUID"):
+        vmconv.convert(str(child), str(flat))
+    vmconv.convert(str(child), str(flat), allow_external=[str(tmp_path)])
+    assert flat.read_bytes()[:MIB] == payload[0]
+
+
+def test_of_two_files_with_the_uuid_of_the_parent_the_unchanged_one_is_meant(tmp_path: Path) -> None:
+    parent, child, payload = chain(tmp_path)
+    content = bytearray(parent.rename(tmp_path / "one.vdi").read_bytes())
+    at = structs.field_offset("uuidModify")
+    content[at : at + 16] = structs.uuid_bytes(UUID(int=9))
+    (tmp_path / "another.vdi").write_bytes(content)
+    vmconv.convert(str(child), str(tmp_path / "flat.raw"))
+    assert (tmp_path / "flat.raw").read_bytes()[:MIB] == payload[0]
+    (tmp_path / "copy.vdi").write_bytes((tmp_path / "one.vdi").read_bytes())
+    with pytest.raises(ImageError, match=r"copy\.vdi and .*one\.vdi both have the UUID"):
+        vmconv.convert(str(child), str(tmp_path / "again.raw"))
+
+
+def test_a_search_follows_no_link_out_of_the_directory(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    parent, child, _ = chain(inside)
+    parent.rename(outside / "disk.vdi")
+    (inside / "link.vdi").symlink_to(outside / "disk.vdi")
+    with pytest.raises(ImageError, match="named by its UUID"):
+        vmconv.convert(str(child), str(tmp_path / "flat.raw"))
+
+
+def test_a_search_looks_at_a_limited_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmconv.opener.MAX_SEARCHED", 3)
+    parent, child, _ = chain(tmp_path)
+    parent.rename(tmp_path / "parent.vdi")
+    for number in range(3):
+        (tmp_path / f"{number}.vdi").write_bytes(b"")
+    with pytest.raises(ImageError, match="named by its UUID"):
+        vmconv.convert(str(child), str(tmp_path / "flat.raw"))
 
 
 def test_a_link_to_the_parent_will_do(tmp_path: Path) -> None:

@@ -249,12 +249,29 @@ def test_a_differencing_disk_stays_one_on_its_parent(corpus: Path, xfs_dir: Path
 @given(image=disks(parent=True))
 def test_any_layer_on_a_parent_is_the_same_after_writing_and_reading(image: Image) -> None:
     assert image.parent is not None
-    image.parent.metadata["identity"] = ID
+    same_size = image.parent.guest.window(0, image.size).without_holes()
+    below = disk_of(same_size, image.parent.file, identity=ID)  # type: ignore[arg-type]
+    image = disk_of(image.guest, image.file, parent=below)  # type: ignore[arg-type]
     result = opened(written(image, backing=Backing("base.vhd", "vhd")))
     assert result.parent_reference == "base.vhd"
     assert result.details["format-specific"]["data"]["parent-id"] == str(ID)
-    whole = result.guest.over(image.parent.flat).without_holes()
+    whole = result.guest.over(below.flat).without_holes()
     assert content(whole)[: image.size] == content(image.flat)
+
+
+def test_a_parent_of_another_size_is_refused() -> None:
+    base = raw_disk(patterned(512, []), identity=ID)
+    layer = disk_of(Extents.filled(MIB, Kind.HOLE), MemoryFile("top", 0), parent=base)
+    with pytest.raises(PlanError, match=r"as large as its parent: 1048576 bytes, base\.vhd has 512") as caught:
+        written(layer, backing=Backing("base.vhd", "vhd"))
+    assert "flatten" in str(caught.value.hint)
+
+
+def test_a_layer_with_the_identity_of_its_parent_gets_its_own() -> None:
+    base = raw_disk(patterned(MIB, [(0, MIB)]), identity=ID)
+    layer = disk_of(Extents.filled(MIB, Kind.HOLE), MemoryFile("top", 0), parent=base, identity=ID)
+    first, second = (opened(written(layer, backing=Backing("base.vhd", "vhd"))).metadata["identity"] for _ in "12")
+    assert first == second != ID
 
 
 def test_blocks_left_to_the_parent_are_not_allocated() -> None:

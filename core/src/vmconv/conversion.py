@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from vmconv.commit import Progress, make
-from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError, os_errors
-from vmconv.extents import Extents
-from vmconv.formats import Format
+from vmconv.containers import Container, Kept, Target, lay_out, parts_of, sources_of
+from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
+from vmconv.known import known_format
+from vmconv.layout import Backing
 from vmconv.opener import Opener
 from vmconv.options import parse_options
-from vmconv.planner import CopyReason, Plan, Totals, plan_layout
+from vmconv.planner import CopyReason, Plan, Totals, joined, plan_layout
+from vmconv.refusals import refuse_changed, refuse_collisions, refuse_copies, refuse_too_large
 from vmconv.registry import Registry, installed
 from vmconv.sources import File
 from vmconv.storage import Backend, Survey
@@ -30,8 +31,9 @@ Cache = Literal["writeback", "unsafe"]
 class Request(NamedTuple):
     """What to convert and how; the names are those of the command line's options.
 
-    `source_format` and `target_format` override what the file names speak of. `backing_file` keeps the chain: it is
-    the layer that the target will have as its parent, as it is to be written into the target, with `backing_format`.
+    `source_format` and `target_format` override what the file names speak of. `chain` makes an image of each layer of
+    the source, beside the target. `backing_file` keeps the chain as it is from a layer on: it is the layer that what is
+    made will have as its parent, as it is to be written into the target, with `backing_format`.
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
     on storage, as `qemu-img convert` does not.
     """
@@ -42,6 +44,7 @@ class Request(NamedTuple):
     target_format: str | None = None
     options: Mapping[str, Any] = MappingProxyType({})
     snapshot: str | None = None
+    chain: bool = False
     backing_file: str | None = None
     backing_format: str | None = None
     backend: str = "auto"
@@ -53,7 +56,10 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was done: bytes by kind, the reason for each copied byte, what was lost, and the seconds it took."""
+    """What was done: bytes by kind, the reason for each copied byte, what was lost, and the seconds it took.
+
+    `layers` are the files of the images below the target that were made with it, the base last.
+    """
 
     source: str
     target: str
@@ -65,42 +71,42 @@ class Result(NamedTuple):
     losses: tuple[str, ...]
     warnings: tuple[str, ...]
     seconds: float
+    layers: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
-    """A conversion that was planned and can be made real; its source files are open."""
+    """A conversion that was planned and can be made real; its source files are open.
+
+    The images to make are in the order in which they appear: the last is the one that the user named.
+    """
 
     request: Request
     image: Image
-    format: Format
     backend: Backend
-    layout: Layout
+    containers: tuple[Container, ...]
     plan: Plan
-    below: Extents | None
     opener: Opener
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the layers that become images, the top first."""
+        return tuple(dict.fromkeys(text for made in reversed(self.containers) for text in made.source.warnings))
 
 
 @contextmanager
 def prepared(request: Request) -> Iterator[Prepared]:
     """Yields the planned conversion: everything has been read and checked, nothing has been touched."""
     registry = installed()
-    with ExitStack() as stack:
-        opener = stack.enter_context(
-            Opener(registry, allow_external=request.allow_external, force_share=request.force_share)
-        )
-        target_format = registry.format(_target_format(registry, request))
-        options = parse_options(target_format.options(), request.options, target_format.name)
+    with Opener(registry, allow_external=request.allow_external, force_share=request.force_share) as opener:
+        target = _target(registry, request)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
-        layered, backing = _backing(request, target_format, image)
-        directory, name = _target(request)
-        files = [source for source in image.flat.sources if isinstance(source, File)]
-        backend, survey = _choose(registry, request.backend, directory, files)
-        layout = target_format.write(layered, options, Placement(survey.unit, name), backing=backing)
-        losses = image.losses + tuple(_losses(image, target_format))
-        plan = plan_layout(layout, name, directory, backend.name, survey, losses)
-        _refuse_collisions(plan, opener.files, request.force)
-        below = layered.parent.flat if backing and layered.parent else None
-        yield Prepared(request, image, target_format, backend, layout, plan, below, opener)
+        kept = _kept(request, target, image)
+        parts = parts_of(image, target, registry, kept, chain=request.chain)
+        backend, survey = _choose(registry, request.backend, target.directory, sources_of(image))
+        containers = lay_out(parts, target, survey.unit, registry, kept)
+        plan = joined([_plan(made, target.directory, backend, survey, alone=len(parts) == 1) for made in containers])
+        refuse_collisions(plan, opener.files, force=request.force)
+        yield Prepared(request, image, backend, tuple(containers), plan, opener)
 
 
 def run(
@@ -113,41 +119,58 @@ def run(
     """Plans and makes one conversion; see `vmconv.api.convert`."""
     began = time.perf_counter()
     with prepared(request) as ready:
-        totals = ready.plan.totals
-        refuse_copies(request, ready.plan)
-        _refuse_too_large(ready.plan)
+        refuse_copies(request.target, request.zero_copy, ready.plan)
+        refuse_too_large(ready.plan)
         if announce:
             announce(ready.plan)
-        durable = request.cache != "unsafe"
-        transaction = ready.backend.begin(ready.plan.directory, force=request.force, durable=durable)
-        try:
-            with os_errors(f"{request.target}: cannot be written"):
-                files = make(ready.plan, transaction, progress)
-            if verify:
-                verify_result(ready.format, ready.layout.files, files, ready.image, ready.opener.registry, ready.below)
-            _refuse_changed(ready.opener.files)
-            transaction.commit()
-        finally:
-            transaction.abort()
+        _make(ready, verify=verify, progress=progress)
         return Result(
             request.source,
             request.target,
             ready.image.format_name,
-            ready.format.name,
+            ready.containers[-1].format.name,
             ready.backend.name,
-            totals,
+            ready.plan.totals,
             ready.plan.copies,
             ready.plan.losses,
-            ready.image.warnings,
+            ready.warnings,
             time.perf_counter() - began,
+            tuple(made.name for made in ready.containers[-2::-1]),
         )
 
 
-def refuse_copies(request: Request, plan: Plan) -> None:
-    """Raises `ZeroCopyError` when the request wants no payload copied and the plan copies some."""
-    if request.zero_copy == "require" and plan.copies:
-        why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
-        raise ZeroCopyError(f"{request.target}: {why}")
+def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
+    """Makes all files of the plan appear, or none."""
+    durable = ready.request.cache != "unsafe"
+    transaction = ready.backend.begin(ready.plan.directory, force=ready.request.force, durable=durable)
+    try:
+        with os_errors(f"{ready.request.target}: cannot be written"):
+            files = make(ready.plan, transaction, progress)
+        if verify:
+            verify_result(ready.containers, files, ready.opener.registry)
+        refuse_changed(ready.opener.files)
+        transaction.commit()
+    finally:
+        transaction.abort()
+
+
+def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
+    """Returns the plan of one image; where there are several, its losses say whose they are."""
+    losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
+    return plan_layout(made.layout, made.name, directory, backend.name, survey, losses)
+
+
+def _target(registry: Registry, request: Request) -> Target:
+    """Returns what is to be made; a symbolic link is followed, so that it goes on naming the file."""
+    wanted = registry.format(_target_format(registry, request))
+    options = parse_options(wanted.options(), request.options, wanted.name)
+    path = os.path.realpath(request.target)
+    directory, name = os.path.split(path)
+    if not os.path.isdir(directory):
+        raise PlanError(f"{request.target}: its directory does not exist")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise PlanError(f"{request.target}: is not a regular file")
+    return Target(wanted, options, directory, name)
 
 
 def _target_format(registry: Registry, request: Request) -> str:
@@ -159,31 +182,22 @@ def _target_format(registry: Registry, request: Request) -> str:
     return name
 
 
-def _target(request: Request) -> tuple[str, str]:
-    """Returns the directory and name of the target; a symbolic link is followed, so that it goes on naming the file."""
-    path = os.path.realpath(request.target)
-    directory, name = os.path.split(path)
-    if not os.path.isdir(directory):
-        raise PlanError(f"{request.target}: its directory does not exist")
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise PlanError(f"{request.target}: is not a regular file")
-    return directory, name
-
-
-def _backing(request: Request, target: Format, image: Image) -> tuple[Image, Backing | None]:
-    """Returns the image as the target is to hold it, and the parent that the target keeps."""
+def _kept(request: Request, target: Target, image: Image) -> Kept | None:
+    """Returns the layer of the source that becomes the parent of what is made, as it is."""
     if request.backing_file is None:
         if request.backing_format is not None:
             raise UsageError("a backing format needs a backing file", hint="name it with -B")
-        return image, None
-    if not target.can_back:
-        raise UsageError(f"{target.name} cannot have a backing file")
+        return None
+    if not target.format.can_back:
+        raise UsageError(f"{target.format.name} cannot have a backing file")
     path = os.path.join(os.path.dirname(request.target), request.backing_file)
     with os_errors("cannot be used as backing file", AccessError):
         wanted = os.stat(path)
     for layer in image.chain():
         if layer is not image and (layer.file.stamp.device, layer.file.stamp.inode) == (wanted.st_dev, wanted.st_ino):
-            return image.onto(layer), Backing(request.backing_file, request.backing_format or layer.format_name)
+            said = request.backing_format or layer.format_name
+            known = known_format(said)
+            return Kept(layer, Backing(request.backing_file, known.name if known else said))
     raise PlanError(
         f"{path}: is not a backing file of {image.file.name}",
         hint="-B keeps a part of the source's own chain; its path is relative to the target's directory",
@@ -206,42 +220,3 @@ def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]
                 return backend, survey
             refusals = {**survey.refusals, **refusals}
     return registry.backend("copy"), Survey(1, refusals)
-
-
-def _losses(image: Image, target: Format) -> Iterator[str]:
-    for name, value in image.metadata.items():
-        if name not in target.carries and value is not None:
-            yield f"{name.replace('_', ' ')} {value}: {target.name} has no place for it"
-
-
-def _refuse_collisions(plan: Plan, sources: Sequence[File], force: bool) -> None:
-    for file in plan.files:
-        path = os.path.join(plan.directory, file.name)
-        if not os.path.lexists(path):
-            continue
-        there = os.stat(path)
-        for source in sources:
-            if (source.stamp.device, source.stamp.inode) == (there.st_dev, there.st_ino):
-                raise PlanError(f"{path}: is part of the source", hint="choose another name for the target")
-        if not force:
-            raise PlanError(f"{path}: already exists", hint="--force replaces it")
-
-
-def _refuse_too_large(plan: Plan) -> None:
-    """Refuses now what the filesystem would refuse after hours of copying."""
-    need = plan.totals.copied + plan.totals.written
-    if not os.path.isdir(plan.directory):
-        return
-    space = os.statvfs(plan.directory)
-    free = space.f_bavail * space.f_frsize
-    if need > free:
-        raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
-
-
-def _refuse_changed(files: Sequence[File]) -> None:
-    for file in files:
-        if file.changed():
-            raise AccessError(
-                f"{file.name}: changed while it was being converted",
-                hint="nothing was created; stop who writes to it and try again",
-            )

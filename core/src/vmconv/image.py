@@ -78,20 +78,17 @@ class Image:
 
         What lies in a hole of its file on storage is ZERO: there is nothing there that could be shared or copied.
         """
-        from vmconv.extents import on_storage
-
         table = self.guest
         for layer in self.chain():
             if layer is not self:
                 table = table.over(layer.guest)
-        table = table.without_holes()
-        for source in table.sources:
-            if isinstance(source, File):
-                table = table.through(source, on_storage(source))
-        return table
+        return _through_storage(table.without_holes())
 
-    def onto(self, base: Image) -> Image:
-        """Returns this disk as one layer on top of `base`, which must be a layer of its chain."""
+    def onto(self, base: Image, parent: Image | None = None) -> Image:
+        """Returns this disk, down to the layer `base` of its chain, as one layer on top of `parent` (None: of `base`).
+
+        As in `flat`, what lies in a hole of its file is ZERO.
+        """
 
         def load_guest() -> Extents:
             table = self.guest
@@ -100,10 +97,16 @@ class Image:
                     break
                 if layer is not self:
                     table = table.over(layer.guest)
-            return table
+            return _through_storage(table)
 
         return Image(
-            self.format_name, self.file, self.size, load_guest, load_parent=lambda: base, metadata=self.metadata
+            self.format_name,
+            self.file,
+            self.size,
+            load_guest,
+            load_parent=lambda: parent or base,
+            metadata=self.metadata,
+            details=lambda: self.details,
         )
 
     @cached_property
@@ -128,3 +131,13 @@ class Image:
         while layer is not None:
             yield layer
             layer = layer.parent
+
+
+def _through_storage(table: Extents) -> Extents:
+    """Returns the table with ZERO where a window lies in a hole of its file."""
+    from vmconv.extents import on_storage
+
+    for source in table.sources:
+        if isinstance(source, File):
+            table = table.through(source, on_storage(source))
+    return table

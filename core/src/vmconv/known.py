@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 
 class Known(NamedTuple):
-    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0."""
+    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0.
+
+    `qemu_name` is what QEMU calls it, where that is another name.
+    """
 
     name: str
     title: str
     distribution: str | None
     suffixes: tuple[str, ...]
     magic: tuple[tuple[int, bytes], ...]
+    qemu_name: str | None = None
 
 
 RAW_NAME = "raw"
@@ -47,6 +51,7 @@ KNOWN = (
         "vmconv-vhd",
         (".vhd", ".vpc", ".avhd"),
         ((0, b"conectix"), (-512, b"conectix"), (-511, b"conectix")),
+        qemu_name="vpc",
     ),
     Known("vdi", "VirtualBox disk image", "vmconv-vdi", (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
     Known(
@@ -65,12 +70,18 @@ KNOWN = (
     Known("ova", "Open Virtualization archive", None, (".ova",), ((257, b"ustar"),)),
 )
 
-_BY_NAME = {known.name: known for known in KNOWN}
+_BY_NAME = {name: known for known in KNOWN for name in (known.name, known.qemu_name) if name}
 
 
 def known_format(name: str) -> Known | None:
-    """Returns the entry of a format by its name."""
+    """Returns the entry of a format by its name, or by QEMU's name for it."""
     return _BY_NAME.get(name)
+
+
+def qemu_name(name: str) -> str:
+    """Returns what QEMU calls a format, for images that QEMU reads."""
+    known = known_format(name)
+    return (known and known.qemu_name) or name
 
 
 def known_suffix(path: str) -> Known | None:

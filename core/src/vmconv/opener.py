@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 MAX_CHAIN_DEPTH = 200
 """Layers of one chain, as libvirt has it."""
+
+MAX_SEARCHED = 1000
+"""Files that are opened to find one by what is in it."""
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -101,6 +105,42 @@ class Opener:
             raise ImageError(f"{origin.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
         self._depth[id(file)] = [*above, _identity(file)]
         return self.registry.identify(file, format_name).read(file, self)
+
+    def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
+        """Yields files that may be named by something else than their names, each as `(reference, file)`.
+
+        They are those of the origin's directory and of the directories that the user allowed (not below them) whose
+        names end with `suffix`. A file is closed when the next one is asked for; `MAX_SEARCHED` are opened at most.
+        """
+        for path in islice(self._candidates(origin, suffix), MAX_SEARCHED):
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except OSError:
+                continue
+            file = File(path, descriptor)
+            try:
+                real = os.path.realpath(f"/proc/self/fd/{descriptor}")
+                regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+                if (
+                    regular
+                    and _identity(file) != _identity(origin)
+                    and any(_inside(real, tree) for tree in self._trees)
+                ):
+                    yield path, file
+            finally:
+                file.close()
+
+    def _may_be_looked_at(self, file: File, origin: File) -> bool:
+        real = os.path.realpath(f"/proc/self/fd/{file.descriptor}")
+        regular = stat.S_ISREG(os.fstat(file.descriptor).st_mode)
+        return regular and _identity(file) != _identity(origin) and any(_inside(real, tree) for tree in self._trees)
+
+    def _candidates(self, origin: File, suffix: str) -> Iterator[str]:
+        own = os.path.dirname(os.path.realpath(origin.path))
+        for directory in dict.fromkeys([own, *filter(os.path.isdir, self._trees)]):
+            with os_errors("cannot be listed", AccessError):
+                names = sorted(os.listdir(directory))
+            yield from (os.path.join(directory, name) for name in names if name.lower().endswith(suffix))
 
     def _allow(self, origin: File, real: str, reference: str, role: str) -> None:
         if any(_inside(real, tree) for tree in self._trees):

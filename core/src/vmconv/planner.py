@@ -128,6 +128,10 @@ class CopyReason(NamedTuple):
     file: str
     offset: int
 
+    def plus(self, other: CopyReason) -> CopyReason:
+        """Returns what both copy for this reason; the first range is the one of this."""
+        return self._replace(bytes=self.bytes + other.bytes, ranges=self.ranges + other.ranges)
+
 
 class Totals(NamedTuple):
     """Bytes of the output by what is done for them: `zero` bytes are left to read as zero."""
@@ -139,7 +143,7 @@ class Totals(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything a conversion will do, in the order of the files; nothing has been touched yet."""
+    """Everything that will be done, in the order of the files; nothing has been touched yet."""
 
     directory: str
     backend: str
@@ -151,6 +155,19 @@ class Plan(NamedTuple):
     def totals(self) -> Totals:
         shared, copied, written = (sum(f.steps.total(action) for f in self.files) for action in Action)
         return Totals(shared, copied, written, sum(f.size for f in self.files) - shared - copied - written)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Returns one plan that does what all of these do, in their order: they are for one directory and one backend."""
+    if len(plans) == 1:
+        return plans[0]
+    copies: dict[str, CopyReason] = {}
+    for copy in (copy for plan in plans for copy in plan.copies):
+        before = copies.get(copy.reason)
+        copies[copy.reason] = before.plus(copy) if before else copy
+    files = tuple(file for plan in plans for file in plan.files)
+    losses = tuple(dict.fromkeys(loss for plan in plans for loss in plan.losses))
+    return plans[0]._replace(files=files, copies=tuple(copies.values()), losses=losses)
 
 
 def plan_layout(

@@ -18,7 +18,7 @@ from vmconv import hooks
 from vmconv.discovery import Plugin, entry_points
 from vmconv.errors import ImageError, PluginError, UsageError
 from vmconv.formats import Format
-from vmconv.known import RAW_NAME, known_content, known_format, known_suffix
+from vmconv.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
 from vmconv.storage import Backend
 
 if TYPE_CHECKING:
@@ -52,10 +52,12 @@ class Registry:
         self.problems.append(Problem(distribution, f"{doing}: {type(exc).__name__}: {said}"))
 
     def format(self, name: str) -> Format:
-        """Returns a format by its name; raises `UsageError` saying what to install, or which plugin is broken."""
-        if name in self.formats:
-            return self.formats[name]
-        raise UsageError(f"format {name!r} is not installed", hint=self._missing(name))
+        """Returns a format by its name, or by QEMU's; raises `UsageError` saying what to install or what is broken."""
+        known = known_format(name)
+        for either in (name, known.name if known else name):
+            if either in self.formats:
+                return self.formats[either]
+        raise UsageError(f"format {name!r} is not installed", hint=self._missing(known.name if known else name))
 
     def _missing(self, name: str) -> str:
         broken = self._broken(name)
@@ -90,6 +92,15 @@ class Registry:
                 return name
         known = known_suffix(path)
         return known.name if known else None
+
+    def stem(self, name: str) -> str:
+        """Returns a file name without the ending that speaks of a format."""
+        suffixes = [*(one.suffixes for one in self.formats.values()), *(known.suffixes for known in KNOWN)]
+        endings = {ending for each in suffixes for ending in each}
+        for ending in sorted(endings, key=len, reverse=True):
+            if name.lower().endswith(ending) and len(name) > len(ending):
+                return name[: -len(ending)]
+        return name
 
     def probe(self, file: File) -> str | None:
         """Returns the name of the format whose signature the content bears; None when it bears none."""

@@ -5,7 +5,7 @@ file), must be the source's own table (guest -> source file). No payload is read
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.comparison import first_difference
@@ -13,58 +13,83 @@ from vmconv.errors import AccessError, VerifyError, VmconvError
 from vmconv.extents import Extents
 from vmconv.formats import Format
 from vmconv.image import Image
-from vmconv.layout import OutFile
 from vmconv.opener import Opener
 from vmconv.sources import File
 
 if TYPE_CHECKING:
+    from vmconv.containers import Container
     from vmconv.registry import Registry
 
 
-class _Results(Opener):
-    """Gives the files of a result, which still have temporary names, to the reader that asks for their final ones."""
+class Results(Opener):
+    """Gives files of a result, which may still have temporary names, to the reader that asks for their final ones."""
 
-    def __init__(self, registry: Registry, files: dict[str, File]) -> None:
+    def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
-        self._results = files
+        self._results: dict[str, tuple[File, Format]] = {}
+
+    def add(self, name: str, file: File, reader: Format) -> None:
+        self._results[name] = file, reader
 
     def related(self, origin: File, reference: str, role: str) -> File:
-        file = self._results.get(os.path.basename(reference))
-        if file is None:
-            raise AccessError(f"{origin.name}: {role} {reference!r} is not a file of the result")
-        return file
+        return self._find(origin, reference, role)[0]
+
+    def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
+        file, reader = self._find(origin, reference, "backing file")
+        return reader.read(file, self)
+
+    def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
+        yield from ((name, file) for name, (file, _) in self._results.items() if file is not origin)
+
+    def _find(self, origin: File, reference: str, role: str) -> tuple[File, Format]:
+        found = self._results.get(os.path.basename(reference))
+        if found is None:
+            # As if it had been looked for: some readers look for several names.
+            cause = FileNotFoundError(reference)
+            raise AccessError(f"{origin.name}: {role} {reference!r} is not a file of the result") from cause
+        return found
 
 
-def verify(
-    target: Format,
-    outs: Sequence[OutFile],
-    files: Sequence[File],
-    image: Image,
-    registry: Registry,
-    below: Extents | None,
-) -> None:
-    """Raises `VerifyError` unless the finished `files`, laid out as `outs`, are the disk of `image` for a guest.
+def verify(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> None:
+    """Raises `VerifyError` unless the finished `files` are the disks of these containers, on top of their parents.
 
-    `below` is the table under the result when it keeps a parent. The last file is the one the user named.
+    The files are those of all containers, in their order; the last of each is the image itself.
     """
-    names = {out.name: file for out, file in zip(outs, files, strict=True) if out.name}
+    results = Results(registry)
+    finished = iter(files)
+    images: dict[str, File] = {}
+    for container in containers:
+        own = [next(finished) for _ in container.layout.files]
+        for out, file in zip(container.layout.files, own, strict=True):
+            results.add(out.name or container.name, file, container.format)
+        images[container.name] = own[-1]
+        _verify_one(container, own, results, images)
+
+
+def _verify_one(container: Container, files: Sequence[File], results: Results, images: dict[str, File]) -> None:
     try:
-        result = target.read(files[-1], _Results(registry, names))
+        result = container.format.read(files[-1], results)
         table = result.guest
+        below = images.get(container.backing.reference) if container.backing else None
+        if below and (result.parent is None or result.parent.file is not below):
+            raise VerifyError(f"{container.name}: its parent is not {below.name}")
     except VmconvError as exc:
         raise VerifyError(f"the result cannot be read back: {exc}") from exc
-    for out, file in zip(outs, files, strict=True):
+    for out, file in zip(container.layout.files, files, strict=True):
         table = table.through(file, out.table)
-    if below is not None:
-        table = table.over(below)
-    table = table.without_holes()
-    if table.size < image.size:
-        raise VerifyError(f"the result has {table.size} bytes for the guest, the source {image.size}")
-    wanted = image.flat.window(0, table.size).without_holes()
+    _same_disk(container, table)
+
+
+def _same_disk(container: Container, table: Extents) -> None:
+    disk, below = container.disk, container.below
+    table = (table if below is None else table.over(below)).without_holes()
+    if table.size < disk.size:
+        raise VerifyError(f"{container.name}: the result has {table.size} bytes for the guest, the source {disk.size}")
+    wanted = disk.flat.window(0, table.size).without_holes()
     # What the filesystem reports otherwise than it was written (a block of zeros as a hole) is settled by reading it.
     where = None if table == wanted else first_difference(table, wanted)
     if where is not None:
         raise VerifyError(
-            f"the result differs from the source at guest address {where:#x}",
+            f"{container.name}: the result differs from the source at guest address {where:#x}",
             hint="this is a defect of vmconv or of the storage, please report it; nothing was created",
         )

@@ -11,6 +11,7 @@ from vmconv.cli.command import Command
 from vmconv.cli.options import SetOptions, add_access, add_format, add_output
 
 if TYPE_CHECKING:
+    from vmconv.containers import Container
     from vmconv.conversion import Request, Result
     from vmconv.planner import Plan
 
@@ -25,6 +26,7 @@ def _request(options: argparse.Namespace) -> Request:
         target_format=options.format_O,
         options=options.options,
         snapshot=options.snapshot,
+        chain=options.chain,
         backing_file=options.backing_file,
         backing_format=options.backing_format,
         backend=options.backend,
@@ -46,6 +48,11 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def _layer(made: Container) -> dict[str, str]:
+    """Returns what becomes of a layer below the one that the user named."""
+    return {"source": made.source.file.name, "source_format": made.source.format_name, "name": made.name}
+
+
 def _steps(file: Any) -> dict[str, int]:
     from vmconv.planner import Action
 
@@ -54,30 +61,35 @@ def _steps(file: Any) -> dict[str, int]:
 
 def _run_plan(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json, size_text
-    from vmconv.conversion import prepared, refuse_copies
+    from vmconv.conversion import prepared
+    from vmconv.refusals import refuse_copies
 
     with prepared(_request(options)) as ready:
         plan = ready.plan
-        warnings = ready.image.warnings
+        warnings = ready.warnings
+        layers = [_layer(made) for made in ready.containers[-2::-1]]
         if options.output == "json":
-            print_json({**_plan_json(plan), "warnings": list(warnings)}, indent=4)
-            refuse_copies(ready.request, plan)
+            print_json({**_plan_json(plan), "layers": layers, "warnings": list(warnings)}, indent=4)
+            refuse_copies(options.target, options.zero_copy, plan)
             return 0
+        made = ready.containers[-1]
         print(
-            f"{options.source} ({ready.image.format_name}) -> {options.target} ({ready.format.name}) by {plan.backend}"
+            f"{options.source} ({made.source.format_name}) -> {options.target} ({made.format.name}) by {plan.backend}"
         )
         for name, value in plan.totals._asdict().items():
             print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
         for copy in plan.copies:
             print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} ", end="")
             print(f"{'range' if copy.ranges == 1 else 'ranges'}, the first at {copy.offset:#x} of {copy.file}")
+        for layer in layers:
+            print(f"  layer {layer['source']} ({layer['source_format']}) -> {layer['name']}")
         for file in plan.files:
             print(f"  file {file.name}: {size_text(file.size)}")
         for loss in plan.losses:
             print(f"  not carried over: {loss}")
         for warning in warnings:
             print(f"  warning: {warning}")
-        refuse_copies(ready.request, plan)
+        refuse_copies(options.target, options.zero_copy, plan)
     return 0
 
 
@@ -156,8 +168,9 @@ class _Words(_Silence):
         for warning in result.warnings:
             print(f"warning: {warning}", file=sys.stderr)
         totals = result.totals
+        made = " on ".join([result.target, *result.layers])
         print(
-            f"{result.target}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
+            f"{made}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
             f"written {size_text(totals.written)} in {result.seconds:.3f} s"
         )
 
@@ -193,6 +206,12 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
     )
     parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="make an image of each layer of SOURCE, beside TARGET and named after the layer, instead of flattening\n"
+        "them; all appear together",
+    )
+    parser.add_argument(
         "-B",
         dest="backing_file",
         metavar="FILE",
@@ -219,7 +238,9 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         help="writeback: TARGET is on storage before it gets its name; unsafe: do not wait for storage, as qemu-img\n"
         "convert does unless told otherwise: a power cut may leave a damaged TARGET (default: writeback)",
     )
-    parser.add_argument("--force", action="store_true", help="replace TARGET when it exists")
+    parser.add_argument(
+        "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
+    )
     add_output(parser)
     add_access(parser)
 
@@ -242,7 +263,8 @@ _EXIT_STATUS = """exit status:
 examples:
   vmconv convert disk.raw disk.qcow2
   vmconv convert -f raw -O qcow2 -o cluster_size=2M /dev/vg0/guest guest.qcow2
-  vmconv convert --snapshot before-upgrade disk.qcow2 disk.raw"""
+  vmconv convert --snapshot before-upgrade disk.qcow2 disk.raw
+  vmconv convert --chain snapshot.vmdk converted/snapshot.qcow2"""
 
 COMMANDS = (
     Command(

@@ -16,16 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmconv.backends.memory import MemoryFile
-from vmconv.errors import UsageError, VmconvError
-from vmconv.extents import Kind
+from vmconv.errors import PlanError, UsageError, VmconvError
+from vmconv.extents import Extents, Kind
 from vmconv.formats import Format
 from vmconv.image import Image
-from vmconv.layout import Layout, Placement
+from vmconv.layout import Backing, Layout, Placement
 from vmconv.opener import Opener
 from vmconv.options import describe, parse_options
 from vmconv.registry import Registry
 from vmconv.sources import File
-from vmconv.testing.disks import content, image_file, make_in_memory, patterned, random_bytes, raw_disk
+from vmconv.testing.disks import content, disk_of, image_file, make_in_memory, patterned, random_bytes, raw_disk
 from vmconv.testing.strategies import disks
 
 _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
@@ -203,6 +203,60 @@ class FormatTests:
         for variant in self.each_variant():
             report = self.format.check(self.open_sample(self.sample(variant)))
             assert report is None or (report.corruption_count, report.leak_count) == (0, 0), (variant, report)
+
+    # -- keeping a parent
+
+    def each_on_a_parent(self, table: Extents, source: MemoryFile) -> Iterator[tuple[Image, Image]]:
+        """Yields a layer that is `table` and what is read back of it, for each variant that can have a parent."""
+        if not self.format.can_back:
+            pytest.skip("this format keeps no parent")
+        below = patterned(table.size, [(0, table.size)], seed=99)
+        parent = self.round_trip(raw_disk(below), self.variants[0])
+        backing = Backing(f"base{self.format.suffixes[0]}", self.format.name)
+        made = 0
+        for variant in self.each_variant():
+            layer = disk_of(table, source, parent=parent)
+            options = parse_options(self.format.options(), variant, self.format.name)
+            try:
+                layout = self.format.write(layer, options, Placement(512), backing=backing)
+            except PlanError:
+                # Such as a disk that is one flat file; the first variant shows that there are others.
+                assert made
+                continue
+            made += 1
+            _, files = make_in_memory(layout, layer)
+            yield layer, self.read(files, layout)
+
+    def test_a_layer_on_a_parent_is_the_same_after_writing_and_reading(self) -> None:
+        source = patterned(4 * _MIB, [(0, 4 * _MIB)])
+        data, zero, hole = Kind.DATA, Kind.ZERO, Kind.HOLE
+        rows: list[tuple[int, Kind, File | None, int]] = [
+            (0, data, source, _MIB),
+            (512, hole, None, 0),
+            (_MIB + 4096, zero, None, 0),
+            (_MIB + 70000 // 512 * 512, data, source, 8192),
+            (2 * _MIB, hole, None, 0),
+            (5 * _MIB, zero, None, 0),
+            (9 * _MIB, hole, None, 0),
+        ]
+        for layer, result in self.each_on_a_parent(Extents.of(rows, 12 * _MIB), source):
+            assert result.parent_reference
+            assert layer.parent
+            assert content(result.guest.over(layer.parent.flat)) == content(layer.flat)
+            # A layer says no more than blocks make it say, and never less.
+            below = layer.guest.total(Kind.HOLE)
+            assert below // 4 <= result.guest.total(Kind.HOLE) <= below
+
+    def test_an_empty_layer_says_nothing(self) -> None:
+        size = 6 * _MIB + 512
+        for _, result in self.each_on_a_parent(Extents.filled(size, Kind.HOLE), MemoryFile("source.raw", 512)):
+            assert result.guest == Extents.filled(size, Kind.HOLE)
+
+    def test_zeros_hide_the_parent(self) -> None:
+        size = 6 * _MIB + 512
+        for _, result in self.each_on_a_parent(Extents.filled(size, Kind.ZERO), MemoryFile("source.raw", 512)):
+            assert result.guest.total(Kind.HOLE) == 0
+            assert not any(content(result.guest))
 
     # -- reading
 

@@ -47,6 +47,7 @@ def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str],
     parts = [_Part(file, opener, storage, chain[0]) for storage in descriptor.storages]
     rest = chain[1:]
     headers = [part.header for part in parts if part.header]
+    losses = [text for header in headers for text in reader.losses(header)]
     # Only a root in one piece is an image by itself, which others may keep as their parent.
     alone = below and not rest and len(parts) == 1
     return Image(
@@ -58,7 +59,7 @@ def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str],
         parent_reference=_image_of(file, descriptor.storages[0], rest[0]) if rest else None,
         parent_format="parallels" if rest else None,
         metadata=_metadata(descriptor),
-        losses=(*_losses(descriptor), *(text for header in headers for text in reader.losses(header))),
+        losses=(*(() if below else _losses(descriptor)), *losses),
         warnings=tuple(text for header in headers for text in reader.warnings(header)),
         details=lambda: _details(descriptor, headers),
     )

@@ -17,6 +17,7 @@ from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
 from vmconv.image import Image
+from vmconv.known import qemu_name
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, Source
 from vmconv_qcow2 import structs
@@ -84,8 +85,10 @@ class _Writer:
         both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
         data = both.kind == Kind.DATA
         # The file ends with its last byte of data: readers take what is missing of a cluster for zeros, and the end
-        # of a source can be shared as the end of the target.
+        # of a source can be shared as the end of the target. But no cluster begins behind the end.
         size = max(tables.end, int((both.start + both_length)[data].max()))
+        if len(placed.run) and placed.end - size >= self.cluster:
+            size = placed.end
         inside = both.start < size
         both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
         return Layout((OutFile(Extents.placed(size, both, both_length, sources)),))
@@ -167,7 +170,7 @@ class _Writer:
         name = b""
         if backing:
             name = backing.reference.encode("utf-8", "surrogateescape")
-            extensions += _extension(structs.BACKING_FORMAT, backing.format.encode())
+            extensions += _extension(structs.BACKING_FORMAT, qemu_name(backing.format).encode())
         extensions += _extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)

@@ -20,6 +20,7 @@ class Vdi(Format):
     title = "VirtualBox disk image"
     suffixes = (".vdi",)
     carries = frozenset({"geometry", "identity"})
+    can_back = True
 
     def options(self) -> type[Any]:
         from vmconv_vdi.options import Options
@@ -37,7 +38,7 @@ class Vdi(Format):
     def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
         from vmconv_vdi.writer import write
 
-        return write(image, options, placement)
+        return write(image, options, placement, backing=backing)
 
 
 @hookimpl

@@ -167,7 +167,11 @@ def _metadata(header: Header) -> Mapping[str, Any]:
 
 
 def _details(header: Header) -> Mapping[str, Any]:
-    facts: dict[str, Any] = {"subformat": structs.TYPES[header.kind], "data-offset": header.data_offset}
+    facts: dict[str, Any] = {
+        "subformat": structs.TYPES[header.kind],
+        "data-offset": header.data_offset,
+        "modification-uuid": structs.uuid_text(header.modified),
+    }
     if header.parent != structs.NIL_UUID:
         facts["parent-uuid"] = structs.uuid_text(header.parent)
     return {"cluster-size": header.block_size, "format-specific": {"type": "vdi", "data": facts}}
@@ -181,11 +185,7 @@ def _parent(header: Header, opener: Opener) -> Image:
     except AccessError as exc:
         if not isinstance(exc.__cause__, FileNotFoundError):
             raise
-        raise ImageError(
-            f"{file.name}: uuidLinkage at {structs.field_offset('uuidLinkage'):#x}: the parent is named by its UUID "
-            f"{structs.uuid_text(header.parent)} only, and there is no {reference} beside the image",
-            hint=f"put the parent, or a link to it, beside the image under the name {reference}",
-        ) from exc
+        parent = opener.parent(file, _search(header, opener), "vdi")
     found = read_header(parent.file)
     for name, wanted, is_there in (
         ("uuidLinkage", header.parent, found.uuid),
@@ -199,6 +199,36 @@ def _parent(header: Header, opener: Opener) -> Image:
                 hint=f"{parent.file.name} {changed}",
             )
     return parent
+
+
+def _search(header: Header, opener: Opener) -> str:
+    """Returns the only file that has the parent's UUID; VirtualBox itself knows by its registry where it is."""
+    file, reference = header.file, header.parent_reference or ""
+    where = f"{file.name}: uuidLinkage at {structs.field_offset('uuidLinkage'):#x}"
+    found: list[tuple[str, bytes]] = []
+    for path, candidate in opener.search(file, ".vdi"):
+        try:
+            other = read_header(candidate)
+        except ImageError:
+            continue
+        if other.uuid == header.parent:
+            found.append((path, other.modified))
+    # One that is as it was when this image was made on it is better than one that is not.
+    best = [path for path, modified in found if modified == header.parent_modified] or [path for path, _ in found]
+    if len(best) == 1:
+        return best[0]
+    uuid = structs.uuid_text(header.parent)
+    if best:
+        names = " and ".join(best[:2])
+        raise ImageError(
+            f"{where}: {names} both have the UUID of the parent, {uuid}",
+            hint=f"put the right one, or a link to it, beside the image under the name {reference}",
+        )
+    raise ImageError(
+        f"{where}: the parent is named by its UUID {uuid} only, and there is no {reference} beside the image, nor "
+        "another .vdi file with this UUID",
+        hint="put the parent beside the image, or name its directory with --allow-external",
+    )
 
 
 def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
-from vmconv.layout import Layout, OutFile, Placement
+from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, File
 from vmconv_vdi import structs
 from vmconv_vdi.options import Options
@@ -32,8 +33,28 @@ MAX_BLOCKS = ((1 << 32) - BLOCK - MAP_OFFSET) // 4
 """Blocks whose map leaves the data area a place that 32 bits can say."""
 
 
-def write(image: Image, options: Options, placement: Placement) -> Layout:
-    """Returns the layout of a VDI image; raises `PlanError` when the disk has more blocks than the format can hold."""
+class _Parent(NamedTuple):
+    """The disk below: its table, and what the image says of it, as the format stores it."""
+
+    disk: Extents
+    identity: bytes
+    modified: bytes
+
+
+class _Blocks(NamedTuple):
+    """The blocks of the disk without a gap, in runs: `there` are those that have a `place` in the data area, bytes."""
+
+    runs: blocks.Runs
+    there: npt.NDArray[np.bool_]
+    place: Column
+
+    @property
+    def used(self) -> int:
+        return int(self.runs.blocks[self.there].sum())
+
+
+def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
+    """Returns the layout of a VDI image; raises `PlanError` when the disk or its parent is not what VDI can hold."""
     size = -(-image.size // structs.SECTOR) * structs.SECTOR
     count = -(-size // BLOCK)
     if count > MAX_BLOCKS:
@@ -41,18 +62,22 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
             f"vdi cannot hold {size} bytes: {count} blocks of {BLOCK} bytes, {MAX_BLOCKS} at most",
             hint=f"the largest disk has {MAX_BLOCKS * BLOCK} bytes",
         )
-    guest = blocks.padded(image.flat, BLOCK)
-    runs, place = _arrange(guest, options)
-    used = int(runs.blocks.sum())
+    parent = _parent(image, size, options, backing) if backing else None
+    guest = blocks.padded(image.guest if parent else image.flat, BLOCK)
+    if parent:
+        guest = blocks.fill_partial_holes(guest, parent.disk.window(0, guest.size), BLOCK)
+    found = _arrange(guest, options)
     data = -(-(MAP_OFFSET + count * 4) // BLOCK) * BLOCK + _phase(guest, min(placement.modulus, BLOCK))
     # The file ends with the disk when the disk's last block is the file's last: nobody asks for what is missing of it,
     # and the end of a source can be shared as the end of the target.
-    end = data + used * BLOCK
-    if used and _is_last_block_last(runs, place, count, used):
+    end = data + found.used * BLOCK
+    if found.used and _is_last_block_last(found, count):
         end -= count * BLOCK - size
-    block_map = _block_map(guest.size, runs, place, used)
-    header = _header(image, options, size, count, used, data, _fingerprint(size, runs, place))
-    rows, length = cut(guest, runs.first * BLOCK, runs.blocks * BLOCK, data + place)
+    numbers = {"offData": data, "cbDisk": size, "cBlocks": count, "cBlocksAllocated": found.used}
+    header = _header(image, options, parent, numbers, _fingerprint(size, found, parent))
+    block_map = _block_map(guest.size, found, hides=parent is not None)
+    payload = found.runs.take(found.there)
+    rows, length = cut(guest, payload.first * BLOCK, payload.blocks * BLOCK, data + found.place[found.there])
     length = np.minimum(length, end - rows.start)
     inside = length > 0
     table = blocks.output_table(
@@ -61,18 +86,40 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
     return Layout((OutFile(table),))
 
 
-def _arrange(guest: Extents, options: Options) -> tuple[blocks.Runs, Column]:
-    """Returns the runs of blocks that get a place, and their places in the data area, bytes."""
+def _parent(image: Image, size: int, options: Options, backing: Backing) -> _Parent:
+    if options.static:
+        raise PlanError("a static VDI cannot have a parent", hint="leave -o static=on out")
+    below = image.parent
+    facts = below.details.get("format-specific", {}) if below else {}
+    identity = below.metadata.get("identity") if below else None
+    if below is None or facts.get("type") != "vdi" or identity is None:
+        raise PlanError(
+            f"the parent of a VDI is a VDI with a UUID, {backing.reference} is none",
+            hint="convert the parent to vdi first, or flatten the chain",
+        )
+    if below.size != size:
+        raise PlanError(
+            f"a VDI is as large as its parent: {size} bytes, {backing.reference} has {below.size}",
+            hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
+        )
+    modified = structs.uuid_bytes(facts["data"]["modification-uuid"])
+    return _Parent(below.flat, structs.uuid_bytes(identity), modified)
+
+
+def _arrange(guest: Extents, options: Options) -> _Blocks:
     if options.static:
         count = guest.size // BLOCK
         one = min(count, 1)
         whole = np.zeros(one, dtype=np.int64)
+        there = np.ones(one, dtype=bool)
         kind = np.full(one, Kind.DATA, dtype=np.uint8)
-        return blocks.Runs(whole, np.full(one, count, dtype=np.int64), kind, np.ones(one, dtype=bool)), whole
+        return _Blocks(blocks.Runs(whole, np.full(one, count, dtype=np.int64), kind, there), there, whole)
     runs = blocks.whole_blocks(guest, BLOCK)
-    payload = runs.take(runs.kind == Kind.DATA)
-    placed = blocks.place(guest, payload, BLOCK, 0, 1)
-    return payload.take(placed.run), placed.offset
+    there = runs.kind == Kind.DATA
+    placed = blocks.place(guest, runs.take(there), BLOCK, 0, 1)
+    place = np.zeros(len(runs.first), dtype=np.int64)
+    place[np.flatnonzero(there)[placed.run]] = placed.offset
+    return _Blocks(runs, there, place)
 
 
 def _phase(guest: Extents, modulus: int) -> int:
@@ -86,42 +133,41 @@ def _phase(guest: Extents, modulus: int) -> int:
     return int(np.argmax(weight)) * structs.SECTOR
 
 
-def _is_last_block_last(runs: blocks.Runs, place: Column, count: int, used: int) -> bool:
-    last = int(np.argmax(place))
+def _is_last_block_last(found: _Blocks, count: int) -> bool:
+    runs, place = found.runs, found.place
+    last = int(np.argmax(np.where(found.there, place, -1)))
     in_guest = int(runs.first[last] + runs.blocks[last]) == count
-    return in_guest and int(place[last]) + int(runs.blocks[last]) * BLOCK == used * BLOCK
+    return in_guest and int(place[last]) + int(runs.blocks[last]) * BLOCK == found.used * BLOCK
 
 
-def _block_map(size: int, runs: blocks.Runs, place: Column, used: int) -> Blob:
-    """Returns the block map of a disk of `size` bytes, computed when it is read."""
-    order = np.argsort(runs.first, kind="stable")
-    n = len(order)
-    rows = Columns(
-        (runs.first * BLOCK)[order],
-        np.full(n, Kind.DATA, dtype=np.uint8),
-        np.zeros(n, dtype=np.int32),
-        place[order],
-    )
-    host = Extents.placed(size, rows, (runs.blocks * BLOCK)[order], [blocks.Output(used * BLOCK)])
+def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:
+    """Returns the block map of a disk of `size` bytes, computed when it is read; `hides` is whether zeros must."""
+    kind = np.where(found.there, np.uint8(Kind.DATA), found.runs.kind)
+    rows = Columns(found.runs.first * BLOCK, kind, np.zeros(len(kind), dtype=np.int32), found.place)
+    host = Extents(size, rows, [blocks.Output(found.used * BLOCK)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)
         kind, _, where = host.units(BLOCK, first, last - first)
-        entry = np.where(kind == Kind.DATA, where // BLOCK, structs.UNALLOCATED).astype("<u4").tobytes()
-        return entry[offset - first * 4 :][:length]
+        entry = np.where(kind == Kind.DATA, where // BLOCK, structs.UNALLOCATED)
+        if hides:
+            entry[kind == Kind.ZERO] = structs.DISCARDED
+        return entry.astype("<u4").tobytes()[offset - first * 4 :][:length]
 
     return Blob("block map", compute, size // BLOCK * 4)
 
 
-def _fingerprint(size: int, runs: blocks.Runs, place: Column) -> bytes:
-    """Returns bytes that stand for the disk's size and layout, for identities of disks that have none.
+def _fingerprint(size: int, found: _Blocks, parent: _Parent | None) -> bytes:
+    """Returns bytes that stand for the disk's size, layout and parent, for identities of disks that have none.
 
     A writer has neither clock nor chance: the same disk gets the same identity each time it is converted.
     """
-    found = hashlib.sha256(b"vmconv vdi %d" % size)
-    for column in (runs.first, runs.blocks, place):
-        found.update(column.astype("<i8").tobytes())
-    return found.digest()
+    digest = hashlib.sha256(b"vmconv vdi %d" % size)
+    if parent:
+        digest.update(parent.identity + parent.modified)
+    for column in (found.runs.first, found.runs.blocks, found.place):
+        digest.update(column[found.there].astype("<i8").tobytes())
+    return digest.digest()
 
 
 def _made_uuid(seed: bytes) -> bytes:
@@ -133,27 +179,25 @@ def _made_uuid(seed: bytes) -> bytes:
     return bytes(found)
 
 
-def _header(image: Image, options: Options, size: int, count: int, used: int, data: int, fingerprint: bytes) -> bytes:
-    identity = image.metadata.get("identity")
-    uuid = structs.uuid_bytes(identity) if identity is not None else _made_uuid(fingerprint)
+def _header(
+    image: Image, options: Options, parent: _Parent | None, numbers: Mapping[str, int], fingerprint: bytes
+) -> bytes:
+    uuid = _identity(image, parent, fingerprint)
     fields: dict[str, Any] = {
         "cbHeader": structs.LONG_HEADER_LENGTH,
-        "u32Type": structs.FIXED if options.static else structs.NORMAL,
+        "u32Type": structs.FIXED if options.static else structs.DIFFERENCING if parent else structs.NORMAL,
         "fFlags": 0,
         "szComment": bytes(256),
         "offBlocks": MAP_OFFSET,
-        "offData": data,
         "LegacyGeometry": _geometry(None),
         "u32Dummy": 0,
-        "cbDisk": size,
         "cbBlock": BLOCK,
         "cbBlockExtra": 0,
-        "cBlocks": count,
-        "cBlocksAllocated": used,
         "uuidCreate": uuid,
         "uuidModify": _made_uuid(uuid + fingerprint),
-        "uuidLinkage": structs.NIL_UUID,
-        "uuidParentModify": structs.NIL_UUID,
+        "uuidLinkage": parent.identity if parent else structs.NIL_UUID,
+        "uuidParentModify": parent.modified if parent else structs.NIL_UUID,
+        **numbers,
     }
     text = b"<<< vmconv Virtual Disk Image >>>\n".ljust(64, b"\0")
     return b"".join(
@@ -163,6 +207,13 @@ def _header(image: Image, options: Options, size: int, count: int, used: int, da
             structs.Geometry.build(_geometry(image.metadata.get("geometry"))),
         ]
     )
+
+
+def _identity(image: Image, parent: _Parent | None, fingerprint: bytes) -> bytes:
+    """Returns the disk's own UUID, or one made of the fingerprint: all layers of some formats' chains have the same."""
+    said = image.metadata.get("identity")
+    own = structs.uuid_bytes(said) if said is not None else None
+    return _made_uuid(fingerprint) if own is None or (parent and own == parent.identity) else own
 
 
 def _geometry(geometry: Any) -> dict[str, int]:

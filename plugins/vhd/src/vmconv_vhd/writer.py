@@ -56,6 +56,11 @@ class _Writer:
                 f"VHD cannot hold {image.size} bytes: {structs.MAX_SIZE} bytes (2040 GiB) at most",
                 hint="use another format, such as vhdx",
             )
+        if backing and image.parent and image.parent.size != self.size:
+            raise PlanError(
+                f"a VHD is as large as its parent: {self.size} bytes, {backing.reference} has {image.parent.size}",
+                hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
+            )
         table = (image.guest if backing else image.flat).window(0, self.size)
         self.guest = table if backing else table.without_holes()
         self.geometry = self._geometry()
@@ -205,10 +210,12 @@ class _Writer:
     def _identity(self) -> bytes:
         """Returns the disk's own identity, or one that follows from its size and from where its payload lies."""
         said = self.image.metadata.get("identity")
-        if said is not None:
-            return UUID(str(said)).bytes
+        own = UUID(str(said)).bytes if said is not None else self.parent_id
+        # All layers of some formats' chains have one identity, those of a VHD have each their own.
+        if own != self.parent_id:
+            return own
         table = self.guest
-        digest = hashlib.blake2b(f"vmconv vhd {self.size} {len(table)}".encode(), digest_size=16)
+        digest = hashlib.blake2b(f"vmconv vhd {self.size} {len(table)}".encode() + self.parent_id, digest_size=16)
         for source in table.sources:
             digest.update(source.name.encode("utf-8", "surrogateescape") if isinstance(source, File) else b"\0")
         for column in (table.start, table.kind, table.offset):

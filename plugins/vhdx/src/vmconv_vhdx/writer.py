@@ -274,6 +274,8 @@ class _Writer:
         """
         table = self.guest
         said = f"vmconv vhdx {what} {self.image.metadata.get('identity')} {self.size} {self.block} {len(table)}"
+        if self.linkage:
+            said += f" on {self.linkage}"
         digest = hashlib.blake2b(said.encode(), digest_size=16)
         for source in table.sources:
             digest.update(source.name.encode("utf-8", "surrogateescape") if isinstance(source, File) else b"\0")

@@ -67,8 +67,18 @@ class _Writer:
             raise PlanError(f"VMDK cannot hold {self.image.size} bytes, the nearest size it can hold is {nearest}")
         if self.backing and (self.options.flat or subformat == "streamOptimized"):
             raise PlanError(f"{subformat} cannot have a backing file", hint="use -o subformat=monolithicSparse")
-        if self.backing and self.backing.format != "vmdk":
-            raise PlanError(f"a VMDK's parent must be a VMDK, {self.backing.reference} is {self.backing.format}")
+        if self.backing:
+            self._check_parent(self.backing)
+
+    def _check_parent(self, backing: Backing) -> None:
+        if backing.format != "vmdk":
+            raise PlanError(f"a VMDK's parent must be a VMDK, {backing.reference} is {backing.format}")
+        parent = self.image.parent
+        if parent and parent.size != self.size:
+            raise PlanError(
+                f"a VMDK is as large as its parent: {self.size} bytes, {backing.reference} has {parent.size}",
+                hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
+            )
 
     def _guest(self) -> Extents:
         """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
@@ -158,6 +168,8 @@ class _Writer:
         """Returns a digest of the disk's identity, its size and where its payload lies."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.image.metadata.get('identity')} {self.size}".encode())
+        if self.backing and self.image.parent:
+            digest.update(f" on {content_id(self.image.parent)}".encode())
         for column in self.guest.columns:
             digest.update(column.tobytes())
         return digest.digest()

@@ -1,0 +1,149 @@
+"""The images that a conversion makes: one of all layers of the source, or with a kept chain one of each.
+
+They are laid out from the base upwards. Each is read back from its layout, before anything is made, so that the next
+one finds the identity of its new parent as any image does: in the parent's header.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from vmconv.errors import UsageError
+from vmconv.extents import Extents
+from vmconv.formats import Format
+from vmconv.image import Image
+from vmconv.layout import Backing, Layout, Placement
+from vmconv.registry import Registry
+from vmconv.sources import File
+
+
+class Target(NamedTuple):
+    """What the user asked for: the file `name` in `directory`, in this format, written with these options."""
+
+    format: Format
+    options: Any
+    directory: str
+    name: str
+
+    @property
+    def suffix(self) -> str:
+        """The ending that further images get."""
+        return next(iter(self.format.suffixes), f".{self.format.name}")
+
+
+class Kept(NamedTuple):
+    """A layer of the source that stays as it is, below all that is made, and how the image above it names it."""
+
+    image: Image
+    backing: Backing
+
+
+class Part(NamedTuple):
+    """Layers of the source that become one image, the file `name`: those of `image` down to, and without, `base`."""
+
+    image: Image
+    base: Image | None
+    name: str
+
+
+class Container(NamedTuple):
+    """One image that will be made: `disk` is what it holds for a guest, on top of `backing` when it has a parent."""
+
+    source: Image
+    disk: Image
+    format: Format
+    name: str
+    backing: Backing | None
+    layout: Layout
+
+    @property
+    def below(self) -> Extents | None:
+        """The table of what lies below."""
+        return self.disk.parent.flat if self.backing and self.disk.parent else None
+
+    def losses(self) -> Iterator[str]:
+        """Yields what the source states or holds and this image cannot say."""
+        yield from self.source.losses
+        for name, value in self.source.metadata.items():
+            if name not in self.format.carries and value is not None:
+                yield f"{name.replace('_', ' ')} {value}: {self.format.name} has no place for it"
+
+
+def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None, *, chain: bool) -> list[Part]:
+    """Returns the parts of the source that become images, the base first; the last is what the user named."""
+    base = kept.image if kept else None
+    if not chain:
+        return [Part(image, base, target.name)]
+    parts: list[Part] = []
+    taken: set[str] = set()
+    above = image
+    for layer in image.chain():
+        if layer is base:
+            break
+        name = target.name if layer is image else _name(layer, above, target.suffix, registry, taken)
+        taken.add(name)
+        parts.append(Part(layer, layer.parent, name))
+        above = layer
+    if len(parts) > 1 and not target.format.can_back:
+        raise UsageError(
+            f"{target.format.name} cannot have a backing file",
+            hint=f"{image.file.name} has {len(parts)} layers: without --chain all become one image",
+        )
+    return parts[::-1]
+
+
+def _name(layer: Image, above: Image, suffix: str, registry: Registry, taken: set[str]) -> str:
+    """Returns the name of a layer's new file: its own with another suffix, and a number if it is taken."""
+    own = layer.file.name
+    if layer.file is above.file and above.parent_reference:
+        # Some formats describe a whole chain in one file.
+        own = os.path.basename(above.parent_reference)
+    stem, number = registry.stem(own), 1
+    name = f"{stem}{suffix}"
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    return name
+
+
+def sources_of(image: Image) -> list[File]:
+    """Returns the files that payload of any layer lies in."""
+    found = {id(source): source for layer in image.chain() for source in layer.guest.sources}
+    return [source for source in found.values() if isinstance(source, File)]
+
+
+def lay_out(
+    parts: Sequence[Part], target: Target, modulus: int, registry: Registry, kept: Kept | None
+) -> list[Container]:
+    """Returns the containers of the parts, in their order; raises `PlanError` for what the format cannot hold."""
+    made: list[Container] = []
+    parent, backing = kept or (None, None)
+    for part in parts:
+        disk = part.image.onto(part.base, parent) if part.base and backing else part.image
+        layout = target.format.write(disk, target.options, Placement(modulus, part.name), backing=backing)
+        made.append(Container(part.image, disk, target.format, part.name, backing, layout))
+        if part is not parts[-1]:
+            parent, backing = _as_parent(made[-1], target, registry), Backing(part.name, target.format.name)
+    return made
+
+
+def _as_parent(container: Container, target: Target, registry: Registry) -> Image:
+    """Returns the image that will be made as the parent of the next: it states what its own header says of it.
+
+    Its table leads to the source's payload, which is where a child that needs some of it should share it from.
+    """
+    from vmconv.planned import PlannedFile
+    from vmconv.verify import Results
+
+    file = PlannedFile(os.path.join(target.directory, container.name), container.layout.files[-1].table)
+    header = container.format.read(file, Results(registry))
+    return Image(
+        container.format.name,
+        file,
+        header.size,
+        lambda: container.disk.flat.window(0, header.size).without_holes(),
+        metadata=header.metadata,
+        details=lambda: header.details,
+    )

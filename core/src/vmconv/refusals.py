@@ -1,0 +1,59 @@
+"""What is refused before anything is written, and what is refused before the results get their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vmconv.errors import AccessError, PlanError, ZeroCopyError
+from vmconv.planner import Plan
+from vmconv.sources import File
+
+
+def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
+    """Raises `ZeroCopyError` when `zero_copy` is "require" and the plan copies payload."""
+    if zero_copy == "require" and plan.copies:
+        why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
+        raise ZeroCopyError(f"{target}: {why}")
+
+
+def refuse_collisions(plan: Plan, sources: Sequence[File], *, force: bool) -> None:
+    """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice."""
+    made: set[str] = set()
+    for file in plan.files:
+        path = os.path.join(plan.directory, file.name)
+        if file.name in made:
+            raise PlanError(f"{path}: would be made twice", hint="choose another name for the target")
+        made.add(file.name)
+        if not os.path.lexists(path):
+            continue
+        if os.path.exists(path) and _is_one_of(path, sources):
+            raise PlanError(f"{path}: is part of the source", hint="choose another name or directory for the target")
+        if not force:
+            raise PlanError(f"{path}: already exists", hint="--force replaces it")
+
+
+def _is_one_of(path: str, files: Sequence[File]) -> bool:
+    there = os.stat(path)
+    return any((file.stamp.device, file.stamp.inode) == (there.st_dev, there.st_ino) for file in files)
+
+
+def refuse_too_large(plan: Plan) -> None:
+    """Raises `PlanError` for what the filesystem would refuse after hours of copying."""
+    need = plan.totals.copied + plan.totals.written
+    if not os.path.isdir(plan.directory):
+        return
+    space = os.statvfs(plan.directory)
+    free = space.f_bavail * space.f_frsize
+    if need > free:
+        raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
+
+
+def refuse_changed(files: Sequence[File]) -> None:
+    """Raises `AccessError` when a source is not any more what was read."""
+    for file in files:
+        if file.changed():
+            raise AccessError(
+                f"{file.name}: changed while it was being converted",
+                hint="nothing was created; stop who writes to it and try again",
+            )
