@@ -336,11 +336,11 @@ class Extents:
 
         `inner` describes the address space of `source`; this is composition, guest -> file -> what the file is of.
         """
-        sources, (mine, below) = merge_sources(self, inner)
-        index = next((i for i, s in enumerate(sources) if s is source), -1)
-        seen = (mine.source == index) & (mine.kind == Kind.DATA)
-        if not seen.any():
+        if not any((self.source == i).any() for i, s in enumerate(self.sources) if s is source):
             return self
+        sources, (mine, below) = merge_sources(self, inner)
+        index = next(i for i, s in enumerate(sources) if s is source)
+        seen = mine.source == index
         replaced = gather(below, mine.offset[seen], mine.length[seen], mine.start[seen])
         rows = Columns.join([mine.columns.take(~seen), replaced])
         return Extents(self.size, rows.take(np.argsort(rows.start, kind="stable")), sources)
