@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmconv.api import check, compare, convert, info, map_disk, plan, prove
+    from vmconv.api import check, compare, convert, fanout, info, map_disk, plan, prove
     from vmconv.comparison import Comparison
     from vmconv.conversion import Request, Result
     from vmconv.errors import VmconvError
@@ -35,6 +35,7 @@ __all__ = [
     "check",
     "compare",
     "convert",
+    "fanout",
     "info",
     "installed",
     "map_disk",

@@ -6,14 +6,18 @@ directory; `force_share`, to read what another process writes. All raise `Vmconv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from vmconv import conversion
 from vmconv.commit import Progress
 from vmconv.comparison import Comparison, compare_images
+from vmconv.containers import new_name
 from vmconv.conversion import Request, Result
 from vmconv.description import describe
+from vmconv.errors import UsageError
 from vmconv.formats import CheckReport
 from vmconv.mapping import MapRow, map_rows
 from vmconv.opener import Opener
@@ -36,7 +40,45 @@ def convert(
     `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
     `progress` with bytes done and to do. The target appears complete or not at all; the source is never changed.
     """
-    return conversion.run(Request(source, target, **options), verify=verify, announce=announce, progress=progress)
+    request = Request(source, target, **options)
+    return conversion.run(request, verify=verify, announce=announce, progress=progress)[0]
+
+
+def fanout(
+    source: str,
+    formats: Iterable[str],
+    *,
+    directory: str = ".",
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    verify: bool = True,
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
+    **others: Any,
+) -> tuple[Result, ...]:
+    """Makes an image of the disk in the file `source` in each of the formats, and returns what was done for each.
+
+    They are named after the source, in `directory`; all appear, or none does. `options` are those of the writers, by
+    format; `others` the other fields of `Request`. All share the blocks of the source, so that any can be deleted
+    without the others noticing.
+    """
+    registry = installed()
+    wanted = [registry.format(name) for name in formats]
+    given = {registry.format(name).name: values for name, values in options.items()}
+    if not wanted:
+        raise UsageError("fan-out to no format")
+    for name in given.keys() - {one.name for one in wanted}:
+        raise UsageError(f"options for {name}, which is not made")
+    requests = [
+        Request(
+            source,
+            os.path.normpath(os.path.join(directory, new_name(os.path.basename(source), one, registry))),
+            target_format=one.name,
+            options=given.get(one.name, {}),
+            **others,
+        )
+        for one in wanted
+    ]
+    return conversion.run(*requests, verify=verify, announce=announce, progress=progress)
 
 
 def plan(source: str, target: str, **options: Any) -> Plan:

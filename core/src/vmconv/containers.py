@@ -27,10 +27,10 @@ class Target(NamedTuple):
     directory: str
     name: str
 
-    @property
-    def suffix(self) -> str:
-        """The ending that further images get."""
-        return next(iter(self.format.suffixes), f".{self.format.name}")
+
+def new_name(own: str, target: Format, registry: Registry) -> str:
+    """Returns the name of a file that an image of this name becomes in the target's format."""
+    return registry.stem(own) + next(iter(target.suffixes), f".{target.name}")
 
 
 class Kept(NamedTuple):
@@ -82,7 +82,7 @@ def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None
     for layer in image.chain():
         if layer is base:
             break
-        name = target.name if layer is image else _name(layer, above, target.suffix, registry, taken)
+        name = target.name if layer is image else _name(layer, above, target.format, registry, taken)
         taken.add(name)
         parts.append(Part(layer, layer.parent, name))
         above = layer
@@ -94,17 +94,16 @@ def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None
     return parts[::-1]
 
 
-def _name(layer: Image, above: Image, suffix: str, registry: Registry, taken: set[str]) -> str:
+def _name(layer: Image, above: Image, target: Format, registry: Registry, taken: set[str]) -> str:
     """Returns the name of a layer's new file: its own with another suffix, and a number if it is taken."""
     own = layer.file.name
     if layer.file is above.file and above.parent_reference:
         # Some formats describe a whole chain in one file.
         own = os.path.basename(above.parent_reference)
-    stem, number = registry.stem(own), 1
-    name = f"{stem}{suffix}"
+    name, number = new_name(own, target, registry), 1
     while name in taken:
         number += 1
-        name = f"{stem}-{number}{suffix}"
+        name = new_name(f"{registry.stem(own)}-{number}", target, registry)
     return name
 
 

@@ -74,18 +74,12 @@ class Result(NamedTuple):
     layers: tuple[str, ...] = ()
 
 
-class Prepared(NamedTuple):
-    """A conversion that was planned and can be made real; its source files are open.
-
-    The images to make are in the order in which they appear: the last is the one that the user named.
-    """
+class Conversion(NamedTuple):
+    """What is made for one request: its images, the one that the user named last, and the plan that makes them."""
 
     request: Request
-    image: Image
-    backend: Backend
     containers: tuple[Container, ...]
     plan: Plan
-    opener: Opener
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -93,58 +87,66 @@ class Prepared(NamedTuple):
         return tuple(dict.fromkeys(text for made in reversed(self.containers) for text in made.source.warnings))
 
 
+class Prepared(NamedTuple):
+    """Conversions of one source that were planned and can be made real, as one; the source's files are open."""
+
+    image: Image
+    backend: Backend
+    conversions: tuple[Conversion, ...]
+    plan: Plan
+    opener: Opener
+
+    @property
+    def containers(self) -> list[Container]:
+        """All images, in the order in which they appear."""
+        return [made for conversion in self.conversions for made in conversion.containers]
+
+
 @contextmanager
-def prepared(request: Request) -> Iterator[Prepared]:
-    """Yields the planned conversion: everything has been read and checked, nothing has been touched."""
+def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
+    """Yields the planned conversion: everything has been read and checked, nothing has been touched.
+
+    With `others`, which want other targets of the same source in the same directory, all of them are one.
+    """
     registry = installed()
     with Opener(registry, allow_external=request.allow_external, force_share=request.force_share) as opener:
-        target = _target(registry, request)
+        targets = [(each, _target(registry, each)) for each in (request, *others)]
+        directory = _only_directory([target for _, target in targets])
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
-        kept = _kept(request, target, image)
-        parts = parts_of(image, target, registry, kept, chain=request.chain)
-        backend, survey = _choose(registry, request.backend, target.directory, sources_of(image))
-        containers = lay_out(parts, target, survey.unit, registry, kept)
-        plan = joined([_plan(made, target.directory, backend, survey, alone=len(parts) == 1) for made in containers])
+        backend, survey = _choose(registry, request.backend, directory, sources_of(image))
+        conversions = [_conversion(each, target, image, backend, survey, registry) for each, target in targets]
+        plan = joined([conversion.plan for conversion in conversions])
         refuse_collisions(plan, opener.files, force=request.force)
-        yield Prepared(request, image, backend, tuple(containers), plan, opener)
+        yield Prepared(image, backend, tuple(conversions), plan, opener)
 
 
 def run(
     request: Request,
-    *,
+    *others: Request,
     verify: bool = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
-) -> Result:
-    """Plans and makes one conversion; see `vmconv.api.convert`."""
+) -> tuple[Result, ...]:
+    """Plans and makes one conversion, or several of one source as one; see `vmconv.api`."""
     began = time.perf_counter()
-    with prepared(request) as ready:
-        refuse_copies(request.target, request.zero_copy, ready.plan)
+    with prepared(request, *others) as ready:
+        for conversion in ready.conversions:
+            refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
         refuse_too_large(ready.plan)
         if announce:
             announce(ready.plan)
         _make(ready, verify=verify, progress=progress)
-        return Result(
-            request.source,
-            request.target,
-            ready.image.format_name,
-            ready.containers[-1].format.name,
-            ready.backend.name,
-            ready.plan.totals,
-            ready.plan.copies,
-            ready.plan.losses,
-            ready.warnings,
-            time.perf_counter() - began,
-            tuple(made.name for made in ready.containers[-2::-1]),
-        )
+        seconds = time.perf_counter() - began
+        return tuple(_result(conversion, ready, seconds) for conversion in ready.conversions)
 
 
 def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
     """Makes all files of the plan appear, or none."""
-    durable = ready.request.cache != "unsafe"
-    transaction = ready.backend.begin(ready.plan.directory, force=ready.request.force, durable=durable)
+    request = ready.conversions[-1].request
+    durable = request.cache != "unsafe"
+    transaction = ready.backend.begin(ready.plan.directory, force=request.force, durable=durable)
     try:
-        with os_errors(f"{ready.request.target}: cannot be written"):
+        with os_errors(f"{request.target}: cannot be written"):
             files = make(ready.plan, transaction, progress)
         if verify:
             verify_result(ready.containers, files, ready.opener.registry)
@@ -152,6 +154,33 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
         transaction.commit()
     finally:
         transaction.abort()
+
+
+def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
+    request, made, plan = conversion
+    return Result(
+        request.source,
+        request.target,
+        ready.image.format_name,
+        made[-1].format.name,
+        ready.backend.name,
+        plan.totals,
+        plan.copies,
+        plan.losses,
+        conversion.warnings,
+        seconds,
+        tuple(below.name for below in made[-2::-1]),
+    )
+
+
+def _conversion(
+    request: Request, target: Target, image: Image, backend: Backend, survey: Survey, registry: Registry
+) -> Conversion:
+    kept = _kept(request, target, image)
+    parts = parts_of(image, target, registry, kept, chain=request.chain)
+    containers = lay_out(parts, target, survey.unit, registry, kept)
+    plans = [_plan(made, target.directory, backend, survey, alone=len(parts) == 1) for made in containers]
+    return Conversion(request, tuple(containers), joined(plans))
 
 
 def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
@@ -171,6 +200,18 @@ def _target(registry: Registry, request: Request) -> Target:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise PlanError(f"{request.target}: is not a regular file")
     return Target(wanted, options, directory, name)
+
+
+def _only_directory(targets: Sequence[Target]) -> str:
+    """Returns the directory of all targets: what appears together appears in one."""
+    directory = targets[0].directory
+    for target in targets:
+        if target.directory != directory:
+            raise PlanError(
+                f"{os.path.join(target.directory, target.name)}: is in another directory than the other targets",
+                hint="a symbolic link is followed: remove it",
+            )
+    return directory
 
 
 def _target_format(registry: Registry, request: Request) -> str:

@@ -22,9 +22,9 @@ EXIT_TERMINATED = 143
 
 @hookimpl
 def vmconv_register_commands() -> Iterable[Command]:
-    from vmconv.cli import comparing, completion, converting, demo, inspecting, listing
+    from vmconv.cli import comparing, completion, converting, demo, fanning, inspecting, listing
 
-    modules = (listing, inspecting, converting, comparing, demo, completion)
+    modules = (listing, inspecting, converting, fanning, comparing, demo, completion)
     return [command for module in modules for command in module.COMMANDS]
 
 
@@ -143,7 +143,7 @@ def _drop_output() -> None:
 
 def _report(exc: VmconvError, options: argparse.Namespace) -> int:
     code: int = getattr(options, "error_code", None) or exc.exit_code
-    if getattr(options, "output", "human") == "json" and getattr(options, "command", "") == "convert":
+    if getattr(options, "output", "human") == "json" and getattr(options, "command", "") in ("convert", "fanout"):
         from vmconv.cli.output import print_json
 
         print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})

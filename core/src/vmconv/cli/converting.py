@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
@@ -66,7 +68,7 @@ def _run_plan(options: argparse.Namespace) -> int:
 
     with prepared(_request(options)) as ready:
         plan = ready.plan
-        warnings = ready.warnings
+        warnings = ready.conversions[0].warnings
         layers = [_layer(made) for made in ready.containers[-2::-1]]
         if options.output == "json":
             print_json({**_plan_json(plan), "layers": layers, "warnings": list(warnings)}, indent=4)
@@ -105,7 +107,7 @@ class _Silence:
     def progress(self, done: int, to_do: int) -> None:
         pass
 
-    def result(self, result: Result) -> None:
+    def results(self, *results: Result) -> None:
         pass
 
     def close(self) -> None:
@@ -127,10 +129,11 @@ class _Events(_Silence):
             self._said = now
             self._print("progress", {"done": done, "total": to_do})
 
-    def result(self, result: Result) -> None:
+    def results(self, *results: Result) -> None:
         from vmconv.cli.output import as_plain
 
-        self._print("result", as_plain(result))
+        for result in results:
+            self._print("result", as_plain(result))
 
     def _print(self, event: str, values: dict[str, Any]) -> None:
         from vmconv.cli.output import print_json
@@ -162,31 +165,43 @@ class _Words(_Silence):
         if self._bar:
             self._bar.close()
 
-    def result(self, result: Result) -> None:
-        from vmconv.cli.output import size_text
-
-        for warning in result.warnings:
+    def results(self, *results: Result) -> None:
+        for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
             print(f"warning: {warning}", file=sys.stderr)
-        totals = result.totals
-        made = " on ".join([result.target, *result.layers])
-        print(
-            f"{made}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
-            f"written {size_text(totals.written)} in {result.seconds:.3f} s"
-        )
+        seconds = f" in {results[0].seconds:.3f} s"
+        for result in results:
+            print(f"{_done(result)}{seconds if len(results) == 1 else ''}")
+        if len(results) > 1:
+            print(f"{len(results)} images{seconds}")
+
+
+def _done(result: Result) -> str:
+    from vmconv.cli.output import size_text
+
+    totals = result.totals
+    return (
+        f"{' on '.join([result.target, *result.layers])}: shared {size_text(totals.shared)}, "
+        f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
+    )
+
+
+def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
+    """Calls `convert`, printing what will be done, progress and results as the options want it."""
+    report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
+    if options.output == "json":
+        report = _Events()
+    try:
+        results = convert(verify=options.verify, announce=report.announce, progress=report.progress)
+    finally:
+        report.close()
+    report.results(*results)
+    return 0
 
 
 def _run_convert(options: argparse.Namespace) -> int:
     from vmconv.conversion import run
 
-    report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
-    if options.output == "json":
-        report = _Events()
-    try:
-        result = run(_request(options), verify=options.verify, announce=report.announce, progress=report.progress)
-    finally:
-        report.close()
-    report.result(result)
-    return 0
+    return reported(options, partial(run, _request(options)))
 
 
 def _configure_plan(parser: argparse.ArgumentParser) -> None:
@@ -221,6 +236,16 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)"
     )
+    add_storage(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
+    )
+    add_output(parser)
+    add_access(parser)
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how bytes get where they belong."""
     parser.add_argument(
         "--zero-copy",
         choices=("auto", "require"),
@@ -235,18 +260,18 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         dest="cache",
         choices=("writeback", "unsafe"),
         default="writeback",
-        help="writeback: TARGET is on storage before it gets its name; unsafe: do not wait for storage, as qemu-img\n"
-        "convert does unless told otherwise: a power cut may leave a damaged TARGET (default: writeback)",
+        help="writeback: what is made is on storage before it gets its name; unsafe: do not wait for storage, as\n"
+        "qemu-img convert does unless told otherwise: a power cut may leave damaged images (default: writeback)",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
-    )
-    add_output(parser)
-    add_access(parser)
 
 
 def _configure_convert(parser: argparse.ArgumentParser) -> None:
     _configure_plan(parser)
+    add_making(parser)
+
+
+def add_making(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of what is not only planned but made."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(

@@ -1,0 +1,97 @@
+"""`vmconv fanout`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+
+from vmconv.cli.command import Command
+from vmconv.cli.converting import add_making, add_storage, reported
+from vmconv.cli.options import SetOptions, add_access, add_format, add_output
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.api import fanout
+
+    return reported(
+        options,
+        partial(
+            fanout,
+            options.source,
+            options.to,
+            directory=options.directory,
+            options=_by_format(options.options),
+            source_format=options.format_f,
+            snapshot=options.snapshot,
+            backend=options.backend,
+            zero_copy=options.zero_copy,
+            cache=options.cache,
+            force=options.force,
+            force_share=options.force_share,
+            allow_external=options.allow_external,
+        ),
+    )
+
+
+def _by_format(given: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Returns the options of each format, from names such as `qcow2.cluster_size`."""
+    from vmconv.errors import UsageError
+
+    found: dict[str, dict[str, str]] = {}
+    for name, value in given.items():
+        format_name, dot, option = name.partition(".")
+        if not dot:
+            raise UsageError(f"option {name!r} does not say whose it is", hint=f"write FORMAT.{name}={value}")
+        found.setdefault(format_name, {})[option] = value
+    return found
+
+
+def _formats(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed")
+    parser.add_argument(
+        "--to", type=_formats, required=True, metavar="FMT,FMT", help="formats to make, separated by commas"
+    )
+    parser.add_argument("--directory", default=".", metavar="DIR", help="where to make the images (default: .)")
+    add_format(parser, "-f", "SOURCE")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action=SetOptions,
+        default={},
+        metavar="FMT.NAME=VALUE",
+        help="options of the formats, separated by commas; vmconv formats lists them",
+    )
+    parser.add_argument(
+        "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
+    )
+    add_storage(parser)
+    parser.add_argument("--force", action="store_true", help="replace images that exist")
+    add_making(parser)
+    add_output(parser)
+    add_access(parser)
+
+
+COMMANDS = (
+    Command(
+        "fanout",
+        "make images of one disk in several formats",
+        "Makes an image of a disk in each of several formats, named after it. All of them share the blocks of the\n"
+        "disk where storage allows it, so that together they take the space of one, and any of them can be deleted\n"
+        "without the others noticing. All appear, or none does.",
+        _configure,
+        _run,
+        """exit status:
+  0  all images were made
+  1  an image, the storage or the plan does not allow it; none was created
+  2  the request makes no sense: an unknown format, option or combination
+  3  --zero-copy=require, and payload would have to be copied; nothing was touched
+
+example:
+  vmconv fanout golden.raw --to qcow2,vmdk,vhdx,vdi --directory published -o qcow2.cluster_size=2M""",
+    ),
+)
