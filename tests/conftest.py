@@ -7,11 +7,13 @@ A test that needs one of them fails instead of being skipped.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,6 +31,23 @@ def missing(what: str, reason: str) -> None:
     if what in REQUIRED:
         pytest.fail(f"{reason}, and VMCONV_REQUIRE asks for {what}")
     pytest.skip(reason)
+
+
+def oracle_module(name: str) -> ModuleType:
+    """Returns a module that we did not write, to ask for a second opinion."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as exc:
+        missing("oracle", f"{name}: {exc}")
+        raise
+
+
+def oracle_program(name: str) -> str:
+    """Returns the path of a program that we did not write, to ask for a second opinion."""
+    program = shutil.which(name)
+    if program is None:
+        missing("oracle", f"{name} is not installed")
+    return str(program)
 
 
 class Mounts:
@@ -112,12 +131,10 @@ def ext4_dir(mounts: Mounts) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def qemu_img() -> QemuImg:
     """Runs `qemu-img` with the given arguments; fails the test unless it returns one of the codes in `ok`."""
-    program = shutil.which("qemu-img")
-    if program is None:
-        missing("oracle", "qemu-img is not installed")
+    program = oracle_program("qemu-img")
 
     def run(*arguments: str | Path, ok: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-        command = [str(program), *(str(argument) for argument in arguments)]
+        command = [program, *(str(argument) for argument in arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode in ok, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done

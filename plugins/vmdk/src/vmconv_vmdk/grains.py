@@ -115,20 +115,9 @@ class SparseExtent:
         rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
         blobs, blob_rows, blob_length = self._metadata(self._host(runs, placed.offset, placed.end))
         both, both_length = Columns.join([blob_rows, rows]), np.concatenate([blob_length, row_length])
-        size = self._file_size(placed.end, rows, row_length)
-        inside = both.start < size
-        both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
+        # The last grain is whole even where the disk ends inside it: libvmdk cannot read one that is not.
+        size = max(self.places.grains, int((both.start + both_length).max()))
         return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
-
-    def _file_size(self, end: int, rows: Columns, length: Column) -> int:
-        """Returns where the file ends: with its last grain, or inside it with the last byte of data.
-
-        The last block of a source that is not whole blocks can only be shared as the end of the target; readers take
-        what is missing of a grain for zeros.
-        """
-        data = rows.kind == Kind.DATA
-        last = int((rows.start + length)[data].max()) if data.any() else 0
-        return max(self.places.grains, last if last % self.modulus else max(last, end))
 
     def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
         """Returns the table of the extent's grains whose windows are their places in the file."""

@@ -1,0 +1,92 @@
+"""Other people's readers of disk images: each is a program of its own that prints a disk's size and sha256."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# `read(offset, length)` is defined by what comes before. Pieces of 1 MiB at their own offsets: dissect 3.21 takes what
+# follows a block of VDI, and a range of a Parallels disk's parent, for more of it when more is asked for at once.
+_SUM = """
+digest = hashlib.sha256()
+for at in range(0, size, 1 << 20):
+    digest.update(read(at, min(1 << 20, size - at)))
+print(size, digest.hexdigest())
+"""
+
+_LIBYAL = """
+import hashlib, sys, {module}
+disk = {module}.{type}()
+disk.open(sys.argv[1])
+{more}
+size = disk.get_media_size()
+read = lambda offset, length: disk.read_buffer_at_offset(length, offset)
+"""
+
+_DISSECT = """
+import hashlib, pathlib, sys
+from dissect.hypervisor.disk.{module} import {type}
+disk = {type}({argument})
+{more}
+size = disk.size
+def read(offset, length):
+    disk.seek(offset)
+    return disk.read(length)
+"""
+
+
+class Reader(NamedTuple):
+    """A reader of one format: `program` is run by `python`, and `module` is what it needs."""
+
+    name: str
+    python: str
+    module: str
+    program: str
+    unit: int = 512
+    """Bytes that the size of a disk must be whole multiples of for this reader to read its end."""
+
+    def what_is_missing(self) -> str | None:
+        """Returns why this reader cannot be asked, or None."""
+        command = [self.python, "-c", f"import {self.module}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+    def sum_of(self, image: Path) -> tuple[int, str]:
+        """Returns the size of the disk in an image, bytes, and the sha256 of all of it."""
+        command = [self.python, "-c", self.program + _SUM, str(image)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{self.name}: {image.name}: {done.stderr}"
+        size, digest = done.stdout.split()
+        return int(size), digest
+
+
+def _libyal(name: str, kind: str, more: str = "") -> Reader:
+    """Returns a reader of Debian's bindings, which are for the system's Python."""
+    module = name.replace("lib", "py")
+    return Reader(name, "/usr/bin/python3", module, _LIBYAL.format(module=module, type=kind, more=more))
+
+
+def _dissect(
+    module: str, kind: str, argument: str = "open(sys.argv[1], 'rb')", more: str = "", unit: int = 512
+) -> Reader:
+    program = _DISSECT.format(module=module, type=kind, argument=argument, more=more)
+    return Reader("dissect", sys.executable, f"dissect.hypervisor.disk.{module}", program, unit)
+
+
+_PATH = "pathlib.Path(sys.argv[1])"
+_OPEN = "disk = disk.open()"
+
+READERS: dict[str, tuple[Reader, ...]] = {
+    "parallels": (_dissect("hdd", "HDS"),),
+    "qcow2": (_libyal("libqcow", "file"), _dissect("qcow2", "QCow2", _PATH, _OPEN)),
+    "vdi": (_dissect("vdi", "VDI", more=_OPEN),),
+    "vhd": (_libyal("libvhdi", "file"), _dissect("vhd", "VHD")),
+    "vhdx": (_libyal("libvhdi", "file"), _dissect("vhdx", "VHDX", _PATH)),
+    # dissect 3.21 asks for whole 8 KiB of a VMDK, and fails when the disk has less.
+    "vmdk": (
+        _libyal("libvmdk", "handle", "disk.open_extent_data_files()"),
+        _dissect("vmdk", "VMDK", _PATH, unit=8192),
+    ),
+}
