@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 
+import malformed_page
 from disks import QemuImg
 from vmconv import cli, errors, hooks
 from vmconv.options import describe
@@ -102,6 +103,14 @@ def test_the_methods_of_an_interface_have_headings_with_their_signatures(module:
         # The syntax tree is printed with defaults that have no spaces around them.
         arguments = ast.unparse(method.args).replace("=", " = ")
         assert section(PLUGINS, f"`{method.name}({arguments}) -> {ast.unparse(method.returns)}`").strip()
+
+
+# Malformed images
+
+
+def test_the_page_on_malformed_images_lists_what_is_tried() -> None:
+    page = ROOT / "docs/malformed.md"
+    assert page.read_text() == malformed_page.render(), "python tests/malformed_page.py > docs/malformed.md"
 
 
 # Commands

@@ -6,7 +6,6 @@ import contextlib
 import os
 import random
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -47,33 +46,13 @@ from qcow2_images import (
 )
 from vmconv import api
 from vmconv.errors import ImageError, VmconvError
-
-SOON = 5
-"""Seconds that any operation on a small image may take, on a slow machine too."""
+from vmconv.testing.malformed import SOON, time_limit
 
 MUCH_MEMORY = 500 << 20
 """Bytes that a process may have resident at most, whatever the image says; 100 MiB are Python and numpy."""
 
 
 CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
-
-
-class TooSlow(BaseException):
-    """Not an `Exception`, so that nothing between here and the test takes it for one of its own."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int = SOON) -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise TooSlow(f"took more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def convert(path: str) -> object:
@@ -215,6 +194,7 @@ def extensions() -> Iterator[tuple[str, Case]]:
 HEADERS = dict([*headers(), *extensions()])
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("operation", ["info", "convert"])
 @pytest.mark.parametrize("case", HEADERS)
 def test_a_bad_header_is_refused_with_field_offset_and_value(
@@ -346,6 +326,7 @@ def streams() -> Iterator[tuple[str, Case]]:
 TABLES = dict([*l1_tables(), *l2_tables(), *extended_l2_tables(), *streams()])
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("case", TABLES)
 def test_a_bad_table_is_refused_with_entry_offset_and_value(write: Callable[[bytes], Path], case: str) -> None:
     data, words = TABLES[case]
@@ -377,6 +358,7 @@ SNAPSHOTS: dict[str, Case] = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("case", SNAPSHOTS)
 def test_a_bad_snapshot_table_is_refused_with_entry_and_offset(write: Callable[[bytes], Path], case: str) -> None:
     data, words = SNAPSHOTS[case]
@@ -385,6 +367,7 @@ def test_a_bad_snapshot_table_is_refused_with_entry_and_offset(write: Callable[[
     assert re.search(rf"^disk\.qcow2: {words}", str(error)), str(error)
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("table", [{"l1_offset": END}, {"l1_offset": 512}, {"l1_size": 0}, {"l1_offset": HUGE}])
 def test_a_snapshot_with_a_bad_l1_table_cannot_be_converted(
     write: Callable[[bytes], Path], table: dict[str, Any]
@@ -394,6 +377,7 @@ def test_a_snapshot_with_a_bad_l1_table_cannot_be_converted(
         api.convert(str(path), f"{path}.raw", snapshot="one")
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("size", [2**62 + 512, 2**63, HUGE, 2**61])
 def test_a_snapshot_of_an_absurd_disk_size_cannot_be_converted(write: Callable[[bytes], Path], size: int) -> None:
     entry = struct.pack(">QIHHIIQII", L1_PLACE, 1, 1, 3, 0, 0, 0, 0, 16) + struct.pack(">QQ", 0, size) + b"1one"
@@ -439,6 +423,7 @@ BAD |= {
 }
 
 
+@pytest.mark.malformed
 @each_operation
 @pytest.mark.parametrize("case", BAD)
 def test_no_operation_fails_but_with_an_error_of_ours(
@@ -447,6 +432,7 @@ def test_no_operation_fails_but_with_an_error_of_ours(
     outcome(operation, write(BAD[case]))
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     "name",
     ["backing file name that is not text", "backing file name of two lines", "snapshot name that is not text"],
@@ -463,6 +449,7 @@ def test_text_that_cannot_be_printed_is_no_traceback(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.malformed
 def test_a_name_of_the_image_s_cannot_forge_lines_of_our_output(write: Callable[[bytes], Path]) -> None:
     path = write(image(l2=[0], backing=b"a\nwarning: forged\x1b[2J"))
     done = subprocess.run([*CLI, "info", str(path)], capture_output=True, check=False, timeout=60)
@@ -470,6 +457,7 @@ def test_a_name_of_the_image_s_cannot_forge_lines_of_our_output(write: Callable[
     assert b"\nwarning: forged" not in done.stdout
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("names", [b"new\nline", b"clear\x1b[2Jscreen"])
 def test_a_name_of_a_feature_cannot_forge_lines_of_our_errors(write: Callable[[bytes], Path], names: bytes) -> None:
     table = extension(FEATURE_NAMES, feature_name(60, names))
@@ -624,6 +612,7 @@ ABSURD = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("case", ABSURD)
 def test_absurd_numbers_cost_little_memory_and_time(tmp_path: Path, case: str) -> None:
     path = tmp_path / "disk.qcow2"
@@ -688,6 +677,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     return bytes(result)
 
 
+@pytest.mark.malformed
 @each_operation
 @pytest.mark.parametrize("kind", MADE_BY_QEMU)
 def test_flipped_bits_are_refused_or_read(
@@ -715,6 +705,7 @@ number32 = st.one_of(interesting, st.integers(0, 2**32 - 1))
 number64 = st.one_of(interesting, st.sampled_from([2**62, 2**63 - 1, 2**63, HUGE]), st.integers(0, HUGE))
 
 
+@pytest.mark.malformed
 @each_operation
 @ANY
 @given(version=st.integers(2, 3), rest=st.binary(max_size=2048))
@@ -726,6 +717,7 @@ def test_any_bytes_after_the_magic_are_refused_or_read(
     outcome(operation, write(b"QFI\xfb" + struct.pack(">I", version) + rest))
 
 
+@pytest.mark.malformed
 @each_operation
 @ANY
 @given(
@@ -757,6 +749,7 @@ def test_any_numbers_in_the_header_are_refused_or_read(
     outcome(operation, write(image(**numbers)))
 
 
+@pytest.mark.malformed
 @each_operation
 @ANY
 @given(

@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("name", WRONG)
 def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> None:
     fields, message = WRONG[name]
@@ -144,6 +145,7 @@ def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> Non
         read(build({}, [0, 0, 0], **({"tracks": 8} | fields)))
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("magic", "bat", "message"),
     [
@@ -163,6 +165,7 @@ def test_a_bat_that_cannot_be_is_refused(magic: bytes, bat: list[int], message: 
         _ = image.guest
 
 
+@pytest.mark.malformed
 def test_an_image_that_says_it_is_empty_and_is_not_is_refused() -> None:
     assert read(build({}, [0], flags=1)).flat.total(Kind.DATA) == 0
     with pytest.raises(ImageError, match="whose flags say that it is empty"):
@@ -396,6 +399,7 @@ BROKEN: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_descriptor_that_cannot_be_is_refused_by_element_and_line(tmp_path: Path, name: str) -> None:
     text, message = BROKEN[name]
@@ -408,12 +412,14 @@ def test_a_descriptor_that_cannot_be_is_refused_by_element_and_line(tmp_path: Pa
     assert not (tmp_path / "flat.raw").exists()
 
 
+@pytest.mark.malformed
 def test_a_descriptor_that_is_too_long_is_refused() -> None:
     text = descriptor(ONE, [(TOP, NONE)]) + " " * MIB
     with pytest.raises(ImageError, match=r"descriptor of \d+ bytes, 1048576 at most"):
         read(text.encode())
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
 def test_a_descriptor_names_no_file_outside_its_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_bytes(bytes(32 * 512))

@@ -138,6 +138,7 @@ WRONG: dict[str, tuple[str, int, str]] = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("name", WRONG)
 def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> None:
     field, value, message = WRONG[name]
@@ -145,6 +146,7 @@ def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> Non
         read(patched(field, value))
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
@@ -162,6 +164,7 @@ def test_tables_that_cannot_be_are_refused_by_place_and_value(at: int, value: in
         _ = read(with_entry(at, value)).guest
 
 
+@pytest.mark.malformed
 def test_more_clusters_than_the_file_has_are_refused() -> None:
     image = sample()
     image[0x3000:0x5000] = (0x7000).to_bytes(8, "little") * 1024
@@ -169,6 +172,7 @@ def test_more_clusters_than_the_file_has_are_refused() -> None:
         _ = read(bytes(image)).guest
 
 
+@pytest.mark.malformed
 def test_millions_of_tables_in_holes_are_read_at_once(xfs_dir: Path) -> None:
     """An L1 table of 16 MiB whose tables lie in 32 TiB of nothing, but for one entry of the last table."""
     cluster, count = MIB, 1 << 21
@@ -278,6 +282,7 @@ def test_a_real_image_with_a_raw_parent_is_read_right(corpus: Path, tmp_path: Pa
     assert target.read_bytes() == (tmp_path / "raw").read_bytes()
 
 
+@pytest.mark.malformed
 def test_a_real_header_without_tables_is_refused(corpus: Path, tmp_path: Path) -> None:
     packed = corpus / "images" / "file-tests" / "qed.img.xz"
     (tmp_path / "disk.qed").write_bytes(lzma.decompress(packed.read_bytes()))

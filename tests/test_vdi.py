@@ -170,6 +170,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize("name", WRONG)
 def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> None:
     fields, message = WRONG[name]
@@ -178,6 +179,7 @@ def test_a_header_that_cannot_be_is_refused_by_field_and_value(name: str) -> Non
         read(build({}, [free, free, free], **fields))
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -193,6 +195,7 @@ def test_a_block_map_that_cannot_be_is_refused(entries: list[int], message: str)
         _ = image.guest
 
 
+@pytest.mark.malformed
 def test_versions_that_are_not_known_are_refused() -> None:
     image = bytearray(build({}, [structs.UNALLOCATED]))
     image[68:72] = struct.pack("<I", 1)
@@ -200,6 +203,7 @@ def test_versions_that_are_not_known_are_refused() -> None:
         read(bytes(image))
 
 
+@pytest.mark.malformed
 def test_a_block_map_in_a_hole_takes_no_memory() -> None:
     """A petabyte of blocks that are all the first: refused at the second, not after 4 GiB."""
     count = 0x3FF00000
@@ -251,6 +255,7 @@ def test_a_differencing_image_of_a_differencing_image_is_flattened(tmp_path: Pat
     assert (tmp_path / "flat.raw").read_bytes() == payload[0] + bytes(MIB) + payload[2] + payload[3]
 
 
+@pytest.mark.malformed
 def test_a_missing_parent_is_named_by_its_uuid(tmp_path: Path) -> None:
     parent, child, _ = chain(tmp_path)
     parent.unlink()
@@ -325,6 +330,7 @@ def test_a_link_to_the_parent_will_do(tmp_path: Path) -> None:
     assert (tmp_path / "flat.raw").read_bytes()[:MIB] == payload[0]
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("field", "reason"), [("uuidParentModify", "was changed"), ("uuidCreate", "is another disk")], ids=str
 )
@@ -340,6 +346,7 @@ def test_a_parent_with_another_identity_is_refused(tmp_path: Path, field: str, r
     assert reason in str(caught.value.hint)
 
 
+@pytest.mark.malformed
 def test_an_image_that_is_its_own_parent_is_a_loop(tmp_path: Path) -> None:
     parent, child, _ = chain(tmp_path)
     parent.unlink()

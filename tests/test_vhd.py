@@ -56,6 +56,11 @@ class TestVhd(FormatTests):
         "creator": "qem2",
     }
 
+    def seal(self, data: bytearray) -> None:
+        for at, length, field in ((0, 512, 64), (512, 1024, 36), (len(data) - 512, 512, 64)):
+            if bytes(data[at : at + 8]) in (b"conectix", b"cxsparse"):
+                data[at : at + length] = sealed(bytes(data[at : at + length]), field)
+
 
 # -- helpers
 
@@ -204,6 +209,7 @@ def test_images_of_the_corpus_are_converted_right(row: dict[str, str], corpus: P
             assert digests(result.flat) == (row["expect"], row["zdigest"])
 
 
+@pytest.mark.malformed
 def test_a_parent_that_is_another_disk_is_refused(corpus: Path, xfs_dir: Path) -> None:
     child = unpack(corpus, "dfvfs/fat-differential.vhd", xfs_dir)
     parent = xfs_dir / "fat-parent.vhd"
@@ -355,6 +361,7 @@ def test_the_size_is_the_footers_except_for_old_qemu(creator: bytes, geometry: t
     assert opened(data).size == size
 
 
+@pytest.mark.malformed
 def test_the_copy_stands_in_for_a_damaged_footer() -> None:
     data = sample()
     image = opened(data[:-300] + b"x" + data[-299:])
@@ -362,6 +369,7 @@ def test_the_copy_stands_in_for_a_damaged_footer() -> None:
     assert "copy" in image.warnings[0]
 
 
+@pytest.mark.malformed
 def test_what_a_guest_wrote_into_a_fixed_disk_is_no_footer() -> None:
     fixed = written(raw_disk(patterned(MIB, [])), Options(subformat="fixed"))
     with pytest.raises(ImageError, match="fixed disk"):
@@ -407,6 +415,7 @@ HOSTILE: tuple[tuple[Callable[[bytes], bytes], str], ...] = (
 )
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=[message for _, message in HOSTILE])
 def test_bad_images_are_refused_in_one_line(change: Callable[[bytes], bytes], message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
@@ -415,6 +424,7 @@ def test_bad_images_are_refused_in_one_line(change: Callable[[bytes], bytes], me
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.malformed
 def test_more_blocks_than_the_file_has_room_for_are_refused() -> None:
     source = patterned(64 * MIB, [(0, 4096)])
     data = written(raw_disk(source))
@@ -440,6 +450,7 @@ def test_names_of_the_parent_are_paths_of_this_system(code: bytes, name: bytes, 
     assert opened(data).parent_reference == wanted
 
 
+@pytest.mark.malformed
 def test_a_parent_name_that_is_too_long_is_refused() -> None:
     locator = b"W2ru" + struct.pack(">IIIQ", 512, 1 << 30, 0, 0x8000)
     with pytest.raises(ImageError, match=r"parent locator W2ru at 0x8000: 1073741824 bytes"):

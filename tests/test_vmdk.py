@@ -290,6 +290,7 @@ def cid_of(image: Path) -> str:
     return image.read_bytes().split(b"\nCID=")[1].split(b"\n")[0].decode()
 
 
+@pytest.mark.malformed
 def test_a_parent_that_was_written_to_is_refused_with_a_hint(tmp_path: Path, qemu_img: QemuImg) -> None:
     chain(tmp_path, qemu_img)
     qemu_io(tmp_path / "base.vmdk", "write -P 1 0 64k")
@@ -387,6 +388,7 @@ def test_a_geometry_that_says_nothing_is_not_carried_on() -> None:
     assert odd.disk.geometry == Geometry(cylinders=16, heads=16, sectors=63)
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("extents", "create_type", "lines", "problem"),
     [
@@ -423,6 +425,7 @@ def test_bad_descriptors_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
@@ -438,6 +441,7 @@ def test_bad_lines_are_refused(old: bytes, new: bytes, problem: str) -> None:
         in_memory(descriptor('RW 1 FLAT "one" 0', "vmfs").replace(old, new))
 
 
+@pytest.mark.malformed
 def test_a_missing_extent_is_named(tmp_path: Path) -> None:
     (tmp_path / "disk.vmdk").write_bytes(descriptor('RW 1 FLAT "disk-flat.vmdk" 0', "vmfs"))
     with pytest.raises(AccessError, match=r"extent 'disk-flat\.vmdk'"):
@@ -477,6 +481,7 @@ def test_a_header_without_capacity_only_carries_the_descriptor() -> None:
     assert content(in_memory(data, {"one": b"\1" * SECTOR}).flat) == b"\1" * SECTOR + bytes(2 * SECTOR)
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -582,6 +587,7 @@ def test_a_damaged_grain_directory_is_replaced_by_the_redundant_one(
     assert "the redundant grain directory is used instead" in image.warnings[0]
 
 
+@pytest.mark.malformed
 def test_damage_that_the_redundant_directory_shares_is_an_error() -> None:
     with pytest.raises(ImageError, match="grain directory entry 0 at 0x400"):
         content(one_extent(sparse_extent(table=1 << 30, redundant_table=1 << 30)).flat)
@@ -602,6 +608,7 @@ def _warned(image: Image) -> str:
     return "\n".join(image.warnings)
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -631,6 +638,7 @@ def test_headers_that_cannot_be_are_refused_by_name(fields: Mapping[str, Any], p
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.malformed
 def test_tables_that_are_used_twice_are_refused() -> None:
     data = bytearray(sparse_extent(flags=1, capacity=1024 * 128))
     data[2 * SECTOR : 2 * SECTOR + 8] = struct.pack("<II", 4, 4)
@@ -638,17 +646,20 @@ def test_tables_that_are_used_twice_are_refused() -> None:
         content(one_extent(bytes(data)).flat)
 
 
+@pytest.mark.malformed
 def test_more_grains_than_the_file_has_room_for_are_refused() -> None:
     with pytest.raises(ImageError, match="16 grains are allocated, the file has room for 4"):
         content(one_extent(sparse_extent([128] * 16)).flat)
 
 
+@pytest.mark.malformed
 def test_an_extent_that_is_named_twice_is_refused() -> None:
     text = descriptor("\n".join([f'RW {16 * 128} SPARSE "one.vmdk"'] * 2))
     with pytest.raises(ImageError, match=r"extent 'one\.vmdk' is named twice"):
         content(in_memory(text, {"one.vmdk": sparse_extent()}).flat)
 
 
+@pytest.mark.malformed
 def test_an_image_that_names_itself_as_an_extent_is_refused(tmp_path: Path) -> None:
     (tmp_path / "disk.vmdk").write_bytes(descriptor('RW 1 FLAT "disk.vmdk" 0'))
     with pytest.raises(ImageError, match="is the image itself"):
@@ -715,6 +726,7 @@ def test_a_sesparse_extent_is_what_qemu_reads(tmp_path: Path, qemu_img: QemuImg)
     assert (tmp_path / "qemu.raw").read_bytes() == expected.ljust(8192 * SECTOR, b"\0")
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("data", "kind", "problem"),
     [
@@ -789,6 +801,7 @@ def test_streams_of_qemu_are_read(xfs_dir: Path, qemu_img: QemuImg) -> None:
     assert back.read_bytes() == raw.read_bytes()
 
 
+@pytest.mark.malformed
 @pytest.mark.parametrize(
     ("at", "value", "problem"),
     [

@@ -15,11 +15,15 @@ It needs pytest and hypothesis: `pip install vmconv[testing]`. For useful failur
 from vmconv.testing.backends import BackendTests
 from vmconv.testing.disks import disk_of, image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.formats import FormatTests
+from vmconv.testing.malformed import KINDS, Malformed, Sample
 from vmconv.testing.strategies import disks, tables
 
 __all__ = [
+    "KINDS",
     "BackendTests",
     "FormatTests",
+    "Malformed",
+    "Sample",
     "disk_of",
     "disks",
     "image_file",

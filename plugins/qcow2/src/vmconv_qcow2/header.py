@@ -147,17 +147,21 @@ _KNOWN_EXTENSIONS = {
 def read_snapshots(header: Header) -> Iterator[Snapshot]:
     """Yields the internal snapshots in the order of their table."""
     file, at = header.file, header.snapshots_offset
+    if not header.snapshot_count:
+        return
+    # There may be 65536 of them.
+    parse = structs.SnapshotHeader.compile().parse
     for number in range(header.snapshot_count):
         what = f"snapshot {number}"
-        entry = _parse(structs.SnapshotHeader, file, at, what)
+        entry = parse(_bytes(file, at, structs.SNAPSHOT_LENGTH, what))
         if entry.extra_data_size > structs.MAX_SNAPSHOT_EXTRA:
             raise damaged(
                 file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most"
             )
-        place = at + structs.SnapshotHeader.sizeof()
+        place = at + structs.SNAPSHOT_LENGTH
         disk_size, vm_state_size = header.size, entry.vm_state_size
-        if entry.extra_data_size >= structs.SnapshotExtra.sizeof():
-            extra = _parse(structs.SnapshotExtra, file, place, what)
+        if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH:
+            extra = structs.SnapshotExtra.parse(_bytes(file, place, structs.SNAPSHOT_EXTRA_LENGTH, what))
             disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
         place += entry.extra_data_size
         names = _bytes(file, place, entry.id_size + entry.name_size, what)

@@ -116,6 +116,9 @@ SnapshotHeader = Struct(
 
 SnapshotExtra = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub)
 
+SNAPSHOT_LENGTH = SnapshotHeader.sizeof()
+SNAPSHOT_EXTRA_LENGTH = SnapshotExtra.sizeof()
+
 # Bitmap directory
 
 BitmapEntry = Struct(

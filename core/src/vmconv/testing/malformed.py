@@ -1,0 +1,219 @@
+"""Malformed images, made from a sound one without knowing its format; and what reading them may cost.
+
+The first line of each maker's docstring says what it makes: the documentation quotes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from vmconv.backends.memory import MemoryFile
+from vmconv.errors import ImageError
+from vmconv.testing.disks import random_bytes
+
+SOON = 5
+"""Seconds that reading one malformed image may take, on a slow machine too."""
+
+MUCH_MEMORY = 400 << 20
+"""Bytes that may be allocated at once to read a malformed image; Python and numpy themselves take 100 MiB."""
+
+LARGE = 1 << 44
+"""Bytes of a file that is mostly a hole: large enough for most of what a damaged header claims."""
+
+_CASES = 100
+_HEADER = 256
+"""Bytes at the beginning of a part of metadata that are taken for its header."""
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
+_ENDS = (0, 1, 7, 8, 71, 72, 103, 104, 511, 512, 1024, 1536, 2048, 4096, 65536, 1 << 17, 1 << 18, 1 << 20)
+_UNITS = (1, 512, 4096, 65536, 1 << 20)
+
+
+class Sample(NamedTuple):
+    """A sound image: its bytes, and the `(start, end)` of each part of it that is metadata."""
+
+    data: bytes
+    metadata: Sequence[tuple[int, int]]
+
+    def words(self) -> list[int]:
+        """Returns the places of 4-byte words of metadata: all near the beginning of a part, then those not zero."""
+        places: list[int] = []
+        for start, end in self.metadata:
+            first = -(-start // 4) * 4
+            words = np.frombuffer(self.data, dtype="<u4", count=max(0, (end - first) // 4), offset=first)
+            wanted = words != 0
+            wanted[: _HEADER // 4] = True
+            places += (np.flatnonzero(wanted) * 4 + first).tolist()
+        return places
+
+
+class Malformed(NamedTuple):
+    """A malformed image: its bytes, and the size of the file when a hole follows them."""
+
+    data: bytes
+    size: int | None = None
+
+    def file(self) -> MemoryFile:
+        """Returns the image as a file in memory."""
+        return _Content(self.data, self.size or len(self.data))
+
+
+class _Content(MemoryFile):
+    """Bytes, and a hole behind them: much faster to make than a file of blocks, of which thousands are needed."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        super().__init__("image", size)
+        self._data = data
+
+    def read(self, offset: int, length: int) -> bytes:
+        if offset < 0 or offset + length > self.size:
+            raise ImageError(f"{self.name}: {offset:#x}+{length} lies outside {self.size:#x}")
+        piece = self._data[offset : offset + length]
+        return piece + bytes(length - len(piece))
+
+    def close(self) -> None:
+        # What an image refers to lives until its cycles are found: a hundred images of 8 MiB are much memory.
+        self._data = b""
+
+    def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
+        limit = min(len(self._data), self.size if end is None else end)
+        return [(start, limit)] if start < limit else []
+
+
+Seal = Callable[[bytearray], None]
+"""Makes the checksums of a changed image right again."""
+
+Maker = Callable[[Sample, random.Random, Seal], Iterator[Malformed]]
+
+
+def _changed(sample: Sample, seal: Seal, *changes: tuple[int, bytes]) -> bytes:
+    data = bytearray(sample.data)
+    for at, value in changes:
+        data[at : at + len(value)] = value[: len(data) - at]
+    seal(data)
+    return bytes(data)
+
+
+def truncated(sample: Sample, rng: random.Random, _: Seal) -> Iterator[Malformed]:
+    """Cut off: at the ends of headers, at powers of two, in the middle, one byte and one sector before the end."""
+    size = len(sample.data)
+    random_ends = [rng.randrange(size) for _ in range(10)]
+    for length in sorted({*_ENDS, *random_ends, size // 2, size - 512, size - 1}):
+        if 0 <= length < size:
+            yield Malformed(sample.data[:length])
+
+
+def flipped(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed]:
+    """One to four bits flipped in headers and tables, with checksums that are wrong then and with ones made right."""
+    words = sample.words()
+    for number in range(_CASES):
+        bits = [(rng.choice(words) + rng.randrange(4), 1 << rng.randrange(8)) for _ in range(rng.choice((1, 1, 2, 4)))]
+        changes = [(at, bytes([sample.data[at] ^ bit])) for at, bit in bits]
+        yield Malformed(_changed(sample, seal if number % 4 else _leave, *changes))
+
+
+def noise(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed]:
+    """Random bytes behind a sound beginning of 4 bytes to 64 KiB, and in the place of single sectors of metadata."""
+    for keep in (4, 8, 64, 512, 1024, 4096, 65536):
+        yield Malformed(sample.data[:keep] + random_bytes(65536, keep))
+    for at in rng.choices(sample.words(), k=_CASES // 2):
+        yield Malformed(_changed(sample, seal, (at // 512 * 512, rng.randbytes(512))))
+
+
+def absurd(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed]:
+    """Words of headers and tables replaced by enormous numbers, in small files and in files of 16 TiB."""
+    values = [number.to_bytes(4, order) for number in (1 << 31, (1 << 32) - 1, 1 << 30, 1 << 24) for order in _ORDERS]
+    values += [n.to_bytes(8, order) for n in (1 << 63, (1 << 64) - 1, 1 << 62, 1 << 42, 1 << 36) for order in _ORDERS]
+    words = _beginnings_first(sample, rng)
+    for number, at in enumerate(words[:_CASES]):
+        data = _changed(sample, seal, (at, rng.choice(values)))
+        yield Malformed(data, LARGE if number % 2 else None)
+
+
+def self_referring(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed]:
+    """Words of headers and tables that point at the image's own headers and tables, in bytes, sectors and blocks."""
+    starts = sorted({start for start, _ in sample.metadata})
+    places = sorted({start // unit for start in starts for unit in _UNITS})
+    for at in rng.choices(sample.words(), k=_CASES):
+        yield Malformed(_changed(sample, seal, (at, _word(rng, rng.choice(places)))))
+
+
+def overlapping(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed]:
+    """Words of headers and tables that repeat another, or lie one beside it: two tables or blocks in one place."""
+    words = sample.words()
+    for _ in range(_CASES):
+        width = rng.choice((4, 8))
+        order = rng.choice(_ORDERS)
+        one, other = rng.choice(words), rng.choice(words)
+        number = int.from_bytes(sample.data[other : other + width], order) + rng.choice((0, 0, 1, -1, 512))
+        yield Malformed(_changed(sample, seal, (one, (number % (1 << 8 * width)).to_bytes(width, order))))
+
+
+KINDS: dict[str, Maker] = {
+    "truncated": truncated,
+    "flipped bits": flipped,
+    "noise": noise,
+    "absurd numbers": absurd,
+    "self reference": self_referring,
+    "overlap": overlapping,
+}
+
+
+def _word(rng: random.Random, number: int) -> bytes:
+    width = 8 if number >> 32 else rng.choice((4, 8))
+    return number.to_bytes(width, rng.choice(_ORDERS))
+
+
+def _beginnings_first(sample: Sample, rng: random.Random) -> list[int]:
+    """Returns all words of metadata, those near the beginning of a part (where its header is) before the others."""
+    near: list[int] = []
+    far: list[int] = []
+    for at in sample.words():
+        start = max(start for start, end in sample.metadata if start <= at)
+        (near if at - start < _HEADER else far).append(at)
+    rng.shuffle(near)
+    rng.shuffle(far)
+    return near + far
+
+
+def _leave(data: bytearray) -> None:
+    """Leaves checksums as they are."""
+
+
+class TooSlow(BaseException):
+    """Not an `Exception`, so that nothing between here and the test takes it for one of its own."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int = SOON) -> Iterator[None]:
+    """Raises `TooSlow` in the main thread when what is done takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def memory_limit(most: int = MUCH_MEMORY) -> Iterator[None]:
+    """Makes allocations fail with `MemoryError` when what is done needs more, whether it is used or not."""
+    with open("/proc/self/status") as status:
+        now = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (now + most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
