@@ -14,18 +14,20 @@ Compat = Literal["1.1", "0.10", "v3", "v2"]
 class Options:
     """How a qcow2 image is written; raises `ValueError` for what the format cannot be."""
 
-    cluster_size: Size = option(65536, "bytes of a cluster: a power of two from 512 to 2M")
+    cluster_size: Size | None = option(
+        None, "bytes of a cluster, a power of two from 512 to 2M; by default 64K, or less to share misaligned payload"
+    )
     compat: Compat = option("1.1", "version: 1.1 (v3) or 0.10 (v2)")
     refcount_bits: int = option(16, "bits of a reference count: 1, 2, 4, 8, 16, 32 or 64")
     extended_l2: bool = option(False, "on: allocate by 32nds of a cluster (clusters of 16K and more)")
     lazy_refcounts: bool = option(False, "on: later writers may postpone updates of reference counts")
 
     def __post_init__(self) -> None:
-        if self.cluster_size not in (1 << bits for bits in range(9, 22)):
+        if self.cluster_size is not None and self.cluster_size not in (1 << bits for bits in range(9, 22)):
             raise ValueError("a cluster is a power of two from 512 to 2M")
         if self.refcount_bits not in (1 << order for order in range(7)):
             raise ValueError("refcount_bits is 1, 2, 4, 8, 16, 32 or 64")
-        if self.extended_l2 and self.cluster_size < 1 << 14:
+        if self.extended_l2 and self.cluster_size is not None and self.cluster_size < 1 << 14:
             raise ValueError("extended_l2 needs clusters of at least 16K")
         if self.version == 2:
             newer = [name for name in ("extended_l2", "lazy_refcounts") if getattr(self, name)]

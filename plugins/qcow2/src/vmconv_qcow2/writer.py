@@ -20,7 +20,7 @@ from vmconv.image import Image
 from vmconv.known import qemu_name
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, Source
-from vmconv_qcow2 import structs
+from vmconv_qcow2 import clusters, structs
 from vmconv_qcow2.options import Options
 
 
@@ -45,15 +45,16 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
 class _Writer:
     def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
         self.options = options
-        self.cluster = options.cluster_size
         self.backing = backing
         self.modulus = placement.modulus
+        table = image.guest if backing else image.flat
+        self.cluster = options.cluster_size or self._default_cluster(table)
         self.entry_size = 16 if options.extended_l2 else 8
         self.entries = self.cluster // self.entry_size
         self.unit = self.cluster // structs.SUBCLUSTERS if options.extended_l2 else self.cluster
         # A disk is whole sectors.
         self.size = -(-image.size // 512) * 512
-        table = blocks.padded(image.guest if backing else image.flat, self.cluster)
+        table = blocks.padded(table, self.cluster)
         if backing and image.parent:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
         self.guest = table
@@ -63,6 +64,12 @@ class _Writer:
         if backing and options.version == 2:
             self.allocated |= self.runs.kind == Kind.ZERO
         self.mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
+
+    def _default_cluster(self, table: Extents) -> int:
+        # Extended entries are for large clusters.
+        if self.options.extended_l2:
+            return clusters.DEFAULT
+        return clusters.cluster_size(table, self.modulus, self.options.refcount_bits)
 
     def layout(self) -> Layout:
         payload = self.runs.take(self.allocated)

@@ -1,0 +1,71 @@
+"""How large clusters are when the user does not say: 64K, or less where only smaller ones let payload be shared.
+
+Small clusters have their price: large tables, of which QEMU caches a smaller part of the disk, and a smaller largest
+disk. So they are for a disk of which most would have to be copied otherwise, as long as the tables stay small.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vmconv.extents import Column, Extents, Kind, distinct, spread
+from vmconv.sources import File
+from vmconv_qcow2 import structs
+
+DEFAULT = 65536
+SMALLEST = 512
+LARGEST_TABLES = 0.025
+"""How many bytes of tables small clusters may need for each byte of payload."""
+
+
+def cluster_size(table: Extents, modulus: int, refcount_bits: int) -> int:
+    """Returns the bytes of a cluster for this disk: 64K, or the largest that shares nearly all that any can share."""
+    payload = _Payload.of(table, modulus)
+    if payload.shared_in(DEFAULT) * 2 >= payload.bytes:
+        return DEFAULT
+    best = payload.shared_in(SMALLEST)
+    if best * 2 < payload.bytes:
+        return DEFAULT
+    units = (1 << bits for bits in range(DEFAULT.bit_length() - 2, SMALLEST.bit_length() - 2, -1))
+    unit = next(unit for unit in units if payload.shared_in(unit) >= 0.99 * best)
+    return unit if _tables(table, unit, refcount_bits) <= LARGEST_TABLES * payload.bytes else DEFAULT
+
+
+class _Payload(NamedTuple):
+    """What could be shared of a disk: for each row the whole blocks in it, bytes, and how it is shifted."""
+
+    modulus: int
+    bytes: int
+    shift: Column
+    whole: Column
+
+    @classmethod
+    def of(cls, table: Extents, modulus: int) -> _Payload:
+        files = np.array([isinstance(source, File) for source in table.sources] + [False])
+        rows = (table.kind == Kind.DATA) & files[table.source]
+        offset, length = table.offset[rows], table.length[rows]
+        whole = (offset + length) // modulus - -(-offset // modulus)
+        return cls(modulus, int(length.sum()), offset - table.start[rows], np.maximum(whole, 0) * modulus)
+
+    def shared_in(self, unit: int) -> int:
+        """Returns the bytes that clusters of `unit` bytes can share: those they can put at a congruent place."""
+        return int(self.whole[self.shift % min(unit, self.modulus) == 0].sum())
+
+
+def _tables(table: Extents, unit: int, refcount_bits: int) -> float:
+    """Returns the bytes of all tables for clusters of `unit` bytes; infinite when the format has no room for them."""
+    data = table.kind == Kind.DATA
+    start, end = table.start[data], table.start[data] + table.length[data]
+    span = unit // 8 * unit
+    low, high = start // span, (end - 1) // span
+    row, place = spread(high - low + 1)
+    l2 = len(distinct(low[row] + place)) * unit
+    l1 = -(-table.size // span) * 8
+    clusters = (int((-(-end // unit) - start // unit).sum()) * unit + l2 + l1) // unit
+    refcounts = clusters * refcount_bits // 8
+    refcount_table = -(-refcounts // unit) * 8
+    # A little is left for what rounding up adds.
+    fits = l1 <= structs.MAX_L1_BYTES and refcount_table * 1.01 <= structs.MAX_REFCOUNT_TABLE_BYTES
+    return l1 + l2 + refcounts + refcount_table if fits else float("inf")
