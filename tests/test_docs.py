@@ -188,6 +188,13 @@ def test_each_option_of_a_format_is_in_the_guide_with_its_default(name: str) -> 
     assert {key: value for key, value in table.items() if key != "option"} == options
 
 
+def test_the_guide_says_what_goes_along_with_a_disk() -> None:
+    table = {row[0]: row[1] for row in cells(section(GUIDE, "What goes along with a disk"))[1:]}
+    names = shipped_formats()
+    carried = [", ".join(sorted(field.replace("_", " ") for field in installed().formats[n].carries)) for n in names]
+    assert table == dict(zip(names, [words or "nothing" for words in carried], strict=True))
+
+
 # The tree
 
 

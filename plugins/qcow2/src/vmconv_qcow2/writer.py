@@ -107,7 +107,8 @@ class _Writer:
         size = self.guest.size
         l1_entries = -(-size // (self.cluster * self.entries))
         if l1_entries * 8 > structs.MAX_L1_BYTES:
-            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes, {structs.MAX_L1_BYTES} at most")
+            most = structs.MAX_L1_BYTES // 8 * self.cluster * self.entries
+            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes; {most} bytes are the largest disk")
         l2_tables = _l1_indices(self.runs.take(self.mapped), self.entries)
         align = max(self.cluster, self.modulus)
         blocks_needed = 0
