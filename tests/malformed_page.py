@@ -8,7 +8,7 @@ from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from vmconv.registry import installed
+from test_malformed import names, names_with_parents
 from vmconv.testing.malformed import KINDS, LARGE, MUCH_MEMORY, SOON
 
 PAGE = """# Malformed images
@@ -38,7 +38,7 @@ The ways to write each format are those of its conformance test:
 {variants}
 
 A raw disk cannot be malformed: any bytes are one. Images that are their own parent, and two that are each other's, are
-tried for each format whose writer can keep a parent: {chains}.
+tried for each format that names the file of a parent: {chains}.
 
 ## Tried by hand
 
@@ -55,16 +55,12 @@ FEW = 10
 _NOT_INPUTS = {"operation", "output", "locale"}
 
 
-def names() -> list[str]:
-    return sorted(set(installed().formats) - {"raw"})
-
-
 def render() -> str:
     """Returns the page."""
     kinds = "\n".join(f"| {name} | {_first_line(maker)} |" for name, maker in KINDS.items())
     variants = "\n".join(f"| {name} | {'; '.join(_variants(name))} |" for name in names())
     formats = "".join(f"\n### {name}\n\n| test | inputs |\n| --- | --- |\n{_rows(name)}\n" for name in names())
-    chains = ", ".join(name for name in names() if installed().formats[name].can_back)
+    chains = ", ".join(names_with_parents())
     memory = MUCH_MEMORY >> 20
     assert LARGE == 16 << 40, "the docstring of `absurd` says 16 TiB"
     return PAGE.format(soon=SOON, memory=memory, chains=chains, kinds=kinds, variants=variants, formats=formats)
