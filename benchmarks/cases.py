@@ -15,6 +15,7 @@ from correct import same_as, samples_of, some_offsets
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
 from measure import Contender, Measured
+from reference_case import reference
 
 EIGHT = ("-W", "-m", "8")
 _MIB = 1 << 20
@@ -275,6 +276,7 @@ CASES = (
     Case("permuted", ("xfs", "btrfs"), permuted),
     Case("io", ("xfs", "btrfs"), io_growth),
     Case("scale", ("xfs",), scale),
+    Case("reference", ("xfs", "ext4"), reference),
     Case("compressed", ("xfs", "ext4"), compressed),
     Case("copy", ("ext4", "directory"), copy),
     Case("pairs", ("xfs", "btrfs"), pairs),

@@ -110,6 +110,12 @@ def reflink_dir(mounts: Mounts, request: pytest.FixtureRequest) -> Iterator[Path
     yield from _directory(mounts, request.param)
 
 
+@pytest.fixture(params=["ext4", "xfs", "btrfs"])
+def any_dir(mounts: Mounts, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty directory on a filesystem of each kind: what needs nothing of storage has to work on all."""
+    yield from _directory(mounts, request.param)
+
+
 @pytest.fixture
 def xfs_dir(mounts: Mounts) -> Iterator[Path]:
     """An empty directory on XFS."""

@@ -177,6 +177,7 @@ def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
         (["--help"], {"numpy", "pydantic", "construct", "zstandard", "json"}),
         (["formats"], {"numpy", "pydantic", "construct", "zstandard", "json"}),
         (["convert", "disk.raw", "disk.qcow2"], {"pydantic", "zstandard", "numpy.ma", "concurrent.futures", "json"}),
+        (["convert", "-o", "subformat=reference", "disk.raw", "by.vmdk"], {"pydantic", "zstandard", "json"}),
         (["info", "disk.raw"], {"construct", "zstandard", "concurrent.futures"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,8 @@ from typing import NamedTuple
 import pytest
 
 import malformed_page
+import ways
+from conftest import Mounts
 from disks import QemuImg
 from vmconv import cli, errors, hooks
 from vmconv.options import describe
@@ -373,3 +376,23 @@ def test_the_example_plugin_prints_what_is_shown(toy: Path, xfs_dir: Path) -> No
     disk = [line for line, _ in commands_of(README.read_text()) if line.startswith(("truncate", "dd "))]
     assert run(" && ".join(disk), xfs_dir)[0] == 0
     assert_examples(section(PLUGINS, "A complete format plugin"), xfs_dir, toy)
+
+
+# Which way
+
+
+def test_the_tables_of_ways_are_what_the_code_decides(mounts: Mounts, qemu_img: QemuImg) -> None:
+    directories = {}
+    for kind in ways.FILESYSTEMS:
+        directories[kind] = mounts.get(kind) / "ways"
+        directories[kind].mkdir()
+    try:
+        decided = ways.tables(directories)
+    finally:
+        for directory in directories.values():
+            shutil.rmtree(directory)
+    page = ways.PAGE.read_text()
+    assert ways.written(page) == decided, "python tests/ways.py writes the page anew"
+    letters = {row[0] for row in cells(page.partition(ways.BEGIN)[0])} - {"letter"}
+    used = {letter for row in cells(decided) for cell in row[1:] for letter in cell if row[0] != "from \\ to"}
+    assert used == letters

@@ -27,4 +27,9 @@ class TestQcow2(FormatTests):
         {"extended_l2": "on", "compat": "0.10"},
         {"lazy_refcounts": "perhaps"},
         {"compat": "2.0"},
+        {"subformat": "thin"},
+        {"data_file": ""},
+        {"data_file_raw": "on"},
+        {"data_file": "disk.raw", "compat": "0.10"},
+        {"data_file": "disk.raw", "subformat": "reference"},
     )

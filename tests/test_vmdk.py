@@ -30,6 +30,7 @@ from vmconv.layout import Layout, Placement
 from vmconv.linux import clone_range
 from vmconv.opener import Opener
 from vmconv.registry import Registry, installed
+from vmconv.sources import File
 from vmconv.testing import FormatTests, image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.disks import content, disk_of, raw_disk
 from vmconv.testing.formats import _Siblings
@@ -50,11 +51,12 @@ FLAT: tuple[dict[str, str], ...] = (
     {"subformat": "vmfs"},
 )
 STREAM = {"subformat": "streamOptimized"}
+REFERENCE = {"subformat": "reference"}
 
 
 class TestVmdk(FormatTests):
     format = Vmdk()
-    variants = (*SPARSE, *FLAT, STREAM)
+    variants = (*SPARSE, *FLAT, STREAM, REFERENCE)
     wrong_options = (
         {"subformat": "monolithic"},
         {"adapter_type": "virtio"},
@@ -62,6 +64,7 @@ class TestVmdk(FormatTests):
         {"toolsversion": "-1"},
         {"subformat": "vmfs", "zeroed_grain": "on"},
         {"subformat": "streamOptimized", "zeroed_grain": "on"},
+        {"subformat": "reference", "zeroed_grain": "on"},
         {"zeroed_grain": "perhaps"},
     )
     metadata: ClassVar[Mapping[str, Any]] = {
@@ -70,7 +73,7 @@ class TestVmdk(FormatTests):
         "identity": UUID("6000c29f-e40c-8733-ea3e-c31b2b4352e9"),
     }
     block = GRAIN
-    siblings: ClassVar[Mapping[str, MemoryFile]] = {}
+    siblings: ClassVar[Mapping[str, File]] = {}
 
     def sample(self, variant: Mapping[str, str]) -> bytes:
         """As the kit's, but remembers the extents; whole words, as the kit flips bits in words."""
@@ -78,7 +81,8 @@ class TestVmdk(FormatTests):
         image = raw_disk(source)
         layout = self.write(image, variant)
         _, files = make_in_memory(layout, image)
-        type(self).siblings = {out.name: file for out, file in zip(layout.files, files, strict=True) if out.name}
+        siblings: dict[str, File] = {out.name: f for out, f in zip(layout.files, files, strict=True) if out.name}
+        type(self).siblings = siblings | {reference.name: reference.file for reference in layout.references}
         data = files[-1].read(0, files[-1].size)
         return data.ljust(-(-len(data) // 8) * 8, b"\n")
 

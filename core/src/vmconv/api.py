@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vmconv import conversion
+from vmconv.checking import check_image
 from vmconv.commit import Progress
 from vmconv.comparison import Comparison, compare_images
 from vmconv.containers import new_name
@@ -92,7 +93,7 @@ def info(
 ) -> dict[str, Any]:
     """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
     with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
-        return describe(opener.image(path, format_name, content_decides=True))
+        return describe(opener.image(path, format_name, content_decides=True), opener)
 
 
 def map_disk(
@@ -106,10 +107,9 @@ def map_disk(
 def check(
     path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
 ) -> CheckReport | None:
-    """Returns what is wrong with the structure of an image; None when its format has none to check."""
+    """Returns what is wrong with an image and the files it refers to; None when its format has nothing to check."""
     with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
-        image = opener.image(path, format_name)
-        return opener.registry.format(image.format_name).check(image)
+        return check_image(opener.image(path, format_name), opener)
 
 
 def compare(

@@ -10,11 +10,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vmconv.errors import UsageError
+from vmconv.errors import PlanError, UsageError
 from vmconv.extents import Extents
 from vmconv.formats import Format
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, Placement
+from vmconv.references import name_for, refer
 from vmconv.registry import Registry
 from vmconv.sources import File
 
@@ -38,6 +39,23 @@ class Kept(NamedTuple):
 
     image: Image
     backing: Backing
+
+
+def source_itself(image: Image, registry: Registry, directory: str) -> Kept:
+    """Returns all of the source as what is kept below an image in `directory`, with records of all its files.
+
+    Raises `PlanError` when QEMU, for which such images are made, would see another disk in it or none.
+    """
+    files: dict[int, File] = {}
+    for layer in image.chain():
+        why = registry.format(layer.format_name).unlike_qemu(layer)
+        if why:
+            raise PlanError(
+                f"{layer.file.name}: cannot be a backing file: {why}", hint="a VMDK with subformat=reference can do it"
+            )
+        files |= {id(file): file for file in (layer.file, *layer.guest.sources) if isinstance(file, File)}
+    records = tuple(refer(file, directory) for file in files.values())
+    return Kept(image, Backing(name_for(image.file, directory), image.format_name, records))
 
 
 class Part(NamedTuple):
@@ -121,7 +139,8 @@ def lay_out(
     parent, backing = kept or (None, None)
     for part in parts:
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
-        layout = target.format.write(disk, target.options, Placement(modulus, part.name), backing=backing)
+        placement = Placement(modulus, part.name, target.directory)
+        layout = target.format.write(disk, target.options, placement, backing=backing)
         made.append(Container(part.image, disk, target.format, part.name, backing, layout))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(part.name, target.format.name)
@@ -137,7 +156,7 @@ def _as_parent(container: Container, target: Target, registry: Registry) -> Imag
     from vmconv.verify import Results
 
     file = PlannedFile(os.path.join(target.directory, container.name), container.layout.files[-1].table)
-    header = container.format.read(file, Results(registry))
+    header = container.format.read(file, Results(registry, container.layout.references))
     return Image(
         container.format.name,
         file,

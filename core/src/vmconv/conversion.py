@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from vmconv import checking, references
 from vmconv.commit import Progress, make
-from vmconv.containers import Container, Kept, Target, lay_out, parts_of, sources_of
+from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source_itself, sources_of
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.image import Image
 from vmconv.known import known_format
@@ -113,6 +114,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         targets = [(each, _target(registry, each)) for each in (request, *others)]
         directory = _only_directory([target for _, target in targets])
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        image.warnings += tuple(checking.warnings(image, opener))
         backend, survey = _choose(registry, request.backend, directory, sources_of(image))
         conversions = [_conversion(each, target, image, backend, survey, registry) for each, target in targets]
         plan = joined([conversion.plan for conversion in conversions])
@@ -150,6 +152,8 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
             files = make(ready.plan, transaction, progress)
         if verify:
             verify_result(ready.containers, files, ready.opener.registry)
+        if ready.plan.references:
+            references.settle(ready.opener.files)
         refuse_changed(ready.opener.files)
         transaction.commit()
     finally:
@@ -176,9 +180,11 @@ def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
 def _conversion(
     request: Request, target: Target, image: Image, backend: Backend, survey: Survey, registry: Registry
 ) -> Conversion:
-    kept = _kept(request, target, image)
+    kept = _kept(request, target, image, registry)
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, survey.unit, registry, kept)
+    for made in containers:
+        references.confirm(made.layout.references, target.directory)
     plans = [_plan(made, target.directory, backend, survey, alone=len(parts) == 1) for made in containers]
     return Conversion(request, tuple(containers), joined(plans))
 
@@ -223,8 +229,15 @@ def _target_format(registry: Registry, request: Request) -> str:
     return name
 
 
-def _kept(request: Request, target: Target, image: Image) -> Kept | None:
+def _kept(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
     """Returns the layer of the source that becomes the parent of what is made, as it is."""
+    if target.format.keeps_source(target.options):
+        for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
+            if asked:
+                raise UsageError(
+                    f"{what}: the target's backing file would be the source as it is, with nothing above it"
+                )
+        return source_itself(image, registry, target.directory)
     if request.backing_file is None:
         if request.backing_format is not None:
             raise UsageError("a backing format needs a backing file", hint="name it with -B")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vmconv.checking import remarks
 from vmconv.image import Image
+from vmconv.opener import Opener
 
 
-def describe(image: Image) -> dict[str, Any]:
+def describe(image: Image, opener: Opener) -> dict[str, Any]:
     """Returns what is known of the image without opening its parent; sizes are bytes."""
     status = os.fstat(image.file.descriptor)
     facts: dict[str, Any] = {
@@ -24,7 +26,17 @@ def describe(image: Image) -> dict[str, Any]:
         if image.parent_format:
             facts["backing-filename-format"] = image.parent_format
     facts.update(image.details)
+    if image.dependencies:
+        facts["references"] = [
+            {
+                "filename": dependency.name,
+                "role": dependency.role,
+                "length": dependency.length,
+                "recorded": dependency.fingerprint is not None,
+            }
+            for dependency in image.dependencies
+        ]
     facts["disk"] = image.disk.model_dump(mode="json", exclude_none=True)
     facts["losses"] = list(image.losses)
-    facts["warnings"] = list(image.warnings)
+    facts["warnings"] = [*image.warnings, *remarks(image, opener)]
     return facts

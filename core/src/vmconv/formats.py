@@ -18,7 +18,10 @@ class NoOptions:
 
 
 class CheckReport(NamedTuple):
-    """What a structural check found: `corruptions` make wrong reads possible, `leaks` only waste space."""
+    """What a structural check found: `corruptions` make wrong reads possible, `leaks` only waste space.
+
+    `doubts` are what a check cannot tell.
+    """
 
     corruptions: tuple[str, ...] = ()
     leaks: tuple[str, ...] = ()
@@ -27,6 +30,7 @@ class CheckReport(NamedTuple):
     allocated_clusters: int = 0
     total_clusters: int = 0
     image_end: int = 0
+    doubts: tuple[str, ...] = ()
 
 
 class Format:
@@ -69,6 +73,14 @@ class Format:
         A pure function: nothing is opened or written. Raises `PlanError` when the format cannot hold the disk.
         """
         raise NotImplementedError(f"{self.name} has no writer")
+
+    def keeps_source(self, options: Any) -> bool:
+        """True when these options make an image that holds nothing and has the source itself as its parent."""
+        return False
+
+    def unlike_qemu(self, image: Image) -> str | None:
+        """Returns why QEMU cannot read this layer, or reads another disk in it; None when it reads the same."""
+        return f"QEMU has no driver for {self.name}"
 
     def check(self, image: Image) -> CheckReport | None:
         """Returns what is wrong with the structure of `image`; None when the format has no structure to check."""

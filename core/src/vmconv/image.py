@@ -12,6 +12,7 @@ from vmconv.sources import File
 if TYPE_CHECKING:
     from vmconv.disk import Disk
     from vmconv.extents import Extents
+    from vmconv.references import Dependency
 
 
 class Image:
@@ -22,7 +23,8 @@ class Image:
     that the image states, besides size and parent: as values that `Disk` accepts (a geometry is a dictionary of its
     fields), because readers do not import pydantic. `losses` say in words what the image holds that no conversion
     carries over; `warnings` what its user should know about its health. `details` are the format's own facts, for
-    people and for `info`.
+    people and for `info`. `dependencies` are other files that this layer is made of, where the image says what they
+    have to be.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Image:
         losses: tuple[str, ...] = (),
         warnings: tuple[str, ...] = (),
         details: Callable[[], Mapping[str, Any]] = dict,
+        dependencies: tuple[Dependency, ...] = (),
     ) -> None:
         self.format_name = format_name
         self.file = file
@@ -47,6 +50,7 @@ class Image:
         self.metadata = dict(metadata or {})
         self.losses = losses
         self.warnings = warnings
+        self.dependencies = dependencies
         self.parent_reference = parent_reference
         self.parent_format = parent_format
         self._load_guest = load_guest
@@ -87,10 +91,12 @@ class Image:
     def onto(self, base: Image, parent: Image | None = None) -> Image:
         """Returns this disk, down to the layer `base` of its chain, as one layer on top of `parent` (None: of `base`).
 
-        As in `flat`, what lies in a hole of its file is ZERO.
+        As in `flat`, what lies in a hole of its file is ZERO. On top of itself, it says nothing.
         """
 
         def load_guest() -> Extents:
+            if base is self:
+                return self.guest.window(self.size, self.size)
             table = self.guest
             for layer in self.chain():
                 if layer is base:

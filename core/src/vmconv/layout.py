@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.extents import Extents
+    from vmconv.references import Record
+    from vmconv.sources import File
 
 
 class Placement(NamedTuple):
@@ -13,32 +15,52 @@ class Placement(NamedTuple):
 
     A payload row can be referenced when its offset in the output is congruent to its offset in the source modulo
     `modulus` bytes, a power of two; 1 means that any place will do. `target` is the name of the file that the user
-    named, for formats whose further files are named after it.
+    named, for formats whose further files are named after it, and `directory` where it goes, for formats that can
+    refer to files elsewhere.
     """
 
     modulus: int = 1
     target: str = "disk"
+    directory: str = ""
 
 
 class OutFile(NamedTuple):
     """One output file: `table` says what each of its bytes is (DATA of a guest's file, of a `Blob`, ... or ZERO).
 
-    `name` is None for the file that the user named, else the file's own name beside it.
+    `name` is None for the file that the user named, else the file's own name beside it. `reason` is for what an output
+    that refers to other files holds nevertheless; it completes "copied because ...".
     """
 
     table: Extents
     name: str | None = None
+    reason: str | None = None
+
+
+class Reference(NamedTuple):
+    """A file that an output refers to: `length` bytes of payload stay in it; `name` is as the output has it."""
+
+    name: str
+    file: File
+    length: int
 
 
 class Backing(NamedTuple):
-    """The parent that an output keeps instead of being flattened: as it is written into the image."""
+    """The parent that an output keeps instead of being flattened: as it is written into the image.
+
+    `records` are of the files that the parent is made of, where it must not change.
+    """
 
     reference: str
     format: str
+    records: tuple[Record, ...] = ()
 
 
 class Layout(NamedTuple):
-    """All files of one output image; the one that the user named comes last, so that it appears when all is there."""
+    """All files of one output image; the one that the user named comes last, so that it appears when all is there.
+
+    `references` are the files of the source that it names instead of holding their payload.
+    """
 
     files: tuple[OutFile, ...]
     losses: tuple[str, ...] = ()
+    references: tuple[Reference, ...] = ()

@@ -6,8 +6,8 @@ A plugin writes::
     class Options:
         cluster_size: Size = option(65536, "bytes of a cluster, a power of two from 512 to 2M")
 
-and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults needs no pydantic, whose
-import would take longer than a conversion.
+and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults, or with choices out of a
+`Literal`, needs no pydantic, whose import would take longer than a conversion.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from vmconv.errors import UsageError
 
@@ -78,6 +79,11 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
         if name not in known:
             hint = f"its options are {', '.join(known)}" if known else "it has no options"
             raise UsageError(f"{format_name} has no option {name!r}", hint=hint)
+    # Choices, such as a subformat, are right or wrong as they are.
+    hints = get_type_hints(model)
+    if all(value in get_args(hints[name]) for name, value in given.items()):
+        with suppress(ValueError):
+            return model(**given)
     from pydantic import TypeAdapter, ValidationError
 
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.extents import Column, Extents, Kind, spread
-from vmconv.layout import Layout
+from vmconv.layout import Layout, Reference
 from vmconv.sources import Blob, Decoded, File, Source
 from vmconv.storage import Survey
 
@@ -134,12 +134,16 @@ class CopyReason(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Bytes of the output by what is done for them: `zero` bytes are left to read as zero."""
+    """Bytes of the output by what is done for them: `zero` bytes are left to read as zero.
+
+    `referenced` bytes are no part of the output: they stay in the source's files, to which it refers.
+    """
 
     shared: int
     copied: int
     written: int
     zero: int
+    referenced: int = 0
 
 
 class Plan(NamedTuple):
@@ -150,11 +154,19 @@ class Plan(NamedTuple):
     files: tuple[FilePlan, ...]
     copies: tuple[CopyReason, ...]
     losses: tuple[str, ...]
+    references: tuple[Reference, ...] = ()
 
     @property
     def totals(self) -> Totals:
         shared, copied, written = (sum(f.steps.total(action) for f in self.files) for action in Action)
-        return Totals(shared, copied, written, sum(f.size for f in self.files) - shared - copied - written)
+        zero = sum(f.size for f in self.files) - shared - copied - written
+        return Totals(shared, copied, written, zero, sum(reference.length for reference in self.references))
+
+    @property
+    def way(self) -> str:
+        """How payload gets into the result: "reference" when all of it stays where it is, else the backend's name."""
+        totals = self.totals
+        return "reference" if self.references and not totals.shared and not totals.copied else self.backend
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
@@ -167,7 +179,8 @@ def joined(plans: Sequence[Plan]) -> Plan:
         copies[copy.reason] = before.plus(copy) if before else copy
     files = tuple(file for plan in plans for file in plan.files)
     losses = tuple(dict.fromkeys(loss for plan in plans for loss in plan.losses))
-    return plans[0]._replace(files=files, copies=tuple(copies.values()), losses=losses)
+    references = tuple(reference for plan in plans for reference in plan.references)
+    return plans[0]._replace(files=files, copies=tuple(copies.values()), losses=losses, references=references)
 
 
 def plan_layout(
@@ -178,8 +191,11 @@ def plan_layout(
     files = []
     for out in layout.files:
         steps = _steps(out.table, survey, reasons)
+        if out.reason:
+            _give_reason(steps, out.table.sources, reasons.number(out.reason))
         files.append(FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table))
-    return Plan(directory, backend, tuple(files), tuple(_copy_reasons(files, reasons.texts)), losses + layout.losses)
+    copies = tuple(_copy_reasons(files, reasons.texts))
+    return Plan(directory, backend, tuple(files), copies, losses + layout.losses, layout.references)
 
 
 class _Reasons:
@@ -255,6 +271,12 @@ def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: in
             )
         )
     return Steps.join(parts)
+
+
+def _give_reason(steps: Steps, sources: tuple[Source, ...], reason: int) -> None:
+    """Gives this reason to all copies out of files; what is decoded has its own."""
+    is_file = np.array([isinstance(source, File) for source in sources] + [False])
+    steps.reason[(steps.action == Action.COPY) & is_file[steps.source]] = reason
 
 
 def _copy_reasons(files: Sequence[FilePlan], texts: Sequence[str]) -> Iterator[CopyReason]:

@@ -55,7 +55,7 @@ class File(Source):
         self.descriptor = descriptor
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
-        self.stamp = _stamp(status)
+        self.stamp = stamp_of(status)
         # A block device has no size in its inode: its end is where seeking ends.
         self.size = os.lseek(descriptor, 0, os.SEEK_END) if self.is_device else status.st_size
 
@@ -109,7 +109,7 @@ class File(Source):
 
     def changed(self) -> bool:
         """True when the file is not the one that was opened any more: replaced, resized or written."""
-        return _stamp(os.fstat(self.descriptor)) != self.stamp
+        return stamp_of(os.fstat(self.descriptor)) != self.stamp
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -117,7 +117,8 @@ class File(Source):
             self.descriptor = -1
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Returns the stamp of a file or block device."""
     if stat.S_ISBLK(status.st_mode):
         # Reading and udev touch the times of a device node; what it is made of is its device number.
         return Stamp(status.st_rdev, 0, 0, 0, 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.comparison import first_difference
 from vmconv.errors import AccessError, VerifyError, VmconvError
-from vmconv.extents import Extents
+from vmconv.extents import Extents, on_storage
 from vmconv.formats import Format
 from vmconv.image import Image
 from vmconv.opener import Opener
@@ -18,21 +18,26 @@ from vmconv.sources import File
 
 if TYPE_CHECKING:
     from vmconv.containers import Container
+    from vmconv.layout import Reference
     from vmconv.registry import Registry
 
 
 class Results(Opener):
-    """Gives files of a result, which may still have temporary names, to the reader that asks for their final ones."""
+    """Gives files of a result, which may still have temporary names, to the reader that asks for their final ones.
 
-    def __init__(self, registry: Registry) -> None:
+    Under the names of its references it finds the source's own files.
+    """
+
+    def __init__(self, registry: Registry, references: Iterable[Reference] = ()) -> None:
         super().__init__(registry)
         self._results: dict[str, tuple[File, Format]] = {}
+        self._sources = {reference.name: reference.file for reference in references}
 
     def add(self, name: str, file: File, reader: Format) -> None:
         self._results[name] = file, reader
 
     def related(self, origin: File, reference: str, role: str) -> File:
-        return self._find(origin, reference, role)[0]
+        return self._sources.get(reference) or self._find(origin, reference, role)[0]
 
     def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
         file, reader = self._find(origin, reference, "backing file")
@@ -55,7 +60,7 @@ def verify(containers: Sequence[Container], files: Iterable[File], registry: Reg
 
     The files are those of all containers, in their order; the last of each is the image itself.
     """
-    results = Results(registry)
+    results = Results(registry, (reference for container in containers for reference in container.layout.references))
     finished = iter(files)
     images: dict[str, File] = {}
     for container in containers:
@@ -73,11 +78,26 @@ def _verify_one(container: Container, files: Sequence[File], results: Results, i
         below = images.get(container.backing.reference) if container.backing else None
         if below and (result.parent is None or result.parent.file is not below):
             raise VerifyError(f"{container.name}: its parent is not {below.name}")
+        _check_reference(container, result)
     except VmconvError as exc:
         raise VerifyError(f"the result cannot be read back: {exc}") from exc
     for out, file in zip(container.layout.files, files, strict=True):
         table = table.through(file, out.table)
+    for reference in container.layout.references:
+        table = table.through(reference.file, on_storage(reference.file))
     _same_disk(container, table)
+
+
+def _check_reference(container: Container, result: Image) -> None:
+    """Raises `VerifyError` when the result has a parent and refers to others files than that as its own."""
+    named = {reference.name: reference.file for reference in container.layout.references}
+    below = container.disk.parent
+    if (
+        named
+        and result.parent_reference is not None
+        and (below is None or named.get(result.parent_reference) is not below.file)
+    ):
+        raise VerifyError(f"{container.name}: its parent is {result.parent_reference}, the source was meant")
 
 
 def _same_disk(container: Container, table: Extents) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "backend": plan.backend,
         **plan.totals._asdict(),
         "copies": [copy._asdict() for copy in plan.copies],
+        "references": [{"name": one.name, "bytes": one.length} for one in plan.references],
         "losses": list(plan.losses),
         "files": [{"name": file.name, "size": file.size, **_steps(file)} for file in plan.files],
     }
@@ -62,37 +63,44 @@ def _steps(file: Any) -> dict[str, int]:
 
 
 def _run_plan(options: argparse.Namespace) -> int:
-    from vmconv.cli.output import print_json, size_text
+    from vmconv.cli.output import print_json
     from vmconv.conversion import prepared
     from vmconv.refusals import refuse_copies
 
     with prepared(_request(options)) as ready:
-        plan = ready.plan
-        warnings = ready.conversions[0].warnings
         layers = [_layer(made) for made in ready.containers[-2::-1]]
+        warnings = ready.conversions[0].warnings
         if options.output == "json":
-            print_json({**_plan_json(plan), "layers": layers, "warnings": list(warnings)}, indent=4)
-            refuse_copies(options.target, options.zero_copy, plan)
-            return 0
-        made = ready.containers[-1]
-        print(
-            f"{options.source} ({made.source.format_name}) -> {options.target} ({made.format.name}) by {plan.backend}"
-        )
-        for name, value in plan.totals._asdict().items():
-            print(f"  {name:<8}{size_text(value):>9}  ({value} bytes)")
-        for copy in plan.copies:
-            print(f"  copied because {copy.reason}: {size_text(copy.bytes)} in {copy.ranges} ", end="")
-            print(f"{'range' if copy.ranges == 1 else 'ranges'}, the first at {copy.offset:#x} of {copy.file}")
-        for layer in layers:
-            print(f"  layer {layer['source']} ({layer['source_format']}) -> {layer['name']}")
-        for file in plan.files:
-            print(f"  file {file.name}: {size_text(file.size)}")
-        for loss in plan.losses:
-            print(f"  not carried over: {loss}")
-        for warning in warnings:
-            print(f"  warning: {warning}")
-        refuse_copies(options.target, options.zero_copy, plan)
+            print_json({**_plan_json(ready.plan), "layers": layers, "warnings": list(warnings)}, indent=4)
+        else:
+            made = ready.containers[-1]
+            formats = made.source.format_name, made.format.name
+            print(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
+            for line in _plan_lines(ready.plan, layers, warnings):
+                print(f"  {line}")
+        refuse_copies(options.target, options.zero_copy, ready.plan)
     return 0
+
+
+def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
+    from vmconv.cli.output import size_text
+    from vmconv.references import notes
+
+    for name, value in plan.totals._asdict().items():
+        if name != "referenced":
+            yield f"{name:<8}{size_text(value):>9}  ({value} bytes)"
+    for reference in plan.references:
+        yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"
+    for copy in plan.copies:
+        ranges = f"{copy.ranges} {'range' if copy.ranges == 1 else 'ranges'}"
+        where = f"in {ranges}, the first at {copy.offset:#x} of {copy.file}"
+        yield f"copied because {copy.reason}: {size_text(copy.bytes)} {where}"
+    for layer in layers:
+        yield f"layer {layer['source']} ({layer['source_format']}) -> {layer['name']}"
+    yield from (f"file {file.name}: {size_text(file.size)}" for file in plan.files)
+    yield from (f"not carried over: {loss}" for loss in plan.losses)
+    yield from (f"note: {note}" for note in notes(plan.references, plan.directory))
+    yield from (f"warning: {warning}" for warning in warnings)
 
 
 _EVENT_SECONDS = 0.1
@@ -151,11 +159,14 @@ class _Words(_Silence):
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
+        from vmconv.references import notes
 
         for copy in plan.copies:
             print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
         for loss in plan.losses:
             print(f"not carried over: {loss}", file=sys.stderr)
+        for note in notes(plan.references, plan.directory):
+            print(f"note: {note}", file=sys.stderr)
 
     def progress(self, done: int, to_do: int) -> None:
         if self._bar:
@@ -179,8 +190,9 @@ def _done(result: Result) -> str:
     from vmconv.cli.output import size_text
 
     totals = result.totals
+    referenced = f"referenced {size_text(totals.referenced)}, " if totals.referenced else ""
     return (
-        f"{' on '.join([result.target, *result.layers])}: shared {size_text(totals.shared)}, "
+        f"{' on '.join([result.target, *result.layers])}: {referenced}shared {size_text(totals.shared)}, "
         f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
     )
 

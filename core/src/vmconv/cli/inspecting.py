@@ -29,7 +29,7 @@ def _run_info(options: argparse.Namespace) -> int:
 
     with _opener(options) as opener:
         image = opener.image(options.file, options.format_f, content_decides=True)
-        layers = [describe(layer) for layer in (image.chain() if options.backing_chain else (image,))]
+        layers = [describe(layer, opener) for layer in (image.chain() if options.backing_chain else (image,))]
     if options.output == "json":
         print_json(layers if options.backing_chain else layers[0], indent=4)
         return 0
@@ -60,11 +60,19 @@ def _print_info(facts: dict[str, Any]) -> None:
     if data:
         lines.append("format specific information:")
     for key, value in data.items():
-        lines.append(f"    {key.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+        lines.append(f"    {key.replace('-', ' ')}: {_fact(value)}")
+    for reference in facts.get("references", ()):
+        lines.append(f"refers to: {reference['filename']} ({reference['role']})")
     lines += [f"not carried over: {loss}" for loss in facts["losses"]]
     lines += [f"warning: {warning}" for warning in facts["warnings"]]
     for line in lines:
         print(printable(line))
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return f"{len(value)} (--output json has them)"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 _INFO_TITLES = {
@@ -129,11 +137,12 @@ def _configure_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_check(options: argparse.Namespace) -> int:
+    from vmconv.checking import check_image
     from vmconv.cli.output import print_json
 
     with _opener(options) as opener:
         image = opener.image(options.file, options.format_f)
-        report = opener.registry.format(image.format_name).check(image)
+        report = check_image(image, opener)
     if report is None:
         print(f"vmconv: {options.file}: {image.format_name} images have no structure to check", file=sys.stderr)
         return _CHECK_UNSUPPORTED
@@ -155,6 +164,7 @@ def _report_json(report: CheckReport) -> dict[str, Any]:
         "total-clusters": report.total_clusters,
         "image-end-offset": report.image_end,
         "findings": [*report.corruptions, *report.leaks],
+        "doubts": list(report.doubts),
     }
 
 
@@ -163,6 +173,8 @@ def _print_report(report: CheckReport) -> None:
         print(f"ERROR {text}")
     for text in report.leaks:
         print(f"Leaked {text}")
+    for text in report.doubts:
+        print(f"Note: {text}")
     for count, shown, what in (
         (report.corruption_count, len(report.corruptions), "errors"),
         (report.leak_count, len(report.leaks), "leaked clusters"),
@@ -198,14 +210,14 @@ COMMANDS = (
     Command(
         "check",
         "check the structure of an image",
-        "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts.\n"
-        "Changes nothing.",
+        "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts; and\n"
+        "whether the files it refers to are there and unchanged since. Changes nothing.",
         _configure_check,
         _run_check,
         "exit status (as qemu-img check):\n"
         "  0   no errors\n"
         "  1   the check could not be done\n"
-        "  2   the image is corrupt\n"
+        "  2   the image is corrupt, or a file that it refers to is not what it was\n"
         "  3   clusters are leaked, nothing is corrupt\n"
         "  63  the format has no structure to check",
     ),

@@ -70,7 +70,8 @@ class FormatTests:
         return self.format.write(image, options, Placement(modulus))
 
     def read(self, files: Sequence[MemoryFile], layout: Layout) -> Image:
-        names = {out.name: file for out, file in zip(layout.files, files, strict=True) if out.name}
+        names: dict[str, File] = {out.name: file for out, file in zip(layout.files, files, strict=True) if out.name}
+        names |= {reference.name: reference.file for reference in layout.references}
         return self.format.read(files[-1], _Siblings(Registry({self.format.name: self.format}), names))
 
     def round_trip(self, image: Image, variant: Mapping[str, str], modulus: int = 512) -> Image:
@@ -267,6 +268,11 @@ class FormatTests:
         for _, result in self.each_on_a_parent(Extents.filled(size, Kind.ZERO), MemoryFile("source.raw", 512)):
             assert result.guest.total(Kind.HOLE) == 0
             assert not any(content(result.guest))
+
+    def test_what_qemu_makes_of_an_image_is_said_in_a_phrase(self) -> None:
+        for variant in self.each_variant():
+            said = self.format.unlike_qemu(self.open_sample(self.sample(variant)))
+            assert said is None or (said and "\n" not in said and not said.endswith("."))
 
     # -- reading
 

@@ -43,6 +43,10 @@ class Parallels(Format):
 
         return write(image, options, placement)
 
+    def unlike_qemu(self, image: Image) -> str | None:
+        descriptor = is_descriptor(image.file.read(0, min(512, image.file.size)))
+        return "QEMU does not read the descriptor of a Parallels disk" if descriptor else None
+
 
 def is_descriptor(head: bytes) -> bool:
     """True when these are the first bytes of a DiskDescriptor.xml."""

@@ -40,6 +40,14 @@ class Qcow2(Format):
 
         return write(image, options, placement, backing=backing)
 
+    def keeps_source(self, options: Any) -> bool:
+        return bool(options.subformat == "reference")
+
+    def unlike_qemu(self, image: Image) -> str | None:
+        from vmconv_qcow2.reader import unlike_qemu
+
+        return unlike_qemu(image)
+
     def check(self, image: Image) -> CheckReport:
         from vmconv_qcow2.check import check
 

@@ -48,6 +48,7 @@ class Header(NamedTuple):
     backing_file: str | None = None
     backing_format: str | None = None
     data_file: str | None = None
+    records: tuple[str, ...] = ()
     bitmaps: Any = None
     unknown_extensions: tuple[int, ...] = ()
 
@@ -123,6 +124,7 @@ def read_header(file: File) -> Header:
         backing_file=name,
         backing_format=_text(extensions.get(structs.BACKING_FORMAT)),
         data_file=_text(extensions.get(structs.DATA_FILE_NAME)),
+        records=tuple(_decode(extensions.get(structs.RECORDS, b"")).split("\0")),
         bitmaps=_bitmaps(file, extensions, fields["autoclear"]),
         unknown_extensions=tuple(sorted(extensions.keys() - _KNOWN_EXTENSIONS)),
         **fields,
@@ -141,6 +143,7 @@ _KNOWN_EXTENSIONS = {
     structs.BITMAPS,
     structs.ENCRYPTION,
     structs.DATA_FILE_NAME,
+    structs.RECORDS,
 }
 
 

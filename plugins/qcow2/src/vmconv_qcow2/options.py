@@ -7,6 +7,7 @@ from typing import Literal
 
 from vmconv.options import Size, option
 
+Subformat = Literal["standard", "reference"]
 Compat = Literal["1.1", "0.10", "v3", "v2"]
 
 
@@ -21,6 +22,9 @@ class Options:
     refcount_bits: int = option(16, "bits of a reference count: 1, 2, 4, 8, 16, 32 or 64")
     extended_l2: bool = option(False, "on: allocate by 32nds of a cluster (clusters of 16K and more)")
     lazy_refcounts: bool = option(False, "on: later writers may postpone updates of reference counts")
+    subformat: Subformat = option("standard", "reference: payload stays in SOURCE, which becomes the backing file")
+    data_file: str | None = option(None, "SOURCE as its data file: payload stays in it, and guests write into it")
+    data_file_raw: bool = option(False, "on: the data file is the disk and remains so, readable without the image")
 
     def __post_init__(self) -> None:
         if self.cluster_size is not None and self.cluster_size not in (1 << bits for bits in range(9, 22)):
@@ -29,8 +33,14 @@ class Options:
             raise ValueError("refcount_bits is 1, 2, 4, 8, 16, 32 or 64")
         if self.extended_l2 and self.cluster_size is not None and self.cluster_size < 1 << 14:
             raise ValueError("extended_l2 needs clusters of at least 16K")
+        if self.data_file == "":
+            raise ValueError("data_file is the name of a file")
+        if self.data_file_raw and not self.data_file:
+            raise ValueError("data_file_raw needs data_file")
+        if self.data_file and self.subformat == "reference":
+            raise ValueError("data_file and subformat=reference are two ways, one is enough")
         if self.version == 2:
-            newer = [name for name in ("extended_l2", "lazy_refcounts") if getattr(self, name)]
+            newer = [name for name in ("extended_l2", "lazy_refcounts", "data_file") if getattr(self, name)]
             newer += ["refcount_bits"] if self.refcount_bits != 16 else []
             if newer:
                 raise ValueError(f"{newer[0]} needs compat=1.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from vmconv.errors import ImageError, UsageError
 from vmconv.extents import Column, Extents, Kind, Kinds, on_storage
 from vmconv.image import Image
 from vmconv.opener import Opener
+from vmconv.references import Dependency, read_records
 from vmconv.sources import File, Reserved, Source
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
@@ -58,7 +60,26 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         losses=tuple(_losses(header, snapshot)),
         warnings=tuple(_warnings(header)),
         details=lambda: _details(header),
+        dependencies=tuple(_dependencies(header)),
     )
+
+
+def _dependencies(header: Header) -> Iterator[Dependency]:
+    """Yields the data file, and the files below that were recorded: they hold while the parent is the one of then."""
+    if header.data_file:
+        yield Dependency("data file", header.data_file)
+    known = read_records(header.records)
+    for name, fingerprint in known.items() if header.backing_file in known else ():
+        role = "backing file" if name == header.backing_file else "file of the chain below"
+        yield Dependency(role, name, fingerprint.size, fingerprint)
+
+
+def unlike_qemu(image: Image) -> str | None:
+    """Returns why QEMU cannot read this image, or reads another disk in it."""
+    data_file = image.details["format-specific"]["data"].get("data-file")
+    if data_file and not os.path.isabs(data_file):
+        return f"QEMU looks for the data file {data_file!r} in its working directory"
+    return None
 
 
 def _snapshot(header: Header, wanted: str) -> Snapshot:

@@ -82,6 +82,8 @@ FEATURE_NAMES = 0x6803F857
 BITMAPS = 0x23852875
 ENCRYPTION = 0x0537BE77
 DATA_FILE_NAME = 0x44415441
+RECORDS = 0x766D6372
+"""Ours ("vmcr"): records of the files that the image refers to, with a NUL between them; QEMU keeps it as it is."""
 
 FeatureName = Struct("type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
 

@@ -8,7 +8,7 @@ tables (L2, refcounts) are computed when they are written, a slice at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
 from vmconv.image import Image
 from vmconv.known import qemu_name
-from vmconv.layout import Backing, Layout, OutFile, Placement
+from vmconv.layout import Backing, Layout, OutFile, Placement, Reference
 from vmconv.sources import Blob, Source
 from vmconv_qcow2 import clusters, structs
 from vmconv_qcow2.options import Options
@@ -42,9 +42,27 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
     return _Writer(image, options, placement, backing).layout()
 
 
+def _references(image: Image, options: Options, backing: Backing | None) -> Iterator[Reference]:
+    """Yields what the image refers to instead of holding it."""
+    if options.data_file:
+        if backing:
+            raise PlanError(
+                "a qcow2 image with a data file has no backing file here: the data file has all of the disk"
+            )
+        from vmconv_qcow2.data_file import disk_itself
+
+        file = disk_itself(image)
+        yield Reference(options.data_file, file, image.flat.total(Kind.DATA))
+    if options.subformat == "reference":
+        if not backing or not image.parent:
+            raise PlanError("a qcow2 image with subformat=reference has its source as backing file, there is none")
+        yield Reference(backing.reference, image.parent.file, image.parent.flat.total(Kind.DATA))
+
+
 class _Writer:
     def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
         self.options = options
+        self.references = tuple(_references(image, options, backing))
         self.backing = backing
         self.modulus = placement.modulus
         table = image.guest if backing else image.flat
@@ -78,6 +96,9 @@ class _Writer:
         runs = payload.take(placed.run)
         length = runs.blocks * self.cluster
         rows, row_length = cut(self.guest, runs.first * self.cluster, length, placed.offset)
+        if self.options.data_file:
+            # Payload stays there; what its clusters' entries say is the same.
+            rows, row_length = rows.take(row_length < 0), row_length[:0]
         file = self._file(tables, runs, placed.offset, end)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
         sources = (*self.guest.sources, *(blob for _, blob in metadata))
@@ -98,7 +119,7 @@ class _Writer:
             size = placed.end
         inside = both.start < size
         both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
-        return Layout((OutFile(Extents.placed(size, both, both_length, sources)),))
+        return Layout((OutFile(Extents.placed(size, both, both_length, sources)),), (), self.references)
 
     # -- where everything goes
 
@@ -115,7 +136,7 @@ class _Writer:
         while True:
             tables = self._tables(l1_entries, l2_tables, blocks_needed)
             base = -(-tables.end // align) * align
-            placed = blocks.place(self.guest, payload, self.cluster, base, self.modulus)
+            placed = self._place(payload, base)
             total = -(-max(tables.end, placed.end) // self.cluster)
             per_block = self.cluster * 8 // self.options.refcount_bits
             if -(-total // per_block) <= blocks_needed:
@@ -125,6 +146,11 @@ class _Writer:
                 self._refuse_size(
                     f"a refcount table of {blocks_needed * 8} bytes, {structs.MAX_REFCOUNT_TABLE_BYTES} at most"
                 )
+
+    def _place(self, payload: blocks.Runs, base: int) -> blocks.Placed:
+        if self.options.data_file:
+            return blocks.Placed(np.arange(len(payload.first)), payload.first * self.cluster, 0)
+        return blocks.place(self.guest, payload, self.cluster, base, self.modulus)
 
     def _tables(self, l1_entries: int, l2_tables: Column, refcount_blocks: int) -> _Tables:
         cluster = self.cluster
@@ -148,6 +174,9 @@ class _Writer:
         used_to = -(-end // cluster) * cluster
         output = blocks.Output(used_to)
         whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.blocks * cluster])
+        if self.options.data_file:
+            # Its clusters are not counted.
+            whole, output = (whole[0][:1], whole[1][:1]), blocks.Output(max(used_to, self.guest.size))
         used = _windows(whole[0], whole[1], whole[0], output, used_to)
         host = self._host(runs, offset, output)
         l1 = np.zeros(tables.l1_entries, dtype=">u8")
@@ -158,7 +187,8 @@ class _Writer:
             (0, Blob("header", self._header(tables))),
             (tables.refcount_table, Blob("refcount table", block_places.astype(">u8").tobytes())),
             (tables.first_block, self._refcounts(used, tables.refcount_blocks)),
-            (tables.l1, Blob("L1 table", l1.tobytes())),
+            # A table of nothing is a hole.
+            (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
             (tables.l2, self._l2(host, tables.l2_tables)),
         ]
 
@@ -179,11 +209,20 @@ class _Writer:
         if backing:
             name = backing.reference.encode("utf-8", "surrogateescape")
             extensions += _extension(structs.BACKING_FORMAT, qemu_name(backing.format).encode())
+            if backing.records:
+                records = "\0".join(str(record) for record in backing.records)
+                extensions += _extension(structs.RECORDS, records.encode("utf-8", "surrogateescape"))
+        if options.data_file:
+            extensions += _extension(structs.DATA_FILE_NAME, options.data_file.encode("utf-8", "surrogateescape"))
         extensions += _extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)
         if len(name) > structs.MAX_BACKING_NAME or name_offset + len(name) > self.cluster:
-            raise PlanError(f"backing file name of {len(name)} bytes does not fit into the header cluster")
+            raise PlanError(
+                f"names of other files need {len(extensions) + len(name)} bytes of the header cluster, it has "
+                f"{self.cluster - length}, and {structs.MAX_BACKING_NAME} for that of a backing file",
+                hint="use larger clusters, or shorter names",
+            )
         fields: dict[str, Any] = {
             "version": options.version,
             "backing_file_offset": name_offset if name else 0,
@@ -202,15 +241,19 @@ class _Writer:
         if options.version == 3:
             header += structs.HeaderV3.build(
                 {
-                    "incompatible_features": structs.EXTENDED_L2 if options.extended_l2 else 0,
+                    "incompatible_features": self._incompatible(),
                     "compatible_features": structs.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
-                    "autoclear_features": 0,
+                    "autoclear_features": structs.RAW_EXTERNAL_DATA if options.data_file_raw else 0,
                     "refcount_order": options.refcount_bits.bit_length() - 1,
                     "header_length": length,
                 }
             )
             header += structs.HeaderV3Additional.build({"compression_type": 0})
         return b"".join([header, extensions, name])
+
+    def _incompatible(self) -> int:
+        extended = structs.EXTENDED_L2 if self.options.extended_l2 else 0
+        return extended | (structs.EXTERNAL_DATA if self.options.data_file else 0)
 
     def _refcounts(self, used: Extents, count: int) -> Blob:
         """Returns all refcount blocks: 1 for each cluster of the file that is used."""

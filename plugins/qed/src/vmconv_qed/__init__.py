@@ -39,6 +39,9 @@ class Qed(Format):
 
         return write(image, options, placement, backing=backing)
 
+    def unlike_qemu(self, image: Image) -> str | None:
+        return None
+
 
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:

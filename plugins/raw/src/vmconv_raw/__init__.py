@@ -30,6 +30,9 @@ class Raw(Format):
 
         return write(image)
 
+    def unlike_qemu(self, image: Image) -> str | None:
+        return None
+
 
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:

@@ -40,6 +40,11 @@ class Vdi(Format):
 
         return write(image, options, placement, backing=backing)
 
+    def unlike_qemu(self, image: Image) -> str | None:
+        from vmconv_vdi.reader import unlike_qemu
+
+        return unlike_qemu(image)
+
 
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:

@@ -19,6 +19,7 @@ from vmconv_vdi import structs
 
 # The block map is read in slices of this many entries.
 _SLICE = 1 << 20
+_QEMU_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,16 @@ def _details(header: Header) -> Mapping[str, Any]:
     if header.parent != structs.NIL_UUID:
         facts["parent-uuid"] = structs.uuid_text(header.parent)
     return {"cluster-size": header.block_size, "format-specific": {"type": "vdi", "data": facts}}
+
+
+def unlike_qemu(image: Image) -> str | None:
+    """Returns why QEMU does not read this image."""
+    header = read_header(image.file)
+    if header.parent_reference:
+        return "QEMU refuses differencing VDI images"
+    if header.block_size != _QEMU_BLOCK or header.block_extra:
+        return f"QEMU reads VDI images with blocks of {_QEMU_BLOCK} bytes, its blocks have {header.stride}"
+    return None
 
 
 def _parent(header: Header, opener: Opener) -> Image:

@@ -52,6 +52,19 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     )
 
 
+def unlike_qemu(image: Image) -> str | None:
+    """Returns why QEMU reads another disk in this image."""
+    header = read_header(image.file)
+    if header.kind == structs.DIFFERENCING:
+        return "QEMU reads a differencing VHD as if it had no parent"
+    cylinders, heads, sectors = header.geometry
+    size = cylinders * heads * sectors * structs.SECTOR
+    known = header.creator.encode("ascii", "replace").ljust(4, b"\0") in structs.SIZED_BY_FOOTER
+    if known or header.geometry == structs.MAX_GEOMETRY or size == header.size:
+        return None
+    return f"QEMU takes the geometry of {size} bytes for the size of a VHD by {header.creator!r}, it has {header.size}"
+
+
 def _metadata(header: Header) -> dict[str, Any]:
     metadata: dict[str, Any] = {"creator": header.creator} if header.creator else {}
     if any(header.unique_id):

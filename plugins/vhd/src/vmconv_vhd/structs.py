@@ -96,6 +96,9 @@ MAX_SIZE = 2040 << 30
 
 MAX_GEOMETRY = (65535, 16, 255)
 
+SIZED_BY_FOOTER = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
+"""Creators whose disks every reader takes to be as large as the footer says, not as the geometry does: QEMU's list."""
+
 
 def checksum(data: bytes, field: int) -> int:
     """Returns the one's complement of the sum of all bytes but those of the checksum at offset `field`."""

@@ -30,8 +30,6 @@ _MIB = 1 << 20
 _PAGE = 4096
 _BITMAP = bitmap_size(structs.BLOCK_SIZE)
 _WINDOWS = b"win "
-# Creators whose disks every reader takes to be as large as the footer says, not as the geometry does (QEMU's list).
-_SIZED_BY_FOOTER = (_WINDOWS, b"qem2", b"d2v ", b"tap\0", b"CTXS")
 _CREATOR_VERSION = 0x000A0000
 
 
@@ -190,7 +188,7 @@ class _Writer:
         creator = str(said).encode("ascii", "replace").ljust(4, b"\0")
         cylinders, heads, sectors = self.geometry
         by_geometry = cylinders * heads * sectors * structs.SECTOR
-        if len(creator) == 4 and (creator in _SIZED_BY_FOOTER or by_geometry == self.size):
+        if len(creator) == 4 and (creator in structs.SIZED_BY_FOOTER or by_geometry == self.size):
             return creator
         why = "has 4 characters" if len(creator) > 4 else "would make readers take the geometry for the size"
         self.losses.append(f"creator {said}: what VHD has for it {why}")

@@ -40,6 +40,11 @@ class Vhdx(Format):
 
         return write(image, options, placement, backing=backing)
 
+    def unlike_qemu(self, image: Image) -> str | None:
+        if image.parent_reference is not None:
+            return "QEMU refuses differencing VHDX images"
+        return "QEMU replays its log before it reads it, or refuses to" if image.details["dirty-flag"] else None
+
 
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:

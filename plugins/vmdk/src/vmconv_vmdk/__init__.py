@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -41,6 +42,17 @@ class Vmdk(Format):
         from vmconv_vmdk.writer import write
 
         return write(image, options, placement, backing=backing)
+
+    def unlike_qemu(self, image: Image) -> str | None:
+        from vmconv_vmdk.reader import unlike_qemu
+
+        return unlike_qemu(image)
+
+    def check(self, image: Image) -> CheckReport | None:
+        """Returns an empty report for a disk of flat extents, which has nothing but them; None for all others."""
+        from vmconv.formats import CheckReport
+
+        return CheckReport(image_end=image.file.size) if image.dependencies else None
 
 
 @hookimpl

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmconv.errors import ImageError
 from vmconv.extents import MAX_SIZE
+from vmconv.references import Dependency, Record, read_records
 from vmconv.sources import File
 from vmconv_vmdk import structs
 
@@ -23,6 +24,7 @@ _ENCODING = re.compile(rb"^[ \t]*encoding[ \t]*=[ \t]*\"?([\w.:-]{1,40})", re.IG
 _TEXT_CODECS = re.compile(
     r"utf-8|ascii|cp\d+|iso8859-\d+|shift_jis\w*|gb2312|gbk|gb18030|big5\w*|euc_\w+|koi8-[rut]|mac-\w+"
 )
+_RECORD = "ddb.vmconv.source."
 FLAT_KINDS = frozenset({"FLAT", "VMFS"})
 SPARSE_KINDS = frozenset({"SPARSE", "VMFSSPARSE", "SESPARSE"})
 _DEVICE_KINDS = frozenset({"VMFSRDM", "VMFSRAW"})
@@ -87,6 +89,21 @@ class Descriptor:
     @property
     def size(self) -> int:
         return sum(part.size for part in self.parts)
+
+    def dependencies(self) -> Iterator[Dependency]:
+        """Yields the files that flat extents lie in, with what was recorded of them when the disk was made."""
+        ends: dict[str, int] = {}
+        for part in self.parts:
+            if part.kind in FLAT_KINDS and part.access != "NOACCESS" and part.name:
+                ends[part.name] = max(ends.get(part.name, 0), part.offset * structs.SECTOR + part.size)
+        known = read_records(text for name, text in self.values.items() if name.startswith(_RECORD))
+        for name, end in ends.items():
+            yield Dependency("extent", name, end, known.get(name))
+
+
+def recorded(records: Sequence[Record]) -> dict[str, str]:
+    """Returns the lines of "ddb" that keep what is known of the source's files; other readers ignore them."""
+    return {f"{_RECORD.removeprefix('ddb.')}{number}": str(record) for number, record in enumerate(records)}
 
 
 def parse(data: bytes, name: str) -> Descriptor:

@@ -9,12 +9,21 @@ from typing import Literal
 from vmconv.options import option
 
 Subformat = Literal[
-    "monolithicSparse", "monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat", "vmfs", "streamOptimized"
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "vmfs",
+    "streamOptimized",
+    "reference",
 ]
 AdapterType = Literal["ide", "buslogic", "lsilogic", "legacyESX", "pvscsi"]
 
 FLAT = {"monolithicFlat": "FLAT", "twoGbMaxExtentFlat": "FLAT", "vmfs": "VMFS"}
 """Subformats whose extents are the disk itself, with the kind of extent that their descriptor names."""
+
+REFERENCE = "reference"
+"""The subformat whose extents are ranges of the source's own files; a word of ours."""
 
 SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
 
@@ -23,7 +32,9 @@ SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
 class Options:
     """How a VMDK is written; raises `ValueError` for what the format cannot be."""
 
-    subformat: Subformat = option("monolithicSparse", "how extents are stored; streamOptimized compresses")
+    subformat: Subformat = option(
+        "monolithicSparse", "how extents are stored; streamOptimized compresses, reference leaves payload in SOURCE"
+    )
     adapter_type: AdapterType | None = option(None, "virtual adapter; by default what the source says, or ide")
     hwversion: str = option("4", "version of the virtual hardware")
     toolsversion: str = option("2147483647", "version of VMware's guest tools")
@@ -33,12 +44,17 @@ class Options:
         for field in ("hwversion", "toolsversion"):
             if not re.fullmatch(r"\d{1,10}", getattr(self, field)):
                 raise ValueError(f"{field} is a number")
-        if self.zeroed_grain and (self.flat or self.subformat == "streamOptimized"):
+        if self.zeroed_grain and (self.flat or self.subformat in ("streamOptimized", REFERENCE)):
             raise ValueError(f"zeroed_grain needs sparse extents, {self.subformat} has none")
 
     @property
     def flat(self) -> bool:
         return self.subformat in FLAT
+
+    @property
+    def create_type(self) -> str:
+        """The subformat as descriptors have it."""
+        return "twoGbMaxExtentFlat" if self.subformat == REFERENCE else self.subformat
 
     @property
     def split(self) -> bool:

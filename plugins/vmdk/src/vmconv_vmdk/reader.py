@@ -22,6 +22,9 @@ from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
 
 _GEOMETRY = ("cylinders", "heads", "sectors")
+_TYPES_OF_QEMU = frozenset(
+    {"monolithicFlat", "vmfs", "vmfsSparse", "seSparse", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"}
+)
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
@@ -48,6 +51,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         losses=tuple(_losses(described)),
         warnings=tuple(disk.warnings),
         details=disk.details,
+        dependencies=() if disk.whole else tuple(described.dependencies()),
     )
     return image
 
@@ -59,6 +63,22 @@ def content_id(image: Image) -> int | None:
     data = image.details.get("format-specific", {}).get("data", {})
     found: int | None = data.get("cid")
     return found
+
+
+def unlike_qemu(image: Image) -> str | None:
+    """Returns why QEMU cannot read this VMDK, or reads another disk in it."""
+    data = image.details["format-specific"]["data"]
+    extents = data["extents"]
+    separate = image.file.read(0, min(image.file.size, 4)) not in (structs.SPARSE_MAGIC, structs.COWD_MAGIC)
+    if separate and data["create-type"] not in _TYPES_OF_QEMU:
+        return f"QEMU does not read descriptors of createType {data['create-type'] or 'nothing'}"
+    if any(extent["format"] == "ZERO" for extent in extents):
+        return "QEMU reads extents of kind ZERO as what the extent before them has"
+    if any(extent["access"] != "RW" for extent in extents):
+        return "QEMU leaves out extents whose access is not RW"
+    if "\\" in (image.parent_reference or ""):
+        return f"QEMU looks for its parent under the name {image.parent_reference}"
+    return None
 
 
 class _Disk:
@@ -192,7 +212,12 @@ class _Disk:
         return details
 
     def _facts(self, part: Part) -> dict[str, Any]:
-        facts = {"format": part.kind, "virtual-size": part.size, "filename": part.name or ""}
+        facts = {
+            "format": part.kind,
+            "virtual-size": part.size,
+            "filename": part.name or "",
+            "access": part.access,
+        }
         if self.whole:
             facts |= {
                 "virtual-size": self.whole.size,

@@ -5,6 +5,7 @@ twoGbMaxExtentSparse   name-s001.vmdk ..., sparse extents, and name.vmdk, the de
 monolithicFlat, vmfs   name-flat.vmdk, the disk itself, and name.vmdk, the descriptor
 twoGbMaxExtentFlat     name-f001.vmdk ..., parts of the disk itself, and name.vmdk, the descriptor
 streamOptimized        name.vmdk, compressed, see stream.py
+reference              name.vmdk, the descriptor of extents in the source's files, see reference.py
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from vmconv.errors import PlanError
 from vmconv.extents import Extents
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
+from vmconv.references import Record
 from vmconv.sources import Blob
 from vmconv_vmdk import structs
-from vmconv_vmdk.descriptor import NO_PARENT, Part, render
+from vmconv_vmdk.descriptor import NO_PARENT, Part, recorded, render
 from vmconv_vmdk.grains import GRAIN, SparseExtent
-from vmconv_vmdk.options import FLAT, AdapterType, Options
+from vmconv_vmdk.options import FLAT, REFERENCE, AdapterType, Options
 from vmconv_vmdk.reader import content_id
 
 SPLIT_SECTORS = 4192256
@@ -47,6 +49,7 @@ class _Writer:
     def __init__(self, image: Image, options: Options, placement: Placement, backing: Backing | None) -> None:
         self.image = image
         self.options = options
+        self.placement = placement
         self.modulus = placement.modulus
         self.backing = backing
         self.name = placement.target
@@ -65,7 +68,7 @@ class _Writer:
         if not 1 <= self.sectors <= MAX_SECTORS:
             nearest = structs.SECTOR * (MAX_SECTORS if self.sectors else 1)
             raise PlanError(f"VMDK cannot hold {self.image.size} bytes, the nearest size it can hold is {nearest}")
-        if self.backing and (self.options.flat or subformat == "streamOptimized"):
+        if self.backing and (self.options.flat or subformat in ("streamOptimized", REFERENCE)):
             raise PlanError(f"{subformat} cannot have a backing file", hint="use -o subformat=monolithicSparse")
         if self.backing:
             self._check_parent(self.backing)
@@ -82,7 +85,7 @@ class _Writer:
 
     def _guest(self) -> Extents:
         """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
-        if self.options.flat:
+        if self.options.flat or self.options.subformat == REFERENCE:
             return self.image.flat.window(0, self.size).without_holes()
         table = blocks.padded(self.image.guest if self.backing else self.image.flat, GRAIN)
         if self.backing and self.image.parent:
@@ -90,6 +93,8 @@ class _Writer:
         return table
 
     def layout(self) -> Layout:
+        if self.options.subformat == REFERENCE:
+            return self._referring()
         parts = self._parts()
         text = self._descriptor(parts)
         if self.options.subformat == "streamOptimized":
@@ -109,6 +114,14 @@ class _Writer:
             at += part.size
         files.append(OutFile(Extents.whole(Blob("descriptor", text))))
         return Layout(tuple(files), tuple(self.losses))
+
+    def _referring(self) -> Layout:
+        from vmconv_vmdk.reference import refer_to_source
+
+        found = refer_to_source(self.guest, f"{self.name.removesuffix('.vmdk')}-rest.vmdk", self.placement)
+        text = self._descriptor(found.parts, found.records)
+        files = (*found.rest, OutFile(Extents.whole(Blob("descriptor", text))))
+        return Layout(files, tuple(self.losses), found.references)
 
     def _parts(self) -> list[Part]:
         """Returns the extents as the descriptor names them."""
@@ -143,7 +156,7 @@ class _Writer:
             raise PlanError(f"VMDK descriptor of {len(text)} bytes, {room} at most: its file names are too long")
         return text.ljust(room, b"\0")
 
-    def _descriptor(self, parts: Sequence[Part]) -> bytes:
+    def _descriptor(self, parts: Sequence[Part], records: Sequence[Record] = ()) -> bytes:
         """Returns the descriptor; its identities are the source's, else made from what the disk is, not from chance."""
         digest = self._digest()
         kept = content_id(self.image)
@@ -156,10 +169,10 @@ class _Writer:
                 raise PlanError(f"CID of the parent {self.backing.reference} is not known: it was not read as a VMDK")
             parent_cid = found
         return render(
-            create_type=self.options.subformat,
+            create_type=self.options.create_type,
             cid=cid,
             parts=parts,
-            database=self._database(digest, cid),
+            database=self._database(digest, cid) | recorded(records),
             parent_cid=parent_cid,
             parent=self.backing.reference if self.backing else None,
         )

@@ -1,0 +1,122 @@
+"""A disk whose payload stays in the files of its source: the descriptor names ranges of them as flat extents.
+
+    name.vmdk        the descriptor: RW sectors FLAT "file of the source" sector
+    name-rest.vmdk   zeros, and what cannot be named because it is not whole sectors, each at the guest's own address
+
+QEMU 7.2 reads extents of kind ZERO as what the extent before them has, so zeros are a hole of a file. Every address has
+its own place there: who writes to the disk never writes to two addresses at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from vmconv.errors import PlanError
+from vmconv.extents import Column, Extents, Kind
+from vmconv.layout import OutFile, Placement, Reference
+from vmconv.ranges import Ranges, joined_over_holes, ranges_in_files
+from vmconv.references import Record, refer
+from vmconv.sources import File
+from vmconv_vmdk.descriptor import Part
+from vmconv_vmdk.structs import SECTOR
+
+MAX_PARTS = 512
+"""Extents of a disk: QEMU opens a file for each, and a process may have 1024 open unless it was given more."""
+
+MAX_NAME = 511
+"""Bytes of a file name in a descriptor that QEMU reads."""
+
+_REASON = "an extent of a VMDK is whole sectors of 512 bytes, in its file as in the disk"
+
+
+class Referring(NamedTuple):
+    """The extents as the descriptor has them, what they refer to, and the file of what is left, if anything is."""
+
+    parts: list[Part]
+    references: tuple[Reference, ...]
+    records: tuple[Record, ...]
+    rest: tuple[OutFile, ...]
+
+
+def refer_to_source(guest: Extents, rest_name: str, placement: Placement) -> Referring:
+    """Returns how a disk of whole sectors is made of its source's files; raises `PlanError` for one too scattered."""
+    ranges = ranges_in_files(joined_over_holes(guest), SECTOR)
+    gap, gap_length = _gaps(ranges, guest.size)
+    _refuse_scattered(len(ranges.start) + len(gap))
+    used = {index: source for index, source in enumerate(guest.sources) if (ranges.source == index).any()}
+    files = {index: source for index, source in used.items() if isinstance(source, File)}
+    records = {index: refer(file, placement.directory) for index, file in files.items()}
+    left = guest.replaced(Extents.filled(guest.size), ranges.start, ranges.length)
+    whole, some = _payload(guest), _payload(left)
+    references = tuple(
+        Reference(records[index].name, file, whole[id(file)] - some.get(id(file), 0)) for index, file in files.items()
+    )
+    rest = tuple(OutFile(left.window(0, end), rest_name, _REASON) for end in (gap + gap_length)[-1:].tolist())
+    names = {index: record.name for index, record in records.items()}
+    parts = _parts(ranges, names, gap, gap_length, rest_name)
+    return Referring(_guarded(parts), references, tuple(records.values()), rest)
+
+
+def _gaps(ranges: Ranges, size: int) -> tuple[Column, Column]:
+    """Returns `(start, length)` of what of the disk is in no range."""
+    start = np.append(0, ranges.start + ranges.length)
+    length = np.append(ranges.start, size) - start
+    return start[length > 0], length[length > 0]
+
+
+def _refuse_scattered(count: int) -> None:
+    if count > MAX_PARTS:
+        raise PlanError(
+            f"the disk lies in {count} ranges of its files, {MAX_PARTS} extents are as many as QEMU opens",
+            hint="a qcow2 image with subformat=reference names the source as a whole; others hold the payload",
+        )
+
+
+def _payload(table: Extents) -> Mapping[int, int]:
+    """Returns how many bytes of payload lie in each source, by its identity."""
+    data = table.kind == Kind.DATA
+    lengths = np.bincount(table.source[data], table.length[data], len(table.sources))
+    return {id(source): int(length) for source, length in zip(table.sources, lengths, strict=True)}
+
+
+def _parts(ranges: Ranges, names: Mapping[int, str], gap: Column, gap_length: Column, rest_name: str) -> list[Part]:
+    """Returns the extents in the disk's order; what is in no range has its own address as its place in the rest."""
+    rows = [
+        (int(start), int(length), names[int(source)], int(offset))
+        for start, length, source, offset in zip(*ranges, strict=True)
+    ]
+    rows += [(start, length, rest_name, start) for start, length in zip(gap.tolist(), gap_length.tolist(), strict=True)]
+    for name in {name for _, _, name, _ in rows}:
+        _refuse_name(name)
+    return [Part("RW", length // SECTOR, "FLAT", name, offset // SECTOR) for _, length, name, offset in sorted(rows)]
+
+
+def _refuse_name(name: str) -> None:
+    if '"' in name or "\0" in name or name.splitlines() != [name]:
+        raise PlanError(f"VMDK descriptor cannot hold the file name {name!r}")
+    length = len(name.encode("utf-8", "surrogateescape"))
+    if length > MAX_NAME:
+        raise PlanError(f"file name of {length} bytes in a VMDK descriptor, {MAX_NAME} at most: {name}")
+
+
+def _guarded(parts: list[Part]) -> list[Part]:
+    """Returns the extents with a file named twice, when there is none: QEMU's locks then forbid it to write to any.
+
+    A disk that is one file from its beginning is left alone: readers that ignore where an extent begins read it too.
+    """
+    names = [part.name for part in parts]
+    first = parts[0]
+    if len(set(names)) < len(names) or (len(parts) == 1 and not first.offset):
+        return parts
+    longest = max(parts, key=lambda part: part.sectors)
+    if longest.sectors < 2:
+        return parts
+    at, one = parts.index(longest), longest.sectors - 1
+    halves = [
+        Part(longest.access, one, longest.kind, longest.name, longest.offset),
+        Part(longest.access, 1, longest.kind, longest.name, longest.offset + one),
+    ]
+    return [*parts[:at], *halves, *parts[at + 1 :]]

@@ -1,0 +1,85 @@
+"""Ranges of a disk that lie in files as they are."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from hypothesis import given
+
+from vmconv.backends.memory import MemoryFile
+from vmconv.extents import Extents, Kind, on_storage
+from vmconv.ranges import joined_over_holes, ranges_in_files
+from vmconv.sources import Blob
+from vmconv.testing.strategies import tables
+
+SECTOR = 512
+
+
+def holey(name: str, sectors: int, seed: int) -> MemoryFile:
+    """Returns a file with random bytes in half of its sectors."""
+    rng = random.Random(seed)
+    file = MemoryFile(name, sectors * SECTOR)
+    for sector in rng.sample(range(sectors), sectors // 2):
+        file.write(sector * SECTOR, rng.randbytes(SECTOR))
+    return file
+
+
+ONE, OTHER = holey("one", 64, 1), holey("other", 64, 2)
+MADE = Blob("made", bytes(range(256)) * 128)
+
+
+def through_storage(table: Extents) -> Extents:
+    for file in (ONE, OTHER):
+        table = table.through(file, on_storage(file))
+    return table
+
+
+@given(tables((ONE, OTHER, MADE), unit=SECTOR, holes=False))
+def test_a_table_joined_over_holes_is_the_same_disk_in_no_more_rows(table: Extents) -> None:
+    flat = through_storage(table)
+    joined = joined_over_holes(flat)
+    assert through_storage(joined) == flat
+    assert len(joined) <= len(flat)
+
+
+def test_a_file_from_its_first_byte_to_its_last_is_one_row() -> None:
+    flat = through_storage(Extents.whole(ONE))
+    assert len(flat) > 10
+    assert joined_over_holes(flat) == Extents.whole(ONE)
+
+
+def test_zeros_where_the_file_has_something_else_are_not_joined() -> None:
+    data = next(row for row in on_storage(ONE) if row.kind == Kind.DATA)
+    rows = [(0, Kind.DATA, ONE, data.start), (SECTOR, Kind.ZERO, None, 0)]
+    table = Extents.of(rows, 2 * SECTOR)
+    second = on_storage(ONE).window(data.start + SECTOR, SECTOR).without_holes()
+    assert (len(joined_over_holes(table)) == 1) == (second.total(Kind.ZERO) == SECTOR)
+    past = Extents.of([(0, Kind.DATA, ONE, ONE.size - SECTOR), (SECTOR, Kind.ZERO, None, 0)], 2 * SECTOR)
+    assert joined_over_holes(past) == past
+
+
+def test_a_table_of_nothing() -> None:
+    assert len(joined_over_holes(Extents.filled(0))) == 0
+    assert len(ranges_in_files(Extents.filled(0), SECTOR).start) == 0
+
+
+@given(tables((ONE, OTHER, MADE), unit=100, holes=False))
+def test_ranges_are_whole_units_in_disk_and_file_and_there_are_no_more_of_them(table: Extents) -> None:
+    ranges = ranges_in_files(table, SECTOR)
+    for column in (ranges.start, ranges.length, ranges.offset):
+        assert (column % SECTOR == 0).all()
+    covered = np.zeros(table.size, dtype=bool)
+    for start, length, source, offset in zip(*ranges, strict=True):
+        assert not covered[start : start + length].any()
+        covered[start : start + length] = True
+        row = next(row for row in table if row.start <= start < row.end)
+        assert row.source is table.sources[source]
+        assert row.offset + start - row.start == offset
+        assert start + length <= row.end
+    for row in table:
+        if row.source in (ONE, OTHER) and (row.offset - row.start) % SECTOR == 0:
+            inner = covered[-(-row.start // SECTOR) * SECTOR : row.end // SECTOR * SECTOR]
+            assert inner.all()
+        else:
+            assert not covered[row.start : row.end].any()
