@@ -22,7 +22,7 @@ from conftest import missing
 from disks import MIB, QemuImg, make_disk, process_io, qemu_io, scribble
 from qcow2_images import BACKING_FORMAT, extension, image
 from test_corpus import ROWS, digest, unpack
-from test_matrix import QEMU_NAMES, Variant, is_compressed, make, variants
+from variants import QEMU_NAMES, Variant, is_compressed, make, self_contained
 from vmconv.cli import main
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
 from vmconv.opener import Opener
@@ -34,7 +34,7 @@ SIZE = 12 * MIB
 VMDK = {"subformat": "reference"}
 OVERLAY = {"subformat": "reference"}
 
-SOURCES = [variant for variant in variants() if "reference" not in variant[1]]
+SOURCES = self_contained()
 
 
 def names(variant: Variant) -> str:

@@ -11,7 +11,7 @@ import vmconv
 from conftest import missing
 from disks import MIB, make_disk
 from opinions import READERS, Reader
-from variants import Variant, make, title, variants
+from variants import Variant, make, self_contained, title
 from vmconv.registry import installed
 
 SIZE = 70 * MIB
@@ -69,13 +69,13 @@ def sum_of(raw: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("opinion", opinions([*variants(), *OTHER_OPTIONS]), ids=opinion_title)
+@pytest.mark.parametrize("opinion", opinions([*self_contained(), *OTHER_OPTIONS]), ids=opinion_title)
 def test_another_reader_sees_the_same_disk(xfs_dir: Path, opinion: Opinion) -> None:
     check(xfs_dir, opinion, SIZE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opinion", opinions([v for v in variants() if "twoGb" in v[1]]), ids=opinion_title)
+@pytest.mark.parametrize("opinion", opinions([v for v in self_contained() if "twoGb" in v[1]]), ids=opinion_title)
 def test_another_reader_sees_the_same_disk_in_several_extents(xfs_dir: Path, opinion: Opinion) -> None:
     check(xfs_dir, opinion, SIZE + (2 << 30))
 

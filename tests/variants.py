@@ -25,6 +25,11 @@ def variants() -> list[Variant]:
     return found
 
 
+def self_contained() -> list[Variant]:
+    """Returns the variants whose images hold their payload: the others are tested in test_references.py."""
+    return [variant for variant in variants() if "reference" not in variant[1]]
+
+
 def _subformats(model: type[Any]) -> list[str]:
     hints: Mapping[str, Any] = get_type_hints(model)
     subformat = hints.get("subformat")
