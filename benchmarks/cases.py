@@ -16,6 +16,7 @@ from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
 from measure import Contender, Measured
 from reference_case import reference
+from view_case import views
 
 EIGHT = ("-W", "-m", "8")
 _MIB = 1 << 20
@@ -283,4 +284,5 @@ CASES = (
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),
     Case("streams", ("xfs", "ext4"), streams),
+    Case("views", ("xfs", "ext4"), views),
 )

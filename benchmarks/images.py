@@ -41,6 +41,8 @@ class Place:
     def __init__(self, kind: str, directory: str) -> None:
         self.kind = kind
         self.directory = directory
+        # What is behind the loop device, if there is one: it has a page cache of its own.
+        self.behind: list[str] = []
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -69,6 +71,7 @@ class Filesystem(Place):
     def __init__(self, kind: str, parent: str, size: int) -> None:
         super().__init__(kind, os.path.join(parent, kind))
         self._image = os.path.join(parent, f"{kind}.img")
+        self.behind.append(self._image)
         self._size = size
 
     def __enter__(self) -> Self:

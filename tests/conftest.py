@@ -1,8 +1,8 @@
 """Real filesystems for the tests, and the rule that what a test run requires is never skipped.
 
 `VMCONV_REQUIRE` names what must not be missing, separated by commas: `reflink` (loop-mounted XFS and Btrfs), `oracle`
-(programs and libraries that we did not write: QEMU and qemu-img, libvmdk, libvhdi, dissect, a kernel), `corpus`.
-A test that needs one of them fails instead of being skipped.
+(programs and libraries that we did not write: QEMU and qemu-img, libvmdk, libvhdi, dissect, a kernel), `fuse`,
+`corpus`. A test that needs one of them fails instead of being skipped.
 """
 
 from __future__ import annotations

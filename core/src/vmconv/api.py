@@ -82,6 +82,26 @@ def fanout(
     return conversion.run(*requests, verify=verify, announce=announce, progress=progress)
 
 
+def stream(
+    source: str,
+    descriptor: int,
+    target_format: str,
+    *,
+    verify: bool = True,
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Result:
+    """Writes what `convert` would make to an open descriptor, such as a pipe's, and returns what was done.
+
+    The size is in the plan that `announce` is called with. Raises `BrokenPipeError` when the reader has gone.
+    """
+    from vmconv import streaming
+
+    request = Request(source, streaming.TARGET, target_format=target_format, **options)
+    return streaming.run(request, descriptor, verify=verify, announce=announce, progress=progress)
+
+
 def plan(source: str, target: str, **options: Any) -> Plan:
     """Returns what `convert` would do with the same arguments; touches nothing."""
     with conversion.prepared(Request(source, target, **options)) as ready:

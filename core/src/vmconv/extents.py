@@ -397,15 +397,32 @@ class Extents:
         offset[:inside] = ramp * np.repeat(step, counts) + np.repeat(base, counts)
         return kind, source, offset
 
-    def read(self, address: int, length: int) -> bytes:
-        """Returns the bytes of the address range; what is not DATA reads as zero."""
+    def rows_of(self, address: int, length: int) -> Iterator[Row]:
+        """Yields the rows of an address range, cut to it, without making a table of them: for readers of bytes."""
         if address < 0 or length < 0 or address + length > self.size:
             raise ValueError(f"{address}+{length} lies outside {self.size} bytes")
-        out = bytearray(length)
-        for row in self.window(address, length):
-            if row.source is not None:
-                out[row.start : row.end] = row.source.read(row.offset, row.length)
-        return bytes(out)
+        if not length:
+            return
+        low = int(self.start.searchsorted(address, "right")) - 1
+        high = int(self.start.searchsorted(address + length, "left"))
+        part = slice(low, high)
+        starts = self.start[part].tolist()
+        ends = [*starts[1:], address + length]
+        columns = (self.kind[part].tolist(), self.source[part].tolist(), self.offset[part].tolist())
+        for start, end, kind, source, offset in zip(starts, ends, *columns, strict=True):
+            begin = max(start, address)
+            if kind == Kind.DATA:
+                yield Row(begin, end - begin, Kind.DATA, self.sources[source], offset + begin - start)
+            else:
+                yield Row(begin, end - begin, Kind(kind))
+
+    def read(self, address: int, length: int) -> bytes:
+        """Returns the bytes of the address range; what is not DATA reads as zero."""
+        parts = [
+            bytes(row.length) if row.source is None else row.source.read(row.offset, row.length)
+            for row in self.rows_of(address, length)
+        ]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def cut(table: Extents, low: Column, length: Column, to: Column) -> tuple[Columns, Column]:

@@ -50,6 +50,9 @@ class Format:
     can_write = True
     can_back = False
     """True when the writer can keep a parent (`backing`)."""
+    unviewed: frozenset[str] = frozenset()
+    """Values of the option `subformat` that no mount offers: to plan one is to read all payload, say, or it is no image
+    without other files."""
 
     def options(self) -> type[Any]:
         """Returns the frozen dataclass of the writer's options; see `vmconv.options`."""

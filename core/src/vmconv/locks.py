@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 
 from vmconv.errors import AccessError
 from vmconv.sources import File
@@ -40,6 +41,13 @@ def share(file: File) -> None:
             f"{file.name}: is open for writing in another process (QEMU's lock on byte {_USES + _WRITE})",
             hint="stop the guest, or take a snapshot and convert that; --force-share reads it all the same",
         )
+
+
+def release(file: File) -> None:
+    """Takes back what `share` said, while the file stays open: others may write to it again."""
+    for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
+        with suppress(OSError):
+            fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
 
 
 def _lock(kind: int, byte: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +14,15 @@ from vmconv.cli.command import Command
 from vmconv.cli.options import SetOptions, add_access, add_format, add_output
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from vmconv.containers import Container
-    from vmconv.conversion import Request, Result
+    from vmconv.conversion import Prepared, Request, Result
     from vmconv.planner import Plan
+    from vmconv.streaming import Stream
+
+_STREAM = "-"
+"""Standard output as a target."""
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -62,12 +69,21 @@ def _steps(file: Any) -> dict[str, int]:
     return {action.name.lower(): file.steps.total(action) for action in Action}
 
 
+def _planned(request: Request) -> AbstractContextManager[Prepared | Stream]:
+    if request.target == _STREAM:
+        from vmconv import streaming
+
+        return streaming.prepared(request)
+    from vmconv import conversion
+
+    return conversion.prepared(request)
+
+
 def _run_plan(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json
-    from vmconv.conversion import prepared
     from vmconv.refusals import refuse_copies
 
-    with prepared(_request(options)) as ready:
+    with _planned(_request(options)) as ready:
         layers = [_layer(made) for made in ready.containers[-2::-1]]
         warnings = ready.conversions[0].warnings
         if options.output == "json":
@@ -161,6 +177,8 @@ class _Words(_Silence):
         from vmconv.cli.output import size_text
         from vmconv.references import notes
 
+        if plan.backend == "stream":
+            print(f"{plan.files[0].name}: {plan.files[0].size} bytes", file=sys.stderr)
         for copy in plan.copies:
             print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
         for loss in plan.losses:
@@ -211,14 +229,33 @@ def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result
 
 
 def _run_convert(options: argparse.Namespace) -> int:
+    request = _request(options)
+    if request.target == _STREAM:
+        return _run_stream(options, request)
     from vmconv.conversion import run
 
-    return reported(options, partial(run, _request(options)))
+    return reported(options, partial(run, request))
+
+
+def _run_stream(options: argparse.Namespace, request: Request) -> int:
+    """Writes the image to standard output; what is said of it goes to standard error."""
+    from contextlib import redirect_stdout
+
+    from vmconv.errors import UsageError
+    from vmconv.streaming import run
+
+    descriptor = sys.stdout.fileno()
+    if os.isatty(descriptor):
+        raise UsageError("standard output is a terminal", hint="pipe it into a program or redirect it to a file")
+    with redirect_stdout(sys.stderr):
+        return reported(options, lambda **how: [run(request, descriptor, **how)])
 
 
 def _configure_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed")
-    parser.add_argument("target", metavar="TARGET", help="file to make; appears complete or not at all")
+    parser.add_argument(
+        "target", metavar="TARGET", help="file to make; appears complete or not at all; -: standard output"
+    )
     add_format(parser, "-f", "SOURCE")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     parser.add_argument(
@@ -301,6 +338,7 @@ examples:
   vmconv convert disk.raw disk.qcow2
   vmconv convert -f raw -O qcow2 -o cluster_size=2M /dev/vg0/guest guest.qcow2
   vmconv convert --snapshot before-upgrade disk.qcow2 disk.raw
+  vmconv convert -O vhd -o subformat=fixed disk.vmdk - | upload-command
   vmconv convert --chain snapshot.vmdk converted/snapshot.qcow2"""
 
 COMMANDS = (

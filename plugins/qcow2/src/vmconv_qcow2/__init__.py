@@ -21,6 +21,7 @@ class Qcow2(Format):
     title = "QEMU copy-on-write, versions 2 and 3"
     suffixes = (".qcow2",)
     can_back = True
+    unviewed = frozenset({"reference"})
 
     def options(self) -> type[Any]:
         from vmconv_qcow2.options import Options

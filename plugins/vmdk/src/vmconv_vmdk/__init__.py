@@ -24,6 +24,8 @@ class Vmdk(Format):
     suffixes = (".vmdk",)
     carries = frozenset({"adapter_type", "geometry", "identity"})
     can_back = True
+    # Where a compressed grain lies is known when all before it are compressed.
+    unviewed = frozenset({"reference", "streamOptimized"})
 
     def options(self) -> type[Any]:
         from vmconv_vmdk.options import Options

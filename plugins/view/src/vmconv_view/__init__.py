@@ -1,0 +1,18 @@
+"""Views for vmconv: conversions that can be read before, or instead of, being made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vmconv.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from vmconv.cli.command import Command
+
+
+@hookimpl
+def vmconv_register_commands() -> Iterable[Command]:
+    from vmconv_view import mounting, serving
+
+    return [mounting.COMMAND, serving.COMMAND]

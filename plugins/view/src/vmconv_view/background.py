@@ -1,0 +1,53 @@
+"""Going to the background, as `--fork` asks for: the command ends when what it started is ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def fork() -> Callable[[], None]:
+    """Goes on in a child process and returns there what tells the parent that all is ready.
+
+    The parent never returns: it exits with 0 then, or with the code of a child that ended before. A child that is
+    ready has no terminal any more.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writer)
+        os._exit(0 if os.read(reader, 1) else _exit_code(child))
+    os.close(reader)
+    os.setsid()
+
+    def ready() -> None:
+        sys.stdout.flush()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
+        os.write(writer, b"+")
+        os.close(writer)
+
+    return ready
+
+
+def _exit_code(child: int) -> int:
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code if code >= 0 else 1
+
+
+@contextmanager
+def ended_by_signals(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[None]:
+    """Lets SIGINT and SIGTERM call `handler` meanwhile: they are how a view ends, not how it fails."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,176 @@
+"""One image of a mounted directory: read when it is first looked at, planned in each variant when that is."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from vmconv import locks
+from vmconv.containers import new_name
+from vmconv.errors import AccessError, VmconvError, printable
+from vmconv.extents import Extents
+from vmconv.image import Image
+from vmconv.opener import Opener
+from vmconv.sources import Blob
+from vmconv.views import View, views
+from vmconv_view.variants import Variant
+
+ERRORS = "vmconv-errors.txt"
+"""The file that stands for what cannot be shown, and says why."""
+
+_ANEW = 2.0
+_COST_OF_A_FILE = 20_000
+
+Files = Mapping[str, View]
+
+
+class Entry:
+    """An image, open, with its planned views. May be used from several threads.
+
+    While nobody `hold`s it, others may open the image for writing; a view is then planned anew.
+    """
+
+    def __init__(self, name: str, status: os.stat_result, opener: Opener, *, force_share: bool) -> None:
+        self.name = name
+        self.status = status
+        self._opener = opener
+        self._force_share = force_share
+        self._image: Image | None = None
+        self._failure: Files | None = None
+        self._until = 0.0
+        self._plans: OrderedDict[str, Files] = OrderedDict()
+        self._holders = 0
+        self._retired = False
+        self._lock = threading.Lock()
+
+    def read(self, path: str, trees: Sequence[str]) -> None:
+        """Reads the header of the image, which must really lie in one of `trees`; what fails becomes a file."""
+        try:
+            image = self._opener.image(path)
+            _refuse_outside(image, trees)
+            self._image = image
+        except Exception as exc:
+            self._failure = _failure("", exc)
+            self._until = time.monotonic() + _ANEW
+        self._unlock()
+
+    def is_current(self, status: os.stat_result) -> bool:
+        """True while what was read and planned is still true of the file, which has `status` now."""
+        if self._failure and time.monotonic() > self._until:
+            return False
+        try:
+            return _stamp(status) == _stamp(self.status) and not any(f.changed() for f in list(self._opener.files))
+        except OSError:
+            # Another thread has retired this and closed its files.
+            return False
+
+    @property
+    def failure(self) -> Files | None:
+        """What is shown instead of the image when it cannot be read."""
+        return self._failure
+
+    def files(self, variant: Variant) -> Files | None:
+        """Returns the files of the image in this variant, by name, planned now unless they were; None when retired."""
+        with self._lock:
+            if self._retired or self._image is None:
+                return None
+            if variant.name not in self._plans:
+                self._plans[variant.name] = self._planned(self._image, variant)
+                if not self._holders:
+                    self._unlock()
+            self._plans.move_to_end(variant.name)
+            return self._plans[variant.name]
+
+    def _planned(self, image: Image, variant: Variant) -> Files:
+        try:
+            name = new_name(self.name, variant.format, self._opener.registry)
+            return views(image, variant.format, variant.options, name)
+        except Exception as exc:
+            return _failure(f"{self.name} as {variant.name}: ", exc)
+
+    def hold(self) -> bool:
+        """Keeps the files of the image open and locked until `release`; False when they are closed already.
+
+        Raises `AccessError` when somebody is writing to one of them.
+        """
+        with self._lock:
+            if self._retired:
+                return False
+            if not self._holders:
+                self._take_locks()
+            self._holders += 1
+            return True
+
+    def _take_locks(self) -> None:
+        try:
+            for file in () if self._force_share else self._opener.files:
+                locks.share(file)
+        except VmconvError:
+            self._unlock()
+            raise
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            self._let_go()
+
+    def retire(self) -> None:
+        """Closes the files of the image as soon as nobody holds it."""
+        with self._lock:
+            self._retired = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if not self._holders:
+            self._unlock()
+            if self._retired:
+                self._opener.close()
+
+    def _unlock(self) -> None:
+        if not self._force_share:
+            for file in self._opener.files:
+                locks.release(file)
+
+    @property
+    def is_held(self) -> bool:
+        return self._holders > 0
+
+    def cost(self) -> int:
+        """Returns what keeping this takes, in rows of tables."""
+        rows = sum(len(view.table) for files in list(self._plans.values()) for view in files.values())
+        return rows + _COST_OF_A_FILE * len(self._opener.files)
+
+    def forget(self) -> None:
+        """Drops all plans but the latest one: those in use live on with who uses them."""
+        with self._lock:
+            while len(self._plans) > 1:
+                self._plans.popitem(last=False)
+
+
+def text_file(text: str) -> Files:
+    """Returns what can be read instead of an image."""
+    return {ERRORS: View(Extents.whole(Blob(ERRORS, text.encode(errors="surrogateescape"))))}
+
+
+def _failure(what: str, exc: Exception) -> Files:
+    if not isinstance(exc, VmconvError):
+        # A defect of a reader or a writer must not take the other images with it.
+        return text_file(printable(f"{what}defect of vmconv or of a plugin: {type(exc).__name__}: {exc}") + "\n")
+    hint = f"  hint: {exc.hint}\n" if exc.hint else ""
+    return text_file(f"{what}{exc}\n{hint}")
+
+
+def _refuse_outside(image: Image, trees: Sequence[str]) -> None:
+    real = os.path.realpath(f"/proc/self/fd/{image.file.descriptor}")
+    if not any(real.startswith(tree.rstrip("/") + "/") or real == tree for tree in trees):
+        raise AccessError(
+            f"{image.file.name}: lies outside the directory, at {real}",
+            hint=f"if you trust the link, --allow-external {os.path.dirname(real)}",
+        )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

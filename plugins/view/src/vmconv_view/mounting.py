@@ -1,0 +1,77 @@
+"""`vmconv mount`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import add_access
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="directory of images; nothing in it is changed")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory outside of DIR to show them in")
+    parser.add_argument("--fork", action="store_true", help="go to the background once it is mounted")
+    parser.add_argument(
+        "--allow-other",
+        action="store_true",
+        help="let other users in too, as far as they may read the images (a hypervisor often is one)",
+    )
+    add_access(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    import signal
+
+    from vmconv.registry import installed
+    from vmconv_view import background
+    from vmconv_view.fuse import mount
+    from vmconv_view.tree import Tree
+
+    _refuse(options.directory, options.mountpoint, options.allow_external)
+    _allow_many_files()
+    tree = Tree(installed(), options.directory, allow_external=options.allow_external, force_share=options.force_share)
+    ready = background.fork() if options.fork else lambda: None
+    try:
+        # What libfuse finds at its default it takes over, and then unmounts before it ends.
+        with background.ended_by_signals(signal.SIG_DFL):
+            mount(tree, options.mountpoint, ready, allow_other=options.allow_other)
+    finally:
+        tree.close()
+    return 0
+
+
+def _refuse(directory: str, point: str, external: list[str]) -> None:
+    """Refuses mounts that cannot be, and those in which reading an image would come back to the mount itself."""
+    from vmconv.errors import UsageError
+
+    for path in (directory, point):
+        if not os.path.isdir(path):
+            raise UsageError(f"{path}: is not a directory")
+    real = os.path.realpath(point)
+    for tree in (directory, *external):
+        above = os.path.realpath(tree)
+        if (real + "/").startswith(above.rstrip("/") + "/") or (above + "/").startswith(real.rstrip("/") + "/"):
+            raise UsageError(f"{point}: would hide {tree}, or lie in it", hint="mount outside of what is shown")
+
+
+def _allow_many_files() -> None:
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+COMMAND = Command(
+    "mount",
+    "show the images of a directory in every format, as files",
+    "Shows each image of DIR in every installed format as ordinary read-only files: MOUNTPOINT/IMAGE/FORMAT/FILE.\n"
+    "Nothing is converted: what is read comes from the image. Goes on until it is unmounted.",
+    _configure,
+    _run,
+    "end it with fusermount3 -u MOUNTPOINT, umount, ^C or SIGTERM\n\n"
+    "examples:\n"
+    "  vmconv mount /srv/images /mnt\n"
+    "  cp --sparse=always /mnt/disk.vmdk/vhdx/disk.vhdx /backup/",
+)

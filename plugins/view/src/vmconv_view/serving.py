@@ -1,0 +1,140 @@
+"""`vmconv serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import SetOptions, add_access, add_format
+
+if TYPE_CHECKING:
+    import socket
+
+    from vmconv.opener import Opener
+    from vmconv.views import View
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="image to export; never changed")
+    add_format(parser)
+    parser.add_argument(
+        "--as",
+        dest="target_format",
+        metavar="FMT",
+        default="raw",
+        help="what to export: the file that FILE would be in this format; raw is the guest's disk (default: raw)",
+    )
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action=SetOptions,
+        default={},
+        metavar="NAME=VALUE",
+        help="options of that format, separated by commas; vmconv formats lists them",
+    )
+    parser.add_argument("-l", "--snapshot", metavar="NAME", help="export this internal snapshot (id or name)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("-k", "--socket", metavar="PATH", help="listen on a Unix socket, which is made and removed")
+    where.add_argument("-p", "--port", type=int, metavar="PORT", help="listen on this TCP port (default: 10809)")
+    parser.add_argument(
+        "-b",
+        "--bind",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1; there is neither encryption nor authentication)",
+    )
+    parser.add_argument("-t", "--persistent", action="store_true", help="go on when the last client has gone")
+    parser.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
+    add_access(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.opener import Opener
+    from vmconv.registry import installed
+    from vmconv_view.background import ended_by_signals
+
+    with (
+        Opener(installed(), allow_external=options.allow_external, force_share=options.force_share) as opener,
+        # An interruption is how this ends.
+        suppress(KeyboardInterrupt),
+        ended_by_signals(_end),
+    ):
+        _serve(options, _exports(options, opener))
+    return 0
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
+    """Returns the files to export by their names; planned now, so that all that is wrong is said now."""
+    from vmconv import checking
+    from vmconv.containers import new_name
+    from vmconv.views import views
+
+    image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
+    for warning in (*image.warnings, *checking.warnings(image, opener)):
+        print(f"warning: {warning}", file=sys.stderr)
+    target = opener.registry.format(options.target_format)
+    name = new_name(os.path.basename(options.file), target, opener.registry)
+    return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
+
+
+def _serve(options: argparse.Namespace, exports: dict[bytes, View]) -> None:
+    from vmconv_view.background import fork
+    from vmconv_view.server import Server
+
+    listener, place = _listener(options)
+    try:
+        ready = fork() if options.fork else lambda: None
+        for name, view in exports.items():
+            print(f"{os.fsdecode(name)}: {view.size} bytes at {_uri(place, name, exports)}", flush=True)
+        ready()
+        Server(listener, exports, persistent=options.persistent).run()
+    finally:
+        listener.close()
+        if options.socket:
+            with suppress(FileNotFoundError):
+                os.unlink(options.socket)
+
+
+def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
+    """Returns the socket that listens, and the URI of its default export."""
+    from vmconv_view import nbd, server
+
+    if options.socket:
+        return server.listen_on_socket(options.socket), f"nbd+unix:///?socket={os.path.abspath(options.socket)}"
+    port = nbd.DEFAULT_PORT if options.port is None else options.port
+    listener = server.listen_on_port(options.bind, port)
+    address, port = listener.getsockname()[:2]
+    return listener, f"nbd://{f'[{address}]' if ':' in address else address}:{port}/"
+
+
+def _uri(place: str, name: bytes, exports: dict[bytes, View]) -> str:
+    """Returns the URI of an export; the last one is the default, which needs no name."""
+    from urllib.parse import quote
+
+    if name == next(reversed(exports)):
+        return place
+    before, mark, after = place.partition("?")
+    return before + quote(name) + mark + after
+
+
+COMMAND = Command(
+    "serve",
+    "export an image in another format over the network (NBD)",
+    "Exports, read-only and over NBD, the file that FILE would be in another format, or the guest's disk. Nothing is\n"
+    "converted: what is read comes from FILE. Ends when the last client has gone, unless --persistent.",
+    _configure,
+    _run,
+    "end it with ^C or SIGTERM\n\n"
+    "examples:\n"
+    "  vmconv serve disk.vmdk --as vhdx --socket /run/disk.sock\n"
+    "  vmconv serve disk.vhdx --persistent &\n"
+    "  qemu-img convert -O qcow2 nbd://127.0.0.1:10809 disk.qcow2",
+)

@@ -1,0 +1,37 @@
+"""What an image can be shown as: each installed format, in each of its subformats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from vmconv.formats import Format
+from vmconv.registry import Registry
+
+
+class Variant(NamedTuple):
+    """A format with the options to write it with; `name` is the format's name, with the subformat unless default."""
+
+    name: str
+    format: Format
+    options: Mapping[str, Any]
+
+
+def variants(registry: Registry) -> dict[str, Variant]:
+    """Returns everything that images are shown as, by name, in order."""
+    found = [
+        Variant(name if value is None else f"{name}-{value}", one, {} if value is None else {"subformat": value})
+        for name, one in sorted(registry.formats.items())
+        if one.can_write
+        for value in _subformats(one)
+    ]
+    return {variant.name: variant for variant in found}
+
+
+def _subformats(one: Format) -> list[str | None]:
+    """Returns None for the default, and the other subformats that can be viewed."""
+    model = one.options()
+    hint: Any = get_type_hints(model).get("subformat")
+    values = get_args(hint) if get_origin(hint) is Literal else ()
+    default = getattr(model(), "subformat", None)
+    return [None, *(value for value in values if value != default and value not in one.unviewed)]

@@ -1,0 +1,495 @@
+"""`vmconv serve`: exports over NBD, read by QEMU, by libnbd, and by a client that knows how not to behave."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+import vmconv
+from conftest import missing
+from disks import MIB, QemuImg, make_disk, qemu_io
+from variants import Variant, options, qemu_name, title, variants
+from vmconv.cli import main
+from vmconv.registry import installed
+
+SIZE = 12 * MIB
+PATIENCE = 30.0
+
+GO, INFO, LIST, STRUCTURED, EXPORT_NAME, ABORT, STARTTLS = 7, 6, 3, 8, 1, 2, 5
+READ, WRITE, DISC, FLUSH, TRIM, BLOCK_STATUS = 0, 1, 2, 3, 4, 7
+
+
+class Served:
+    """A running `vmconv serve`: what it exports by name, and where."""
+
+    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
+        self.process = process
+        self.socket = path
+        self.uris: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+
+    @property
+    def uri(self) -> str:
+        """Where the default export is, the last one."""
+        return list(self.uris.values())[-1]
+
+    def end(self) -> tuple[int, str]:
+        """Returns the exit code and what was printed on standard error."""
+        _, said = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode, said
+
+
+@contextlib.contextmanager
+def served(image: Path, *flags: str, exports: int = 1, on_socket: bool = True) -> Iterator[Served]:
+    """Runs `vmconv serve` until the block ends, or until it ends by itself."""
+    path = image.with_name("nbd.sock")
+    where = ["--socket", str(path)] if on_socket else ["--port", "0"]
+    command = [sys.executable, "-m", "vmconv", "serve", str(image), *where, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        running = Served(process, path)
+        try:
+            assert process.stdout
+            for _ in range(exports):
+                name, _, rest = process.stdout.readline().strip().partition(": ")
+                size, _, uri = rest.partition(" bytes at ")
+                running.uris[name], running.sizes[name] = uri, int(size)
+            yield running
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait(timeout=PATIENCE)
+
+
+def fetched(qemu_img: QemuImg, uri: str, directory: Path) -> str:
+    """Returns the digest of all bytes of an export, as qemu-img reads them."""
+    target = directory / "fetched"
+    qemu_img("convert", "-f", "raw", "-O", "raw", uri, target)
+    return sha256(target.read_bytes()).hexdigest()
+
+
+def digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+BY_ITSELF = [variant for variant in variants() if "reference" not in variant[1]]
+
+
+@pytest.mark.parametrize("variant", BY_ITSELF, ids=title)
+def test_an_export_is_the_file_that_convert_makes(xfs_dir: Path, qemu_img: QemuImg, variant: Variant) -> None:
+    name, given = variant
+    image = xfs_dir / "disk.vmdk"
+    raw = make_disk(xfs_dir / "source.raw", SIZE)
+    vmconv.convert(str(raw), str(image))
+    made = xfs_dir / "made"
+    made.mkdir()
+    target = made / f"disk{installed().formats[name].suffixes[0]}"
+    vmconv.convert(str(image), str(target), target_format=name, options=options(variant))
+    files = {path.name: path for path in made.iterdir()}
+    flags = ["--as", name, "--persistent", *(["-o", given] if given else [])]
+    with served(image, *flags, exports=len(files)) as running:
+        assert running.sizes == {name: path.stat().st_size for name, path in files.items()}
+        for export, uri in running.uris.items():
+            found = xfs_dir / "fetched"
+            qemu_img("convert", "-f", "raw", "-O", "raw", uri, found)
+            # QEMU's raw disks are whole sectors.
+            assert found.read_bytes()[: running.sizes[export]] == files[export].read_bytes(), export
+        if len(files) == 1:
+            qemu_img("compare", "-f", "raw", "-F", qemu_name(variant), raw, running.uri)
+
+
+@pytest.mark.parametrize("name", sorted(installed().formats))
+def test_the_guests_disk_is_exported_unless_said(xfs_dir: Path, qemu_img: QemuImg, name: str) -> None:
+    raw = make_disk(xfs_dir / "source.raw", SIZE)
+    image = xfs_dir / f"disk{installed().formats[name].suffixes[0]}"
+    vmconv.convert(str(raw), str(image))
+    with served(image) as running:
+        assert list(running.uris) == ["disk.raw"]
+        qemu_img("compare", "-f", "raw", "-F", "raw", raw, running.uri)
+
+
+def test_compressed_clusters_and_snapshots_can_be_exported(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    raw = make_disk(xfs_dir / "source.raw", SIZE)
+    image = xfs_dir / "packed.qcow2"
+    qemu_img("convert", "-c", "-O", "qcow2", raw, image)
+    qemu_img("snapshot", "-c", "before", image)
+    qemu_io(image, "write -P 9 0 1M")
+    with served(image, "--snapshot", "before") as running:
+        assert fetched(qemu_img, running.uri, xfs_dir) == digest(raw)
+
+
+def test_block_status_is_that_of_the_source(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", SIZE, pieces=6)
+    vmconv.convert(str(raw), str(xfs_dir / "disk.qcow2"))
+
+    def data(place: str | Path) -> list[tuple[int, int]]:
+        rows = json.loads(qemu_img("map", "--output=json", "-f", "raw", place).stdout)
+        return [(row["start"], row["length"]) for row in rows if row["data"] and not row["zero"]]
+
+    with served(xfs_dir / "disk.qcow2", "--persistent") as running:
+        assert data(running.uri) == data(raw)
+        assert len(data(raw)) > 2
+        # A copy that QEMU makes is as sparse as the source.
+        qemu_img("convert", "-f", "raw", "-O", "raw", running.uri, xfs_dir / "copy.raw")
+        assert data(xfs_dir / "copy.raw") == data(raw)
+
+
+def test_libnbd_reads_the_same_over_several_connections(xfs_dir: Path) -> None:
+    if not shutil.which("nbdcopy"):
+        missing("oracle", "nbdcopy is not installed")
+    raw = make_disk(xfs_dir / "disk.raw", 40 * MIB, pieces=60)
+    vmconv.convert(str(raw), str(xfs_dir / "disk.vhdx"))
+    with served(xfs_dir / "disk.vhdx", "--persistent") as running:
+        for flags in ([], ["--synchronous"], ["--no-extents"], ["--connections=1"]):
+            copy = xfs_dir / "copy.raw"
+            subprocess.run(["nbdcopy", *flags, running.uri, str(copy)], check=True, timeout=PATIENCE)
+            assert digest(copy) == digest(raw), flags
+            copy.unlink()
+
+
+def test_it_listens_on_a_port_of_this_machine_only(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", SIZE)
+    with served(raw, on_socket=False) as running:
+        assert running.uri.startswith("nbd://127.0.0.1:")
+        assert fetched(qemu_img, running.uri, xfs_dir) == digest(raw)
+        assert running.end() == (0, "")
+
+
+def test_only_its_owner_may_connect_to_the_socket(xfs_dir: Path) -> None:
+    with served(make_disk(xfs_dir / "disk.raw", MIB)) as running:
+        assert running.socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_nothing_is_written(xfs_dir: Path) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", MIB)
+    before = digest(raw)
+    with served(raw, "--persistent") as running:
+        command = ["qemu-io", "-f", "raw", "-c", "write 0 4096", running.uri]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode
+        assert "Permission denied" in done.stderr or "read-only" in done.stderr
+    assert digest(raw) == before
+
+
+# When it ends
+
+
+def test_it_ends_with_its_last_client(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    with served(make_disk(xfs_dir / "disk.raw", MIB)) as running:
+        qemu_img("map", "-f", "raw", running.uri)
+        assert running.end() == (0, "")
+        assert not running.socket.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_persistent_goes_on_until_it_is_told_to_end(xfs_dir: Path, qemu_img: QemuImg, number: signal.Signals) -> None:
+    with served(make_disk(xfs_dir / "disk.raw", MIB), "--persistent") as running:
+        for _ in range(3):
+            qemu_img("map", "-f", "raw", running.uri)
+        with client(running) as connection:
+            connection.negotiate()
+            running.process.send_signal(number)
+            assert running.end() == (0, "")
+        assert not running.socket.exists()
+
+
+def test_fork_returns_when_clients_can_connect(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", MIB)
+    path = xfs_dir / "nbd.sock"
+    command = [sys.executable, "-m", "vmconv", "serve", "--fork", "--socket", str(path), str(raw)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert done.stdout == f"disk.raw: {MIB} bytes at nbd+unix:///?socket={path}\n"
+    qemu_img("compare", "-f", "raw", "-F", "raw", raw, f"nbd+unix:///?socket={path}")
+    until = time.monotonic() + PATIENCE
+    while path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_what_is_wrong_is_said_before_anybody_can_connect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    assert main(["serve", str(raw), "--as", "qcow3"]) == 2
+    assert "qcow3" in capsys.readouterr().err
+    assert main(["serve", str(raw), "--as", "vmdk", "-o", "subformat=reference"]) == 1
+    assert "vmdk would refer to the source's files" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path / "none.raw")]) == 1
+    assert "none.raw: cannot be opened" in capsys.readouterr().err
+    assert main(["serve", str(raw), "--socket", str(raw)]) == 1
+    assert "disk.raw: cannot be made a socket: Address already in use" in capsys.readouterr().err
+    assert raw.exists()
+
+
+# A source that changes
+
+
+def change(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"changed")
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("length", [4096, MIB])
+def test_a_source_that_changes_is_an_error_and_the_end(xfs_dir: Path, structured: bool, length: int) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", 4 * MIB)
+    with served(raw, "--persistent") as running, client(running) as connection:
+        connection.negotiate(structured=structured)
+        assert connection.read(0, length) == raw.read_bytes()[:length]
+        change(raw)
+        assert connection.read(0, length) == 5
+        code, said = running.end()
+    assert (code, said.splitlines()[0]) == (1, "vmconv: disk.raw: changed while it was being viewed")
+    assert not running.socket.exists()
+
+
+def test_a_change_after_the_last_read_is_noticed_too(xfs_dir: Path) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", 4 * MIB)
+    with served(raw) as running, client(running) as connection:
+        connection.negotiate()
+        connection.read(0, MIB)
+        change(raw)
+        connection.request(DISC, 0, 0)
+        code, said = running.end()
+    assert code == 1
+    assert "changed while it was being viewed" in said
+
+
+# The protocol, by hand
+
+
+class Client:
+    """An NBD client that does as it is told."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.structured = False
+        self.size = 0
+
+    def receive(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            more = self.socket.recv(length - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+    def greet(self, flags: int = 3) -> None:
+        assert self.receive(18) == b"NBDMAGICIHAVEOPT" + bytes([0, 3])
+        self.socket.sendall(struct.pack(">I", flags))
+
+    def option(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
+        """Sends an option and returns the replies to it."""
+        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
+        replies = []
+        while True:
+            magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
+            assert (magic, option) == (0x3E889045565A9, number)
+            replies.append((kind, self.receive(length)))
+            if kind == 1 or kind >> 31:
+                return replies
+
+    def negotiate(self, *, structured: bool = True) -> None:
+        self.greet()
+        if structured:
+            assert self.option(STRUCTURED) == [(1, b"")]
+        self.structured = structured
+        replies = self.option(GO, struct.pack(">IH", 0, 0))
+        assert replies[-1] == (1, b"")
+        (export,) = [data for kind, data in replies if kind == 3 and data[:2] == b"\0\0"]
+        self.size, flags = struct.unpack(">QH", export[2:])
+        assert flags == 1 | 2 | 256
+
+    def request(self, command: int, offset: int, length: int, *, flags: int = 0, cookie: int = 77) -> None:
+        self.socket.sendall(struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length))
+
+    def simple_reply(self) -> int:
+        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
+        assert (magic, cookie) == (0x67446698, 77)
+        assert isinstance(error, int)
+        return error
+
+    def chunk(self) -> tuple[int, int, bytes]:
+        magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self.receive(20))
+        assert (magic, cookie) == (0x668E33EF, 77)
+        return flags, kind, self.receive(length)
+
+    def read(self, offset: int, length: int) -> bytes | int:
+        """Returns the bytes, or the error."""
+        self.request(READ, offset, length)
+        if not self.structured:
+            error = self.simple_reply()
+            return error or self.receive(length)
+        data = bytearray(length)
+        while True:
+            flags, kind, payload = self.chunk()
+            if kind == 1:
+                at = struct.unpack(">Q", payload[:8])[0] - offset
+                data[at : at + len(payload) - 8] = payload[8:]
+            elif kind >> 15:
+                assert flags == 1
+                return int(struct.unpack(">I", payload[:4])[0])
+            if flags:
+                return bytes(data)
+
+
+@contextlib.contextmanager
+def client(running: Served) -> Iterator[Client]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE)
+        connection.connect(str(running.socket))
+        yield Client(connection)
+
+
+@pytest.fixture
+def running(xfs_dir: Path) -> Iterator[Served]:
+    raw = make_disk(xfs_dir / "disk.raw", 4 * MIB)
+    with served(raw, "--as", "vmdk", "-o", "subformat=monolithicFlat", "--persistent", exports=2) as running:
+        yield running
+        # Whatever the client did, the next one is served.
+        with client(running) as connection:
+            connection.negotiate()
+            assert b"createType" in bytes(connection.read(0, connection.size))
+        assert running.process.poll() is None
+
+
+def test_exports_are_listed_and_chosen_by_name(running: Served) -> None:
+    with client(running) as connection:
+        connection.greet()
+        names = [data[4:] for kind, data in connection.option(LIST) if kind == 2]
+        assert names == [b"disk-flat.vmdk", b"disk.vmdk"]
+        for name, size in ((b"disk-flat.vmdk", 4 * MIB), (b"", running.sizes["disk.vmdk"])):
+            replies = connection.option(INFO, struct.pack(">I", len(name)) + name + b"\0\0")
+            assert struct.unpack(">Q", replies[0][1][2:10]) == (size,)
+        (unknown,) = connection.option(GO, struct.pack(">I", 4) + b"none" + b"\0\0")
+        assert unknown[0] == (1 << 31) + 6
+
+
+@pytest.mark.parametrize("flags", [1, 3])
+def test_old_clients_choose_an_export_without_negotiating(running: Served, flags: int) -> None:
+    with client(running) as connection:
+        connection.greet(flags)
+        connection.socket.sendall(b"IHAVEOPT" + struct.pack(">II", EXPORT_NAME, 14) + b"disk-flat.vmdk")
+        size, _ = struct.unpack(">QH", connection.receive(10))
+        assert size == 4 * MIB
+        if flags == 1:
+            assert connection.receive(124) == bytes(124)
+        assert connection.read(MIB - 7, 1000)
+        for unknown in (TRIM, WRITE):
+            connection.request(unknown, 0, 512)
+            if unknown == WRITE:
+                connection.socket.sendall(bytes(512))
+            assert connection.simple_reply() == 1
+
+
+def test_requests_that_make_no_sense_are_refused(running: Served) -> None:
+    with client(running) as connection:
+        connection.negotiate()
+        for command, offset, length, flags in (
+            (READ, connection.size, 1, 0),
+            (READ, (1 << 64) - 1, 512, 0),
+            (READ, 0, (1 << 32) - 1, 0),
+            (READ, 0, 0, 0),
+            (READ, 0, 1, 4),
+            (BLOCK_STATUS, 0, 1, 0),
+            (99, 0, 1, 0),
+        ):
+            connection.request(command, offset, length, flags=flags)
+            assert connection.simple_reply() == 22
+        connection.request(FLUSH, 0, 0)
+        assert connection.simple_reply() == 0
+
+
+def context(*queries: bytes, export: bytes = b"disk-flat.vmdk") -> bytes:
+    data = struct.pack(">I", len(export)) + export + struct.pack(">I", len(queries))
+    return data + b"".join(struct.pack(">I", len(query)) + query for query in queries)
+
+
+def test_block_status_needs_its_context(running: Served) -> None:
+    with client(running) as connection:
+        connection.greet()
+        set_context, list_context = 10, 9
+        assert connection.option(set_context, context(b"base:allocation"))[0][0] >> 31
+        connection.option(STRUCTURED)
+        assert connection.option(set_context, context(b"other:thing")) == [(1, b"")]
+        assert connection.option(list_context, context())[0] == (4, bytes(4) + b"base:allocation")
+        assert connection.option(list_context, context(b"base:"))[0][0] == 4
+        assert connection.option(set_context, context(b"base:allocation"))[0] == (4, b"\0\0\0\1base:allocation")
+        connection.option(GO, struct.pack(">I", 14) + b"disk-flat.vmdk" + b"\0\0")
+        connection.structured = True
+        connection.request(BLOCK_STATUS, 0, 4 * MIB)
+        flags, kind, payload = connection.chunk()
+        pairs = list(struct.iter_unpack(">II", payload[4:]))
+        assert (flags, kind, sum(length for length, _ in pairs)) == (1, 5, 4 * MIB)
+        at = 0
+        for length, status in pairs:
+            assert status in (0, 3)
+            assert status == 0 or connection.read(at, min(length, MIB)) == bytes(min(length, MIB))
+            at += length
+        connection.request(BLOCK_STATUS, 0, 4 * MIB, flags=8)
+        assert connection.chunk()[2][4:] == struct.pack(">II", *pairs[0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0\0\0\xff", struct.pack(">IH", 0, 7), struct.pack(">I", 1 << 31) + b"x"],
+    ids=["nothing", "short", "count", "long"],
+)
+@pytest.mark.parametrize("option", [GO, INFO, 9, 10])
+def test_options_that_make_no_sense_are_refused(running: Served, option: int, data: bytes) -> None:
+    with client(running) as connection:
+        connection.greet()
+        connection.option(STRUCTURED)
+        assert connection.option(option, data)[0][0] == (1 << 31) + 3
+        assert connection.option(STARTTLS)[0][0] == (1 << 31) + 1
+        assert connection.option(ABORT) == [(1, b"")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\0",
+        struct.pack(">I", 3) + b"GET / HTTP/1.1\r\n\r\n",
+        struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", GO, 1 << 31),
+        struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", EXPORT_NAME, 4) + b"none",
+        struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", EXPORT_NAME, 0) + bytes(28),
+        b"",
+    ],
+    ids=["flags", "oldstyle", "http", "huge", "unknown", "magic", "silence"],
+)
+def test_who_does_not_speak_the_protocol_is_disconnected(running: Served, said: bytes) -> None:
+    with client(running) as connection:
+        connection.receive(18)
+        connection.socket.sendall(said)
+        connection.socket.shutdown(socket.SHUT_WR)
+        with pytest.raises((EOFError, ConnectionResetError)):
+            connection.receive(1 << 20)
+
+
+def test_too_many_clients_are_turned_away(running: Served) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(client(running)) for _ in range(16)]
+        for one in clients:
+            one.negotiate()
+        with client(running) as another, pytest.raises(EOFError):
+            another.receive(1)
+        assert clients[3].read(0, 4) == clients[15].read(0, 4)
+    # They are gone only when the server has seen it.
+    until = time.monotonic() + PATIENCE
+    while True:
+        with client(running) as another, contextlib.suppress(EOFError):
+            another.receive(1)
+            break
+        assert time.monotonic() < until
