@@ -11,6 +11,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -91,10 +92,12 @@ class Mounts:
 
 
 @pytest.fixture(scope="session")
-def mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
-    made = Mounts(tmp_path_factory.mktemp("filesystems"))
-    yield made
-    made.close()
+def mounts() -> Iterator[Mounts]:
+    # Not where pytest removes what earlier sessions left behind: one that was killed leaves its mounts too.
+    with tempfile.TemporaryDirectory(prefix="vmconv-tests-") as directory:
+        made = Mounts(Path(directory))
+        yield made
+        made.close()
 
 
 def _directory(mounts: Mounts, kind: str) -> Iterator[Path]:
