@@ -12,9 +12,12 @@ from vmconv.references import Dependency, Finding, compared
 
 
 def check_image(image: Image, opener: Opener) -> CheckReport | None:
-    """Returns what was found; None when the format has no structure to check and the image refers to no file."""
+    """Returns what was found; None when the format has no structure to check and the image refers to no file.
+
+    Raises `AccessError` where the rules forbid to look at a file that the image refers to.
+    """
     report = opener.registry.format(image.format_name).check(image)
-    findings = list(look(image, opener))
+    findings = [_look_at(dependency, image, opener) for dependency in image.dependencies]
     if report is None and not findings:
         return None
     found = report or CheckReport(image_end=image.file.size)
@@ -24,12 +27,6 @@ def check_image(image: Image, opener: Opener) -> CheckReport | None:
         corruption_count=found.corruption_count + len(problems),
         doubts=found.doubts + tuple(_text(finding, finding.doubt) for finding in findings if finding.doubt),
     )
-
-
-def look(image: Image, opener: Opener) -> Iterator[Finding]:
-    """Yields how each file that `image` is made of is found; raises `AccessError` where the rules forbid to look."""
-    for dependency in image.dependencies:
-        yield _look_at(dependency, image, opener)
 
 
 def _look_at(dependency: Dependency, image: Image, opener: Opener) -> Finding:

@@ -64,7 +64,7 @@ class Opener:
     ) -> Image:
         """Returns the image in the file that the user named; see `Registry.identify` for the format."""
         file = self._open(path)
-        if not any(_inside(os.path.realpath(file.path), tree) for tree in self._trees):
+        if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
         self._depth[id(file)] = [_identity(file)]
         warnings: tuple[str, ...] = ()
@@ -119,13 +119,7 @@ class Opener:
                 continue
             file = File(path, descriptor)
             try:
-                real = os.path.realpath(f"/proc/self/fd/{descriptor}")
-                regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-                if (
-                    regular
-                    and _identity(file) != _identity(origin)
-                    and any(_inside(real, tree) for tree in self._trees)
-                ):
+                if self._may_be_looked_at(file, origin):
                     yield path, file
             finally:
                 file.close()
@@ -133,7 +127,7 @@ class Opener:
     def _may_be_looked_at(self, file: File, origin: File) -> bool:
         real = os.path.realpath(f"/proc/self/fd/{file.descriptor}")
         regular = stat.S_ISREG(os.fstat(file.descriptor).st_mode)
-        return regular and _identity(file) != _identity(origin) and any(_inside(real, tree) for tree in self._trees)
+        return regular and _identity(file) != _identity(origin) and any(inside(real, tree) for tree in self._trees)
 
     def _candidates(self, origin: File, suffix: str) -> Iterator[str]:
         own = os.path.dirname(os.path.realpath(origin.path))
@@ -148,7 +142,7 @@ class Opener:
         file.close()
 
     def _allow(self, origin: File, real: str, reference: str, role: str) -> None:
-        if any(_inside(real, tree) for tree in self._trees):
+        if any(inside(real, tree) for tree in self._trees):
             return
         raise AccessError(
             f"{origin.name}: {role} {reference!r} lies outside the image's directory, at {real}",
@@ -174,5 +168,6 @@ def _identity(file: File) -> tuple[int, int]:
     return file.stamp.device, file.stamp.inode
 
 
-def _inside(path: str, tree: str) -> bool:
+def inside(path: str, tree: str) -> bool:
+    """True when a path is that of the tree, or of something in it; both are real paths, without symbolic links."""
     return path == tree or path.startswith(tree.rstrip("/") + "/")

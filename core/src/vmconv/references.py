@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import PlanError
+from vmconv.opener import inside
 from vmconv.sources import File, stamp_of
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def refer(file: File, directory: str) -> Record:
 def name_for(file: File, directory: str) -> str:
     """Returns the name of `file` for an image in `directory`: relative when it is in or below that, else absolute."""
     real, tree = os.path.realpath(file.path), os.path.realpath(directory)
-    if not real.startswith(tree.rstrip("/") + "/"):
+    if not inside(real, tree):
         return real
     name = os.path.relpath(real, tree)
     # What has a colon before the first slash is the name of a protocol to QEMU, and to us.

@@ -13,8 +13,8 @@ from vmconv.containers import new_name
 from vmconv.errors import AccessError, VmconvError, printable
 from vmconv.extents import Extents
 from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.sources import Blob
+from vmconv.opener import Opener, inside
+from vmconv.sources import Blob, stamp_of
 from vmconv.views import View, views
 from vmconv_view.variants import Variant
 
@@ -62,7 +62,7 @@ class Entry:
         if self._failure and time.monotonic() > self._until:
             return False
         try:
-            return _stamp(status) == _stamp(self.status) and not any(f.changed() for f in list(self._opener.files))
+            return stamp_of(status) == stamp_of(self.status) and not any(f.changed() for f in list(self._opener.files))
         except OSError:
             # Another thread has retired this and closed its files.
             return False
@@ -165,12 +165,8 @@ def _failure(what: str, exc: Exception) -> Files:
 
 def _refuse_outside(image: Image, trees: Sequence[str]) -> None:
     real = os.path.realpath(f"/proc/self/fd/{image.file.descriptor}")
-    if not any(real.startswith(tree.rstrip("/") + "/") or real == tree for tree in trees):
+    if not any(inside(real, tree) for tree in trees):
         raise AccessError(
             f"{image.file.name}: lies outside the directory, at {real}",
             hint=f"if you trust the link, --allow-external {os.path.dirname(real)}",
         )
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

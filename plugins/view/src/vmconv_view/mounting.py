@@ -45,6 +45,7 @@ def _run(options: argparse.Namespace) -> int:
 def _refuse(directory: str, point: str, external: list[str]) -> None:
     """Refuses mounts that cannot be, and those in which reading an image would come back to the mount itself."""
     from vmconv.errors import UsageError
+    from vmconv.opener import inside
 
     for path in (directory, point):
         if not os.path.isdir(path):
@@ -52,7 +53,7 @@ def _refuse(directory: str, point: str, external: list[str]) -> None:
     real = os.path.realpath(point)
     for tree in (directory, *external):
         above = os.path.realpath(tree)
-        if (real + "/").startswith(above.rstrip("/") + "/") or (above + "/").startswith(real.rstrip("/") + "/"):
+        if inside(real, above) or inside(above, real):
             raise UsageError(f"{point}: would hide {tree}, or lie in it", hint="mount outside of what is shown")
 
 
