@@ -7,8 +7,17 @@ from collections.abc import Mapping
 from functools import partial
 
 from vmconv.cli.command import Command
-from vmconv.cli.converting import add_making, add_storage, reported
-from vmconv.cli.options import SetOptions, add_access, add_format, add_output
+from vmconv.cli.options import (
+    add_access,
+    add_format,
+    add_making,
+    add_options,
+    add_output,
+    add_snapshot,
+    add_storage,
+    source_and_storage,
+)
+from vmconv.cli.reporting import reported
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -22,14 +31,7 @@ def _run(options: argparse.Namespace) -> int:
             options.to,
             directory=options.directory,
             options=_by_format(options.options),
-            source_format=options.format_f,
-            snapshot=options.snapshot,
-            backend=options.backend,
-            zero_copy=options.zero_copy,
-            cache=options.cache,
-            force=options.force,
-            force_share=options.force_share,
-            allow_external=options.allow_external,
+            **source_and_storage(options),
         ),
     )
 
@@ -58,17 +60,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--directory", default=".", metavar="DIR", help="where to make the images (default: .)")
     add_format(parser, "-f", "SOURCE")
-    parser.add_argument(
-        "-o",
-        dest="options",
-        action=SetOptions,
-        default={},
-        metavar="FMT.NAME=VALUE",
-        help="options of the formats, separated by commas; vmconv formats lists them",
-    )
-    parser.add_argument(
-        "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
-    )
+    add_options(parser, "the formats", "FMT.NAME=VALUE")
+    add_snapshot(parser)
     add_storage(parser)
     parser.add_argument("--force", action="store_true", help="replace images that exist")
     add_making(parser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 
 class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
@@ -48,6 +49,67 @@ def add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
     )
+
+
+def add_options(parser: argparse.ArgumentParser, whose: str, metavar: str = "NAME=VALUE") -> None:
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action=SetOptions,
+        default={},
+        metavar=metavar,
+        help=f"options of {whose}, separated by commas; vmconv formats lists them",
+    )
+
+
+def add_snapshot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
+    )
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say how bytes get where they belong."""
+    parser.add_argument(
+        "--zero-copy",
+        choices=("auto", "require"),
+        default="auto",
+        help="require: fail, touching nothing, rather than copy a byte of payload (default: auto, copies what must be)",
+    )
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, or one that vmconv backends lists (default: auto)"
+    )
+    parser.add_argument(
+        "-t",
+        dest="cache",
+        choices=("writeback", "unsafe"),
+        default="writeback",
+        help="writeback: what is made is on storage before it gets its name; unsafe: do not wait for storage, as\n"
+        "qemu-img convert does unless told otherwise: a power cut may leave damaged images (default: writeback)",
+    )
+
+
+def add_making(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of what is not only planned but made."""
+    parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not read the result's metadata back and check it"
+    )
+
+
+def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of a `Request` that `-f`, `-l`, `add_storage`, `--force` and `add_access` give values to."""
+    return {
+        "source_format": options.format_f,
+        "snapshot": options.snapshot,
+        "backend": options.backend,
+        "zero_copy": options.zero_copy,
+        "cache": options.cache,
+        "force": options.force,
+        "force_share": options.force_share,
+        "allow_external": options.allow_external,
+    }
 
 
 class SetOptions(argparse.Action):

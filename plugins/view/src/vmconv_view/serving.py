@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from vmconv.cli.command import Command
-from vmconv.cli.options import SetOptions, add_access, add_format
+from vmconv.cli.options import add_access, add_format, add_options
 
 if TYPE_CHECKING:
     import socket
@@ -28,14 +28,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="what to export: the file that FILE would be in this format; raw is the guest's disk (default: raw)",
     )
-    parser.add_argument(
-        "-o",
-        dest="options",
-        action=SetOptions,
-        default={},
-        metavar="NAME=VALUE",
-        help="options of that format, separated by commas; vmconv formats lists them",
-    )
+    add_options(parser, "that format")
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="export this internal snapshot (id or name)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-k", "--socket", metavar="PATH", help="listen on a Unix socket, which is made and removed")
