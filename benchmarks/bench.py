@@ -13,8 +13,8 @@ from report import Expectation, print_measured
 
 Check = Callable[[str], None]
 # The console script of the interpreter that runs this: no shim that looks for an interpreter first is measured.
-HASTY = "vmconv -t unsafe"
 VMCONV = os.path.join(os.path.dirname(sys.executable), "vmconv")
+HASTY = "vmconv -t unsafe"
 
 
 @dataclass

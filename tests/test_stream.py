@@ -9,7 +9,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -27,6 +30,17 @@ PROGRAM = [sys.executable, "-m", "vmconv"]
 
 def streamed(source: Path, *flags: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([*PROGRAM, "convert", str(source), "-", *flags], capture_output=True, check=False)
+
+
+@contextmanager
+def begun(raw: Path) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]]:
+    """Yields a stream of a raw disk to a pipe whose first bytes were read: the program, its output and its errors."""
+    command = [*PROGRAM, "convert", "-q", str(raw), "-", "-O", "raw"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(1000)
+        yield process, process.stdout, process.stderr
 
 
 def is_one_file(variant: Variant) -> bool:
@@ -101,15 +115,10 @@ def test_quiet_says_nothing(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", 64 * MIB)
-    with subprocess.Popen(
-        [*PROGRAM, "convert", "-q", str(raw), "-", "-O", "raw"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout
-        assert process.stderr
-        process.stdout.read(1000)
-        process.stdout.close()
+    with begun(raw) as (process, out, err):
+        out.close()
         assert process.wait(timeout=30) == 1
-        assert process.stderr.read() == b""
+        assert err.read() == b""
 
 
 def test_a_reader_that_goes_away_before_it_has_read_the_rest_is_noticed(tmp_path: Path) -> None:
@@ -143,19 +152,14 @@ def test_it_ends_when_everything_was_read(tmp_path: Path) -> None:
 
 def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", 64 * MIB)
-    with subprocess.Popen(
-        [*PROGRAM, "convert", "-q", str(raw), "-", "-O", "raw"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        assert process.stdout
-        assert process.stderr
-        process.stdout.read(1000)
+    with begun(raw) as (process, out, err):
         # Timestamps of a file may be as coarse as the system's clock.
         time.sleep(0.05)
         with raw.open("r+b") as file:
             file.write(b"changed")
-        process.stdout.read()
+        out.read()
         assert process.wait(timeout=30) == 1
-        assert b"disk.raw: changed while it was being viewed" in process.stderr.read()
+        assert b"disk.raw: changed while it was being viewed" in err.read()
 
 
 @pytest.mark.parametrize(

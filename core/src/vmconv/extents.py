@@ -290,6 +290,12 @@ class Extents:
         """Returns how many bytes are of this kind."""
         return int(self.length[self.kind == kind].sum())
 
+    def in_files(self) -> npt.NDArray[np.bool_]:
+        """Returns which rows are windows onto a `File`: those whose bytes lie somewhere on storage as they are."""
+        # The extra last element answers for -1, the index of rows that have no source.
+        is_file = np.array([isinstance(source, File) for source in self.sources] + [False])
+        return is_file[self.source]
+
     def row_at(self, address: int | Column) -> Column:
         """Returns the index of the row that holds each address."""
         return np.searchsorted(self.start, address, side="right") - 1

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmconv.errors import PlanError
+
 if TYPE_CHECKING:
     from vmconv.extents import Extents
+    from vmconv.image import Image
     from vmconv.references import Record
     from vmconv.sources import File
 
@@ -53,6 +56,14 @@ class Backing(NamedTuple):
     reference: str
     format: str
     records: tuple[Record, ...] = ()
+
+    def refuse_other_size(self, name: str, size: int, parent: Image) -> None:
+        """Raises `PlanError` unless `parent` has `size` bytes: for formats, by `name`, whose layers are of one size."""
+        if parent.size != size:
+            raise PlanError(
+                f"a {name} is as large as its parent: {size} bytes, {self.reference} has {parent.size}",
+                hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
+            )
 
 
 class Layout(NamedTuple):

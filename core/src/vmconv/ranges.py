@@ -62,9 +62,8 @@ def _in_hole(file: File, offset: Column, length: Column) -> npt.NDArray[np.bool_
 
 def ranges_in_files(table: Extents, unit: int) -> Ranges:
     """Returns what of a disk lies in files in whole units, at whole units; sources are those of the table."""
-    is_file = np.array([isinstance(source, File) for source in table.sources] + [False])
     start, end = -(-table.start // unit) * unit, table.end // unit * unit
-    there = (table.kind == Kind.DATA) & is_file[table.source] & (start < end)
+    there = table.in_files() & (start < end)
     there &= (table.offset - table.start) % unit == 0
     offset = table.offset + start - table.start
     return Ranges(start[there], (end - start)[there], table.source[there], offset[there])

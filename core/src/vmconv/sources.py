@@ -146,14 +146,21 @@ class Blob(Source):
 class Decoded(Source):
     """A decoded view of parts of `file`: an address space of units, `decode(first, count)` of which are made at a time.
 
-    `reason` completes the sentence "copied because ...".
+    `reason` completes the sentence "copied because ...". A subclass may have `units` of its own instead of `decode`.
     """
 
     step = 512 << 10
     """Bytes to ask for at a time: what is decoded is still in the processor's cache when it is written."""
 
     def __init__(
-        self, name: str, file: File, *, unit: int, count: int, decode: Callable[[int, int], list[bytes]], reason: str
+        self,
+        name: str,
+        file: File,
+        *,
+        unit: int,
+        count: int,
+        reason: str,
+        decode: Callable[[int, int], list[bytes]] | None = None,
     ) -> None:
         self.name = name
         self.file = file
@@ -169,6 +176,8 @@ class Decoded(Source):
         """Returns the bytes of `read` in the pieces in which they were decoded."""
         if not length:
             return []
+        if self._decode is None:
+            raise NotImplementedError(f"{self.name}: cannot be decoded by units")
         first, end = offset // self.unit, -(-(offset + length) // self.unit)
         units = self._decode(first, end - first)
         units[-1] = units[-1][: offset + length - (end - 1) * self.unit]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from vmconv.extents import Column, Extents, Kind, distinct, spread
-from vmconv.sources import File
 from vmconv_qcow2 import structs
 
 DEFAULT = 65536
@@ -43,8 +42,7 @@ class _Payload(NamedTuple):
 
     @classmethod
     def of(cls, table: Extents, modulus: int) -> _Payload:
-        files = np.array([isinstance(source, File) for source in table.sources] + [False])
-        rows = (table.kind == Kind.DATA) & files[table.source]
+        rows = table.in_files()
         offset, length = table.offset[rows], table.length[rows]
         whole = (offset + length) // modulus - -(-offset // modulus)
         return cls(modulus, int(length.sum()), offset - table.start[rows], np.maximum(whole, 0) * modulus)

@@ -21,7 +21,7 @@ from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.sources import Blob, File
+from vmconv.sources import Blob
 from vmconv_vdi import structs
 from vmconv_vdi.options import Options
 
@@ -97,11 +97,7 @@ def _parent(image: Image, size: int, options: Options, backing: Backing) -> _Par
             f"the parent of a VDI is a VDI with a UUID, {backing.reference} is none",
             hint="convert the parent to vdi first, or flatten the chain",
         )
-    if below.size != size:
-        raise PlanError(
-            f"a VDI is as large as its parent: {size} bytes, {backing.reference} has {below.size}",
-            hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
-        )
+    backing.refuse_other_size("VDI", size, below)
     modified = structs.uuid_bytes(facts["data"]["modification-uuid"])
     return _Parent(below.flat, structs.uuid_bytes(identity), modified)
 
@@ -124,9 +120,8 @@ def _arrange(guest: Extents, options: Options) -> _Blocks:
 
 def _phase(guest: Extents, modulus: int) -> int:
     """Returns the offset modulo `modulus` at which the data area begins when most payload can be referenced."""
-    is_file = np.array([isinstance(source, File) for source in guest.sources] + [False])
     phase = (guest.offset - guest.start) % modulus
-    chosen = (guest.kind == Kind.DATA) & is_file[guest.source] & (phase % structs.SECTOR == 0)
+    chosen = guest.in_files() & (phase % structs.SECTOR == 0)
     if not chosen.any():
         return 0
     weight = np.bincount(phase[chosen] // structs.SECTOR, weights=guest.length[chosen])

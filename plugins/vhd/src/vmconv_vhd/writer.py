@@ -54,11 +54,8 @@ class _Writer:
                 f"VHD cannot hold {image.size} bytes: {structs.MAX_SIZE} bytes (2040 GiB) at most",
                 hint="use another format, such as vhdx",
             )
-        if backing and image.parent and image.parent.size != self.size:
-            raise PlanError(
-                f"a VHD is as large as its parent: {self.size} bytes, {backing.reference} has {image.parent.size}",
-                hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
-            )
+        if backing and image.parent:
+            backing.refuse_other_size("VHD", self.size, image.parent)
         table = (image.guest if backing else image.flat).window(0, self.size)
         self.guest = table if backing else table.without_holes()
         self.geometry = self._geometry()

@@ -138,7 +138,6 @@ class _Stream(Decoded):
             file,
             unit=structs.SECTOR,
             count=int(places.group_stream[-1]) // structs.SECTOR,
-            decode=self._sectors,
             reason="streamOptimized compresses every grain",
         )
         self.guest = guest
@@ -148,10 +147,6 @@ class _Stream(Decoded):
         self.places = places
         # Where each grain begins in the stream, in sectors.
         self.begins = (np.cumsum(sectors, dtype=np.int64) - sectors).astype(np.uint32)
-
-    def _sectors(self, first: int, count: int) -> list[bytes]:
-        data = memoryview(self.read(first * structs.SECTOR, count * structs.SECTOR))
-        return [bytes(data[at : at + structs.SECTOR]) for at in range(0, len(data), structs.SECTOR)]
 
     def units(self, offset: int, length: int) -> list[bytes]:
         if not length:

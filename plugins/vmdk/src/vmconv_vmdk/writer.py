@@ -76,12 +76,8 @@ class _Writer:
     def _check_parent(self, backing: Backing) -> None:
         if backing.format != "vmdk":
             raise PlanError(f"a VMDK's parent must be a VMDK, {backing.reference} is {backing.format}")
-        parent = self.image.parent
-        if parent and parent.size != self.size:
-            raise PlanError(
-                f"a VMDK is as large as its parent: {self.size} bytes, {backing.reference} has {parent.size}",
-                hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
-            )
+        if self.image.parent:
+            backing.refuse_other_size("VMDK", self.size, self.image.parent)
 
     def _guest(self) -> Extents:
         """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
