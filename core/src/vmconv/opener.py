@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from vmconv import locks
 from vmconv.errors import AccessError, ImageError, os_errors
 from vmconv.known import RAW_NAME
-from vmconv.sources import File
+from vmconv.sources import File, inside
 
 if TYPE_CHECKING:
     from vmconv.image import Image
@@ -166,8 +166,3 @@ class Opener:
 
 def _identity(file: File) -> tuple[int, int]:
     return file.stamp.device, file.stamp.inode
-
-
-def inside(path: str, tree: str) -> bool:
-    """True when a path is that of the tree, or of something in it; both are real paths, without symbolic links."""
-    return path == tree or path.startswith(tree.rstrip("/") + "/")

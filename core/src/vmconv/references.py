@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import PlanError
-from vmconv.opener import inside
-from vmconv.sources import File, stamp_of
+from vmconv.sources import File, inside, stamp_of
 
 if TYPE_CHECKING:
     from vmconv.layout import Reference

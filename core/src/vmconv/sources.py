@@ -199,3 +199,8 @@ class Reserved(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(length)
+
+
+def inside(path: str, tree: str) -> bool:
+    """True when a path is that of the tree, or of something in it; both are real paths, without symbolic links."""
+    return path == tree or path.startswith(tree.rstrip("/") + "/")

@@ -13,8 +13,8 @@ from vmconv.containers import new_name
 from vmconv.errors import AccessError, VmconvError, printable
 from vmconv.extents import Extents
 from vmconv.image import Image
-from vmconv.opener import Opener, inside
-from vmconv.sources import Blob, stamp_of
+from vmconv.opener import Opener
+from vmconv.sources import Blob, inside, stamp_of
 from vmconv.views import View, views
 from vmconv_view.variants import Variant
 

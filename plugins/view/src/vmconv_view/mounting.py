@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
 def _refuse(directory: str, point: str, external: list[str]) -> None:
     """Refuses mounts that cannot be, and those in which reading an image would come back to the mount itself."""
     from vmconv.errors import UsageError
-    from vmconv.opener import inside
+    from vmconv.sources import inside
 
     for path in (directory, point):
         if not os.path.isdir(path):
