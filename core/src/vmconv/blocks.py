@@ -27,6 +27,15 @@ class Runs(NamedTuple):
     def take(self, index: npt.NDArray[np.bool_] | Column) -> Runs:
         return Runs(self.first[index], self.blocks[index], self.kind[index], self.mixed[index])
 
+    def joined(self, other: Runs) -> Runs:
+        """Returns these runs and then the others."""
+        return Runs(
+            np.concatenate([self.first, other.first]),
+            np.concatenate([self.blocks, other.blocks]),
+            np.concatenate([self.kind, other.kind]),
+            np.concatenate([self.mixed, other.mixed]),
+        )
+
 
 def padded(table: Extents, unit: int) -> Extents:
     """Returns the table with its size rounded up to whole units; what is added is ZERO where nothing else is a HOLE."""
@@ -79,6 +88,18 @@ class Placed(NamedTuple):
     end: int
 
 
+def wishes(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
+    """Returns the source of each run of blocks, and the offset in it where the run begins: where it would like to be.
+
+    Of a run in which rows meet, the first row of DATA decides.
+    """
+    address = runs.first * unit
+    row = np.arange(len(table), dtype=np.int64)
+    next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
+    lead = next_data[table.row_at(address)]
+    return table.source[lead].astype(np.int64), table.offset[lead] - (table.start[lead] - address)
+
+
 def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Placed:
     """Returns places for runs of blocks from offset `base` on, each congruent to its source where blocks allow it.
 
@@ -86,13 +107,7 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     can be shared in one piece however the guest's disk is scattered over it. `base` must be a multiple of both `unit`
     and `modulus`, which are powers of two.
     """
-    address = runs.first * unit
-    # The run's first row of DATA decides where the run would like to be.
-    row = np.arange(len(table), dtype=np.int64)
-    next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
-    lead = next_data[table.row_at(address)]
-    source = table.source[lead]
-    wish = table.offset[lead] - (table.start[lead] - address)
+    source, wish = wishes(table, runs, unit)
     order = np.lexsort((wish, source))
     source, wish, length = source[order], wish[order], (runs.blocks * unit)[order]
     if not len(order):

@@ -30,6 +30,7 @@ class _Piece(NamedTuple):
 
 def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> list[File]:
     """Returns the finished files of the plan, durable but still under temporary names, in the plan's order."""
+    transaction.prepare(plan)
     outputs = []
     for file in plan.files:
         sources = [source for source in file.sources if isinstance(source, File)]
@@ -44,7 +45,9 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None) -> lis
             steps.add(piece.length)
     if plan.totals.copied:
         copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
-        for step in in_order(_copy, _batches(copies)):
+        # A last, partial block needs no threads: to import them takes longer.
+        few = plan.totals.copied <= _PIECE
+        for step in map(_copy, _batches(copies)) if few else in_order(_copy, _batches(copies)):
             steps.add(step)
     return [output.finish() for output in outputs]
 

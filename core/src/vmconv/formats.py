@@ -53,6 +53,8 @@ class Format:
     unviewed: frozenset[str] = frozenset()
     """Values of the option `subformat` that no mount offers: to plan one is to read all payload, say, or it is no image
     without other files."""
+    in_place = False
+    """True when the writer can leave payload wherever it lies in a file (`Placement.carrier`)."""
 
     def options(self) -> type[Any]:
         """Returns the frozen dataclass of the writer's options; see `vmconv.options`."""

@@ -20,23 +20,30 @@ class Placement(NamedTuple):
     `modulus` bytes, a power of two; 1 means that any place will do. `target` is the name of the file that the user
     named, for formats whose further files are named after it, and `directory` where it goes, for formats that can
     refer to files elsewhere.
+
+    `carrier` is the file that becomes the output itself, when a disk is converted in place. Then payload keeps its very
+    offset, and metadata goes behind the end of the file, or over what is not payload. Where the format wants something
+    of its own at the place of payload, one block of it goes behind the end; see `vmconv.staying`.
     """
 
     modulus: int = 1
     target: str = "disk"
     directory: str = ""
+    carrier: File | None = None
 
 
 class OutFile(NamedTuple):
     """One output file: `table` says what each of its bytes is (DATA of a guest's file, of a `Blob`, ... or ZERO).
 
     `name` is None for the file that the user named, else the file's own name beside it. `reason` is for what an output
-    that refers to other files holds nevertheless; it completes "copied because ...".
+    that refers to other files holds nevertheless; it completes "copied because ...". `slack`: no reader looks at what
+    is ZERO, so it may be left as it is when the file is changed in place.
     """
 
     table: Extents
     name: str | None = None
     reason: str | None = None
+    slack: bool = False
 
 
 class Reference(NamedTuple):

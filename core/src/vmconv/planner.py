@@ -113,6 +113,7 @@ class FilePlan(NamedTuple):
     steps: Steps
     sources: tuple[Source, ...]
     table: Extents
+    slack: bool = False
 
     def shares(self) -> ShareSteps:
         rows = self.steps.take(self.steps.action == Action.SHARE)
@@ -193,7 +194,7 @@ def plan_layout(
         steps = _steps(out.table, survey, reasons)
         if out.reason:
             _give_reason(steps, out.table.sources, reasons.number(out.reason))
-        files.append(FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table))
+        files.append(FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table, out.slack))
     copies = tuple(_copy_reasons(files, reasons.texts))
     return Plan(directory, backend, tuple(files), copies, losses + layout.losses, layout.references)
 
@@ -225,9 +226,19 @@ def _steps(table: Extents, survey: Survey, reasons: _Reasons) -> Steps:
         elif id(origin) in survey.refusals:
             action[mine], reason[mine] = Action.COPY, reasons.number(survey.refusals[id(origin)])
     steps = Steps(offset, length, action, source, source_offset, reason)
-    if survey.unit > 1:
+    if survey.unit == 0:
+        _stays(steps, reasons)
+    elif survey.unit > 1:
         steps = _whole_blocks(steps, table.size, table.sources, survey.unit, reasons)
     return steps
+
+
+def _stays(steps: Steps, reasons: _Reasons) -> None:
+    """Turns what is not at its very offset into copies: in place, offsets have to be equal."""
+    moved = (steps.action == Action.SHARE) & (steps.offset != steps.source_offset)
+    if moved.any():
+        steps.action[moved] = Action.COPY
+        steps.reason[moved] = reasons.number("the header of the target has to lie in their place")
 
 
 def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: int, reasons: _Reasons) -> Steps:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from vmconv.planner import ShareSteps
+    from vmconv.planner import Plan, ShareSteps
     from vmconv.sources import File, Source
 
 
@@ -23,6 +23,8 @@ class Ability(NamedTuple):
 
 class Survey(NamedTuple):
     """What a backend can do with certain sources: `unit` is the modulus for those it can share.
+
+    0 is the modulus of changing a file in place: congruent means equal.
 
     `refusals` maps `id(file)` to the reason why that source cannot be shared; it completes "copied because ...".
     """
@@ -56,6 +58,9 @@ class Output(ABC):
 
 class Transaction(ABC):
     """All output files of one conversion: after `commit` all are there under their names, after `abort` none is."""
+
+    def prepare(self, plan: Plan) -> None:  # noqa: B027 most have nothing to prepare
+        """Is told of all that will be done before anything is, for who has to know what will be overwritten."""
 
     @abstractmethod
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:

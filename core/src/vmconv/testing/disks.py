@@ -10,7 +10,7 @@ from vmconv.backends.memory import MemoryBackend, MemoryFile
 from vmconv.commit import make
 from vmconv.extents import Extents, Kind, on_storage
 from vmconv.image import Image
-from vmconv.layout import Layout
+from vmconv.layout import Layout, OutFile
 from vmconv.planner import Plan, plan_layout
 
 SECTOR = 512
@@ -54,6 +54,25 @@ def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[P
     plan = plan_layout(layout, name, "", backend.name, backend.survey("", sources))
     files = make(plan, backend.begin(""), None)
     return plan, [file for file in files if isinstance(file, MemoryFile)]
+
+
+def changed_in_place(out: OutFile, carrier: MemoryFile) -> MemoryFile:
+    """Returns what `carrier` becomes when it is changed into an output; fails where payload would not stay.
+
+    What no reader may look at keeps the bytes that were there, if there is slack.
+    """
+    file = MemoryFile("image", out.table.size)
+    moved = 0
+    for row in out.table:
+        if row.source is not None:
+            file.write(row.start, row.source.read(row.offset, row.length))
+        elif out.slack and row.start < carrier.size:
+            file.write(row.start, carrier.read(row.start, min(row.length, carrier.size - row.start)))
+        if row.source is carrier and row.start != row.offset:
+            assert row.start >= carrier.size, row
+            moved += row.length
+    assert moved <= 2 << 20
+    return file
 
 
 def content(table: Extents) -> bytes:

@@ -25,7 +25,16 @@ from vmconv.opener import Opener
 from vmconv.options import describe, parse_options
 from vmconv.registry import Registry
 from vmconv.sources import File
-from vmconv.testing.disks import content, disk_of, image_file, make_in_memory, patterned, random_bytes, raw_disk
+from vmconv.testing.disks import (
+    changed_in_place,
+    content,
+    disk_of,
+    image_file,
+    make_in_memory,
+    patterned,
+    random_bytes,
+    raw_disk,
+)
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
 from vmconv.testing.strategies import disks
 
@@ -187,6 +196,23 @@ class FormatTests:
                 for row in out.table:
                     if row.source is source:
                         assert (row.start - row.offset) % modulus == 0, (variant, row)
+
+    def test_payload_stays_in_place_or_is_refused(self) -> None:
+        if not self.format.in_place:
+            pytest.skip("this format takes no notice of a carrier")
+        source = patterned(9 * _MIB, [(0, 4096), (_MIB, 3 * _MIB), (6 * _MIB, 70000)])
+        done = 0
+        for variant in self.each_variant():
+            options = parse_options(self.format.options(), variant, self.format.name)
+            try:
+                layout = self.format.write(raw_disk(source), options, Placement(1, "image", carrier=source))
+            except PlanError:
+                continue
+            files = [changed_in_place(out, source) for out in layout.files]
+            result = self.read(files, layout)
+            assert content(result.flat)[: source.size] == source.read(0, source.size), variant
+            done += 1
+        assert done
 
     def test_computed_metadata_reads_the_same_in_pieces_and_as_a_whole(self) -> None:
         source = patterned(9 * _MIB, [(0, 4096), (_MIB, 5 * _MIB)])

@@ -19,6 +19,7 @@ class Parallels(Format):
     name = "parallels"
     title = "Parallels disk image"
     suffixes = (".hdd", ".hds")
+    in_place = True
 
     def options(self) -> type[Any]:
         from vmconv_parallels.options import Options

@@ -1,6 +1,7 @@
 """Writes Parallels images of version 2: a pure function from the guest's table to the table of the output file.
 
     header | BAT | slack | clusters
+    header | BAT | clusters, where they are | the cluster that lay where the BAT is      (in place)
 
 Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The BAT is
 computed when it is written. The last cluster is whole even where the disk ends inside it: QEMU (8.1 and later) takes a
@@ -13,7 +14,7 @@ import numpy as np
 
 from vmconv import blocks
 from vmconv.errors import PlanError
-from vmconv.extents import Columns, Extents, Kind, cut
+from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Layout, OutFile, Placement
 from vmconv.sources import Blob
@@ -30,24 +31,36 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
     size = -(-image.size // structs.SECTOR) * structs.SECTOR
     _refuse_too_large(size, cluster)
     guest = blocks.padded(image.flat, cluster)
-    runs = blocks.whole_blocks(guest, cluster)
-    data = runs.take(runs.kind == Kind.DATA)
+    head = structs.HEADER_LENGTH + guest.size // cluster * 4
     # Only where the storage shares in larger pieces than clusters are there clusters that nothing uses.
     align = max(cluster, placement.modulus)
-    base = -(-(structs.HEADER_LENGTH + guest.size // cluster * 4) // align) * align
-    placed = blocks.place(guest, data, cluster, base, placement.modulus)
-    if placed.end // cluster > 1 << 32:
+    base = -(-head // align) * align
+    data, offset = _placed(image.flat, guest, cluster, base, placement)
+    end = int((offset + data.blocks * cluster).max(initial=base))
+    if end // cluster > 1 << 32:
         raise PlanError(
             f"parallels with clusters of {cluster} bytes cannot name clusters past {cluster << 32:#x}",
             hint="use larger clusters",
         )
-    data = data.take(placed.run)
-    rows, length = cut(guest, data.first * cluster, data.blocks * cluster, placed.offset)
+    rows, length = cut(guest, data.first * cluster, data.blocks * cluster, offset)
     metadata = [
         (0, Blob("header", _header(size, cluster, base))),
-        (structs.HEADER_LENGTH, _bat(guest.size, cluster, data, placed)),
+        (structs.HEADER_LENGTH, _bat(guest.size, cluster, data, offset, end)),
     ]
-    return Layout((OutFile(blocks.output_table(metadata, guest, rows, length, placed.end)),))
+    return Layout((OutFile(blocks.output_table(metadata, guest, rows, length, end), slack=True),))
+
+
+def _placed(disk: Extents, guest: Extents, cluster: int, base: int, placement: Placement) -> tuple[blocks.Runs, Column]:
+    """Returns the runs of clusters with payload, and the places that they get, or have when it is in place."""
+    if placement.carrier:
+        from vmconv.staying import stay
+
+        found = stay(disk, placement.carrier, [cluster]).cleared(base)
+        return found.runs, found.offset
+    runs = blocks.whole_blocks(guest, cluster)
+    data = runs.take(runs.kind == Kind.DATA)
+    placed = blocks.place(guest, data, cluster, base, placement.modulus)
+    return data.take(placed.run), placed.offset
 
 
 def _refuse_too_large(size: int, cluster: int) -> None:
@@ -81,7 +94,7 @@ def _header(size: int, cluster: int, base: int) -> bytes:
     return header
 
 
-def _bat(size: int, cluster: int, data: blocks.Runs, placed: blocks.Placed) -> Blob:
+def _bat(size: int, cluster: int, data: blocks.Runs, offset: Column, end: int) -> Blob:
     """Returns the BAT of a disk of `size` bytes, computed when it is read."""
     order = np.argsort(data.first, kind="stable")
     n = len(order)
@@ -89,9 +102,9 @@ def _bat(size: int, cluster: int, data: blocks.Runs, placed: blocks.Placed) -> B
         (data.first * cluster)[order],
         np.full(n, Kind.DATA, dtype=np.uint8),
         np.zeros(n, dtype=np.int32),
-        placed.offset[order],
+        offset[order],
     )
-    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [blocks.Output(placed.end)])
+    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [blocks.Output(end)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)

@@ -22,6 +22,7 @@ class Qcow2(Format):
     suffixes = (".qcow2",)
     can_back = True
     unviewed = frozenset({"reference"})
+    in_place = True
 
     def options(self) -> type[Any]:
         from vmconv_qcow2.options import Options

@@ -1,9 +1,11 @@
 """Writes qcow2 images: a pure function from the guest's table to the table of the output file.
 
     header | refcount table | refcount blocks | L1 table | L2 tables | payload
+    header | payload, where it is | what lay where the header is | refcount table | ... | L2 tables        (in place)
 
-Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The large
-tables (L2, refcounts) are computed when they are written, a slice at a time.
+Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. In place it
+stays where it is, in clusters small enough for that. The large tables (L2, refcounts) are computed when they are
+written, a slice at a time.
 """
 
 from __future__ import annotations
@@ -19,17 +21,25 @@ from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
 from vmconv.image import Image
 from vmconv.known import qemu_name
 from vmconv.layout import Backing, Layout, OutFile, Placement, Reference
-from vmconv.sources import Blob, Source
+from vmconv.sources import Blob, File, Source
 from vmconv_qcow2 import clusters, structs
 from vmconv_qcow2.options import Options
 
+_PAGE = 4096
+"""Smaller clusters may not need too much metadata in place."""
+_NO_MATTER = 1 << 20
+"""Bytes of metadata that are too few to be refused, however little payload there is."""
+
 
 class _Tables(NamedTuple):
-    """Sizes and places of the metadata, bytes: each begins at a cluster."""
+    """Sizes and places of the metadata, bytes: each begins at a cluster.
+
+    `l2_tables` and `refcount_blocks` are the numbers of those that say anything.
+    """
 
     l1_entries: int
     l2_tables: Column
-    refcount_blocks: int
+    refcount_blocks: Column
     refcount_table: int
     first_block: int
     l1: int
@@ -65,13 +75,17 @@ class _Writer:
         self.references = tuple(_references(image, options, backing))
         self.backing = backing
         self.modulus = placement.modulus
+        # A disk is whole sectors.
+        self.size = -(-image.size // 512) * 512
         table = image.guest if backing else image.flat
-        self.cluster = options.cluster_size or self._default_cluster(table)
+        self.carrier = placement.carrier
+        if self.carrier:
+            self._stay_in(table, self.carrier)
+        else:
+            self.cluster = options.cluster_size or self._default_cluster(table)
         self.entry_size = 16 if options.extended_l2 else 8
         self.entries = self.cluster // self.entry_size
         self.unit = self.cluster // structs.SUBCLUSTERS if options.extended_l2 else self.cluster
-        # A disk is whole sectors.
-        self.size = -(-image.size // 512) * 512
         table = blocks.padded(table, self.cluster)
         if backing and image.parent:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
@@ -81,7 +95,20 @@ class _Writer:
         # Version 2 has no clusters that read as zero: hiding the parent takes real ones, which are holes in the file.
         if backing and options.version == 2:
             self.allocated |= self.runs.kind == Kind.ZERO
-        self.mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
+        mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
+        self.l2_tables = _touched(self.runs.first[mapped], self.runs.blocks[mapped], self.entries)
+
+    def _stay_in(self, table: Extents, carrier: File) -> None:
+        """Leaves payload where it is, in clusters as the options say, or else in the largest ones that can stay."""
+        from vmconv.staying import stay
+
+        if self.references:
+            raise PlanError("in place, an image cannot refer to its source, which is gone then")
+        smallest = 1 << 14 if self.options.extended_l2 else clusters.SMALLEST
+        units = [1 << bits for bits in range(smallest.bit_length() - 1, clusters.DEFAULT.bit_length())]
+        self.stay = stay(table, carrier, [self.options.cluster_size] if self.options.cluster_size else units)
+        self.cluster = self.stay.unit
+        self.stay = self.stay.cleared(self.cluster)
 
     def _default_cluster(self, table: Extents) -> int:
         # Extended entries are for large clusters.
@@ -90,16 +117,15 @@ class _Writer:
         return clusters.cluster_size(table, self.modulus, self.options.refcount_bits)
 
     def layout(self) -> Layout:
-        payload = self.runs.take(self.allocated)
-        tables, placed = self._arrange(payload)
-        end = max(tables.end, placed.end)
-        runs = payload.take(placed.run)
+        tables, runs, offset = self._arrange_in_place() if self.carrier else self._arrange()
         length = runs.blocks * self.cluster
-        rows, row_length = cut(self.guest, runs.first * self.cluster, length, placed.offset)
+        payload_end = 0 if self.options.data_file else int((offset + length).max(initial=0))
+        end = max(tables.end, payload_end)
+        rows, row_length = cut(self.guest, runs.first * self.cluster, length, offset)
         if self.options.data_file:
             # Payload stays there; what its clusters' entries say is the same.
             rows, row_length = rows.take(row_length < 0), row_length[:0]
-        file = self._file(tables, runs, placed.offset, end)
+        file = self._file(tables, runs, offset, end)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
         sources = (*self.guest.sources, *(blob for _, blob in metadata))
         first = len(self.guest.sources)
@@ -115,55 +141,85 @@ class _Writer:
         # The file ends with its last byte of data: readers take what is missing of a cluster for zeros, and the end
         # of a source can be shared as the end of the target. But no cluster begins behind the end.
         size = max(tables.end, int((both.start + both_length)[data].max()))
-        if len(placed.run) and placed.end - size >= self.cluster:
-            size = placed.end
+        if payload_end - size >= self.cluster:
+            size = payload_end
         inside = both.start < size
         both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
-        return Layout((OutFile(Extents.placed(size, both, both_length, sources)),), (), self.references)
+        return Layout((OutFile(Extents.placed(size, both, both_length, sources), slack=True),), (), self.references)
 
     # -- where everything goes
 
-    def _arrange(self, payload: blocks.Runs) -> tuple[_Tables, blocks.Placed]:
+    def _arrange(self) -> tuple[_Tables, blocks.Runs, Column]:
         """Returns places for metadata and payload; how many refcounts there are depends on both, and they on it."""
-        size = self.guest.size
-        l1_entries = -(-size // (self.cluster * self.entries))
-        if l1_entries * 8 > structs.MAX_L1_BYTES:
-            most = structs.MAX_L1_BYTES // 8 * self.cluster * self.entries
-            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes; {most} bytes are the largest disk")
-        l2_tables = _l1_indices(self.runs.take(self.mapped), self.entries)
+        payload = self.runs.take(self.allocated)
         align = max(self.cluster, self.modulus)
-        blocks_needed = 0
+        needed = np.empty(0, dtype=np.int64)
         while True:
-            tables = self._tables(l1_entries, l2_tables, blocks_needed)
+            tables = self._tables(self.cluster, needed)
             base = -(-tables.end // align) * align
             placed = self._place(payload, base)
             total = -(-max(tables.end, placed.end) // self.cluster)
-            per_block = self.cluster * 8 // self.options.refcount_bits
-            if -(-total // per_block) <= blocks_needed:
-                return tables, placed
-            blocks_needed = -(-total // per_block)
-            if blocks_needed * 8 > structs.MAX_REFCOUNT_TABLE_BYTES:
-                self._refuse_size(
-                    f"a refcount table of {blocks_needed * 8} bytes, {structs.MAX_REFCOUNT_TABLE_BYTES} at most"
-                )
+            count = -(-total // self._counts_in_a_block())
+            if count <= len(needed):
+                return tables, payload.take(placed.run), placed.offset
+            needed = np.arange(count, dtype=np.int64)
 
     def _place(self, payload: blocks.Runs, base: int) -> blocks.Placed:
         if self.options.data_file:
             return blocks.Placed(np.arange(len(payload.first)), payload.first * self.cluster, 0)
         return blocks.place(self.guest, payload, self.cluster, base, self.modulus)
 
-    def _tables(self, l1_entries: int, l2_tables: Column, refcount_blocks: int) -> _Tables:
+    def _arrange_in_place(self) -> tuple[_Tables, blocks.Runs, Column]:
+        """Returns places for metadata behind payload that stays; clusters in holes of the file are not counted."""
+        if (self.allocated != (self.runs.kind == Kind.DATA)).any():
+            raise PlanError("in place, qcow2 of version 2 cannot hide what its parent says", hint="use -o compat=1.1")
+        runs, offset, start = self.stay.runs, self.stay.offset, self.stay.end
+        needed = np.empty(0, dtype=np.int64)
+        while True:
+            tables = self._tables(start, needed)
+            first = np.append(offset, [0, start]) // self.cluster
+            count = np.append(runs.blocks, [1, (tables.end - start) // self.cluster])
+            touched = _touched(first, count, self._counts_in_a_block())
+            if len(touched) <= len(needed):
+                break
+            needed = touched
+        if self.cluster < _PAGE:
+            self._refuse_heavy(tables.end - start, int(runs.blocks.sum()) * self.cluster)
+        return tables, runs, offset
+
+    def _refuse_heavy(self, metadata: int, payload: int) -> None:
+        if metadata > max(clusters.LARGEST_TABLES * payload, _NO_MATTER):
+            raise PlanError(
+                f"in place, payload can stay only in clusters of {self.cluster} bytes, "
+                f"which need {metadata} bytes of tables for {payload} bytes",
+                hint="vmdk can hold it in place with larger grains",
+            )
+
+    def _counts_in_a_block(self) -> int:
+        return self.cluster * 8 // self.options.refcount_bits
+
+    def _tables(self, start: int, refcount_blocks: Column) -> _Tables:
+        """Returns the places of all tables from `start` on."""
         cluster = self.cluster
-        first_block = cluster + -(-refcount_blocks * 8 // cluster) * cluster
-        l1 = first_block + refcount_blocks * cluster
+        l1_entries = -(-self.guest.size // (cluster * self.entries))
+        if l1_entries * 8 > structs.MAX_L1_BYTES:
+            most = structs.MAX_L1_BYTES // 8 * cluster * self.entries
+            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes; {most} bytes are the largest disk")
+        table_bytes = (int(refcount_blocks[-1]) + 1) * 8 if len(refcount_blocks) else 0
+        if table_bytes > structs.MAX_REFCOUNT_TABLE_BYTES:
+            self._refuse_size(f"a refcount table of {table_bytes} bytes, {structs.MAX_REFCOUNT_TABLE_BYTES} at most")
+        first_block = start + -(-table_bytes // cluster) * cluster
+        l1 = first_block + len(refcount_blocks) * cluster
         l2 = l1 + -(-l1_entries * 8 // cluster) * cluster
-        end = l2 + len(l2_tables) * cluster
-        return _Tables(l1_entries, l2_tables, refcount_blocks, cluster, first_block, l1, l2, end)
+        end = l2 + len(self.l2_tables) * cluster
+        return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, end)
 
     def _refuse_size(self, problem: str) -> None:
         raise PlanError(
             f"qcow2 with clusters of {self.cluster} bytes cannot hold {self.size} bytes: needs {problem}",
-            hint=f"use larger clusters, such as -o cluster_size={min(self.cluster * 16, 2 << 20)}",
+            hint=f"use larger clusters, such as -o cluster_size={min(self.cluster * 16, 2 << 20)}"
+            if not self.carrier
+            else "in place, payload can stay only in clusters as small as this",
         )
 
     # -- what the metadata says
@@ -173,19 +229,21 @@ class _Writer:
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
         output = blocks.Output(used_to)
-        whole = np.concatenate([[0], offset]), np.concatenate([[tables.end], runs.blocks * cluster])
+        places = np.concatenate([[0, tables.refcount_table], offset])
+        length = np.concatenate([[cluster, tables.end - tables.refcount_table], runs.blocks * cluster])
         if self.options.data_file:
             # Its clusters are not counted.
-            whole, output = (whole[0][:1], whole[1][:1]), blocks.Output(max(used_to, self.guest.size))
-        used = _windows(whole[0], whole[1], whole[0], output, used_to)
+            places, length, output = places[:2], length[:2], blocks.Output(max(used_to, self.guest.size))
+        used = _windows(places, length, places, output, used_to)
         host = self._host(runs, offset, output)
         l1 = np.zeros(tables.l1_entries, dtype=">u8")
         l2_places = tables.l2 + np.arange(len(tables.l2_tables), dtype=np.int64) * cluster
         l1[tables.l2_tables] = l2_places | np.int64(-structs.COPIED)
-        block_places = tables.first_block + np.arange(tables.refcount_blocks, dtype=np.int64) * cluster
+        counting = np.zeros(int(tables.refcount_blocks[-1]) + 1, dtype=">u8")
+        counting[tables.refcount_blocks] = tables.first_block + np.arange(len(tables.refcount_blocks)) * cluster
         return [
             (0, Blob("header", self._header(tables))),
-            (tables.refcount_table, Blob("refcount table", block_places.astype(">u8").tobytes())),
+            (tables.refcount_table, Blob("refcount table", counting.tobytes())),
             (tables.first_block, self._refcounts(used, tables.refcount_blocks)),
             # A table of nothing is a hole.
             (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
@@ -255,43 +313,34 @@ class _Writer:
         extended = structs.EXTENDED_L2 if self.options.extended_l2 else 0
         return extended | (structs.EXTERNAL_DATA if self.options.data_file else 0)
 
-    def _refcounts(self, used: Extents, count: int) -> Blob:
-        """Returns all refcount blocks: 1 for each cluster of the file that is used."""
-        bits, cluster = self.options.refcount_bits, self.cluster
+    def _refcounts(self, used: Extents, numbers: Column) -> Blob:
+        """Returns the refcount blocks of these numbers, end to end: 1 for each cluster of the file that is used."""
+        bits, cluster, each = self.options.refcount_bits, self.cluster, self._counts_in_a_block()
 
-        def compute(offset: int, length: int) -> bytes:
-            first = offset * 8 // bits
-            n = length * 8 // bits
-            kind, _, _ = used.units(cluster, first, n)
+        def compute(first: int, count: int) -> bytes:
+            kind, _, _ = used.units(cluster, first, count)
             ones = kind == Kind.DATA
             if bits >= 8:
                 return bytes(ones.astype(f">u{bits // 8}"))
-            single = np.zeros((n, bits), dtype=np.uint8)
+            single = np.zeros((count, bits), dtype=np.uint8)
             single[:, 0] = ones
             return bytes(np.packbits(single, bitorder="little"))
 
         # The counts of clusters past the end of the file are zero, as is what is not written.
-        needed = -(-used.size // cluster * bits // 64) * 8
-        return Blob("refcount blocks", _by_words(compute), min(needed, count * cluster))
+        last = -(-used.size // cluster) - int(numbers[-1]) * each
+        size = (len(numbers) - 1) * cluster + -(-last * bits // 64) * 8
+        read = _by_words(_tables_of(numbers, cluster, each, compute))
+        return Blob("refcount blocks", read, min(size, len(numbers) * cluster))
 
     def _l2(self, host: Extents, indices: Column) -> Blob:
         """Returns all L2 tables, end to end, of the given entries of the L1 table."""
         shape = self._shape() if self.options.extended_l2 else None
 
-        def compute(offset: int, length: int) -> bytes:
-            parts = []
-            end = offset + length
-            while offset < end:
-                number, skip = divmod(offset, self.cluster)
-                # Tables of neighbouring parts of the guest are computed together.
-                together = _neighbours(indices, number, -(-(skip + end - offset) // self.cluster))
-                step = min(end - offset, together * self.cluster - skip)
-                first = int(indices[number]) * self.entries + skip // self.entry_size
-                parts.append(self._entries(host, shape, first, step // self.entry_size))
-                offset += step
-            return b"".join(parts)
+        def compute(first: int, count: int) -> bytes:
+            return self._entries(host, shape, first, count)
 
-        return Blob("L2 tables", _by_words(compute, self.entry_size), len(indices) * self.cluster)
+        read = _by_words(_tables_of(indices, self.cluster, self.entries, compute), self.entry_size)
+        return Blob("L2 tables", read, len(indices) * self.cluster)
 
     def _entries(self, host: Extents, shape: Extents | None, first: int, count: int) -> bytes:
         kind, _, offset = host.units(self.cluster, first, count)
@@ -344,11 +393,33 @@ def _windows(
     return Extents(size, table.columns._replace(kind=kind), [source])
 
 
-def _l1_indices(runs: blocks.Runs, entries: int) -> Column:
-    """Returns the entries of the L1 table that need an L2 table, in order."""
-    low, high = runs.first // entries, (runs.first + runs.blocks - 1) // entries
+def _touched(first: Column, count: Column, entries: int) -> Column:
+    """Returns the numbers of the tables, of so many entries each, in which these runs of entries lie."""
+    there = count > 0
+    low, high = first[there] // entries, (first + count - 1)[there] // entries
     run, place = spread(high - low + 1)
     return distinct(low[run] + place)
+
+
+def _tables_of(
+    numbers: Column, size: int, entries: int, compute: Callable[[int, int], bytes]
+) -> Callable[[int, int], bytes]:
+    """Returns a reader of the tables of these numbers, end to end, each `size` bytes; it computes runs of entries."""
+
+    def read(offset: int, length: int) -> bytes:
+        parts = []
+        end = offset + length
+        while offset < end:
+            table, skip = divmod(offset, size)
+            # Neighbouring tables are computed together.
+            together = _neighbours(numbers, table, -(-(skip + end - offset) // size))
+            step = min(end - offset, together * size - skip)
+            first = int(numbers[table]) * entries + skip * entries // size
+            parts.append(compute(first, step * entries // size))
+            offset += step
+        return b"".join(parts)
+
+    return read
 
 
 def _neighbours(indices: Column, first: int, most: int) -> int:

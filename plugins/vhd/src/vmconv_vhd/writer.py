@@ -45,6 +45,11 @@ class _Writer:
         self.modulus = placement.modulus
         self.backing = backing
         self.losses: list[str] = []
+        if placement.carrier and not self.fixed:
+            raise PlanError(
+                "a dynamic VHD has a bitmap before each block, for which there is no place",
+                hint="in place, use -o subformat=fixed, or vmdk",
+            )
         if backing and self.fixed:
             raise PlanError("a fixed VHD cannot have a parent", hint="use -o subformat=dynamic")
         self.parent_id = _parent_id(image, backing)

@@ -21,6 +21,7 @@ class Vhdx(Format):
     suffixes = (".vhdx", ".avhdx")
     carries = frozenset({"creator", "identity", "logical_sector_size", "physical_sector_size"})
     can_back = True
+    in_place = True
 
     def options(self) -> type[Any]:
         from vmconv_vhdx.options import Options

@@ -1,6 +1,7 @@
 """Writes VHDX images: a pure function from the guest's table to the table of the output file.
 
     file type, headers, region tables | log | metadata | BAT | sector bitmap blocks | payload blocks
+    file type, headers, region tables | payload blocks, where they are | log | metadata | BAT | ...      (in place)
 
 All parts lie at whole MiB, and so do payload blocks: what is aligned in the source is aligned here. The BAT and the
 sector bitmaps are computed when they are written, a slice at a time.
@@ -22,6 +23,7 @@ from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, gather
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, File, Source
+from vmconv.staying import Stay
 from vmconv_vhdx import structs
 from vmconv_vhdx.options import Options
 
@@ -74,7 +76,7 @@ class _Writer:
         self.losses: list[str] = []
         self.sector = options.logical_sector_size or int(image.metadata.get("logical_sector_size") or 512)
         self.size = _whole_sectors(image.size, self.sector)
-        self.block = options.block_size or next((b for limit, b in _BLOCK_SIZES if self.size > limit), _SMALL_BLOCK)
+        self.block = self._blocks(options, placement.carrier)
         self.ratio = structs.chunk_ratio(self.block, self.sector)
         table = blocks.padded((image.guest if backing else image.flat).window(0, self.size), self.block)
         if not backing:
@@ -83,15 +85,34 @@ class _Writer:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.sector)
         self.guest = table
         self.runs = blocks.whole_blocks(table, self.block)
+        self.stay: Stay | None = None
+        if placement.carrier:
+            self._stay_in(placement.carrier)
         self.partial = self._partial()
         mixed_holes = _among(self.runs.first, self.partial)
         self.allocated = (self.runs.kind == Kind.DATA) | mixed_holes | self.fixed
         self.chunks = distinct(self.partial // self.ratio)
 
+    def _blocks(self, options: Options, carrier: File | None) -> int:
+        """Returns the bytes of a block; in place, the smallest there are, because the first one may have to move."""
+        if carrier is None:
+            return options.block_size or next((b for limit, b in _BLOCK_SIZES if self.size > limit), _SMALL_BLOCK)
+        if self.fixed:
+            raise PlanError("in place, payload cannot have a fixed place in a VHDX", hint="use -o subformat=dynamic")
+        return structs.MIB
+
+    def _stay_in(self, carrier: File) -> None:
+        """Leaves payload where it is, but for what lies in the place of the headers."""
+        from vmconv.staying import stay
+
+        self.stay = stay(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
+        runs = self.runs.take(self.runs.kind != Kind.DATA).joined(self.stay.runs)
+        self.runs = runs.take(np.argsort(runs.first, kind="stable"))
+
     def layout(self) -> Layout:
         parts = self._parts()
         payload = self.runs.take(self.allocated)
-        run, offset, end = self._place(payload, parts.end)
+        run, offset, end = self._stay(payload, parts.end) if self.stay else self._place(payload, parts.end)
         places = np.zeros(len(self.runs.first), dtype=np.int64)
         places[np.flatnonzero(self.allocated)[run]] = offset
         moved = payload.take(run)
@@ -109,7 +130,7 @@ class _Writer:
         both = Columns.join([blobs, rows])
         both_length = np.concatenate([np.array([blob.size for _, blob in metadata], dtype=np.int64), length])
         sources = (*self.guest.sources, *(blob for _, blob in metadata))
-        return Layout((OutFile(Extents.placed(end, both, both_length, sources)),), tuple(self.losses))
+        return Layout((OutFile(Extents.placed(end, both, both_length, sources), slack=True),), tuple(self.losses))
 
     # -- where everything goes
 
@@ -118,7 +139,7 @@ class _Writer:
         entries = total + max(0, total - 1) // self.ratio
         if self.backing:
             entries = -(-total // self.ratio) * (self.ratio + 1)
-        log = structs.HEADER_SECTION
+        log = self.stay.end if self.stay else structs.HEADER_SECTION
         metadata = log + self.options.log_size
         bat = metadata + structs.MIB
         bat_length = max(1, -(-entries * 8 // structs.MIB)) * structs.MIB
@@ -134,6 +155,12 @@ class _Writer:
             return np.arange(len(payload.first)), base + payload.first * self.block, base + self.guest.size
         placed = blocks.place(self.guest, payload, self.block, base, self.modulus)
         return placed.run, placed.offset, placed.end
+
+    def _stay(self, payload: blocks.Runs, end: int) -> tuple[Column, Column, int]:
+        """Returns runs of blocks and the places in which they are."""
+        assert self.stay
+        offset = self.stay.offset[np.argsort(self.stay.runs.first, kind="stable")]
+        return np.arange(len(payload.first)), offset, end
 
     def _partial(self) -> Column:
         """Returns the numbers of blocks that are left to the parent in part."""

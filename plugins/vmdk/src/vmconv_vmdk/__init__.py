@@ -24,6 +24,7 @@ class Vmdk(Format):
     suffixes = (".vmdk",)
     carries = frozenset({"adapter_type", "geometry", "identity"})
     can_back = True
+    in_place = True
     # Where a compressed grain lies is known when all before it are compressed.
     unviewed = frozenset({"reference", "streamOptimized"})
 

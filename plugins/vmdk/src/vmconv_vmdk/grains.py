@@ -1,9 +1,10 @@
 """Lays out a hosted sparse extent: grains wherever they can be shared, and the tables that say where.
 
     header | descriptor | redundant grain directory, grain tables | grain directory, grain tables | grains
+    header | descriptor | grains, where they are | the grain that lay where the header is | tables       (in place)
 
-A grain may begin at any sector, so each run of grains goes to an offset congruent to its source. The grain tables are
-computed when they are written, a slice at a time.
+A grain may begin at any sector, so each run of grains goes to an offset congruent to its source. In place it stays
+where it is, if need be in smaller grains. The grain tables are computed when they are written, a slice at a time.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
 from vmconv.sources import Blob, File, Source
+from vmconv.staying import Stay
 from vmconv_vmdk import structs
 
 GRAIN = 65536
 GRAIN_SECTORS = GRAIN // structs.SECTOR
+SMALLEST_GRAIN = 8192
+"""The specification asks for more than 4 KiB."""
+
 TABLE = structs.ENTRIES * 4
 """Bytes of a grain table."""
 
@@ -64,66 +69,96 @@ class _Places:
 
 
 class SparseExtent:
-    """One extent: `guest` is its table in whole grains, `size` its capacity in bytes.
+    """One extent: `guest` is its table, `size` its capacity in bytes, `carrier` the file that it becomes in place.
 
     In a `delta`, a HOLE is left to the parent and zeros hide it: with `zeroed_grains` by an entry that says so, else by
     a grain that is a hole in the file.
     """
 
     def __init__(
-        self, guest: Extents, size: int, modulus: int, descriptor: bytes | None, *, delta: bool, zeroed_grains: bool
+        self,
+        guest: Extents,
+        size: int,
+        modulus: int,
+        descriptor: bytes | None,
+        carrier: File | None,
+        *,
+        delta: bool,
+        zeroed_grains: bool,
     ) -> None:
-        self.guest = guest
+        self.grain = GRAIN
+        self.descriptor = descriptor or b""
+        self.stay = self._stay_in(guest, carrier) if carrier else None
+        self.guest = blocks.padded(guest, self.grain)
         self.size = size
         self.modulus = modulus
-        self.descriptor = descriptor or b""
         self.zeroed_grains = zeroed_grains
-        runs = blocks.whole_blocks(guest, GRAIN)
+        runs = blocks.whole_blocks(self.guest, self.grain)
         allocated = runs.kind == Kind.DATA
         zero = (runs.kind == Kind.ZERO) if delta else np.zeros_like(allocated)
         if not zeroed_grains:
             allocated, zero = allocated | zero, np.zeros_like(zero)
         self.zero = runs.take(zero)
         self.payload = runs.take(allocated)
-        self.table_count = -(-size // (GRAIN * structs.ENTRIES))
+        if self.stay and (allocated != (runs.kind == Kind.DATA)).any():
+            raise PlanError("in place, zeros that hide the parent take an entry", hint="use -o zeroed_grain=on")
+        self.table_count = -(-size // (self.grain * structs.ENTRIES))
         self.places = self._places()
+
+    def _stay_in(self, guest: Extents, carrier: File) -> Stay:
+        """Chooses the largest grains, up to the usual ones, in which payload can stay where it is."""
+        from vmconv.staying import stay
+
+        units = [1 << bits for bits in range(SMALLEST_GRAIN.bit_length() - 1, GRAIN.bit_length())]
+        found = stay(guest, carrier, units, structs.SECTOR)
+        self.grain = found.unit
+        # QEMU looks for the descriptor in the second sector, whatever the header says.
+        return found.cleared(structs.SECTOR + len(self.descriptor))
 
     def _places(self) -> _Places:
         step = directory_bytes(self.table_count)
-        first = structs.SECTOR + len(self.descriptor)
+        first = self.stay.end if self.stay else structs.SECTOR + len(self.descriptor)
         second = first + step + self.table_count * TABLE
         end = second + step + self.table_count * TABLE
-        align = max(GRAIN, self.modulus)
-        return _Places(first, first + step, second, second + step, -(-end // align) * align)
+        if self.stay:
+            grains = int(self.stay.offset.min()) if len(self.stay.offset) else end
+        else:
+            align = max(self.grain, self.modulus)
+            grains = -(-end // align) * align
+        return _Places(first, first + step, second, second + step, grains)
 
     def file(self) -> Extents:
         """Returns the table of the file; raises `PlanError` when its grains lie past what an entry can say."""
-        # Placed by sectors, not by grains: that is the freedom that grains have.
-        by_sector = self.payload._replace(
-            first=self.payload.first * GRAIN_SECTORS, blocks=self.payload.blocks * GRAIN_SECTORS
-        )
-        placed = blocks.place(self.guest, by_sector, structs.SECTOR, self.places.grains, self.modulus)
-        if placed.end > MAX_FILE:
+        runs, offset = (self.stay.runs, self.stay.offset) if self.stay else self._placed()
+        length = runs.blocks * self.grain
+        end = max(self.places.tables + self._tables_size(), int((offset + length).max(initial=0)))
+        if end > MAX_FILE:
             raise PlanError(
-                f"VMDK sparse extent cannot hold {int(self.payload.blocks.sum()) * GRAIN} bytes of payload: "
+                f"VMDK sparse extent cannot hold {int(self.payload.blocks.sum()) * self.grain} bytes of payload: "
                 f"{MAX_FILE - self.places.grains} at most",
                 hint="use -o subformat=twoGbMaxExtentSparse or a flat subformat",
             )
-        runs = self.payload.take(placed.run)
-        length = runs.blocks * GRAIN
-        rows, row_length = cut(self.guest, runs.first * GRAIN, length, placed.offset)
-        rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
-        blobs, blob_rows, blob_length = self._metadata(self._host(runs, placed.offset, placed.end))
+        rows, row_length = cut(self.guest, runs.first * self.grain, length, offset)
+        if not self.stay:
+            rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
+        blobs, blob_rows, blob_length = self._metadata(self._host(runs, offset, end))
         both, both_length = Columns.join([blob_rows, rows]), np.concatenate([blob_length, row_length])
         # The last grain is whole even where the disk ends inside it: libvmdk cannot read one that is not.
-        size = max(self.places.grains, int((both.start + both_length).max()))
+        size = end if self.stay else max(self.places.grains, int((both.start + both_length).max()))
         return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
+
+    def _placed(self) -> tuple[blocks.Runs, Column]:
+        """Returns the grains with payload, and places for them: by sectors, that is the freedom that grains have."""
+        sectors = self.grain // structs.SECTOR
+        by_sector = self.payload._replace(first=self.payload.first * sectors, blocks=self.payload.blocks * sectors)
+        placed = blocks.place(self.guest, by_sector, structs.SECTOR, self.places.grains, self.modulus)
+        return self.payload.take(placed.run), placed.offset
 
     def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
         """Returns the table of the extent's grains whose windows are their places in the file."""
         output = Output(max(end, self.places.grains))
-        start = np.concatenate([runs.first, self.zero.first]) * GRAIN
-        length = np.concatenate([runs.blocks, self.zero.blocks]) * GRAIN
+        start = np.concatenate([runs.first, self.zero.first]) * self.grain
+        length = np.concatenate([runs.blocks, self.zero.blocks]) * self.grain
         place = np.concatenate([offset, np.zeros(len(self.zero.first), dtype=np.int64)])
         kind = np.full(len(start), Kind.DATA, dtype=np.uint8)
         kind[len(runs.first) :] = Kind.ZERO
@@ -178,7 +213,7 @@ class SparseExtent:
 
     def _entries(self, host: Extents, offset: int, length: int) -> bytes:
         low, high = offset // 4, -(-(offset + length) // 4)
-        data = _sectors(host, low, high - low).tobytes()
+        data = _sectors(host, self.grain, low, high - low).tobytes()
         return data[offset - low * 4 : offset - low * 4 + length]
 
     def _header(self) -> bytes:
@@ -189,7 +224,7 @@ class SparseExtent:
                     "version": 2 if self.zeroed_grains else 1,
                     "flags": flags,
                     "capacity": self.size // structs.SECTOR,
-                    "grainSize": GRAIN_SECTORS,
+                    "grainSize": self.grain // structs.SECTOR,
                     "descriptorOffset": 1 if self.descriptor else 0,
                     "descriptorSize": len(self.descriptor) // structs.SECTOR,
                     "numGTEsPerGT": structs.ENTRIES,
@@ -227,24 +262,25 @@ def _whole_blocks(
     return rows._replace(start=start - head, offset=rows.offset - head), length + head + tail
 
 
-def _sectors(host: Extents, first: int, count: int) -> npt.NDArray[np.uint32]:
+def _sectors(host: Extents, grain: int, first: int, count: int) -> npt.NDArray[np.uint32]:
     """Returns grain table entries: sectors, `ZEROED`, or 0 for grains that are not there.
 
     All in 32 bits, where what overflows in between comes out right in the end: there are sixteen million for a TiB.
     """
     entries = np.zeros(count, dtype="<u4")
-    inside = max(0, min(count, host.size // GRAIN - first))
+    sectors = grain // structs.SECTOR
+    inside = max(0, min(count, host.size // grain - first))
     if not inside:
         return entries
-    low, high = int(host.row_at(first * GRAIN)), int(host.row_at((first + inside) * GRAIN - 1)) + 1
-    begins = host.start[low:high] // GRAIN - first
+    low, high = int(host.row_at(first * grain)), int(host.row_at((first + inside) * grain - 1)) + 1
+    begins = host.start[low:high] // grain - first
     # Where grain `first` would be if the row began there.
-    base = (host.offset[low:high] // structs.SECTOR - begins * GRAIN_SECTORS).astype(np.uint32)
+    base = (host.offset[low:high] // structs.SECTOR - begins * sectors).astype(np.uint32)
     begins[0] = 0
     counts = np.diff(begins, append=inside)
     there = entries[:inside]
     there[:] = np.arange(inside, dtype=np.uint32)
-    there *= np.uint32(GRAIN_SECTORS)
+    there *= np.uint32(sectors)
     there += base[0] if high - low == 1 else np.repeat(base, counts)
     kind = host.kind[low:high]
     if int(kind.min()) != Kind.DATA:

@@ -51,6 +51,7 @@ class _Writer:
         self.options = options
         self.placement = placement
         self.modulus = placement.modulus
+        self.carrier = placement.carrier
         self.backing = backing
         self.name = placement.target
         # A disk is whole sectors.
@@ -70,6 +71,8 @@ class _Writer:
             raise PlanError(f"VMDK cannot hold {self.image.size} bytes, the nearest size it can hold is {nearest}")
         if self.backing and (self.options.flat or subformat in ("streamOptimized", REFERENCE)):
             raise PlanError(f"{subformat} cannot have a backing file", hint="use -o subformat=monolithicSparse")
+        if self.carrier and subformat not in ("monolithicSparse", "monolithicFlat", "vmfs"):
+            raise PlanError(f"{subformat} cannot be made in place", hint="use -o subformat=monolithicSparse")
         if self.backing:
             self._check_parent(self.backing)
 
@@ -83,6 +86,10 @@ class _Writer:
         """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
         if self.options.flat or self.options.subformat == REFERENCE:
             return self.image.flat.window(0, self.size).without_holes()
+        if self.carrier:
+            # The size of its grains is not known yet.
+            window = (self.image.guest if self.backing else self.image.flat).window(0, self.size)
+            return window if self.backing else window.without_holes()
         table = blocks.padded(self.image.guest if self.backing else self.image.flat, GRAIN)
         if self.backing and self.image.parent:
             table = blocks.fill_partial_holes(table, self.image.parent.flat.window(0, table.size), GRAIN)
@@ -100,7 +107,7 @@ class _Writer:
             return Layout((OutFile(table),), tuple(self.losses))
         if self.options.subformat == "monolithicSparse":
             table = self._sparse(self.guest, self.size, self._embedded(text))
-            return Layout((OutFile(table),), tuple(self.losses))
+            return Layout((OutFile(table, slack=True),), tuple(self.losses))
         files = []
         at = 0
         for part in parts:
@@ -133,12 +140,12 @@ class _Writer:
         ]
 
     def _sparse(self, window: Extents, size: int, descriptor: bytes | None) -> Extents:
-        table = blocks.padded(window, GRAIN)
         extent = SparseExtent(
-            table,
+            window,
             size,
             self.modulus,
             descriptor,
+            self.carrier,
             delta=self.backing is not None,
             zeroed_grains=self.options.zeroed_grain,
         )
