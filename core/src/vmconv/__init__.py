@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmconv.api import check, compare, convert, fanout, info, map_disk, plan, prove, stream
+    from vmconv.api import check, compare, convert, fanout, info, map_disk, plan, prove, recover, stream, undo
     from vmconv.comparison import Comparison
     from vmconv.conversion import Request, Result
     from vmconv.errors import VmconvError
@@ -41,7 +41,9 @@ __all__ = [
     "map_disk",
     "plan",
     "prove",
+    "recover",
     "stream",
+    "undo",
 ]
 
 _HOMES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmconv import conversion
 from vmconv.checking import check_image
@@ -26,6 +26,9 @@ from vmconv.planner import Plan
 from vmconv.proof import Proof, prove_images
 from vmconv.registry import installed
 
+if TYPE_CHECKING:
+    from vmconv.inplace.recovery import Recovery
+
 
 def convert(
     source: str,
@@ -39,7 +42,8 @@ def convert(
     """Converts the disk in the file `source` into the new file `target` and returns what was done.
 
     `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
-    `progress` with bytes done and to do. The target appears complete or not at all; the source is never changed.
+    `progress` with bytes done and to do. The target appears complete or not at all; the source is never changed, but
+    that `in_place` it becomes the target.
     """
     request = Request(source, target, **options)
     return conversion.run(request, verify=verify, announce=announce, progress=progress)[0]
@@ -100,6 +104,23 @@ def stream(
 
     request = Request(source, streaming.TARGET, target_format=target_format, **options)
     return streaming.run(request, descriptor, verify=verify, announce=announce, progress=progress)
+
+
+def recover(path: str) -> Recovery:
+    """Takes back, or finishes, the conversion in place that was interrupted and that `path` was part of."""
+    from vmconv.inplace import recovery
+
+    return recovery.recover(path)
+
+
+def undo(path: str) -> str:
+    """Turns the target of a conversion in place back into its source, and returns the path of that.
+
+    Needs what `keep_undo` kept, and that nobody has written to the target since.
+    """
+    from vmconv.inplace import undo as module
+
+    return module.undo(path)
 
 
 def plan(source: str, target: str, **options: Any) -> Plan:

@@ -132,14 +132,22 @@ def sources_of(image: Image) -> list[File]:
 
 
 def lay_out(
-    parts: Sequence[Part], target: Target, modulus: int, registry: Registry, kept: Kept | None
+    parts: Sequence[Part],
+    target: Target,
+    modulus: int,
+    registry: Registry,
+    kept: Kept | None,
+    carrier: File | None = None,
 ) -> list[Container]:
-    """Returns the containers of the parts, in their order; raises `PlanError` for what the format cannot hold."""
+    """Returns the containers of the parts, in their order; raises `PlanError` for what the format cannot hold.
+
+    In place, `carrier` is the file that becomes the only one.
+    """
     made: list[Container] = []
     parent, backing = kept or (None, None)
     for part in parts:
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
-        placement = Placement(modulus, part.name, target.directory)
+        placement = Placement(modulus or 1, part.name, target.directory, carrier)
         layout = target.format.write(disk, target.options, placement, backing=backing)
         made.append(Container(part.image, disk, target.format, part.name, backing, layout))
         if part is not parts[-1]:

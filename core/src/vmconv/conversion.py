@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vmconv import checking, references
 from vmconv.commit import Progress, make
@@ -25,6 +25,9 @@ from vmconv.sources import File
 from vmconv.storage import Backend, Survey
 from vmconv.verify import verify as verify_result
 
+if TYPE_CHECKING:
+    from vmconv.inplace.planning import Planned, Site, Way
+
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
 
@@ -36,7 +39,8 @@ class Request(NamedTuple):
     the source, beside the target. `backing_file` keeps the chain as it is from a layer on: it is the layer that what is
     made will have as its parent, as it is to be written into the target, with `backing_format`.
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
-    on storage, as `qemu-img convert` does not.
+    on storage, as `qemu-img convert` does not. `in_place` turns the source's own file into the target; `keep_undo`
+    keeps what it takes to turn it back.
     """
 
     source: str
@@ -52,6 +56,8 @@ class Request(NamedTuple):
     zero_copy: ZeroCopy = "auto"
     cache: Cache = "writeback"
     force: bool = False
+    in_place: bool = False
+    keep_undo: bool = False
     force_share: bool = False
     allow_external: Sequence[str] = ()
 
@@ -114,12 +120,22 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         targets = [(each, _target(registry, each)) for each in (request, *others)]
         directory = _only_directory([target for _, target in targets])
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        # Before the layers below are opened: only what is its own goes.
+        site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))
-        backend, survey = _choose(registry, request.backend, directory, sources_of(image))
-        conversions = [_conversion(each, target, image, backend, survey, registry) for each, target in targets]
-        plan = joined([conversion.plan for conversion in conversions])
-        refuse_collisions(plan, opener.files, force=request.force)
-        yield Prepared(image, backend, tuple(conversions), plan, opener)
+
+        def planned(backend: Backend, survey: Survey, carrier: File | None = None) -> tuple[Conversion, ...]:
+            return tuple(_conversion(*each, image, backend, survey, registry, carrier) for each in targets)
+
+        with _in_place(site, *targets[0], image, registry, planned) if site else nullcontext() as way:
+            if way:
+                backend, conversions, own = way
+            else:
+                backend, survey = _choose(registry, request.backend, directory, sources_of(image))
+                conversions, own = planned(backend, survey), frozenset()
+            plan = joined([conversion.plan for conversion in conversions])
+            refuse_collisions(plan, opener.files, force=request.force, but=own)
+            yield Prepared(image, backend, conversions, plan, opener)
 
 
 def run(
@@ -177,12 +193,28 @@ def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
     )
 
 
+def _in_place(
+    site: Site, request: Request, target: Target, image: Image, registry: Registry, planned: Planned
+) -> AbstractContextManager[Way]:
+    from vmconv.inplace.planning import Wish
+
+    kept = _kept(request, target, image, registry)
+    table = image.onto(kept.image).guest if kept else image.flat
+    return site.planned(Wish(table, target.directory, target.format, planned))
+
+
 def _conversion(
-    request: Request, target: Target, image: Image, backend: Backend, survey: Survey, registry: Registry
+    request: Request,
+    target: Target,
+    image: Image,
+    backend: Backend,
+    survey: Survey,
+    registry: Registry,
+    carrier: File | None = None,
 ) -> Conversion:
     kept = _kept(request, target, image, registry)
     parts = parts_of(image, target, registry, kept, chain=request.chain)
-    containers = lay_out(parts, target, survey.unit, registry, kept)
+    containers = lay_out(parts, target, survey.unit, registry, kept, carrier)
     for made in containers:
         references.confirm(made.layout.references, target.directory)
     plans = [_plan(made, target.directory, backend, survey, alone=len(parts) == 1) for made in containers]
@@ -218,6 +250,27 @@ def _only_directory(targets: Sequence[Target]) -> str:
                 hint="a symbolic link is followed: remove it",
             )
     return directory
+
+
+def _site(request: Request, others: Sequence[Request], image: Image, opener: Opener) -> Site | None:
+    """Returns where the conversion happens when it is one in place; refuses what makes no sense with it."""
+    if not request.in_place:
+        if request.keep_undo:
+            raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
+        return None
+    for wrong, name in (
+        (others, "several targets"),
+        (request.chain, "--chain"),
+        (request.snapshot, "a snapshot"),
+        (request.force_share, "--force-share"),
+        (request.backend != "auto", f"--backend {request.backend}"),
+        (request.cache == "unsafe", "-t unsafe"),
+    ):
+        if wrong:
+            raise UsageError(f"{name} and --in-place exclude each other")
+    from vmconv.inplace.planning import Site
+
+    return Site(image, opener, request.source, keep_undo=request.keep_undo)
 
 
 def _target_format(registry: Registry, request: Request) -> str:

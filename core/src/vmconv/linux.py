@@ -1,10 +1,12 @@
-"""What Linux offers a file besides reading and writing: cloning ranges, physical addresses, attribute flags.
+"""What Linux offers a file besides reading and writing: cloning ranges, freeing them, their places, attribute flags.
 
-Request numbers and structures: linux/fs.h, linux/fiemap.h, linux/btrfs.h; man 2 ioctl_ficlonerange.
+Request numbers and structures: linux/fs.h, linux/falloc.h, linux/fiemap.h, linux/btrfs.h; man 2 ioctl_ficlonerange,
+man 2 renameat2, man 2 fallocate.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -19,6 +21,7 @@ _FIEMAP = 0xC020660B
 _GETFLAGS = 0x80086601
 _SETFLAGS = 0x40086602
 _BTRFS_FS_INFO = 0x8400941F
+_UNRESERVE = 0x4030582B
 
 _NOCOW = 0x00800000
 
@@ -37,6 +40,69 @@ CLONE = struct.Struct("=qQQQ")
 def clone_range(source: int, target: int, source_offset: int, length: int, target_offset: int) -> None:
     """Shares a range of one file with another; raises `OSError` when the filesystem will not."""
     fcntl.ioctl(target, FICLONERANGE, CLONE.pack(source, source_offset, length, target_offset))
+
+
+# struct space_resv: l_type, l_whence, l_start, l_len, l_sysid, l_pid, l_pad.
+_SPACE = struct.Struct("=hhiqqiI16x")
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> None:
+    """Makes a range of a file read as zero, and frees its whole blocks; the file's size stays.
+
+    FS_IOC_UNRESVSP64, which is fallocate(FALLOC_FL_PUNCH_HOLE) on all filesystems that have it.
+    """
+    fcntl.ioctl(descriptor, _UNRESERVE, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+
+
+_COLLAPSE, _INSERT = 0x08, 0x20
+
+
+def collapse_range(descriptor: int, offset: int, length: int) -> None:
+    """Takes whole blocks out of a file: what lies behind them moves forward, without being copied."""
+    _fallocate(descriptor, _COLLAPSE, offset, length)
+
+
+def insert_range(descriptor: int, offset: int, length: int) -> None:
+    """Puts a hole of whole blocks into a file: what lies behind its place moves back, without being copied."""
+    _fallocate(descriptor, _INSERT, offset, length)
+
+
+def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if library.fallocate(descriptor, mode, offset, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+def rename_new(old: str, new: str) -> None:
+    """Gives a file another name in one step; raises `FileExistsError` when there is such a file."""
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    paths = (_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new))
+    if library.renameat2(*paths, _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), old, None, new)
+
+
+def is_open_for_writing(descriptor: int) -> bool:
+    """True when somebody has the file of this read-only descriptor open for writing, the kernel's loop device too.
+
+    Asked by a lease, which is given back at once; False where the filesystem has none, or this user may not.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as exc:
+        return exc.errno == errno.EAGAIN
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def is_nocow(descriptor: int) -> bool:
@@ -94,6 +160,19 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
     What is missing from the rows has no bytes of its own on storage, or none whose place says which they are (inline,
     compressed, delayed). Raises `OSError` where the filesystem cannot tell.
     """
+    rows, flags = extents(descriptor)
+    certain: npt.NDArray[np.int64] = rows[(flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN)) == 0]
+    return certain
+
+
+def settled_ranges(descriptor: int) -> npt.NDArray[np.int64] | None:
+    """Returns rows `(logical, length, physical)` for all extents, unwritten ones too; None where one is uncertain."""
+    rows, flags = extents(descriptor)
+    return None if (flags & _FIEMAP_VAGUE).any() else rows
+
+
+def extents(descriptor: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns rows `(logical, length, physical)` for all extents of a file, in order, and the flags of each."""
     import numpy as np
 
     extent = np.dtype(
@@ -107,6 +186,7 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
         ]
     )
     parts = [np.empty((0, 3), dtype=np.int64)]
+    flags = [np.empty(0, dtype=np.int64)]
     start = 0
     while True:
         request = bytearray(32 + _FIEMAP_BATCH * extent.itemsize)
@@ -116,11 +196,10 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
         if not count:
             break
         rows = np.frombuffer(request, dtype=extent, count=count, offset=32)
-        certain = rows[(rows["flags"] & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN)) == 0]
-        columns = (certain["logical"], certain["length"], certain["physical"])
-        parts.append(np.stack(columns, axis=1).astype(np.int64))
+        parts.append(np.stack([rows["logical"], rows["length"], rows["physical"]], axis=1).astype(np.int64))
+        flags.append(rows["flags"].astype(np.int64))
         last = rows[-1]
         start = int(last["logical"] + last["length"])
         if last["flags"] & _FIEMAP_LAST:
             break
-    return np.concatenate(parts)
+    return np.concatenate(parts), np.concatenate(flags)

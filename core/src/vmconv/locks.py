@@ -12,6 +12,7 @@ import os
 import struct
 from contextlib import suppress
 
+from vmconv import linux
 from vmconv.errors import AccessError
 from vmconv.sources import File
 
@@ -19,6 +20,7 @@ _USES = 100
 _DOES_NOT_SHARE = 200
 _CONSISTENT_READ = 0
 _WRITE = 1
+_EVERY = tuple(base + n for base in (_USES, _DOES_NOT_SHARE) for n in range(4))
 
 # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("@hhqqi")
@@ -48,6 +50,25 @@ def release(file: File) -> None:
     for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
         with suppress(OSError):
             fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+
+
+def refuse_users(file: File) -> None:
+    """Raises `AccessError` when another process uses a file that we read, or has it open for writing."""
+    try:
+        busy = any(_is_locked(file, byte) for byte in _EVERY)
+    except OSError:
+        busy = False
+    if busy or linux.is_open_for_writing(file.descriptor):
+        raise AccessError(
+            f"{file.name}: is open in another process", hint="close it there; in place, nobody else may use it"
+        )
+
+
+def claim(descriptor: int) -> None:
+    """Says, for as long as the descriptor is open, that nobody else may use this file."""
+    with suppress(OSError):
+        for byte in _EVERY:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
 
 
 def _lock(kind: int, byte: int) -> bytes:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from vmconv import locks
 from vmconv.errors import AccessError, ImageError, os_errors
+from vmconv.inplace.names import refuse_interrupted
 from vmconv.known import RAW_NAME
 from vmconv.sources import File, inside
 
@@ -76,6 +77,10 @@ class Opener:
         image = self.registry.identify(file, format_name).read(file, self, snapshot=snapshot)
         image.warnings += warnings
         return image
+
+    def file(self, path: str) -> File:
+        """Returns a file that the user named, whatever it holds."""
+        return self._open(path)
 
     def related(self, origin: File, reference: str, role: str) -> File:
         """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it."""
@@ -150,6 +155,7 @@ class Opener:
         )
 
     def _open(self, path: str, said: str | None = None) -> File:
+        refuse_interrupted(path)
         with os_errors("cannot be opened" if said is None else f"cannot be opened as {said}", AccessError):
             # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vmconv.errors import AccessError, PlanError, ZeroCopyError
 from vmconv.planner import Plan
@@ -17,15 +17,18 @@ def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
         raise ZeroCopyError(f"{target}: {why}")
 
 
-def refuse_collisions(plan: Plan, sources: Sequence[File], *, force: bool) -> None:
-    """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice."""
+def refuse_collisions(plan: Plan, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()) -> None:
+    """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice.
+
+    `but` are names of the source's files that files of the target may have.
+    """
     made: set[str] = set()
     for file in plan.files:
         path = os.path.join(plan.directory, file.name)
         if file.name in made:
             raise PlanError(f"{path}: would be made twice", hint="choose another name for the target")
         made.add(file.name)
-        if not os.path.lexists(path):
+        if file.name in but or not os.path.lexists(path):
             continue
         if os.path.exists(path) and _is_one_of(path, sources):
             raise PlanError(f"{path}: is part of the source", hint="choose another name or directory for the target")

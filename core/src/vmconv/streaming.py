@@ -116,6 +116,7 @@ def _refuse(request: Request) -> None:
         raise UsageError("a stream has no name that speaks of a format", hint="name the format with -O")
     for given, what in (
         (request.chain, "a chain"),
+        (request.in_place or request.keep_undo, "in place"),
         (request.backing_file is not None or request.backing_format is not None, "a backing file"),
         (request.backend != "auto", f"the backend {request.backend}"),
     ):

@@ -182,13 +182,17 @@ class FileTransaction(Transaction):
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         with os_errors("cannot be created"):
             remove_stale(self.directory, name)
-            path = os.path.join(self.directory, temporary_name(name))
+            path = os.path.join(self.directory, self.temporary_name(name))
             output = self.output(path, size, kernel_copies=self.kernel_copies, durable=self.durable)
             self._outputs.append((output, os.path.join(self.directory, name)))
             # Btrfs shares only between files that are alike in this, and it can be set only while a file is empty.
             if any(linux.is_nocow(source.descriptor) for source in sources):
                 linux.set_nocow(output.descriptor)
         return output
+
+    def temporary_name(self, name: str) -> str:
+        """Returns the name that a file has until it gets its own."""
+        return temporary_name(name)
 
     def commit(self) -> None:
         try:

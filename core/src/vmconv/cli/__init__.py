@@ -22,9 +22,9 @@ EXIT_TERMINATED = 143
 
 @hookimpl
 def vmconv_register_commands() -> Iterable[Command]:
-    from vmconv.cli import comparing, completion, converting, demo, fanning, inspecting, listing
+    from vmconv.cli import comparing, completion, converting, demo, fanning, inspecting, listing, returning
 
-    modules = (listing, inspecting, converting, fanning, comparing, demo, completion)
+    modules = (listing, inspecting, converting, fanning, returning, comparing, demo, completion)
     return [command for module in modules for command in module.COMMANDS]
 
 

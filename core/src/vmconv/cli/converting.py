@@ -20,7 +20,7 @@ from vmconv.cli.options import (
     add_storage,
     source_and_storage,
 )
-from vmconv.cli.reporting import plan_json, reported
+from vmconv.cli.reporting import kept, plan_json, reported
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -45,6 +45,8 @@ def _request(options: argparse.Namespace) -> Request:
         chain=options.chain,
         backing_file=options.backing_file,
         backing_format=options.backing_format,
+        in_place=options.in_place,
+        keep_undo=options.keep_undo,
         **source_and_storage(options),
     )
 
@@ -89,7 +91,8 @@ def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence
 
     for name, value in plan.totals._asdict().items():
         if name != "referenced":
-            yield f"{name:<8}{size_text(value):>9}  ({value} bytes)"
+            word = kept(plan.backend) if name == "shared" else name
+            yield f"{word:<8}{size_text(value):>9}  ({value} bytes)"
     for reference in plan.references:
         yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"
     for copy in plan.copies:
@@ -128,7 +131,7 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
 
 
 def _configure_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed")
+    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed without --in-place")
     parser.add_argument(
         "target", metavar="TARGET", help="file to make; appears complete or not at all; -: standard output"
     )
@@ -155,6 +158,16 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
     add_storage(parser)
     parser.add_argument(
         "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="turn SOURCE's own file into TARGET: payload stays where it lies, SOURCE is gone afterwards",
+    )
+    parser.add_argument(
+        "--keep-undo",
+        action="store_true",
+        help="with --in-place: keep what it takes to go back, in TARGET.vmconv-undo; see vmconv undo",
     )
     add_output(parser)
     add_access(parser)

@@ -116,13 +116,19 @@ class _Words(_Silence):
             print(f"{len(results)} images{seconds}")
 
 
+def kept(backend: str) -> str:
+    """Returns the word for payload of which no byte moves: in place there is nobody to share with."""
+    return "kept" if backend == "in-place" else "shared"
+
+
 def _done(result: Result) -> str:
     from vmconv.cli.output import size_text
 
     totals = result.totals
     referenced = f"referenced {size_text(totals.referenced)}, " if totals.referenced else ""
     return (
-        f"{' on '.join([result.target, *result.layers])}: {referenced}shared {size_text(totals.shared)}, "
+        f"{' on '.join([result.target, *result.layers])}: "
+        f"{referenced}{kept(result.backend)} {size_text(totals.shared)}, "
         f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
     )
 

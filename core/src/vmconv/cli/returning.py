@@ -1,0 +1,65 @@
+"""`vmconv recover` and `vmconv undo`: back from a conversion in place that was interrupted, or that was not wanted."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vmconv.cli.command import Command
+
+
+def _configure_recover(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="the source or the target of the conversion, or its journal")
+
+
+def _run_recover(options: argparse.Namespace) -> int:
+    from vmconv.inplace.recovery import recover
+
+    done = recover(options.path)
+    what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}
+    print(f"{_beside(options.path, done.path)}: {what[done.forward]}")
+    return 0
+
+
+def _beside(given: str, path: str) -> str:
+    """Returns a path in the directory of what the user named, as the user named that."""
+    return os.path.join(os.path.dirname(given), os.path.basename(path))
+
+
+def _configure_undo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the target of a conversion with --in-place --keep-undo")
+
+
+def _run_undo(options: argparse.Namespace) -> int:
+    from vmconv.inplace.undo import undo
+
+    print(f"{_beside(options.file, undo(options.file))}: is as it was before the conversion")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        "recover",
+        "take back or finish a conversion in place that was interrupted",
+        "Brings the disk back after a conversion in place was killed or the power failed: as it was before, or, when\n"
+        "the conversion had got that far, as the complete target.",
+        _configure_recover,
+        _run_recover,
+        """exit status:
+  0  the disk is complete
+  1  it could not be brought back; the message says why
+  2  the request makes no sense""",
+    ),
+    Command(
+        "undo",
+        "turn a disk back into what it was converted from in place",
+        "Brings the old container back, byte for byte, when it was converted with --keep-undo and nobody has\n"
+        "written to the new one since. Payload is not touched.",
+        _configure_undo,
+        _run_undo,
+        """exit status:
+  0  the disk is what it was
+  1  it cannot be undone; the message says why, and nothing was changed
+  2  the request makes no sense""",
+    ),
+)
