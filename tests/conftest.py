@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 
+from crash import TRIED
 from disks import QemuImg
 
 pytest.register_assert_rewrite("vmconv.testing")
@@ -89,6 +90,12 @@ class Mounts:
         for point in self._made.values():
             if isinstance(point, Path):
                 subprocess.run(["umount", str(point)], check=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TRIED:
+        tried = ", ".join(f"{count} {what}" for what, count in TRIED.items())
+        terminalreporter.write_line(f"changes in place were stopped by {tried}")
 
 
 @pytest.fixture(scope="session")
