@@ -87,7 +87,14 @@ def qemu_img(
     return Contender(" ".join(("qemu-img", *flags)), command, target, durable=False, heavy=heavy)
 
 
-def python(name: str, script: str, *arguments: str, target: str, check: Check | None = None) -> Contender:
+def python(
+    name: str,
+    script: str,
+    *arguments: str,
+    target: str,
+    check: Check | None = None,
+    back: Sequence[str] | None = None,
+) -> Contender:
     """Returns a child of this suite, in this interpreter."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    return Contender(name, [sys.executable, path, *arguments], target, check=check)
+    return Contender(name, [sys.executable, path, *arguments], target, check=check, back=back)

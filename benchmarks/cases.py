@@ -14,6 +14,7 @@ from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
+from inplace_cases import in_place
 from measure import Contender, Measured
 from reference_case import reference
 from view_case import views
@@ -279,6 +280,7 @@ CASES = (
     Case("scale", ("xfs",), scale),
     Case("reference", ("xfs", "ext4"), reference),
     Case("compressed", ("xfs", "ext4"), compressed),
+    Case("in-place", ("ext4",), in_place),
     Case("copy", ("ext4", "directory"), copy),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),

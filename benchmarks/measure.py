@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contender:
-    """A program that takes part: it makes `target`, which is removed again after each run.
+    """A program that takes part: it makes `target`, which is removed again after each run, or turned `back`.
 
     `durable` says that the program flushes what it writes. A `heavy` one takes part in every second round only.
     `check` is called once with the target and raises `BenchmarkError` when that is not what it should be.
@@ -48,6 +48,7 @@ class Contender:
     durable: bool = True
     heavy: bool = False
     check: Callable[[str], None] | None = None
+    back: Sequence[str] | None = None
 
 
 @dataclass
@@ -86,6 +87,8 @@ def side_by_side(
                 if contender.check and contender.target and turn == 0:
                     contender.check(contender.target)
             finally:
+                if contender.back and contender.target and os.path.lexists(contender.target):
+                    subprocess.run(contender.back, stdout=subprocess.DEVNULL, check=True)
                 remove(contender.target)
     settle()
     return measured
