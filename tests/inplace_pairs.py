@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import vmconv
+from variants import QEMU_NAMES
 from vmconv.registry import installed
 
-QEMU_NAMES = {"vhd": "vpc"}
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
 

@@ -23,8 +23,9 @@ import pytest
 import qcow2_images
 from crash import Stopped, StoppingCalls
 from disks import MIB, QemuImg, make_disk, qemu_io
-from inplace_pairs import QEMU_NAMES, Places, Source, Target, other_pairs, pairs, shifted_pairs
+from inplace_pairs import Places, Source, Target, other_pairs, pairs, shifted_pairs
 from test_inplace_crash import Work, contents, copied
+from variants import QEMU_NAMES
 from vmconv import api, linux
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, UsageError, VmconvError
 from vmconv.extents import Kind

@@ -19,7 +19,8 @@ import pytest
 
 from crash import TRIED, RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
 from disks import MIB, QemuImg, make_disk
-from inplace_pairs import QEMU_NAMES, Source, Target, pairs, shifted_pairs
+from inplace_pairs import Source, Target, pairs, shifted_pairs
+from variants import QEMU_NAMES
 from vmconv import api
 from vmconv.errors import AccessError
 from vmconv.inplace import recovery, undo

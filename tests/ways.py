@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import vmconv
 from disks import MIB, make_disk
+from variants import options, self_contained
 from vmconv.errors import PlanError
 from vmconv.registry import installed
 
@@ -57,10 +58,15 @@ class Pair(NamedTuple):
     source: Source
     target: str
 
-    def plan(self, **options: str) -> vmconv.Plan:
+    def plan(self, *, in_place: bool = False, **options: str) -> vmconv.Plan:
         path = self.image.parent / f"new{installed().formats[self.target].suffixes[0]}"
         return vmconv.plan(
-            str(self.image), str(path), source_format=self.source.format, target_format=self.target, options=options
+            str(self.image),
+            str(path),
+            source_format=self.source.format,
+            target_format=self.target,
+            options=options,
+            in_place=in_place,
         )
 
 
@@ -85,7 +91,24 @@ def by_reference(pair: Pair) -> str:
     return "R"
 
 
-WAYS: tuple[Callable[[Pair], str], ...] = (by_default, by_reference)
+def in_place(pair: Pair) -> str:
+    """Returns I when the source's own file can become the target, in one of its subformats; a block moves at most."""
+    for variant in self_contained():
+        if variant[0] == pair.target and stays(pair, options(variant)):
+            return "I"
+    return ""
+
+
+def stays(pair: Pair, wish: Mapping[str, str]) -> bool:
+    try:
+        plan = pair.plan(in_place=True, **wish)
+    except PlanError:
+        return False
+    # Where a new file replaces the old one, nothing has to make way.
+    return plan.totals.copied <= (MIB if plan.backend == "in-place" else 0)
+
+
+WAYS: tuple[Callable[[Pair], str], ...] = (by_default, by_reference, in_place)
 """Each says by a letter whether a pair can go this way; docs/ways.md says what the letters mean."""
 
 
