@@ -25,7 +25,8 @@ def timed(descriptor: int) -> None:
 
 with open(tiny_source, "wb") as file:
     file.write(os.urandom(1 << 20))
-convert(tiny_source, tiny_target, in_place=True, force=True)
+convert(tiny_source, tiny_target, in_place=True, keep_undo=True, force=True)
+os.unlink(f"{tiny_target}.vmconv-undo")
 os.fsync = timed  # type: ignore[assignment]
 began = time.perf_counter()
 convert(source, target, in_place=True, keep_undo=True)
