@@ -541,13 +541,23 @@ def test_snapshots_are_destroyed_only_with_a_way_back(ext4_dir: Path, qemu_img: 
 
 
 @pytest.mark.parametrize(
-    "options", [{"snapshot": "1"}, {"force_share": True}, {"backend": "copy"}, {"cache": "unsafe"}], ids=str
+    "options",
+    [{"snapshot": "1"}, {"force_share": True}, {"backend": "copy"}, {"cache": "unsafe"}, {"chain": True}],
+    ids=str,
 )
 def test_what_makes_no_sense_in_place_is_refused(ext4_dir: Path, options: dict[str, Any]) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     with pytest.raises(VmconvError) as caught:
         in_place(disk, ext4_dir / "new.qcow2", **options)
     assert isinstance(caught.value, UsageError)
+
+
+def test_a_stream_is_not_in_place(ext4_dir: Path) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    done = run_cli("convert", "--in-place", "-O", "vhd", "-o", "subformat=fixed", disk, "-")
+    assert done.returncode == 2
+    assert "in place makes no sense" in done.stderr
+    assert names(ext4_dir) == {"disk.raw"}
 
 
 def test_keep_undo_without_in_place_is_refused(ext4_dir: Path) -> None:
@@ -598,6 +608,32 @@ def test_a_chain_is_flattened_into_a_new_file_where_blocks_can_be_shared(reflink
     in_place(top, reflink_dir / "new.raw")
     assert names(reflink_dir) == {"base.qcow2", "new.raw"}
     assert contents(reflink_dir)["base.qcow2"] == before
+
+
+def test_a_disk_in_a_data_file_becomes_a_disk_by_itself(ext4_dir: Path) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    front = ext4_dir / "front.qcow2"
+    front.write_bytes(qcow2_images.with_data_file(disk.name))
+    wanted = api.map_disk(str(front))
+    before = contents(ext4_dir)
+    in_place(front, ext4_dir / "new.qcow2", keep_undo=True)
+    assert names(ext4_dir) == {"new.qcow2", "new.qcow2" + UNDO}
+    assert sum(row.length for row in api.map_disk(str(ext4_dir / "new.qcow2"))) == sum(row.length for row in wanted)
+    api.undo(str(ext4_dir / "new.qcow2"))
+    assert contents(ext4_dir) == before
+
+
+def test_a_disk_that_is_only_referred_to_is_left_alone(ext4_dir: Path, tmp_path: Path) -> None:
+    image = Source("vhdx", "vmconv").make(make_disk(tmp_path / "disk.raw", MIB), ext4_dir)
+    api.convert(str(image), str(ext4_dir / "front.vmdk"), options={"subformat": "reference"})
+    assert "a disk of its own" in str(refused(ext4_dir / "front.vmdk", ext4_dir / "new.qcow2"))
+    assert "front.vmdk: refers to disk.vhdx" in str(refused(image, ext4_dir / "new.qcow2"))
+
+
+@pytest.mark.parametrize("options", [{"subformat": "reference"}, {"data_file": "disk.raw"}], ids=str)
+def test_what_is_gone_cannot_be_referred_to(any_dir: Path, options: dict[str, str]) -> None:
+    disk = make_disk(any_dir / "disk.raw", MIB)
+    assert "refer to" in str(refused(disk, any_dir / "new.qcow2", options=options))
 
 
 # Interrupted

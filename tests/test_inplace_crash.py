@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import random
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,8 @@ def contents(directory: Path) -> Contents:
 
 def copied(directory: Path, to: Path) -> Path:
     """Returns a new directory with the same files, times included."""
-    return Path(shutil.copytree(directory, to))
+    subprocess.run(["cp", "-a", "--sparse=always", directory, to], check=True)
+    return to
 
 
 class Work(NamedTuple):
@@ -248,6 +250,26 @@ def test_a_recovery_that_is_stopped_can_be_done_again(ext4_dir: Path, tmp_path: 
         shutil.rmtree(stopped)
         shutil.rmtree(again)
     TRIED["power cuts"] += count
+
+
+@pytest.mark.slow
+def test_a_larger_disk_is_taken_back_or_finished(ext4_dir: Path, tmp_path: Path) -> None:
+    """Stopped at some of the calls, in the middle of writes where it is one."""
+    (ext4_dir / "work").mkdir()
+    raw = make_disk(tmp_path / "disk.raw", 512 * MIB, pieces=150, unit=1 << 16)
+    disk = ext4_dir / "work" / "disk.raw"
+    subprocess.run(["cp", "--sparse=always", raw, disk], check=True)
+    source, target = next(pair for pair in pairs() if str(pair[1]) == "qcow2")
+    work = Work(disk.parent, disk.name, target.name, source, target, UNDOABLE)
+    run = finished(work, ext4_dir / "finished")
+    for at, half in random.Random(7).sample(list(stops(run)), 8):
+        folder = copied(work.directory, ext4_dir / "stopped")
+        with pytest.raises(Stopped):
+            work.run(StoppingCalls(at, half=half), folder)
+        recover(folder, work)
+        assert outcome(folder, run) == ("before" if at < run.commit - 1 else "after"), at
+        shutil.rmtree(folder)
+        TRIED["stops"] += 1
 
 
 @pytest.mark.parametrize("pair", list(pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from vmconv import linux
 from vmconv.errors import PlanError, VmconvError
@@ -93,14 +94,13 @@ def refuse_dependents(files: Iterable[File], opener: Opener, directory: str, but
 def _referred(path: str, opener: Opener) -> set[tuple[int, int]]:
     """Returns the files that an image refers to, as far as they can be opened; nothing when it is no image."""
     with Opener(opener.registry, allow_external=["/"], force_share=True) as look:
-        try:
+        # What cannot be read refers to nothing that could be found out; what it had opened counts.
+        with suppress(VmconvError):
             image = look.image(path, content_decides=True)
             for dependency in image.dependencies:
-                look.related(image.file, dependency.name, dependency.role)
+                with suppress(VmconvError):
+                    look.related(image.file, dependency.name, dependency.role)
             image.parent  # noqa: B018 opens it
-        except VmconvError:
-            # What cannot be read refers to nothing that could be found out; what it had opened counts.
-            pass
         return {_identity(file) for file in look.files}
 
 
