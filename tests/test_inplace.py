@@ -542,7 +542,7 @@ def test_snapshots_are_destroyed_only_with_a_way_back(ext4_dir: Path, qemu_img: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"snapshot": "1"}, {"force_share": True}, {"backend": "copy"}, {"cache": "unsafe"}, {"chain": True}],
+    [{"snapshot": "1"}, {"force_share": True}, {"backend": "copy"}, {"cache": "unsafe"}],
     ids=str,
 )
 def test_what_makes_no_sense_in_place_is_refused(ext4_dir: Path, options: dict[str, Any]) -> None:
@@ -634,6 +634,40 @@ def test_a_disk_that_is_only_referred_to_is_left_alone(ext4_dir: Path, tmp_path:
 def test_what_is_gone_cannot_be_referred_to(any_dir: Path, options: dict[str, str]) -> None:
     disk = make_disk(any_dir / "disk.raw", MIB)
     assert "refer to" in str(refused(disk, any_dir / "new.qcow2", options=options))
+
+
+def make_chain(directory: Path, qemu_img: QemuImg) -> Path:
+    """Makes base.qcow2, middle.qcow2 and top.qcow2, and what a guest sees of the top, wanted.raw."""
+    base, middle, top = (directory / f"{name}.qcow2" for name in ("base", "middle", "top"))
+    qemu_img("create", "-f", "qcow2", base, "8M")
+    qemu_io(base, "write -P 1 0 4M")
+    qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "qcow2", middle)
+    qemu_io(middle, "write -P 2 1M 1M")
+    qemu_img("create", "-f", "qcow2", "-b", middle.name, "-F", "qcow2", top)
+    qemu_io(top, "write -P 3 2M 64k")
+    qemu_img("convert", "-O", "raw", top, directory / "wanted.raw")
+    return top
+
+
+@pytest.mark.parametrize("base", [None, "base.qcow2"])
+def test_all_layers_of_a_chain_are_replaced_where_blocks_can_be_shared(
+    reflink_dir: Path, qemu_img: QemuImg, base: str | None
+) -> None:
+    top = make_chain(reflink_dir, qemu_img)
+    in_place(top, reflink_dir / "top.qed", chain=True, backing_file=base, zero_copy="require")
+    assert names(reflink_dir) == {base or "base.qed", "middle.qed", "top.qed", "wanted.raw"}
+    qemu_img("compare", "-F", "qed", reflink_dir / "wanted.raw", reflink_dir / "top.qed")
+
+
+def test_a_chain_as_a_whole_is_refused_where_nothing_can_be_shared(ext4_dir: Path, qemu_img: QemuImg) -> None:
+    top = make_chain(ext4_dir, qemu_img)
+    assert "-B" in str(refused(top, ext4_dir / "top.qed", chain=True).hint)
+
+
+def test_a_layer_that_others_need_is_refused(any_dir: Path, qemu_img: QemuImg) -> None:
+    make_chain(any_dir, qemu_img)
+    error = refused(any_dir / "middle.qcow2", any_dir / "middle.qed", backing_file="base.qcow2")
+    assert "top.qcow2: refers to middle.qcow2" in str(error)
 
 
 # Interrupted

@@ -260,7 +260,6 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
         return None
     for wrong, name in (
         (others, "several targets"),
-        (request.chain, "--chain"),
         (request.snapshot, "a snapshot"),
         (request.force_share, "--force-share"),
         (request.backend != "auto", f"--backend {request.backend}"),
@@ -270,7 +269,10 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
             raise UsageError(f"{name} and --in-place exclude each other")
     from vmconv.inplace.planning import Site
 
-    return Site(image, opener, request.source, keep_undo=request.keep_undo)
+    base = request.backing_file
+    path = os.path.join(os.path.dirname(request.target), base) if base else None
+    with os_errors("cannot be used as backing file", AccessError):
+        return Site(image, opener, request.source, keep_undo=request.keep_undo, chain=request.chain, base=path)
 
 
 def _target_format(registry: Registry, request: Request) -> str:

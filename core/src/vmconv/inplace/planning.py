@@ -53,23 +53,38 @@ class Way(NamedTuple):
 
 
 class Site:
-    """Where a conversion in place happens: the image, and the files that are its own, without the layers below."""
+    """Where a conversion in place happens: the image, and the files that become others, without those below it.
 
-    def __init__(self, image: Image, opener: Opener, source: str, *, keep_undo: bool) -> None:
-        # The table names the files with the payload; those of the layers below are not open yet.
-        image.guest  # noqa: B018 opens them
+    With `chain` all layers do, down to and without the one in the file `base`.
+    """
+
+    def __init__(
+        self, image: Image, opener: Opener, source: str, *, keep_undo: bool, chain: bool, base: str | None
+    ) -> None:
         self.image = image
         self.opener = opener
         self.source = source
         self.keep_undo = keep_undo
-        self.own = tuple(opener.files)
+        self.chain = chain
+        self.layers: list[Image] = []
+        below = os.stat(base) if base else None
+        for layer in image.chain():
+            if below and os.path.samestat(below, os.fstat(layer.file.descriptor)):
+                break
+            # The table names the files with the payload; those of the layers below are not open yet.
+            layer.guest  # noqa: B018 opens them
+            self.layers.append(layer)
+            self.own = tuple(opener.files)
+            if not chain:
+                break
 
     @contextmanager
     def planned(self, wish: Wish) -> Iterator[Way]:
         """Yields the way that turns the source's files into the target."""
-        rules.refuse_losses(self.image.losses, keep_undo=self.keep_undo)
+        losses = [loss for layer in self.layers for loss in layer.losses]
+        rules.refuse_losses(losses, keep_undo=self.keep_undo)
         rules.refuse_places(self.source, self.own, wish.directory)
-        rules.refuse_foreign(self.image, self.own, self.opener.registry)
+        rules.refuse_foreign(self.layers, self.own, self.opener.registry)
         rules.refuse_dependents(self.own, self.opener, wish.directory)
         with ExitStack() as claims:
             descriptors = [self._claim(file, claims) for file in self.own]
@@ -87,8 +102,13 @@ class Site:
     def _chosen(self, wish: Wish, descriptors: Sequence[int]) -> Way:
         """Returns the way that moves no payload: by sharing blocks where that can be, else inside the file."""
         shared = self._shared(wish)
-        if shared and not shared.plan.copies:
+        if shared and (self.chain or not shared.plan.copies):
             return shared
+        if self.chain:
+            raise PlanError(
+                "in place, several layers take a filesystem that shares blocks, and have no undo",
+                hint="convert the top alone, with -B",
+            )
         try:
             return self._inside(wish, descriptors)
         except PlanError as exc:

@@ -58,14 +58,15 @@ def _refuse_filesystem(directory: str) -> None:
         )
 
 
-def refuse_foreign(image: Image, files: Sequence[File], registry: Registry) -> None:
-    """Raises when payload lies in a file that is a disk of its own, to which the image only refers."""
-    recorded = {os.path.basename(each.name) for each in image.dependencies if each.fingerprint}
+def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Registry) -> None:
+    """Raises when payload lies in a file that is a disk of its own, to which a layer only refers."""
+    own = [layer.file for layer in layers]
+    recorded = {os.path.basename(each.name) for layer in layers for each in layer.dependencies if each.fingerprint}
     for file in files:
-        if file is not image.file and (file.name in recorded or registry.probe(file) is not None):
+        if file not in own and (file.name in recorded or registry.probe(file) is not None):
             raise PlanError(
-                f"{image.file.name}: refers to {file.name}, which is a disk of its own",
-                hint=f"convert {file.name} in place, or {image.file.name} to another file",
+                f"{own[0].name}: refers to {file.name}, which is a disk of its own",
+                hint=f"convert {file.name} in place, or {own[0].name} to another file",
             )
 
 
