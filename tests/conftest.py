@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import shutil
@@ -25,6 +26,9 @@ pytest.register_assert_rewrite("vmconv.testing")
 
 REQUIRED = frozenset(filter(None, os.environ.get("VMCONV_REQUIRE", "").split(",")))
 FILESYSTEM_SIZE = 4 << 30
+# Nothing of the user's own state is read or made.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vmconv-tests-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
 
 

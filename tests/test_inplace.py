@@ -684,15 +684,97 @@ def interrupted(directory: Path) -> Path:
     return disk
 
 
-@pytest.mark.parametrize("command", ["info", "check", "map"])
-def test_a_command_that_meets_an_interrupted_conversion_says_so(ext4_dir: Path, command: str) -> None:
+@pytest.mark.parametrize("command", ["info", "map", "plan", "compare"])
+def test_a_command_that_meets_an_interrupted_conversion_takes_it_back(ext4_dir: Path, command: str) -> None:
     disk = interrupted(ext4_dir)
-    done = run_cli(command, disk)
-    assert done.returncode in (1, 2)
+    more = {"plan": [ext4_dir / "other.qcow2"], "compare": [disk]}.get(command, [])
+    done = run_cli(command, disk, *more)
+    assert done.returncode == 0, done.stderr
+    assert f"{disk}: a conversion in place was interrupted, and has been taken back" in done.stderr
+    assert names(ext4_dir) == {"disk.raw"}
+    assert disk.read_bytes() == make_disk(ext4_dir / "again.raw", MIB).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["disk.raw", "new.qcow2"])
+def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path, qemu_img: QemuImg, name: str) -> None:
+    """By whichever name: who asks for the old one is told the new one."""
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    commits: list[int] = []
+
+    class Stopping(StoppingCalls):
+        def punch(self, descriptor: int, offset: int, length: int) -> None:
+            commits.append(offset)
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vmconv.backends.inplace.Calls", lambda: Stopping(10**6))
+        patch.setattr("vmconv.inplace.change.Change.give_up", lambda change: change.close())
+        with pytest.raises(Stopped):
+            in_place(disk, ext4_dir / "new.qcow2")
+    assert commits
+    done = run_cli("info", ext4_dir / name)
+    assert names(ext4_dir) == {"new.qcow2"}
+    if name == "new.qcow2":
+        assert done.returncode == 0, done.stderr
+        assert "interrupted, and has been finished" in done.stderr
+    else:
+        assert done.returncode == 1
+        assert f"{disk}: is {ext4_dir / 'new.qcow2'} now" in done.stderr
+    make_disk(ext4_dir / "again.raw", MIB)
+    qemu_img("compare", ext4_dir / "again.raw", ext4_dir / "new.qcow2")
+
+
+@pytest.mark.parametrize("whose", ["another user's", "another directory's", "a key that others can read"])
+def test_a_journal_that_is_not_our_own_is_followed_only_by_recover(
+    ext4_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    state = tmp_path / "state"
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
+    disk = interrupted(ext4_dir)
+    if whose == "another user's":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
+    elif whose == "another directory's":
+        (ext4_dir / "sub").mkdir()
+        for path in (disk.with_name(disk.name + JOURNAL), disk.with_name(disk.name + WORKING)):
+            path.rename(ext4_dir / "sub" / path.name)
+        disk = ext4_dir / "sub" / disk.name
+    else:
+        (state / "vmconv" / "journal.key").chmod(0o644)
+    before = contents(disk.parent)
+    done = run_cli("info", disk)
+    assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"vmconv: {disk}: a conversion in place is running, or was interrupted",
         f"  hint: vmconv recover {disk}",
     ]
+    assert contents(disk.parent) == before
+    assert run_cli("recover", disk).returncode == 0
+    assert names(disk.parent) == {"disk.raw"}
+
+
+def test_a_conversion_that_runs_is_not_recovered_by_another_command(ext4_dir: Path) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    said: list[str] = []
+
+    def look(done: int, to_do: int) -> None:
+        if done == to_do and not said:
+            said.append(run_cli("info", disk).stderr)
+
+    api.convert(str(disk), str(ext4_dir / "new.qcow2"), in_place=True, progress=look)
+    assert "is running" in said[0]
+
+
+def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
+    disk = interrupted(ext4_dir)
+    assert run_cli("info", disk).returncode == 1
+    assert run_cli("recover", disk).returncode == 0
+    in_place(disk, ext4_dir / "new.qcow2")
+
+
+def test_a_missing_file_beside_what_is_no_journal_is_just_missing(ext4_dir: Path) -> None:
+    (ext4_dir / ("disk.raw" + JOURNAL)).write_bytes(b"a diary")
+    assert "No such file" in run_cli("info", ext4_dir / "other.raw").stderr
 
 
 @pytest.mark.parametrize("name", ["disk.raw", "new.qcow2", "disk.raw" + JOURNAL, "disk.raw" + WORKING])
@@ -748,7 +830,7 @@ def test_a_journal_that_names_files_elsewhere_is_refused(ext4_dir: Path, name: s
         Journal(source="disk.raw", target="new.raw", made=(name,)),
         Journal(source="disk.raw", target="new.raw", leftovers=(Leftover(name, 1, 1),)),
     ):
-        encoded = journal.encode()
+        encoded = journal.encode(lambda _: bytes(32))
         (ext4_dir / ("disk.raw" + JOURNAL)).write_bytes(encoded + commit_record(encoded))
         before = contents(ext4_dir)
         done = run_cli("recover", disk)

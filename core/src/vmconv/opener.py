@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from vmconv import locks
 from vmconv.errors import AccessError, ImageError, os_errors
-from vmconv.inplace.names import refuse_interrupted
+from vmconv.inplace.names import interrupted
 from vmconv.known import RAW_NAME
 from vmconv.sources import File, inside
 
@@ -155,7 +155,8 @@ class Opener:
         )
 
     def _open(self, path: str, said: str | None = None) -> File:
-        refuse_interrupted(path)
+        if interrupted(path) or not os.path.lexists(path):
+            _recover(path)
         with os_errors("cannot be opened" if said is None else f"cannot be opened as {said}", AccessError):
             # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -172,3 +173,19 @@ class Opener:
 
 def _identity(file: File) -> tuple[int, int]:
     return file.stamp.device, file.stamp.inode
+
+
+def _recover(path: str) -> None:
+    """Brings a file back that a conversion in place, when it was stopped, left as neither one nor the other."""
+    from vmconv.inplace.recovery import met
+
+    done = met(path)
+    if done is None:
+        return
+    import logging
+
+    what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'taken back'}"
+    if not os.path.lexists(path):
+        raise AccessError(f"{path}: is {done.path} now: {what}")
+    # Whichever command it is that met the file: this is no property of the image.
+    logging.getLogger("vmconv").warning("warning: %s: %s", path, what)

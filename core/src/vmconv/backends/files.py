@@ -111,9 +111,10 @@ class FileOutput(Output):
             self._copy_decoded(source, source_offset, offset, length)
         elif done < length:
             self._copy_bytes(source, source_offset + done, offset + done, length - done)
-        # Begins writing back what nobody will read soon, so that little is left for the final fsync, and so that the
-        # kernel need not hold writers back later.
-        os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        if self.durable:
+            # Begins writing back what nobody will read soon, so that little is left for the final fsync, and so that
+            # the kernel need not hold writers back later.
+            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def _copy_decoded(self, source: Decoded, source_offset: int, offset: int, length: int) -> None:
         at, end = source_offset, source_offset + length

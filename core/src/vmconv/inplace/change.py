@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmconv.errors import BackendError, PlanError, os_errors
-from vmconv.inplace import shifting, undofile
+from vmconv.inplace import ownership, shifting, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, WORKING, refuse_interrupted
@@ -74,7 +74,7 @@ class Change:
     def begin(self) -> None:
         """Makes the journal durable, and then moves the file out of the way; only then may anything be written."""
         refuse_interrupted(self.source)
-        encoded = self.journal.encode()
+        encoded = self._encoded()
         if len(encoded) > MAX_SIZE:
             raise PlanError(f"{self.source}: {len(encoded)} bytes would be written over, {MAX_SIZE} at most in place")
         self.record = self.calls.create(self.source + JOURNAL)
@@ -90,6 +90,9 @@ class Change:
             self.calls.rename(self.source, self.working, replace=False)
             self.calls.sync_directory(self.directory)
 
+    def _encoded(self) -> bytes:
+        return self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
+
     def make(self, name: str, mode: int) -> int:
         """Returns a new file, open for writing, that gets its name with the target; it is one of `journal.made`."""
         return self.calls.create(self.beside(name), mode)
@@ -100,7 +103,7 @@ class Change:
             with os_errors("cannot be committed"):
                 if self.journal.made:
                     self.calls.sync_directory(self.directory)
-                encoded = self.journal.encode()
+                encoded = self._encoded()
                 self.calls.write(self.record, commit_record(encoded), len(encoded))
                 self.calls.sync(self.record)
             self.committed = True

@@ -1,6 +1,6 @@
 """The journal of a change in place: what it takes to go back, and what is left to do when it is to go forward.
 
-    magic | length of the body, its digest | body: JSON, ranges, old bytes | the digest again, once committed
+    magic | length of the body, its digest, whose it is | body: JSON, ranges, old bytes | the digest, once committed
 
 It is durable before anything changes, and it is removed when nothing is left to be done. The second digest is the
 commit point: without it everything is taken back.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from vmconv.errors import ImageError
 
 MAGIC = b"vmconv: a conversion in place is under way; vmconv recover\n".ljust(64, b"\0")
-_HEAD = struct.Struct("<64sQ32s")
+_HEAD = struct.Struct("<64sQ32s32s")
 _DIGEST = 32
 MAX_SIZE = 256 << 20
 """Bytes of a journal: it is held in memory."""
@@ -82,7 +83,8 @@ class Journal(NamedTuple):
         """Names under which somebody may look for the file."""
         return {self.source, self.target, *self.made, *(leftover.name for leftover in self.leftovers)}
 
-    def encode(self) -> bytes:
+    def encode(self, mark: Callable[[bytes], bytes]) -> bytes:
+        """Returns the journal as a file; `mark` makes of its digest what says whose it is, 32 bytes."""
         import json
 
         fields: dict[str, Any] = {
@@ -95,7 +97,8 @@ class Journal(NamedTuple):
         data = [table.astype("<i8").tobytes() for table in tables.values()]
         parts = [struct.pack("<Q", len(text)), text, *data, self.old, self.new]
         body = b"".join(parts)
-        return _HEAD.pack(MAGIC, len(body), _digest(body)) + body
+        digest = _digest(body)
+        return _HEAD.pack(MAGIC, len(body), digest, mark(digest)) + body
 
 
 def commit_record(encoded: bytes) -> bytes:
@@ -104,8 +107,17 @@ def commit_record(encoded: bytes) -> bytes:
     return digest
 
 
-def decode(data: bytes, name: str) -> tuple[Journal, bool] | None:
-    """Returns the journal in `data` and whether it is committed; None when it was not written to its end.
+class Found(NamedTuple):
+    """A journal as it was found; `digest` and `mark` tell whose it is."""
+
+    journal: Journal
+    committed: bool
+    digest: bytes
+    mark: bytes
+
+
+def decode(data: bytes, name: str) -> Found | None:
+    """Returns the journal in `data`; None when it was not written to its end.
 
     Raises `ImageError` for a file that is something else.
     """
@@ -116,7 +128,7 @@ def decode(data: bytes, name: str) -> tuple[Journal, bool] | None:
         raise ImageError(f"{name}: is not a journal")
     if len(data) < _HEAD.size:
         return None
-    _, length, digest = _HEAD.unpack_from(data)
+    _, length, digest, mark = _HEAD.unpack_from(data)
     body = data[_HEAD.size : _HEAD.size + length]
     if len(body) < length or _digest(body) != digest:
         return None
@@ -126,7 +138,7 @@ def decode(data: bytes, name: str) -> tuple[Journal, bool] | None:
     except (ValueError, LookupError, TypeError, struct.error) as exc:
         raise ImageError(f"{name}: is not a journal of this version: {exc}") from exc
     refuse_paths(name, *journal.names)
-    return journal, committed
+    return Found(journal, committed, digest, mark)
 
 
 def refuse_paths(name: str, *names: str) -> None:

@@ -16,9 +16,14 @@ UNDO = ".vmconv-undo"
 """What it takes to make the old container again, beside the new one."""
 
 
+def interrupted(path: str) -> bool:
+    """True when the file is being changed in place, or was when its run was stopped."""
+    return os.path.lexists(path + JOURNAL) or os.path.lexists(path + WORKING)
+
+
 def refuse_interrupted(path: str) -> None:
     """Raises `AccessError` when the file is being changed in place, or was when its run was stopped."""
-    if os.path.lexists(path + JOURNAL) or os.path.lexists(path + WORKING):
+    if interrupted(path):
         raise AccessError(
             f"{path}: a conversion in place is running, or was interrupted", hint=f"vmconv recover {path}"
         )

@@ -1,19 +1,23 @@
-"""`vmconv recover`: a change in place that was stopped is taken back, or finished when it had been committed."""
+"""A change in place that was stopped is taken back, or finished when it had been committed.
+
+`vmconv recover` does that, and any command that meets such a file does so, too, when the journal is this user's own.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from vmconv import locks
 from vmconv.errors import AccessError, ImageError, os_errors
+from vmconv.inplace import ownership
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import MAX_SIZE, Journal, decode
-from vmconv.inplace.names import JOURNAL, WORKING
+from vmconv.inplace.names import JOURNAL, WORKING, interrupted, refuse_interrupted
 
 
 class Recovery(NamedTuple):
@@ -37,6 +41,24 @@ def recover(path: str, *, calls: Calls | None = None) -> Recovery:
     return Recovery(path, None)
 
 
+def met(path: str) -> Recovery | None:
+    """Recovers what a command meets under the name `path`; returns None when that is nothing.
+
+    Raises `AccessError` when its run is alive, or when the journal is not this user's own: it may be a stranger's.
+    """
+    directory, name = os.path.split(os.path.abspath(path))
+    with os_errors("cannot be recovered", AccessError):
+        source = os.path.join(directory, name) if interrupted(path) else _known(directory, name)
+        if source is None:
+            return None
+        _refuse_lone(source)
+        with _locked(source + JOURNAL) as record:
+            found = decode(_content(record, source + JOURNAL), source + JOURNAL)
+            if found is not None and not ownership.is_ours(directory, found.digest, found.mark):
+                refuse_interrupted(source)
+            return _recovered(source, record, Calls())
+
+
 def _source(directory: str, name: str) -> str | None:
     """Returns the path of the source whose journal knows `name`."""
     if os.path.lexists(os.path.join(directory, name + JOURNAL)):
@@ -50,12 +72,26 @@ def _source(directory: str, name: str) -> str | None:
     if torn is not None:
         # Nobody knows whose it is, and nothing was done: it may go.
         return torn
-    if os.path.lexists(os.path.join(directory, name + WORKING)):
+    _refuse_lone(os.path.join(directory, name))
+    return None
+
+
+def _known(directory: str, name: str) -> str | None:
+    """Returns the path of the source whose journal knows `name`, as far as there are any that can be read."""
+    with suppress(OSError, ImageError):
+        for path, journal in _journals(directory):
+            if journal is not None and name in journal.names:
+                return path
+    return None
+
+
+def _refuse_lone(source: str) -> None:
+    """Raises where a file is out of the way with nothing to say what had been done to it."""
+    if os.path.lexists(source + WORKING) and not os.path.lexists(source + JOURNAL):
         raise AccessError(
-            f"{os.path.join(directory, name + WORKING)}: its journal {name + JOURNAL} is gone",
+            f"{source + WORKING}: its journal {os.path.basename(source + JOURNAL)} is gone",
             hint="without it nobody can say what state the file is in",
         )
-    return None
 
 
 def _journals(directory: str) -> Iterator[tuple[str, Journal | None]]:
@@ -65,7 +101,7 @@ def _journals(directory: str) -> Iterator[tuple[str, Journal | None]]:
         if entry.endswith(JOURNAL):
             with open(path, "rb") as file:
                 found = decode(_content(file.fileno(), path), path)
-            yield path.removesuffix(JOURNAL), found[0] if found else None
+            yield path.removesuffix(JOURNAL), found.journal if found else None
 
 
 def _content(descriptor: int, path: str) -> bytes:
@@ -100,7 +136,7 @@ def _recovered(source: str, record: int, calls: Calls) -> Recovery:
         calls.unlink(source + JOURNAL)
         calls.sync_directory(directory)
         return Recovery(source, False)
-    journal, committed = found
+    journal, committed = found.journal, found.committed
     descriptor = -1
     try:
         if os.path.lexists(working):
