@@ -511,7 +511,9 @@ def test_what_may_be_no_change_is_a_doubt(any_dir: Path, capsys: pytest.CaptureF
     assert "given other attributes" in vmconv.info(str(path))["warnings"][0]
     # The same for who copies all with its times.
     copy = any_dir / "copy"
-    subprocess.run(["cp", "-a", str(any_dir), str(copy)], check=False, capture_output=True)
+    files = [str(file) for file in any_dir.iterdir()]
+    copy.mkdir()
+    subprocess.run(["cp", "-a", *files, str(copy)], check=True)
     assert main(["check", str(copy / path.name)]) == 0
 
 
