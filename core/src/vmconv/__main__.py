@@ -8,16 +8,33 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
-_SELDOM_USED = ("ast", "cmd", "ctypes", "gettext", "hashlib", "pdb", "pickle", "platform", "tokenize", "traceback")
-"""What numpy, construct and inspect import at once, for parts of them that hardly any run comes to."""
 
-_ANSWERS: dict[str, dict[str, Any]] = {
+class _NDArray:
+    """Stands for `numpy.typing.NDArray`, which says something to type checkers only."""
+
+    def __class_getitem__(cls, _item: object) -> type[_NDArray]:
+        return cls
+
+
+_SELDOM_USED: dict[str, dict[str, Any]] = {
+    "cmd": {},
+    "ctypes": {},
     # argparse has each of its words translated, of which there are no translations.
-    "gettext": {"gettext": lambda text: text, "ngettext": lambda one, many, n: one if n == 1 else many},
-    # construct asks when it is imported.
+    "gettext": {
+        "gettext": lambda text: text,
+        "ngettext": lambda one, many, n: one if n == 1 else many,
+    },
+    "hashlib": {},
+    "numpy._typing": dict.fromkeys(("ArrayLike", "DTypeLike", "NBitBase", "NDArray"), _NDArray),
+    "numpy._typing._add_docstring": {"_docstrings": ""},
+    "pdb": {},
+    "pickle": {},
     "platform": {"system": lambda: os.uname().sysname},
+    "tokenize": {},
+    "traceback": {},
 }
-"""What these modules are asked for in every run."""
+"""What numpy, construct, inspect and argparse import at once, for parts of them that hardly any run comes to; with what
+every run asks of it."""
 
 _DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
 """Give what numpy has written in C its docstrings, which takes a tenth of its import."""
@@ -41,10 +58,12 @@ def run() -> NoReturn:
     """Runs the command that the command line names and ends the process with its exit code."""
     # What is imported stays: to look through it for garbage, again and again, takes a tenth of the time.
     gc.set_threshold(50_000)
-    for name in _SELDOM_USED:
+    for name, known in _SELDOM_USED.items():
         if name not in sys.modules:
             sys.modules[name] = _Postponed(name)
-            vars(sys.modules[name]).update(_ANSWERS.get(name, {}))
+            # Of a module from which names are imported it is asked whether it is a package.
+            if known:
+                vars(sys.modules[name]).update(known, __path__=())
     for name in _DOCSTRINGS:
         sys.modules.setdefault(name, ModuleType(name))
     from vmconv.cli import main

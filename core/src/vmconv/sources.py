@@ -55,6 +55,8 @@ class File(Source):
         self.descriptor = descriptor
         status = os.fstat(descriptor)
         self.is_device = stat.S_ISBLK(status.st_mode)
+        self.settled = False
+        """True for a file of our own, which was synced, or which nobody shall wait for."""
         self.stamp = stamp_of(status)
         # A block device has no size in its inode: its end is where seeking ends.
         self.size = os.lseek(descriptor, 0, os.SEEK_END) if self.is_device else status.st_size
@@ -85,7 +87,7 @@ class File(Source):
 
     def sync(self) -> None:
         """Makes the filesystem decide where every byte lies; without it a map of the file may be out of date."""
-        if not self.is_device:
+        if not (self.is_device or self.settled):
             os.fsync(self.descriptor)
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:

@@ -157,6 +157,7 @@ class FileOutput(Output):
         if self.durable:
             os.fsync(self.descriptor)
         self.file = File(self.path, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        self.file.settled = True
         return self.file
 
     def close(self) -> None:
