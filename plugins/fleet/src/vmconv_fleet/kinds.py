@@ -199,7 +199,6 @@ class Job(Body):
     zero_copy: Literal["auto", "require"] = "auto"
     keep_source: bool = True
     dry_run: bool = False
-    force_share: bool = False
     at_ms: Milliseconds | None = None
     batch: str | None = None
     max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -295,6 +294,14 @@ class Certificate(Body):
     pem: str
 
 
+class Retirement(Body):
+    """That a node, the id of this, is out of the fleet and will not come back; its records are history."""
+
+    node: NodeId
+    reason: str = ""
+    at_ms: Milliseconds = 0
+
+
 class Revocation(Body):
     """That nothing of a node's key (None: any of them) counts beyond a position."""
 
@@ -318,4 +325,5 @@ KINDS: Mapping[str, type[Body]] = {
     "transaction": Transaction,
     "certificate": Certificate,
     "revocation": Revocation,
+    "retirement": Retirement,
 }
