@@ -309,4 +309,3 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _authority_identifier(certificate: x509.Certificate) -> x509.AuthorityKeyIdentifier:
     identifier = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
-/root/.pyenv/libexec/pyenv-hooks: line 24: enable: cannot open shared object /root/.pyenv/libexec/pyenv-realpath.dylib: /root/.pyenv/libexec/pyenv-realpath.dylib: cannot open shared object file: No such file or directory

@@ -1,11 +1,11 @@
 """A node's directory: what is in it, and the settings in `node.toml`.
 
  node.toml      settings, written by `init` and `join`, edited by administrators
- node.pem       the node's certificate; tls.key and signing.key are its keys, ca.pem the fleet's authority
+ identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
  authority/     the authority itself, on nodes that hold it
  store.sqlite   the replica
  api.sock       where the local administrator connects
- lock           held by the running node
+ lock           held by the running node, with its process id
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class NodeConfig:
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
+
+    def credential(self, name: str) -> str:
+        return os.path.join(self.directory, "identity", name)
 
     @property
     def database(self) -> str:

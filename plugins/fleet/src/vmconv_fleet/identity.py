@@ -7,7 +7,6 @@ subject's alternative names as `vmconv:ed25519:HEX`. So there is one serial numb
  node.pem      CN = node id, O = fleet, subject key P-256, names: addresses of the node and the URI of the signing key
  tls.key       P-256, PKCS #8
  signing.key   Ed25519, PKCS #8
- ca.pem        certificates of the authority; more than one while it is being replaced
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ class Keys(NamedTuple):
 
     @classmethod
     def load(cls, directory: str) -> Self:
-        """Returns the keys in a node's directory; `IdentityError` when they are missing or of another kind."""
+        """Returns the keys in a directory; `IdentityError` when they are missing or of another kind."""
         tls, signing = (_load_key(os.path.join(directory, name)) for name in ("tls.key", "signing.key"))
         if not isinstance(tls, ec.EllipticCurvePrivateKey) or not isinstance(signing, Ed25519PrivateKey):
             raise IdentityError(f"{directory}: keys of another kind than P-256 and Ed25519")
@@ -204,12 +203,15 @@ def write_private(path: str, content: bytes) -> None:
 
 
 class Signer:
-    """Signs the records of this node."""
+    """Signs the records of this node; `replace` only on the replica's thread, which is where records are signed."""
 
     def __init__(self, owner: str, key: Ed25519PrivateKey) -> None:
         self._key = key
         self.owner = owner
         self.key_id = key_id_of(key.public_key())
+
+    def replace(self, key: Ed25519PrivateKey) -> None:
+        self._key, self.key_id = key, key_id_of(key.public_key())
 
     def sign(self, payload: bytes) -> bytes:
         return self._key.sign(_RECORD_CONTEXT + payload)

@@ -16,7 +16,6 @@ import contextlib
 import http.client
 import json
 import logging
-import os
 import socket
 import ssl
 import threading
@@ -153,7 +152,7 @@ class _Server(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.settimeout(TIMEOUT)
                 # A context for each connection: certificates may have been renewed since the last one.
-                secured = server_context(self.service.config.directory).wrap_socket(request, server_side=True)
+                secured = server_context(self.service.config).wrap_socket(request, server_side=True)
                 super().process_request_thread(secured, client_address)
         finally:
             self.shutdown_request(request)
@@ -208,12 +207,12 @@ class _Handler(BaseHTTPRequestHandler):
         _log.debug(format, *args)
 
 
-def server_context(directory: str) -> ssl.SSLContext:
+def server_context(config: NodeConfig) -> ssl.SSLContext:
     """Returns the TLS of a service of this node, to which a node may show its certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(os.path.join(directory, "node.pem"), os.path.join(directory, "tls.key"))
-    context.load_verify_locations(os.path.join(directory, "ca.pem"))
+    context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
+    context.load_verify_locations(config.path("ca.pem"))
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
@@ -297,7 +296,7 @@ def _client_context(authorities: str) -> ssl.SSLContext:
 def _member_context(config: NodeConfig) -> ssl.SSLContext:
     with open(config.path("ca.pem"), encoding="ascii") as file:
         context = _client_context(file.read(LIMIT))
-    context.load_cert_chain(config.path("node.pem"), config.path("tls.key"))
+    context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
     return context
 
 
