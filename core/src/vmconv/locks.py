@@ -33,7 +33,7 @@ def share(file: File) -> None:
     try:
         for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
             fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
-        busy = any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
+        busy = _is_written(file)
     except OSError as exc:
         busy = exc.errno in (errno.EAGAIN, errno.EACCES)
     if busy:
@@ -43,11 +43,23 @@ def share(file: File) -> None:
         )
 
 
+def is_written(file: File) -> bool:
+    """Returns whether somebody has the file open for writing; takes no lock that others could meet."""
+    try:
+        return _is_written(file)
+    except OSError:
+        return False
+
+
 def release(file: File) -> None:
     """Takes back what `share` said, while the file stays open: others may write to it again."""
     for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
         with suppress(OSError):
             fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+
+
+def _is_written(file: File) -> bool:
+    return any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
 
 
 def _lock(kind: int, byte: int) -> bytes:

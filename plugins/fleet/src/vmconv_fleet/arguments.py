@@ -27,8 +27,10 @@ def _absolute(path: str) -> str:
     return path
 
 
+_NAMING = r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$"
+
 FileName = Annotated[str, AfterValidator(_file_name)]
-DatastoreName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Option = Annotated[str, Field(max_length=255)]
 
 
@@ -42,7 +44,7 @@ class Convert(_Arguments):
     """A conversion of a disk of the catalogue. `job` is an id of the asker's choice: the same again is the same job."""
 
     disk: Identifier
-    format: Annotated[str, Field(pattern=r"\A[a-z][a-z0-9_-]{0,31}\Z")]
+    format: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
     options: Annotated[dict[Option, Option], Field(max_length=64)] = {}
     target: FileName | None = None
     target_datastore: DatastoreName | None = None
@@ -79,7 +81,7 @@ class DatastoreRemove(_Arguments):
 class PolicySet(_Arguments):
     """Rules to change; those that are not named stay."""
 
-    naming: Annotated[str, Field(pattern=r"\A[^/\0{}]*(\{(stem|suffix|format|job)\}[^/\0{}]*)+\Z", max_length=200)] = ""
+    naming: Annotated[str, Field(pattern=_NAMING, max_length=200)] = "{stem}{suffix}"
     may_remove_source: bool = False
     zero_copy: Literal["auto", "require"] = "auto"
     max_parallel: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -90,15 +92,15 @@ class PolicySet(_Arguments):
 class TokenCreate(_Arguments):
     """A token that was made where its holder is connected: only its hash travels."""
 
-    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{12}\Z")]
-    hash: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     label: Name
     role: Role
     expires_ms: Milliseconds | None = None
 
 
 class TokenRevoke(_Arguments):
-    id: Annotated[str, Field(pattern=r"\A[0-9a-f]{12}\Z")]
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
 class Retire(_Arguments):

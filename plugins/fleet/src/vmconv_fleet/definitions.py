@@ -79,13 +79,13 @@ def _domain(content: bytes) -> Definition | None:
     )
 
 
-class _HasEntities(Exception):
+class _EntitiesError(Exception):
     """The file declares entities: nothing that defines a virtual machine does, and expanding them has no bound."""
 
 
 def _xml(content: bytes) -> ElementTree.Element | None:
     def refuse(*_declaration: object) -> None:
-        raise _HasEntities
+        raise _EntitiesError
 
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()
@@ -96,7 +96,7 @@ def _xml(content: bytes) -> ElementTree.Element | None:
     parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(content, True)
-    except (expat.ExpatError, _HasEntities, ValueError):
+    except (expat.ExpatError, _EntitiesError, ValueError):
         return None
     return builder.close()
 

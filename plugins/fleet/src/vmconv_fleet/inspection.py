@@ -13,13 +13,13 @@ import os
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import VmconvError, printable
 from vmconv_fleet import definitions
+from vmconv_fleet.clock import wall_ms
 from vmconv_fleet.places import disk_id, refuse_outside
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ class _Inspection:
 
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
         """Yields the records of one datastore, its own last: that one says that all others were told."""
-        root = self._roots[datastore]
+        began, root = wall_ms(), self._roots[datastore]
         if not os.path.isdir(root):
-            yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": _now_ms()}
+            yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
             return
         remarks: list[str] = []
         disks: dict[str, Body] = {}
@@ -114,7 +114,7 @@ class _Inspection:
         for found in machines[:MAX_IMAGES]:
             if body := self._machine(found):
                 yield "vm", disk_id(datastore, found.name), body
-        yield "datastore", datastore, self._datastore(root, len(disks), remarks)
+        yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
 
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
         """Yields what may be an image, in the order of names; links to directories are not followed."""
@@ -140,7 +140,7 @@ class _Inspection:
                     yield _Found(datastore, name, entry.path)
 
     def _is_of_interest(self, entry: os.DirEntry[str], name: str, remarks: list[str]) -> bool:
-        if entry.name.startswith(".") or not entry.name.isascii() and not _is_text(entry.name):
+        if entry.name.startswith(".") or (not entry.name.isascii() and not _is_text(entry.name)):
             if not entry.name.startswith("."):
                 remarks.append(f"{printable(name)}: its name is not UTF-8")
             return False
@@ -152,10 +152,10 @@ class _Inspection:
         body: Body = {"datastore": found.datastore, "name": found.name}
         try:
             with _limited(SECONDS_FOR_AN_IMAGE):
+                refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 status = os.stat(found.path)
                 body["actual_size"] = status.st_blocks * 512
                 body["changed_ms"] = status.st_mtime_ns // 1_000_000
-                refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 body |= self._image(found, parts)
         except VmconvError as exc:
             body["problem"] = _short(str(exc))
@@ -231,7 +231,6 @@ class _Inspection:
             "size": space.f_blocks * space.f_frsize,
             "free": space.f_bavail * space.f_frsize,
             "disks": disks,
-            "scanned_ms": _now_ms(),
         }
         if remarks:
             more = f" (and {len(remarks) - 1} more)" if len(remarks) > 1 else ""
@@ -268,10 +267,6 @@ def _is_text(name: str) -> bool:
 def _short(text: str) -> str:
     text = printable(" ".join(text.split()))
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 if __name__ == "__main__":

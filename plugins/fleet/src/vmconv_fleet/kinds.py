@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA = 1
 
 Name = Annotated[str, Field(min_length=1, max_length=255)]
-Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
-NodeId = Annotated[str, Field(pattern=r"\A[1-9a-f][0-9a-f]{31}\Z")]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]
 Role = Literal["viewer", "operator", "admin"]
@@ -185,14 +185,17 @@ class Job(Body):
     """A conversion, asked for once and done once.
 
     `cancel` asks for its end. A `dry_run` ends in `planned`. `batch` is what jobs asked for together have in common;
-    no more than `max_parallel` of them run at the same time on a node. `attempts` counts how often it was begun.
+    no more than `max_parallel` of them run at the same time on a node. `attempts` counts how often it was begun, and
+    `recovered` that it was found done after the node had died. `target` is the name that was asked for, `file` what the
+    target is called.
     """
 
     state: JobState = "queued"
     disk: Identifier
     source: str = ""
     datastore: Name
-    target: str = ""
+    target: str | None = None
+    file: str | None = None
     target_datastore: Name | None = None
     format: Name
     options: dict[str, str] = {}
@@ -208,6 +211,7 @@ class Job(Body):
     ended_ms: Milliseconds | None = None
     attempts: Count = 0
     cancel: bool = False
+    recovered: bool = False
     plan: JobPlan | None = None
     progress: Progress | None = None
     seconds: float | None = None
@@ -237,7 +241,7 @@ class Token(Body):
 
     label: Name
     role: Role
-    hash: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\Z")]
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     created_ms: Milliseconds = 0
     expires_ms: Milliseconds | None = None
     revoked: bool = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 
 from vmconv.errors import AccessError
 from vmconv.sources import inside
@@ -43,13 +45,11 @@ def refuse_as_file_name(name: str) -> None:
 
 
 def opened_files() -> dict[int, str]:
-    """Returns the real paths of the regular files that this process has open, by descriptor."""
+    """Returns the real paths of the files and block devices that this process has open, by descriptor."""
     found = {}
     for entry in os.listdir("/proc/self/fd"):
-        try:
-            path = os.readlink(f"/proc/self/fd/{entry}")
-        except OSError:
-            continue
-        if path.startswith("/") and os.path.isfile(f"/proc/self/fd/{entry}"):
-            found[int(entry)] = path
+        with suppress(OSError):
+            mode = os.fstat(int(entry)).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+                found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
     return found

@@ -46,7 +46,9 @@ _FLAGS = frozenset({"in-use", "problem"})
 MAX_LENGTH = 4000
 MAX_DEPTH = 50
 
-_TOKEN = re.compile(r"\s*(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<mark>!=|<=|>=|[=<>()])|(?P<word>[^\s()=<>!'\"]+)|(?P<bad>\S))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<mark>!=|<=|>=|[=<>()])|(?P<word>[^\s()=<>!'\"]+)|(?P<bad>\S))"
+)
 
 _ORDER: Mapping[str, Callable[[int, int], bool]] = {
     "=": operator.eq,
