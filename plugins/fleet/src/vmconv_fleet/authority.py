@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.identity import (
     MAX_PEM,
     SIGNING_NAME,
@@ -194,6 +195,15 @@ class Authority:
             tokens[_hashed(token)] = (time.time() if now is None else now) + lifetime
         return token
 
+    def invite(self, config: NodeConfig, *, lifetime: float = TOKEN_LIFETIME, host: str | None = None) -> Invitation:
+        """Returns an invitation for one node, which will reach the holder of the authority at `host`."""
+        if not config.join:
+            raise AuthorityError(f"{config.directory}: nodes cannot join here", hint="set join in node.toml")
+        host = host or next((one for one in config.addresses if not _is_loopback(one)), "127.0.0.1")
+        port = split_address(config.join)[1]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return Invitation(address, config.node, self.fingerprint, self.make_token(lifetime))
+
     def redeem(self, token: str, *, now: float | None = None) -> None:
         """Uses a token up; `AuthorityError` when it was never made, was used, or has expired."""
         with self._tokens() as tokens:
@@ -215,6 +225,10 @@ class Authority:
                     tokens = json.load(file)
             yield tokens
             write_private(path, json.dumps(tokens).encode())
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
 def _now_ms() -> int:

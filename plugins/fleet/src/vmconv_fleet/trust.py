@@ -80,6 +80,9 @@ class Trust:
         limits = [limit for limit in found if limit is not None]
         return bool(limits) and (position is None or position > min(limits))
 
+    def is_certified(self, node: str) -> bool:
+        return node in self._bindings
+
     def members(self) -> Iterable[str]:
         """Returns the nodes that have a certificate and were not revoked, in no order."""
         with self._lock:
