@@ -1,7 +1,7 @@
 """The API's sockets: opened at start, served from the first connection on.
 
-FastAPI and what comes with it take more memory than the rest of a node. Most nodes are never asked anything over HTTP, so
-the daemon only listens, and imports when somebody comes.
+FastAPI and what comes with it take more memory than the rest of a node. Most nodes are never asked anything over
+HTTP, so the daemon only listens, and imports when somebody comes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class ApiSockets:
         """Reads certificate and key again, for connections to come."""
         for server in self._servers:
             if server.config.ssl is not None:
-                server.config.ssl.load_cert_chain(self._config.credential("node.pem"), self._config.credential("tls.key"))
+                server.config.ssl.load_cert_chain(
+                    self._config.credential("node.pem"), self._config.credential("tls.key")
+                )
 
     def close(self) -> None:
         self._ended.set()
@@ -123,7 +125,9 @@ def _listen_locally(path: str) -> socket.socket:
     try:
         listening.bind(path)
     except OSError as exc:
-        raise FleetError(f"{path}: cannot listen: {exc.strerror or exc}", hint="a shorter --directory may help") from exc
+        raise FleetError(
+            f"{path}: cannot listen: {exc.strerror or exc}", hint="a shorter --directory may help"
+        ) from exc
     finally:
         os.umask(before)
     listening.listen(128)

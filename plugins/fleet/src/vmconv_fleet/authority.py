@@ -1,7 +1,7 @@
 """The fleet's authority: it certifies nodes, lets new ones join by one-time tokens, and revokes.
 
-Its key lies in the directory `authority` of the node that founded the fleet. Any other node may get a copy (`vmconv node
-authority export` and `import`), so none of them has to live for ever; what one of them signs is good everywhere.
+Its key lies in the directory `authority` of the node that founded the fleet. Any other node may get a copy (`vmconv
+node authority export` and `import`), so none of them has to live for ever; what one of them signs is good everywhere.
 
  authority/ca.key        P-256, PKCS #8
  authority/tokens.json   {SHA-256 of a join token: when it expires}
@@ -54,8 +54,8 @@ class AuthorityError(IdentityError):
 class Invitation(NamedTuple):
     """What a node that joins has to know: where to ask, with what, and whom to believe.
 
-    As text `vmconv-join://HOST:PORT/NODE/FINGERPRINT/TOKEN`; the fingerprint is the SHA-256 of the authority's certificate,
-    so that whoever answers at that address cannot be somebody else.
+    As text `vmconv-join://HOST:PORT/NODE/FINGERPRINT/TOKEN`; the fingerprint is the SHA-256 of the authority's
+    certificate, so that whoever answers at that address cannot be somebody else.
     """
 
     address: str
@@ -143,9 +143,7 @@ class Authority:
         os.makedirs(os.path.join(self._directory, "authority"), 0o700, exist_ok=True)
         write_private(os.path.join(self._directory, "authority", "ca.key"), private_pem(self._key))
 
-    def issue(
-        self, request: bytes, *, lifetime: datetime.timedelta = NODE_LIFETIME, node: str | None = None
-    ) -> bytes:
+    def issue(self, request: bytes, *, lifetime: datetime.timedelta = NODE_LIFETIME, node: str | None = None) -> bytes:
         """Returns the PEM certificate that a request asks for; with `node`, only for that one.
 
         Nothing is taken over from the request but the keys, the node id and its addresses.
@@ -170,7 +168,8 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+                critical=False,
             )
             .add_extension(_authority_identifier(self.certificate), critical=False)
         )
@@ -181,8 +180,9 @@ class Authority:
     ) -> dict[str, Any]:
         """Returns the body of a revocation: of one signing key of a node, or of the node with all it has or will have.
 
-        `upto` is the owner's position (epoch, seq) that is known now: what it signed up to there stays good, so that all
-        replicas agree on what they accept; beyond it nothing does. `retired`: the node's records are dropped as well.
+        `upto` is the owner's position (epoch, seq) that is known now: what it signed up to there stays good, so that
+        all replicas agree on what they accept; beyond it nothing does. `retired`: the node's records are dropped as
+        well.
         """
         said = {"node": node, "key_id": key_id, "upto": upto or [0, 0], "retired": retired, "at": _now_ms()}
         signature = self._key.sign(_REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
@@ -228,7 +228,7 @@ class Authority:
 
 
 def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address == "::1" or address.startswith("127.")
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def _now_ms() -> int:

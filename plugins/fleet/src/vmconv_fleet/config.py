@@ -1,11 +1,11 @@
 """A node's directory: what is in it, and the settings in `node.toml`.
 
- node.toml      settings, written by `init` and `join`, edited by administrators
- identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
- authority/     the authority itself, on nodes that hold it
- store.sqlite   the replica
- api.sock       where the local administrator connects
- lock           held by the running node, with its process id
+node.toml      settings, written by `init` and `join`, edited by administrators
+identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
+authority/     the authority itself, on nodes that hold it
+store.sqlite   the replica
+api.sock       where the local administrator connects
+lock           held by the running node, with its process id
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class NodeConfig:
     """The settings of a node.
 
     `listen` and `connect` are HOST:PORT of the links between nodes, `api` that of HTTPS, `join` that of the service for
-    nodes that join (only where the authority is); an empty text switches it off. `authorities` are the join services that
-    renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
+    nodes that join (only where the authority is); an empty text switches it off. `authorities` are the join services
+    that renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
     """
 
     directory: str
@@ -113,13 +113,18 @@ def _is_of_its_kind(name: str, value: object) -> bool:
 
 def save(config: NodeConfig) -> None:
     """Writes the settings; the text is TOML that a person can edit."""
-    lines = [f"{name} = {json.dumps(getattr(config, name), ensure_ascii=False)}" for name in ("fleet", "node", "name")]
+    lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
     for name in (*_LISTS, "api", "join", "gossip"):
-        lines.append(f"{name} = {json.dumps(getattr(config, name), ensure_ascii=False)}")
+        lines.append(f"{name} = {_text(getattr(config, name))}")
     lines += ["", "[datastores]"]
-    lines += [f"{json.dumps(name, ensure_ascii=False)} = {json.dumps(path, ensure_ascii=False)}" for name, path in config.datastores.items()]
+    lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]
     with os_errors("writing the settings", ConfigError), open(config.path("node.toml"), "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, ""]))
+
+
+def _text(value: object) -> str:
+    """Returns the value in TOML, which for texts, lists of texts and booleans is what it is in JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def split_address(text: str) -> tuple[str, int]:

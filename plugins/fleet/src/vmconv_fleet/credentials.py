@@ -1,7 +1,7 @@
 """A node's keys and certificate on disk: replaced together, or not at all.
 
- identity -> identity.SERIAL   node.pem, tls.key, signing.key
- ca.pem                        the fleet's authority
+identity -> identity.SERIAL   node.pem, tls.key, signing.key
+ca.pem                        the fleet's authority
 """
 
 from __future__ import annotations

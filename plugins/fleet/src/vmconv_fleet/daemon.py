@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+from typing import Self
 
 from vmconv.errors import VmconvError
 from vmconv_fleet import credentials
@@ -90,7 +91,7 @@ class Daemon:
     def _use(self, found: credentials.Credentials) -> list[Change]:
         """Signs with the key of these credentials from now on; on the replica's thread."""
         self._signer.replace(found.keys.signing)
-        return [Change("certificate", found.bound.key_id, {"pem": found.certificate.decode(), "node": self.config.node})]
+        return [_certificate_record(found)]
 
     def _make_service(self) -> NodeService:
         from vmconv_fleet.handlers import make_handlers
@@ -114,11 +115,7 @@ class Daemon:
 
     def _say_who_it_is(self) -> None:
         """Writes who the node is, as soon as it may write."""
-        bound = self._credentials.bound
-        certificate = Change(
-            "certificate", bound.key_id, {"pem": self._credentials.certificate.decode(), "node": bound.node}
-        )
-        self.service.write([certificate, node_record(self.config, self.api.port)])
+        self.service.write([_certificate_record(self._credentials), node_record(self.config, self.api.port)])
 
     def _watch(self) -> Watch:
         node = self.config.node
@@ -157,6 +154,10 @@ class Daemon:
             self.link.members_changed()
 
 
+def _certificate_record(found: credentials.Credentials) -> Change:
+    return Change("certificate", found.bound.key_id, {"pem": found.certificate.decode(), "node": found.bound.node})
+
+
 def run(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> int:
     """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it serves.
 
@@ -191,7 +192,7 @@ class _Signals:
         self.failed = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._before[number] = signal.signal(number, self._handle)
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed

@@ -77,7 +77,9 @@ class Heartbeat:
         body = {
             "at_ms": wall_ms(),
             "interval_s": interval,
-            "positions": {owner: list(position) for owner, position in positions.items() if owner != self._service.node},
+            "positions": {
+                owner: list(position) for owner, position in positions.items() if owner != self._service.node
+            },
             "neighbours": self._link.neighbours(),
             "problems": problems[-20:],
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -1,7 +1,7 @@
 """Who a node is: its id, its two keys, and the certificate of the fleet's authority that binds them together.
 
-A node signs its records with an Ed25519 key and speaks TLS with a P-256 key: browsers, which are to see its console, take
-no Ed25519 certificates. One certificate holds both: the TLS key is its subject's, the signing key stands among its
+A node signs its records with an Ed25519 key and speaks TLS with a P-256 key: browsers, which are to see its console,
+take no Ed25519 certificates. One certificate holds both: the TLS key is its subject's, the signing key stands among its
 subject's alternative names as `vmconv:ed25519:HEX`. So there is one serial number to revoke and one thing to renew.
 
  node.pem      CN = node id, O = fleet, subject key P-256, names: addresses of the node and the URI of the signing key
@@ -87,8 +87,8 @@ def read_authorities(pem: bytes) -> list[x509.Certificate]:
 def binding(certificate: x509.Certificate, authorities: list[x509.Certificate]) -> Binding:
     """Returns what the certificate says; `IdentityError` unless one of the authorities signed it for a node.
 
-    Whether it has expired is not looked at: clocks differ, and what a node signed while it was valid stays signed. Links
-    refuse expired certificates.
+    Whether it has expired is not looked at: clocks differ, and what a node signed while it was valid stays signed.
+    Links refuse expired certificates.
     """
     if not any(_signed_by(certificate, authority) for authority in authorities):
         raise IdentityError(f"certificate {certificate.serial_number:x} is not of this fleet's authority")

@@ -25,7 +25,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def post(path: str, resource: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the JSON that the node at a Unix socket answers a POST with; `FleetError` when it refuses or is not there."""
+    """Returns the JSON that a node answers a POST with; `FleetError` when it refuses or is not there."""
     connection = _UnixConnection(path)
     try:
         connection.request("POST", resource, json.dumps(body), {"Content-Type": "application/json"})

@@ -13,7 +13,9 @@ Adder = Callable[[argparse.ArgumentParser], Any]
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("datastores", nargs="*", metavar="DIR", help="directories of disk images that this node converts")
+    parser.add_argument(
+        "datastores", nargs="*", metavar="DIR", help="directories of disk images that this node converts"
+    )
     parser.add_argument("--name", help="what people call the node (default: the host name)")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where other nodes connect (default: [::]:7447)")
     parser.add_argument(
@@ -39,7 +41,9 @@ def _join(parser: argparse.ArgumentParser) -> None:
 
 def _invite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60, help="how long it is good (default: %(default)s)")
-    parser.add_argument("--address", metavar="HOST", help="where the new node reaches this one (default: the first it has)")
+    parser.add_argument(
+        "--address", metavar="HOST", help="where the new node reaches this one (default: the first it has)"
+    )
 
 
 def _renew(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +91,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
             name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", formatter_class=formatter
         )
         action.add_argument(
-            "--directory", metavar="DIR", help="the node's directory (default: $VMCONV_NODE, or below the state directory)"
+            "--directory",
+            metavar="DIR",
+            help="the node's directory (default: $VMCONV_NODE, or below the state directory)",
         )
         add(action)
 
@@ -102,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
 COMMAND = Command(
     name="node",
     help="make this machine a node of a fleet, and run it",
-    description="Makes a directory a node of a fleet, and runs it. Each node has a directory of its own for what it knows.",
+    description="Makes a directory a node of a fleet, and runs it. Each node has a directory of its own.",
     configure=_configure,
     run=_run,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -213,7 +214,12 @@ def _addresses(options: argparse.Namespace) -> list[str]:
 
 
 def _config(
-    options: argparse.Namespace, directory: str, fleet: str, node: str, authorities: list[str], connect: list[str] = []  # noqa: B006
+    options: argparse.Namespace,
+    directory: str,
+    fleet: str,
+    node: str,
+    authorities: list[str],
+    connect: list[str] = [],  # noqa: B006
 ) -> NodeConfig:
     given = {name: getattr(options, name, None) for name in ("api", "join", "listen")}
     for address in filter(None, given.values()):
@@ -238,10 +244,10 @@ def _named(paths: list[str]) -> dict[str, str]:
     """Returns directories by the names of their last parts, numbered where two are the same."""
     found: dict[str, str] = {}
     for path in map(os.path.abspath, paths):
-        base = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in os.path.basename(path)).lstrip("._-")
-        name, number = base or "disks", 2
+        base = re.sub("[^A-Za-z0-9._-]", "-", os.path.basename(path)).lstrip("._-") or "disks"
+        name, number = base, 2
         while found.get(name, path) != path:
-            name, number = f"{base or 'disks'}-{number}", number + 1
+            name, number = f"{base}-{number}", number + 1
         found[name] = path
     return found
 

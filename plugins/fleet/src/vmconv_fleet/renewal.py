@@ -19,9 +19,7 @@ _log = logging.getLogger("vmconv_fleet.renewal")
 class Renewal:
     """Looks now and then, on a thread of its own; `renewed` is called when there is a new certificate."""
 
-    def __init__(
-        self, config: NodeConfig, due: Callable[[], datetime.datetime], renewed: Callable[[], None]
-    ) -> None:
+    def __init__(self, config: NodeConfig, due: Callable[[], datetime.datetime], renewed: Callable[[], None]) -> None:
         self._config = config
         self._due = due
         self._renewed = renewed

@@ -19,7 +19,7 @@ _PATIENCE = 2
 
 
 class Watch:
-    """Looks every few seconds, on a thread of its own, and reports to the link; `bound` returns the present certificate."""
+    """Looks every few seconds, on its own thread, and reports to the link; `bound` is what our certificate says now."""
 
     def __init__(
         self, config: NodeConfig, link: ZenohLink, bound: Callable[[], Binding], is_revoked: Callable[[], bool]

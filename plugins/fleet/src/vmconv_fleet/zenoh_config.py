@@ -1,6 +1,6 @@
 """How Zenoh is set up: peers that speak nothing but mutual TLS, and may put on their own key only.
 
- vmconv/FLEET/link/FROM/TO   the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
+vmconv/FLEET/link/FROM/TO   the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
 """
 
 from __future__ import annotations

@@ -233,11 +233,16 @@ class ZenohLink:
             self._unlinked(zid)
             return
         if not is_node_id(node) or node != zid:
-            self.report(f"name {zid}", Problem("impostor", f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"))
+            self.report(
+                f"name {zid}",
+                Problem("impostor", f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"),
+            )
             return
         self._linked[zid] = node
         if self._is_revoked(node):
-            self.report(f"revoked {node}", Problem("revoked", f"{link.dst}: node {node} was revoked, nothing is taken from it"))
+            self.report(
+                f"revoked {node}", Problem("revoked", f"{link.dst}: node {node} was revoked, nothing is taken from it")
+            )
             return
         if node not in self._allowed:
             # The authority has certified it, and its record has not come yet.
