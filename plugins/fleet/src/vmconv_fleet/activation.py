@@ -99,7 +99,7 @@ class ApiSockets:
             "access_log": False,
             "timeout_graceful_shutdown": GRACE_S,
         }
-        certificate = {
+        certificate: dict[str, Any] = {
             "ssl_certfile": self._config.credential("node.pem"),
             "ssl_keyfile": self._config.credential("tls.key"),
         }

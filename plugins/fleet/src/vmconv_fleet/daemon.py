@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -210,7 +209,7 @@ class _Signals:
 
     def must_end(self) -> None:
         """Ends the process in a while, by force, whatever still hangs then; says where."""
-        faulthandler.dump_traceback_later(END_WITHIN_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(END_WITHIN_S, exit=True)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._told.put(RENEW if number == signal.SIGHUP else END)

@@ -10,6 +10,8 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from vmconv.cli.output import print_json
 from vmconv.errors import UsageError, os_errors
@@ -192,7 +194,7 @@ def _fresh_directory(options: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def _undone_on_failure(directory: str) -> contextlib.AbstractContextManager[None]:  # type: ignore[misc]
+def _undone_on_failure(directory: str) -> Iterator[None]:
     """Leaves the directory empty when the block fails, so that it can be tried again."""
     try:
         yield
@@ -226,7 +228,7 @@ def _config(
         split_address(address)
     if options.no_api:
         given["api"] = ""
-    chosen = {name: [value] if name == "listen" else value for name, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {name: [value] if name == "listen" else value for name, value in given.items() if value is not None}
     return NodeConfig(
         directory=directory,
         fleet=fleet,
@@ -252,12 +254,13 @@ def _named(paths: list[str]) -> dict[str, str]:
     return found
 
 
-def _last_heartbeat(config: NodeConfig) -> dict[str, object]:
+def _last_heartbeat(config: NodeConfig) -> dict[str, Any]:
+    from vmconv_fleet.database import open_reader
     from vmconv_fleet.store import Reader
 
     if not os.path.exists(config.database):
         return {}
-    reader = Reader(config.database)
+    reader = Reader(open_reader(config.database))
     try:
         record = reader.get(config.node, "heartbeat", config.node)
         return dict(record.body) if record else {}

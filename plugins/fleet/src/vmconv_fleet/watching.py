@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.identity import Binding
 from vmconv_fleet.probing import Probe, probe
-from vmconv_fleet.replica import Problem
+from vmconv_fleet.problems import Problem
 from vmconv_fleet.zenoh_link import ZenohLink
 
 INTERVAL = 5.0

@@ -21,7 +21,7 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.engine import Events
 from vmconv_fleet.identity import is_node_id
 from vmconv_fleet.messages import LIVE, MAX_MESSAGE
-from vmconv_fleet.replica import Problem
+from vmconv_fleet.problems import Problem
 from vmconv_fleet.zenoh_config import link_key, zenoh_settings
 
 SETTLE = 0.3
@@ -215,7 +215,7 @@ class ZenohLink:
         self._declared = []
         if session is not None:
             with contextlib.suppress(zenoh.ZError):
-                session.close()
+                session.close()  # type: ignore[no-untyped-call]
 
     def _who_may(self) -> set[str]:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
