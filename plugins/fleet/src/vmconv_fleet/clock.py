@@ -1,7 +1,7 @@
 """Time: the wall clock of a node in milliseconds, and the hybrid logical clock of its records.
 
-A hybrid logical clock (Kulkarni et al., 2014) is one integer, `ms << 16 | counter`: it never goes back, is later than all
-that its node has seen, and stays close to the wall clock.
+A hybrid logical clock (Kulkarni et al., 2014) is one integer, `ms << 16 | counter`: it never goes back, is later than
+all that its node has seen, and stays close to the wall clock.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _FIELDS = 13
 
 
 class Position(NamedTuple):
-    """How far an owner has come: its records are numbered by `seq` without a gap, for ever; each start is an epoch."""
+    """How far an owner has come: its records are numbered without a gap, for ever; with each start an epoch begins."""
 
     epoch: int
     seq: int
@@ -133,7 +133,16 @@ def decode(wire: bytes) -> Record:
     if type(fields) is not list or len(fields) != _FIELDS or fields[0] != MAGIC:
         raise MalformedError(f"record is no array of {_FIELDS} that begins with {MAGIC}")
     _check(fields, payload)
-    return Record(*fields[1:8], fields[8] == 1, fields[9], fields[10], int(fields[11], 16), fields[12], wire)
+    return _made(fields, wire)
+
+
+def restore(wire: bytes) -> Record:
+    """Returns the record of a wire that `decode` has accepted before: from the database."""
+    return _made(json.loads(wire[1 + wire[0] :]), wire)
+
+
+def _made(fields: list[Any], wire: bytes) -> Record:
+    return Record._make((*fields[1:8], fields[8] == 1, *fields[9:11], int(fields[11], 16), fields[12], wire))
 
 
 def check_node_id(text: str) -> str:

@@ -1,27 +1,35 @@
-"""The replica: one state machine without sockets, threads or a clock of its own. Skeleton."""
+"""The replica: one state machine without sockets, threads or a clock of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-from vmconv_fleet.records import Change, Record
+from vmconv_fleet import messages
+from vmconv_fleet.catchup import CatchUp
+from vmconv_fleet.clock import HybridClock
+from vmconv_fleet.errors import MalformedError, NotReadyError, StoreError
+from vmconv_fleet.forks import Forks
+from vmconv_fleet.messages import Send
+from vmconv_fleet.neighbours import Neighbours
+from vmconv_fleet.news import News
+from vmconv_fleet.ownlog import OwnLog
+from vmconv_fleet.problems import Problem, Problems
+from vmconv_fleet.reception import Reception
+from vmconv_fleet.records import Change, Record, restore
+from vmconv_fleet.recovery import Recovery
+from vmconv_fleet.shared import Shared, Timing
 from vmconv_fleet.signing import Signer, Trust
 from vmconv_fleet.store import Store
+from vmconv_fleet.telling import Teller
+from vmconv_fleet.verification import ForgedError, Gate, VerifyAll
 
+__all__ = ["Problem", "Replica", "Send", "Timing"]
 
-class Send(NamedTuple):
-    """A message to be sent; `peer` None: to all neighbours. `message[0]` is its kind, one of `messages.LIVE` ..."""
-
-    peer: str | None
-    message: bytes
-
-
-class Problem(NamedTuple):
-    """Something an administrator has to know. `kind`: fork, forged, malformed, clock, lost, cloned ..."""
-
-    kind: str
-    text: str
+_log = logging.getLogger(__name__)
 
 
 class Replica:
@@ -32,33 +40,170 @@ class Replica:
     transaction together, and nothing may be sent before the block has ended.
     """
 
-    def __init__(self, store: Store, signer: Signer, trust: Trust, now: Callable[[], int], *, schema: int = 1) -> None:
-        raise NotImplementedError
+    def __init__(
+        self,
+        store: Store,
+        signer: Signer,
+        trust: Trust,
+        now: Callable[[], int],
+        *,
+        monotonic: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
+        schema: int = 1,
+        timing: Timing = Timing(),  # noqa: B008 - a value
+        verify_all: VerifyAll = map,
+    ) -> None:
+        """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds."""
+        node, problems, neighbours = signer.owner, Problems(), Neighbours()
+        clock = HybridClock()
+        gate = Gate(store, trust, clock, problems, verify_all)
+        shared = Shared(
+            node=node,
+            store=store,
+            trust=trust,
+            gate=gate,
+            neighbours=neighbours,
+            catchup=CatchUp(store, gate, neighbours, problems, f"{node}{now()}"),
+            forks=Forks(store, problems),
+            news=News(store),
+            problems=problems,
+            timing=timing,
+            now=now,
+            monotonic=monotonic,
+        )
+        self.node = node
+        self.store = store
+        self.problems = problems
+        self.neighbours = neighbours
+        self._shared = shared
+        self._own = OwnLog(store, signer, clock, schema)
+        self._teller = Teller(shared)
+        self._recovery = Recovery(shared, self._own)
+        self._reception = Reception(shared, self._teller, self._recovery)
+        self._grouped = False
+        self._next_floor = monotonic()
+        gate.learn_stored()
+        self._drop_retired()
+        newest = store.at(node, store.position(node).seq)
+        if newest is not None:
+            clock.last = restore(newest).clock
 
     @property
     def serving(self) -> bool:
         """Whether own records can be written: the node has recovered what its neighbours had of them."""
-        raise NotImplementedError
+        return self._recovery.serving and not self._shared.trust.retired(self.node)
+
+    def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
+        """Calls back after each commit with what was written and taken, deletions too; returns what ends it.
+
+        Where an owner's records were replaced as a whole, all that are there now are told, and none that are not.
+        """
+        return self._shared.news.subscribe(callback)
+
+    def on_problem(self, callback: Callable[[Problem], None]) -> None:
+        self.problems.subscribe(callback)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Makes one durable transaction of all that is done in the block. StoreError: nothing of it was done."""
+        if self._grouped:
+            yield
+            return
+        self._grouped = True
+        try:
+            with self.store.group():
+                yield
+        except BaseException:
+            self._shared.news.forget()
+            self._shared.catchup.reset()
+            raise
+        finally:
+            self._grouped = False
+        self._shared.news.tell()
 
     def write(self, changes: Sequence[Change], *, txn: int = 0) -> tuple[list[Record], list[Send]]:
         """Writes own records, all or none. NotReadyError before `serving`; MalformedError: a change is refused."""
-        raise NotImplementedError
+        if not self.serving:
+            raise NotReadyError(
+                "node does not write: it has just started and still recovers its own records, or it was retired"
+            )
+        with self.batch():
+            records = self._own.append(changes, self._shared.now(), txn)
+            self._shared.gate.learn(records)
+            return records, [*self._teller.publish(records), *self._pass_on_revocations()]
 
-    def connected(self, peer: str) -> list[Send]: ...
+    def connected(self, peer: str) -> list[Send]:
+        """A neighbour is there: it is told how far everything is."""
+        if peer == self.node:
+            self.problems.report("cloned", "a neighbour has the id of this node")
+            return []
+        self.neighbours.connect(peer)
+        self._recovery.settle()
+        self._teller.digest_soon()
+        return [self._teller.digest(peer)]
 
-    def disconnected(self, peer: str) -> list[Send]: ...
+    def disconnected(self, peer: str) -> list[Send]:
+        self.neighbours.disconnect(peer)
+        self._teller.digest_soon()
+        return []
 
     def received(self, peer: str, message: bytes) -> list[Send]:
-        """Takes a message of a neighbour, whose id the transport vouches for. Raises nothing for what a peer sends."""
-        raise NotImplementedError
+        """Takes a message of a neighbour, whose id the transport vouches for. Raises nothing for what a peer sends.
+
+        StoreError: the node's own database has failed.
+        """
+        if peer not in self.neighbours:
+            self.problems.count("strangers")
+            return []
+        with self.batch():
+            try:
+                sends = self._reception.take(peer, messages.decode(message))
+                return [*sends, *self._pass_on_revocations()]
+            except MalformedError as exc:
+                self.problems.report("malformed", f"from {peer}: {exc}")
+            except ForgedError as exc:
+                self.problems.report("forged", f"from {peer}: {exc}")
+            except (StoreError, sqlite3.Error):
+                raise
+            except Exception:
+                _log.exception("a message of kind %r from %s could not be taken", message[:1], peer)
+                self.problems.report("internal", f"a message from {peer} could not be taken")
+        return []
+
+    def due(self) -> int:
+        """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
+        if not self._recovery.serving:
+            return self._shared.monotonic() + messages.TICK_MS
+        return min(
+            self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._next_floor
+        )
 
     def tick(self) -> list[Send]:
-        """To be called every `messages.TICK_MS`."""
-        raise NotImplementedError
+        """Does what is due; to be called at `due()`, and does no harm before."""
+        now = self._shared.monotonic()
+        with self.batch():
+            sends = self._teller.publish(self._recovery.begin_due(now))
+            sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]
+            sends += self._teller.due(now)
+            if self.serving and now >= self._next_floor:
+                self._next_floor = now + self._shared.timing.floor
+                written = self._own.raise_floor(self._shared.now(), self._shared.timing.grace)
+                sends += self._teller.publish(written)
+        return sends
 
-    def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
-        """Calls back after each commit with what was written and taken, deletions too; returns what ends it."""
-        raise NotImplementedError
+    def _pass_on_revocations(self) -> list[Send]:
+        """Tells all of revocations that were news here, and drops what nodes that were retired had written."""
+        news = self._shared.gate.revocations
+        if not news:
+            return []
+        self._shared.gate.revocations = []
+        self._drop_retired()
+        return self._teller.notices(None, [record.wire for record in news])
 
-    def on_problem(self, callback: Callable[[Problem], None]) -> None:
-        raise NotImplementedError
+    def _drop_retired(self) -> None:
+        if self._shared.trust.retired(self.node):
+            self.problems.report("retired", "this node has been retired by the fleet's CA: it does not write any more")
+        for owner in self.store.positions():
+            if owner != self.node and self._shared.trust.retired(owner):
+                with self.store.atomic():
+                    self.store.clear(owner)
+                self._shared.catchup.forget(owner)

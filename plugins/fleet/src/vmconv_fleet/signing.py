@@ -16,7 +16,7 @@ class Signer(Protocol):
 
     @property
     def key_id(self) -> str:
-        """The id of the key, of the form of a record's id: the certificate is the record (owner, certificate, key_id)."""
+        """The id of the key, of the form of a record's id: that of the record of kind `certificate` that has it."""
 
     def sign(self, payload: bytes) -> bytes:
         """Returns the signature, 255 bytes at most."""

@@ -1,0 +1,71 @@
+"""When a node may write: after it has recovered what its neighbours have of its own records, in a new epoch."""
+
+from __future__ import annotations
+
+from vmconv_fleet.catchup import NEVER
+from vmconv_fleet.ownlog import OwnLog
+from vmconv_fleet.records import Position, Record
+from vmconv_fleet.shared import Shared
+
+LIMIT = 10
+"""So many times its patience a node waits for records that neighbours say they have, and do not give."""
+
+_LEAST_PATIENCE_MS = 3000
+_PAUSE_MS = 1000
+_CLONED = 3
+
+
+class Recovery:
+    """The epochs of this node."""
+
+    def __init__(self, shared: Shared, own: OwnLog) -> None:
+        self._shared = shared
+        self._own = own
+        self._epoch = 0
+        self._beyond = 0
+        self._superseded = 0
+        self._next = self._settled = self._started = shared.monotonic()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the node is in an epoch of its own: what the database has, and not what a failed commit said."""
+        return self._epoch != 0 and self._shared.store.position(self._shared.node).epoch == self._epoch
+
+    def settle(self) -> None:
+        """Waits for more neighbours: one has just come."""
+        self._settled = self._shared.monotonic() + self._shared.timing.settle
+
+    def supersede(self, position: Position) -> None:
+        """Takes note of a signed record of this node that its database has not: a new epoch has to be beyond it."""
+        self._beyond = max(self._beyond, position.epoch)
+        if not self.serving:
+            return
+        self._superseded += 1
+        kind = "lost" if self._superseded < _CLONED else "cloned"
+        known = tuple(self._shared.store.position(self._shared.node))
+        found = f"neighbours have records of this node at {tuple(position)}, it is at {known}"
+        self._shared.problems.report(kind, found)
+
+    def next_due(self) -> int:
+        """Returns when the next epoch is due, of a node that is serving."""
+        return self._next if self._beyond >= self._epoch else NEVER
+
+    def begin_due(self, now: int) -> list[Record]:
+        """Begins an epoch if one is due; returns what that has written."""
+        due = now >= self.next_due() if self.serving else self._may_serve(now)
+        if not due or self._shared.trust.retired(self._shared.node):
+            return []
+        self._next = now + _PAUSE_MS
+        written = self._own.begin_epoch(self._shared.now(), self._beyond)
+        self._epoch = written[-1].epoch
+        return written
+
+    def _may_serve(self, now: int) -> bool:
+        shared = self._shared
+        waited, patience = now - self._started, shared.timing.patience
+        ahead = shared.neighbours.ahead(shared.node, shared.store.position(shared.node))
+        if ahead or shared.catchup.wants(shared.node, now):
+            return waited > LIMIT * max(patience or 0, _LEAST_PATIENCE_MS)
+        if len(shared.neighbours) and shared.neighbours.all_told():
+            return now >= self._settled
+        return patience is not None and waited >= patience
