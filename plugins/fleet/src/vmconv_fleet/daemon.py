@@ -10,7 +10,7 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Self
@@ -21,12 +21,14 @@ from vmconv_fleet.activation import ApiSockets
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.handlers import make_handlers
 from vmconv_fleet.heartbeat import SCHEMA, Heartbeat, node_record
 from vmconv_fleet.identity import Signer
 from vmconv_fleet.joining import JoinService
 from vmconv_fleet.membership import Members
 from vmconv_fleet.records import Change, Record
 from vmconv_fleet.renewal import Renewal
+from vmconv_fleet.requests import Handler
 from vmconv_fleet.service import NodeService
 from vmconv_fleet.trust import Trust
 from vmconv_fleet.watching import Watch
@@ -44,7 +46,7 @@ _log = logging.getLogger("vmconv_fleet.daemon")
 class Daemon:
     """A node, from `start` until `close`; both on the same thread."""
 
-    def __init__(self, config: NodeConfig) -> None:
+    def __init__(self, config: NodeConfig, *, handlers: Mapping[str, Handler] | None = None) -> None:
         self.config = config
         self._parts = ExitStack()
         self._credentials = credentials.load(config)
@@ -55,16 +57,18 @@ class Daemon:
         self.link = ZenohLink(
             config, members=self.trust.members, is_revoked=self.trust.is_revoked, changed=self._neighbours_changed
         )
-        self.service = self._make_service()
+        self.service = self._make_service(make_handlers(config.directory) if handlers is None else handlers)
         self.api = ApiSockets(config, self.service, self.link)
         self._heartbeat = Heartbeat(self.service, self.link)
 
     def start(self) -> None:
-        """Returns once the node serves; what was started before a failure is ended by `close`."""
+        """Returns once everything runs; what was started before a failure is ended by `close`."""
         parts = self._parts
         parts.callback(self.service.close)
         parts.callback(self.service.subscribe(self._written))
         self.service.start()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.config.path(FOUNDED))
         parts.callback(self.api.close)
         self.api.start()
         self._say_who_it_is()
@@ -92,22 +96,18 @@ class Daemon:
         self._signer.replace(found.keys.signing)
         return [_certificate_record(found)]
 
-    def _make_service(self) -> NodeService:
-        from vmconv_fleet.handlers import make_handlers
-
-        new = not os.path.exists(self.config.database)
+    def _make_service(self, handlers: Mapping[str, Handler]) -> NodeService:
         patience: int | None = PATIENCE_MS
-        if new:
+        if not os.path.exists(self.config.database):
+            # A database that was lost is not to be begun anew: somebody else has what was in it.
             patience = 0 if os.path.exists(self.config.path(FOUNDED)) else None
-        elif not self.config.connect and os.path.exists(self.config.path(FOUNDED)):
-            patience = 0
         return NodeService(
             fleet=self.config.fleet,
             database=self.config.database,
             signer=self._signer,
             trust=self.trust,
             transport=self.link,
-            handlers=make_handlers(self.config.directory),
+            handlers=handlers,
             schema=SCHEMA,
             patience_ms=patience,
         )
@@ -157,16 +157,16 @@ def _certificate_record(found: credentials.Credentials) -> Change:
     return Change("certificate", found.bound.key_id, {"pem": found.certificate.decode(), "node": found.bound.node})
 
 
-def run(config: NodeConfig, ready: Callable[[], None] = lambda: None) -> int:
-    """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it serves.
+def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mapping[str, Handler] | None = None) -> int:
+    """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it is up.
 
     SIGHUP makes it read its certificate and keys again. A thread that dies of an exception ends the daemon with code 1.
     """
     with _locked(config), _Signals() as told:
-        daemon = Daemon(config)
+        daemon = Daemon(config, handlers=handlers)
         try:
             daemon.start()
-            ready()
+            ready(daemon)
             while told.next() != END:
                 _renew(daemon)
         finally:

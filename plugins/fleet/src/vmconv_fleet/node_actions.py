@@ -69,7 +69,7 @@ def run_node(options: argparse.Namespace) -> int:
 
     config = settings.load(_directory(options))
     configure(sys.stderr)
-    return run(config, lambda: print(f"node {config.node} runs", flush=True))
+    return run(config, lambda _daemon: print(f"node {config.node} runs", flush=True))
 
 
 def status_node(options: argparse.Namespace) -> int:

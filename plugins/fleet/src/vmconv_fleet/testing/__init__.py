@@ -1,0 +1,10 @@
+"""Fleets on one machine, for tests and benchmarks: real nodes, real certificates, real processes."""
+
+from __future__ import annotations
+
+from vmconv_fleet.testing.lab import Lab, free_port
+from vmconv_fleet.testing.namespaces import Network, why_no_namespaces
+from vmconv_fleet.testing.process import Driven
+from vmconv_fleet.testing.views import agree, view_of
+
+__all__ = ["Driven", "Lab", "Network", "agree", "free_port", "view_of", "why_no_namespaces"]
