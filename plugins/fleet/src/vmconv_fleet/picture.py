@@ -1,0 +1,134 @@
+"""The fleet as one node sees it: what API, console and metrics show, put together from records.
+
+Nothing here knows more than the replica has. What is said of a node that is not heard is as old as its last heartbeat,
+and the picture says how old that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from vmconv_fleet.records import Position, Record
+from vmconv_fleet.requests import response_id
+from vmconv_fleet.select import Facts, Selection
+from vmconv_fleet.store import View
+
+NodeState = Literal["here", "up", "silent", "retired"]
+
+_BEATS_MISSED = 3
+_GRACE_MS = 4000
+MAX_NAME = 80
+
+
+class NodeView(NamedTuple):
+    """A node as it is seen from here. `age_ms` is how old what is known of it may be, None where it was never heard.
+
+    `lag` counts the records that are here and that the node had not when it was last heard.
+    """
+
+    node: str
+    name: str
+    state: NodeState
+    age_ms: int | None
+    lag: int
+    position: Position
+    is_neighbour: bool
+    body: Mapping[str, Any]
+    heartbeat: Mapping[str, Any]
+
+
+class Picture:
+    """What is known now: made for one answer, from one view."""
+
+    def __init__(self, view: View, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
+        self.view = view
+        self.node = node
+        self.now_ms = now_ms
+        self._neighbours = frozenset(neighbours)
+        self._positions = view.positions()
+        self._names = {one.owner: str(one.body.get("name", ""))[:MAX_NAME] for one in view.find("node")}
+
+    def name(self, node: str) -> str:
+        """Returns what people call a node: its name, or the beginning of its id."""
+        return self._names.get(node) or node[:8]
+
+    def nodes(self) -> list[NodeView]:
+        """Returns all nodes by name, this one among them."""
+        bodies = {one.owner: one.body for one in self.view.find("node")}
+        beats = {one.owner: one.body for one in self.view.find("heartbeat")}
+        retired = {one.id for one in self.view.find("retirement")}
+        known = {*bodies, *beats, self.node}
+        found = [self._node(one, bodies.get(one, {}), beats.get(one, {}), one in retired) for one in known]
+        return sorted(found, key=lambda one: (one.name, one.node))
+
+    def _node(self, node: str, body: Mapping[str, Any], beat: Mapping[str, Any], retired: bool) -> NodeView:
+        age = max(0, self.now_ms - int(beat["at_ms"])) if "at_ms" in beat else None
+        state: NodeState = "silent"
+        if node == self.node:
+            state, age = "here", 0
+        elif retired or body.get("retired"):
+            state = "retired"
+        elif node in self._neighbours or self._is_fresh(age, beat):
+            state = "up"
+        position = self._positions.get(node, Position(0, 0))
+        lag = 0 if node == self.node else self._lag(beat)
+        return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
+
+    def _is_fresh(self, age: int | None, beat: Mapping[str, Any]) -> bool:
+        return age is not None and age <= _BEATS_MISSED * 1000 * float(beat.get("interval_s", 0)) + _GRACE_MS
+
+    def _lag(self, beat: Mapping[str, Any]) -> int:
+        theirs = beat.get("positions", {})
+        return sum(
+            max(0, mine.seq - int(theirs.get(owner, (0, 0))[1])) for owner, mine in self._positions.items() if theirs
+        )
+
+    def unseen(self, nodes: Iterable[NodeView]) -> list[NodeView]:
+        """Returns the nodes whose part of the picture is old."""
+        return [one for one in nodes if one.state == "silent"]
+
+    def find_node(self, named: str) -> str | None:
+        """Returns the id of the node with this name, id, or beginning of an id that no other one has."""
+        known = {one.node: one.name for one in self.nodes()}
+        if named in known:
+            return named
+        fitting = [node for node, name in known.items() if name == named]
+        fitting = fitting or [node for node in known if len(named) >= 4 and node.startswith(named)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def facts(self, disk: Record) -> Facts:
+        """Returns what selections know of a disk."""
+        body = disk.body
+        return {
+            "id": disk.id,
+            "node": (self.name(disk.owner), disk.owner),
+            "datastore": str(body.get("datastore", "")),
+            "name": str(body.get("name", "")),
+            "format": str(body.get("format", "")),
+            "identity": str(body.get("identity", "")),
+            "size": int(body.get("virtual_size", 0)),
+            "actual-size": int(body.get("actual_size", 0)),
+            "depth": len(body.get("chain", ())),
+            "in-use": bool(body.get("in_use")),
+            "problem": bool(body.get("problem")),
+        }
+
+    def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
+        """Returns the disks that are selected, by node, datastore and name; those of retired nodes are history."""
+        retired = {one.id for one in self.view.find("retirement")}
+        found = [one for one in self.view.find("disk", owner) if one.owner not in retired]
+        chosen = [one for one in found if selection is None or selection(self.facts(one))]
+        return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
+
+    def response_of(self, request: Record) -> Record | None:
+        """Returns the answer to a request, where it is here."""
+        identifier = response_id(request.owner, request.id)
+        return self.view.get(str(request.body.get("target", "")), "response", identifier)
+
+    def describe_by(self, by: Mapping[str, Any] | None) -> str:
+        """Returns who asked, in words."""
+        if not by:
+            return ""
+        who = str(by.get("user") or "somebody")[:MAX_NAME]
+        return f"{who} at {self.name(str(by.get('node', '')))}"
