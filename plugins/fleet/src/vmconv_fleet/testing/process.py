@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -91,10 +92,8 @@ class Driven:
         self._reader.join(10)
         for pipe in (self.process.stdin, self.process.stdout, self._log):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
         return code
 
     def memory(self) -> int:
