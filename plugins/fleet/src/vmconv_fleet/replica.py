@@ -51,8 +51,13 @@ class Replica:
         schema: int = 1,
         timing: Timing = Timing(),  # noqa: B008 - a value
         verify_all: VerifyAll = map,
+        introduction: Sequence[Change] = (),
     ) -> None:
-        """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds."""
+        """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds.
+
+        `introduction` is written with the first record of an epoch where it is not there yet: the certificate without
+        which no one can verify anything else.
+        """
         node, problems, neighbours = signer.owner, Problems(), Neighbours()
         clock = HybridClock()
         gate = Gate(store, trust, clock, problems, verify_all)
@@ -76,6 +81,7 @@ class Replica:
         self.neighbours = neighbours
         self._shared = shared
         self._own = OwnLog(store, signer, clock, schema)
+        self._introduction = introduction
         self._teller = Teller(shared)
         self._recovery = Recovery(shared, self._own)
         self._reception = Reception(shared, self._teller, self._recovery)
@@ -181,7 +187,7 @@ class Replica:
         """Does what is due; to be called at `due()`, and does no harm before."""
         now = self._shared.monotonic()
         with self.batch():
-            sends = self._teller.publish(self._recovery.begin_due(now))
+            sends = self._teller.publish(self._introduced(self._recovery.begin_due(now)))
             sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]
             sends += self._teller.due(now)
             if self.serving and now >= self._next_floor:
@@ -189,6 +195,15 @@ class Replica:
                 written = self._own.raise_floor(self._shared.now(), self._shared.timing.grace)
                 sends += self._teller.publish(written)
         return sends
+
+    def _introduced(self, begun: list[Record]) -> list[Record]:
+        """Returns the first record of an epoch, if one has begun, and the introduction if it was missing."""
+        missing = [change for change in self._introduction if self.store.get(self.node, *change[:2]) is None]
+        if not begun or not missing:
+            return begun
+        introduced = self._own.append(missing, self._shared.now(), 0)
+        self._shared.gate.learn(introduced)
+        return [*begun, *introduced]
 
     def _pass_on_revocations(self) -> list[Send]:
         """Tells all of revocations that were news here, and drops what nodes that were retired had written."""

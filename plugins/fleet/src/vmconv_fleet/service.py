@@ -35,10 +35,12 @@ class NodeService:
         handlers: Mapping[str, Handler],
         schema: int,
         patience_ms: int | None,
+        introduction: Sequence[Change] = (),
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour who may have newer own records than the database.
 
         0 for a node that has nobody to connect to; None, for ever, for one that joined and whose database is new.
+        `introduction`: the node's certificate, written with its first record if it is not there yet.
         """
         self.fleet = fleet
         self.node = signer.owner
@@ -46,7 +48,16 @@ class NodeService:
         store = Store.open(database, signer.owner)
         self._reader = store.reader()
         timing = Timing(patience=patience_ms)
-        self._replica = Replica(store, signer, trust, wall_ms, schema=schema, timing=timing, verify_all=self._verifiers)
+        self._replica = Replica(
+            store,
+            signer,
+            trust,
+            wall_ms,
+            schema=schema,
+            timing=timing,
+            verify_all=self._verifiers,
+            introduction=introduction,
+        )
         self._requests = Requests(self._replica, handlers, wall_ms, schema=schema)
         self._engine = Engine(self._replica, self._requests, transport)
         self._answered = threading.Condition()
