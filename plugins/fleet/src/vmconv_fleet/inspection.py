@@ -112,8 +112,8 @@ class _Inspection:
             if not ("problem" in body and os.path.realpath(os.path.join(root, name)) in parts):
                 yield "disk", disk_id(datastore, name), body
         for found in machines[:MAX_IMAGES]:
-            if body := self._machine(found):
-                yield "vm", disk_id(datastore, found.name), body
+            if machine := self._machine(found):
+                yield "vm", disk_id(datastore, found.name), machine
         yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
 
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from pydantic import ValidationError
+
+from vmconv_fleet.kinds import KINDS, Body, Heartbeat, Node
 from vmconv_fleet.records import Position, Record
 from vmconv_fleet.requests import response_id
 from vmconv_fleet.select import Facts, Selection
@@ -34,8 +37,8 @@ class NodeView(NamedTuple):
     lag: int
     position: Position
     is_neighbour: bool
-    body: Mapping[str, Any]
-    heartbeat: Mapping[str, Any]
+    body: Node
+    heartbeat: Heartbeat | None
 
 
 class Picture:
@@ -47,42 +50,47 @@ class Picture:
         self.now_ms = now_ms
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
-        self._names = {one.owner: str(one.body.get("name", ""))[:MAX_NAME] for one in view.find("node")}
+        self._bodies = {one.owner: Node.model_validate(one.body) for one in self.find("node")}
+
+    def find(self, kind: str, owner: str | None = None) -> list[Record]:
+        """Returns the records of a kind whose bodies are what the schema says; what others wrote need not be."""
+        model = KINDS[kind]
+        return [one for one in self.view.find(kind, owner) if _fits(model, one)]
 
     def name(self, node: str) -> str:
         """Returns what people call a node: its name, or the beginning of its id."""
-        return self._names.get(node) or node[:8]
+        body = self._bodies.get(node)
+        return body.name[:MAX_NAME] if body else node[:8]
 
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, this one among them."""
-        bodies = {one.owner: one.body for one in self.view.find("node")}
-        beats = {one.owner: one.body for one in self.view.find("heartbeat")}
+        beats = {one.owner: Heartbeat.model_validate(one.body) for one in self.find("heartbeat")}
         retired = {one.id for one in self.view.find("retirement")}
-        known = {*bodies, *beats, self.node}
-        found = [self._node(one, bodies.get(one, {}), beats.get(one, {}), one in retired) for one in known]
+        known = {*self._bodies, *beats, *retired, self.node}
+        found = [self._node(one, beats.get(one), is_retired=one in retired) for one in known]
         return sorted(found, key=lambda one: (one.name, one.node))
 
-    def _node(self, node: str, body: Mapping[str, Any], beat: Mapping[str, Any], retired: bool) -> NodeView:
-        age = max(0, self.now_ms - int(beat["at_ms"])) if "at_ms" in beat else None
+    def _node(self, node: str, beat: Heartbeat | None, *, is_retired: bool) -> NodeView:
+        body = self._bodies.get(node) or Node(name=node[:8], fleet="")
+        age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
         if node == self.node:
             state, age = "here", 0
-        elif retired or body.get("retired"):
+        elif is_retired or body.retired:
             state = "retired"
         elif node in self._neighbours or self._is_fresh(age, beat):
             state = "up"
         position = self._positions.get(node, Position(0, 0))
-        lag = 0 if node == self.node else self._lag(beat)
+        lag = self._lag(beat) if beat and node != self.node else 0
         return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
 
-    def _is_fresh(self, age: int | None, beat: Mapping[str, Any]) -> bool:
-        return age is not None and age <= _BEATS_MISSED * 1000 * float(beat.get("interval_s", 0)) + _GRACE_MS
+    def _is_fresh(self, age: int | None, beat: Heartbeat | None) -> bool:
+        return age is not None and beat is not None and age <= _BEATS_MISSED * 1000 * beat.interval_s + _GRACE_MS
 
-    def _lag(self, beat: Mapping[str, Any]) -> int:
-        theirs = beat.get("positions", {})
-        return sum(
-            max(0, mine.seq - int(theirs.get(owner, (0, 0))[1])) for owner, mine in self._positions.items() if theirs
-        )
+    def _lag(self, beat: Heartbeat) -> int:
+        if not beat.positions:
+            return 0
+        return sum(max(0, mine.seq - beat.positions.get(owner, (0, 0))[1]) for owner, mine in self._positions.items())
 
     def unseen(self, nodes: Iterable[NodeView]) -> list[NodeView]:
         """Returns the nodes whose part of the picture is old."""
@@ -117,7 +125,7 @@ class Picture:
     def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
         """Returns the disks that are selected, by node, datastore and name; those of retired nodes are history."""
         retired = {one.id for one in self.view.find("retirement")}
-        found = [one for one in self.view.find("disk", owner) if one.owner not in retired]
+        found = [one for one in self.find("disk", owner) if one.owner not in retired]
         chosen = [one for one in found if selection is None or selection(self.facts(one))]
         return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
 
@@ -126,9 +134,20 @@ class Picture:
         identifier = response_id(request.owner, request.id)
         return self.view.get(str(request.body.get("target", "")), "response", identifier)
 
+    def since(self, moment_ms: int) -> int:
+        return max(0, self.now_ms - moment_ms)
+
     def describe_by(self, by: Mapping[str, Any] | None) -> str:
         """Returns who asked, in words."""
         if not by:
             return ""
         who = str(by.get("user") or "somebody")[:MAX_NAME]
         return f"{who} at {self.name(str(by.get('node', '')))}"
+
+
+def _fits(model: type[Body], record: Record) -> bool:
+    try:
+        model.model_validate(record.body)
+    except ValidationError:
+        return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import Header, Query
@@ -78,7 +78,7 @@ def checked(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return model.model_dump(mode="json", exclude_unset=True)
 
 
-def answer_of(state: State, requester: str, request: str, target: str, response: Record | None) -> Answer:
+def answer_of(requester: str, request: str, target: str, response: Record | None) -> Answer:
     if response is None:
         return Answer(request=request, requester=requester, target=target, state="sent")
     body = response.body
@@ -124,11 +124,11 @@ async def ask(
             if left <= 0:
                 break
             await heard.take(left)
-    return answer_of(state, state.node, request, target, response)
+    return answer_of(state.node, request, target, response)
 
 
 async def ask_many(
-    state: State, caller: Caller, wishes: list[tuple[str, str, Mapping[str, Any]]], *, wait: float
+    state: State, caller: Caller, wishes: Sequence[tuple[str, str, Mapping[str, Any]]], *, wait: float
 ) -> list[Answer]:
     """Asks for many changes, as `ask` does for one, at the same time; one that is refused at once stops none."""
     gate = asyncio.Semaphore(16)

@@ -1,4 +1,4 @@
-"""What is asked of owners. Each answers 200 with what was done, 409 with why not, or 202: the owner has not said yet."""
+"""What is asked of owners: 200 with what was done, 409 with why not, or 202, when the owner has not answered yet."""
 
 from __future__ import annotations
 

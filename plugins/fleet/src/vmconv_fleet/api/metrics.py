@@ -12,6 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.picture import Picture
 
 router = APIRouter()
 
@@ -55,15 +56,15 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "Records that an owner has written, as far as they are here",
         [({"node": picture.name(owner), "id": owner}, at.seq) for owner, at in positions.items()],
     )
-    jobs = Counter((picture.name(one.owner), str(one.body.get("state"))) for one in view.find("job"))
+    jobs = Counter((picture.name(one.owner), str(one.body.get("state"))) for one in picture.find("job"))
     yield (
         "jobs",
         "gauge",
         "Conversions by node and state",
         [({"node": node, "state": key}, n) for (node, key), n in jobs.items()],
     )
-    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(state)
-    disks = Counter((picture.name(one.owner), str(one.body.get("format") or "unknown")) for one in view.find("disk"))
+    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(picture)
+    disks = Counter((picture.name(one.owner), str(one.body.get("format") or "unknown")) for one in picture.find("disk"))
     yield (
         "disks",
         "gauge",
@@ -80,14 +81,14 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
             help_,
             [
                 ({"node": picture.name(one.owner), "datastore": one.id}, int(one.body.get(field, 0)))
-                for one in view.find("datastore")
+                for one in picture.find("datastore")
             ],
         )
-    waiting = sum(picture.response_of(one) is None for one in view.find("request"))
+    waiting = sum(picture.response_of(one) is None for one in picture.find("request"))
     yield (
         "requests_unanswered",
         "gauge",
-        "Requests whose owner has not answered, as far as is known here",
+        "Requests whose owner has not answered, as seen here",
         [({}, waiting)],
     )
     yield "problems", "gauge", "Things an administrator has to know of this node", [({}, len(state.problems()))]
@@ -109,9 +110,9 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
     yield "resident_bytes", "gauge", "Memory of the daemon", [({}, _resident())]
 
 
-def _bytes(state: State) -> list[Sample]:
+def _bytes(picture: Picture) -> list[Sample]:
     sums: Counter[str] = Counter()
-    for one in state.view().find("job"):
+    for one in picture.find("job"):
         if one.body.get("state") == "done":
             for name in ("shared", "copied", "written"):
                 sums[name] += int((one.body.get("plan") or {}).get(name, 0))

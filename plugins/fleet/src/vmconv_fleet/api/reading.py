@@ -53,8 +53,8 @@ def plain_node(one: NodeView) -> dict[str, Any]:
         "lag": one.lag,
         "position": f"{one.position.epoch}.{one.position.seq}",
         "neighbour": one.is_neighbour,
-        "problems": one.heartbeat.get("problems", []),
-        "body": dict(one.body),
+        "problems": one.heartbeat.problems if one.heartbeat else [],
+        "body": one.body.plain(),
     }
 
 
@@ -144,7 +144,7 @@ def jobs(
     offset: Offset = 0,
 ) -> Response:
     picture = state.picture()
-    found = state.view().find("job", owner_of(picture, node))
+    found = picture.find("job", owner_of(picture, node))
     if states:
         wanted = set(states.split(","))
         found = [one for one in found if one.body.get("state") in wanted]
@@ -159,7 +159,7 @@ def _list_of(kind: str, order: Callable[[Record], Any] | None) -> Callable[..., 
         request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
     ) -> Response:
         picture = state.picture()
-        found = state.view().find(kind, owner_of(picture, node))
+        found = picture.find(kind, owner_of(picture, node))
         found.sort(key=order or (lambda one: (-one.clock, one.owner, one.id)))
         return _listed(request, picture, found, limit, offset)
 
@@ -181,25 +181,25 @@ def requests(
     request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
     picture = state.picture()
-    found = sorted(state.view().find("request", owner_of(picture, node)), key=lambda one: -one.clock)
+    found = sorted(picture.find("request", owner_of(picture, node)), key=lambda one: -one.clock)
     page = found[offset : offset + limit]
     answers = [picture.response_of(one) for one in page]
     items = [
-        plain(one, picture) | {"answer": _answer(state, one, answer).model_dump(exclude_none=True)}
+        plain(one, picture) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
         for one, answer in zip(page, answers, strict=True)
     ]
     tag = tag_of_all([*page, *(one for one in answers if one)], len(found), offset)
     return tagged(request, tag, {"total": len(found), "offset": offset, "items": items})
 
 
-def _answer(state: State, request: Record, response: Record | None) -> Answer:
-    return answer_of(state, request.owner, request.id, str(request.body.get("target", "")), response)
+def _answer(request: Record, response: Record | None) -> Answer:
+    return answer_of(request.owner, request.id, str(request.body.get("target", "")), response)
 
 
 @router.get("/requests/{owner}/{identifier}", summary="What became of a request; 202 while nothing has")
 def request_(owner: str, identifier: str, state: StateOf, _caller: Known) -> JSONResponse:
     record = record_of(state, owner, "request", identifier)
-    return _answer(state, record, state.picture().response_of(record)).as_response()
+    return _answer(record, state.picture().response_of(record)).as_response()
 
 
 @router.get("/records/{kind}", summary="All records of a kind, also of one that this node does not know")
