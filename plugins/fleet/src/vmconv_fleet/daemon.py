@@ -30,6 +30,7 @@ from vmconv_fleet.records import Change, Record
 from vmconv_fleet.renewal import Renewal
 from vmconv_fleet.requests import Handler
 from vmconv_fleet.service import NodeService
+from vmconv_fleet.store import View
 from vmconv_fleet.trust import Trust
 from vmconv_fleet.watching import Watch
 from vmconv_fleet.zenoh_link import ZenohLink
@@ -110,11 +111,18 @@ class Daemon:
             handlers=handlers,
             schema=SCHEMA,
             patience_ms=patience,
+            introduction=[_certificate_record(self._credentials)],
         )
 
     def _say_who_it_is(self) -> None:
-        """Writes who the node is, as soon as it may write."""
-        self.service.write([_certificate_record(self._credentials), node_record(self.config, self.api.port)])
+        """Writes who the node is, as soon as it may write, and its certificate if that was renewed since."""
+        certificate, node = _certificate_record(self._credentials), node_record(self.config, self.api.port)
+
+        def decide(view: View) -> list[Change]:
+            known = view.get(self.config.node, certificate.kind, certificate.id)
+            return [node] if known is not None and known.body == certificate.body else [certificate, node]
+
+        self.service.update(decide)
 
     def _watch(self) -> Watch:
         node = self.config.node

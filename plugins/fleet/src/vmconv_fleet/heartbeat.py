@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import resource
+import os
 import threading
+from concurrent.futures import Future
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.clock import wall_ms
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.errors import FleetError
-from vmconv_fleet.records import Change
+from vmconv_fleet.records import Change, Record
 
 if TYPE_CHECKING:
     from vmconv_fleet.service import NodeService
@@ -23,7 +22,6 @@ PER_NODE = 0.4
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
 SCHEMA = 1
-_log = logging.getLogger("vmconv_fleet.heartbeat")
 
 
 def node_record(config: NodeConfig, api_port: int | None) -> Change:
@@ -41,12 +39,19 @@ def node_record(config: NodeConfig, api_port: int | None) -> Change:
     return Change("node", config.node, {name: value for name, value in body.items() if value is not None})
 
 
+def _memory() -> int:
+    """Returns the bytes of this process that are in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 class Heartbeat:
     """Writes the heartbeat on a thread of its own; at once, or nearly, after `changed`."""
 
     def __init__(self, service: NodeService, link: ZenohLink) -> None:
         self._service = service
         self._link = link
+        self._written: Future[list[Record]] | None = None
         self._changed = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -70,9 +75,12 @@ class Heartbeat:
                 self._changed.clear()
 
     def _beat(self) -> float:
-        """Writes one heartbeat and returns the seconds until the next."""
+        """Has one heartbeat written, if the last one is, and returns the seconds until the next."""
         positions = self._service.view().positions()
         interval = min(max(INTERVAL, PER_NODE * len(positions)), MAX_INTERVAL)
+        if self._written is not None and not self._written.done():
+            # The node still recovers its own records, or storage is slow: one that waits is enough.
+            return interval
         problems = [problem.text for problem in (*self._link.problems(), *self._service.problems())]
         body = {
             "at_ms": wall_ms(),
@@ -82,10 +90,7 @@ class Heartbeat:
             },
             "neighbours": self._link.neighbours(),
             "problems": problems[-20:],
-            "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "memory": _memory(),
         }
-        try:
-            self._service.write([Change("heartbeat", self._service.node, body)]).result(interval)
-        except (FleetError, TimeoutError) as exc:
-            _log.debug("no heartbeat: %s", exc)
+        self._written = self._service.write([Change("heartbeat", self._service.node, body)])
         return interval

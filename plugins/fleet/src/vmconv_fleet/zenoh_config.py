@@ -75,17 +75,17 @@ def _access(fleet: str, node: str, members: list[str]) -> dict[str, Any]:
 
     A member is who its certificate says. Rules are read when a session is opened: a new member means another session.
     """
-    everybody = link_key(fleet, "*", "*")
     rules = [
         _rule("say", ["put"], "egress", link_key(fleet, node, "*")),
-        _rule("subscribed", ["declare_subscriber"], "ingress", everybody),
         _rule("subscribe", ["declare_subscriber"], "egress", link_key(fleet, "*", node)),
-        *(_rule(f"hear-{member}", ["put"], "ingress", link_key(fleet, member, node)) for member in members),
     ]
     # Without a member the rules would have no subject, which Zenoh refuses.
+    for member in members or [node]:
+        rules.append(_rule(f"hear-{member}", ["put"], "ingress", link_key(fleet, member, node)))
+        rules.append(_rule(f"tell-{member}", ["declare_subscriber"], "ingress", link_key(fleet, "*", member)))
     subjects = [{"id": member, "cert_common_names": [member]} for member in members or [node]]
     policies = [
-        {"rules": ["say", "subscribed", "subscribe", *([f"hear-{member}"] if members else [])], "subjects": [member]}
+        {"rules": ["say", "subscribe", f"hear-{member}", f"tell-{member}"], "subjects": [member]}
         for member in members or [node]
     ]
     return {

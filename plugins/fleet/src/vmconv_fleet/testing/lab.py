@@ -45,7 +45,7 @@ class Lab:
     ) -> NodeConfig:
         """Makes one more node that listens at host:port and connects to `connect` (default: the first node).
 
-        `founded`: its database is new because the node is; otherwise, as after a loss, it waits until it met a neighbour.
+        `founded`: its database is new because the node is; otherwise, as after a loss, it waits for a neighbour.
         """
         number = len(self.nodes)
         directory = os.path.join(self.directory, f"node{number}")
