@@ -201,7 +201,7 @@ class Engine:
 
     def _routine(self, sends: list[Send]) -> None:
         now = _monotonic_ms()
-        if self._replica.due() <= now:
+        if not self._replica.serving or self._replica.due() <= now:
             sends += self._replica.tick()
         sends += self._requests.run()
         if now >= self._next_clean:
