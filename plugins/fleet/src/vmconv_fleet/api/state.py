@@ -61,8 +61,8 @@ class State:
         return list(dict.fromkeys(found))
 
 
-def _state(request: Request) -> State:
+def state_of(request: Request) -> State:
     return cast("State", request.app.state.fleet)
 
 
-StateOf = Annotated[State, Depends(_state)]
+StateOf = Annotated[State, Depends(state_of)]
