@@ -26,7 +26,6 @@ from vmconv_fleet.identity import (
     read_certificate,
     write_private,
 )
-from vmconv_fleet.joining import Granted, first_that_answers, renew
 
 RENEW_AT = 2 / 3
 """The part of its lifetime after which a certificate is renewed."""
@@ -87,6 +86,9 @@ def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:
     if os.path.exists(config.path(os.path.join("authority", "ca.key"))):
         certificate = Authority.load(config.directory).issue(request, node=config.node)
     else:
+        # Its modules take memory, and are needed once in months.
+        from vmconv_fleet.joining import Granted, first_that_answers, renew
+
         granted: Granted = first_that_answers(config.authorities, lambda address: renew(config, address, request))
         certificate = granted.certificate
         write_private(config.path("ca.pem"), granted.authorities)

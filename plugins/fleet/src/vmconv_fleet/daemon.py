@@ -18,14 +18,11 @@ from typing import Self
 from vmconv.errors import VmconvError
 from vmconv_fleet import credentials
 from vmconv_fleet.activation import ApiSockets
-from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.handlers import make_handlers
 from vmconv_fleet.heartbeat import SCHEMA, Heartbeat, node_record
 from vmconv_fleet.identity import Signer
-from vmconv_fleet.joining import JoinService
-from vmconv_fleet.membership import Members
 from vmconv_fleet.records import Change, Record
 from vmconv_fleet.renewal import Renewal
 from vmconv_fleet.requests import Handler
@@ -135,6 +132,10 @@ class Daemon:
         """Lets nodes in, where the authority is."""
         if not self.config.join or not os.path.exists(self.config.path(os.path.join("authority", "ca.key"))):
             return
+        from vmconv_fleet.authority import Authority
+        from vmconv_fleet.joining import JoinService
+        from vmconv_fleet.membership import Members
+
         members = Members(self.service, self.trust, self.link.members_changed)
         joining = JoinService(self.config, Authority.load(self.config.directory), members)
         self._parts.callback(joining.close)

@@ -19,7 +19,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
@@ -31,6 +31,7 @@ from vmconv_fleet.authority import Authority, AuthorityError, Invitation, finger
 from vmconv_fleet.config import LINK_PORT, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.identity import IdentityError, binding, read_authorities, read_certificate
+from vmconv_fleet.peers import common_name
 
 LIMIT = 64 << 10
 TIMEOUT = 10.0
@@ -215,14 +216,6 @@ def server_context(config: NodeConfig) -> ssl.SSLContext:
     context.load_verify_locations(config.path("ca.pem"))
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
-
-
-def common_name(connection: ssl.SSLSocket) -> str | None:
-    """Returns the node that the other end's verified certificate names, or None when it has shown none."""
-    # Typeshed says less of it than there is: tuples of relative distinguished names, each of pairs.
-    certificate: Mapping[str, Any] = connection.getpeercert() or {}
-    names = {name: value for pairs in certificate.get("subject", ()) for name, value in pairs}
-    return names.get("commonName")
 
 
 class Granted(NamedTuple):

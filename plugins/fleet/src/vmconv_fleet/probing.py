@@ -8,7 +8,7 @@ import ssl
 from typing import NamedTuple
 
 from vmconv_fleet.config import NodeConfig, split_address
-from vmconv_fleet.joining import common_name
+from vmconv_fleet.peers import common_name
 
 TIMEOUT = 2.0
 _REFUSAL_WAIT = 0.5
