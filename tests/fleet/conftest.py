@@ -21,7 +21,7 @@ def lab(tmp_path: Path) -> Lab:
 
 @pytest.fixture
 def drive() -> Iterator[Callable[..., Driven]]:
-    """Runs a node in a process of its own, which ends with the test at the latest."""
+    """Runs a node in a process of its own, which is killed after the test if it still runs."""
     running: list[Driven] = []
 
     def run(config: NodeConfig, **options: Any) -> Driven:
@@ -32,8 +32,7 @@ def drive() -> Iterator[Callable[..., Driven]]:
 
     yield run
     for driven in running:
-        if driven.process.poll() is None:
-            driven.kill()
+        driven.kill()
 
 
 @pytest.fixture

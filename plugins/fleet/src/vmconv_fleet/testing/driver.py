@@ -5,6 +5,7 @@
 {"do": "work", "every"}                     writes and asks everybody in turn until
 {"do": "rest"}
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
+{"do": "fail"}                              an exception that ends a thread
 {"do": "state"}                             neighbours, problems, requests without a response, counters
 """
 
@@ -56,6 +57,7 @@ class Driver:
             "recorded": self.recorded,
             "state": self.state,
             "forge": self.forge,
+            "fail": self.fail,
         }
         return orders[do](**arguments)
 
@@ -143,6 +145,15 @@ class Driver:
             "unanswered": sum((self._service.node, id) not in answered for id in mine),
             "counters": {**self._service.counters(), **self._link.counters},
         }
+
+    def fail(self) -> dict[str, Any]:
+        """Has a thread die of an exception."""
+
+        def die() -> None:
+            raise RuntimeError("told to fail")
+
+        threading.Thread(target=die, name="failing").start()
+        return {}
 
     def forge(self, peer: str, message: str) -> dict[str, Any]:
         """Sends bytes to a neighbour that no replica has made."""

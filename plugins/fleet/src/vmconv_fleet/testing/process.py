@@ -77,7 +77,7 @@ class Driven:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends it as a power failure does."""
+        """Ends it as a power failure does, if it still runs."""
         self.process.kill()
         self._ended(10)
 
