@@ -33,6 +33,7 @@ MAX_LAYERS = 64
 MAX_WARNINGS = 8
 SECONDS_FOR_AN_IMAGE = 20.0
 _MEMORY = 4 << 30
+_DESCRIPTOR = 64 << 10
 _MAX_TEXT = 400
 
 Body = dict[str, Any]
@@ -181,6 +182,9 @@ class _Inspection:
             if (identity := image.disk.identity) is not None:
                 body["identity"] = str(identity)
             said = [_short(text) for text in (*image.warnings, *remarks(image, opener))]
+            if image.file.size <= _DESCRIPTOR:
+                # What is so small only says where its payload lies: those files are opened with its table.
+                _ = image.guest
             parts |= {os.path.realpath(file.path) for file in opener.files if file is not image.file}
             try:
                 body["chain"] = list(self._layers(image))

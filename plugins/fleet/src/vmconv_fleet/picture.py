@@ -20,7 +20,9 @@ from vmconv_fleet.store import View
 NodeState = Literal["here", "up", "silent", "retired"]
 
 _BEATS_MISSED = 3
-_GRACE_MS = 4000
+_GRACE_MS = 3000
+"""A node that nobody has a link with may have been heard so long ago."""
+
 MAX_NAME = 80
 
 
@@ -67,10 +69,11 @@ class Picture:
         beats = {one.owner: Heartbeat.model_validate(one.body) for one in self.find("heartbeat")}
         retired = {one.id for one in self.view.find("retirement")}
         known = {*self._bodies, *beats, *retired, self.node}
-        found = [self._node(one, beats.get(one), is_retired=one in retired) for one in known]
+        reached = self._reached(beats)
+        found = [self._node(one, beats.get(one), reached, is_retired=one in retired) for one in known]
         return sorted(found, key=lambda one: (one.name, one.node))
 
-    def _node(self, node: str, beat: Heartbeat | None, *, is_retired: bool) -> NodeView:
+    def _node(self, node: str, beat: Heartbeat | None, reached: set[str], *, is_retired: bool) -> NodeView:
         body = self._bodies.get(node) or Node(name=node[:8], fleet="")
         age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
@@ -78,14 +81,22 @@ class Picture:
             state, age = "here", 0
         elif is_retired or body.retired:
             state = "retired"
-        elif node in self._neighbours or self._is_fresh(age, beat):
+        elif node in self._neighbours or (age is not None and age <= _still_good_ms(beat, is_reached=node in reached)):
             state = "up"
         position = self._positions.get(node, Position(0, 0))
         lag = self._lag(beat) if beat and node != self.node else 0
         return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
 
-    def _is_fresh(self, age: int | None, beat: Heartbeat | None) -> bool:
-        return age is not None and beat is not None and age <= _BEATS_MISSED * 1000 * beat.interval_s + _GRACE_MS
+    def _reached(self, beats: Mapping[str, Heartbeat]) -> set[str]:
+        """Returns the nodes to which links lead from here, over as many others as it takes, by what they said last."""
+        reached: set[str] = set()
+        waiting = list(self._neighbours)
+        while waiting:
+            node = waiting.pop()
+            if node not in reached:
+                reached.add(node)
+                waiting += beats[node].neighbours if node in beats else []
+        return reached
 
     def _lag(self, beat: Heartbeat) -> int:
         if not beat.positions:
@@ -143,6 +154,11 @@ class Picture:
             return ""
         who = str(by.get("user") or "somebody")[:MAX_NAME]
         return f"{who} at {self.name(str(by.get('node', '')))}"
+
+
+def _still_good_ms(beat: Heartbeat | None, *, is_reached: bool) -> float:
+    """Returns how old a heartbeat may be of a node that is there."""
+    return _BEATS_MISSED * 1000 * beat.interval_s if beat and is_reached else _GRACE_MS
 
 
 def _fits(model: type[Body], record: Record) -> bool:

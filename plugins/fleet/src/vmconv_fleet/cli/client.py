@@ -47,19 +47,19 @@ class _SocketConnection(http.client.HTTPConnection):
 class Client:
     """The API of the node that `where` names: its directory, or a URL of HTTPS.
 
-    `ca` is the fleet's CA certificate, for a URL. One connection is kept for all calls; use as a context manager.
+    `ca` is the fleet's CA certificate, for a URL. Each call has a connection of its own: a node ends those that nobody
+    uses. Use as a context manager.
     """
 
     def __init__(self, where: str, *, ca: str | None = None, token: str | None = None) -> None:
         self.where = where
-        self._headers = {"Accept": "application/json"}
+        self._headers = {"Accept": "application/json", "Connection": "close"}
         self._connection = self._connect(where, ca, token)
 
     def _connect(self, where: str, ca: str | None, token: str | None) -> http.client.HTTPConnection:
         """Returns the connection, which is made when it is first used."""
         if "://" not in where:
-            user = os.environ.get("SUDO_USER") or os.environ.get("USER") or str(os.getuid())
-            self._headers["X-Vmconv-User"] = user
+            self._headers["X-Vmconv-User"] = _user()
             return _SocketConnection(os.path.join(where, "api.sock"), _PATIENCE)
         url = urlsplit(where)
         if url.scheme != "https" or not url.hostname:
@@ -112,6 +112,7 @@ class Client:
         data = None if body is None else json.dumps(body)
         headers = self._headers | ({} if data is None else {"Content-Type": "application/json"})
         target = path + (f"?{urlencode(query)}" if query else "")
+        self._connection.close()
         try:
             self._connection.request(method, target, data, headers)
             return self._connection.getresponse()
@@ -123,6 +124,16 @@ class Client:
             raise AccessError(f"{self.where}: its socket is for the user who runs the node") from exc
         except (OSError, http.client.HTTPException) as exc:
             raise UnreachableError(f"{self.where}: {exc}") from exc
+
+
+def _user() -> str:
+    """Returns who sits here, for the history."""
+    import pwd
+
+    try:
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
 
 
 def _content(response: http.client.HTTPResponse) -> Any:
