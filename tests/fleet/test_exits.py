@@ -35,14 +35,14 @@ def pair(lab: Lab, drive: Drive) -> tuple[Driven, Driven]:
 def test_a_signal_ends_it_with_success(lab: Lab, drive: Drive, number: int) -> None:
     node, _ = pair(lab, drive)
     node.signal(number)
-    assert node.process.wait(HANG) == 0
+    assert node.process.wait(HANG) == 0, node.log()
     assert running(node.config) is None
 
 
 def test_an_exception_in_a_thread_ends_it_with_failure(lab: Lab, drive: Drive) -> None:
     node, _ = pair(lab, drive)
     node.tell("fail")
-    assert node.process.wait(HANG) == 1
+    assert node.process.wait(HANG) == 1, node.log()
     assert "told to fail" in node.log()
 
 
@@ -52,7 +52,7 @@ def test_it_ends_while_it_writes_and_is_written_to(lab: Lab, drive: Drive) -> No
         node.ask("work", every=0.0, targets=[one.config.node, other.config.node])
     wait_until(lambda: one.ask("state")["requests"] > 20, 20, "work goes on")
     one.signal(signal.SIGTERM)
-    assert one.process.wait(HANG) == 0
+    assert one.process.wait(HANG) == 0, one.log()
 
 
 def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
@@ -60,7 +60,7 @@ def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
     other.signal(signal.SIGSTOP)
     one.tell("write", count=2000, size=2000, batch=10)
     one.signal(signal.SIGTERM)
-    assert one.process.wait(HANG) == 0
+    assert one.process.wait(HANG) == 0, one.log()
 
 
 def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive: Drive) -> None:
@@ -69,14 +69,14 @@ def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive:
     node = drive(lab.add(founded=False))
     assert not node.ask("state")["serving"]
     node.signal(signal.SIGTERM)
-    assert node.process.wait(HANG) == 0
+    assert node.process.wait(HANG) == 0, node.log()
 
 
 def test_it_ends_at_once_after_it_began(lab: Lab, drive: Drive) -> None:
     node = drive(lab.add())
     node.signal(signal.SIGTERM)
     node.signal(signal.SIGTERM)
-    assert node.process.wait(HANG) == 0
+    assert node.process.wait(HANG) == 0, node.log()
 
 
 def run(directory: str) -> subprocess.CompletedProcess[str]:

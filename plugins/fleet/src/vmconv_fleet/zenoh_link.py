@@ -297,9 +297,9 @@ class ZenohLink:
             self._connected -= {node}
             self._events.disconnected(node)
             self._changed()
-        for declared in (neighbour.matching, neighbour.live, neighbour.bulk):
-            with contextlib.suppress(zenoh.ZError):
-                declared.undeclare()
+        # Not the publishers: somebody may be in a put of one, which then cannot be undeclared. They go with who uses them.
+        with contextlib.suppress(zenoh.ZError):
+            neighbour.matching.undeclare()
 
     # Zenoh's threads, and those of who sends.
 
