@@ -20,10 +20,13 @@ from vmconv_fleet.store import Store
 from vmconv_fleet.verification import Gate
 
 SESSIONS = 4
-FIRST_TIMEOUT_MS = 600
-TIMEOUT_MS = 2000
+TIMEOUT_MS = 600
+TRIES = 6
+"""So often the same page is asked for; where nothing has come yet, others are asked after TRIES_AT_FIRST."""
+
+TRIES_AT_FIRST = 2
 PATIENCE = 2
-"""So many answers in a row may be missing before a neighbour is asked less often."""
+"""So many sessions in a row may fail for lack of answers before a neighbour is asked less often."""
 
 BACKOFF_MS = 500
 MAX_BACKOFF_MS = 60_000
@@ -49,6 +52,7 @@ class Session:
         self.floor = 0
         self.staged = False
         self.deadline = 0
+        self.tries = 0
 
     def begin_anew(self) -> None:
         self.after, self.whole, self.staged, self.floor = START, True, False, 0
@@ -108,13 +112,16 @@ class CatchUp:
         """Yields what to ask whom: new sessions, and those whose answer has not come again, of somebody else."""
         for late in [session for session in self._sessions.values() if session.deadline <= now]:
             self._problems.count("pull-timeouts")
-            self.fail(late, now, patience=PATIENCE)
+            if late.tries < (TRIES if late.staged else TRIES_AT_FIRST) and late.peer in self._neighbours:
+                yield late.peer, self.ask(late, now)
+            else:
+                self.fail(late, now, patience=PATIENCE)
         for owner in [owner for owner, want in self._wants.items() if want.due <= now]:
             if len(self._sessions) >= SESSIONS:
                 break
             session = self._start(owner, self._wants.pop(owner).evidence, now)
             if session is not None:
-                yield session.peer, session.pull()
+                yield session.peer, self.ask(session, now)
 
     def session(self, peer: str, page: Page) -> Session | None:
         """Returns the session that a page belongs to, if it is the next page of one."""
@@ -127,8 +134,8 @@ class CatchUp:
             session.begin_anew()
         return session if page.after == session.after else None
 
-    def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
-        """Verifies a page; returns its records if it is the last one, None if there is another to ask for.
+    def take(self, session: Session, page: Page, wall: int) -> list[Record] | None:
+        """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.
 
         MalformedError, ForgedError: it is not what it should be.
         """
@@ -145,7 +152,7 @@ class CatchUp:
         session.staged = True
         session.after = records[-1].position
         session.floor = page.floor
-        session.deadline = now + TIMEOUT_MS
+        session.tries = 0
         return None
 
     def finish(self, session: Session, records: Sequence[Record]) -> int:
@@ -206,9 +213,14 @@ class CatchUp:
                 self._wants[owner] = _Want(min(self._failures[peer, owner][1] for peer in peers), evidence)
             return None
         session = Session(owner, self._random.choice(able), self._random.randrange(1, 1 << 48), position, evidence)
-        session.deadline = now + FIRST_TIMEOUT_MS
         self._sessions[owner] = session
         return session
+
+    def ask(self, session: Session, now: int) -> Pull:
+        """Returns what to ask for next."""
+        session.tries += 1
+        session.deadline = now + TIMEOUT_MS
+        return session.pull()
 
     def _close(self, session: Session) -> None:
         if session.staged:

@@ -140,9 +140,9 @@ class Reception:
             return []
         now = self._shared.monotonic()
         try:
-            records = catchup.take(session, page, self._shared.now(), now)
+            records = catchup.take(session, page, self._shared.now())
             if records is None:
-                return [Send(peer, messages.encode(session.pull()))]
+                return [Send(peer, messages.encode(catchup.ask(session, now)))]
             sends = self._complete(session, records)
         except TornError as exc:
             catchup.fail(session, now)

@@ -86,7 +86,7 @@ class Replica:
         self._recovery = Recovery(shared, self._own)
         self._reception = Reception(shared, self._teller, self._recovery)
         self._grouped = False
-        self._next_floor = monotonic()
+        self._ticked = self._next_floor = monotonic()
         gate.learn_stored()
         self._drop_retired()
         newest = store.at(node, store.position(node).seq)
@@ -178,14 +178,14 @@ class Replica:
     def due(self) -> int:
         """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
         if not self._recovery.serving:
-            return self._shared.monotonic() + messages.TICK_MS
+            return self._ticked + messages.TICK_MS
         return min(
             self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._next_floor
         )
 
     def tick(self) -> list[Send]:
         """Does what is due; to be called at `due()`, and does no harm before."""
-        now = self._shared.monotonic()
+        self._ticked = now = self._shared.monotonic()
         with self.batch():
             sends = self._teller.publish(self._introduced(self._recovery.begin_due(now)))
             sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]

@@ -297,7 +297,7 @@ class ZenohLink:
             self._connected -= {node}
             self._events.disconnected(node)
             self._changed()
-        # Not the publishers: somebody may be in a put of one, which then cannot be undeclared. They go with who uses them.
+        # Not the publishers: somebody may be in a put of one, which then cannot be undeclared.
         with contextlib.suppress(zenoh.ZError):
             neighbour.matching.undeclare()
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from vmconv_fleet.testing.lab import Lab, free_port
 from vmconv_fleet.testing.namespaces import Network, why_no_namespaces
-from vmconv_fleet.testing.process import Driven
-from vmconv_fleet.testing.views import agree, view_of
+from vmconv_fleet.testing.process import Driven, wait_until
+from vmconv_fleet.testing.views import agree, ledger_of, view_of
 
-__all__ = ["Driven", "Lab", "Network", "agree", "free_port", "view_of", "why_no_namespaces"]
+__all__ = [
+    "Driven",
+    "Lab",
+    "Network",
+    "agree",
+    "free_port",
+    "ledger_of",
+    "view_of",
+    "wait_until",
+    "why_no_namespaces",
+]
