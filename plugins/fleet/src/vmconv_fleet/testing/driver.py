@@ -1,7 +1,7 @@
 """The process of `Driven`: the daemon as it is, with one verb more and orders on standard input.
 
 {"do": "write", "count", "size", "batch"}   records `note` of its own, without transactions
-{"do": "ask", "target", "count"}            requests with the verb `note`, one after the other, each waited for
+{"do": "ask", "target", "count", "threads"} requests with the verb `note`, one after the other, or many at once
 {"do": "work", "every"}                     writes and asks everybody in turn until
 {"do": "rest"}
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vmconv_fleet import config as settings
@@ -73,19 +74,22 @@ class Driver:
             future.result(120)
         return {"seconds": time.monotonic() - begin, "prefix": prefix}
 
-    def ask(self, target: str, count: int = 1, parallel: bool = False) -> dict[str, Any]:
-        """Returns the time that each answer took, or with `parallel` that all of them took together."""
-        begin, times, asked = time.monotonic(), [], []
-        for _ in range(count):
-            start = time.monotonic()
-            request = self._service.submit(target, "note", {"id": secrets.token_hex(6)}, BY)
-            asked.append(request)
-            if not parallel:
-                self._answered(request)
+    def ask(self, target: str, count: int = 1, threads: int = 0) -> dict[str, Any]:
+        """Returns the time that each answer took, or with `threads`, which ask at once, that all of them took together."""
+        begin, times = time.monotonic(), []
+        if threads:
+            with ThreadPoolExecutor(threads) as pool:
+                for request in list(pool.map(lambda _: self._submit(target), range(count))):
+                    self._answered(request)
+        else:
+            for _ in range(count):
+                start = time.monotonic()
+                self._answered(self._submit(target))
                 times.append(time.monotonic() - start)
-        for request in asked if parallel else ():
-            self._answered(request)
         return {"times": times, "seconds": time.monotonic() - begin}
+
+    def _submit(self, target: str) -> str:
+        return self._service.submit(target, "note", {"id": secrets.token_hex(6)}, BY)
 
     def _answered(self, request: str) -> None:
         response = self._service.response(request, 60)
