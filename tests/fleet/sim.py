@@ -245,6 +245,7 @@ class World:
             monotonic=lambda: self.time,
             timing=timing,
             introduction=[certificate(node.id, node.signer.key_id)],
+            random=self.random,
         )
         node.replica = replica
         node.requests = Requests(replica, {"add": self._add, "refuse": _refuse, "break": _break}, wall)

@@ -6,8 +6,8 @@ there is none that anybody may see. `Session.whole`: it replaces what is there.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import NamedTuple
 
 from vmconv_fleet.errors import FleetError, MalformedError
@@ -69,12 +69,12 @@ class _Want(NamedTuple):
 class CatchUp:
     """All sessions of a replica, what it wants, and whom not to ask for a while."""
 
-    def __init__(self, store: Store, gate: Gate, neighbours: Neighbours, problems: Problems, seed: str) -> None:
+    def __init__(self, store: Store, gate: Gate, neighbours: Neighbours, problems: Problems, random: Random) -> None:
         self._store = store
         self._gate = gate
         self._neighbours = neighbours
         self._problems = problems
-        self._random = random.Random(seed)
+        self._random = random
         self._wants: dict[str, _Want] = {}
         self._sessions: dict[str, Session] = {}
         self._failures: dict[tuple[str, str], tuple[int, int]] = {}

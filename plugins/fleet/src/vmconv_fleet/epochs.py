@@ -30,10 +30,13 @@ class History(NamedTuple):
     def holds(self, position: Position, floor: int | None = None) -> bool:
         """Whether who is at the position has a part of this history, and can be told what comes after it.
 
-        `floor`: who has nothing from before its position needs no deletions as long as the floor is still this one.
+        `floor`: who is being told everything, and has come to the position, needs no deletions as long as the floor is
+        still this one; and its position may lie in an epoch that is not remembered any more.
         """
         if position.seq < self.floor and floor != self.floor:
             return False
+        if floor is not None and self.starts and position < self.starts[0]:
+            return position.seq < self.starts[0][1]
         for number, (epoch, first) in enumerate(self.starts):
             if epoch == position.epoch:
                 following = self.starts[number + 1 : number + 2]

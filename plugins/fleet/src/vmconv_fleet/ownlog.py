@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from random import Random
 
 from vmconv_fleet import epochs
 from vmconv_fleet.clock import HybridClock, milliseconds
@@ -11,15 +12,18 @@ from vmconv_fleet.records import STATE_MODULUS, Change, Position, Record, decode
 from vmconv_fleet.signing import Signer
 from vmconv_fleet.store import Store
 
+EPOCH_CHANCE = 1 << 20
+
 
 class OwnLog:
     """Writes records of the node: numbered without a gap, signed, each valid by the rules that all others apply."""
 
-    def __init__(self, store: Store, signer: Signer, clock: HybridClock, schema: int) -> None:
+    def __init__(self, store: Store, signer: Signer, clock: HybridClock, schema: int, random: Random) -> None:
         self._store = store
         self._signer = signer
         self._clock = clock
         self._schema = schema
+        self._random = random
 
     def append(self, changes: Sequence[Change], now: int, txn: int) -> list[Record]:
         """Writes all of the changes or, with a MalformedError, none; deletes nothing that is not there."""
@@ -31,9 +35,12 @@ class OwnLog:
         return written
 
     def begin_epoch(self, now: int, beyond: int) -> list[Record]:
-        """Begins an epoch later than every one of the node's, than `beyond` and than the past."""
+        """Begins an epoch later than every one that is known of the node, and no one that it ever had.
+
+        The clock alone does not promise that: it goes back, and what is known can be lost. So chance decides, too.
+        """
         position = self._store.position(self._signer.owner)
-        epoch = max(position.epoch + 1, beyond + 1, now)
+        epoch = max(position.epoch + 1, beyond + 1, now) + self._random.randrange(EPOCH_CHANCE)
         history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1)
         return self._write_history(history, Position(epoch, position.seq), now)
 

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from random import Random, SystemRandom
 
 from vmconv_fleet import messages
 from vmconv_fleet.catchup import CatchUp
@@ -52,12 +53,14 @@ class Replica:
         timing: Timing = Timing(),  # noqa: B008 - a value
         verify_all: VerifyAll = map,
         introduction: Sequence[Change] = (),
+        random: Random | None = None,
     ) -> None:
         """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds.
 
         `introduction` is written with the first record of an epoch where it is not there yet: the certificate without
-        which no one can verify anything else.
+        which no one can verify anything else. `random` makes tests repeatable.
         """
+        random = random or SystemRandom()
         node, problems, neighbours = signer.owner, Problems(), Neighbours()
         clock = HybridClock()
         gate = Gate(store, trust, clock, problems, verify_all)
@@ -67,7 +70,7 @@ class Replica:
             trust=trust,
             gate=gate,
             neighbours=neighbours,
-            catchup=CatchUp(store, gate, neighbours, problems, f"{node}{now()}"),
+            catchup=CatchUp(store, gate, neighbours, problems, random),
             forks=Forks(store, problems),
             news=News(store),
             problems=problems,
@@ -80,7 +83,7 @@ class Replica:
         self.problems = problems
         self.neighbours = neighbours
         self._shared = shared
-        self._own = OwnLog(store, signer, clock, schema)
+        self._own = OwnLog(store, signer, clock, schema, random)
         self._introduction = introduction
         self._teller = Teller(shared)
         self._recovery = Recovery(shared, self._own)
