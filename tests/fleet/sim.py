@@ -76,6 +76,7 @@ class Node:
     def __init__(self, number: int) -> None:
         self.id = node_id(number)
         self.signer = PlainSigner(self.id)
+        self.trust = PlainTrust(self.signer)
         self.disk = new_disk()
         self.offset = 0
         self.backups: list[bytes] = []
@@ -231,7 +232,7 @@ class World:
         assert node.replica is None
         node.number += 1
         node.disk.executescript("DROP TABLE IF EXISTS temp.staged")
-        trust = PlainTrust(node.signer)
+        node.trust = trust = PlainTrust(node.signer)
         timing = Timing(patience=patience, settle=500, digest=2000, grace=4000, floor=1500)
 
         def wall() -> int:
@@ -314,7 +315,7 @@ class World:
 
     def _restart(self, node: Node) -> Callable[[], None]:
         def restart() -> None:
-            if node.replica is None:
+            if node.replica is None and not (self._healing and node.retired):
                 self._boot(node, patience=self.random.choice((0, 500, 3000)))
 
         return restart
@@ -415,7 +416,7 @@ class World:
         patience = self.random.choice((None, 3000, 3000, 0))
 
         def boot() -> None:
-            if node.replica is None:
+            if node.replica is None and not (self._healing and node.retired):
                 self._boot(node, patience=patience)
 
         self._at(self.random.randint(10, 3000), boot)
@@ -493,20 +494,26 @@ class World:
     def _heal_all(self) -> None:
         self._healing = True
         self._parts = dict.fromkeys(self.nodes, 0)
-        if any(node.retired for node in self.nodes.values()):
-            self._links = self._mesh()
         for node in self.nodes.values():
             node.offset //= 100
             node.disk.fuse = 0
-            if node.retired:
-                self._kill(node)
-                continue
             if node.stopped:
                 self._continue(node)
             if node.replica is None:
                 self._boot(node, patience=1000)
+        for node in self.nodes.values():
+            if node.retired:
+                self._end_retired(node)
         self._rewire()
         self._say("healed")
+
+    def _end_retired(self, node: Node) -> None:
+        """Ends a node that was retired, and joins those between whom it stood; unless who knew has lost its disk."""
+        others = [other for other in self.nodes.values() if other is not node]
+        node.retired = any(other.trust.retired(node.id) for other in others)
+        if node.retired:
+            self._links = self._mesh()
+            self._kill(node)
 
     def _converge(self) -> None:
         begin = self.time
