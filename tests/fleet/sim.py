@@ -509,8 +509,7 @@ class World:
 
     def _end_retired(self, node: Node) -> None:
         """Ends a node that was retired, and joins those between whom it stood; unless who knew has lost its disk."""
-        others = [other for other in self.nodes.values() if other is not node]
-        node.retired = any(other.trust.retired(node.id) for other in others)
+        node.retired = any(other.trust.retired(node.id) for other in self.nodes.values())
         if node.retired:
             self._links = self._mesh()
             self._kill(node)

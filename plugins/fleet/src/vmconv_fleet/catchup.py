@@ -1,7 +1,7 @@
 """Catching up: asking a neighbour for what is missing of an owner's records, page by page.
 
 What comes is kept aside until it is complete and then taken whole, in one transaction: between two states of an owner
-there is none that anybody may see. `Session.whole`: it replaces what is there.
+there is none that anybody may see.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vmconv_fleet.verification import Gate
 
 SESSIONS = 4
 TIMEOUT_MS = 600
-TRIES = 6
-"""So often the same page is asked for; where nothing has come yet, others are asked after TRIES_AT_FIRST."""
+TRIES = 5
+"""So often the same page is asked for, each time with twice the patience; and less where nothing has come yet."""
 
 TRIES_AT_FIRST = 2
 PATIENCE = 2
@@ -40,25 +40,32 @@ class TornError(FleetError):
 
 
 class Session:
-    """One owner's records, asked of one neighbour; `after` is how far the pages have come."""
+    """One owner's records, asked of one neighbour; `after` is how far the pages have come.
+
+    `base` is where they begin; with START (`whole`) they replace what is there. `seen` is how far the neighbour was.
+    """
 
     def __init__(self, owner: str, peer: str, number: int, after: Position, evidence: str | None) -> None:
         self.owner = owner
         self.peer = peer
         self.number = number
-        self.after = after
+        self.after = self.base = after
         self.evidence = evidence
-        self.whole = after == START
-        self.floor = 0
+        self.seen = START
         self.staged = False
         self.deadline = 0
         self.tries = 0
 
+    @property
+    def whole(self) -> bool:
+        return self.base == START
+
     def begin_anew(self) -> None:
-        self.after, self.whole, self.staged, self.floor = START, True, False, 0
+        self.after = self.base = self.seen = START
+        self.staged = False
 
     def pull(self) -> Pull:
-        return Pull(self.owner, self.number, self.after, self.staged and self.whole, self.floor)
+        return Pull(self.owner, self.number, self.after, self.base, self.seen)
 
 
 class _Want(NamedTuple):
@@ -134,7 +141,7 @@ class CatchUp:
             session.begin_anew()
         return session if page.after == session.after else None
 
-    def take(self, session: Session, page: Page, wall: int) -> list[Record] | None:
+    def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
         """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.
 
         MalformedError, ForgedError: it is not what it should be.
@@ -151,8 +158,9 @@ class CatchUp:
         self._store.stage(session.number, records)
         session.staged = True
         session.after = records[-1].position
-        session.floor = page.floor
+        session.seen = page.seen
         session.tries = 0
+        session.deadline = now + TIMEOUT_MS
         return None
 
     def finish(self, session: Session, records: Sequence[Record]) -> int:
@@ -219,7 +227,7 @@ class CatchUp:
     def ask(self, session: Session, now: int) -> Pull:
         """Returns what to ask for next."""
         session.tries += 1
-        session.deadline = now + TIMEOUT_MS
+        session.deadline = now + (TIMEOUT_MS << session.tries - 1)
         return session.pull()
 
     def _close(self, session: Session) -> None:

@@ -27,16 +27,16 @@ class History(NamedTuple):
         """Returns the history with a new epoch that begins with this record."""
         return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:])
 
-    def holds(self, position: Position, floor: int | None = None) -> bool:
-        """Whether who is at the position has a part of this history, and can be told what comes after it.
+    def holds(self, position: Position) -> bool:
+        """Whether who is at the position has a part of this history, and can be told what comes after it."""
+        return position.seq >= self.floor and self._passed(position)
 
-        `floor`: who is being told everything, and has come to the position, needs no deletions as long as the floor is
-        still this one; and its position may lie in an epoch that is not remembered any more.
-        """
-        if position.seq < self.floor and floor != self.floor:
-            return False
-        if floor is not None and self.starts and position < self.starts[0]:
-            return position.seq < self.starts[0][1]
+    def follows(self, position: Position) -> bool:
+        """Whether this history goes on from the position, as far as it is remembered."""
+        forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
+        return forgotten or self._passed(position)
+
+    def _passed(self, position: Position) -> bool:
         for number, (epoch, first) in enumerate(self.starts):
             if epoch == position.epoch:
                 following = self.starts[number + 1 : number + 2]

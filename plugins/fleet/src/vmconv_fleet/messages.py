@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmconv_fleet.errors import MalformedError
-from vmconv_fleet.records import MAX_NUMBER, Position, Record, check_node_id
+from vmconv_fleet.records import MAX_NUMBER, START, Position, Record, check_node_id
 
 LIVE = ord("l")
 DIGEST = ord("d")
@@ -32,6 +32,9 @@ NOTICE = ord("n")
 MAX_MESSAGE = 1 << 20
 PAGE_BYTES = 192 << 10
 """A page, and a live message, ends with the record that passes this."""
+
+WINDOW = 4
+"""So many pages are sent before the next has to be asked for."""
 
 TICK_MS = 50
 
@@ -63,21 +66,22 @@ class Digest(NamedTuple):
 class Pull(NamedTuple):
     """Asks for the owner's records after a position; `session` comes back.
 
-    `whole`: nothing else of the owner is kept, so a position before its floor is no obstacle as long as the floor is
-    still the one of the first page.
+    `base` is where the asking began, with START if all is asked for, and `seen` how far the answerer was with the page
+    before: all pages are of one history, and no deletion after `base` is forgotten meanwhile, or it begins anew.
     """
 
     owner: str
     session: int
     after: Position
-    whole: bool = False
-    floor: int = 0
+    base: Position
+    seen: Position = START
 
 
 class Page(NamedTuple):
     """Records in the order of their positions, after the first `certificates` ones, which help to verify them.
 
-    `whole`: what was asked for is no part of the owner's past: begin with this page, and with nothing.
+    `whole`: what was asked for is no part of the owner's past: begin with this page, and with nothing. `seen`: how far
+    the answerer is. `more`: it is not the last page; `ask`: the next one has to be asked for.
     """
 
     owner: str
@@ -85,7 +89,8 @@ class Page(NamedTuple):
     after: Position
     whole: bool
     more: bool
-    floor: int
+    ask: bool
+    seen: Position
     certificates: int
     wires: Sequence[bytes]
 
@@ -135,12 +140,12 @@ def decode(data: bytes) -> Message:
                 return Live(_some(wires))
             case (100, {"at": dict(at)}):
                 return _digest(at, header)
-            case (112, {"owner": owner, "session": session, "after": after, "whole": whole, "floor": floor}):
-                return Pull(check_node_id(owner), _number(session), _position(after), whole is True, _number(floor))
-            case (103, {"owner": owner, "session": session, "after": after, "certificates": count}):
-                flags = header["whole"] is True, header["more"] is True
+            case (112, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
+                return Pull(check_node_id(owner), _number(session), *map(_position, (after, base, seen)))
+            case (103, {"owner": owner, "session": session, "after": after, "seen": seen, "certificates": count}):
+                flags = header["whole"] is True, header["more"] is True, header["ask"] is True
                 ids = check_node_id(owner), _number(session), _position(after)
-                return Page(*ids, *flags, _number(header["floor"]), _number(count), wires)
+                return Page(*ids, *flags, _position(seen), _number(count), wires)
             case (110, {}):
                 return Notice(_some(wires))
     except (ValueError, TypeError, KeyError, RecursionError) as exc:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmconv_fleet import messages
+from vmconv_fleet import epochs, messages
 from vmconv_fleet.catchup import SMALL, Session, TornError
+from vmconv_fleet.epochs import history_of
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.held import Held
 from vmconv_fleet.messages import Digest, Live, Message, Notice, Page, Pull, Send, Standing
@@ -122,6 +123,8 @@ class Reception:
     def _compare(self, peer: str, owner: str, theirs: Standing, due: int) -> None:
         shared = self._shared
         ours = shared.store.position(owner)
+        if owner == shared.node:
+            ours = max(ours, self._recovery.settled)
         if theirs.position < ours or shared.trust.retired(owner):
             return
         if theirs.position > ours:
@@ -140,9 +143,9 @@ class Reception:
             return []
         now = self._shared.monotonic()
         try:
-            records = catchup.take(session, page, self._shared.now())
+            records = catchup.take(session, page, self._shared.now(), now)
             if records is None:
-                return [Send(peer, messages.encode(catchup.ask(session, now)))]
+                return [Send(peer, messages.encode(catchup.ask(session, now)))] if page.ask else []
             sends = self._complete(session, records)
         except TornError as exc:
             catchup.fail(session, now)
@@ -163,7 +166,7 @@ class Reception:
         if session.whole and ours != START:
             halves = shared.forks.keep(shared.catchup.rows(session, records), shared.now())
         sends = self._teller.evidence(halves)
-        if owner == shared.node and self._recovery.serving:
+        if owner == shared.node and (self._recovery.serving or not self._goes_on(session, records)):
             if halves or last > ours:
                 self._recovery.supersede(last)
             return sends
@@ -172,6 +175,14 @@ class Reception:
             self._replace(session, records)
             sends += self._teller.catch_up(owner)
         return sends
+
+    def _goes_on(self, session: Session, records: Sequence[Record]) -> bool:
+        """Whether a complete answer goes on from what is here, so that nothing that was written here is lost by it."""
+        ours = self._shared.store.position(session.owner)
+        if not session.whole or ours == START:
+            return True
+        rows = self._shared.catchup.rows(session, records)
+        return history_of(next((row for row in rows if row.kind == epochs.KIND), None)).follows(ours)
 
     def _replace(self, session: Session, records: Sequence[Record]) -> None:
         shared, owner = self._shared, session.owner

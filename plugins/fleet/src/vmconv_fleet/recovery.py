@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmconv_fleet.catchup import NEVER
 from vmconv_fleet.ownlog import OwnLog
-from vmconv_fleet.records import Position, Record
+from vmconv_fleet.records import MAX_NUMBER, START, Position, Record
 from vmconv_fleet.shared import Shared
 
 LIMIT = 10
@@ -31,6 +31,11 @@ class Recovery:
         """Whether the node is in an epoch of its own: what the database has, and not what a failed commit said."""
         return self._epoch != 0 and self._shared.store.position(self._shared.node).epoch == self._epoch
 
+    @property
+    def settled(self) -> Position:
+        """Beyond this position, neighbours' records of the node would be news; those before have been superseded."""
+        return Position(self._beyond, MAX_NUMBER) if self._beyond >= self._epoch else START
+
     def settle(self) -> None:
         """Waits for more neighbours: one has just come."""
         self._settled = self._shared.monotonic() + self._shared.timing.settle
@@ -38,8 +43,6 @@ class Recovery:
     def supersede(self, position: Position) -> None:
         """Takes note of a signed record of this node that its database has not: a new epoch has to be beyond it."""
         self._beyond = max(self._beyond, position.epoch)
-        if not self.serving:
-            return
         self._superseded += 1
         kind = "lost" if self._superseded < _CLONED else "cloned"
         known = tuple(self._shared.store.position(self._shared.node))
@@ -63,7 +66,7 @@ class Recovery:
     def _may_serve(self, now: int) -> bool:
         shared = self._shared
         waited, patience = now - self._started, shared.timing.patience
-        ahead = shared.neighbours.ahead(shared.node, shared.store.position(shared.node))
+        ahead = shared.neighbours.ahead(shared.node, max(self.settled, shared.store.position(shared.node)))
         if ahead or shared.catchup.wants(shared.node, now):
             return waited > LIMIT * max(patience or 0, _LEAST_PATIENCE_MS)
         if len(shared.neighbours) and shared.neighbours.all_told():

@@ -117,7 +117,7 @@ class Requests:
         self.reset()
 
     def reset(self) -> None:
-        """Looks for what has to be executed in the database: at the start, and when a commit has failed."""
+        """Looks for what has to be executed in the database: at the start, in a new epoch, when a commit has failed."""
         self._pending = Pending(self._replica.node)
         for record in self._store.find("request"):
             if self._store.get(self._replica.node, "response", response_id(record.owner, record.id)) is None:
@@ -159,7 +159,10 @@ class Requests:
                 yield Change("response", record.id, None)
 
     def _see(self, records: Sequence[Record]) -> None:
-        self._pending.see(records)
+        if any(record.kind == "epoch" and record.owner == self._replica.node for record in records):
+            self.reset()
+        else:
+            self._pending.see(records)
 
     def waiting(self) -> bool:
         """Whether there is something to execute."""
@@ -183,6 +186,7 @@ class Requests:
     def _remember_executed(self) -> None:
         """Learns from recovered transactions which requests have been executed."""
         with self._store.atomic():
+            self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
                 self._store.note_executed(_answers(record), record.body["number"])
             self._store.save("recovered", 0)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vmconv_fleet import messages
 from vmconv_fleet.messages import Digest, Live, Notice, Page, Pull, Send, Standing
-from vmconv_fleet.records import START, Record
+from vmconv_fleet.records import START, Record, restore
 from vmconv_fleet.shared import Shared
 
 
@@ -86,28 +86,36 @@ class Teller:
         return sends
 
     def answer(self, peer: str, pull: Pull) -> list[Send]:
-        """Answers with a page, or with nothing where nothing is newer."""
+        """Answers with a window of pages, or with nothing where nothing is newer."""
         store, owner = self._shared.store, pull.owner
         position = store.position(owner)
-        if pull.after >= position or self._shared.trust.retired(owner):
+        if max(pull.after, pull.seen) > position or pull.after == position or self._shared.trust.retired(owner):
             self._shared.problems.count("pulls-in-vain")
             return []
         history = store.history(owner)
-        known = history.holds(pull.after, pull.floor if pull.whole else None)
+        if pull.seen == START:
+            known = history.holds(pull.after)
+        else:
+            known = history.holds(pull.seen) and (pull.base == START or pull.base.seq >= history.floor)
+        certificates = [] if known and pull.seen != START else store.certificates(owner)
         after = pull.after if known else START
-        certificates = [] if known and pull.whole else store.certificates(owner)
-        wires, last = store.after(owner, after.seq, messages.PAGE_BYTES)
-        page = Page(
-            owner,
-            pull.session,
-            after,
-            whole=not known,
-            more=last < position.seq,
-            floor=history.floor,
-            certificates=len(certificates),
-            wires=[*certificates, *wires],
-        )
-        return [Send(peer, messages.encode(page))]
+        pages: list[Send] = []
+        while len(pages) < messages.WINDOW and after.seq < position.seq:
+            wires, last = store.after(owner, after.seq, messages.PAGE_BYTES)
+            page = Page(
+                owner,
+                pull.session,
+                after,
+                whole=not known and not pages,
+                more=last < position.seq,
+                ask=len(pages) == messages.WINDOW - 1,
+                seen=position,
+                certificates=len(certificates),
+                wires=[*certificates, *wires],
+            )
+            pages.append(Send(peer, messages.encode(page)))
+            after, certificates = restore(wires[-1]).position, []
+        return pages
 
     def _follow_up(self, owner: str, *, at_once: bool) -> None:
         now = self._shared.monotonic()
