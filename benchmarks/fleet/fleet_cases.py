@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import closing
 
 from fleet_measure import Figure, Setting, percentiles
-
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.testing import Driven, agree, view_of
 
@@ -21,7 +20,9 @@ RECORD = 330
 
 def update(setting: Setting) -> list[Figure]:
     setting.mesh(5)
-    return percentiles("update, commit to commit", _updates(setting, 200 if setting.quick else 1000, 0.01), p50=5, p99=100)
+    return percentiles(
+        "update, commit to commit", _updates(setting, 200 if setting.quick else 1000, 0.01), p50=5, p99=100
+    )
 
 
 def _updates(setting: Setting, count: int, every: float) -> list[float]:

@@ -38,7 +38,9 @@ class Figure(NamedTuple):
         return {**self._asdict(), "met": self.met}
 
 
-def percentiles(name: str, times: Sequence[float], *, p50: float | None = None, p99: float | None = None) -> list[Figure]:
+def percentiles(
+    name: str, times: Sequence[float], *, p50: float | None = None, p99: float | None = None
+) -> list[Figure]:
     """Returns median and 99th percentile, in milliseconds."""
     ordered = sorted(times)
     return [
@@ -60,7 +62,9 @@ class Setting:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, _type: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type[BaseException] | None, _exc: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         for node in self.nodes:
             node.kill()
         if self.network is not None:

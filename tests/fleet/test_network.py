@@ -1,8 +1,8 @@
 """Five real nodes on a network of their own, with mutual TLS, while everything goes wrong that can.
 
 Each runs in a process and a network namespace of its own, and all of them write and ask each other for changes all the
-time. Meanwhile the network is taken apart, a node is killed and started again, one is frozen, and clocks are wrong. Then
-everything is to be as if nothing had happened: each request answered once, and the same view everywhere.
+time. Meanwhile the network is taken apart, a node is killed and started again, one is frozen, and clocks are wrong.
+Then everything is to be as if nothing had happened: each request answered once, and the same view everywhere.
 """
 
 from __future__ import annotations

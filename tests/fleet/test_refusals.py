@@ -8,6 +8,7 @@ import datetime
 import json
 import queue
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ import zenoh
 from vmconv_fleet import credentials
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.identity import Keys, new_node_id
-from vmconv_fleet.messages import LIVE
+from vmconv_fleet.database import open_reader
+from vmconv_fleet.identity import Keys, Signer, new_node_id
+from vmconv_fleet.messages import LIVE, Live, encode
 from vmconv_fleet.probing import probe
-from vmconv_fleet.testing import Lab, free_port
-from vmconv_fleet.testing.process import wait_until
+from vmconv_fleet.records import Record, seal
+from vmconv_fleet.records import encode as payload
+from vmconv_fleet.store import Reader
+from vmconv_fleet.testing import Driven, Lab, agree, free_port, view_of, wait_until
 from vmconv_fleet.watching import Watch
 from vmconv_fleet.zenoh_config import link_key, zenoh_settings
 from vmconv_fleet.zenoh_link import ZenohLink
@@ -324,3 +328,110 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             sink.sendall(data)
     except OSError:
         return
+
+
+# Whole nodes
+
+
+@pytest.fixture
+def three(lab: Lab, drive: Callable[..., Driven]) -> list[Driven]:
+    """Three nodes, the middle one a neighbour of both others."""
+    configs = [lab.add()]
+    configs += [lab.add(connect=configs[0].listen), lab.add(connect=configs[0].listen)]
+    nodes = [drive(config) for config in configs]
+    wait_until(lambda: len(nodes[0].ask("state")["neighbours"]) == 2, 30, "neighbours")
+    nodes[2].ask("write", count=3)
+    wait_until(lambda: agree(configs), 30, "they agree")
+    return nodes
+
+
+def newest(node: Driven) -> Record:
+    """Returns the last note that the node has written itself."""
+    reader = Reader(open_reader(node.config.database))
+    try:
+        return max(reader.find("note", node.config.node), key=lambda record: record.position)
+    finally:
+        reader.close()
+
+
+def forged(record: Record, **changes: Any) -> bytes:
+    """Returns a live message with the record, changed after it was signed."""
+    changed = record._replace(**changes)
+    return encode(Live([seal(record.signature, payload(changed))]))
+
+
+def test_a_forged_record_is_refused_and_reported(three: list[Driven]) -> None:
+    """A member relays what it changed: the owner's signature tells."""
+    victim, forger, owner = three
+    record = newest(owner)
+    before = view_of(victim.config)[owner.config.node]
+    message = forged(record, body={"text": "forged"}, seq=before[1] + 1)
+    forger.ask("forge", peer=victim.config.node, message=message.hex())
+    wait_until(lambda: "forged" in victim.ask("state")["kinds"], 20, "the forgery is noticed")
+    owner.ask("write", count=1)
+    wait_until(lambda: agree([node.config for node in three]), 30, "they agree on what the owner wrote")
+    reader = Reader(open_reader(victim.config.database))
+    assert "forged" not in [record.body["text"] for record in reader.find("note")]
+    reader.close()
+
+
+def test_a_record_in_anothers_name_is_refused(three: list[Driven]) -> None:
+    """A member signs with its own key what is to be another's."""
+    victim, forger, owner = three
+    at = view_of(victim.config)[owner.config.node]
+    record = newest(owner)._replace(body={"text": "forged"}, seq=at[1] + 1)
+    signer = Signer(owner.config.node, credentials.load(forger.config).keys.signing)
+    for key_id in (signer.key_id, record.key_id):
+        text = payload(record._replace(key_id=key_id))
+        message = encode(Live([seal(signer.sign(text), text)]))
+        forger.ask("forge", peer=victim.config.node, message=message.hex())
+    wait_until(lambda: "forged" in victim.ask("state")["kinds"], 20, "the forgery is noticed")
+    owner.ask("write", count=1)
+    wait_until(lambda: agree([node.config for node in three]), 30, "they agree on what the owner wrote")
+
+
+def test_a_replayed_record_changes_nothing(three: list[Driven]) -> None:
+    victim, forger, owner = three
+    old = newest(owner)
+    owner.ask("write", count=5)
+    wait_until(lambda: agree([node.config for node in three]), 30, "they agree")
+    for _ in range(3):
+        forger.ask("forge", peer=victim.config.node, message=encode(Live([old.wire])).hex())
+    owner.ask("write", count=1)
+    wait_until(lambda: agree([node.config for node in three]), 30, "they agree")
+    assert victim.ask("state")["kinds"] == []
+
+
+def test_rotation_needs_no_restart(lab: Lab, three: list[Driven]) -> None:
+    """New keys and a new certificate: the node goes on with them, and so do its neighbours."""
+    hub, node, _ = three
+    before = credentials.load(node.config)
+    keys = Keys.generate()
+    assert lab.authority is not None
+    request = keys.request(node.config.node, "lab", node.config.addresses)
+    credentials.install(node.config.directory, keys, lab.authority.issue(request))
+    node.signal(signal.SIGHUP)
+    wait_until(lambda: node.ask("state")["counters"]["opened"] >= 2, 30, "the link was opened anew")
+    wait_until(lambda: node.ask("state")["neighbours"] == [hub.config.node], 30, "neighbours again")
+    node.ask("write", count=2)
+    assert newest(node).key_id == credentials.load(node.config).bound.key_id != before.bound.key_id
+    wait_until(lambda: agree([one.config for one in three]), 30, "all take what the new key signs")
+    assert [one.ask("state")["kinds"] for one in three] == [[], [], []]
+
+
+def test_a_revoked_node_is_left_alone_by_all(lab: Lab, three: list[Driven]) -> None:
+    """Nobody is restarted for it; what it wrote before stays, and it is told why it is alone."""
+    hub, revoked, other = three
+    gone = revoked.config.node
+    answer = hub.ask("request", target=hub.config.node, verb="revoke", arguments={"node": gone})
+    assert answer["ok"], answer
+    wait_until(lambda: hub.ask("state")["neighbours"] == [other.config.node], 30, "it has no link with the revoked one")
+    revoked.ask("write", count=1)
+    other.ask("write", count=1)
+    known = [other.config.node, hub.config.node, gone]
+    wait_until(
+        lambda: [view_of(hub.config).get(one) for one in known] == [view_of(other.config).get(one) for one in known],
+        30,
+        "the others agree",
+    )
+    assert view_of(hub.config)[gone][:2] < view_of(revoked.config)[gone][:2]

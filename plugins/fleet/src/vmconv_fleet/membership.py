@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vmconv_fleet.errors import FleetError
+from vmconv_fleet.errors import FleetError, NotReadyError
 from vmconv_fleet.identity import read_certificate
 from vmconv_fleet.records import Change
 
@@ -35,7 +35,10 @@ class Members:
         if bound is None:
             raise FleetError(f"certificate {read_certificate(certificate).serial_number:x} is none of this fleet's")
         change = Change("certificate", bound.key_id, {"pem": certificate.decode(), "node": bound.node})
-        self._service.write([change]).result(DURABLE_WITHIN)
+        try:
+            self._service.write([change]).result(DURABLE_WITHIN)
+        except TimeoutError as exc:
+            raise NotReadyError("this node cannot write yet", hint="it needs a neighbour first; try again") from exc
         self._changed()
 
     def revoke(self, node: str) -> None:

@@ -2,6 +2,7 @@
 
 {"do": "write", "count", "size", "batch"}   records `note` of its own, without transactions
 {"do": "ask", "target", "count", "threads"} requests with the verb `note`, one after the other, or many at once
+{"do": "request", "target", "verb", ...}     any other request, and its response
 {"do": "work", "every"}                     writes and asks everybody in turn until
 {"do": "rest"}
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
@@ -59,6 +60,7 @@ class Driver:
             "state": self.state,
             "forge": self.forge,
             "fail": self.fail,
+            "request": self.request,
         }
         return orders[do](**arguments)
 
@@ -75,7 +77,7 @@ class Driver:
         return {"seconds": time.monotonic() - begin, "prefix": prefix}
 
     def ask(self, target: str, count: int = 1, threads: int = 0) -> dict[str, Any]:
-        """Returns the time that each answer took, or with `threads`, which ask at once, that all of them took together."""
+        """Returns the time that each answer took, or with `threads`, which ask at once, that of all together."""
         begin, times = time.monotonic(), []
         if threads:
             with ThreadPoolExecutor(threads) as pool:
@@ -95,6 +97,12 @@ class Driver:
         response = self._service.response(request, 60)
         if response is None or not response.body["ok"]:
             raise AssertionError(f"request {request}: {response and dict(response.body)}")
+
+    def request(self, target: str, verb: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Returns the response to a request of the node's local administrator."""
+        by = {"node": self._service.node, **BY}
+        response = self._service.response(self._service.submit(target, verb, arguments, by), 60)
+        return {"ok": False, "reason": "no answer"} if response is None else dict(response.body)
 
     def work(self, every: float, targets: list[str]) -> dict[str, Any]:
         self._working.set()
