@@ -502,8 +502,7 @@ class World:
             if node.replica is None:
                 self._boot(node, patience=1000)
         for node in self.nodes.values():
-            if node.retired:
-                self._end_retired(node)
+            self._end_retired(node)
         self._rewire()
         self._say("healed")
 

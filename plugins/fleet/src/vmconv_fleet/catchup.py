@@ -135,11 +135,11 @@ class CatchUp:
         session = self._sessions.get(page.owner)
         if session is None or (session.peer, session.number) != (peer, page.session):
             return None
-        if page.whole and page.after == START:
+        if page.base == page.after == START:
             if session.staged:
                 self._store.unstage(session.number)
             session.begin_anew()
-        return session if page.after == session.after else None
+        return session if (page.base, page.after) == (session.base, session.after) else None
 
     def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
         """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.

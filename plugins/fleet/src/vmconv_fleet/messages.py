@@ -80,14 +80,14 @@ class Pull(NamedTuple):
 class Page(NamedTuple):
     """Records in the order of their positions, after the first `certificates` ones, which help to verify them.
 
-    `whole`: what was asked for is no part of the owner's past: begin with this page, and with nothing. `seen`: how far
-    the answerer is. `more`: it is not the last page; `ask`: the next one has to be asked for.
+    `base`: what all pages of the answer follow; START where what was asked for is no part of the owner's past, to begin
+    anew. `seen`: how far the answerer is. `more`: it is not the last page; `ask`: the next one has to be asked for.
     """
 
     owner: str
     session: int
     after: Position
-    whole: bool
+    base: Position
     more: bool
     ask: bool
     seen: Position
@@ -142,10 +142,10 @@ def decode(data: bytes) -> Message:
                 return _digest(at, header)
             case (112, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
                 return Pull(check_node_id(owner), _number(session), *map(_position, (after, base, seen)))
-            case (103, {"owner": owner, "session": session, "after": after, "seen": seen, "certificates": count}):
-                flags = header["whole"] is True, header["more"] is True, header["ask"] is True
-                ids = check_node_id(owner), _number(session), _position(after)
-                return Page(*ids, *flags, _position(seen), _number(count), wires)
+            case (103, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
+                ids = check_node_id(owner), _number(session), _position(after), _position(base)
+                flags = header["more"] is True, header["ask"] is True
+                return Page(*ids, *flags, _position(seen), _number(header["certificates"]), wires)
             case (110, {}):
                 return Notice(_some(wires))
     except (ValueError, TypeError, KeyError, RecursionError) as exc:

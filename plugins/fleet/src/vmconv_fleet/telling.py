@@ -98,7 +98,7 @@ class Teller:
         else:
             known = history.holds(pull.seen) and (pull.base == START or pull.base.seq >= history.floor)
         certificates = [] if known and pull.seen != START else store.certificates(owner)
-        after = pull.after if known else START
+        base, after = (pull.base, pull.after) if known else (START, START)
         pages: list[Send] = []
         while len(pages) < messages.WINDOW and after.seq < position.seq:
             wires, last = store.after(owner, after.seq, messages.PAGE_BYTES)
@@ -106,7 +106,7 @@ class Teller:
                 owner,
                 pull.session,
                 after,
-                whole=not known and not pages,
+                base=base,
                 more=last < position.seq,
                 ask=len(pages) == messages.WINDOW - 1,
                 seen=position,
