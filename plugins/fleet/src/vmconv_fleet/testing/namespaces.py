@@ -28,7 +28,7 @@ def why_no_namespaces() -> str | None:
     if done.returncode:
         return f"ip netns add: {done.stderr.strip()}"
     try:
-        bridge = ["ip", "-n", name, "link", "add", "b", "type", "bridge"]
+        bridge = ["ip", "-n", name, "link", "add", "name", "bridge0", "type", "bridge"]
         done = subprocess.run(bridge, capture_output=True, text=True, check=False)
         return f"{' '.join(bridge)}: {done.stderr.strip()}" if done.returncode else None
     finally:
@@ -82,14 +82,14 @@ class Network:
 
     def _part(self, number: int) -> None:
         if number not in self._parts:
-            _ip("-n", self._hub, "link", "add", f"part{number}", "type", "bridge")
+            _ip("-n", self._hub, "link", "add", "name", f"part{number}", "type", "bridge")
             _ip("-n", self._hub, "link", "set", f"part{number}", "up")
             self._parts.add(number)
 
     def _plug(self, number: int) -> None:
         name = f"{self._stem}n{number}"
         self._make(name)
-        _ip("-n", self._hub, "link", "add", f"c{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("-n", self._hub, "link", "add", "name", f"c{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip("-n", self._hub, "link", "set", f"c{number}", "master", "part0", "up")
         _ip("-n", name, "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
