@@ -12,8 +12,8 @@ from vmconv_fleet.requests import response_id
 from vmconv_fleet.store import Store
 
 
-class Violation(AssertionError):
-    """Something is so that must never be so."""
+class Violation(BaseException):
+    """Something is so that must never be so; no exception that the code under test would catch."""
 
 
 class Oracle:
@@ -42,7 +42,9 @@ class Oracle:
 
     def detach(self, replica: Replica) -> None:
         """The node is dead: what it had not committed has never been."""
-        position = Position(*(_row(replica.store, "SELECT epoch, seq FROM owners WHERE owner = ?", replica.node) or (0, 0)))
+        position = Position(
+            *(_row(replica.store, "SELECT epoch, seq FROM owners WHERE owner = ?", replica.node) or (0, 0))
+        )
         written = self._written.pop(replica.node)
         self._keep(replica.node, [item for item in written if item[0][-1].position <= position])
 
@@ -60,7 +62,9 @@ class Oracle:
         if owner in self._retired and owner != replica.node:
             return
         if position.seq and self._states.get((owner, position)) != _state(_stored(replica.store, owner)):
-            raise Violation(f"view of {owner[:4]} at {replica.node[:4]} is at {position} no state that its owner was in")
+            raise Violation(
+                f"view of {owner[:4]} at {replica.node[:4]} is at {position} no state that its owner was in"
+            )
 
     def unanswered(self, store: Store, alive: Sequence[str]) -> str | None:
         """Returns a request without a response."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.messages import Page, Pull
 from vmconv_fleet.neighbours import Neighbours
-from vmconv_fleet.ownlog import promised
+from vmconv_fleet.ownlog import sound
 from vmconv_fleet.problems import Problems
 from vmconv_fleet.records import START, Position, Record, decode
 from vmconv_fleet.store import Store
@@ -168,11 +168,19 @@ class CatchUp:
 
         TornError: it is no state of its owner; nothing was changed.
         """
-        with self._store.atomic():
-            if session.whole:
-                self._store.clear(session.owner)
-            count = self._extend(session, records)
-            self._store.purge(session.owner, self._store.history(session.owner).floor)
+        owner, store = session.owner, self._store
+        with store.atomic():
+            if session.whole and session.staged:
+                store.stage(session.number, records)
+                count = store.replace_by_staged(owner, session.number)
+            else:
+                if session.whole:
+                    store.clear(owner)
+                count = self._extend(session, records)
+            if not sound(store, owner):
+                at = tuple(store.position(owner))
+                raise TornError(f"records of {owner} up to {at} are no state that it was in")
+            store.purge(owner, store.history(owner).floor)
         return count
 
     def rows(self, session: Session, records: Sequence[Record], after: int = 0) -> Iterator[Record]:
@@ -195,18 +203,15 @@ class CatchUp:
         self.want(session.owner, now, evidence=session.evidence)
 
     def _extend(self, session: Session, records: Sequence[Record]) -> int:
-        count, last = 0, None
-        after = self._store.position(session.owner).seq
+        count = 0
 
         def counted() -> Iterator[Record]:
-            nonlocal count, last
-            for record in self.rows(session, records, after):
-                count, last = count + 1, record
+            nonlocal count
+            for record in self.rows(session, records, self._store.position(session.owner).seq):
+                count += 1
                 yield record
 
         self._store.extend(session.owner, counted())
-        if last is not None and promised(last) != self._store.state(session.owner):
-            raise TornError(f"records of {session.owner} up to {tuple(last.position)} are no state that it was in")
         return count
 
     def _start(self, owner: str, evidence: str | None, now: int) -> Session | None:

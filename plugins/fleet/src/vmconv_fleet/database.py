@@ -33,8 +33,8 @@ CREATE TABLE quarantine (
 
 STAGED = """
 CREATE TEMPORARY TABLE IF NOT EXISTS staged (
-    session INTEGER NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL,
-    PRIMARY KEY (session, kind, id)
+    session INTEGER NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    deleted INTEGER NOT NULL, wire BLOB NOT NULL, PRIMARY KEY (session, kind, id)
 );
 CREATE INDEX IF NOT EXISTS temp.staged_by_position ON staged (session, seq);
 """

@@ -20,7 +20,9 @@ from vmconv_fleet.store import View
 T = TypeVar("T")
 
 GROUP = 256
-"""So many events at most share a commit."""
+"""So many events at most share a commit, and no more than can be taken within GROUP_S seconds."""
+
+GROUP_S = 0.05
 
 MAX_QUEUED = 32 << 20
 """Bytes of messages that wait; what comes beyond is dropped, and pulled later."""
@@ -76,6 +78,7 @@ class Engine:
         self._transport = transport
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._deferred: list[_Work] = []
+        self._backlog: list[_Work] = []
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._queued = 0
@@ -98,7 +101,7 @@ class Engine:
         self._queue.put(None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(JOIN_S)
-        self._fail([*self._deferred, *self._drain(GROUP << 10)], ClosedError("node has ended"))
+        self._fail([*self._backlog, *self._deferred, *self._drain(GROUP << 10)], ClosedError("node has ended"))
         if not self._thread.is_alive():
             self._replica.store.close()
 
@@ -151,8 +154,9 @@ class Engine:
                 self._closed.wait(FAILURE_PAUSE_S)
 
     def _wait(self) -> list[_Work]:
-        if self._requests.waiting():
-            return self._drain(GROUP)
+        if self._backlog or self._requests.waiting():
+            backlog, self._backlog = self._backlog, []
+            return [*backlog, *self._drain(GROUP - len(backlog))]
         pause = min(max(self._replica.due() - _monotonic_ms(), 0) / 1000, LONGEST_SLEEP_S)
         try:
             first = self._queue.get(timeout=pause) if pause else self._queue.get_nowait()
@@ -172,8 +176,6 @@ class Engine:
         return items
 
     def _step(self, items: list[_Work]) -> None:
-        with self._lock:
-            self._queued -= sum(item.size for item in items)
         if self._replica.serving:
             items, self._deferred = [*self._deferred, *items], []
         else:
@@ -181,14 +183,19 @@ class Engine:
             items = [item for item in items if not item.own]
         sends: list[Send] = []
         results: list[Callable[[], None]] = []
+        done: list[_Work] = []
         try:
             with self._replica.batch():
-                for item in items:
-                    self._do(item, sends, results)
+                end = time.monotonic() + GROUP_S
+                while items and time.monotonic() < end:
+                    done.append(items.pop(0))
+                    self._do(done[-1], sends, results)
+                self._backlog = items
                 self._routine(sends)
         except Exception as exc:
             self._requests.reset()
-            self._fail(items, exc)
+            self._backlog = items
+            self._fail(done, exc)
             self._replica.problems.report("store", str(exc))
             self._closed.wait(FAILURE_PAUSE_S)
             if not isinstance(exc, StoreError):
@@ -201,7 +208,7 @@ class Engine:
 
     def _routine(self, sends: list[Send]) -> None:
         now = _monotonic_ms()
-        if not self._replica.serving or self._replica.due() <= now:
+        if self._replica.due() <= now:
             sends += self._replica.tick()
         sends += self._requests.run()
         if now >= self._next_clean:
@@ -209,6 +216,8 @@ class Engine:
             sends += self._requests.clean()
 
     def _do(self, item: _Work, sends: list[Send], results: list[Callable[[], None]]) -> None:
+        with self._lock:
+            self._queued -= item.size
         future = item.future
         if future is not None and not future.set_running_or_notify_cancel():
             return

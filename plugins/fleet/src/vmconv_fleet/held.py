@@ -1,8 +1,9 @@
-"""Live records that came before those that precede them: kept for a moment, so that what was pulled meets them."""
+"""Live records that came before those that precede them: kept for a moment, so that what is pulled meets them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vmconv_fleet.records import Position, Record
 
@@ -10,37 +11,44 @@ MAX_HELD = 2 << 20
 """Bytes, of all owners together."""
 
 
+class Early(NamedTuple):
+    """A live message, of which only the first record has been looked at, and whose it was."""
+
+    peer: str
+    wires: Sequence[bytes]
+
+
 class Held:
-    """By owner and the position that each group of records follows."""
+    """By owner and the position that each message follows."""
 
     def __init__(self) -> None:
-        self._held: dict[str, dict[Position, tuple[str, Sequence[Record]]]] = {}
+        self._held: dict[str, dict[Position, Early]] = {}
         self._size = 0
 
-    def keep(self, owner: str, peer: str, records: Sequence[Record]) -> None:
-        """Keeps records that came from a peer, unless there is too much already."""
-        size = _size(records)
-        follows = Position(records[0].epoch, records[0].seq - 1)
-        groups = self._held.setdefault(owner, {})
-        if follows not in groups and self._size + size <= MAX_HELD:
-            groups[follows] = peer, records
+    def keep(self, first: Record, early: Early) -> None:
+        """Keeps a message that begins with this record, unless there is too much already."""
+        size = _size(early)
+        follows = Position(first.epoch, first.seq - 1)
+        messages = self._held.setdefault(first.owner, {})
+        if follows not in messages and self._size + size <= MAX_HELD:
+            messages[follows] = early
             self._size += size
 
-    def following(self, owner: str, position: Position) -> tuple[str, Sequence[Record]] | None:
-        """Removes and returns what follows a position, and from whom it is; forgets what cannot follow any more."""
-        groups = self._held.get(owner)
-        if groups is None:
+    def following(self, owner: str, position: Position) -> Early | None:
+        """Removes and returns what follows a position; forgets what cannot follow any more."""
+        messages = self._held.get(owner)
+        if messages is None:
             return None
-        found = groups.pop(position, None)
+        found = messages.pop(position, None)
         if found is not None:
-            self._size -= _size(found[1])
+            self._size -= _size(found)
             return found
-        for follows in [follows for follows in groups if follows < position]:
-            self._size -= _size(groups.pop(follows)[1])
-        if not groups:
+        for follows in [follows for follows in messages if follows < position]:
+            self._size -= _size(messages.pop(follows))
+        if not messages:
             del self._held[owner]
         return None
 
 
-def _size(records: Sequence[Record]) -> int:
-    return sum(len(record.wire) for record in records)
+def _size(early: Early) -> int:
+    return sum(map(len, early.wires))

@@ -8,7 +8,18 @@ from random import Random
 from vmconv_fleet import epochs
 from vmconv_fleet.clock import HybridClock, milliseconds
 from vmconv_fleet.epochs import History
-from vmconv_fleet.records import STATE_MODULUS, Change, Position, Record, decode, encode, fingerprint, seal
+from vmconv_fleet.records import (
+    START,
+    STATE_MODULUS,
+    Change,
+    Position,
+    Record,
+    decode,
+    encode,
+    fingerprint,
+    restore,
+    seal,
+)
 from vmconv_fleet.signing import Signer
 from vmconv_fleet.store import Store
 
@@ -95,6 +106,13 @@ class OwnLog:
         )
         payload = encode(record)
         return decode(seal(self._signer.sign(payload), payload))
+
+
+def sound(store: Store, owner: str) -> bool:
+    """Whether what is stored of an owner is what its last record promises."""
+    position = store.position(owner)
+    wire = store.at(owner, position.seq)
+    return position == START if wire is None else promised(restore(wire)) == store.state(owner)
 
 
 def promised(record: Record) -> int:

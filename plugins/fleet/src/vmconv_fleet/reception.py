@@ -8,10 +8,10 @@ from vmconv_fleet import epochs, messages
 from vmconv_fleet.catchup import SMALL, Session, TornError
 from vmconv_fleet.epochs import history_of
 from vmconv_fleet.errors import FleetError, MalformedError
-from vmconv_fleet.held import Held
+from vmconv_fleet.held import Early, Held
 from vmconv_fleet.messages import Digest, Live, Message, Notice, Page, Pull, Send, Standing
-from vmconv_fleet.ownlog import promised
-from vmconv_fleet.records import START, Position, Record, decode, restore
+from vmconv_fleet.ownlog import sound
+from vmconv_fleet.records import START, Position, Record, decode
 from vmconv_fleet.recovery import Recovery
 from vmconv_fleet.shared import Shared
 from vmconv_fleet.telling import Teller
@@ -43,26 +43,35 @@ class Reception:
                 return []
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
-        shared = self._shared
-        owner = decode(wires[0]).owner
-        records = shared.gate.sequence(owner, START, wires)
-        if not consecutive(records):
-            raise MalformedError(f"live records of {owner} have gaps")
+        shared, first = self._shared, decode(wires[0])
+        owner = first.owner
         if shared.trust.retired(owner):
             shared.problems.count("of-retired")
             return []
-        shared.neighbours[peer].hear(owner, records[-1].position)
         position = shared.store.position(owner)
+        if owner == shared.node or not _reaches(first, position):
+            return self._early(peer, first, wires)
+        records = shared.gate.sequence(owner, START, wires)
+        if not consecutive(records):
+            raise MalformedError(f"live records of {owner} have gaps")
+        shared.neighbours[peer].hear(owner, records[-1].position)
         fresh = [record for record in records if record.position > position]
         sends = self._known(records[: len(records) - len(fresh)])
-        if not fresh:
-            return sends
-        if owner == shared.node or not _follows(fresh[0], position):
-            if owner != shared.node:
-                self._held.keep(owner, peer, fresh)
-            shared.catchup.want(owner, shared.monotonic())
-            return sends
-        return [*sends, *self._accept(peer, fresh), *self._release(owner)]
+        if fresh:
+            sends += self._accept(peer, fresh)
+            sends += self._release(owner)
+        return sends
+
+    def _early(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
+        """Keeps what does not follow what is here, and asks for what is between; or it is this node's own."""
+        shared, owner = self._shared, first.owner
+        if first.position <= shared.store.position(owner):
+            return self._known([first])
+        shared.neighbours[peer].hear(owner, first.position)
+        shared.catchup.want(owner, shared.monotonic())
+        if owner != shared.node:
+            self._held.keep(first, Early(peer, wires))
+        return []
 
     def _known(self, records: Sequence[Record]) -> list[Send]:
         """Looks at records that are not new: known otherwise, they are a fork, if their owner signed them."""
@@ -84,7 +93,7 @@ class Reception:
         try:
             with shared.store.atomic():
                 shared.store.extend(owner, fresh)
-                if promised(fresh[-1]) != shared.store.state(owner):
+                if not sound(shared.store, owner):
                     raise TornError(f"live records of {owner} do not follow what is here")
                 shared.store.purge(owner, shared.store.history(owner).floor)
         except TornError:
@@ -97,8 +106,9 @@ class Reception:
     def _release(self, owner: str) -> list[Send]:
         """Takes what had come too early and is next now."""
         sends: list[Send] = []
-        while (kept := self._held.following(owner, self._shared.store.position(owner))) is not None:
-            sends += self._accept(*kept)
+        while (early := self._held.following(owner, self._shared.store.position(owner))) is not None:
+            if early.peer in self._shared.neighbours:
+                sends += self._live(*early)
         return sends
 
     def _digest(self, peer: str, digest: Digest) -> list[Send]:
@@ -171,7 +181,7 @@ class Reception:
                 self._recovery.supersede(last)
             return sends
         newer = last > ours and (last.epoch > ours.epoch or not halves)
-        if newer or (last == ours and not halves and not self._sound(owner)):
+        if newer or (last == ours and not halves and not sound(shared.store, owner)):
             self._replace(session, records)
             sends += self._teller.catch_up(owner)
         return sends
@@ -196,12 +206,7 @@ class Reception:
         else:
             shared.news.add_all(owner, after.seq)
 
-    def _sound(self, owner: str) -> bool:
-        """Whether what is stored is what the owner's last record promises."""
-        store = self._shared.store
-        wire = store.at(owner, store.position(owner).seq)
-        return wire is not None and promised(restore(wire)) == store.state(owner)
 
-
-def _follows(record: Record, position: Position) -> bool:
-    return record.epoch == position.epoch and record.seq == position.seq + 1
+def _reaches(first: Record, position: Position) -> bool:
+    """Whether records that begin with this one leave no gap after the position."""
+    return first.position <= position or (first.epoch == position.epoch and first.seq == position.seq + 1)

@@ -24,6 +24,7 @@ class Recovery:
         self._epoch = 0
         self._beyond = 0
         self._superseded = 0
+        self._limit = LIMIT * max(shared.timing.patience or 0, _LEAST_PATIENCE_MS)
         self._next = self._settled = self._started = shared.monotonic()
 
     @property
@@ -50,13 +51,20 @@ class Recovery:
         self._shared.problems.report(kind, found)
 
     def next_due(self) -> int:
-        """Returns when the next epoch is due, of a node that is serving."""
-        return self._next if self._beyond >= self._epoch else NEVER
+        """Returns when the next epoch is due, as far as that depends on time alone."""
+        if self.serving:
+            return self._next if self._beyond >= self._epoch else NEVER
+        if self._shared.trust.retired(self._shared.node):
+            return NEVER
+        now, patience = self._shared.monotonic(), self._shared.timing.patience
+        if self._may_serve(now):
+            return now
+        waits = (self._settled, self._started + (patience or 0), self._started + self._limit)
+        return min((wait for wait in waits if wait > now), default=NEVER)
 
     def begin_due(self, now: int) -> list[Record]:
         """Begins an epoch if one is due; returns what that has written."""
-        due = now >= self.next_due() if self.serving else self._may_serve(now)
-        if not due or self._shared.trust.retired(self._shared.node):
+        if now < self.next_due():
             return []
         self._next = now + _PAUSE_MS
         written = self._own.begin_epoch(self._shared.now(), self._beyond)
@@ -68,7 +76,7 @@ class Recovery:
         waited, patience = now - self._started, shared.timing.patience
         ahead = shared.neighbours.ahead(shared.node, max(self.settled, shared.store.position(shared.node)))
         if ahead or shared.catchup.wants(shared.node, now):
-            return waited > LIMIT * max(patience or 0, _LEAST_PATIENCE_MS)
+            return waited >= self._limit
         if len(shared.neighbours) and shared.neighbours.all_told():
             return now >= self._settled
         return patience is not None and waited >= patience

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from random import Random, SystemRandom
 
 from vmconv_fleet import messages
-from vmconv_fleet.catchup import CatchUp
+from vmconv_fleet.catchup import NEVER, CatchUp
 from vmconv_fleet.clock import HybridClock
 from vmconv_fleet.errors import MalformedError, NotReadyError, StoreError
 from vmconv_fleet.forks import Forks
@@ -89,7 +89,7 @@ class Replica:
         self._recovery = Recovery(shared, self._own)
         self._reception = Reception(shared, self._teller, self._recovery)
         self._grouped = False
-        self._ticked = self._next_floor = monotonic()
+        self._next_floor = monotonic()
         gate.learn_stored()
         self._drop_retired()
         newest = store.at(node, store.position(node).seq)
@@ -180,20 +180,17 @@ class Replica:
 
     def due(self) -> int:
         """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
-        if not self._recovery.serving:
-            return self._ticked + messages.TICK_MS
-        return min(
-            self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._next_floor
-        )
+        parts = self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._floor_due()
+        return min(parts)
 
     def tick(self) -> list[Send]:
         """Does what is due; to be called at `due()`, and does no harm before."""
-        self._ticked = now = self._shared.monotonic()
+        now = self._shared.monotonic()
         with self.batch():
             sends = self._teller.publish(self._introduced(self._recovery.begin_due(now)))
             sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]
             sends += self._teller.due(now)
-            if self.serving and now >= self._next_floor:
+            if now >= self._floor_due():
                 self._next_floor = now + self._shared.timing.floor
                 written = self._own.raise_floor(self._shared.now(), self._shared.timing.grace)
                 sends += self._teller.publish(written)
@@ -207,6 +204,9 @@ class Replica:
         introduced = self._own.append(missing, self._shared.now(), 0)
         self._shared.gate.learn(introduced)
         return [*begun, *introduced]
+
+    def _floor_due(self) -> int:
+        return self._next_floor if self.serving else NEVER
 
     def _pass_on_revocations(self) -> list[Send]:
         """Tells all of revocations that were news here, and drops what nodes that were retired had written."""

@@ -236,8 +236,23 @@ class Store(View):
 
     def stage(self, session: int, records: Iterable[Record]) -> None:
         """Keeps records that are not yet to be seen; they do not outlive the connection."""
-        rows = ((session, record.kind, record.id, record.seq, record.wire) for record in records)
-        self._connection.executemany("INSERT OR REPLACE INTO temp.staged VALUES (?, ?, ?, ?, ?)", rows)
+        rows = (
+            (session, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
+            for record in records
+        )
+        self._connection.executemany("INSERT OR REPLACE INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def replace_by_staged(self, owner: str, session: int) -> int:
+        """Lets all that is kept be the records of an owner, and the only ones; returns how many they are."""
+        number = (self._owners.get(owner) or self._meet(owner)).number
+        self._connection.execute("DELETE FROM records WHERE owner = ?", (number,))
+        count = self._connection.execute(_REPLACE, (number, session)).rowcount
+        rows = self._connection.execute("SELECT wire FROM records WHERE owner = ? AND NOT deleted", (number,))
+        state = sum(fingerprint(wire) for (wire,) in rows) % STATE_MODULUS
+        query = "SELECT epoch, seq FROM records WHERE owner = ? ORDER BY seq DESC LIMIT 1"
+        ((epoch, seq),) = self._rows(query, number)
+        self._set(owner, _Owner(number, Position(epoch, seq), state))
+        return count
 
     def staged(self, session: int, after: int) -> Iterator[Record]:
         """Yields what is kept, in order, beginning after a seq."""
@@ -302,6 +317,9 @@ class Store(View):
         self._connection.execute(_PUT, values)
 
 
+_REPLACE = """
+INSERT INTO records SELECT ?, kind, id, epoch, seq, deleted, wire FROM temp.staged WHERE session = ? ORDER BY seq
+"""
 _PUT = """
 INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, owner, id) DO UPDATE
 SET epoch = excluded.epoch, seq = excluded.seq, deleted = excluded.deleted, wire = excluded.wire
