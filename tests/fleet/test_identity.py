@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from vmconv_fleet import credentials
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.identity import IdentityError, Keys, Signer, good_signature, is_node_id, new_node_id
+from vmconv_fleet.hashtree import root_of, tree
+from vmconv_fleet.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
 from vmconv_fleet.records import Position
 from vmconv_fleet.testing import Lab
 from vmconv_fleet.trust import Trust
@@ -128,9 +129,47 @@ def test_no_bytes_of_a_certificate_raise(pem: bytes) -> None:
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
 def test_a_signature_of_other_bytes_is_no_signature(payload: bytes, signature: bytes) -> None:
-    assert not good_signature(_KEYS.signing.public_key(), payload, signature)
+    key = _KEYS.signing.public_key()
+    assert not Verifier().good(key, "k", payload, signature)
     # A signature that was made without the context of records is of something else.
-    assert not good_signature(_KEYS.signing.public_key(), payload, _KEYS.signing.sign(payload))
+    assert not Verifier().good(key, "k", payload, _KEYS.signing.sign(payload) + bytes(2))
+
+
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=40), st.data())
+def test_each_of_many_payloads_is_verified_alone(payloads: list[bytes], data: st.DataObject) -> None:
+    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    signatures = signer.sign_many(payloads)
+    assert all(len(one) <= 255 for one in signatures)
+    n = data.draw(st.integers(0, len(payloads) - 1))
+    verifier = Verifier()
+    assert verifier.good(key, "k", payloads[n], signatures[n])
+    for _ in range(2):
+        # What was verified before makes nothing else good.
+        assert not verifier.good(key, "k", payloads[n] + b"x", signatures[n])
+        damaged = bytearray(signatures[n])
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1
+        assert not verifier.good(key, "k", payloads[n], bytes(damaged))
+        assert not verifier.good(Keys.generate().signing.public_key(), "k", payloads[n], signatures[n])
+
+
+def test_writes_of_any_size_are_signed() -> None:
+    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    payloads = [str(n).encode() for n in range(2500)]
+    verifier = Verifier()
+    for payload, signature in zip(payloads, signer.sign_many(payloads), strict=True):
+        assert len(signature) <= 255
+        assert verifier.good(key, "k", payload, signature)
+
+
+def test_neither_an_inner_node_nor_a_foreign_leaf_passes_for_a_record() -> None:
+    root, proofs = tree([b"a", b"b", b"c", b"d"])
+    assert {root_of(p, proof) for p, proof in zip([b"a", b"b", b"c", b"d"], proofs, strict=True)} == {root}
+    left, right = proofs[2][2 + 16 :], tree([b"c", b"d"])[0]
+    assert left != right
+    assert root_of(left + right, (0).to_bytes(2, "big")) != root
+    assert root_of(b"a", proofs[1]) != root
+    assert root_of(b"a", proofs[0] + bytes(1)) is None
+    assert root_of(b"a", (4).to_bytes(2, "big") + proofs[0][2:]) is None
 
 
 def test_new_ids_are_ids() -> None:

@@ -16,6 +16,7 @@ import hashlib
 import ipaddress
 import os
 import secrets
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from cryptography import x509
@@ -26,10 +27,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import NameOID
 
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.hashtree import MAX_LEAVES, root_of, tree
 
 SIGNING_NAME = "vmconv:ed25519:"
 NODE_ID_DIGITS = 32
 MAX_PEM = 64 << 10
+SIGNATURE = 64
+MAX_ROOTS = 8192
 _RECORD_CONTEXT = b"vmconv fleet record\0"
 """Goes before what is signed, so that a signature of a record is never one of anything else."""
 
@@ -214,13 +218,38 @@ class Signer:
         self._key, self.key_id = key, key_id_of(key.public_key())
 
     def sign(self, payload: bytes) -> bytes:
-        return self._key.sign(_RECORD_CONTEXT + payload)
+        return self.sign_many([payload])[0]
+
+    def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
+        """Returns the signature of each: one of the key for up to `MAX_LEAVES` payloads, and a proof."""
+        found = []
+        for first in range(0, len(payloads), MAX_LEAVES):
+            root, proofs = tree(payloads[first : first + MAX_LEAVES])
+            signature = self._key.sign(_RECORD_CONTEXT + root)
+            found += [signature + proof for proof in proofs]
+        return found
 
 
-def good_signature(key: Ed25519PublicKey, payload: bytes, signature: bytes) -> bool:
-    """Returns whether it is the key's signature of a record."""
-    try:
-        key.verify(signature, _RECORD_CONTEXT + payload)
-    except InvalidSignature:
-        return False
-    return True
+class Verifier:
+    """Verifies signatures of records, each tree's root once; may be asked from any thread."""
+
+    def __init__(self) -> None:
+        self._good: dict[bytes, None] = {}
+
+    def good(self, key: Ed25519PublicKey, key_id: str, payload: bytes, signature: bytes) -> bool:
+        """Returns whether it is the key's signature of a record."""
+        root = root_of(payload, signature[SIGNATURE:])
+        if root is None:
+            return False
+        known = root + signature[:SIGNATURE] + key_id.encode() + key.public_bytes_raw()
+        if known in self._good:
+            return True
+        try:
+            key.verify(signature[:SIGNATURE], _RECORD_CONTEXT + root)
+        except InvalidSignature:
+            return False
+        if len(self._good) >= MAX_ROOTS:
+            # All at once, and rarely: several threads may be here.
+            self._good = {}
+        self._good[known] = None
+        return True

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from vmconv_fleet.authority import is_revocation
-from vmconv_fleet.identity import Binding, IdentityError, binding, good_signature, read_authorities, read_certificate
+from vmconv_fleet.identity import Binding, IdentityError, Verifier, binding, read_authorities, read_certificate
 
 if TYPE_CHECKING:
     from vmconv_fleet.records import Position, Record
@@ -29,6 +29,7 @@ class Trust:
     def __init__(self, authorities: bytes) -> None:
         self._authorities: list[x509.Certificate] = read_authorities(authorities)
         self._lock = threading.Lock()
+        self._verifier = Verifier()
         self._keys: dict[tuple[str, str], Ed25519PublicKey] = {}
         self._bindings: dict[str, dict[int, Binding]] = {}
         self._revoked: dict[tuple[str, str], tuple[int, int]] = {}
@@ -39,7 +40,7 @@ class Trust:
         key = self._keys.get((owner, key_id))
         if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
             return False
-        return good_signature(key, payload, signature)
+        return self._verifier.good(key, key_id, payload, signature)
 
     def learn(self, record: Record) -> bool:
         """Takes in a certificate or revocation; False for any other record, and for what the authority did not sign."""
