@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -39,6 +40,9 @@ class PlainSigner:
 
     def sign(self, payload: bytes) -> bytes:
         return _hash(f"{self.owner} {self.key_id}".encode(), payload)
+
+    def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
+        return [self.sign(payload) for payload in payloads]
 
 
 class PlainTrust:

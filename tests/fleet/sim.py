@@ -5,7 +5,7 @@
 
 All time is virtual and every choice comes from the seed. The network loses, duplicates, delays and reorders, and is cut
 into parts; nodes crash before, between and after commits, lose their database, get an older one back, are stopped for a
-while, and have clocks that jump. An oracle that shares no code with the replica knows every state that every owner was in.
+while, and have clocks that jump. An oracle that shares no code with the replica knows every state that owners were in.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 if __name__ == "__main__":
@@ -149,7 +150,7 @@ class World:
 
     def _topology(self) -> list[frozenset[str]]:
         ids = list(self.nodes)
-        line = [frozenset(pair) for pair in zip(ids, ids[1:], strict=False)]
+        line = [frozenset(pair) for pair in pairwise(ids)]
         ring = sorted({*line, frozenset((ids[0], ids[-1]))}, key=sorted)
         return self.random.choice((self._mesh(), line, ring))
 
@@ -366,8 +367,8 @@ class World:
             return
         mine = node.replica.store.find("request", node.id)
         if mine:
-            id, withdrawn = self.random.choice(mine).id, node.requests.withdraw
-            self._own(node, "withdrawals", lambda replica: withdrawn(id))
+            id, requests = self.random.choice(mine).id, node.requests
+            self._own(node, "withdrawals", lambda _: requests.withdraw(id))
 
     def _own(self, node: Node, name: str, action: Callable[[Replica], list[Send]]) -> None:
         def attempt(replica: Replica) -> list[Send]:
@@ -462,7 +463,7 @@ class World:
 
         self._own(witness, "retirements", retire)
 
-    _mishaps: dict[Callable[[World, Node], None], int] = {
+    _mishaps: ClassVar[dict[Callable[[World, Node], None], int]] = {
         _write: 40,
         _submit: 30,
         _withdraw: 2,

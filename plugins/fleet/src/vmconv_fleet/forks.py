@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from vmconv_fleet.messages import Standing
 from vmconv_fleet.problems import Problems
-from vmconv_fleet.records import Record, restore
+from vmconv_fleet.records import Record, payload_of, restore
 from vmconv_fleet.store import Store
 
 _KNOWN = 1000
@@ -31,7 +31,7 @@ class Forks:
     def counterpart(self, record: Record) -> Record | None:
         """Returns the record that is stored for the same position with another content."""
         wire = self._store.at(record.owner, record.seq)
-        if wire is None or wire == record.wire:
+        if wire is None or payload_of(wire) == record.payload:
             return None
         ours = restore(wire)
         return ours if ours.epoch == record.epoch else None

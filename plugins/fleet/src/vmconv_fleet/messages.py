@@ -55,7 +55,7 @@ class Live(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """`whole`: about all owners, with `near`, the sender's neighbours, and `notices`, a hash of what NOTICE would tell."""
+    """`whole`: about all owners, with `near`, the sender's neighbours, and `notices`, a hash of its revocations."""
 
     at: Mapping[str, Standing]
     whole: bool = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any
 
 from vmconv_fleet import epochs
 from vmconv_fleet.clock import HybridClock, milliseconds
@@ -38,12 +39,7 @@ class OwnLog:
 
     def append(self, changes: Sequence[Change], now: int, txn: int) -> list[Record]:
         """Writes all of the changes or, with a MalformedError, none; deletes nothing that is not there."""
-        node, written = self._signer.owner, []
-        with self._store.atomic():
-            for record in self._follow(changes, now, txn):
-                written.append(record)
-                self._store.extend(node, (record,))
-        return written
+        return self._write(changes, self._store.position(self._signer.owner), now, txn)
 
     def begin_epoch(self, now: int, beyond: int) -> list[Record]:
         """Begins an epoch later than every one that is known of the node, and no one that it ever had.
@@ -72,40 +68,48 @@ class OwnLog:
         return written
 
     def _write_history(self, history: History, position: Position, now: int) -> list[Record]:
-        node = self._signer.owner
-        with self._store.atomic():
-            change = Change(epochs.KIND, epochs.ID, history.body())
-            record = self._make(change, position, self._store.state(node), now, 0)
-            self._store.extend(node, (record,))
-        return [record]
+        return self._write([Change(epochs.KIND, epochs.ID, history.body())], position, now, 0)
 
-    def _follow(self, changes: Sequence[Change], now: int, txn: int) -> Iterator[Record]:
+    def _write(self, changes: Sequence[Change], position: Position, now: int, txn: int) -> list[Record]:
         node = self._signer.owner
-        for change in changes:
-            if change.body is None and self._store.get(node, change.kind, change.id) is None:
+        state = self._store.state(node)
+        payloads = []
+        shares: dict[tuple[str, str], int] = {}
+        for kind, id, body in changes:
+            share = shares[kind, id] if (kind, id) in shares else self._store.share(node, kind, id)
+            if body is None and not share:
                 continue
-            yield self._make(change, self._store.position(node), self._store.state(node), now, txn)
+            position = Position(position.epoch, position.seq + 1)
+            state -= share
+            payload = encode(self._draft(kind, id, body, position, state % STATE_MODULUS, now, txn))
+            shares[kind, id] = share = 0 if body is None else fingerprint(payload)
+            state += share
+            payloads.append(payload)
+        signatures = self._signer.sign_many(payloads) if payloads else []
+        records = [decode(seal(*signed)) for signed in zip(signatures, payloads, strict=True)]
+        if records:
+            with self._store.atomic():
+                self._store.extend(node, records, state % STATE_MODULUS)
+        return records
 
-    def _make(self, change: Change, position: Position, state: int, now: int, txn: int) -> Record:
-        node, kind, id = self._signer.owner, change.kind, change.id
-        others = (state - self._store.share(node, kind, id)) % STATE_MODULUS
-        record = Record(
-            owner=node,
+    def _draft(
+        self, kind: str, id: str, body: Mapping[str, Any] | None, position: Position, state: int, now: int, txn: int
+    ) -> Record:
+        return Record(
+            owner=self._signer.owner,
             kind=kind,
             id=id,
             epoch=position.epoch,
-            seq=position.seq + 1,
+            seq=position.seq,
             schema=self._schema,
             clock=self._clock.tick(now),
-            deleted=change.body is None,
+            deleted=body is None,
             txn=txn,
             key_id=self._signer.key_id,
-            state=others,
-            body=dict(change.body or {}),
+            state=state,
+            body=dict(body or {}),
             wire=b"",
         )
-        payload = encode(record)
-        return decode(seal(self._signer.sign(payload), payload))
 
 
 def sound(store: Store, owner: str) -> bool:
@@ -117,5 +121,5 @@ def sound(store: Store, owner: str) -> bool:
 
 def promised(record: Record) -> int:
     """Returns the state that the record's owner had when it had written it."""
-    own = 0 if record.deleted else fingerprint(record.wire)
+    own = 0 if record.deleted else fingerprint(record.payload)
     return (record.state + own) % STATE_MODULUS

@@ -10,7 +10,7 @@ from vmconv_fleet.epochs import history_of
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.held import Early, Held
 from vmconv_fleet.messages import Digest, Live, Message, Notice, Page, Pull, Send, Standing
-from vmconv_fleet.ownlog import sound
+from vmconv_fleet.ownlog import promised, sound
 from vmconv_fleet.records import START, Position, Record, decode
 from vmconv_fleet.recovery import Recovery
 from vmconv_fleet.shared import Shared
@@ -93,7 +93,7 @@ class Reception:
         try:
             with shared.store.atomic():
                 shared.store.extend(owner, fresh)
-                if not sound(shared.store, owner):
+                if promised(fresh[-1]) != shared.store.state(owner):
                     raise TornError(f"live records of {owner} do not follow what is here")
                 shared.store.purge(owner, shared.store.history(owner).floor)
         except TornError:

@@ -33,7 +33,7 @@ _FIELDS = 13
 
 
 class Position(NamedTuple):
-    """How far an owner has come: its records are numbered without a gap, for ever; with each start an epoch begins."""
+    """How far an owner has come: its records are numbered without a gap, for ever; a start begins an epoch."""
 
     epoch: int
     seq: int
@@ -99,12 +99,17 @@ class Record(NamedTuple):
     @property
     def payload(self) -> bytes:
         """The bytes that were signed."""
-        return self.wire[1 + self.wire[0] :]
+        return payload_of(self.wire)
 
 
-def fingerprint(wire: bytes) -> int:
+def payload_of(wire: bytes) -> bytes:
+    """Returns the bytes that were signed."""
+    return wire[1 + wire[0] :]
+
+
+def fingerprint(payload: bytes) -> int:
     """Returns what a live record adds to the state of its owner."""
-    return int.from_bytes(blake2b(wire, digest_size=16).digest(), "big")
+    return int.from_bytes(blake2b(payload, digest_size=16).digest(), "big")
 
 
 def encode(fields: Record) -> bytes:
@@ -125,7 +130,7 @@ def decode(wire: bytes) -> Record:
     """Returns the record of a wire; MalformedError: it is none. Says nothing about the signature."""
     if not 2 <= len(wire) <= MAX_RECORD:
         raise MalformedError(f"record of {len(wire)} bytes, not 2 to {MAX_RECORD}")
-    payload = wire[1 + wire[0] :]
+    payload = payload_of(wire)
     try:
         fields = _parse(payload.decode())
     except (ValueError, RecursionError) as exc:
@@ -138,7 +143,7 @@ def decode(wire: bytes) -> Record:
 
 def restore(wire: bytes) -> Record:
     """Returns the record of a wire that `decode` has accepted before: from the database."""
-    return _made(json.loads(wire[1 + wire[0] :]), wire)
+    return _made(json.loads(payload_of(wire).decode()), wire)
 
 
 def _made(fields: list[Any], wire: bytes) -> Record:

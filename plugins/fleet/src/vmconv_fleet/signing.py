@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vmconv_fleet.records import Position, Record
@@ -18,8 +19,8 @@ class Signer(Protocol):
     def key_id(self) -> str:
         """The id of the key, of the form of a record's id: that of the record of kind `certificate` that has it."""
 
-    def sign(self, payload: bytes) -> bytes:
-        """Returns the signature, 255 bytes at most."""
+    def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
+        """Returns a signature for each, 255 bytes at most; each can be verified without the others."""
 
 
 class Trust(Protocol):

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
 from typing import Any, NamedTuple
 
 from vmconv_fleet.database import Transactions, open_reader, open_writer, prepare
 from vmconv_fleet.epochs import ID, KIND, History, history_of
 from vmconv_fleet.errors import StoreError
-from vmconv_fleet.records import START, STATE_MODULUS, Position, Record, fingerprint, restore
+from vmconv_fleet.records import START, STATE_MODULUS, Position, Record, fingerprint, payload_of, restore
 
+BATCH = 256
 MAX_NOTICES = 4096
 MAX_QUARANTINE = 1024
 
@@ -186,16 +188,20 @@ class Store(View):
         query = "SELECT wire FROM records WHERE kind = 'certificate' AND NOT deleted AND (owner = ? OR id = ?) LIMIT 16"
         return [wire for (wire,) in self._rows(query, known.number, key)]
 
-    def extend(self, owner: str, records: Iterable[Record]) -> None:
-        """Adds records that follow what is there, in their order."""
-        number, position, state = self._owners.get(owner) or self._meet(owner)
-        for record in records:
-            state -= self._share(number, record.kind, record.id)
-            if not record.deleted:
-                state += fingerprint(record.wire)
-            self._put(number, record)
-            position = record.position
-        self._set(owner, _Owner(number, position, state % STATE_MODULUS))
+    def extend(self, owner: str, records: Iterable[Record], state: int | None = None) -> None:
+        """Adds records that follow what is there, in their order; `state`: that of the owner with them, if known."""
+        number, position, before = self._owners.get(owner) or self._meet(owner)
+        remaining = iter(records)
+        while batch := list(islice(remaining, BATCH)):
+            if state is None:
+                before = self._after(number, before, batch)
+            rows = [
+                (number, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
+                for record in batch
+            ]
+            self._connection.executemany(_PUT, rows)
+            position = batch[-1].position
+        self._set(owner, _Owner(number, position, before % STATE_MODULUS if state is None else state))
 
     def clear(self, owner: str) -> None:
         """Removes all records of an owner; it is as if nothing had been heard of it."""
@@ -248,7 +254,7 @@ class Store(View):
         self._connection.execute("DELETE FROM records WHERE owner = ?", (number,))
         count = self._connection.execute(_REPLACE, (number, session)).rowcount
         rows = self._connection.execute("SELECT wire FROM records WHERE owner = ? AND NOT deleted", (number,))
-        state = sum(fingerprint(wire) for (wire,) in rows) % STATE_MODULUS
+        state = sum(fingerprint(payload_of(wire)) for (wire,) in rows) % STATE_MODULUS
         query = "SELECT epoch, seq FROM records WHERE owner = ? ORDER BY seq DESC LIMIT 1"
         ((epoch, seq),) = self._rows(query, number)
         self._set(owner, _Owner(number, Position(epoch, seq), state))
@@ -310,11 +316,17 @@ class Store(View):
     def _share(self, number: int, kind: str, id: str) -> int:
         query = "SELECT wire FROM records WHERE kind = ? AND owner = ? AND id = ? AND NOT deleted"
         row = self._connection.execute(query, (kind, number, id)).fetchone()
-        return fingerprint(row[0]) if row else 0
+        return fingerprint(payload_of(row[0])) if row else 0
 
-    def _put(self, number: int, record: Record) -> None:
-        values = (number, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
-        self._connection.execute(_PUT, values)
+    def _after(self, number: int, state: int, records: Sequence[Record]) -> int:
+        """Returns the state with records that are not yet written."""
+        shares: dict[tuple[str, str], int] = {}
+        for record in records:
+            key = record.kind, record.id
+            state -= shares[key] if key in shares else self._share(number, *key)
+            shares[key] = share = 0 if record.deleted else fingerprint(record.payload)
+            state += share
+        return state
 
 
 _REPLACE = """
