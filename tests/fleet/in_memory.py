@@ -95,7 +95,7 @@ class Node:
     def __init__(self, number: int, directory: Path, wires: dict[str, Wire]) -> None:
         self.id = f"{number:x}" * 32
         self.directory = directory / f"n{number:02}"
-        self.directory.mkdir()
+        self.directory.mkdir(exist_ok=True)
         self.wire = wires[self.id] = Wire(self.id, wires)
         self.service = NodeService(
             fleet="test",

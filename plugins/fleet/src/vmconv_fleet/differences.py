@@ -6,8 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from vmconv_fleet.words import time_text
+
 MAX_LISTED = 200
 MAX_TEXT = 300
+
+_SECRET = frozenset({"hash"})
 
 
 class Difference(NamedTuple):
@@ -35,4 +39,8 @@ def _flat(body: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{above}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if name in _SECRET:
+                text = "(not shown)"
+            elif name.endswith("_ms") and isinstance(value, int):
+                text = time_text(value)
             yield f"{above}{name}", text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "…"

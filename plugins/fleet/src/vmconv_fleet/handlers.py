@@ -223,23 +223,30 @@ def _revoke_token(context: Context, _request: Request, wanted: TokenRevoke) -> O
     return Outcome([Change("token", wanted.id, {**record.body, "revoked": True})], {"token": wanted.id})
 
 
-def _retire(directory: str, context: Context, request: Request, wanted: Retire) -> Outcome:
-    """Takes a node out of the fleet: it is history for all, and nothing that it writes from now on counts."""
+def _retire(directory: str, context: Context, _request: Request, wanted: Retire) -> Outcome:
+    """Takes a node out of the fleet for good: all drop its records, and take none of it again."""
     if wanted.node == context.node:
         raise Refusal("a node does not retire itself", hint="vmconv node leave, on it")
+    record = context.get(wanted.node, "node", wanted.node)
     body = {"node": wanted.node, "reason": wanted.reason, "at_ms": context.now}
-    revoked = _revoke(directory, context, request, wanted)
-    return Outcome([Change("retirement", wanted.node, body), *revoked.changes], {"node": wanted.node})
+    if record:
+        body["name"] = str(record.body.get("name", ""))[:255]
+    revoked = _revocation(directory, context, wanted.node, None, retired=True)
+    return Outcome([Change("retirement", wanted.node, body), revoked], {"node": wanted.node})
 
 
-def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke | Retire) -> Outcome:
-    """Revokes the keys of a node; the fleet's CA signs that, so only a node that holds it can."""
+def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke) -> Outcome:
+    if wanted.key_id is None and wanted.node == context.node:
+        raise Refusal("a node does not revoke itself")
+    change = _revocation(directory, context, wanted.node, wanted.key_id, retired=False)
+    return Outcome([change], {"node": wanted.node, "key_id": wanted.key_id})
+
+
+def _revocation(directory: str, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
+    """Returns what the fleet's CA has signed against keys; only a node that holds the CA can."""
     from vmconv_fleet.authority import Authority
 
-    key_id = getattr(wanted, "key_id", None)
-    if key_id is None and wanted.node == context.node:
-        raise Refusal("a node does not revoke itself")
-    position = context.positions().get(wanted.node)
+    position = context.positions().get(node)
     upto = [position.epoch, position.seq] if position else [0, 0]
-    body = Authority.load(directory).revocation(wanted.node, key_id=key_id, upto=upto)
-    return Outcome([Change("revocation", key_id or wanted.node, body)], {"node": wanted.node, "key_id": key_id})
+    body = Authority.load(directory).revocation(node, key_id=key_id, upto=upto, retired=retired)
+    return Change("revocation", key_id or node, body)

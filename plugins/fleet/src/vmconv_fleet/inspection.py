@@ -204,8 +204,10 @@ class _Inspection:
                 yield {"name": layer.file.name, "format": layer.format_name, "disk": self._id_of(layer.file.path)}
 
     def _id_of(self, path: str) -> str | None:
-        """Returns the id of the disk at a path; None when it lies in no datastore."""
+        """Returns the id of the disk at a path; None when there is none, or it lies in no datastore."""
         real = os.path.realpath(path)
+        if not os.path.isfile(real):
+            return None
         for datastore, root in self._roots.items():
             if real.startswith(root.rstrip("/") + "/"):
                 return disk_id(datastore, os.path.relpath(real, root))

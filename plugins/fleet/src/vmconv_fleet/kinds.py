@@ -302,6 +302,7 @@ class Retirement(Body):
     """That a node, the id of this, is out of the fleet and will not come back; its records are history."""
 
     node: NodeId
+    name: str = ""
     reason: str = ""
     at_ms: Milliseconds = 0
 

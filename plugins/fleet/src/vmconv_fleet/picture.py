@@ -53,6 +53,7 @@ class Picture:
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
         self._bodies = {one.owner: Node.model_validate(one.body) for one in self.find("node")}
+        self._retired = {one.id: str(one.body.get("name", "")) for one in self.find("retirement")}
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
         """Returns the records of a kind whose bodies are what the schema says; what others wrote need not be."""
@@ -62,29 +63,28 @@ class Picture:
     def name(self, node: str) -> str:
         """Returns what people call a node: its name, or the beginning of its id."""
         body = self._bodies.get(node)
-        return body.name[:MAX_NAME] if body else node[:8]
+        return (body.name if body else self._retired.get(node, ""))[:MAX_NAME] or node[:8]
 
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, this one among them."""
         beats = {one.owner: Heartbeat.model_validate(one.body) for one in self.find("heartbeat")}
-        retired = {one.id for one in self.view.find("retirement")}
-        known = {*self._bodies, *beats, *retired, self.node}
+        known = {*self._bodies, *beats, *self._retired, self.node}
         reached = self._reached(beats)
-        found = [self._node(one, beats.get(one), reached, is_retired=one in retired) for one in known]
+        found = [self._node(one, beats.get(one), reached) for one in known]
         return sorted(found, key=lambda one: (one.name, one.node))
 
-    def _node(self, node: str, beat: Heartbeat | None, reached: set[str], *, is_retired: bool) -> NodeView:
+    def _node(self, node: str, beat: Heartbeat | None, reached: set[str]) -> NodeView:
         body = self._bodies.get(node) or Node(name=node[:8], fleet="")
         age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
         if node == self.node:
             state, age = "here", 0
-        elif is_retired or body.retired:
+        elif node in self._retired or body.retired:
             state = "retired"
         elif node in self._neighbours or (age is not None and age <= _still_good_ms(beat, is_reached=node in reached)):
             state = "up"
         position = self._positions.get(node, Position(0, 0))
-        lag = self._lag(beat) if beat and node != self.node else 0
+        lag = self._lag(node, beat) if beat and node != self.node else 0
         return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
 
     def _reached(self, beats: Mapping[str, Heartbeat]) -> set[str]:
@@ -98,10 +98,15 @@ class Picture:
                 waiting += beats[node].neighbours if node in beats else []
         return reached
 
-    def _lag(self, beat: Heartbeat) -> int:
+    def _lag(self, node: str, beat: Heartbeat) -> int:
+        """Returns how many records of others were not there yet when the node said what it has."""
         if not beat.positions:
             return 0
-        return sum(max(0, mine.seq - beat.positions.get(owner, (0, 0))[1]) for owner, mine in self._positions.items())
+        return sum(
+            max(0, mine.seq - beat.positions.get(owner, (0, 0))[1])
+            for owner, mine in self._positions.items()
+            if owner != node
+        )
 
     def unseen(self, nodes: Iterable[NodeView]) -> list[NodeView]:
         """Returns the nodes whose part of the picture is old."""
@@ -135,8 +140,7 @@ class Picture:
 
     def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
         """Returns the disks that are selected, by node, datastore and name; those of retired nodes are history."""
-        retired = {one.id for one in self.view.find("retirement")}
-        found = [one for one in self.find("disk", owner) if one.owner not in retired]
+        found = [one for one in self.find("disk", owner) if one.owner not in self._retired]
         chosen = [one for one in found if selection is None or selection(self.facts(one))]
         return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
 

@@ -10,7 +10,7 @@ from vmconv.cli.output import print_json, print_table
 from vmconv.errors import UsageError
 from vmconv_fleet.cli.client import Client, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
-from vmconv_fleet.cli.words import cell, time_text
+from vmconv_fleet.words import cell, time_text
 
 
 def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:

@@ -14,7 +14,7 @@ from vmconv.errors import UsageError
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected, disk_named
 from vmconv_fleet.cli.following import Ended, follow
-from vmconv_fleet.cli.words import cell, plan_text, time_text
+from vmconv_fleet.words import cell, plan_text, time_text
 
 Asked = dict[str, Any]
 """One conversion that was asked for: node, disk, name, answer."""

@@ -11,7 +11,7 @@ from typing import Any
 from vmconv.cli.output import print_table, size_text
 from vmconv.errors import BackendError, UsageError
 from vmconv_fleet.cli.local_fleet import LocalNode, local_fleet, wait_for, wait_until_agreed
-from vmconv_fleet.cli.words import age_text, plan_text
+from vmconv_fleet.words import age_text, plan_text
 
 _SMALLEST = 8 << 20
 _NAMES = ["n01", "n02", "n03"]

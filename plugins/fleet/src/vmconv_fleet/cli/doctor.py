@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vmconv.cli.output import print_json
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected
-from vmconv_fleet.cli.words import age_text, cell
+from vmconv_fleet.words import age_text, cell
 
 _UNANSWERED_MS = 60_000
 _LITTLE_SPACE = 0.05

@@ -10,7 +10,7 @@ from typing import Any
 
 from vmconv.errors import os_errors
 from vmconv_fleet.cli.connecting import connected
-from vmconv_fleet.cli.words import cell, progress_text, time_text
+from vmconv_fleet.words import cell, progress_text, time_text
 
 _NOISE = frozenset({"heartbeat", "epoch"})
 """Kinds that say only that a node is there: told when they are asked for."""

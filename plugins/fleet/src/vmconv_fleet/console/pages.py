@@ -210,11 +210,13 @@ def _requests(visit: Visit) -> Response:
     offset = visit.offset()
     page = found[offset : offset + PAGE]
     responses = {(one.owner, one.id): _response_to(picture, one) for one, _ in page}
+    wishes = {(one.owner, one.id): differences(None, body.arguments) for one, body in page}
     return visit.page(
         "requests.html",
         title="Requests",
         requests=page,
         responses=responses,
+        wishes=wishes,
         total=len(found),
         offset=offset,
         limit=PAGE,

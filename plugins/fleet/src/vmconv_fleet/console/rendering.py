@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from markupsafe import Markup
 
 from vmconv.cli.output import size_text
 from vmconv.errors import printable
-from vmconv_fleet.cli.words import age_text
 from vmconv_fleet.kinds import JobPlan
+from vmconv_fleet.words import age_text
 
 
 class Part(NamedTuple):
@@ -62,7 +61,6 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "age": age_text,
-        "json": lambda value: json.dumps(value, ensure_ascii=False),
         "moment": _moment,
         "percent": lambda part, whole: f"{100 * part / whole:.0f}" if whole else "0",
         "size": size_text,

@@ -1,4 +1,4 @@
-"""How the command line says things of a fleet."""
+"""How a fleet is spoken of: ages, moments, plans, progress, and what strangers wrote."""
 
 from __future__ import annotations
 
