@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from fleet.plain import PlainSigner, PlainTrust
 from vmconv_fleet.engine import Events
 from vmconv_fleet.handlers import make_handlers
 from vmconv_fleet.kinds import SCHEMA
@@ -21,24 +21,14 @@ PATIENCE = 30.0
 """Seconds after which what a test waits for will not come."""
 
 
-class Keys:
-    """Signs and verifies with hashes that everybody can make."""
-
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
-        self.key_id = "k1"
-
-    def sign(self, payload: bytes) -> bytes:
-        return hashlib.blake2b(self.owner.encode() + payload, digest_size=16).digest()
+class TrustsAll(PlainTrust):
+    """Needs no certificates: whoever signs with the key of an owner is the owner."""
 
     def verify(self, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
-        return Keys(owner).sign(payload) == signature
+        return PlainSigner(owner, key_id).sign(payload) == signature
 
     def learn(self, record: Record) -> bool:
         return True
-
-    def retired(self, owner: str) -> bool:
-        return False
 
 
 class Wire:
@@ -100,8 +90,8 @@ class Node:
         self.service = NodeService(
             fleet="test",
             database=str(self.directory / "store.sqlite"),
-            signer=Keys(self.id),
-            trust=Keys(self.id),
+            signer=PlainSigner(self.id),
+            trust=TrustsAll(),
             transport=self.wire,
             handlers=make_handlers(str(self.directory)),
             schema=SCHEMA,

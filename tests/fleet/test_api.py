@@ -349,7 +349,7 @@ def test_no_body_is_too_large_to_refuse(api: Served) -> None:
     token = f"Bearer {api.token('admin')['token']}"
     body = b'{"label": "' + b"x" * MAX_BODY + b'"}'
     response = raw(api, "POST", "/api/v1/tokens", body, Authorization=token, Content_Type="application/json")
-    assert response.status == 422
+    assert response.status == 413
 
 
 def test_the_local_administrator_cuts_a_node_off(api: Served, pair: Sequence[Node]) -> None:

@@ -196,12 +196,18 @@ def test_an_inspection_that_fails_is_a_problem_of_the_datastore(node: Node, data
         scanner.stop()
 
 
-def test_a_scanner_stops_at_once_while_it_waits_for_a_slow_inspection(node: Node, datastore: Path) -> None:
-    scanner = Scanner(node.service, {"ds": str(datastore)}, command=["sleep", "1000"])
+def test_a_scanner_stops_at_once_while_an_inspection_takes_its_time(
+    node: Node, datastore: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    slow = ["sh", "-c", f"echo here > {tmp_path / 'pipe'}; exec sleep 1000"]
+    scanner = Scanner(node.service, {"ds": str(datastore)}, command=slow)
     scanner.start()
-    node.until(lambda: scanner._child)
+    assert (tmp_path / "pipe").read_text() == "here\n"
     scanner.stop()
-    assert not scanner._thread.is_alive()
+    store = node.service.view().get(node.id, "datastore", "ds")
+    assert store
+    assert "problem" not in store.body
 
 
 VMX = b"""
@@ -234,10 +240,7 @@ def test_virtual_machines_are_found_with_their_disks(node: Node, datastore: Path
     assert [disk["disk"] for disk in vms["web <b>1</b>"]["disks"]] == [None, None]
 
 
-BOMB = (
-    b'<!DOCTYPE d [<!ENTITY a "xxxxxxxxxx"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
-    b"<domain><name>&b;</name></domain>"
-)
+BOMB = b'<!DOCTYPE d [<!ENTITY a "xxxxxxxxxx"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]><domain><name>&b;</name></domain>'
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from vmconv_fleet.clock import wall_ms
@@ -153,7 +154,7 @@ class Run:
         said = self._converse(task)
         if self._node_ends.is_set() and said is None and not self._journal.made():
             return
-        ended = self._update(self._outcome(said, dry_run=task.dry_run))
+        ended = self._update(self._outcome(said))
         self._journal.remove()
         if ended and ended["state"] == "done":
             self._ask_for_scan({body["datastore"], body.get("target_datastore")})
@@ -224,12 +225,10 @@ class Run:
                 for said in _lines(child):
                     if isinstance(said, str):
                         noise = said
-                    elif said["event"] in ("done", "error"):
+                    elif said["event"] in ("done", "error") or task.dry_run:
                         last = said
                     else:
-                        self._hear(child, said, dry_run=task.dry_run)
-                        if said["event"] == "plan" and task.dry_run:
-                            last = said
+                        self._hear(child, said)
             except BaseException:
                 child.kill()
                 raise
@@ -245,14 +244,12 @@ class Run:
             child.stdin.write(line.encode() + b"\n")
             child.stdin.flush()
 
-    def _hear(self, child: subprocess.Popen[bytes], said: Mapping[str, Any], *, dry_run: bool) -> None:
+    def _hear(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
         if said["event"] == "plan":
-            file = os.path.basename(said["target"])
-            goes_on = self._update(lambda body: {**body, "state": "planned", "plan": said["plan"], "file": file})
-            if goes_on is None:
+            if self._update(partial(_planned, said)) is None:
                 # It was cancelled, or the record is gone.
                 self.cancel()
-            elif not dry_run:
+            else:
                 self._say(child, "go")
             return
         now = time.monotonic()
@@ -261,12 +258,12 @@ class Run:
             progress = {"done": said["done"], "total": said["total"]}
             self._update(lambda body: {**body, "state": "running", "progress": progress})
 
-    def _outcome(self, said: Mapping[str, Any] | None, *, dry_run: bool) -> Callable[[Mapping[str, Any]], Any]:
+    def _outcome(self, said: Mapping[str, Any] | None) -> Callable[[Mapping[str, Any]], Any]:
         """Returns what becomes of the record; a cancellation that came too late is none."""
         if said is not None and said["event"] == "error" and not self._cancelled:
             return _failed(said["message"], said.get("hint"))
-        if said is not None and said["event"] == "plan" and dry_run:
-            return lambda body: {**body, "state": "planned", "ended_ms": wall_ms()}
+        if said is not None and said["event"] == "plan":
+            return lambda body: {**_planned(said, body), "ended_ms": wall_ms()}
         if (said is not None and said["event"] == "done") or self._journal.made():
             return lambda body: _done(body, said or {})
         return lambda body: {**body, "state": "cancelled", "ended_ms": wall_ms()}
@@ -289,6 +286,10 @@ def _begun(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if body["state"] != "queued":
         return None
     return {**body, "started_ms": wall_ms(), "attempts": body.get("attempts", 0) + 1}
+
+
+def _planned(said: Mapping[str, Any], body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**body, "state": "planned", "plan": said["plan"], "file": os.path.basename(said["target"])}
 
 
 def _done(body: Mapping[str, Any], said: Mapping[str, Any]) -> Mapping[str, Any]:

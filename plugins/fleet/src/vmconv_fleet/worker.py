@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import AccessError, PlanError, VmconvError, printable
@@ -215,8 +216,9 @@ def _remove(source: str, result: Result) -> str | None:
 
 
 def _tell(event: str, **values: Any) -> None:
-    # On one descriptor and in one call: lines of threads must not mix.
-    os.write(1, json.dumps({"event": event, **values}).encode() + b"\n")
+    # On one descriptor and in one call: lines of threads must not mix. A node that has gone hears nothing.
+    with suppress(BrokenPipeError):
+        os.write(1, json.dumps({"event": event, **values}).encode() + b"\n")
 
 
 def _stop(_number: int, _frame: object) -> None:
