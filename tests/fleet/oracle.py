@@ -45,6 +45,8 @@ class Oracle:
         position = Position(
             *(_row(replica.store, "SELECT epoch, seq FROM owners WHERE owner = ?", replica.node) or (0, 0))
         )
+        if position < self._acknowledged.get(replica.node, position):
+            raise Violation(f"acknowledged writes of {replica.node[:4]} are lost")
         written = self._written.pop(replica.node)
         self._keep(replica.node, [item for item in written if item[0][-1].position <= position])
 
@@ -86,8 +88,6 @@ class Oracle:
             if twice:
                 raise Violation(f"{owner[:4]} has two transactions for {twice[0]}")
             self._check_answers(store, owner, {record.body["number"]: record.body for record in transactions})
-            if store.position(owner) < self._acknowledged.get(owner, Position(0, 0)):
-                raise Violation(f"acknowledged writes of {owner[:4]} are lost")
         self.counts["transactions"] += sum(len(store.find("transaction", owner)) for owner in alive)
 
     def _check_answers(self, store: Store, owner: str, transactions: dict[int, Any]) -> None:

@@ -261,11 +261,11 @@ class World:
     def _kill(self, node: Node) -> None:
         if node.replica is None:
             return
-        self.oracle.detach(node.replica)
-        self._honest(node)
+        node.disk.fuse = 0
         if node.disk.in_transaction:
             node.disk.rollback()
-        node.disk.fuse = 0
+        self.oracle.detach(node.replica)
+        self._honest(node)
         node.replica = node.requests = None
         node.stopped = False
         node.waiting.clear()

@@ -66,7 +66,7 @@ class Change(NamedTuple):
 class Record(NamedTuple):
     """One version of a data structure. `body` is not to be changed; it is empty where `deleted`.
 
-    `txn` is the number of the transaction that wrote it; 0: telemetry, written without one. `wire` is what is stored and
+    `txn` is the number of the transaction that wrote it, 0 where there was none. `wire` is what is stored and
     passed on: the bytes that were signed, and their signature.
     """
 
