@@ -27,7 +27,6 @@ class Oracle:
         self._executed: dict[tuple[str, str, str], list[int]] = {}
         self._order: dict[tuple[str, str], int] = {}
         self._losses: Counter[str] = Counter()
-        self._retired: set[str] = set()
         self._written: dict[str, list[tuple[Sequence[Record], int]]] = {}
         self._model: dict[str, dict[tuple[str, str], bytes]] = {}
 
@@ -55,14 +54,9 @@ class Oracle:
         self._losses[node] += 1
         self._acknowledged.pop(node, None)
 
-    def retire(self, node: str) -> None:
-        self._retired.add(node)
-
     def look(self, replica: Replica, owner: str) -> None:
         """A view must be exactly a state that its owner was in."""
         position = replica.store.position(owner)
-        if owner in self._retired and owner != replica.node:
-            return
         if position.seq and self._states.get((owner, position)) != _state(_stored(replica.store, owner)):
             raise Violation(
                 f"view of {owner[:4]} at {replica.node[:4]} is at {position} no state that its owner was in"

@@ -316,7 +316,7 @@ class World:
 
     def _restart(self, node: Node) -> Callable[[], None]:
         def restart() -> None:
-            if node.replica is None and not (self._healing and node.retired):
+            if node.replica is None:
                 self._boot(node, patience=self.random.choice((0, 500, 3000)))
 
         return restart
@@ -417,7 +417,7 @@ class World:
         patience = self.random.choice((None, 3000, 3000, 0))
 
         def boot() -> None:
-            if node.replica is None and not (self._healing and node.retired):
+            if node.replica is None:
                 self._boot(node, patience=patience)
 
         self._at(self.random.randint(10, 3000), boot)
@@ -458,7 +458,6 @@ class World:
         def retire(replica: Replica) -> list[Send]:
             sends = replica.write([retirement(node.id)])[1]
             node.retired = True
-            self.oracle.retire(node.id)
             return sends
 
         self._own(witness, "retirements", retire)
@@ -502,17 +501,14 @@ class World:
                 self._continue(node)
             if node.replica is None:
                 self._boot(node, patience=1000)
-        for node in self.nodes.values():
-            self._end_retired(node)
+        if self._alive() != list(self.nodes):
+            self._links = self._mesh()
         self._rewire()
         self._say("healed")
 
-    def _end_retired(self, node: Node) -> None:
-        """Ends a node that was retired, and joins those between whom it stood; unless who knew has lost its disk."""
-        node.retired = any(other.trust.retired(node.id) for other in self.nodes.values())
-        if node.retired:
-            self._links = self._mesh()
-            self._kill(node)
+    def _alive(self) -> list[str]:
+        """Returns who has not been retired, as far as anybody knows: whoever knew may have lost its disk."""
+        return [id for id in self.nodes if not any(node.trust.retired(id) for node in self.nodes.values())]
 
     def _converge(self) -> None:
         begin = self.time
@@ -521,7 +517,7 @@ class World:
                 raise Violation(f"no convergence {HEALING_MS} ms after all was healed: {why}")
             self._advance(self.time + 250)
         self.counts["convergence ms"] += self.time - begin
-        alive = [id for id, node in self.nodes.items() if not node.retired]
+        alive = self._alive()
         for id in alive:
             node = self.nodes[id]
             assert node.replica is not None
@@ -533,7 +529,7 @@ class World:
 
     def _differences(self) -> str | None:
         """Returns what is not yet as it has to be."""
-        alive = [node for node in self.nodes.values() if not node.retired]
+        alive = [self.nodes[id] for id in self._alive()]
         if any(node.replica is None for node in alive):
             return "a node is down"
         replicas = [node.replica for node in alive if node.replica is not None]

@@ -49,7 +49,7 @@ class Session:
         self.owner = owner
         self.peer = peer
         self.number = number
-        self.after = self.base = after
+        self.after = self.base = self.since = after
         self.evidence = evidence
         self.seen = START
         self.staged = False
@@ -61,11 +61,11 @@ class Session:
         return self.base == START
 
     def begin_anew(self) -> None:
-        self.after = self.base = self.seen = START
+        self.after = self.base = self.since = self.seen = START
         self.staged = False
 
     def pull(self) -> Pull:
-        return Pull(self.owner, self.number, self.after, self.base, self.seen)
+        return Pull(self.owner, self.number, self.after, self.base, self.since, self.seen)
 
 
 class _Want(NamedTuple):
@@ -159,6 +159,7 @@ class CatchUp:
         session.staged = True
         session.after = records[-1].position
         session.seen = page.seen
+        session.since = page.seen if session.since == START else session.since
         session.tries = 0
         session.deadline = now + TIMEOUT_MS
         return None
@@ -215,6 +216,8 @@ class CatchUp:
         return count
 
     def _start(self, owner: str, evidence: str | None, now: int) -> Session | None:
+        if self._gate.retired(owner):
+            return None
         position = START if evidence else self._store.position(owner)
         if evidence is not None:
             peers = [evidence] if evidence in self._neighbours else []

@@ -66,14 +66,16 @@ class Digest(NamedTuple):
 class Pull(NamedTuple):
     """Asks for the owner's records after a position; `session` comes back.
 
-    `base` is where the asking began, with START if all is asked for, and `seen` how far the answerer was with the page
-    before: all pages are of one history, and no deletion after `base` is forgotten meanwhile, or it begins anew.
+    `base` is where the asking began, START if all is asked for. `seen` is how far the answerer was with the page before,
+    and `since` with the first one, or `base`: all pages are of one history, and no deletion after `since` has been
+    forgotten meanwhile, or it begins anew.
     """
 
     owner: str
     session: int
     after: Position
     base: Position
+    since: Position = START
     seen: Position = START
 
 
@@ -140,8 +142,9 @@ def decode(data: bytes) -> Message:
                 return Live(_some(wires))
             case (100, {"at": dict(at)}):
                 return _digest(at, header)
-            case (112, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
-                return Pull(check_node_id(owner), _number(session), *map(_position, (after, base, seen)))
+            case (112, {"owner": owner, "session": session, "after": after, "base": base, "since": since}):
+                positions = map(_position, (after, base, since, header["seen"]))
+                return Pull(check_node_id(owner), _number(session), *positions)
             case (103, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
                 ids = check_node_id(owner), _number(session), _position(after), _position(base)
                 flags = header["more"] is True, header["ask"] is True

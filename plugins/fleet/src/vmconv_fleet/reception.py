@@ -151,6 +151,9 @@ class Reception:
         if session is None:
             self._shared.problems.count("stray-pages")
             return []
+        if self._shared.gate.retired(session.owner):
+            catchup.forget(session.owner)
+            return []
         now = self._shared.monotonic()
         try:
             records = catchup.take(session, page, self._shared.now(), now)

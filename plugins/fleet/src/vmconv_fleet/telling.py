@@ -96,7 +96,7 @@ class Teller:
         if pull.seen == START:
             known = history.holds(pull.after)
         else:
-            known = history.holds(pull.seen) and (pull.base == START or pull.base.seq >= history.floor)
+            known = history.holds(pull.seen) and pull.since.seq >= history.floor
         certificates = [] if known and pull.seen != START else store.certificates(owner)
         base, after = (pull.base, pull.after) if known else (START, START)
         pages: list[Send] = []

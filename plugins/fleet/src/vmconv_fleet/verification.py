@@ -38,6 +38,10 @@ class Gate:
         self.revocations: list[Record] = []
         """Revocations that were news, and that the CA has signed; whoever has passed them on takes them out."""
 
+    def retired(self, owner: str) -> bool:
+        """Whether nothing of the owner is taken any more."""
+        return self._trust.retired(owner)
+
     def learn_stored(self) -> None:
         """Teaches the trust what the database has."""
         for wire in self._store.notices():
