@@ -234,7 +234,12 @@ def test_a_cloned_node_makes_no_link_and_says_so(pair: Pair, tmp_path: Path) -> 
     clone = Node(config, pair.members)
     try:
         watch = Watch(config, clone.link, lambda: credentials.load(config).bound, lambda: False)
-        wait_until(lambda: watch.look() or clone.link.problems(), 20, "the clone knows that it is one")
+
+        def noticed() -> bool:
+            watch.look()
+            return bool(clone.link.problems())
+
+        wait_until(noticed, 20, "the clone knows that it is one")
         assert [problem.kind for problem in clone.link.problems()] == ["cloned"]
         assert clone.link.neighbours() == []
         assert pair.still_talk()

@@ -228,7 +228,9 @@ def _config(
         split_address(address)
     if options.no_api:
         given["api"] = ""
-    chosen: dict[str, Any] = {name: [value] if name == "listen" else value for name, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.listen is not None:
+        chosen["listen"] = [options.listen]
     return NodeConfig(
         directory=directory,
         fleet=fleet,
