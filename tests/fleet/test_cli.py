@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from disks import MIB, make_disk
-from fleet.in_memory import Node, nodes
+from fleet.in_memory import PATIENCE, Node, nodes
 from fleet.serving import Served, served
 from vmconv import cli
 from vmconv.errors import UsageError
@@ -44,7 +45,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     images.mkdir()
     for name in ("web-1", "web-2"):
         make_disk(images / f"{name}.raw", MIB)
-    (images / "vm.vmx").write_bytes(b'displayName = "shop"\nscsi0:0.fileName = "web-1.raw"\n')
+    (images / "vm.vmx").write_bytes(b'displayName = "shop"\nscsi0:0.fileName = "web-9.vmdk"\n')
     with nodes(2, tmp_path) as (here, other), served(here) as api:
         parts = Scanner(other.service, {"ds": str(images)}), JobRunner(other.service, str(other.directory))
         for part in parts:
@@ -95,7 +96,7 @@ def test_names_of_strangers_do_not_command_the_terminal(run: Run, fleet: Fleet) 
 
 
 def test_vms(run: Run, fleet: Fleet) -> None:
-    assert run("vms").splitlines()[1].split() == ["n02", "shop", "-", "-", "web-1.raw"]
+    assert run("vms").splitlines()[1].split() == ["n02", "shop", "-", "-", "web-9.vmdk", "(not", "here)"]
 
 
 def test_convert_follows_to_the_end(run: Run) -> None:
@@ -189,17 +190,27 @@ def test_token(run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_watch(run: Run, fleet: Fleet) -> None:
     command = [sys.executable, "-u", "-m", "vmconv", "fleet", "watch", "--kinds", "vm"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)) as watching:
+    heard = threading.Event()
+
+    def change() -> None:
+        # It does not say since when it listens: there are changes until it has told of one.
+        number = 0
+        while not heard.is_set():
+            number += 1
+            body = {"datastore": "ds", "file": "x", "name": f"new-{number}"}
+            fleet.other.write(Change("vm", "v1", body))
+
+    changing = threading.Thread(target=change)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout
-        count = 0
-        # It does not say that it listens: it is told of changes until it has heard of one.
-        fleet.here.until(lambda: fleet.api.app.state.fleet.bus._listeners)
-        while not count:
-            fleet.other.write(Change("vm", "v1", {"datastore": "ds", "file": "x", "name": "new"}))
+        changing.start()
+        try:
             line = watching.stdout.readline()
-            count += "vm v1  new" in line
-        watching.terminate()
-    assert count
+        finally:
+            heard.set()
+            watching.kill()
+            changing.join(PATIENCE)
+    assert "  n02  vm v1  new-" in line
 
 
 def test_export(run: Run, tmp_path: Path) -> None:
