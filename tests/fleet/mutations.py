@@ -19,7 +19,8 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fleet import test_replica
+from fleet import test_replica, test_requests
+from fleet.plain import PlainSigner, PlainTrust, node_id
 from fleet.sim import simulate
 from vmconv_fleet import catchup, ownlog, reception, requests
 from vmconv_fleet.catchup import CatchUp
@@ -165,7 +166,11 @@ def old_state_left() -> Iterator[None]:
         self.extend(owner, list(self.staged(session, 0)))
         return 0
 
-    with blind(), patch.object(Store, "clear", lambda self, owner: None), patch.object(Store, "replace_by_staged", extend):
+    with (
+        blind(),
+        patch.object(Store, "clear", lambda self, owner: None),
+        patch.object(Store, "replace_by_staged", extend),
+    ):
         yield
 
 
@@ -181,7 +186,7 @@ def no_tombstones() -> Iterator[None]:
         yield
 
 
-@mutation("pages of two histories are put together")
+@mutation("pages of two histories are put together", test_replica.test_pages_of_two_histories_are_not_put_together)
 def mixed_histories() -> Iterator[None]:
     original = Teller.answer
 
@@ -221,18 +226,18 @@ def not_superseded() -> Iterator[None]:
         yield
 
 
-@mutation("signatures are not verified")
+@mutation("signatures are not verified", test_replica.test_a_forged_record_is_refused_and_reported)
 def unsigned() -> Iterator[None]:
     with patch.object(Gate, "_genuine", lambda self, record: True):
         yield
 
 
-@mutation("what is not signed by its owner is not refused, only counted")
-def forged_taken() -> Iterator[None]:
-    def admit(self: Gate, records: Any, now: int) -> None:
-        self.learn(records)
+@mutation("a key counts for every owner", test_replica.test_a_record_with_the_key_of_another_owner_is_refused)
+def any_key() -> Iterator[None]:
+    def verify(self: PlainTrust, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
+        return any(signature == PlainSigner(signer, key_id).sign(payload) for signer in map(node_id, range(9)))
 
-    with patch.object(Gate, "admit", admit):
+    with patch.object(PlainTrust, "verify", verify):
         yield
 
 
@@ -317,7 +322,10 @@ def two_commits() -> Iterator[None]:
         yield
 
 
-@mutation("each requester's requests are executed in the order of their names")
+@mutation(
+    "each requester's requests are executed in the order of their names",
+    test_requests.test_each_requesters_requests_are_executed_in_their_order,
+)
 def out_of_order() -> Iterator[None]:
     original = Pending.see
 

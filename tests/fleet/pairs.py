@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -113,8 +113,19 @@ class Fleet:
                 self.send(machine, machine.replica.tick())
                 self._execute(machine)
 
-    def _deliver(self) -> None:
-        while self._flying:
+    def flow_until(self, reached: Callable[[], bool]) -> None:
+        """Delivers one message after the other until something is so."""
+        while not reached():
+            if self._flying:
+                self._deliver(1)
+                continue
+            self.time += 50
+            for machine in self.machines.values():
+                self.send(machine, machine.replica.tick())
+
+    def _deliver(self, most: int = 1 << 30) -> None:
+        while self._flying and most:
+            most -= 1
             source, target, message = self._flying.pop(0)
             if frozenset((source, target)) in self.links:
                 machine = self.machines[target]

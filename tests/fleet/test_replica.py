@@ -168,6 +168,31 @@ def test_a_snapshot_of_many_pages_is_seen_all_at_once() -> None:
     assert late.counters["stray-pages"] == 0
 
 
+def test_pages_of_two_histories_are_not_put_together() -> None:
+    with patch.object(messages, "PAGE_BYTES", 1500), patch.object(messages, "WINDOW", 1):
+        fleet, one, relay = pair()
+        for number in range(20):
+            one.write("thing", f"t{number}", {"filling": "x" * 300})
+        fleet.flow()
+        backup = _copy(one.disk)
+        for number in range(20):
+            one.write("thing", f"t{number}", {"filling": "y" * 300})
+        fleet.flow(100)
+        fleet.cut(one, relay)
+        late = fleet.add(2)
+        fleet.flow(100)
+        fleet.link(relay, late)
+        sessions = late.replica._shared.catchup._sessions
+        fleet.flow_until(lambda: one.id in sessions and sessions[one.id].staged)
+        fleet.drop()
+        again = fleet.add(0, disk=backup)
+        fleet.flow(50)
+        fleet.link(again, relay)
+        fleet.flow(8000)
+    assert late.problems() == []
+    assert _agree(again, relay, late)
+
+
 def test_a_late_joiner_goes_on_with_somebody_else_when_its_source_dies() -> None:
     with patch.object(messages, "PAGE_BYTES", 1000):
         fleet, one, other = pair()
