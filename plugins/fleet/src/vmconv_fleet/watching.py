@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.identity import Binding
-from vmconv_fleet.probing import Probe, probe
 from vmconv_fleet.problems import Problem
 from vmconv_fleet.zenoh_link import ZenohLink
 
@@ -51,14 +50,19 @@ class Watch:
             if self._link.is_cut or self._ended.is_set():
                 return
             name = f"address {address}"
-            if self._found.get(address) in {self._config.node, *self._link.neighbours()}:
+            known = self._found.get(address) in {self._config.node, *self._link.neighbours()}
+            if known or self._link.reached(address):
                 self._shunned.pop(address, None)
                 self._link.report(name, None)
             else:
-                self._link.report(name, self._judge(address, probe(self._config, address)))
+                self._link.report(name, self._judge(address))
 
-    def _judge(self, address: str, found: Probe) -> Problem | None:
+    def _judge(self, address: str) -> Problem | None:
         """Returns what is wrong at an address that no neighbour is known to have."""
+        # TLS in Python takes memory that a node whose links are all there does not need.
+        from vmconv_fleet.probing import probe
+
+        found = probe(self._config, address)
         if found.kind:
             return Problem(found.kind, f"{found.text} ({found.hint})" if found.hint else found.text)
         if found.node is None:

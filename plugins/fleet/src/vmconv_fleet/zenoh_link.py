@@ -65,6 +65,7 @@ class ZenohLink:
         self._open: dict[str, _Neighbour] = {}
         self._connected: frozenset[str] = frozenset()
         self._linked: dict[str, str] = {}
+        self._addresses: dict[str, str] = {}
         self._seen: set[str] = set()
         self._allowed: set[str] = set()
         self._session: zenoh.Session | None = None
@@ -110,6 +111,10 @@ class ZenohLink:
 
     def neighbours(self) -> list[str]:
         return sorted(self._connected)
+
+    def reached(self, address: str) -> bool:
+        """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
+        return address in self._addresses.copy().values()
 
     def problems(self) -> list[Problem]:
         found = list(self._problems.values())
@@ -209,6 +214,7 @@ class ZenohLink:
         for peer in list(self._open):
             self._drop(peer)
         self._linked.clear()
+        self._addresses.clear()
         for declared in self._declared:
             with contextlib.suppress(zenoh.ZError):
                 declared.undeclare()
@@ -239,6 +245,7 @@ class ZenohLink:
             )
             return
         self._linked[zid] = node
+        self._addresses[zid] = str(link.dst).removeprefix("tls/")
         if self._is_revoked(node):
             self.report(
                 f"revoked {node}", Problem("revoked", f"{link.dst}: node {node} was revoked, nothing is taken from it")
@@ -251,6 +258,7 @@ class ZenohLink:
         self._meet(generation, node)
 
     def _unlinked(self, zid: str) -> None:
+        self._addresses.pop(zid, None)
         node = self._linked.pop(zid, None)
         if node is not None and node not in self._linked.values():
             self._drop(node)
