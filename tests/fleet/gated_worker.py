@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
+from vmconv.conversion import Result
 from vmconv_fleet import worker
 
 
@@ -30,9 +30,9 @@ def main() -> int:
         note_outputs(self)
         wait("begun")
 
-    def finished(self: worker.Worker, *what: Any) -> None:
+    def finished(self: worker.Worker, source: str, result: Result) -> None:
         wait("made")
-        finish(self, *what)
+        finish(self, source, result)
 
     worker.Worker._note_outputs = noted  # type: ignore[method-assign]
     worker.Worker._finish = finished  # type: ignore[method-assign]

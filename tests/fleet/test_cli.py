@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -265,6 +266,25 @@ def test_the_help_of_each_verb_can_be_shown() -> None:
     assert verbs.choices.keys() == VERBS.keys()
     for sub in verbs.choices.values():
         assert "usage" in sub.format_help()
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields a parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from parsers(sub)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_and_option_is_in_the_guide(verb: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text()
+    parser = argparse.ArgumentParser()
+    VERBS[verb].configure(parser)
+    options = {name for one in parsers(parser) for action in one._actions for name in action.option_strings[-1:]}
+    assert re.search(rf"^\| `{verb}\b", page, re.MULTILINE)
+    assert [name for name in options - {"--help"} if not re.search(rf"`{name}\b", page)] == []
 
 
 def test_starting_imports_nothing_heavy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import shutil
 import ssl
 from collections.abc import Iterator
@@ -223,15 +224,26 @@ def test_who_may_only_look_finds_no_buttons(desk: Desk) -> None:
         assert desk.page.locator("main button").count() == 0, path
 
 
-@pytest.mark.parametrize("width", [360, 800, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_page_is_wider_than_the_window(entered: Desk, width: int, scheme: str) -> None:
-    entered.page.emulate_media(color_scheme=scheme)
-    entered.page.set_viewport_size({"width": width, "height": 800})
+def test_no_page_is_wider_than_the_window(entered: Desk) -> None:
     other = entered.other.id
     for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/jobs/{other}/j1"]:
         entered.go(path)
-        assert entered.page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, path
+        for width in (360, 800, 1400):
+            entered.page.set_viewport_size({"width": width, "height": 800})
+            beyond = entered.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            assert beyond <= 0, (path, width)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(entered: Desk, scheme: str) -> None:
+    entered.page.emulate_media(color_scheme=scheme)
+    entered.go("/")
+    ground, text = (
+        [int(part) for part in re.findall(r"\d+", entered.page.evaluate(f"getComputedStyle(document.body).{name}"))]
+        for name in ("backgroundColor", "color")
+    )
+    assert abs(sum(ground[:3]) - sum(text[:3])) > 450
+    assert (sum(ground[:3]) > sum(text[:3])) is (scheme == "light")
 
 
 # Forms from elsewhere, without a browser

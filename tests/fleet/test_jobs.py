@@ -239,7 +239,7 @@ def arrived(tmp_path: Path) -> None:
 def test_no_more_run_at_a_time_than_they_may(node: Node, datastore: Path, tmp_path: Path) -> None:
     node.write(Change("policy", "conversion", {"max_parallel": 3}))
     batch = {"batch": "b1", "max_parallel": 1}
-    node.write(*(Change("job", f"j{n}", job(target=f"t{n}.qcow2", created_ms=n, **batch)) for n in range(2)))
+    node.write(*(Change("job", f"j{n}", job(target=f"t{n}.qcow2", created_ms=n) | batch) for n in range(2)))
     with runner(node, *gated("begun", tmp_path)):
         arrived(tmp_path)
         waiting = node.service.view().get(node.id, "job", "j1")

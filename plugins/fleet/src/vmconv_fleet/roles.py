@@ -38,7 +38,7 @@ LOCAL_ONLY = frozenset({"datastore-add"})
 class Records(Protocol):
     """What can look up a live record; None where there is none."""
 
-    def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...  # noqa: A002
+    def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
 
 
 def allows(role: Role, needed: Role) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from vmconv.errors import BackendError
@@ -46,7 +47,7 @@ def local_fleet(names: list[str], directory: str, datastores: str, *, web: bool)
             node = _start(name, directory, datastores, nodes[0] if nodes else None, stack, web=web)
             nodes.append(node)
         for node in nodes:
-            wait_for(node.client, lambda node=node: _sees_all(node, len(names)), _READY_S, "all nodes see each other")
+            wait_for(node.client, partial(_sees_all, node, len(names)), _READY_S, "all nodes see each other")
         yield nodes
 
 
@@ -123,7 +124,7 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def wait_for(client: Client, look: Callable[[], T], seconds: float, what: str) -> T:
+def wait_for(client: Client, look: Callable[[], T | None], seconds: float, what: str) -> T:
     """Returns what `look` finds as soon as it is something: it looks whenever the node tells of a change."""
     import time
 
