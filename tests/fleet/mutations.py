@@ -2,12 +2,13 @@
 
     python tests/fleet/mutations.py       the table: which mistake, and how it was noticed
 
-A simulator that finds nothing proves something only if it finds these. What the replica notices by itself (a sum that does
-not agree) counts as noticed: no node of an honest fleet may ever report it.
+A simulator that finds nothing proves something only if it finds these. What the replica notices by itself, such as a
+sum that does not agree, counts as noticed: no node of an honest fleet may ever report it.
 """
 
 from __future__ import annotations
 
+# ruff: noqa: ARG005 - a patch takes what it replaces takes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -241,14 +242,15 @@ def any_key() -> Iterator[None]:
         yield
 
 
-@mutation("records of an owner come under another's name")
+@mutation(
+    "records are taken for whatever owner they come as",
+    test_replica.test_a_page_with_records_of_another_owner_is_refused,
+)
 def misplaced() -> Iterator[None]:
-    original = Gate.sequence
+    def ascending(self: Gate, owner: str, after: Position, records: Any) -> list[Record]:
+        return [record._replace(owner=owner) for record in records]
 
-    def sequence(self: Gate, owner: str, after: Position, wires: Any) -> list[Record]:
-        return [record for record in original(self, owner, after, wires[:1])] if wires else []
-
-    with blind(), patch.object(Gate, "sequence", sequence):
+    with patch.object(Gate, "ascending", ascending), patch.object(Gate, "_genuine", lambda self, record: True):
         yield
 
 
@@ -269,9 +271,13 @@ def _own_only(self: Teller, owners: Any) -> Any:
 _STANDINGS = Teller._standings
 
 
+def never(self: CatchUp) -> int:
+    return catchup.NEVER
+
+
 @mutation("gaps are never asked for")
 def never_pulled() -> Iterator[None]:
-    with patch.object(CatchUp, "start_due", lambda self, now: iter(())):
+    with patch.object(CatchUp, "start_due", lambda self, now: iter(())), patch.object(CatchUp, "next_due", never):
         yield
 
 

@@ -92,7 +92,7 @@ class Fleet:
             self.send(machine, machine.replica.disconnected(peer.id))
 
     def send(self, source: Machine, sends: Sequence[Send]) -> None:
-        for peer, message in sends:
+        for peer, message, _ in sends:
             for target in source.replica.neighbours.ids() if peer is None else [peer]:
                 self._flying.append((source.id, target, message))
 

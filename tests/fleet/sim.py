@@ -55,7 +55,7 @@ class Disk(sqlite3.Connection):
     fuse = 0
     after = False
 
-    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:  # type: ignore[override]
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
         if sql != "COMMIT" or not self.fuse:
             return super().execute(sql, parameters)
         self.fuse -= 1
@@ -116,9 +116,9 @@ class World:
 
     def run(self) -> None:
         """Raises Violation at the first thing that must not be."""
-        sizes = {"PAGE_BYTES": self.random.choice((1 << 10, 4 << 10, 192 << 10) if self._loss < 0.2 else (8 << 10,))}
+        page = self.random.choice((1 << 10, 4 << 10, 192 << 10) if self._loss < 0.2 else (8 << 10,))
         with (
-            patch.multiple(messages, **sizes),
+            patch.object(messages, "PAGE_BYTES", page),
             patch.object(epochs, "MAX_EPOCHS", self.random.choice((3, 64))),
             patch.object(requests, "BURST", self.random.choice((1, 64))),
         ):
@@ -194,7 +194,7 @@ class World:
 
     def _transmit(self, node: Node, sends: Sequence[Send]) -> None:
         assert node.replica is not None
-        for peer, message in sends:
+        for peer, message, _ in messages.merged(sends) if self.random.random() < 0.5 else sends:
             for target in node.replica.neighbours.ids() if peer is None else [peer]:
                 self._carry(node.id, target, message)
 
@@ -441,9 +441,11 @@ class World:
         self.counts["stops"] += 1
         node.stopped = True
         number = node.number
-        self._at(self.random.randint(100, 5000), lambda: node.number == number and self._continue(node))
+        self._at(self.random.randint(100, 5000), lambda: self._continue(node, number))
 
-    def _continue(self, node: Node) -> None:
+    def _continue(self, node: Node, number: int) -> None:
+        if node.number != number:
+            return
         node.stopped = False
         waiting, node.waiting = node.waiting, []
         for action in waiting:
@@ -498,7 +500,7 @@ class World:
             node.offset //= 100
             node.disk.fuse = 0
             if node.stopped:
-                self._continue(node)
+                self._continue(node, node.number)
             if node.replica is None:
                 self._boot(node, patience=1000)
         if self._alive() != list(self.nodes):

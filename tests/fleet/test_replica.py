@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -72,7 +73,7 @@ def test_a_write_is_all_or_nothing() -> None:
         {"number": float("inf")},
         {"half": "\ud800"},
         {"not json": object()},
-        json.loads("[" * 40 + "]" * 40) and {"deep": json.loads("[" * 40 + "]" * 40)},
+        {"deep": json.loads("[" * 40 + "]" * 40)},
     ],
     ids=["large", "nan", "inf", "surrogate", "object", "deep"],
 )
@@ -119,7 +120,7 @@ def test_news_pass_through_a_line() -> None:
     fleet = Fleet()
     line = [fleet.add(number) for number in range(5)]
     fleet.flow(100)
-    for one, other in zip(line, line[1:], strict=False):
+    for one, other in pairwise(line):
         fleet.link(one, other)
     fleet.flow(2000)
     line[0].write("thing", "t", {"value": 1})
@@ -231,7 +232,7 @@ def test_a_position_before_the_floor_gets_a_snapshot() -> None:
 
 
 def test_deletions_are_forgotten_at_the_same_state_everywhere() -> None:
-    """chitchat #81, #121, #155: forgetting at different times brought dead state back."""
+    """As in chitchat #81, #121, #155: forgetting at different times brought dead state back."""
     fleet, one, other = pair(grace=1000, floor=500)
     one.write("thing", "t", {"value": 1})
     one.write("thing", "t", None)
@@ -242,7 +243,7 @@ def test_deletions_are_forgotten_at_the_same_state_everywhere() -> None:
 
 
 def test_a_new_life_leaves_nothing_of_the_old_one() -> None:
-    """chitchat #94: a generation change left old state."""
+    """As in chitchat #94: a generation change left old state."""
     fleet, one, other = pair()
     one.write("thing", "old", {"value": 1})
     fleet.flow()
@@ -264,7 +265,6 @@ def test_a_node_recovers_its_own_records_before_it_writes() -> None:
     fleet.cut(one, other)
     again = fleet.add(0, patience=None)
     fleet.flow(10_000)
-    assert not again.replica.serving
     with pytest.raises(NotReadyError):
         again.replica.write([Change("thing", "u", {})])
     fleet.link(again, other)
@@ -388,7 +388,7 @@ def test_a_page_with_records_of_another_owner_is_refused() -> None:
     fleet.time += 100
     other.replica.received(one.id, messages.encode(Digest({one.id: Standing(Position(1 << 50, 9), "0" * 16)})))
     fleet.time += 100
-    (pull,) = [messages.decode(message) for peer, message in other.replica.tick() if message[0] == messages.PULL]
+    (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     assert isinstance(pull, Pull)
     page = Page(one.id, pull.session, pull.after, pull.base, False, False, Position(1 << 50, 9), 0, [foreign.wire])
     other.replica.received(one.id, messages.encode(page))
@@ -405,7 +405,7 @@ def test_records_that_leave_something_out_are_no_state_and_are_refused() -> None
     fleet.time += 200
     other.replica.received(one.id, messages.encode(Digest({one.id: Standing(last.position, "0" * 16)})))
     fleet.time += 100
-    (pull,) = [messages.decode(message) for _, message in other.replica.tick() if message[0] == messages.PULL]
+    (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     assert isinstance(pull, Pull)
     page = Page(one.id, pull.session, base, base, False, False, last.position, 0, [last.wire])
     other.replica.received(one.id, messages.encode(page))
@@ -457,7 +457,7 @@ def test_a_wild_clock_is_reported_and_not_followed() -> None:
 
 
 def test_a_retired_node_is_dropped_everywhere_and_does_not_come_back() -> None:
-    """chitchat #155: a dead node's state returned from who had forgotten it later. Its witness may be retired, too."""
+    """As in chitchat #155: a dead node's state returned from who had forgotten it later. Its witness may go, too."""
     fleet, one, other = pair()
     third = fleet.add(2)
     fleet.flow(100)
@@ -485,11 +485,11 @@ def test_a_retired_node_is_dropped_everywhere_and_does_not_come_back() -> None:
 
 
 def test_a_digest_does_not_grow_with_nodes_that_were_retired() -> None:
-    """quickwit #6653."""
+    """As in quickwit #6653."""
     fleet, one, other = pair()
     fleet.cut(one, other)
     other.write(*retirement(one.id))
-    (digest,) = [messages.decode(message) for _, message in other.replica.connected(node_id(5))]
+    (digest,) = [messages.decode(message) for _, message, _ in other.replica.connected(node_id(5))]
     assert isinstance(digest, Digest)
     assert list(digest.at) == [other.id]
 
@@ -529,7 +529,7 @@ def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> N
     for _ in range(1200):
         fleet.time += 50
         other.replica.received(one.id, digest)
-        for _, message in other.replica.tick():
+        for _, message, _ in other.replica.tick():
             pull = messages.decode(message)
             if isinstance(pull, Pull):
                 pulls.append(fleet.time)

@@ -20,7 +20,7 @@ from vmconv_fleet.store import Store
 from vmconv_fleet.verification import Gate
 
 SESSIONS = 4
-TIMEOUT_MS = 600
+TIMEOUT_MS = 1000
 TRIES = 5
 """So often the same page is asked for, each time with twice the patience; and less where nothing has come yet."""
 
@@ -148,8 +148,8 @@ class CatchUp:
         """
         if page.certificates > len(page.wires):
             raise MalformedError(f"page of {len(page.wires)} records has {page.certificates} certificates")
-        records = self._gate.sequence(session.owner, session.after, page.wires[page.certificates :])
-        self._gate.learn(decode(wire) for wire in page.wires[: page.certificates])
+        records = self._gate.ascending(session.owner, session.after, map(decode, page.wires[page.certificates :]))
+        self._gate.learn(map(decode, page.wires[: page.certificates]))
         self._gate.admit(records, wall)
         if not page.more:
             return records

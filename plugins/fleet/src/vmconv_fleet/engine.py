@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vmconv_fleet.errors import ClosedError, StoreError
-from vmconv_fleet.messages import MAX_MESSAGE, Send
+from vmconv_fleet.messages import MAX_MESSAGE, Send, merged
 from vmconv_fleet.records import Change, Record
 from vmconv_fleet.replica import Replica
 from vmconv_fleet.requests import Requests
@@ -201,8 +201,8 @@ class Engine:
             if not isinstance(exc, StoreError):
                 raise
             return
-        for send in sends:
-            self._transport.send(*send)
+        for send in merged(sends):
+            self._transport.send(send.peer, send.message)
         for result in results:
             result()
 

@@ -39,6 +39,7 @@ WINDOW = 4
 TICK_MS = 50
 
 _SUM = 16
+_LIVE_HEAD = 7
 
 
 class Standing(NamedTuple):
@@ -66,7 +67,7 @@ class Digest(NamedTuple):
 class Pull(NamedTuple):
     """Asks for the owner's records after a position; `session` comes back.
 
-    `base` is where the asking began, START if all is asked for. `seen` is how far the answerer was with the page before,
+    `base` is where the asking began, START if all is asked for. `seen` is how far the answerer was a page before,
     and `since` with the first one, or `base`: all pages are of one history, and no deletion after `since` has been
     forgotten meanwhile, or it begins anew.
     """
@@ -105,10 +106,26 @@ Message = Live | Digest | Pull | Page | Notice
 
 
 class Send(NamedTuple):
-    """A message to be sent; `peer` None: to all neighbours."""
+    """A message to be sent; `peer` None: to all neighbours. `owner`: whose records it tells, if it is live."""
 
     peer: str | None
     message: bytes
+    owner: str = ""
+
+
+def merged(sends: Iterable[Send]) -> list[Send]:
+    """Returns the same with live messages put together that tell the same neighbour more and more of an owner."""
+    result: list[Send] = []
+    last: dict[tuple[str | None, str], int] = {}
+    for send in sends:
+        key = send.peer, send.owner
+        before = last.get(key) if send.owner else None
+        if before is not None and len(result[before].message) + len(send.message) <= PAGE_BYTES:
+            result[before] = send._replace(message=result[before].message + send.message[_LIVE_HEAD:])
+            continue
+        last[key] = len(result)
+        result.append(send)
+    return result
 
 
 def encode(message: Message) -> bytes:

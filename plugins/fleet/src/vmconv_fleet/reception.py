@@ -51,7 +51,7 @@ class Reception:
         position = shared.store.position(owner)
         if owner == shared.node or not _reaches(first, position):
             return self._early(peer, first, wires)
-        records = shared.gate.sequence(owner, START, wires)
+        records = shared.gate.ascending(owner, START, (first, *map(decode, wires[1:])))
         if not consecutive(records):
             raise MalformedError(f"live records of {owner} have gaps")
         shared.neighbours[peer].hear(owner, records[-1].position)
@@ -95,7 +95,8 @@ class Reception:
                 shared.store.extend(owner, fresh)
                 if promised(fresh[-1]) != shared.store.state(owner):
                     raise TornError(f"live records of {owner} do not follow what is here")
-                shared.store.purge(owner, shared.store.history(owner).floor)
+                if any(record.kind == epochs.KIND for record in fresh):
+                    shared.store.purge(owner, shared.store.history(owner).floor)
         except TornError:
             shared.problems.count("torn-live")
             shared.catchup.want(owner, shared.monotonic(), evidence=peer)

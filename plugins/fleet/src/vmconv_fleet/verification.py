@@ -50,9 +50,9 @@ class Gate:
             for record in self._store.find(kind):
                 self._trust.learn(record)
 
-    def sequence(self, owner: str, after: Position, wires: Sequence[bytes]) -> list[Record]:
+    def ascending(self, owner: str, after: Position, records: Iterable[Record]) -> list[Record]:
         """Returns the records of an owner, which ascend from a position; MalformedError: they are no such thing."""
-        records = [decode(wire) for wire in wires]
+        result = []
         last = after
         for record in records:
             if record.owner != owner:
@@ -60,7 +60,8 @@ class Gate:
             if record.epoch < last.epoch or record.seq <= last.seq:
                 raise MalformedError(f"record at {tuple(record.position)} of {owner} follows {tuple(last)}")
             last = record.position
-        return records
+            result.append(record)
+        return result
 
     def admit(self, records: Sequence[Record], now: int) -> None:
         """Learns what they teach and verifies them; ForgedError: at least one is not its owner's."""
