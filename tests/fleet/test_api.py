@@ -284,6 +284,22 @@ def test_what_another_node_writes_need_not_be_sound(api: Served, pair: Sequence[
     assert api.local.everything("/api/v1/records/future-kind")[0]["body"] == {"anything": [1, 2]}
 
 
+def test_a_retired_node_is_history(api: Served, pair: Sequence[Node]) -> None:
+    retired = "f" * 32
+    pair[1].write(Change("retirement", retired, {"node": retired, "name": "n09", "reason": "burnt", "at_ms": 1}))
+    pair[0].body_when(pair[1].id, "retirement", retired, lambda _record: True)
+    states = {one["name"]: (one["state"], one["age_ms"]) for one in api.local.get("/api/v1/nodes")["items"]}
+    assert states["n09"] == ("retired", None)
+    assert 'vmconv_fleet_nodes{state="retired"} 1' in list(api.local.lines("/metrics"))
+    assert [one["name"] for one in api.local.get("/api/v1/fleet")["unseen"]] == []
+
+
+def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Sequence[Node]) -> None:
+    pair[1].write(Change("node", pair[1].id, None), Change("heartbeat", pair[1].id, {"at_ms": 1, "interval_s": 5}))
+    pair[0].body_when(pair[1].id, "heartbeat", pair[1].id, lambda _record: True)
+    assert pair[1].id[:8] in [one["name"] for one in api.local.get("/api/v1/nodes")["items"]]
+
+
 def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:
     lines = api.local.lines("/api/v1/events", kinds="disk")
     assert next(lines).startswith("retry")

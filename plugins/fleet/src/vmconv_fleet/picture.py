@@ -74,7 +74,8 @@ class Picture:
         return sorted(found, key=lambda one: (one.name, one.node))
 
     def _node(self, node: str, beat: Heartbeat | None, reached: set[str]) -> NodeView:
-        body = self._bodies.get(node) or Node(name=node[:8], fleet="")
+        # Of a node that was retired, or has just joined, there may be no more than its id.
+        body = self._bodies.get(node) or Node(name=node[:8], fleet="unknown")
         age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
         if node == self.node:
