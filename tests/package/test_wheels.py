@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = [ROOT / "core", *sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))]
 
-COMMANDS = {"view": ("mount", "serve")}
+COMMANDS = {"fleet": ("fleet", "node"), "view": ("mount", "serve")}
 """Distributions that bring commands instead of formats."""
 
 

@@ -35,7 +35,7 @@ def share(file: File) -> None:
     try:
         for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
             fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
-        busy = any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
+        busy = _is_written(file)
     except OSError as exc:
         busy = exc.errno in (errno.EAGAIN, errno.EACCES)
     if busy:
@@ -43,6 +43,14 @@ def share(file: File) -> None:
             f"{file.name}: is open for writing in another process (QEMU's lock on byte {_USES + _WRITE})",
             hint="stop the guest, or take a snapshot and convert that; --force-share reads it all the same",
         )
+
+
+def is_written(file: File) -> bool:
+    """Returns whether somebody has the file open for writing; takes no lock that others could meet."""
+    try:
+        return _is_written(file)
+    except OSError:
+        return False
 
 
 def release(file: File) -> None:
@@ -69,6 +77,10 @@ def claim(descriptor: int) -> None:
     with suppress(OSError):
         for byte in _EVERY:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
+
+
+def _is_written(file: File) -> bool:
+    return any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
 
 
 def _lock(kind: int, byte: int) -> bytes:

@@ -1,0 +1,98 @@
+"""Who is calling: the local administrator on the node's socket, or the holder of a token."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, NamedTuple
+
+from fastapi import Depends, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vmconv.errors import AccessError
+from vmconv_fleet import tokens
+from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.kinds import By, Role, Token
+from vmconv_fleet.roles import allows, role_of_token
+
+_LOCAL = "vmconv.local"
+_USER = re.compile(r"[^\w.@-]+")
+COOKIE = "__Host-vmconv"
+
+
+class UnknownCallerError(AccessError):
+    """Nobody who may call: there is no token, or none that is good."""
+
+
+class Caller(NamedTuple):
+    """Somebody who was let in. `by` is what requests say of them."""
+
+    by: By
+    role: Role
+    is_local: bool = False
+
+    def must_be(self, role: Role) -> None:
+        """Raises `AccessError` unless the caller has at least this role."""
+        if not allows(self.role, role):
+            raise AccessError(f"this takes the role {role}, {self.by.user} has {self.role}")
+
+
+def as_local(app: ASGIApp) -> ASGIApp:
+    """Returns the application for a socket that only the node's own administrator can open."""
+
+    async def local(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_LOCAL] = True
+        await app(scope, receive, send)
+
+    return local
+
+
+def caller_of(request: Request, state: State) -> Caller:
+    """Returns who calls; raises `UnknownCallerError`."""
+    if request.scope.get(_LOCAL):
+        name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64]
+        return Caller(By(node=state.node, user=name or "local administrator"), "admin", is_local=True)
+    scheme, _, text = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return of_token(text.strip(), state)
+    raise UnknownCallerError("no token", hint="Authorization: Bearer TOKEN")
+
+
+def of_token(text: str, state: State) -> Caller:
+    """Returns the holder of a token; raises `UnknownCallerError` when it is none or not good any more."""
+    reference = tokens.reference(text)
+    record = state.view().get(reference[0], "token", reference[1]) if reference else None
+    if reference is None or record is None:
+        raise UnknownCallerError("this token is not known here")
+    token = Token.model_validate(record.body)
+    if not tokens.fits(text, token.hash):
+        raise UnknownCallerError("this token is not known here")
+    try:
+        role = role_of_token(reference[1], token, state.now_ms())
+    except AccessError as exc:
+        raise UnknownCallerError(str(exc)) from exc
+    return Caller(By(node=state.node, token="/".join(reference), user=token.label), role)
+
+
+def _caller(request: Request, state: StateOf) -> Caller:
+    caller = caller_of(request, state)
+    request.scope["vmconv.caller"] = caller.by.user
+    return caller
+
+
+def _browser(request: Request, state: StateOf) -> Caller:
+    """Returns who calls, also where a browser says so by its cookie: for what changes nothing."""
+    session = state.sessions.get(request.cookies.get(COOKIE, ""))
+    if session and "authorization" not in request.headers:
+        return session.caller(state)
+    return _caller(request, state)
+
+
+Known = Annotated[Caller, Depends(_caller)]
+"""A caller who may at least read."""
+
+KnownOrBrowser = Annotated[Caller, Depends(_browser)]
+
+UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
+    401: {"description": "No token, or none that is good"},
+    403: {"description": "The role of the token does not allow it"},
+}

@@ -1,0 +1,146 @@
+"""The application of a node: API, console and metrics, with what protects them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv_fleet.api import changing, events, metrics, reading
+from vmconv_fleet.api.access import UnknownCallerError
+from vmconv_fleet.api.asking import NotHereError
+from vmconv_fleet.api.state import Link, State
+from vmconv_fleet.errors import ClosedError, NotReadyError, Refusal
+from vmconv_fleet.service import NodeService
+
+_log = logging.getLogger("vmconv_fleet.api")
+
+MAX_BODY = 1 << 20
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    # Not no-referrer: then forms would be sent without saying where they come from.
+    (b"referrer-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"x-frame-options", b"DENY"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; connect-src 'self'; "
+        b"form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+)
+
+_STATUS: tuple[tuple[type[VmconvError], int], ...] = (
+    (UnknownCallerError, 401),
+    (NotHereError, 404),
+    (AccessError, 403),
+    (UsageError, 422),
+    (Refusal, 409),
+    (NotReadyError, 503),
+    (ClosedError, 503),
+)
+
+_DESCRIPTION = """
+Reads are answered from this node's replica, connected or not. A change is made by the owner of what is to change: what
+this node owns is changed at once; for all else the answer is 202 with the request's id, and the owner's response is
+waited for with `?wait=SECONDS`. Each answer that reads has an ETag made of positions of owners; `If-None-Match` works.
+"""
+
+
+def create_app(service: NodeService, *, directory: str, link: Link | None = None) -> FastAPI:
+    """Returns the application of a running node; `directory` is the node's own."""
+    app = FastAPI(
+        title="vmconv fleet",
+        version="1",
+        description=_DESCRIPTION,
+        openapi_url="/api/v1/openapi.json",
+        # Their scripts come from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.fleet = State(service, directory, link)
+    for router in (reading.router, changing.router, events.router, metrics.router):
+        app.include_router(router)
+    from vmconv_fleet.console import pages
+
+    pages.install(app)
+    for kind, status in _STATUS:
+        app.add_exception_handler(kind, _answers(status))
+    app.add_exception_handler(VmconvError, _answers(500))
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_middleware(Guard)
+    return app
+
+
+def _answers(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(_request: Request, exc: Exception) -> Response:
+        hint = exc.hint if isinstance(exc, VmconvError) else None
+        headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+        return JSONResponse({"error": str(exc), "hint": hint}, status, headers)
+
+    return answer
+
+
+async def _invalid(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return JSONResponse({"error": f"{where}: {first['msg']}", "hint": None}, 422)
+
+
+class Guard:
+    """Gives each answer the headers that protect browsers, bounds what is sent here, and logs who asked for what."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        status = 500
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise HTTPException(413, f"body of more than {MAX_BODY} bytes")
+            return message
+
+        async def protected(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                given = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(one for one in _HEADERS if one[0] not in given)]
+                if b"cache-control" not in given:
+                    message["headers"].append((b"cache-control", b"no-store"))
+            await send(message)
+
+        try:
+            await self._app(scope, bounded, protected)
+        finally:
+            _log_call(scope, status, time.monotonic() - began)
+
+
+def _log_call(scope: Scope, status: int, seconds: float) -> None:
+    fields: dict[str, Any] = {
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "who": scope.get("vmconv.caller"),
+        "ms": round(seconds * 1000, 1),
+    }
+    changes = scope["method"] not in ("GET", "HEAD")
+    _log.log(logging.INFO if changes or status >= 400 else logging.DEBUG, "call", extra={"fields": fields})

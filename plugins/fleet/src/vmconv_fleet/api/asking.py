@@ -1,0 +1,145 @@
+"""Changes: the request that is made of a wish, and the answer to whoever waits for it or does not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import Header, Query
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+
+from vmconv.errors import UsageError, VmconvError
+from vmconv_fleet.api.access import Caller
+from vmconv_fleet.api.state import State
+from vmconv_fleet.arguments import ARGUMENTS
+from vmconv_fleet.records import Record
+from vmconv_fleet.requests import response_id
+from vmconv_fleet.roles import refuse_unless_allowed
+
+_audit = logging.getLogger("vmconv_fleet.audit")
+
+MAX_WAIT = 300.0
+_OWN_WAIT = 15.0
+"""Seconds that an own change is waited for: it is executed by this very node."""
+
+Wait = Annotated[
+    float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait for the owner's response, where it is not this node")
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{7,63}$",
+        description="An id of your choice: the same again is the same request, and nothing is done twice",
+    ),
+]
+
+
+class NotHereError(VmconvError):
+    """What is asked for is not in this node's replica."""
+
+
+class Answer(BaseModel):
+    """What is known of a request: `ok` once it was executed, `reason` where it was refused, neither before."""
+
+    request: str
+    requester: str
+    target: str
+    state: str
+    ok: bool | None = None
+    reason: str | None = None
+    transaction: int | None = None
+    late: bool = False
+    body: dict[str, Any] = {}
+
+    @property
+    def status(self) -> int:
+        return 202 if self.ok is None else 200 if self.ok else 409
+
+    def as_response(self) -> JSONResponse:
+        place = {"Location": f"/api/v1/requests/{self.requester}/{self.request}"}
+        return JSONResponse(self.model_dump(exclude_none=True), self.status, place)
+
+
+def checked(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a verb, those that say something; raises `UsageError` for what makes no sense."""
+    if verb not in ARGUMENTS:
+        raise UsageError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(ARGUMENTS))}")
+    try:
+        model = ARGUMENTS[verb].model_validate(dict(arguments))
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{verb}: {where}: {first['msg']}") from exc
+    return model.model_dump(mode="json", exclude_unset=True)
+
+
+def answer_of(requester: str, request: str, target: str, response: Record | None) -> Answer:
+    if response is None:
+        return Answer(request=request, requester=requester, target=target, state="sent")
+    body = response.body
+    return Answer(
+        request=request,
+        requester=requester,
+        target=target,
+        state="executed" if body.get("ok") else "refused",
+        ok=bool(body.get("ok")),
+        reason=body.get("reason"),
+        transaction=body.get("transaction"),
+        late=bool(body.get("late")),
+        body=dict(body.get("body") or {}),
+    )
+
+
+async def ask(
+    state: State,
+    caller: Caller,
+    target: str,
+    verb: str,
+    arguments: Mapping[str, Any],
+    *,
+    wait: float = 0,
+    key: str | None = None,
+) -> Answer:
+    """Asks the owner `target` for a change in the caller's name, and waits for the response as long as it may.
+
+    Raises `AccessError` at once for what the caller may not do: the owner would refuse it as well.
+    """
+    given = checked(verb, arguments)
+    refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
+    by = caller.by.plain()
+    async with state.bus.listener() as heard:
+        # Heard from now on: the response must not slip in between the look and the waiting.
+        request = await run_in_threadpool(state.service.submit, target, verb, given, by, id=key)
+        _audit.info(
+            "request", extra={"fields": {"request": request, "verb": verb, "target": target, "by": by, "with": given}}
+        )
+        until = time.monotonic() + (max(wait, _OWN_WAIT) if target == state.node else wait)
+        while (response := state.view().get(target, "response", response_id(state.node, request))) is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            await heard.take(left)
+    return answer_of(state.node, request, target, response)
+
+
+async def ask_many(
+    state: State, caller: Caller, wishes: Sequence[tuple[str, str, Mapping[str, Any]]], *, wait: float
+) -> list[Answer]:
+    """Asks for many changes, as `ask` does for one, at the same time; one that is refused at once stops none."""
+    gate = asyncio.Semaphore(16)
+
+    async def one(target: str, verb: str, arguments: Mapping[str, Any]) -> Answer:
+        async with gate:
+            try:
+                return await ask(state, caller, target, verb, arguments, wait=wait)
+            except VmconvError as exc:
+                return Answer(
+                    request="", requester=state.node, target=target, state="refused", ok=False, reason=str(exc)
+                )
+
+    return await asyncio.gather(*(one(*wish) for wish in wishes))

@@ -1,0 +1,254 @@
+"""What is asked of owners: 200 with what was done, 409 with why not, or 202, when the owner has not answered yet."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from vmconv.errors import AccessError, UsageError
+from vmconv_fleet import tokens
+from vmconv_fleet.api.access import UNAUTHORIZED, Known
+from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask, ask_many
+from vmconv_fleet.api.reading import owner_of, record_of
+from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.arguments import Convert, PolicySet
+from vmconv_fleet.kinds import Name, Role
+from vmconv_fleet.select import parse
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Answer, "description": "Done"},
+    202: {"model": Answer, "description": "Asked for; the owner has not answered yet"},
+    409: {"model": Answer, "description": "Refused by the owner"},
+}
+
+router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
+
+MAX_SELECTED = 5000
+
+
+class _Wish(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class AnyRequest(_Wish):
+    """A request of any verb."""
+
+    target: str
+    verb: Name
+    arguments: dict[str, Any] = {}
+
+
+class Conversion(Convert):
+    """A conversion; the disk is in the path."""
+
+    disk: Literal[""] = ""
+
+
+class Bulk(_Wish):
+    """Conversions of all disks that are selected. `max_parallel` counts on each node by itself."""
+
+    select: Annotated[str, Field(max_length=4000)]
+    format: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    options: dict[str, str] = {}
+    zero_copy: Literal["auto", "require"] = "auto"
+    keep_source: bool = True
+    max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
+    at_ms: Annotated[int, Field(ge=0, lt=1 << 53)] | None = None
+    dry_run: bool = False
+
+
+class Selected(BaseModel):
+    """One disk of many, and what was said to its conversion."""
+
+    node: str
+    disk: str
+    name: str
+    answer: Answer
+
+
+class ScanWish(_Wish):
+    datastore: str | None = None
+
+
+class DatastoreWish(_Wish):
+    """A directory of this node, by its path here."""
+
+    name: str
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class TokenWish(_Wish):
+    label: Name
+    role: Role
+    ttl_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
+
+
+class TokenMade(Answer):
+    """`token` is shown this once: only its hash is kept."""
+
+    token: str | None = None
+
+
+class RevokeWish(_Wish):
+    """`authority` is the node that holds the fleet's CA, unless it is this one."""
+
+    key_id: str | None = None
+    authority: str | None = None
+
+
+class RetireWish(_Wish):
+    reason: Annotated[str, Field(max_length=255)] = ""
+    authority: str | None = None
+
+
+class JoinWish(_Wish):
+    ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600
+
+
+class LinkWish(_Wish):
+    connected: bool
+
+
+@router.post("/requests", responses=_ANSWERS, summary="Ask a node for anything that it has a verb for")
+async def request(
+    wish: AnyRequest, state: StateOf, caller: Known, wait: Wait = 0, idempotency_key: IdempotencyKey = None
+) -> JSONResponse:
+    target = _node(state, wish.target)
+    answer = await ask(state, caller, target, wish.verb, wish.arguments, wait=wait, key=idempotency_key)
+    return answer.as_response()
+
+
+@router.post("/disks/{owner}/{disk}/convert", responses=_ANSWERS, summary="Convert a disk")
+async def convert(
+    owner: str,
+    disk: str,
+    wish: Conversion,
+    state: StateOf,
+    caller: Known,
+    wait: Wait = 0,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    target = _node(state, owner)
+    record_of(state, target, "disk", disk)
+    arguments = wish.model_dump(mode="json", exclude_unset=True, exclude={"disk"}) | {"disk": disk}
+    answer = await ask(state, caller, target, "convert", arguments, wait=wait, key=idempotency_key)
+    return answer.as_response()
+
+
+@router.post("/conversions", summary="Convert all disks that are selected")
+async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
+    caller.must_be("operator")
+    chosen = await run_in_threadpool(lambda: state.picture().disks(parse(wish.select)))
+    if len(chosen) > MAX_SELECTED:
+        raise UsageError(f"{len(chosen)} disks are selected, {MAX_SELECTED} at most at a time")
+    common = wish.model_dump(mode="json", exclude_unset=True, exclude={"select"})
+    batch = f"batch-{time.time_ns():x}"
+    wishes = [(one.owner, "convert", {**common, "disk": one.id, "batch": batch}) for one in chosen]
+    answers = await ask_many(state, caller, wishes, wait=wait)
+    return [
+        Selected(node=one.owner, disk=one.id, name=str(one.body["name"]), answer=answer)
+        for one, answer in zip(chosen, answers, strict=True)
+    ]
+
+
+@router.post("/jobs/{owner}/{job}/cancel", responses=_ANSWERS, summary="Cancel a conversion")
+async def cancel(owner: str, job: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    target = _node(state, owner)
+    record_of(state, target, "job", job)
+    return (await ask(state, caller, target, "cancel", {"job": job}, wait=wait)).as_response()
+
+
+@router.post("/nodes/{node}/scan", responses=_ANSWERS, summary="Look at a node's datastores anew")
+async def scan(node: str, wish: ScanWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    arguments = wish.model_dump(exclude_none=True)
+    return (await ask(state, caller, _node(state, node), "scan", arguments, wait=wait)).as_response()
+
+
+@router.post("/datastores", responses=_ANSWERS, summary="Declare a directory of this node; local administrator only")
+async def add_datastore(wish: DatastoreWish, state: StateOf, caller: Known) -> JSONResponse:
+    if not caller.is_local:
+        raise AccessError("datastores are declared by the node's local administrator: they name its paths")
+    path = os.path.realpath(wish.path)
+    if not os.path.isdir(path):
+        raise UsageError(f"{wish.path}: is not a directory")
+    answer = await ask(state, caller, state.node, "datastore-add", {"name": wish.name, "path": path})
+    return answer.as_response()
+
+
+@router.delete("/datastores/{owner}/{name}", responses=_ANSWERS, summary="Take a datastore out of the catalogue")
+async def remove_datastore(owner: str, name: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    target = _node(state, owner)
+    return (await ask(state, caller, target, "datastore-remove", {"name": name}, wait=wait)).as_response()
+
+
+@router.patch("/nodes/{node}/policy", responses=_ANSWERS, summary="Change how a node converts")
+async def set_policy(node: str, wish: PolicySet, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    arguments = wish.model_dump(mode="json", exclude_unset=True)
+    return (await ask(state, caller, _node(state, node), "policy-set", arguments, wait=wait)).as_response()
+
+
+@router.post("/tokens", summary="Make a token; it is shown in the answer and never again")
+async def create_token(wish: TokenWish, state: StateOf, caller: Known) -> TokenMade:
+    new = tokens.make(state.node)
+    arguments: dict[str, Any] = {"id": new.id, "hash": new.hash, "label": wish.label, "role": wish.role}
+    if wish.ttl_s is not None:
+        arguments["expires_ms"] = state.now_ms() + int(wish.ttl_s * 1000)
+    answer = await ask(state, caller, state.node, "token-create", arguments)
+    return TokenMade(**answer.model_dump(), token=new.text if answer.ok else None)
+
+
+@router.delete("/tokens/{owner}/{identifier}", responses=_ANSWERS, summary="Revoke a token")
+async def revoke_token(owner: str, identifier: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    target = _node(state, owner)
+    return (await ask(state, caller, target, "token-revoke", {"id": identifier}, wait=wait)).as_response()
+
+
+@router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's CA")
+async def revoke(node: str, wish: RevokeWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    arguments = {"node": _node(state, node)} | wish.model_dump(exclude_none=True, include={"key_id"})
+    authority = _node(state, wish.authority or state.node)
+    return (await ask(state, caller, authority, "revoke", arguments, wait=wait)).as_response()
+
+
+@router.post("/nodes/{node}/retire", responses=_ANSWERS, summary="Take a node out of the fleet for good")
+async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    arguments = {"node": _node(state, node), "reason": wish.reason}
+    authority = _node(state, wish.authority or state.node)
+    return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
+
+
+@router.post("/join-tokens", summary="Make a one-time token with which a new node joins, where the fleet's CA is")
+def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
+    caller.must_be("admin")
+    from vmconv_fleet import config
+    from vmconv_fleet.authority import Authority
+
+    authority = Authority.load(state.directory)
+    return {"join": str(authority.invite(config.load(state.directory), lifetime=wish.ttl_s, host=None))}
+
+
+@router.put("/link", summary="Cut this node off from the others, or let it join them; local administrator only")
+def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
+    if not caller.is_local:
+        raise AccessError("a node is cut off and joined again by its local administrator alone")
+    if state.link is None:
+        raise UsageError("this node has no link")
+    if wish.connected:
+        state.link.join()
+    else:
+        state.link.cut()
+    return {"connected": not state.link.is_cut}
+
+
+def _node(state: State, named: str) -> str:
+    """Returns the id of a node that is named by name or id."""
+    found = owner_of(state.picture(), named)
+    if found is None:
+        raise NotHereError(f"no node {named!r}")
+    return found

@@ -1,0 +1,60 @@
+"""Server-sent events: each record as it is committed here, whoever owns it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import StreamingResponse
+
+from vmconv_fleet.api.access import UNAUTHORIZED, KnownOrBrowser
+from vmconv_fleet.api.reading import plain
+from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.errors import NotReadyError
+
+router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
+
+KEEP_ALIVE = 15.0
+
+
+@router.get(
+    "/events",
+    summary="Changes as they arrive (server-sent events)",
+    responses={200: {"content": {"text/event-stream": {}}, "description": "One event for each record"}},
+    response_class=StreamingResponse,
+)
+async def events(
+    request: Request,
+    state: StateOf,
+    _caller: KnownOrBrowser,
+    kinds: Annotated[str, Query(description="Only these kinds, separated by commas")] = "",
+) -> StreamingResponse:
+    if state.bus.is_full:
+        raise NotReadyError("too many listen to this node already")
+    wanted = frozenset(filter(None, kinds.split(",")))
+    return StreamingResponse(
+        _stream(request, state, wanted),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _stream(request: Request, state: State, wanted: frozenset[str]) -> AsyncIterator[str]:
+    async with state.bus.listener() as heard:
+        yield f"retry: 2000\nevent: here\ndata: {json.dumps({'node': state.node})}\n\n"
+        while not await request.is_disconnected():
+            records, lost = await heard.take(KEEP_ALIVE)
+            if lost:
+                # What was missed is in the replica: who hears this reads anew.
+                yield "event: lost\ndata: {}\n\n"
+            if not records:
+                yield ": nothing new\n\n"
+                continue
+            picture = state.picture()
+            for one in records:
+                if wanted and one.kind not in wanted:
+                    continue
+                content = plain(one, picture) | {"deleted": one.deleted}
+                yield f"id: {one.owner}.{one.epoch}.{one.seq}\nevent: {one.kind}\ndata: {json.dumps(content)}\n\n"

@@ -1,0 +1,142 @@
+"""Metrics in Prometheus' text format, version 0.0.4."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+
+from vmconv_fleet.api.access import UNAUTHORIZED, Known
+from vmconv_fleet.api.state import State, StateOf
+from vmconv_fleet.picture import Picture
+
+router = APIRouter()
+
+Labels = Mapping[str, str]
+Sample = tuple[Labels, float]
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", responses=UNAUTHORIZED, response_class=PlainTextResponse)
+def metrics(state: StateOf, _caller: Known) -> PlainTextResponse:
+    text = "".join(_family(*one) for one in _families(state))
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+
+@router.get("/healthz", summary="Whether the node serves; the only thing that anybody may ask")
+def health(state: StateOf) -> dict[str, bool]:
+    return {"serving": state.service.serving}
+
+
+def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
+    picture, view = state.picture(), state.view()
+    nodes = picture.nodes()
+    states = Counter(one.state for one in nodes)
+    yield "nodes", "gauge", "Nodes by state, as seen from here", [({"state": key}, n) for key, n in states.items()]
+    others = [one for one in nodes if one.node != state.node and one.age_ms is not None]
+    yield (
+        "node_age_seconds",
+        "gauge",
+        "Age of what is known of a node",
+        [({"node": one.name, "id": one.node}, (one.age_ms or 0) / 1000) for one in others],
+    )
+    yield (
+        "node_lag_records",
+        "gauge",
+        "Records that a node had not when it was last heard",
+        [({"node": one.name, "id": one.node}, one.lag) for one in others],
+    )
+    positions = view.positions()
+    yield (
+        "records_written_total",
+        "counter",
+        "Records that an owner has written, as far as they are here",
+        [({"node": picture.name(owner), "id": owner}, at.seq) for owner, at in positions.items()],
+    )
+    jobs = Counter((picture.name(one.owner), str(one.body.get("state"))) for one in picture.find("job"))
+    yield (
+        "jobs",
+        "gauge",
+        "Conversions by node and state",
+        [({"node": node, "state": key}, n) for (node, key), n in jobs.items()],
+    )
+    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(picture)
+    disks = Counter((picture.name(one.owner), str(one.body.get("format") or "unknown")) for one in picture.find("disk"))
+    yield (
+        "disks",
+        "gauge",
+        "Disk images by node and format",
+        [({"node": node, "format": key}, n) for (node, key), n in disks.items()],
+    )
+    for name, help_, field in (
+        ("datastore_free_bytes", "Free space of a datastore", "free"),
+        ("datastore_size_bytes", "Size of the filesystem of a datastore", "size"),
+    ):
+        yield (
+            name,
+            "gauge",
+            help_,
+            [
+                ({"node": picture.name(one.owner), "datastore": one.id}, int(one.body.get(field, 0)))
+                for one in picture.find("datastore")
+            ],
+        )
+    waiting = sum(picture.response_of(one) is None for one in picture.find("request"))
+    yield (
+        "requests_unanswered",
+        "gauge",
+        "Requests whose owner has not answered, as seen here",
+        [({}, waiting)],
+    )
+    yield "problems", "gauge", "Things an administrator has to know of this node", [({}, len(state.problems()))]
+    yield "neighbours", "gauge", "Nodes with a direct link", [({}, len(state.service.neighbours()))]
+    yield (
+        "cut",
+        "gauge",
+        "1 while the administrator has cut this node off",
+        [({}, float(bool(state.link and state.link.is_cut)))],
+    )
+    yield (
+        "events_total",
+        "counter",
+        "What the replica has counted since it was started",
+        [({"event": name}, n) for name, n in sorted(state.service.counters().items())],
+    )
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    yield "cpu_seconds_total", "counter", "Processor time of the daemon", [({}, usage.ru_utime + usage.ru_stime)]
+    yield "resident_bytes", "gauge", "Memory of the daemon", [({}, _resident())]
+
+
+def _bytes(picture: Picture) -> list[Sample]:
+    sums: Counter[str] = Counter()
+    for one in picture.find("job"):
+        if one.body.get("state") == "done":
+            for name in ("shared", "copied", "written"):
+                sums[name] += int((one.body.get("plan") or {}).get(name, 0))
+    return [({"how": name}, value) for name, value in sorted(sums.items())]
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def _family(name: str, kind: str, help_: str, samples: Iterable[Sample]) -> str:
+    full = f"vmconv_fleet_{name}"
+    lines = [f"# HELP {full} {help_}", f"# TYPE {full} {kind}"]
+    lines += [f"{full}{_labels(labels)} {value!r}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Labels) -> str:
+    if not labels:
+        return ""
+    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+
+
+def _escaped(text: str) -> str:
+    """Returns a label's value: names come from strangers and must not end the line, or the label."""
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n").replace("\r", " ")

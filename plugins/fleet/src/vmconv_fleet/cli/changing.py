@@ -1,0 +1,138 @@
+"""Verbs that ask for a change."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from vmconv.cli.output import print_json, print_table
+from vmconv.errors import UsageError
+from vmconv_fleet.cli.client import Client, Reply
+from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
+from vmconv_fleet.words import cell, time_text
+
+
+def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
+    """Prints what was answered to a request."""
+    content = refuse_refused(reply)
+    if options.output == "json":
+        print_json(content, indent=4)
+    elif content.get("ok"):
+        print(f"{done} (transaction {content.get('transaction')})")
+    else:
+        print(f"asked for: request {content['request']}; its owner has not answered yet")
+    return 0
+
+
+def cancel(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        job = job_named(client, options.job)
+        reply = client.call("POST", f"/api/v1/jobs/{job['owner']}/{job['id']}/cancel", query={"wait": options.wait})
+    return _said(options, reply, f"job {job['id']}: cancelled")
+
+
+def scan(options: argparse.Namespace) -> int:
+    body = {"datastore": options.datastore} if options.datastore else {}
+    with connected(options) as client:
+        node = options.scanned or _own(client)
+        reply = client.call("POST", f"/api/v1/nodes/{node}/scan", body, query={"wait": options.wait})
+    return _said(options, reply, "scan begun")
+
+
+def _own(client: Client) -> str:
+    return str(client.get("/api/v1/fleet")["node"])
+
+
+def datastore(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        if options.action == "add":
+            path = os.path.abspath(options.path)
+            reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
+            return _said(options, reply, f"datastore {options.name} is {path}")
+        owner = options.of or _own(client)
+        reply = client.call("DELETE", f"/api/v1/datastores/{owner}/{options.name}", query={"wait": options.wait})
+    return _said(options, reply, f"datastore {options.name} is out of the catalogue; its files stay")
+
+
+def policy(options: argparse.Namespace) -> int:
+    wish = _wished(options)
+    with connected(options) as client:
+        node = options.ruled or _own(client)
+        if wish:
+            reply = client.call("PATCH", f"/api/v1/nodes/{node}/policy", wish, query={"wait": options.wait})
+            return _said(options, reply, "policy changed")
+        items = client.everything("/api/v1/policies", node=node)
+    body = items[0]["body"] if items else {}
+    if options.output == "json":
+        print_json(body, indent=4)
+    elif body:
+        print_table([[name, cell(value)] for name, value in body.items()])
+    else:
+        print("no policy of its own: sources are kept, two conversions at a time, any format")
+    return 0
+
+
+def _wished(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the rules that the options change."""
+    wish: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("naming", "max_parallel", "zero_copy")
+        if getattr(options, name) is not None
+    }
+    if options.may_remove_source is not None:
+        wish["may_remove_source"] = options.may_remove_source == "yes"
+    for name in ("formats", "administrators_of"):
+        value = getattr(options, name)
+        if value is not None:
+            wish[name] = None if value == "all" else value.split(",")
+    return wish
+
+
+def token(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        if options.action == "list":
+            return _list_tokens(options, client.everything("/api/v1/tokens"))
+        if options.action == "create":
+            return _create_token(options, client)
+        found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
+        one = only(found, options.id, "token")
+        reply = client.call("DELETE", f"/api/v1/tokens/{one['owner']}/{one['id']}", query={"wait": options.wait})
+    return _said(options, reply, f"token {options.id} is good for nothing any more")
+
+
+def _create_token(options: argparse.Namespace, client: Client) -> int:
+    wish = {"label": options.label, "role": options.role}
+    if options.days is not None:
+        if options.days <= 0:
+            raise UsageError(f"--days {options.days:g}: a token is good for more than no time")
+        wish["ttl_s"] = options.days * 86400
+    content = refuse_refused(client.call("POST", "/api/v1/tokens", wish))
+    if options.output == "json":
+        print_json(content, indent=4)
+    else:
+        print(content["token"])
+    return 0
+
+
+def _list_tokens(options: argparse.Namespace, items: list[dict[str, Any]]) -> int:
+    if options.output == "json":
+        print_json(items, indent=4)
+        return 0
+    rows = [["ID", "LABEL", "ROLE", "MADE", "GOOD UNTIL", "NODE"]]
+    for one in items:
+        body = one["body"]
+        until = time_text(body["expires_ms"]) if body.get("expires_ms") else "it is revoked"
+        if body.get("revoked"):
+            until = "revoked"
+        made = time_text(body.get("created_ms"))
+        rows.append([cell(text) for text in (one["id"], body["label"], body["role"], made, until, one["node"])])
+    print_table(rows)
+    return 0
+
+
+def retire(options: argparse.Namespace) -> int:
+    body = {"reason": options.reason} | ({"authority": options.authority} if options.authority else {})
+    with connected(options) as client:
+        reply = client.call("POST", f"/api/v1/nodes/{options.retired}/retire", body, query={"wait": options.wait})
+    return _said(options, reply, f"{options.retired} is out of the fleet")

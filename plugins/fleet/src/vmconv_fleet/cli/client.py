@@ -1,0 +1,153 @@
+"""Talks to a node's API: by the socket of the node on this machine, or over HTTPS with a token."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Self
+from urllib.parse import urlencode, urlsplit
+
+from vmconv.errors import AccessError, UsageError, VmconvError
+
+TOKEN = "VMCONV_FLEET_TOKEN"
+"""Environment: the token for a node that is reached over HTTPS."""
+
+_PATIENCE = 330.0
+
+
+class UnreachableError(VmconvError):
+    """There is no node to talk to."""
+
+
+class NotThereError(VmconvError):
+    """The node knows nothing of what was asked for."""
+
+
+class Reply(NamedTuple):
+    status: int
+    content: Any
+
+
+class _SocketConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class Client:
+    """The API of the node that `where` names: its directory, or a URL of HTTPS.
+
+    `ca` is the fleet's CA certificate, for a URL. Each call has a connection of its own: a node ends those that nobody
+    uses. Use as a context manager.
+    """
+
+    def __init__(self, where: str, *, ca: str | None = None, token: str | None = None) -> None:
+        self.where = where
+        self._headers = {"Accept": "application/json", "Connection": "close"}
+        self._connection = self._connect(where, ca, token)
+
+    def _connect(self, where: str, ca: str | None, token: str | None) -> http.client.HTTPConnection:
+        """Returns the connection, which is made when it is first used."""
+        if "://" not in where:
+            self._headers["X-Vmconv-User"] = _user()
+            return _SocketConnection(os.path.join(where, "api.sock"), _PATIENCE)
+        url = urlsplit(where)
+        if url.scheme != "https" or not url.hostname:
+            raise UsageError(f"{where}: is not a URL of https", hint="https://HOST:7449, or a node's directory")
+        if not token:
+            raise UsageError(f"{where}: a token is needed", hint=f"set {TOKEN}, or name a file with --token-file")
+        self._headers["Authorization"] = f"Bearer {token}"
+        import ssl
+
+        context = ssl.create_default_context(cafile=ca)
+        return http.client.HTTPSConnection(url.hostname, url.port or 7449, timeout=_PATIENCE, context=context)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._connection.close()
+
+    def call(self, method: str, path: str, body: object = None, *, query: Mapping[str, Any] | None = None) -> Reply:
+        """Returns what the node answers; raises the error that it tells, and `UnreachableError` without an answer."""
+        response = self._send(method, path, body, query)
+        content = _content(response)
+        if response.status in (200, 202) or (response.status == 409 and "request" in content):
+            return Reply(response.status, content)
+        raise _error(response.status, content)
+
+    def get(self, path: str, **query: Any) -> Any:
+        return self.call("GET", path, query={key: value for key, value in query.items() if value is not None}).content
+
+    def everything(self, path: str, **query: Any) -> list[dict[str, Any]]:
+        """Returns all items of a list, page by page."""
+        items: list[dict[str, Any]] = []
+        while True:
+            page = self.get(path, limit=1000, offset=len(items), **query)
+            items += page["items"]
+            if not page["items"] or len(items) >= page["total"]:
+                return items
+
+    def lines(self, path: str, **query: Any) -> Iterator[str]:
+        """Yields the lines of an answer that may have no end, as they come."""
+        response = self._send("GET", path, None, query)
+        if response.status != 200:
+            raise _error(response.status, _content(response))
+        if self._connection.sock:
+            self._connection.sock.settimeout(None)
+        while line := response.readline():
+            yield line.decode("utf-8", "replace").rstrip("\n")
+
+    def _send(self, method: str, path: str, body: object, query: Mapping[str, Any] | None) -> http.client.HTTPResponse:
+        data = None if body is None else json.dumps(body)
+        headers = self._headers | ({} if data is None else {"Content-Type": "application/json"})
+        target = path + (f"?{urlencode(query)}" if query else "")
+        self._connection.close()
+        try:
+            self._connection.request(method, target, data, headers)
+            return self._connection.getresponse()
+        except (FileNotFoundError, ConnectionRefusedError) as exc:
+            raise UnreachableError(
+                f"{self.where}: no node runs here", hint="vmconv node run starts it; --node names another one"
+            ) from exc
+        except PermissionError as exc:
+            raise AccessError(f"{self.where}: its socket is for the user who runs the node") from exc
+        except (OSError, http.client.HTTPException) as exc:
+            raise UnreachableError(f"{self.where}: {exc}") from exc
+
+
+def _user() -> str:
+    """Returns who sits here, for the history."""
+    import pwd
+
+    try:
+        return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
+
+
+def _content(response: http.client.HTTPResponse) -> Any:
+    data = response.read()
+    try:
+        return json.loads(data)
+    except ValueError:
+        return {"error": data.decode("utf-8", "replace")[:200]}
+
+
+def _error(status: int, content: Any) -> VmconvError:
+    said = content if isinstance(content, dict) else {}
+    message, hint = str(said.get("error", f"status {status}")), said.get("hint")
+    kind: type[VmconvError] = {401: AccessError, 403: AccessError, 404: NotThereError, 422: UsageError}.get(
+        status, VmconvError
+    )
+    return kind(message, hint=hint)

@@ -1,0 +1,56 @@
+"""Which node a command talks to, and how things are named to it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from vmconv.errors import UsageError, VmconvError, os_errors
+from vmconv_fleet.cli.client import TOKEN, Client, Reply
+
+
+def connected(options: argparse.Namespace) -> Client:
+    """Returns a client of the node that the options name."""
+    from vmconv_fleet.config import default_directory
+
+    where = options.node or default_directory()
+    if "://" not in where:
+        return Client(where)
+    token = os.environ.get(TOKEN)
+    if options.token_file:
+        with os_errors("cannot be read"), open(options.token_file, encoding="utf-8") as file:
+            token = file.read().strip()
+    return Client(where, ca=options.ca, token=token)
+
+
+def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, Any]:
+    """Returns the one thing that is meant; raises `UsageError` for none and for several."""
+    if not found:
+        raise UsageError(f"no {kind} {named!r}", hint=f"vmconv fleet {kind}s lists them")
+    if len(found) > 1:
+        ids = ", ".join(f"{one['node']}:{one['id']}" for one in found[:5])
+        raise UsageError(f"{named!r} is not one {kind} but {len(found)}: {ids}")
+    return found[0]
+
+
+def disk_named(client: Client, named: str) -> dict[str, Any]:
+    """Returns the disk with this id, with an id that begins so, or that NODE:NAME means."""
+    disks = client.everything("/api/v1/disks")
+    exact = [one for one in disks if named in (one["id"], f"{one['node']}:{one['body']['name']}")]
+    return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
+
+
+def job_named(client: Client, named: str) -> dict[str, Any]:
+    jobs = client.everything("/api/v1/jobs")
+    exact = [one for one in jobs if one["id"] == named]
+    return only(exact or [one for one in jobs if len(named) >= 4 and one["id"].startswith(named)], named, "job")
+
+
+def refuse_refused(reply: Reply) -> dict[str, Any]:
+    """Returns what was answered to a request; raises the owner's refusal as an error."""
+    content: dict[str, Any] = reply.content
+    if content.get("ok") is False:
+        raise VmconvError(f"refused: {content.get('reason')}")
+    return content

@@ -1,0 +1,158 @@
+"""`vmconv fleet convert`: one disk or many, now or later, wherever they are."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from vmconv.cli.output import print_json, print_table, size_text
+from vmconv.errors import UsageError
+from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.connecting import connected, disk_named
+from vmconv_fleet.cli.following import Ended, follow
+from vmconv_fleet.words import cell, plan_text, time_text
+
+Asked = dict[str, Any]
+"""One conversion that was asked for: node, disk, name, answer."""
+
+
+def convert(options: argparse.Namespace) -> int:
+    at = None if options.at is None else moment(options.at, datetime.now())
+    with connected(options) as client, connected(options) as listener:
+        # Heard from now on: whatever happens to a job after it was asked for is told.
+        events = listener.lines("/api/v1/events", kinds="job,response") if _stays(options) else None
+        if events:
+            next(events)
+        asked = _many(options, client, at) if options.select else [_one(options, client, at)]
+        if not asked:
+            raise UsageError(f"no disk is selected by {options.select!r}", hint="vmconv fleet disks --select tries it")
+        ended = follow(client, events, asked, bar=options.output != "json") if events else {}
+    return _report(options, asked, ended, at)
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """Returns the moment that is meant: a time of day is the next one, of this machine's clock."""
+    if re.fullmatch(r"\d{1,2}:\d{2}", text):
+        hour, minute = map(int, text.split(":"))
+        if hour > 23 or minute > 59:
+            raise UsageError(f"--at {text}: is no time of day")
+        then = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+        return then if then > now else then + timedelta(days=1)
+    try:
+        then = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise UsageError(f"--at {text}: is neither HH:MM nor YYYY-MM-DDTHH:MM") from exc
+    then = then.astimezone().replace(tzinfo=None)
+    if then < now:
+        raise UsageError(f"--at {text}: is in the past")
+    return then
+
+
+def _stays(options: argparse.Namespace) -> bool:
+    """Returns whether the command waits for what becomes of the jobs: plans come soon, conversions may take long."""
+    return bool(options.follow or options.dry_run)
+
+
+def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
+    wish: dict[str, Any] = {"format": options.format}
+    if options.options:
+        wish["options"] = options.options
+    if options.zero_copy != "auto":
+        wish["zero_copy"] = options.zero_copy
+    if options.remove_source:
+        wish["keep_source"] = False
+    if options.dry_run:
+        wish["dry_run"] = True
+    if options.max_parallel is not None:
+        wish["max_parallel"] = options.max_parallel
+    if at is not None:
+        wish["at_ms"] = int(at.timestamp() * 1000)
+    return wish
+
+
+def _one(options: argparse.Namespace, client: Client, at: datetime | None) -> Asked:
+    disk = disk_named(client, options.disk)
+    wish = _wish(options, at)
+    for name in ("target", "target_datastore"):
+        if getattr(options, name) is not None:
+            wish[name] = getattr(options, name)
+    # The job has an id before its owner knows of it: so it can be followed from the start.
+    wish["job"] = options.id or f"job-{secrets.token_hex(6)}"
+    path = f"/api/v1/disks/{disk['owner']}/{disk['id']}/convert"
+    reply = client.call("POST", path, wish, query={"wait": options.wait})
+    asked = {"node": disk["owner"], "disk": disk["id"], "name": disk["body"]["name"], "answer": reply.content}
+    return asked | {"job": wish["job"]}
+
+
+def _many(options: argparse.Namespace, client: Client, at: datetime | None) -> list[Asked]:
+    for name in ("target", "target_datastore", "id"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} is for one disk, and --select chooses many")
+    wish = _wish(options, at) | {"select": options.select}
+    answers = client.call("POST", "/api/v1/conversions", wish, query={"wait": options.wait}).content
+    return [one | {"job": one["answer"].get("body", {}).get("job") or one["answer"]["request"]} for one in answers]
+
+
+def _report(options: argparse.Namespace, asked: list[Asked], ended: dict[str, Ended], at: datetime | None) -> int:
+    refused = [one for one in asked if one["answer"].get("ok") is False]
+    failed = [one for one in ended.values() if one.state in ("failed", "cancelled")]
+    if options.output == "json":
+        print_json(
+            [one | {"result": ended[one["job"]].body} if one["job"] in ended else one for one in asked], indent=4
+        )
+    elif _stays(options):
+        _print_ended(asked, ended)
+    else:
+        _print_asked(asked, at)
+    return 1 if refused or failed else 0
+
+
+def _print_asked(asked: list[Asked], at: datetime | None) -> None:
+    rows = [["DISK", "JOB", "ANSWER"]]
+    rows += [[cell(one["name"]), _job(one), cell(_answer(one["answer"]))] for one in asked]
+    print_table(rows)
+    if at:
+        print(f"begins {time_text(int(at.timestamp() * 1000))}")
+
+
+def _job(one: Asked) -> str:
+    return cell(one["job"] if one["answer"].get("ok") is not False else None)
+
+
+def _answer(answer: dict[str, Any]) -> str:
+    if answer.get("ok") is None:
+        return "not yet: its owner has not answered"
+    return "accepted" if answer["ok"] else f"refused: {answer.get('reason')}"
+
+
+def _print_ended(asked: list[Asked], ended: dict[str, Ended]) -> None:
+    rows = [["DISK", "BECOMES", "STATE", "PLAN"]]
+    notes: dict[str, None] = {}
+    total = dict.fromkeys(("shared", "copied", "written"), 0)
+    for one in asked:
+        end = ended.get(one["job"])
+        if end is None:
+            rows.append([cell(one["name"]), "-", cell(_answer(one["answer"])), "-"])
+            continue
+        body = end.body
+        plan = body.get("plan") or {}
+        for name in total:
+            total[name] += int(plan.get(name, 0))
+        notes |= dict.fromkeys(f"copied because {copy['reason']}" for copy in plan.get("copies", ()))
+        if body.get("error"):
+            notes[f"{one['name']}: {body['error']}"] = None
+        rows.append([cell(one["name"]), cell(body.get("file")), cell(_state(body)), cell(plan_text(body.get("plan")))])
+    print_table(rows)
+    for note in notes:
+        print(cell(note))
+    if len(asked) > 1:
+        print(", ".join(f"{name} {size_text(value)}" for name, value in total.items()) + f" of {len(asked)} disks")
+
+
+def _state(body: Mapping[str, Any]) -> str:
+    seconds = f" in {body['seconds']:.2f} s" if body.get("seconds") is not None else ""
+    return f"{body['state']}{seconds}"

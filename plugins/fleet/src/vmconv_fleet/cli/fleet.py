@@ -1,0 +1,230 @@
+"""`vmconv fleet`: the verbs, each with its arguments; what they do is imported when it is done."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import SetOptions, formatter
+
+
+class _Verb(NamedTuple):
+    """A verb: `module` has the function that does it, named as the verb."""
+
+    help: str
+    module: str
+    configure: Callable[[argparse.ArgumentParser], None]
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=verb.help,
+            description=f"{verb.help[0].upper()}{verb.help[1:]}.",
+            formatter_class=formatter,
+        )
+        verb.configure(sub)
+
+
+def _run(options: argparse.Namespace) -> int:
+    verb = VERBS[options.verb]
+    do: Callable[[argparse.Namespace], int] = getattr(import_module(f"vmconv_fleet.cli.{verb.module}"), options.verb)
+    return do(options)
+
+
+def _reading(parser: argparse.ArgumentParser) -> None:
+    """Adds what every verb takes that talks to a node."""
+    parser.add_argument(
+        "--node",
+        metavar="WHERE",
+        help="the node to talk to: its directory on this machine, or https://HOST:7449 with a token\n"
+        "(default: $VMCONV_NODE, or below the state directory)",
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="file with the token for https (default: $VMCONV_FLEET_TOKEN)"
+    )
+    parser.add_argument("--ca", metavar="FILE", help="certificate of the fleet's CA, for https")
+    parser.add_argument("--output", choices=("human", "json"), default="human", help="how to print (default: human)")
+
+
+def _asking(parser: argparse.ArgumentParser) -> None:
+    """Adds what every verb takes that asks for a change."""
+    _reading(parser)
+    parser.add_argument(
+        "--wait", type=float, default=10, metavar="SECONDS", help="wait so long for the owner's answer (default: 10)"
+    )
+
+
+def _of_node(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--of", metavar="NODE", help="only what this node owns: its name, id, or how that begins")
+
+
+def _listing(parser: argparse.ArgumentParser) -> None:
+    _of_node(parser)
+    _reading(parser)
+
+
+def _disks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--select", metavar="SELECTION", help="only these, such as 'format=vmdk and node=n0*'")
+    _listing(parser)
+
+
+def _jobs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--state", metavar="STATES", help="only jobs in these states, separated by commas")
+    _listing(parser)
+
+
+def _newest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="so many, the newest first (default: 20)")
+    _listing(parser)
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("disk", nargs="?", metavar="DISK", help="a disk of the catalogue: its id, or NODE:NAME")
+    which.add_argument("--select", metavar="SELECTION", help="all disks that are selected")
+    parser.add_argument("--to", dest="format", required=True, metavar="FMT", help="format to convert to")
+    parser.add_argument(
+        "-o",
+        dest="options",
+        action=SetOptions,
+        default={},
+        metavar="NAME=VALUE",
+        help="options of that format, separated by commas; vmconv formats lists them",
+    )
+    parser.add_argument(
+        "--target", metavar="NAME", help="name of the file to make (default: as the node's policy has it)"
+    )
+    parser.add_argument("--target-datastore", metavar="NAME", help="make it there (default: beside the source)")
+    parser.add_argument(
+        "--zero-copy", choices=("auto", "require"), default="auto", help="require: fail rather than copy"
+    )
+    parser.add_argument(
+        "--remove-source", action="store_true", help="remove the source afterwards, where the node's policy allows it"
+    )
+    parser.add_argument("--at", metavar="TIME", help="begin then: HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="so many of them at a time on each node")
+    parser.add_argument("--dry-run", action="store_true", help="only plan; nothing is made")
+    parser.add_argument("--follow", action="store_true", help="stay until all have ended, and show how far they are")
+    parser.add_argument("--id", metavar="ID", help="id of the request: the same again is the same request")
+    _asking(parser)
+
+
+def _job(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", metavar="JOB", help="a job's id, or how it begins")
+    _asking(parser)
+
+
+def _watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kinds", default="", metavar="KINDS", help="only these kinds of records, separated by commas")
+    _reading(parser)
+
+
+def _retire(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("retired", metavar="NODE", help="its name, id, or how that begins")
+    parser.add_argument("--reason", default="", metavar="TEXT", help="why")
+    parser.add_argument("--authority", metavar="NODE", help="the node that holds the fleet's CA (default: this one)")
+    _asking(parser)
+
+
+def _scan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "scanned", nargs="?", metavar="NODE", help="the node whose datastores to look at (default: this one)"
+    )
+    parser.add_argument("--datastore", metavar="NAME", help="only this one")
+    _asking(parser)
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", metavar="FILE", help="where to write it (default: standard output)")
+    _reading(parser)
+
+
+def _datastore(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    add = actions.add_parser("add", help="declare a directory of this node", formatter_class=formatter)
+    add.add_argument("name", metavar="NAME", help="what the datastore is called")
+    add.add_argument("path", metavar="DIR", help="the directory, on this machine")
+    _asking(add)
+    remove = actions.add_parser("remove", help="take it out of the catalogue; files stay", formatter_class=formatter)
+    remove.add_argument("name", metavar="NAME", help="what the datastore is called")
+    remove.add_argument("--of", metavar="NODE", help="the node that has it (default: this one)")
+    _asking(remove)
+
+
+def _token(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    create = actions.add_parser("create", help="make a token; it is shown once", formatter_class=formatter)
+    create.add_argument("label", metavar="LABEL", help="whose it is")
+    create.add_argument("--role", choices=("viewer", "operator", "admin"), default="viewer", help="(default: viewer)")
+    create.add_argument("--days", type=float, metavar="N", help="how long it is good (default: until it is revoked)")
+    _asking(create)
+    revoke = actions.add_parser("revoke", help="make it good for nothing", formatter_class=formatter)
+    revoke.add_argument("id", metavar="ID", help="the token's id, as the list has it")
+    _asking(revoke)
+    _reading(actions.add_parser("list", help="who may call, and as what", formatter_class=formatter))
+
+
+def _policy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ruled", nargs="?", metavar="NODE", help="whose policy (default: this node's)")
+    parser.add_argument("--naming", metavar="TEXT", help="how targets are called: {stem}, {suffix}, {format}, {job}")
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="conversions at a time")
+    parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: no conversion copies payload")
+    parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may have sources removed")
+    parser.add_argument("--formats", metavar="FMT,FMT", help="what is converted to; all: any format")
+    parser.add_argument(
+        "--administrators-of", metavar="NODE,NODE", help="whose administrators are heard; all: any node's"
+    )
+    _asking(parser)
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--directory", default=None, metavar="DIR", help="where to make the nodes (default: a temporary one)"
+    )
+    parser.add_argument("--size", default="64M", metavar="SIZE", help="size of the disk (default: 64M)")
+    parser.add_argument("--keep", action="store_true", help="leave the nodes running until ^C, to look at the console")
+
+
+VERBS = {
+    "nodes": _Verb("list the nodes: state, when they were heard last, how far behind they are", "listing", _reading),
+    "datastores": _Verb("list the directories whose disks are in the catalogue", "listing", _listing),
+    "disks": _Verb("list disk images", "listing", _disks),
+    "vms": _Verb("list virtual machines", "listing", _listing),
+    "jobs": _Verb("list conversions", "listing", _jobs),
+    "requests": _Verb("list requests and what became of them", "listing", _newest),
+    "history": _Verb("list the changes that were made, by whom, before and after", "listing", _newest),
+    "convert": _Verb("convert a disk, or all that are selected, wherever they are", "converting", _convert),
+    "cancel": _Verb("cancel a conversion", "changing", _job),
+    "scan": _Verb("look at a node's datastores anew", "changing", _scan),
+    "datastore": _Verb("declare directories of this node, or take them out of the catalogue", "changing", _datastore),
+    "policy": _Verb("show and change how a node converts", "changing", _policy),
+    "token": _Verb("make, list and revoke tokens for people and programs", "changing", _token),
+    "retire": _Verb("take a node out of the fleet for good", "changing", _retire),
+    "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
+    "export": _Verb("print everything, one record on each line", "watching", _export),
+    "doctor": _Verb("say what is wrong with the fleet, as this node sees it", "doctor", _reading),
+    "demo": _Verb("run a fleet of three nodes on this machine, with a disk, a conversion and a cut", "demo", _demo),
+}
+
+COMMAND = Command(
+    name="fleet",
+    help="see and change a fleet of nodes",
+    description="Shows the nodes, disks and conversions of a fleet and asks for changes of them, from any node.",
+    configure=_configure,
+    run=_run,
+    epilog="""exit status:
+  0  done, or asked for
+  1  refused, failed, or no node is there
+  2  the request makes no sense
+
+examples:
+  vmconv fleet disks --select 'format=vmdk and size>=10G'
+  vmconv fleet convert n02:web.vmdk --to qcow2 --follow
+  vmconv fleet convert --select 'format=vmdk and node=n0*' --to qcow2 --max-parallel 4 --at 22:00 --dry-run""",
+)

@@ -1,0 +1,171 @@
+"""Verbs that list what is known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vmconv.cli.output import print_json, print_table, size_text
+from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.connecting import connected
+from vmconv_fleet.differences import differences
+from vmconv_fleet.words import age_text, cell, plan_text, progress_text, time_text
+
+Item = dict[str, Any]
+
+
+def _print(
+    options: argparse.Namespace, items: list[Item], head: Sequence[str], row: Callable[[Item], list[str]]
+) -> int:
+    if options.output == "json":
+        print_json(items, indent=4)
+    else:
+        print_table([list(head), *([cell(text) for text in row(one)] for one in items)])
+    return 0
+
+
+def _unseen(options: argparse.Namespace, client: Client) -> None:
+    """Says how old the view of nodes is that are not heard: what is listed of them may have changed since."""
+    if options.output == "json":
+        return
+    for one in client.get("/api/v1/fleet")["unseen"]:
+        print(f"{cell(one['name'])} is not heard: what is known of it is {age_text(one['age_ms'])} old")
+
+
+def nodes(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        items = client.get("/api/v1/nodes")["items"]
+    return _print(options, items, ["NODE", "STATE", "HEARD", "BEHIND", "AT", "ID"], _node_row)
+
+
+def _node_row(one: Item) -> list[str]:
+    heard = "-" if one["state"] == "here" else age_text(one["age_ms"])
+    behind = "-" if one["age_ms"] is None else str(one["lag"])
+    return [one["name"], one["state"], heard, behind, one["position"].rpartition(".")[2], one["node"]]
+
+
+def datastores(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        items = client.everything("/api/v1/datastores", **({"node": options.of} if options.of else {}))
+    return _print(
+        options, items, ["NODE", "DATASTORE", "FILESYSTEM", "SHARES", "FREE", "DISKS", "PATH"], _datastore_row
+    )
+
+
+def _datastore_row(one: Item) -> list[str]:
+    body = one["body"]
+    shares = any(ability.get("unit") for ability in body.get("backends", {}).values())
+    return [
+        one["node"],
+        one["id"],
+        body.get("problem") or body.get("filesystem", ""),
+        "yes" if shares else "no",
+        size_text(body.get("free", 0)),
+        str(body.get("disks", 0)),
+        body["path"],
+    ]
+
+
+def disks(options: argparse.Namespace) -> int:
+    query = {key: value for key, value in (("select", options.select), ("node", options.of)) if value}
+    with connected(options) as client:
+        items = client.everything("/api/v1/disks", **query)
+        _print(
+            options, items, ["ID", "NODE", "DATASTORE", "FORMAT", "SIZE", "ON DISK", "CHAIN", "NOTE", "NAME"], _disk_row
+        )
+        _unseen(options, client)
+    return 0
+
+
+def _disk_row(one: Item) -> list[str]:
+    body = one["body"]
+    note = "unreadable" if body.get("problem") else "in use" if body.get("in_use") else ""
+    return [
+        one["id"],
+        one["node"],
+        body["datastore"],
+        body.get("format", ""),
+        size_text(body.get("virtual_size", 0)),
+        size_text(body.get("actual_size", 0)),
+        str(len(body.get("chain", ()))),
+        note,
+        body["name"],
+    ]
+
+
+def vms(options: argparse.Namespace) -> int:
+    with connected(options) as client:
+        items = client.everything("/api/v1/vms", **({"node": options.of} if options.of else {}))
+    return _print(options, items, ["NODE", "VM", "SYSTEM", "MEMORY", "DISKS"], _vm_row)
+
+
+def _vm_row(one: Item) -> list[str]:
+    body = one["body"]
+    names = ", ".join(disk["name"] + ("" if disk.get("disk") else " (not here)") for disk in body.get("disks", ()))
+    memory = size_text(body["memory"]) if body.get("memory") else ""
+    return [one["node"], body["name"], body.get("system", ""), memory, names]
+
+
+def jobs(options: argparse.Namespace) -> int:
+    query = {key: value for key, value in (("states", options.state), ("node", options.of)) if value}
+    with connected(options) as client:
+        items = client.everything("/api/v1/jobs", **query)
+        _print(options, items, ["JOB", "NODE", "STATE", "DONE", "TO", "PLAN", "DISK"], _job_row)
+        _unseen(options, client)
+    return 0
+
+
+def _job_row(one: Item) -> list[str]:
+    body = one["body"]
+    state = body["state"] + (" (dry run)" if body.get("dry_run") else "")
+    name = body.get("source", "") + (f" -> {body['file']}" if body.get("file") else "")
+    if body.get("error"):
+        name += f": {body['error']}"
+    return [one["id"], one["node"], state, progress_text(body), body["format"], plan_text(body.get("plan")), name]
+
+
+def _latest(options: argparse.Namespace, path: str) -> list[Item]:
+    query = {"limit": min(max(options.limit, 1), 1000)} | ({"node": options.of} if options.of else {})
+    with connected(options) as client:
+        items: list[Item] = client.get(path, **query)["items"]
+    return items
+
+
+def requests(options: argparse.Namespace) -> int:
+    items = _latest(options, "/api/v1/requests")
+    return _print(options, items, ["REQUEST", "ASKED", "BY", "OF", "VERB", "ANSWER"], _request_row)
+
+
+def _request_row(one: Item) -> list[str]:
+    body, answer = one["body"], one["answer"]
+    said = answer.get("reason") or (
+        f"transaction {answer['transaction']}" if answer.get("transaction") else answer["state"]
+    )
+    late = " (late)" if answer.get("late") else ""
+    who = f"{body['by'].get('user') or 'somebody'} at {one['node']}"
+    return [one["id"], time_text(one["written_ms"]), who, body["target"][:8], body["verb"], said + late]
+
+
+def history(options: argparse.Namespace) -> int:
+    items = _latest(options, "/api/v1/transactions")
+    if options.output == "json":
+        return _print(options, items, [], lambda _one: [])
+    for one in items:
+        body = one["body"]
+        by = body.get("by") or {}
+        who = by.get("user") or "somebody"
+        late = ", late" if body.get("late") else ""
+        when = time_text(body.get("at_ms"))
+        print(f"{cell(one['node'])} {body['number']}  {when}  {cell(body.get('verb'))} by {cell(who)}{late}")
+        for change in body.get("changes", ()):
+            _print_change(change)
+    return 0
+
+
+def _print_change(change: Item) -> None:
+    verb = "new" if change.get("before") is None else "gone" if change.get("after") is None else "changed"
+    print(f"    {cell(change['kind'])} {cell(change['id'])}: {verb}")
+    if verb != "gone":
+        for one in differences(change.get("before"), change.get("after")):
+            print(f"        {cell(one.field)}: {cell(one.before)} -> {cell(one.after)}")

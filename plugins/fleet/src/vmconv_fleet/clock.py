@@ -1,0 +1,69 @@
+"""Time: the wall clock of a node in milliseconds, and the hybrid logical clock of its records.
+
+A hybrid logical clock (Kulkarni et al., 2014) is one integer, `ms << 16 | counter`: it never goes back, is later than
+all that its node has seen, and stays close to the wall clock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+COUNTER_BITS = 16
+MAX_CLOCK = (1 << 63) - 1
+MAX_AHEAD_MS = 10 * 60 * 1000
+"""A peer's clock further ahead than this is wrong: it does not carry ours along."""
+
+OFFSET_FILE = "VMCONV_FLEET_CLOCK_OFFSET"
+"""Environment: a file with milliseconds that are added to the wall clock, read anew when it changes; for tests."""
+
+
+class WallClock:
+    """Milliseconds since 1970; callable."""
+
+    def __init__(self) -> None:
+        self._file = os.environ.get(OFFSET_FILE)
+        self._changed = 0
+        self._offset = 0
+
+    def __call__(self) -> int:
+        if self._file is not None:
+            self._read_offset(self._file)
+        return time.time_ns() // 1_000_000 + self._offset
+
+    def _read_offset(self, path: str) -> None:
+        try:
+            changed = os.stat(path).st_mtime_ns
+            if changed != self._changed:
+                with open(path, encoding="ascii") as file:
+                    self._offset = int(file.read().strip() or 0)
+                self._changed = changed
+        except (OSError, ValueError):
+            return
+
+
+wall_ms = WallClock()
+
+
+class HybridClock:
+    """The clock of a node's records, later than everything seen and every time it was read."""
+
+    def __init__(self, last: int = 0) -> None:
+        self.last = last
+
+    def tick(self, now_ms: int) -> int:
+        """Returns the clock of a new record."""
+        self.last = min(max(self.last + 1, now_ms << COUNTER_BITS), MAX_CLOCK)
+        return self.last
+
+    def observe(self, clock: int, now_ms: int) -> bool:
+        """Takes note of another's clock; False: it is too far ahead of the wall clock, and was not followed."""
+        if clock > (now_ms + MAX_AHEAD_MS) << COUNTER_BITS:
+            return False
+        self.last = max(self.last, clock)
+        return True
+
+
+def milliseconds(clock: int) -> int:
+    """Returns the wall clock in a hybrid clock."""
+    return clock >> COUNTER_BITS

@@ -1,0 +1,135 @@
+"""A node's directory: what is in it, and the settings in `node.toml`.
+
+node.toml      settings, written by `init` and `join`, edited by administrators
+identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
+authority/     the authority itself, on nodes that hold it
+store.sqlite   the replica
+api.sock       where the local administrator connects
+lock           held by the running node, with its process id
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field
+from typing import Any
+
+from vmconv.errors import UsageError, os_errors
+from vmconv_fleet.errors import FleetError
+
+LINK_PORT = 7447
+JOIN_PORT = 7448
+API_PORT = 7449
+_LISTS = ("addresses", "authorities", "connect", "listen")
+_TEXTS = ("api", "fleet", "join", "name", "node")
+
+
+class ConfigError(FleetError):
+    """The settings of a node are missing or make no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeConfig:
+    """The settings of a node.
+
+    `listen` and `connect` are HOST:PORT of the links between nodes, `api` that of HTTPS, `join` that of the service for
+    nodes that join (only where the authority is); an empty text switches it off. `authorities` are the join services
+    that renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
+    """
+
+    directory: str
+    fleet: str
+    node: str
+    name: str
+    listen: list[str] = field(default_factory=lambda: [f"[::]:{LINK_PORT}"])
+    connect: list[str] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+    authorities: list[str] = field(default_factory=list)
+    datastores: dict[str, str] = field(default_factory=dict)
+    api: str = f"127.0.0.1:{API_PORT}"
+    join: str = f"[::]:{JOIN_PORT}"
+    gossip: bool = True
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
+
+    def credential(self, name: str) -> str:
+        return os.path.join(self.directory, "identity", name)
+
+    @property
+    def database(self) -> str:
+        return self.path("store.sqlite")
+
+    @property
+    def socket(self) -> str:
+        return self.path("api.sock")
+
+
+def default_directory() -> str:
+    """Returns the directory that `--directory` stands for when it is not given."""
+    named = os.environ.get("VMCONV_NODE")
+    if named:
+        return named
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(state, "vmconv", "node")
+
+
+def load(directory: str) -> NodeConfig:
+    """Returns the settings of the node in this directory; `ConfigError` when they are missing or make no sense."""
+    path = os.path.join(directory, "node.toml")
+    try:
+        with open(path, "rb") as file:
+            found = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{directory}: is no node", hint="vmconv node init founds a fleet, vmconv node join enters one"
+        ) from None
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    _check(path, found)
+    return NodeConfig(directory=os.path.abspath(directory), **found)
+
+
+def _check(path: str, found: dict[str, Any]) -> None:
+    known = {*_LISTS, *_TEXTS, "datastores", "gossip"}
+    if unknown := sorted(set(found) - known):
+        raise ConfigError(f"{path}: unknown setting {unknown[0]!r}", hint=f"known are {', '.join(sorted(known))}")
+    if missing := sorted({"fleet", "node", "name"} - set(found)):
+        raise ConfigError(f"{path}: setting {missing[0]!r} is missing")
+    for name, value in found.items():
+        if not _is_of_its_kind(name, value):
+            raise ConfigError(f"{path}: setting {name!r} is {value!r}")
+
+
+def _is_of_its_kind(name: str, value: object) -> bool:
+    if name in _LISTS:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name == "datastores":
+        return isinstance(value, dict) and all(isinstance(path, str) for path in value.values())
+    return isinstance(value, bool if name == "gossip" else str)
+
+
+def save(config: NodeConfig) -> None:
+    """Writes the settings; the text is TOML that a person can edit."""
+    lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
+    for name in (*_LISTS, "api", "join", "gossip"):
+        lines.append(f"{name} = {_text(getattr(config, name))}")
+    lines += ["", "[datastores]"]
+    lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]
+    with os_errors("writing the settings", ConfigError), open(config.path("node.toml"), "w", encoding="utf-8") as file:
+        file.write("\n".join([*lines, ""]))
+
+
+def _text(value: object) -> str:
+    """Returns the value in TOML, which for texts, lists of texts and booleans is what it is in JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Returns host and port of HOST:PORT, where an IPv6 address stands in brackets; `UsageError` when it is neither."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
+        raise UsageError(f"{text!r} is no address", hint="write HOST:PORT, an IPv6 address as [::1]:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -1,0 +1,76 @@
+"""Templates and what they need: escaping of what strangers wrote, and words for sizes, ages and moments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from vmconv.cli.output import size_text
+from vmconv.errors import printable
+from vmconv_fleet.kinds import JobPlan
+from vmconv_fleet.words import age_text
+
+
+class Part(NamedTuple):
+    """One piece of a bar: `x` and `width` are percents of all of it."""
+
+    name: str
+    size: int
+    x: float
+    width: float
+
+
+def parts_of(plan: JobPlan) -> list[Part]:
+    """Returns how much of a result is shared, referenced, copied and written, as pieces of one bar."""
+    names = ("shared", "referenced", "copied", "written")
+    sizes = [(name, int(getattr(plan, name))) for name in names]
+    total = sum(size for _, size in sizes)
+    parts: list[Part] = []
+    at = 0.0
+    for name, size in sizes:
+        width = 100 * size / total if total else 0.0
+        parts.append(Part(name, size, round(at, 3), round(width, 3)))
+        at += width
+    return parts
+
+
+def _moment(milliseconds: int | None) -> str:
+    """Returns a moment in this node's time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000)) if milliseconds else "\N{EN DASH}"
+
+
+def _shown(value: Any) -> Any:
+    """Returns what may be shown: text of strangers without what turns lines around or hides itself."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value)
+    return "\N{EN DASH}" if value is None else value
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("vmconv_fleet.console"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "age": age_text,
+        "moment": _moment,
+        "percent": lambda part, whole: f"{100 * part / whole:.0f}" if whole else "0",
+        "size": size_text,
+        "parts": parts_of,
+    }
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    return _ENVIRONMENT.get_template(template).render(values)

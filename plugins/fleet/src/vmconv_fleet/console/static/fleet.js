@@ -1,0 +1,50 @@
+// Keeps a page as new as the node's replica: when something that it shows has changed, it is asked for again, and the
+// parts of it that are live take the place of the old ones. Without this script the page is what it was when it came.
+"use strict";
+
+(() => {
+  const LEAST = 700; // milliseconds between two looks
+  const kinds = document.body.dataset.events;
+  if (!kinds || !window.EventSource) return;
+  let waiting = null;
+  let busy = false;
+  let last = 0;
+
+  function soon() {
+    if (waiting !== null) return;
+    waiting = setTimeout(look, Math.max(0, last + LEAST - Date.now()));
+  }
+
+  async function look() {
+    waiting = null;
+    if (busy || document.hidden) return;
+    busy = true;
+    last = Date.now();
+    try {
+      const answer = await fetch(location.href, { credentials: "same-origin", redirect: "error" });
+      if (answer.ok) replace(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    } catch {
+      // The node has gone, or the session has ended: the page stays, and what it says of its age is true.
+    } finally {
+      busy = false;
+    }
+  }
+
+  function replace(fresh) {
+    for (const old of document.querySelectorAll("[data-live]")) {
+      const now = fresh.getElementById(old.id);
+      if (!now || now.isEqualNode(old)) continue;
+      const open = [...old.querySelectorAll("details")].map((one) => one.open);
+      const made = document.importNode(now, true);
+      made.querySelectorAll("details").forEach((one, index) => {
+        if (index < open.length && open.length === made.querySelectorAll("details").length) one.open = open[index];
+      });
+      old.replaceWith(made);
+    }
+    document.documentElement.dataset.looked = String(Number(document.documentElement.dataset.looked || 0) + 1);
+  }
+
+  const events = new EventSource(`/api/v1/events?kinds=${encodeURIComponent(kinds)}`);
+  for (const kind of [...kinds.split(","), "lost"]) events.addEventListener(kind, soon);
+  document.addEventListener("visibilitychange", () => document.hidden || soon());
+})();

@@ -1,0 +1,108 @@
+"""What all pages have in common: who looks at them, what stands around them, and how forms are trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, quote, urlsplit
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+
+from vmconv.errors import AccessError, VmconvError
+from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of
+from vmconv_fleet.api.state import State, state_of
+from vmconv_fleet.console.rendering import render
+from vmconv_fleet.picture import Picture
+from vmconv_fleet.roles import allows
+
+PAGE = 50
+MAX_FORM = 64 << 10
+
+
+class Visit(NamedTuple):
+    """One look at a page: who looks, and the fleet as it is now. `form_key` is empty without a session."""
+
+    request: Request
+    state: State
+    caller: Caller
+    picture: Picture
+    form_key: str
+
+    def page(self, template: str, *, title: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """Returns a page with what stands around it."""
+        nodes = self.picture.nodes()
+        around = {
+            "title": title,
+            "here": self.picture.name(self.state.node),
+            "fleet": self.state.service.fleet,
+            "picture": self.picture,
+            "nodes": nodes,
+            "unseen": self.picture.unseen(nodes),
+            "is_cut": bool(self.state.link and self.state.link.is_cut),
+            "serving": self.state.service.serving,
+            "caller": self.caller,
+            "may_change": allows(self.caller.role, "operator"),
+            "form_key": self.form_key,
+            "path": self.request.url.path,
+            "said": self.request.query_params.get("said", "")[:300],
+        }
+        return HTMLResponse(render(template, around | values), status)
+
+    def offset(self) -> int:
+        given = self.request.query_params.get("offset", "0")
+        return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+
+
+def visit_of(request: Request) -> Visit:
+    """Returns the visit; raises `UnknownCallerError` for a browser without a session."""
+    state = state_of(request)
+    session = state.sessions.get(request.cookies.get(COOKIE, ""))
+    caller = session.caller(state) if session else caller_of(request, state)
+    request.scope["vmconv.caller"] = caller.by.user
+    return Visit(request, state, caller, state.picture(), session.form_key if session else "")
+
+
+async def form_of(request: Request) -> Mapping[str, str]:
+    """Returns the fields of a form that was sent."""
+    declared = request.headers.get("content-type", "").partition(";")[0]
+    if declared != "application/x-www-form-urlencoded":
+        raise AccessError(f"a form is not {declared[:80] or 'of no type'}")
+    body = await request.body()
+    if len(body) > MAX_FORM:
+        raise AccessError(f"a form of {len(body)} bytes, {MAX_FORM} at most")
+    fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=100)
+    return {name: values[0] for name, values in fields.items()}
+
+
+def refuse_foreign(request: Request) -> None:
+    """Raises `AccessError` for a form that another site sent: browsers say where it comes from."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        raise AccessError("this form was sent by another site")
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise AccessError("this form was sent by another site")
+
+
+def refuse_forged(visit: Visit, form: Mapping[str, str]) -> None:
+    """Raises `AccessError` for a form that was not made from a page that this visitor was shown."""
+    import hmac
+
+    refuse_foreign(visit.request)
+    if not visit.form_key or not hmac.compare_digest(form.get("form_key", "").encode(), visit.form_key.encode()):
+        raise AccessError("this form is not from a page of this session")
+
+
+def back_to(path: str, said: str) -> RedirectResponse:
+    """Returns the way back to a page, which says what became of the form."""
+    return RedirectResponse(f"{path}?said={quote(said[:300])}", 303)
+
+
+async def failed(exc: Exception) -> Response:
+    """Returns the page about an error; without a session that is the way in."""
+    if isinstance(exc, UnknownCallerError):
+        return RedirectResponse("/login", 303)
+    status = 403 if isinstance(exc, AccessError) else 404
+    hint = exc.hint if isinstance(exc, VmconvError) else None
+    return HTMLResponse(render("error.html", {"title": "Not possible", "message": str(exc), "hint": hint}), status)

@@ -1,0 +1,133 @@
+"""The database's tables, its connections, and transactions in transactions."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vmconv_fleet.errors import StoreError
+
+VERSION = 1
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE owners (
+    number INTEGER PRIMARY KEY, owner TEXT NOT NULL UNIQUE, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    state TEXT NOT NULL
+);
+CREATE TABLE records (
+    owner INTEGER NOT NULL REFERENCES owners (number), kind TEXT NOT NULL, id TEXT NOT NULL,
+    epoch INTEGER NOT NULL, seq INTEGER NOT NULL, deleted INTEGER NOT NULL, wire BLOB NOT NULL
+);
+CREATE UNIQUE INDEX records_by_key ON records (kind, owner, id);
+CREATE UNIQUE INDEX records_by_position ON records (owner, seq);
+CREATE INDEX deletions ON records (owner, seq) WHERE deleted;
+CREATE TABLE executed (response TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE notices (content BLOB PRIMARY KEY, wire BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE quarantine (
+    number INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, owner TEXT NOT NULL,
+    epoch INTEGER NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL, UNIQUE (owner, epoch, seq, wire)
+);
+"""
+
+STAGED = """
+CREATE TEMPORARY TABLE IF NOT EXISTS staged (
+    session INTEGER NOT NULL, kind TEXT NOT NULL, id TEXT NOT NULL, epoch INTEGER NOT NULL, seq INTEGER NOT NULL,
+    deleted INTEGER NOT NULL, wire BLOB NOT NULL, PRIMARY KEY (session, kind, id)
+);
+CREATE INDEX IF NOT EXISTS temp.staged_by_position ON staged (session, seq);
+"""
+
+
+def open_writer(path: str) -> sqlite3.Connection:
+    """Opens or makes the database for its one writer."""
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as exc:
+        raise StoreError(f"{path}: {exc}") from exc
+    return connection
+
+
+def open_reader(path: str) -> sqlite3.Connection:
+    """Opens the database for reading only."""
+    try:
+        connection = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, cached_statements=64, timeout=30
+        )
+        connection.execute("PRAGMA query_only = ON")
+    except sqlite3.Error as exc:
+        raise StoreError(f"{path}: {exc}") from exc
+    return connection
+
+
+def prepare(connection: sqlite3.Connection, node: str) -> None:
+    """Makes the tables where there are none; StoreError: the database is another node's, or of another version."""
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {VERSION};COMMIT;")
+            connection.execute("INSERT INTO meta VALUES ('node', ?)", (node,))
+        elif version != VERSION:
+            raise StoreError(f"database has version {version}, not {VERSION}")
+        connection.executescript(STAGED)
+        (owner,) = connection.execute("SELECT value FROM meta WHERE name = 'node'").fetchone() or (None,)
+    except sqlite3.Error as exc:
+        raise StoreError(f"database: {exc}") from exc
+    if owner != node:
+        raise StoreError(f"database belongs to node {owner}, not to {node}")
+
+
+class Transactions:
+    """Begins when something is written, commits at the end of the outermost block, keeps inner ones all or nothing."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self._grouped = False
+        self._begun = False
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """All that is written in the block becomes durable together, at its end."""
+        if self._grouped:
+            yield
+            return
+        self._grouped = True
+        try:
+            yield
+        except BaseException:
+            self._end("ROLLBACK")
+            raise
+        else:
+            self._end("COMMIT")
+        finally:
+            self._grouped = self._begun = False
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """What is written in the block is written whole or not at all."""
+        with self.group():
+            if not self._begun:
+                self.connection.execute("BEGIN IMMEDIATE")
+                self._begun = True
+            self.connection.execute("SAVEPOINT change")
+            try:
+                yield
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK TO change")
+                    self.connection.execute("RELEASE change")
+                raise
+            else:
+                self.connection.execute("RELEASE change")
+
+    def _end(self, how: str) -> None:
+        if not self._begun:
+            return
+        try:
+            self.connection.execute(how)
+        finally:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")

@@ -1,0 +1,71 @@
+"""What a conversion made, written down before it is seen: how a node that was killed knows whether it was done.
+
+A file gets its name by a link, which does not change what it is: device and inode. So the journal names those of the
+files that are being made. Afterwards the target is the job's own exactly when it is one of them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+
+
+class Journal:
+    """The journal of one job, a file at `path` in the node's own directory."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.is_written = False
+        self._lock = -1
+
+    def lock(self) -> bool:
+        """Says, for as long as this process lives or until `unlock`, that it is at work on the job; False: another is.
+
+        A worker whose node was killed may live for a moment longer, and may even finish.
+        """
+        self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.unlock()
+            return False
+        return True
+
+    def unlock(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
+
+    def write(self, target: str, descriptors: Iterable[int]) -> None:
+        """Says, durably, that the target will be one of the open files."""
+        files = [[status.st_dev, status.st_ino] for status in map(os.fstat, descriptors)]
+        temporary = f"{self.path}.new"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"target": target, "files": files}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        self.is_written = True
+
+    def made(self) -> str | None:
+        """Returns the path of the target that the job made; None when it made none."""
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                said = json.load(file)
+            there = os.lstat(said["target"])
+        except (OSError, ValueError, KeyError):
+            return None
+        return said["target"] if [there.st_dev, there.st_ino] in said["files"] else None
+
+    def remove(self) -> None:
+        """Forgets the job, whose record says all."""
+        for path in (self.path, f"{self.path}.lock"):
+            with suppress(FileNotFoundError):
+                os.unlink(path)

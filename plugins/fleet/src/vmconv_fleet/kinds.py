@@ -1,0 +1,334 @@
+"""What is in the bodies of records, kind by kind: the schema that all nodes of a fleet share.
+
+A body is checked by whoever writes it. A reader takes what it knows and keeps the rest: fields that a newer node wrote
+are preserved, and a kind that is not here is replicated all the same. So a field is never renamed or given another
+meaning; `SCHEMA` goes up when one is added, and says in a transaction which revision the owner had.
+
+Times are milliseconds since 1970 and their names end with `_ms`; sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA = 1
+
+Name = Annotated[str, Field(min_length=1, max_length=255)]
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
+Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
+Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]
+Role = Literal["viewer", "operator", "admin"]
+JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled"})
+"""States that a job never leaves."""
+
+
+class Body(BaseModel):
+    """A body of some kind; what is not known here is kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the body as what JSON knows, without fields that say nothing."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Node(Body):
+    """A node, id `self`-evident: the node's own id. `api` is where administrators reach it, if it listens at all."""
+
+    name: Name
+    fleet: Name
+    version: str = ""
+    api: str | None = None
+    addresses: list[str] = []
+    started_ms: Milliseconds = 0
+    schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
+    retired: bool = False
+
+
+class Heartbeat(Body):
+    """That its owner is there, what it has of the others (`positions`), and what troubles it."""
+
+    at_ms: Milliseconds
+    interval_s: Annotated[float, Field(gt=0, le=3600)]
+    positions: dict[str, tuple[int, int]] = {}
+    neighbours: list[str] = []
+    problems: list[str] = []
+    memory: Bytes | None = None
+
+
+class FormatAbility(Body):
+    """What a node can do with a format."""
+
+    title: str = ""
+    reads: bool = False
+    writes: bool = False
+
+
+class Capabilities(Body):
+    """What is installed on a node: formats by name."""
+
+    vmconv: str = ""
+    formats: dict[str, FormatAbility] = {}
+
+
+class BackendAbility(Body):
+    """Whether storage can be used in a way, and in blocks of what size it shares; `unit` 0: it does not."""
+
+    usable: bool
+    reason: str | None = None
+    unit: Annotated[int, Field(ge=0)] = 0
+
+
+class Datastore(Body):
+    """A directory whose disks its node lists and converts. `scan_asked_ms` later than `scanned_ms`: a scan is due."""
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    filesystem: str = ""
+    backends: dict[str, BackendAbility] = {}
+    size: Bytes = 0
+    free: Bytes = 0
+    disks: Count = 0
+    scanned_ms: Milliseconds = 0
+    scan_asked_ms: Milliseconds = 0
+    problem: str | None = None
+
+
+class Layer(Body):
+    """One image of a chain: its file as the image above names it; `disk` is its id where the catalogue has it."""
+
+    name: str
+    format: str = ""
+    disk: str | None = None
+
+
+class Disk(Body):
+    """A disk image in a datastore. `name` is its path below the datastore, `chain` what it needs, the nearest first.
+
+    `problem` says why the image cannot be read; then the rest may be missing. `used_by` says who has it open.
+    """
+
+    datastore: Name
+    name: Annotated[str, Field(min_length=1, max_length=4096)]
+    format: str = ""
+    virtual_size: Bytes = 0
+    actual_size: Bytes = 0
+    identity: str | None = None
+    chain: list[Layer] = []
+    in_use: bool = False
+    changed_ms: Milliseconds = 0
+    warnings: list[str] = []
+    problem: str | None = None
+
+
+class VmDisk(Body):
+    """A disk that a virtual machine names; `disk` is its id where the catalogue has it."""
+
+    name: str
+    disk: str | None = None
+
+
+class Vm(Body):
+    """A virtual machine, as a file in a datastore defines it."""
+
+    datastore: Name
+    file: Annotated[str, Field(min_length=1, max_length=4096)]
+    name: str
+    system: str = ""
+    memory: Bytes | None = None
+    processors: Count | None = None
+    disks: list[VmDisk] = []
+
+
+class By(Body):
+    """Who asked: a token of a node, or the local administrator of the node (`token` is None) as `user`."""
+
+    node: NodeId
+    token: str | None = None
+    user: str = ""
+
+
+class CopyReason(Body):
+    reason: str
+    bytes: Bytes
+    ranges: Count = 1
+
+
+class JobPlan(Body):
+    """What the conversion shares, copies and writes, in bytes, and why it copies."""
+
+    backend: str = ""
+    shared: Bytes = 0
+    copied: Bytes = 0
+    written: Bytes = 0
+    zero: Bytes = 0
+    referenced: Bytes = 0
+    copies: list[CopyReason] = []
+    losses: list[str] = []
+    files: list[str] = []
+
+
+class Progress(Body):
+    """Bytes done and to do, of what is copied and written."""
+
+    done: Bytes = 0
+    total: Bytes = 0
+
+
+class Job(Body):
+    """A conversion, asked for once and done once.
+
+    `cancel` asks for its end. A `dry_run` ends in `planned`. `batch` is what jobs asked for together have in common;
+    no more than `max_parallel` of them run at the same time on a node. `attempts` counts how often it was begun, and
+    `recovered` that it was found done after the node had died. `target` is the name that was asked for, `file` what the
+    target is called.
+    """
+
+    state: JobState = "queued"
+    disk: Identifier
+    source: str = ""
+    datastore: Name
+    target: str | None = None
+    file: str | None = None
+    target_datastore: Name | None = None
+    format: Name
+    options: dict[str, str] = {}
+    zero_copy: Literal["auto", "require"] = "auto"
+    keep_source: bool = True
+    dry_run: bool = False
+    at_ms: Milliseconds | None = None
+    batch: str | None = None
+    max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
+    by: By | None = None
+    created_ms: Milliseconds = 0
+    started_ms: Milliseconds | None = None
+    ended_ms: Milliseconds | None = None
+    attempts: Count = 0
+    cancel: bool = False
+    recovered: bool = False
+    plan: JobPlan | None = None
+    progress: Progress | None = None
+    seconds: float | None = None
+    warnings: list[str] = []
+    error: str | None = None
+    hint: str | None = None
+
+
+class Policy(Body):
+    """How a node converts, id `conversion`: its rules, which no request can overrule.
+
+    `naming` makes the target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source`
+    lets a job ask for the source's removal. `administrators_of` are the nodes whose administrators are heard; None:
+    those of every node.
+    """
+
+    naming: Annotated[str, Field(min_length=1, max_length=200)] = "{stem}{suffix}"
+    may_remove_source: bool = False
+    zero_copy: Literal["auto", "require"] = "auto"
+    max_parallel: Annotated[int, Field(ge=1, le=1000)] = 2
+    formats: list[str] | None = None
+    administrators_of: list[NodeId] | None = None
+
+
+class Token(Body):
+    """What a person's token may do; id = the first half of it, `hash` the SHA-256 of all of it."""
+
+    label: Name
+    role: Role
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    created_ms: Milliseconds = 0
+    expires_ms: Milliseconds | None = None
+    revoked: bool = False
+    by: By | None = None
+
+
+class Request(Body):
+    """A change that its owner wants of something that `target` owns."""
+
+    target: NodeId
+    verb: Name
+    arguments: dict[str, Any] = {}
+    by: By
+
+
+class Response(Body):
+    """What became of a request: done in a `transaction`, or refused for a `reason`."""
+
+    request: str
+    requester: NodeId
+    ok: bool
+    reason: str | None = None
+    body: dict[str, Any] = {}
+    transaction: Count | None = None
+    late: bool = False
+
+
+class TransactionChange(Body):
+    """One record before and after; None: it was not there, or is no more."""
+
+    kind: str
+    id: str
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+
+
+class Transaction(Body):
+    """A change that was made, and for whom; `number` grows by one with each, on each node."""
+
+    number: Count
+    schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
+    request: str
+    requester: NodeId
+    verb: str = ""
+    by: By | None = None
+    at_ms: Milliseconds = 0
+    late: bool = False
+    changes: list[TransactionChange] = []
+
+
+class Certificate(Body):
+    """A node's public key, signed by the fleet's CA; id = the key's id."""
+
+    pem: str
+
+
+class Retirement(Body):
+    """That a node, the id of this, is out of the fleet and will not come back; its records are history."""
+
+    node: NodeId
+    name: str = ""
+    reason: str = ""
+    at_ms: Milliseconds = 0
+
+
+class Revocation(Body):
+    """That nothing of a node's key (None: any of them) counts beyond a position."""
+
+    node: NodeId
+    key_id: str | None = None
+    upto: tuple[int, int] | None = None
+
+
+KINDS: Mapping[str, type[Body]] = {
+    "node": Node,
+    "heartbeat": Heartbeat,
+    "capabilities": Capabilities,
+    "datastore": Datastore,
+    "disk": Disk,
+    "vm": Vm,
+    "job": Job,
+    "policy": Policy,
+    "token": Token,
+    "request": Request,
+    "response": Response,
+    "transaction": Transaction,
+    "certificate": Certificate,
+    "revocation": Revocation,
+    "retirement": Retirement,
+}

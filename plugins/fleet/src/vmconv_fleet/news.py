@@ -1,0 +1,78 @@
+"""What was written and taken since the last commit, and who wants to know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from vmconv_fleet.records import Record, restore
+from vmconv_fleet.store import Store
+
+PAGE = 256 << 10
+
+Callback = Callable[[list[Record]], None]
+
+
+class _Item(NamedTuple):
+    records: Sequence[Record]
+    owner: str = ""
+    after: int = 0
+
+
+_log = logging.getLogger(__name__)
+
+
+class News:
+    """Told after the commit: small things as they were, large ones from the database, a page at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._callbacks: list[Callback] = []
+        self._news: list[_Item] = []
+
+    def subscribe(self, callback: Callback) -> Callable[[], None]:
+        self._callbacks.append(callback)
+
+        def end() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return end
+
+    def add(self, records: Sequence[Record]) -> None:
+        if records:
+            self._news.append(_Item(records))
+
+    def add_all(self, owner: str, after: int) -> None:
+        """Adds all that the database has of an owner after a seq."""
+        self._news.append(_Item((), owner, after))
+
+    def forget(self) -> None:
+        self._news.clear()
+
+    def tell(self) -> None:
+        """Calls back; a callback's exceptions are its own."""
+        news, self._news = self._news, []
+        for records in self._pages(news):
+            for callback in tuple(self._callbacks):
+                try:
+                    callback(records)
+                except Exception:
+                    _log.exception("a subscriber failed")
+
+    def _pages(self, news: Sequence[_Item]) -> Iterator[list[Record]]:
+        small: list[Record] = []
+        for records, owner, after in news:
+            small += records
+            if owner:
+                yield from self._stored(owner, after)
+        if small:
+            yield small
+
+    def _stored(self, owner: str, after: int) -> Iterator[list[Record]]:
+        while True:
+            wires, after = self._store.after(owner, after, PAGE)
+            if not wires:
+                return
+            yield [restore(wire) for wire in wires]

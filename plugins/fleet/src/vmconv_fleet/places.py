@@ -1,0 +1,55 @@
+"""Where a node may read and write: inside its datastores, decided on what a path really is after every link."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+
+from vmconv.errors import AccessError
+from vmconv.sources import inside
+
+
+def disk_id(datastore: str, name: str) -> str:
+    """Returns the id in the catalogue of the disk `name`, a path below the datastore; the same at each scan."""
+    return hashlib.sha256(os.fsencode(f"{datastore}\0{name}")).hexdigest()[:16]
+
+
+def place_of(root: str, name: str, roots: Iterable[str]) -> str:
+    """Returns the real path of what the catalogue calls `name` below the datastore at `root`.
+
+    Raises `AccessError` unless it lies in one of the declared datastores `roots`, links and `..` resolved.
+    """
+    if "\0" in name or os.path.isabs(name):
+        raise AccessError(f"{name!r} is not a path below a datastore")
+    path = os.path.realpath(os.path.join(root, name))
+    refuse_outside(path, name, roots)
+    return path
+
+
+def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
+    """Raises `AccessError` unless the real path `path`, which was asked for as `said`, lies in a datastore."""
+    if not any(inside(path, os.path.realpath(root)) for root in roots):
+        raise AccessError(
+            f"{said}: lies outside the datastores of this node, at {path}",
+            hint="its administrator declares datastores: vmconv fleet datastore add NAME PATH",
+        )
+
+
+def refuse_as_file_name(name: str) -> None:
+    """Raises `AccessError` for what is not the plain name of a file in a directory."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
+        raise AccessError(f"{name!r} is not the name of a file", hint="a target is named without directories")
+
+
+def opened_files() -> dict[int, str]:
+    """Returns the real paths of the files and block devices that this process has open, by descriptor."""
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            mode = os.fstat(int(entry)).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+                found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+    return found

@@ -1,0 +1,197 @@
+"""Selections of disks: `format=vmdk and node=n0*`, `size>=10G and not in-use`, `name='web *' or (depth>0 and free)`.
+
+    selection   = conjunction *( "or" conjunction )
+    conjunction = term *( "and" term )
+    term        = "not" term / "(" selection ")" / field [ operator value ]
+    operator    = "=" / "!=" / "<" / "<=" / ">" / ">="
+
+A value is a word, or anything in quotes. `=` and `!=` take `*`, `?` and `[...]` in it, as file names do in a shell, and
+do not look at the case of letters. A field alone is true when it says yes. Sizes take qemu-img's suffixes.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from vmconv.errors import UsageError
+from vmconv.options import parse_size
+
+Value = str | int | bool | tuple[str, ...]
+Facts = Mapping[str, Value]
+"""What is known of one disk, by field; a tuple are several names of one thing."""
+
+Selection = Callable[[Facts], bool]
+
+FIELDS: Mapping[str, str] = {
+    "actual-size": "bytes that its file takes on storage",
+    "datastore": "the datastore that it lies in",
+    "depth": "images that it needs below itself",
+    "format": "its format",
+    "id": "its id in the catalogue",
+    "identity": "the UUID in the image",
+    "in-use": "whether somebody has it open for writing",
+    "name": "its path below the datastore",
+    "node": "its owner's name or id",
+    "problem": "whether it cannot be read",
+    "size": "bytes that a guest sees",
+}
+
+_NUMBERS = frozenset({"actual-size", "depth", "size"})
+_FLAGS = frozenset({"in-use", "problem"})
+
+MAX_LENGTH = 4000
+MAX_DEPTH = 50
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<mark>!=|<=|>=|[=<>()])|(?P<word>[^\s()=<>!'\"]+)|(?P<bad>\S))"
+)
+
+_ORDER: Mapping[str, Callable[[int, int], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+class _Token(NamedTuple):
+    """A piece of the text; `mark` is what it means to the grammar, empty for a quoted value."""
+
+    mark: str
+    text: str
+    at: int
+
+
+def parse(text: str) -> Selection:
+    """Returns what tells whether a disk is selected; raises `UsageError` that says where the text is wrong."""
+    if len(text) > MAX_LENGTH:
+        raise UsageError(f"selection of {len(text)} characters, {MAX_LENGTH} at most")
+    parser = _Parser(text)
+    selection = parser.selection(0)
+    parser.end()
+    return selection
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens = list(_tokens(text))
+        self._next = 0
+
+    def selection(self, depth: int) -> Selection:
+        if depth > MAX_DEPTH:
+            raise UsageError(f"selection nested deeper than {MAX_DEPTH}")
+        parts = [self._conjunction(depth)]
+        while self._takes("or"):
+            parts.append(self._conjunction(depth))
+        return parts[0] if len(parts) == 1 else lambda facts: any(part(facts) for part in parts)
+
+    def end(self) -> None:
+        if self._next < len(self._tokens):
+            raise self._wrong("'and', 'or' or the end")
+
+    def _conjunction(self, depth: int) -> Selection:
+        parts = [self._term(depth)]
+        while self._takes("and"):
+            parts.append(self._term(depth))
+        return parts[0] if len(parts) == 1 else lambda facts: all(part(facts) for part in parts)
+
+    def _term(self, depth: int) -> Selection:
+        if depth > MAX_DEPTH:
+            raise UsageError(f"selection nested deeper than {MAX_DEPTH}")
+        if self._takes("not"):
+            inner = self._term(depth + 1)
+            return lambda facts: not inner(facts)
+        if self._takes("("):
+            inner = self.selection(depth + 1)
+            if not self._takes(")"):
+                raise self._wrong("')'")
+            return inner
+        return self._comparison()
+
+    def _comparison(self) -> Selection:
+        token = self._peek()
+        if token is None or token.mark not in FIELDS:
+            raise self._wrong("a field", hint=f"fields: {', '.join(FIELDS)}")
+        self._next += 1
+        sign = self._peek()
+        if sign is None or sign.mark not in _ORDER:
+            return _flag(token.mark, wanted=True)
+        self._next += 1
+        value = self._peek()
+        if value is None or value.mark in _ORDER or value.mark in ("(", ")"):
+            raise self._wrong(f"a value after {token.mark}{sign.mark}")
+        self._next += 1
+        return _compare(token.mark, sign.mark, value.text)
+
+    def _peek(self) -> _Token | None:
+        return self._tokens[self._next] if self._next < len(self._tokens) else None
+
+    def _takes(self, mark: str) -> bool:
+        token = self._peek()
+        if token is None or token.mark != mark:
+            return False
+        self._next += 1
+        return True
+
+    def _wrong(self, wanted: str, hint: str | None = None) -> UsageError:
+        token = self._peek()
+        found = f"{token.text!r} at character {token.at + 1}" if token else "the end"
+        return UsageError(f"selection {self._text!r}: {found} where {wanted} was expected", hint=hint)
+
+
+def _tokens(text: str) -> list[_Token]:
+    tokens = []
+    end = len(text.rstrip())
+    at = 0
+    while at < end:
+        match = _TOKEN.match(text, at)
+        assert match, "anything but spaces matches `bad`"
+        kind = str(match.lastgroup)
+        found, start = match[kind], match.start(kind)
+        if kind == "bad":
+            raise UsageError(f"selection {text!r}: {found!r} at character {start + 1} means nothing here")
+        quoted = kind == "quoted"
+        tokens.append(_Token("" if quoted else found, found[1:-1] if quoted else found, start))
+        at = match.end()
+    return tokens
+
+
+def _compare(field: str, sign: str, value: str) -> Selection:
+    if field in _NUMBERS:
+        return _number(field, sign, value)
+    if sign not in ("=", "!="):
+        raise UsageError(f"selection: {field} has no order, so not {sign!r}", hint="= or !=")
+    if field in _FLAGS:
+        if value not in ("yes", "no"):
+            raise UsageError(f"selection: {field}{sign}{value}: it is yes or no")
+        return _flag(field, wanted=(value == "yes") is (sign == "="))
+    pattern = value.casefold()
+
+    def matches(facts: Facts) -> bool:
+        known = facts.get(field, "")
+        names = known if isinstance(known, tuple) else (str(known),)
+        return any(fnmatchcase(name.casefold(), pattern) for name in names) is (sign == "=")
+
+    return matches
+
+
+def _number(field: str, sign: str, value: str) -> Selection:
+    try:
+        wanted = parse_size(value)
+    except ValueError as exc:
+        raise UsageError(f"selection: {field}{sign}{value}: {exc}") from exc
+    order = _ORDER[sign]
+    return lambda facts: order(int(facts.get(field, 0)), wanted)  # type: ignore[arg-type]
+
+
+def _flag(field: str, *, wanted: bool) -> Selection:
+    if field not in _FLAGS:
+        raise UsageError(f"selection: {field} needs a value", hint=f"such as {field}=...")
+    return lambda facts: bool(facts.get(field, False)) is wanted

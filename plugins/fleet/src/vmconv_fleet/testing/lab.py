@@ -1,0 +1,79 @@
+"""The directories of nodes of one fleet, made without a network: the authority signs in this process."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import socket
+
+from vmconv_fleet import config as settings
+from vmconv_fleet import credentials
+from vmconv_fleet.authority import NODE_LIFETIME, Authority
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.daemon import FOUNDED
+from vmconv_fleet.identity import Keys, new_node_id
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class Lab:
+    """A fleet below a directory; its authority is with the first node."""
+
+    def __init__(self, directory: str, fleet: str = "lab") -> None:
+        self.directory = directory
+        self.fleet = fleet
+        self.authority: Authority | None = None
+        self.nodes: list[NodeConfig] = []
+
+    def add(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        connect: list[str] | None = None,
+        gossip: bool = False,
+        lifetime: datetime.timedelta = NODE_LIFETIME,
+        founded: bool = True,
+        api: str = "",
+        join: str = "",
+    ) -> NodeConfig:
+        """Makes one more node that listens at host:port and connects to `connect` (default: the first node).
+
+        `founded`: its database is new because the node is; otherwise, as after a loss, it waits for a neighbour.
+        """
+        number = len(self.nodes)
+        directory = os.path.join(self.directory, f"node{number}")
+        os.makedirs(directory, 0o700)
+        node, keys = new_node_id(), Keys.generate()
+        if self.authority is None:
+            self.authority = Authority.found(directory, self.fleet)
+        else:
+            shutil.copy(os.path.join(self.nodes[0].directory, "ca.pem"), directory)
+        if connect is None:
+            connect = self.nodes[0].listen if self.nodes else []
+        config = NodeConfig(
+            directory=directory,
+            fleet=self.fleet,
+            node=node,
+            name=f"node{number}",
+            listen=[f"{host}:{port or free_port(host)}"],
+            connect=connect,
+            addresses=list(dict.fromkeys([host, "127.0.0.1", "localhost"])),
+            api=api,
+            join=join,
+            gossip=gossip,
+        )
+        request = keys.request(node, self.fleet, config.addresses)
+        credentials.install(directory, keys, self.authority.issue(request, lifetime=lifetime))
+        settings.save(config)
+        if founded:
+            with open(config.path(FOUNDED), "w", encoding="ascii"):
+                pass
+        self.nodes.append(config)
+        return config

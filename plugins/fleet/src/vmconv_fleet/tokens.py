@@ -1,0 +1,45 @@
+"""Tokens of people: made once, shown once, kept as a hash, and known on every node of the fleet.
+
+A token is `vmf_<owner>_<id>_<secret>`: it says which record to look at, so that a look-up is one read. The secret has
+256 bits of randomness, which no list of likely passwords holds: one SHA-256 is what hashing it takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from typing import NamedTuple
+
+_TOKEN = re.compile(r"vmf_(?P<owner>[1-9a-f][0-9a-f]{31})_(?P<id>[0-9a-f]{12})_(?P<secret>[A-Za-z0-9_-]{43})")
+
+
+class NewToken(NamedTuple):
+    """A token that was just made: `text` is for its holder alone, `id` and `hash` for the record."""
+
+    text: str
+    id: str
+    hash: str
+
+
+def make(owner: str) -> NewToken:
+    """Returns a new token whose record will be the owner's."""
+    identifier = secrets.token_hex(6)
+    text = f"vmf_{owner}_{identifier}_{secrets.token_urlsafe(32)}"
+    return NewToken(text, identifier, hashed(text))
+
+
+def reference(text: str) -> tuple[str, str] | None:
+    """Returns the owner and the id of the record that a token refers to; None when the text is no token."""
+    match = _TOKEN.fullmatch(text)
+    return (match["owner"], match["id"]) if match else None
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fits(text: str, hash_: str) -> bool:
+    """Returns whether this is the token that was hashed, in a time that tells nothing of either."""
+    return hmac.compare_digest(hashed(text), hash_)

@@ -1,0 +1,98 @@
+"""Whether records are what their owners wrote: the one gate through which those of others come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from itertools import pairwise
+
+from vmconv_fleet.clock import HybridClock
+from vmconv_fleet.errors import FleetError, MalformedError
+from vmconv_fleet.problems import Problems
+from vmconv_fleet.records import Position, Record, decode
+from vmconv_fleet.signing import Trust
+from vmconv_fleet.store import Store
+
+VerifyAll = Callable[[Callable[[Record], bool], Sequence[Record]], Iterable[bool]]
+"""Calls a predicate for each record, perhaps on several threads at a time; `map` does."""
+
+_SELF_EVIDENT = frozenset({"certificate", "revocation"})
+
+
+class ForgedError(FleetError):
+    """A record is not signed by its owner."""
+
+
+class Gate:
+    """Decodes and verifies what neighbours send."""
+
+    def __init__(
+        self, store: Store, trust: Trust, clock: HybridClock, problems: Problems, verify_all: VerifyAll
+    ) -> None:
+        self._store = store
+        self._trust = trust
+        self._clock = clock
+        self._problems = problems
+        self._verify_all = verify_all
+        self.revocations: list[Record] = []
+        """Revocations that were news, and that the CA has signed; whoever has passed them on takes them out."""
+
+    def retired(self, owner: str) -> bool:
+        """Whether nothing of the owner is taken any more."""
+        return self._trust.retired(owner)
+
+    def learn_stored(self) -> None:
+        """Teaches the trust what the database has."""
+        for wire in self._store.notices():
+            self._trust.learn(decode(wire))
+        for kind in sorted(_SELF_EVIDENT):
+            for record in self._store.find(kind):
+                self._trust.learn(record)
+
+    def ascending(self, owner: str, after: Position, records: Iterable[Record]) -> list[Record]:
+        """Returns the records of an owner, which ascend from a position; MalformedError: they are no such thing."""
+        result = []
+        last = after
+        for record in records:
+            if record.owner != owner:
+                raise MalformedError(f"record of {record.owner} among those of {owner}")
+            if record.epoch < last.epoch or record.seq <= last.seq:
+                raise MalformedError(f"record at {tuple(record.position)} of {owner} follows {tuple(last)}")
+            last = record.position
+            result.append(record)
+        return result
+
+    def admit(self, records: Sequence[Record], now: int) -> None:
+        """Learns what they teach and verifies them; ForgedError: at least one is not its owner's."""
+        self.learn(records)
+        for record, genuine in zip(records, self._verify_all(self._genuine, records), strict=True):
+            if not genuine:
+                where = f"{record.owner}/{record.kind}/{record.id} at {tuple(record.position)}"
+                raise ForgedError(f"{where}: signature by key {record.key_id} does not count")
+        for record in records:
+            if not self._clock.observe(record.clock, now):
+                self._problems.report("clock", f"clock of {record.owner} is far ahead of this node's")
+
+    def learn(self, records: Iterable[Record]) -> None:
+        """Learns from certificates and revocations."""
+        for record in records:
+            if record.kind not in _SELF_EVIDENT or record.deleted or not self._trust.learn(record):
+                continue
+            if record.kind == "revocation":
+                with self._store.atomic():
+                    if self._store.note(_content(record), record.wire):
+                        self.revocations.append(record)
+
+    def _genuine(self, record: Record) -> bool:
+        return self._trust.verify(record.owner, record.key_id, record.payload, record.signature, record.position)
+
+
+def consecutive(records: Sequence[Record]) -> bool:
+    """Whether they are numbered without a gap, in one epoch."""
+    return all(one.epoch == other.epoch and one.seq + 1 == other.seq for one, other in pairwise(records))
+
+
+def _content(record: Record) -> bytes:
+    body = json.dumps(record.body, sort_keys=True, separators=(",", ":")).encode()
+    return blake2b(body, digest_size=16).digest()

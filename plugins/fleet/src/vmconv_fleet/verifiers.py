@@ -1,0 +1,31 @@
+"""Verifying many signatures at a time: the library releases the interpreter's lock meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+from vmconv_fleet.records import Record
+
+FEW = 16
+MAX_THREADS = 4
+
+
+class Verifiers:
+    """A few threads, started when there is work for them. Close it."""
+
+    def __init__(self) -> None:
+        self._count = max(1, min(MAX_THREADS, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="fleet-verify")
+
+    def __call__(self, predicate: Callable[[Record], bool], records: Sequence[Record]) -> Iterable[bool]:
+        if len(records) < FEW or self._count == 1:
+            return map(predicate, records)
+        size = -(-len(records) // self._count)
+        parts = [records[start : start + size] for start in range(0, len(records), size)]
+        return chain.from_iterable(self._pool.map(lambda part: [predicate(record) for record in part], parts))
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,50 @@
+"""How a fleet is spoken of: ages, moments, plans, progress, and what strangers wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vmconv.cli.output import size_text
+from vmconv.errors import printable
+
+
+def age_text(milliseconds: int | None) -> str:
+    """Returns a span of time for people, in its two largest units."""
+    if milliseconds is None:
+        return "never"
+    seconds = milliseconds // 1000
+    if seconds < 1:
+        return "now"
+    parts = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
+    first = next(index for index, (value, _) in enumerate(parts) if value)
+    return " ".join(f"{value} {unit}" for value, unit in parts[first : first + 2] if value)
+
+
+def time_text(milliseconds: int | None) -> str:
+    """Returns a moment in the time of this machine."""
+    if not milliseconds:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000))
+
+
+def cell(text: object) -> str:
+    """Returns a cell of a table: names come from strangers, and terminals obey."""
+    return printable(str(text)) if text not in (None, "") else "-"
+
+
+def plan_text(plan: Mapping[str, Any] | None) -> str:
+    if not plan:
+        return "-"
+    parts = [(name, int(plan.get(name, 0))) for name in ("shared", "copied", "written", "referenced")]
+    said = [f"{name} {size_text(value)}" for name, value in parts if value or name in ("shared", "copied")]
+    return ", ".join(said)
+
+
+def progress_text(job: Mapping[str, Any]) -> str:
+    """Returns how far a job is."""
+    progress = job.get("progress")
+    if job.get("state") == "running" and progress and progress["total"]:
+        return f"{progress['done'] / progress['total']:.0%}"
+    return "100%" if job.get("state") == "done" else "-"

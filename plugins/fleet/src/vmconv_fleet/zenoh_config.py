@@ -1,0 +1,101 @@
+"""How Zenoh is set up: peers that speak nothing but mutual TLS, and may put on their own key only.
+
+vmconv/FLEET/link/FROM/TO   the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from vmconv_fleet.config import NodeConfig
+
+LEASE_MS = 3000
+OPEN_TIMEOUT_MS = 1500
+BLOCKED_US = 500_000
+MAX_MESSAGE = 2 << 20
+"""What is taken from a peer at most, with room for Zenoh's own headers."""
+
+
+def link_key(fleet: str, sender: str, receiver: str) -> str:
+    return f"vmconv/{fleet}/link/{sender}/{receiver}"
+
+
+def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
+    """Returns Zenoh's configuration as JSON; `members` are the nodes that may tell this one something."""
+    settings = {
+        "mode": "peer",
+        "id": config.node,
+        "listen": {"endpoints": [f"tls/{address}" for address in config.listen], "exit_on_failure": True},
+        "connect": {
+            "endpoints": [f"tls/{address}" for address in config.connect],
+            # For ever, in the background: a fleet begins with its first node.
+            "timeout_ms": -1,
+            "exit_on_failure": False,
+            "retry": {"period_init_ms": 500, "period_max_ms": 1000, "period_increase_factor": 2},
+        },
+        "scouting": {"multicast": {"enabled": False}, "gossip": {"enabled": config.gossip}},
+        "transport": _transport(config),
+        "access_control": _access(config.fleet, config.node, sorted({*members} - {config.node})),
+        "adminspace": {"enabled": False},
+    }
+    return json.dumps(settings)
+
+
+def _transport(config: NodeConfig) -> dict[str, Any]:
+    certificate, key = config.credential("node.pem"), config.credential("tls.key")
+    return {
+        "unicast": {"open_timeout": OPEN_TIMEOUT_MS, "accept_timeout": OPEN_TIMEOUT_MS},
+        "shared_memory": {"enabled": False},
+        "link": {
+            "protocols": ["tls"],
+            "tls": {
+                "root_ca_certificate": config.path("ca.pem"),
+                "listen_certificate": certificate,
+                "listen_private_key": key,
+                "connect_certificate": certificate,
+                "connect_private_key": key,
+                "enable_mtls": True,
+                "verify_name_on_connect": True,
+                "close_link_on_expiration": True,
+            },
+            "tx": {
+                "lease": LEASE_MS,
+                # By default a put waits five seconds for a peer that is gone.
+                "queue": {"congestion_control": {"block": {"wait_before_close": BLOCKED_US}}},
+            },
+            "rx": {"max_message_size": MAX_MESSAGE},
+        },
+    }
+
+
+def _access(fleet: str, node: str, members: list[str]) -> dict[str, Any]:
+    """Returns the rules: nothing is allowed but what a neighbour tells this node under its own name, and the reverse.
+
+    A member is who its certificate says. Rules are read when a session is opened: a new member means another session.
+    """
+    rules = [
+        _rule("say", ["put"], "egress", link_key(fleet, node, "*")),
+        _rule("subscribe", ["declare_subscriber"], "egress", link_key(fleet, "*", node)),
+    ]
+    # Without a member the rules would have no subject, which Zenoh refuses.
+    for member in members or [node]:
+        rules.append(_rule(f"hear-{member}", ["put"], "ingress", link_key(fleet, member, node)))
+        rules.append(_rule(f"tell-{member}", ["declare_subscriber"], "ingress", link_key(fleet, "*", member)))
+    subjects = [{"id": member, "cert_common_names": [member]} for member in members or [node]]
+    policies = [
+        {"rules": ["say", "subscribe", f"hear-{member}", f"tell-{member}"], "subjects": [member]}
+        for member in members or [node]
+    ]
+    return {
+        "enabled": True,
+        "default_permission": "deny",
+        "rules": rules,
+        "subjects": subjects,
+        "policies": policies,
+    }
+
+
+def _rule(name: str, messages: list[str], flow: str, key: str) -> dict[str, Any]:
+    return {"id": name, "messages": messages, "flows": [flow], "permission": "allow", "key_exprs": [key]}

@@ -1,0 +1,342 @@
+"""Links to the neighbours, by Zenoh: the engine's transport.
+
+One thread, the keeper, opens the session, closes it and opens it again, which is how certificates and members change.
+Zenoh calls back on its own threads, where we only put into queues. Who a neighbour is, is what the authority certified:
+the common name of the link's certificate, under which alone it may put.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import zenoh
+
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.engine import Events
+from vmconv_fleet.identity import is_node_id
+from vmconv_fleet.messages import LIVE, MAX_MESSAGE
+from vmconv_fleet.problems import Problem
+from vmconv_fleet.zenoh_config import link_key, zenoh_settings
+
+SETTLE = 0.3
+"""Seconds that a change of the members waits for more of them, since each costs all links for a moment."""
+MAX_WAITING = 64 << 20
+"""Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
+_log = logging.getLogger("vmconv_fleet.link")
+
+
+class _Neighbour(NamedTuple):
+    """What is open to a neighbour: live messages may be dropped, the others wait for room."""
+
+    live: zenoh.Publisher
+    bulk: zenoh.Publisher
+    matching: Any
+
+
+class ZenohLink:
+    """Implements `engine.Transport`; `members` returns the nodes that may be heard, `is_revoked` those that must not.
+
+    `changed` is called, on the keeper's thread, when neighbours come or go.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        *,
+        members: Callable[[], Iterable[str]],
+        is_revoked: Callable[[str], bool],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._members = members
+        self._is_revoked = is_revoked
+        self._changed = changed
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        # Each is counted by one thread only: the sender's, and that which sends what waits.
+        self._queued_bytes = 0
+        self._taken_bytes = 0
+        self._open: dict[str, _Neighbour] = {}
+        self._connected: frozenset[str] = frozenset()
+        self._linked: dict[str, str] = {}
+        self._addresses: dict[str, str] = {}
+        self._seen: set[str] = set()
+        self._allowed: set[str] = set()
+        self._session: zenoh.Session | None = None
+        self._declared: list[Any] = []
+        self._generation = 0
+        self._reopen_at: float | None = None
+        self._cut = False
+        self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._problems: dict[str, Problem] = {}
+        self.counters = {"sent": 0, "received": 0, "dropped": 0, "opened": 0, "callback_errors": 0}
+
+    # What others call, on any thread.
+
+    def start(self, events: Events) -> None:
+        self._events = events
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("link", self._keep), ("link-bulk", self._send_waiting))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, peer: str | None, message: bytes) -> None:
+        for receiver in self._connected if peer is None else (peer,):
+            if message[0] == LIVE:
+                self._put(receiver, message)
+            elif self._queued_bytes - self._taken_bytes + len(message) <= MAX_WAITING:
+                self._queued_bytes += len(message)
+                self._waiting.put((receiver, message))
+            else:
+                self.counters["dropped"] += 1
+
+    def close(self) -> None:
+        """Ends; safe to call twice, and before `start`."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._commands.put(lambda: None)
+        self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(10)
+
+    def neighbours(self) -> list[str]:
+        return sorted(self._connected)
+
+    def reached(self, address: str) -> bool:
+        """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
+        return address in self._addresses.copy().values()
+
+    def problems(self) -> list[Problem]:
+        found = list(self._problems.values())
+        return [Problem("cut", "the links were cut by the administrator"), *found] if self._cut else found
+
+    @property
+    def is_cut(self) -> bool:
+        return self._cut
+
+    def cut(self) -> None:
+        """Ends all links until `join`."""
+        self._cut = True
+        self._reopen()
+
+    def join(self) -> None:
+        """Makes links again after `cut`."""
+        self._cut = False
+        self._reopen()
+
+    def renew(self) -> None:
+        """Opens the session again, because certificate, key, authorities or revocations have changed."""
+        self._reopen()
+
+    def members_changed(self) -> None:
+        """Looks whether others may be heard than those that are; waits a moment for more changes."""
+        self._commands.put(self._look_at_members)
+
+    def report(self, name: str, problem: Problem | None) -> None:
+        """Keeps what troubles the links, or (None) that this no longer does."""
+        if problem is None:
+            self._problems.pop(name, None)
+        elif self._problems.get(name) != problem:
+            self._problems[name] = problem
+            _log.warning("%s", problem.text)
+
+    # The keeper's thread.
+
+    def _reopen(self) -> None:
+        self._commands.put(self._reopen_now)
+
+    def _keep(self) -> None:
+        try:
+            self._open_session()
+            while not self._ended.is_set():
+                self._next_command()
+        finally:
+            # Never at the interpreter's exit: a session with callbacks that is still open then hangs the process.
+            self._close_session()
+
+    def _next_command(self) -> None:
+        wait = None if self._reopen_at is None else max(0.0, self._reopen_at - time.monotonic())
+        try:
+            command = self._commands.get(timeout=wait)
+        except queue.Empty:
+            command = self._reopen_now
+        try:
+            command()
+        except Exception:
+            self.counters["callback_errors"] += 1
+            _log.exception("an event of the links could not be handled")
+
+    def _reopen_now(self) -> None:
+        self._reopen_at = None
+        self._close_session()
+        if not self._cut and not self._ended.is_set():
+            self._open_session()
+
+    def _open_session(self) -> None:
+        self._generation += 1
+        generation = self._generation
+        self._allowed = self._who_may()
+        try:
+            session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
+        except zenoh.ZError as exc:
+            self.report("open", Problem("link", f"links cannot be opened: {exc}"))
+            self._reopen_at = time.monotonic() + 2
+            return
+        self.report("open", None)
+        self.counters["opened"] += 1
+        self._session = session
+        me = self._config.node
+
+        def heard(sample: zenoh.Sample) -> None:
+            self._heard(sample)
+
+        def link_event(event: Any) -> None:
+            self._commands.put(lambda: self._link_event(generation, event))
+
+        self._declared = [
+            session.declare_subscriber(link_key(self._config.fleet, "*", me), heard),
+            session.info.declare_link_events_listener(link_event, history=True),
+        ]
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
+        self._generation += 1
+        for peer in list(self._open):
+            self._drop(peer)
+        self._linked.clear()
+        self._addresses.clear()
+        for declared in self._declared:
+            with contextlib.suppress(zenoh.ZError):
+                declared.undeclare()
+        self._declared = []
+        if session is not None:
+            with contextlib.suppress(zenoh.ZError):
+                session.close()  # type: ignore[no-untyped-call]
+
+    def _who_may(self) -> set[str]:
+        return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
+
+    def _look_at_members(self) -> None:
+        if self._who_may() != self._allowed and self._reopen_at is None:
+            self._reopen_at = time.monotonic() + SETTLE
+
+    def _link_event(self, generation: int, event: Any) -> None:
+        if generation != self._generation:
+            return
+        link = event.link
+        node, zid = str(link.auth_identifier or ""), str(link.zid)
+        if event.kind == zenoh.SampleKind.DELETE:
+            self._unlinked(zid)
+            return
+        if not is_node_id(node) or node != zid:
+            self.report(
+                f"name {zid}",
+                Problem("impostor", f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"),
+            )
+            return
+        self._linked[zid] = node
+        self._addresses[zid] = str(link.dst).removeprefix("tls/")
+        if self._is_revoked(node):
+            self.report(
+                f"revoked {node}", Problem("revoked", f"{link.dst}: node {node} was revoked, nothing is taken from it")
+            )
+            return
+        if node not in self._allowed:
+            # The authority has certified it, and its record has not come yet.
+            self._seen.add(node)
+            self._look_at_members()
+        self._meet(generation, node)
+
+    def _unlinked(self, zid: str) -> None:
+        self._addresses.pop(zid, None)
+        node = self._linked.pop(zid, None)
+        if node is not None and node not in self._linked.values():
+            self._drop(node)
+
+    def _meet(self, generation: int, node: str) -> None:
+        """Opens the ways to a neighbour; it counts as connected once it listens."""
+        if node in self._open or self._session is None:
+            return
+        key = link_key(self._config.fleet, self._config.node, node)
+        live = self._session.declare_publisher(
+            key,
+            congestion_control=zenoh.CongestionControl.DROP,
+            priority=zenoh.Priority.INTERACTIVE_HIGH,
+            express=True,
+        )
+        bulk = self._session.declare_publisher(key, congestion_control=zenoh.CongestionControl.BLOCK)
+
+        def matched(status: Any) -> None:
+            listens = bool(status.matching)
+            self._commands.put(lambda: self._listens(generation, node, listens))
+
+        matching = live.declare_matching_listener(matched)
+        self._open[node] = _Neighbour(live, bulk, matching)
+        status: Any = live.matching_status
+        if status.matching:
+            self._listens(generation, node, True)
+
+    def _listens(self, generation: int, node: str, listens: bool) -> None:
+        if generation != self._generation or node not in self._open or listens == (node in self._connected):
+            return
+        if listens:
+            self._connected |= {node}
+            self._events.connected(node)
+        else:
+            self._connected -= {node}
+            self._events.disconnected(node)
+        self._changed()
+
+    def _drop(self, node: str) -> None:
+        neighbour = self._open.pop(node, None)
+        if neighbour is None:
+            return
+        if node in self._connected:
+            self._connected -= {node}
+            self._events.disconnected(node)
+            self._changed()
+        # Not the publishers: somebody may be in a put of one, which then cannot be undeclared.
+        with contextlib.suppress(zenoh.ZError):
+            neighbour.matching.undeclare()
+
+    # Zenoh's threads, and those of who sends.
+
+    def _heard(self, sample: zenoh.Sample) -> None:
+        try:
+            sender = str(sample.key_expr).rsplit("/", 2)[1]
+            message = sample.payload.to_bytes()
+            if 0 < len(message) <= MAX_MESSAGE and sender in self._allowed:
+                self.counters["received"] += 1
+                self._events.received(sender, message)
+        except Exception:
+            # Zenoh swallows it otherwise.
+            self.counters["callback_errors"] += 1
+            _log.exception("a message could not be taken")
+
+    def _put(self, peer: str, message: bytes) -> None:
+        neighbour = self._open.get(peer)
+        if neighbour is None:
+            self.counters["dropped"] += 1
+            return
+        try:
+            (neighbour.live if message[0] == LIVE else neighbour.bulk).put(message)
+            self.counters["sent"] += 1
+        except zenoh.ZError:
+            # The neighbour has gone, or the session was closed under us.
+            self.counters["dropped"] += 1
+
+    def _send_waiting(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            self._taken_bytes += len(item[1])
+            if not self._ended.is_set():
+                self._put(*item)

@@ -1,0 +1,43 @@
+"""The worker of jobs, which stops at a gate: when it has said what it will do, or when it has done it all but told so.
+
+    python gated_worker.py GATE PIPE
+
+GATE is `begun` (files are being made) or `made` (they have their names). It writes a line into PIPE and goes on when
+it is given one back by `PIPE.go`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vmconv.conversion import Result
+from vmconv_fleet import worker
+
+
+def wait(gate: str) -> None:
+    if sys.argv[1] == gate:
+        with open(sys.argv[2], "w", encoding="ascii") as told:
+            told.write("here\n")
+        with open(f"{sys.argv[2]}.go", encoding="ascii") as go:
+            go.read()
+
+
+def main() -> int:
+    note_outputs, finish = worker.Worker._note_outputs, worker.Worker._finish
+
+    def noted(self: worker.Worker) -> None:
+        note_outputs(self)
+        wait("begun")
+
+    def finished(self: worker.Worker, source: str, result: Result) -> None:
+        wait("made")
+        finish(self, source, result)
+
+    worker.Worker._note_outputs = noted  # type: ignore[method-assign]
+    worker.Worker._finish = finished  # type: ignore[method-assign]
+    return worker.main()
+
+
+if __name__ == "__main__":
+    os._exit(main())

@@ -1,0 +1,434 @@
+"""Mistakes that somebody could make in the replica, each as a patch of the production code.
+
+    python tests/fleet/mutations.py       the table: which mistake, and how it was noticed
+
+A simulator that finds nothing proves something only if it finds these. What the replica notices by itself, such as a
+sum that does not agree, counts as noticed: no node of an honest fleet may ever report it.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: ARG005 - a patch takes what it replaces takes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fleet import test_replica, test_requests
+from fleet.plain import PlainSigner, PlainTrust, node_id
+from fleet.sim import simulate
+from vmconv_fleet import catchup, ownlog, reception, requests
+from vmconv_fleet.catchup import CatchUp
+from vmconv_fleet.epochs import History
+from vmconv_fleet.neighbours import Neighbours
+from vmconv_fleet.ownlog import OwnLog
+from vmconv_fleet.pending import Pending
+from vmconv_fleet.reception import Reception
+from vmconv_fleet.records import MAX_NUMBER, Change, Position, Record
+from vmconv_fleet.recovery import Recovery
+from vmconv_fleet.replica import Replica
+from vmconv_fleet.requests import Requests
+from vmconv_fleet.store import Store
+from vmconv_fleet.telling import Teller
+from vmconv_fleet.verification import Gate
+
+SEEDS = 60
+"""A mistake has to be found within so many seeds."""
+
+
+class Mutation(NamedTuple):
+    """A mistake: what is wrong, how to make it, and the test that finds it where the simulator seldom does."""
+
+    name: str
+    make: Callable[[], AbstractContextManager[Any]]
+    test: Callable[[], None] | None = None
+
+
+MUTATIONS: list[Mutation] = []
+
+
+Mistake = Callable[[], Iterator[None]]
+
+
+def mutation(name: str, test: Callable[[], None] | None = None) -> Callable[[Mistake], Mistake]:
+    """Registers a mistake."""
+
+    def register(function: Mistake) -> Mistake:
+        MUTATIONS.append(Mutation(name, contextmanager(function), test))
+        return function
+
+    return register
+
+
+def blind() -> AbstractContextManager[Any]:
+    """Takes away the replica's own sums, which would notice most mistakes at once: the oracle has to."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(catchup, "sound", lambda store, owner: True))
+    stack.enter_context(patch.object(reception, "promised", lambda record: _Anything()))
+    return stack
+
+
+class _Anything:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@mutation("an epoch is used again after a start")
+def epoch_again() -> Iterator[None]:
+    def begin(self: OwnLog, now: int, beyond: int) -> list[Record]:
+        position = self._store.position(self._signer.owner)
+        epoch = max(position.epoch, 1)
+        history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1)
+        return self._write_history(history, Position(epoch, position.seq), now)
+
+    with patch.object(OwnLog, "begin_epoch", begin):
+        yield
+
+
+@mutation("an epoch is the next number, without clock and chance")
+def epoch_counted() -> Iterator[None]:
+    original = OwnLog.begin_epoch
+
+    def begin(self: OwnLog, now: int, beyond: int) -> list[Record]:
+        self._random = Random(0)
+        with patch.object(ownlog, "EPOCH_CHANCE", 1):
+            return original(self, 0, 0)
+
+    with patch.object(OwnLog, "begin_epoch", begin):
+        yield
+
+
+@mutation("pages are taken as they come, not all at once")
+def torn_pages() -> Iterator[None]:
+    original = CatchUp.take
+
+    def take(self: CatchUp, session: Any, page: Any, wall: int, now: int) -> list[Record] | None:
+        records = original(self, session, page, wall, now)
+        if records is None:
+            rows = list(self._store.staged(session.number, self._store.position(session.owner).seq))
+            with self._store.atomic():
+                self._store.extend(session.owner, rows)
+        return records
+
+    with blind(), patch.object(CatchUp, "take", take):
+        yield
+
+
+@mutation("live records are accepted although some before them are missing")
+def gaps() -> Iterator[None]:
+    with blind(), patch.object(reception, "_reaches", lambda first, position: True):
+        yield
+
+
+@mutation("live records of another epoch are accepted because their number is next")
+def other_epoch() -> Iterator[None]:
+    with blind(), patch.object(reception, "_reaches", lambda first, position: first.seq <= position.seq + 1):
+        yield
+
+
+@mutation("only the sums are left: gaps are accepted unless they are noticed")
+def gaps_noticed() -> Iterator[None]:
+    original = Reception._accept
+
+    def accept(self: Reception, peer: str, fresh: Any) -> Any:
+        result = original(self, peer, fresh)
+        if self._shared.problems.counters["torn-live"]:
+            self._shared.problems.report("torn", "live records do not follow")
+        return result
+
+    with patch.object(reception, "_reaches", lambda first, position: True), patch.object(Reception, "_accept", accept):
+        yield
+
+
+@mutation("the floor is ignored: who has missed deletions gets what came after them")
+def floor_ignored() -> Iterator[None]:
+    with blind(), patch.object(History, "holds", History._passed):
+        yield
+
+
+@mutation("epochs are ignored: every earlier number is a part of the past")
+def epochs_ignored() -> Iterator[None]:
+    with blind(), patch.object(History, "holds", lambda self, position: position.seq >= self.floor):
+        yield
+
+
+@mutation("a snapshot leaves what it does not have (chitchat #94)")
+def old_state_left() -> Iterator[None]:
+    def extend(self: Store, owner: str, session: int) -> int:
+        self.extend(owner, list(self.staged(session, 0)))
+        return 0
+
+    with (
+        blind(),
+        patch.object(Store, "clear", lambda self, owner: None),
+        patch.object(Store, "replace_by_staged", extend),
+    ):
+        yield
+
+
+@mutation("a deletion leaves no trace")
+def no_tombstones() -> Iterator[None]:
+    original = Store.extend
+
+    def extend(self: Store, owner: str, records: Any, state: int | None = None) -> None:
+        original(self, owner, records, state)
+        self.purge(owner, MAX_NUMBER)
+
+    with blind(), patch.object(Store, "extend", extend):
+        yield
+
+
+@mutation("pages of two histories are put together", test_replica.test_pages_of_two_histories_are_not_put_together)
+def mixed_histories() -> Iterator[None]:
+    original = Teller.answer
+
+    def answer(self: Teller, peer: str, pull: Any) -> Any:
+        if pull.seen != Position(0, 0):
+            with patch.object(History, "holds", lambda self, position: True):
+                return original(self, peer, pull)
+        return original(self, peer, pull)
+
+    with patch.object(Teller, "answer", answer):
+        yield
+
+
+@mutation("a node serves without having recovered its own records")
+def no_recovery() -> Iterator[None]:
+    with patch.object(Recovery, "_may_serve", lambda self, now: True), patch.object(CatchUp, "want", _want_of_others):
+        yield
+
+
+def _want_of_others(self: CatchUp, owner: str, due: int, *, evidence: str | None = None) -> None:
+    if owner != self._store.node:
+        _WANT(self, owner, due, evidence=evidence)
+
+
+_WANT = CatchUp.want
+
+
+@mutation("a recovered past replaces what was written since", test_replica.test_recovery_keeps_what_was_written_since)
+def past_wins() -> Iterator[None]:
+    with patch.object(Reception, "_goes_on", lambda self, session, records: True):
+        yield
+
+
+@mutation("a node does not notice that others have more of it than it has")
+def not_superseded() -> Iterator[None]:
+    with patch.object(Recovery, "supersede", lambda self, position: None):
+        yield
+
+
+@mutation("signatures are not verified", test_replica.test_a_forged_record_is_refused_and_reported)
+def unsigned() -> Iterator[None]:
+    with patch.object(Gate, "_genuine", lambda self, record: True):
+        yield
+
+
+@mutation("a key counts for every owner", test_replica.test_a_record_with_the_key_of_another_owner_is_refused)
+def any_key() -> Iterator[None]:
+    def verify(self: PlainTrust, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
+        return any(signature == PlainSigner(signer, key_id).sign(payload) for signer in map(node_id, range(9)))
+
+    with patch.object(PlainTrust, "verify", verify):
+        yield
+
+
+@mutation(
+    "records are taken for whatever owner they come as",
+    test_replica.test_a_page_with_records_of_another_owner_is_refused,
+)
+def misplaced() -> Iterator[None]:
+    def ascending(self: Gate, owner: str, after: Position, records: Any) -> list[Record]:
+        return [record._replace(owner=owner) for record in records]
+
+    with patch.object(Gate, "ascending", ascending), patch.object(Gate, "_genuine", lambda self, record: True):
+        yield
+
+
+@mutation("nothing is passed on")
+def not_forwarded() -> Iterator[None]:
+    with (
+        patch.object(Teller, "pass_on", lambda self, records, source: []),
+        patch.object(Teller, "catch_up", lambda self, owner: []),
+        patch.object(Teller, "_standings", _own_only),
+    ):
+        yield
+
+
+def _own_only(self: Teller, owners: Any) -> Any:
+    return _STANDINGS(self, [owner for owner in owners if owner == self._shared.node])
+
+
+_STANDINGS = Teller._standings
+
+
+def never(self: CatchUp) -> int:
+    return catchup.NEVER
+
+
+@mutation("gaps are never asked for")
+def never_pulled() -> Iterator[None]:
+    with patch.object(CatchUp, "start_due", lambda self, now: iter(())), patch.object(CatchUp, "next_due", never):
+        yield
+
+
+@mutation("a pull that is not answered is not tried again")
+def no_retry() -> Iterator[None]:
+    with patch.object(catchup, "TIMEOUT_MS", 1 << 40):
+        yield
+
+
+@mutation("a request is executed without looking whether it has been answered")
+def executed_twice() -> Iterator[None]:
+    original = Store.get
+
+    def get(self: Store, owner: str, kind: str, id: str) -> Record | None:
+        return None if kind == "response" and owner == self.node else original(self, owner, kind, id)
+
+    with patch.object(Store, "get", get), patch.object(Store, "executed", lambda self, response: None):
+        yield
+
+
+@mutation("transaction and response are two commits")
+def two_commits() -> Iterator[None]:
+    def transact(self: Requests, request: Any, outcome: Any) -> Any:
+        number = self._next_number()
+        body = {
+            "number": number,
+            "request": request.id,
+            "requester": request.requester,
+            "body": dict(outcome.body),
+            "changes": [
+                {
+                    "kind": change.kind,
+                    "id": change.id,
+                    "before": requests._body(self._store.get(self._replica.node, change.kind, change.id)),
+                    "after": change.body,
+                }
+                for change in outcome.changes
+            ],
+        }
+        answer = {"request": request.id, "requester": request.requester, "ok": True, "body": {}, "transaction": number}
+        second = [Change("response", requests.response_id(request.requester, request.id), answer)]
+        sends = self._replica.write([Change("transaction", f"{number:012}", body), *outcome.changes], txn=number)[1]
+        for statement in ("RELEASE change", "COMMIT", "BEGIN IMMEDIATE", "SAVEPOINT change"):
+            self._store._transactions.connection.execute(statement)
+        return [*sends, *self._replica.write(second, txn=number)[1]]
+
+    with patch.object(Requests, "_transact", transact):
+        yield
+
+
+@mutation(
+    "each requester's requests are executed in the order of their names",
+    test_requests.test_each_requesters_requests_are_executed_in_their_order,
+)
+def out_of_order() -> Iterator[None]:
+    original = Pending.see
+
+    def see(self: Pending, records: Any) -> None:
+        original(self, records)
+        for queue in self._queues.values():
+            queue.sort(key=lambda item: item[2])
+
+    with patch.object(Pending, "see", see):
+        yield
+
+
+@mutation("transactions are numbered by the clock")
+def numbered_by_clock() -> Iterator[None]:
+    with patch.object(Requests, "_next_number", lambda self: self._now() % 10**12):
+        yield
+
+
+@mutation("a response is written for the wrong request")
+def wrong_response() -> Iterator[None]:
+    original = requests.response_id
+
+    def wrong(requester: str, request: str) -> str:
+        return original(requester, request[:2])
+
+    with patch.object(requests, "response_id", wrong):
+        yield
+
+
+@mutation("what is written is told before it is durable (NATS 2.12.1)")
+def told_too_early() -> Iterator[None]:
+    @contextmanager
+    def batch(self: Replica) -> Iterator[None]:
+        if self._grouped:
+            yield
+            return
+        self._grouped = True
+        try:
+            with self.store.group():
+                yield
+                self._shared.news.tell()
+        finally:
+            self._grouped = False
+
+    with patch.object(Replica, "batch", batch):
+        yield
+
+
+@mutation("neighbours' neighbours are believed to hear everything")
+def near_too_far() -> Iterator[None]:
+    with (
+        patch.object(Neighbours, "beyond", lambda self, source, owner: ()),
+        patch.object(Neighbours, "ahead", lambda self, owner, position: [p for p in self.ids() if p == owner]),
+    ):
+        yield
+
+
+@mutation("a retired node's records are taken again (chitchat #155)")
+def retired_returns() -> Iterator[None]:
+    original = Store.clear
+
+    def clear(self: Store, owner: str) -> None:
+        return None if self.node < owner else original(self, owner)
+
+    with patch.object(Store, "clear", clear):
+        yield
+
+
+def found_by(mistake: Mutation, seeds: int = SEEDS) -> str | None:
+    """Returns how the simulator notices a mistake, None if it does not."""
+    with mistake.make():
+        if mistake.test is not None:
+            try:
+                mistake.test()
+            except AssertionError:
+                return mistake.test.__name__
+            return None
+        for seed in range(seeds):
+            try:
+                simulate(seed)
+            except AssertionError as violation:
+                return str(violation)
+            except Exception as exc:
+                return f"seed {seed}: {exc!r}"
+    return None
+
+
+def main() -> int:
+    """Prints the table."""
+    missed = 0
+    for mistake in MUTATIONS:
+        how = found_by(mistake)
+        missed += how is None
+        print(f"{mistake.name:76} {(how or 'NOT FOUND')[:150]}", flush=True)
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} mistakes found")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Signatures that cost nothing, for tests of everything but cryptography: a keyed hash, and a CA that is one, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+from vmconv_fleet.records import Change, Position, Record
+
+CA = b"the fleet's CA"
+
+
+def node_id(number: int) -> str:
+    """Returns the id of a node of a test."""
+    return f"{number + 10:x}" + f"{number:031x}"[-31 + (len(f"{number + 10:x}") - 1) :]
+
+
+def ca_signed(body: dict[str, Any]) -> dict[str, Any]:
+    """Returns a body with the signature of the CA."""
+    return {**body, "ca": _hash(CA, repr(sorted(body.items())).encode()).hex()}
+
+
+def certificate(owner: str, key_id: str) -> Change:
+    """Returns the record that says that the key is the owner's."""
+    return Change("certificate", key_id, ca_signed({"owner": owner, "key": key_id}))
+
+
+def retirement(owner: str) -> Change:
+    """Returns the record that retires a node."""
+    return Change("revocation", owner, ca_signed({"node": owner, "retired": True}))
+
+
+class PlainSigner:
+    """Signs for an owner."""
+
+    def __init__(self, owner: str, key_id: str | None = None) -> None:
+        self.owner = owner
+        self.key_id = key_id or f"key-{owner[:8]}"
+
+    def sign(self, payload: bytes) -> bytes:
+        return _hash(f"{self.owner} {self.key_id}".encode(), payload)
+
+    def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
+        return [self.sign(payload) for payload in payloads]
+
+
+class PlainTrust:
+    """Knows keys by the certificates that it has learned."""
+
+    def __init__(self, signer: PlainSigner | None = None) -> None:
+        self._keys = {(signer.owner, signer.key_id)} if signer else set()
+        self._retired: set[str] = set()
+
+    def verify(self, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
+        return (owner, key_id) in self._keys and signature == PlainSigner(owner, key_id).sign(payload)
+
+    def learn(self, record: Record) -> bool:
+        body = {name: value for name, value in record.body.items() if name != "ca"}
+        if record.body != ca_signed(body):
+            return False
+        if record.kind == "certificate":
+            self._keys.add((body["owner"], body["key"]))
+        elif body.get("retired"):
+            self._retired.add(body["node"])
+        return True
+
+    def retired(self, owner: str) -> bool:
+        return owner in self._retired
+
+
+def _hash(key: bytes, payload: bytes) -> bytes:
+    return blake2b(payload, key=blake2b(key, digest_size=32).digest(), digest_size=16).digest()

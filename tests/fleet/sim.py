@@ -1,0 +1,614 @@
+"""A deterministic simulator of fleets: it drives the production replica and requests code through what can go wrong.
+
+    python tests/fleet/sim.py --seeds 200        seeds 0 to 199, and what was tried
+    python tests/fleet/sim.py --seed 17          one seed, with its trace
+
+All time is virtual and every choice comes from the seed. The network loses, duplicates, delays and reorders, and is cut
+into parts; nodes crash before, between and after commits, lose their database, get an older one back, are stopped for a
+while, and have clocks that jump. An oracle that shares no code with the replica knows every state that owners were in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from multiprocessing import Pool
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fleet.oracle import Oracle, Violation
+from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
+from vmconv_fleet import epochs, messages, requests
+from vmconv_fleet.errors import NotReadyError, Refusal
+from vmconv_fleet.messages import Send
+from vmconv_fleet.records import Change
+from vmconv_fleet.replica import Replica, Timing
+from vmconv_fleet.requests import Context, Outcome, Request, Requests
+from vmconv_fleet.store import Store
+
+WALL = 1_700_000_000_000
+CHAOS_MS = 20_000
+HEALING_MS = 60_000
+HONEST = ("internal", "malformed", "forged", "torn", "fork", "clock")
+"""Problems that no node may report as long as all are honest and the network does not garble."""
+
+
+class Crash(BaseException):
+    """The power has failed: nothing of the process is left."""
+
+
+class Disk(sqlite3.Connection):
+    """A database that outlives its node; a commit is where the power fails, shortly before or after it."""
+
+    fuse = 0
+    after = False
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        if sql != "COMMIT" or not self.fuse:
+            return super().execute(sql, parameters)
+        self.fuse -= 1
+        if not self.fuse and not self.after:
+            raise Crash
+        cursor = super().execute(sql, parameters)
+        if not self.fuse:
+            raise Crash
+        return cursor
+
+
+def new_disk() -> Disk:
+    return sqlite3.connect(":memory:", isolation_level=None, factory=Disk, cached_statements=256)
+
+
+class Node:
+    """A machine: its disk and clock stay, its process comes and goes."""
+
+    def __init__(self, number: int) -> None:
+        self.id = node_id(number)
+        self.signer = PlainSigner(self.id)
+        self.trust = PlainTrust(self.signer)
+        self.disk = new_disk()
+        self.offset = 0
+        self.backups: list[bytes] = []
+        self.replica: Replica | None = None
+        self.requests: Requests | None = None
+        self.stopped = False
+        self.waiting: list[Callable[[], None]] = []
+        self.alarm = 0
+        self.number = 0
+        self.retired = False
+        self.changed: set[str] = set()
+
+
+class World:
+    """One seed: nodes, a network and a plan of mishaps."""
+
+    def __init__(self, seed: int, *, trace: bool = False) -> None:
+        self.random = Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.oracle = Oracle()
+        self._trace = trace
+        self.time = 1000
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self.nodes = {node.id: node for node in map(Node, range(self.random.randint(2, 5)))}
+        self._links = self._topology()
+        self._connected: dict[frozenset[str], int] = {}
+        self._parts: dict[str, int] = dict.fromkeys(self.nodes, 0)
+        self._loss = self.random.choice((0.0, 0.02, 0.1, 0.3))
+        self._duplication = self.random.choice((0.0, 0.05, 0.2))
+        self._delay = self.random.choice((2, 20, 200))
+        self._garble = 0.02 if self.random.random() < 0.1 else 0.0
+        self._large = self.random.choice((30, 30, 300, 3000))
+        self._healing = False
+        self.counts["seeds"] = 1
+
+    def run(self) -> None:
+        """Raises Violation at the first thing that must not be."""
+        page = self.random.choice((1 << 10, 4 << 10, 192 << 10) if self._loss < 0.2 else (8 << 10,))
+        with (
+            patch.object(messages, "PAGE_BYTES", page),
+            patch.object(epochs, "MAX_EPOCHS", self.random.choice((3, 64))),
+            patch.object(requests, "BURST", self.random.choice((1, 64))),
+        ):
+            for node in self.nodes.values():
+                self._boot(node, patience=self.random.randint(0, 3000))
+            self._at(self.random.randint(50, 500), self._mishap)
+            self._advance(self.time + CHAOS_MS)
+            self._heal_all()
+            self._converge()
+
+    # The clockwork
+
+    def _at(self, delay: int, what: Callable[[], None]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._events, (self.time + delay, self._sequence, what))
+
+    def _advance(self, until: int) -> None:
+        while self._events and self._events[0][0] <= until:
+            self.time, _, what = heapq.heappop(self._events)
+            self.counts["events"] += 1
+            what()
+        self.time = until
+
+    def _say(self, *words: object) -> None:
+        if self._trace:
+            print(self.time, *words)
+
+    # The network
+
+    def _topology(self) -> list[frozenset[str]]:
+        ids = list(self.nodes)
+        line = [frozenset(pair) for pair in pairwise(ids)]
+        ring = sorted({*line, frozenset((ids[0], ids[-1]))}, key=sorted)
+        return self.random.choice((self._mesh(), line, ring))
+
+    def _mesh(self) -> list[frozenset[str]]:
+        ids = list(self.nodes)
+        return [frozenset((one, other)) for index, one in enumerate(ids) for other in ids[:index]]
+
+    def _possible(self, link: frozenset[str]) -> bool:
+        one, other = link
+        return self._parts[one] == self._parts[other] and all(self.nodes[id].replica for id in link)
+
+    def _rewire(self) -> None:
+        """Breaks and makes connections as parts and nodes are now; each end hears of it in its own time."""
+        for link in self._links:
+            possible, connected = self._possible(link), link in self._connected
+            if possible == connected:
+                continue
+            self._sequence += 1
+            if possible:
+                self._connected[link] = self._sequence
+            else:
+                del self._connected[link]
+            for id, peer in (sorted(link), sorted(link, reverse=True)):
+                node = self.nodes[id]
+                self._at(self.random.randint(1, 300), self._noticing(node, node.number, peer, link, possible))
+
+    def _noticing(
+        self, node: Node, number: int, peer: str, link: frozenset[str], connected: bool
+    ) -> Callable[[], None]:
+        def notice(replica: Replica) -> list[Send]:
+            if connected != (link in self._connected):
+                return []
+            gone = replica.disconnected(peer) if peer in replica.neighbours else []
+            return [*gone, *replica.connected(peer)] if connected else gone
+
+        def noticed() -> None:
+            if node.number == number:
+                self._step(node, notice)
+
+        return noticed
+
+    def _transmit(self, node: Node, sends: Sequence[Send]) -> None:
+        assert node.replica is not None
+        for peer, message, _ in messages.merged(sends) if self.random.random() < 0.5 else sends:
+            for target in node.replica.neighbours.ids() if peer is None else [peer]:
+                self._carry(node.id, target, message)
+
+    def _carry(self, source: str, target: str, message: bytes) -> None:
+        link = frozenset((source, target))
+        self.counts["messages"] += 1
+        generation = self._connected.get(link)
+        copies = 1 + (self.random.random() < self._duplication)
+        if generation is None or self.random.random() < self._loss:
+            self.counts["lost"] += 1
+            return
+        if self._garble and self.random.random() < self._garble:
+            message = self._garbled(message)
+        for _ in range(copies):
+            delay = self.random.randint(1, self._delay)
+            self._at(delay, self._delivery(link, generation, source, self.nodes[target], message))
+
+    def _delivery(
+        self, link: frozenset[str], generation: int, source: str, target: Node, message: bytes
+    ) -> Callable[[], None]:
+        def deliver() -> None:
+            if self._connected.get(link) == generation and target.replica:
+                self._step(target, lambda replica: replica.received(source, message))
+
+        return deliver
+
+    def _garbled(self, message: bytes) -> bytes:
+        self.counts["garbled"] += 1
+        spoiled = bytearray(message)
+        spoiled[self.random.randrange(len(spoiled))] ^= 1 << self.random.randrange(8)
+        return bytes(spoiled[: self.random.randrange(1, len(spoiled) + 1)] if self.random.random() < 0.2 else spoiled)
+
+    # Nodes
+
+    def _boot(self, node: Node, *, patience: int | None) -> None:
+        assert node.replica is None
+        node.number += 1
+        node.disk.executescript("DROP TABLE IF EXISTS temp.staged")
+        node.trust = trust = PlainTrust(node.signer)
+        timing = Timing(patience=patience, settle=500, digest=2000, grace=4000, floor=1500)
+
+        def wall() -> int:
+            return WALL + self.time + node.offset
+
+        replica = Replica(
+            Store(node.disk, node.id),
+            node.signer,
+            trust,
+            wall,
+            monotonic=lambda: self.time,
+            timing=timing,
+            introduction=[certificate(node.id, node.signer.key_id)],
+            random=self.random,
+        )
+        node.replica = replica
+        node.requests = Requests(replica, {"add": self._add, "refuse": _refuse, "break": _break}, wall)
+        node.changed.clear()
+        replica.subscribe(lambda records: node.changed.update(record.owner for record in records))
+        self.oracle.attach(replica)
+        self._alarm(node)
+        self._rewire()
+        self._say("boot", node.id[:4], "patience", patience)
+
+    def _kill(self, node: Node) -> None:
+        if node.replica is None:
+            return
+        node.disk.fuse = 0
+        if node.disk.in_transaction:
+            node.disk.rollback()
+        self.oracle.detach(node.replica)
+        self._honest(node)
+        node.replica = node.requests = None
+        node.stopped = False
+        node.waiting.clear()
+        node.number += 1
+        self._rewire()
+        self._say("dead", node.id[:4])
+
+    def _step(self, node: Node, action: Callable[[Replica], list[Send]]) -> None:
+        """Lets the node do something, then execute requests, and looks at what has become of its views."""
+        if node.replica is None:
+            return
+        if node.stopped:
+            node.waiting.append(lambda: self._step(node, action))
+            return
+        try:
+            sends = action(node.replica)
+            self._transmit(node, sends)
+            assert node.requests is not None
+            while node.requests.waiting() and self.random.random() < 0.9:
+                self._transmit(node, node.requests.run())
+        except Crash:
+            self.counts["crashes in a commit"] += 1
+            self._kill(node)
+            self._at(self.random.randint(10, 4000), self._restart(node))
+            return
+        self._look(node)
+        self._alarm(node)
+
+    def _look(self, node: Node) -> None:
+        assert node.replica is not None
+        for owner in sorted(node.changed):
+            self.oracle.look(node.replica, owner)
+            self.counts["views checked"] += 1
+        node.changed.clear()
+
+    def _alarm(self, node: Node) -> None:
+        assert node.replica is not None
+        due = max(node.replica.due(), self.time + 1)
+        if node.alarm <= self.time or due < node.alarm:
+            node.alarm = due
+            number = node.number
+
+            def ring() -> None:
+                if node.number == number and node.replica is not None:
+                    self._step(node, lambda replica: replica.tick())
+
+            self._at(due - self.time, ring)
+
+    def _restart(self, node: Node) -> Callable[[], None]:
+        def restart() -> None:
+            if node.replica is None:
+                self._boot(node, patience=self.random.choice((0, 500, 3000)))
+
+        return restart
+
+    def _honest(self, node: Node) -> None:
+        assert node.replica is not None
+        problems = node.replica.problems
+        self.counts.update({f"replica: {name}": count for name, count in problems.counters.items()})
+        found = {"internal"} if self._garble else set(HONEST)
+        bad = [problem for problem in problems.all() if problem.kind in found]
+        if bad:
+            raise Violation(f"{node.id[:4]} reports {bad[0]}")
+
+    # What happens
+
+    def _mishap(self) -> None:
+        if self._healing:
+            return
+        node = self.random.choice(list(self.nodes.values()))
+        (what,) = self.random.choices(list(self._mishaps), list(self._mishaps.values()))
+        self._say(what.__name__, node.id[:4])
+        what(self, node)
+        self._at(self.random.randint(1, 250), self._mishap)
+
+    def _write(self, node: Node) -> None:
+        count = self.random.choice((1, 1, 1, 2, 5, 20))
+        changes = []
+        for _ in range(count):
+            body = {"value": self.random.getrandbits(30), "filling": "x" * self.random.randint(0, self._large)}
+            deleted = self.random.random() < 0.3
+            changes.append(Change("thing", f"t{self.random.randrange(12)}", None if deleted else body))
+        self._own(node, "writes", lambda replica: replica.write(changes)[1])
+
+    def _submit(self, node: Node) -> None:
+        target = self.random.choice(list(self.nodes))
+        verb = self.random.choice(("add", "add", "add", "refuse", "break", "unknown"))
+        arguments = {"key": f"c{self.random.randrange(4)}", "order": self._sequence}
+
+        def submit(replica: Replica) -> list[Send]:
+            assert node.requests is not None
+            id = f"r{self.random.getrandbits(60):x}"
+            return node.requests.submit(target, verb, arguments, {"user": "somebody"}, id=id)[1]
+
+        self._own(node, "requests", submit)
+
+    def _withdraw(self, node: Node) -> None:
+        if node.replica is None or node.requests is None:
+            return
+        mine = node.replica.store.find("request", node.id)
+        if mine:
+            id, requests = self.random.choice(mine).id, node.requests
+            self._own(node, "withdrawals", lambda _: requests.withdraw(id))
+
+    def _own(self, node: Node, name: str, action: Callable[[Replica], list[Send]]) -> None:
+        def attempt(replica: Replica) -> list[Send]:
+            try:
+                sends = action(replica)
+            except NotReadyError:
+                self.counts[f"{name} too early"] += 1
+                return []
+            self.counts[name] += 1
+            return sends
+
+        if node.replica is not None:
+            self._step(node, attempt)
+
+    def _crash(self, node: Node) -> None:
+        self.counts["crashes"] += node.replica is not None
+        self._kill(node)
+        self._at(self.random.randint(10, 6000), self._restart(node))
+
+    def _power_failure(self, node: Node) -> None:
+        node.disk.fuse = self.random.randint(1, 4)
+        node.disk.after = self.random.random() < 0.5
+
+    def _back_up(self, node: Node) -> None:
+        if node.disk.execute("PRAGMA page_count").fetchone()[0]:
+            node.backups.append(node.disk.serialize())
+
+    def _amnesia(self, node: Node) -> None:
+        self._kill(node)
+        self.counts["amnesias"] += 1
+        self.oracle.lose(node.id)
+        node.disk = new_disk()
+        self._come_back(node)
+
+    def _restore(self, node: Node) -> None:
+        if not node.backups:
+            return
+        self._kill(node)
+        self.counts["older databases"] += 1
+        self.oracle.lose(node.id)
+        node.disk = new_disk()
+        node.disk.deserialize(self.random.choice(node.backups))
+        self._come_back(node)
+
+    def _come_back(self, node: Node) -> None:
+        patience = self.random.choice((None, 3000, 3000, 0))
+
+        def boot() -> None:
+            if node.replica is None:
+                self._boot(node, patience=patience)
+
+        self._at(self.random.randint(10, 3000), boot)
+
+    def _partition(self, node: Node) -> None:
+        self.counts["partitions"] += 1
+        self._parts = {id: self.random.randrange(2) for id in self.nodes}
+        self._rewire()
+
+    def _heal(self, node: Node) -> None:
+        self._parts = dict.fromkeys(self.nodes, 0)
+        self._rewire()
+
+    def _step_clock(self, node: Node) -> None:
+        self.counts["clock steps"] += 1
+        node.offset = self.random.randint(-200_000, 200_000)
+
+    def _stop(self, node: Node) -> None:
+        if node.replica is None or node.stopped:
+            return
+        self.counts["stops"] += 1
+        node.stopped = True
+        number = node.number
+        self._at(self.random.randint(100, 5000), lambda: self._continue(node, number))
+
+    def _continue(self, node: Node, number: int) -> None:
+        if node.number != number:
+            return
+        node.stopped = False
+        waiting, node.waiting = node.waiting, []
+        for action in waiting:
+            action()
+
+    def _retire(self, node: Node) -> None:
+        others = [other for other in self.nodes.values() if other is not node and not other.retired]
+        if len(others) < 2 or any(other.retired for other in self.nodes.values()) or self.random.random() < 0.5:
+            return
+        witness = self.random.choice(others)
+
+        def retire(replica: Replica) -> list[Send]:
+            sends = replica.write([retirement(node.id)])[1]
+            node.retired = True
+            return sends
+
+        self._own(witness, "retirements", retire)
+
+    _mishaps: ClassVar[dict[Callable[[World, Node], None], int]] = {
+        _write: 40,
+        _submit: 30,
+        _withdraw: 2,
+        _crash: 4,
+        _power_failure: 4,
+        _back_up: 4,
+        _amnesia: 2,
+        _restore: 2,
+        _partition: 5,
+        _heal: 5,
+        _step_clock: 3,
+        _stop: 3,
+        _retire: 1,
+    }
+
+    # Handlers of the requests
+
+    def _add(self, context: Context, request: Request) -> Outcome:
+        key = str(request.arguments["key"])
+        before = context.get(context.node, "count", key)
+        value = before.body["value"] + 1 if before else 1
+        return Outcome(
+            [Change("count", key, {"value": value, "last": request.id})],
+            {"value": value, "order": request.arguments["order"]},
+        )
+
+    # The end
+
+    def _heal_all(self) -> None:
+        self._healing = True
+        self._parts = dict.fromkeys(self.nodes, 0)
+        for node in self.nodes.values():
+            node.offset //= 100
+            node.disk.fuse = 0
+            if node.stopped:
+                self._continue(node, node.number)
+            if node.replica is None:
+                self._boot(node, patience=1000)
+        if self._alive() != list(self.nodes):
+            self._links = self._mesh()
+        self._rewire()
+        self._say("healed")
+
+    def _alive(self) -> list[str]:
+        """Returns who has not been retired, as far as anybody knows: whoever knew may have lost its disk."""
+        return [id for id in self.nodes if not any(node.trust.retired(id) for node in self.nodes.values())]
+
+    def _converge(self) -> None:
+        begin = self.time
+        while (why := self._differences()) is not None:
+            if self.time > begin + HEALING_MS:
+                raise Violation(f"no convergence {HEALING_MS} ms after all was healed: {why}")
+            self._advance(self.time + 250)
+        self.counts["convergence ms"] += self.time - begin
+        alive = self._alive()
+        for id in alive:
+            node = self.nodes[id]
+            assert node.replica is not None
+            for owner in alive:
+                self.oracle.look(node.replica, owner)
+            self._honest(node)
+            self.oracle.check_requests(node.replica.store, alive)
+        self.counts.update(self.oracle.counts)
+
+    def _differences(self) -> str | None:
+        """Returns what is not yet as it has to be."""
+        alive = [self.nodes[id] for id in self._alive()]
+        if any(node.replica is None for node in alive):
+            return "a node is down"
+        replicas = [node.replica for node in alive if node.replica is not None]
+        if not all(replica.serving for replica in replicas):
+            return "a node does not serve"
+        expected = {replica.node: replica.store.position(replica.node) for replica in replicas}
+        for replica in replicas:
+            positions = replica.store.positions()
+            if positions != expected:
+                return f"{replica.node[:4]} has {positions}, not {expected}"
+        return self.oracle.unanswered(replicas[0].store, list(expected))
+
+
+def _refuse(context: Context, request: Request) -> Outcome:
+    raise Refusal("no")
+
+
+def _break(context: Context, request: Request) -> Outcome:
+    raise ValueError("a mistake in a handler")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the log of what is broken on purpose."""
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def simulate(seed: int, *, trace: bool = False) -> Counter[str]:
+    """Runs a seed and returns what was tried; AssertionError: the seed has found a mistake."""
+    world = World(seed, trace=trace)
+    with quiet():
+        try:
+            world.run()
+        except Violation as violation:
+            raise AssertionError(f"seed {seed} at {world.time} ms: {violation}") from violation
+    return world.counts
+
+
+def _attempt(seed: int) -> tuple[Counter[str], str | None]:
+    try:
+        return simulate(seed), None
+    except AssertionError as violation:
+        return Counter({"seeds": 1}), str(violation)
+    except Exception as exc:
+        return Counter({"seeds": 1}), f"seed {seed}: {exc!r}"
+
+
+def main() -> int:
+    """Runs seeds, prints what was tried and every violation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=200, help="how many seeds")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seed", type=int, help="one seed only, with its trace")
+    parser.add_argument("--processes", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        print(dict(simulate(arguments.seed, trace=True)))
+        return 0
+    begin, total, violations = time.monotonic(), Counter[str](), []
+    with Pool(arguments.processes) as pool:
+        seeds = range(arguments.first, arguments.first + arguments.seeds)
+        for counts, violation in pool.imap_unordered(_attempt, seeds, chunksize=8):
+            total.update(counts)
+            if violation:
+                violations.append(violation)
+                print(violation, flush=True)
+    for name, count in sorted(total.items()):
+        print(f"{name:32}{count:>14,}")
+    print(f"{len(violations)} violations in {arguments.seeds} seeds, {time.monotonic() - begin:.0f} s")
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

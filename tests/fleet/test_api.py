@@ -1,0 +1,376 @@
+"""The REST API, on the sockets that the daemon serves it on."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import ssl
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleet.in_memory import Node, nodes
+from fleet.serving import Served, served
+from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv_fleet.api.app import MAX_BODY
+from vmconv_fleet.clock import wall_ms
+from vmconv_fleet.records import Change
+from vmconv_fleet.roles import VERBS
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Sequence[Node]]:
+    """Two nodes; the second has a disk."""
+    with nodes(2, tmp_path) as (one, other):
+        other.write(
+            Change("datastore", "ds", {"path": "/srv/images"}),
+            Change("disk", "d1", {"datastore": "ds", "name": "a.vmdk", "format": "vmdk", "virtual_size": 1 << 30}),
+        )
+        one.body_when(other.id, "disk", "d1", lambda _record: True)
+        yield one, other
+
+
+@pytest.fixture
+def api(pair: Sequence[Node]) -> Iterator[Served]:
+    with served(pair[0]) as one:
+        yield one
+
+
+def raw(api: Served, method: str, path: str, body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
+    """Returns a bare answer over TLS."""
+    context = ssl.create_default_context(cafile=api.ca)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=30, context=context)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response
+
+
+# Who may do what
+
+
+def test_nobody_gets_in_without_a_token(api: Served) -> None:
+    for said in ("", "Bearer nonsense", "Basic cm9vdDpyb290"):
+        response = raw(api, "GET", "/api/v1/fleet", Authorization=said)
+        assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert raw(api, "GET", "/metrics").status == 401
+    assert raw(api, "GET", "/healthz").status == 200
+
+
+def test_the_local_socket_is_the_administrator_and_tls_is_not(api: Served) -> None:
+    assert api.local.get("/api/v1/fleet")["node"] == api.node.id
+    assert raw(api, "GET", "/api/v1/fleet", X_Vmconv_User="root").status == 401
+
+
+@pytest.mark.parametrize(
+    ("role", "method", "path", "body", "allowed"),
+    [
+        ("viewer", "GET", "/api/v1/disks", None, True),
+        ("viewer", "POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"}, False),
+        ("viewer", "POST", "/api/v1/conversions", {"select": "size>0", "format": "qcow2"}, False),
+        ("viewer", "POST", "/api/v1/nodes/n01/scan", {}, False),
+        ("viewer", "GET", "/api/v1/export", None, False),
+        ("operator", "POST", "/api/v1/nodes/n01/scan", {}, True),
+        ("operator", "POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"}, True),
+        ("operator", "PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 9}, False),
+        ("operator", "POST", "/api/v1/tokens", {"label": "x", "role": "admin"}, False),
+        ("operator", "POST", "/api/v1/nodes/n02/retire", {}, False),
+        ("operator", "POST", "/api/v1/nodes/n02/revoke", {}, False),
+        ("operator", "POST", "/api/v1/join-tokens", {}, False),
+        ("operator", "DELETE", "/api/v1/datastores/n01/ds", None, False),
+        ("operator", "POST", "/api/v1/requests", {"target": "n02", "verb": "policy-set", "arguments": {}}, False),
+        ("admin", "PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 9}, True),
+        ("admin", "POST", "/api/v1/tokens", {"label": "x", "role": "viewer"}, True),
+        ("admin", "POST", "/api/v1/datastores", {"name": "x", "path": "/"}, False),
+        ("admin", "PUT", "/api/v1/link", {"connected": False}, False),
+    ],
+)
+def test_roles(api: Served, role: str, method: str, path: str, body: object, allowed: bool) -> None:
+    with api.client(role) as client:
+        if allowed:
+            assert client.call(method, path, body).status in (200, 202)
+        else:
+            with pytest.raises(AccessError, match=r"takes the role|local administrator"):
+                client.call(method, path, body)
+
+
+def test_the_owner_refuses_what_the_first_node_let_through(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    token = api.token("operator")
+    other.write(Change("policy", "conversion", {"administrators_of": [other.id]}))
+    one.body_when(other.id, "policy", "conversion", lambda _record: True)
+    with pytest.raises(AccessError, match="does not hear administrators"):
+        api.local.call("POST", "/api/v1/nodes/n02/scan", {})
+    asked = one.service.submit(other.id, "scan", {}, {"node": one.id, "token": f"{one.id}/{token['token'][37:49]}"})
+    answer = one.service.response(asked, 30)
+    assert answer
+    assert (answer.body["ok"], "does not hear" in answer.body["reason"]) == (False, True)
+
+
+@pytest.mark.parametrize(("more", "said"), [({}, "was revoked"), ({"ttl_s": 0.001}, "has expired")])
+def test_a_token_that_is_not_good_any_more(api: Served, more: dict[str, float], said: str) -> None:
+    made = api.token("admin", **more)
+    if not more:
+        api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")  # type: ignore[index]
+    response = raw(api, "GET", "/api/v1/fleet", Authorization=f"Bearer {made['token']}")
+    assert response.status == 401
+
+
+def test_of_a_token_only_the_hash_is_kept_and_not_shown(api: Served) -> None:
+    made = api.token("admin")
+    secret = made["token"].rpartition("_")[2]
+    everything = "\n".join(api.local.lines("/api/v1/export"))
+    assert secret not in everything
+    (listed,) = [one for one in api.local.everything("/api/v1/tokens") if one["id"] in made["token"]]
+    assert "hash" not in listed["body"]
+    stored = api.node.service.view().get(api.node.id, "token", listed["id"])
+    assert stored
+    assert stored.body["hash"] == hashlib.sha256(made["token"].encode()).hexdigest()
+
+
+def test_each_change_is_logged_with_who_asked(api: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "vmconv_fleet.audit"), api.client("operator") as client:
+        client.call("POST", "/api/v1/nodes/n01/scan", {})
+    fields: list[Any] = [getattr(one, "fields", {}) for one in caplog.records if one.name == "vmconv_fleet.audit"]
+    scan = next(one for one in fields if one.get("verb") == "scan")
+    assert (scan["by"]["user"], scan["by"]["node"]) == ("a operator", api.node.id)
+    (transaction,) = [one for one in api.local.everything("/api/v1/transactions") if one["body"]["verb"] == "scan"]
+    assert transaction["body"]["by"]["user"] == "a operator"
+
+
+# Changes
+
+
+def test_what_is_owned_here_is_changed_at_once(api: Served) -> None:
+    reply = api.local.call("PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 3})
+    assert (reply.status, reply.content["ok"], reply.content["transaction"]) == (200, True, 1)
+    assert api.local.everything("/api/v1/policies")[0]["body"]["max_parallel"] == 3
+
+
+def test_what_is_owned_elsewhere_is_accepted_with_the_requests_id(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    one.wire.cut()
+    reply = api.local.call("POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"})
+    assert (reply.status, reply.content["state"]) == (202, "sent")
+    place = f"/api/v1/requests/{one.id}/{reply.content['request']}"
+    assert api.local.call("GET", place).status == 202
+    one.wire.join()
+    one.until(lambda: api.local.call("GET", place).status == 200)
+    assert other.service.view().get(other.id, "job", reply.content["request"])
+
+
+def test_a_response_is_waited_for(api: Served) -> None:
+    reply = api.local.call("POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"}, query={"wait": 30})
+    assert (reply.status, reply.content["ok"]) == (200, True)
+
+
+def test_a_refusal_is_a_conflict(api: Served) -> None:
+    wish = {"target": "n02", "verb": "cancel", "arguments": {"job": "none"}}
+    reply = api.local.call("POST", "/api/v1/requests", wish, query={"wait": 30})
+    assert (reply.status, reply.content["ok"], reply.content["reason"]) == (409, False, "job none is not here")
+
+
+def test_the_same_key_is_the_same_request(api: Served) -> None:
+    context = ssl.create_default_context(cafile=api.ca)
+    token = api.token("operator")["token"]
+    answers = []
+    for _ in range(2):
+        connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), context=context)
+        headers = {
+            "Authorization": f"Bearer {token}",
+            "Idempotency-Key": "key-number-1",
+            "Content-Type": "application/json",
+        }
+        connection.request("POST", "/api/v1/disks/n02/d1/convert?wait=30", json.dumps({"format": "raw"}), headers)
+        answers.append(json.loads(connection.getresponse().read()))
+        connection.close()
+    assert answers[0] == answers[1]
+    assert len(api.local.everything("/api/v1/jobs")) == 1
+
+
+def test_all_that_are_selected_are_asked_for(api: Served, pair: Sequence[Node]) -> None:
+    _, other = pair
+    for number in range(2, 6):
+        body = {"datastore": "ds", "name": f"{number}.vmdk", "format": "vmdk" if number % 2 else "raw"}
+        other.write(Change("disk", f"d{number}", body))
+        pair[0].body_when(other.id, "disk", f"d{number}", lambda _record: True)
+    at = wall_ms() + 10**9
+    wish = {"select": "format=vmdk and node=n0*", "format": "qcow2", "max_parallel": 2, "at_ms": at}
+    asked = api.local.call("POST", "/api/v1/conversions", wish, query={"wait": 30}).content
+    assert [one["disk"] for one in asked] == ["d3", "d5", "d1"]
+    assert all(one["answer"]["ok"] for one in asked)
+    jobs = [one["body"] for one in api.local.everything("/api/v1/jobs")]
+    assert {(job["max_parallel"], job["at_ms"], job["state"]) for job in jobs} == {(2, at, "queued")}
+    assert len({job["batch"] for job in jobs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/v1/disks/n02/d1/convert", {"format": "qcow2", "target": "../../etc/cron.d/x"}),
+        ("/api/v1/disks/n02/d1/convert", {"format": "qcow2", "target": "/etc/cron.d/x"}),
+        ("/api/v1/disks/n02/d1/convert", {"format": "qcow2", "path": "/etc/shadow"}),
+        ("/api/v1/disks/n02/d1/convert", {"format": "qcow2", "disk": "/etc/shadow"}),
+        ("/api/v1/disks/n02/d1/convert", {"format": "../x"}),
+        ("/api/v1/conversions", {"select": "nonsense", "format": "qcow2"}),
+        ("/api/v1/requests", {"target": "n02", "verb": "rm", "arguments": {}}),
+        ("/api/v1/tokens", {"label": "x", "role": "god"}),
+        ("/api/v1/datastores", {"name": "x", "path": "/does/not/exist"}),
+        ("/api/v1/datastores", {"name": "../x", "path": "/"}),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(api: Served, path: str, body: object) -> None:
+    with pytest.raises(UsageError) as raised:
+        api.local.call("POST", path, body)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/nodes/n77", "/api/v1/disks?node=n77", "/api/v1/records/n02/disk/none"])
+def test_what_is_not_here_is_not_found(api: Served, path: str) -> None:
+    with pytest.raises(VmconvError, match=r"n77|is not here"):
+        api.local.call("GET", path)
+
+
+# Reading
+
+
+def test_an_etag_is_the_position_of_the_owner(api: Served, pair: Sequence[Node]) -> None:
+    record = pair[0].service.view().get(pair[1].id, "disk", "d1")
+    assert record
+    token = f"Bearer {api.token('viewer')['token']}"
+    path = f"/api/v1/records/{pair[1].id}/disk/d1"
+    tag = raw(api, "GET", path, Authorization=token).headers["ETag"]
+    assert tag == f'"{record.epoch}.{record.seq}"'
+    assert raw(api, "GET", path, Authorization=token, If_None_Match=tag).status == 304
+    pair[1].write(Change("disk", "d1", {**record.body, "in_use": True}))
+    pair[0].body_when(pair[1].id, "disk", "d1", lambda one: bool(one.body.get("in_use")))
+    fresh = raw(api, "GET", path, Authorization=token, If_None_Match=tag)
+    assert (fresh.status, fresh.headers["ETag"] != tag) == (200, True)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/disks", "/api/v1/nodes", "/api/v1/transactions", "/api/v1/fleet"])
+def test_lists_have_etags(api: Served, path: str) -> None:
+    token = f"Bearer {api.token('viewer')['token']}"
+    tag = raw(api, "GET", path, Authorization=token).headers["ETag"]
+    assert raw(api, "GET", path, Authorization=token, If_None_Match=f'"other", W/{tag}').status == 304
+
+
+def test_lists_come_in_pages(api: Served) -> None:
+    for number in range(5):
+        api.token("viewer", label=f"t{number}")
+    page = api.local.get("/api/v1/tokens", limit=2, offset=4)
+    assert (page["total"], [one["body"]["label"] for one in page["items"]]) == (5, ["t4"])
+    with pytest.raises(UsageError):
+        api.local.get("/api/v1/tokens", limit=100_000)
+
+
+def test_what_another_node_writes_need_not_be_sound(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    other.write(
+        Change("disk", "bad", {"datastore": 5, "name": ["x"]}),
+        Change("job", "bad", {"created_ms": "never"}),
+        Change("heartbeat", other.id, {"at_ms": "now"}),
+        Change("future-kind", "x", {"anything": [1, 2]}),
+    )
+    one.body_when(other.id, "future-kind", "x", lambda _record: True)
+    assert [disk["id"] for disk in api.local.everything("/api/v1/disks")] == ["d1"]
+    assert api.local.everything("/api/v1/jobs") == []
+    assert len(api.local.get("/api/v1/nodes")["items"]) == 2
+    assert api.local.everything("/api/v1/records/future-kind")[0]["body"] == {"anything": [1, 2]}
+
+
+def test_a_retired_node_is_history(api: Served, pair: Sequence[Node]) -> None:
+    retired = "f" * 32
+    pair[1].write(Change("retirement", retired, {"node": retired, "name": "n09", "reason": "burnt", "at_ms": 1}))
+    pair[0].body_when(pair[1].id, "retirement", retired, lambda _record: True)
+    states = {one["name"]: (one["state"], one["age_ms"]) for one in api.local.get("/api/v1/nodes")["items"]}
+    assert states["n09"] == ("retired", None)
+    assert 'vmconv_fleet_nodes{state="retired"} 1' in list(api.local.lines("/metrics"))
+    assert [one["name"] for one in api.local.get("/api/v1/fleet")["unseen"]] == []
+
+
+def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Sequence[Node]) -> None:
+    pair[1].write(Change("node", pair[1].id, None), Change("heartbeat", pair[1].id, {"at_ms": 1, "interval_s": 5}))
+    pair[0].body_when(pair[1].id, "heartbeat", pair[1].id, lambda _record: True)
+    assert pair[1].id[:8] in [one["name"] for one in api.local.get("/api/v1/nodes")["items"]]
+
+
+def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:
+    lines = api.local.lines("/api/v1/events", kinds="disk")
+    assert next(lines).startswith("retry")
+    assert next(lines) == "event: here"
+    pair[1].write(Change("vm", "v1", {"datastore": "ds", "file": "x", "name": "x"}))
+    (record,) = pair[1].write(Change("disk", "d9", {"datastore": "ds", "name": "new.raw"}))
+    told = {}
+    for line in lines:
+        name, _, value = line.partition(": ")
+        told[name] = value
+        if name == "data" and "kind" in value:
+            break
+    assert told["event"] == "disk"
+    assert told["id"] == f"{record.owner}.{record.epoch}.{record.seq}"
+    assert json.loads(told["data"])["body"]["name"] == "new.raw"
+
+
+def test_metrics_are_what_prometheus_reads(api: Served, pair: Sequence[Node]) -> None:
+    pair[1].write(Change("disk", "d2", {"datastore": "ds", "name": "x", "format": 'a"b\\c\nd'}))
+    pair[0].body_when(pair[1].id, "disk", "d2", lambda _record: True)
+    lines = [line for line in api.local.lines("/metrics") if line and not line.startswith("#")]
+    assert 'vmconv_fleet_disks{node="n02",format="a\\"b\\\\c\\nd"} 1' in lines
+    assert 'vmconv_fleet_nodes{state="here"} 1' in lines
+    for line in lines:
+        name, _, value = line.rpartition(" ")
+        assert name.startswith("vmconv_fleet_")
+        float(value)
+
+
+# The application itself
+
+
+def test_the_description_has_every_verb(api: Served) -> None:
+    described = api.local.get("/api/v1/openapi.json")
+    assert described["openapi"].startswith("3.")
+    operations = {f"{method.upper()} {path}" for path, ways in described["paths"].items() for method in ways}
+    by_verb = {
+        "convert": "POST /api/v1/disks/{owner}/{disk}/convert",
+        "cancel": "POST /api/v1/jobs/{owner}/{job}/cancel",
+        "scan": "POST /api/v1/nodes/{node}/scan",
+        "datastore-add": "POST /api/v1/datastores",
+        "datastore-remove": "DELETE /api/v1/datastores/{owner}/{name}",
+        "policy-set": "PATCH /api/v1/nodes/{node}/policy",
+        "token-create": "POST /api/v1/tokens",
+        "token-revoke": "DELETE /api/v1/tokens/{owner}/{identifier}",
+        "retire": "POST /api/v1/nodes/{node}/retire",
+        "revoke": "POST /api/v1/nodes/{node}/revoke",
+    }
+    assert by_verb.keys() == VERBS.keys()
+    assert set(by_verb.values()) <= operations
+
+
+def test_answers_protect_browsers(api: Served) -> None:
+    for path in ("/healthz", "/login", "/nowhere", "/api/v1/fleet"):
+        headers = raw(api, "GET", path).headers
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert headers["Cache-Control"] == "no-store"
+
+
+def test_no_body_is_too_large_to_refuse(api: Served) -> None:
+    token = f"Bearer {api.token('admin')['token']}"
+    body = b'{"label": "' + b"x" * MAX_BODY + b'"}'
+    response = raw(api, "POST", "/api/v1/tokens", body, Authorization=token, Content_Type="application/json")
+    assert response.status == 413
+
+
+def test_the_local_administrator_cuts_a_node_off(api: Served, pair: Sequence[Node]) -> None:
+    assert api.local.call("PUT", "/api/v1/link", {"connected": False}).content == {"connected": False}
+    fleet = api.local.get("/api/v1/fleet")
+    assert (fleet["cut"], fleet["problems"]) == (True, ["cut off by the administrator"])
+    assert api.local.call("PUT", "/api/v1/link", {"connected": True}).content == {"connected": True}
+    assert pair[0].service.neighbours() == [pair[1].id]

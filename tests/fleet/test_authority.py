@@ -1,0 +1,360 @@
+"""The authority: what it signs, whom it lets in, and what of that is refused."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from vmconv_fleet import config as settings
+from vmconv_fleet import credentials, joining
+from vmconv_fleet.authority import Authority, AuthorityError, Invitation, is_revocation
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.errors import FleetError
+from vmconv_fleet.identity import Keys, binding, new_node_id, read_certificate
+from vmconv_fleet.joining import JoinError, JoinService
+from vmconv_fleet.testing import Lab, free_port
+
+
+@pytest.fixture
+def authority(lab: Lab) -> Authority:
+    lab.add()
+    assert lab.authority is not None
+    return lab.authority
+
+
+def csr(keys: Keys, node: str) -> bytes:
+    return keys.request(node, "lab", ["10.0.0.1", "host.example"])
+
+
+def test_a_certificate_binds_the_node_id_to_both_keys(authority: Authority) -> None:
+    keys, node = Keys.generate(), new_node_id()
+    certificate = read_certificate(authority.issue(csr(keys, node)))
+    bound = binding(certificate, [authority.certificate])
+    assert (bound.node, bound.fleet) == (node, "lab")
+    assert bound.key.public_bytes_raw() == keys.signing.public_key().public_bytes_raw()
+    assert certificate.public_key() == keys.tls.public_key()
+
+
+def test_a_request_cannot_make_its_node_an_authority(authority: Authority) -> None:
+    keys, node = Keys.generate(), new_node_id()
+    asked = x509.load_pem_x509_csr(csr(keys, node))
+    builder = x509.CertificateSigningRequestBuilder().subject_name(asked.subject)
+    for extension in asked.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    pem = builder.sign(keys.tls, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    constraints = read_certificate(authority.issue(pem)).extensions.get_extension_for_class(x509.BasicConstraints)
+    assert not constraints.value.ca
+
+
+@pytest.mark.parametrize("name", ["", "localhost", "0" * 32, "F" * 32, "a" * 31, "a" * 33])
+def test_a_request_for_what_is_no_node_id_is_refused(authority: Authority, name: str) -> None:
+    keys = Keys.generate()
+    if not name:
+        key = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+        pem = key.sign(keys.tls, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    else:
+        pem = csr(keys, name)
+    with pytest.raises(AuthorityError):
+        authority.issue(pem)
+
+
+def test_a_request_that_was_changed_after_it_was_signed_is_refused(authority: Authority) -> None:
+    other = x509.load_pem_x509_csr(csr(Keys.generate(), new_node_id()))
+    der = bytearray(other.public_bytes(serialization.Encoding.DER))
+    der[-1] ^= 1
+    damaged = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(AuthorityError, match="bad signature"):
+        authority.issue(damaged)
+
+
+def test_a_request_without_a_signing_key_is_refused(authority: Authority) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, new_node_id())])
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("a")]), critical=False)
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    with pytest.raises(AuthorityError, match="0 signing keys"):
+        authority.issue(pem)
+
+
+@pytest.mark.parametrize("junk", [b"", b"\x00" * 100, b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n"])
+def test_what_is_no_request_is_refused_in_one_line(authority: Authority, junk: bytes) -> None:
+    with pytest.raises(AuthorityError, match="no certificate request"):
+        authority.issue(junk)
+
+
+def test_a_token_lets_one_node_in(authority: Authority) -> None:
+    token = authority.make_token()
+    authority.redeem(token)
+    with pytest.raises(AuthorityError, match="used before"):
+        authority.redeem(token)
+
+
+def test_of_many_who_use_a_token_at_once_one_gets_in(authority: Authority) -> None:
+    token, let_in = authority.make_token(), []
+
+    def redeem() -> None:
+        try:
+            authority.redeem(token)
+            let_in.append(1)
+        except AuthorityError:
+            pass
+
+    threads = [threading.Thread(target=redeem) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert let_in == [1]
+
+
+def test_a_token_expires(authority: Authority) -> None:
+    token = authority.make_token(60, now=1000.0)
+    with pytest.raises(AuthorityError, match="expired"):
+        authority.redeem(token, now=1061.0)
+
+
+def test_tokens_are_kept_as_hashes(authority: Authority, lab: Lab) -> None:
+    token = authority.make_token()
+    assert token not in Path(lab.nodes[0].directory, "authority", "tokens.json").read_text()
+
+
+def test_private_files_are_for_their_owner_only(authority: Authority, lab: Lab) -> None:
+    directory = Path(lab.nodes[0].directory)
+    authority.make_token()
+    private = [
+        *directory.glob("identity/*.key"),
+        *directory.glob("authority/*.key"),
+        directory / "authority/tokens.json",
+    ]
+    assert len(private) == 4
+    assert [path.stat().st_mode & 0o777 for path in private] == [0o600] * 4
+
+
+def test_a_copy_of_the_authority_signs_what_the_first_one_would(authority: Authority, lab: Lab) -> None:
+    other = lab.add()
+    with pytest.raises(AuthorityError, match="does not hold"):
+        Authority.load(other.directory)
+    Authority.of_key(other.directory, authority.export()).adopt()
+    pem = Authority.load(other.directory).issue(csr(Keys.generate(), new_node_id()))
+    binding(read_certificate(pem), [authority.certificate])
+
+
+def test_an_authority_of_another_fleet_is_not_adopted(authority: Authority, lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    stranger = Authority.found(str(tmp_path / "other"), "other")
+    with pytest.raises(AuthorityError, match="not the one of this fleet"):
+        Authority.of_key(lab.nodes[0].directory, stranger.export())
+
+
+def test_a_revocation_is_the_authoritys_alone(authority: Authority, tmp_path: Path) -> None:
+    node = new_node_id()
+    body = authority.revocation(node, upto=[5, 7])
+    assert is_revocation(body, [authority.certificate])
+    for name, value in (
+        ("node", new_node_id()),
+        ("upto", [9, 9]),
+        ("retired", True),
+        ("key_id", "a"),
+        ("signature", "x"),
+    ):
+        assert not is_revocation({**body, name: value}, [authority.certificate])
+    (tmp_path / "other").mkdir()
+    stranger = Authority.found(str(tmp_path / "other"), "lab")
+    assert not is_revocation(stranger.revocation(node), [authority.certificate])
+
+
+# Joining
+
+
+class Members:
+    """Implements `joining.Membership` without a running node."""
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self.revoked: set[str] = set()
+        self.certificates: list[bytes] = []
+
+    def is_known(self, node: str) -> bool:
+        return node in self.known
+
+    def is_revoked(self, node: str) -> bool:
+        return node in self.revoked
+
+    def certified(self, certificate: bytes) -> None:
+        self.certificates.append(certificate)
+
+    def revoke(self, node: str) -> None:
+        self.revoked.add(node)
+
+
+@pytest.fixture
+def members() -> Members:
+    return Members()
+
+
+@pytest.fixture
+def invite(
+    authority: Authority, lab: Lab, members: Members, request: pytest.FixtureRequest
+) -> Callable[[], Invitation]:
+    """The joining service runs; returns an invitation to it."""
+    config = replace(lab.nodes[0], join=f"127.0.0.1:{free_port()}")
+    service = JoinService(config, authority, members)
+    service.start()
+    request.addfinalizer(service.close)
+    return lambda: authority.invite(config, host="127.0.0.1")
+
+
+def joined(lab: Lab, invitation: Invitation, directory: Path) -> NodeConfig:
+    keys, node = Keys.generate(), new_node_id()
+    granted = joining.join(invitation, csr(keys, node))
+    directory.mkdir()
+    config = replace(
+        lab.nodes[0], directory=str(directory), node=node, authorities=[invitation.address], connect=granted.seeds
+    )
+    (directory / "ca.pem").write_bytes(granted.authorities)
+    credentials.install(config.directory, keys, granted.certificate)
+    settings.save(config)
+    return config
+
+
+def test_a_node_joins_by_an_invitation(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    assert credentials.load(config).bound.node == config.node
+    assert config.connect[0] == lab.nodes[0].listen[0]
+    assert len(members.certificates) == 1
+
+
+def test_an_invitation_is_its_text(invite: Callable[[], Invitation]) -> None:
+    invitation = invite()
+    assert Invitation.parse(str(invitation)) == invitation
+
+
+@pytest.mark.parametrize("text", ["", "x", "vmconv-join://", "https://a/b/c/d", "vmconv-join://a:1/b/c/d"])
+def test_what_is_no_invitation_is_refused(text: str) -> None:
+    with pytest.raises(AuthorityError, match="no invitation"):
+        Invitation.parse(text)
+
+
+def test_an_invitation_is_good_once(lab: Lab, invite: Callable[[], Invitation], tmp_path: Path) -> None:
+    invitation = invite()
+    joined(lab, invitation, tmp_path / "first")
+    with pytest.raises(JoinError, match="used before"):
+        joined(lab, invitation, tmp_path / "second")
+
+
+def test_a_node_id_that_is_taken_is_refused_and_the_token_stays_good(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    invitation, node = invite(), new_node_id()
+    members.known.add(node)
+    with pytest.raises(JoinError, match="is taken"):
+        joining.join(invitation, csr(Keys.generate(), node))
+    joined(lab, invitation, tmp_path / "joined")
+
+
+def test_nothing_is_sent_to_an_authority_with_another_fingerprint(
+    invite: Callable[[], Invitation], authority: Authority
+) -> None:
+    invitation = invite()
+    with pytest.raises(JoinError, match="not of the fleet") as caught:
+        joining.join(invitation._replace(fingerprint="0" * 64), csr(Keys.generate(), new_node_id()))
+    assert caught.value.hint is not None
+    authority.redeem(invitation.token)
+
+
+def test_a_member_that_is_not_the_one_of_the_invitation_gets_no_token(
+    invite: Callable[[], Invitation], authority: Authority
+) -> None:
+    invitation = invite()
+    with pytest.raises(JoinError, match="the invitation is of"):
+        joining.join(invitation._replace(node=new_node_id()), csr(Keys.generate(), new_node_id()))
+    authority.redeem(invitation.token)
+
+
+def test_an_address_where_nobody_is_is_said_in_one_line(invite: Callable[[], Invitation]) -> None:
+    nowhere = invite()._replace(address=f"127.0.0.1:{free_port()}")
+    with pytest.raises(JoinError, match="cannot ask the authority"):
+        joining.join(nowhere, csr(Keys.generate(), new_node_id()))
+
+
+def test_a_certificate_is_renewed_for_the_node_that_shows_it(
+    lab: Lab, invite: Callable[[], Invitation], tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    before = credentials.load(config)
+    after = credentials.request_new(config)
+    assert after.bound.serial != before.bound.serial
+    assert after.bound.key_id == before.bound.key_id
+    assert credentials.request_new(config, new_keys=True).bound.key_id != before.bound.key_id
+
+
+def test_a_node_cannot_renew_for_another(lab: Lab, invite: Callable[[], Invitation], tmp_path: Path) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    with pytest.raises(JoinError, match="refused"):
+        joining.renew(config, config.authorities[0], csr(Keys.generate(), lab.nodes[0].node))
+
+
+def test_without_a_certificate_nothing_is_renewed(invite: Callable[[], Invitation], authority: Authority) -> None:
+    invitation = invite()
+    context = joining._client_context(joining._authority_certificate(invitation))
+    with joining._connected(invitation.address, context) as connection, pytest.raises(JoinError, match="show"):
+        joining._post(connection, "/renew", {"request": csr(Keys.generate(), new_node_id()).decode()})
+
+
+def test_a_revoked_node_gets_no_new_certificate(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    joining.leave(config, config.authorities[0])
+    assert members.revoked == {config.node}
+    with pytest.raises(JoinError, match="was revoked"):
+        credentials.request_new(config)
+
+
+def test_the_next_authority_is_asked_when_one_is_away(
+    lab: Lab, invite: Callable[[], Invitation], tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    credentials.request_new(replace(config, authorities=[f"127.0.0.1:{free_port()}", *config.authorities]))
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"x" * 100_000])
+def test_junk_is_answered_and_the_service_goes_on(invite: Callable[[], Invitation], body: bytes) -> None:
+    invitation = invite()
+    context = joining._client_context(joining._authority_certificate(invitation))
+    with joining._connected(invitation.address, context) as connection:
+        connection.request("POST", "/join", body)
+        assert connection.getresponse().status in (400, 403)
+    joining.join(invitation, csr(Keys.generate(), new_node_id()))
+
+
+def test_settings_that_make_no_sense_are_said_in_one_line(lab: Lab) -> None:
+    config = lab.add()
+    path = Path(config.path("node.toml"))
+    for text in (
+        "x",
+        'fleet = "a"',
+        path.read_text() + "\ntypo = 1\n",
+        path.read_text().replace("true", "3").replace("false", "3"),
+    ):
+        path.write_text(text)
+        with pytest.raises(FleetError, match=r"node\.toml"):
+            settings.load(config.directory)
+
+
+def test_settings_are_kept_as_they_are(lab: Lab) -> None:
+    config = replace(lab.add(), datastores={"b ä": '/data/"x"'}, name="\\nöde", connect=["[::1]:1"])
+    settings.save(config)
+    assert settings.load(config.directory) == config

@@ -1,0 +1,347 @@
+"""The verbs of `vmconv fleet`, against nodes in this process; the demo runs real ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from disks import MIB, make_disk
+from fleet.in_memory import PATIENCE, Node, nodes
+from fleet.serving import Served, served
+from vmconv import cli
+from vmconv.errors import UsageError
+from vmconv_fleet.cli.converting import moment
+from vmconv_fleet.cli.fleet import COMMAND, VERBS
+from vmconv_fleet.differences import differences
+from vmconv_fleet.jobs import JobRunner
+from vmconv_fleet.records import Change
+from vmconv_fleet.scanning import Scanner
+from vmconv_fleet.words import age_text
+
+Run = Callable[..., str]
+
+
+class Fleet(NamedTuple):
+    """Two nodes: the first is asked, the second has the disks."""
+
+    here: Node
+    other: Node
+    api: Served
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("web-1", "web-2"):
+        make_disk(images / f"{name}.raw", MIB)
+    (images / "vm.vmx").write_bytes(b'displayName = "shop"\nscsi0:0.fileName = "web-9.vmdk"\n')
+    with nodes(2, tmp_path) as (here, other), served(here) as api:
+        parts = Scanner(other.service, {"ds": str(images)}), JobRunner(other.service, str(other.directory))
+        for part in parts:
+            part.start()
+        here.until(lambda: len(here.service.view().find("disk", other.id)) == 2)
+        here.body_when(other.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
+        yield Fleet(here, other, api)
+        for part in parts:
+            part.stop()
+
+
+@pytest.fixture
+def run(fleet: Fleet, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `vmconv fleet ...` on the first node; returns what was printed, errors included when one was expected."""
+    monkeypatch.setenv("VMCONV_NODE", str(fleet.here.directory))
+
+    def call(*arguments: str, code: int = 0) -> str:
+        assert cli.main(["fleet", *arguments]) == code, capsys.readouterr()
+        said = capsys.readouterr()
+        return said.out + (said.err if code else "")
+
+    return call
+
+
+def test_nodes(run: Run, fleet: Fleet) -> None:
+    lines = run("nodes").splitlines()
+    assert lines[0].split() == ["NODE", "STATE", "HEARD", "BEHIND", "AT", "ID"]
+    assert [line.split()[:2] for line in lines[1:]] == [["n01", "here"], ["n02", "up"]]
+    assert [one["node"] for one in json.loads(run("nodes", "--output", "json"))] == [fleet.here.id, fleet.other.id]
+
+
+def test_datastores(run: Run) -> None:
+    assert run("datastores").splitlines()[1].split()[:2] == ["n02", "ds"]
+
+
+def test_disks(run: Run) -> None:
+    assert [line.split()[-1] for line in run("disks").splitlines()[1:]] == ["web-1.raw", "web-2.raw"]
+    assert [line.split()[-1] for line in run("disks", "--select", "name=*2.raw").splitlines()[1:]] == ["web-2.raw"]
+    assert run("disks", "--of", "n01").count("\n") == 1
+    assert "hint: fields" in run("disks", "--select", "colour=red", code=2)
+
+
+def test_names_of_strangers_do_not_command_the_terminal(run: Run, fleet: Fleet) -> None:
+    fleet.other.write(Change("disk", "evil", {"datastore": "ds", "name": "\x1b]0;owned\x07\n.raw"}))
+    fleet.here.body_when(fleet.other.id, "disk", "evil", lambda _one: True)
+    assert "\x1b" not in run("disks")
+    assert "\\x1b]0;owned" in run("disks")
+
+
+def test_vms(run: Run, fleet: Fleet) -> None:
+    assert run("vms").splitlines()[1].split() == ["n02", "shop", "-", "-", "web-9.vmdk", "(not", "here)"]
+
+
+def test_convert_follows_to_the_end(run: Run) -> None:
+    said = run("convert", "n02:web-1.raw", "--to", "qcow2", "--follow", "--wait", "30").splitlines()
+    assert said[1].split()[:3] == ["web-1.raw", "web-1.qcow2", "done"]
+    assert "already exists" in run("convert", "n02:web-1.raw", "--to", "qcow2", "--follow", "--wait", "30", code=1)
+
+
+def test_convert_says_what_was_accepted(run: Run) -> None:
+    said = run(
+        "convert", "n02:web-1.raw", "--to", "raw", "--target", "b.raw", "--at", "2999-01-01T10:00", "--id", "mine-1"
+    )
+    assert said.splitlines()[1].split() == ["web-1.raw", "mine-1", "accepted"]
+    assert said.endswith("begins 2999-01-01 10:00:00\n")
+
+
+def test_convert_of_many_is_planned_first(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    many = ["convert", "--select", "format=raw and node=n0*", "--to", "vhdx", "--max-parallel", "4", "--wait", "30"]
+    said = run(*many, "--dry-run").splitlines()
+    assert [line.split()[:3] for line in said[1:3]] == [
+        ["web-1.raw", "web-1.vhdx", "planned"],
+        ["web-2.raw", "web-2.vhdx", "planned"],
+    ]
+    assert said[-1].endswith("of 2 disks")
+    assert not list((tmp_path / "images").glob("*.vhdx"))
+    assert run(*many, "--follow").count("done") == 2
+    assert len(list((tmp_path / "images").glob("*.vhdx"))) == 2
+    assert "no disk is selected" in run("convert", "--select", "format=dmg", "--to", "raw", code=2)
+    assert "--select chooses many" in run(*many, "--target", "x", code=2)
+
+
+def test_a_refused_conversion_fails(run: Run) -> None:
+    assert "refused: this node cannot write" in run("convert", "n02:web-1.raw", "--to", "luks", "--wait", "30", code=1)
+    assert "no disk" in run("convert", "n02:nothing.raw", "--to", "raw", code=2)
+
+
+def test_cancel_and_jobs(run: Run) -> None:
+    run("convert", "n02:web-1.raw", "--to", "qcow2", "--at", "2999-01-01T10:00", "--id", "job-one")
+    assert run("jobs", "--state", "queued").splitlines()[1].split()[:3] == ["job-one", "n02", "queued"]
+    assert run("cancel", "job-o", "--wait", "30").startswith("job job-one: cancelled (transaction ")
+    assert run("jobs", "--state", "queued").count("\n") == 1
+    assert "cancelled already" in run("cancel", "job-one", "--wait", "30", code=1)
+
+
+def test_scan(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    make_disk(tmp_path / "images" / "web-3.raw", MIB)
+    assert run("scan", "n02", "--wait", "30").startswith("scan begun")
+    fleet.here.until(lambda: "web-3.raw" in run("disks"))
+
+
+def test_requests_and_history(run: Run) -> None:
+    run("policy", "n02", "--max-parallel", "7", "--wait", "30")
+    assert run("requests").splitlines()[1].split()[-2:] == ["transaction", "1"]
+    said = run("history", "--of", "n02")
+    assert "policy-set by" in said
+    assert "        max_parallel: - -> 7" in said
+    assert json.loads(run("history", "--output", "json"))[0]["body"]["number"] == 1
+
+
+def test_policy(run: Run) -> None:
+    assert "no policy of its own" in run("policy")
+    run("policy", "--naming", "{stem}-new{suffix}", "--formats", "raw,qcow2", "--may-remove-source", "yes")
+    body = json.loads(run("policy", "--output", "json"))
+    assert body == {"naming": "{stem}-new{suffix}", "formats": ["raw", "qcow2"], "may_remove_source": True}
+    run("policy", "--formats", "all", "--zero-copy", "require")
+    assert json.loads(run("policy", "--output", "json"))["formats"] is None
+    assert "naming" in run("policy", "--naming", "../x", code=2)
+
+
+def test_datastore(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    assert run("datastore", "add", "more", str(tmp_path)).startswith(f"datastore more is {tmp_path}")
+    assert "there already" in run("datastore", "add", "more", str(tmp_path), code=1)
+    assert "is not a directory" in run("datastore", "add", "none", str(tmp_path / "none"), code=2)
+    assert "files stay" in run("datastore", "remove", "more")
+    assert "files stay" in run("datastore", "remove", "ds", "--of", "n02", "--wait", "30")
+
+
+def test_token(run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = run("token", "create", "eve", "--role", "operator", "--days", "3").strip()
+    (tmp_path / "token").write_text(text + "\n")
+    there = ["--node", fleet.api.url, "--ca", fleet.api.ca, "--token-file", str(tmp_path / "token")]
+    assert "n02" in run("nodes", *there)
+    assert "takes the role admin" in run("policy", "--max-parallel", "3", *there, code=1)
+    assert "a token is needed" in run("nodes", "--node", fleet.api.url, code=2)
+    listed = run("token", "list").splitlines()[1].split()
+    assert listed[1:3] == ["eve", "operator"]
+    assert "good for nothing" in run("token", "revoke", listed[0])
+    assert "not known" in run("nodes", *there, code=1) or "revoked" in run("nodes", *there, code=1)
+    assert "more than no time" in run("token", "create", "x", "--days", "0", code=2)
+
+
+def test_watch(run: Run, fleet: Fleet) -> None:
+    command = [sys.executable, "-u", "-m", "vmconv", "fleet", "watch", "--kinds", "vm"]
+    heard = threading.Event()
+
+    def change() -> None:
+        # It does not say since when it listens: there are changes until it has told of one.
+        number = 0
+        while not heard.is_set():
+            number += 1
+            body = {"datastore": "ds", "file": "x", "name": f"new-{number}"}
+            fleet.other.write(Change("vm", "v1", body))
+
+    changing = threading.Thread(target=change)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout
+        changing.start()
+        try:
+            line = watching.stdout.readline()
+        finally:
+            heard.set()
+            watching.kill()
+            changing.join(PATIENCE)
+    assert "  n02  vm v1  new-" in line
+
+
+def test_export(run: Run, tmp_path: Path) -> None:
+    said = run("export", str(tmp_path / "all.ndjson"))
+    records = [json.loads(line) for line in (tmp_path / "all.ndjson").read_text().splitlines()]
+    assert said == f"{tmp_path / 'all.ndjson'}: {len(records)} records\n"
+    assert {"node", "disk", "datastore"} <= {one["kind"] for one in records}
+    assert "cannot be written" in run("export", str(tmp_path / "all.ndjson"), code=1)
+    assert run("export").count("\n") == len(records)
+
+
+def test_doctor(run: Run, fleet: Fleet) -> None:
+    assert run("doctor") == "nothing is wrong\n"
+    fleet.other.write(Change("disk", "bad", {"datastore": "ds", "name": "x", "problem": "no signature"}))
+    fleet.here.body_when(fleet.other.id, "disk", "bad", lambda _one: True)
+    assert run("doctor") == "note   n02 disk bad: no signature\nnothing is wrong\n"
+    fleet.here.wire.cut()
+    said = run("doctor", code=1)
+    assert "WRONG  n01: is cut off from the others" in said
+    assert "WRONG  n02: is not heard" in said
+
+
+def test_retire(run: Run, fleet: Fleet) -> None:
+    assert "refused" in run("retire", "n02", "--wait", "30", code=1)
+    assert "no node 'n77'" in run("retire", "n77", code=1)
+
+
+def test_a_node_that_does_not_run_is_one_line(run: Run, tmp_path: Path) -> None:
+    assert run("nodes", "--node", str(tmp_path), code=1).startswith(f"vmconv: {tmp_path}: no node runs here\n  hint:")
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vmconv", "fleet", "demo", "--size", "8M", "--directory", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "n01 asks n02 for one more conversion: its request waits" in done.stdout
+    assert [line.split()[-1] for line in done.stdout.splitlines() if line.split()[1:2] and "yes" in line] == ["yes"] * 3
+    assert done.stdout.endswith("All nodes have ended, and their directories are removed.\n")
+    assert not os.listdir(tmp_path)
+
+
+def test_each_verb_has_a_test() -> None:
+    tested = " ".join(name for name in globals() if name.startswith("test_"))
+    assert [verb for verb in VERBS if verb not in tested] == []
+
+
+def test_the_help_of_each_verb_can_be_shown() -> None:
+    parser = argparse.ArgumentParser()
+    COMMAND.configure(parser)
+    (verbs,) = [one for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
+    assert verbs.choices.keys() == VERBS.keys()
+    for sub in verbs.choices.values():
+        assert "usage" in sub.format_help()
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yields a parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from parsers(sub)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_and_option_is_in_the_guide(verb: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fleet.md").read_text()
+    parser = argparse.ArgumentParser()
+    VERBS[verb].configure(parser)
+    options = {name for one in parsers(parser) for action in one._actions for name in action.option_strings[-1:]}
+    assert re.search(rf"^\| `{verb}\b", page, re.MULTILINE)
+    assert [name for name in options - {"--help"} if not re.search(rf"`{name}\b", page)] == []
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    script = """
+import sys
+from vmconv.cli import main
+try:
+    main(["fleet", "--help"])
+except SystemExit:
+    heavy = ("pydantic", "fastapi", "zenoh", "numpy", "sqlite3", "ssl", "json")
+    print([name for name in heavy if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+NOW = datetime(2026, 11, 24, 18, 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "then"),
+    [
+        ("22:00", datetime(2026, 11, 24, 22, 0)),
+        ("18:30", datetime(2026, 11, 25, 18, 30)),
+        ("6:05", datetime(2026, 11, 25, 6, 5)),
+        ("2026-12-24T18:00", datetime(2026, 12, 24, 18, 0)),
+    ],
+)
+def test_times_of_day_are_the_next_ones(text: str, then: datetime) -> None:
+    assert moment(text, NOW) == then
+
+
+@pytest.mark.parametrize("text", ["25:00", "12:60", "noon", "2020-01-01T00:00"])
+def test_times_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--at"):
+        moment(text, NOW)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "said"),
+    [
+        (None, "never"),
+        (10, "now"),
+        (5_000, "5 s"),
+        (252_000, "4 min 12 s"),
+        (7_200_000, "2 h"),
+        (90_061_000, "1 d 1 h"),
+    ],
+)
+def test_ages(milliseconds: int | None, said: str) -> None:
+    assert age_text(milliseconds) == said
+
+
+def test_differences_are_fields() -> None:
+    before: dict[str, Any] = {"a": 1, "b": {"c": "x", "d": [1]}, "hash": "s1", "e": None}
+    after: dict[str, Any] = {"a": 1, "b": {"c": "y", "d": [1, 2]}, "hash": "s2", "f": "new"}
+    found = {one.field: (one.before, one.after) for one in differences(before, after)}
+    assert found == {"b.c": ("x", "y"), "b.d": ("[1]", "[1, 2]"), "e": ("null", None), "f": (None, "new")}
+    assert [one.field for one in differences(None, {"x": 1})] == ["x"]
+    assert differences(before, before) == []

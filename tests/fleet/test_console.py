@@ -1,0 +1,284 @@
+"""The console in headless Chromium, over TLS, as an administrator sees it."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import shutil
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import pytest
+
+from conftest import missing
+from fleet.in_memory import Node, nodes
+from fleet.serving import Served, served
+from vmconv_fleet.clock import wall_ms
+from vmconv_fleet.records import Change
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>.vmdk"
+JOB = {
+    "state": "running",
+    "disk": "d1",
+    "datastore": "ds",
+    "source": EVIL,
+    "format": "qcow2",
+    "created_ms": 1,
+    "plan": {
+        "backend": "reflink",
+        "shared": 3 << 30,
+        "copied": 1 << 30,
+        "copies": [{"reason": "<b>odd</b>", "bytes": 5}],
+    },
+    "progress": {"done": 25, "total": 100},
+}
+
+
+class Desk(NamedTuple):
+    """A browser before a node, and another node that has a disk and a job."""
+
+    page: Any
+    api: Served
+    here: Node
+    other: Node
+
+    def go(self, path: str) -> None:
+        self.page.goto(f"{self.api.url}{path}")
+
+    def text(self, selector: str = "main") -> str:
+        said: str = self.page.locator(selector).first.inner_text()
+        return said
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    program = shutil.which("chromium")
+    if program is None:
+        missing("chromium", "chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        # Tests run as root, whom Chromium gives no sandbox.
+        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, browser: Any) -> Iterator[Desk]:
+    with nodes(2, tmp_path) as (here, other), served(here) as api:
+        other.write(
+            Change("datastore", "ds", {"path": "/srv/images", "size": 100, "free": 50, "filesystem": "xfs"}),
+            Change("disk", "d1", {"datastore": "ds", "name": EVIL, "format": "vmdk", "virtual_size": 1 << 30}),
+            Change("vm", "v1", {"datastore": "ds", "file": "x.vmx", "name": EVIL, "disks": [{"name": EVIL}]}),
+            Change("capabilities", "installed", {"formats": {"qcow2": {"writes": True}, "vmdk": {"writes": True}}}),
+            Change("job", "j1", JOB),
+            Change("heartbeat", other.id, {"at_ms": wall_ms(), "interval_s": 5, "problems": [EVIL]}),
+        )
+        here.body_when(other.id, "heartbeat", other.id, lambda _one: True)
+        context = browser.new_context(ignore_https_errors=True)
+        page = context.new_page()
+        wrong: list[str] = []
+        page.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        yield Desk(page, api, here, other)
+        context.close()
+        # A door that stays shut is what a test may be about.
+        assert [text for text in wrong if "status of 401" not in text and "ERR_FAILED" not in text] == []
+
+
+@pytest.fixture
+def entered(desk: Desk) -> Desk:
+    """The desk of somebody who may do everything."""
+    enter(desk, "admin")
+    return desk
+
+
+def enter(desk: Desk, role: str) -> None:
+    desk.go("/")
+    assert desk.page.url.endswith("/login")
+    desk.page.fill("#token", desk.api.token(role)["token"])
+    desk.page.click("text=Enter")
+    desk.page.wait_for_selector("h1:has-text('Nodes')")
+
+
+PAGES = ["/", "/disks", "/vms", "/jobs", "/requests", "/history", "/tokens"]
+
+
+def test_each_page_shows_what_strangers_wrote_as_text(entered: Desk) -> None:
+    other = entered.other.id
+    entered.api.local.call("POST", "/api/v1/nodes/n02/scan", {}, query={"wait": 30})
+    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/jobs/{other}/j1"]:
+        entered.go(path)
+        assert entered.page.title().endswith("· test")
+        assert entered.page.locator("img, main script, main b:text-is('odd')").count() == 0, path
+    assert EVIL in entered.text()
+
+
+def test_a_name_cannot_hide_behind_directions(entered: Desk) -> None:
+    entered.other.write(Change("disk", "d2", {"datastore": "ds", "name": "harmless\u202egpj.exe.raw"}))
+    entered.here.body_when(entered.other.id, "disk", "d2", lambda _one: True)
+    entered.go("/disks")
+    assert "harmless\\u202egpj.exe.raw" in entered.text()
+
+
+def test_a_wrong_token_does_not_enter(desk: Desk) -> None:
+    desk.go("/login")
+    desk.page.route("**/login", lambda route: route.continue_())
+    desk.page.fill("#token", "vmf_" + "a" * 32 + "_" + "0" * 12 + "_" + "x" * 43)
+    with desk.page.expect_response("**/login") as answer:
+        desk.page.click("text=Enter")
+    assert answer.value.status == 401
+    assert "not known here" in desk.text()
+    desk.go("/disks")
+    assert desk.page.url.endswith("/login")
+
+
+def test_a_revoked_token_leaves_at_once(entered: Desk) -> None:
+    (token,) = entered.api.local.everything("/api/v1/tokens")
+    entered.api.local.call("DELETE", f"/api/v1/tokens/{token['owner']}/{token['id']}")
+    entered.go("/disks")
+    assert entered.page.url.endswith("/login")
+
+
+def test_leaving_ends_the_session(entered: Desk) -> None:
+    cookies = entered.page.context.cookies()
+    assert [(one["httpOnly"], one["secure"], one["sameSite"]) for one in cookies] == [(True, True, "Strict")]
+    entered.page.click("text=Leave")
+    entered.page.context.add_cookies(cookies)
+    entered.go("/")
+    assert entered.page.url.endswith("/login")
+
+
+def test_progress_is_shown_as_it_arrives(entered: Desk) -> None:
+    entered.go(f"/jobs/{entered.other.id}/j1")
+    assert "25 %" in entered.text()
+    entered.other.write(Change("job", "j1", {**JOB, "progress": {"done": 75, "total": 100}}))
+    entered.page.wait_for_selector("text=75 %")
+    entered.other.write(Change("job", "j1", {**JOB, "state": "done"}))
+    entered.page.wait_for_selector(".state.done")
+    shared, copied = (entered.page.locator(f"svg.bar rect.{name}").first for name in ("shared", "copied"))
+    assert (shared.get_attribute("width"), copied.get_attribute("width")) == ("75.0", "25.0")
+
+
+def test_a_banner_says_how_old_the_view_of_a_lost_node_is(entered: Desk) -> None:
+    entered.go("/disks")
+    assert entered.page.locator(".banner").count() == 0
+    beat = {"at_ms": wall_ms() - 252_000, "interval_s": 5}
+    entered.other.write(Change("heartbeat", entered.other.id, beat))
+    entered.here.body_when(
+        entered.other.id, "heartbeat", entered.other.id, lambda one: one.body["at_ms"] == beat["at_ms"]
+    )
+    entered.here.wire.cut()
+    entered.here.write(Change("vm", "v2", {"datastore": "ds", "file": "y.vmx", "name": "y"}))
+    entered.page.wait_for_selector(".banner:has-text('n02 is not heard')")
+    assert "What you see of n02 is 4 min" in entered.text("#banners")
+    assert "n01 is cut off from the others" in entered.text("#banners")
+
+
+def test_a_disk_is_converted_from_its_page(entered: Desk) -> None:
+    entered.go(f"/disks/{entered.other.id}/d1")
+    entered.page.select_option("select[name=format]", "qcow2")
+    entered.page.click("button:text-is('Convert')")
+    entered.page.wait_for_selector(".banner.said:has-text('Done, transaction 1')")
+    jobs = [one for one in entered.api.local.everything("/api/v1/jobs") if one["id"] != "j1"]
+    assert [(one["body"]["disk"], one["body"]["format"], one["body"]["by"]["user"]) for one in jobs] == [
+        ("d1", "qcow2", "a admin")
+    ]
+
+
+def test_a_job_is_cancelled_from_its_page(entered: Desk) -> None:
+    entered.go(f"/jobs/{entered.other.id}/j1")
+    entered.page.click("text=Cancel this conversion")
+    entered.page.wait_for_selector(".banner.said:has-text('Done')")
+    assert "is being cancelled" in entered.text()
+
+
+def test_disks_are_selected(entered: Desk) -> None:
+    entered.go("/disks")
+    entered.page.fill("#select", "format=raw")
+    entered.page.click("button:text-is('Select')")
+    entered.page.wait_for_selector("text=No disk is selected.")
+    entered.page.fill("#select", "colour=<b>red</b>")
+    entered.page.click("button:text-is('Select')")
+    entered.page.wait_for_selector("[role=alert]")
+    assert "where a field was expected" in entered.text("[role=alert]")
+
+
+def test_history_shows_differences(entered: Desk) -> None:
+    for number in (3, 4):
+        entered.api.local.call("PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": number})
+    entered.go("/history")
+    assert entered.text(".diff del") == "3"
+    assert entered.text(".diff ins") == "4"
+
+
+def test_who_may_only_look_finds_no_buttons(desk: Desk) -> None:
+    enter(desk, "viewer")
+    for path in (f"/disks/{desk.other.id}/d1", f"/jobs/{desk.other.id}/j1", f"/nodes/{desk.other.id}", "/tokens"):
+        desk.go(path)
+        assert desk.page.locator("main button").count() == 0, path
+
+
+def test_no_page_is_wider_than_the_window(entered: Desk) -> None:
+    other = entered.other.id
+    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/jobs/{other}/j1"]:
+        entered.go(path)
+        for width in (360, 800, 1400):
+            entered.page.set_viewport_size({"width": width, "height": 800})
+            beyond = entered.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+            assert beyond <= 0, (path, width)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(entered: Desk, scheme: str) -> None:
+    entered.page.emulate_media(color_scheme=scheme)
+    entered.go("/")
+    ground, text = (
+        [int(part) for part in re.findall(r"\d+", entered.page.evaluate(f"getComputedStyle(document.body).{name}"))]
+        for name in ("backgroundColor", "color")
+    )
+    assert abs(sum(ground[:3]) - sum(text[:3])) > 450
+    assert (sum(ground[:3]) > sum(text[:3])) is (scheme == "light")
+
+
+# Forms from elsewhere, without a browser
+
+
+def post(api: Served, path: str, fields: dict[str, str], **headers: str) -> int:
+    context = ssl.create_default_context(cafile=api.ca)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), context=context)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    content = {"Content-Type": "application/x-www-form-urlencoded"}
+    connection.request("POST", path, urlencode(fields), content | named)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_forms_from_elsewhere_are_refused(entered: Desk) -> None:
+    (cookie,) = entered.page.context.cookies()
+    session = f"{cookie['name']}={cookie['value']}"
+    entered.go(f"/disks/{entered.other.id}/d1")
+    key = entered.page.locator("main input[name=form_key]").first.get_attribute("value")
+    path, wish = f"/disks/{entered.other.id}/d1/convert", {"format": "qcow2"}
+    own = entered.api.url
+    assert post(entered.api, path, {**wish, "form_key": key}) == 303
+    assert post(entered.api, path, wish, Cookie=session, Origin=own) == 403
+    assert post(entered.api, path, {**wish, "form_key": "x" * 43}, Cookie=session, Origin=own) == 403
+    for origin in ("https://evil.example", "null"):
+        assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Origin=origin) == 403
+    assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Sec_Fetch_Site="cross-site") == 403
+    assert len(entered.api.local.everything("/api/v1/jobs")) == 1
+    assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Origin=own) == 303
+    assert len(entered.api.local.everything("/api/v1/jobs")) == 2
+
+
+def test_a_cookie_opens_no_door_of_the_api(entered: Desk) -> None:
+    (cookie,) = entered.page.context.cookies()
+    session = f"{cookie['name']}={cookie['value']}"
+    assert post(entered.api, "/api/v1/nodes/n01/scan", {}, Cookie=session) == 401

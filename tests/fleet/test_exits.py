@@ -1,0 +1,121 @@
+"""The daemon ends when it is told to, whatever it is doing; how often that has to go well is for benchmarks/fleet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmconv_fleet import config as settings
+from vmconv_fleet.daemon import running
+from vmconv_fleet.testing import Driven, Lab
+from vmconv_fleet.testing.process import wait_until
+
+HANG = 15
+"""Seconds after which an exit counts as a hang; the daemon gives up by itself, and with another exit code, after 20."""
+
+Drive = Callable[..., Driven]
+
+
+def pair(lab: Lab, drive: Drive) -> tuple[Driven, Driven]:
+    """Returns two nodes that are neighbours."""
+    first, second = drive(lab.add()), drive(lab.add())
+    wait_until(lambda: first.ask("state")["neighbours"] and second.ask("state")["neighbours"], 20, "neighbours")
+    return first, second
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_success(lab: Lab, drive: Drive, number: int) -> None:
+    node, _ = pair(lab, drive)
+    node.signal(number)
+    assert node.process.wait(HANG) == 0, node.log()
+    assert running(node.config) is None
+
+
+def test_an_exception_in_a_thread_ends_it_with_failure(lab: Lab, drive: Drive) -> None:
+    node, _ = pair(lab, drive)
+    node.tell("fail")
+    assert node.process.wait(HANG) == 1, node.log()
+    assert "told to fail" in node.log()
+
+
+def test_it_ends_while_it_writes_and_is_written_to(lab: Lab, drive: Drive) -> None:
+    one, other = pair(lab, drive)
+    for node in (one, other):
+        node.ask("work", every=0.0, targets=[one.config.node, other.config.node])
+    wait_until(lambda: one.ask("state")["requests"] > 20, 20, "work goes on")
+    one.signal(signal.SIGTERM)
+    assert one.process.wait(HANG) == 0, one.log()
+
+
+def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
+    one, other = pair(lab, drive)
+    other.signal(signal.SIGSTOP)
+    one.tell("write", count=2000, size=2000, batch=10)
+    one.signal(signal.SIGTERM)
+    assert one.process.wait(HANG) == 0, one.log()
+
+
+def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive: Drive) -> None:
+    """Its database is new and it did not found the fleet: it must not write, and has to end all the same."""
+    lab.add()
+    node = drive(lab.add(founded=False))
+    assert not node.ask("state")["serving"]
+    node.signal(signal.SIGTERM)
+    assert node.process.wait(HANG) == 0, node.log()
+
+
+def test_it_ends_at_once_after_it_began(lab: Lab, drive: Drive) -> None:
+    node = drive(lab.add())
+    node.signal(signal.SIGTERM)
+    node.signal(signal.SIGTERM)
+    assert node.process.wait(HANG) == 0, node.log()
+
+
+def run(directory: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vmconv", "node", "run", "--directory", directory]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG * 2, check=False)
+
+
+def test_a_start_that_fails_ends_it_with_one_line(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = replace(lab.add(), api=f"127.0.0.1:{taken.getsockname()[1]}")
+        settings.save(config)
+        done = run(config.directory)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert lines == [f"vmconv: {config.api}: cannot listen: Address already in use", "  hint: set api in node.toml"]
+
+
+def test_a_node_runs_once(lab: Lab, drive: Drive) -> None:
+    node = drive(lab.add())
+    assert running(node.config) == node.process.pid
+    done = run(node.config.directory)
+    assert done.returncode == 1
+    assert f"the node is running already, as process {node.process.pid}" in done.stderr
+    assert node.ask("state")["serving"] or node.process.poll() is None
+
+
+def test_what_is_no_node_is_said_in_one_line(tmp_path: Path) -> None:
+    done = run(str(tmp_path))
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"vmconv: {tmp_path}: is no node")
+
+
+def test_the_command_line_daemon_says_that_it_runs_and_ends(lab: Lab) -> None:
+    config = lab.add()
+    command = [sys.executable, "-m", "vmconv", "node", "run", "--directory", config.directory]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == f"node {config.node} runs\n"
+            os.kill(process.pid, signal.SIGTERM)
+            assert process.wait(HANG) == 0
+        finally:
+            process.kill()

@@ -1,0 +1,297 @@
+"""What an owner does when it is asked, on a replica made for the purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmconv.errors import VmconvError
+from vmconv_fleet import tokens
+from vmconv_fleet.handlers import MAX_OPEN_JOBS, make_handlers
+from vmconv_fleet.kinds import Role
+from vmconv_fleet.records import Position, Record
+from vmconv_fleet.requests import Outcome, Request
+from vmconv_fleet.roles import ORDER, VERBS
+
+HERE, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32
+NOW = 1_800_000_000_000
+
+
+class Replica:
+    """What a handler may look at."""
+
+    node = HERE
+    now = NOW
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, str, str], Record] = {}
+        self.add(HERE, "datastore", "ds", {"path": "/srv/images"})
+        self.add(HERE, "disk", "d1", {"datastore": "ds", "name": "a.vmdk", "format": "vmdk", "virtual_size": 5})
+        self.add(HERE, "capabilities", "installed", {"formats": {"qcow2": {"writes": True}, "dmg": {"writes": False}}})
+
+    def add(self, owner: str, kind: str, identifier: str, body: Mapping[str, Any]) -> None:
+        record = Record(owner, kind, identifier, 1, len(self.records) + 1, 1, 0, False, 0, "k", 0, body, b"")
+        self.records[owner, kind, identifier] = record
+
+    def get(self, owner: str, kind: str, id: str) -> Record | None:
+        return self.records.get((owner, kind, id))
+
+    def find(self, kind: str, owner: str | None = None) -> list[Record]:
+        return [one for key, one in sorted(self.records.items()) if key[1] == kind and owner in (None, key[0])]
+
+    def positions(self) -> dict[str, Position]:
+        return {HERE: Position(1, 9), OTHER: Position(3, 4)}
+
+    def ask(
+        self, verb: str, *, requester: str = HERE, by: Mapping[str, Any] | None = None, request: str = "r1", **what: Any
+    ) -> Outcome:
+        """Asks as the local administrator of a node, unless `by` is somebody else; carries out what was decided."""
+        who = {"node": requester, "user": "root"} if by is None else by
+        asked = Request(request, requester, verb, what, who, 0, False)
+        outcome = make_handlers("/nowhere")[verb](self, asked)
+        for change in outcome.changes:
+            if change.body is None:
+                del self.records[HERE, change.kind, change.id]
+            else:
+                self.add(HERE, change.kind, change.id, change.body)
+        return outcome
+
+    def body(self, kind: str, identifier: str) -> Mapping[str, Any]:
+        return self.records[HERE, kind, identifier].body
+
+    def token(self, owner: str, role: Role, **more: Any) -> dict[str, Any]:
+        """Returns who asks with a new token of this role."""
+        new = tokens.make(owner)
+        self.add(owner, "token", new.id, {"label": "eve", "role": role, "hash": new.hash, **more})
+        return {"node": OTHER, "token": f"{owner}/{new.id}", "user": "eve"}
+
+
+@pytest.fixture
+def replica() -> Replica:
+    return Replica()
+
+
+ASKED: dict[str, dict[str, Any]] = {
+    "convert": {"disk": "d1", "format": "qcow2"},
+    "cancel": {"job": "j1"},
+    "scan": {},
+    "datastore-add": {"name": "more", "path": "/srv/more"},
+    "datastore-remove": {"name": "ds"},
+    "policy-set": {"max_parallel": 3},
+    "token-create": {"id": "0" * 12, "hash": "0" * 64, "label": "x", "role": "viewer"},
+    "token-revoke": {"id": "0" * 12},
+    "retire": {"node": OTHER},
+    "revoke": {"node": OTHER},
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("role", ORDER)
+def test_each_verb_takes_its_role(replica: Replica, verb: str, role: Role) -> None:
+    if ORDER.index(role) < ORDER.index(VERBS[verb]):
+        with pytest.raises(VmconvError, match=f"{verb} takes the role {VERBS[verb]}, eve has {role}"):
+            replica.ask(verb, requester=OTHER, by=replica.token(OTHER, role), **ASKED[verb])
+        return
+    try:
+        replica.ask(verb, requester=OTHER, by=replica.token(OTHER, role), **ASKED[verb])
+    except VmconvError as exc:
+        assert "takes the role" not in str(exc)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [({"revoked": True}, "was revoked"), ({"expires_ms": NOW}, "has expired")], ids=["revoked", "old"]
+)
+def test_a_token_that_is_not_good_is_refused_by_the_owner(replica: Replica, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(VmconvError, match=said):
+        replica.ask("scan", requester=OTHER, by=replica.token(OTHER, "admin", **more))
+
+
+def test_a_token_that_the_owner_does_not_know_is_refused(replica: Replica) -> None:
+    by = {"node": OTHER, "token": f"{OTHER}/{'0' * 12}", "user": "eve"}
+    with pytest.raises(VmconvError, match="is not known here"):
+        replica.ask("scan", requester=OTHER, by=by)
+
+
+def test_nobody_asks_in_the_name_of_another_node(replica: Replica) -> None:
+    with pytest.raises(VmconvError, match=f"{OTHER} asks in the name of somebody at {HERE}"):
+        replica.ask("datastore-add", requester=OTHER, by={"node": HERE, "user": "root"}, **ASKED["datastore-add"])
+
+
+def test_paths_are_named_by_the_local_administrator_alone(replica: Replica) -> None:
+    for by in ({"node": OTHER, "user": "root"}, replica.token(OTHER, "admin")):
+        with pytest.raises(VmconvError, match="for the local administrator"):
+            replica.ask("datastore-add", requester=OTHER, by=by, **ASKED["datastore-add"])
+
+
+def test_a_policy_says_whose_administrators_are_heard(replica: Replica) -> None:
+    replica.ask("policy-set", administrators_of=[THIRD])
+    assert replica.body("policy", "conversion")["administrators_of"] == [THIRD, HERE]
+    with pytest.raises(VmconvError, match="does not hear administrators"):
+        replica.ask("scan", requester=OTHER)
+    with pytest.raises(VmconvError, match="does not hear administrators"):
+        replica.ask("scan", requester=THIRD, by={**replica.token(OTHER, "admin"), "node": THIRD})
+    replica.ask("scan", requester=THIRD)
+
+
+# Conversions
+
+
+def test_a_conversion_becomes_a_job(replica: Replica) -> None:
+    outcome = replica.ask("convert", requester=OTHER, request="r7", **ASKED["convert"], options={"compat": "0.10"})
+    assert outcome.body == {"job": "r7"}
+    job = replica.body("job", "r7")
+    assert (job["state"], job["source"], job["datastore"], job["format"]) == ("queued", "a.vmdk", "ds", "qcow2")
+    assert (job["options"], job["by"]["node"], job["created_ms"]) == ({"compat": "0.10"}, OTHER, NOW)
+
+
+def test_the_same_job_again_is_the_same_job(replica: Replica) -> None:
+    replica.ask("convert", **ASKED["convert"], job="mine")
+    before = replica.body("job", "mine")
+    again = replica.ask("convert", request="r2", **ASKED["convert"], job="mine")
+    assert (again.changes, again.body) == ((), {"job": "mine", "state": "queued"})
+    assert replica.body("job", "mine") == before
+
+
+def test_an_id_is_not_used_for_two_conversions(replica: Replica) -> None:
+    replica.add(HERE, "disk", "d2", {"datastore": "ds", "name": "b.vmdk"})
+    replica.ask("convert", **ASKED["convert"], job="mine")
+    with pytest.raises(VmconvError, match="another conversion"):
+        replica.ask("convert", disk="d2", format="qcow2", job="mine")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"disk": "d9", "format": "qcow2"}, "disk d9 is not here"),
+        ({"disk": "/srv/images/a.vmdk", "format": "qcow2"}, "convert: disk"),
+        ({"disk": "d1", "format": "qcow2", "target": "../etc/x"}, "is not the name of a file"),
+        ({"disk": "d1", "format": "qcow2", "target": "a/b"}, "is not the name of a file"),
+        ({"disk": "d1", "format": "qcow2", "target": ".."}, "is not the name of a file"),
+        ({"disk": "d1", "format": "qcow2", "target_datastore": "none"}, "datastore none is not here"),
+        ({"disk": "d1", "format": "dmg"}, "this node cannot write dmg, but qcow2"),
+        ({"disk": "d1", "format": "qcow2", "path": "/etc/passwd"}, "Extra inputs"),
+        ({"disk": "d1", "format": "qcow2", "keep_source": False}, "keeps sources"),
+        ({"disk": "d1"}, "convert: format: Field required"),
+    ],
+)
+def test_a_conversion_that_makes_no_sense_is_refused(replica: Replica, what: dict[str, Any], said: str) -> None:
+    with pytest.raises(VmconvError, match=said):
+        replica.ask("convert", **what)
+    assert not replica.find("job")
+
+
+def test_an_unreadable_disk_is_refused(replica: Replica) -> None:
+    replica.add(HERE, "disk", "d1", {"datastore": "ds", "name": "a.vmdk", "problem": "no signature"})
+    with pytest.raises(VmconvError, match="cannot be read: no signature"):
+        replica.ask("convert", **ASKED["convert"])
+
+
+def test_the_policy_rules_over_requests(replica: Replica) -> None:
+    replica.ask("policy-set", formats=["raw"], zero_copy="require", may_remove_source=True)
+    with pytest.raises(VmconvError, match="converts to raw, not to qcow2"):
+        replica.ask("convert", **ASKED["convert"])
+    replica.ask("policy-set", formats=None)
+    replica.ask("convert", **ASKED["convert"], keep_source=False)
+    assert replica.body("job", "r1")["zero_copy"] == "require"
+    assert replica.body("job", "r1")["keep_source"] is False
+
+
+def test_jobs_have_a_limit(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmconv_fleet.handlers.MAX_OPEN_JOBS", 1)
+    assert MAX_OPEN_JOBS > 1000
+    replica.ask("convert", **ASKED["convert"])
+    with pytest.raises(VmconvError, match="has 1 jobs already"):
+        replica.ask("convert", request="r2", **ASKED["convert"])
+
+
+@pytest.mark.parametrize(
+    ("state", "after"),
+    [("queued", "cancelled"), ("planned", "planned"), ("running", "running"), ("done", None), ("failed", None)],
+)
+def test_cancelling(replica: Replica, state: str, after: str | None) -> None:
+    replica.add(HERE, "job", "j1", {"state": state, "disk": "d1", "datastore": "ds", "format": "qcow2"})
+    if after is None:
+        with pytest.raises(VmconvError, match=f"is {state} already"):
+            replica.ask("cancel", job="j1")
+        return
+    replica.ask("cancel", job="j1")
+    assert (replica.body("job", "j1")["state"], replica.body("job", "j1")["cancel"]) == (after, True)
+
+
+def test_a_plan_that_was_all_that_was_asked_for_cannot_be_cancelled(replica: Replica) -> None:
+    body = {"state": "planned", "dry_run": True, "disk": "d1", "datastore": "ds", "format": "qcow2"}
+    replica.add(HERE, "job", "j1", body)
+    with pytest.raises(VmconvError, match="is planned already"):
+        replica.ask("cancel", job="j1")
+
+
+# Datastores, tokens, nodes
+
+
+def test_a_scan_is_asked_for_in_the_record(replica: Replica) -> None:
+    assert replica.ask("scan").body == {"datastores": ["ds"]}
+    assert replica.body("datastore", "ds")["scan_asked_ms"] == NOW
+    with pytest.raises(VmconvError, match="datastore none is not here"):
+        replica.ask("scan", datastore="none")
+
+
+@pytest.mark.parametrize("path", ["/srv", "/srv/images", "/srv/images/below", "/"])
+def test_datastores_lie_apart(replica: Replica, path: str) -> None:
+    with pytest.raises(VmconvError, match="are not apart"):
+        replica.ask("datastore-add", name="more", path=path)
+    replica.ask("datastore-add", name="more", path="/srv/images2")
+
+
+@pytest.mark.parametrize("path", ["images", "/srv/../etc", "/srv/./x", "/srv/x/..", "/a\0b"])
+def test_a_datastore_has_a_plain_path(replica: Replica, path: str) -> None:
+    with pytest.raises(VmconvError, match="is not an absolute path"):
+        replica.ask("datastore-add", name="more", path=path)
+
+
+def test_a_datastore_is_not_removed_under_a_conversion(replica: Replica) -> None:
+    job = {"state": "running", "disk": "d1", "datastore": "ds", "format": "qcow2"}
+    replica.add(HERE, "job", "j1", job)
+    with pytest.raises(VmconvError, match="job j1 is running"):
+        replica.ask("datastore-remove", name="ds")
+    replica.add(HERE, "job", "j1", {**job, "state": "done"})
+    replica.ask("datastore-remove", name="ds")
+    assert not replica.find("datastore")
+
+
+def test_a_token_is_made_and_revoked(replica: Replica) -> None:
+    replica.ask("token-create", **ASKED["token-create"])
+    with pytest.raises(VmconvError, match="there already"):
+        replica.ask("token-create", **ASKED["token-create"])
+    replica.ask("token-revoke", id="0" * 12)
+    assert replica.body("token", "0" * 12)["revoked"] is True
+
+
+def test_naming_has_no_path_and_no_attribute(replica: Replica) -> None:
+    replica.ask("policy-set", naming="{stem}-{format}{suffix}")
+    for naming in ("../{stem}", "{stem.__class__}", "{0}", "{stem!r}", "fixed", "{stem}{"):
+        with pytest.raises(VmconvError, match="naming"):
+            replica.ask("policy-set", naming=naming)
+    assert replica.body("policy", "conversion") == {"naming": "{stem}-{format}{suffix}"}
+
+
+def test_only_who_holds_the_authority_revokes(replica: Replica, tmp_path: Path) -> None:
+    asked = Request("r1", HERE, "revoke", {"node": OTHER}, {"node": HERE}, 0, False)
+    with pytest.raises(VmconvError):
+        make_handlers(str(tmp_path))["revoke"](replica, asked)
+    for verb in ("revoke", "retire"):
+        with pytest.raises(VmconvError, match="itself"):
+            replica.ask(verb, node=HERE)
+
+
+def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
+    from vmconv_fleet.authority import Authority
+
+    Authority.found(str(tmp_path), "test")
+    asked = Request("r1", HERE, "retire", {"node": OTHER, "reason": "burnt"}, {"node": HERE}, 0, False)
+    outcome = make_handlers(str(tmp_path))["retire"](replica, asked)
+    assert {change.kind for change in outcome.changes} == {"retirement", "revocation"}
+    (retirement,) = [one for one in outcome.changes if one.kind == "retirement"]
+    assert (retirement.id, retirement.body) == (OTHER, {"node": OTHER, "reason": "burnt", "at_ms": NOW})

@@ -1,0 +1,406 @@
+"""Conversions by a node: from a record to a file, also when they are cancelled, killed, or must not be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disks import MIB, QemuImg, make_disk
+from fleet.in_memory import Node, nodes
+from vmconv.api import compare
+from vmconv_fleet.clock import wall_ms
+from vmconv_fleet.jobs import MAX_ATTEMPTS, JobRunner
+from vmconv_fleet.places import disk_id
+from vmconv_fleet.records import Change, Record
+
+HERE = Path(__file__).parent
+A = disk_id("ds", "a.raw")
+
+
+@pytest.fixture
+def datastore(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    make_disk(directory / "a.raw", 4 * MIB)
+    return directory
+
+
+@pytest.fixture
+def node(tmp_path: Path, datastore: Path) -> Iterator[Node]:
+    with nodes(1, tmp_path) as (one,):
+        catalogue(one, datastore, "a.raw")
+        yield one
+
+
+def catalogue(node: Node, datastore: Path, *names: str) -> None:
+    bodies = [Change("disk", disk_id("ds", name), {"datastore": "ds", "name": name}) for name in names]
+    node.write(Change("datastore", "ds", {"path": str(datastore)}), *bodies)
+
+
+def job(disk: str = A, **more: Any) -> dict[str, Any]:
+    return {"state": "queued", "disk": disk, "datastore": "ds", "source": "a.raw", "format": "qcow2", **more}
+
+
+@contextmanager
+def runner(node: Node, *command: str) -> Iterator[JobRunner]:
+    made = JobRunner(node.service, str(node.directory), **({"command": command} if command else {}))
+    made.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+def ended(node: Node, identifier: str) -> Mapping[str, Any]:
+    """Returns the body of a job once it has ended."""
+    states = ("done", "failed", "cancelled")
+    return node.body_when(node.id, "job", identifier, lambda one: one.body["state"] in states).body
+
+
+def states(node: Node, identifier: str) -> list[str]:
+    """Returns a list that gets each state of a job as it is written."""
+    seen: list[str] = []
+
+    def note(records: list[Record]) -> None:
+        for one in records:
+            if (one.kind, one.id) == ("job", identifier) and one.body.get("state") not in seen[-1:]:
+                seen.append(one.body.get("state", "gone"))
+
+    node.service.subscribe(note)
+    return seen
+
+
+def left_over(directory: Path) -> list[str]:
+    return [name for name in os.listdir(directory) if name.endswith(".tmp")]
+
+
+def test_a_job_is_done(node: Node, datastore: Path) -> None:
+    seen = states(node, "j1")
+    node.write(Change("job", "j1", job()))
+    with runner(node):
+        body = ended(node, "j1")
+        assert node.body_when(node.id, "datastore", "ds", lambda one: bool(one.body.get("scan_asked_ms")))
+    assert seen == ["queued", "planned", "running", "done"]
+    assert (body["file"], body["attempts"], body["state"]) == ("a.qcow2", 1, "done")
+    plan = body["plan"]
+    assert plan["shared"] + plan["copied"] > 0
+    assert plan["written"] > 0
+    assert plan["files"] == ["a.qcow2"]
+    assert body["progress"]["done"] == body["progress"]["total"] == plan["copied"] + plan["written"]
+    assert compare(str(datastore / "a.raw"), str(datastore / "a.qcow2"))
+    assert not os.listdir(node.directory / "jobs")
+
+
+def test_a_dry_run_makes_nothing(node: Node, datastore: Path) -> None:
+    node.write(Change("job", "j1", job(dry_run=True)))
+    with runner(node):
+        body = node.body_when(node.id, "job", "j1", lambda one: bool(one.body.get("ended_ms"))).body
+    assert (body["state"], body["file"]) == ("planned", "a.qcow2")
+    assert body["plan"]["written"] > 0
+    assert os.listdir(datastore) == ["a.raw"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"format": "nosuch"}, "format 'nosuch' is not installed"),
+        ({"target": "a.raw"}, "a.raw: already exists"),
+        ({"target": "../b.qcow2"}, "is not the name of a file"),
+        ({"options": {"cluster_size": "3"}}, "cluster_size"),
+        ({"disk": "d9"}, "disk d9 is not here any more"),
+        ({"target_datastore": "gone"}, "datastore gone is not here any more"),
+    ],
+)
+def test_a_job_that_cannot_be_done_says_why(node: Node, datastore: Path, more: dict[str, Any], said: str) -> None:
+    node.write(Change("job", "j1", job(**more)))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["state"] == "failed"
+    assert said in body["error"]
+    assert "\n" not in body["error"]
+    assert os.listdir(datastore) == ["a.raw"]
+
+
+def test_zero_copy_is_required_before_anything_is_written(node: Node, ext4_dir: Path) -> None:
+    make_disk(ext4_dir / "a.raw", MIB)
+    catalogue(node, ext4_dir, "a.raw")
+    node.write(Change("job", "j1", job(zero_copy="require")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["state"] == "failed"
+    assert "would have to be copied because ext4" in body["error"]
+    assert os.listdir(ext4_dir) == ["a.raw"]
+
+
+def test_blocks_are_shared_where_storage_can(node: Node, xfs_dir: Path) -> None:
+    make_disk(xfs_dir / "a.raw", 4 * MIB)
+    catalogue(node, xfs_dir, "a.raw")
+    node.write(Change("job", "j1", job(zero_copy="require")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["plan"]["copied"], body["plan"]["backend"]) == ("done", 0, "reflink")
+    assert body["plan"]["shared"] > 0
+
+
+# Nothing outside of the datastores
+
+
+def test_a_link_out_of_the_datastore_is_not_converted(node: Node, datastore: Path, tmp_path: Path) -> None:
+    make_disk(tmp_path / "secret.raw", MIB)
+    (datastore / "link.raw").symlink_to(tmp_path / "secret.raw")
+    (datastore / "directory").symlink_to(tmp_path)
+    names = ("link.raw", "directory/secret.raw", "../secret.raw")
+    catalogue(node, datastore, *names)
+    node.write(*(Change("job", f"j{n}", job(disk_id("ds", name))) for n, name in enumerate(names)))
+    with runner(node):
+        for number in range(len(names)):
+            body = ended(node, f"j{number}")
+            assert body["state"] == "failed"
+            assert "lies outside the datastores" in body["error"]
+    assert sorted(os.listdir(datastore)) == ["a.raw", "directory", "link.raw"]
+
+
+def test_a_chain_out_of_the_datastores_is_not_converted(
+    node: Node, datastore: Path, tmp_path: Path, qemu_img: QemuImg
+) -> None:
+    make_disk(tmp_path / "secret.raw", MIB)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", tmp_path / "secret.raw", "-F", "raw", datastore / "top.qcow2")
+    catalogue(node, datastore, "top.qcow2")
+    node.write(Change("job", "j1", job(disk_id("ds", "top.qcow2"), format="raw")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["state"] == "failed"
+    assert "lies outside" in body["error"]
+    assert not (datastore / "top.raw").exists()
+
+
+def test_a_chain_over_two_datastores_is_converted(
+    node: Node, datastore: Path, tmp_path: Path, qemu_img: QemuImg
+) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    qemu_img("create", "-q", "-f", "qcow2", "-b", datastore / "a.raw", "-F", "raw", more / "top.qcow2")
+    top = disk_id("more", "top.qcow2")
+    node.write(
+        Change("datastore", "more", {"path": str(more)}),
+        Change("disk", top, {"datastore": "more", "name": "top.qcow2"}),
+        Change("job", "j1", {**job(top), "datastore": "more", "format": "vhdx", "target_datastore": "ds"}),
+    )
+    with runner(node):
+        assert ended(node, "j1")["state"] == "done"
+    assert (datastore / "top.vhdx").exists()
+
+
+def test_a_link_in_the_targets_place_is_not_followed(node: Node, datastore: Path, tmp_path: Path) -> None:
+    (datastore / "a.qcow2").symlink_to(tmp_path / "elsewhere")
+    node.write(Change("job", "j1", job()))
+    with runner(node):
+        body = ended(node, "j1")
+    assert "already exists" in body["error"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# When and how many
+
+
+def test_a_job_waits_for_its_time(node: Node, datastore: Path) -> None:
+    node.write(
+        Change("job", "late", job(at_ms=wall_ms() + 3_600_000, target="late.qcow2")), Change("job", "now", job())
+    )
+    with runner(node):
+        assert ended(node, "now")["state"] == "done"
+        late = node.service.view().get(node.id, "job", "late")
+        assert late
+        assert late.body["state"] == "queued"
+        node.write(Change("job", "late", {**late.body, "at_ms": wall_ms()}))
+        assert ended(node, "late")["state"] == "done"
+
+
+def gated(gate: str, tmp_path: Path) -> tuple[str, ...]:
+    """Returns the command of a worker that stops at a gate."""
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.go")
+    return sys.executable, str(HERE / "gated_worker.py"), gate, str(tmp_path / "pipe")
+
+
+def arrived(tmp_path: Path) -> None:
+    """Waits until a worker is at the gate."""
+    assert (tmp_path / "pipe").read_text() == "here\n"
+
+
+def test_no_more_run_at_a_time_than_they_may(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("policy", "conversion", {"max_parallel": 3}))
+    batch = {"batch": "b1", "max_parallel": 1}
+    node.write(*(Change("job", f"j{n}", job(target=f"t{n}.qcow2", created_ms=n) | batch) for n in range(2)))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+        waiting = node.service.view().get(node.id, "job", "j1")
+        assert waiting
+        assert "attempts" not in waiting.body
+        (tmp_path / "pipe.go").write_text("")
+        assert ended(node, "j0")["state"] == "done"
+        arrived(tmp_path)
+        (tmp_path / "pipe.go").write_text("")
+        assert ended(node, "j1")["state"] == "done"
+
+
+# Cancelled, killed
+
+
+def test_a_job_in_the_middle_is_cancelled(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("job", "j1", job()))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+        assert left_over(datastore)
+        body = node.service.view().get(node.id, "job", "j1")
+        assert body
+        node.write(Change("job", "j1", {**body.body, "cancel": True}))
+        assert ended(node, "j1")["state"] == "cancelled"
+    assert os.listdir(datastore) == ["a.raw"]
+
+
+def test_a_cancellation_that_comes_too_late_is_none(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("job", "j1", job()))
+    with runner(node, *gated("made", tmp_path)):
+        arrived(tmp_path)
+        assert (datastore / "a.qcow2").exists()
+        body = node.service.view().get(node.id, "job", "j1")
+        assert body
+        node.write(Change("job", "j1", {**body.body, "cancel": True}))
+        assert ended(node, "j1")["state"] == "done"
+
+
+def test_a_node_that_ends_leaves_nothing_and_does_it_again(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("job", "j1", job()))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+    assert os.listdir(datastore) == ["a.raw"]
+    record = node.service.view().get(node.id, "job", "j1")
+    assert record
+    assert record.body["state"] in ("planned", "running")
+    with runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["attempts"]) == ("done", 2)
+
+
+def test_a_worker_that_dies_fails_its_job(node: Node, datastore: Path) -> None:
+    node.write(Change("job", "j1", job()))
+    with runner(node, sys.executable, "-c", "import os; print('trouble', flush=True); os.kill(os.getpid(), 9)"):
+        body = ended(node, "j1")
+    assert (body["state"], body["error"]) == ("failed", "the worker ended with signal 9 trouble")
+
+
+def killed(tmp_path: Path, datastore: Path, gate: str) -> int:
+    """Kills a node, and nothing else, while its worker is at a gate; returns the inode of the target, 0 without one."""
+    gated(gate, tmp_path)
+    program = [sys.executable, str(HERE / "node_to_kill.py"), str(tmp_path), gate, str(tmp_path / "pipe")]
+    process = subprocess.Popen(program, env={**os.environ, "PYTHONPATH": str(HERE.parent)})
+    try:
+        arrived(tmp_path)
+        target = datastore / "a.qcow2"
+        return target.stat().st_ino if target.exists() else 0
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if gate == "made":
+            # What the worker has left to do is to tell of it, and nobody is there.
+            (tmp_path / "pipe.go").write_text("")
+
+
+@contextmanager
+def node_again(tmp_path: Path) -> Iterator[Node]:
+    """Yields the node once more, on the database that its predecessor left."""
+    node = Node(1, tmp_path, {})
+    try:
+        node.start()
+        yield node
+    finally:
+        node.service.close()
+
+
+def prepared(tmp_path: Path, datastore: Path) -> None:
+    """Leaves a node with one job to do."""
+    with node_again(tmp_path) as node:
+        catalogue(node, datastore, "a.raw")
+        node.write(Change("job", "j1", job()))
+
+
+def test_a_node_killed_in_the_middle_does_it_again(tmp_path: Path, datastore: Path) -> None:
+    prepared(tmp_path, datastore)
+    assert killed(tmp_path, datastore, "begun") == 0
+    with node_again(tmp_path) as node, runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["attempts"], body.get("recovered")) == ("done", 2, None)
+    assert sorted(os.listdir(datastore)) == ["a.qcow2", "a.raw"]
+    assert compare(str(datastore / "a.raw"), str(datastore / "a.qcow2"))
+
+
+def test_a_node_killed_after_it_was_done_finds_it_done(tmp_path: Path, datastore: Path) -> None:
+    prepared(tmp_path, datastore)
+    inode = killed(tmp_path, datastore, "made")
+    assert inode
+    with node_again(tmp_path) as node, runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["attempts"], body["recovered"]) == ("done", 1, True)
+    assert (datastore / "a.qcow2").stat().st_ino == inode
+    assert sorted(os.listdir(datastore)) == ["a.qcow2", "a.raw"]
+
+
+def test_a_file_of_the_same_name_that_the_job_did_not_make_is_not_its_own(tmp_path: Path, datastore: Path) -> None:
+    prepared(tmp_path, datastore)
+    killed(tmp_path, datastore, "begun")
+    (datastore / "a.qcow2").write_bytes(b"somebody else's")
+    with node_again(tmp_path) as node, runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["error"]) == ("failed", "a.qcow2: already exists")
+    assert (datastore / "a.qcow2").read_bytes() == b"somebody else's"
+
+
+def test_a_job_that_takes_its_node_with_it_is_given_up(node: Node) -> None:
+    node.write(Change("job", "j1", job(state="running", attempts=MAX_ATTEMPTS, started_ms=1)))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["state"] == "failed"
+    assert "given up" in body["error"]
+
+
+def test_a_job_that_was_to_be_cancelled_when_the_node_died_is_cancelled(node: Node, datastore: Path) -> None:
+    node.write(Change("job", "j1", job(state="running", attempts=1, started_ms=1, cancel=True)))
+    with runner(node):
+        assert ended(node, "j1")["state"] == "cancelled"
+    assert os.listdir(datastore) == ["a.raw"]
+
+
+# Sources
+
+
+def test_a_source_is_removed_when_it_was_asked_for_and_nobody_needs_it(
+    node: Node, datastore: Path, qemu_img: QemuImg
+) -> None:
+    make_disk(datastore / "b.raw", MIB)
+    catalogue(node, datastore, "a.raw", "b.raw")
+    child = {"datastore": "ds", "name": "child.qcow2", "chain": [{"name": "b.raw", "disk": disk_id("ds", "b.raw")}]}
+    node.write(
+        Change("disk", "child", child),
+        Change("job", "j1", job(keep_source=False)),
+        Change("job", "j2", job(disk_id("ds", "b.raw"), keep_source=False)),
+    )
+    with runner(node):
+        assert ended(node, "j1")["state"] == ended(node, "j2")["state"] == "done"
+    assert sorted(os.listdir(datastore)) == ["a.qcow2", "b.qcow2", "b.raw"]
+    qemu_img("check", datastore / "a.qcow2")
+
+
+def test_targets_are_called_as_the_policy_has_it(node: Node, datastore: Path) -> None:
+    node.write(Change("policy", "conversion", {"naming": "{stem}-{format}-{job}{suffix}"}), Change("job", "j1", job()))
+    with runner(node):
+        assert ended(node, "j1")["file"] == "a-qcow2-j1.qcow2"
+    assert (datastore / "a-qcow2-j1.qcow2").exists()

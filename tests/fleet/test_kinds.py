@@ -1,0 +1,64 @@
+"""Bodies of records: what is checked, what is kept."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from vmconv_fleet import kinds
+from vmconv_fleet.arguments import ARGUMENTS
+from vmconv_fleet.kinds import KINDS, Disk, Job
+from vmconv_fleet.roles import VERBS
+
+NODE = "a" * 32
+
+
+def test_fields_of_a_newer_schema_are_kept() -> None:
+    body = {"datastore": "ds", "name": "a.raw", "colour": {"red": 1}}
+    assert Disk.model_validate(body).plain()["colour"] == {"red": 1}
+
+
+def test_a_body_goes_through_its_model_unchanged() -> None:
+    body = {
+        "state": "done",
+        "disk": "d1",
+        "datastore": "ds",
+        "format": "qcow2",
+        "plan": {"shared": 5, "copies": [{"reason": "because", "bytes": 1, "ranges": 2}]},
+        "by": {"node": NODE, "user": "eve"},
+    }
+    assert Job.model_validate(Job.model_validate(body).plain()) == Job.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("disk", {"datastore": "ds", "name": "a", "virtual_size": -1}),
+        ("disk", {"datastore": "ds", "name": "a", "virtual_size": "large"}),
+        ("disk", {"datastore": "ds"}),
+        ("job", {"disk": "d", "datastore": "ds", "format": "raw", "state": "perhaps"}),
+        ("job", {"disk": "../d", "datastore": "ds", "format": "raw"}),
+        ("token", {"label": "x", "role": "god", "hash": "0" * 64}),
+        ("token", {"label": "x", "role": "admin", "hash": "0" * 64 + "\n"}),
+        ("request", {"target": "0" + "a" * 31, "verb": "scan", "by": {"node": NODE}}),
+        ("heartbeat", {"at_ms": 1, "interval_s": 0}),
+        ("heartbeat", {"at_ms": 1 << 60, "interval_s": 1}),
+    ],
+)
+def test_what_is_no_body_of_its_kind_is_refused(kind: str, body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        KINDS[kind].model_validate(body)
+
+
+def test_each_verb_says_what_it_takes_and_which_role() -> None:
+    assert ARGUMENTS.keys() == VERBS.keys()
+
+
+def test_bodies_cannot_be_changed() -> None:
+    job = Job(disk="d", datastore="ds", format="raw")
+    with pytest.raises(ValidationError, match="frozen"):
+        job.state = "done"  # type: ignore[misc]
+
+
+def test_states_in_which_a_job_stays_are_states() -> None:
+    assert set(kinds.JobState.__args__) > kinds.ENDED  # type: ignore[attr-defined]

@@ -1,0 +1,164 @@
+"""Five real nodes on a network of their own, with mutual TLS, while everything goes wrong that can.
+
+Each runs in a process and a network namespace of its own, and all of them write and ask each other for changes all the
+time. Meanwhile the network is taken apart, a node is killed and started again, one is frozen, and clocks are wrong.
+Then everything is to be as if nothing had happened: each request answered once, and the same view everywhere.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmconv_fleet.testing import Driven, Lab, Network, agree, ledger_of, view_of, wait_until
+
+Drive = Callable[..., Driven]
+Connections = Sequence[Sequence[int]]
+
+SETTLE = 60.0
+"""Seconds within which the views have to be the same once all is well again: only whether, not how soon, is tested."""
+
+TOPOLOGIES: dict[str, Connections] = {
+    "mesh": [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)],
+    "ring": [(4,), (0,), (1,), (2,), (3,)],
+    "line": [(), (0,), (1,), (2,), (3,)],
+}
+"""To whom each of the five connects; nothing but that makes links."""
+
+DAY_MS = 24 * 3600 * 1000
+
+
+class Fleet:
+    """Nodes of a lab, each on a machine of its own."""
+
+    def __init__(self, lab: Lab, network: Network, drive: Drive, connections: Connections) -> None:
+        self.network = network
+        self._drive = drive
+        for number, others in enumerate(connections):
+            connect = [f"{network.address(other)}:7447" for other in others]
+            lab.add(host=network.address(number), port=7447, connect=connect)
+        self.configs = lab.nodes
+        self.ids = [config.node for config in self.configs]
+        self.nodes = [self._run(number) for number in range(network.size)]
+
+    def _run(self, number: int) -> Driven:
+        return self._drive(self.configs[number], prefix=self.network.prefix(number))
+
+    def restart(self, number: int) -> None:
+        self.nodes[number].kill()
+        self.nodes[number] = self._run(number)
+
+    def work(self, number: int) -> None:
+        self.nodes[number].ask("work", every=0.05, targets=self.ids)
+
+    def agree(self) -> bool:
+        return agree(self.configs)
+
+    def rows(self, count: int) -> bool:
+        """Returns whether every node has so many transactions of every other."""
+        return all(
+            len(found) == len(self.ids) and min(len(numbers) for numbers in found.values()) >= count
+            for found in (ledger_of(config).transactions for config in self.configs)
+        )
+
+
+@pytest.fixture
+def fleet(
+    lab: Lab, network: Callable[[int], Network], drive: Drive, request: pytest.FixtureRequest
+) -> Callable[[Connections], Fleet]:
+    return lambda connections: Fleet(lab, network(len(connections)), drive, connections)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_whatever_happens_all_is_answered_once_and_all_agree(
+    topology: str, fleet: Callable[[Connections], Fleet]
+) -> None:
+    five = fleet(TOPOLOGIES[topology])
+    for number in range(5):
+        five.work(number)
+    wait_until(lambda: five.rows(3), SETTLE, "everybody answers everybody")
+
+    five.nodes[1].step_clock(DAY_MS)
+    five.network.partition([0, 1], [2, 3, 4])
+    lonely = [max(view[1] for view in view_of(config).values()) for config in five.configs]
+    wait_until(
+        lambda: all(
+            max(view[1] for view in view_of(config).values()) > before
+            for config, before in zip(five.configs, lonely, strict=True)
+        ),
+        SETTLE,
+        "both sides go on",
+    )
+    five.nodes[4].step_clock(-DAY_MS)
+    five.nodes[2].signal(signal.SIGSTOP)
+    five.restart(3)
+    five.work(3)
+    # Longer than a link is held without a sign of life.
+    time.sleep(4)
+    five.network.heal()
+    five.nodes[2].signal(signal.SIGCONT)
+    five.nodes[1].step_clock(0)
+    five.restart(0)
+    five.work(0)
+    before = min(len(found) for found in ledger_of(five.configs[2]).transactions.values())
+    wait_until(lambda: five.rows(before + 3), SETTLE, "everybody answers everybody again")
+
+    for node in five.nodes:
+        node.ask("rest")
+    wait_until(lambda: not ledger_of(five.configs[0]).unanswered, SETTLE, "all is answered")
+    wait_until(five.agree, SETTLE, "all views are the same")
+    for config in five.configs:
+        ledger = ledger_of(config)
+        assert ledger.requests > 100
+        assert (ledger.unanswered, ledger.answered_twice) == ([], [])
+        assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in ledger.transactions.values())
+    states: list[dict[str, Any]] = [node.ask("state") for node in five.nodes]
+    assert not [kind for state in states for kind in state["kinds"] if kind in ("fork", "cloned", "forged", "internal")]
+
+
+def test_records_of_a_dead_node_reach_those_who_never_met_it(fleet: Callable[[Connections], Fleet]) -> None:
+    three = fleet([(), (0,), (1,)])
+    three.network.partition([0, 1], [2])
+    three.nodes[0].ask("write", count=300, batch=10)
+    owner = three.ids[0]
+    wait_until(
+        lambda: view_of(three.configs[1]).get(owner) == view_of(three.configs[0])[owner], SETTLE, "the ferry is loaded"
+    )
+    three.nodes[0].kill()
+    last = view_of(three.configs[1])[owner]
+    three.network.partition([0], [1, 2])
+    wait_until(lambda: view_of(three.configs[2]).get(owner) == last, SETTLE, "the last one has them too")
+
+
+def test_a_node_whose_database_is_lost_goes_on_where_it_was(fleet: Callable[[Connections], Fleet]) -> None:
+    two = fleet([(), (0,)])
+    two.nodes[1].ask("write", count=50)
+    wait_until(two.agree, SETTLE, "the other one has it")
+    before = view_of(two.configs[0])[two.ids[1]]
+    two.network.partition([0], [1])
+    two.nodes[1].kill()
+    for suffix in ("", "-wal", "-shm"):
+        Path(two.configs[1].database + suffix).unlink(missing_ok=True)
+    two.nodes[1] = two._run(1)
+    assert not two.nodes[1].ask("state")["serving"]
+    two.network.heal()
+    two.nodes[1].ask("write", count=1)
+    wait_until(two.agree, SETTLE, "they agree")
+    after = view_of(two.configs[0])[two.ids[1]]
+    assert after[:2] > before[:2]
+    assert two.nodes[0].ask("state")["kinds"] == []
+
+
+def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:
+    two = fleet([(), (0,)])
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], SETTLE, "neighbours")
+    two.network.partition([0], [1])
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [], SETTLE, "the loss is noticed")
+    two.network.heal()
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], SETTLE, "neighbours again")

@@ -1,0 +1,159 @@
+"""`vmconv node`, as an administrator uses it: found a fleet, let a node in, look, renew, revoke, leave."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmconv_fleet.testing import free_port, wait_until
+
+
+class Machine:
+    """A node's directory and the commands that are run on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.process: subprocess.Popen[str] | None = None
+
+    def node(self, action: str, *arguments: str, code: int = 0) -> str:
+        """Runs `vmconv node ACTION` and returns what it printed, on the stream that goes with the exit code."""
+        command = [sys.executable, "-m", "vmconv", "node", action, "--directory", str(self.directory), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
+
+    def run(self) -> None:
+        command = [sys.executable, "-m", "vmconv", "node", "run", "--directory", str(self.directory)]
+        with open(self.directory.parent / f"{self.directory.name}.log", "a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        assert "runs" in self.process.stdout.readline()
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            with self.process:
+                assert self.process.wait(30) == 0
+            self.process = None
+
+    def status(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads(self.node("status", "--output", "json"))
+        return found
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
+    made: list[Machine] = []
+
+    def make(name: str) -> Machine:
+        made.append(Machine(tmp_path / name))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+def ports(*names: str) -> list[str]:
+    return [part for name in names for part in (f"--{name}", f"127.0.0.1:{free_port()}")]
+
+
+LOCAL = ["--address", "127.0.0.1", "--no-api"]
+
+
+@pytest.fixture
+def founder(machine: Callable[[str], Machine], tmp_path: Path) -> Machine:
+    """A running node that founded a fleet and declares a datastore."""
+    (tmp_path / "images").mkdir()
+    first = machine("first")
+    first.node(
+        "init", *ports("listen", "join"), *LOCAL, "--name", "first", "--fleet", "house", str(tmp_path / "images")
+    )
+    first.run()
+    return first
+
+
+@pytest.mark.slow
+def test_a_node_joins_is_seen_renews_and_leaves(founder: Machine, machine: Callable[[str], Machine]) -> None:
+    second = machine("second")
+    invitation = founder.node("invite", "--address", "127.0.0.1").strip()
+    assert "joins fleet house" in second.node("join", invitation, *ports("listen"), *LOCAL, "--name", "second")
+    second.run()
+    nodes = founder.status()["node"], second.status()["node"]
+    wait_until(lambda: founder.status()["neighbours"] == [nodes[1]], 60, "the first one has a neighbour")
+    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], 60, "and the second")
+    assert second.status()["problems"] == []
+
+    until = second.status()["certificate-until"]
+    second.node("renew", "--new-keys")
+    assert str(second.status()["certificate-until"]) >= str(until)
+    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], 60, "neighbours with new keys")
+
+    assert "is running" in second.node("leave", code=1)
+    second.end()
+    assert "has left" in second.node("leave")
+    assert not second.directory.exists()
+    wait_until(lambda: founder.status()["neighbours"] == [], 60, "it has gone")
+
+
+@pytest.mark.slow
+def test_an_invitation_lets_one_in(founder: Machine, machine: Callable[[str], Machine]) -> None:
+    invitation = founder.node("invite", "--address", "127.0.0.1").strip()
+    machine("second").node("join", invitation, *ports("listen"), *LOCAL)
+    third = machine("third")
+    error = third.node("join", invitation, *ports("listen"), *LOCAL, code=1)
+    assert error.splitlines()[0] == "vmconv: refused: the token is unknown or was used before"
+    assert list(third.directory.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_authority_moves_to_another_node(
+    founder: Machine, machine: Callable[[str], Machine], tmp_path: Path
+) -> None:
+    second, third = machine("second"), machine("third")
+    invitation = founder.node("invite", "--address", "127.0.0.1").strip()
+    second.node("join", invitation, *ports("listen"), *LOCAL)
+    assert "does not hold the fleet's authority" in second.node("invite", code=1)
+    founder.node("authority", "export", str(tmp_path / "key"))
+    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+    second.node("authority", "import", str(tmp_path / "key"))
+    toml = second.directory / "node.toml"
+    toml.write_text(toml.read_text().replace('join = "[::]:7448"', f'join = "127.0.0.1:{free_port()}"'))
+    second.run()
+    wait_until(lambda: second.status()["neighbours"], 60, "the second one is in")
+    founder.end()
+    invitation = second.node("invite", "--address", "127.0.0.1").strip()
+    third.node("join", invitation, *ports("listen"), *LOCAL)
+    third.run()
+    wait_until(lambda: third.status()["neighbours"], 60, "the third one is in")
+
+
+def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp_path: Path) -> None:
+    one = machine("one")
+    assert "is not a directory" in one.node("init", str(tmp_path / "missing"), code=2)
+    assert "is no name of a fleet" in one.node("init", "--fleet", "a/b", code=2)
+    assert "is no address" in one.node("init", "--listen", "nowhere", code=2)
+    one.node("init", *LOCAL)
+    assert "is not empty" in one.node("init", *LOCAL, code=1)
+
+
+@pytest.mark.parametrize("action", ["run", "status", "invite", "renew", "leave"])
+def test_an_action_on_what_is_no_node_is_one_line_and_a_hint(machine: Callable[[str], Machine], action: str) -> None:
+    one = machine("nothing")
+    assert one.node(action, code=1).splitlines() == [
+        f"vmconv: {one.directory}: is no node",
+        "  hint: vmconv node init founds a fleet, vmconv node join enters one",
+    ]
+
+
+def test_the_node_with_the_authority_does_not_just_leave(machine: Callable[[str], Machine]) -> None:
+    one = machine("one")
+    one.node("init", *LOCAL)
+    assert "holds the fleet's authority" in one.node("leave", code=1)
+    one.node("leave", "--force")
+    assert not one.directory.exists()

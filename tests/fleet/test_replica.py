@@ -1,0 +1,565 @@
+"""The replica, message by message: what it accepts, what it refuses, and how its relatives were hurt."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from fleet.pairs import Fleet, Machine, pair
+from fleet.plain import PlainSigner, certificate, node_id, retirement
+from vmconv_fleet import messages, records
+from vmconv_fleet.errors import MalformedError, NotReadyError
+from vmconv_fleet.messages import Digest, Live, Page, Pull, Standing
+from vmconv_fleet.records import Change, Position, Record, seal
+
+
+def _signed(signer: PlainSigner, record: Record, **changes: Any) -> bytes:
+    payload = records.encode(record._replace(**changes))
+    return seal(signer.sign(payload), payload)
+
+
+def _agree(*machines: Machine) -> bool:
+    views = [
+        {owner: (position, machine.replica.store.state(owner)) for owner, position in positions.items()}
+        for machine in machines
+        for positions in [machine.replica.store.positions()]
+    ]
+    return all(view == views[0] for view in views)
+
+
+def test_a_write_is_seen_by_a_neighbour() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "t", {"value": 1})
+    fleet.flow()
+    assert other.body(one, "thing", "t") == {"value": 1}
+    assert [record.id for record in other.news if record.kind == "thing"] == ["t"]
+
+
+def test_a_deletion_is_seen_by_a_neighbour() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "t", {"value": 1})
+    one.write("thing", "t", None)
+    fleet.flow()
+    assert other.body(one, "thing", "t") is None
+    assert [record.deleted for record in other.news if record.kind == "thing"] == [False, True]
+
+
+def test_nothing_is_written_for_the_deletion_of_what_is_not_there() -> None:
+    _, one, _ = pair()
+    before = one.replica.store.position(one.id)
+    assert one.replica.write([Change("thing", "t", None)]) == ([], [])
+    assert one.replica.store.position(one.id) == before
+
+
+def test_a_write_is_all_or_nothing() -> None:
+    _, one, _ = pair()
+    before = one.replica.store.position(one.id)
+    with pytest.raises(MalformedError, match="kind 'Not a kind'"):
+        one.replica.write([Change("thing", "t", {}), Change("Not a kind", "t", {})])
+    assert one.replica.store.position(one.id) == before
+    assert one.replica.store.get(one.id, "thing", "t") is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"filling": "x" * records.MAX_RECORD},
+        {"number": float("nan")},
+        {"number": float("inf")},
+        {"half": "\ud800"},
+        {"not json": object()},
+        {"deep": json.loads("[" * 40 + "]" * 40)},
+    ],
+    ids=["large", "nan", "inf", "surrogate", "object", "deep"],
+)
+def test_an_owner_cannot_write_what_others_would_refuse(body: dict[str, Any]) -> None:
+    """One poison record must not be able to stop its owner's log everywhere."""
+    _, one, _ = pair()
+    with pytest.raises(MalformedError):
+        one.replica.write([Change("thing", "t", body)])
+
+
+def test_lost_messages_are_pulled() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "a", {"value": 1})
+    fleet.drop()
+    one.write("thing", "b", {"value": 2})
+    fleet.flow(200)
+    assert other.body(one, "thing", "a") == {"value": 1}
+    assert _agree(one, other)
+
+
+def test_the_last_message_is_missed_soon() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "a", {"value": 1})
+    fleet.drop()
+    fleet.flow(400)
+    assert other.body(one, "thing", "a") == {"value": 1}
+
+
+def test_records_that_come_too_early_are_kept_until_the_others_have_come() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "a", {"value": 1})
+    ((_, _, first),) = fleet.drop()
+    one.write("thing", "b", {"value": 2})
+    fleet.flow()
+    assert other.body(one, "thing", "b") is None
+    other.replica.received(one.id, first)
+    assert other.body(one, "thing", "a") == {"value": 1}
+    one.write("thing", "c", {"value": 3})
+    fleet.flow(100)
+    assert _agree(one, other)
+
+
+def test_news_pass_through_a_line() -> None:
+    fleet = Fleet()
+    line = [fleet.add(number) for number in range(5)]
+    fleet.flow(100)
+    for one, other in pairwise(line):
+        fleet.link(one, other)
+    fleet.flow(2000)
+    line[0].write("thing", "t", {"value": 1})
+    fleet.flow()
+    assert line[4].body(line[0], "thing", "t") == {"value": 1}
+
+
+def test_in_a_mesh_nobody_passes_on_what_all_have_heard() -> None:
+    fleet = Fleet()
+    mesh = [fleet.add(number) for number in range(4)]
+    fleet.flow(100)
+    for number, one in enumerate(mesh):
+        for other in mesh[:number]:
+            fleet.link(one, other)
+    fleet.flow(2000)
+    mesh[0].write("thing", "t", {"value": 1})
+    fleet.flow()
+    assert [machine.counters["duplicates"] for machine in mesh] == [0, 0, 0, 0]
+
+
+def test_a_ferry_brings_records_of_a_dead_owner() -> None:
+    fleet, one, ferry = pair()
+    one.write("thing", "t", {"value": 1})
+    fleet.flow()
+    fleet.cut(one, ferry)
+    far = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(ferry, far)
+    fleet.flow(300)
+    assert far.body(one, "thing", "t") == {"value": 1}
+
+
+def test_a_snapshot_of_many_pages_is_seen_all_at_once() -> None:
+    with patch.object(messages, "PAGE_BYTES", 2000):
+        fleet, one, _ = pair()
+        for number in range(50):
+            one.write("thing", f"t{number}", {"value": number, "filling": "x" * 300})
+        fleet.drop()
+        late = fleet.add(2)
+        counts = []
+        late.replica.subscribe(lambda _: counts.append(len(late.replica.store.find("thing", one.id))))
+        fleet.link(one, late)
+        fleet.flow(2000)
+    assert set(counts) <= {0, 50}
+    assert len(late.replica.store.find("thing", one.id)) == 50
+    assert late.counters["stray-pages"] == 0
+
+
+def test_pages_of_two_histories_are_not_put_together() -> None:
+    with patch.object(messages, "PAGE_BYTES", 1500), patch.object(messages, "WINDOW", 1):
+        fleet, one, relay = pair()
+        for number in range(20):
+            one.write("thing", f"t{number}", {"filling": "x" * 300})
+        fleet.flow()
+        backup = _copy(one.disk)
+        for number in range(20):
+            one.write("thing", f"t{number}", {"filling": "y" * 300})
+        fleet.flow(100)
+        fleet.cut(one, relay)
+        late = fleet.add(2)
+        fleet.flow(100)
+        fleet.link(relay, late)
+        sessions = late.replica._shared.catchup._sessions
+        fleet.flow_until(lambda: one.id in sessions and sessions[one.id].staged)
+        fleet.drop()
+        again = fleet.add(0, disk=backup)
+        fleet.flow(50)
+        fleet.link(again, relay)
+        fleet.flow(8000)
+    assert late.problems() == []
+    assert _agree(again, relay, late)
+
+
+def test_a_late_joiner_goes_on_with_somebody_else_when_its_source_dies() -> None:
+    with patch.object(messages, "PAGE_BYTES", 1000):
+        fleet, one, other = pair()
+        for number in range(40):
+            one.write("thing", f"t{number}", {"filling": "x" * 300})
+        fleet.flow(100)
+        late = fleet.add(2)
+        fleet.link(one, late)
+        late.fleet._deliver()
+        fleet.send(late, late.replica.tick())
+        fleet.cut(one, late)
+        fleet.drop()
+        fleet.link(other, late)
+        fleet.flow(4000)
+    assert _agree(one, other, late)
+
+
+def test_a_position_before_the_floor_gets_a_snapshot() -> None:
+    """Cassandra: what was deleted and forgotten must not come back from who has missed the deletion."""
+    fleet, one, other = pair(grace=1000, floor=500)
+    one.write("thing", "gone", {"value": 1})
+    one.write("thing", "kept", {"value": 2})
+    fleet.flow()
+    fleet.cut(one, other)
+    one.write("thing", "gone", None)
+    fleet.flow(3000)
+    assert one.replica.store.history(one.id).floor > 0
+    assert not list(one.replica.store.deletions(one.id))
+    fleet.link(one, other)
+    fleet.flow(300)
+    assert other.body(one, "thing", "gone") is None
+    assert other.body(one, "thing", "kept") == {"value": 2}
+    one.write("thing", "later", {"value": 3})
+    fleet.flow()
+    assert _agree(one, other)
+
+
+def test_deletions_are_forgotten_at_the_same_state_everywhere() -> None:
+    """As in chitchat #81, #121, #155: forgetting at different times brought dead state back."""
+    fleet, one, other = pair(grace=1000, floor=500)
+    one.write("thing", "t", {"value": 1})
+    one.write("thing", "t", None)
+    fleet.flow(3000)
+    assert not list(one.replica.store.deletions(one.id))
+    assert not list(other.replica.store.deletions(one.id))
+    assert _agree(one, other)
+
+
+def test_a_new_life_leaves_nothing_of_the_old_one() -> None:
+    """As in chitchat #94: a generation change left old state."""
+    fleet, one, other = pair()
+    one.write("thing", "old", {"value": 1})
+    fleet.flow()
+    fleet.cut(one, other)
+    again = fleet.add(0)
+    fleet.flow(100)
+    again.write("thing", "new", {"value": 2})
+    fleet.link(again, other)
+    fleet.flow(2000)
+    assert other.body(again, "thing", "old") is None
+    assert other.body(again, "thing", "new") == {"value": 2}
+    assert _agree(again, other)
+
+
+def test_a_node_recovers_its_own_records_before_it_writes() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "t", {"value": 1})
+    fleet.flow()
+    fleet.cut(one, other)
+    again = fleet.add(0, patience=None)
+    fleet.flow(10_000)
+    with pytest.raises(NotReadyError):
+        again.replica.write([Change("thing", "u", {})])
+    fleet.link(again, other)
+    fleet.flow(1000)
+    assert again.replica.serving
+    assert again.body(again, "thing", "t") == {"value": 1}
+    assert "lost" not in again.problems()
+    assert _agree(again, other)
+
+
+def test_an_older_database_is_brought_up_to_date() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "before", {"value": 1})
+    backup = one.disk.serialize()
+    one.write("thing", "after", {"value": 2})
+    fleet.flow()
+    fleet.cut(one, other)
+    disk = sqlite3.connect(":memory:", isolation_level=None)
+    disk.deserialize(backup)
+    again = fleet.add(0, disk=disk, patience=5000)
+    fleet.link(again, other)
+    fleet.flow(1000)
+    assert again.body(again, "thing", "after") == {"value": 2}
+    assert _agree(again, other)
+
+
+def test_an_epoch_is_never_used_again_even_by_a_clock_that_stands() -> None:
+    epochs = set()
+    disk = sqlite3.connect(":memory:", isolation_level=None)
+    for _ in range(20):
+        machine = Fleet().add(0, disk=disk)
+        machine.fleet.flow(50)
+        epochs.add(machine.replica.store.position(machine.id).epoch)
+    assert len(epochs) == 20
+
+
+def test_recovery_keeps_what_was_written_since() -> None:
+    """A node has lost its disk while its clock was ahead: what it has written since is worth more than its past."""
+    fleet, one, other = pair()
+    one.offset = 0
+    one.write("thing", "past", {"value": 1})
+    fleet.flow()
+    fleet.cut(one, other)
+    ahead = max(one.replica.store.position(one.id).epoch - one.wall(), 0)
+    again = fleet.add(0)
+    again.offset = -ahead - 3_000_000
+    fleet.flow(100)
+    again.write("thing", "since", {"value": 2})
+    assert again.replica.store.position(one.id) < other.replica.store.position(one.id)
+    third = fleet.add(0, disk=again.disk, patience=5000)
+    third.offset = again.offset
+    fleet.link(third, other)
+    fleet.flow(8000)
+    assert third.body(third, "thing", "since") == {"value": 2}
+    assert third.body(third, "thing", "past") is None
+    assert other.body(third, "thing", "since") == {"value": 2}
+    assert "lost" in third.problems()
+    assert _agree(third, other)
+
+
+def test_two_records_for_one_position_are_both_kept_and_the_owner_goes_on() -> None:
+    fleet, one, other = pair()
+    position = one.replica.store.position(one.id)
+    clone = Machine(fleet, 0, disk=_copy(one.disk))
+    clone.replica._recovery._epoch = position.epoch
+    one.write("thing", "t", {"value": "original"})
+    fleet.flow()
+    _, sends = clone.replica.write([Change("thing", "t", {"value": "clone"})])
+    fleet.send(other, other.replica.received(one.id, sends[0].message))
+    assert "fork" in other.problems()
+    assert {record.body["value"] for record in other.replica.store.forks()} == {"original", "clone"}
+    fleet.flow(3000)
+    assert one.replica.store.position(one.id).epoch > position.epoch
+    assert other.body(one, "thing", "t") == {"value": "original"}
+    assert _agree(one, other)
+
+
+def _copy(disk: sqlite3.Connection) -> sqlite3.Connection:
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    copy.deserialize(disk.serialize())
+    return copy
+
+
+def test_a_forged_record_is_refused_and_reported() -> None:
+    fleet, one, other = pair()
+    record = one.write("thing", "t", {"value": 1})
+    fleet.drop()
+    forged = _signed(PlainSigner(other.id), record, body={"value": 2})
+    other.replica.received(one.id, messages.encode(Live([forged])))
+    assert other.body(one, "thing", "t") is None
+    assert other.problems() == ["forged"]
+
+
+def test_a_record_with_the_key_of_another_owner_is_refused() -> None:
+    fleet, one, other = pair()
+    record = one.write("thing", "t", {"value": 1})
+    fleet.drop()
+    thief = fleet.add(2)
+    misplaced = _signed(thief.signer, record, key_id=thief.signer.key_id)
+    other.replica.received(one.id, messages.encode(Live([misplaced])))
+    assert other.body(one, "thing", "t") is None
+    assert other.problems() == ["forged"]
+
+
+def test_a_replayed_record_changes_nothing() -> None:
+    fleet, one, other = pair()
+    first = one.write("thing", "t", {"value": 1})
+    one.write("thing", "t", {"value": 2})
+    fleet.flow()
+    other.replica.received(one.id, messages.encode(Live([first.wire])))
+    assert other.body(one, "thing", "t") == {"value": 2}
+    assert other.counters["duplicates"] == 1
+
+
+def test_a_page_with_records_of_another_owner_is_refused() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "t", {"value": 1})
+    fleet.drop()
+    foreign = other.write("thing", "t", {"value": 2})
+    fleet.drop()
+    fleet.time += 100
+    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(Position(1 << 50, 9), "0" * 16)})))
+    fleet.time += 100
+    (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
+    assert isinstance(pull, Pull)
+    page = Page(one.id, pull.session, pull.after, pull.base, False, False, Position(1 << 50, 9), 0, [foreign.wire])
+    other.replica.received(one.id, messages.encode(page))
+    assert other.problems() == ["malformed"]
+
+
+def test_records_that_leave_something_out_are_no_state_and_are_refused() -> None:
+    """Corrosion: a partial update. A relay that leaves a record out is noticed by the sum in the last one."""
+    fleet, one, other = pair()
+    base = one.replica.store.position(one.id)
+    one.write("thing", "a", {"value": 1})
+    last = one.write("thing", "b", {"value": 2})
+    fleet.drop()
+    fleet.time += 200
+    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(last.position, "0" * 16)})))
+    fleet.time += 100
+    (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
+    assert isinstance(pull, Pull)
+    page = Page(one.id, pull.session, base, base, False, False, last.position, 0, [last.wire])
+    other.replica.received(one.id, messages.encode(page))
+    assert other.problems() == ["torn"]
+    assert other.replica.store.position(one.id) == base
+    fleet.flow(3000)
+    assert _agree(one, other)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b"l",
+        b"?\x00\x00\x00\x02{}",
+        b"l\x00\x00\x00\x02{}",
+        b"l\xff\xff\xff\xff{}",
+        b"l\x00\x00\x00\x02{}\x00\x00\x00\xffabc",
+        b"l\x00\x00\x00\x02{}\x00\x00\x00\x05\x00[1]\x00",
+        b"d\x00\x00\x00\x02{}",
+        b'd\x00\x00\x00\x1a{"at": {"x": [1, 2, "3"]}}',
+        b"p\x00\x00\x00\x02[]",
+        b"g" + len(b"[" * 100_000).to_bytes(4, "big") + b"[" * 100_000,
+        b"l" * (messages.MAX_MESSAGE + 1),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_message_is_counted_and_dropped(message: bytes) -> None:
+    _, one, other = pair()
+    assert other.replica.received(one.id, message) == []
+    assert other.problems() == ["malformed"]
+
+
+def test_a_message_of_nobody_who_is_connected_is_dropped() -> None:
+    _, one, other = pair()
+    assert other.replica.received(node_id(7), b"anything") == []
+    assert other.counters["strangers"] == 1
+    assert one.problems() == other.problems() == []
+
+
+def test_a_wild_clock_is_reported_and_not_followed() -> None:
+    fleet, one, other = pair()
+    one.offset = 3_600_000_000
+    one.write("thing", "t", {"value": 1})
+    fleet.flow()
+    assert other.body(one, "thing", "t") == {"value": 1}
+    assert other.problems() == ["clock"]
+    assert other.write("thing", "t", {}).clock < one.wall() << 16
+
+
+def test_a_retired_node_is_dropped_everywhere_and_does_not_come_back() -> None:
+    """As in chitchat #155: a dead node's state returned from who had forgotten it later. Its witness may go, too."""
+    fleet, one, other = pair()
+    third = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, third)
+    fleet.flow(1000)
+    one.write("thing", "t", {"value": 1})
+    fleet.flow(1000)
+    fleet.cut(one, other)
+    fleet.cut(other, third)
+    other.write(*retirement(one.id))
+    fleet.flow()
+    assert one.id not in other.replica.store.positions()
+    fleet.link(other, third)
+    fleet.flow(1000)
+    assert one.id not in third.replica.store.positions()
+    third.write(*retirement(other.id))
+    fleet.cut(other, third)
+    fourth = fleet.add(3)
+    fleet.link(third, fourth)
+    fleet.link(one, fourth)
+    fleet.flow(3000)
+    assert sorted(fourth.replica.store.positions()) == sorted([third.id, fourth.id])
+    assert not one.replica.serving
+    assert "retired" in one.problems()
+
+
+def test_a_digest_does_not_grow_with_nodes_that_were_retired() -> None:
+    """As in quickwit #6653."""
+    fleet, one, other = pair()
+    fleet.cut(one, other)
+    other.write(*retirement(one.id))
+    (digest,) = [messages.decode(message) for _, message, _ in other.replica.connected(node_id(5))]
+    assert isinstance(digest, Digest)
+    assert list(digest.at) == [other.id]
+
+
+def test_another_certificate_is_learned_before_what_it_verifies() -> None:
+    fleet, one, other = pair()
+    one.write(*certificate(one.id, "second-key"))
+    one.signer.key_id = "second-key"
+    one.write("thing", "t", {"value": 1})
+    late = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, late)
+    fleet.flow(1000)
+    assert late.body(one, "thing", "t") == {"value": 1}
+    assert late.problems() == other.problems() == []
+
+
+def test_a_newer_schema_and_unknown_kinds_are_replicated_as_they_are() -> None:
+    """Corrosion: a change of schema must not make a fleet write its records anew."""
+    fleet, one, other = pair()
+    one.replica._own._schema = 99
+    record = one.write("kind-of-the-future", "t", {"field": {"of": "the future"}})
+    fleet.flow()
+    seen = other.replica.store.get(one.id, "kind-of-the-future", "t")
+    assert seen is not None
+    assert (seen.schema, seen.wire) == (99, record.wire)
+
+
+def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> None:
+    """Corrosion: expired certificates without back-off."""
+    fleet, one, other = pair()
+    fleet.drop()
+    pulls = []
+    digest = messages.encode(Digest({one.id: Standing(Position(1 << 50, 9), "0" * 16)}))
+    garbage = _signed(PlainSigner(node_id(9)), one.write("thing", "t", {}), epoch=1 << 50, seq=9)
+    fleet.drop()
+    for _ in range(1200):
+        fleet.time += 50
+        other.replica.received(one.id, digest)
+        for _, message, _ in other.replica.tick():
+            pull = messages.decode(message)
+            if isinstance(pull, Pull):
+                pulls.append(fleet.time)
+                page = Page(one.id, pull.session, pull.after, pull.base, False, False, pull.after, 0, [garbage])
+                other.replica.received(one.id, messages.encode(page))
+    assert 3 <= len(pulls) <= 12
+    assert other.problems() == ["forged"]
+
+
+def test_a_subscriber_that_fails_harms_nobody() -> None:
+    fleet, one, other = pair()
+
+    def fail(_: list[Record]) -> None:
+        raise RuntimeError("a subscriber's own mistake")
+
+    end = other.replica.subscribe(fail)
+    one.write("thing", "t", {"value": 1})
+    fleet.flow()
+    assert other.body(one, "thing", "t") == {"value": 1}
+    end()
+    end()
+
+
+def test_what_a_failed_commit_said_has_never_been() -> None:
+    _, one, _ = pair()
+    before = one.replica.store.position(one.id)
+    with pytest.raises(ZeroDivisionError), one.replica.batch():
+        one.replica.write([Change("thing", "t", {"value": 1})])
+        raise ZeroDivisionError
+    assert one.replica.store.position(one.id) == before
+    assert [record for record in one.news if record.kind == "thing"] == []
+    one.write("thing", "t", {"value": 2})
+    assert one.replica.serving

@@ -1,0 +1,258 @@
+"""What a scan finds in datastores, and what becomes of it in the catalogue."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disks import MIB, QemuImg, make_disk
+from fleet.in_memory import Node, nodes
+from vmconv_fleet import definitions
+from vmconv_fleet.places import disk_id
+from vmconv_fleet.records import Change, Record
+from vmconv_fleet.scanning import Scanner
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with nodes(1, tmp_path) as (one,):
+        yield one
+
+
+@pytest.fixture
+def datastore(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    return directory
+
+
+def scan(node: Node, **datastores: Path) -> None:
+    """Scans once; the records are written when this returns."""
+    scanner = Scanner(node.service, {name: str(path) for name, path in datastores.items()})
+    scanner.start()
+    try:
+        for name in datastores:
+            node.body_when(node.id, "datastore", name, lambda one: one.body.get("scanned_ms", 0) > 0)
+    finally:
+        scanner.stop()
+
+
+def disks(node: Node) -> dict[str, Record]:
+    return {one.body["name"]: one for one in node.service.view().find("disk", node.id)}
+
+
+def test_a_disk_is_described(node: Node, datastore: Path) -> None:
+    make_disk(datastore / "a.raw", 8 * MIB)
+    scan(node, ds=datastore)
+    (record,) = disks(node).values()
+    assert record.id == disk_id("ds", "a.raw")
+    assert (record.body["format"], record.body["virtual_size"], record.body["in_use"]) == ("raw", 8 * MIB, False)
+    assert record.body["actual_size"] == (datastore / "a.raw").stat().st_blocks * 512
+    store = node.service.view().get(node.id, "datastore", "ds")
+    assert store
+    assert (store.body["disks"], store.body["path"]) == (1, str(datastore))
+    assert store.body["backends"]["copy"]["usable"]
+    able = node.service.view().get(node.id, "capabilities", "installed")
+    assert able
+    assert able.body["formats"]["raw"]["writes"]
+
+
+def test_a_chain_is_followed_by_ids(node: Node, datastore: Path, qemu_img: QemuImg) -> None:
+    make_disk(datastore / "base.raw", MIB)
+    (datastore / "snapshots").mkdir()
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", datastore / "one.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "../one.qcow2", "-F", "qcow2", datastore / "snapshots/two.qcow2")
+    scan(node, ds=datastore)
+    chain = disks(node)["snapshots/two.qcow2"].body["chain"]
+    assert [layer["name"] for layer in chain] == ["one.qcow2", "base.raw"]
+    assert [layer["disk"] for layer in chain] == [disk_id("ds", "one.qcow2"), disk_id("ds", "base.raw")]
+
+
+def test_hostile_images_are_listed_with_what_is_wrong(node: Node, datastore: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.raw").write_bytes(b"secret")
+    (datastore / "link.raw").symlink_to(tmp_path / "secret.raw")
+    (datastore / "garbage.qcow2").write_bytes(os.urandom(4096))
+    (datastore / "short.qcow2").write_bytes(b"QFI\xfb\0\0\0\3")
+    os.mkfifo(datastore / "pipe.raw")
+    (datastore / os.fsdecode(b"caf\xe9.raw")).write_bytes(bytes(512))
+    (datastore / "<script>\n\x1b[31m.raw").write_bytes(bytes(512))
+    scan(node, ds=datastore)
+    found = disks(node)
+    assert found.keys() == {"link.raw", "garbage.qcow2", "short.qcow2", "<script>\n\x1b[31m.raw"}
+    assert "lies outside the datastores" in found["link.raw"].body["problem"]
+    assert "actual_size" not in found["link.raw"].body
+    assert "no signature of qcow2" in found["garbage.qcow2"].body["problem"]
+    assert found["short.qcow2"].body["problem"]
+    assert "problem" not in found["<script>\n\x1b[31m.raw"].body
+    store = node.service.view().get(node.id, "datastore", "ds")
+    assert store
+    assert "not UTF-8" in store.body["problem"]
+
+
+def test_a_parent_outside_of_all_datastores_is_not_read(
+    node: Node, datastore: Path, tmp_path: Path, qemu_img: QemuImg
+) -> None:
+    make_disk(tmp_path / "outside.raw", MIB)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", tmp_path / "outside.raw", "-F", "raw", datastore / "top.qcow2")
+    scan(node, ds=datastore)
+    body = disks(node)["top.qcow2"].body
+    assert "lies outside" in body["problem"]
+    assert not body.get("chain")
+
+
+def test_extents_of_an_image_are_no_images(node: Node, datastore: Path, qemu_img: QemuImg) -> None:
+    make_disk(datastore / "a.raw", MIB)
+    qemu_img("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat", datastore / "a.raw", datastore / "flat.vmdk")
+    assert (datastore / "flat-flat.vmdk").exists()
+    scan(node, ds=datastore)
+    assert disks(node).keys() == {"a.raw", "flat.vmdk"}
+
+
+def test_an_image_that_is_written_to_is_in_use(node: Node, datastore: Path) -> None:
+    import fcntl
+    import struct
+
+    make_disk(datastore / "a.raw", MIB)
+    with (datastore / "a.raw").open("r+b") as file:
+        # As QEMU does for writing: it locks byte 101.
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("@hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 101, 1, 0))
+        scan(node, ds=datastore)
+    assert disks(node)["a.raw"].body["in_use"] is True
+
+
+def test_only_differences_are_written(node: Node, datastore: Path) -> None:
+    for name in ("a", "b", "c"):
+        make_disk(datastore / f"{name}.raw", MIB)
+    scan(node, ds=datastore)
+    before = disks(node)
+    (datastore / "b.raw").unlink()
+    make_disk(datastore / "d.raw", MIB)
+    node.write(Change("datastore", "ds", {"path": str(datastore)}))
+    scan(node, ds=datastore)
+    after = disks(node)
+    assert after.keys() == {"a.raw", "c.raw", "d.raw"}
+    assert [after[name].position for name in ("a.raw", "c.raw")] == [
+        before[name].position for name in ("a.raw", "c.raw")
+    ]
+
+
+def test_a_scan_that_is_asked_for_is_done_and_others_are_not(node: Node, datastore: Path) -> None:
+    scanner = Scanner(node.service, {"ds": str(datastore)})
+    scanner.start()
+    try:
+        first = node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
+        make_disk(datastore / "new.raw", MIB)
+        asked = first.body["scanned_ms"] + 1
+        node.write(Change("datastore", "ds", {**first.body, "scan_asked_ms": asked}))
+        done = node.body_when(node.id, "datastore", "ds", lambda one: one.body["scanned_ms"] >= asked)
+        assert done.body["disks"] == 1
+        assert disks(node).keys() == {"new.raw"}
+    finally:
+        scanner.stop()
+
+
+def test_disks_of_a_datastore_that_is_removed_leave_the_catalogue(node: Node, datastore: Path) -> None:
+    make_disk(datastore / "a.raw", MIB)
+    scanner = Scanner(node.service, {"ds": str(datastore)})
+    scanner.start()
+    try:
+        node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
+        node.write(Change("datastore", "ds", None))
+        node.until(lambda: not disks(node))
+    finally:
+        scanner.stop()
+    # What was removed does not come back with the configuration that named it once.
+    scanner = Scanner(node.service, {"ds": str(datastore)})
+    scanner.start()
+    scanner.stop()
+    assert not node.service.view().find("datastore", node.id)
+
+
+def test_a_datastore_that_is_away_keeps_its_disks(node: Node, datastore: Path) -> None:
+    make_disk(datastore / "a.raw", MIB)
+    scan(node, ds=datastore)
+    datastore.rename(datastore.with_name("away"))
+    before = node.service.view().get(node.id, "datastore", "ds")
+    assert before
+    node.write(Change("datastore", "ds", {**before.body, "scanned_ms": 0}))
+    scan(node, ds=datastore)
+    store = node.service.view().get(node.id, "datastore", "ds")
+    assert store
+    assert store.body["problem"] == "is not a directory"
+    assert disks(node).keys() == {"a.raw"}
+
+
+def test_an_inspection_that_fails_is_a_problem_of_the_datastore(node: Node, datastore: Path) -> None:
+    scanner = Scanner(node.service, {"ds": str(datastore)}, command=["false"])
+    scanner.start()
+    try:
+        record = node.body_when(node.id, "datastore", "ds", lambda one: "problem" in one.body)
+        assert record.body["problem"] == "the scan did not end"
+    finally:
+        scanner.stop()
+
+
+def test_a_scanner_stops_at_once_while_an_inspection_takes_its_time(
+    node: Node, datastore: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    slow = ["sh", "-c", f"echo here > {tmp_path / 'pipe'}; exec sleep 1000"]
+    scanner = Scanner(node.service, {"ds": str(datastore)}, command=slow)
+    scanner.start()
+    assert (tmp_path / "pipe").read_text() == "here\n"
+    scanner.stop()
+    store = node.service.view().get(node.id, "datastore", "ds")
+    assert store
+    assert "problem" not in store.body
+
+
+VMX = b"""
+.encoding = "UTF-8"
+displayName = "web <b>1</b>"
+guestOS = "debian12-64"
+memsize = "2048"
+numvcpus = "4"
+scsi0:0.fileName = "a.raw.vmdk"
+scsi0:1.fileName = "../../../etc/passwd.vmdk"
+ide1:0.fileName = "cd.iso"
+"""
+
+DOMAIN = b"""<domain type='kvm'><name>db</name><memory unit='GiB'>4</memory><vcpu>2</vcpu>
+<os><type arch='x86_64'>hvm</type></os><devices>
+<disk type='file' device='disk'><source file='a.raw'/></disk>
+<disk type='file' device='cdrom'><source file='cd.iso'/></disk></devices></domain>"""
+
+
+def test_virtual_machines_are_found_with_their_disks(node: Node, datastore: Path) -> None:
+    make_disk(datastore / "a.raw", MIB)
+    (datastore / "web.vmx").write_bytes(VMX)
+    (datastore / "db.xml").write_bytes(DOMAIN)
+    (datastore / "other.xml").write_bytes(b"<html/>")
+    scan(node, ds=datastore)
+    vms: dict[str, Any] = {one.body["name"]: one.body for one in node.service.view().find("vm", node.id)}
+    assert vms.keys() == {"web <b>1</b>", "db"}
+    assert (vms["db"]["memory"], vms["db"]["processors"], vms["db"]["system"]) == (4 << 30, 2, "x86_64 hvm")
+    assert vms["db"]["disks"] == [{"name": "a.raw", "disk": disk_id("ds", "a.raw")}]
+    assert [disk["disk"] for disk in vms["web <b>1</b>"]["disks"]] == [None, None]
+
+
+BOMB = b'<!DOCTYPE d [<!ENTITY a "xxxxxxxxxx"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]><domain><name>&b;</name></domain>'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [BOMB, b"<domain><name>", b"\xff\xfe", b"", b'<!DOCTYPE d SYSTEM "file:///etc/passwd"><domain/>'],
+    ids=["entities", "unfinished", "no text", "empty", "external"],
+)
+def test_what_is_no_definition_defines_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "vm.xml").write_bytes(content)
+    assert definitions.read(str(tmp_path / "vm.xml")) is None
+
+
+def test_a_definition_has_a_size(tmp_path: Path) -> None:
+    (tmp_path / "vm.vmx").write_bytes(VMX + b"#" * definitions.MAX_SIZE)
+    assert definitions.read(str(tmp_path / "vm.vmx")) is None
