@@ -563,3 +563,19 @@ def test_what_a_failed_commit_said_has_never_been() -> None:
     assert [record for record in one.news if record.kind == "thing"] == []
     one.write("thing", "t", {"value": 2})
     assert one.replica.serving
+
+
+def test_live_messages_are_put_together_where_nothing_is_between_them() -> None:
+    """A transaction that is too large for a message leaves a gap; what comes after it is a message of its own."""
+    fleet, one, other = pair()
+    sends = []
+    for size in (1, 1, messages.PAGE_BYTES, 1, 1):
+        sends += one.replica.write([Change("thing", f"t{number}", {"x": "x" * 20_000}) for number in range(size)][:20])[
+            1
+        ]
+    together = messages.merged(sends)
+    assert (len(sends), len(together)) == (4, 2)
+    fleet.send(one, together)
+    fleet.flow(1000)
+    assert other.problems() == []
+    assert _agree(one, other)

@@ -115,7 +115,7 @@ class NodeService:
         return self._engine.request(lambda requests: (None, requests.withdraw(request)))
 
     def response(self, request: str, timeout: float | None = 0) -> Record | None:
-        """Returns the response to a request of this node once it is there; None after `timeout` seconds or at the end."""
+        """Returns the response to a request of this node when it comes; None after `timeout` seconds, or at the end."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._answered:
             while not self._ended:

@@ -54,7 +54,7 @@ class Teller:
         self._shared.news.add(records)
         message = messages.live(records)
         self._follow_up(records[0].owner, at_once=message is None)
-        return [] if message is None else [Send(None, message, records[0].owner)]
+        return [] if message is None else [Send(None, message, messages.span(records))]
 
     def pass_on(self, records: Sequence[Record], source: str) -> list[Send]:
         """Tells those who do not hear it from its owner, or from who has passed it on, what has just been taken."""
@@ -63,7 +63,7 @@ class Teller:
         message = messages.live(records) if targets else None
         if targets:
             self._follow_up(owner, at_once=message is None)
-        return [] if message is None else [Send(target, message, owner) for target in targets]
+        return [] if message is None else [Send(target, message, messages.span(records)) for target in targets]
 
     def catch_up(self, owner: str) -> list[Send]:
         """Tells those who are behind how far an owner's records are here."""
