@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +27,10 @@ from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
 
 SETTLE = 0.3
 """Seconds that a change of the members waits for more of them, since each costs all links for a moment."""
+LONGEST_SETTLE = 10.0
+"""The same when one change follows the other: it doubles each time, as when a whole fleet starts anew."""
+CALM = 30.0
+"""Seconds without a change after which the next one is an ordinary one."""
 MAX_WAITING = 64 << 20
 """Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
 _log = logging.getLogger("vmconv_fleet.link")
@@ -85,6 +90,8 @@ class ZenohLink:
         self._declared: list[Any] = []
         self._generation = 0
         self._reopen_at: float | None = None
+        self._settle = SETTLE
+        self._opened_at = -CALM
         self._cut = False
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -204,9 +211,12 @@ class ZenohLink:
         try:
             session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
         except zenoh.ZError as exc:
-            self.report("open", Problem("link", f"links cannot be opened: {exc}"))
+            # Behind the reason it says where in its sources that was.
+            reason = str(exc).partition(" at /")[0]
+            self.report("open", Problem("link", f"links cannot be opened: {reason}"))
             self._reopen_at = time.monotonic() + 2
             return
+        self._opened_at = time.monotonic()
         self.report("open", None)
         self.counters["opened"] += 1
         self._session = session
@@ -245,8 +255,15 @@ class ZenohLink:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
 
     def _look_at_members(self) -> None:
-        if self._who_may() != self._allowed and self._reopen_at is None:
-            self._reopen_at = time.monotonic() + SETTLE
+        wanted, now = self._who_may(), time.monotonic()
+        if self._allowed - wanted:
+            # Somebody was revoked.
+            self._reopen_at = now + SETTLE
+        elif wanted != self._allowed and self._reopen_at is None:
+            calm = now - self._opened_at > CALM
+            self._settle = SETTLE if calm else min(2 * self._settle, LONGEST_SETTLE)
+            # Not all nodes at once: each that is away is a link less for the others.
+            self._reopen_at = now + self._settle * random.uniform(1.0, 1.5)
 
     def _link_event(self, generation: int, event: Any) -> None:
         if generation != self._generation:
