@@ -15,6 +15,7 @@ from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet import messages, records
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.messages import Digest, Live, Page, Pull, Standing
+from vmconv_fleet.problems import Problem
 from vmconv_fleet.records import Change, Position, Record, seal
 
 
@@ -604,7 +605,7 @@ def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> N
 
 def test_problems_of_a_kind_are_told_less_and_less() -> None:
     _, one, other = pair()
-    told = []
+    told: list[Problem] = []
     other.replica.on_problem(told.append)
     for number in range(2000):
         other.replica.received(one.id, b"?" + number.to_bytes(4, "big") + b"{}")

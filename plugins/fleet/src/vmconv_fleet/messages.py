@@ -36,8 +36,6 @@ PAGE_BYTES = 192 << 10
 WINDOW = 4
 """So many pages are sent before the next has to be asked for."""
 
-TICK_MS = 50
-
 _SUM = 16
 _LIVE_HEAD = 7
 
