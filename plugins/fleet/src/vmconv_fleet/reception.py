@@ -44,14 +44,14 @@ class Reception:
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
         """Takes live records, and those that had come before them and are next now."""
-        owner = decode(wires[0]).owner
-        before = self._shared.store.position(owner)
-        sends = self._next(peer, wires)
-        return sends if self._shared.store.position(owner) == before else [*sends, *self._release(owner)]
+        first = decode(wires[0])
+        before = self._shared.store.position(first.owner)
+        sends = self._next(peer, first, wires)
+        taken = self._shared.store.position(first.owner) != before
+        return [*sends, *self._release(first.owner)] if taken else sends
 
-    def _next(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
-        shared, first = self._shared, decode(wires[0])
-        owner = first.owner
+    def _next(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
+        shared, owner = self._shared, first.owner
         if shared.trust.retired(owner):
             shared.problems.count("of-retired")
             return []
@@ -115,7 +115,7 @@ class Reception:
             if early.peer not in self._shared.neighbours:
                 continue
             try:
-                sends += self._next(*early)
+                sends += self._next(early.peer, decode(early.wires[0]), early.wires)
             except (MalformedError, ForgedError) as exc:
                 self._shared.problems.report(exc.kind, f"from {early.peer}: {exc}")
         return sends
