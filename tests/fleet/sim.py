@@ -40,7 +40,7 @@ from vmconv_fleet.store import Store
 
 WALL = 1_700_000_000_000
 CHAOS_MS = 20_000
-HEALING_MS = 60_000
+HEALING_MS = 180_000
 HONEST = ("internal", "malformed", "forged", "torn", "fork", "clock")
 """Problems that no node may report as long as all are honest and the network does not garble."""
 

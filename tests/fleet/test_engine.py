@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -175,7 +175,7 @@ def test_a_function_that_fails_fails_alone(nodes: Nodes) -> None:
     gate = threading.Event()
     service._engine.call(lambda: gate.wait(PATIENCE))
     before = service.write([Change("thing", "before", {})])
-    bad = service.update(lambda _: [Change("thing", "x", {"not": object()})])  # type: ignore[dict-item]
+    bad = service.update(lambda _: [Change("thing", "x", {"not": object()})])
     after = service.write([Change("thing", "after", {})])
     gate.set()
     with pytest.raises(MalformedError):
@@ -187,9 +187,12 @@ def test_a_function_that_fails_fails_alone(nodes: Nodes) -> None:
 def test_a_commit_that_fails_is_told_and_the_node_goes_on(nodes: Nodes) -> None:
     service = nodes.add(0)
     _write(service, "first", 0)
-    with patch.object(engine, "FAILURE_PAUSE_S", 0.0), patch.object(Store, "group", _full):
-        with pytest.raises(StoreError, match="disk is full"):
-            _write(service, "second", 0)
+    with (
+        patch.object(engine, "FAILURE_PAUSE_S", 0.0),
+        patch.object(Store, "group", _full),
+        pytest.raises(StoreError, match="disk is full"),
+    ):
+        _write(service, "second", 0)
     _write(service, "third", 0)
     assert [record.id for record in service.view().find("thing")] == ["first", "third"]
     assert "store" in [problem.kind for problem in service.problems()]
@@ -259,6 +262,7 @@ def test_who_waits_for_a_response_is_let_go_at_the_end(nodes: Nodes) -> None:
 
 def test_many_signatures_are_verified_in_their_order() -> None:
     verifiers = Verifiers()
-    records: list[Any] = list(range(FEW * 5))
-    assert list(verifiers(lambda number: number % 3 == 0, records)) == [number % 3 == 0 for number in records]
+    numbers: list[Any] = list(range(FEW * 5))
+    expected = [number % 3 == 0 for number in numbers]
+    assert list(verifiers(lambda number: cast("Any", number) % 3 == 0, numbers)) == expected
     verifiers.close()

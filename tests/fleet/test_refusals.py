@@ -30,7 +30,7 @@ from vmconv_fleet.records import encode as payload
 from vmconv_fleet.store import Reader
 from vmconv_fleet.testing import Driven, Lab, agree, free_port, view_of, wait_until
 from vmconv_fleet.watching import Watch
-from vmconv_fleet.zenoh_config import link_key, zenoh_settings
+from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
 from vmconv_fleet.zenoh_link import ZenohLink
 
 HELLO = bytes((LIVE,)) + b"hello"
@@ -111,10 +111,10 @@ class Pair:
     def say(self, settings: dict[str, Any], sender: str) -> list[tuple[str, bytes]]:
         """Opens a session with these settings, says hello in the sender's name, and returns what the victim hears."""
         with zenoh.open(zenoh.Config.from_json5(json.dumps(settings))) as session:
-            key = link_key("lab", sender, self.victim.config.node)
             # Again and again: a link takes a moment, if there is one.
             for _ in range(10):
-                session.put(key, HELLO)
+                for receiver in (self.victim.config.node, ALL):
+                    session.put(link_key("lab", sender, receiver), HELLO)
                 time.sleep(0.1)
         return self.victim.hears()
 
@@ -203,7 +203,8 @@ def test_a_member_that_reads_what_is_for_another(pair: Pair) -> None:
     member = pair.certified()
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with zenoh.open(zenoh.Config.from_json5(json.dumps(settings_of(member)))) as session:
-        for key in ("**", link_key("lab", "*", "*"), link_key("lab", "*", member.node)):
+        friend = link_key("lab", "*", pair.friend.config.node)
+        for key in ("**", link_key("lab", "*", "*"), friend, link_key("lab", "*", member.node)):
             session.declare_subscriber(key, lambda sample: heard.put(sample.payload.to_bytes()))
         wait_until(lambda: member.node in pair.victim.events.neighbours, 10, "the member is a neighbour")
         for _ in range(10):

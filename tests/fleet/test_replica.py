@@ -15,6 +15,7 @@ from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet import messages, records
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.messages import Digest, Live, Page, Pull, Standing
+from vmconv_fleet.problems import Problem
 from vmconv_fleet.records import Change, Position, Record, seal
 
 
@@ -563,3 +564,51 @@ def test_what_a_failed_commit_said_has_never_been() -> None:
     assert [record for record in one.news if record.kind == "thing"] == []
     one.write("thing", "t", {"value": 2})
     assert one.replica.serving
+
+
+def test_live_messages_are_put_together_where_nothing_is_between_them() -> None:
+    """A transaction that is too large for a message leaves a gap; what comes after it is a message of its own."""
+    fleet, one, other = pair()
+    sends = []
+    for size in (1, 1, 20, 1, 1):
+        sends += one.replica.write([Change("thing", f"t{number}", {"x": "x" * 20_000}) for number in range(size)])[1]
+    together = messages.merged(sends)
+    assert (len(sends), len(together)) == (4, 2)
+    fleet.send(one, together)
+    fleet.flow(1000)
+    assert other.problems() == []
+    assert _agree(one, other)
+
+
+def test_many_records_that_came_too_early_are_taken_together() -> None:
+    fleet, one, other = pair()
+    one.write("thing", "first", {"value": 0})
+    ((_, _, first),) = fleet.drop()
+    for number in range(1200):
+        one.write("thing", f"t{number}", {"value": number})
+    fleet.flow()
+    assert other.replica.store.find("thing") == []
+    other.replica.received(one.id, first)
+    assert len(other.replica.store.find("thing")) == 1201
+    assert other.problems() == []
+
+
+def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> None:
+    _, one, other = pair()
+    for group in range(5):
+        at = {node_id(1000 * group + number + 100): Standing(Position(1, 1), "0" * 16) for number in range(1000)}
+        other.replica.received(one.id, messages.encode(Digest(at)))
+    assert len(other.replica.neighbours[one.id]._heard) <= 4096
+    assert len(other.replica._shared.catchup._wants) <= 4096
+    assert one.body(one, "certificate", one.signer.key_id) is not None
+
+
+def test_problems_of_a_kind_are_told_less_and_less() -> None:
+    _, one, other = pair()
+    told: list[Problem] = []
+    other.replica.on_problem(told.append)
+    for number in range(2000):
+        other.replica.received(one.id, b"?" + number.to_bytes(4, "big") + b"{}")
+    assert other.counters["malformed"] == 2000
+    assert len(told) < 120
+    assert len(other.problems()) <= 100

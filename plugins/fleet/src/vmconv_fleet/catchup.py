@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.messages import Page, Pull
-from vmconv_fleet.neighbours import Neighbours
+from vmconv_fleet.neighbours import MAX_OWNERS, Neighbours
 from vmconv_fleet.ownlog import sound
 from vmconv_fleet.problems import Problems
 from vmconv_fleet.records import START, Position, Record, decode
@@ -88,9 +88,9 @@ class CatchUp:
 
     def want(self, owner: str, due: int, *, evidence: str | None = None) -> None:
         """Asks for what the owner has more, from whoever has it, at the time `due`; `evidence`: all, from this peer."""
-        if owner in self._sessions:
-            return
         known = self._wants.get(owner)
+        if owner in self._sessions or (known is None and len(self._wants) >= MAX_OWNERS):
+            return
         if known is not None:
             due, evidence = min(due, known.due), evidence or known.evidence
         self._wants[owner] = _Want(due, evidence)
@@ -197,6 +197,8 @@ class CatchUp:
 
     def fail(self, session: Session, now: int, *, patience: int = 0) -> None:
         """Ends a session without success: its peer is not asked again for a while, others at once."""
+        if len(self._failures) >= MAX_OWNERS:
+            self._failures = {key: failed for key, failed in self._failures.items() if failed[1] > now}
         count = self._failures.get((session.peer, session.owner), (0, 0))[0] + 1
         pause = min(BACKOFF_MS << min(count, 20), MAX_BACKOFF_MS) * self._random.uniform(0.5, 1.0)
         self._failures[session.peer, session.owner] = count, now + int(pause) * (count > patience)

@@ -12,6 +12,8 @@ class FleetError(VmconvError):
 class MalformedError(FleetError):
     """A record, a message or a change is not as it has to be."""
 
+    kind = "malformed"
+
 
 class NotOwnerError(FleetError):
     """A node was asked to write what another one owns."""

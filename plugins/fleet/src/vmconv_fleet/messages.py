@@ -36,8 +36,6 @@ PAGE_BYTES = 192 << 10
 WINDOW = 4
 """So many pages are sent before the next has to be asked for."""
 
-TICK_MS = 50
-
 _SUM = 16
 _LIVE_HEAD = 7
 
@@ -105,27 +103,46 @@ class Notice(NamedTuple):
 Message = Live | Digest | Pull | Page | Notice
 
 
+class Span(NamedTuple):
+    """Which records a live message tells."""
+
+    owner: str
+    first: Position
+    last: Position
+
+
 class Send(NamedTuple):
-    """A message to be sent; `peer` None: to all neighbours. `owner`: whose records it tells, if it is live."""
+    """A message to be sent; `peer` None: to all neighbours. `span` if it is live."""
 
     peer: str | None
     message: bytes
-    owner: str = ""
+    span: Span | None = None
 
 
 def merged(sends: Iterable[Send]) -> list[Send]:
-    """Returns the same with live messages put together that tell the same neighbour more and more of an owner."""
+    """Returns the same, with live messages put together that tell a neighbour what comes one after the other."""
     result: list[Send] = []
     last: dict[tuple[str | None, str], int] = {}
     for send in sends:
-        key = send.peer, send.owner
-        before = last.get(key) if send.owner else None
-        if before is not None and len(result[before].message) + len(send.message) <= PAGE_BYTES:
-            result[before] = send._replace(message=result[before].message + send.message[_LIVE_HEAD:])
+        if send.span is None:
+            result.append(send)
             continue
-        last[key] = len(result)
+        before = last.get((send.peer, send.span.owner))
+        if before is not None and (both := _joined(result[before], send)) is not None:
+            result[before] = both
+            continue
+        last[send.peer, send.span.owner] = len(result)
         result.append(send)
     return result
+
+
+def _joined(one: Send, other: Send) -> Send | None:
+    assert one.span is not None
+    assert other.span is not None
+    adjacent = (one.span.last.epoch, one.span.last.seq + 1) == other.span.first
+    if not adjacent or len(one.message) + len(other.message) > PAGE_BYTES:
+        return None
+    return Send(one.peer, one.message + other.message[_LIVE_HEAD:], one.span._replace(last=other.span.last))
 
 
 def encode(message: Message) -> bytes:
@@ -178,6 +195,11 @@ def live(records: Sequence[Record]) -> bytes | None:
     if sum(len(record.wire) for record in records) > PAGE_BYTES:
         return None
     return encode(Live([record.wire for record in records]))
+
+
+def span(records: Sequence[Record]) -> Span:
+    """Returns which records these are."""
+    return Span(records[0].owner, records[0].position, records[-1].position)
 
 
 def abridged(state: int) -> str:

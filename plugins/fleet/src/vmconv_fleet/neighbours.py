@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from vmconv_fleet.messages import Standing
 from vmconv_fleet.records import START, Position
 
+MAX_OWNERS = 4096
+"""What a neighbour says of more owners than this is not remembered."""
+
 
 class Neighbour:
     """A directly connected node. `told`: it has said how far it has everything since it is connected."""
@@ -18,12 +21,14 @@ class Neighbour:
         self._heard: dict[str, Position] = {}
 
     def hear(self, owner: str, position: Position) -> None:
-        self._heard[owner] = position
+        if owner in self._heard or len(self._heard) < MAX_OWNERS:
+            self._heard[owner] = position
 
     def hear_all(self, at: Mapping[str, Standing], whole: bool) -> None:
         if whole:
             self._heard.clear()
-        self._heard.update((owner, standing.position) for owner, standing in at.items())
+        for owner, standing in at.items():
+            self.hear(owner, standing.position)
 
     def position(self, owner: str) -> Position:
         """Returns how far it had the owner's records when it was last heard."""

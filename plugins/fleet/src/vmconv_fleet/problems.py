@@ -47,12 +47,14 @@ class Problems:
         self.counters[name] += 1
 
     def report(self, kind: str, text: str) -> None:
-        """Counts it, and tells it unless it was told."""
+        """Counts it, and tells it unless it was told; of a kind that comes again and again, less and less."""
         self.counters[kind] += 1
-        problem = Problem(kind, text)
+        problem, count = Problem(kind, text), self.counters[kind]
         if problem in self._last:
             return
         self._last = (*self._last[1 - KEPT :], problem)
+        if count > KEPT and count & (count - 1):
+            return
         _log.warning("%s: %s", kind, text)
         for callback in self._callbacks:
             callback(problem)

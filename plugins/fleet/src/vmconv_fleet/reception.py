@@ -15,7 +15,7 @@ from vmconv_fleet.records import START, Position, Record, decode
 from vmconv_fleet.recovery import Recovery
 from vmconv_fleet.shared import Shared
 from vmconv_fleet.telling import Teller
-from vmconv_fleet.verification import consecutive
+from vmconv_fleet.verification import ForgedError, consecutive
 
 
 class Reception:
@@ -43,8 +43,15 @@ class Reception:
                 return []
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
-        shared, first = self._shared, decode(wires[0])
-        owner = first.owner
+        """Takes live records, and those that had come before them and are next now."""
+        first = decode(wires[0])
+        before = self._shared.store.position(first.owner)
+        sends = self._next(peer, first, wires)
+        taken = self._shared.store.position(first.owner) != before
+        return [*sends, *self._release(first.owner)] if taken else sends
+
+    def _next(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
+        shared, owner = self._shared, first.owner
         if shared.trust.retired(owner):
             shared.problems.count("of-retired")
             return []
@@ -57,10 +64,7 @@ class Reception:
         shared.neighbours[peer].hear(owner, records[-1].position)
         fresh = [record for record in records if record.position > position]
         sends = self._known(records[: len(records) - len(fresh)])
-        if fresh:
-            sends += self._accept(peer, fresh)
-            sends += self._release(owner)
-        return sends
+        return [*sends, *self._accept(peer, fresh)] if fresh else sends
 
     def _early(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
         """Keeps what does not follow what is here, and asks for what is between; or it is this node's own."""
@@ -108,8 +112,12 @@ class Reception:
         """Takes what had come too early and is next now."""
         sends: list[Send] = []
         while (early := self._held.following(owner, self._shared.store.position(owner))) is not None:
-            if early.peer in self._shared.neighbours:
-                sends += self._live(*early)
+            if early.peer not in self._shared.neighbours:
+                continue
+            try:
+                sends += self._next(early.peer, decode(early.wires[0]), early.wires)
+            except (MalformedError, ForgedError) as exc:
+                self._shared.problems.report(exc.kind, f"from {early.peer}: {exc}")
         return sends
 
     def _digest(self, peer: str, digest: Digest) -> list[Send]:

@@ -167,10 +167,8 @@ class Replica:
             try:
                 sends = self._reception.take(peer, messages.decode(message))
                 return [*sends, *self._pass_on_revocations()]
-            except MalformedError as exc:
-                self.problems.report("malformed", f"from {peer}: {exc}")
-            except ForgedError as exc:
-                self.problems.report("forged", f"from {peer}: {exc}")
+            except (MalformedError, ForgedError) as exc:
+                self.problems.report(exc.kind, f"from {peer}: {exc}")
             except (StoreError, sqlite3.Error):
                 raise
             except Exception:

@@ -115,15 +115,16 @@ class NodeService:
         return self._engine.request(lambda requests: (None, requests.withdraw(request)))
 
     def response(self, request: str, timeout: float | None = 0) -> Record | None:
-        """Returns the response to a request of this node once it is there, None after `timeout` seconds."""
+        """Returns the response to a request of this node when it comes; None after `timeout` seconds, or at the end."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._answered:
-            while True:
+            while not self._ended:
                 found = self._response(request)
                 left = None if end is None else end - time.monotonic()
-                if found is not None or self._ended or (left is not None and left <= 0):
+                if found is not None or (left is not None and left <= 0):
                     return found
                 self._answered.wait(left)
+        return None
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
         """Calls back on the replica's thread after each commit: only enqueue there. Returns what ends it."""

@@ -9,6 +9,10 @@ from vmconv_fleet.messages import Digest, Live, Notice, Page, Pull, Send, Standi
 from vmconv_fleet.records import START, Record, restore
 from vmconv_fleet.shared import Shared
 
+SOON_MS = 100
+FEW = 8
+"""With more neighbours than this, whole digests are told less often: there are more who tell them."""
+
 
 class Teller:
     """Makes messages, and knows when digests are due.
@@ -23,7 +27,7 @@ class Teller:
 
     def digest_soon(self) -> None:
         """Lets all hear a digest in a moment: who the neighbours are has changed."""
-        self._next = min(self._next, self._shared.monotonic() + 2 * messages.TICK_MS)
+        self._next = min(self._next, self._shared.monotonic() + int(SOON_MS * self._crowd()))
 
     def digest(self, peer: str | None) -> Send:
         """Returns the digest of everything, for a neighbour or for all."""
@@ -39,7 +43,7 @@ class Teller:
     def due(self, now: int) -> list[Send]:
         """Returns the digests whose time has come."""
         if now >= self._next:
-            self._next = now + self._shared.timing.digest
+            self._next = now + int(self._shared.timing.digest * self._crowd())
             self._tail.clear()
             return [self.digest(None)]
         owners = [owner for owner, due in self._tail.items() if due <= now]
@@ -54,7 +58,7 @@ class Teller:
         self._shared.news.add(records)
         message = messages.live(records)
         self._follow_up(records[0].owner, at_once=message is None)
-        return [] if message is None else [Send(None, message, records[0].owner)]
+        return [] if message is None else [Send(None, message, messages.span(records))]
 
     def pass_on(self, records: Sequence[Record], source: str) -> list[Send]:
         """Tells those who do not hear it from its owner, or from who has passed it on, what has just been taken."""
@@ -63,7 +67,7 @@ class Teller:
         message = messages.live(records) if targets else None
         if targets:
             self._follow_up(owner, at_once=message is None)
-        return [] if message is None else [Send(target, message, owner) for target in targets]
+        return [] if message is None else [Send(target, message, messages.span(records)) for target in targets]
 
     def catch_up(self, owner: str) -> list[Send]:
         """Tells those who are behind how far an owner's records are here."""
@@ -116,6 +120,10 @@ class Teller:
             pages.append(Send(peer, messages.encode(page)))
             after, certificates = restore(wires[-1]).position, []
         return pages
+
+    def _crowd(self) -> float:
+        """Returns how much less often digests of everything are told because many tell them."""
+        return max(1.0, len(self._shared.neighbours) / FEW)
 
     def _follow_up(self, owner: str, *, at_once: bool) -> None:
         now = self._shared.monotonic()

@@ -23,6 +23,8 @@ _SELF_EVIDENT = frozenset({"certificate", "revocation"})
 class ForgedError(FleetError):
     """A record is not signed by its owner."""
 
+    kind = "forged"
+
 
 class Gate:
     """Decodes and verifies what neighbours send."""

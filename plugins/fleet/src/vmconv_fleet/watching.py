@@ -13,7 +13,7 @@ from vmconv_fleet.zenoh_link import ZenohLink
 
 INTERVAL = 5.0
 WARNING = datetime.timedelta(days=14)
-_PATIENCE = 2
+_PATIENCE = 3
 """How often a probe may succeed without a link following, before that is a problem: Zenoh tries once a second."""
 
 

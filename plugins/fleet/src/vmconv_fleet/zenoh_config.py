@@ -1,6 +1,7 @@
 """How Zenoh is set up: peers that speak nothing but mutual TLS, and may put on their own key only.
 
-vmconv/FLEET/link/FROM/TO   the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
+vmconv/FLEET/link/FROM/TO    the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
+vmconv/FLEET/link/FROM/all   what FROM tells all its neighbours: one put, however many there are
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ OPEN_TIMEOUT_MS = 1500
 BLOCKED_US = 500_000
 MAX_MESSAGE = 2 << 20
 """What is taken from a peer at most, with room for Zenoh's own headers."""
+
+
+ALL = "all"
 
 
 def link_key(fleet: str, sender: str, receiver: str) -> str:
@@ -77,12 +81,14 @@ def _access(fleet: str, node: str, members: list[str]) -> dict[str, Any]:
     """
     rules = [
         _rule("say", ["put"], "egress", link_key(fleet, node, "*")),
-        _rule("subscribe", ["declare_subscriber"], "egress", link_key(fleet, "*", node)),
+        _rule("subscribe", ["declare_subscriber"], "egress", *(link_key(fleet, "*", to) for to in (node, ALL))),
     ]
     # Without a member the rules would have no subject, which Zenoh refuses.
     for member in members or [node]:
-        rules.append(_rule(f"hear-{member}", ["put"], "ingress", link_key(fleet, member, node)))
-        rules.append(_rule(f"tell-{member}", ["declare_subscriber"], "ingress", link_key(fleet, "*", member)))
+        heard = [link_key(fleet, member, to) for to in (node, ALL)]
+        told = [link_key(fleet, "*", to) for to in (member, ALL)]
+        rules.append(_rule(f"hear-{member}", ["put"], "ingress", *heard))
+        rules.append(_rule(f"tell-{member}", ["declare_subscriber"], "ingress", *told))
     subjects = [{"id": member, "cert_common_names": [member]} for member in members or [node]]
     policies = [
         {"rules": ["say", "subscribe", f"hear-{member}", f"tell-{member}"], "subjects": [member]}
@@ -97,5 +103,5 @@ def _access(fleet: str, node: str, members: list[str]) -> dict[str, Any]:
     }
 
 
-def _rule(name: str, messages: list[str], flow: str, key: str) -> dict[str, Any]:
-    return {"id": name, "messages": messages, "flows": [flow], "permission": "allow", "key_exprs": [key]}
+def _rule(name: str, messages: list[str], flow: str, *keys: str) -> dict[str, Any]:
+    return {"id": name, "messages": messages, "flows": [flow], "permission": "allow", "key_exprs": [*keys]}

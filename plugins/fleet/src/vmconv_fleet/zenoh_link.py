@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import zenoh
 
@@ -22,21 +23,37 @@ from vmconv_fleet.engine import Events
 from vmconv_fleet.identity import is_node_id
 from vmconv_fleet.messages import LIVE, MAX_MESSAGE
 from vmconv_fleet.problems import Problem
-from vmconv_fleet.zenoh_config import link_key, zenoh_settings
+from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
 
 SETTLE = 0.3
 """Seconds that a change of the members waits for more of them, since each costs all links for a moment."""
+LONGEST_SETTLE = 10.0
+"""The same when one change follows the other: it doubles each time, as when a whole fleet starts anew."""
+CALM = 30.0
+"""Seconds without a change after which the next one is an ordinary one."""
 MAX_WAITING = 64 << 20
 """Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
 _log = logging.getLogger("vmconv_fleet.link")
 
 
-class _Neighbour(NamedTuple):
-    """What is open to a neighbour: live messages may be dropped, the others wait for room."""
+class _Ways(NamedTuple):
+    """What is open to a neighbour, or to all of them: live messages may be dropped, the others wait for room."""
 
     live: zenoh.Publisher
     bulk: zenoh.Publisher
-    matching: Any
+
+    @classmethod
+    def to(cls, session: zenoh.Session, key: str) -> Self:
+        remote = zenoh.Locality.REMOTE
+        live = session.declare_publisher(
+            key,
+            allowed_destination=remote,
+            congestion_control=zenoh.CongestionControl.DROP,
+            priority=zenoh.Priority.INTERACTIVE_HIGH,
+            express=True,
+        )
+        blocking = zenoh.CongestionControl.BLOCK
+        return cls(live, session.declare_publisher(key, congestion_control=blocking, allowed_destination=remote))
 
 
 class ZenohLink:
@@ -62,7 +79,8 @@ class ZenohLink:
         # Each is counted by one thread only: the sender's, and that which sends what waits.
         self._queued_bytes = 0
         self._taken_bytes = 0
-        self._open: dict[str, _Neighbour] = {}
+        self._open: dict[str, _Ways] = {}
+        self._matching: dict[str, Any] = {}
         self._connected: frozenset[str] = frozenset()
         self._linked: dict[str, str] = {}
         self._addresses: dict[str, str] = {}
@@ -72,6 +90,8 @@ class ZenohLink:
         self._declared: list[Any] = []
         self._generation = 0
         self._reopen_at: float | None = None
+        self._settle = SETTLE
+        self._opened_at = -CALM
         self._cut = False
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -90,14 +110,16 @@ class ZenohLink:
             thread.start()
 
     def send(self, peer: str | None, message: bytes) -> None:
-        for receiver in self._connected if peer is None else (peer,):
-            if message[0] == LIVE:
-                self._put(receiver, message)
-            elif self._queued_bytes - self._taken_bytes + len(message) <= MAX_WAITING:
-                self._queued_bytes += len(message)
-                self._waiting.put((receiver, message))
-            else:
-                self.counters["dropped"] += 1
+        receiver = ALL if peer is None else peer
+        if peer is None and not self._connected:
+            return
+        if message[0] == LIVE:
+            self._put(receiver, message)
+        elif self._queued_bytes - self._taken_bytes + len(message) <= MAX_WAITING:
+            self._queued_bytes += len(message)
+            self._waiting.put((receiver, message))
+        else:
+            self.counters["dropped"] += 1
 
     def close(self) -> None:
         """Ends; safe to call twice, and before `start`."""
@@ -189,13 +211,16 @@ class ZenohLink:
         try:
             session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
         except zenoh.ZError as exc:
-            self.report("open", Problem("link", f"links cannot be opened: {exc}"))
+            # Behind the reason it says where in its sources that was.
+            reason = str(exc).partition(" at /")[0]
+            self.report("open", Problem("link", f"links cannot be opened: {reason}"))
             self._reopen_at = time.monotonic() + 2
             return
+        self._opened_at = time.monotonic()
         self.report("open", None)
         self.counters["opened"] += 1
         self._session = session
-        me = self._config.node
+        me, remote = self._config.node, zenoh.Locality.REMOTE
 
         def heard(sample: zenoh.Sample) -> None:
             self._heard(sample)
@@ -203,8 +228,11 @@ class ZenohLink:
         def link_event(event: Any) -> None:
             self._commands.put(lambda: self._link_event(generation, event))
 
+        self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
         self._declared = [
-            session.declare_subscriber(link_key(self._config.fleet, "*", me), heard),
+            # First what is for all: whoever sees that we listen to what is for us may tell us either.
+            session.declare_subscriber(link_key(self._config.fleet, "*", ALL), heard, allowed_origin=remote),
+            session.declare_subscriber(link_key(self._config.fleet, "*", me), heard, allowed_origin=remote),
             session.info.declare_link_events_listener(link_event, history=True),
         ]
 
@@ -227,8 +255,15 @@ class ZenohLink:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
 
     def _look_at_members(self) -> None:
-        if self._who_may() != self._allowed and self._reopen_at is None:
-            self._reopen_at = time.monotonic() + SETTLE
+        wanted, now = self._who_may(), time.monotonic()
+        if self._allowed - wanted:
+            # Somebody was revoked.
+            self._reopen_at = now + SETTLE
+        elif wanted != self._allowed and self._reopen_at is None:
+            calm = now - self._opened_at > CALM
+            self._settle = SETTLE if calm else min(2 * self._settle, LONGEST_SETTLE)
+            # Not all nodes at once: each that is away is a link less for the others.
+            self._reopen_at = now + self._settle * random.uniform(1.0, 1.5)
 
     def _link_event(self, generation: int, event: Any) -> None:
         if generation != self._generation:
@@ -267,22 +302,15 @@ class ZenohLink:
         """Opens the ways to a neighbour; it counts as connected once it listens."""
         if node in self._open or self._session is None:
             return
-        key = link_key(self._config.fleet, self._config.node, node)
-        live = self._session.declare_publisher(
-            key,
-            congestion_control=zenoh.CongestionControl.DROP,
-            priority=zenoh.Priority.INTERACTIVE_HIGH,
-            express=True,
-        )
-        bulk = self._session.declare_publisher(key, congestion_control=zenoh.CongestionControl.BLOCK)
+        ways = _Ways.to(self._session, link_key(self._config.fleet, self._config.node, node))
 
         def matched(status: Any) -> None:
             listens = bool(status.matching)
             self._commands.put(lambda: self._listens(generation, node, listens))
 
-        matching = live.declare_matching_listener(matched)
-        self._open[node] = _Neighbour(live, bulk, matching)
-        status: Any = live.matching_status
+        self._open[node] = ways
+        self._matching[node] = ways.live.declare_matching_listener(matched)
+        status: Any = ways.live.matching_status
         if status.matching:
             self._listens(generation, node, True)
 
@@ -298,16 +326,16 @@ class ZenohLink:
         self._changed()
 
     def _drop(self, node: str) -> None:
-        neighbour = self._open.pop(node, None)
-        if neighbour is None:
+        # Not undeclared: somebody may be in a put of one, which then cannot be.
+        if self._open.pop(node, None) is None:
             return
         if node in self._connected:
             self._connected -= {node}
             self._events.disconnected(node)
             self._changed()
-        # Not the publishers: somebody may be in a put of one, which then cannot be undeclared.
-        with contextlib.suppress(zenoh.ZError):
-            neighbour.matching.undeclare()
+        if (matching := self._matching.pop(node, None)) is not None:
+            with contextlib.suppress(zenoh.ZError):
+                matching.undeclare()
 
     # Zenoh's threads, and those of who sends.
 
@@ -324,12 +352,12 @@ class ZenohLink:
             _log.exception("a message could not be taken")
 
     def _put(self, peer: str, message: bytes) -> None:
-        neighbour = self._open.get(peer)
-        if neighbour is None:
+        ways = self._open.get(peer)
+        if ways is None:
             self.counters["dropped"] += 1
             return
         try:
-            (neighbour.live if message[0] == LIVE else neighbour.bulk).put(message)
+            (ways.live if message[0] == LIVE else ways.bulk).put(message)
             self.counters["sent"] += 1
         except zenoh.ZError:
             # The neighbour has gone, or the session was closed under us.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import random
 import shutil
 import socket
 
@@ -14,12 +16,18 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.daemon import FOUNDED
 from vmconv_fleet.identity import Keys, new_node_id
 
+PORTS = range(20_000, 32_000)
+"""Below those that the kernel gives to connections, which come and go."""
+
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Returns a port that nobody listens on now, and no connection gets by chance."""
+    for _ in range(1000):
+        port = random.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no port from {PORTS.start} to {PORTS.stop} is free")
 
 
 class Lab:
