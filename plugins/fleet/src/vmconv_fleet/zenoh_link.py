@@ -80,10 +80,9 @@ class ZenohLink:
         self._queued_bytes = 0
         self._taken_bytes = 0
         self._open: dict[str, _Ways] = {}
-        self._matching: dict[str, Any] = {}
+        self._watched: dict[str, list[Any]] = {}
         self._connected: frozenset[str] = frozenset()
-        self._linked: dict[str, str] = {}
-        self._addresses: dict[str, str] = {}
+        self._addresses: dict[str, tuple[str, str]] = {}
         self._seen: set[str] = set()
         self._allowed: set[str] = set()
         self._session: zenoh.Session | None = None
@@ -136,7 +135,7 @@ class ZenohLink:
 
     def reached(self, address: str) -> bool:
         """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
-        return address in self._addresses.copy().values()
+        return any(address == far for _, far in self._addresses.values())
 
     def problems(self) -> list[Problem]:
         found = list(self._problems.values())
@@ -220,19 +219,13 @@ class ZenohLink:
         self.report("open", None)
         self.counters["opened"] += 1
         self._session = session
-        me, remote = self._config.node, zenoh.Locality.REMOTE
+        me = self._config.node
 
-        def heard(sample: zenoh.Sample) -> None:
-            self._heard(sample)
-
-        def link_event(event: Any) -> None:
-            self._commands.put(lambda: self._link_event(generation, event))
+        def link_event(_event: Any) -> None:
+            self._commands.put(lambda: self._look_at_links(generation))
 
         self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
         self._declared = [
-            # First what is for all: whoever sees that we listen to what is for us may tell us either.
-            session.declare_subscriber(link_key(self._config.fleet, "*", ALL), heard, allowed_origin=remote),
-            session.declare_subscriber(link_key(self._config.fleet, "*", me), heard, allowed_origin=remote),
             session.info.declare_link_events_listener(link_event, history=True),
         ]
 
@@ -241,15 +234,16 @@ class ZenohLink:
         self._generation += 1
         for peer in list(self._open):
             self._drop(peer)
-        self._linked.clear()
-        self._addresses.clear()
+        self._addresses = {}
         for declared in self._declared:
             with contextlib.suppress(zenoh.ZError):
                 declared.undeclare()
         self._declared = []
         if session is not None:
-            with contextlib.suppress(zenoh.ZError):
+            try:
                 session.close()  # type: ignore[no-untyped-call]
+            except zenoh.ZError as exc:
+                _log.warning("links were not closed: %s", exc)
 
     def _who_may(self) -> set[str]:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
@@ -265,38 +259,32 @@ class ZenohLink:
             # Not all nodes at once: each that is away is a link less for the others.
             self._reopen_at = now + self._settle * random.uniform(1.0, 1.5)
 
-    def _link_event(self, generation: int, event: Any) -> None:
-        if generation != self._generation:
-            return
-        link = event.link
-        node, zid = str(link.auth_identifier or ""), str(link.zid)
-        if event.kind == zenoh.SampleKind.DELETE:
-            self._unlinked(zid)
-            return
-        if not is_node_id(node) or node != zid:
-            self.report(
-                f"name {zid}",
-                Problem("impostor", f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"),
-            )
-            return
-        self._linked[zid] = node
-        self._addresses[zid] = str(link.dst).removeprefix("tls/")
-        if self._is_revoked(node):
-            self.report(
-                f"revoked {node}", Problem("revoked", f"{link.dst}: node {node} was revoked, nothing is taken from it")
-            )
-            return
-        if node not in self._allowed:
-            # The authority has certified it, and its record has not come yet.
-            self._seen.add(node)
-            self._look_at_members()
-        self._meet(generation, node)
+    def _look_at_links(self, generation: int) -> None:
+        """Meets those that there is a link with, and drops the others.
 
-    def _unlinked(self, zid: str) -> None:
-        self._addresses.pop(zid, None)
-        node = self._linked.pop(zid, None)
-        if node is not None and node not in self._linked.values():
+        What an event says may be old: one link of a neighbour begins before the event comes that another has ended.
+        """
+        if generation != self._generation or self._session is None:
+            return
+        addresses: dict[str, tuple[str, str]] = {}
+        for link in self._session.info.links():
+            node, zid = str(link.auth_identifier or ""), str(link.zid)
+            if node != zid or not is_node_id(node):
+                text = f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"
+                self.report(f"name {zid}", Problem("impostor", text))
+            elif self._is_revoked(node):
+                text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
+                self.report(f"revoked {node}", Problem("revoked", text))
+            else:
+                addresses[node] = (str(link.src), str(link.dst).removeprefix("tls/"))
+        for node in [one for one in self._open if one != ALL and addresses.get(one) != self._addresses.get(one)]:
             self._drop(node)
+        self._addresses = addresses
+        # Whom the authority has certified, and whose record has not come yet.
+        self._seen |= addresses.keys() - self._allowed
+        self._look_at_members()
+        for node in addresses:
+            self._meet(generation, node)
 
     def _meet(self, generation: int, node: str) -> None:
         """Opens the ways to a neighbour; it counts as connected once it listens."""
@@ -309,7 +297,15 @@ class ZenohLink:
             self._commands.put(lambda: self._listens(generation, node, listens))
 
         self._open[node] = ways
-        self._matching[node] = ways.live.declare_matching_listener(matched)
+        # Declared anew for each link, and not once for all neighbours: with many sessions that are opened anew at the
+        # same time, Zenoh 1.10 did not tell all of them of what was declared before the link.
+        remote = zenoh.Locality.REMOTE
+        keys = [link_key(self._config.fleet, node, to) for to in (ALL, self._config.node)]
+        self._watched[node] = [
+            ways.live.declare_matching_listener(matched),
+            # First what is for all: whoever sees that we listen to what is for us may tell us either.
+            *(self._session.declare_subscriber(key, self._heard, allowed_origin=remote) for key in keys),
+        ]
         status: Any = ways.live.matching_status
         if status.matching:
             self._listens(generation, node, True)
@@ -333,9 +329,9 @@ class ZenohLink:
             self._connected -= {node}
             self._events.disconnected(node)
             self._changed()
-        if (matching := self._matching.pop(node, None)) is not None:
+        for watched in self._watched.pop(node, []):
             with contextlib.suppress(zenoh.ZError):
-                matching.undeclare()
+                watched.undeclare()
 
     # Zenoh's threads, and those of who sends.
 
