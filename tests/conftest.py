@@ -20,8 +20,8 @@ from types import ModuleType
 
 import pytest
 
-from crash import TRIED
 from disks import QemuImg
+from tried import TRIED
 
 pytest.register_assert_rewrite("vmconv.testing")
 

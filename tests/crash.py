@@ -9,16 +9,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmconv.inplace.calls import Calls
-
-TRIED: Counter[str] = Counter()
-"""How many ways to be stopped this test run has tried, by kind."""
 
 SECTOR = 512
 _ALL_SUBSETS = 6

@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import pytest
 
-from crash import TRIED, RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
+from crash import RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
 from disks import MIB, QemuImg, make_disk
 from inplace_pairs import Source, Target, pairs, shifted_pairs
+from tried import TRIED
 from variants import QEMU_NAMES
 from vmconv import api
 from vmconv.errors import AccessError

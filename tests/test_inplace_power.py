@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from crash import OTHERS, TRIED
+from crash import OTHERS
 from disks import MIB, make_disk
 from inplace_pairs import Source, Target
 from test_inplace_crash import SIZE, THERE, UNDOABLE, Contents, Work, contents
+from tried import TRIED
 from vmconv.inplace import recovery
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.planning import Site

@@ -416,8 +416,10 @@ def test_rotation_needs_no_restart(lab: Lab, three: list[Driven]) -> None:
     assert lab.authority is not None
     request = keys.request(node.config.node, "lab", node.config.addresses)
     credentials.install(node.config.directory, keys, lab.authority.issue(request))
+    opened = node.ask("state")["counters"]["opened"]
     node.signal(signal.SIGHUP)
-    wait_until(lambda: node.ask("state")["counters"]["opened"] >= 2, 30, "the link was opened anew")
+    wait_until(lambda: "certificate renewed" in node.log(), 30, "the new key is used")
+    wait_until(lambda: node.ask("state")["counters"]["opened"] > opened, 30, "the link was opened anew")
     wait_until(lambda: node.ask("state")["neighbours"] == [hub.config.node], 30, "neighbours again")
     node.ask("write", count=2)
     assert newest(node).key_id == credentials.load(node.config).bound.key_id != before.bound.key_id

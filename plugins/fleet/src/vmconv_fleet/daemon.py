@@ -7,12 +7,11 @@ import faulthandler
 import fcntl
 import logging
 import os
-import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 from typing import Self
 
 from vmconv.errors import VmconvError
@@ -35,7 +34,6 @@ from vmconv_fleet.zenoh_link import ZenohLink
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
 """Whatever still runs that long after the daemon was told to end is left behind."""
-END, RENEW = "end", "renew"
 FOUNDED = "founded"
 """A file in a node's directory: nobody else can have newer records of this node than its database, which is new."""
 _log = logging.getLogger("vmconv_fleet.daemon")
@@ -176,7 +174,7 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
         try:
             daemon.start()
             ready(daemon)
-            while told.next() != END:
+            while told.next() == signal.SIGHUP:
                 _renew(daemon)
         finally:
             told.must_end()
@@ -192,17 +190,22 @@ def _renew(daemon: Daemon) -> None:
 
 
 class _Signals:
-    """Catches the signals that the daemon knows, and exceptions that end threads, while the block runs."""
+    """Catches the signals that the daemon knows, and exceptions that end threads, while the block runs.
+
+    They arrive as bytes, written by the interpreter's own handler in C: what a handler in Python would do may be left
+    undone for ever, when the signal comes while the main thread is just about to wait.
+    """
 
     def __init__(self) -> None:
-        # What a signal handler may use: a put may come in the middle of a get of the same thread.
-        self._told: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.failed = False
+        self._told, self._tell = socket.socketpair()
+        self._tell.setblocking(False)
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
+        self._wakeup = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._before[number] = signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, lambda _number, _frame: None)
         self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         return self
 
@@ -210,24 +213,26 @@ class _Signals:
         threading.excepthook = self._excepthook
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._wakeup)
         faulthandler.cancel_dump_traceback_later()
+        self._told.close()
+        self._tell.close()
 
-    def next(self) -> str:
-        """Waits until there is something to do: END or RENEW."""
-        return self._told.get()
+    def next(self) -> int:
+        """Waits for what there is to do: SIGHUP asks for a renewal, everything else for the end."""
+        return self._told.recv(1)[0]
 
     def must_end(self) -> None:
         """Ends the process in a while, by force, whatever still hangs then; says where."""
         faulthandler.dump_traceback_later(END_WITHIN_S, exit=True)
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._told.put(RENEW if number == signal.SIGHUP else END)
-
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         name = failure.thread.name if failure.thread else "?"
         _log.critical("thread %s died", name, exc_info=failure.exc_value)
         self.failed = True
-        self._told.put(END)
+        # When it is full, or closed, the daemon is about to end anyway.
+        with contextlib.suppress(OSError):
+            self._tell.send(bytes([signal.SIGTERM]))
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from vmconv_fleet.words import age_text, plan_text
 _SMALLEST = 8 << 20
 _NAMES = ["n01", "n02", "n03"]
 _PATIENCE = 60.0
+_TARGETS = ("qcow2", "vmdk", "vdi", "vhdx", "vhd", "parallels", "qed")
+"""To what disks are converted, as far as it is installed."""
+_NEEDED = 3
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -30,17 +33,33 @@ def demo(options: argparse.Namespace) -> int:
     where = options.directory or "."
     if not os.path.isdir(where):
         raise BackendError(f"{where}: is not a directory")
+    targets = _installed_targets()
     # A socket's path must be short; the disks lie where somebody wants to see whether blocks are shared.
     with (
         tempfile.TemporaryDirectory(prefix="vmconv-fleet-") as directory,
         tempfile.TemporaryDirectory(prefix="vmconv-fleet-demo-", dir=where) as disks,
     ):
         with local_fleet(_NAMES, directory, disks, web=options.keep) as nodes:
-            code = _Story(nodes, size).tell()
+            code = _Story(nodes, size, targets).tell()
             if options.keep:
                 _keep(nodes)
         print("All nodes have ended, and their directories are removed.")
     return code
+
+
+def _installed_targets() -> list[str]:
+    from vmconv.known import RAW_NAME
+    from vmconv.registry import installed
+
+    formats = installed().formats
+    targets = [name for name in _TARGETS if name in formats and formats[name].can_write]
+    if RAW_NAME not in formats or len(targets) < _NEEDED:
+        missing = [name for name in (RAW_NAME, *_TARGETS) if name not in formats][: _NEEDED + 1]
+        raise UsageError(
+            f"the demo converts raw disks to {_NEEDED} formats; installed are {', '.join(sorted(formats)) or 'none'}",
+            hint=f"pip install {' '.join(f'vmconv-{name}' for name in missing)}",
+        )
+    return targets
 
 
 def _keep(nodes: list[LocalNode]) -> None:
@@ -58,10 +77,11 @@ def _keep(nodes: list[LocalNode]) -> None:
 class _Story:
     """What the demo shows, step by step."""
 
-    def __init__(self, nodes: list[LocalNode], size: int) -> None:
+    def __init__(self, nodes: list[LocalNode], size: int, targets: list[str]) -> None:
         self._nodes = nodes
         self._first, self._second, self._third = nodes
         self._size = size
+        self._targets = targets
         self._step = 0
 
     def tell(self) -> int:
@@ -106,7 +126,7 @@ class _Story:
         owner, asked = self._second, self._first
         self._say(f"{asked.name} is asked to convert the disk of {owner.name}: a request to its owner")
         began = time.monotonic()
-        answer = _ask(asked, owner, "qcow2", wait=30)
+        answer = _ask(asked, owner, self._targets[0], wait=30)
         milliseconds = (time.monotonic() - began) * 1000
         print(f"   answered in {milliseconds:.0f} ms: {_words(answer)}")
         self._show_end(asked, owner, answer["body"]["job"])
@@ -141,11 +161,11 @@ class _Story:
         print(
             f"   {self._first.name} still reads {one['body']['name']} of {self._second.name}, as of {age_text(age)} ago"
         )
-        job = _ask(self._first, self._third, "vhdx", wait=30)["body"]["job"]
+        job = _ask(self._first, self._third, self._targets[-1], wait=30)["body"]["job"]
         self._show_end(self._first, self._third, job)
-        job = _ask(self._second, self._second, "vmdk", wait=30)["body"]["job"]
+        job = _ask(self._second, self._second, self._targets[1], wait=30)["body"]["job"]
         self._show_end(self._second, self._second, job)
-        late = _ask(self._first, self._second, "vdi", wait=0)
+        late = _ask(self._first, self._second, self._targets[2], wait=0)
         print(f"   {self._first.name} asks {self._second.name} for one more conversion: {_words(late)}")
         return late
 
