@@ -178,6 +178,10 @@ def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
         (["formats"], {"numpy", "pydantic", "construct", "zstandard", "json"}),
         (["convert", "disk.raw", "disk.qcow2"], {"pydantic", "zstandard", "numpy.ma", "concurrent.futures", "json"}),
         (["convert", "-o", "subformat=reference", "disk.raw", "by.vmdk"], {"pydantic", "zstandard", "json"}),
+        (
+            ["convert", "-o", "cluster_size=2M,lazy_refcounts=on,refcount_bits=32", "disk.raw", "disk.qcow2"],
+            {"pydantic", "zstandard", "json"},
+        ),
         (["info", "disk.raw"], {"construct", "zstandard", "concurrent.futures"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -6,8 +6,8 @@ A plugin writes::
     class Options:
         cluster_size: Size = option(65536, "bytes of a cluster, a power of two from 512 to 2M")
 
-and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults, or with choices out of a
-`Literal`, needs no pydantic, whose import would take longer than a conversion.
+and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults, or with values that are
+right at a glance, needs no pydantic, whose import would take longer than a conversion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from vmconv.errors import UsageError
 
@@ -79,11 +80,10 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
         if name not in known:
             hint = f"its options are {', '.join(known)}" if known else "it has no options"
             raise UsageError(f"{format_name} has no option {name!r}", hint=hint)
-    # Choices, such as a subformat, are right or wrong as they are.
-    hints = get_type_hints(model)
-    if all(value in get_args(hints[name]) for name, value in given.items()):
-        with suppress(ValueError):
-            return model(**given)
+    hints = get_type_hints(model, include_extras=True)
+    with suppress(ValueError):
+        return model(**{name: _at_a_glance(hints[name], value) for name, value in given.items()})
+    # It finds what is not so plain, and the words for what is wrong.
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -97,3 +97,22 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
         if first["type"].startswith("bool"):
             message = "is neither on nor off"
         raise UsageError(f"{format_name} option{value}: {message[:1].lower()}{message[1:]}") from exc
+
+
+def _at_a_glance(hint: Any, value: Any) -> Any:
+    """Returns the value of an option as users write it on the command line; ValueError: pydantic has to look at it."""
+    if not isinstance(value, str):
+        raise ValueError
+    if get_origin(hint) in (Union, UnionType):
+        for member in get_args(hint):
+            with suppress(ValueError):
+                return _at_a_glance(member, value)
+    elif hint is str or (get_origin(hint) is Literal and value in get_args(hint)):
+        return value
+    elif hint == Size:
+        return parse_size(value)
+    elif hint is bool and value in ("on", "off"):
+        return value == "on"
+    elif hint is int and value.isascii() and value.isdecimal():
+        return int(value)
+    raise ValueError
