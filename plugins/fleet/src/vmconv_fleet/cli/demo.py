@@ -16,7 +16,7 @@ from vmconv_fleet.words import age_text, plan_text
 _SMALLEST = 8 << 20
 _NAMES = ["n01", "n02", "n03"]
 _PATIENCE = 60.0
-_TARGETS = ("qcow2", "vmdk", "vdi", "vhdx", "vhd", "parallels", "qed")
+_TARGETS = ("qcow2", "vmdk", "vdi", "vhdx")
 """To what disks are converted, as far as it is installed."""
 _NEEDED = 3
 
