@@ -8,6 +8,7 @@ import json
 import logging
 import ssl
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,17 @@ def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> N
     assert told["event"] == "disk"
     assert told["id"] == f"{record.owner}.{record.epoch}.{record.seq}"
     assert json.loads(told["data"])["body"]["name"] == "new.raw"
+
+
+def test_who_comes_back_to_the_events_is_told_to_read_anew(api: Served) -> None:
+    context = ssl.create_default_context(cafile=api.ca)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=30, context=context)
+    headers = {"Authorization": f"Bearer {api.token('viewer')['token']}", "Last-Event-ID": "x.1.2"}
+    with closing(connection):
+        connection.request("GET", "/api/v1/events?kinds=disk", headers=headers)
+        response = connection.getresponse()
+        lines = [response.readline().decode().strip() for _ in range(6)]
+    assert (lines[1], lines[4:]) == ("event: here", ["event: lost", "data: {}"])
 
 
 def test_metrics_are_what_prometheus_reads(api: Served, pair: Sequence[Node]) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, KnownOrBrowser
@@ -17,6 +17,8 @@ from vmconv_fleet.errors import NotReadyError
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
 KEEP_ALIVE = 15.0
+_LOST = "event: lost\ndata: {}\n\n"
+"""Some records may have been missed. They are in the replica: who hears this reads anew."""
 
 
 @router.get(
@@ -30,25 +32,27 @@ async def events(
     state: StateOf,
     _caller: KnownOrBrowser,
     kinds: Annotated[str, Query(description="Only these kinds, separated by commas")] = "",
+    last_event_id: Annotated[str, Header(description="Of who comes back and may have missed some")] = "",
 ) -> StreamingResponse:
     if state.bus.is_full:
         raise NotReadyError("too many listen to this node already")
     wanted = frozenset(filter(None, kinds.split(",")))
     return StreamingResponse(
-        _stream(request, state, wanted),
+        _stream(request, state, wanted, returned=bool(last_event_id)),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _stream(request: Request, state: State, wanted: frozenset[str]) -> AsyncIterator[str]:
+async def _stream(request: Request, state: State, wanted: frozenset[str], *, returned: bool) -> AsyncIterator[str]:
     async with state.bus.listener() as heard:
         yield f"retry: 2000\nevent: here\ndata: {json.dumps({'node': state.node})}\n\n"
+        if returned:
+            yield _LOST
         while not await request.is_disconnected():
             records, lost = await heard.take(KEEP_ALIVE)
             if lost:
-                # What was missed is in the replica: who hears this reads anew.
-                yield "event: lost\ndata: {}\n\n"
+                yield _LOST
             if not records:
                 yield ": nothing new\n\n"
                 continue
