@@ -195,6 +195,57 @@ def test_pages_of_two_histories_are_not_put_together() -> None:
     assert _agree(again, relay, late)
 
 
+def _pull(fleet: Fleet, one: Machine, other: Machine) -> bytes:
+    """Returns what the other asks when it hears how far the one is."""
+    fleet.drop()
+    fleet.time += 200
+    position = one.replica.store.position(one.id)
+    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(position, "0" * 16)})))
+    fleet.time += 100
+    (pull,) = [message for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
+    return pull
+
+
+def test_pages_of_an_earlier_state_do_not_follow_those_of_a_later_one() -> None:
+    """Asked twice, a neighbour answers twice, and its records have moved in between."""
+    with patch.object(messages, "PAGE_BYTES", 300):
+        fleet, one, other = pair()
+        for id in "abcd":
+            one.write("thing", id, {"filling": "x" * 300})
+        pull = _pull(fleet, one, other)
+        earlier = one.replica.received(other.id, pull)
+        one.write("thing", "b", {"filling": "y" * 300})
+        later = one.replica.received(other.id, pull)
+        assert len(earlier) == len(later) == 4
+        for send in (earlier[0], later[1], earlier[3]):
+            other.replica.received(one.id, send.message)
+        assert other.counters["stray-pages"] == 1
+        fleet.flow(5000)
+    assert other.problems() == []
+    assert _agree(one, other)
+
+
+def test_who_has_come_half_way_begins_anew_when_the_deletions_ahead_are_forgotten() -> None:
+    with patch.object(messages, "PAGE_BYTES", 300), patch.object(messages, "WINDOW", 1):
+        fleet, one, other = pair(grace=1000, floor=500)
+        one.write("thing", "gone", {"value": 1})
+        fleet.flow()
+        one.write("thing", "a", {"filling": "x" * 300})
+        one.write("thing", "gone", None)
+        one.write("thing", "b", {"filling": "x" * 300})
+        (page,) = one.replica.received(other.id, _pull(fleet, one, other))
+        (again,) = other.replica.received(one.id, page.message)
+        fleet.time += 3000
+        one.replica.tick()
+        assert not list(one.replica.store.deletions(one.id))
+        for send in one.replica.received(other.id, again.message):
+            fleet.send(other, other.replica.received(one.id, send.message))
+        fleet.flow(5000)
+    assert other.problems() == []
+    assert other.body(one, "thing", "gone") is None
+    assert _agree(one, other)
+
+
 def test_a_late_joiner_goes_on_with_somebody_else_when_its_source_dies() -> None:
     with patch.object(messages, "PAGE_BYTES", 1000):
         fleet, one, other = pair()

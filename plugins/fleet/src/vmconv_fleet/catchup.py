@@ -139,7 +139,9 @@ class CatchUp:
             if session.staged:
                 self._store.unstage(session.number)
             session.begin_anew()
-        return session if (page.base, page.after) == (session.base, session.after) else None
+        # After a page of a later state, one of an earlier state may lack what has moved behind it in between.
+        follows = (page.base, page.after) == (session.base, session.after) and page.seen >= session.seen
+        return session if follows else None
 
     def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
         """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.
