@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vmconv_fleet import credentials
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.hashtree import root_of, tree
+from vmconv_fleet.hashtree import Proven, tree
 from vmconv_fleet.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
 from vmconv_fleet.records import Position
 from vmconv_fleet.testing import Lab
@@ -135,7 +135,7 @@ def test_a_signature_of_other_bytes_is_no_signature(payload: bytes, signature: b
     assert not Verifier().good(key, "k", payload, _KEYS.signing.sign(payload) + bytes(2))
 
 
-@given(st.lists(st.binary(max_size=20), min_size=1, max_size=40), st.data())
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=40, unique=True), st.data())
 def test_each_of_many_payloads_is_verified_alone(payloads: list[bytes], data: st.DataObject) -> None:
     signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
     signatures = signer.sign_many(payloads)
@@ -159,6 +159,32 @@ def test_writes_of_any_size_are_signed() -> None:
     for payload, signature in zip(payloads, signer.sign_many(payloads), strict=True):
         assert len(signature) <= 255
         assert verifier.good(key, "k", payload, signature)
+
+
+def root_of(payload: bytes, proof: bytes) -> bytes | None:
+    climb = Proven().climb(payload, proof)
+    return None if climb is None else climb.root
+
+
+def test_what_is_proven_of_a_tree_makes_nothing_else_good() -> None:
+    payloads = [str(n).encode() for n in range(21)]
+    root, proofs = tree(payloads)
+    proven = Proven()
+    roots = []
+    for payload, proof in zip(payloads, proofs, strict=True):
+        climb = proven.climb(payload, proof)
+        assert climb is not None
+        roots.append(climb.root)
+        proven.learn(climb)
+        for at in range(len(proof)):
+            damaged = bytearray(proof)
+            damaged[at] ^= 1
+            wrong = proven.climb(payload, bytes(damaged))
+            assert wrong is None or wrong.root not in (None, root)
+        other = proven.climb(payload + b"x", proof)
+        assert other is not None
+        assert other.root not in (None, root)
+    assert roots == [root] + [None] * 20
 
 
 def test_neither_an_inner_node_nor_a_foreign_leaf_passes_for_a_record() -> None:

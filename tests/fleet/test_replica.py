@@ -60,7 +60,7 @@ def test_nothing_is_written_for_the_deletion_of_what_is_not_there() -> None:
 def test_a_write_is_all_or_nothing() -> None:
     _, one, _ = pair()
     before = one.replica.store.position(one.id)
-    with pytest.raises(MalformedError, match="kind 'Not a kind'"):
+    with pytest.raises(MalformedError, match='kind "Not a kind"'):
         one.replica.write([Change("thing", "t", {}), Change("Not a kind", "t", {})])
     assert one.replica.store.position(one.id) == before
     assert one.replica.store.get(one.id, "thing", "t") is None

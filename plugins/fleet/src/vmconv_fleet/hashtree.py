@@ -8,8 +8,9 @@ filled up with zeros to a power of two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 HASH = 16
 MAX_DEPTH = 10
@@ -33,20 +34,49 @@ def tree(payloads: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
     return levels[-1][0], proofs
 
 
-def root_of(payload: bytes, proof: bytes) -> bytes | None:
-    """Returns the root of the tree that the proof places the payload in; None: it is no proof."""
-    depth, rest = divmod(len(proof) - 2, HASH)
-    if rest or not 0 <= depth <= MAX_DEPTH:
-        return None
-    number = int.from_bytes(proof[:2], "big")
-    if number >> depth:
-        return None
-    node = _leaf(payload)
-    for start in range(2, len(proof), HASH):
-        sibling = proof[start : start + HASH]
-        node = _inner(sibling, node) if number & 1 else _inner(node, sibling)
-        number >>= 1
-    return node
+class Proven:
+    """What is known of one tree whose root is known: its nodes, each with the siblings from there up.
+
+    The leaves of a tree mostly come one after the other: then the next one soon meets what the last one has proven.
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def climb(self, payload: bytes, proof: bytes) -> Climb | None:
+        """Returns the way from the payload up, to the root or to what is known; None: it is no proof."""
+        depth, rest = divmod(len(proof) - 2, HASH)
+        number = int.from_bytes(proof[:2], "big")
+        if rest or not 0 <= depth <= MAX_DEPTH or number >> depth:
+            return None
+        # As in a heap: the root is 1, and below n are 2n and 2n + 1.
+        number |= 1 << depth
+        node = _leaf(payload)
+        found: dict[int, bytes] = {}
+        for start in range(2, len(proof), HASH):
+            above = proof[start:]
+            if self._nodes.get(number) == node + above:
+                return Climb(None, found)
+            sibling = above[:HASH]
+            found[number] = node + above
+            found[number ^ 1] = sibling + node + above[HASH:]
+            node = _inner(sibling, node) if number & 1 else _inner(node, sibling)
+            number >>= 1
+        return Climb(None if self._nodes.get(1) == node else node, {**found, 1: node})
+
+    def learn(self, climb: Climb) -> None:
+        """Takes note of a way up whose root is good."""
+        self._nodes.update(climb.nodes)
+
+
+class Climb(NamedTuple):
+    """The root that a proof leads to, None if it leads to what is known; and the nodes on the way and beside it."""
+
+    root: bytes | None
+    nodes: Mapping[int, bytes]
 
 
 def _leaf(payload: bytes) -> bytes:

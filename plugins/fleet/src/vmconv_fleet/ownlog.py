@@ -74,9 +74,9 @@ class OwnLog:
         node = self._signer.owner
         state = self._store.state(node)
         payloads = []
-        shares: dict[tuple[str, str], int] = {}
+        shares = self._store.shares(node, [change[:2] for change in changes])
         for kind, id, body in changes:
-            share = shares[kind, id] if (kind, id) in shares else self._store.share(node, kind, id)
+            share = shares.get((kind, id), 0)
             if body is None and not share:
                 continue
             position = Position(position.epoch, position.seq + 1)

@@ -3,6 +3,7 @@
     wire    = length of the signature (1 byte) + signature + payload
     payload = JSON array, UTF-8:
               [MAGIC, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state, body]
+              without white space before the body
 
 `state` is what makes a replica's view verifiable: the sum modulo 2^128 of the hashes of all other live records that the
 owner had when it wrote this one. A replica that is at this record must have the same sum.
@@ -25,11 +26,27 @@ MAX_DEPTH = 32
 MAX_NUMBER = (1 << 53) - 1
 STATE_MODULUS = 1 << 128
 
-_OWNER = re.compile(r"[1-9a-f][0-9a-f]{31}").fullmatch
-_KIND = re.compile(r"[a-z][a-z0-9-]{0,31}").fullmatch
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,127}").fullmatch
-_STATE = re.compile(r"[0-9a-f]{32}").fullmatch
-_FIELDS = 13
+_OWNER = "[1-9a-f][0-9a-f]{31}"
+_ID = "[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,127}"
+_NUMBER = "0|[1-9][0-9]{0,18}"
+_HEAD = (
+    ("magic", f'\\["({MAGIC})"'),
+    ("owner", f'"({_OWNER})"'),
+    ("kind", '"([a-z][a-z0-9-]{0,31})"'),
+    ("id", f'"({_ID})"'),
+    ("epoch", "([1-9][0-9]{0,15})"),
+    ("seq", "([1-9][0-9]{0,15})"),
+    ("schema", f"({_NUMBER})"),
+    ("clock", f"({_NUMBER})"),
+    ("deleted", "([01])"),
+    ("txn", f"({_NUMBER})"),
+    ("key_id", f'"({_ID})"'),
+    ("state", '"([0-9a-f]{32})"'),
+)
+"""What stands before the body, each followed by a comma: there is one way only to write it."""
+
+_owner = re.compile(_OWNER).fullmatch
+_head = re.compile("".join(f"{pattern}," for _, pattern in _HEAD)).match
 
 
 class Position(NamedTuple):
@@ -116,7 +133,7 @@ def encode(fields: Record) -> bytes:
     """Returns the payload of a record, to be signed; `fields.wire` is not looked at."""
     head = [MAGIC, *fields[:7], int(fields.deleted), fields.txn, fields.key_id, f"{fields.state:032x}", fields.body]
     try:
-        return json.dumps(head, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return _encode(head).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise MalformedError(f"{fields.kind}/{fields.id}: body is no JSON: {exc}") from exc
 
@@ -130,57 +147,80 @@ def decode(wire: bytes) -> Record:
     """Returns the record of a wire; MalformedError: it is none. Says nothing about the signature."""
     if not 2 <= len(wire) <= MAX_RECORD:
         raise MalformedError(f"record of {len(wire)} bytes, not 2 to {MAX_RECORD}")
-    payload = payload_of(wire)
     try:
-        fields = _parse(payload.decode())
+        text = payload_of(wire).decode()
+        head = _head(text)
+        if head is None:
+            raise _misfit(text)
+        body, end = _JSON.raw_decode(text, head.end())
     except (ValueError, RecursionError) as exc:
         raise MalformedError(f"record is no JSON: {exc}") from exc
-    if type(fields) is not list or len(fields) != _FIELDS or fields[0] != MAGIC:
-        raise MalformedError(f"record is no array of {_FIELDS} that begins with {MAGIC}")
-    _check(fields, payload)
-    return _made(fields, wire)
+    record = _made(head, body, wire)
+    if text[end:] != "]":
+        raise MalformedError(f"record of {len(text)} characters, the last of {end + 1} is not its end")
+    _check(record, text)
+    return record
 
 
 def restore(wire: bytes) -> Record:
     """Returns the record of a wire that `decode` has accepted before: from the database."""
-    return _made(json.loads(payload_of(wire).decode()), wire)
+    text = payload_of(wire).decode()
+    head = _head(text)
+    assert head is not None
+    return _made(head, _JSON.raw_decode(text, head.end())[0], wire)
 
 
-def _made(fields: list[Any], wire: bytes) -> Record:
-    return Record._make((*fields[1:8], fields[8] == 1, *fields[9:11], int(fields[11], 16), fields[12], wire))
+def _made(head: re.Match[str], body: Any, wire: bytes) -> Record:
+    _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state = head.groups()
+    return Record(
+        owner,
+        kind,
+        id,
+        int(epoch),
+        int(seq),
+        int(schema),
+        int(clock),
+        deleted == "1",
+        int(txn),
+        key_id,
+        int(state, 16),
+        body,
+        wire,
+    )
+
+
+def _misfit(text: str) -> MalformedError:
+    """Returns what is wrong with the head of a record."""
+    at, pattern = 0, ""
+    for name, part in _HEAD:
+        pattern += f"{part},"
+        found = re.match(pattern, text)
+        if found is None:
+            return MalformedError(f"{name} {text[at:].partition(',')[0][:64]} is not what one looks like")
+        at = found.end()
+    raise AssertionError("the head is as it should be")
 
 
 def check_node_id(text: str) -> str:
     """Returns the id; MalformedError: it is none."""
-    if not _OWNER(text):
+    if not _owner(text):
         raise MalformedError(f"node id {text[:64]!r} is not 32 hex digits, the first not 0")
     return text
 
 
-def _check(fields: list[Any], payload: bytes) -> None:
-    _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state, body = fields
-    _text("owner", owner, _OWNER)
-    _text("kind", kind, _KIND)
-    _text("id", id, _ID)
-    _text("key_id", key_id, _ID)
-    _text("state", state, _STATE)
-    _number("epoch", epoch, 1, MAX_NUMBER)
-    _number("seq", seq, 1, MAX_NUMBER)
-    _number("schema", schema, 0, MAX_NUMBER)
-    _number("clock", clock, 0, MAX_CLOCK)
-    _number("deleted", deleted, 0, 1)
-    _number("txn", txn, 0, MAX_NUMBER)
-    if type(body) is not dict or (deleted and body):
+def _check(record: Record, text: str) -> None:
+    largest = max(record.epoch, record.seq, record.schema, record.txn)
+    if largest > MAX_NUMBER:
+        raise MalformedError(f"number {largest} in a record, {MAX_NUMBER} at most")
+    if record.clock > MAX_CLOCK:
+        raise MalformedError(f"clock {record.clock}, {MAX_CLOCK} at most")
+    if type(record.body) is not dict or (record.deleted and record.body):
         raise MalformedError("body is no object, or the record is deleted and has one")
-    _check_body(body, payload)
-
-
-def _check_body(body: dict[str, Any], payload: bytes) -> None:
-    if payload.count(b"{") + payload.count(b"[") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+    if text.count("{") + text.count("[") > MAX_DEPTH and _depth(record.body) > MAX_DEPTH:
         raise MalformedError(f"body is nested deeper than {MAX_DEPTH}")
-    if b"\\u" in payload:
+    if "\\" in text:
         try:
-            json.dumps(body, ensure_ascii=False).encode()
+            json.dumps(record.body, ensure_ascii=False).encode()
         except UnicodeEncodeError as exc:
             raise MalformedError("body has half a surrogate pair") from exc
 
@@ -199,16 +239,6 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _text(name: str, value: object, pattern: Any) -> None:
-    if type(value) is not str or not pattern(value):
-        raise MalformedError(f"{name} {str(value)[:64]!r} is not what one looks like")
-
-
-def _number(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise MalformedError(f"{name} {str(value)[:32]} is not a number from {low} to {high}")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
@@ -220,4 +250,5 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
 
 
-_parse = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant).decode
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

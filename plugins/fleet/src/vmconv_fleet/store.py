@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,10 +148,10 @@ class Store(View):
         known = self._owners.get(owner)
         return known.state if known else 0
 
-    def share(self, owner: str, kind: str, id: str) -> int:
-        """Returns what the live record of this key adds to the state."""
+    def shares(self, owner: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """Returns what each of these kinds and ids adds to the state, if there is a live record of it."""
         known = self._owners.get(owner)
-        return self._share(known.number, kind, id) if known else 0
+        return self._shares(known.number, names) if known else {}
 
     def history(self, owner: str) -> History:
         return history_of(self.get(owner, KIND, ID))
@@ -313,22 +314,30 @@ class Store(View):
         self._connection.execute(query, (*known.position, f"{known.state:x}", known.number))
         self._owners[owner] = known
 
-    def _share(self, number: int, kind: str, id: str) -> int:
-        query = "SELECT wire FROM records WHERE kind = ? AND owner = ? AND id = ? AND NOT deleted"
-        row = self._connection.execute(query, (kind, number, id)).fetchone()
-        return fingerprint(payload_of(row[0])) if row else 0
+    def _shares(self, number: int, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        kinds: dict[str, list[str]] = {}
+        for kind, id in names:
+            kinds.setdefault(kind, []).append(id)
+        return {
+            (kind, id): fingerprint(payload_of(wire))
+            for kind, ids in kinds.items()
+            for id, wire in self._connection.execute(_SOME, (kind, number, json.dumps(ids)))
+        }
 
     def _after(self, number: int, state: int, records: Sequence[Record]) -> int:
         """Returns the state with records that are not yet written."""
-        shares: dict[tuple[str, str], int] = {}
+        shares = self._shares(number, [(record.kind, record.id) for record in records])
         for record in records:
-            key = record.kind, record.id
-            state -= shares[key] if key in shares else self._share(number, *key)
-            shares[key] = share = 0 if record.deleted else fingerprint(record.payload)
-            state += share
+            name = record.kind, record.id
+            before = shares.get(name, 0)
+            shares[name] = after = 0 if record.deleted else fingerprint(payload_of(record.wire))
+            state += after - before
         return state
 
 
+_SOME = """
+SELECT id, wire FROM records WHERE kind = ? AND owner = ? AND id IN (SELECT value FROM json_each(?)) AND NOT deleted
+"""
 _REPLACE = """
 INSERT INTO records SELECT ?, kind, id, epoch, seq, deleted, wire FROM temp.staged WHERE session = ? ORDER BY seq
 """

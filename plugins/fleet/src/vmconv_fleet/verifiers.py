@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
+from vmconv_fleet.identity import SIGNATURE
 from vmconv_fleet.records import Record
 
 FEW = 16
@@ -21,7 +22,9 @@ class Verifiers:
         self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="fleet-verify")
 
     def __call__(self, predicate: Callable[[Record], bool], records: Sequence[Record]) -> Iterable[bool]:
-        if len(records) < FEW or self._count == 1:
+        # Of one signature's records only the first is much work, and that outside of the interpreter's lock.
+        signatures = {record.signature[:SIGNATURE] for record in records}
+        if len(signatures) < FEW or self._count == 1:
             return map(predicate, records)
         size = -(-len(records) // self._count)
         parts = [records[start : start + size] for start in range(0, len(records), size)]

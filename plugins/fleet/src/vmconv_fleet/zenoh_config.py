@@ -15,6 +15,8 @@ from vmconv_fleet.config import NodeConfig
 LEASE_MS = 3000
 OPEN_TIMEOUT_MS = 1500
 BLOCKED_US = 500_000
+LIVE_BATCHES = 16
+"""So many times 64 KiB of live messages may wait for a link before one is dropped; Zenoh's own 2 are less than one."""
 MAX_MESSAGE = 2 << 20
 """What is taken from a peer at most, with room for Zenoh's own headers."""
 
@@ -67,7 +69,10 @@ def _transport(config: NodeConfig) -> dict[str, Any]:
             "tx": {
                 "lease": LEASE_MS,
                 # By default a put waits five seconds for a peer that is gone.
-                "queue": {"congestion_control": {"block": {"wait_before_close": BLOCKED_US}}},
+                "queue": {
+                    "size": {"interactive_high": LIVE_BATCHES},
+                    "congestion_control": {"block": {"wait_before_close": BLOCKED_US}},
+                },
             },
             "rx": {"max_message_size": MAX_MESSAGE},
         },
