@@ -10,7 +10,7 @@ from __future__ import annotations
 
 # ruff: noqa: ARG005 - a patch takes what it replaces takes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from random import Random
@@ -114,7 +114,7 @@ def torn_pages() -> Iterator[None]:
     def take(self: CatchUp, session: Any, page: Any, wall: int, now: int) -> list[Record] | None:
         records = original(self, session, page, wall, now)
         if records is None:
-            rows = list(self._store.staged(session.number, self._store.position(session.owner).seq))
+            rows = list(self.rows(session, (), self._store.position(session.owner).seq))
             with self._store.atomic():
                 self._store.extend(session.owner, rows)
         return records
@@ -229,14 +229,17 @@ def not_superseded() -> Iterator[None]:
 
 @mutation("signatures are not verified", test_replica.test_a_forged_record_is_refused_and_reported)
 def unsigned() -> Iterator[None]:
-    with patch.object(Gate, "_genuine", lambda self, record: True):
+    with patch.object(Gate, "_genuine", lambda self, records: True):
         yield
 
 
 @mutation("a key counts for every owner", test_replica.test_a_record_with_the_key_of_another_owner_is_refused)
 def any_key() -> Iterator[None]:
-    def verify(self: PlainTrust, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
-        return any(signature == PlainSigner(signer, key_id).sign(payload) for signer in map(node_id, range(9)))
+    def verify(
+        self: PlainTrust, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position
+    ) -> bool:
+        keys = [PlainSigner(signer, key_id) for signer in map(node_id, range(9))]
+        return all(any(signature == key.sign(payload) for key in keys) for payload, signature in signed)
 
     with patch.object(PlainTrust, "verify", verify):
         yield
@@ -250,7 +253,7 @@ def misplaced() -> Iterator[None]:
     def ascending(self: Gate, owner: str, after: Position, records: Any) -> list[Record]:
         return [record._replace(owner=owner) for record in records]
 
-    with patch.object(Gate, "ascending", ascending), patch.object(Gate, "_genuine", lambda self, record: True):
+    with patch.object(Gate, "ascending", ascending), patch.object(Gate, "_genuine", lambda self, records: True):
         yield
 
 

@@ -52,8 +52,9 @@ class PlainTrust:
         self._keys = {(signer.owner, signer.key_id)} if signer else set()
         self._retired: set[str] = set()
 
-    def verify(self, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
-        return (owner, key_id) in self._keys and signature == PlainSigner(owner, key_id).sign(payload)
+    def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
+        key = PlainSigner(owner, key_id)
+        return (owner, key_id) in self._keys and all(signature == key.sign(payload) for payload, signature in signed)
 
     def learn(self, record: Record) -> bool:
         body = {name: value for name, value in record.body.items() if name != "ca"}

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 from fleet.oracle import Oracle, Violation
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
-from vmconv_fleet import epochs, messages, requests
+from vmconv_fleet import catchup, epochs, messages, requests
 from vmconv_fleet.errors import NotReadyError, Refusal
 from vmconv_fleet.messages import Send
 from vmconv_fleet.records import Change
@@ -121,6 +121,7 @@ class World:
             patch.object(messages, "PAGE_BYTES", page),
             patch.object(epochs, "MAX_EPOCHS", self.random.choice((3, 64))),
             patch.object(requests, "BURST", self.random.choice((1, 64))),
+            patch.object(catchup, "KEPT", self.random.choice((0, 2000, catchup.KEPT))),
         ):
             for node in self.nodes.values():
                 self._boot(node, patience=self.random.randint(0, 3000))
@@ -281,9 +282,14 @@ class World:
             node.waiting.append(lambda: self._step(node, action))
             return
         try:
-            sends = action(node.replica)
-            self._transmit(node, sends)
             assert node.requests is not None
+            if self.random.random() < 0.5:
+                # As the engine does it.
+                with node.replica.batch():
+                    sends = [*action(node.replica), *node.requests.run()]
+            else:
+                sends = action(node.replica)
+            self._transmit(node, sends)
             while node.requests.waiting() and self.random.random() < 0.9:
                 self._transmit(node, node.requests.run())
         except Crash:

@@ -7,13 +7,13 @@ import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmconv_fleet import credentials
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.hashtree import Proven, tree
+from vmconv_fleet.hashtree import root_of, tree
 from vmconv_fleet.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
 from vmconv_fleet.records import Position
 from vmconv_fleet.testing import Lab
@@ -39,12 +39,12 @@ AT = Position(10, 5)
 def test_a_signature_counts_once_the_certificate_is_known(pair: tuple[NodeConfig, NodeConfig]) -> None:
     trust, signer = trust_of(pair[0]), signer_of(pair[1])
     signature = signer.sign(b"payload")
-    assert not trust.verify(pair[1].node, signer.key_id, b"payload", signature, AT)
+    assert not trust.verify(pair[1].node, signer.key_id, [(b"payload", signature)], AT)
     trust.learn_certificate(credentials.load(pair[1]).certificate)
-    assert trust.verify(pair[1].node, signer.key_id, b"payload", signature, AT)
-    assert not trust.verify(pair[1].node, signer.key_id, b"Payload", signature, AT)
-    assert not trust.verify(pair[0].node, signer.key_id, b"payload", signature, AT)
-    assert not trust.verify(pair[1].node, signer.key_id, b"payload", signature[:-1], AT)
+    assert trust.verify(pair[1].node, signer.key_id, [(b"payload", signature)], AT)
+    assert not trust.verify(pair[1].node, signer.key_id, [(b"Payload", signature)], AT)
+    assert not trust.verify(pair[0].node, signer.key_id, [(b"payload", signature)], AT)
+    assert not trust.verify(pair[1].node, signer.key_id, [(b"payload", signature[:-1])], AT)
 
 
 def test_a_certificate_of_another_authority_is_not_learnt(pair: tuple[NodeConfig, NodeConfig], tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_nobody_can_take_a_node_its_signing_key(lab: Lab, pair: tuple[NodeConfig
     thief, stolen = new_node_id(), Keys(Keys.generate().tls, credentials.load(pair[1]).keys.signing)
     assert lab.authority is not None
     trust.learn_certificate(lab.authority.issue(stolen.request(thief, "lab", ["a"])))
-    assert trust.verify(pair[1].node, signer.key_id, b"payload", signer.sign(b"payload"), AT)
+    assert trust.verify(pair[1].node, signer.key_id, [(b"payload", signer.sign(b"payload"))], AT)
 
 
 def test_an_expired_certificate_still_tells_who_signed(lab: Lab) -> None:
@@ -71,7 +71,7 @@ def test_an_expired_certificate_still_tells_who_signed(lab: Lab) -> None:
     first, expired = lab.add(), lab.add(lifetime=datetime.timedelta(seconds=-5))
     trust, signer = trust_of(first), signer_of(expired)
     assert trust.learn_certificate(credentials.load(expired).certificate)
-    assert trust.verify(expired.node, signer.key_id, b"payload", signer.sign(b"payload"), AT)
+    assert trust.verify(expired.node, signer.key_id, [(b"payload", signer.sign(b"payload"))], AT)
 
 
 def test_what_was_signed_before_a_revocation_stays_good(lab: Lab, pair: tuple[NodeConfig, NodeConfig]) -> None:
@@ -81,7 +81,7 @@ def test_what_was_signed_before_a_revocation_stays_good(lab: Lab, pair: tuple[No
     assert trust.learn_revocation(lab.authority.revocation(pair[1].node, upto=[10, 5]))
     signature = signer.sign(b"payload")
     good = [
-        trust.verify(pair[1].node, signer.key_id, b"payload", signature, p)
+        trust.verify(pair[1].node, signer.key_id, [(b"payload", signature)], p)
         for p in (AT, Position(10, 6), Position(11, 1))
     ]
     assert good == [True, False, False]
@@ -97,8 +97,8 @@ def test_a_key_is_revoked_and_the_next_one_is_not(lab: Lab, pair: tuple[NodeConf
     trust.learn_certificate(lab.authority.issue(keys.request(pair[1].node, "lab", ["a"])))
     trust.learn_revocation(lab.authority.revocation(pair[1].node, key_id=signer.key_id))
     new = Signer(pair[1].node, keys.signing)
-    assert not trust.verify(pair[1].node, signer.key_id, b"p", signer.sign(b"p"), AT)
-    assert trust.verify(pair[1].node, new.key_id, b"p", new.sign(b"p"), AT)
+    assert not trust.verify(pair[1].node, signer.key_id, [(b"p", signer.sign(b"p"))], AT)
+    assert trust.verify(pair[1].node, new.key_id, [(b"p", new.sign(b"p"))], AT)
     assert pair[1].node in trust.members()
     assert not trust.is_revoked(pair[1].node)
 
@@ -128,28 +128,30 @@ def test_no_bytes_of_a_certificate_raise(pem: bytes) -> None:
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
+@settings(deadline=None)
 def test_a_signature_of_other_bytes_is_no_signature(payload: bytes, signature: bytes) -> None:
     key = _KEYS.signing.public_key()
-    assert not Verifier().good(key, "k", payload, signature)
+    assert not Verifier().good(key, [(payload, signature)])
     # A signature that was made without the context of records is of something else.
-    assert not Verifier().good(key, "k", payload, _KEYS.signing.sign(payload) + bytes(2))
+    assert not Verifier().good(key, [(payload, _KEYS.signing.sign(payload) + bytes(2))])
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=40, unique=True), st.data())
+@settings(deadline=None)
 def test_each_of_many_payloads_is_verified_alone(payloads: list[bytes], data: st.DataObject) -> None:
     signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
     signatures = signer.sign_many(payloads)
     assert all(len(one) <= 255 for one in signatures)
     n = data.draw(st.integers(0, len(payloads) - 1))
     verifier = Verifier()
-    assert verifier.good(key, "k", payloads[n], signatures[n])
+    assert verifier.good(key, [(payloads[n], signatures[n])])
     for _ in range(2):
         # What was verified before makes nothing else good.
-        assert not verifier.good(key, "k", payloads[n] + b"x", signatures[n])
+        assert not verifier.good(key, [(payloads[n] + b"x", signatures[n])])
         damaged = bytearray(signatures[n])
         damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1
-        assert not verifier.good(key, "k", payloads[n], bytes(damaged))
-        assert not verifier.good(Keys.generate().signing.public_key(), "k", payloads[n], signatures[n])
+        assert not verifier.good(key, [(payloads[n], bytes(damaged))])
+        assert not verifier.good(_OTHER, [(payloads[n], signatures[n])])
 
 
 def test_writes_of_any_size_are_signed() -> None:
@@ -158,44 +160,38 @@ def test_writes_of_any_size_are_signed() -> None:
     verifier = Verifier()
     for payload, signature in zip(payloads, signer.sign_many(payloads), strict=True):
         assert len(signature) <= 255
-        assert verifier.good(key, "k", payload, signature)
+        assert verifier.good(key, [(payload, signature)])
 
 
-def root_of(payload: bytes, proof: bytes) -> bytes | None:
-    climb = Proven().climb(payload, proof)
-    return None if climb is None else climb.root
-
-
-def test_what_is_proven_of_a_tree_makes_nothing_else_good() -> None:
-    payloads = [str(n).encode() for n in range(21)]
-    root, proofs = tree(payloads)
-    proven = Proven()
-    roots = []
-    for payload, proof in zip(payloads, proofs, strict=True):
-        climb = proven.climb(payload, proof)
-        assert climb is not None
-        roots.append(climb.root)
-        proven.learn(climb)
-        for at in range(len(proof)):
-            damaged = bytearray(proof)
-            damaged[at] ^= 1
-            wrong = proven.climb(payload, bytes(damaged))
-            assert wrong is None or wrong.root not in (None, root)
-        other = proven.climb(payload + b"x", proof)
-        assert other is not None
-        assert other.root not in (None, root)
-    assert roots == [root] + [None] * 20
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=40, unique=True), st.data())
+@settings(deadline=None)
+def test_some_of_many_payloads_are_verified_together(payloads: list[bytes], data: st.DataObject) -> None:
+    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    signed = list(zip(payloads, signer.sign_many(payloads), strict=True))
+    some = data.draw(st.lists(st.sampled_from(signed), min_size=1))
+    assert Verifier().good(key, some)
+    n = data.draw(st.integers(0, len(some) - 1))
+    payload, signature = some[n]
+    damaged = bytearray(signature)
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1
+    for wrong in ((payload + b"x", signature), (payload, bytes(damaged)), (payload, signature + bytes(16))):
+        assert not Verifier().good(key, [*some[:n], wrong, *some[n + 1 :]])
+        assert not Verifier().good(key, [*some, wrong])
+    foreign = (b"foreign", signer.sign(b"foreign"))
+    assert Verifier().good(key, [foreign])
+    assert not Verifier().good(key, [*some, foreign])
 
 
 def test_neither_an_inner_node_nor_a_foreign_leaf_passes_for_a_record() -> None:
     root, proofs = tree([b"a", b"b", b"c", b"d"])
-    assert {root_of(p, proof) for p, proof in zip([b"a", b"b", b"c", b"d"], proofs, strict=True)} == {root}
+    leaves = list(zip([b"a", b"b", b"c", b"d"], proofs, strict=True))
+    assert {root_of([leaf]) for leaf in leaves} == {root_of(leaves), root_of(leaves[::-1])} == {root}
     left, right = proofs[2][2 + 16 :], tree([b"c", b"d"])[0]
     assert left != right
-    assert root_of(left + right, (0).to_bytes(2, "big")) != root
-    assert root_of(b"a", proofs[1]) != root
-    assert root_of(b"a", proofs[0] + bytes(1)) is None
-    assert root_of(b"a", (4).to_bytes(2, "big") + proofs[0][2:]) is None
+    assert root_of([(left + right, (0).to_bytes(2, "big"))]) != root
+    assert root_of([(b"a", proofs[1])]) != root
+    assert root_of([(b"a", proofs[0] + bytes(1))]) is None
+    assert root_of([(b"a", (4).to_bytes(2, "big") + proofs[0][2:])]) is None
 
 
 def test_new_ids_are_ids() -> None:
@@ -223,6 +219,7 @@ def test_credentials_of_another_node_or_for_other_keys_are_refused(pair: tuple[N
 
 
 _KEYS = Keys.generate()
+_OTHER = Keys.generate().signing.public_key()
 
 
 def _stranger() -> Trust:

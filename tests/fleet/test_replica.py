@@ -185,7 +185,7 @@ def test_pages_of_two_histories_are_not_put_together() -> None:
         fleet.flow(100)
         fleet.link(relay, late)
         sessions = late.replica._shared.catchup._sessions
-        fleet.flow_until(lambda: one.id in sessions and sessions[one.id].staged)
+        fleet.flow_until(lambda: one.id in sessions and sessions[one.id].begun)
         fleet.drop()
         again = fleet.add(0, disk=backup)
         fleet.flow(50)

@@ -31,6 +31,9 @@ PATIENCE = 2
 BACKOFF_MS = 500
 MAX_BACKOFF_MS = 60_000
 NEVER = 1 << 62
+KEPT = 1 << 20
+"""So many bytes of an answer are kept in memory; when there are more, all of it is staged in the database."""
+
 SMALL = 512
 """So many records or fewer are told to subscribers as they are, more from the database."""
 
@@ -52,6 +55,7 @@ class Session:
         self.after = self.base = self.since = after
         self.evidence = evidence
         self.seen = START
+        self.kept: list[Record] = []
         self.staged = False
         self.deadline = 0
         self.tries = 0
@@ -60,8 +64,14 @@ class Session:
     def whole(self) -> bool:
         return self.base == START
 
+    @property
+    def begun(self) -> bool:
+        """Whether a page of it has come."""
+        return self.staged or bool(self.kept)
+
     def begin_anew(self) -> None:
         self.after = self.base = self.since = self.seen = START
+        self.kept = []
         self.staged = False
 
     def pull(self) -> Pull:
@@ -119,7 +129,7 @@ class CatchUp:
         """Yields what to ask whom: new sessions, and those whose answer has not come again, of somebody else."""
         for late in [session for session in self._sessions.values() if session.deadline <= now]:
             self._problems.count("pull-timeouts")
-            if late.tries < (TRIES if late.staged else TRIES_AT_FIRST) and late.peer in self._neighbours:
+            if late.tries < (TRIES if late.begun else TRIES_AT_FIRST) and late.peer in self._neighbours:
                 yield late.peer, self.ask(late, now)
             else:
                 self.fail(late, now, patience=PATIENCE)
@@ -157,8 +167,7 @@ class CatchUp:
             return records
         if not records:
             raise MalformedError("page without records says that there are more")
-        self._store.stage(session.number, records)
-        session.staged = True
+        self._keep(session, records)
         session.after = records[-1].position
         session.seen = page.seen
         session.since = page.seen if session.since == START else session.since
@@ -190,7 +199,7 @@ class CatchUp:
         """Yields all records of a complete answer that come after a seq, in order."""
         if session.staged:
             yield from self._store.staged(session.number, after)
-        yield from (record for record in records if record.seq > after)
+        yield from (record for record in (*session.kept, *records) if record.seq > after)
 
     def end(self, session: Session) -> None:
         """Ends a session that has succeeded."""
@@ -206,6 +215,13 @@ class CatchUp:
         self._failures[session.peer, session.owner] = count, now + int(pause) * (count > patience)
         self._close(session)
         self.want(session.owner, now, evidence=session.evidence)
+
+    def _keep(self, session: Session, records: Sequence[Record]) -> None:
+        session.kept += records
+        if session.staged or sum(len(record.wire) for record in session.kept) > KEPT:
+            self._store.stage(session.number, session.kept)
+            session.staged = True
+            session.kept = []
 
     def _extend(self, session: Session, records: Sequence[Record]) -> int:
         count = 0

@@ -8,9 +8,8 @@ filled up with zeros to a power of two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
 
 HASH = 16
 MAX_DEPTH = 10
@@ -34,49 +33,46 @@ def tree(payloads: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
     return levels[-1][0], proofs
 
 
-class Proven:
-    """What is known of one tree whose root is known: its nodes, each with the siblings from there up.
+def root_of(leaves: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+    """Returns the root of the tree in which each proof places its payload; None: it is no proof, or of another tree.
 
-    The leaves of a tree mostly come one after the other: then the next one soon meets what the last one has proven.
+    Each proof is followed only to where it meets the one before: from there up they have to be the same.
     """
-
-    def __init__(self) -> None:
-        self._nodes: dict[int, bytes] = {}
-
-    def __len__(self) -> int:
-        return len(self._nodes)
-
-    def climb(self, payload: bytes, proof: bytes) -> Climb | None:
-        """Returns the way from the payload up, to the root or to what is known; None: it is no proof."""
-        depth, rest = divmod(len(proof) - 2, HASH)
+    way: list[bytes] = []
+    before, at = b"", 0
+    for payload, proof in leaves:
         number = int.from_bytes(proof[:2], "big")
-        if rest or not 0 <= depth <= MAX_DEPTH or number >> depth:
-            return None
-        # As in a heap: the root is 1, and below n are 2n and 2n + 1.
-        number |= 1 << depth
-        node = _leaf(payload)
-        found: dict[int, bytes] = {}
-        for start in range(2, len(proof), HASH):
-            above = proof[start:]
-            if self._nodes.get(number) == node + above:
-                return Climb(None, found)
-            sibling = above[:HASH]
-            found[number] = node + above
-            found[number ^ 1] = sibling + node + above[HASH:]
-            node = _inner(sibling, node) if number & 1 else _inner(node, sibling)
-            number >>= 1
-        return Climb(None if self._nodes.get(1) == node else node, {**found, 1: node})
+        if not way:
+            depth, rest = divmod(len(proof) - 2, HASH)
+            if rest or not 0 <= depth <= MAX_DEPTH or number >> depth:
+                return None
+            way = _climb(_leaf(payload), number, proof, depth)
+        else:
+            meeting = (number ^ at).bit_length()
+            end = 2 + HASH * meeting
+            if len(proof) != len(before) or number >> depth or proof[end:] != before[end:]:
+                return None
+            below = _climb(_leaf(payload), number, proof, max(meeting - 1, 0))
+            if meeting == 0:
+                same = below[0] == way[0] and proof == before
+            else:
+                same = proof[end - HASH : end] == way[meeting - 1] and before[end - HASH : end] == below[-1]
+            if not same:
+                return None
+            way[:meeting] = below[:meeting]
+        before, at = proof, number
+    return way[-1] if way else None
 
-    def learn(self, climb: Climb) -> None:
-        """Takes note of a way up whose root is good."""
-        self._nodes.update(climb.nodes)
 
-
-class Climb(NamedTuple):
-    """The root that a proof leads to, None if it leads to what is known; and the nodes on the way and beside it."""
-
-    root: bytes | None
-    nodes: Mapping[int, bytes]
+def _climb(node: bytes, number: int, proof: bytes, levels: int) -> list[bytes]:
+    """Returns the nodes on the way up from a leaf."""
+    way = [node]
+    for start in range(2, 2 + HASH * levels, HASH):
+        sibling = proof[start : start + HASH]
+        node = _inner(sibling, node) if number & 1 else _inner(node, sibling)
+        way.append(node)
+        number >>= 1
+    return way
 
 
 def _leaf(payload: bytes) -> bytes:

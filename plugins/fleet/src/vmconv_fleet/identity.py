@@ -27,14 +27,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.x509.oid import NameOID
 
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.hashtree import MAX_LEAVES, Climb, Proven, tree
+from vmconv_fleet.hashtree import MAX_LEAVES, root_of, tree
+from vmconv_fleet.signing import SIGNATURE
 
 SIGNING_NAME = "vmconv:ed25519:"
 NODE_ID_DIGITS = 32
 MAX_PEM = 64 << 10
-SIGNATURE = 64
-MAX_KNOWN = 1 << 14
-"""So many nodes of trees at most are remembered."""
+MAX_ROOTS = 8192
 _RECORD_CONTEXT = b"vmconv fleet record\0"
 """Goes before what is signed, so that a signature of a record is never one of anything else."""
 
@@ -235,31 +234,25 @@ class Verifier:
     """Verifies signatures of records, each tree's root once; may be asked from any thread."""
 
     def __init__(self) -> None:
-        self._trees: dict[bytes, Proven] = {}
-        self._known = 0
+        self._good: dict[bytes, None] = {}
 
-    def good(self, key: Ed25519PublicKey, key_id: str, payload: bytes, signature: bytes) -> bool:
-        """Returns whether it is the key's signature of a record."""
-        signed = signature[:SIGNATURE]
-        name = signed + key_id.encode() + key.public_bytes_raw()
-        tree = self._trees.get(name)
-        new = Proven() if tree is None else tree
-        climb = new.climb(payload, signature[SIGNATURE:])
-        if climb is None:
+    def good(self, key: Ed25519PublicKey, signed: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Returns whether the key has signed all of the payloads, each with its signature, in one tree."""
+        signature = signed[0][1][:SIGNATURE]
+        if any(not other.startswith(signature) for _, other in signed):
             return False
-        if climb.root is not None:
-            try:
-                key.verify(signed, _RECORD_CONTEXT + climb.root)
-            except InvalidSignature:
-                return False
-        if climb.nodes:
-            self._learn(name, new, climb)
-        return True
-
-    def _learn(self, name: bytes, tree: Proven, climb: Climb) -> None:
-        self._known += len(climb.nodes)
-        if self._known > MAX_KNOWN:
+        root = root_of((payload, other[SIGNATURE:]) for payload, other in signed)
+        if root is None:
+            return False
+        known = root + signature + key.public_bytes_raw()
+        if known in self._good:
+            return True
+        try:
+            key.verify(signature, _RECORD_CONTEXT + root)
+        except InvalidSignature:
+            return False
+        if len(self._good) >= MAX_ROOTS:
             # All at once, and rarely: several threads may be here.
-            self._trees, self._known = {}, len(climb.nodes)
-        tree.learn(climb)
-        self._trees[name] = tree
+            self._good = {}
+        self._good[known] = None
+        return True

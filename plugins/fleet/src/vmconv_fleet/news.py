@@ -29,6 +29,7 @@ class News:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._callbacks: list[Callback] = []
+        self._observers: list[Callback] = []
         self._news: list[_Item] = []
 
     def subscribe(self, callback: Callback) -> Callable[[], None]:
@@ -40,9 +41,15 @@ class News:
 
         return end
 
+    def observe(self, callback: Callback) -> None:
+        """Calls back before the commit, which may still fail; with what `add_all` has added, after it."""
+        self._observers.append(callback)
+
     def add(self, records: Sequence[Record]) -> None:
         if records:
             self._news.append(_Item(records))
+            for observer in self._observers:
+                observer(list(records))
 
     def add_all(self, owner: str, after: int) -> None:
         """Adds all that the database has of an owner after a seq."""
@@ -66,7 +73,10 @@ class News:
         for records, owner, after in news:
             small += records
             if owner:
-                yield from self._stored(owner, after)
+                for page in self._stored(owner, after):
+                    for observer in self._observers:
+                        observer(page)
+                    yield page
         if small:
             yield small
 

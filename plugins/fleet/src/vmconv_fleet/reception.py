@@ -62,7 +62,7 @@ class Reception:
         if not consecutive(records):
             raise MalformedError(f"live records of {owner} have gaps")
         shared.neighbours[peer].hear(owner, records[-1].position)
-        fresh = [record for record in records if record.position > position]
+        fresh = records if first.position > position else [one for one in records if one.position > position]
         sends = self._known(records[: len(records) - len(fresh)])
         return [*sends, *self._accept(peer, fresh)] if fresh else sends
 
@@ -214,7 +214,7 @@ class Reception:
             if owner == shared.node:
                 shared.store.save("recovered", 1)
         if count <= SMALL and not session.staged:
-            shared.news.add([record for record in records if record.seq > after.seq])
+            shared.news.add(list(shared.catchup.rows(session, records, after.seq)))
         else:
             shared.news.add_all(owner, after.seq)
 

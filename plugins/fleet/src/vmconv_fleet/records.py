@@ -172,20 +172,9 @@ def restore(wire: bytes) -> Record:
 
 def _made(head: re.Match[str], body: Any, wire: bytes) -> Record:
     _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state = head.groups()
-    return Record(
-        owner,
-        kind,
-        id,
-        int(epoch),
-        int(seq),
-        int(schema),
-        int(clock),
-        deleted == "1",
-        int(txn),
-        key_id,
-        int(state, 16),
-        body,
-        wire,
+    numbers = int(epoch), int(seq), int(schema), int(clock)
+    return tuple.__new__(
+        Record, (owner, kind, id, *numbers, deleted == "1", int(txn), key_id, int(state, 16), body, wire)
     )
 
 

@@ -108,6 +108,10 @@ class Replica:
         """
         return self._shared.news.subscribe(callback)
 
+    def observe(self, callback: Callable[[list[Record]], None]) -> None:
+        """Calls back before the commit, so that what follows from news can be durable with them; it may still fail."""
+        self._shared.news.observe(callback)
+
     def on_problem(self, callback: Callable[[Problem], None]) -> None:
         self.problems.subscribe(callback)
 

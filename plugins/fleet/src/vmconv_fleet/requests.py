@@ -113,7 +113,8 @@ class Requests:
         self._now = now
         self._schema = schema
         self._pending = Pending(replica.node)
-        replica.subscribe(self._see)
+        # Not after the commit: what is asked for is done by the same one.
+        replica.observe(self._see)
         self.reset()
 
     def reset(self) -> None:

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from vmconv_fleet.records import Position, Record
 
+SIGNATURE = 64
+"""So many bytes of a signature are those of the key; what follows may be a proof that they are of this record, too."""
+
 
 class Signer(Protocol):
     """The node's own signing key."""
@@ -20,14 +23,17 @@ class Signer(Protocol):
         """The id of the key, of the form of a record's id: that of the record of kind `certificate` that has it."""
 
     def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
-        """Returns a signature for each, 255 bytes at most; each can be verified without the others."""
+        """Returns a signature for each, 255 bytes at most; each can be verified without the others.
+
+        Those that begin with the same SIGNATURE bytes are verified together.
+        """
 
 
 class Trust(Protocol):
     """Whose signature counts. Called on the replica's thread, but `verify`, which several threads call at a time."""
 
-    def verify(self, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
-        """Whether the owner's key signed it, and the key counts at this position of its owner.
+    def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
+        """Whether the owner's key signed all the payloads, each with its signature, and counts at this position.
 
         False for a key that is not known (yet). Certificates are not judged by the wall clock.
         """

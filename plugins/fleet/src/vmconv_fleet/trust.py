@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
@@ -35,12 +35,12 @@ class Trust:
         self._revoked: dict[tuple[str, str], tuple[int, int]] = {}
         self._retired: set[str] = set()
 
-    def verify(self, owner: str, key_id: str, payload: bytes, signature: bytes, position: Position) -> bool:
-        """Returns whether the owner signed this, by a key that was not revoked before this position."""
+    def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
+        """Returns whether the owner signed all of this, by a key that was not revoked before this position."""
         key = self._keys.get((owner, key_id))
         if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
             return False
-        return self._verifier.good(key, key_id, payload, signature)
+        return self._verifier.good(key, signed)
 
     def learn(self, record: Record) -> bool:
         """Takes in a certificate or revocation; False for any other record, and for what the authority did not sign."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from vmconv_fleet.clock import HybridClock
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.problems import Problems
 from vmconv_fleet.records import Position, Record, decode
-from vmconv_fleet.signing import Trust
+from vmconv_fleet.signing import SIGNATURE, Trust
 from vmconv_fleet.store import Store
 
-VerifyAll = Callable[[Callable[[Record], bool], Sequence[Record]], Iterable[bool]]
-"""Calls a predicate for each record, perhaps on several threads at a time; `map` does."""
+VerifyAll = Callable[[Callable[[Sequence[Record]], bool], Sequence[Sequence[Record]]], Iterable[bool]]
+"""Calls a predicate for each group of records, perhaps on several threads at a time; `map` does."""
 
 _SELF_EVIDENT = frozenset({"certificate", "revocation"})
 
@@ -55,26 +55,29 @@ class Gate:
     def ascending(self, owner: str, after: Position, records: Iterable[Record]) -> list[Record]:
         """Returns the records of an owner, which ascend from a position; MalformedError: they are no such thing."""
         result = []
-        last = after
+        epoch, seq = after
         for record in records:
             if record.owner != owner:
                 raise MalformedError(f"record of {record.owner} among those of {owner}")
-            if record.epoch < last.epoch or record.seq <= last.seq:
-                raise MalformedError(f"record at {tuple(record.position)} of {owner} follows {tuple(last)}")
-            last = record.position
+            if record.epoch < epoch or record.seq <= seq:
+                raise MalformedError(f"record at {tuple(record.position)} of {owner} follows {(epoch, seq)}")
+            epoch, seq = record.epoch, record.seq
             result.append(record)
         return result
 
     def admit(self, records: Sequence[Record], now: int) -> None:
         """Learns what they teach and verifies them; ForgedError: at least one is not its owner's."""
         self.learn(records)
-        for record, genuine in zip(records, self._verify_all(self._genuine, records), strict=True):
+        groups = _signed_together(records)
+        for group, genuine in zip(groups, self._verify_all(self._genuine, groups), strict=True):
             if not genuine:
-                where = f"{record.owner}/{record.kind}/{record.id} at {tuple(record.position)}"
-                raise ForgedError(f"{where}: signature by key {record.key_id} does not count")
-        for record in records:
-            if not self._clock.observe(record.clock, now):
-                self._problems.report("clock", f"clock of {record.owner} is far ahead of this node's")
+                first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
+                where = f"{first.owner}/{first.kind}/{first.id} at {tuple(first.position)}{more}"
+                raise ForgedError(f"{where}: signature by key {first.key_id} does not count")
+        if records and not self._clock.observe(max(record.clock for record in records), now):
+            self._problems.report("clock", f"clock of {records[0].owner} is far ahead of this node's")
+            for record in records:
+                self._clock.observe(record.clock, now)
 
     def learn(self, records: Iterable[Record]) -> None:
         """Learns from certificates and revocations."""
@@ -86,8 +89,16 @@ class Gate:
                     if self._store.note(_content(record), record.wire):
                         self.revocations.append(record)
 
-    def _genuine(self, record: Record) -> bool:
-        return self._trust.verify(record.owner, record.key_id, record.payload, record.signature, record.position)
+    def _genuine(self, records: Sequence[Record]) -> bool:
+        last = records[-1]
+        signed = [(record.payload, record.signature) for record in records]
+        return self._trust.verify(last.owner, last.key_id, signed, last.position)
+
+
+def _signed_together(records: Iterable[Record]) -> list[list[Record]]:
+    """Returns the records in groups, each of one signature, in their order."""
+    groups = groupby(records, lambda record: (record.owner, record.key_id, record.signature[:SIGNATURE]))
+    return [list(group) for _, group in groups]
 
 
 def consecutive(records: Sequence[Record]) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
-from vmconv_fleet.identity import SIGNATURE
 from vmconv_fleet.records import Record
 
 FEW = 16
@@ -21,14 +20,14 @@ class Verifiers:
         self._count = max(1, min(MAX_THREADS, os.cpu_count() or 1))
         self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="fleet-verify")
 
-    def __call__(self, predicate: Callable[[Record], bool], records: Sequence[Record]) -> Iterable[bool]:
-        # Of one signature's records only the first is much work, and that outside of the interpreter's lock.
-        signatures = {record.signature[:SIGNATURE] for record in records}
-        if len(signatures) < FEW or self._count == 1:
-            return map(predicate, records)
-        size = -(-len(records) // self._count)
-        parts = [records[start : start + size] for start in range(0, len(records), size)]
-        return chain.from_iterable(self._pool.map(lambda part: [predicate(record) for record in part], parts))
+    def __call__(
+        self, predicate: Callable[[Sequence[Record]], bool], groups: Sequence[Sequence[Record]]
+    ) -> Iterable[bool]:
+        if len(groups) < FEW or self._count == 1:
+            return map(predicate, groups)
+        size = -(-len(groups) // self._count)
+        parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+        return chain.from_iterable(self._pool.map(lambda part: [predicate(group) for group in part], parts))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
