@@ -26,10 +26,10 @@ def tree(payloads: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
         if len(level) % 2:
             level.append(_NOTHING)
         levels.append([_inner(level[n], level[n + 1]) for n in range(0, len(level), 2)])
-    proofs = []
-    for number in range(len(payloads)):
-        siblings = [level[number >> height ^ 1] for height, level in enumerate(levels[:-1])]
-        proofs.append(number.to_bytes(2, "big") + b"".join(siblings))
+    siblings = [b""]
+    for level in reversed(levels[:-1]):
+        siblings = [level[number ^ 1] + siblings[number >> 1] for number in range(len(level))]
+    proofs = [number.to_bytes(2, "big") + siblings[number] for number in range(len(payloads))]
     return levels[-1][0], proofs
 
 
