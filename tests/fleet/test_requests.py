@@ -323,6 +323,30 @@ def test_what_a_failed_commit_executed_is_executed_once_more() -> None:
     assert [record.body["number"] for record in _transactions(other)] == [1]
 
 
+def test_a_request_is_executed_by_the_commit_that_stores_it() -> None:
+    fleet, one, other = _handling()
+    requests = other.requests
+    assert requests is not None
+    id = _ask(fleet, one, other, 1)
+    ((source, _, message),) = fleet.drop()
+    with pytest.raises(FleetError), other.replica.batch():
+        other.replica.received(source, message)
+        assert requests.run()
+        raise FleetError("the disk is full")
+    requests.reset()
+    assert requests.run() == []
+    assert _transactions(other) == []
+    known = len(other.news)
+    with other.replica.batch():
+        sends = [*other.replica.received(source, message), *requests.run()]
+        assert other.news[known:] == []
+    assert [record.kind for record in other.news[known:]] == ["request", "transaction", "setting", "response"]
+    fleet.send(other, sends)
+    fleet.flow(100)
+    assert _answer(one, other, id) is not None
+    assert [record.body["number"] for record in _transactions(other)] == [1]
+
+
 def test_a_request_that_makes_no_sense_is_refused() -> None:
     """Bodies come from other nodes: nothing in them has to be of the right type."""
     fleet, one, other = _handling()
