@@ -164,6 +164,7 @@ def fifty(setting: Setting) -> list[Figure]:
     first = setting.lab.add(gossip=True)
     for _ in range(size - 1):
         setting.lab.add(gossip=True, connect=first.listen)
+    setting.lab.introduce()
     begin = time.monotonic()
     for number in range(size):
         setting.start(number, ready=False)

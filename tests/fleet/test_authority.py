@@ -18,9 +18,10 @@ from vmconv_fleet import credentials, joining
 from vmconv_fleet.authority import Authority, AuthorityError, Invitation, is_revocation
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.identity import Keys, binding, new_node_id, read_certificate
+from vmconv_fleet.identity import IdentityError, Keys, binding, new_node_id, read_certificate
 from vmconv_fleet.joining import JoinError, JoinService
 from vmconv_fleet.testing import Lab, free_port
+from vmconv_fleet.trust import Trust
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ class Members:
     def __init__(self) -> None:
         self.known: set[str] = set()
         self.revoked: set[str] = set()
-        self.certificates: list[bytes] = []
+        self.issued: list[bytes] = []
 
     def is_known(self, node: str) -> bool:
         return node in self.known
@@ -190,8 +191,11 @@ class Members:
     def is_revoked(self, node: str) -> bool:
         return node in self.revoked
 
+    def certificates(self) -> list[bytes]:
+        return self.issued
+
     def certified(self, certificate: bytes) -> None:
-        self.certificates.append(certificate)
+        self.issued.append(certificate)
 
     def revoke(self, node: str) -> None:
         self.revoked.add(node)
@@ -222,6 +226,7 @@ def joined(lab: Lab, invitation: Invitation, directory: Path) -> NodeConfig:
         lab.nodes[0], directory=str(directory), node=node, authorities=[invitation.address], connect=granted.seeds
     )
     (directory / "ca.pem").write_bytes(granted.authorities)
+    credentials.keep_members(config.directory, [granted.members])
     credentials.install(config.directory, keys, granted.certificate)
     settings.save(config)
     return config
@@ -233,7 +238,30 @@ def test_a_node_joins_by_an_invitation(
     config = joined(lab, invite(), tmp_path / "joined")
     assert credentials.load(config).bound.node == config.node
     assert config.connect[0] == lab.nodes[0].listen[0]
-    assert len(members.certificates) == 1
+    assert len(members.issued) == 1
+
+
+def test_a_node_that_joins_is_told_who_the_members_are(
+    lab: Lab, invite: Callable[[], Invitation], tmp_path: Path
+) -> None:
+    first, second = (joined(lab, invite(), tmp_path / name) for name in ("first", "second"))
+    trust = Trust(Path(second.path("ca.pem")).read_bytes())
+    trust.learn_members(credentials.read_members(second))
+    assert set(trust.members()) == {first.node, second.node}
+
+
+def test_members_of_another_authority_are_none(lab: Lab, authority: Authority, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    stranger = Authority.found(str(tmp_path / "other"), "lab").issue(csr(Keys.generate(), new_node_id()))
+    trust = Trust(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    credentials.keep_members(lab.nodes[0].directory, [stranger])
+    with pytest.raises(IdentityError, match="not of this fleet"):
+        trust.learn_members(credentials.read_members(lab.nodes[0]))
+    assert list(trust.members()) == []
+
+
+def test_no_more_members_are_told_than_are_read() -> None:
+    assert joining._within(25, [b"a" * 10, b"b" * 10, b"c" * 10]) == "a" * 10 + "b" * 10
 
 
 def test_an_invitation_is_its_text(invite: Callable[[], Invitation]) -> None:

@@ -72,6 +72,18 @@ def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive:
     assert node.process.wait(HANG) == 0, node.log()
 
 
+@pytest.mark.parametrize(("order", "code"), [("signal", 0), ("fail", 1)])
+def test_it_ends_though_the_session_of_its_links_does_not_close(lab: Lab, drive: Drive, order: str, code: int) -> None:
+    node, _ = pair(lab, drive)
+    node.ask("stick")
+    if order == "signal":
+        node.signal(signal.SIGTERM)
+    else:
+        node.tell("fail")
+    assert node.process.wait(HANG) == code, node.log()
+    assert "a session of the links open" in node.log()
+
+
 def test_it_ends_at_once_after_it_began(lab: Lab, drive: Drive) -> None:
     node = drive(lab.add())
     node.signal(signal.SIGTERM)

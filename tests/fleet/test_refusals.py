@@ -10,6 +10,7 @@ import queue
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import zenoh
 
-from vmconv_fleet import credentials
+from vmconv_fleet import credentials, zenoh_link
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.database import open_reader
@@ -304,12 +305,44 @@ def test_a_message_that_is_too_large_is_not_taken(pair: Pair) -> None:
     assert pair.still_talk()
 
 
+def test_links_are_made_anew_when_a_neighbour_does_not_listen(pair: Pair) -> None:
+    """As when its session was closed and left the link behind: the next one of that node would never get a link."""
+    member = pair.certified()
+    before = pair.victim.link.counters["opened"]
+    with zenoh.open(zenoh.Config.from_json5(json.dumps(settings_of(member)))):
+        wait_until(lambda: pair.victim.link.counters["opened"] > before, 60, "it opens its session anew")
+    assert pair.still_talk()
+
+
+class Stuck:
+    """A session that does not close before it is let go."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.let_go = threading.Event()
+
+    def close(self) -> None:
+        self.let_go.wait()
+        self._session.close()
+
+
+def test_a_session_that_does_not_close_does_not_stop_the_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zenoh_link, "CLOSE_WITHIN", 0.2)
+    link = pair.victim.link
+    link._session = stuck = Stuck(link._session)  # type: ignore[assignment]
+    link.renew()
+    wait_until(lambda: "link" in [problem.kind for problem in link.problems()], 10, "its address is in use still")
+    stuck.let_go.set()
+    wait_until(lambda: link.counters["opened"] == 2, 10, "the next session is open")
+    assert pair.still_talk()
+    link.close()
+    wait_until(lambda: not link.hangs, 10, "both are closed")
+
+
 class _Forward:
     """Passes one connection on to another address."""
 
     def __init__(self, listening: socket.socket, target: tuple[str, int]) -> None:
-        import threading
-
         self._ends: list[socket.socket] = []
 
         def run() -> None:

@@ -2,6 +2,7 @@
 
 node.toml      settings, written by `init` and `join`, edited by administrators
 identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
+members.pem    certificates of the members of the fleet that the node joined
 authority/     the authority itself, on nodes that hold it
 store.sqlite   the replica
 api.sock       where the local administrator connects

@@ -2,6 +2,7 @@
 
 identity -> identity.SERIAL   node.pem, tls.key, signing.key
 ca.pem                        the fleet's authority
+members.pem                   certificates of those who were members when this node joined
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import datetime
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from vmconv.errors import os_errors
 from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.identity import (
+    MAX_MEMBERS,
     MAX_PEM,
     Binding,
     IdentityError,
@@ -74,6 +77,21 @@ def install(directory: str, keys: Keys, certificate: bytes) -> None:
             if other.startswith("identity.") and other != name:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(os.path.join(directory, other))
+
+
+def keep_members(directory: str, certificates: Iterable[bytes]) -> None:
+    """Keeps certificates of members, so that the node knows whom to hear before it has their records."""
+    with os_errors("keeping the members' certificates", IdentityError):
+        write_private(os.path.join(directory, "members.pem"), b"".join(certificates))
+
+
+def read_members(config: NodeConfig) -> bytes:
+    """Returns the certificates that were kept, which may be none; nobody has verified them."""
+    path = config.path("members.pem")
+    if not os.path.exists(path):
+        return b""
+    with os_errors("reading the members' certificates", IdentityError), open(path, "rb") as file:
+        return file.read(MAX_MEMBERS)
 
 
 def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:

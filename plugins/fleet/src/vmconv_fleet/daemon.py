@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,7 @@ class Daemon:
         self._signer = Signer(config.node, self._credentials.keys.signing)
         with open(config.path("ca.pem"), "rb") as file:
             self.trust = Trust(file.read())
+        self.trust.learn_members(credentials.read_members(config))
         self.trust.learn_certificate(self._credentials.certificate)
         self.link = ZenohLink(
             config, members=self.trust.members, is_revoked=self.trust.is_revoked, changed=self._neighbours_changed
@@ -168,6 +170,7 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
     """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it is up.
 
     SIGHUP makes it read its certificate and keys again. A thread that dies of an exception ends the daemon with code 1.
+    It does not return, and the process ends, where a session of the links does not close.
     """
     with _locked(config), _Signals() as told:
         daemon = Daemon(config, handlers=handlers)
@@ -179,7 +182,17 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
         finally:
             told.must_end()
             daemon.close()
-        return 1 if told.failed else 0
+            if not daemon.link.hangs:
+                told.has_ended()
+        code = 1 if told.failed else 0
+    if daemon.link.hangs:
+        # Zenoh's threads call Python, so the interpreter would wait for them at its exit: for ever. All that is ours
+        # has been closed and is durable.
+        _log.warning("the process ends with a session of the links open")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _renew(daemon: Daemon) -> None:
@@ -214,7 +227,6 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup)
-        faulthandler.cancel_dump_traceback_later()
         self._told.close()
         self._tell.close()
 
@@ -225,6 +237,10 @@ class _Signals:
     def must_end(self) -> None:
         """Ends the process in a while, by force, whatever still hangs then; says where."""
         faulthandler.dump_traceback_later(END_WITHIN_S, exit=True)
+
+    def has_ended(self) -> None:
+        """Takes `must_end` back: nothing hangs."""
+        faulthandler.cancel_dump_traceback_later()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         name = failure.thread.name if failure.thread else "?"

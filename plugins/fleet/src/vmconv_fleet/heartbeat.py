@@ -21,6 +21,7 @@ PER_NODE = 0.4
 """Seconds by which each node of a large fleet lengthens the interval, so that all of them together stay quiet."""
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
+"""Seconds that a change of the neighbours waits for more of them, and a fifth of what the interval is longer by."""
 SCHEMA = 1
 
 
@@ -71,7 +72,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._ended.is_set():
             interval = self._beat()
-            if self._changed.wait(interval) and not self._ended.wait(SETTLE):
+            if self._changed.wait(interval) and not self._ended.wait(max(SETTLE, (interval - INTERVAL) / 5)):
                 self._changed.clear()
 
     def _beat(self) -> float:

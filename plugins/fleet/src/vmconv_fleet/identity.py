@@ -33,6 +33,8 @@ from vmconv_fleet.signing import SIGNATURE
 SIGNING_NAME = "vmconv:ed25519:"
 NODE_ID_DIGITS = 32
 MAX_PEM = 64 << 10
+MAX_MEMBERS = 4 << 20
+"""Bytes of members' certificates: no more are read, and no more is a node told that joins."""
 MAX_ROOTS = 8192
 _RECORD_CONTEXT = b"vmconv fleet record\0"
 """Goes before what is signed, so that a signature of a record is never one of anything else."""
@@ -78,6 +80,16 @@ def read_certificate(pem: bytes) -> x509.Certificate:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as exc:
         raise IdentityError(f"no certificate: {exc}") from exc
+
+
+def read_certificates(pem: bytes) -> list[x509.Certificate]:
+    """Returns all certificates of a PEM text, in which there may be none; `IdentityError` when one is damaged."""
+    if len(pem) > MAX_MEMBERS:
+        raise IdentityError(f"certificates of {len(pem)} bytes, at most {MAX_MEMBERS} are read")
+    try:
+        return x509.load_pem_x509_certificates(pem) if pem else []
+    except ValueError as exc:
+        raise IdentityError(f"no certificates: {exc}") from exc
 
 
 def read_authorities(pem: bytes) -> list[x509.Certificate]:

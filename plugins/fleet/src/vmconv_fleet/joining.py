@@ -2,7 +2,7 @@
 
 The service answers three questions, each a POST of JSON, and gives the authority's certificate to anybody (GET /ca):
 
- /join    by a token of an invitation: a certificate for a node id that nobody has
+ /join    by a token of an invitation: a certificate for a node id that nobody has, and those of the members
  /renew   by the certificate that the node has, for the same node id: a new one, for the same keys or others
  /leave   by the certificate that the node has: the revocation of this node
 
@@ -30,10 +30,11 @@ from vmconv.errors import VmconvError
 from vmconv_fleet.authority import Authority, AuthorityError, Invitation, fingerprint
 from vmconv_fleet.config import LINK_PORT, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.identity import IdentityError, binding, read_authorities, read_certificate
+from vmconv_fleet.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
 from vmconv_fleet.peers import common_name
 
 LIMIT = 64 << 10
+MAX_ANSWER = 2 * MAX_MEMBERS
 TIMEOUT = 10.0
 MAX_CONNECTIONS = 16
 _log = logging.getLogger("vmconv_fleet.joining")
@@ -51,6 +52,9 @@ class Membership(Protocol):
 
     def is_revoked(self, node: str) -> bool:
         """Returns whether the node was revoked."""
+
+    def certificates(self) -> list[bytes]:
+        """Returns a certificate of each member."""
 
     def certified(self, certificate: bytes) -> None:
         """A node got this certificate; returns once that is kept."""
@@ -115,7 +119,8 @@ class JoinService:
             raise AuthorityError(f"node id {node} is taken")
         self.authority.redeem(token)
         _log.info("node %s joins", node)
-        return self._certified(certificate)
+        # All who are members, if they are not too many: the new node hears them from its first session on.
+        return {**self._certified(certificate), "members": _within(MAX_MEMBERS, self.membership.certificates())}
 
     def _certified(self, certificate: bytes) -> dict[str, Any]:
         self.membership.certified(certificate)
@@ -128,6 +133,16 @@ class JoinService:
             "link_port": split_address(self.config.listen[0])[1] if self.config.listen else LINK_PORT,
             "seeds": self.config.connect[:3],
         }
+
+
+def _within(limit: int, certificates: list[bytes]) -> str:
+    """Returns so many certificates, one behind the other, as have no more bytes than that."""
+    text = ""
+    for certificate in certificates:
+        if len(text) + len(certificate) > limit:
+            break
+        text += certificate.decode("ascii")
+    return text
 
 
 class _Server(ThreadingHTTPServer):
@@ -219,12 +234,13 @@ def server_context(config: NodeConfig) -> ssl.SSLContext:
 
 
 class Granted(NamedTuple):
-    """What a node gets from the authority."""
+    """What a node gets from the authority; `members` only when it joins."""
 
     certificate: bytes
     authorities: bytes
     fleet: str
     seeds: list[str]
+    members: bytes = b""
 
 
 def join(invitation: Invitation, request: bytes) -> Granted:
@@ -240,7 +256,13 @@ def join(invitation: Invitation, request: bytes) -> Granted:
     port = int(found["link_port"])
     link = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))
-    return Granted(found["certificate"].encode(), found["authorities"].encode(), str(found["fleet"]), seeds)
+    return Granted(
+        found["certificate"].encode(),
+        found["authorities"].encode(),
+        str(found["fleet"]),
+        seeds,
+        found["members"].encode(),
+    )
 
 
 def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
@@ -310,7 +332,7 @@ def _post(connection: http.client.HTTPSConnection, path: str, body: dict[str, An
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     try:
-        found: dict[str, Any] = json.loads(response.read(4 * LIMIT))
+        found: dict[str, Any] = json.loads(response.read(MAX_ANSWER))
     except ValueError as exc:
         raise JoinError(f"{connection.host}: answers {response.status} without JSON") from exc
     if response.status != 200:

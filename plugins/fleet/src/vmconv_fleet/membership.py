@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ class Members:
 
     def is_revoked(self, node: str) -> bool:
         return self._trust.is_revoked(node)
+
+    def certificates(self) -> list[bytes]:
+        members, newest = set(self._trust.members()), dict[str, tuple[datetime.datetime, bytes]]()
+        for record in self._service.view().find("certificate"):
+            pem = str(record.body.get("pem")).encode()
+            bound = self._trust.learn_certificate(pem)
+            if bound is not None and bound.node in members:
+                newest[bound.node] = max((bound.not_after, pem), newest.get(bound.node, (bound.not_after, b"")))
+        return [pem for _, pem in newest.values()]
 
     def certified(self, certificate: bytes) -> None:
         bound = self._trust.learn_certificate(certificate)

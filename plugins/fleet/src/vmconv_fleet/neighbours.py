@@ -71,8 +71,12 @@ class Neighbours:
         return [id for id, peer in self._peers.items() if peer.position(owner) > position]
 
     def behind(self, owner: str, position: Position) -> list[str]:
-        """Returns who, as far as is known, has fewer."""
-        return [id for id, peer in self._peers.items() if id != owner and peer.position(owner) < position]
+        """Returns who, as far as is known, has fewer, and does not hear from the owner itself."""
+        return [
+            id
+            for id, peer in self._peers.items()
+            if id != owner and owner not in peer.near and peer.position(owner) < position
+        ]
 
     def beyond(self, source: str, owner: str) -> Iterable[str]:
         """Yields who does not hear from the owner, or from who passed it on, what has just come from there."""

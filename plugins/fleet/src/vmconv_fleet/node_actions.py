@@ -55,6 +55,7 @@ def join_node(options: argparse.Namespace) -> int:
         granted = joining.join(invitation, keys.request(node, "joining", addresses))
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
+        credentials.keep_members(directory, [granted.members])
         credentials.install(directory, keys, granted.certificate)
         credentials.load(config)
         settings.save(config)

@@ -10,7 +10,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from vmconv_fleet.authority import is_revocation
-from vmconv_fleet.identity import Binding, IdentityError, Verifier, binding, read_authorities, read_certificate
+from vmconv_fleet.identity import (
+    Binding,
+    IdentityError,
+    Verifier,
+    binding,
+    read_authorities,
+    read_certificate,
+    read_certificates,
+)
 
 if TYPE_CHECKING:
     from vmconv_fleet.records import Position, Record
@@ -55,9 +63,17 @@ class Trust:
     def learn_certificate(self, pem: bytes) -> Binding | None:
         """Returns what the certificate binds, or None when it is none of this fleet's."""
         try:
-            bound = binding(read_certificate(pem), self._authorities)
+            return self._bind(read_certificate(pem))
         except IdentityError:
             return None
+
+    def learn_members(self, pem: bytes) -> None:
+        """Takes in certificates of members; `IdentityError` at the first that is damaged, or none of this fleet's."""
+        for certificate in read_certificates(pem):
+            self._bind(certificate)
+
+    def _bind(self, certificate: x509.Certificate) -> Binding:
+        bound = binding(certificate, self._authorities)
         with self._lock:
             self._keys[bound.node, bound.key_id] = bound.key
             self._bindings.setdefault(bound.node, {})[bound.serial] = bound

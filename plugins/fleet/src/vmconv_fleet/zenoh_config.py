@@ -14,6 +14,10 @@ from vmconv_fleet.config import NodeConfig
 
 LEASE_MS = 3000
 OPEN_TIMEOUT_MS = 1500
+"""Short, because after a partition it is the next attempt that succeeds."""
+OPEN_TIMEOUT_PER_MEMBER_MS = 200
+"""Longer in a large fleet, whose members all make links with all when it starts; who is gossiped of is tried once."""
+MAX_OPEN_TIMEOUT_MS = 10_000
 BLOCKED_US = 500_000
 LIVE_BATCHES = 16
 """So many times 64 KiB of live messages may wait for a link before one is dropped; Zenoh's own 2 are less than one."""
@@ -30,6 +34,7 @@ def link_key(fleet: str, sender: str, receiver: str) -> str:
 
 def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
     """Returns Zenoh's configuration as JSON; `members` are the nodes that may tell this one something."""
+    others = sorted({*members} - {config.node})
     settings = {
         "mode": "peer",
         "id": config.node,
@@ -41,18 +46,23 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
             "exit_on_failure": False,
             "retry": {"period_init_ms": 500, "period_max_ms": 1000, "period_increase_factor": 2},
         },
-        "scouting": {"multicast": {"enabled": False}, "gossip": {"enabled": config.gossip}},
-        "transport": _transport(config),
-        "access_control": _access(config.fleet, config.node, sorted({*members} - {config.node})),
+        "scouting": {
+            "multicast": {"enabled": False},
+            # One of two connects, not both at once: half as many handshakes, and one link a neighbour.
+            "gossip": {"enabled": config.gossip, "autoconnect_strategy": {"peer": {"to_peer": "greater-zid"}}},
+        },
+        "transport": _transport(config, len(others)),
+        "access_control": _access(config.fleet, config.node, others),
         "adminspace": {"enabled": False},
     }
     return json.dumps(settings)
 
 
-def _transport(config: NodeConfig) -> dict[str, Any]:
+def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
+    open_timeout = min(max(OPEN_TIMEOUT_MS, OPEN_TIMEOUT_PER_MEMBER_MS * size), MAX_OPEN_TIMEOUT_MS)
     certificate, key = config.credential("node.pem"), config.credential("tls.key")
     return {
-        "unicast": {"open_timeout": OPEN_TIMEOUT_MS, "accept_timeout": OPEN_TIMEOUT_MS},
+        "unicast": {"open_timeout": open_timeout, "accept_timeout": MAX_OPEN_TIMEOUT_MS},
         "shared_memory": {"enabled": False},
         "link": {
             "protocols": ["tls"],

@@ -25,12 +25,18 @@ from vmconv_fleet.messages import LIVE, MAX_MESSAGE
 from vmconv_fleet.problems import Problem
 from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
 
-SETTLE = 0.3
-"""Seconds that a change of the members waits for more of them, since each costs all links for a moment."""
-LONGEST_SETTLE = 10.0
-"""The same when one change follows the other: it doubles each time, as when a whole fleet starts anew."""
-CALM = 30.0
-"""Seconds without a change after which the next one is an ordinary one."""
+QUIET = 0.3
+"""Seconds without a link that comes or goes before a session is opened anew, which costs all its links for a moment."""
+SPREAD = 0.1
+"""Seconds a member by which chance lengthens that: one node after the other opens its session anew, not all at once."""
+LONGEST = 1.0
+"""Seconds a member for which others are waited for at most."""
+URGENT = 1.0
+"""Seconds within which, by chance, the link with a node that was revoked ends."""
+MAX_PATIENCE = 64
+"""How much longer a neighbour that has a link and does not listen is waited for when new sessions have not helped."""
+CLOSE_WITHIN = 6.0
+"""Seconds that a session may take to close: with Zenoh 1.10 that was seen to fail after ten, or never to return."""
 MAX_WAITING = 64 << 20
 """Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
 _log = logging.getLogger("vmconv_fleet.link")
@@ -54,6 +60,22 @@ class _Ways(NamedTuple):
         )
         blocking = zenoh.CongestionControl.BLOCK
         return cls(live, session.declare_publisher(key, congestion_control=blocking, allowed_destination=remote))
+
+
+class _Closing(threading.Thread):
+    """Closes a session, on a thread of its own. Once it has failed Zenoh does not try again."""
+
+    def __init__(self, session: zenoh.Session) -> None:
+        super().__init__(name="link-close", daemon=True)
+        self._session = session
+        self.closed = False
+
+    def run(self) -> None:
+        try:
+            self._session.close()  # type: ignore[no-untyped-call]
+            self.closed = True
+        except zenoh.ZError as exc:
+            _log.warning("a session did not close: %s", exc)
 
 
 class ZenohLink:
@@ -80,17 +102,20 @@ class ZenohLink:
         self._queued_bytes = 0
         self._taken_bytes = 0
         self._open: dict[str, _Ways] = {}
-        self._watched: dict[str, list[Any]] = {}
+        self._watched: dict[str, Any] = {}
         self._connected: frozenset[str] = frozenset()
-        self._addresses: dict[str, tuple[str, str]] = {}
+        self._links: dict[str, set[tuple[str, str]]] = {}
         self._seen: set[str] = set()
         self._allowed: set[str] = set()
         self._session: zenoh.Session | None = None
         self._declared: list[Any] = []
         self._generation = 0
+        self._looking = 0
         self._reopen_at: float | None = None
-        self._settle = SETTLE
-        self._opened_at = -CALM
+        self._reopen_by = 0.0
+        self._deaf: dict[str, float] = {}
+        self._patience = 1
+        self._closing: list[_Closing] = []
         self._cut = False
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -128,14 +153,19 @@ class ZenohLink:
         self._commands.put(lambda: None)
         self._waiting.put(None)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(CLOSE_WITHIN + 1)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether, after `close`, a session may be open all the same: the interpreter would not end by itself."""
+        return any(thread.is_alive() for thread in self._threads) or any(not one.closed for one in self._closing)
 
     def neighbours(self) -> list[str]:
         return sorted(self._connected)
 
     def reached(self, address: str) -> bool:
         """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
-        return any(address == far for _, far in self._addresses.values())
+        return any(address == far for links in self._links.values() for _, far in links)
 
     def problems(self) -> list[Problem]:
         found = list(self._problems.values())
@@ -186,16 +216,43 @@ class ZenohLink:
             self._close_session()
 
     def _next_command(self) -> None:
-        wait = None if self._reopen_at is None else max(0.0, self._reopen_at - time.monotonic())
+        due = min([*self._deaf.values(), *([] if self._reopen_at is None else [self._reopen_at])], default=None)
         try:
-            command = self._commands.get(timeout=wait)
+            command = self._commands.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
         except queue.Empty:
-            command = self._reopen_now
+            command = self._do_due
         try:
             command()
         except Exception:
             self.counters["callback_errors"] += 1
             _log.exception("an event of the links could not be handled")
+
+    def _do_due(self) -> None:
+        now = time.monotonic()
+        if self._reopen_at is not None and self._reopen_at <= now:
+            self._reopen_now()
+            return
+        late = [node for node, due in self._deaf.items() if due <= now]
+        if late:
+            # Zenoh 1.10 leaves links of a session behind that closes while others open, and the next session of that
+            # node gets none with whoever is at the other end. Only a new session there ends them.
+            _log.warning("neighbours have a link and do not listen: %s", ", ".join(late))
+            self._deaf.clear()
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+            self._reopen_when_quiet()
+
+    def _reopen_when_quiet(self) -> None:
+        """Opens the session anew when no link has come or gone for a while, or after a long time."""
+        if self._reopen_at is None:
+            self._reopen_by = time.monotonic() + self._longest() * random.uniform(0.5, 1.0)
+            self._wait_for_quiet()
+
+    def _wait_for_quiet(self) -> None:
+        quiet = QUIET + SPREAD * len(self._allowed) * random.random()
+        self._reopen_at = min(time.monotonic() + quiet, self._reopen_by)
+
+    def _longest(self) -> float:
+        return LONGEST * (len(self._allowed) + 2)
 
     def _reopen_now(self) -> None:
         self._reopen_at = None
@@ -215,17 +272,23 @@ class ZenohLink:
             self.report("open", Problem("link", f"links cannot be opened: {reason}"))
             self._reopen_at = time.monotonic() + 2
             return
-        self._opened_at = time.monotonic()
         self.report("open", None)
         self.counters["opened"] += 1
         self._session = session
         me = self._config.node
 
         def link_event(_event: Any) -> None:
-            self._commands.put(lambda: self._look_at_links(generation))
+            # One look is enough for all links that come or go until it begins.
+            if self._looking != generation:
+                self._looking = generation
+                self._commands.put(lambda: self._look_at_links(generation))
 
         self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
+        remote = zenoh.Locality.REMOTE
+        # First what is for all: whoever sees that we listen to what is for us may tell us either.
+        keys = [link_key(self._config.fleet, "*", to) for to in (ALL, me)]
         self._declared = [
+            *(session.declare_subscriber(key, self._heard, allowed_origin=remote) for key in keys),
             session.info.declare_link_events_listener(link_event, history=True),
         ]
 
@@ -234,39 +297,44 @@ class ZenohLink:
         self._generation += 1
         for peer in list(self._open):
             self._drop(peer)
-        self._addresses = {}
+        self._links = {}
         for declared in self._declared:
             with contextlib.suppress(zenoh.ZError):
                 declared.undeclare()
         self._declared = []
         if session is not None:
-            try:
-                session.close()  # type: ignore[no-untyped-call]
-            except zenoh.ZError as exc:
-                _log.warning("links were not closed: %s", exc)
+            closing = _Closing(session)
+            self._closing = [closing, *(one for one in self._closing if not one.closed)]
+            closing.start()
+            # Whatever becomes of it, the keeper goes on.
+            closing.join(CLOSE_WITHIN)
+            if closing.is_alive():
+                _log.warning("a session did not close within %g s", CLOSE_WITHIN)
 
     def _who_may(self) -> set[str]:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
 
     def _look_at_members(self) -> None:
-        wanted, now = self._who_may(), time.monotonic()
-        if self._allowed - wanted:
-            # Somebody was revoked.
-            self._reopen_at = now + SETTLE
-        elif wanted != self._allowed and self._reopen_at is None:
-            calm = now - self._opened_at > CALM
-            self._settle = SETTLE if calm else min(2 * self._settle, LONGEST_SETTLE)
-            # Not all nodes at once: each that is away is a link less for the others.
-            self._reopen_at = now + self._settle * random.uniform(1.0, 1.5)
+        wanted = self._who_may()
+        revoked = self._allowed - wanted
+        if revoked:
+            # Nothing is taken from it from now on; its link ends with the session.
+            self._allowed = self._allowed & wanted
+            for node in revoked:
+                self._drop(node)
+            self._reopen_at = self._reopen_by = time.monotonic() + QUIET + random.uniform(0, URGENT)
+        elif wanted != self._allowed:
+            self._reopen_when_quiet()
 
     def _look_at_links(self, generation: int) -> None:
         """Meets those that there is a link with, and drops the others.
 
         What an event says may be old: one link of a neighbour begins before the event comes that another has ended.
         """
+        self._looking = 0
         if generation != self._generation or self._session is None:
             return
-        addresses: dict[str, tuple[str, str]] = {}
+        links: dict[str, set[tuple[str, str]]] = {}
         for link in self._session.info.links():
             node, zid = str(link.auth_identifier or ""), str(link.zid)
             if node != zid or not is_node_id(node):
@@ -276,14 +344,17 @@ class ZenohLink:
                 text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
                 self.report(f"revoked {node}", Problem("revoked", text))
             else:
-                addresses[node] = (str(link.src), str(link.dst).removeprefix("tls/"))
-        for node in [one for one in self._open if one != ALL and addresses.get(one) != self._addresses.get(one)]:
+                links.setdefault(node, set()).add((str(link.src), str(link.dst).removeprefix("tls/")))
+        # Both ends may have made one: they belong together, and may end one after the other.
+        for node in [one for one in self._open if one != ALL and links.get(one, set()).isdisjoint(self._links[one])]:
             self._drop(node)
-        self._addresses = addresses
+        if self._reopen_at is not None and links != self._links:
+            self._wait_for_quiet()
+        self._links = links
         # Whom the authority has certified, and whose record has not come yet.
-        self._seen |= addresses.keys() - self._allowed
+        self._seen |= links.keys() - self._allowed
         self._look_at_members()
-        for node in addresses:
+        for node in links:
             self._meet(generation, node)
 
     def _meet(self, generation: int, node: str) -> None:
@@ -297,15 +368,10 @@ class ZenohLink:
             self._commands.put(lambda: self._listens(generation, node, listens))
 
         self._open[node] = ways
-        # Declared anew for each link, and not once for all neighbours: with many sessions that are opened anew at the
-        # same time, Zenoh 1.10 did not tell all of them of what was declared before the link.
-        remote = zenoh.Locality.REMOTE
-        keys = [link_key(self._config.fleet, node, to) for to in (ALL, self._config.node)]
-        self._watched[node] = [
-            ways.live.declare_matching_listener(matched),
-            # First what is for all: whoever sees that we listen to what is for us may tell us either.
-            *(self._session.declare_subscriber(key, self._heard, allowed_origin=remote) for key in keys),
-        ]
+        self._deaf[node] = time.monotonic() + self._patience * 2 * self._longest()
+        # Without a thread of its own: there is one for each neighbour.
+        direct: Any = zenoh.handlers.Callback(matched, indirect=False)
+        self._watched[node] = ways.live.declare_matching_listener(direct)
         status: Any = ways.live.matching_status
         if status.matching:
             self._listens(generation, node, True)
@@ -314,6 +380,8 @@ class ZenohLink:
         if generation != self._generation or node not in self._open or listens == (node in self._connected):
             return
         if listens:
+            self._deaf.pop(node, None)
+            self._patience = self._patience if self._deaf else 1
             self._connected |= {node}
             self._events.connected(node)
         else:
@@ -325,11 +393,12 @@ class ZenohLink:
         # Not undeclared: somebody may be in a put of one, which then cannot be.
         if self._open.pop(node, None) is None:
             return
+        self._deaf.pop(node, None)
         if node in self._connected:
             self._connected -= {node}
             self._events.disconnected(node)
             self._changed()
-        for watched in self._watched.pop(node, []):
+        if (watched := self._watched.pop(node, None)) is not None:
             with contextlib.suppress(zenoh.ZError):
                 watched.undeclare()
 

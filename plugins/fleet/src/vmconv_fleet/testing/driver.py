@@ -7,6 +7,7 @@
 {"do": "rest"}
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
 {"do": "fail"}                              an exception that ends a thread
+{"do": "stick"}                             the session of the links will never close
 {"do": "state"}                             neighbours, problems, requests without a response, counters
 """
 
@@ -37,6 +38,16 @@ def _note(_context: Context, request: Request) -> Outcome:
     return Outcome([Change("note", str(request.arguments["id"]), {"text": text, "from": request.requester})], {})
 
 
+class _Stuck:
+    """Holds a session, and does not close it."""
+
+    def __init__(self, session: object) -> None:
+        self._session = session
+
+    def close(self) -> None:
+        threading.Event().wait()
+
+
 class Driver:
     """Carries out orders on a running node."""
 
@@ -60,6 +71,7 @@ class Driver:
             "state": self.state,
             "forge": self.forge,
             "fail": self.fail,
+            "stick": self.stick,
             "request": self.request,
         }
         return orders[do](**arguments)
@@ -165,6 +177,11 @@ class Driver:
             raise RuntimeError("told to fail")
 
         threading.Thread(target=die, name="failing").start()
+        return {}
+
+    def stick(self) -> dict[str, Any]:
+        """Has closing the session of the links never return, as Zenoh was seen to do."""
+        self._link._session = _Stuck(self._link._session)  # type: ignore[assignment]
         return {}
 
     def forge(self, peer: str, message: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Lab:
         self.fleet = fleet
         self.authority: Authority | None = None
         self.nodes: list[NodeConfig] = []
+        self._certificates: list[bytes] = []
 
     def add(
         self,
@@ -78,10 +79,18 @@ class Lab:
             gossip=gossip,
         )
         request = keys.request(node, self.fleet, config.addresses)
-        credentials.install(directory, keys, self.authority.issue(request, lifetime=lifetime))
+        certificate = self.authority.issue(request, lifetime=lifetime)
+        credentials.keep_members(directory, self._certificates)
+        credentials.install(directory, keys, certificate)
+        self._certificates.append(certificate)
         settings.save(config)
         if founded:
             with open(config.path(FOUNDED), "w", encoding="ascii"):
                 pass
         self.nodes.append(config)
         return config
+
+    def introduce(self) -> None:
+        """Lets each node know the certificates of all, also of those that were added after it: as when it had run."""
+        for config in self.nodes:
+            credentials.keep_members(config.directory, self._certificates)
