@@ -15,9 +15,10 @@ from vmconv_fleet.config import NodeConfig
 LEASE_MS = 3000
 OPEN_TIMEOUT_MS = 1500
 """Short, because after a partition it is the next attempt that succeeds."""
-OPEN_TIMEOUT_PER_MEMBER_MS = 200
-"""Longer in a large fleet, whose members all make links with all when it starts; who is gossiped of is tried once."""
-MAX_OPEN_TIMEOUT_MS = 10_000
+PER_MEMBER_MS = 200
+"""Both are longer in a large fleet: signs of life on all links are most of what a node does at rest, and when the fleet
+starts all members make links at once, each of which is tried once."""
+LONGEST_MS = 10_000
 BLOCKED_US = 500_000
 LIVE_BATCHES = 16
 """So many times 64 KiB of live messages may wait for a link before one is dropped; Zenoh's own 2 are less than one."""
@@ -59,10 +60,10 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
 
 
 def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
-    open_timeout = min(max(OPEN_TIMEOUT_MS, OPEN_TIMEOUT_PER_MEMBER_MS * size), MAX_OPEN_TIMEOUT_MS)
+    lease, open_timeout = (min(max(least, PER_MEMBER_MS * size), LONGEST_MS) for least in (LEASE_MS, OPEN_TIMEOUT_MS))
     certificate, key = config.credential("node.pem"), config.credential("tls.key")
     return {
-        "unicast": {"open_timeout": open_timeout, "accept_timeout": MAX_OPEN_TIMEOUT_MS},
+        "unicast": {"open_timeout": open_timeout, "accept_timeout": LONGEST_MS},
         "shared_memory": {"enabled": False},
         "link": {
             "protocols": ["tls"],
@@ -77,7 +78,7 @@ def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
                 "close_link_on_expiration": True,
             },
             "tx": {
-                "lease": LEASE_MS,
+                "lease": lease,
                 # By default a put waits five seconds for a peer that is gone.
                 "queue": {
                     "size": {"interactive_high": LIVE_BATCHES},
