@@ -134,7 +134,7 @@ class Reception:
         if digest.notices != shared.store.notices_hash():
             sends += self._teller.notices(peer, shared.store.notices())
         behind = any(neighbour.position(owner) < position for owner, position in shared.store.positions().items())
-        if behind and now - neighbour.answered >= shared.timing.digest // 5:
+        if behind and now - neighbour.answered >= shared.timing.digest // 5 * max(1, len(shared.neighbours) // 4):
             neighbour.answered = now
             sends.append(self._teller.digest(peer))
         return sends
