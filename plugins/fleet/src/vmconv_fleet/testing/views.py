@@ -37,6 +37,13 @@ def view_of(config: NodeConfig) -> View:
         return found
 
 
+def standings_of(config: NodeConfig) -> View:
+    """Returns what the node itself says of each owner: how far it has its records, and their state. Costs little."""
+    with closing(sqlite3.connect(f"file:{config.database}?mode=ro", uri=True, timeout=10)) as database:
+        rows = database.execute("SELECT owner, epoch, seq, state FROM owners WHERE seq > 0").fetchall()
+    return {owner: (epoch, seq, state) for owner, epoch, seq, state in rows}
+
+
 def agree(configs: Sequence[NodeConfig]) -> bool:
     """Returns whether all nodes know the same of all."""
     first, *others = (view_of(config) for config in configs)
