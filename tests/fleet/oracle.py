@@ -47,7 +47,7 @@ class Oracle:
         if position < self._acknowledged.get(replica.node, position):
             raise Violation(f"acknowledged writes of {replica.node[:4]} are lost")
         written = self._written.pop(replica.node)
-        self._keep(replica.node, [item for item in written if item[0][-1].position <= position])
+        self._keep(replica, [item for item in written if item[0][-1].position <= position])
 
     def lose(self, node: str) -> None:
         """The node's disk has lost something."""
@@ -112,25 +112,26 @@ class Oracle:
 
     def _committed(self, replica: Replica) -> None:
         written, self._written[replica.node] = self._written[replica.node], []
-        self._keep(replica.node, written)
+        self._keep(replica, written)
 
-    def _keep(self, owner: str, written: Sequence[tuple[Sequence[Record], int]]) -> None:
+    def _keep(self, replica: Replica, written: Sequence[tuple[Sequence[Record], int]]) -> None:
+        owner = replica.node
         for records, state in written:
             for record in records:
                 known = self._wires.setdefault((owner, record.position), record.wire)
                 if known != record.wire:
                     raise Violation(f"{owner[:4]} has written two records at {record.position}")
                 if record.kind == "transaction" and not record.deleted:
-                    self._transacted(owner, record)
+                    self._transacted(replica.store, owner, record)
             self._states[owner, records[-1].position] = state
             self._acknowledged[owner] = records[-1].position
             self.counts["states"] += 1
 
-    def _transacted(self, owner: str, record: Record) -> None:
+    def _transacted(self, store: Store, owner: str, record: Record) -> None:
         requester, request = record.body["requester"], record.body["request"]
         losses = self._losses[owner]
         executed = self._executed.setdefault((owner, requester, request), [])
-        if losses in executed:
+        if losses in executed and not (losses and _forgotten(store, owner, record)):
             raise Violation(f"{owner[:4]} has executed {request} of {requester[:4]} twice")
         executed.append(losses)
         self.counts["executions again after loss of disk"] += len(executed) > 1
@@ -147,6 +148,17 @@ class Oracle:
         before = change["before"]["value"] if change["before"] else 0
         if change["after"]["value"] != before + 1:
             raise Violation(f"{owner[:4]} changed {before} to {change['after']['value']}")
+
+
+def _forgotten(store: Store, owner: str, record: Record) -> bool:
+    """Whether the owner's history has no other transaction for the same request.
+
+    A node that has lost its disk may go on alone, and then find neighbours who have what was lost: that is its history
+    from then on, and not what it did meanwhile.
+    """
+    asked = record.body["requester"], record.body["request"]
+    others = (one for one in store.find("transaction", owner) if one.position != record.position)
+    return all((one.body["requester"], one.body["request"]) != asked for one in others)
 
 
 def _stored(store: Store, owner: str) -> dict[tuple[str, str], bytes]:
