@@ -225,6 +225,38 @@ def test_pages_of_an_earlier_state_do_not_follow_those_of_a_later_one() -> None:
     assert _agree(one, other)
 
 
+def test_pages_of_an_answer_that_begins_anew_do_not_follow_those_before() -> None:
+    with patch.object(messages, "PAGE_BYTES", 300), patch.object(messages, "WINDOW", 1):
+        fleet, one, other = pair(grace=1000, floor=500)
+        late = fleet.add(2)
+        fleet.flow(100)
+        one.write("thing", "gone", {"filling": "x" * 300})
+        for id in "ab":
+            one.write("thing", id, {"filling": "x" * 300})
+        fleet.flow()
+        late.replica.connected(one.id)
+        one.replica.connected(late.id)
+        message = _pull(fleet, one, late)
+        pages = []
+        for _ in range(2):
+            (page,) = one.replica.received(late.id, message)
+            ((_, message, _),) = late.replica.received(one.id, page.message)
+            pages.append(messages.decode(page.message))
+        one.write("thing", "gone", None)
+        one.write("thing", "c", {"filling": "x" * 300})
+        fleet.flow(3000)
+        assert not list(one.replica.store.deletions(one.id))
+        with patch.object(messages, "WINDOW", 9):
+            anew = one.replica.received(late.id, message)
+        for send in reversed(anew):
+            late.replica.received(one.id, send.message)
+        assert late.problems() == []
+        fleet.link(one, late)
+        fleet.flow(5000)
+    assert late.problems() == []
+    assert _agree(one, other, late)
+
+
 def test_who_has_come_half_way_begins_anew_when_the_deletions_ahead_are_forgotten() -> None:
     with patch.object(messages, "PAGE_BYTES", 300), patch.object(messages, "WINDOW", 1):
         fleet, one, other = pair(grace=1000, floor=500)
@@ -442,7 +474,9 @@ def test_a_page_with_records_of_another_owner_is_refused() -> None:
     fleet.time += 100
     (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     assert isinstance(pull, Pull)
-    page = Page(one.id, pull.session, pull.after, pull.base, False, False, Position(1 << 50, 9), 0, [foreign.wire])
+    page = Page(
+        one.id, pull.session, pull.after, pull.base, False, False, Position(1 << 50, 9), 0, [foreign.wire], pull.since
+    )
     other.replica.received(one.id, messages.encode(page))
     assert other.problems() == ["malformed"]
 
@@ -459,7 +493,7 @@ def test_records_that_leave_something_out_are_no_state_and_are_refused() -> None
     fleet.time += 100
     (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     assert isinstance(pull, Pull)
-    page = Page(one.id, pull.session, base, base, False, False, last.position, 0, [last.wire])
+    page = Page(one.id, pull.session, base, base, False, False, last.position, 0, [last.wire], pull.since)
     other.replica.received(one.id, messages.encode(page))
     assert other.problems() == ["torn"]
     assert other.replica.store.position(one.id) == base
@@ -585,7 +619,9 @@ def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> N
             pull = messages.decode(message)
             if isinstance(pull, Pull):
                 pulls.append(fleet.time)
-                page = Page(one.id, pull.session, pull.after, pull.base, False, False, pull.after, 0, [garbage])
+                page = Page(
+                    one.id, pull.session, pull.after, pull.base, False, False, pull.after, 0, [garbage], pull.since
+                )
                 other.replica.received(one.id, messages.encode(page))
     assert 3 <= len(pulls) <= 12
     assert other.problems() == ["forged"]

@@ -149,9 +149,10 @@ class CatchUp:
             if session.staged:
                 self._store.unstage(session.number)
             session.begin_anew()
-        # After a page of a later state, one of an earlier state may lack what has moved behind it in between.
-        follows = (page.base, page.after) == (session.base, session.after) and page.seen >= session.seen
-        return session if follows else None
+        # After a page of a later state, one of an earlier state may lack what has moved behind it in between; and where
+        # the answerer has begun anew, the rest may lack what was deleted after the first page that has come.
+        same = (page.base, page.after) == (session.base, session.after) and session.since in (START, page.since)
+        return session if same and page.seen >= session.seen else None
 
     def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
         """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.

@@ -82,7 +82,8 @@ class Page(NamedTuple):
     """Records in the order of their positions, after the first `certificates` ones, which help to verify them.
 
     `base`: what all pages of the answer follow; START where what was asked for is no part of the owner's past, to begin
-    anew. `seen`: how far the answerer is. `more`: it is not the last page; `ask`: the next one has to be asked for.
+    anew. `seen`: how far the answerer is; `since`: as it was asked, or `seen` where the answer begins anew, so that
+    the pages of two are not put together. `more`: it is not the last page; `ask`: the next one has to be asked for.
     """
 
     owner: str
@@ -94,6 +95,7 @@ class Page(NamedTuple):
     seen: Position
     certificates: int
     wires: Sequence[bytes]
+    since: Position = START
 
 
 class Notice(NamedTuple):
@@ -182,7 +184,8 @@ def decode(data: bytes) -> Message:
             case (103, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
                 ids = check_node_id(owner), _number(session), _position(after), _position(base)
                 flags = header["more"] is True, header["ask"] is True
-                return Page(*ids, *flags, _position(seen), _number(header["certificates"]), wires)
+                rest = _position(seen), _number(header["certificates"]), wires, _position(header["since"])
+                return Page(*ids, *flags, *rest)
             case (110, {}):
                 return Notice(_some(wires))
     except (ValueError, TypeError, KeyError, RecursionError) as exc:

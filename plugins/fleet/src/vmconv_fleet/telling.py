@@ -103,6 +103,7 @@ class Teller:
             known = history.holds(pull.seen) and pull.since.seq >= history.floor
         certificates = [] if known and pull.seen != START else store.certificates(owner)
         base, after = (pull.base, pull.after) if known else (START, START)
+        since = pull.since if known and pull.since != START else position
         pages: list[Send] = []
         while len(pages) < messages.WINDOW and after.seq < position.seq:
             wires, last = store.after(owner, after.seq, messages.PAGE_BYTES)
@@ -116,6 +117,7 @@ class Teller:
                 seen=position,
                 certificates=len(certificates),
                 wires=[*certificates, *wires],
+                since=since,
             )
             pages.append(Send(peer, messages.encode(page)))
             after, certificates = restore(wires[-1]).position, []
