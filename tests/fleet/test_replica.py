@@ -250,8 +250,8 @@ def test_pages_of_an_answer_that_begins_anew_do_not_follow_those_before() -> Non
         pages = [messages.decode(send.message) for send in anew]
         rest = [page for page in pages if isinstance(page, Page) and page.after >= asked.after]
         assert rest[0].after == asked.after
-        for page in rest:
-            late.replica.received(one.id, messages.encode(page))
+        for following in rest:
+            late.replica.received(one.id, messages.encode(following))
         assert late.problems() == []
         fleet.link(one, late)
         fleet.flow(5000)

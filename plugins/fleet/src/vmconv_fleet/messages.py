@@ -184,8 +184,8 @@ def decode(data: bytes) -> Message:
             case (103, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
                 ids = check_node_id(owner), _number(session), _position(after), _position(base)
                 flags = header["more"] is True, header["ask"] is True
-                positions = _position(seen), _position(header["since"])
-                return Page(*ids, *flags, positions[0], _number(header["certificates"]), wires, positions[1])
+                since = _position(header["since"])
+                return Page(*ids, *flags, _position(seen), _number(header["certificates"]), wires, since)
             case (110, {}):
                 return Notice(_some(wires))
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
