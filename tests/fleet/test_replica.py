@@ -628,6 +628,23 @@ def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> N
     assert other.problems() == ["forged"]
 
 
+def test_what_comes_after_much_is_not_observed_before_it() -> None:
+    """Requests are executed in their order, also those that come with a large answer and right after it."""
+    fleet, one, other = pair()
+    first, last = one.write("thing", "a", {}), one.write("thing", "b", {})
+    fleet.flow()
+    news = other.replica._shared.news
+    seen: list[Record] = []
+    news.observe(seen.extend)
+    news.add([first])
+    assert seen == [first]
+    news.add_all(one.id, first.seq)
+    news.add([last])
+    assert seen == [first]
+    news.tell()
+    assert seen == [first, last, last]
+
+
 def test_a_subscriber_that_fails_harms_nobody() -> None:
     fleet, one, other = pair()
 

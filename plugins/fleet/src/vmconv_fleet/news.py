@@ -18,6 +18,7 @@ class _Item(NamedTuple):
     records: Sequence[Record]
     owner: str = ""
     after: int = 0
+    observed: bool = False
 
 
 _log = logging.getLogger(__name__)
@@ -42,14 +43,17 @@ class News:
         return end
 
     def observe(self, callback: Callback) -> None:
-        """Calls back before the commit, which may still fail; with what `add_all` has added, after it."""
+        """Calls back before the commit, which may still fail; with what `add_all` adds, and what follows, after it."""
         self._observers.append(callback)
 
     def add(self, records: Sequence[Record]) -> None:
-        if records:
-            self._news.append(_Item(records))
-            for observer in self._observers:
-                observer(list(records))
+        if not records:
+            return
+        # What comes after much that is not observed yet has to wait for that: requests are executed in their order.
+        at_once = not any(item.owner for item in self._news)
+        self._news.append(_Item(records, observed=at_once))
+        if at_once:
+            self._observe(records)
 
     def add_all(self, owner: str, after: int) -> None:
         """Adds all that the database has of an owner after a seq."""
@@ -70,15 +74,20 @@ class News:
 
     def _pages(self, news: Sequence[_Item]) -> Iterator[list[Record]]:
         small: list[Record] = []
-        for records, owner, after in news:
+        for records, owner, after, observed in news:
             small += records
+            if not observed:
+                self._observe(records)
             if owner:
                 for page in self._stored(owner, after):
-                    for observer in self._observers:
-                        observer(page)
+                    self._observe(page)
                     yield page
         if small:
             yield small
+
+    def _observe(self, records: Sequence[Record]) -> None:
+        for observer in self._observers:
+            observer(list(records))
 
     def _stored(self, owner: str, after: int) -> Iterator[list[Record]]:
         while True:
