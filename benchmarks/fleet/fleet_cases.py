@@ -40,11 +40,6 @@ def _same(configs: list[NodeConfig], owner: str) -> bool:
     return len({view_of(config).get(owner) for config in configs}) == 1
 
 
-def _alike(configs: list[NodeConfig]) -> bool:
-    first, *others = map(standings_of, configs)
-    return len(first) == len(configs) and all(other == first for other in others)
-
-
 def request(setting: Setting) -> list[Figure]:
     setting.mesh(5)
     times = setting.nodes[1].ask("ask", target=setting.ids[0], count=100 if setting.quick else 500)["times"]
@@ -85,7 +80,7 @@ def partition(setting: Setting) -> list[Figure]:
             node.ask("rest")
         setting.network.heal()
         # To compare all records takes as long as to replicate them: it is done after the timing.
-        took.append(setting.wait(lambda: _alike(setting.lab.nodes), "all say that they have the same"))
+        took.append(setting.wait(lambda: agree(setting.lab.nodes, standings_of), "all say that they have the same"))
         setting.wait(lambda: agree(setting.lab.nodes), "the views are the same")
     within = sum(one <= 3 for one in took)
     return [

@@ -488,11 +488,7 @@ def test_records_that_leave_something_out_are_no_state_and_are_refused() -> None
     base = one.replica.store.position(one.id)
     one.write("thing", "a", {"value": 1})
     last = one.write("thing", "b", {"value": 2})
-    fleet.drop()
-    fleet.time += 200
-    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(last.position, "0" * 16)})))
-    fleet.time += 100
-    (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
+    pull = messages.decode(_pull(fleet, one, other))
     assert isinstance(pull, Pull)
     page = Page(one.id, pull.session, base, base, False, False, last.position, 0, [last.wire], pull.since)
     other.replica.received(one.id, messages.encode(page))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -44,9 +44,9 @@ def standings_of(config: NodeConfig) -> View:
     return {owner: (epoch, seq, state) for owner, epoch, seq, state in rows}
 
 
-def agree(configs: Sequence[NodeConfig]) -> bool:
-    """Returns whether all nodes know the same of all."""
-    first, *others = (view_of(config) for config in configs)
+def agree(configs: Sequence[NodeConfig], view: Callable[[NodeConfig], View] = view_of) -> bool:
+    """Returns whether all nodes know the same of all, or with `standings_of`, whether they say so."""
+    first, *others = (view(config) for config in configs)
     return len(first) == len(configs) and all(other == first for other in others)
 
 
