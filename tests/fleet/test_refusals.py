@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from vmconv_fleet.messages import LIVE, Live, encode
 from vmconv_fleet.probing import probe
 from vmconv_fleet.records import Record, seal
 from vmconv_fleet.records import encode as payload
+from vmconv_fleet.sockets import give_up_after
 from vmconv_fleet.store import Reader
 from vmconv_fleet.testing import Driven, Lab, agree, free_port, view_of, wait_until
 from vmconv_fleet.watching import Watch
-from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
+from vmconv_fleet.zenoh_config import ALL, LEASE_MS, link_key, zenoh_settings
 from vmconv_fleet.zenoh_link import ZenohLink
 
 HELLO = bytes((LIVE,)) + b"hello"
@@ -120,13 +121,21 @@ class Pair:
         return self.victim.hears()
 
 
+@contextlib.contextmanager
+def linked(lab: Lab) -> Iterator[Pair]:
+    made = Pair(lab)
+    try:
+        made.wait()
+        yield made
+    finally:
+        for node in made.nodes:
+            node.link.close()
+
+
 @pytest.fixture
 def pair(lab: Lab) -> Iterator[Pair]:
-    made = Pair(lab)
-    made.wait()
-    yield made
-    for node in made.nodes:
-        node.link.close()
+    with linked(lab) as made:
+        yield made
 
 
 def settings_of(config: NodeConfig) -> dict[str, Any]:
@@ -303,6 +312,20 @@ def test_a_message_that_is_too_large_is_not_taken(pair: Pair) -> None:
     pair.friend.link.send(pair.victim.config.node, b"g" + bytes(3 << 20))
     assert pair.victim.hears() == []
     assert pair.still_talk()
+
+
+def test_links_end_when_nothing_arrives_at_the_other_end(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zenoh waits for TCP to give up before it closes one, and a link that comes meanwhile does not work."""
+    found: list[tuple[int, int]] = []
+
+    def seen(links: Collection[tuple[str, str]], milliseconds: int) -> int:
+        count = give_up_after(links, milliseconds)
+        found.append((count, milliseconds))
+        return count
+
+    monkeypatch.setattr("vmconv_fleet.zenoh_link.give_up_after", seen)
+    with linked(lab):
+        assert found == [(1, LEASE_MS)] * 2
 
 
 def test_links_are_made_anew_when_a_neighbour_does_not_listen(pair: Pair) -> None:

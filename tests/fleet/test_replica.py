@@ -279,6 +279,33 @@ def test_who_has_come_half_way_begins_anew_when_the_deletions_ahead_are_forgotte
     assert _agree(one, other)
 
 
+def test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew() -> None:
+    """A live record comes between its pages, one that its owner has lost since: with the rest it is no state."""
+    with patch.object(messages, "PAGE_BYTES", 300):
+        fleet, one, other = pair()
+        backup = _copy(one.disk)
+        one.write("thing", "lost", {"value": 1})
+        (lost,) = {message for _, _, message in fleet.drop()}
+        fleet.cut(one, other)
+        again = fleet.add(0, disk=backup)
+        fleet.link(again, other)
+        fleet.flow_until(lambda: again.replica.serving)
+        for id in "abcd":
+            again.write("thing", id, {"filling": "x" * 300})
+        pages = again.replica.received(other.id, _pull(fleet, again, other))
+        assert len(pages) > 1
+        other.replica.received(again.id, pages[0].message)
+        other.replica.received(again.id, lost)
+        assert other.body(again, "thing", "lost") == {"value": 1}
+        for page in pages[1:]:
+            other.replica.received(again.id, page.message)
+        assert other.body(again, "thing", "lost") == {"value": 1}
+        fleet.flow(5000)
+    assert other.problems() == []
+    assert other.body(again, "thing", "lost") is None
+    assert _agree(again, other)
+
+
 def test_a_late_joiner_goes_on_with_somebody_else_when_its_source_dies() -> None:
     with patch.object(messages, "PAGE_BYTES", 1000):
         fleet, one, other = pair()

@@ -168,6 +168,11 @@ class Reception:
             records = catchup.take(session, page, self._shared.now(), now)
             if records is None:
                 return [Send(peer, messages.encode(catchup.ask(session, now)))] if page.ask else []
+            if not session.whole and not self._goes_on(session, records):
+                # A live record came while the pages did, and its owner has lost it since: the rest does not follow it.
+                catchup.end(session)
+                catchup.want(session.owner, now)
+                return []
             sends = self._complete(session, records)
         except TornError as exc:
             catchup.fail(session, now)
@@ -201,10 +206,11 @@ class Reception:
     def _goes_on(self, session: Session, records: Sequence[Record]) -> bool:
         """Whether a complete answer goes on from what is here, so that nothing that was written here is lost by it."""
         ours = self._shared.store.position(session.owner)
-        if not session.whole or ours == START:
+        if ours in (START, session.base):
             return True
         rows = self._shared.catchup.rows(session, records)
-        return history_of(next((row for row in rows if row.kind == epochs.KIND), None)).follows(ours)
+        history = next((row for row in rows if row.kind == epochs.KIND), None)
+        return history_of(history).follows(ours) if session.whole or history is not None else True
 
     def _replace(self, session: Session, records: Sequence[Record]) -> None:
         shared, owner = self._shared, session.owner

@@ -59,11 +59,19 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
     return json.dumps(settings)
 
 
+def lease_ms(size: int) -> int:
+    """Returns for how long a node of so many others may be silent before a link with it has ended."""
+    return _patience(LEASE_MS, size)
+
+
+def _patience(least: int, size: int) -> int:
+    return min(max(least, PER_MEMBER_MS * size), LONGEST_MS)
+
+
 def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
-    lease, open_timeout = (min(max(least, PER_MEMBER_MS * size), LONGEST_MS) for least in (LEASE_MS, OPEN_TIMEOUT_MS))
     certificate, key = config.credential("node.pem"), config.credential("tls.key")
     return {
-        "unicast": {"open_timeout": open_timeout, "accept_timeout": LONGEST_MS},
+        "unicast": {"open_timeout": _patience(OPEN_TIMEOUT_MS, size), "accept_timeout": LONGEST_MS},
         "shared_memory": {"enabled": False},
         "link": {
             "protocols": ["tls"],
@@ -78,7 +86,7 @@ def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
                 "close_link_on_expiration": True,
             },
             "tx": {
-                "lease": lease,
+                "lease": lease_ms(size),
                 # By default a put waits five seconds for a peer that is gone.
                 "queue": {
                     "size": {"interactive_high": LIVE_BATCHES},

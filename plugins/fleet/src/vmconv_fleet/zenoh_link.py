@@ -23,7 +23,8 @@ from vmconv_fleet.engine import Events
 from vmconv_fleet.identity import is_node_id
 from vmconv_fleet.messages import LIVE, MAX_MESSAGE
 from vmconv_fleet.problems import Problem
-from vmconv_fleet.zenoh_config import ALL, link_key, zenoh_settings
+from vmconv_fleet.sockets import give_up_after
+from vmconv_fleet.zenoh_config import ALL, lease_ms, link_key, zenoh_settings
 
 QUIET = 0.3
 """Seconds without a link that comes or goes before a session is opened anew, which costs all its links for a moment."""
@@ -344,18 +345,29 @@ class ZenohLink:
                 text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
                 self.report(f"revoked {node}", Problem("revoked", text))
             else:
-                links.setdefault(node, set()).add((str(link.src), str(link.dst).removeprefix("tls/")))
+                ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
+                links.setdefault(node, set()).add(ends)
         # Both ends may have made one: they belong together, and may end one after the other.
         for node in [one for one in self._open if one != ALL and links.get(one, set()).isdisjoint(self._links[one])]:
             self._drop(node)
         if self._reopen_at is not None and links != self._links:
             self._wait_for_quiet()
+        self._bound(set().union(*links.values()) - set().union(*self._links.values()))
         self._links = links
         # Whom the authority has certified, and whose record has not come yet.
         self._seen |= links.keys() - self._allowed
         self._look_at_members()
         for node in links:
             self._meet(generation, node)
+
+    def _bound(self, links: set[tuple[str, str]]) -> None:
+        """Lets the kernel end links whose other end has gone.
+
+        Zenoh 1.10 closes a link once what it has written is sent. Behind a partition that lasts as long as TCP tries,
+        and a new link with the same node that comes meanwhile is mute, and ends with the old one.
+        """
+        if links:
+            give_up_after(links, lease_ms(len(self._allowed)))
 
     def _meet(self, generation: int, node: str) -> None:
         """Opens the ways to a neighbour; it counts as connected once it listens."""
