@@ -253,7 +253,7 @@ class Verifier:
         signature = signed[0][1][:SIGNATURE]
         if any(not other.startswith(signature) for _, other in signed):
             return False
-        root = root_of((payload, other[SIGNATURE:]) for payload, other in signed)
+        root = root_of([(payload, other[SIGNATURE:]) for payload, other in signed])
         if root is None:
             return False
         known = root + signature + key.public_bytes_raw()

@@ -196,8 +196,9 @@ class Store(View):
         while batch := list(islice(remaining, BATCH)):
             if state is None:
                 before = self._after(number, before, batch)
+            # A bool would be looked up among the types that have to be adapted.
             rows = [
-                (number, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
+                (number, record.kind, record.id, record.epoch, record.seq, int(record.deleted), record.wire)
                 for record in batch
             ]
             self._connection.executemany(_PUT, rows)
