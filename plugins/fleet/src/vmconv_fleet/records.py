@@ -29,20 +29,20 @@ _FINGERPRINT = blake2b(digest_size=16)
 
 _OWNER = "[1-9a-f][0-9a-f]{31}"
 _ID = "[A-Za-z0-9][A-Za-z0-9._:@+=~-]{0,127}"
-_NUMBER = "0|[1-9][0-9]{0,18}"
+_NUMBER = "(?:0|[1-9][0-9]{0,18})"
 _HEAD = (
-    ("magic", f'\\["({MAGIC})"'),
-    ("owner", f'"({_OWNER})"'),
-    ("kind", '"([a-z][a-z0-9-]{0,31})"'),
-    ("id", f'"({_ID})"'),
-    ("epoch", "([1-9][0-9]{0,15})"),
-    ("seq", "([1-9][0-9]{0,15})"),
-    ("schema", f"({_NUMBER})"),
-    ("clock", f"({_NUMBER})"),
-    ("deleted", "([01])"),
-    ("txn", f"({_NUMBER})"),
-    ("key_id", f'"({_ID})"'),
-    ("state", '"([0-9a-f]{32})"'),
+    ("magic", f'\\["{MAGIC}"'),
+    ("owner", f'"{_OWNER}"'),
+    ("kind", '"[a-z][a-z0-9-]{0,31}"'),
+    ("id", f'"{_ID}"'),
+    ("epoch", "[1-9][0-9]{0,15}"),
+    ("seq", "[1-9][0-9]{0,15}"),
+    ("schema", _NUMBER),
+    ("clock", _NUMBER),
+    ("deleted", "[01]"),
+    ("txn", _NUMBER),
+    ("key_id", f'"{_ID}"'),
+    ("state", '"[0-9a-f]{32}"'),
 )
 """What stands before the body, each followed by a comma: there is one way only to write it."""
 
@@ -156,30 +156,28 @@ def decode(wire: bytes) -> Record:
         head = _head(text)
         if head is None:
             raise _misfit(text)
-        body, end = _JSON.raw_decode(text, head.end())
+        values, end = _JSON.raw_decode(text)
     except (ValueError, RecursionError) as exc:
         raise MalformedError(f"record is no JSON: {exc}") from exc
-    record = _made(head, body, wire)
-    if text[end:] != "]":
-        raise MalformedError(f"record of {len(text)} characters, the last of {end + 1} is not its end")
+    if end != len(text) or len(values) != len(Record._fields) or not text.endswith("}]"):
+        raise MalformedError(f"record of {len(text)} characters, and its body is not all that follows the state")
+    if not text.startswith("{", head.end()):
+        raise MalformedError("body is no object")
+    record = _made(values, wire)
     _check(record, text)
     return record
 
 
 def restore(wire: bytes) -> Record:
     """Returns the record of a wire that `decode` has accepted before: from the database."""
-    text = payload_of(wire).decode()
-    head = _head(text)
-    assert head is not None
-    return _made(head, _JSON.raw_decode(text, head.end())[0], wire)
+    return _made(_JSON.raw_decode(payload_of(wire).decode())[0], wire)
 
 
-def _made(head: re.Match[str], body: Any, wire: bytes) -> Record:
-    _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state = head.groups()
-    numbers = int(epoch), int(seq), int(schema), int(clock)
-    return tuple.__new__(
-        Record, (owner, kind, id, *numbers, deleted == "1", int(txn), key_id, int(state, 16), body, wire)
-    )
+def _made(values: list[Any], wire: bytes) -> Record:
+    """Returns the record of what is in a payload."""
+    _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state, body = values
+    numbers = epoch, seq, schema, clock
+    return tuple.__new__(Record, (owner, kind, id, *numbers, deleted == 1, txn, key_id, int(state, 16), body, wire))
 
 
 def _misfit(text: str) -> MalformedError:
@@ -207,8 +205,8 @@ def _check(record: Record, text: str) -> None:
         raise MalformedError(f"number {largest} in a record, {MAX_NUMBER} at most")
     if record.clock > MAX_CLOCK:
         raise MalformedError(f"clock {record.clock}, {MAX_CLOCK} at most")
-    if type(record.body) is not dict or (record.deleted and record.body):
-        raise MalformedError("body is no object, or the record is deleted and has one")
+    if record.deleted and record.body:
+        raise MalformedError("the record is deleted and has a body")
     if text.count("{") + text.count("[") > MAX_DEPTH and _depth(record.body) > MAX_DEPTH:
         raise MalformedError(f"body is nested deeper than {MAX_DEPTH}")
     if "\\" in text:
