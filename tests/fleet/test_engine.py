@@ -160,6 +160,23 @@ def test_what_waits_shares_a_commit(nodes: Nodes) -> None:
     assert len(commits) < 50
 
 
+def test_what_waits_shares_a_commit_as_far_as_the_links_can_carry_it(nodes: Nodes) -> None:
+    """More than waits for a link at once would be lost, and asked for again."""
+    service = nodes.add(0)
+    _write(service, "first", 0)
+    commits: list[int] = []
+    service.subscribe(lambda records: commits.append(len(records)))
+    gate = threading.Event()
+    service._engine.call(lambda: gate.wait(PATIENCE))
+    with patch.object(engine, "BURST", 5000):
+        futures = [service.write([Change("thing", f"t{n}", {"filling": "x" * 1000})]) for n in range(20)]
+        gate.set()
+        for future in futures:
+            future.result(PATIENCE)
+    assert sum(commits) == 20
+    assert max(commits) < 10
+
+
 def test_a_write_waits_until_the_node_has_recovered(nodes: Nodes) -> None:
     service = nodes.add(0, patience_ms=None)
     future = service.write([Change("thing", "t", {})])

@@ -13,7 +13,19 @@ from fleet.plain import PlainSigner, node_id
 from vmconv_fleet.clock import MAX_AHEAD_MS, HybridClock, milliseconds
 from vmconv_fleet.epochs import MAX_EPOCHS, History, history_of
 from vmconv_fleet.errors import MalformedError, StoreError
-from vmconv_fleet.records import MAX_RECORD, START, Key, Position, Record, decode, encode, fingerprint, restore, seal
+from vmconv_fleet.records import (
+    MAX_RECORD,
+    START,
+    STATE_MODULUS,
+    Key,
+    Position,
+    Record,
+    decode,
+    encode,
+    fingerprint,
+    restore,
+    seal,
+)
 from vmconv_fleet.store import Store
 
 NODE = node_id(0)
@@ -142,6 +154,15 @@ def test_the_state_is_the_sum_of_what_lives(store: Store) -> None:
     first, second, third = _record(1, "a"), _record(2, "b"), _record(3, "a")
     _extend(store, first, second, third, _record(4, "b", deleted=True))
     assert store.state(NODE) == fingerprint(third.payload)
+
+
+def test_new_records_and_those_that_replace_others_may_come_together(store: Store) -> None:
+    _extend(store, _record(1, "a"), _record(2, "b"), _record(3, "gone", deleted=True))
+    later = [_record(4, "c"), _record(5, "a", deleted=True), _record(6, "c"), _record(7, "gone"), _record(8, "d")]
+    _extend(store, *later)
+    live = store.find("thing")
+    assert {(record.id, record.seq) for record in live} == {("b", 2), ("c", 6), ("gone", 7), ("d", 8)}
+    assert store.state(NODE) == sum(fingerprint(record.payload) for record in live) % STATE_MODULUS
 
 
 def test_pages_begin_where_the_last_one_ended(store: Store) -> None:

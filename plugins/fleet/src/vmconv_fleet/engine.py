@@ -24,6 +24,9 @@ GROUP = 256
 
 GROUP_S = 0.05
 
+BURST = 256 << 10
+"""Bytes of messages that end a group, too: more at once than wait for a link (`zenoh_config.LIVE_BATCHES`) are lost."""
+
 MAX_QUEUED = 32 << 20
 """Bytes of messages that wait; what comes beyond is dropped, and pulled later."""
 
@@ -187,9 +190,12 @@ class Engine:
         try:
             with self._replica.batch():
                 end = time.monotonic() + GROUP_S
-                while items and time.monotonic() < end:
+                size = 0
+                while items and size < BURST and time.monotonic() < end:
                     done.append(items.pop(0))
+                    before = len(sends)
                     self._do(done[-1], sends, results)
+                    size += sum(len(send.message) for send in sends[before:])
                 self._backlog = items
                 self._routine(sends)
         except Exception as exc:

@@ -151,7 +151,7 @@ class Store(View):
     def shares(self, owner: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """Returns what each of these kinds and ids adds to the state, if there is a live record of it."""
         known = self._owners.get(owner)
-        return self._shares(known.number, names) if known else {}
+        return self._shares(known.number, names, known.position.seq + 1) if known else {}
 
     def history(self, owner: str) -> History:
         return history_of(self.get(owner, KIND, ID))
@@ -194,14 +194,20 @@ class Store(View):
         number, position, before = self._owners.get(owner) or self._meet(owner)
         remaining = iter(records)
         while batch := list(islice(remaining, BATCH)):
-            if state is None:
-                before = self._after(number, before, batch)
             # A bool would be looked up among the types that have to be adapted.
             rows = [
                 (number, record.kind, record.id, record.epoch, record.seq, int(record.deleted), record.wire)
                 for record in batch
             ]
-            self._connection.executemany(_PUT, rows)
+            if state is not None:
+                self._connection.executemany(_PUT, rows)
+            elif self._connection.executemany(_ADD, rows).rowcount == len(rows):
+                # None of them replaces another: what is there need not be read.
+                before = _after(before, batch, {})
+            else:
+                names = [(record.kind, record.id) for record in batch]
+                before = _after(before, batch, self._shares(number, names, batch[0].seq))
+                self._connection.executemany(_PUT, rows)
             position = batch[-1].position
         self._set(owner, _Owner(number, position, before % STATE_MODULUS if state is None else state))
 
@@ -315,33 +321,36 @@ class Store(View):
         self._connection.execute(query, (*known.position, f"{known.state:x}", known.number))
         self._owners[owner] = known
 
-    def _shares(self, number: int, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    def _shares(self, number: int, names: Iterable[tuple[str, str]], below: int) -> dict[tuple[str, str], int]:
+        """Returns the same of records before a seq."""
         kinds: dict[str, list[str]] = {}
         for kind, id in names:
             kinds.setdefault(kind, []).append(id)
         return {
             (kind, id): fingerprint(payload_of(wire))
             for kind, ids in kinds.items()
-            for id, wire in self._connection.execute(_SOME, (kind, number, json.dumps(ids)))
+            for id, wire in self._connection.execute(_SOME, (kind, number, json.dumps(ids), below))
         }
 
-    def _after(self, number: int, state: int, records: Sequence[Record]) -> int:
-        """Returns the state with records that are not yet written."""
-        shares = self._shares(number, [(record.kind, record.id) for record in records])
-        for record in records:
-            name = record.kind, record.id
-            before = shares.get(name, 0)
-            shares[name] = after = 0 if record.deleted else fingerprint(payload_of(record.wire))
-            state += after - before
-        return state
+
+def _after(state: int, records: Sequence[Record], shares: dict[tuple[str, str], int]) -> int:
+    """Returns the state with these records, of which those before them had these shares."""
+    for record in records:
+        name = record.kind, record.id
+        before = shares.get(name, 0)
+        shares[name] = after = 0 if record.deleted else fingerprint(payload_of(record.wire))
+        state += after - before
+    return state
 
 
 _SOME = """
 SELECT id, wire FROM records WHERE kind = ? AND owner = ? AND id IN (SELECT value FROM json_each(?)) AND NOT deleted
+AND +seq < ?
 """
 _REPLACE = """
 INSERT INTO records SELECT ?, kind, id, epoch, seq, deleted, wire FROM temp.staged WHERE session = ? ORDER BY seq
 """
+_ADD = "INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)"
 _PUT = """
 INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, owner, id) DO UPDATE
 SET epoch = excluded.epoch, seq = excluded.seq, deleted = excluded.deleted, wire = excluded.wire
