@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
+from statistics import median
 
 from fleet_measure import Figure, Setting, percentiles
 from vmconv_fleet.config import NodeConfig
@@ -50,7 +51,17 @@ def throughput(setting: Setting) -> list[Figure]:
     setting.mesh(5)
     count = 500 if setting.quick else 3000
     seconds = setting.nodes[1].ask("ask", target=setting.ids[0], count=count, threads=32, timeout=300)["seconds"]
-    records = 5_000 if setting.quick else 50_000
+    at_owner, everywhere = zip(*(_batches(setting, 5_000 if setting.quick else 50_000) for _ in range(3)), strict=True)
+    return [
+        Figure("transactions of one record, answered", count / seconds, "1/s", 300, least=True),
+        Figure("batches of 100, records durable at their owner", median(at_owner), "1/s"),
+        Figure("batches of 100, records durable everywhere", median(everywhere), "1/s", 10_000, least=True),
+        Figure("the same, slowest of three times", min(everywhere), "1/s"),
+    ]
+
+
+def _batches(setting: Setting, records: int) -> tuple[float, float]:
+    """Returns how many records of one node become durable in a second, there and with all."""
     begin = time.monotonic()
     setting.nodes[2].ask("write", count=records, size=RECORD, batch=100, timeout=300)
     durable = time.monotonic() - begin
@@ -60,11 +71,7 @@ def throughput(setting: Setting) -> list[Figure]:
     setting.wait(lambda: all(_position(config, owner) >= last for config in nodes), "all have come as far")
     everywhere = time.monotonic() - begin
     setting.wait(lambda: _same(nodes, owner), "all have them")
-    return [
-        Figure("transactions of one record, answered", count / seconds, "1/s", 300, least=True),
-        Figure("records in batches of 100, durable at their owner", records / durable, "1/s"),
-        Figure("records in batches of 100, durable everywhere", records / everywhere, "1/s", 10_000, least=True),
-    ]
+    return records / durable, records / everywhere
 
 
 def partition(setting: Setting) -> list[Figure]:
