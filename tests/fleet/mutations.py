@@ -221,6 +221,20 @@ def past_wins() -> Iterator[None]:
         yield
 
 
+@mutation(
+    "the rest of an answer is put on what came meanwhile",
+    test_replica.test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew,
+)
+def on_top() -> Iterator[None]:
+    original = Reception._goes_on
+
+    def goes_on(self: Reception, session: Any, records: Any) -> bool:
+        return not session.whole or original(self, session, records)
+
+    with patch.object(Reception, "_goes_on", goes_on):
+        yield
+
+
 @mutation("a node does not notice that others have more of it than it has")
 def not_superseded() -> Iterator[None]:
     with patch.object(Recovery, "supersede", lambda self, position: None):

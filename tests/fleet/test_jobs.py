@@ -18,6 +18,7 @@ from fleet.in_memory import Node, nodes
 from vmconv.api import compare
 from vmconv_fleet.clock import wall_ms
 from vmconv_fleet.jobs import MAX_ATTEMPTS, JobRunner
+from vmconv_fleet.journal import Journal, _identity
 from vmconv_fleet.places import disk_id
 from vmconv_fleet.records import Change, Record
 
@@ -362,6 +363,25 @@ def test_a_file_of_the_same_name_that_the_job_did_not_make_is_not_its_own(tmp_pa
         body = ended(node, "j1")
     assert (body["state"], body["error"]) == ("failed", "a.qcow2: already exists")
     assert (datastore / "a.qcow2").read_bytes() == b"somebody else's"
+
+
+def test_a_file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own(tmp_path: Path) -> None:
+    """What was being made is gone with its worker, and the filesystem gives its number to the next file."""
+    target, journal = tmp_path / "a.qcow2", Journal(str(tmp_path / "journal"))
+    with open(target, "wb") as file:
+        if _identity(file.fileno())[2] is None:
+            pytest.skip("this filesystem does not tell generations of inodes")
+        journal.write(str(target), [file.fileno()])
+    inode = target.stat().st_ino
+    assert journal.made() == str(target)
+    for _ in range(1000):
+        target.unlink()
+        target.write_bytes(b"somebody else's")
+        if target.stat().st_ino == inode:
+            break
+    else:
+        pytest.skip("this filesystem does not use inodes again")
+    assert journal.made() is None
 
 
 def test_a_job_that_takes_its_node_with_it_is_given_up(node: Node) -> None:

@@ -1,7 +1,8 @@
 """What a conversion made, written down before it is seen: how a node that was killed knows whether it was done.
 
-A file gets its name by a link, which does not change what it is: device and inode. So the journal names those of the
-files that are being made. Afterwards the target is the job's own exactly when it is one of them.
+A file gets its name by a link, which does not change what it is: device, inode, and the inode's generation, by which
+the next file that gets its number is another. So the journal names those of the files that are being made. Afterwards
+the target is the job's own exactly when it is one of them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import struct
 from collections.abc import Iterable
 from contextlib import suppress
+
+# linux/fs.h: _IOR('v', 1, long), which fills in an int.
+_FS_IOC_GETVERSION = 2 << 30 | struct.calcsize("l") << 16 | ord("v") << 8 | 1
 
 
 class Journal:
@@ -40,7 +45,7 @@ class Journal:
 
     def write(self, target: str, descriptors: Iterable[int]) -> None:
         """Says, durably, that the target will be one of the open files."""
-        files = [[status.st_dev, status.st_ino] for status in map(os.fstat, descriptors)]
+        files = [_identity(descriptor) for descriptor in descriptors]
         temporary = f"{self.path}.new"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump({"target": target, "files": files}, file)
@@ -59,13 +64,26 @@ class Journal:
         try:
             with open(self.path, encoding="utf-8") as file:
                 said = json.load(file)
-            there = os.lstat(said["target"])
+            target = os.open(said["target"], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (OSError, ValueError, KeyError):
             return None
-        return said["target"] if [there.st_dev, there.st_ino] in said["files"] else None
+        try:
+            return said["target"] if _identity(target) in said["files"] else None
+        finally:
+            os.close(target)
 
     def remove(self) -> None:
         """Forgets the job, whose record says all."""
         for path in (self.path, f"{self.path}.lock"):
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _identity(descriptor: int) -> list[int | None]:
+    """Returns device, inode and generation; the latter is None on filesystems that do not say it, as tmpfs and NFS."""
+    status = os.fstat(descriptor)
+    try:
+        answer = fcntl.ioctl(descriptor, _FS_IOC_GETVERSION, bytes(struct.calcsize("l")))
+    except OSError:
+        return [status.st_dev, status.st_ino, None]
+    return [status.st_dev, status.st_ino, *struct.unpack_from("I", answer)]
