@@ -16,9 +16,10 @@ import pytest
 from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
 from vmconv.api import compare
+from vmconv.linux import generation
 from vmconv_fleet.clock import wall_ms
 from vmconv_fleet.jobs import MAX_ATTEMPTS, JobRunner
-from vmconv_fleet.journal import Journal, _identity
+from vmconv_fleet.journal import Journal
 from vmconv_fleet.places import disk_id
 from vmconv_fleet.records import Change, Record
 
@@ -369,7 +370,7 @@ def test_a_file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own(tmp_p
     """What was being made is gone with its worker, and the filesystem gives its number to the next file."""
     target, journal = tmp_path / "a.qcow2", Journal(str(tmp_path / "journal"))
     with open(target, "wb") as file:
-        if _identity(file.fileno())[2] is None:
+        if generation(file.fileno()) is None:
             pytest.skip("this filesystem does not tell generations of inodes")
         journal.write(str(target), [file.fileno()])
     inode = target.stat().st_ino

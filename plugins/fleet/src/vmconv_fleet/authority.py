@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from vmconv_fleet.config import NodeConfig, split_address
+from vmconv_fleet.config import NodeConfig, join_address, split_address
 from vmconv_fleet.identity import (
     MAX_PEM,
     SIGNING_NAME,
@@ -201,8 +201,7 @@ class Authority:
             raise AuthorityError(f"{config.directory}: nodes cannot join here", hint="set join in node.toml")
         host = host or next((one for one in config.addresses if not _is_loopback(one)), "127.0.0.1")
         port = split_address(config.join)[1]
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return Invitation(address, config.node, self.fingerprint, self.make_token(lifetime))
+        return Invitation(join_address(host, port), config.node, self.fingerprint, self.make_token(lifetime))
 
     def redeem(self, token: str, *, now: float | None = None) -> None:
         """Uses a token up; `AuthorityError` when it was never made, was used, or has expired."""

@@ -128,6 +128,11 @@ def _text(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def join_address(host: str, port: int) -> str:
+    """Returns HOST:PORT, with an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def split_address(text: str) -> tuple[str, int]:
     """Returns host and port of HOST:PORT, where an IPv6 address stands in brackets; `UsageError` when it is neither."""
     host, colon, port = text.rpartition(":")

@@ -41,7 +41,7 @@ def root_of(leaves: Sequence[tuple[bytes, bytes]]) -> bytes | None:
     if 1 < len(payloads) <= MAX_LEAVES and leaves[-1][1][:2] == (len(payloads) - 1).to_bytes(2, "big"):
         # All leaves of a tree, most likely; to make it again takes less time than to follow each proof.
         root, proofs = tree(payloads)
-        if all(proof == given for proof, (_, given) in zip(proofs, leaves, strict=True)):
+        if proofs == [proof for _, proof in leaves]:
             return root
     return _followed(leaves)
 

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import serialization
 
 from vmconv.errors import VmconvError
 from vmconv_fleet.authority import Authority, AuthorityError, Invitation, fingerprint
-from vmconv_fleet.config import LINK_PORT, NodeConfig, split_address
+from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
 from vmconv_fleet.peers import common_name
@@ -253,8 +253,7 @@ def join(invitation: Invitation, request: bytes) -> Granted:
         if name != invitation.node:
             raise JoinError(f"{invitation.address}: is node {name}, the invitation is of {invitation.node}")
         found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token})
-    port = int(found["link_port"])
-    link = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    link = join_address(host, int(found["link_port"]))
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))
     return Granted(
         found["certificate"].encode(),

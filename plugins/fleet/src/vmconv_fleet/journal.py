@@ -10,12 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import struct
 from collections.abc import Iterable
 from contextlib import suppress
 
-# linux/fs.h: _IOR('v', 1, long), which fills in an int.
-_FS_IOC_GETVERSION = 2 << 30 | struct.calcsize("l") << 16 | ord("v") << 8 | 1
+from vmconv.linux import generation
 
 
 class Journal:
@@ -80,10 +78,5 @@ class Journal:
 
 
 def _identity(descriptor: int) -> list[int | None]:
-    """Returns device, inode and generation; the latter is None on filesystems that do not say it, as tmpfs and NFS."""
     status = os.fstat(descriptor)
-    try:
-        answer = fcntl.ioctl(descriptor, _FS_IOC_GETVERSION, bytes(struct.calcsize("l")))
-    except OSError:
-        return [status.st_dev, status.st_ino, None]
-    return [status.st_dev, status.st_ino, *struct.unpack_from("I", answer)]
+    return [status.st_dev, status.st_ino, generation(descriptor)]

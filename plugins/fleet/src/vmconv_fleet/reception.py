@@ -210,7 +210,8 @@ class Reception:
             return True
         rows = self._shared.catchup.rows(session, records)
         history = next((row for row in rows if row.kind == epochs.KIND), None)
-        return history_of(history).follows(ours) if session.whole or history is not None else True
+        # Where only what is new was asked for, no history means that no epoch has begun since.
+        return (history is None and not session.whole) or history_of(history).follows(ours)
 
     def _replace(self, session: Session, records: Sequence[Record]) -> None:
         shared, owner = self._shared, session.owner

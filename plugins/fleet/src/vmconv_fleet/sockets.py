@@ -7,6 +7,8 @@ import socket
 from collections.abc import Collection
 from contextlib import suppress
 
+from vmconv_fleet.config import join_address
+
 _OPEN = "/proc/self/fd"
 
 
@@ -35,8 +37,4 @@ def give_up_after(connections: Collection[tuple[str, str]], milliseconds: int) -
 def _ends(one: socket.socket) -> tuple[str, str] | None:
     if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
         return None
-    return _text(*one.getsockname()[:2]), _text(*one.getpeername()[:2])
-
-
-def _text(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join_address(*one.getsockname()[:2]), join_address(*one.getpeername()[:2])
