@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vmconv import linux
 from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileOutput
 from vmconv.backends.memory import MemoryBackend
@@ -99,6 +105,122 @@ def test_what_the_kernel_takes_in_parts_is_written_whole(tmp_path: Path, monkeyp
     output.copy(source, 1, 0, 14)
     output.close()
     assert (tmp_path / "target").read_bytes() == b"AAABBBBCCCCDDD"
+
+
+_MIB = 1 << 20
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_durable_copies_go_past_the_page_cache(any_dir: Path, durable: bool) -> None:
+    data = os.urandom(5 * _MIB + 777)
+    source = file_of(any_dir, data)
+    target = copied(any_dir, source, 3 * 4096, len(data), durable=durable)
+    # Read past the cache too: what it holds of the target is what was written through it.
+    kept = pages_in_memory(target, 3 * 4096, 5 * _MIB)
+    assert target.read_bytes()[3 * 4096 :] == data
+    if durable and any_dir.parent.name != "btrfs":
+        assert kept == 0
+    elif not durable:
+        assert kept == 5 * _MIB // mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("offset", [0, 512, 4096])
+def test_decoded_payload_is_written_past_the_page_cache(ext4_dir: Path, offset: int) -> None:
+    source = Decoded("sectors", file_of(ext4_dir, b""), unit=65536, count=40, decode=sectors, reason="made up")
+    length = 40 * 65536 - 100
+    target = ext4_dir / "target"
+    with closing(source.file), opened(target, offset + length) as output:
+        output.copy(source, 0, offset, length)
+    kept = pages_in_memory(target, 4096, 2 * _MIB)
+    assert target.read_bytes()[offset:] == b"".join(sectors(0, 40))[:length]
+    assert (kept == 0) == (offset % 4096 == 0)
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOTTY])
+def test_a_filesystem_that_finds_no_room_beforehand_is_written_through_the_cache(
+    ext4_dir: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(linux, "allocate", raising(number))
+    data = os.urandom(2 * _MIB)
+    assert copied(ext4_dir, file_of(ext4_dir, data), 0, len(data)).read_bytes() == data
+
+
+def test_no_room_is_an_error_before_anything_is_written(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "allocate", raising(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        copied(ext4_dir, file_of(ext4_dir, bytes(2 * _MIB)), 0, 2 * _MIB)
+
+
+def test_storage_with_larger_blocks_is_written_through_the_cache(
+    ext4_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, refused = os.pwrite, []
+
+    def strict(descriptor: int, part: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            if refused or offset:
+                refused.append(offset)
+                raise OSError(errno.EINVAL, "Invalid argument")
+            # The first call is taken in part, as by storage that is nearly full.
+            return pwrite(descriptor, part[:8192], offset)
+        return pwrite(descriptor, part, offset)
+
+    monkeypatch.setattr(os, "pwrite", strict)
+    data = os.urandom(9 * _MIB)
+    assert copied(ext4_dir, file_of(ext4_dir, data), 0, len(data)).read_bytes() == data
+    assert refused == [8192]
+
+
+def file_of(directory: Path, data: bytes) -> File:
+    path = directory / "source"
+    path.write_bytes(data)
+    return File(str(path), os.open(path, os.O_RDONLY))
+
+
+@contextmanager
+def opened(path: Path, size: int, *, durable: bool = True) -> Iterator[FileOutput]:
+    output = FileOutput(str(path), size, kernel_copies=False, durable=durable)
+    try:
+        output.share(no_steps())
+        yield output
+        output.finish()
+    finally:
+        output.close()
+
+
+def copied(directory: Path, source: File, offset: int, length: int, *, durable: bool = True) -> Path:
+    with closing(source), opened(directory / "target", offset + length, durable=durable) as output:
+        output.copy(source, 0, offset, length)
+    return directory / "target"
+
+
+def pages_in_memory(path: Path, offset: int, length: int) -> int:
+    """Returns how many pages of a range of a file the page cache holds (man 2 mincore)."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    found = ctypes.create_string_buffer(length // mmap.PAGESIZE)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        address = library.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+        assert library.mincore(address, length, found) == 0
+        library.munmap(address, length)
+    finally:
+        os.close(descriptor)
+    return sum(byte & 1 for byte in found.raw)
+
+
+def raising(number: int) -> Callable[..., None]:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def sectors(first: int, count: int) -> list[bytes]:
+    return [bytes([number + 1]) * 65536 for number in range(first, first + count)]
 
 
 def letters(first: int, count: int) -> list[bytes]:

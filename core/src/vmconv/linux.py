@@ -22,6 +22,7 @@ _GETFLAGS = 0x80086601
 _SETFLAGS = 0x40086602
 _GETVERSION = 0x80087601
 _BTRFS_FS_INFO = 0x8400941F
+_RESERVE = 0x40305828
 _UNRESERVE = 0x4030582B
 
 _NOCOW = 0x00800000
@@ -53,6 +54,14 @@ def punch_hole(descriptor: int, offset: int, length: int) -> None:
     FS_IOC_UNRESVSP64, which is fallocate(FALLOC_FL_PUNCH_HOLE) on all filesystems that have it.
     """
     fcntl.ioctl(descriptor, _UNRESERVE, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+
+
+def allocate(descriptor: int, offset: int, length: int) -> None:
+    """Finds room for a range of a file, which reads as zero until it is written; the file's size stays.
+
+    FS_IOC_RESVSP64, which is fallocate(FALLOC_FL_KEEP_SIZE) on all filesystems that have it.
+    """
+    fcntl.ioctl(descriptor, _RESERVE, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
 
 
 _COLLAPSE, _INSERT = 0x08, 0x20

@@ -1,0 +1,81 @@
+"""Writing past the page cache (man 2 open, O_DIRECT): payload that has to be durable, and is not read soon."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+
+from vmconv import linux
+
+STEP = 4 << 20
+"""Bytes that are read and written at a time: at least so many keep storage busy from a few threads."""
+
+_SHORTEST = 1 << 20
+_BLOCK = 4096
+# Btrfs writes what has checksums through the page cache all the same, and nothing says so.
+_FILESYSTEMS = frozenset({"ext4", "xfs"})
+
+
+class DirectFile:
+    """A second way into a file that is being written. May be used from several threads at once.
+
+    Where the filesystem cannot, and for what is not whole blocks, `write` leaves bytes to the caller.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._refused = False
+        self._buffers = threading.local()
+
+    def prepare(self, offset: int, length: int) -> bool:
+        """Returns whether the given range is to be written by `write`, and has the filesystem find room for it.
+
+        ext4 and XFS let writers go on beside each other only where room was found before.
+        """
+        if length < _SHORTEST or offset % _BLOCK or not self._opened():
+            return False
+        try:
+            linux.allocate(self._descriptor, offset, length)
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
+                raise
+            self._refused = True
+        return not self._refused
+
+    def _opened(self) -> bool:
+        with self._lock:
+            if self._descriptor < 0 and not self._refused:
+                self._refused = linux.mount_of(os.path.dirname(self._path)).type not in _FILESYSTEMS
+                if not self._refused:
+                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            return not self._refused
+
+    def buffer(self) -> memoryview:
+        """Returns `STEP` bytes of this thread's own that `write` takes: memory that begins at a page."""
+        buffer: memoryview | None = getattr(self._buffers, "own", None)
+        if buffer is None:
+            buffer = self._buffers.own = memoryview(mmap.mmap(-1, STEP))
+        return buffer
+
+    def write(self, offset: int, part: memoryview) -> int:
+        """Writes whole blocks from the beginning of `part`, a piece of `buffer`; returns how many bytes."""
+        whole = len(part) // _BLOCK * _BLOCK
+        done = 0
+        while done < whole and done % _BLOCK == 0 and not self._refused:
+            try:
+                done += os.pwrite(self._descriptor, part[done:whole], offset + done)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:
+                    raise
+                # Storage with larger blocks than ours.
+                self._refused = True
+        return done
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
