@@ -154,7 +154,8 @@ def test_no_room_is_an_error_before_anything_is_written(ext4_dir: Path, monkeypa
 def test_storage_with_larger_blocks_is_written_through_the_cache(
     ext4_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pwrite, refused = os.pwrite, []
+    pwrite = os.pwrite
+    refused: list[int] = []
 
     def strict(descriptor: int, part: memoryview, offset: int) -> int:
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
