@@ -53,7 +53,7 @@ def punch_hole(descriptor: int, offset: int, length: int) -> None:
 
     FS_IOC_UNRESVSP64, which is fallocate(FALLOC_FL_PUNCH_HOLE) on all filesystems that have it.
     """
-    fcntl.ioctl(descriptor, _UNRESERVE, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+    _change_space(descriptor, _UNRESERVE, offset, length)
 
 
 def allocate(descriptor: int, offset: int, length: int) -> None:
@@ -61,7 +61,11 @@ def allocate(descriptor: int, offset: int, length: int) -> None:
 
     FS_IOC_RESVSP64, which is fallocate(FALLOC_FL_KEEP_SIZE) on all filesystems that have it.
     """
-    fcntl.ioctl(descriptor, _RESERVE, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+    _change_space(descriptor, _RESERVE, offset, length)
+
+
+def _change_space(descriptor: int, request: int, offset: int, length: int) -> None:
+    fcntl.ioctl(descriptor, request, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
 
 
 _COLLAPSE, _INSERT = 0x08, 0x20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 
@@ -29,7 +28,6 @@ class DirectFile:
         self._lock = threading.Lock()
         self._descriptor = -1
         self._refused = False
-        self._buffers = threading.local()
 
     def prepare(self, offset: int, length: int) -> bool:
         """Returns whether the given range is to be written by `write`, and has the filesystem find room for it.
@@ -54,15 +52,8 @@ class DirectFile:
                     self._descriptor = os.open(self._path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
             return not self._refused
 
-    def buffer(self) -> memoryview:
-        """Returns `STEP` bytes of this thread's own that `write` takes: memory that begins at a page."""
-        buffer: memoryview | None = getattr(self._buffers, "own", None)
-        if buffer is None:
-            buffer = self._buffers.own = memoryview(mmap.mmap(-1, STEP))
-        return buffer
-
     def write(self, offset: int, part: memoryview) -> int:
-        """Writes whole blocks from the beginning of `part`, a piece of `buffer`; returns how many bytes."""
+        """Writes whole blocks from the beginning of `part`, which begins at a page; returns how many bytes."""
         whole = len(part) // _BLOCK * _BLOCK
         done = 0
         while done < whole and done % _BLOCK == 0 and not self._refused:

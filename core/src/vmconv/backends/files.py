@@ -131,7 +131,7 @@ class FileOutput(Output):
             stop = min(end, at // source.unit * source.unit + step)
             parts = source.units(at, stop - at)
             if direct and stop - at <= STEP:
-                self._write_direct(offset + at - source_offset, _gathered(parts, direct.buffer()), direct)
+                self._put(offset + at - source_offset, _gathered(parts, self._buffer()), direct)
             else:
                 self._write(offset + at - source_offset, parts)
             at = stop
@@ -139,25 +139,25 @@ class FileOutput(Output):
     def _copy_bytes(
         self, source: Source, source_offset: int, offset: int, length: int, direct: DirectFile | None
     ) -> None:
-        whole = direct.buffer() if direct else self._buffer()
-        for at in range(0, length, len(whole)):
-            part = whole[: min(len(whole), length - at)]
+        step = STEP if direct else _STEP
+        for at in range(0, length, step):
+            part = self._buffer()[: min(step, length - at)]
             source.read_into(source_offset + at, part)
-            if direct:
-                self._write_direct(offset + at, part, direct)
-            else:
-                self._write(offset + at, [part])
+            self._put(offset + at, part, direct)
 
-    def _write_direct(self, offset: int, part: memoryview, direct: DirectFile) -> None:
-        done = direct.write(offset, part)
+    def _put(self, offset: int, part: memoryview, direct: DirectFile | None) -> None:
+        """Writes a part that lies in `_buffer`, as far as it can be past the page cache."""
+        done = direct.write(offset, part) if direct else 0
         if done < len(part):
             self._write(offset + done, [part[done:]])
 
     def _buffer(self) -> memoryview:
-        """Returns memory of this thread's own."""
+        """Returns `STEP` bytes of this thread's own, which begin at a page."""
         buffer: memoryview | None = getattr(self._buffers, "own", None)
         if buffer is None:
-            buffer = self._buffers.own = memoryview(bytearray(_STEP))
+            import mmap
+
+            buffer = self._buffers.own = memoryview(mmap.mmap(-1, STEP))
         return buffer
 
     def _copy_in_kernel(self, source: File, source_offset: int, offset: int, length: int) -> int:
