@@ -101,7 +101,9 @@ def test_what_the_kernel_takes_in_parts_is_written_whole(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwrite(fd, b"".join(parts)[:5], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, bytes(data)[:2], offset))
     output = FileOutput(str(tmp_path / "target"), 16, kernel_copies=False, durable=True)
-    source = Decoded("letters", file_of(tmp_path, b"encoded"), unit=4, count=4, decode=letters, reason="they are made up")
+    source = Decoded(
+        "letters", file_of(tmp_path, b"encoded"), unit=4, count=4, decode=letters, reason="they are made up"
+    )
     output.copy(source, 1, 0, 14)
     output.close()
     assert (tmp_path / "target").read_bytes() == b"AAABBBBCCCCDDD"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from abc import ABC, abstractmethod
@@ -13,6 +14,11 @@ from vmconv.errors import ImageError
 
 if TYPE_CHECKING:
     from vmconv.extents import Extents
+
+
+# Filesystems without SEEK_DATA say EINVAL, network and user-space ones EOPNOTSUPP or ENOSYS. ENXIO alone, which means
+# that there is no data up to the end (man 2 lseek), is an answer.
+_CANNOT_TELL = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 class Source(ABC):
@@ -98,16 +104,30 @@ class File(Source):
         ranges = []
         at = start
         while at < limit:
-            try:
-                begin = os.lseek(self.descriptor, at, os.SEEK_DATA)
-            except OSError:
-                # ENXIO: nothing but a hole from here on.
+            begin = self._seek(at, os.SEEK_DATA)
+            if begin is None:
+                ranges.append((at, limit))
                 break
             if begin >= limit:
                 break
-            at = min(os.lseek(self.descriptor, begin, os.SEEK_HOLE), limit)
+            hole = self._seek(begin, os.SEEK_HOLE)
+            at = limit if hole is None else min(hole, limit)
             ranges.append((begin, at))
         return ranges
+
+    def _seek(self, at: int, whence: int) -> int | None:
+        """Returns where data or a hole begins, from `at` on; None where the filesystem cannot tell."""
+        try:
+            found = os.lseek(self.descriptor, at, whence)
+        except OSError as exc:
+            if whence == os.SEEK_DATA and exc.errno == errno.ENXIO:
+                return self.size
+            if exc.errno in _CANNOT_TELL:
+                return None
+            raise ImageError(f"{self.name}: cannot be searched for holes at {at:#x}: {exc.strerror}") from exc
+        if found < at or (found == at and whence == os.SEEK_HOLE):
+            raise ImageError(f"{self.name}: the filesystem finds a hole's edge at {found:#x}, searched from {at:#x} on")
+        return found
 
     def changed(self) -> bool:
         """True when the file is not the one that was opened any more: replaced, resized or written."""
