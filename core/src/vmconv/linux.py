@@ -95,12 +95,15 @@ _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
 
-def rename_new(old: str, new: str) -> None:
-    """Gives a file another name in one step; raises `FileExistsError` when there is such a file."""
+def rename_new(old: str, new: str, directory: int = _AT_FDCWD) -> None:
+    """Gives a file another name in one step; raises `FileExistsError` when there is such a file.
+
+    Both names are relative to an open directory.
+    """
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
-    paths = (_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new))
+    paths = (directory, os.fsencode(old), directory, os.fsencode(new))
     if library.renameat2(*paths, _RENAME_NOREPLACE):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), old, None, new)
@@ -132,6 +135,18 @@ def set_nocow(descriptor: int) -> None:
     """Makes an empty file one that Btrfs does not copy on write."""
     flags: int = struct.unpack("=q", fcntl.ioctl(descriptor, _GETFLAGS, bytes(8)))[0]
     fcntl.ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW))
+
+
+def inode_flags(descriptor: int) -> int:
+    """Returns the flags of a file (FS_IOC_GETFLAGS, chattr); raises `OSError` where there are none."""
+    # The request's number says long, and the kernel fills in an int.
+    flags: int = struct.unpack_from("=I", fcntl.ioctl(descriptor, _GETFLAGS, bytes(8)))[0]
+    return flags
+
+
+def set_inode_flags(descriptor: int, flags: int) -> None:
+    """Sets the flags of a file; raises `OSError` where they cannot be set."""
+    fcntl.ioctl(descriptor, _SETFLAGS, struct.pack("=Q", flags))
 
 
 def generation(descriptor: int) -> int | None:
