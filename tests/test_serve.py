@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk, qemu_io
 from variants import Variant, options, qemu_name, title, variants
 from vmconv.cli import main
+from vmconv.errors import AccessError
+from vmconv.extents import Extents
+from vmconv.opener import Opener
 from vmconv.registry import installed
+from vmconv.sources import Blob
+from vmconv.views import View, views
+from vmconv_view import connection as connection_module
+from vmconv_view.clients import MAX_CLIENTS, MAX_OF_ADDRESS, Clients, address_of
+from vmconv_view.clients import Client as Connected
+from vmconv_view.connection import Connection
+from vmconv_view.nbd import ProtocolError
+from vmconv_view.server import Server, listen_on_socket
 
 SIZE = 12 * MIB
 PATIENCE = 30.0
 
 GO, INFO, LIST, STRUCTURED, EXPORT_NAME, ABORT, STARTTLS = 7, 6, 3, 8, 1, 2, 5
-READ, WRITE, DISC, FLUSH, TRIM, BLOCK_STATUS = 0, 1, 2, 3, 4, 7
+READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 4, 5, 6, 7
 
 
 class Served:
@@ -393,22 +410,38 @@ def test_old_clients_choose_an_export_without_negotiating(running: Served, flags
             assert connection.simple_reply() == 1
 
 
-def test_requests_that_make_no_sense_are_refused(running: Served) -> None:
+@pytest.mark.parametrize("structured", [True, False])
+def test_requests_that_make_no_sense_are_refused(running: Served, structured: bool) -> None:
     with client(running) as connection:
-        connection.negotiate()
+        connection.negotiate(structured=structured)
         for command, offset, length, flags in (
             (READ, connection.size, 1, 0),
+            (READ, connection.size - 1, 2, 0),
             (READ, (1 << 64) - 1, 512, 0),
             (READ, 0, (1 << 32) - 1, 0),
             (READ, 0, 0, 0),
             (READ, 0, 1, 4),
+            (READ, 0, 1, 1),
             (BLOCK_STATUS, 0, 1, 0),
+            (CACHE, 0, 1, 0),
             (99, 0, 1, 0),
         ):
             connection.request(command, offset, length, flags=flags)
-            assert connection.simple_reply() == 22
+            if structured and command in (READ, BLOCK_STATUS):
+                # The protocol allows no simple reply to these once structured replies are negotiated.
+                last, kind, payload = connection.chunk()
+                assert (last, kind, payload[:4]) == (1, (1 << 15) + 1, struct.pack(">I", 22))
+                assert len(payload) == 6 + struct.unpack(">H", payload[4:6])[0]
+            else:
+                assert connection.simple_reply() == 22
         connection.request(FLUSH, 0, 0)
         assert connection.simple_reply() == 0
+        for command in (WRITE, TRIM, WRITE_ZEROES):
+            connection.request(command, 0, 100_000)
+            if command == WRITE:
+                connection.socket.sendall(bytes(100_000))
+            assert connection.simple_reply() == 1
+        assert b"createType" in bytes(connection.read(0, connection.size))
 
 
 def context(*queries: bytes, export: bytes = b"disk-flat.vmdk") -> bytes:
@@ -478,18 +511,312 @@ def test_who_does_not_speak_the_protocol_is_disconnected(running: Served, said: 
             connection.receive(1 << 20)
 
 
-def test_too_many_clients_are_turned_away(running: Served) -> None:
+def test_options_that_are_too_big_are_refused_and_others_follow(running: Served) -> None:
+    with client(running) as connection:
+        connection.greet()
+        assert connection.option(GO, bytes((64 << 10) + 1)) == [((1 << 31) + 9, b"")]
+        long = struct.pack(">I", 4097) + bytes(4097) + bytes(2)
+        assert connection.option(GO, long)[0][0] == (1 << 31) + 3
+        assert connection.option(STRUCTURED) == [(1, b"")]
+        assert connection.option(STRUCTURED)[0][0] == (1 << 31) + 3
+        assert connection.option(LIST, b"x")[0][0] == (1 << 31) + 3
+        assert connection.option(77, bytes(1000))[0][0] == (1 << 31) + 1
+        assert connection.option(GO, struct.pack(">IH", 0, 0))[-1] == (1, b"")
+
+
+def test_a_write_that_is_too_long_to_be_skipped_is_the_end(running: Served) -> None:
+    with client(running) as connection:
+        connection.negotiate()
+        connection.request(WRITE, 0, (32 << 20) + 1)
+        with pytest.raises(EOFError):
+            connection.receive(1)
+
+
+# Connections that are no clients, and clients that are too many or too slow
+
+
+def scan(running: Served) -> None:
+    """Connects as port scanners and monitoring do."""
+    for said in (None, b"", b"GET / HTTP/1.0\r\n\r\n", struct.pack(">I", 3) + b"IHAVEOPT"):
+        with client(running) as connection:
+            if said is not None:
+                connection.receive(18)
+                connection.socket.sendall(said)
+    with client(running) as connection:
+        connection.greet()
+        assert connection.option(LIST)[-1] == (1, b"")
+        assert connection.option(ABORT) == [(1, b"")]
+
+
+def test_a_connection_that_never_negotiates_does_not_end_the_server(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    with served(make_disk(xfs_dir / "disk.raw", MIB)) as running:
+        scan(running)
+        time.sleep(0.3)
+        assert running.process.poll() is None
+        qemu_img("map", "-f", "raw", running.uri)
+        # The protocol errors of the scan, and nothing else.
+        code, said = running.end()
+        assert (code, "Traceback" in said) == (0, False)
+
+
+def test_silent_connections_lock_nobody_out(xfs_dir: Path) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", MIB)
+    with served(raw, "--persistent", on_socket=False) as running, contextlib.ExitStack() as stack:
+        address = urlsplit(running.uri)
+        assert address.hostname and address.port
+        place = address.hostname, address.port
+
+        def connect() -> Client:
+            connection = stack.enter_context(socket.create_connection(place, timeout=PATIENCE))
+            return Client(connection)
+
+        first = connect()
+        first.negotiate()
+        for _ in range(200):
+            connect()
+        began = time.monotonic()
+        late = connect()
+        late.negotiate()
+        assert late.read(0, 4096) == raw.read_bytes()[:4096]
+        assert time.monotonic() - began < 5
+        assert first.read(0, 4096) == raw.read_bytes()[:4096]
+
+
+def test_one_host_does_not_take_every_place() -> None:
+    clients = Clients()
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(client(running)) for _ in range(16)]
-        for one in clients:
+        greedy = [negotiated(stack, b"a") for _ in range(MAX_OF_ADDRESS)]
+        assert all(map(clients.add, greedy))
+        assert not clients.add(negotiated(stack, b"a"))
+        others = [negotiated(stack, bytes([number])) for number in range(MAX_CLIENTS - MAX_OF_ADDRESS)]
+        assert all(map(clients.add, others))
+        assert not clients.add(negotiated(stack, b"z"))
+        # Who asked for nothing in a while goes first, of the host that has most.
+        for one in (greedy[7], others[0]):
+            one.active -= 60
+        assert clients.add(negotiated(stack, b"z"))
+        assert greedy[7].socket.recv(1) == b""
+        clients.remove(greedy[7])
+        # Who has not negotiated goes before all of them.
+        others[1].negotiated = False
+        assert clients.add(negotiated(stack, b"y"))
+        assert others[1].socket.recv(1) == b""
+
+
+def negotiated(stack: contextlib.ExitStack, address: bytes) -> Connected:
+    ours, theirs = map(stack.enter_context, socket.socketpair())
+    del theirs
+    one = Connected(ours, "")
+    one.address = address
+    one.progressed()
+    return one
+
+
+def test_hosts_are_told_apart_by_their_networks() -> None:
+    with socket.socket(socket.AF_INET6) as six, socket.socket() as four, socket.socket(socket.AF_UNIX) as local:
+        assert address_of(six, ("2001:db8::1", 1, 0, 0)) == address_of(six, ("2001:db8::2:3", 2, 0, 0))
+        assert address_of(six, ("2001:db8::1", 1, 0, 0)) != address_of(six, ("2001:db8:0:1::1", 1, 0, 0))
+        assert address_of(six, ("fe80::1%eth0", 1, 0, 2)) == bytes.fromhex("fe80000000000000")
+        assert address_of(four, ("192.0.2.1", 1)) != address_of(four, ("192.0.2.2", 1))
+        assert address_of(local, "") == b""
+
+
+@contextlib.contextmanager
+def in_process(raw: Path, *, persistent: bool = True) -> Iterator[tuple[Server, Path]]:
+    """Runs a server of this process, whose limits a test can change."""
+    path = raw.with_name("here.sock")
+    with Opener(installed()) as opener:
+        image = opener.image(str(raw))
+        exports = {os.fsencode(k): v for k, v in views(image, installed().formats["raw"], {}, "disk.raw").items()}
+        server = Server(listen_on_socket(str(path)), exports, persistent=persistent)
+        thread = threading.Thread(target=ended, args=(server,))
+        thread.start()
+        try:
+            yield server, path
+        finally:
+            # As a client would whose source has changed.
+            server._failure = server._failure or AccessError("told to end")
+            with contextlib.suppress(OSError):
+                server._waker.send(b"+")
+            thread.join(timeout=PATIENCE)
+            assert not thread.is_alive()
+
+
+def ended(server: Server) -> None:
+    with contextlib.suppress(AccessError):
+        server.run()
+
+
+@contextlib.contextmanager
+def connected(path: Path) -> Iterator[Client]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE)
+        connection.connect(str(path))
+        yield Client(connection)
+
+
+def drip(connection: Client, data: bytes, seconds: float) -> None:
+    """Sends a byte now and then, until all are sent or the server has had enough."""
+    with contextlib.suppress(ConnectionError):
+        for byte in data:
+            connection.socket.sendall(bytes([byte]))
+            time.sleep(seconds / len(data))
+
+
+@pytest.mark.parametrize("phase", ["greeting", "option", "option data", "header", "payload", "reply"])
+def test_each_phase_has_a_time_limit(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
+    monkeypatch.setattr(connection_module, "NEGOTIATION_TIME", 0.4)
+    monkeypatch.setattr(connection_module, "PIECE_TIME", 0.4)
+    raw = xfs_dir / "disk.raw"
+    raw.write_bytes(os.urandom(33 * MIB))
+    with in_process(raw) as (_, path), connected(path) as slow:
+        if phase in ("greeting", "option", "option data"):
+            slow.receive(18) if phase == "greeting" else slow.greet()
+            said = {"greeting": bytes(4), "option": b"IHAVEOPT" + bytes(8)}.get(phase)
+            drip(slow, said or b"IHAVEOPT" + struct.pack(">II", GO, 60_000) + bytes(100), 4)
+        else:
+            slow.negotiate()
+            # To wait between requests is no offence.
+            time.sleep(1)
+            assert slow.read(0, 512) == raw.read_bytes()[:512]
+        if phase == "header":
+            drip(slow, struct.pack(">IHHQQI", 0x25609513, 0, READ, 1, 0, 512)[:-1], 4)
+        elif phase == "payload":
+            slow.request(WRITE, 0, 10_000)
+            drip(slow, bytes(100), 4)
+        elif phase == "reply":
+            slow.request(READ, 0, 32 * MIB)
+            time.sleep(2)
+        began = time.monotonic()
+        with pytest.raises((EOFError, ConnectionError)):
+            slow.receive(33 * MIB)
+        assert time.monotonic() - began < 4
+        with connected(path) as another:
+            another.negotiate()
+            assert another.read(0, 512) == raw.read_bytes()[:512]
+
+
+def test_exhausted_descriptors_are_neither_the_end_nor_a_busy_loop(xfs_dir: Path) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", MIB)
+    with served(raw, "--persistent") as running, contextlib.ExitStack() as stack:
+        pid = running.process.pid
+        stack.enter_context(client(running)).negotiate()
+        count = len(os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (count + 8, count + 8))
+        busy = [stack.enter_context(client(running)) for _ in range(8)]
+        for one in busy:
             one.negotiate()
-        with client(running) as another, pytest.raises(EOFError):
-            another.receive(1)
-        assert clients[3].read(0, 4) == clients[15].read(0, 4)
-    # They are gone only when the server has seen it.
-    until = time.monotonic() + PATIENCE
-    while True:
-        with client(running) as another, contextlib.suppress(EOFError):
-            another.receive(1)
-            break
-        assert time.monotonic() < until
+        waiting = stack.enter_context(client(running))
+        before = processor_time(pid)
+        time.sleep(1.5)
+        assert processor_time(pid) - before < 0.3
+        assert busy[0].read(0, 512) == raw.read_bytes()[:512]
+        busy[3].request(DISC, 0, 0)
+        waiting.negotiate()
+        assert waiting.read(0, 512) == raw.read_bytes()[:512]
+        running.process.terminate()
+        code, said = running.end()
+        assert (code, said) == (0, "vmconv: no connection can be accepted: Too many open files\n")
+
+
+def processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_thread_that_cannot_be_started_is_neither_the_end(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", MIB)
+    with in_process(raw) as (server, path):
+        started = server._start
+
+        def fails_once(one: Connected) -> None:
+            monkeypatch.setattr(threading.Thread, "start", no_thread)
+            started(one)
+            monkeypatch.undo()
+
+        monkeypatch.setattr(server, "_start", fails_once)
+        with connected(path) as refused, pytest.raises((EOFError, ConnectionError)):
+            refused.receive(1)
+        with connected(path) as connection:
+            connection.negotiate()
+
+
+def no_thread(_self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_the_end_does_not_remove_what_somebody_else_put_in_place_of_the_socket(xfs_dir: Path) -> None:
+    with served(make_disk(xfs_dir / "disk.raw", MIB), "--persistent") as running:
+        running.socket.unlink()
+        running.socket.write_text("not ours")
+        running.process.terminate()
+        assert running.end() == (0, "")
+        assert running.socket.read_text() == "not ours"
+
+
+OPTIONS_OR_REQUESTS = st.lists(
+    st.one_of(
+        st.binary(max_size=40),
+        st.builds(
+            lambda option, data, excess: b"IHAVEOPT" + struct.pack(">II", option, len(data) + excess) + data,
+            st.one_of(st.integers(0, 12), st.integers(0, (1 << 32) - 1)),
+            st.one_of(
+                st.binary(max_size=30), st.just(struct.pack(">IH", 0, 0)), st.just(context(b"base:", export=b""))
+            ),
+            st.sampled_from([0, 0, 0, 1, 70_000, 1 << 31]),
+        ),
+        st.builds(
+            lambda *fields: struct.pack(">IHHQQI", 0x25609513, *fields),
+            st.sampled_from([0, 1, 4, 8, 65535]),
+            st.one_of(st.integers(0, 10), st.just(65535)),
+            st.integers(0, (1 << 64) - 1),
+            st.one_of(st.integers(0, MIB), st.integers(0, (1 << 64) - 1)),
+            st.one_of(st.integers(0, MIB), st.integers(0, (1 << 32) - 1)),
+        ),
+    ),
+    max_size=12,
+)
+
+
+@given(flags=st.sampled_from([3, 1, 0, 1 << 31]), go=st.booleans(), said=OPTIONS_OR_REQUESTS)
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_sent_ends_with_a_reply_or_the_connection(flags: int, go: bool, said: list[bytes]) -> None:
+    export = {b"disk": View(Extents.whole(Blob("disk", bytes(range(256)) * 4096)))}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        start = struct.pack(">I", flags)
+        start += b"IHAVEOPT" + struct.pack(">II", GO, 6) + bytes(6) if go else b""
+        sender = threading.Thread(target=send_and_drain, args=(theirs, start + b"".join(said)))
+        sender.start()
+        with contextlib.suppress(ProtocolError, OSError):
+            Connection(ours, export).serve()
+        ours.shutdown(socket.SHUT_RDWR)
+        sender.join(timeout=PATIENCE)
+        assert not sender.is_alive()
+
+
+def send_and_drain(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 20):
+            pass
+
+
+def test_libnbd_agrees_about_what_is_exported(xfs_dir: Path) -> None:
+    if not shutil.which("nbdinfo"):
+        missing("oracle", "nbdinfo is not installed")
+    raw = make_disk(xfs_dir / "disk.raw", 4 * MIB)
+    with served(raw, "--as", "vmdk", "-o", "subformat=monolithicFlat", "--persistent", exports=2) as running:
+        for name, uri in running.uris.items():
+            done = subprocess.run(
+                ["nbdinfo", "--json", uri], capture_output=True, text=True, check=True, timeout=PATIENCE
+            )
+            (export,) = json.loads(done.stdout)["exports"]
+            assert export["export-size"] == running.sizes[name]
+            assert export["is_read_only"]
+            assert export["contexts"] == ["base:allocation"]
+        done = subprocess.run(
+            ["nbdinfo", "--list", "--json", running.uri], capture_output=True, text=True, check=True, timeout=PATIENCE
+        )
+        assert {export["export-name"] for export in json.loads(done.stdout)["exports"]} == set(running.uris)

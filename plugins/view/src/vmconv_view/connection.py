@@ -1,18 +1,29 @@
-"""One NBD client: its negotiation, then its requests, one after the other."""
+"""One NBD client: its negotiation, then its requests, one after the other.
+
+Each phase has a time limit, except the wait for a request: an idle disk is normal. The negotiation as a whole ends by a
+deadline, so does each piece of a request, and a reply fails when the client reads nothing.
+"""
 
 from __future__ import annotations
 
 import itertools
 import socket
 import struct
+import time
+from collections.abc import Callable
 
 from vmconv.errors import AccessError, VmconvError
 from vmconv.views import View
 from vmconv_view import nbd
 from vmconv_view.nbd import Chunk, Cmd, Error, Handshake, Info, Opt, ProtocolError, Rep
 
-_PATIENCE = 30.0
-"""Seconds that a client may be silent while it negotiates."""
+NEGOTIATION_TIME = 15.0
+"""Seconds from connecting to the end of the negotiation."""
+
+PIECE_TIME = 30.0
+"""Seconds for the rest of a request's header, for each piece of its payload, and for a reply that makes no progress."""
+
+_PIECE = 64 << 10
 
 _ANSWERED_AT_ONCE = 64 << 10
 """Reads of at most so many bytes are one simple chunk, checked before any of it is sent."""
@@ -21,12 +32,18 @@ _ANSWERED_AT_ONCE = 64 << 10
 class Connection:
     """Talks to one client about `exports`: views by name; the last is the default, which has no name.
 
-    `serve` returns when the client has gone; it raises `ProtocolError`, or `AccessError` when the source has changed.
+    `serve` returns when the client has gone or is too slow; it raises `ProtocolError`, or `AccessError` when the source
+    has changed. `progressed` is called when the negotiation succeeds, and after each request.
     """
 
-    def __init__(self, client: socket.socket, exports: dict[bytes, View]) -> None:
+    def __init__(
+        self, client: socket.socket, exports: dict[bytes, View], progressed: Callable[[], None] = lambda: None
+    ) -> None:
         self._client = client
         self._exports = exports
+        self._progressed = progressed
+        self._deadline: float | None = None
+        self._transmits = False
         self._view: View | None = None
         self._structured = False
         self._context_of: bytes | None = None
@@ -34,22 +51,32 @@ class Connection:
 
     def serve(self) -> None:
         try:
-            self._client.settimeout(_PATIENCE)
+            self._deadline = time.monotonic() + NEGOTIATION_TIME
             self._negotiate()
-            self._client.settimeout(None)
-            while self._view and self._request(self._view):
-                pass
-        except (ConnectionError, TimeoutError):
+            if self._view:
+                self._transmit(self._view)
+        except (ConnectionError, TimeoutError, BlockingIOError):
             pass
         if self._view:
             # What was sent may have been read after a change that nobody could know of then.
             self._view.refuse_changed()
 
+    def _transmit(self, view: View) -> None:
+        # Blocking, for sendfile; the kernel ends calls that make no progress with EAGAIN.
+        self._transmits = True
+        self._client.settimeout(None)
+        limit = struct.pack("@ll", int(PIECE_TIME), int(PIECE_TIME % 1 * 1e6))
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            self._client.setsockopt(socket.SOL_SOCKET, option, limit)
+        self._progressed()
+        while self._request(view):
+            self._progressed()
+
     # -- negotiation
 
     def _negotiate(self) -> None:
         ours = Handshake.FIXED_NEWSTYLE | Handshake.NO_ZEROES
-        self._client.sendall(nbd.GREETING + struct.pack(">H", ours))
+        self._send(nbd.GREETING + struct.pack(">H", ours))
         (flags,) = struct.unpack(">I", self._receive(4))
         if flags & ~ours or not flags & Handshake.FIXED_NEWSTYLE:
             raise ProtocolError(f"handshake flags {flags:#x} of the client are not understood")
@@ -62,7 +89,8 @@ class Connection:
         if magic != nbd.OPTION_MAGIC:
             raise ProtocolError(f"option magic {magic:#x} is not {nbd.OPTION_MAGIC:#x}")
         if length > nbd.MAX_OPTION:
-            raise ProtocolError(f"option {option} with {length} bytes of data, {nbd.MAX_OPTION} at most")
+            self._refuse_big(option, length)
+            return True
         data = self._receive(length)
         if option == Opt.EXPORT_NAME:
             self._begin_at_once(data, zeroes=zeroes)
@@ -76,6 +104,13 @@ class Connection:
             self._answer(option, Rep.ERR_INVALID, str(exc).encode())
             return True
 
+    def _refuse_big(self, option: int, length: int) -> None:
+        """Skips data that is too long and says so; raises `ProtocolError` when there is too much of it."""
+        if length > nbd.MAX_REQUEST or option == Opt.EXPORT_NAME:
+            raise ProtocolError(f"option {option} with {length} bytes of data, {nbd.MAX_OPTION} at most")
+        self._skip(length)
+        self._answer(option, Rep.ERR_TOO_BIG)
+
     def _negotiable(self, option: int, data: bytes) -> bool:
         if option in (Opt.INFO, Opt.GO):
             return not (self._inform(option, nbd.parse_export_request(data)) and option == Opt.GO)
@@ -83,7 +118,7 @@ class Connection:
             for name in self._exports:
                 self._answer(option, Rep.SERVER, struct.pack(">I", len(name)) + name)
             self._answer(option, Rep.ACK)
-        elif option == Opt.STRUCTURED_REPLY and not data:
+        elif option == Opt.STRUCTURED_REPLY and not data and not self._structured:
             self._structured = True
             self._answer(option, Rep.ACK)
         elif option in (Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT):
@@ -94,7 +129,7 @@ class Connection:
         return True
 
     def _answer(self, option: int, kind: Rep, data: bytes = b"") -> None:
-        self._client.sendall(nbd.OPTION_REPLY.pack(nbd.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+        self._send(nbd.OPTION_REPLY.pack(nbd.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
 
     def _export(self, name: bytes) -> View | None:
         return self._exports.get(name or next(reversed(self._exports)))
@@ -103,7 +138,7 @@ class Connection:
         self._view = self._export(name)
         if self._view is None:
             raise ProtocolError(f"the client asks for export {name!r}, which is not there")
-        self._client.sendall(nbd.EXPORT.pack(self._view.size, nbd.EXPORT_FLAGS) + bytes(124 if zeroes else 0))
+        self._send(nbd.EXPORT.pack(self._view.size, nbd.EXPORT_FLAGS) + bytes(124 if zeroes else 0))
 
     def _inform(self, option: int, name: bytes) -> bool:
         view = self._export(name)
@@ -137,28 +172,51 @@ class Connection:
 
     def _request(self, view: View) -> bool:
         """Answers one request; returns whether more will follow."""
-        header = self._receive(nbd.REQUEST.size)
+        header = self._request_header()
         magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(header)
         if magic != nbd.REQUEST_MAGIC:
             raise ProtocolError(f"request magic {magic:#x} is not {nbd.REQUEST_MAGIC:#x}")
-        inside = offset + length <= view.size
+        inside = length > 0 and offset + length <= view.size
         if command == Cmd.DISC:
             return False
-        if command == Cmd.READ and not flags and inside and 0 < length <= nbd.MAX_REQUEST:
+        if command == Cmd.READ and not flags and inside and length <= nbd.MAX_REQUEST:
             self._read(view, cookie, offset, length)
-        elif command == Cmd.BLOCK_STATUS and self._has_context and not flags & ~nbd.REQ_ONE and inside and length:
+        elif command == Cmd.BLOCK_STATUS and self._has_context and not flags & ~nbd.REQ_ONE and inside:
             self._block_status(view, cookie, offset, length, 1 if flags & nbd.REQ_ONE else nbd.MAX_SPANS)
+        elif command in (Cmd.READ, Cmd.BLOCK_STATUS):
+            self._refuse_read(cookie, Error.EINVAL, b"not a range of the export, or not negotiated")
         elif command == Cmd.FLUSH and not flags:
-            self._refuse(cookie, None)
+            self._reply(cookie, None)
         elif command in (Cmd.WRITE, Cmd.TRIM, Cmd.WRITE_ZEROES):
-            self._skip(length if command == Cmd.WRITE else 0)
-            self._refuse(cookie, Error.EPERM)
+            self._refuse_change(command, cookie, length)
         else:
-            self._refuse(cookie, Error.EINVAL)
+            self._reply(cookie, Error.EINVAL)
         return True
 
-    def _refuse(self, cookie: int, error: Error | None) -> None:
+    def _request_header(self) -> bytes:
+        """Waits for a request as long as it takes, and for the rest of its header as long as it may."""
+        self._deadline = None
+        first = self._receive(1)
+        self._deadline = time.monotonic() + PIECE_TIME
+        return first + self._receive(nbd.REQUEST.size - 1)
+
+    def _refuse_change(self, command: int, cookie: int, length: int) -> None:
+        if command == Cmd.WRITE:
+            if length > nbd.MAX_REQUEST:
+                raise ProtocolError(f"a write of {length} bytes, {nbd.MAX_REQUEST} at most")
+            self._skip(length)
+        self._reply(cookie, Error.EPERM)
+
+    def _reply(self, cookie: int, error: Error | None) -> None:
         self._client.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error or 0, cookie))
+
+    def _refuse_read(self, cookie: int, error: Error, text: bytes) -> None:
+        """Answers READ or BLOCK_STATUS with an error: a chunk, once structured replies are negotiated."""
+        if not self._structured:
+            self._reply(cookie, error)
+            return
+        data = struct.pack(">IH", error, len(text)) + text
+        self._client.sendall(self._chunk(cookie, Chunk.ERROR, len(data), done=True) + data)
 
     def _read(self, view: View, cookie: int, offset: int, length: int) -> None:
         try:
@@ -205,13 +263,8 @@ class Connection:
         self._client.sendall(self._chunk(cookie, Chunk.BLOCK_STATUS, len(data), done=True) + data)
 
     def _fail(self, cookie: int, exc: VmconvError) -> None:
-        """Tells the client that a read failed, and why; raises `exc` when the source has changed: that ends it all."""
-        text = str(exc).encode(errors="backslashreplace")[:4096]
-        if self._structured:
-            data = struct.pack(">IH", Error.EIO, len(text)) + text
-            self._client.sendall(self._chunk(cookie, Chunk.ERROR, len(data), done=True) + data)
-        else:
-            self._refuse(cookie, Error.EIO)
+        """Says that a read failed, and why; raises `exc` when the source has changed: that ends the server."""
+        self._refuse_read(cookie, Error.EIO, str(exc).encode(errors="backslashreplace")[: nbd.MAX_NAME])
         if isinstance(exc, AccessError):
             raise exc
 
@@ -219,15 +272,37 @@ class Connection:
         return nbd.CHUNK.pack(nbd.STRUCTURED_REPLY_MAGIC, nbd.DONE if done else 0, kind, cookie, length)
 
     def _receive(self, length: int) -> bytes:
+        """Returns exactly `length` bytes; raises `TimeoutError` when they are not there by the deadline."""
         data = bytearray(length)
         left = memoryview(data)
         while left:
-            count = self._client.recv_into(left)
+            try:
+                self._limit()
+                count = self._client.recv_into(left)
+            except BlockingIOError:
+                continue
             if not count:
                 raise ConnectionResetError
             left = left[count:]
         return bytes(data)
 
+    def _send(self, data: bytes) -> None:
+        """Sends a reply of the negotiation."""
+        self._limit()
+        self._client.sendall(data)
+
+    def _limit(self) -> None:
+        """Raises `TimeoutError` when the deadline has passed; in the negotiation no call may last beyond it."""
+        if self._deadline is None:
+            return
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if not self._transmits:
+            self._client.settimeout(left)
+
     def _skip(self, length: int) -> None:
         while length:
-            length -= len(self._receive(min(length, 1 << 16)))
+            if self._transmits:
+                self._deadline = time.monotonic() + PIECE_TIME
+            length -= len(self._receive(min(length, _PIECE)))

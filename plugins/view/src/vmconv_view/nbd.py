@@ -33,7 +33,9 @@ EXPORT = struct.Struct(">QH")
 """Size, transmission flags."""
 
 MAX_OPTION = 64 << 10
-"""Bytes of an option's data. Names may have 4096 bytes, and nobody asks for many at once."""
+"""Bytes of an option's data: a name and many queries."""
+MAX_NAME = 4096
+"""Bytes of a string."""
 MAX_REQUEST = 32 << 20
 """Bytes of a read, as the protocol recommends."""
 MAX_SPANS = 4096
@@ -148,6 +150,8 @@ def parse_context_request(data: bytes) -> tuple[bytes, list[bytes]]:
 def _name(data: bytes) -> tuple[bytes, bytes]:
     """Returns a string behind its length, and what follows it."""
     (length,) = _unpack(">I", data)
+    if length > MAX_NAME:
+        raise ProtocolError(f"a string of {length} bytes, {MAX_NAME} at most")
     if length > len(data) - 4:
         raise ProtocolError(f"a string of {length} bytes in {len(data)} bytes of data")
     return data[4 : 4 + length], data[4 + length :]

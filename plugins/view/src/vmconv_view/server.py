@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 
 from vmconv.errors import AccessError, BackendError, VmconvError
 from vmconv.views import View
+from vmconv_view.clients import MAX_CLIENTS, Client, Clients
 from vmconv_view.connection import Connection
 
-MAX_CLIENTS = 16
-
 _UNSENT = 1 << 20
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_REST = 1.0
+_SHORT_REST = 0.05
+_MOST_REPORTS = 100
+_LONGEST_REPORT = 500
 
 
 def listen_on_socket(path: str) -> socket.socket:
@@ -49,68 +55,127 @@ class Server:
         self._listener = listener
         self._exports = exports
         self._persistent = persistent
-        self._lock = threading.Lock()
-        self._clients: set[socket.socket] = set()
+        self._clients = Clients()
+        self._accepts_from = 0.0
         self._served = False
         self._failure: VmconvError | None = None
+        self._reports = Reports()
         self._woken, self._waker = socket.socketpair()
 
     def run(self) -> None:
-        """Returns when the last client has gone, unless persistent; raises `AccessError` when the source changed."""
+        """Returns when the last client has gone, unless persistent; raises `AccessError` when the source changed.
+
+        Only who chose an export is a client: a connection that never negotiates neither begins nor ends anything.
+        """
         with selectors.DefaultSelector() as ready, self._listener, self._woken, self._waker:
-            ready.register(self._listener, selectors.EVENT_READ)
+            self._listener.setblocking(False)
+            self._waker.setblocking(False)
             ready.register(self._woken, selectors.EVENT_READ)
             try:
                 while not self._is_over():
-                    for key, _ in ready.select():
-                        if key.fileobj is self._listener:
-                            self._accept()
-                        else:
-                            self._woken.recv(64)
+                    self._wait(ready)
             finally:
-                self._disconnect()
+                self._clients.disconnect_all()
         if self._failure:
             raise self._failure
 
     def _is_over(self) -> bool:
-        with self._lock:
-            return bool(self._failure) or (self._served and not self._clients and not self._persistent)
+        return bool(self._failure) or (self._served and not self._persistent and not self._clients.any_negotiated)
+
+    def _wait(self, ready: selectors.BaseSelector) -> None:
+        """Handles the next connections, or the end of a client; leaves the listener alone while it must rest."""
+        rest = self._accepts_from - time.monotonic()
+        listens = self._listener in ready.get_map()
+        if rest <= 0 and not listens:
+            ready.register(self._listener, selectors.EVENT_READ)
+        elif rest > 0 and listens:
+            ready.unregister(self._listener)
+        for key, _ in ready.select(rest if rest > 0 else None):
+            if key.fileobj is self._woken:
+                self._woken.recv(4096)
+            else:
+                self._accept()
 
     def _accept(self) -> None:
-        with suppress(OSError):
-            client, _ = self._listener.accept()
-            with self._lock:
-                if len(self._clients) >= MAX_CLIENTS:
-                    client.close()
-                    return
-                self._clients.add(client)
-                self._served = True
-            if client.family == socket.AF_UNIX:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
-            else:
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
         try:
-            Connection(client, self._exports).serve()
+            connection, peer = self._listener.accept()
+        except OSError as exc:
+            # Anything else is about a connection that has gone again.
+            if exc.errno in _EXHAUSTED:
+                self._rest(f"no connection can be accepted: {exc.strerror}")
+            return
+        try:
+            client = Client(connection, peer)
+            _configure(connection)
+            if self._clients.add(client):
+                self._start(client)
+            else:
+                connection.close()
+        except OSError:
+            connection.close()
+
+    def _start(self, client: Client) -> None:
+        try:
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        except RuntimeError as exc:
+            self._clients.remove(client)
+            client.socket.close()
+            self._rest(f"no client can be served: {exc}")
+
+    def _rest(self, reason: str) -> None:
+        """Accepts nothing for a moment: what is exhausted would be so again at once."""
+        self._reports.say(reason)
+        self._accepts_from = time.monotonic() + (_SHORT_REST if self._clients.drop_one() else _REST)
+
+    def _serve(self, client: Client) -> None:
+        def progressed() -> None:
+            client.progressed()
+            self._served = True
+
+        try:
+            Connection(client.socket, self._exports, progressed).serve()
         except AccessError as exc:
             # Nothing that is said from now on would be true.
             self._failure = exc
         except VmconvError as exc:
-            print(f"vmconv: {exc}", file=sys.stderr, flush=True)
+            self._reports.say(str(exc))
         except OSError:
             # The client has gone, or the server ends.
             pass
+        except Exception as exc:
+            self._reports.say(f"defect of vmconv or of a plugin: {type(exc).__name__}: {exc}")
         finally:
-            with self._lock:
-                self._clients.discard(client)
-            client.close()
+            self._clients.remove(client)
+            client.socket.close()
+            # Full: it will wake up. Closed: the server has ended.
             with suppress(OSError):
                 self._waker.send(b"+")
 
-    def _disconnect(self) -> None:
+
+def _configure(connection: socket.socket) -> None:
+    connection.setblocking(True)
+    if connection.family == socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
+        return
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A host that vanished says nothing, and an idle client need not say anything.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
+
+
+class Reports:
+    """What is said on standard error: each thing once, and not more than strangers may fill a log with."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def say(self, text: str) -> None:
+        text = text[:_LONGEST_REPORT]
         with self._lock:
-            for client in self._clients:
-                with suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
+            if text in self._said or len(self._said) >= _MOST_REPORTS:
+                return
+            self._said.add(text)
+        with suppress(OSError, ValueError):
+            print(f"vmconv: {text}", file=sys.stderr, flush=True)

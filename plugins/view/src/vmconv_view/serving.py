@@ -83,6 +83,7 @@ def _serve(options: argparse.Namespace, exports: dict[bytes, View]) -> None:
     from vmconv_view.server import Server
 
     listener, place = _listener(options)
+    made = _identity(options.socket)
     try:
         ready = fork() if options.fork else lambda: None
         for name, view in exports.items():
@@ -91,9 +92,8 @@ def _serve(options: argparse.Namespace, exports: dict[bytes, View]) -> None:
         Server(listener, exports, persistent=options.persistent).run()
     finally:
         listener.close()
-        if options.socket:
-            with suppress(FileNotFoundError):
-                os.unlink(options.socket)
+        if made and _identity(options.socket) == made:
+            os.unlink(options.socket)
 
 
 def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
@@ -106,6 +106,16 @@ def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
     listener = server.listen_on_port(options.bind, port)
     address, port = listener.getsockname()[:2]
     return listener, f"nbd://{f'[{address}]' if ':' in address else address}:{port}/"
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    """Returns what tells a socket from another one that somebody has put in its place since."""
+    if path is None:
+        return None
+    with suppress(OSError):
+        status = os.lstat(path)
+        return status.st_dev, status.st_ino
+    return None
 
 
 def _uri(place: str, name: bytes, exports: dict[bytes, View]) -> str:
