@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from disks import MIB
-from vmconv.errors import ImageError
+from vmconv.errors import ReadError
 from vmconv.sources import File
 from vmconv.testing import random_bytes
 
@@ -74,7 +74,7 @@ def test_other_errors_are_no_answers(file: File, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("vmconv.sources.os.lseek", failing(number, whence))
     at = 0 if whence == os.SEEK_DATA else MIB
     message = f"disk.raw: cannot be searched for holes at {at:#x}: {os.strerror(number)}"
-    with pytest.raises(ImageError, match=f"^{message}$"):
+    with pytest.raises(ReadError, match=f"^{message}$"):
         file.data_ranges()
 
 
@@ -82,5 +82,5 @@ def test_other_errors_are_no_answers(file: File, monkeypatch: pytest.MonkeyPatch
 def test_edges_that_lie_behind_are_refused(file: File, monkeypatch: pytest.MonkeyPatch, whence: int) -> None:
     lseek = os.lseek
     monkeypatch.setattr("vmconv.sources.os.lseek", lambda fd, at, how: 5 if how == whence else lseek(fd, at, how))
-    with pytest.raises(ImageError, match="finds a hole's edge at 0x5, searched from"):
+    with pytest.raises(ReadError, match="finds a hole's edge at 0x5, searched from"):
         file.data_ranges(MIB + 512)

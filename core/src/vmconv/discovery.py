@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 _METADATA = {".dist-info": "METADATA", ".egg-info": "PKG-INFO"}
 
+# What Python cannot import from either. With any other error plugins would go missing without a word.
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)
+
 
 class Plugin(NamedTuple):
     """One entry point: the distribution it is from, that one's version, and the module that it names."""
@@ -39,7 +42,7 @@ def _distributions() -> Iterator[str]:
     for path in dict.fromkeys(sys.path):
         try:
             names = os.listdir(path or ".")
-        except OSError:
+        except _NOT_THERE:
             # An entry of sys.path may be an archive, or nothing at all.
             continue
         yield from (os.path.join(path, name) for name in names if name.endswith(tuple(_METADATA)))
@@ -49,7 +52,7 @@ def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
-    except OSError:
+    except _NOT_THERE:
         return ""
 
 

@@ -36,6 +36,10 @@ class ImageError(VmconvError):
     """An image is damaged, contradicts itself, or uses a feature that is refused by name."""
 
 
+class ReadError(VmconvError):
+    """Storage failed while a file was read. No `ImageError`: it says nothing about what is in the image."""
+
+
 class AccessError(VmconvError):
     """An image asks for a file that the rules of the `Opener` do not allow, or that somebody else is writing."""
 

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, 524})
+"""What filesystems and kernels without a call answer. 524, ENOTSUPP, is the kernel's own, and some NFS leaks it."""
+
+# An attribute is asked for with arguments that never change: what is invalid about them is that they are not known.
+_NO_ATTRIBUTE = NOT_SUPPORTED | {errno.EINVAL}
+# man 2 fcntl: what is open for writing is busy; the rest says that this user, or this filesystem, has no leases.
+_NO_LEASE = NOT_SUPPORTED | {errno.EINVAL, errno.ENOLCK, errno.EACCES, errno.EPERM}
+
 FICLONERANGE = 0x4020940D
 _FIEMAP = 0xC020660B
 _GETFLAGS = 0x80086601
@@ -44,6 +52,36 @@ def clone_range(source: int, target: int, source_offset: int, length: int, targe
     fcntl.ioctl(target, FICLONERANGE, CLONE.pack(source, source_offset, length, target_offset))
 
 
+def not_told(exc: OSError) -> bool:
+    """True when FIEMAP failed because the filesystem, or a filter of system calls, does not tell where bytes lie.
+
+    EBADR is the answer to flags that a filesystem does not know (Documentation/filesystems/fiemap.rst).
+    """
+    return exc.errno in NOT_SUPPORTED or exc.errno in (errno.EINVAL, errno.EBADR, errno.EPERM, errno.EACCES)
+
+
+def _ioctl(descriptor: int, request: int, argument: bytes | bytearray) -> bytes | int:
+    """Calls `fcntl.ioctl`; errors name the file."""
+    try:
+        return fcntl.ioctl(descriptor, request, argument)
+    except OSError as exc:
+        raise _named(exc, descriptor) from None
+
+
+def _named(exc: OSError, descriptor: int) -> OSError:
+    """Returns the error with the name of the descriptor's file."""
+    return OSError(exc.errno, exc.strerror, name_of(descriptor))
+
+
+def name_of(descriptor: int) -> str:
+    """Returns the name that the file of a descriptor has now, for messages; its number where /proc does not tell."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        # A message without the name is better than an error about the message.
+        return f"descriptor {descriptor}"
+
+
 # struct space_resv: l_type, l_whence, l_start, l_len, l_sysid, l_pid, l_pad.
 _SPACE = struct.Struct("=hhiqqiI16x")
 
@@ -65,7 +103,7 @@ def allocate(descriptor: int, offset: int, length: int) -> None:
 
 
 def _change_space(descriptor: int, request: int, offset: int, length: int) -> None:
-    fcntl.ioctl(descriptor, request, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
+    _ioctl(descriptor, request, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
 
 
 _COLLAPSE, _INSERT = 0x08, 0x20
@@ -86,9 +124,10 @@ def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 
     library = ctypes.CDLL(None, use_errno=True)
     library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if library.fallocate(descriptor, mode, offset, length):
+    while library.fallocate(descriptor, mode, offset, length):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.EINTR:
+            raise _named(OSError(number, os.strerror(number)), descriptor)
 
 
 _RENAME_NOREPLACE = 1
@@ -112,29 +151,41 @@ def rename_new(old: str, new: str, directory: int = _AT_FDCWD) -> None:
 def is_open_for_writing(descriptor: int) -> bool:
     """True when somebody has the file of this read-only descriptor open for writing, the kernel's loop device too.
 
-    Asked by a lease, which is given back at once; False where the filesystem has none, or this user may not.
+    Asked by a lease, which is given back at once; False where the filesystem has none, or this user may not. Any other
+    error says nothing, and is raised.
     """
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as exc:
-        return exc.errno == errno.EAGAIN
-    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        if exc.errno == errno.EAGAIN:
+            return True
+        if exc.errno not in _NO_LEASE:
+            raise _named(exc, descriptor) from None
     return False
 
 
 def is_nocow(descriptor: int) -> bool:
     """True for a file that Btrfs does not copy on write (chattr +C); False where there is no such thing."""
+    answer = _attribute(descriptor, _GETFLAGS, 8)
+    return answer is not None and bool(struct.unpack("=q", answer)[0] & _NOCOW)
+
+
+def _attribute(descriptor: int, request: int, size: int) -> bytes | None:
+    """Returns what a file is asked for by an ioctl; None where the filesystem does not know the question."""
     try:
-        answer = fcntl.ioctl(descriptor, _GETFLAGS, bytes(8))
-    except OSError:
-        return False
-    return bool(struct.unpack("=q", answer)[0] & _NOCOW)
+        answer = _ioctl(descriptor, request, bytes(size))
+    except OSError as exc:
+        if exc.errno in _NO_ATTRIBUTE:
+            return None
+        raise
+    return bytes(answer)
 
 
 def set_nocow(descriptor: int) -> None:
     """Makes an empty file one that Btrfs does not copy on write."""
-    flags: int = struct.unpack("=q", fcntl.ioctl(descriptor, _GETFLAGS, bytes(8)))[0]
-    fcntl.ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW))
+    flags: int = struct.unpack("=q", bytes(_ioctl(descriptor, _GETFLAGS, bytes(8))))[0]
+    _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW))
 
 
 def inode_flags(descriptor: int) -> int:
@@ -154,9 +205,8 @@ def generation(descriptor: int) -> int | None:
 
     FS_IOC_GETVERSION: ext4, XFS and Btrfs have it, tmpfs and NFS do not.
     """
-    try:
-        answer = fcntl.ioctl(descriptor, _GETVERSION, bytes(8))
-    except OSError:
+    answer = _attribute(descriptor, _GETVERSION, 8)
+    if answer is None:
         return None
     # The request's number says long, and the kernel fills in an int.
     number: int = struct.unpack_from("=I", answer)[0]
@@ -171,18 +221,33 @@ class Mount(NamedTuple):
 
 
 def mount_of(path: str) -> Mount:
-    """Returns the filesystem that holds `path`, from the kernel's table of mounts."""
+    """Returns the filesystem that holds `path`, from the kernel's table of mounts; it is unknown where /proc is not."""
     real = os.path.realpath(path)
     best = Mount("unknown filesystem", "/")
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            fields, _, rest = line.partition(" - ")
-            point = fields.split(" ")[4].replace("\\040", " ")
-            inside = real == point or real.startswith(point.rstrip("/") + "/")
-            # Of two mounts on one point, the later line is the one that is seen.
-            if inside and len(point) >= len(best.point):
-                best = Mount(rest.split(" ", 1)[0], point)
+    try:
+        with open("/proc/self/mountinfo", "rb") as table:
+            lines = table.readlines()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return best
+    for line in lines:
+        # man 5 proc: six fields and optional ones, a hyphen, the type; who reads it may be sent anything else.
+        fields, _, rest = line.partition(b" - ")
+        words = fields.split(b" ")
+        if len(words) < 6 or not rest:
+            continue
+        point = os.fsdecode(_unescaped(words[4]))
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        # Of two mounts on one point, the later line is the one that is seen.
+        if inside and len(point) >= len(best.point):
+            best = Mount(os.fsdecode(rest.split(b" ", 1)[0]), point)
     return best
+
+
+def _unescaped(field: bytes) -> bytes:
+    """Returns a field of mountinfo, in which space, tab, newline and backslash are octal."""
+    for code in (b"040", b"011", b"012", b"134"):
+        field = field.replace(b"\\" + code, bytes([int(code, 8)]))
+    return field
 
 
 def filesystem_id(descriptor: int) -> bytes:
@@ -190,18 +255,15 @@ def filesystem_id(descriptor: int) -> bytes:
 
     The device number is not it on Btrfs, where each subvolume has its own.
     """
-    try:
-        answer = fcntl.ioctl(descriptor, _BTRFS_FS_INFO, bytes(1024))
-    except OSError:
-        return os.fstat(descriptor).st_dev.to_bytes(8, "little")
-    return answer[16:32]
+    answer = _attribute(descriptor, _BTRFS_FS_INFO, 1024)
+    return os.fstat(descriptor).st_dev.to_bytes(8, "little") if answer is None else answer[16:32]
 
 
 def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
     """Returns rows `(logical, length, physical)` in bytes for the written extents of a file whose place is certain.
 
     What is missing from the rows has no bytes of its own on storage, or none whose place says which they are (inline,
-    compressed, delayed). Raises `OSError` where the filesystem cannot tell.
+    compressed, delayed). Raises `OSError`, see `not_told`, where the filesystem cannot tell.
     """
     rows, flags = extents(descriptor)
     certain: npt.NDArray[np.int64] = rows[(flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN)) == 0]
@@ -234,7 +296,7 @@ def extents(descriptor: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     while True:
         request = bytearray(32 + _FIEMAP_BATCH * extent.itemsize)
         struct.pack_into("=QQIIII", request, 0, start, (1 << 63) - start, _FIEMAP_SYNC, 0, _FIEMAP_BATCH, 0)
-        fcntl.ioctl(descriptor, _FIEMAP, request)
+        _ioctl(descriptor, _FIEMAP, request)
         count: int = struct.unpack_from("=I", request, 20)[0]
         if not count:
             break

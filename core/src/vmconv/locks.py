@@ -10,35 +10,35 @@ import errno
 import fcntl
 import os
 import struct
-from contextlib import suppress
 
 from vmconv import linux
-from vmconv.errors import AccessError
+from vmconv.errors import AccessError, os_errors
 from vmconv.sources import File
 
 _USES = 100
 _DOES_NOT_SHARE = 200
 _CONSISTENT_READ = 0
 _WRITE = 1
+_OURS = (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE)
 _EVERY = tuple(base + n for base in (_USES, _DOES_NOT_SHARE) for n in range(4))
 
 # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid.
 _FLOCK = struct.Struct("@hhqqi")
 
 
+# man 2 fcntl, and what network and user-space filesystems say: there are no locks, or none for this file.
+_NO_LOCKS = linux.NOT_SUPPORTED | {errno.EINVAL, errno.ENOLCK}
+_CONFLICT = frozenset({errno.EAGAIN, errno.EACCES})
+
+
 def share(file: File) -> None:
     """Says, for as long as the file is open, that we read it and that nobody may write; refuses when somebody does.
 
-    Raises `AccessError` when QEMU has the image open for writing. Where the filesystem has no such locks, there is
-    nothing that could be asked.
+    Raises `AccessError` when QEMU has the image open for writing, and when the filesystem fails to tell. Where it has
+    no such locks, there is nothing that could be asked.
     """
-    try:
-        for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
-            fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
-        busy = _is_written(file)
-    except OSError as exc:
-        busy = exc.errno in (errno.EAGAIN, errno.EACCES)
-    if busy:
+    free = all(_set(file.descriptor, fcntl.F_RDLCK, byte) for byte in _OURS)
+    if not free or is_written(file):
         raise AccessError(
             f"{file.name}: is open for writing in another process (QEMU's lock on byte {_USES + _WRITE})",
             hint="stop the guest, or take a snapshot and convert that; --force-share reads it all the same",
@@ -47,47 +47,83 @@ def share(file: File) -> None:
 
 def is_written(file: File) -> bool:
     """Returns whether somebody has the file open for writing; takes no lock that others could meet."""
-    try:
-        return _is_written(file)
-    except OSError:
-        return False
+    return any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
 
 
 def release(file: File) -> None:
     """Takes back what `share` said, while the file stays open: others may write to it again."""
-    for byte in (_USES + _CONSISTENT_READ, _DOES_NOT_SHARE + _WRITE):
-        with suppress(OSError):
-            fcntl.fcntl(file.descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_UNLCK, byte))
+    for byte in _OURS:
+        _set(file.descriptor, fcntl.F_UNLCK, byte)
 
 
 def refuse_users(file: File) -> None:
     """Raises `AccessError` when another process uses a file that we read, or has it open for writing."""
-    try:
-        busy = any(_is_locked(file, byte) for byte in _EVERY)
-    except OSError:
-        busy = False
-    if busy or linux.is_open_for_writing(file.descriptor):
-        raise AccessError(
-            f"{file.name}: is open in another process", hint="close it there; in place, nobody else may use it"
-        )
+    busy = any(_is_locked(file, byte) for byte in _EVERY)
+    with os_errors("cannot be asked who has it open", AccessError):
+        busy = busy or linux.is_open_for_writing(file.descriptor)
+    if busy:
+        raise _in_use(file.name)
 
 
 def claim(descriptor: int) -> None:
-    """Says, for as long as the descriptor is open, that nobody else may use this file."""
-    with suppress(OSError):
-        for byte in _EVERY:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
+    """Says, for as long as the descriptor is open, that nobody else may use this file.
+
+    Raises `AccessError` when somebody has locked it since `refuse_users`.
+    """
+    if not all(_set(descriptor, fcntl.F_RDLCK, byte) for byte in _EVERY):
+        raise _in_use(linux.name_of(descriptor))
 
 
-def _is_written(file: File) -> bool:
-    return any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
+def own(descriptor: int) -> None:
+    """Locks a file of ours for as long as it is open (flock); does nothing where there are no such locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as exc:
+        _refuse_unknown(exc, descriptor)
+
+
+def may_be_owned(descriptor: int) -> bool:
+    """True when a living run has the file locked, and where there are no locks to tell; locks it if none has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as exc:
+        _refuse_unknown(exc, descriptor)
+        return True
+    return False
+
+
+def _in_use(name: str) -> AccessError:
+    return AccessError(f"{name}: is open in another process", hint="close it there; in place, nobody else may use it")
+
+
+def _set(descriptor: int, kind: int, byte: int) -> bool:
+    """Locks or unlocks a byte of a file; False when another process has locked it. Does nothing without such locks."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(kind, byte))
+    except OSError as exc:
+        if exc.errno in _CONFLICT:
+            return False
+        _refuse_unknown(exc, descriptor)
+    return True
+
+
+def _is_locked(file: File, byte: int) -> bool:
+    try:
+        answer = fcntl.fcntl(file.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
+    except OSError as exc:
+        _refuse_unknown(exc, file.descriptor)
+        return False
+    kind: int = _FLOCK.unpack(answer)[0]
+    return kind != fcntl.F_UNLCK
+
+
+def _refuse_unknown(exc: OSError, descriptor: int) -> None:
+    """Raises `AccessError` unless the error says that there are no locks."""
+    if exc.errno not in _NO_LOCKS:
+        raise AccessError(f"{linux.name_of(descriptor)}: cannot be locked: {exc.strerror}") from exc
 
 
 def _lock(kind: int, byte: int) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
-
-
-def _is_locked(file: File, byte: int) -> bool:
-    answer = fcntl.fcntl(file.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
-    kind: int = _FLOCK.unpack(answer)[0]
-    return kind != fcntl.F_UNLCK

@@ -7,6 +7,7 @@ on the file that was really opened, after every symbolic link.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -30,6 +31,11 @@ MAX_CHAIN_DEPTH = 200
 
 MAX_SEARCHED = 1000
 """Files that are opened to find one by what is in it."""
+
+# A file that has gone, that this user may not read, or that cannot be opened at all: the parent is none of those.
+_NO_CANDIDATE = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.ESTALE}
+)
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -120,7 +126,9 @@ class Opener:
         for path in islice(self._candidates(origin, suffix), MAX_SEARCHED):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError:
+            except OSError as exc:
+                if exc.errno not in _NO_CANDIDATE:
+                    raise AccessError(f"{path}: cannot be looked at: {exc.strerror}") from exc
                 continue
             file = File(path, descriptor)
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vmconv import linux
+from vmconv.errors import ReadError, os_errors
 from vmconv.extents import MAX_SIZE, Columns, Extents, Kind
 from vmconv.sources import File, Source
 
@@ -40,13 +41,16 @@ class PhysicalMap:
     def _of_file(self, file: File) -> Extents:
         if file.is_device or file.descriptor < 0:
             return Extents.whole(file)
-        identity = linux.filesystem_id(file.descriptor)
-        storage = self._storages.setdefault(identity, Storage(identity))
-        try:
-            ranges = linux.physical_ranges(file.descriptor)
-        except OSError:
-            # No FIEMAP here: nothing is known, so nothing is claimed.
-            return Extents.whole(file)
+        with os_errors("cannot be asked where it lies on storage", ReadError):
+            identity = linux.filesystem_id(file.descriptor)
+            storage = self._storages.setdefault(identity, Storage(identity))
+            try:
+                ranges = linux.physical_ranges(file.descriptor)
+            except OSError as exc:
+                if linux.not_told(exc):
+                    # Nothing is known, so nothing is claimed.
+                    return Extents.whole(file)
+                raise
         return _table(file, storage, ranges)
 
 

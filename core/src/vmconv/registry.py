@@ -16,7 +16,7 @@ import pluggy
 
 from vmconv import hooks
 from vmconv.discovery import Plugin, entry_points
-from vmconv.errors import ImageError, PluginError, UsageError
+from vmconv.errors import ImageError, PluginError, ReadError, UsageError
 from vmconv.formats import Format
 from vmconv.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
 from vmconv.storage import Backend
@@ -108,6 +108,9 @@ class Registry:
             try:
                 if candidate.probe(file):
                     return name
+            except ReadError:
+                # It is not known what is in there: another format, or raw, would be a guess.
+                raise
             except Exception:
                 # A probe must not raise; one that does has not recognised its format, and others may.
                 continue

@@ -7,10 +7,9 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.errors import ImageError
+from vmconv.errors import ImageError, ReadError
 
 if TYPE_CHECKING:
     from vmconv.extents import Extents
@@ -21,6 +20,11 @@ if TYPE_CHECKING:
 _CANNOT_TELL = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
+# man 2 fsync: EROFS and EINVAL, which squashfs and ISO 9660 answer, say that nothing can have been written; some
+# network filesystems sync no file that is only open for reading, and answer EBADF.
+_NOTHING_TO_SYNC = frozenset({errno.EROFS, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
 class Source(ABC):
     """`size` bytes that can be read at any offset; compared by identity."""
 
@@ -29,7 +33,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
-        """Returns exactly `length` bytes; raises `ImageError` when they are not there."""
+        """Returns exactly `length` bytes; raises `ImageError` when they are not there, `ReadError` if storage fails."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills the buffer with the bytes from `offset` on, as `read` returns them."""
@@ -78,7 +82,7 @@ class File(Source):
                 parts.append(data)
                 have += len(data)
         except OSError as exc:
-            raise ImageError(f"{self.name}: cannot be read at {offset:#x}: {exc.strerror}") from exc
+            raise ReadError(f"{self.name}: cannot be read at {offset:#x}: {exc.strerror}") from exc
         if have < length:
             raise ImageError(
                 f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected"
@@ -86,15 +90,24 @@ class File(Source):
         return b"".join(parts)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        with suppress(OSError):
-            if self.descriptor >= 0 and os.preadv(self.descriptor, [buffer], offset) == len(buffer):
-                return
-        super().read_into(offset, buffer)
+        done = 0
+        if self.descriptor >= 0:
+            try:
+                done = os.preadv(self.descriptor, [buffer], offset)
+            except OSError as exc:
+                raise ReadError(f"{self.name}: cannot be read at {offset:#x}: {exc.strerror}") from exc
+        if done < len(buffer):
+            super().read_into(offset + done, buffer[done:])
 
     def sync(self) -> None:
         """Makes the filesystem decide where every byte lies; without it a map of the file may be out of date."""
-        if not (self.is_device or self.settled):
+        if self.is_device or self.settled:
+            return
+        try:
             os.fsync(self.descriptor)
+        except OSError as exc:
+            if exc.errno not in _NOTHING_TO_SYNC:
+                raise ReadError(f"{self.name}: cannot be synced to storage: {exc.strerror}") from exc
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Returns the `(start, end)` ranges that may hold data, in order; the rest are holes or unwritten."""
@@ -124,9 +137,9 @@ class File(Source):
                 return self.size
             if exc.errno in _CANNOT_TELL:
                 return None
-            raise ImageError(f"{self.name}: cannot be searched for holes at {at:#x}: {exc.strerror}") from exc
+            raise ReadError(f"{self.name}: cannot be searched for holes at {at:#x}: {exc.strerror}") from exc
         if found < at or (found == at and whence == os.SEEK_HOLE):
-            raise ImageError(f"{self.name}: the filesystem finds a hole's edge at {found:#x}, searched from {at:#x} on")
+            raise ReadError(f"{self.name}: the filesystem finds a hole's edge at {found:#x}, searched from {at:#x} on")
         return found
 
     def changed(self) -> bool:

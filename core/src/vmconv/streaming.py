@@ -6,19 +6,20 @@ the source before the first byte is sent; what was sent cannot be looked at any 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from vmconv import checking
 from vmconv.commit import Progress
 from vmconv.containers import Container, Target, lay_out, new_name, parts_of, sources_of
 from vmconv.conversion import Conversion, Request, Result
-from vmconv.errors import PlanError, UsageError
+from vmconv.errors import BackendError, PlanError, UsageError, os_errors
 from vmconv.opener import Opener
 from vmconv.options import parse_options
 from vmconv.planned import PlannedFile
@@ -132,16 +133,44 @@ def _target(request: Request, registry: Registry) -> Target:
 
 
 def _send(view: View, descriptor: int, progress: Progress | None) -> None:
-    with suppress(OSError):
-        import fcntl
-
-        # Not everything is a pipe, and not everybody may have one of this size.
-        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
+    _enlarge(descriptor)
     for at in range(0, view.size, _STEP):
-        view.send(descriptor, at, min(_STEP, view.size - at))
+        with _written():
+            view.send(descriptor, at, min(_STEP, view.size - at), _wait_for_room)
         view.refuse_changed()
         if progress:
             progress(min(at + _STEP, view.size), view.size)
+    with _written():
+        # Network filesystems write when any descriptor of a file is closed, and say only then that there is no room.
+        os.close(os.dup(descriptor))
+
+
+def _enlarge(descriptor: int) -> None:
+    """Makes a pipe larger; not everything is a pipe, and not everybody may have one of this size."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
+    except OSError as exc:
+        if exc.errno not in (errno.EBADF, errno.EBUSY, errno.EINVAL, errno.ENOMEM, errno.EPERM, errno.ENOSYS):
+            raise BackendError(f"standard output: cannot be made a larger pipe: {exc.strerror}") from exc
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    """Turns the errors of writing into `BackendError`, but for that of a pipe whose reader has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise BackendError(f"standard output: cannot be written: {exc.strerror}") from exc
+
+
+def _wait_for_room(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    poll.poll()
 
 
 def _wait_until_read(descriptor: int) -> None:
@@ -153,7 +182,11 @@ def _wait_until_read(descriptor: int) -> None:
 
     poll = select.poll()
     poll.register(descriptor, 0)
-    while int.from_bytes(ioctl(descriptor, FIONREAD, bytes(4)), "little"):
-        if poll.poll(_LOOK_EVERY):
-            # Nobody is left to read what is in it.
-            raise BrokenPipeError
+    with os_errors("standard output: cannot be asked what was read of it"):
+        while int.from_bytes(ioctl(descriptor, FIONREAD, bytes(4)), "little"):
+            if poll.poll(_LOOK_EVERY):
+                break
+        else:
+            return
+    # Nobody is left to read what is in it.
+    raise BrokenPipeError

@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ _KEPT = 16 << 20
 _LONG = 32 << 10
 _BUFFER = 1 << 20
 _ZEROS = memoryview(bytes(_BUFFER))
+_ONLY_TARGET_FAILS = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+Wait = Callable[[int], None]
 
 
 class FilePart(NamedTuple):
@@ -155,13 +159,16 @@ class View:
             self.read_into(offset + at, part)
             yield part
 
-    def send(self, target: int, offset: int, length: int) -> None:
-        """Writes the given range to a descriptor (a pipe, a socket, a file) without copying payload where it can."""
+    def send(self, target: int, offset: int, length: int, wait: Wait | None = None) -> None:
+        """Writes the given range to a descriptor (a pipe, a socket, a file) without copying payload where it can.
+
+        `wait` returns when a descriptor takes more; without it a full one that does not block is an error.
+        """
         for part in self.parts(offset, length):
             if isinstance(part, FilePart):
-                _send_file(target, part)
+                _send_file(target, part, wait)
             else:
-                _write(target, part)
+                _write(target, part, wait)
 
     def refuse_changed(self) -> None:
         """Raises `AccessError` when any file of the source is not what it was when the view was planned."""
@@ -225,25 +232,39 @@ def _zeros(length: int) -> Iterator[memoryview]:
         yield _ZEROS[: min(len(_ZEROS), length - at)]
 
 
-def _write(target: int, data: memoryview) -> None:
+def _write(target: int, data: memoryview, wait: Wait | None) -> None:
     while data:
-        data = data[os.write(target, data) :]
+        try:
+            done = os.write(target, data)
+        except BlockingIOError:
+            if wait is None:
+                raise
+            wait(target)
+            continue
+        if not done:
+            raise OSError(errno.EIO, "nothing was written")
+        data = data[done:]
 
 
-def _send_file(target: int, part: FilePart) -> None:
+def _send_file(target: int, part: FilePart, wait: Wait | None) -> None:
     file, offset, left = part
-    try:
-        while left:
+    while left:
+        try:
             sent = os.sendfile(target, file.descriptor, offset, left)
-            if not sent:
-                raise ImageError(f"{file.name}: ends at {offset:#x} where {left} bytes more were expected")
-            offset, left = offset + sent, left - sent
-    except OSError as exc:
-        # Not every target takes it: a file that is appended to does not.
-        if exc.errno not in (errno.EINVAL, errno.ENOSYS):
-            raise
-        for at in range(offset, offset + left, _BUFFER):
-            _write(target, memoryview(file.read(at, min(_BUFFER, offset + left - at))))
+        except OSError as exc:
+            if wait and exc.errno == errno.EAGAIN:
+                wait(target)
+                continue
+            if exc.errno in _ONLY_TARGET_FAILS:
+                raise
+            # Not every target takes it, one that is appended to does not, and not every source gives it. Where it is
+            # storage that fails, reading and writing say which of the two.
+            break
+        if not sent:
+            raise ImageError(f"{file.name}: ends at {offset:#x} where {left} bytes more were expected")
+        offset, left = offset + sent, left - sent
+    for at in range(offset, offset + left, _BUFFER):
+        _write(target, memoryview(file.read(at, min(_BUFFER, offset + left - at))), wait)
 
 
 class _Pieces:

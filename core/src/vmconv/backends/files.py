@@ -7,16 +7,15 @@ and the next run that makes the same target removes them.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vmconv import linux
+from vmconv import linux, locks
 from vmconv.backends.direct import STEP, DirectFile
-from vmconv.errors import BackendError, os_errors
+from vmconv.errors import BackendError, VmconvError, os_errors
 from vmconv.sources import Decoded, File, Source
 from vmconv.storage import Output, Transaction
 
@@ -46,19 +45,21 @@ def _is_dead(path: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return not locks.may_be_owned(descriptor)
     finally:
         os.close(descriptor)
-    return True
 
 
 def _create_locked(path: str) -> int:
     """Returns a new file that is locked: between the two, another run may take it for a dead one's and remove it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            locks.own(descriptor)
+        except VmconvError:
+            os.unlink(path)
+            os.close(descriptor)
+            raise
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)
@@ -104,6 +105,8 @@ class FileOutput(Output):
             offset += len(part) - len(view)
             while view:
                 step = os.pwrite(self.descriptor, view, offset)
+                if not step:
+                    raise OSError(errno.EIO, "nothing was written", self.path)
                 view, offset = view[step:], offset + step
 
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
@@ -223,8 +226,16 @@ class FileTransaction(Transaction):
             self._outputs.append((output, os.path.join(self.directory, name)))
             # Btrfs shares only between files that are alike in this, and it can be set only while a file is empty.
             if any(linux.is_nocow(source.descriptor) for source in sources):
-                linux.set_nocow(output.descriptor)
+                self._make_nocow(output)
         return output
+
+    def _make_nocow(self, output: FileOutput) -> None:
+        try:
+            linux.set_nocow(output.descriptor)
+        except OSError as exc:
+            # Another filesystem than the sources', with which nothing is shared.
+            if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL}:
+                raise
 
     def temporary_name(self, name: str) -> str:
         """Returns the name that a file has until it gets its own."""
@@ -280,5 +291,9 @@ def _sync_directory(directory: str) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as exc:
+        # Network and user-space filesystems may have no fsync for directories.
+        if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL}:
+            raise
     finally:
         os.close(descriptor)
