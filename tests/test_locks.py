@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket as socketlib
 import subprocess
 import sys
 import time
@@ -45,6 +46,15 @@ def qemu_io(path: Path, format_name: str, *, writing: bool = True) -> Iterator[N
             process.stdin.close()
 
 
+def _greets(path: Path) -> bool:
+    """True once a server at the socket has its image open: it listens before, and greets after that."""
+    with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socketlib.socket(socketlib.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        return client.recv(8, socketlib.MSG_WAITALL) == b"NBDMAGIC"
+    return False
+
+
 @contextlib.contextmanager
 def qemu_nbd(path: Path, format_name: str, *, writing: bool = True) -> Iterator[None]:
     """Keeps an image open in qemu-nbd."""
@@ -54,7 +64,7 @@ def qemu_nbd(path: Path, format_name: str, *, writing: bool = True) -> Iterator[
     with subprocess.Popen(command) as process:
         try:
             until = time.monotonic() + PATIENCE
-            while not socket.exists():
+            while not _greets(socket):
                 assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.01)
