@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, 524})
 """What filesystems and kernels without a call answer. 524, ENOTSUPP, is the kernel's own, and some NFS leaks it."""
 
-# An attribute is asked for with arguments that never change: what is invalid about them is that they are not known.
-_NO_ATTRIBUTE = NOT_SUPPORTED | {errno.EINVAL}
+# Questions are asked with arguments that never change: what is invalid about them is that they are not known. A filter
+# of system calls, or a security module, denies them.
+_UNKNOWN = NOT_SUPPORTED | {errno.EINVAL}
+_DENIED = frozenset({errno.EPERM, errno.EACCES})
 # man 2 fcntl: what is open for writing is busy; the rest says that this user, or this filesystem, has no leases.
-_NO_LEASE = NOT_SUPPORTED | {errno.EINVAL, errno.ENOLCK, errno.EACCES, errno.EPERM}
+_NO_LEASE = _UNKNOWN | _DENIED | {errno.ENOLCK}
 
 FICLONERANGE = 0x4020940D
 _FIEMAP = 0xC020660B
@@ -57,7 +59,7 @@ def not_told(exc: OSError) -> bool:
 
     EBADR is the answer to flags that a filesystem does not know (Documentation/filesystems/fiemap.rst).
     """
-    return exc.errno in NOT_SUPPORTED or exc.errno in (errno.EINVAL, errno.EBADR, errno.EPERM, errno.EACCES)
+    return exc.errno in _UNKNOWN | _DENIED | {errno.EBADR}
 
 
 def _ioctl(descriptor: int, request: int, argument: bytes | bytearray) -> bytes | int:
@@ -172,11 +174,11 @@ def is_nocow(descriptor: int) -> bool:
 
 
 def _attribute(descriptor: int, request: int, size: int) -> bytes | None:
-    """Returns what a file is asked for by an ioctl; None where the filesystem does not know the question."""
+    """Returns what a file is asked for by an ioctl; None where the filesystem does not know, or may not say."""
     try:
         answer = _ioctl(descriptor, request, bytes(size))
     except OSError as exc:
-        if exc.errno in _NO_ATTRIBUTE:
+        if exc.errno in _UNKNOWN | _DENIED:
             return None
         raise
     return bytes(answer)
@@ -253,10 +255,14 @@ def _unescaped(field: bytes) -> bytes:
 def filesystem_id(descriptor: int) -> bytes:
     """Returns what tells one filesystem's blocks from another's.
 
-    The device number is not it on Btrfs, where each subvolume has its own.
+    The device number is not it on Btrfs, where each subvolume has its own. Raises `OSError`, see `not_told`.
     """
-    answer = _attribute(descriptor, _BTRFS_FS_INFO, 1024)
-    return os.fstat(descriptor).st_dev.to_bytes(8, "little") if answer is None else answer[16:32]
+    try:
+        return bytes(_ioctl(descriptor, _BTRFS_FS_INFO, bytes(1024)))[16:32]
+    except OSError as exc:
+        if exc.errno not in _UNKNOWN:
+            raise
+        return os.fstat(descriptor).st_dev.to_bytes(8, "little")
 
 
 def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:

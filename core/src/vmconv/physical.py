@@ -42,15 +42,15 @@ class PhysicalMap:
         if file.is_device or file.descriptor < 0:
             return Extents.whole(file)
         with os_errors("cannot be asked where it lies on storage", ReadError):
-            identity = linux.filesystem_id(file.descriptor)
-            storage = self._storages.setdefault(identity, Storage(identity))
             try:
+                identity = linux.filesystem_id(file.descriptor)
                 ranges = linux.physical_ranges(file.descriptor)
             except OSError as exc:
                 if linux.not_told(exc):
                     # Nothing is known, so nothing is claimed.
                     return Extents.whole(file)
                 raise
+        storage = self._storages.setdefault(identity, Storage(identity))
         return _table(file, storage, ranges)
 
 
