@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from vmconv import checking, references
+from vmconv import checking, references, signals
 from vmconv.commit import Progress, make
 from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source_itself, sources_of
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
@@ -145,21 +145,35 @@ def run(
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Result, ...]:
-    """Plans and makes one conversion, or several of one source as one; see `vmconv.api`."""
+    """Plans and makes one conversion, or several of one source as one; see `vmconv.api`.
+
+    A signal that arrives while the files get their names is delivered afterwards. `KeyboardInterrupt`, and what other
+    handlers raise, has the attribute `results`: what would have been returned, empty when nothing was made.
+    """
     began = time.perf_counter()
-    with prepared(request, *others) as ready:
-        for conversion in ready.conversions:
-            refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
-        refuse_too_large(ready.plan)
-        if announce:
-            announce(ready.plan)
-        _make(ready, verify=verify, progress=progress)
-        seconds = time.perf_counter() - began
-        return tuple(_result(conversion, ready, seconds) for conversion in ready.conversions)
+    done: list[Result] = []
+    try:
+        with prepared(request, *others) as ready:
+            for conversion in ready.conversions:
+                refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
+            refuse_too_large(ready.plan)
+            if announce:
+                announce(ready.plan)
+
+            def note() -> None:
+                seconds = time.perf_counter() - began
+                done.extend(_result(conversion, ready, seconds) for conversion in ready.conversions)
+
+            _make(ready, verify=verify, progress=progress, done=note)
+    except BaseException as exc:
+        if not isinstance(exc, Exception):
+            vars(exc)["results"] = tuple(done)
+        raise
+    return tuple(done)
 
 
-def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
-    """Makes all files of the plan appear, or none."""
+def _make(ready: Prepared, *, verify: bool, progress: Progress | None, done: Callable[[], None]) -> None:
+    """Makes all files of the plan appear, or none; calls `done` when they are there."""
     request = ready.conversions[-1].request
     durable = request.cache != "unsafe"
     transaction = ready.backend.begin(ready.plan.directory, force=request.force, durable=durable)
@@ -171,9 +185,12 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None) -> None:
         if ready.plan.references:
             references.settle(ready.opener.files)
         refuse_changed(ready.opener.files)
-        transaction.commit()
+        with signals.held():
+            transaction.commit()
+            done()
     finally:
-        transaction.abort()
+        with signals.held():
+            transaction.abort()
 
 
 def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
+from vmconv.cli import streams
+from vmconv.errors import printable
 from vmconv.hooks import hookimpl
+from vmconv.signals import Stopped
 
 if TYPE_CHECKING:
     from vmconv.cli.command import Command
     from vmconv.errors import VmconvError
 
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_HUNG_UP = 128 + signal.SIGHUP
 
 
 @hookimpl
@@ -83,8 +86,8 @@ class _Version(str):
         return f"vmconv {version('vmconv')}"
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived. No `Exception` and no `SystemExit`: what plugins raise is caught, this must not be."""
+_STOPS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+"""Signals that end a run after it has cleaned up, and the word for each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,12 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.disable()
     # Nothing here is linear algebra: without this numpy starts a thread for each processor when it is imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        # File names need not be text in the terminal's encoding.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    signal.signal(signal.SIGTERM, _terminate)
-    return _guarded(arguments)
+    streams.prepare()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup, and shells for programs in the background, start a program with a signal ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        return _guarded(arguments)
+    except KeyboardInterrupt as exc:
+        # A second signal, while what the first one had stopped was being reported.
+        return _code(exc)
 
 
 def _guarded(arguments: Sequence[str] | None) -> int:
@@ -120,25 +127,34 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         return code
     except VmconvError as exc:
         return _report(exc, options)
-    except KeyboardInterrupt:
-        print("vmconv: interrupted, nothing was created", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except _Terminated:
-        print("vmconv: terminated, nothing was created", file=sys.stderr)
-        return EXIT_TERMINATED
+    except KeyboardInterrupt as exc:
+        from vmconv.cli.reporting import left_by
+
+        print(f"vmconv: {word_for(exc)}{left_by(exc)}", file=sys.stderr)
+        return _code(exc)
     except BrokenPipeError:
-        # Who read our output has gone; there is nobody left to tell.
-        _drop_output()
+        # Whoever read our output has gone and knows it.
+        streams.drop_output()
         return 1
     except OSError as exc:
-        print(f"vmconv: {exc.filename or 'output'}: {exc.strerror or exc}", file=sys.stderr)
-        _drop_output()
+        streams.drop_output()
+        where = exc.filename or getattr(options, "source", None) or getattr(options, "file", None)
+        print(f"vmconv: {printable(f'{where}: ' if where else '')}{exc.strerror or exc}", file=sys.stderr)
         return 1
 
 
-def _drop_output() -> None:
-    """Keeps the interpreter from writing, when it exits, what could not be written before."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _number(exc: KeyboardInterrupt) -> int:
+    return exc.number if isinstance(exc, Stopped) else signal.SIGINT
+
+
+def word_for(exc: KeyboardInterrupt) -> str:
+    """Returns what a signal did, in one word."""
+    return _STOPS.get(_number(exc), "stopped")
+
+
+def _code(exc: KeyboardInterrupt) -> int:
+    """Returns the exit code that shells have for a program that a signal ended."""
+    return 128 + _number(exc)
 
 
 def _report(exc: VmconvError, options: argparse.Namespace) -> int:
@@ -146,12 +162,13 @@ def _report(exc: VmconvError, options: argparse.Namespace) -> int:
     if getattr(options, "output", "human") == "json" and getattr(options, "command", "") in ("convert", "fanout"):
         from vmconv.cli.output import print_json
 
-        print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
+        with streams.dropped_if_it_fails():
+            print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
     print(f"vmconv: {exc}", file=sys.stderr)
     if exc.hint:
         print(f"  hint: {exc.hint}", file=sys.stderr)
     return code
 
 
-def _terminate(_number: int, _frame: object) -> None:
-    raise _Terminated
+def _stop(number: int, _frame: object) -> None:
+    raise Stopped(number)

@@ -120,9 +120,12 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
     """Writes the image to standard output; what is said of it goes to standard error."""
     from contextlib import redirect_stdout
 
+    from vmconv.cli import streams
     from vmconv.errors import UsageError
     from vmconv.streaming import run
 
+    if streams.is_closed(1):
+        raise UsageError("standard output is closed", hint="redirect it to a file or a pipe")
     descriptor = sys.stdout.fileno()
     if os.isatty(descriptor):
         raise UsageError("standard output is a terminal", hint="pipe it into a program or redirect it to a file")

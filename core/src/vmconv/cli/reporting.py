@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vmconv.cli import streams
+
 if TYPE_CHECKING:
     from vmconv.conversion import Result
     from vmconv.planner import Plan
@@ -140,7 +142,26 @@ def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result
         report = _Events()
     try:
         results = convert(verify=options.verify, announce=report.announce, progress=report.progress)
+    except KeyboardInterrupt as exc:
+        results = getattr(exc, "results", ())
+        if not results:
+            raise
+        # The signal came when everything was made: to fail now would be no help to anybody.
+        _say_complete(exc, results)
     finally:
         report.close()
-    report.results(*results)
+    with streams.dropped_if_it_fails():
+        report.results(*results)
     return 0
+
+
+def _say_complete(exc: KeyboardInterrupt, results: Sequence[Result]) -> None:
+    from vmconv.cli import word_for
+
+    names = ", ".join(name for result in results for name in (result.target, *result.layers))
+    print(f"vmconv: {word_for(exc)} when everything was made; complete: {names}", file=sys.stderr)
+
+
+def left_by(exc: BaseException) -> str:
+    """Returns the end of the message on a run that was stopped, where it is known what the run has left."""
+    return ", nothing was created" if getattr(exc, "results", None) == () else ""
