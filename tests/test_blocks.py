@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmconv import blocks
+from vmconv.backends.memory import MemoryFile
 from vmconv.extents import Extents, Kind
 from vmconv.sources import Blob
-from vmconv.testing import tables
+from vmconv.testing import disk_of, tables
 
 A, B = Blob("a", bytes(300)), Blob("b", bytes(300))
 UNIT = 8
@@ -36,6 +37,19 @@ def test_padding_adds_no_payload(table: Extents) -> None:
     assert longer.size % UNIT == 0
     assert longer.window(0, table.size) == table
     assert longer.total(Kind.DATA) == table.total(Kind.DATA)
+
+
+@given(tables((A,), size=77), st.sampled_from([40, 77, 78, 80, 200]))
+def test_what_a_format_adds_to_a_layer_reads_as_zero_whatever_its_parent_has(table: Extents, size: int) -> None:
+    parent = disk_of(Extents.of([(0, Kind.DATA, B, 0)], size), MemoryFile("base", 0))
+    layer = disk_of(table, MemoryFile("layer", 0), parent=parent)
+    grown = blocks.grown(layer, 80, on_parent=True)
+    assert grown.window(0, 77) == table
+    assert all(row.kind != Kind.DATA for row in grown.over(parent.guest).window(77, 3))
+    assert blocks.grown(layer, 80, on_parent=False) == layer.flat.window(0, 80).without_holes()
+    # A parent that is no longer shows nothing there: nothing has to be said.
+    if size <= 77:
+        assert grown.window(77, 3) == Extents.filled(3, Kind.HOLE)
 
 
 @given(tables((A,), size=80), tables((B,), size=80, holes=False))

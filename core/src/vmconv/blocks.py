@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vmconv.extents import Column, Columns, Extents, Kind, Kinds, cut, distinct, gather
 from vmconv.sources import Blob, Source
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
 
 
 class Runs(NamedTuple):
@@ -35,6 +38,17 @@ class Runs(NamedTuple):
             np.concatenate([self.kind, other.kind]),
             np.concatenate([self.mixed, other.mixed]),
         )
+
+
+def grown(image: Image, size: int, *, on_parent: bool) -> Extents:
+    """Returns the table of a disk whose format rounds its size up to `size`; with `on_parent`, of its layer alone.
+
+    What is added reads as zero. A parent that is longer than the layer would show there, so it is ZERO above one.
+    """
+    if not on_parent:
+        return image.flat.window(0, size, Kind.ZERO)
+    shown = image.parent is not None and image.parent.size > image.size
+    return image.guest.window(0, size, Kind.ZERO if shown else Kind.HOLE)
 
 
 def padded(table: Extents, unit: int) -> Extents:

@@ -316,22 +316,25 @@ class Extents:
 
     # -- algebra
 
-    def window(self, start: int, length: int) -> Extents:
-        """Returns the address range as a table of its own; beyond the end it is a HOLE."""
+    def window(self, start: int, length: int, beyond: Kind = Kind.HOLE) -> Extents:
+        """Returns the address range as a table of its own; past the end it is `beyond`, a kind that is not DATA."""
         inside = max(0, min(length, self.size - start))
         rows = _columns([], [], [], [])
         if inside:
             rows = gather(self, np.array([start]), np.array([inside]), np.array([0]))
         if inside < length:
-            rows = Columns.join([rows, _columns([inside], [Kind.HOLE], [-1], [0])])
+            rows = Columns.join([rows, _columns([inside], [beyond], [-1], [0])])
         return Extents(length, rows, self.sources)
 
     def over(self, parent: Extents) -> Extents:
-        """Returns this layer on top of `parent`: every HOLE is what the parent says there (past its end: a HOLE)."""
+        """Returns this layer on top of `parent`: every HOLE is what the parent says there.
+
+        Past the end of the parent a guest reads zeros, whatever lies below the parent: there, a HOLE becomes ZERO.
+        """
         hole = self.kind == Kind.HOLE
         if not hole.any():
             return self
-        below = parent if parent.size == self.size else parent.window(0, self.size)
+        below = parent if parent.size == self.size else parent.window(0, self.size, Kind.ZERO)
         sources, (mine, theirs) = merge_sources(self, below)
         filled = gather(theirs, self.start[hole], self.length[hole], self.start[hole])
         rows = Columns.join([mine.columns.take(~hole), filled])

@@ -77,7 +77,7 @@ class _Writer:
         self.modulus = placement.modulus
         # A disk is whole sectors.
         self.size = -(-image.size // 512) * 512
-        table = image.guest if backing else image.flat
+        table = blocks.grown(image, self.size, on_parent=backing is not None)
         self.carrier = placement.carrier
         if self.carrier:
             self._stay_in(table, self.carrier)

@@ -34,7 +34,7 @@ class _Writer:
         self.backing = backing
         self.size = -(-image.size // structs.SECTOR) * structs.SECTOR
         self._refuse_too_large()
-        guest = blocks.padded(image.guest if backing else image.flat, self.cluster)
+        guest = blocks.padded(blocks.grown(image, self.size, on_parent=backing is not None), self.cluster)
         if backing and image.parent:
             guest = blocks.fill_partial_holes(guest, image.parent.flat.window(0, guest.size), self.cluster)
         self.guest = guest

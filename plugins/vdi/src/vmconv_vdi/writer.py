@@ -63,7 +63,7 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
             hint=f"the largest disk has {MAX_BLOCKS * BLOCK} bytes",
         )
     parent = _parent(image, size, options, backing) if backing else None
-    guest = blocks.padded(image.guest if parent else image.flat, BLOCK)
+    guest = blocks.padded(blocks.grown(image, size, on_parent=parent is not None), BLOCK)
     if parent:
         guest = blocks.fill_partial_holes(guest, parent.disk.window(0, guest.size), BLOCK)
     found = _arrange(guest, options)

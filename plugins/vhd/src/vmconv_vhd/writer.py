@@ -61,8 +61,7 @@ class _Writer:
             )
         if backing and image.parent:
             backing.refuse_other_size("VHD", self.size, image.parent)
-        table = (image.guest if backing else image.flat).window(0, self.size)
-        self.guest = table if backing else table.without_holes()
+        self.guest = blocks.grown(image, self.size, on_parent=backing is not None)
         self.geometry = self._geometry()
         self.unique_id = self._identity()
 

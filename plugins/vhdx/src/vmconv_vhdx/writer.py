@@ -78,7 +78,7 @@ class _Writer:
         self.size = _whole_sectors(image.size, self.sector)
         self.block = self._blocks(options, placement.carrier)
         self.ratio = structs.chunk_ratio(self.block, self.sector)
-        table = blocks.padded((image.guest if backing else image.flat).window(0, self.size), self.block)
+        table = blocks.padded(blocks.grown(image, self.size, on_parent=backing is not None), self.block)
         if not backing:
             table = table.without_holes()
         elif image.parent:

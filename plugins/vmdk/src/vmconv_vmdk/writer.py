@@ -85,12 +85,12 @@ class _Writer:
     def _guest(self) -> Extents:
         """Returns the table to write: whole sectors, or for a sparse disk whole grains."""
         if self.options.flat or self.options.subformat == REFERENCE:
-            return self.image.flat.window(0, self.size).without_holes()
+            return blocks.grown(self.image, self.size, on_parent=False)
+        table = blocks.grown(self.image, self.size, on_parent=self.backing is not None)
         if self.carrier:
             # The size of its grains is not known yet.
-            window = (self.image.guest if self.backing else self.image.flat).window(0, self.size)
-            return window if self.backing else window.without_holes()
-        table = blocks.padded(self.image.guest if self.backing else self.image.flat, GRAIN)
+            return table
+        table = blocks.padded(table, GRAIN)
         if self.backing and self.image.parent:
             table = blocks.fill_partial_holes(table, self.image.parent.flat.window(0, table.size), GRAIN)
         return table
