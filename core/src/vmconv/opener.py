@@ -11,7 +11,8 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -44,14 +45,23 @@ class Opener:
     """Opens files read-only and keeps them open until `close`; use it as a context manager.
 
     `allow_external` are directories (or files) that images may refer to besides their own directory. `force_share`
-    reads a file that QEMU has open for writing, which may give a disk that never existed.
+    reads a file that QEMU has open for writing, which may give a disk that never existed. `acting` surrounds each call
+    that looks a path up, and nothing else: a mount opens with the rights of the user who asks.
     """
 
-    def __init__(self, registry: Registry, *, allow_external: Iterable[str] = (), force_share: bool = False) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        allow_external: Iterable[str] = (),
+        force_share: bool = False,
+        acting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.registry = registry
         self.files: list[File] = []
         self._trees = [os.path.realpath(tree) for tree in allow_external]
         self._force_share = force_share
+        self._acting = acting
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
@@ -98,7 +108,9 @@ class Opener:
                 hint="protocols and json: names are never followed",
             )
         path = os.path.join(os.path.dirname(os.path.realpath(origin.path)), reference)
-        self._allow(origin, os.path.realpath(path), reference, role)
+        with self._acting():
+            real = os.path.realpath(path)
+        self._allow(origin, real, reference, role)
         file = self._open(path, f"{origin.name}: {role} {reference!r}")
         # A link may have been changed between the look and the opening: what counts is what was opened.
         self._allow(origin, os.path.realpath(f"/proc/self/fd/{file.descriptor}"), reference, role)
@@ -125,7 +137,8 @@ class Opener:
         """
         for path in islice(self._candidates(origin, suffix), MAX_SEARCHED):
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                with self._acting():
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as exc:
                 if exc.errno not in _NO_CANDIDATE:
                     raise AccessError(f"{path}: cannot be looked at: {exc.strerror}") from exc
@@ -145,7 +158,7 @@ class Opener:
     def _candidates(self, origin: File, suffix: str) -> Iterator[str]:
         own = os.path.dirname(os.path.realpath(origin.path))
         for directory in dict.fromkeys([own, *filter(os.path.isdir, self._trees)]):
-            with os_errors("cannot be listed", AccessError):
+            with os_errors("cannot be listed", AccessError), self._acting():
                 names = sorted(os.listdir(directory))
             yield from (os.path.join(directory, name) for name in names if name.lower().endswith(suffix))
 
@@ -163,9 +176,12 @@ class Opener:
         )
 
     def _open(self, path: str, said: str | None = None) -> File:
-        if interrupted(path) or not os.path.lexists(path):
+        with self._acting():
+            incomplete = interrupted(path) or not os.path.lexists(path)
+        if incomplete:
             _recover(path)
-        with os_errors("cannot be opened" if said is None else f"cannot be opened as {said}", AccessError):
+        doing = "cannot be opened" if said is None else f"cannot be opened as {said}"
+        with os_errors(doing, AccessError), self._acting():
             # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(descriptor)
