@@ -436,7 +436,9 @@ FOREIGN = {
     "bochs": ("bochs", at(0, b"Bochs Virtual HD Image")),
     "cloop": ("cloop", at(0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop")),
     "dmg": ("dmg", at(-512, b"koly\0\0\0\4")),
-    "ova": ("ova", at(257, b"ustar  ")),
+    "asif": ("asif", at(0, b"shdw\0\0\0\1")),
+    "sparseimage": ("sparseimage", at(0, b"sprs\0\0\0\3")),
+    "uml-cow": ("uml-cow", at(0, b"OOOM\0\0\0\3")),
 }
 foreign = pytest.mark.parametrize("case", FOREIGN)
 

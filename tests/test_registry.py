@@ -12,7 +12,8 @@ import pytest
 
 import qcow2_images
 from vmconv import api, cli
-from vmconv.errors import UsageError
+from vmconv.errors import ImageError, UsageError
+from vmconv.opener import Opener
 from vmconv.registry import Registry, installed
 
 Install = Callable[..., Registry]
@@ -268,6 +269,209 @@ def test_options_that_cannot_be_described_do_not_stop_formats(
     install(PRELUDE + options + FORMATS + "return [Acme()]")
     assert cli.main(["formats"]) == 0
     assert "qcow2" in capsys.readouterr().out
+
+
+PROBES = {
+    "says yes to everything": "return True",
+    "says yes to whatever is not empty": "return file.size > 0",
+    "says yes to what has a boot sector": "return file.read(510, 2) == b'\\x55\\xaa'",
+    "says yes to another format": "return file.read(0, 4) == b'QFI\\xfb'",
+    "says yes to what is not zero": "return any(file.read(0, 512))",
+    "raises": "raise IndexError('short file')",
+    "exits": "raise SystemExit('no licence')",
+    "returns what has no truth": "import numpy; return numpy.arange(3)",
+}
+
+
+def probing(body: str) -> str:
+    return PRELUDE + f"def probe(self, file):\n    {body}\nAcme.probe = probe\n" + FORMATS + "return [Acme()]"
+
+
+@pytest.mark.parametrize("case", PROBES)
+def test_a_probe_that_misbehaves_does_not_stop_the_others(install: Install, tmp_path: Path, case: str) -> None:
+    registry = install(probing(PROBES[case]))
+    image, disk = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
+    image.write_bytes(qcow2_images.image())
+    disk.write_bytes(bytes(510) + b"\x55\xaa" + bytes(512))
+    assert api.map_disk(str(image))
+    assert api.map_disk(str(disk))
+    registry.examine()
+    assert "probe of 'acme'" in problem(registry)
+
+
+@pytest.mark.parametrize("case", PROBES)
+def test_a_probe_that_misbehaves_is_listed_by_formats(
+    install: Install, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    install(probing(PROBES[case]))
+    assert cli.main(["formats"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.partition("Problems:\n")[2].splitlines() if line]
+    assert "vmconv-acme" in line
+    assert "probe of 'acme'" in line
+
+
+def test_a_probe_that_knows_its_own_is_believed(install: Install, tmp_path: Path) -> None:
+    registry = install(probing("return file.size >= 4 and file.read(0, 4) == b'ACME'"))
+    registry.examine()
+    assert not registry.problems
+    with Opener(registry) as opener:
+        (tmp_path / "disk.acme").write_bytes(b"ACME" + bytes(508))
+        assert registry.probe(opener.file(str(tmp_path / "disk.acme"))) == "acme"
+
+
+def test_no_probe_that_ships_claims_what_is_not_its_own() -> None:
+    installed().examine()
+    assert not installed().problems
+
+
+def test_content_that_two_formats_claim_is_refused(install: Install, tmp_path: Path) -> None:
+    probe = probing("return file.size >= 4 and file.read(0, 4) == b'ACME'")
+    install(probe, "vmconv-one")
+    install(probe.replace('"acme"', '"acme2"').replace('".acme"', '".acme2"'), "vmconv-two")
+    (tmp_path / "disk.acme").write_bytes(b"ACME" + bytes(508))
+    with pytest.raises(ImageError, match="signatures of acme and acme2") as caught:
+        api.map_disk(str(tmp_path / "disk.acme"))
+    assert caught.value.hint == "say -f acme or -f acme2"
+
+
+@pytest.mark.parametrize("suffix", ["", ".", "acme", ".ACME", ". acme", ".a/b", "\\n"])
+def test_a_suffix_that_is_none_is_reported(install: Install, suffix: str) -> None:
+    registry = install(PRELUDE + f"Acme.suffixes = ('{suffix}',)\n" + FORMATS + "return [Acme()]")
+    assert "is not a dot and lower case letters or digits" in problem(registry)
+    assert registry.format_by_suffix("disk") is None
+
+
+@pytest.mark.parametrize(("suffix", "name"), [(".qcow2", "qcow2"), (".img", "raw"), (".vmdk", "vmdk"), (".dmg", "dmg")])
+def test_a_suffix_of_a_known_format_stays_with_it(install: Install, suffix: str, name: str) -> None:
+    registry = install(PRELUDE + f"Acme.suffixes = ('.acme', '{suffix}')\n" + FORMATS + "return [Acme()]")
+    assert registry.format_by_suffix(f"disk{suffix}") == name
+    assert registry.format_by_suffix("disk.acme") == "acme"
+    assert f"claims the suffix {suffix} of {name}" in problem(registry)
+
+
+def test_a_suffix_that_two_claim_speaks_of_neither(install: Install) -> None:
+    install(GOOD, "vmconv-one")
+    registry = install(PRELUDE + "Acme.name = 'acme2'\n" + FORMATS + "return [Acme()]", "vmconv-two")
+    assert registry.format_by_suffix("disk.acme") is None
+    for distribution in ("vmconv-one", "vmconv-two"):
+        assert problem(registry, distribution) == "suffix .acme is claimed by acme and acme2: it speaks of neither"
+
+
+def test_of_two_that_claim_a_suffix_the_content_decides(install: Install, tmp_path: Path) -> None:
+    install(GOOD, "vmconv-one")
+    registry = install(probing("return file.read(0, 4) == b'ACM2'").replace('"acme"', '"acme2"'), "vmconv-two")
+    (tmp_path / "disk.acme").write_bytes(b"ACM2" + bytes(508))
+    with Opener(registry) as opener:
+        assert registry.identify(opener.file(str(tmp_path / "disk.acme"))).name == "acme2"
+
+
+def test_a_hook_that_is_not_marked_is_reported(install: Install) -> None:
+    registry = install(PRELUDE + "def vmconv_register_formats():\n    return [Acme()]")
+    assert problem(registry) == "vmconv_register_formats is not marked with hookimpl"
+
+
+def test_a_misspelt_hook_that_is_not_marked_is_reported(install: Install) -> None:
+    registry = install(PRELUDE + "def vmconv_register_format():\n    return [Acme()]")
+    assert problem(registry) == "unknown hook vmconv_register_format, did you mean vmconv_register_formats"
+
+
+def test_a_plugin_without_a_hook_is_reported(install: Install) -> None:
+    assert problem(install("x = 1")) == "vmconv_acme_plugin registers nothing"
+
+
+def test_a_hook_that_never_ends_does_not_stop_the_others(install: Install) -> None:
+    registry = install(PRELUDE + FORMATS + "while True:\n        yield Acme()")
+    assert works(registry)
+
+
+def test_one_bad_format_does_not_take_the_plugin_s_other_ones(install: Install) -> None:
+    registry = install(PRELUDE + FORMATS + "return [42, Acme()]")
+    assert "42" in problem(registry)
+    assert "acme" in registry.formats
+
+
+@pytest.mark.parametrize("name", ["formats", "convert"])
+def test_a_command_of_vmconv_itself_cannot_be_taken_away(
+    install: Install, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    registry = install(GOOD.replace("acme-hello", name))
+    assert registry.owners["command", name] == "vmconv"
+    assert f"command '{name}' is claimed by" in problem(registry)
+    assert cli.main(["formats"]) == 0
+    assert "is claimed by" in capsys.readouterr().out
+
+
+METHODS = {
+    "read raises": "def read(self, file, opener, *, snapshot=None):\n    return {}['x']\nAcme.read = read",
+    "read asserts": "def read(self, file, opener, *, snapshot=None):\n    assert 0\nAcme.read = read",
+    "read exits": "def read(self, file, opener, *, snapshot=None):\n    raise SystemExit('bye')\nAcme.read = read",
+    "read takes other": "def read(self, path):\n    return None\nread.__qualname__ = 'Acme.read'\nAcme.read = read",
+    "read returns nothing": "def read(self, file, opener, *, snapshot=None):\n    pass\nAcme.read = read",
+    "the table fails": (
+        "from vmconv.image import Image\n"
+        "def read(self, file, opener, *, snapshot=None):\n"
+        "    return Image('acme', file, 512, lambda: 1 // 0)\n"
+        "Acme.read = read"
+    ),
+    "the table has another size": (
+        "from vmconv.extents import Extents\nfrom vmconv.image import Image\n"
+        "def read(self, file, opener, *, snapshot=None):\n"
+        "    return Image('acme', file, 512, lambda: Extents.filled(1024))\n"
+        "Acme.read = read"
+    ),
+    "the table is none": (
+        "from vmconv.image import Image\n"
+        "def read(self, file, opener, *, snapshot=None):\n"
+        "    return Image('acme', file, 512, lambda: None)\n"
+        "Acme.read = read"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_a_reader_that_fails_is_named_in_one_line(
+    install: Install, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    install(PRELUDE + METHODS[case] + "\n" + FORMATS + "return [Acme()]")
+    (tmp_path / "disk.acme").write_bytes(bytes(512))
+    assert cli.main(["convert", "-f", "acme", str(tmp_path / "disk.acme"), str(tmp_path / "disk.qcow2")]) == 1
+    shown = capfd.readouterr().err.splitlines()
+    assert "vmconv-acme" in shown[0]
+    assert [line[:8] for line in shown[1:]] == ["  hint: "]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["disk.acme"]
+
+
+WRITE = "def write(self, image, options, placement, *, backing=None):\n    "
+WRITERS = {
+    "write raises": WRITE + "return {}['x']\nAcme.write = write",
+    "write returns nothing": WRITE + "pass\nAcme.write = write",
+    "options raises": "def options(self):\n    raise ImportError('no pydantic')\nAcme.options = options",
+    "options are no dataclass": "def options(self):\n    return dict\nAcme.options = options",
+    "options are nothing": "def options(self):\n    return None\nAcme.options = options",
+}
+
+
+@pytest.mark.parametrize("case", WRITERS)
+@pytest.mark.parametrize("given", [[], ["-o", "x=1"]], ids=["no options", "options"])
+def test_a_writer_that_fails_is_named_in_one_line(
+    install: Install, tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str, given: list[str]
+) -> None:
+    install(PRELUDE + WRITERS[case] + "\n" + FORMATS + "return [Acme()]")
+    (tmp_path / "disk.raw").write_bytes(bytes(512))
+    code = cli.main(["convert", *given, str(tmp_path / "disk.raw"), str(tmp_path / "disk.acme")])
+    shown = capfd.readouterr().err.splitlines()
+    if not (case.startswith("write") and given):
+        assert code == 1
+        assert "vmconv-acme" in shown[0]
+    assert code
+    assert all(line.startswith("  hint: ") for line in shown[1:])
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["disk.raw"]
+
+
+def test_a_command_that_fails_is_named_in_one_line(install: Install, capfd: pytest.CaptureFixture[str]) -> None:
+    install(GOOD.replace('print("hello from acme")', "raise KeyError('x')"))
+    assert cli.main(["acme-hello"]) == 1
+    assert capfd.readouterr().err.startswith("vmconv: vmconv-acme: failed with KeyError: 'x'\n")
 
 
 # Names that two plugins claim

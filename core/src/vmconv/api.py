@@ -129,27 +129,46 @@ def plan(source: str, target: str, **options: Any) -> Plan:
         return ready.plan
 
 
+def _opener(allow_external: Iterable[str], force_share: bool, backing_format: str | None) -> Opener:
+    return Opener(installed(), allow_external=allow_external, force_share=force_share, backing_format=backing_format)
+
+
 def info(
-    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+    path: str,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[str] = (),
+    force_share: bool = False,
 ) -> dict[str, Any]:
     """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
-    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+    with _opener(allow_external, force_share, backing_format) as opener:
         return describe(opener.image(path, format_name, content_decides=True), opener)
 
 
 def map_disk(
-    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+    path: str,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[str] = (),
+    force_share: bool = False,
 ) -> list[MapRow]:
     """Returns where each range of the guest's disk lies, all layers of a chain taken together."""
-    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+    with _opener(allow_external, force_share, backing_format) as opener:
         return list(map_rows(opener.image(path, format_name)))
 
 
 def check(
-    path: str, *, format_name: str | None = None, allow_external: Iterable[str] = (), force_share: bool = False
+    path: str,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[str] = (),
+    force_share: bool = False,
 ) -> CheckReport | None:
     """Returns what is wrong with an image and the files it refers to; None when its format has nothing to check."""
-    with Opener(installed(), allow_external=allow_external, force_share=force_share) as opener:
+    with _opener(allow_external, force_share, backing_format) as opener:
         return check_image(opener.image(path, format_name), opener)
 
 
@@ -159,6 +178,7 @@ def compare(
     *,
     left_format: str | None = None,
     right_format: str | None = None,
+    backing_format: str | None = None,
     strict: bool = False,
     allow_external: Iterable[str] = (),
     force_share: bool = False,
@@ -166,8 +186,8 @@ def compare(
     """Returns whether a guest sees the same bytes in both; true when it does. Reads only what is not shared."""
     # An own opener for each: what one image may refer to is not what the other may.
     with (
-        Opener(installed(), allow_external=allow_external, force_share=force_share) as one,
-        Opener(installed(), allow_external=allow_external, force_share=force_share) as other,
+        _opener(allow_external, force_share, backing_format) as one,
+        _opener(allow_external, force_share, backing_format) as other,
     ):
         return compare_images(one.image(left, left_format), other.image(right, right_format), strict=strict)
 
@@ -178,12 +198,13 @@ def prove(
     *,
     left_format: str | None = None,
     right_format: str | None = None,
+    backing_format: str | None = None,
     allow_external: Iterable[str] = (),
     force_share: bool = False,
 ) -> Proof:
     """Returns the proof, by physical addresses, that two images share their payload; true when all of it is shared."""
     with (
-        Opener(installed(), allow_external=allow_external, force_share=force_share) as one,
-        Opener(installed(), allow_external=allow_external, force_share=force_share) as other,
+        _opener(allow_external, force_share, backing_format) as one,
+        _opener(allow_external, force_share, backing_format) as other,
     ):
         return prove_images(one.image(left, left_format), other.image(right, right_format))

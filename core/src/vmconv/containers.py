@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vmconv.errors import PlanError, UsageError
+from vmconv.errors import PlanError, PluginError, UsageError
 from vmconv.extents import Extents
 from vmconv.formats import Format
 from vmconv.image import Image
@@ -148,7 +148,10 @@ def lay_out(
     for part in parts:
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
         placement = Placement(modulus or 1, part.name, target.directory, carrier)
-        layout = target.format.write(disk, target.options, placement, backing=backing)
+        layout: Any = target.format.write(disk, target.options, placement, backing=backing)
+        if not isinstance(layout, Layout):
+            said = f"its writer returns {type(layout).__name__}, which is no Layout"
+            raise PluginError(said, format_name=target.format.name)
         made.append(Container(part.image, disk, target.format, part.name, backing, layout))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(part.name, target.format.name)

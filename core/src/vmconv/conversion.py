@@ -35,7 +35,8 @@ Cache = Literal["writeback", "unsafe"]
 class Request(NamedTuple):
     """What to convert and how; the names are those of the command line's options.
 
-    `source_format` and `target_format` override what the file names speak of. `chain` makes an image of each layer of
+    `source_format` and `target_format` override what the file names speak of. `source_backing_format` is the format of
+    the source's backing files where the image above them does not state it. `chain` makes an image of each layer of
     the source, beside the target. `backing_file` keeps the chain as it is from a layer on: it is the layer that what is
     made will have as its parent, as it is to be written into the target, with `backing_format`.
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
@@ -60,6 +61,16 @@ class Request(NamedTuple):
     keep_undo: bool = False
     force_share: bool = False
     allow_external: Sequence[str] = ()
+    source_backing_format: str | None = None
+
+    def opener(self, registry: Registry) -> Opener:
+        """Returns what the source is opened with."""
+        return Opener(
+            registry,
+            allow_external=self.allow_external,
+            force_share=self.force_share,
+            backing_format=self.source_backing_format,
+        )
 
 
 class Result(NamedTuple):
@@ -116,7 +127,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
     With `others`, which want other targets of the same source in the same directory, all of them are one.
     """
     registry = installed()
-    with Opener(registry, allow_external=request.allow_external, force_share=request.force_share) as opener:
+    with request.opener(registry) as opener:
         targets = [(each, _target(registry, each)) for each in (request, *others)]
         directory = _only_directory([target for _, target in targets])
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
@@ -312,7 +323,9 @@ def _kept(request: Request, target: Target, image: Image, registry: Registry) ->
         return source_itself(image, registry, target.directory)
     if request.backing_file is None:
         if request.backing_format is not None:
-            raise UsageError("a backing format needs a backing file", hint="name it with -B")
+            raise UsageError(
+                "a backing format needs a backing file", hint="name it with -B; --backing-format is for SOURCE's"
+            )
         return None
     if not target.format.can_back:
         raise UsageError(f"{target.format.name} cannot have a backing file")

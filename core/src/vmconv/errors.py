@@ -63,7 +63,14 @@ class VerifyError(BackendError):
 
 
 class PluginError(VmconvError):
-    """A plugin is broken, missing, or claims a name that another one claims."""
+    """A plugin is broken, missing, or claims a name that another one claims.
+
+    `format_name` is the format that does not do what the interface promises.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, format_name: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.format_name = format_name
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vmconv.errors import printable
+from vmconv.errors import PluginError, printable
 from vmconv.sources import File
 
 if TYPE_CHECKING:
@@ -62,8 +62,11 @@ class Image:
     def guest(self) -> Extents:
         """The table of this layer alone: a HOLE is where it says nothing. Exactly `size` bytes."""
         table = self._load_guest()
-        if table.size != self.size:
-            raise ValueError(f"{self.format_name} reader: table of {table.size} bytes for a disk of {self.size}")
+        size = getattr(table, "size", None)
+        if size != self.size:
+            raise PluginError(
+                f"its reader returns a table of {size} bytes for a disk of {self.size}", format_name=self.format_name
+            )
         return table
 
     @cached_property

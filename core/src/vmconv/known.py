@@ -5,6 +5,7 @@ This is the only place in core that names a format. Magic numbers: QEMU's block 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 class Known(NamedTuple):
     """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0.
 
-    `qemu_name` is what QEMU calls it, where that is another name.
+    `qemu_name` is what QEMU calls it, where that is another name. `bundle` is the file of a directory with one of the
+    suffixes that describes the disk in it. `hint` says what else makes a disk of it, where no plugin exists.
     """
 
     name: str
@@ -23,6 +25,8 @@ class Known(NamedTuple):
     suffixes: tuple[str, ...]
     magic: tuple[tuple[int, bytes], ...]
     qemu_name: str | None = None
+    bundle: str | None = None
+    hint: str | None = None
 
 
 RAW_NAME = "raw"
@@ -59,15 +63,82 @@ KNOWN = (
         "Parallels disk image",
         "vmconv-parallels",
         (".hdd", ".hds"),
-        ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt")),
+        ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"), (0, b"<Parallels_disk_image")),
+        bundle="DiskDescriptor.xml",
     ),
     Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
-    Known("qcow", "QEMU copy-on-write, version 1", None, (".qcow",), ((0, b"QFI\xfb\0\0\0\1"),)),
-    Known("luks", "LUKS encrypted disk", None, (".luks",), ((0, b"LUKS\xba\xbe"),)),
-    Known("bochs", "Bochs growing disk", None, (".bochs",), ((0, b"Bochs Virtual HD Image"),)),
-    Known("cloop", "compressed loop image", None, (".cloop",), ((0, b"#!/bin/sh\n#V2.0 Format\n"),)),
-    Known("dmg", "Apple disk image", None, (".dmg",), ((-512, b"koly"),)),
-    Known("ova", "Open Virtualization archive", None, (".ova",), ((257, b"ustar"),)),
+    Known(
+        "qcow",
+        "QEMU copy-on-write, version 1",
+        None,
+        (".qcow",),
+        ((0, b"QFI\xfb\0\0\0\1"),),
+        hint="qemu-img convert -f qcow -O qcow2 makes a qcow2 of it",
+    ),
+    Known(
+        "luks",
+        "LUKS encrypted disk",
+        None,
+        (".luks",),
+        ((0, b"LUKS\xba\xbe"),),
+        hint="cryptsetup open makes a device of it that can be converted",
+    ),
+    Known(
+        "bochs",
+        "Bochs growing disk",
+        None,
+        (".bochs",),
+        ((0, b"Bochs Virtual HD Image"),),
+        hint="qemu-img convert -f bochs -O raw makes a raw disk of it",
+    ),
+    Known(
+        "cloop",
+        "compressed loop image",
+        None,
+        (".cloop",),
+        ((0, b"#!/bin/sh\n#V2.0 Format\n"),),
+        hint="qemu-img convert -f cloop -O raw makes a raw disk of it",
+    ),
+    Known(
+        "dmg",
+        "Apple disk image",
+        None,
+        (".dmg",),
+        ((-512, b"koly"),),
+        hint="qemu-img convert -f dmg -O raw makes a raw disk of it",
+    ),
+    Known(
+        "asif",
+        "Apple sparse image",
+        None,
+        (".asif",),
+        ((0, b"shdw"),),
+        hint="diskutil image create from, on macOS, makes a raw disk of it",
+    ),
+    Known(
+        "sparseimage",
+        "Apple sparse disk image",
+        None,
+        (".sparseimage",),
+        ((0, b"sprs"),),
+        hint="hdiutil convert, on macOS, makes a raw disk of it",
+    ),
+    Known(
+        "uml-cow",
+        "User-mode Linux copy-on-write",
+        None,
+        (".cow",),
+        ((0, b"OOOM"), (0, b"MOOO")),
+        hint="uml_moo makes a raw disk of it",
+    ),
+    Known(
+        "ova",
+        "Open Virtualization archive",
+        None,
+        (".ova",),
+        (),
+        hint="unpack it first: tar -xf; then convert the disks that were in it",
+    ),
 )
 
 _BY_NAME = {name: known for known in KNOWN for name in (known.name, known.qemu_name) if name}
@@ -86,7 +157,13 @@ def qemu_name(name: str) -> str:
 
 def known_suffix(path: str) -> Known | None:
     """Returns the format that a file name's ending speaks of."""
-    return next((known for known in KNOWN if path.lower().endswith(known.suffixes)), None)
+    lower = path.lower()
+    return next((known for known in KNOWN if lower.endswith(known.suffixes) or is_bundle(lower, known)), None)
+
+
+def is_bundle(path: str, known: Known) -> bool:
+    """True for the path of the file that describes a disk of this format in its directory."""
+    return known.bundle is not None and os.path.basename(path).lower() == known.bundle.lower()
 
 
 def known_content(file: File) -> Known | None:

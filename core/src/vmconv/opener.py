@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vmconv import locks
-from vmconv.errors import AccessError, ImageError, os_errors
+from vmconv.errors import AccessError, ImageError, PluginError, os_errors
 from vmconv.inplace.names import interrupted
-from vmconv.known import RAW_NAME
 from vmconv.sources import File, inside
 
 if TYPE_CHECKING:
+    from vmconv.formats import Format
     from vmconv.image import Image
     from vmconv.registry import Registry
 
@@ -45,8 +45,10 @@ class Opener:
     """Opens files read-only and keeps them open until `close`; use it as a context manager.
 
     `allow_external` are directories (or files) that images may refer to besides their own directory. `force_share`
-    reads a file that QEMU has open for writing, which may give a disk that never existed. `acting` surrounds each call
-    that looks a path up, and nothing else: a mount opens with the rights of the user who asks.
+    reads a file that QEMU has open for writing, which may give a disk that never existed. `backing_format` is the
+    format of backing files where an image does not state it. `format_option` is how the user names the format of the
+    image, for hints; empty where that cannot be said. `acting` surrounds each call that looks a path up, and nothing
+    else: a mount opens with the rights of the user who asks.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Opener:
         *,
         allow_external: Iterable[str] = (),
         force_share: bool = False,
+        backing_format: str | None = None,
+        format_option: str = "-f",
         acting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.registry = registry
@@ -62,6 +66,8 @@ class Opener:
         self._trees = [os.path.realpath(tree) for tree in allow_external]
         self._force_share = force_share
         self._acting = acting
+        self._backing_format = backing_format
+        self._format_option = format_option
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
@@ -86,11 +92,10 @@ class Opener:
         self._depth[id(file)] = [_identity(file)]
         warnings: tuple[str, ...] = ()
         if content_decides and format_name is None:
-            format_name = self.registry.probe(file) or RAW_NAME
-            spoken = self.registry.format_by_suffix(path)
-            if spoken not in (None, format_name):
-                warnings = (f"{file.name}: its name speaks of {spoken}, its content of {format_name}",)
-        image = self.registry.identify(file, format_name).read(file, self, snapshot=snapshot)
+            found, warnings = self.registry.recognise(file, option=self._format_option)
+        else:
+            found = self.registry.identify(file, format_name, option=self._format_option)
+        image = self._read(found, file, snapshot)
         image.warnings += warnings
         return image
 
@@ -119,7 +124,10 @@ class Opener:
         return file
 
     def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
-        """Returns the image that `origin` names as its parent; refuses loops and chains of more than the limit."""
+        """Returns the image that `origin` names as its parent; refuses loops and chains of more than the limit.
+
+        `format_name` is what `origin` states, None where it states nothing.
+        """
         file = self.related(origin, reference, "backing file")
         above = self._depth[id(origin)]
         if _identity(file) in above:
@@ -127,7 +135,17 @@ class Opener:
         if len(above) >= MAX_CHAIN_DEPTH:
             raise ImageError(f"{origin.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
         self._depth[id(file)] = [*above, _identity(file)]
-        return self.registry.identify(file, format_name).read(file, self)
+        stated = format_name or self._backing_format
+        return self._read(self.registry.identify(file, stated, option="--backing-format"), file)
+
+    def _read(self, found: Format, file: File, snapshot: str | None = None) -> Image:
+        from vmconv.image import Image
+
+        image: Any = found.read(file, self, snapshot=snapshot)
+        if not isinstance(image, Image):
+            said = f"its reader returns {type(image).__name__}, which is no Image"
+            raise PluginError(said, format_name=found.name)
+        return image
 
     def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
         """Yields files that may be named by something else than their names, each as `(reference, file)`.

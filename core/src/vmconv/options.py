@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vmconv.errors import UsageError
+from vmconv.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -73,6 +73,8 @@ def describe(model: type[Any]) -> Iterator[Described]:
 
 def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) -> Any:
     """Returns the options of a writer, from strings or values; raises `UsageError` naming the option and its value."""
+    if not dataclasses.is_dataclass(model):
+        raise PluginError(f"its options are {model!r}, which is no dataclass", format_name=format_name)
     if not given:
         return model()
     known = [field.name for field in dataclasses.fields(model)]

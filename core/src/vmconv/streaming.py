@@ -56,7 +56,7 @@ def prepared(request: Request) -> Iterator[Stream]:
     """Yields the planned conversion; raises `PlanError` when the image would be more than one file."""
     _refuse(request)
     registry = installed()
-    with Opener(registry, allow_external=request.allow_external, force_share=request.force_share) as opener:
+    with request.opener(registry) as opener:
         target = _target(request, registry)
         refuse_source_kept(target.format, target.options)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)

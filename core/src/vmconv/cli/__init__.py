@@ -57,7 +57,7 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
         try:
             command.configure(sub)
             sub.set_defaults(run=command.run)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             distribution = registry.owners["command", command.name]
             registry.add_problem(distribution, f"command {command.name!r}", exc)
             sub.set_defaults(run=_broken(command.name, distribution))
@@ -115,6 +115,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
     import gc
 
     from vmconv.errors import VmconvError
+    from vmconv.faults import plugin_faults
 
     options = argparse.Namespace()
     try:
@@ -122,7 +123,8 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         # What is not asked for needs no parser: making those of all commands takes as long as a conversion's metadata.
         options = make_parser(given[0] if given else None).parse_args(given)
         gc.enable()
-        code: int = options.run(options)
+        with plugin_faults():
+            code: int = options.run(options)
         sys.stdout.flush()
         return code
     except VmconvError as exc:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vmconv.cli.command import Command
-from vmconv.cli.options import add_access, add_format, add_output
+from vmconv.cli.options import access, add_access, add_format, add_output
 
 if TYPE_CHECKING:
     from vmconv.image import Image
@@ -22,10 +22,10 @@ def _images(options: argparse.Namespace) -> Iterator[tuple[Image, Image]]:
     from vmconv.registry import installed
 
     # An own opener for each: what one image may refer to is not what the other may.
-    left, right = (
-        Opener(installed(), allow_external=options.allow_external, force_share=options.force_share) for _ in range(2)
-    )
-    with left, right:
+    with (
+        Opener(installed(), **access(options)) as left,
+        Opener(installed(), **access(options), format_option="-F") as right,
+    ):
         yield left.image(options.left, options.format_f), right.image(options.right, options.format_F)
 
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
-from vmconv.cli.options import add_access, add_format, add_output
+from vmconv.cli.options import access, add_access, add_format, add_output
 
 if TYPE_CHECKING:
     from vmconv.formats import CheckReport
@@ -20,7 +20,7 @@ def _opener(options: argparse.Namespace) -> Opener:
     from vmconv.opener import Opener
     from vmconv.registry import installed
 
-    return Opener(installed(), allow_external=options.allow_external, force_share=options.force_share)
+    return Opener(installed(), **access(options))
 
 
 def _run_info(options: argparse.Namespace) -> int:

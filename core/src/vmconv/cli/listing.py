@@ -19,6 +19,7 @@ def _run_formats(options: argparse.Namespace) -> int:
     from vmconv.registry import installed
 
     registry = installed()
+    registry.examine()
     versions = {plugin.distribution: plugin.version for plugin in registry.plugins}
     formats = []
     for name, one in sorted(registry.formats.items()):

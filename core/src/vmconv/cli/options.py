@@ -47,8 +47,23 @@ def add_access(parser: argparse.ArgumentParser) -> None:
         help="let images refer to files in this tree besides their own directory; may be repeated",
     )
     parser.add_argument(
+        "--backing-format",
+        dest="source_backing_format",
+        metavar="FMT",
+        help="format of backing files where the image above them does not state it (default: by suffix and content)",
+    )
+    parser.add_argument(
         "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
     )
+
+
+def access(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of an `Opener` that `add_access` gives values to."""
+    return {
+        "allow_external": options.allow_external,
+        "force_share": options.force_share,
+        "backing_format": options.source_backing_format,
+    }
 
 
 def add_options(parser: argparse.ArgumentParser, whose: str, metavar: str = "NAME=VALUE") -> None:
@@ -102,6 +117,7 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the fields of a `Request` that `-f`, `-l`, `add_storage`, `--force` and `add_access` give values to."""
     return {
         "source_format": options.format_f,
+        "source_backing_format": options.source_backing_format,
         "snapshot": options.snapshot,
         "backend": options.backend,
         "zero_copy": options.zero_copy,

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from vmconv.cli.command import Command
-from vmconv.cli.options import add_access
+from vmconv.cli.options import access, add_access
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def _run(options: argparse.Namespace) -> int:
 
     _refuse(options.directory, options.mountpoint, options.allow_external)
     _allow_many_files()
-    tree = Tree(installed(), options.directory, allow_external=options.allow_external, force_share=options.force_share)
+    tree = Tree(installed(), options.directory, **access(options))
     ready = background.fork() if options.fork else lambda: None
     try:
         # What libfuse finds at its default it takes over, and then unmounts before it ends.

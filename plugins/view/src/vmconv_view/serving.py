@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from vmconv.cli.command import Command
-from vmconv.cli.options import add_access, add_format, add_options
+from vmconv.cli.options import access, add_access, add_format, add_options
 
 if TYPE_CHECKING:
     import socket
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv_view.background import ended_by_signals
 
     with (
-        Opener(installed(), allow_external=options.allow_external, force_share=options.force_share) as opener,
+        Opener(installed(), **access(options)) as opener,
         # An interruption is how this ends.
         suppress(KeyboardInterrupt),
         ended_by_signals(_end),

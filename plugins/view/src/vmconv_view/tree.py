@@ -53,13 +53,20 @@ class Tree:
     """The directories and files that a mount of `directory` shows; paths are relative, "" is the root."""
 
     def __init__(
-        self, registry: Registry, directory: str, *, allow_external: Iterable[str] = (), force_share: bool = False
+        self,
+        registry: Registry,
+        directory: str,
+        *,
+        allow_external: Iterable[str] = (),
+        force_share: bool = False,
+        backing_format: str | None = None,
     ) -> None:
         self._registry = registry
         self._directory = os.path.realpath(directory)
         self._external = tuple(allow_external)
         self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
         self._force_share = force_share
+        self._backing_format = backing_format
         self._variants: Mapping[str, Variant] = variants(registry)
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -122,7 +129,13 @@ class Tree:
             if entry and entry.is_current(status):
                 self._entries.move_to_end(name)
                 return entry
-        opener = Opener(self._registry, allow_external=self._external, force_share=self._force_share)
+        opener = Opener(
+            self._registry,
+            allow_external=self._external,
+            force_share=self._force_share,
+            backing_format=self._backing_format,
+            format_option="",
+        )
         made = Entry(name, status, opener, force_share=self._force_share)
         made.read(path, self._trees)
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from vmconv.opener import Opener
     from vmconv.sources import File
 
-_SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0", b"# Disk DescriptorFile", b"# disk descriptorfile")
+_SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")
+_HEAD = 4096
+_TITLE = re.compile(rb"#\s*disk\s*descriptor\s*file", re.IGNORECASE)
+_VERSION = re.compile(rb"version\s*=\s*\d+", re.IGNORECASE)
 
 
 class Vmdk(Format):
@@ -34,7 +38,8 @@ class Vmdk(Format):
         return Options
 
     def probe(self, file: File) -> bool:
-        return file.read(0, min(file.size, 64)).removeprefix(b"\xef\xbb\xbf").startswith(_SIGNATURES)
+        head = file.read(0, min(file.size, _HEAD))
+        return head.startswith(_SIGNATURES) or is_descriptor(head)
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_vmdk.reader import read
@@ -56,6 +61,19 @@ class Vmdk(Format):
         from vmconv.formats import CheckReport
 
         return CheckReport(image_end=image.file.size) if image.dependencies else None
+
+
+def is_descriptor(head: bytes) -> bool:
+    """True when these are the first bytes of a descriptor: its title, or blank lines, comments and then a version.
+
+    QEMU wants the version and no title, VirtualBox the title; each writes what some of the others' readers refuse.
+    """
+    for line in map(bytes.strip, head.removeprefix(b"\xef\xbb\xbf").splitlines()):
+        if _TITLE.match(line):
+            return True
+        if line and not line.startswith(b"#"):
+            return _VERSION.fullmatch(line) is not None
+    return False
 
 
 @hookimpl

@@ -14,7 +14,7 @@ from vmconv.errors import ImageError
 from vmconv.extents import MAX_SIZE
 from vmconv.references import Dependency, Record, read_records
 from vmconv.sources import File
-from vmconv_vmdk import structs
+from vmconv_vmdk import is_descriptor, structs
 
 NO_PARENT = 0xFFFFFFFF
 
@@ -203,7 +203,7 @@ def separate(file: File) -> Descriptor:
     if file.size > structs.MAX_DESCRIPTOR:
         raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {structs.MAX_DESCRIPTOR} at most")
     data = file.read(0, file.size)
-    if not data.removeprefix(codecs.BOM_UTF8)[:32].lower().startswith(b"# disk descriptorfile"):
+    if not is_descriptor(data):
         raise ImageError(f"{file.name}: neither a descriptor nor an extent of a VMDK")
     return parse(data, file.name)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from vmconv.errors import ImageError, UsageError
 from vmconv.extents import Columns, Extents, Kind
+from vmconv.foreign import described_beside
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File, Source
@@ -101,13 +102,14 @@ class _Disk:
             return descriptors.separate(self.file), None
         if head.startswith(structs.SPARSE_MAGIC):
             extent = Hosted(self.file, self._warn)
-            text = extent.embedded()
-            if text is not None:
+            # QEMU leaves room for a descriptor in each part of a split disk, and leaves it empty.
+            text = (extent.embedded() or b"").split(b"\0", 1)[0]
+            if text.strip():
                 return self._embedded(extent, descriptors.parse(text, self.file.name))
         # What is below such an extent, and beside it, only the descriptor knows.
         raise ImageError(
             f"{self.file.name}: is an extent of a disk, without its descriptor",
-            hint="name the file that describes the disk, a small text",
+            hint=described_beside(self.file.path) or "name the file that describes the disk, a small text",
         )
 
     def _embedded(self, extent: Hosted, described: Descriptor) -> tuple[Descriptor, Hosted | None]:
