@@ -385,11 +385,13 @@ def test_a_mount_that_would_read_itself_is_refused(
 
 
 @pytest.mark.parametrize("flags", [[], ["--allow-other"]])
-def test_other_users_see_what_they_may_and_only_when_allowed(xfs_dir: Path, point: Path, flags: list[str]) -> None:
-    make_disk(xfs_dir / "public.raw", MIB).chmod(0o644)
-    make_disk(xfs_dir / "secret.raw", MIB).chmod(0o600)
-    xfs_dir.chmod(0o755)
-    with mounted(xfs_dir, point, *flags):
+def test_other_users_see_what_they_may_and_only_when_allowed(point: Path, flags: list[str]) -> None:
+    with tempfile.TemporaryDirectory(prefix="vmconv-images-") as made, contextlib.ExitStack() as stack:
+        images = Path(made)
+        images.chmod(0o755)
+        make_disk(images / "public.raw", MIB).chmod(0o644)
+        make_disk(images / "secret.raw", MIB).chmod(0o600)
+        stack.enter_context(mounted(images, point, *flags))
         for name, expected in (("public", bool(flags)), ("secret", False)):
             path = point / f"{name}.raw" / "vhd" / f"{name}.vhd"
             done = subprocess.run(["cat", str(path)], user=65534, group=65534, capture_output=True, check=False)

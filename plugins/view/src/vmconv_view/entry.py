@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -16,6 +17,7 @@ from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import Blob, inside, stamp_of
 from vmconv.views import View, views
+from vmconv_view.rights import Rights
 from vmconv_view.variants import Variant
 
 ERRORS = "vmconv-errors.txt"
@@ -28,14 +30,16 @@ Files = Mapping[str, View]
 
 
 class Entry:
-    """An image, open, with its planned views. May be used from several threads.
+    """An image, open with somebody's rights, with its planned views. May be used from several threads.
 
     While nobody `hold`s it, others may open the image for writing; a view is then planned anew.
     """
 
-    def __init__(self, name: str, status: os.stat_result, opener: Opener, *, force_share: bool) -> None:
+    def __init__(self, name: str, status: os.stat_result, opener: Opener, rights: Rights, *, force_share: bool) -> None:
         self.name = name
         self.status = status
+        self.mode = stat.S_IMODE(status.st_mode)
+        self.rights = rights
         self._opener = opener
         self._force_share = force_share
         self._image: Image | None = None
@@ -43,28 +47,42 @@ class Entry:
         self._until = 0.0
         self._plans: OrderedDict[str, Files] = OrderedDict()
         self._holders = 0
+        self._planning = 0
         self._retired = False
         self._lock = threading.Lock()
+        self._one_plan = threading.Lock()
 
     def read(self, path: str, trees: Sequence[str]) -> None:
         """Reads the header of the image, which must really lie in one of `trees`; what fails becomes a file."""
         try:
             image = self._opener.image(path)
             _refuse_outside(image, trees)
+            self._opened()
             self._image = image
         except Exception as exc:
-            self._failure = _failure("", exc)
+            self._failure = self._explained("", exc)
             self._until = time.monotonic() + _ANEW
         self._unlock()
+
+    def _opened(self) -> None:
+        """Refuses what may not be shown, and takes note of the mode that all files have in common."""
+        self.rights.refuse_files(self._opener.files)
+        for file in self._opener.files:
+            self.mode &= os.fstat(file.descriptor).st_mode
+
+    def _explained(self, what: str, exc: Exception) -> Files:
+        if self.rights.explains:
+            return _failure(what, exc)
+        return text_file(f"{self.name}: {what}not shown, unless everybody may read all files of the image\n")
 
     def is_current(self, status: os.stat_result) -> bool:
         """True while what was read and planned is still true of the file, which has `status` now."""
         if self._failure and time.monotonic() > self._until:
             return False
         try:
-            return stamp_of(status) == stamp_of(self.status) and not any(f.changed() for f in list(self._opener.files))
+            return stamp_of(status) == stamp_of(self.status) and self.rights.are_current(list(self._opener.files))
         except OSError:
-            # Another thread has retired this and closed its files.
+            # Another thread has retired this and closed its files, or a file has gone.
             return False
 
     @property
@@ -72,24 +90,41 @@ class Entry:
         """What is shown instead of the image when it cannot be read."""
         return self._failure
 
-    def files(self, variant: Variant) -> Files | None:
-        """Returns the files of the image in this variant, by name, planned now unless they were; None when retired."""
+    def planned(self, variant: Variant) -> Files | None:
+        """Returns the files of the image in this variant, by name, if they are planned."""
         with self._lock:
-            if self._retired or self._image is None:
+            if self._retired or variant.name not in self._plans:
                 return None
-            if variant.name not in self._plans:
-                self._plans[variant.name] = self._planned(self._image, variant)
-                if not self._holders:
-                    self._unlock()
             self._plans.move_to_end(variant.name)
             return self._plans[variant.name]
 
-    def _planned(self, image: Image, variant: Variant) -> Files:
+    def plan(self, variant: Variant) -> Files | None:
+        """Plans the files of the image in this variant, and returns them by name; None when retired."""
+        with self._lock:
+            if self._retired or self._image is None:
+                return None
+            image = self._image
+            self._planning += 1
+        try:
+            with self._one_plan:
+                files = self.planned(variant) or self._plan(image, variant)
+            with self._lock:
+                self._plans[variant.name] = files
+            return files
+        finally:
+            with self._lock:
+                self._planning -= 1
+                self._let_go()
+
+    def _plan(self, image: Image, variant: Variant) -> Files:
         try:
             name = new_name(self.name, variant.format, self._opener.registry)
-            return views(image, variant.format, variant.options, name)
+            made = views(image, variant.format, variant.options, name)
+            # A writer may have opened more of the chain.
+            self._opened()
+            return made
         except Exception as exc:
-            return _failure(f"{self.name} as {variant.name}: ", exc)
+            return self._explained(f"{self.name} as {variant.name}: ", exc)
 
     def hold(self) -> bool:
         """Keeps the files of the image open and locked until `release`; False when they are closed already.
@@ -126,7 +161,7 @@ class Entry:
     def _let_go(self) -> None:
         if not self._holders:
             self._unlock()
-            if self._retired:
+            if self._retired and not self._planning:
                 self._opener.close()
 
     def _unlock(self) -> None:

@@ -13,11 +13,12 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from vmconv.errors import BackendError, VmconvError
+from vmconv.errors import BackendError, VmconvError, printable
+from vmconv_view.rights import OWN, Rights, rights_of
 from vmconv_view.tree import Held, Node, Tree
 
 # Where libfuse 2 is installed too, mfusepy would take that one.
@@ -30,20 +31,28 @@ except (OSError, AttributeError) as exc:
 if TYPE_CHECKING:
     from vmconv.views import View
 
-THREADS = 4
+IDLE_THREADS = 4
+MAX_THREADS = 16
+"""Some may wait for an image that is slow to be read, while others go on."""
+
+MAX_SAID = 1000
 _ENDED_BY_SIGNAL = 8
 """What libfuse returns when SIGINT or SIGTERM ended its loop, after unmounting."""
 
 
 class Filesystem(mfusepy.Operations):  # type: ignore[misc]
-    """What libfuse asks for; `ready` is called once the kernel has mounted it."""
+    """What libfuse asks for; `ready` is called once the kernel has mounted it.
+
+    With `others`, each request is answered with the rights of the process that made it.
+    """
 
     use_ns = True
 
-    def __init__(self, tree: Tree, ready: Callable[[], None]) -> None:
+    def __init__(self, tree: Tree, ready: Callable[[], None], *, others: bool) -> None:
         self.held: dict[int, Held] = {}
         self._tree = tree
         self._ready = ready
+        self._others = others
         self._numbers = count(1)
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -53,15 +62,15 @@ class Filesystem(mfusepy.Operations):  # type: ignore[misc]
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
         with self.errors():
-            return _attributes(self.held[fh].node if fh else self._tree.node(path.strip("/")))
+            return _attributes(self.held[fh].node if fh else self._tree.node(path.strip("/"), self._rights()))
 
     def readdir(self, path: str, fh: int) -> list[str]:
         with self.errors():
-            return [".", "..", *self._tree.node(path.strip("/")).names()]
+            return [".", "..", *self._tree.node(path.strip("/"), self._rights()).names()]
 
     def open(self, path: str, flags: int) -> int:
         with self.errors():
-            held = self._tree.open(path.strip("/"))
+            held = self._tree.open(path.strip("/"), self._rights())
         with self._lock:
             number = next(self._numbers)
             self.held[number] = held
@@ -83,18 +92,30 @@ class Filesystem(mfusepy.Operations):  # type: ignore[misc]
         with self.errors():
             return _seek(self.held[fh].view, offset, data=whence == os.SEEK_DATA)
 
+    def _rights(self) -> Rights:
+        return rights_of(*mfusepy.fuse_get_context()) if self._others else OWN
+
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turns vmconv's errors into EIO, and says each of them once on standard error."""
+        """Turns vmconv's errors, and defects, into EIO, and says each of them once on standard error."""
         try:
             yield
+        except OSError:
+            raise
         except VmconvError as exc:
-            with self._lock:
-                new = str(exc) not in self._said and len(self._said) < 1000
-                self._said.add(str(exc))
-            if new:
-                print(f"vmconv: {exc}", file=sys.stderr, flush=True)
+            self._say(str(exc))
             raise mfusepy.FuseOSError(errno.EIO) from exc
+        except Exception as exc:
+            self._say(printable(f"defect of vmconv or of a plugin: {type(exc).__name__}: {exc}"))
+            raise mfusepy.FuseOSError(errno.EIO) from exc
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            if text in self._said or len(self._said) >= MAX_SAID:
+                return
+            self._said.add(text)
+        with suppress(OSError, ValueError):
+            print(f"vmconv: {text}", file=sys.stderr, flush=True)
 
 
 class _Session(mfusepy.FUSE):  # type: ignore[misc]
@@ -135,14 +156,17 @@ def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: boo
         mounted.set()
         ready()
 
-    options: dict[str, Any] = {"allow_other": True} if allow_other else {}
+    options: dict[str, Any] = {}
+    if allow_other:
+        # What one user is answered holds for no other one, so the kernel must not keep it.
+        options |= {"allow_other": True, "attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0}
     # libfuse 3.14 complains of its own default.
-    options["max_idle_threads"] = THREADS
+    options["max_idle_threads"] = IDLE_THREADS
     if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
-        options["max_threads"] = THREADS
+        options["max_threads"] = MAX_THREADS
     try:
         _Session(
-            Filesystem(tree, said_ready),
+            Filesystem(tree, said_ready, others=allow_other),
             point,
             foreground=True,
             ro=True,
@@ -162,8 +186,8 @@ def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: boo
 
 def _attributes(node: Node) -> dict[str, int]:
     status = node.status
-    # Who may read the image may read its views, and nobody can write to them.
-    mode = status.st_mode & 0o444
+    # Who may read all files of the image may read its views, and nobody can write to them.
+    mode = node.mode & 0o444
     found = {
         "st_uid": status.st_uid,
         "st_gid": status.st_gid,
@@ -171,6 +195,8 @@ def _attributes(node: Node) -> dict[str, int]:
         "st_ctime": status.st_ctime_ns,
         "st_atime": status.st_mtime_ns,
     }
+    if stat.S_ISDIR(status.st_mode):
+        return {**found, "st_mode": stat.S_IFDIR | node.mode & 0o555, "st_nlink": 2}
     if node.view is None:
         return {**found, "st_mode": stat.S_IFDIR | mode | mode >> 2, "st_nlink": 2}
     return {

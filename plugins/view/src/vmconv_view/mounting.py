@@ -16,7 +16,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-other",
         action="store_true",
-        help="let other users in too, as far as they may read the images (a hypervisor often is one)",
+        help="let other users in too, as far as they could open the files themselves (a hypervisor often is one)",
     )
     add_access(parser)
 

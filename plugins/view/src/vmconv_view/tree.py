@@ -6,7 +6,8 @@
         ...
         vmconv-errors.txt   only, when the image cannot be read
 
-Nothing is read before somebody looks at it, and what was looked at longest ago is forgotten when there is too much.
+Nothing is read before somebody looks into its directory, and what was looked at longest ago is forgotten when there is
+too much. Each user's requests are answered from what was opened with that user's rights.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from vmconv.opener import Opener
 from vmconv.registry import Registry
 from vmconv.views import View
 from vmconv_view.entry import Entry, Files
+from vmconv_view.jobs import Jobs
+from vmconv_view.rights import OWN, Rights
 from vmconv_view.variants import Variant, variants
 
 MAX_COST = 4_000_000
@@ -30,9 +34,13 @@ MAX_COST = 4_000_000
 
 
 class Node(NamedTuple):
-    """One thing in the tree: a file with its `view`, or a directory with `names`; `status` is that of the image."""
+    """One thing in the tree: a file with its `view`, or a directory with `names`.
+
+    `status` is that of the image; `mode` says who may read all files that the image consists of.
+    """
 
     status: os.stat_result
+    mode: int
     names: Callable[[], Iterable[str]] = tuple
     view: View | None = None
 
@@ -68,79 +76,106 @@ class Tree:
         self._force_share = force_share
         self._backing_format = backing_format
         self._variants: Mapping[str, Variant] = variants(registry)
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
+        self._jobs = Jobs()
         self._lock = threading.Lock()
 
-    def node(self, path: str) -> Node:
-        """Returns what is at a path; raises `FileNotFoundError` where nothing is."""
-        return self._find(path)[0]
+    def node(self, path: str, rights: Rights = OWN) -> Node:
+        """Returns what is at a path; raises `FileNotFoundError` where nothing is, or `PermissionError`."""
+        image, _, rest = path.partition("/")
+        if not image:
+            with rights.acting():
+                status = os.stat(self._directory)
+            return Node(status, status.st_mode, lambda: self._images(rights))
+        if not rest:
+            status = self._status(image, rights)
+            return Node(status, status.st_mode, lambda: self._inside(image, rights))
+        return self._find(image, rest, rights)[0]
 
-    def open(self, path: str) -> Held:
+    def open(self, path: str, rights: Rights = OWN) -> Held:
         """Returns a file for reading; it stays what it is until it is released, or its source changes."""
-        while True:
-            node, entry = self._find(path)
+        image, _, rest = path.partition("/")
+        while rest:
+            node, entry = self._find(image, rest, rights)
             if node.view is None:
-                raise IsADirectoryError(errno.EISDIR, path)
-            if entry is None or entry.failure:
+                break
+            if entry.failure:
                 return Held(node, node.view, None)
             if entry.hold():
                 return Held(node, node.view, entry)
+        raise IsADirectoryError(errno.EISDIR, path)
 
-    def _find(self, path: str) -> tuple[Node, Entry | None]:
-        image, _, rest = path.partition("/")
-        if not image:
-            return Node(os.stat(self._directory), self._images), None
-        entry = self._entry(image)
-        place, _, name = rest.partition("/")
-        if entry.failure:
-            return self._inside(entry, entry.failure, rest), entry
-        if not place:
-            return Node(entry.status, self._variants.keys), entry
-        if place not in self._variants:
-            raise FileNotFoundError(errno.ENOENT, path)
-        while (files := entry.files(self._variants[place])) is None:
-            entry = self._entry(image)
-        self._trim()
-        return self._inside(entry, files, name), entry
+    def _images(self, rights: Rights) -> list[str]:
+        """Returns the names of regular files (or links to such) whose suffix is that of a format that can be read.
 
-    def _inside(self, entry: Entry, files: Files, name: str) -> Node:
-        if not name:
-            return Node(entry.status, files.keys)
-        if name not in files:
-            raise FileNotFoundError(errno.ENOENT, name)
-        return Node(entry.status, view=files[name])
-
-    def _images(self) -> list[str]:
-        """Returns the names of regular files (or links to such) whose suffix is that of a format that can be read."""
-        with os.scandir(self._directory) as found:
-            return sorted(one.name for one in found if self._speaks_of_an_image(one.name) and one.is_file())
+        What cannot be looked at (a link that leads to itself, or to where this user may not go) is left out.
+        """
+        rights.refuse_directory(self._directory)
+        with rights.acting(), os.scandir(self._directory) as found:
+            everything = list(found)
+        images = [one for one in everything if self._speaks_of_an_image(one.name)]
+        with rights.acting():
+            return sorted(one.name for one in images if _is_file(one))
 
     def _speaks_of_an_image(self, name: str) -> bool:
         one = self._registry.formats.get(self._registry.format_by_suffix(name) or "")
         return one is not None and one.can_read
 
-    def _entry(self, name: str) -> Entry:
-        path = os.path.join(self._directory, name)
-        status = os.stat(path)
+    def _status(self, name: str, rights: Rights) -> os.stat_result:
+        rights.refuse_directory(self._directory)
+        with rights.acting():
+            status = os.stat(os.path.join(self._directory, name))
         if not (self._speaks_of_an_image(name) and stat.S_ISREG(status.st_mode)):
             raise FileNotFoundError(errno.ENOENT, name)
+        return status
+
+    def _inside(self, name: str, rights: Rights) -> Iterable[str]:
+        """Returns the names in the directory of an image."""
+        entry = self._entry(name, rights)
+        return (entry.failure or self._variants).keys()
+
+    def _find(self, image: str, rest: str, rights: Rights) -> tuple[Node, Entry]:
+        place, _, name = rest.partition("/")
+        while True:
+            entry = self._entry(image, rights)
+            if entry.failure:
+                return _in(entry, entry.failure, rest), entry
+            if place not in self._variants:
+                raise FileNotFoundError(errno.ENOENT, rest)
+            variant = self._variants[place]
+            files = entry.planned(variant) or self._jobs.result(
+                (entry, place), rights, f"{image} as {place}", partial(entry.plan, variant)
+            )
+            if files is not None:
+                self._trim()
+                return _in(entry, files, name), entry
+
+    def _entry(self, name: str, rights: Rights) -> Entry:
+        """Returns the image, read with these rights, and as it is now."""
+        status = self._status(name, rights)
         with self._lock:
-            entry = self._entries.get(name)
-            if entry and entry.is_current(status):
-                self._entries.move_to_end(name)
-                return entry
+            entry = self._entries.get((rights, name))
+            if entry:
+                self._entries.move_to_end((rights, name))
+        # Not under the lock: the storage may not answer.
+        if entry and entry.is_current(status):
+            return entry
+        return self._jobs.result((rights, name), rights, name, lambda: self._read(name, status, rights))
+
+    def _read(self, name: str, status: os.stat_result, rights: Rights) -> Entry:
         opener = Opener(
             self._registry,
             allow_external=self._external,
             force_share=self._force_share,
             backing_format=self._backing_format,
             format_option="",
+            acting=rights.acting,
         )
-        made = Entry(name, status, opener, force_share=self._force_share)
-        made.read(path, self._trees)
+        made = Entry(name, status, opener, rights, force_share=self._force_share)
+        made.read(os.path.join(self._directory, name), self._trees)
         with self._lock:
-            before = self._entries.pop(name, None)
-            self._entries[name] = made
+            before = self._entries.pop((rights, name), None)
+            self._entries[rights, name] = made
         if before:
             before.retire()
         self._trim()
@@ -152,12 +187,12 @@ class Tree:
             entries = list(self._entries.items())
             left = sum(entry.cost() for _, entry in entries)
             dropped = []
-            for name, entry in entries[:-1]:
+            for key, entry in entries[:-1]:
                 if left <= MAX_COST:
                     break
                 if not entry.is_held:
                     left -= entry.cost()
-                    dropped.append(self._entries.pop(name))
+                    dropped.append(self._entries.pop(key))
         for entry in dropped:
             entry.retire()
         if left > MAX_COST and entries:
@@ -170,3 +205,19 @@ class Tree:
             self._entries.clear()
         for entry in entries:
             entry.retire()
+
+
+def _is_file(one: os.DirEntry[str]) -> bool:
+    try:
+        return one.is_file()
+    except OSError:
+        return False
+
+
+def _in(entry: Entry, files: Files, name: str) -> Node:
+    """Returns what is in a directory of files, or the directory itself."""
+    if not name:
+        return Node(entry.status, entry.mode, files.keys)
+    if name not in files:
+        raise FileNotFoundError(errno.ENOENT, name)
+    return Node(entry.status, entry.mode, view=files[name])

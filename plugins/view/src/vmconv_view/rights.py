@@ -1,0 +1,209 @@
+"""With whose rights a mount opens files: those of the user who mounted, or of the user who asks.
+
+What a mount shows to another user is opened as that user would open it, so the kernel decides about owner, mode, ACL
+and the search permission of every directory on the way. Root can do this in one thread (credentials(7): the filesystem
+user ID decides about files, and each thread has its own). Whoever is not root cannot; others then see only what lies
+open to everybody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+from vmconv.errors import AccessError
+from vmconv.sources import File, stamp_of
+
+_NOBODY = 65534
+_READ = 0o444
+_SEARCH = 0o111
+
+# The C library's setgroups changes all threads; the kernel's changes one. Numbers: asm/unistd.h.
+_SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "loongarch64": 159}
+
+# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of linux/capability.h: who has these may read everything.
+_READS_EVERYTHING = 1 << 1 | 1 << 2
+
+
+class User(NamedTuple):
+    """What the kernel looks at when a process opens a file."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+class Rights:
+    """The rights of the user who mounted. Instances that are equal may share what was read."""
+
+    explains = True
+    """False when the reason why an image cannot be read would itself say what the user may not know."""
+
+    def acting(self) -> AbstractContextManager[object]:
+        """Surrounds calls that look paths up."""
+        return nullcontext()
+
+    def refuse_directory(self, path: str) -> None:
+        """Raises `PermissionError` when the directory may not be listed, as far as `acting` does not see to it."""
+
+    def refuse_files(self, files: Iterable[File]) -> None:
+        """Raises `AccessError` when an open file may not be shown, as far as `acting` does not see to it."""
+
+    def are_current(self, files: Iterable[File]) -> bool:
+        """True while the open files are what their paths lead to, and unchanged; raises `OSError` for closed ones."""
+        return not any(file.changed() for file in files)
+
+
+class RightsOfUser(Rights):
+    """The rights of another user, which root takes on in a thread."""
+
+    def __init__(self, user: User) -> None:
+        self._user = user
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RightsOfUser) and other._user == self._user
+
+    def __hash__(self) -> int:
+        return hash(self._user)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        before = User(os.geteuid(), os.getegid(), tuple(os.getgroups()))
+        try:
+            _become(self._user)
+            yield
+        finally:
+            _become(before)
+
+    def are_current(self, files: Iterable[File]) -> bool:
+        # The stamp has the time of the last change of mode or ACL; the way to the file is searched anew.
+        opened = list(files)
+        with self.acting():
+            return all(stamp_of(os.stat(file.path)) == file.stamp for file in opened)
+
+
+class RightsOfEverybody(Rights):
+    """What every user may read, whoever asks."""
+
+    explains = False
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RightsOfEverybody)
+
+    def __hash__(self) -> int:
+        return hash(RightsOfEverybody)
+
+    def refuse_directory(self, path: str) -> None:
+        status = os.stat(path)
+        if not (_lets_everybody(path, status, _READ | _SEARCH) and _may_be_reached(os.path.realpath(path))):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    def refuse_files(self, files: Iterable[File]) -> None:
+        for file in files:
+            status = os.fstat(file.descriptor)
+            real = os.path.realpath(f"/proc/self/fd/{file.descriptor}")
+            if not (_lets_everybody(file.descriptor, status, _READ) and _may_be_reached(real)):
+                raise AccessError(f"{file.name}: not everybody may read it")
+
+
+OWN = Rights()
+_EVERYBODY = RightsOfEverybody()
+
+
+def rights_of(uid: int, gid: int, process: int) -> Rights:
+    """Returns the rights with which a request of a process is answered."""
+    if uid in (0, os.geteuid()):
+        return OWN
+    if not can_act():
+        return _EVERYBODY
+    return RightsOfUser(User(uid, gid, groups_of(uid, gid, process)))
+
+
+def groups_of(uid: int, gid: int, process: int) -> tuple[int, ...]:
+    """Returns the supplementary groups of a process; none when it has gone, or is one of another user by now."""
+    fields = {}
+    try:
+        with open(f"/proc/{process}/status", encoding="utf-8", errors="replace") as status:
+            for line in status:
+                key, _, value = line.partition(":")
+                fields[key] = value.split()
+        same = fields["Uid"][3] == str(uid) and fields["Gid"][3] == str(gid)
+        return tuple(map(int, fields["Groups"])) if same else ()
+    except (OSError, KeyError, IndexError, ValueError):
+        return ()
+
+
+@cache
+def can_act() -> bool:
+    """True when this process can take on the rights of any other user in a thread, and loses root's by it."""
+    if os.geteuid() != 0 or os.uname().machine not in _SYS_SETGROUPS or sys.maxsize < 1 << 32:
+        return False
+    found: list[bool] = []
+    # In a thread that ends: whatever goes wrong, no other thread is left with wrong rights.
+    tried = threading.Thread(target=lambda: found.append(_loses_rights()))
+    tried.start()
+    tried.join()
+    return found == [True]
+
+
+def _loses_rights() -> bool:
+    try:
+        with RightsOfUser(User(_NOBODY, _NOBODY)).acting():
+            # Nothing is imported while acting, not even a codec: Python itself may lie where that user may not look.
+            descriptor = os.open("/proc/thread-self/status", os.O_RDONLY)
+            status = os.read(descriptor, 1 << 16)
+            os.close(descriptor)
+    except OSError:
+        return False
+    (effective,) = (line.split()[1] for line in status.splitlines() if line.startswith(b"CapEff:"))
+    return not int(effective, 16) & _READS_EVERYTHING
+
+
+def _become(user: User) -> None:
+    """Gives this thread the rights of a user for files; raises `PermissionError` when the kernel does not."""
+    library = _library()
+    groups = (ctypes.c_uint32 * len(user.groups))(*user.groups)
+    number = _SYS_SETGROUPS[os.uname().machine]
+    if library.syscall(ctypes.c_long(number), ctypes.c_size_t(len(groups)), groups):
+        raise PermissionError(errno.EACCES, f"groups of user {user.uid} cannot be taken on")
+    for change, wanted in ((library.setfsgid, user.gid), (library.setfsuid, user.uid)):
+        change(ctypes.c_uint32(wanted))
+        # These report no errors. An impossible ID changes nothing and returns the one in force.
+        if ctypes.c_uint32(change(ctypes.c_uint32(0xFFFFFFFF))).value != wanted:
+            raise PermissionError(errno.EACCES, f"rights of user {user.uid} cannot be taken on")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _lets_everybody(place: str | int, status: os.stat_result, wanted: int) -> bool:
+    """True when owner, group and others may do this, and no ACL takes it away from anybody."""
+    if status.st_mode & wanted != wanted:
+        return False
+    try:
+        return "system.posix_acl_access" not in os.listxattr(place)
+    except OSError as exc:
+        return exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def _may_be_reached(real: str) -> bool:
+    """True when everybody may search every directory on the way to a real path."""
+    directory = os.path.dirname(real)
+    while True:
+        status = os.stat(directory)
+        if not (stat.S_ISDIR(status.st_mode) and _lets_everybody(directory, status, _SEARCH)):
+            return False
+        above = os.path.dirname(directory)
+        if above == directory:
+            return True
+        directory = above
