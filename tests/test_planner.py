@@ -1,0 +1,167 @@
+"""The planner, beside a model that decides about each byte by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmconv.backends.memory import MemoryFile
+from vmconv.extents import Extents
+from vmconv.layout import Layout, OutFile, Reference
+from vmconv.planner import Action, CopyReason, Plan, Totals, joined, plan_layout
+from vmconv.sources import Blob, Decoded, File, Source
+from vmconv.storage import Survey
+from vmconv.testing.strategies import tables
+
+REFUSED = "they are on another filesystem"
+DECODED = "they are compressed"
+HELD = "the format wants them itself"
+
+
+def decoded(size: int) -> Decoded:
+    return Decoded("letters", MemoryFile("packed", 64), unit=1, count=size, decode=_letters, reason=DECODED)
+
+
+def _letters(first: int, count: int) -> list[bytes]:
+    return [b"a"] * count
+
+
+def model(table: Extents, survey: Survey) -> list[tuple[Action, int, int, str | None] | None]:
+    """Returns for each byte what is done: action, source, offset in the source, and why it is copied."""
+    bytewise: list[tuple[Action, int, int, str | None] | None] = [None] * table.size
+    for row in table:
+        if row.source is None:
+            continue
+        index = next(i for i, source in enumerate(table.sources) if source is row.source)
+        for n in range(row.length):
+            action, why = _of(row.source, row.offset, row.offset + n, row.start + n, row.end, table.size, survey)
+            bytewise[row.start + n] = action, index, row.offset + n, why
+    return bytewise
+
+
+def _of(
+    source: Source, begin: int, source_at: int, at: int, end: int, size: int, survey: Survey
+) -> tuple[Action, str | None]:
+    unit, stop = survey.unit, source_at + end - at
+    if isinstance(source, Blob):
+        return Action.WRITE, None
+    if isinstance(source, Decoded):
+        return Action.COPY, DECODED
+    if id(source) in survey.refusals:
+        return Action.COPY, REFUSED
+    if unit == 0:
+        return (Action.SHARE, None) if at == source_at else (Action.COPY, "the header of the target")
+    if (at - source_at) % unit:
+        return Action.COPY, "offsets in source and target differ"
+    whole = source_at // unit * unit >= begin and (
+        (source_at // unit + 1) * unit <= stop or (stop == source.size and end == size)
+    )
+    return (Action.SHARE, None) if whole else (Action.COPY, "less than a")
+
+
+@given(st.data())
+def test_each_byte_is_made_as_the_model_says(data: st.DataObject) -> None:
+    own, foreign = MemoryFile("own", 41), MemoryFile("foreign", 32)
+    sources: tuple[Source, ...] = (own, foreign, Blob("header", bytes(24)), decoded(24))
+    table = data.draw(tables(sources, size=data.draw(st.integers(0, 90)), unit=1, holes=False))
+    survey = Survey(data.draw(st.sampled_from([0, 1, 4, 8])), {id(foreign): REFUSED})
+    plan = plan_layout(Layout((OutFile(table),)), "disk", "/somewhere", "reflink", survey)
+    wanted = model(table, survey)
+
+    reasons = [copy.reason for copy in plan.copies]
+    found: list[tuple[Action, int, int, str | None] | None] = [None] * table.size
+    (file,) = plan.files
+    for action in Action:
+        for offset, length, source, source_offset in file.steps.rows(action):
+            for n in range(length):
+                assert found[offset + n] is None
+                found[offset + n] = action, source, source_offset + n, None
+    assert found == [one and (*one[:3], None) for one in wanted]
+    assert file.steps.offset.tolist() == sorted(file.steps.offset.tolist())
+
+    expected = Counter(one[3] for one in wanted if one and one[0] == Action.COPY)
+    assert len(reasons) == len(expected)
+    for why, count in expected.items():
+        (copy,) = (copy for copy in plan.copies if why is not None and copy.reason.startswith(why))
+        assert copy.bytes == count
+        assert copy.ranges > 0
+    actions = Counter(one[0] for one in wanted if one)
+    zero = table.size - sum(actions.values())
+    assert plan.totals == Totals(actions[Action.SHARE], actions[Action.COPY], actions[Action.WRITE], zero)
+
+
+def plan_of(*sources: Source, survey: Survey, losses: tuple[str, ...] = (), reason: str | None = None) -> Plan:
+    """Returns the plan of an image of one file for each source, each of which is all of its source."""
+    files = tuple(OutFile(Extents.whole(source), f"{source.name}.out", reason) for source in sources)
+    return plan_layout(Layout(files, ("a comment",)), "disk", "/somewhere", "reflink", survey, losses)
+
+
+def test_a_reason_tells_how_much_where_first_and_in_how_many_ranges() -> None:
+    one, other = MemoryFile("one", 10), MemoryFile("other", 20)
+    plan = plan_of(one, other, survey=Survey(1, {id(one): REFUSED, id(other): REFUSED}))
+    assert plan.copies == (CopyReason(REFUSED, 30, 2, "one", 0),)
+
+
+def test_the_reason_of_an_output_is_given_to_what_is_copied_out_of_files_only() -> None:
+    file = MemoryFile("file", 10)
+    rows = Extents.of([(0, 2, file, 3), (4, 2, source := decoded(6), 0)], 10)  # type: ignore[list-item]
+    assert source.size == 6
+    plan = plan_layout(
+        Layout((OutFile(rows, None, HELD),)), "disk", "/somewhere", "copy", Survey(1, {id(file): REFUSED})
+    )
+    assert {(copy.reason, copy.bytes, copy.file, copy.offset) for copy in plan.copies} == {
+        (HELD, 4, "file", 3),
+        (DECODED, 6, "letters", 0),
+    }
+
+
+def test_plans_joined_keep_their_order_and_add_what_they_copy() -> None:
+    one, other = MemoryFile("one", 10), MemoryFile("other", 20)
+    survey = Survey(1, {id(one): REFUSED, id(other): REFUSED})
+    first = plan_of(one, survey=survey, losses=("an icon",))
+    second = plan_of(other, decoded(5), survey=survey, losses=("an icon", "a note"))
+    plan = joined([first, second])
+    assert [file.name for file in plan.files] == ["one.out", "other.out", "letters.out"]
+    assert plan.copies == (CopyReason(REFUSED, 30, 2, "one", 0), CopyReason(DECODED, 5, 1, "letters", 0))
+    assert plan.losses == ("an icon", "a comment", "a note")
+    assert plan.totals == Totals(0, 35, 0, 0)
+    assert joined([first]) is first
+
+
+def test_what_stays_elsewhere_is_counted_and_names_the_way() -> None:
+    file = MemoryFile("file", 4096)
+    table = Extents.whole(Blob("descriptor", bytes(300)))
+    references = (Reference("file", file, 4096), Reference("other", MemoryFile("other", 512), 512))
+    layout = Layout((OutFile(table),), (), references)
+    plan = plan_layout(layout, "disk", "/somewhere", "reflink", Survey(4096))
+    assert plan.totals == Totals(0, 0, 300, 0, 4608)
+    assert plan.way == "reference"
+    assert plan_of(file, survey=Survey(4096)).way == "reflink"
+    shared = plan_layout(Layout((OutFile(Extents.whole(file)),), (), references), "d", "/", "reflink", Survey(4096))
+    assert shared.way == "reflink"
+
+
+@pytest.mark.parametrize("longest", [1, 7, 64, 1000])
+def test_ranges_to_share_are_split_and_ordered_without_a_byte_lost(longest: int) -> None:
+    one, other = MemoryFile("one", 200), MemoryFile("other", 100)
+    table = Extents.of([(0, 2, other, 10), (90, 1, None, 0), (100, 2, one, 50), (200, 2, one, 0)], 250)  # type: ignore[list-item]
+    (file,) = plan_layout(Layout((OutFile(table),)), "disk", "/", "reflink", Survey(1)).files
+    steps = file.shares().split(longest)
+    assert int(steps.length.max()) <= longest
+    assert len(steps) == sum(-(-length // longest) for length in (90, 100, 50))
+
+    def bytewise(source: int, source_offset: int, length: int, offset: int) -> list[tuple[int, int, int]]:
+        return [(offset + n, source, source_offset + n) for n in range(length)]
+
+    columns = (steps.source.tolist(), steps.source_offset.tolist(), steps.length.tolist(), steps.offset.tolist())
+    made = [each for row in zip(*columns, strict=True) for each in bytewise(*row)]
+    assert sorted(made) == sorted([*bytewise(0, 10, 90, 0), *bytewise(1, 50, 100, 100), *bytewise(1, 0, 50, 200)])
+    by_target = steps.ordered(by_target=True).offset.tolist()
+    assert by_target == sorted(by_target)
+    by_source = steps.ordered(by_target=False)
+    places = list(zip(by_source.source.tolist(), by_source.source_offset.tolist(), strict=True))
+    assert places == sorted(places)
+    assert {type(source) for source in steps.sources} <= {File, MemoryFile}
