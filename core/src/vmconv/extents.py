@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vmconv import linux
+from vmconv.errors import ReadError, os_errors
 from vmconv.sources import File, Source
 
 Column = npt.NDArray[np.int64]
@@ -498,11 +500,12 @@ def clip_to_sources(rows: Columns, size: int, sources: Sequence[Source]) -> Colu
 def on_storage(file: File) -> Extents:
     """Returns what the filesystem says of a file: DATA, or ZERO where it has a hole or an unwritten range.
 
-    Asked once for each file, after making the filesystem settle where its bytes lie.
+    Asked once for each file, after making the filesystem settle where its bytes lie. The answer is the same whatever
+    of the file is cached.
     """
     if file.on_storage is None:
         file.sync()
-        ranges = np.array(file.data_ranges(), dtype=np.int64).reshape(-1, 2)
+        ranges = _written_ranges(file)
         # Edges alternate: where data begins, where it ends. The first row is a hole unless data begins at 0.
         edges = np.concatenate([[0], ranges.reshape(-1)])
         kind = np.full(len(edges), Kind.ZERO, dtype=np.uint8)
@@ -511,3 +514,15 @@ def on_storage(file: File) -> Extents:
         rows = Columns(edges, kind, np.zeros(len(edges), dtype=np.int32), edges).take(there)
         file.on_storage = Extents(file.size, rows, [file])
     return file.on_storage
+
+
+def _written_ranges(file: File) -> Column:
+    """Returns rows `(start, end)` of what is written in a file, clipped to its size."""
+    if not (file.descriptor < 0 or file.is_device or file.settled):
+        with os_errors("cannot be asked what is written in it", ReadError):
+            try:
+                return np.minimum(linux.written_ranges(file.descriptor), file.size)
+            except OSError as exc:
+                if not linux.not_told(exc):
+                    raise
+    return np.array(file.data_ranges(), dtype=np.int64).reshape(-1, 2)

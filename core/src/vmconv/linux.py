@@ -42,6 +42,7 @@ _FIEMAP_LAST = 1
 # Addresses of such extents say nothing about where the bytes are: unknown, delayed, encoded, encrypted, not aligned,
 # inline, packed with others, merged.
 _FIEMAP_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
+_FIEMAP_DELAYED = 0x2 | 0x4
 _FIEMAP_UNWRITTEN = 0x800
 _FIEMAP_BATCH = 4096
 
@@ -280,6 +281,24 @@ def settled_ranges(descriptor: int) -> npt.NDArray[np.int64] | None:
     """Returns rows `(logical, length, physical)` for all extents, unwritten ones too; None where one is uncertain."""
     rows, flags = extents(descriptor)
     return None if (flags & _FIEMAP_VAGUE).any() else rows
+
+
+def written_ranges(descriptor: int) -> npt.NDArray[np.int64]:
+    """Returns rows `(start, end)` in bytes for the extents of a file that are written, in order and apart.
+
+    An unwritten extent reads as zero, whether or not its pages are cached: SEEK_DATA takes it for data where they are.
+    Raises `OSError` where the filesystem cannot tell.
+    """
+    import numpy as np
+
+    rows, flags = extents(descriptor)
+    # What is delayed has bytes whose place is not known yet.
+    unwritten = (flags & _FIEMAP_UNWRITTEN != 0) & (flags & _FIEMAP_DELAYED == 0)
+    start, end = rows[~unwritten, 0], rows[~unwritten, 0] + rows[~unwritten, 1]
+    end = np.maximum.accumulate(end)
+    start = np.maximum(start, np.append(0, end[:-1])[: len(start)])
+    ranges: npt.NDArray[np.int64] = np.stack([start, end], axis=1)[start < end]
+    return ranges
 
 
 def extents(descriptor: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
