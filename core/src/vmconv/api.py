@@ -1,25 +1,46 @@
 """What the command line does, from Python: one function for each command, with typed results, for files by path.
 
-Keyword arguments that all of them share: `allow_external`, trees of files that images may refer to besides their own
-directory; `force_share`, to read what another process writes. All raise `VmconvError`.
+Paths are strings, bytes or path objects. What is given is checked first, strictly: "no" is no bool, and a string is no
+list of strings. Keywords that all share: `allow_external`, trees of files that images may refer to besides their own
+directory; `force_share`, to read what another process writes. All raise `VmconvError`: what makes no sense is a
+`UsageError`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from vmconv import conversion
+from vmconv.arguments import (
+    CompareOptions,
+    ConvertOptions,
+    Descriptor,
+    Fan,
+    FanoutOptions,
+    ImageOptions,
+    Making,
+    OptionValue,
+    Pair,
+    PairOptions,
+    Place,
+    Reading,
+    StreamOptions,
+    StrPath,
+    checked,
+)
 from vmconv.checking import check_image
 from vmconv.commit import Progress
 from vmconv.comparison import Comparison, compare_images
-from vmconv.containers import new_name
 from vmconv.conversion import Request, Result
 from vmconv.description import describe
-from vmconv.errors import UsageError
+from vmconv.errors import BackendError, UsageError
+from vmconv.faults import plugin_faults
 from vmconv.formats import CheckReport
+from vmconv.image import Image
 from vmconv.mapping import MapRow, map_rows
 from vmconv.opener import Opener
 from vmconv.planner import Plan
@@ -31,34 +52,36 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: str,
-    target: str,
+    source: StrPath,
+    target: StrPath,
     *,
     verify: bool = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[ConvertOptions],
 ) -> Result:
     """Converts the disk in the file `source` into the new file `target` and returns what was done.
 
     `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
-    `progress` with bytes done and to do. The target appears complete or not at all; the source is never changed, but
-    that `in_place` it becomes the target.
+    `progress` with bytes done and to do. The target appears complete or not at all; the source is not modified unless
+    `in_place`, which turns it into the target.
     """
-    request = Request(source, target, **options)
-    return conversion.run(request, verify=verify, announce=announce, progress=progress)[0]
+    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    request = checked(Request, source=source, target=target, **options)
+    with _errors():
+        return conversion.run(request, **how._asdict())[0]
 
 
 def fanout(
-    source: str,
+    source: StrPath,
     formats: Iterable[str],
     *,
-    directory: str = ".",
-    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    directory: StrPath = ".",
+    options: Mapping[str, Mapping[str, OptionValue]] = MappingProxyType({}),
     verify: bool = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
-    **others: Any,
+    **others: Unpack[FanoutOptions],
 ) -> tuple[Result, ...]:
     """Makes an image of the disk in the file `source` in each of the formats, and returns what was done for each.
 
@@ -66,35 +89,24 @@ def fanout(
     format; `others` the other fields of `Request`. All share the blocks of the source, so that any can be deleted
     without the others noticing.
     """
-    registry = installed()
-    wanted = [registry.format(name) for name in formats]
-    given = {registry.format(name).name: values for name, values in options.items()}
-    if not wanted:
-        raise UsageError("fan-out to no format")
-    for name in given.keys() - {one.name for one in wanted}:
-        raise UsageError(f"options for {name}, which is not made")
-    requests = [
-        Request(
-            source,
-            os.path.normpath(os.path.join(directory, new_name(os.path.basename(source), one, registry))),
-            target_format=one.name,
-            options=given.get(one.name, {}),
-            **others,
-        )
-        for one in wanted
-    ]
-    return conversion.run(*requests, verify=verify, announce=announce, progress=progress)
+    from vmconv import fanning
+
+    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    fan = checked(Fan, formats=formats, directory=directory, options=options)
+    common = checked(Request, source=source, target=fan.directory, **others)
+    with _errors():
+        return conversion.run(*fanning.requests(common, *fan), **how._asdict())
 
 
 def stream(
-    source: str,
+    source: StrPath,
     descriptor: int,
     target_format: str,
     *,
     verify: bool = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[StreamOptions],
 ) -> Result:
     """Writes what `convert` would make to an open descriptor, such as a pipe's, and returns what was done.
 
@@ -102,109 +114,116 @@ def stream(
     """
     from vmconv import streaming
 
-    request = Request(source, streaming.TARGET, target_format=target_format, **options)
-    return streaming.run(request, descriptor, verify=verify, announce=announce, progress=progress)
+    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    to = checked(Descriptor, descriptor=descriptor).descriptor
+    _refuse_unwritable(to)
+    request = checked(Request, source=source, target=streaming.TARGET, target_format=target_format, **options)
+    with _errors():
+        return streaming.run(request, to, **how._asdict())
 
 
-def recover(path: str) -> Recovery:
+def _refuse_unwritable(descriptor: int) -> None:
+    import fcntl
+
+    try:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    except (OSError, OverflowError, ValueError) as exc:
+        raise UsageError(f"argument descriptor: {descriptor} is not open") from exc
+    if mode == os.O_RDONLY:
+        raise UsageError(f"argument descriptor: {descriptor} is not open for writing")
+
+
+def recover(path: StrPath) -> Recovery:
     """Takes back, or finishes, the conversion in place that was interrupted and that `path` was part of."""
     from vmconv.inplace import recovery
 
-    return recovery.recover(path)
+    place = checked(Place, path=path)
+    with _errors():
+        return recovery.recover(place.path)
 
 
-def undo(path: str) -> str:
+def undo(path: StrPath) -> str:
     """Turns the target of a conversion in place back into its source, and returns the path of that.
 
     Needs what `keep_undo` kept, and that nobody has written to the target since.
     """
     from vmconv.inplace import undo as module
 
-    return module.undo(path)
+    place = checked(Place, path=path)
+    with _errors():
+        return module.undo(place.path)
 
 
-def plan(source: str, target: str, **options: Any) -> Plan:
+def plan(source: StrPath, target: StrPath, **options: Unpack[ConvertOptions]) -> Plan:
     """Returns what `convert` would do with the same arguments; touches nothing."""
-    with conversion.prepared(Request(source, target, **options)) as ready:
+    request = checked(Request, source=source, target=target, **options)
+    with _errors(), conversion.prepared(request) as ready:
         return ready.plan
 
 
-def _opener(allow_external: Iterable[str], force_share: bool, backing_format: str | None) -> Opener:
-    return Opener(installed(), allow_external=allow_external, force_share=force_share, backing_format=backing_format)
-
-
-def info(
-    path: str,
-    *,
-    format_name: str | None = None,
-    backing_format: str | None = None,
-    allow_external: Iterable[str] = (),
-    force_share: bool = False,
-) -> dict[str, Any]:
+def info(path: StrPath, **options: Unpack[ImageOptions]) -> dict[str, Any]:
     """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
-    with _opener(allow_external, force_share, backing_format) as opener:
-        return describe(opener.image(path, format_name, content_decides=True), opener)
+    with _image(path, options, content_decides=True) as (image, opener):
+        return describe(image, opener)
 
 
-def map_disk(
-    path: str,
-    *,
-    format_name: str | None = None,
-    backing_format: str | None = None,
-    allow_external: Iterable[str] = (),
-    force_share: bool = False,
-) -> list[MapRow]:
+def map_disk(path: StrPath, **options: Unpack[ImageOptions]) -> list[MapRow]:
     """Returns where each range of the guest's disk lies, all layers of a chain taken together."""
-    with _opener(allow_external, force_share, backing_format) as opener:
-        return list(map_rows(opener.image(path, format_name)))
+    with _image(path, options) as (image, _):
+        return list(map_rows(image))
 
 
-def check(
-    path: str,
-    *,
-    format_name: str | None = None,
-    backing_format: str | None = None,
-    allow_external: Iterable[str] = (),
-    force_share: bool = False,
-) -> CheckReport | None:
+def check(path: StrPath, **options: Unpack[ImageOptions]) -> CheckReport | None:
     """Returns what is wrong with an image and the files it refers to; None when its format has nothing to check."""
-    with _opener(allow_external, force_share, backing_format) as opener:
-        return check_image(opener.image(path, format_name), opener)
+    with _image(path, options) as (image, opener):
+        return check_image(image, opener)
 
 
-def compare(
-    left: str,
-    right: str,
-    *,
-    left_format: str | None = None,
-    right_format: str | None = None,
-    backing_format: str | None = None,
-    strict: bool = False,
-    allow_external: Iterable[str] = (),
-    force_share: bool = False,
-) -> Comparison:
+def compare(left: StrPath, right: StrPath, **options: Unpack[CompareOptions]) -> Comparison:
     """Returns whether a guest sees the same bytes in both; true when it does. Reads only what is not shared."""
-    # An own opener for each: what one image may refer to is not what the other may.
-    with (
-        _opener(allow_external, force_share, backing_format) as one,
-        _opener(allow_external, force_share, backing_format) as other,
-    ):
-        return compare_images(one.image(left, left_format), other.image(right, right_format), strict=strict)
+    pair = checked(Pair, left=left, right=right, **options)
+    with _both(pair) as (one, other):
+        return compare_images(one, other, strict=pair.strict)
 
 
-def prove(
-    left: str,
-    right: str,
-    *,
-    left_format: str | None = None,
-    right_format: str | None = None,
-    backing_format: str | None = None,
-    allow_external: Iterable[str] = (),
-    force_share: bool = False,
-) -> Proof:
+def prove(left: StrPath, right: StrPath, **options: Unpack[PairOptions]) -> Proof:
     """Returns the proof, by physical addresses, that two images share their payload; true when all of it is shared."""
-    with (
-        _opener(allow_external, force_share, backing_format) as one,
-        _opener(allow_external, force_share, backing_format) as other,
-    ):
-        return prove_images(one.image(left, left_format), other.image(right, right_format))
+    with _both(checked(Pair, left=left, right=right, **options)) as (one, other):
+        return prove_images(one, other)
+
+
+@contextmanager
+def _image(path: StrPath, options: ImageOptions, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
+    asked = checked(Reading, path=path, **options)
+    with _errors(), _opener(asked) as opener:
+        yield opener.image(asked.path, asked.format_name, content_decides=content_decides), opener
+
+
+@contextmanager
+def _both(asked: Pair) -> Iterator[tuple[Image, Image]]:
+    # An own opener for each: what one image may refer to is not what the other may.
+    with _errors(), _opener(asked) as one, _opener(asked, "-F") as other:
+        yield one.image(asked.left, asked.left_format), other.image(asked.right, asked.right_format)
+
+
+def _opener(asked: Reading | Pair, format_option: str = "-f") -> Opener:
+    return Opener(
+        installed(),
+        allow_external=asked.allow_external,
+        force_share=asked.force_share,
+        backing_format=asked.backing_format,
+        format_option=format_option,
+    )
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Lets out errors of vmconv only, and that the reader of a pipe has gone."""
+    try:
+        with plugin_faults():
+            yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        name = f"{os.fsdecode(exc.filename)}: " if isinstance(exc.filename, str | bytes) else ""
+        raise BackendError(f"{name}{exc.strerror or exc}") from exc

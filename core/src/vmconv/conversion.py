@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv import checking, references, signals
+from vmconv.arguments import Cache, FilePath, FilePaths, WriterOptions, ZeroCopy
 from vmconv.commit import Progress, make
 from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source_itself, sources_of
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
@@ -28,9 +29,6 @@ from vmconv.verify import verify as verify_result
 if TYPE_CHECKING:
     from vmconv.inplace.planning import Planned, Site, Way
 
-ZeroCopy = Literal["auto", "require"]
-Cache = Literal["writeback", "unsafe"]
-
 
 class Request(NamedTuple):
     """What to convert and how; the names are those of the command line's options.
@@ -44,14 +42,14 @@ class Request(NamedTuple):
     keeps what it takes to turn it back.
     """
 
-    source: str
-    target: str
+    source: FilePath
+    target: FilePath
     source_format: str | None = None
     target_format: str | None = None
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: WriterOptions = MappingProxyType({})
     snapshot: str | None = None
     chain: bool = False
-    backing_file: str | None = None
+    backing_file: FilePath | None = None
     backing_format: str | None = None
     backend: str = "auto"
     zero_copy: ZeroCopy = "auto"
@@ -60,7 +58,7 @@ class Request(NamedTuple):
     in_place: bool = False
     keep_undo: bool = False
     force_share: bool = False
-    allow_external: Sequence[str] = ()
+    allow_external: FilePaths = ()
     source_backing_format: str | None = None
 
     def opener(self, registry: Registry) -> Opener:

@@ -83,6 +83,9 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
             hint = f"its options are {', '.join(known)}" if known else "it has no options"
             raise UsageError(f"{format_name} has no option {name!r}", hint=hint)
     hints = get_type_hints(model, include_extras=True)
+    for name, value in given.items():
+        if not (isinstance(value, str) or _fits(hints[name], value)):
+            raise UsageError(f"{format_name} option {name}: {value!r} is of another type")
     with suppress(ValueError):
         return model(**{name: _at_a_glance(hints[name], value) for name, value in given.items()})
     # It finds what is not so plain, and the words for what is wrong.
@@ -99,6 +102,17 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
         if first["type"].startswith("bool"):
             message = "is neither on nor off"
         raise UsageError(f"{format_name} option{value}: {message[:1].lower()}{message[1:]}") from exc
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """True when a value that is no string is of the option's type: 1 is no bool, and True is no number."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(member, value) for member in get_args(hint))
+    if get_origin(hint) is Literal:
+        return any(value == each and type(value) is type(each) for each in get_args(hint))
+    if hint == Size:
+        return type(value) is int
+    return not isinstance(hint, type) or type(value) is hint
 
 
 def _at_a_glance(hint: Any, value: Any) -> Any:

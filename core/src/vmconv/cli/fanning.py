@@ -21,18 +21,12 @@ from vmconv.cli.reporting import reported
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vmconv.api import fanout
+    from vmconv.conversion import Request, run
+    from vmconv.fanning import requests
 
+    common = Request(options.source, options.directory, **source_and_storage(options))
     return reported(
-        options,
-        partial(
-            fanout,
-            options.source,
-            options.to,
-            directory=options.directory,
-            options=_by_format(options.options),
-            **source_and_storage(options),
-        ),
+        options, partial(run, *requests(common, options.to, options.directory, _by_format(options.options)))
     )
 
 

@@ -1,0 +1,265 @@
+"""What callers of the Python API give: its types, and how it is checked before anything is done with it.
+
+The command line makes the same named tuples of what argparse has checked, without pydantic, whose import would take
+longer than a conversion. The typed dictionaries are for type checkers: they let them find a misspelt keyword.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, get_type_hints
+
+from vmconv.commit import Progress
+from vmconv.errors import UsageError
+from vmconv.planner import Plan
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
+
+StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""A path as Python's own functions accept it."""
+OptionValue: TypeAlias = str | int | bool | None
+"""The value of a writer's option: as on the command line, or of the option's own type."""
+ZeroCopy = Literal["auto", "require"]
+Cache = Literal["writeback", "unsafe"]
+
+_Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
+_SHOWN = 80
+
+
+class _Parsed:
+    """Tells pydantic, which is imported by then, to look at a value with a function first."""
+
+    def __init__(self, parse: Callable[[object], object]) -> None:
+        self._parse = parse
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(self._parse, handler(source))
+
+
+def _path(value: object) -> str:
+    try:
+        text = os.fsdecode(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError("is no path") from None
+    if not text:
+        raise ValueError("is empty")
+    if "\0" in text:
+        raise ValueError("has a NUL byte")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("cannot be the name of a file here") from None
+    return text
+
+
+def _each(value: object, what: str) -> list[object]:
+    if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
+        raise ValueError(f"is no list of {what}")
+    return list(value)
+
+
+def _paths(value: object) -> list[str]:
+    return [_path(each) for each in _each(value, "paths")]
+
+
+def _names(value: object) -> list[object]:
+    return _each(value, "names")
+
+
+def _mapping(value: object) -> dict[object, object]:
+    if not isinstance(value, Mapping):
+        raise ValueError("is no mapping")
+    return dict(value)
+
+
+FilePath = Annotated[str, _Parsed(_path)]
+"""A path: always a string where it has been checked."""
+FilePaths = Annotated[Sequence[str], _Parsed(_paths)]
+Names = Annotated[Sequence[str], _Parsed(_names)]
+WriterOptions = Annotated[Mapping[str, OptionValue], _Parsed(_mapping)]
+OptionsByFormat = Annotated[Mapping[str, WriterOptions], _Parsed(_mapping)]
+
+
+class Making(NamedTuple):
+    """How something is made, besides what the request says."""
+
+    verify: bool = True
+    announce: Callable[[Plan], None] | None = None
+    progress: Progress | None = None
+
+
+class Fan(NamedTuple):
+    """What fan-out is given besides what all its requests have in common."""
+
+    formats: Names
+    directory: FilePath
+    options: OptionsByFormat
+
+
+class Reading(NamedTuple):
+    """An image to look at."""
+
+    path: FilePath
+    format_name: str | None = None
+    backing_format: str | None = None
+    allow_external: FilePaths = ()
+    force_share: bool = False
+
+
+class Pair(NamedTuple):
+    """Two images of one disk."""
+
+    left: FilePath
+    right: FilePath
+    left_format: str | None = None
+    right_format: str | None = None
+    backing_format: str | None = None
+    allow_external: FilePaths = ()
+    force_share: bool = False
+    strict: bool = False
+
+
+class Place(NamedTuple):
+    """A file that a command is about."""
+
+    path: FilePath
+
+
+class Descriptor(NamedTuple):
+    """An open file to write to."""
+
+    descriptor: int
+
+
+class AccessOptions(TypedDict, total=False):
+    """Keywords of all that reads images."""
+
+    allow_external: Iterable[StrPath]
+    force_share: bool
+
+
+class ImageOptions(AccessOptions, total=False):
+    """Keywords of what looks at one image."""
+
+    format_name: str | None
+    backing_format: str | None
+
+
+class PairOptions(AccessOptions, total=False):
+    """Keywords of what looks at two images."""
+
+    left_format: str | None
+    right_format: str | None
+    backing_format: str | None
+
+
+class CompareOptions(PairOptions, total=False):
+    """Keywords of `compare`."""
+
+    strict: bool
+
+
+class FanoutOptions(AccessOptions, total=False):
+    """Keywords of `fanout`, which are those of every conversion."""
+
+    source_format: str | None
+    source_backing_format: str | None
+    snapshot: str | None
+    chain: bool
+    backing_file: StrPath | None
+    backing_format: str | None
+    backend: str
+    zero_copy: ZeroCopy
+    cache: Cache
+    force: bool
+    in_place: bool
+    keep_undo: bool
+
+
+class StreamOptions(FanoutOptions, total=False):
+    """Keywords of `stream`."""
+
+    options: Mapping[str, OptionValue]
+
+
+class ConvertOptions(StreamOptions, total=False):
+    """Keywords of `convert` and `plan`."""
+
+    target_format: str | None
+
+
+def checked(kind: type[_Tuple], /, **given: object) -> _Tuple:
+    """Returns `kind` made of what was given; raises `UsageError` naming the first argument that cannot be.
+
+    Types are strict: "no" is no bool, and a string is no list of strings.
+    """
+    from pydantic import ValidationError
+
+    _refuse_unknown(kind, given)
+    try:
+        found = _model(kind).model_validate(given)
+    except ValidationError as exc:
+        raise _refused(exc) from exc
+    # What was not given keeps the default of the tuple, which needs no check.
+    return kind(**{name: getattr(found, name) for name in found.model_fields_set})
+
+
+def _refuse_unknown(kind: type[_Tuple], given: Mapping[str, object]) -> None:
+    names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    for name in given:
+        if name not in names:
+            from difflib import get_close_matches
+
+            close = get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}" if close else f"arguments are {', '.join(names)}"
+            raise UsageError(f"there is no argument {name!r}", hint=hint)
+
+
+_MODELS: dict[type, type[BaseModel]] = {}
+
+
+def _model(kind: type[_Tuple]) -> type[BaseModel]:
+    if kind not in _MODELS:
+        from pydantic import ConfigDict, create_model
+
+        optional: Mapping[str, object] = kind._field_defaults  # type: ignore[attr-defined]
+        fields: dict[str, Any] = {
+            name: (hint, None if name in optional else ...)
+            for name, hint in get_type_hints(kind, include_extras=True).items()
+        }
+        _MODELS[kind] = create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
+    return _MODELS[kind]
+
+
+_WORDS = {
+    "bool_type": "is neither True nor False",
+    "callable_type": "cannot be called",
+    "int_type": "is no integer",
+    "missing": "is missing",
+    "string_type": "is no string",
+    "string_unicode": "is no text: it has half a character",
+}
+
+
+def _refused(exc: Any) -> UsageError:
+    """Returns the error for what pydantic found first."""
+    first = exc.errors(include_url=False)[0]
+    # Of the members of a union pydantic gives the name too, behind that of the field.
+    place = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "bool"))
+    said = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if first["type"] == "literal_error":
+        said = f"is not {first['ctx']['expected']}"
+    return UsageError(f"argument {place}: {_shown(first['input'])} {said[:1].lower()}{said[1:]}")
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
