@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk, qemu_io
-from variants import Variant, options, qemu_name, title, variants
+from variants import Variant, identified, qemu_name, title, variants
 from vmconv.cli import main
 from vmconv.errors import AccessError
 from vmconv.extents import Extents
@@ -105,14 +105,15 @@ BY_ITSELF = [variant for variant in variants() if "reference" not in variant[1]]
 
 @pytest.mark.parametrize("variant", BY_ITSELF, ids=title)
 def test_an_export_is_the_file_that_convert_makes(xfs_dir: Path, qemu_img: QemuImg, variant: Variant) -> None:
-    name, given = variant
+    name = variant[0]
+    given = ",".join(f"{key}={value}" for key, value in identified(variant).items())
     image = xfs_dir / "disk.vmdk"
     raw = make_disk(xfs_dir / "source.raw", SIZE)
     vmconv.convert(str(raw), str(image))
     made = xfs_dir / "made"
     made.mkdir()
     target = made / f"disk{installed().formats[name].suffixes[0]}"
-    vmconv.convert(str(image), str(target), target_format=name, options=options(variant))
+    vmconv.convert(str(image), str(target), target_format=name, options=identified(variant))
     files = {path.name: path for path in made.iterdir()}
     flags = ["--as", name, "--persistent", *(["-o", given] if given else [])]
     with served(image, *flags, exports=len(files)) as running:

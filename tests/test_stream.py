@@ -18,7 +18,7 @@ import pytest
 
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
-from variants import Variant, options, title, variants
+from variants import Variant, identified, title, variants
 from vmconv.cli import main
 from vmconv.errors import PlanError, UsageError, VerifyError, ZeroCopyError
 from vmconv.opener import Opener
@@ -49,13 +49,14 @@ def is_one_file(variant: Variant) -> bool:
 
 @pytest.mark.parametrize("variant", [v for v in variants() if is_one_file(v)], ids=title)
 def test_a_stream_is_the_file_that_convert_makes(xfs_dir: Path, qemu_img: QemuImg, variant: Variant) -> None:
-    name, given = variant
+    name = variant[0]
+    given = ",".join(f"{key}={value}" for key, value in identified(variant).items())
     raw = make_disk(xfs_dir / "source.raw", SIZE)
     image = xfs_dir / "disk.vmdk"
     vmconv.convert(str(raw), str(image))
     (xfs_dir / "made").mkdir()
     target = xfs_dir / "made" / f"disk{installed().formats[name].suffixes[0]}"
-    vmconv.convert(str(image), str(target), target_format=name, options=options(variant))
+    vmconv.convert(str(image), str(target), target_format=name, options=identified(variant))
     done = streamed(image, "-O", name, *(["-o", given] if given else []))
     assert done.returncode == 0, done.stderr
     assert done.stdout == target.read_bytes()

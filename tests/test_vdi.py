@@ -22,7 +22,7 @@ from vmconv.image import Image
 from vmconv.layout import Placement
 from vmconv.opener import Opener
 from vmconv.registry import Registry, installed
-from vmconv.testing import FormatTests, disk_of, image_file, make_in_memory, patterned, random_bytes
+from vmconv.testing import FormatTests, disk_of, image_file, patterned, random_bytes
 from vmconv_vdi import Vdi, structs
 from vmconv_vdi.options import Options
 from vmconv_vdi.writer import MAX_BLOCKS, write
@@ -35,10 +35,8 @@ class TestVdi(FormatTests):
     format = Vdi()
     variants = OPTIONS
     wrong_options = ({"static": "perhaps"}, {"static": "2"})
-    metadata: ClassVar[Mapping[str, Any]] = {
-        "identity": IDENTITY,
-        "geometry": Geometry(cylinders=1023, heads=16, sectors=63),
-    }
+    metadata: ClassVar[Mapping[str, Any]] = {"geometry": Geometry(cylinders=1023, heads=16, sectors=63)}
+    ids = ("identity", "modification-uuid")
 
 
 def build(
@@ -416,21 +414,6 @@ def test_the_order_of_the_source_is_kept() -> None:
     assert [(row.offset, row.length) for row in layout.files[0].table if row.source is source] == [(0, 8 * MIB)]
 
 
-def test_a_disk_without_identity_gets_one_that_depends_on_it_alone() -> None:
-    def identity(size: int, start: int) -> object:
-        source = patterned(size, [(start, 4096)])
-        image = disk_of(Extents.of([(0, Kind.ZERO, None, 0), (start, Kind.DATA, source, start)], size), source)
-        layout = write(image, Options(), Placement(4096))
-        _, files = make_in_memory(layout, image)
-        return Vdi().read(files[-1], Opener(Registry())).metadata["identity"]
-
-    first = identity(4 * MIB, MIB)
-    assert isinstance(first, UUID)
-    assert first.version == 8
-    assert identity(4 * MIB, MIB) == first
-    assert len({first, identity(5 * MIB, MIB), identity(4 * MIB, 2 * MIB)}) == 3
-
-
 def test_the_largest_disk_is_planned_and_a_larger_one_is_refused() -> None:
     def plan(size: int) -> int:
         source = MemoryFile("source.raw", 0)
@@ -440,13 +423,6 @@ def test_the_largest_disk_is_planned_and_a_larger_one_is_refused() -> None:
     with pytest.raises(PlanError, match=f"vdi cannot hold {MAX_BLOCKS * MIB + 512} bytes") as caught:
         plan(MAX_BLOCKS * MIB + 512)
     assert str(MAX_BLOCKS * MIB) in str(caught.value.hint)
-
-
-def test_identity_and_geometry_survive_a_conversion(reflink_dir: Path, qemu_img: QemuImg) -> None:
-    qemu_img("create", "-f", "vdi", reflink_dir / "a.vdi", "8M")
-    vmconv.convert(str(reflink_dir / "a.vdi"), str(reflink_dir / "b.vdi"))
-    first, second = (vmconv.info(str(reflink_dir / name))["disk"]["identity"] for name in ("a.vdi", "b.vdi"))
-    assert first == second
 
 
 def test_the_plugin_is_found() -> None:

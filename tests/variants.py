@@ -48,6 +48,16 @@ def options(variant: Variant) -> dict[str, str]:
     return dict(part.split("=") for part in variant[1].split(",") if part)
 
 
+def has_identity(variant: Variant) -> bool:
+    """True when images of the format have ids."""
+    return hasattr(installed().formats[variant[0]].options()(), "identity")
+
+
+def identified(variant: Variant, identity: str = "01234567-89ab-4cde-8f01-23456789abcd") -> dict[str, str]:
+    """Returns the options with an identity, where the format takes one: with it, the same disk is the same image."""
+    return {**options(variant), **({"identity": identity} if has_identity(variant) else {})}
+
+
 def qemu_name(variant: Variant) -> str:
     return QEMU_NAMES.get(variant[0], variant[0])
 

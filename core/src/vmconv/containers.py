@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from vmconv.errors import PlanError, PluginError, UsageError
 from vmconv.extents import Extents
 from vmconv.formats import Format
+from vmconv.identity import derived, fresh
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, Placement
 from vmconv.references import name_for, refer
@@ -21,12 +22,30 @@ from vmconv.sources import File
 
 
 class Target(NamedTuple):
-    """What the user asked for: the file `name` in `directory`, in this format, written with these options."""
+    """What the user asked for: the file `name` in `directory`, in this format, written with these options.
+
+    `identity` is that of its image, as the options give it or random.
+    """
 
     format: Format
     options: Any
     directory: str
     name: str
+    identity: bytes
+
+    @classmethod
+    def of(cls, wanted: Format, options: Any, directory: str, name: str) -> Target:
+        """Returns a target with its identity."""
+        return cls(wanted, options, directory, name, getattr(options, "identity", None) or fresh())
+
+    @property
+    def has_identity(self) -> bool:
+        """True when images of the format have ids."""
+        return hasattr(self.options, "identity")
+
+    def identity_of(self, layer: int) -> bytes:
+        """Returns the identity of the image of a layer; 0 is the one that the user named."""
+        return derived(self.identity, f"layer {layer}") if layer else self.identity
 
 
 def new_name(own: str, target: Format, registry: Registry) -> str:
@@ -67,7 +86,10 @@ class Part(NamedTuple):
 
 
 class Container(NamedTuple):
-    """One image that will be made: `disk` is what it holds for a guest, on top of `backing` when it has a parent."""
+    """One image that will be made: `disk` is what it holds for a guest, on top of `backing` when it has a parent.
+
+    `has_identity`: images of the format have ids, and this one has new ones.
+    """
 
     source: Image
     disk: Image
@@ -75,6 +97,7 @@ class Container(NamedTuple):
     name: str
     backing: Backing | None
     layout: Layout
+    has_identity: bool = False
 
     @property
     def below(self) -> Extents | None:
@@ -85,7 +108,7 @@ class Container(NamedTuple):
         """Yields what the source states or holds and this image cannot say."""
         yield from self.source.losses
         for name, value in self.source.metadata.items():
-            if name not in self.format.carries and value is not None:
+            if name not in self.format.carries and value is not None and not (name == "identity" and self.has_identity):
                 yield f"{name.replace('_', ' ')} {value}: {self.format.name} has no place for it"
 
 
@@ -145,14 +168,14 @@ def lay_out(
     """
     made: list[Container] = []
     parent, backing = kept or (None, None)
-    for part in parts:
+    for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
-        placement = Placement(modulus or 1, part.name, target.directory, carrier)
+        placement = Placement(modulus or 1, part.name, target.directory, carrier, target.identity_of(layer))
         layout: Any = target.format.write(disk, target.options, placement, backing=backing)
         if not isinstance(layout, Layout):
             said = f"its writer returns {type(layout).__name__}, which is no Layout"
             raise PluginError(said, format_name=target.format.name)
-        made.append(Container(part.image, disk, target.format, part.name, backing, layout))
+        made.append(Container(part.image, disk, target.format, part.name, backing, layout, target.has_identity))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(part.name, target.format.name)
     return made

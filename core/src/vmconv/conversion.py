@@ -263,7 +263,7 @@ def _target(registry: Registry, request: Request) -> Target:
         raise PlanError(f"{request.target}: its directory does not exist")
     if os.path.lexists(path) and not os.path.isfile(path):
         raise PlanError(f"{request.target}: is not a regular file")
-    return Target(wanted, options, directory, name)
+    return Target.of(wanted, options, directory, name)
 
 
 def _only_directory(targets: Sequence[Target]) -> str:

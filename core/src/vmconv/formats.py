@@ -45,7 +45,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     """File name endings with their dot, lower case; the first is the one new files get."""
     carries: frozenset[str] = frozenset()
-    """Fields of `Disk`, besides the size, that this format's writer stores."""
+    """Fields of `Disk`, besides size and identity, that this format's writer stores."""
     can_read = True
     can_write = True
     can_back = False

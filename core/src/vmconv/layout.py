@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import PlanError
+from vmconv.identity import fresh
 
 if TYPE_CHECKING:
     from vmconv.extents import Extents
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     from vmconv.sources import File
 
 
+_OF_THIS_PROCESS = fresh()
+
+
 class Placement(NamedTuple):
-    """What a writer is told of where its output goes.
+    """What a writer is told of its output: where it goes, and which image it is.
 
     A payload row can be referenced when its offset in the output is congruent to its offset in the source modulo
     `modulus` bytes, a power of two; 1 means that any place will do. `target` is the name of the file that the user
@@ -24,12 +28,16 @@ class Placement(NamedTuple):
     `carrier` is the file that becomes the output itself, when a disk is converted in place. Then payload keeps its very
     offset, and metadata goes behind the end of the file, or over what is not payload. Where the format wants something
     of its own at the place of payload, one block of it goes behind the end; see `vmconv.staying`.
+
+    `identity` are the 16 bytes of the UUID of this image and of no other; its further ids come from
+    `vmconv.identity.derived`. Whoever makes images gives each its own; the default is one for this process.
     """
 
     modulus: int = 1
     target: str = "disk"
     directory: str = ""
     carrier: File | None = None
+    identity: bytes = _OF_THIS_PROCESS
 
 
 class OutFile(NamedTuple):

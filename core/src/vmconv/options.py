@@ -52,9 +52,48 @@ Size = Annotated[int, _SizeSchema()]
 """A number of bytes; strings such as "64K" are accepted."""
 
 
+def parse_identity(text: str) -> bytes:
+    """Returns the 16 bytes of a UUID, which may stand in braces, the most significant first."""
+    plain = text.strip().lower().removeprefix("{").removesuffix("}")
+    if not re.fullmatch(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}", plain):
+        raise ValueError(f"{text!r} is not a UUID such as 01234567-89ab-4cde-8f01-23456789abcd")
+    found = bytes.fromhex(plain.replace("-", ""))
+    if not any(found):
+        raise ValueError("the UUID of zeros stands for no image")
+    return found
+
+
+class _IdentitySchema:
+    """Tells pydantic to accept UUIDs as text and as `uuid.UUID`."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        def parse(value: object) -> object:
+            return value if isinstance(value, bytes) else parse_identity(str(value))
+
+        return core_schema.no_info_before_validator_function(
+            parse, core_schema.bytes_schema(min_length=16, max_length=16)
+        )
+
+
+Identity = Annotated[bytes, _IdentitySchema()]
+"""The 16 bytes of a UUID; its text is accepted."""
+
+
 def option(default: Any, text: str) -> Any:
     """Returns a dataclass field with its help text."""
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """The base of the options of a format whose images have ids (UUID, GUID, CID).
+
+    `Placement.identity` is what the user gave, or else random.
+    """
+
+    identity: Identity | None = option(None, "UUID of the image; random by default. The same UUID gives the same ids")
 
 
 class Described(NamedTuple):
@@ -127,6 +166,8 @@ def _at_a_glance(hint: Any, value: Any) -> Any:
         return value
     elif hint == Size:
         return parse_size(value)
+    elif hint == Identity:
+        return parse_identity(value)
     elif hint is bool and value in ("on", "off"):
         return value == "on"
     elif hint is int and value.isascii() and value.isdecimal():

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vmconv.containers import sources_of
 from vmconv.errors import AccessError, ImageError, PlanError
 from vmconv.extents import Column, Extents, Kind
 from vmconv.formats import Format
+from vmconv.identity import of_disk
 from vmconv.image import Image
 from vmconv.layout import Layout, Placement
 from vmconv.options import parse_options
@@ -183,9 +185,17 @@ def views(image: Image, target: Format, options: Mapping[str, Any], name: str) -
     """
     parsed = parse_options(target.options(), options, target.name)
     refuse_source_kept(target, parsed)
-    layout = target.write(image, parsed, Placement(ALIGNMENT, name))
+    identity = getattr(parsed, "identity", None) or _identity(image, target, options)
+    layout = target.write(image, parsed, Placement(ALIGNMENT, name, identity=identity))
     refuse_references(target, layout)
     return {out.name or name: View(out.table) for out in layout.files}
+
+
+def _identity(image: Image, target: Format, options: Mapping[str, Any]) -> bytes:
+    """Returns the identity of a view: another for each variant, and the same until a file of the source changes."""
+    variant = " ".join([target.name, *(f"{name}={value}" for name, value in sorted(options.items()))])
+    layers = [layer.file for layer in image.chain()]
+    return of_disk(image.flat, [*layers, *sources_of(image)], variant)
 
 
 def refuse_source_kept(target: Format, options: Any) -> None:

@@ -35,6 +35,7 @@ from vmconv.testing.disks import (
     random_bytes,
     raw_disk,
 )
+from vmconv.testing.identities import IdentityTests
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
 from vmconv.testing.strategies import disks
 
@@ -57,7 +58,7 @@ class _Siblings(Opener):
         return self._siblings[reference]
 
 
-class FormatTests:
+class FormatTests(IdentityTests):
     """Subclass it, say which `format`, and pytest collects the rest; the answers below it may need."""
 
     format: ClassVar[Format]

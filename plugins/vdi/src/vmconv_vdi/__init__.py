@@ -19,7 +19,7 @@ class Vdi(Format):
     name = "vdi"
     title = "VirtualBox disk image"
     suffixes = (".vdi",)
-    carries = frozenset({"geometry", "identity"})
+    carries = frozenset({"geometry"})
     can_back = True
 
     def options(self) -> type[Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmconv.options import option
+from vmconv.options import Identified, option
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Identified):
     """How a VDI image is written."""
 
     static: bool = option(False, "on: every block has its place from the beginning, in the guest's order")

@@ -9,7 +9,6 @@ which may be at any sector, is chosen to give them the phase that most of the pa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
+from vmconv.identity import derived
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob
@@ -74,7 +74,7 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
     if found.used and _is_last_block_last(found, count):
         end -= count * BLOCK - size
     numbers = {"offData": data, "cbDisk": size, "cBlocks": count, "cBlocksAllocated": found.used}
-    header = _header(image, options, parent, numbers, _fingerprint(size, found, parent))
+    header = _header(image, options, parent, numbers, placement.identity)
     block_map = _block_map(guest.size, found, hides=parent is not None)
     payload = found.runs.take(found.there)
     rows, length = cut(guest, payload.first * BLOCK, payload.blocks * BLOCK, data + found.place[found.there])
@@ -152,32 +152,9 @@ def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:
     return Blob("block map", compute, size // BLOCK * 4)
 
 
-def _fingerprint(size: int, found: _Blocks, parent: _Parent | None) -> bytes:
-    """Returns bytes that stand for the disk's size, layout and parent, for identities of disks that have none.
-
-    A writer has neither clock nor chance: the same disk gets the same identity each time it is converted.
-    """
-    digest = hashlib.sha256(b"vmconv vdi %d" % size)
-    if parent:
-        digest.update(parent.identity + parent.modified)
-    for column in (found.runs.first, found.runs.blocks, found.place):
-        digest.update(column[found.there].astype("<i8").tobytes())
-    return digest.digest()
-
-
-def _made_uuid(seed: bytes) -> bytes:
-    """Returns a UUID of version 8 (RFC 9562: made of what the maker likes), as the format stores it."""
-    found = bytearray(hashlib.sha256(seed).digest()[:16])
-    # Stored with its third field little-endian: the version is in the second of its bytes.
-    found[7] = found[7] & 0x0F | 0x80
-    found[8] = found[8] & 0x3F | 0x80
-    return bytes(found)
-
-
 def _header(
-    image: Image, options: Options, parent: _Parent | None, numbers: Mapping[str, int], fingerprint: bytes
+    image: Image, options: Options, parent: _Parent | None, numbers: Mapping[str, int], identity: bytes
 ) -> bytes:
-    uuid = _identity(image, parent, fingerprint)
     fields: dict[str, Any] = {
         "cbHeader": structs.LONG_HEADER_LENGTH,
         "u32Type": structs.FIXED if options.static else structs.DIFFERENCING if parent else structs.NORMAL,
@@ -188,8 +165,8 @@ def _header(
         "u32Dummy": 0,
         "cbBlock": BLOCK,
         "cbBlockExtra": 0,
-        "uuidCreate": uuid,
-        "uuidModify": _made_uuid(uuid + fingerprint),
+        "uuidCreate": structs.uuid_bytes(identity.hex()),
+        "uuidModify": structs.uuid_bytes(derived(identity, "vdi modification").hex()),
         "uuidLinkage": parent.identity if parent else structs.NIL_UUID,
         "uuidParentModify": parent.modified if parent else structs.NIL_UUID,
         **numbers,
@@ -202,13 +179,6 @@ def _header(
             structs.Geometry.build(_geometry(image.metadata.get("geometry"))),
         ]
     )
-
-
-def _identity(image: Image, parent: _Parent | None, fingerprint: bytes) -> bytes:
-    """Returns the disk's own UUID, or one made of the fingerprint: all layers of some formats' chains have the same."""
-    said = image.metadata.get("identity")
-    own = structs.uuid_bytes(said) if said is not None else None
-    return _made_uuid(fingerprint) if own is None or (parent and own == parent.identity) else own
 
 
 def _geometry(geometry: Any) -> dict[str, int]:

@@ -21,7 +21,7 @@ class Vhd(Format):
     name = "vhd"
     title = "Hyper-V and Virtual PC virtual disk"
     suffixes = (".vhd", ".vpc", ".avhd")
-    carries = frozenset({"identity", "geometry", "creator"})
+    carries = frozenset({"geometry", "creator"})
     can_back = True
 
     def options(self) -> type[Any]:

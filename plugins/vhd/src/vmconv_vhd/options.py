@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import option
+from vmconv.options import Identified, option
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Identified):
     """How a VHD image is written; raises `ValueError` for what the format cannot be."""
 
     subformat: Literal["dynamic", "fixed"] = option("dynamic", "dynamic (grows as it is written) or fixed")

@@ -9,7 +9,6 @@ congruent to the source instead, for each block by itself, so that it can be sha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
@@ -21,7 +20,7 @@ from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.sources import Blob, File
+from vmconv.sources import Blob
 from vmconv_vhd import structs
 from vmconv_vhd.header import bitmap_size
 from vmconv_vhd.options import Options
@@ -63,7 +62,7 @@ class _Writer:
             backing.refuse_other_size("VHD", self.size, image.parent)
         self.guest = blocks.grown(image, self.size, on_parent=backing is not None)
         self.geometry = self._geometry()
-        self.unique_id = self._identity()
+        self.unique_id = placement.identity
 
     def layout(self) -> Layout:
         return self._fixed() if self.fixed else self._dynamic()
@@ -205,22 +204,6 @@ class _Writer:
                 return cylinders, heads, sectors
             self.losses.append(f"geometry {cylinders}/{heads}/{sectors}: VHD has 16, 8 and 8 bits for it")
         return structs.geometry_of(self.size // structs.SECTOR)
-
-    def _identity(self) -> bytes:
-        """Returns the disk's own identity, or one that follows from its size and from where its payload lies."""
-        said = self.image.metadata.get("identity")
-        own = UUID(str(said)).bytes if said is not None else self.parent_id
-        # All layers of some formats' chains have one identity, those of a VHD have each their own.
-        if own != self.parent_id:
-            return own
-        table = self.guest
-        digest = hashlib.blake2b(f"vmconv vhd {self.size} {len(table)}".encode() + self.parent_id, digest_size=16)
-        for source in table.sources:
-            digest.update(source.name.encode("utf-8", "surrogateescape") if isinstance(source, File) else b"\0")
-        for column in (table.start, table.kind, table.offset):
-            # The first rows will do: this tells disks apart, it does not protect them.
-            digest.update(column[: 1 << 16].tobytes())
-        return UUID(bytes=digest.digest(), version=4).bytes
 
 
 def _parent_id(image: Image, backing: Backing | None) -> bytes:

@@ -19,7 +19,7 @@ class Vhdx(Format):
     name = "vhdx"
     title = "Hyper-V virtual disk, version 2"
     suffixes = (".vhdx", ".avhdx")
-    carries = frozenset({"creator", "identity", "logical_sector_size", "physical_sector_size"})
+    carries = frozenset({"creator", "logical_sector_size", "physical_sector_size"})
     can_back = True
     in_place = True
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import Size, option
+from vmconv.options import Identified, Size, option
 
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Identified):
     """How a VHDX image is written; raises `ValueError` for what the format cannot be."""
 
     subformat: Literal["dynamic", "fixed"] = option("dynamic", "dynamic (grows as it is written) or fixed")

@@ -9,7 +9,6 @@ sector bitmaps are computed when they are written, a slice at a time.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, gather
+from vmconv.identity import derived
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.sources import Blob, File, Source
@@ -69,6 +69,7 @@ class _Writer:
         self.options = options
         self.backing = backing
         self.modulus = placement.modulus
+        self.identity = placement.identity
         self.fixed = options.subformat == "fixed"
         if backing and self.fixed:
             raise PlanError("a fixed VHDX cannot have a parent", hint="use -o subformat=dynamic")
@@ -240,8 +241,8 @@ class _Writer:
             fields = {
                 "checksum": 0,
                 "sequence_number": number + 1,
-                "file_write_guid": self._derived("file").bytes_le,
-                "data_write_guid": self._derived("data").bytes_le,
+                "file_write_guid": self._derived("file write").bytes_le,
+                "data_write_guid": self._derived("data write").bytes_le,
                 "log_guid": bytes(16),
                 "log_version": 0,
                 "version": 1,
@@ -266,13 +267,11 @@ class _Writer:
         flags = structs.LEAVE_BLOCKS_ALLOCATED if self.fixed else structs.HAS_PARENT if self.backing else 0
         virtual = structs.IS_VIRTUAL_DISK
         physical = self.options.physical_sector_size or self.image.metadata.get("physical_sector_size") or self.sector
-        said = self.image.metadata.get("identity")
-        identity = UUID(str(said)) if said is not None else self._derived("disk")
         parameters = structs.FileParameters.build({"block_size": self.block, "flags": flags})
         items = [
             (structs.FILE_PARAMETERS, parameters, 0),
             (structs.VIRTUAL_DISK_SIZE, self.size.to_bytes(8, "little"), virtual),
-            (structs.VIRTUAL_DISK_ID, identity.bytes_le, virtual),
+            (structs.VIRTUAL_DISK_ID, UUID(bytes=self.identity).bytes_le, virtual),
             (structs.LOGICAL_SECTOR_SIZE, self.sector.to_bytes(4, "little"), virtual),
             (structs.PHYSICAL_SECTOR_SIZE, int(physical).to_bytes(4, "little"), virtual),
         ]
@@ -295,21 +294,7 @@ class _Writer:
         return creator if len(creator.encode("utf-16-le", "replace")) <= 510 else creator[:127]
 
     def _derived(self, what: str) -> UUID:
-        """Returns a GUID that follows from the disk: its identity, its size and where its payload lies.
-
-        There is neither a clock nor chance here: the same disk gives the same image.
-        """
-        table = self.guest
-        said = f"vmconv vhdx {what} {self.image.metadata.get('identity')} {self.size} {self.block} {len(table)}"
-        if self.linkage:
-            said += f" on {self.linkage}"
-        digest = hashlib.blake2b(said.encode(), digest_size=16)
-        for source in table.sources:
-            digest.update(source.name.encode("utf-8", "surrogateescape") if isinstance(source, File) else b"\0")
-        for column in (table.start, table.kind, table.offset):
-            # The first rows will do: this tells disks apart, it does not protect them.
-            digest.update(column[: 1 << 16].tobytes())
-        return UUID(bytes=digest.digest(), version=4)
+        return UUID(bytes=derived(self.identity, f"vhdx {what}"))
 
 
 def _among(values: Column, few: Column) -> npt.NDArray[np.bool_]:

@@ -26,7 +26,7 @@ class Vmdk(Format):
     name = "vmdk"
     title = "VMware virtual disk"
     suffixes = (".vmdk",)
-    carries = frozenset({"adapter_type", "geometry", "identity"})
+    carries = frozenset({"adapter_type", "geometry"})
     can_back = True
     in_place = True
     # Where a compressed grain lies is known when all before it are compressed.

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import option
+from vmconv.options import Identified, option
 
 Subformat = Literal[
     "monolithicSparse",
@@ -29,7 +29,7 @@ SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Identified):
     """How a VMDK is written; raises `ValueError` for what the format cannot be."""
 
     subformat: Subformat = option(

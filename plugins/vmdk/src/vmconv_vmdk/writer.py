@@ -10,13 +10,13 @@ reference              name.vmdk, the descriptor of extents in the source's file
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from vmconv import blocks
 from vmconv.errors import PlanError
 from vmconv.extents import Extents
+from vmconv.identity import derived
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.references import Record
@@ -160,11 +160,10 @@ class _Writer:
         return text.ljust(room, b"\0")
 
     def _descriptor(self, parts: Sequence[Part], records: Sequence[Record] = ()) -> bytes:
-        """Returns the descriptor; its identities are the source's, else made from what the disk is, not from chance."""
-        digest = self._digest()
-        kept = content_id(self.image)
+        """Returns the descriptor; what identifies its content is that of no other image."""
+        content = derived(self.placement.identity, "vmdk content")
         # 0, fffffffe and ffffffff have a meaning of their own.
-        cid = kept if kept is not None else int.from_bytes(digest[:4], "big") % 0xFFFFFFFD + 1
+        cid = int.from_bytes(content[:4], "big") % 0xFFFFFFFD + 1
         parent_cid = NO_PARENT
         if self.backing:
             found = content_id(self.image.parent) if self.image.parent else None
@@ -175,22 +174,12 @@ class _Writer:
             create_type=self.options.create_type,
             cid=cid,
             parts=parts,
-            database=self._database(digest, cid) | recorded(records),
+            database=self._database(f"{content[4:].hex()}{cid:08x}") | recorded(records),
             parent_cid=parent_cid,
             parent=self.backing.reference if self.backing else None,
         )
 
-    def _digest(self) -> bytes:
-        """Returns a digest of the disk's identity, its size and where its payload lies."""
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(f"{self.image.metadata.get('identity')} {self.size}".encode())
-        if self.backing and self.image.parent:
-            digest.update(f" on {content_id(self.image.parent)}".encode())
-        for column in self.guest.columns:
-            digest.update(column.tobytes())
-        return digest.digest()
-
-    def _database(self, digest: bytes, cid: int) -> dict[str, str]:
+    def _database(self, long_content_id: str) -> dict[str, str]:
         metadata, options = self.image.metadata, self.options
         adapter = options.adapter_type or self._adapter(metadata.get("adapter_type"))
         database = {"adapterType": adapter}
@@ -200,11 +189,12 @@ class _Writer:
             heads = 16 if adapter == "ide" else 255
             geometry = {"cylinders": self.sectors // (heads * 63), "heads": heads, "sectors": 63}
         database |= {f"geometry.{key}": str(value) for key, value in geometry.items()}
-        database["longContentID"] = f"{digest[4:].hex()}{cid:08x}"
+        database["longContentID"] = long_content_id
         database["toolsVersion"] = options.toolsversion
-        if identity := metadata.get("identity"):
-            text = identity.bytes.hex(" ")
-            database["uuid"] = f"{text[:23]}-{text[24:]}"
+        if options.identity:
+            # Without one, the first product of VMware that uses the disk gives it a UUID of its own kind.
+            digits = self.placement.identity.hex(" ")
+            database["uuid"] = f"{digits[:23]}-{digits[24:]}"
         database["virtualHWVersion"] = options.hwversion
         return database
 
