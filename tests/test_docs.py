@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 README, GUIDE, PLUGINS, ARCHITECTURE = (
     ROOT / name for name in ("README.md", "docs/guide.md", "docs/plugins.md", "docs/architecture.md")
 )
+THREATS = ROOT / "docs/threat-model.md"
 PAGES = sorted(
     page
     for pattern in ("*.md", "docs/*.md", "core/*.md", "plugins/*/*.md", "benchmarks/*.md", "changelog.d/*.md")
@@ -114,6 +115,36 @@ def test_the_methods_of_an_interface_have_headings_with_their_signatures(module:
 def test_the_page_on_malformed_images_lists_what_is_tried() -> None:
     page = ROOT / "docs/malformed.md"
     assert page.read_text() == malformed_page.render(), "python tests/malformed_page.py > docs/malformed.md"
+
+
+# Threat model
+
+
+def names_of_tests(path: Path) -> set[str]:
+    """Returns the names of the tests in a file, those of a class with its name before them."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}::{one.name}" for one in node.body if isinstance(one, ast.FunctionDef)}
+    return {name for name in found if name.rpartition("::")[2].startswith("test_")}
+
+
+def test_each_rule_of_the_threat_model_has_tests_that_exist() -> None:
+    rules = [row for row in cells(section(THREATS, "Rules")) if row[0] != "rule"]
+    assert len(rules) > 20
+    for rule, tests in rules:
+        named = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", tests)
+        assert named, f"no test shows: {rule}"
+        assert len(named) == tests.count("`") // 2, tests
+        for path, name in named:
+            assert name in names_of_tests(ROOT / path), f"{path} has no {name}"
+
+
+def test_whoever_can_do_something_is_stopped_by_a_rule() -> None:
+    for row in cells(section(THREATS, "Who"))[1:]:
+        assert re.search(r"\]\(|the same", row[3]), row[0]
 
 
 # Commands
