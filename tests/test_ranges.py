@@ -59,6 +59,15 @@ def test_zeros_where_the_file_has_something_else_are_not_joined() -> None:
     assert joined_over_holes(past) == past
 
 
+def test_zeros_are_joined_to_the_file_that_is_beside_them() -> None:
+    one, other = MemoryFile("one", 8 * SECTOR), MemoryFile("other", 8 * SECTOR)
+    one.write(0, b"1" * 2 * SECTOR)
+    other.write(5 * SECTOR, b"2" * SECTOR)
+    rows = [(0, Kind.DATA, one, 0), (SECTOR, Kind.ZERO, None, 0), (2 * SECTOR, Kind.DATA, other, 5 * SECTOR)]
+    joined = joined_over_holes(Extents.of(rows, 3 * SECTOR))
+    assert joined == Extents.of([rows[0], (SECTOR, Kind.DATA, other, 4 * SECTOR)], 3 * SECTOR)
+
+
 def test_a_table_of_nothing() -> None:
     assert len(joined_over_holes(Extents.filled(0))) == 0
     assert len(ranges_in_files(Extents.filled(0), SECTOR).start) == 0
