@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from vmconv import conversion
 from vmconv.arguments import (
-    Believed,
     CompareOptions,
     ConvertOptions,
     Descriptor,
@@ -27,6 +26,7 @@ from vmconv.arguments import (
     OptionValue,
     Pair,
     PairOptions,
+    Place,
     Reading,
     StreamOptions,
     StrPath,
@@ -133,29 +133,25 @@ def _refuse_unwritable(descriptor: int) -> None:
         raise UsageError(f"argument descriptor: {descriptor} is not open for writing")
 
 
-def recover(path: StrPath, *, trust: bool = False) -> Recovery:
-    """Takes back, or finishes, the conversion in place that was interrupted and that `path` was part of.
-
-    Its journal must be this user's, made in this directory; `trust` follows anybody's.
-    """
+def recover(path: StrPath) -> Recovery:
+    """Takes back, or finishes, the conversion in place that was interrupted and that `path` was part of."""
     from vmconv.inplace import recovery
 
-    journal = checked(Believed, path=path, trust=trust)
+    place = checked(Place, path=path)
     with _errors():
-        return recovery.recover(journal.path, trust=journal.trust)
+        return recovery.recover(place.path)
 
 
-def undo(path: StrPath, *, trust: bool = False) -> str:
+def undo(path: StrPath) -> str:
     """Turns the target of a conversion in place back into its source, and returns the path of that.
 
-    Needs what `keep_undo` kept, and that nobody has written to the target since. That must be this user's, made in this
-    directory; `trust` follows anybody's.
+    Needs what `keep_undo` kept, and that nobody has written to the target since.
     """
     from vmconv.inplace import undo as module
 
-    kept = checked(Believed, path=path, trust=trust)
+    place = checked(Place, path=path)
     with _errors():
-        return module.undo(kept.path, trust=kept.trust)
+        return module.undo(place.path)
 
 
 def plan(source: StrPath, target: StrPath, **options: Unpack[ConvertOptions]) -> Plan:

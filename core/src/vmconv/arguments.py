@@ -124,11 +124,10 @@ class Pair(NamedTuple):
     strict: bool = False
 
 
-class Believed(NamedTuple):
-    """A file that is brought back by what lies beside it, and whether that may be anybody's."""
+class Place(NamedTuple):
+    """A file that a command is about."""
 
     path: FilePath
-    trust: bool = False
 
 
 class Descriptor(NamedTuple):
@@ -180,7 +179,6 @@ class FanoutOptions(AccessOptions, total=False):
     force: bool
     in_place: bool
     keep_undo: bool
-    any_owner: bool
 
 
 class StreamOptions(FanoutOptions, total=False):

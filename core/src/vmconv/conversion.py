@@ -39,7 +39,7 @@ class Request(NamedTuple):
     made will have as its parent, as it is to be written into the target, with `backing_format`.
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
     on storage, as `qemu-img convert` does not. `in_place` turns the source's own file into the target; `keep_undo`
-    keeps what it takes to turn it back; `any_owner` lets it change files that are not the source's owner's.
+    keeps what it takes to turn it back.
     """
 
     source: FilePath
@@ -57,7 +57,6 @@ class Request(NamedTuple):
     force: bool = False
     in_place: bool = False
     keep_undo: bool = False
-    any_owner: bool = False
     force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
@@ -282,9 +281,8 @@ def _only_directory(targets: Sequence[Target]) -> str:
 def _site(request: Request, others: Sequence[Request], image: Image, opener: Opener) -> Site | None:
     """Returns where the conversion happens when it is one in place; refuses what makes no sense with it."""
     if not request.in_place:
-        for given, name in ((request.keep_undo, "--keep-undo"), (request.any_owner, "--any-owner")):
-            if given:
-                raise UsageError(f"{name} is for conversions in place", hint="without --in-place, the source is kept")
+        if request.keep_undo:
+            raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
         return None
     for wrong, name in (
         (others, "several targets"),
@@ -300,15 +298,7 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
     base = request.backing_file
     path = os.path.join(os.path.dirname(request.target), base) if base else None
     with os_errors("cannot be used as backing file", AccessError):
-        return Site(
-            image,
-            opener,
-            request.source,
-            keep_undo=request.keep_undo,
-            any_owner=request.any_owner,
-            chain=request.chain,
-            base=path,
-        )
+        return Site(image, opener, request.source, keep_undo=request.keep_undo, chain=request.chain, base=path)
 
 
 def _target_format(registry: Registry, request: Request) -> str:

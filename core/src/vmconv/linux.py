@@ -43,6 +43,7 @@ _FIEMAP_LAST = 1
 # inline, packed with others, merged.
 _FIEMAP_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _FIEMAP_DELAYED = 0x2 | 0x4
+_FIEMAP_ENCODED = 0x8
 _FIEMAP_UNWRITTEN = 0x800
 _FIEMAP_BATCH = 4096
 
@@ -275,6 +276,16 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
     rows, flags = extents(descriptor)
     certain: npt.NDArray[np.int64] = rows[(flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN)) == 0]
     return certain
+
+
+def encoded_ranges(descriptor: int) -> npt.NDArray[np.int64]:
+    """Returns rows `(logical, length, physical)` for the extents that are stored encoded: compressed, mostly.
+
+    `physical` is where the whole extent begins, even where the file has only a part of it. Raises `OSError`, as above.
+    """
+    rows, flags = extents(descriptor)
+    encoded: npt.NDArray[np.int64] = rows[flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN) == _FIEMAP_ENCODED]
+    return encoded
 
 
 def settled_ranges(descriptor: int) -> npt.NDArray[np.int64] | None:

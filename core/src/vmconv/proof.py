@@ -7,71 +7,112 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv.extents import Extents, Kind, distinct, gather
+from vmconv.extents import Columns, Extents, Kind, distinct, gather
 from vmconv.image import Image
-from vmconv.physical import PhysicalMap, Storage
+from vmconv.physical import Encoded, PhysicalMap, Storage
+
+
+class Place(NamedTuple):
+    """Where payload lies: the address of the block, or, when it is `encoded`, of the extent and the offset in it."""
+
+    storage: Storage
+    address: int
+
+    @property
+    def encoded(self) -> bool:
+        return isinstance(self.storage, Encoded)
+
+    @property
+    def physical(self) -> int:
+        """The physical address that the filesystem tells."""
+        return Encoded.extent(self.address) if self.encoded else self.address
 
 
 class ProofRow(NamedTuple):
     """One range of the guest's disk, bytes; `has_` is whether that image has payload there.
 
-    The physical addresses are None where there is no payload, and where the filesystem does not tell.
+    The places are None where there is no payload, and where the filesystem does not tell.
     """
 
     start: int
     length: int
-    left: int | None
-    right: int | None
+    left_place: Place | None
+    right_place: Place | None
     has_left: bool
     has_right: bool
 
     @property
-    def same(self) -> bool:
-        return self.left is not None and self.left == self.right
+    def left(self) -> int | None:
+        """Physical address in the left image; that of the whole extent when it is stored encoded."""
+        return self.left_place.physical if self.left_place else None
+
+    @property
+    def right(self) -> int | None:
+        """Physical address in the right image; that of the whole extent when it is stored encoded."""
+        return self.right_place.physical if self.right_place else None
+
+    @property
+    def same(self) -> bool | None:
+        """Whether both images have the very same bytes of storage there; None when that cannot be known."""
+        if not (self.has_left and self.has_right):
+            # What is not told to be data may be a hole that the filesystem does not tell.
+            known = self.left_place if self.has_left else self.right_place
+            return None if known is None else False
+        left, right = self.left_place, self.right_place
+        if left is None or right is None:
+            return None
+        if left == right:
+            return True
+        # Of one encoded extent the filesystem does not say which part a file has.
+        part_unknown = left.encoded and right.encoded and left.physical == right.physical
+        return None if part_unknown and left.storage.identity == right.storage.identity else False
 
 
 class Proof(NamedTuple):
-    """`shared` bytes of payload lie at the same physical addresses in both images, `apart` bytes do not or may not."""
+    """`shared` bytes of payload lie at the same physical addresses in both images, and `apart` bytes do not.
+
+    Of `unknown` bytes the filesystem does not tell it.
+    """
 
     shared: int
     apart: int
+    unknown: int
     left: Extents
     right: Extents
 
     def __bool__(self) -> bool:
-        return self.apart == 0
+        return self.apart == 0 and self.unknown == 0
 
     def rows(self) -> Iterator[ProofRow]:
         """Yields the ranges where at least one image has payload, in guest order."""
         cuts = distinct(np.concatenate([self.left.start, self.right.start]))
         length = np.diff(cuts, append=self.left.size)
-        sides = []
-        for table in (self.left, self.right):
-            rows = gather(table, cuts, length, cuts) if len(cuts) else table.columns
-            known = np.array([isinstance(s, Storage) for s in table.sources] + [False])[rows.source]
-            sides.append((rows.kind == Kind.DATA, known, rows.offset))
-        (has_left, knows_left, left), (has_right, knows_right, right) = sides
+        left, right = (
+            gather(table, cuts, length, cuts) if len(cuts) else table.columns for table in (self.left, self.right)
+        )
+        has_left, has_right = left.kind == Kind.DATA, right.kind == Kind.DATA
         for i in np.flatnonzero(has_left | has_right).tolist():
             yield ProofRow(
                 int(cuts[i]),
                 int(length[i]),
-                int(left[i]) if knows_left[i] else None,
-                int(right[i]) if knows_right[i] else None,
+                _place(self.left, left, i) if has_left[i] else None,
+                _place(self.right, right, i) if has_right[i] else None,
                 bool(has_left[i]),
                 bool(has_right[i]),
             )
 
 
+def _place(table: Extents, rows: Columns, at: int) -> Place | None:
+    source = table.sources[rows.source[at]]
+    return Place(source, int(rows.offset[at])) if isinstance(source, Storage) else None
+
+
 def prove_images(left: Image, right: Image) -> Proof:
     """Returns the proof for two images of one disk; reads no payload."""
     size = max(left.size, right.size)
-    places = PhysicalMap()
+    places = PhysicalMap(encoded=True)
     a, b = (places.apply(image.flat.window(0, size).without_holes()) for image in (left, right))
-    proof = Proof(0, 0, a, b)
-    shared = apart = 0
-    for row in proof.rows():
-        if row.same:
-            shared += row.length
-        else:
-            apart += row.length
-    return Proof(shared, apart, a, b)
+    found = {True: 0, False: 0, None: 0}
+    for row in Proof(0, 0, 0, a, b).rows():
+        found[row.same] += row.length
+    return Proof(found[True], found[False], found[None], a, b)

@@ -7,6 +7,7 @@ import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import ImageError, ReadError
@@ -63,13 +64,25 @@ class File(Source):
         self.path = path
         self.name = os.path.basename(path) or path
         self.descriptor = descriptor
-        status = os.fstat(descriptor)
-        self.is_device = stat.S_ISBLK(status.st_mode)
         self.settled = False
         """True for a file of our own, which was synced, or which nobody shall wait for."""
+        status = self._status()
+        self.is_device = stat.S_ISBLK(status.st_mode)
         self.stamp = stamp_of(status)
-        # A block device has no size in its inode: its end is where seeking ends.
-        self.size = os.lseek(descriptor, 0, os.SEEK_END) if self.is_device else status.st_size
+        self.size = self._end() if self.is_device else status.st_size
+
+    def _status(self) -> os.stat_result:
+        try:
+            return os.fstat(self.descriptor)
+        except OSError as exc:
+            raise ReadError(f"{self.name}: cannot be looked at: {exc.strerror}") from exc
+
+    def _end(self) -> int:
+        """Returns where seeking ends: a block device has no size in its inode."""
+        try:
+            return os.lseek(self.descriptor, 0, os.SEEK_END)
+        except OSError as exc:
+            raise ReadError(f"{self.name}: does not tell its size: {exc.strerror}") from exc
 
     def read(self, offset: int, length: int) -> bytes:
         try:
@@ -144,12 +157,14 @@ class File(Source):
 
     def changed(self) -> bool:
         """True when the file is not the one that was opened any more: replaced, resized or written."""
-        return stamp_of(os.fstat(self.descriptor)) != self.stamp
+        return stamp_of(self._status()) != self.stamp
 
     def close(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            # It is closed whatever is said, and of what was only read nothing can be lost.
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def stamp_of(status: os.stat_result) -> Stamp:

@@ -23,7 +23,7 @@ class ShiftingBackend(InPlaceBackend):
         return Survey(1)
 
     def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
-        return ShiftingTransaction(self, force=force)
+        return ShiftingTransaction(self, directory, force=force)
 
 
 class ShiftingTransaction(InPlaceTransaction):
@@ -32,10 +32,10 @@ class ShiftingTransaction(InPlaceTransaction):
     So nothing is written to it before, and what is verified is what the file will be.
     """
 
-    def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
+    def _journal(self, main: FilePlan, beside: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE)
-        return self._both_ways(main, others)._replace(
-            pieces=shifting.placed(main, self.carrier),
+        return self._both_ways(main, beside)._replace(
+            pieces=shifting.placed(main, self.claim.carrier),
             later=later,
             # Where filesystems set space aside around what is written later.
             dead=space.unused(main, os.fstatvfs(self.claim.descriptor).f_bsize),
@@ -43,7 +43,7 @@ class ShiftingTransaction(InPlaceTransaction):
         )
 
     def _carried(self, change: Change) -> Output:
-        return _Planned(self._main, self.carrier)
+        return _Planned(self._main, self.claim.carrier)
 
 
 class _Planned(Output):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
 from vmconv.cli.options import access, add_access, add_format, add_output
 
 if TYPE_CHECKING:
     from vmconv.image import Image
+    from vmconv.proof import Proof, ProofRow
 
 _DIFFERENT, _CANNOT_OPEN = 1, 2
 
@@ -56,8 +57,8 @@ def _run_prove(options: argparse.Namespace) -> int:
     with _images(options) as (left, right):
         proof = prove_images(left, right)
         if options.output == "json":
-            rows = [{**row._asdict(), "same": row.same} for row in proof.rows()]
-            print_json({"proved": bool(proof), "shared": proof.shared, "apart": proof.apart, "ranges": rows}, indent=4)
+            counts = {"shared": proof.shared, "apart": proof.apart, "unknown": proof.unknown}
+            print_json({"proved": bool(proof), **counts, "ranges": [_plain(row) for row in proof.rows()]}, indent=4)
             return 0 if proof else _DIFFERENT
         table = [["GUEST", "LENGTH", f"IN {left.file.name}", f"IN {right.file.name}", ""]]
         hidden = 0
@@ -66,15 +67,39 @@ def _run_prove(options: argparse.Namespace) -> int:
                 hidden += 1
                 continue
             places = [_place(row.left, row.has_left), _place(row.right, row.has_right)]
-            table.append([f"{row.start:#x}", f"{row.length:#x}", *places, "same" if row.same else "NOT SHARED"])
+            table.append([f"{row.start:#x}", f"{row.length:#x}", *places, _WORDS[row.same]])
     print_table(table)
     if hidden:
         print(f"... and {hidden} more ranges, --rows shows them")
-    verdict = "all payload is shared" if proof else "not all payload is shared"
-    if not proof.shared and not proof.apart:
-        verdict = "there is no payload"
-    print(f"{verdict}: {size_text(proof.shared)} at the same physical addresses, {size_text(proof.apart)} not")
+    unknown = f", {size_text(proof.unknown)} unknown: the filesystem does not tell" if proof.unknown else ""
+    shared, apart = size_text(proof.shared), size_text(proof.apart)
+    print(f"{_verdict(proof)}: {shared} at the same physical addresses, {apart} not{unknown}")
     return 0 if proof else _DIFFERENT
+
+
+_WORDS = {True: "same", False: "NOT SHARED", None: "unknown"}
+
+
+def _verdict(proof: Proof) -> str:
+    if proof.apart:
+        return "not all payload is shared"
+    if proof.unknown:
+        return "not known whether all payload is shared"
+    return "all payload is shared" if proof.shared else "there is no payload"
+
+
+def _plain(row: ProofRow) -> dict[str, Any]:
+    left, right = row.left_place, row.right_place
+    return {
+        "start": row.start,
+        "length": row.length,
+        "left": row.left,
+        "right": row.right,
+        "has_left": row.has_left,
+        "has_right": row.has_right,
+        "same": row.same,
+        "encoded": bool((left and left.encoded) or (right and right.encoded)),
+    }
 
 
 def _place(address: int | None, has_payload: bool) -> str:

@@ -82,7 +82,7 @@ def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
         words = (
             f"all {size_text(proof.shared)}"
             if proof
-            else f"{size_text(proof.shared)} of {size_text(proof.shared + proof.apart)}"
+            else f"{size_text(proof.shared)} of {size_text(proof.shared + proof.apart + proof.unknown)}"
         )
         return bool(compare_images(left, right)), words
 
