@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from vmconv.errors import PlanError, PluginError, UsageError
+from vmconv.errors import PlanError, PluginError, UsageError, in_words
 from vmconv.extents import Extents
 from vmconv.formats import Format
 from vmconv.identity import derived, fresh
@@ -109,7 +109,7 @@ class Container(NamedTuple):
         yield from self.source.losses
         for name, value in self.source.metadata.items():
             if name not in self.format.carries and value is not None and not (name == "identity" and self.has_identity):
-                yield f"{name.replace('_', ' ')} {value}: {self.format.name} has no place for it"
+                yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
 
 
 def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None, *, chain: bool) -> list[Part]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from vmconv.checking import remarks
+from vmconv.errors import VmconvError
 from vmconv.image import Image
 from vmconv.opener import Opener
+from vmconv.references import OWN_ROLES
 
 
 def describe(image: Image, opener: Opener) -> dict[str, Any]:
     """Returns what is known of the image without opening its parent; sizes are bytes."""
-    status = os.fstat(image.file.descriptor)
     facts: dict[str, Any] = {
         "filename": image.file.path,
         "format": image.format_name,
         "virtual-size": image.size,
-        "actual-size": status.st_blocks * 512,
+        "actual-size": _disk_size(image, opener),
         "dirty-flag": False,
     }
     if image.parent_reference is not None:
@@ -36,7 +38,22 @@ def describe(image: Image, opener: Opener) -> dict[str, Any]:
             }
             for dependency in image.dependencies
         ]
+    # What the image says of itself may be damaged where no reading needs it: that is found by now.
     facts["disk"] = image.disk.model_dump(mode="json", exclude_none=True)
     facts["losses"] = list(image.losses)
     facts["warnings"] = [*image.warnings, *remarks(image, opener)]
     return facts
+
+
+def _disk_size(image: Image, opener: Opener) -> int:
+    """Returns the bytes that all files of the image take on storage, those of its parents left out."""
+    files = {(image.file.stamp.device, image.file.stamp.inode): os.fstat(image.file.descriptor).st_blocks}
+    for dependency in image.dependencies:
+        if dependency.role not in OWN_ROLES:
+            continue
+        # What cannot be opened is in the warnings.
+        with suppress(VmconvError):
+            file = opener.related(image.file, dependency.name, dependency.role)
+            files[file.stamp.device, file.stamp.inode] = os.fstat(file.descriptor).st_blocks
+            opener.release(file)
+    return sum(files.values()) * 512

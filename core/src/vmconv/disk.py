@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vmconv.extents import MAX_SIZE
 
+MAX_REFERENCE = 4096
+"""Characters of the name of a parent."""
+
 SectorSize = Literal[512, 4096]
 
 
@@ -30,7 +33,7 @@ class Geometry(_Schema):
 class Parent(_Schema):
     """The layer below, as the image names it: nothing here was checked or opened."""
 
-    reference: Annotated[str, Field(min_length=1, max_length=4096)]
+    reference: Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
     format: str | None = None
     identity: UUID | None = None
 

@@ -5,7 +5,7 @@ A message is one phrase that names the file, the field, its offset and value; wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -14,6 +14,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def in_words(value: object) -> str:
+    """Returns a value of `Disk` for people: the fields of a record with their names, truth as JSON has it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {in_words(field)}" for key, field in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class VmconvError(Exception):

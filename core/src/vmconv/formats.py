@@ -18,9 +18,10 @@ class NoOptions:
 
 
 class CheckReport(NamedTuple):
-    """What a structural check found: `corruptions` make wrong reads possible, `leaks` only waste space.
+    """What a check found: `corruptions` make wrong reads possible, `leaks` only waste space.
 
-    `doubts` are what a check cannot tell.
+    `doubts` are what a check cannot tell, and `errors` what it could not look at: then it is not complete. `image_end`
+    is the end of the last cluster in use, bytes.
     """
 
     corruptions: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class CheckReport(NamedTuple):
     total_clusters: int = 0
     image_end: int = 0
     doubts: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
 
 
 class Format:

@@ -23,7 +23,9 @@ class Image:
     that the image states, besides size and parent: as values that `Disk` accepts (a geometry is a dictionary of its
     fields), because readers do not import pydantic. `losses` say in words what the image holds that no conversion
     carries over; `warnings` what its user should know about its health. `details` are the format's own facts, for
-    people and for `info`. `dependencies` are other files that this layer is made of, where the image says what they
+    people and for `info`. `shows_holes` says of a file whether maps show its holes as zeros, as `qemu-img map` does for
+    payload that lies in a file just as the guest sees it; without it, where so much of the file is holes that payload
+    must be too. `dependencies` are other files that this layer is made of, where the image says what they
     have to be.
     """
 
@@ -43,6 +45,7 @@ class Image:
         warnings: tuple[str, ...] = (),
         details: Callable[[], Mapping[str, Any]] = dict,
         dependencies: tuple[Dependency, ...] = (),
+        shows_holes: Callable[[File], bool] | None = None,
     ) -> None:
         self.format_name = format_name
         self.file = file
@@ -51,6 +54,7 @@ class Image:
         self.losses = losses
         self.warnings = warnings
         self.dependencies = dependencies
+        self.shows_holes = shows_holes
         self.parent_reference = parent_reference
         self.parent_format = parent_format
         self._load_guest = load_guest
@@ -121,12 +125,13 @@ class Image:
     @cached_property
     def disk(self) -> Disk:
         """The neutral description of the disk, validated."""
-        from vmconv.disk import Disk, Parent
+        from vmconv.disk import MAX_REFERENCE, Disk, Parent
 
         parent = None
         if self.parent_reference is not None:
             # A file name need not be text, the schema's strings are.
-            reference, kind = printable(self.parent_reference), self.parent_format
+            # With escapes it may be longer than any name.
+            reference, kind = printable(self.parent_reference)[:MAX_REFERENCE], self.parent_format
             parent = Parent(reference=reference, format=None if kind is None else printable(kind))
         return Disk(size=self.size, parent=parent, **self.metadata)
 

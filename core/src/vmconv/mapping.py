@@ -67,7 +67,8 @@ def map_rows(image: Image) -> Iterator[MapRow]:
         marked = _with_marks(layer, depth)
         for source in marked.sources:
             depths.setdefault(id(source), depth)
-        holey[id(layer.file)] = _is_holey(layer.file)
+            if isinstance(source, File):
+                holey.setdefault(id(source), _shows_holes(layer, source))
         table = table.over(marked)
     for row in table:
         origin = row.source
@@ -94,6 +95,12 @@ def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
     for start, end in itertools.pairwise(edges):
         depth = len(list(itertools.takewhile(lambda size, start=start: size > start, sizes))) - 1  # type: ignore[misc]
         yield MapRow(start, end - start, depth, False, True, False, None, None)
+
+
+def _shows_holes(layer: Image, file: File) -> bool:
+    if layer.shows_holes is not None:
+        return layer.shows_holes(file)
+    return file is layer.file and _is_holey(file)
 
 
 def _is_holey(file: File) -> bool:

@@ -28,6 +28,9 @@ _TICK = 0.02
 
 MAX_RECORDS = 1024
 
+OWN_ROLES = frozenset({"data file", "extent", "image"})
+"""Roles of files that hold payload of the image itself, not of a layer below."""
+
 _RECORD = re.compile(r"vmconv-1 (.+) (\d{1,19}) (-?\d{1,19}) (-?\d{1,19}) ([0-9a-f]{32})", re.DOTALL)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.command import Command
 from vmconv.cli.options import access, add_access, add_format, add_output
+from vmconv.errors import in_words, printable
 
 if TYPE_CHECKING:
     from vmconv.formats import CheckReport
@@ -42,7 +45,6 @@ def _run_info(options: argparse.Namespace) -> int:
 
 def _print_info(facts: dict[str, Any]) -> None:
     from vmconv.cli.output import size_text
-    from vmconv.errors import printable
 
     lines = [
         f"image: {facts['filename']}",
@@ -52,15 +54,10 @@ def _print_info(facts: dict[str, Any]) -> None:
     ]
     lines += [f"{title}: {facts[key]}" for key, title in _INFO_TITLES.items() if facts.get(key)]
     if facts.get("snapshots"):
-        lines.append("snapshot list:")
-    for snapshot in facts.get("snapshots", ()):
-        state = size_text(snapshot["vm-state-size"])
-        lines.append(f"    {snapshot['id']}: {snapshot['name']} ({state} of machine state)")
+        lines += ["snapshot list:", *_snapshot_lines(facts["snapshots"])]
     data = facts.get("format-specific", {}).get("data", {})
     if data:
-        lines.append("format specific information:")
-    for key, value in data.items():
-        lines.append(f"    {key.replace('-', ' ')}: {_fact(value)}")
+        lines += ["format specific information:", *_fact_lines(data, 1)]
     for reference in facts.get("references", ()):
         lines.append(f"refers to: {reference['filename']} ({reference['role']})")
     lines += [f"not carried over: {loss}" for loss in facts["losses"]]
@@ -69,11 +66,41 @@ def _print_info(facts: dict[str, Any]) -> None:
         print(printable(line))
 
 
-def _fact(value: Any) -> str:
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return f"{len(value)} (--output json has them)"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yields the snapshots as qemu-img lists them."""
+    from vmconv.cli.output import size_text, table_lines
 
+    rows = [["ID", "TAG", "VM SIZE", "DATE", "VM CLOCK"]]
+    for one in snapshots[:_LISTED]:
+        seconds = one["vm-clock-sec"]
+        clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{one['vm-clock-nsec'] // 10**6:03}"
+        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
+        rows.append([one["id"], one["name"], size_text(one["vm-state-size"]), date, clock])
+    yield from table_lines([[printable(cell) for cell in row] for row in rows], "    ")
+    if len(snapshots) > _LISTED:
+        yield f"    ... {len(snapshots)} in all (--output json has them)"
+
+
+def _fact_lines(facts: Mapping[str, Any] | Sequence[Any], depth: int) -> Iterator[str]:
+    """Yields facts as qemu-img prints them: each on a line, what is inside of one below it."""
+    indent = "    " * depth
+    pairs = facts.items() if isinstance(facts, Mapping) else ((f"[{n}]", fact) for n, fact in enumerate(facts))
+    for number, (key, value) in enumerate(pairs):
+        if number == _LISTED:
+            yield f"{indent}... {len(facts)} in all (--output json has them)"
+            return
+        # GUIDs are keys too, of Parallels' snapshots.
+        title = key.replace("-", " ") if len(key) < _GUID else key
+        if isinstance(value, (Mapping, list, tuple)) and value:
+            yield f"{indent}{title}:"
+            yield from _fact_lines(value, depth + 1)
+        elif not isinstance(value, (Mapping, list, tuple)):
+            yield f"{indent}{title}: {in_words(value)}"
+
+
+_GUID = 36
+_LISTED = 50
+"""Members of a list that are shown to people."""
 
 _INFO_TITLES = {
     "cluster-size": "cluster size",
@@ -150,6 +177,8 @@ def _run_check(options: argparse.Namespace) -> int:
         print_json({"filename": options.file, "format": image.format_name, **_report_json(report)}, indent=4)
     else:
         _print_report(report)
+    if report.errors:
+        return _CHECK_NOT_DONE
     if report.corruption_count:
         return _CHECK_CORRUPT
     return _CHECK_LEAKS if report.leak_count else 0
@@ -159,29 +188,33 @@ def _report_json(report: CheckReport) -> dict[str, Any]:
     return {
         "corruptions": report.corruption_count,
         "leaks": report.leak_count,
-        "check-errors": 0,
+        "check-errors": len(report.errors),
         "allocated-clusters": report.allocated_clusters,
         "total-clusters": report.total_clusters,
         "image-end-offset": report.image_end,
-        "findings": [*report.corruptions, *report.leaks],
+        "findings": [*report.errors, *report.corruptions, *report.leaks],
         "doubts": list(report.doubts),
     }
 
 
 def _print_report(report: CheckReport) -> None:
-    for text in report.corruptions:
-        print(f"ERROR {text}")
-    for text in report.leaks:
-        print(f"Leaked {text}")
-    for text in report.doubts:
-        print(f"Note: {text}")
+    for title, texts in (
+        ("Not checked: ", report.errors),
+        ("ERROR ", report.corruptions),
+        ("Leaked ", report.leaks),
+        ("Note: ", report.doubts),
+    ):
+        for text in texts:
+            print(f"{title}{printable(text)}")
     for count, shown, what in (
         (report.corruption_count, len(report.corruptions), "errors"),
         (report.leak_count, len(report.leaks), "leaked clusters"),
     ):
         if count > shown:
             print(f"... {count} {what} in all")
-    if not report.corruption_count and not report.leak_count:
+    if report.errors:
+        print("The check is not complete.")
+    elif not report.corruption_count and not report.leak_count:
         print("No errors were found on the image.")
     if report.total_clusters:
         part = report.allocated_clusters / report.total_clusters

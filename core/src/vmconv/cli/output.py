@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -34,9 +34,15 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
 
 def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Prints rows of text in aligned columns; the first row is the heading."""
+    for line in table_lines(rows, indent):
+        print(line)
+
+
+def table_lines(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
+    """Yields rows of text in aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
-        print(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        yield indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 class ProgressBar:

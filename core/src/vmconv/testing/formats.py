@@ -38,6 +38,7 @@ from vmconv.testing.disks import (
 from vmconv.testing.identities import IdentityTests
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
 from vmconv.testing.strategies import disks
+from vmconv.usage import overlaps
 
 _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
 _MIB = 1 << 20
@@ -333,20 +334,39 @@ class FormatTests(IdentityTests):
     # -- hostile input
 
     def outcome(self, file: MemoryFile) -> str:
-        """Reads all of an image; returns "read", or the message of the error, which must be one line that names it."""
+        """Reads all of an image; returns "read", or the message of the error, which must be one line that names it.
+
+        What is read has each byte of the file once, or there is a warning; what the check passes can be read.
+        """
         try:
             image = self.format.read(file, _Siblings(Registry({self.format.name: self.format}), {}))
             table = image.flat
             for row in table.window(0, min(table.size, 1 << 22)):
                 if row.source is not None and row.offset + row.length <= row.source.size:
                     row.source.read(row.offset, min(row.length, 1 << 16))
+            assert image.warnings or not overlaps(image.guest, file), (
+                f"{overlaps(image.guest, file).text(0)}, in silence"
+            )
             self.format.check(image)
         except VmconvError as exc:
             message = str(exc)
             assert "\n" not in message
             assert not message.endswith(".")
+            self.found_by_the_check(file, message)
             return message
         return "read"
+
+    def found_by_the_check(self, file: MemoryFile, refusal: str) -> None:
+        """Makes sure that the check finds something where the reader refuses the tables of an image it can open."""
+        try:
+            image = self.format.read(file, _Siblings(Registry({self.format.name: self.format}), {}))
+            report = self.format.check(image)
+        except VmconvError:
+            return
+        try:
+            image.guest  # noqa: B018
+        except VmconvError:
+            assert report is None or report.corruption_count, f"the check passes what is refused: {refusal}"
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_malformed_image_is_read_or_refused_in_one_line(self, kind: str) -> None:

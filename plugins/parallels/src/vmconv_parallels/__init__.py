@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -47,6 +48,12 @@ class Parallels(Format):
     def unlike_qemu(self, image: Image) -> str | None:
         descriptor = is_descriptor(image.file.read(0, min(512, image.file.size)))
         return "QEMU does not read the descriptor of a Parallels disk" if descriptor else None
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_parallels.bundle import headers_of
+        from vmconv_parallels.check import check
+
+        return check(headers_of(image))
 
 
 def is_descriptor(head: bytes) -> bool:

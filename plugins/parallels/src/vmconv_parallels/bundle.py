@@ -11,10 +11,22 @@ from vmconv.errors import ImageError, UsageError
 from vmconv.extents import Columns, Extents
 from vmconv.image import Image
 from vmconv.opener import MAX_CHAIN_DEPTH, Opener
+from vmconv.references import Dependency
 from vmconv.sources import File, Source
 from vmconv_parallels import reader
 from vmconv_parallels.descriptor import NO_GUID, Descriptor, Storage, guid, read_descriptor
 from vmconv_parallels.reader import Header
+
+
+class Layer(Image):
+    """A layer of a disk with a descriptor: `headers` are those of its images, but for plain ones, which have none."""
+
+    headers: tuple[Header, ...] = ()
+
+
+def headers_of(image: Image) -> tuple[Header, ...]:
+    """Returns the headers of the images that a layer is made of."""
+    return image.headers if isinstance(image, Layer) else (reader.read_header(image.file),)
 
 
 def read_bundle(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
@@ -45,12 +57,14 @@ def _chain(file: File, descriptor: Descriptor, snapshot: str | None) -> list[str
 def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str], *, below: bool = False) -> Image:
     """Returns the first layer of `chain`; the one below is opened when it is asked for."""
     parts = [_Part(file, opener, storage, chain[0]) for storage in descriptor.storages]
+    if len({part.file.stamp[:2] for part in parts}) < len(parts):
+        raise ImageError(f"{file.name}: snapshot {chain[0]}: two of its {len(parts)} storages have one image")
     rest = chain[1:]
     headers = [part.header for part in parts if part.header]
     losses = [text for header in headers for text in reader.losses(header)]
     # Only a root in one piece is an image by itself, which others may keep as their parent.
     alone = below and not rest and len(parts) == 1
-    return Image(
+    layer = Layer(
         "parallels",
         parts[0].file if alone else file,
         descriptor.size,
@@ -62,7 +76,16 @@ def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str],
         losses=(*(() if below else _losses(descriptor)), *losses),
         warnings=tuple(text for header in headers for text in reader.warnings(header)),
         details=lambda: _details(descriptor, headers),
+        dependencies=tuple(
+            Dependency(
+                "image", storage.images[chain[0]].file, storage.end - storage.start if part.header is None else 0
+            )
+            for storage, part in zip(descriptor.storages, parts, strict=True)
+        ),
+        shows_holes=lambda file: any(part.file is file and part.header is None for part in parts),
     )
+    layer.headers = tuple(headers)
+    return layer
 
 
 def _image_of(file: File, storage: Storage, shot: str) -> str:

@@ -12,10 +12,11 @@ from vmconv.errors import ImageError
 from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
 from vmconv.image import Image
 from vmconv.sources import File
+from vmconv.usage import refuse_overlaps
 from vmconv_parallels import structs
 
-# The BAT is read in slices of this many entries.
-_SLICE = 1 << 20
+SLICE = 1 << 20
+"""Entries of the BAT that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Header:
     in_use: bool
     empty: bool
     extension: int
+    """Where the format extension is, in sectors; 0 when there is none."""
+    data_offset: int
+    """Where the data area begins; 0 when the image does not say."""
 
     @property
     def clusters(self) -> int:
@@ -54,6 +58,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         losses=tuple(losses(header)),
         warnings=tuple(warnings(header)),
         details=lambda: _details(header),
+        shows_holes=lambda _: False,
     )
 
 
@@ -75,6 +80,7 @@ def read_header(file: File) -> Header:
         in_use=raw.in_use == structs.IN_USE,
         empty=bool(raw.flags & structs.EMPTY),
         extension=raw.ext_off,
+        data_offset=raw.data_off * structs.SECTOR,
     )
     if raw.nb_bat_entries < header.clusters:
         raise damaged(file, "nb_bat_entries", f"{raw.nb_bat_entries} entries, the disk needs {header.clusters}")
@@ -128,15 +134,17 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 def read_table(header: Header) -> Extents:
     """Returns the table of the image: a HOLE where a cluster was never written."""
-    return Extents.from_units(header.cluster_size, header.size, _slices(header), [header.file])
+    table = Extents.from_units(header.cluster_size, header.size, _slices(header), [header.file])
+    refuse_overlaps(table, header.file)
+    return table
 
 
 def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
     file = header.file
     room = -(-file.size // header.cluster_size)
     allocated = 0
-    for first in range(0, header.clusters, _SLICE):
-        count = min(_SLICE, header.clusters - first)
+    for first in range(0, header.clusters, SLICE):
+        count = min(SLICE, header.clusters - first)
         place = structs.HEADER_LENGTH + first * 4
         if not file.data_ranges(place, place + count * 4):
             yield count

@@ -5,6 +5,7 @@ Both are step functions over the clusters of the file, kept as runs, so that mem
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,15 +14,13 @@ import numpy.typing as npt
 
 from vmconv.errors import ImageError
 from vmconv.extents import Column, distinct
+from vmconv.findings import Findings
 from vmconv.formats import CheckReport
 from vmconv.image import Image
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import locate
-from vmconv_qcow2.header import Header, read_header, read_snapshots
+from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header, read_snapshots
 from vmconv_qcow2.reader import table_slices
-
-_SHOWN = 100
-"""Findings that are put into words; all are counted."""
 
 _RESERVED = "has reserved bits set"
 _NO_CLUSTER = "is not the place of a cluster of the file"
@@ -42,56 +41,75 @@ def check(image: Image) -> CheckReport:
     return _Check(read_header(image.file)).report(image.size)
 
 
+def is_preallocated(header: Header) -> bool:
+    """True when so many clusters are counted that storage does not have that payload must lie in holes of the file.
+
+    It is then, as in QEMU, that maps show which clusters are holes.
+    """
+    counts = _Check(header).stored_counts()
+    clusters = -(-header.file.size // header.cluster_size)
+    start = np.minimum(counts.start, clusters)
+    used = int(np.diff(start, append=clusters)[counts.value != 0].sum())
+    on_storage = os.fstat(header.file.descriptor).st_blocks * 512 // header.cluster_size
+    return used >= max(on_storage * 10 // 9, on_storage + 2)
+
+
 class _Check:
     def __init__(self, header: Header) -> None:
         self.header = header
         self.file = header.file
         self.cluster = header.cluster_size
         self.clusters = -(-self.file.size // self.cluster)
-        self.corruptions: list[str] = []
-        self.corruption_count = 0
+        self.findings = Findings()
         self.runs: list[tuple[Column, Column]] = []
         self.allocated = 0
 
     def report(self, size: int) -> CheckReport:
-        stored = self._stored_counts()
+        header, findings = self.header, self.findings
+        stored = self.stored_counts()
         self._count(0, 1)
-        self._count_l1("", self.header.l1_offset, self.header.l1_size, stored, active=True)
+        needed = -(-size // (self.cluster * header.l2_entries))
+        if header.l1_size < needed:
+            place = structs.field_offset("l1_size")
+            findings.corrupt(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
+        self._count_l1("", header.l1_offset, header.l1_size, stored, active=True)
         self._count_snapshots(stored)
         self._count_bitmaps()
         counted = _steps(self.runs)
         low, high, references, counts = _differences(counted, stored, self.clusters)
         missing = counts < references
         for at, end, used, count in _rows(low, high, references, counts, missing):
-            self._corrupt(end - at, f"{_clusters(at, end)} refcount={count} reference={used}")
-        leaks = [
-            f"{_clusters(at, end)} refcount={count} reference={used}"
-            for at, end, used, count in _rows(low, high, references, counts, ~missing)
-        ]
-        return CheckReport(
-            tuple(self.corruptions),
-            tuple(leaks[:_SHOWN]),
-            self.corruption_count,
-            int((high - low)[~missing].sum()),
-            self.allocated,
-            -(-size // self.cluster),
-            self.file.size,
+            findings.corrupt(f"{_clusters(at, end)} refcount={count} reference={used}", end - at)
+        for at, end, used, count in _rows(low, high, references, counts, ~missing):
+            findings.leak(f"{_clusters(at, end)} refcount={count} reference={used}", end - at)
+        if header.incompatible & structs.CORRUPT:
+            findings.doubt("is marked corrupt: QEMU found it damaged, and opens it for reading only")
+        if header.incompatible & structs.DIRTY:
+            findings.doubt("is marked dirty: it was not closed cleanly, and its reference counts may be wrong")
+        return findings.report(
+            allocated=self.allocated, total=-(-size // self.cluster), end=self._end(counted, stored) * self.cluster
         )
 
-    # -- findings
+    def _end(self, counted: Steps, stored: Steps) -> int:
+        """Returns the number of the first cluster behind all that are referenced, or counted as such."""
+        end = 0
+        for steps in (counted, stored):
+            # What is said of clusters past the end of the file says nothing of its end.
+            used = np.flatnonzero((steps.value != 0) & (steps.start < self.clusters))
+            if len(used):
+                end = max(end, int(np.append(steps.start, self.clusters)[used[-1] + 1]))
+        return min(end, self.clusters)
 
-    def _corrupt(self, count: int, text: str) -> None:
-        self.corruption_count += count
-        if len(self.corruptions) < _SHOWN:
-            self.corruptions.append(text)
+    # -- findings
 
     def _corrupt_where(
         self, bad: npt.NDArray[np.bool_], what: str, values: npt.NDArray[np.uint64], problem: str, first: int = 0
     ) -> None:
-        """Reports the bad ones of entries numbered from `first`: how many, and some by their number and value."""
-        for entry in np.flatnonzero(bad)[:_SHOWN].tolist():
-            self._corrupt(0, f"{what} {first + entry}: {int(values[entry]):#x} {problem}")
-        self.corruption_count += int(bad.sum())
+        """Reports the bad ones of entries numbered from `first`."""
+        self.findings.corrupt_where(bad, lambda entry: f"{what} {first + entry}: {int(values[entry]):#x} {problem}")
+
+    def _take(self, damage: ImageError) -> None:
+        self.findings.corrupt(str(damage).removeprefix(f"{self.file.name}: "))
 
     # -- what is referenced
 
@@ -103,7 +121,7 @@ class _Check:
     def _place(self, what: str, offset: int, length: int) -> bool:
         """Counts the clusters of a table; reports it when it cannot be where it is said to be."""
         if offset % self.cluster or offset + length > -(-self.file.size // self.cluster) * self.cluster or not offset:
-            self._corrupt(1, f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
+            self.findings.corrupt(f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
             return False
         if length:
             self._count(offset, length)
@@ -134,14 +152,21 @@ class _Check:
         if not header.snapshot_count:
             return
         end = header.snapshots_offset
-        for number, snapshot in enumerate(read_snapshots(header)):
-            end = snapshot.end
-            self._count_l1(f"snapshot {number} ", snapshot.l1_offset, snapshot.l1_size, stored, active=False)
+        short: list[bool] = []
+        try:
+            for number, snapshot in enumerate(read_snapshots(header)):
+                end = snapshot.end
+                short.append(snapshot.l1_size < -(-snapshot.disk_size // (self.cluster * header.l2_entries)))
+                self._count_l1(f"snapshot {number} ", snapshot.l1_offset, snapshot.l1_size, stored, active=False)
+        except ImageError as exc:
+            self._take(exc)
+        problem = "its L1 table has too few entries for its disk"
+        self.findings.corrupt_where(np.array(short, dtype=bool), lambda number: f"snapshot {number}: {problem}")
         self._place("snapshot table", header.snapshots_offset, end - header.snapshots_offset)
 
     def _count_l1(self, whose: str, offset: int, size: int, stored: Steps, *, active: bool) -> None:
         if size * 8 > structs.MAX_L1_BYTES:
-            self._corrupt(1, f"{whose}L1 table: {size} entries, {structs.MAX_L1_BYTES // 8} at most")
+            self.findings.corrupt(f"{whose}L1 table: {size} entries, {structs.MAX_L1_BYTES // 8} at most")
             return
         if not size or not self._place(f"{whose}L1 table", offset, size * 8) or offset + size * 8 > self.file.size:
             return
@@ -229,41 +254,43 @@ class _Check:
         offset, size = bitmaps.directory_offset, bitmaps.directory_size
         if not self._place("bitmap directory", offset, size) or offset + size > self.file.size:
             return
-        data = self.file.read(offset, size)
-        at, fixed = 0, structs.BitmapEntry.sizeof()
-        for number in range(bitmaps.nb_bitmaps):
-            if at + fixed > size:
-                self._corrupt(1, f"bitmap {number}: its entry reaches past the directory")
-                return
-            entry = structs.BitmapEntry.parse(data[at : at + fixed])
-            at += -(-(fixed + entry.extra_data_size + entry.name_size) // 8) * 8
-            length = entry.table_size * 8
-            if not self._place(f"bitmap {number} table", entry.table_offset, length):
-                continue
-            if entry.table_offset + length <= self.file.size:
-                raw = np.frombuffer(self.file.read(entry.table_offset, length), dtype=">u8").astype(np.uint64)
-                self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
+        try:
+            for number, bitmap in enumerate(read_bitmaps(self.header)):
+                self._count_bitmap(number, bitmap)
+        except ImageError as exc:
+            self._take(exc)
+
+    def _count_bitmap(self, number: int, bitmap: Bitmap) -> None:
+        length = bitmap.table_size * 8
+        if not self._place(f"bitmap {number} table", bitmap.table_offset, length):
+            return
+        if bitmap.table_offset + length <= self.file.size:
+            raw = np.frombuffer(self.file.read(bitmap.table_offset, length), dtype=">u8").astype(np.uint64)
+            self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
 
     # -- what is stored
 
-    def _stored_counts(self) -> Steps:
+    def stored_counts(self) -> Steps:
         """Returns the reference counts of the file, and counts the clusters of the structures that hold them."""
         header = self.header
         length = header.refcount_table_clusters * self.cluster
         if length > structs.MAX_REFCOUNT_TABLE_BYTES or header.refcount_table_offset + length > self.file.size:
-            raise ImageError(
-                f"{self.file.name}: refcount_table_clusters at {structs.field_offset('refcount_table_clusters'):#x}: "
-                f"{length} bytes at {header.refcount_table_offset:#x} are not a table inside the file"
+            self.findings.corrupt(
+                f"refcount_table_clusters at {structs.field_offset('refcount_table_clusters'):#x}: {length} bytes at "
+                f"{header.refcount_table_offset:#x} are not a table inside the file"
             )
+            return Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
         if not self._place("refcount table", header.refcount_table_offset, length):
             return Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
         raw = np.frombuffer(self.file.read(header.refcount_table_offset, length), dtype=">u8").astype(np.uint64)
         blocks = self._count_clusters(
             "refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK
         )
-        used = np.sort(blocks[blocks != 0])
-        if (used[1:] == used[:-1]).any():
-            raise ImageError(f"{self.file.name}: refcount table: a refcount block is used twice")
+        there = np.flatnonzero(blocks)
+        order = there[np.argsort(blocks[there], kind="stable")]
+        again = order[1:][np.diff(blocks[order]) == 0]
+        self._corrupt_where(np.isin(np.arange(len(blocks)), again), "refcount table entry", raw, "is used twice")
+        blocks[again] = 0
         per_block = self.cluster * 8 >> header.refcount_order
         starts, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
         for first, count, data in table_slices(self.file, blocks, self.cluster, 1 << 20):

@@ -48,6 +48,13 @@ class CompressedClusters:
         self._columns = None
         return None
 
+    def places(self) -> tuple[Column, Column]:
+        """Returns the guest addresses of all compressed clusters, and where their data begins."""
+        if not self._parts:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        guest, offset, _ = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        return guest * self.cluster_size, offset
+
     def _decode(self, first: int, count: int) -> list[bytes]:
         """Returns the content of neighbouring clusters, all of which are compressed."""
         if self._columns is None:

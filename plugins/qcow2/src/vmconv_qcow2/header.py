@@ -14,7 +14,7 @@ from vmconv_qcow2 import structs
 
 
 class Snapshot(NamedTuple):
-    """One internal snapshot; sizes are bytes, `date` seconds since the epoch."""
+    """One internal snapshot; sizes are bytes, `date` is seconds since the epoch and nanoseconds, `clock` is in ns."""
 
     id: str
     name: str
@@ -22,9 +22,41 @@ class Snapshot(NamedTuple):
     l1_size: int
     disk_size: int
     vm_state_size: int
-    date: int
+    date: tuple[int, int]
+    clock: int
+    icount: int | None
     end: int
     """Where its entry in the snapshot table ends."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the keys of QEMU's SnapshotInfo, and the size of the disk."""
+        facts: dict[str, Any] = {
+            "id": self.id,
+            "name": self.name,
+            "vm-state-size": self.vm_state_size,
+            "date-sec": self.date[0],
+            "date-nsec": self.date[1],
+            "vm-clock-sec": self.clock // 10**9,
+            "vm-clock-nsec": self.clock % 10**9,
+        }
+        if self.icount is not None:
+            facts["icount"] = self.icount
+        return {**facts, "disk-size": self.disk_size}
+
+
+class Bitmap(NamedTuple):
+    """One persistent bitmap; its table has `table_size` entries of 8 bytes."""
+
+    name: str
+    granularity_bits: int
+    flags: int
+    table_offset: int
+    table_size: int
+
+    def facts(self) -> dict[str, Any]:
+        """Returns the keys of QEMU's Qcow2BitmapInfo."""
+        flags = [name for bit, name in structs.BITMAP_FLAGS.items() if self.flags & bit]
+        return {"name": self.name, "granularity": 1 << self.granularity_bits, "flags": flags}
 
 
 class Header(NamedTuple):
@@ -162,10 +194,13 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
                 file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most"
             )
         place = at + structs.SNAPSHOT_LENGTH
-        disk_size, vm_state_size = header.size, entry.vm_state_size
+        disk_size, vm_state_size, icount = header.size, entry.vm_state_size, None
         if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH:
             extra = structs.SnapshotExtra.parse(_bytes(file, place, structs.SNAPSHOT_EXTRA_LENGTH, what))
             disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
+        if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH + 8:
+            count = int.from_bytes(_bytes(file, place + structs.SNAPSHOT_EXTRA_LENGTH, 8, what), "big")
+            icount = None if count == structs.NO_ICOUNT else count
         place += entry.extra_data_size
         names = _bytes(file, place, entry.id_size + entry.name_size, what)
         yield Snapshot(
@@ -175,13 +210,38 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
             l1_size=entry.l1_size,
             disk_size=disk_size,
             vm_state_size=vm_state_size,
-            date=entry.date_sec,
+            date=(entry.date_sec, entry.date_nsec),
+            clock=entry.vm_clock_nsec,
+            icount=icount,
             end=place + len(names),
         )
         at = -(-(place + len(names)) // 8) * 8
         if at - header.snapshots_offset > structs.MAX_SNAPSHOT_TABLE:
             problem = f"the snapshot table is longer than {structs.MAX_SNAPSHOT_TABLE} bytes"
             raise damaged(file, what, header.snapshots_offset, problem)
+
+
+def read_bitmaps(header: Header) -> Iterator[Bitmap]:
+    """Yields the persistent bitmaps in the order of their directory; raises `ImageError` where that is damaged."""
+    if header.bitmaps is None:
+        return
+    file, start, size = header.file, header.bitmaps.directory_offset, header.bitmaps.directory_size
+    data = _bytes(file, start, size, "bitmap directory")
+    at, fixed, parse = 0, structs.BitmapEntry.sizeof(), structs.BitmapEntry.compile().parse
+    for number in range(header.bitmaps.nb_bitmaps):
+        if at + fixed > size:
+            raise damaged(file, f"bitmap {number}", start + at, f"its entry reaches past the directory ({size} bytes)")
+        entry = parse(data[at : at + fixed])
+        name = at + fixed + entry.extra_data_size
+        end = name + entry.name_size
+        if end > size:
+            raise damaged(file, f"bitmap {number}", start + at, f"its name reaches past the directory ({size} bytes)")
+        if entry.granularity_bits > structs.MAX_GRANULARITY_BITS:
+            problem = f"granularity_bits {entry.granularity_bits}, {structs.MAX_GRANULARITY_BITS} at most"
+            raise damaged(file, f"bitmap {number}", start + at, problem)
+        place, length = entry.table_offset, entry.table_size
+        yield Bitmap(_decode(data[name:end]), entry.granularity_bits, entry.flags, place, length)
+        at = -(-end // 8) * 8
 
 
 def _limit(file: File, name: str, value: int, least: int, most: int) -> None:

@@ -16,9 +16,10 @@ from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.references import Dependency, read_records
 from vmconv.sources import File, Reserved, Source
+from vmconv.usage import GUEST, Usage
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
-from vmconv_qcow2.header import Header, Snapshot, damaged, read_header, read_snapshots
+from vmconv_qcow2.header import Header, Snapshot, damaged, read_bitmaps, read_header, read_snapshots
 
 # L2 tables are read in slices of this many bytes; each entry needs about ten times its size while it is looked at,
 # and an extended one thirty times that.
@@ -40,7 +41,10 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         payload = opener.related(file, header.data_file or "", "data file")
 
     def load_guest() -> Extents:
-        return _Mapper(header, payload, size).table(l1_offset, l1_size)
+        mapper = _Mapper(header, payload, size)
+        table = mapper.table(l1_offset, l1_size)
+        image.warnings += tuple(mapper.shared(table, l1_offset))
+        return table
 
     def load_places() -> Extents:
         return _Mapper(header, payload, size, places=True).table(l1_offset, l1_size)
@@ -48,7 +52,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     def load_parent() -> Image:
         return opener.parent(file, header.backing_file or "", header.backing_format)
 
-    return Image(
+    image = Image(
         "qcow2",
         file,
         size,
@@ -59,9 +63,17 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         parent_format=header.backing_format,
         losses=tuple(_losses(header, snapshot)),
         warnings=tuple(_warnings(header)),
-        details=lambda: _details(header),
+        details=lambda: _details(image, header),
         dependencies=tuple(_dependencies(header)),
+        shows_holes=lambda shown: shown is file and _is_preallocated(header),
     )
+    return image
+
+
+def _is_preallocated(header: Header) -> bool:
+    from vmconv_qcow2.check import is_preallocated
+
+    return is_preallocated(header)
 
 
 def _dependencies(header: Header) -> Iterator[Dependency]:
@@ -109,8 +121,11 @@ def _warnings(header: Header) -> Iterator[str]:
         yield f"{name}: was not closed cleanly; its reference counts may be wrong, its content is not affected"
 
 
-def _details(header: Header) -> Mapping[str, Any]:
-    """Returns the facts that qemu-img lists as format specific, under its names."""
+def _details(image: Image, header: Header) -> Mapping[str, Any]:
+    """Returns the facts that qemu-img lists as format specific, under its names.
+
+    A damaged list of snapshots or bitmaps ends where it is damaged, with a warning: no reading needs it.
+    """
     facts: dict[str, Any] = {"compat": "1.1" if header.version == 3 else "0.10"}
     facts["compression-type"] = header.compression
     facts["refcount-bits"] = 1 << header.refcount_order
@@ -122,22 +137,21 @@ def _details(header: Header) -> Mapping[str, Any]:
         facts["data-file"] = header.data_file
         facts["data-file-raw"] = bool(header.autoclear & structs.RAW_EXTERNAL_DATA)
     if header.bitmaps is not None:
-        facts["bitmaps"] = header.bitmaps.nb_bitmaps
+        facts["bitmaps"] = list(_undamaged(image, (bitmap.facts() for bitmap in read_bitmaps(header))))
     return {
         "cluster-size": header.cluster_size,
         "dirty-flag": bool(header.incompatible & structs.DIRTY),
-        "snapshots": [
-            {
-                "id": s.id,
-                "name": s.name,
-                "vm-state-size": s.vm_state_size,
-                "date-sec": s.date,
-                "disk-size": s.disk_size,
-            }
-            for s in read_snapshots(header)
-        ],
+        "snapshots": list(_undamaged(image, (snapshot.facts() for snapshot in read_snapshots(header)))),
         "format-specific": {"type": "qcow2", "data": facts},
     }
+
+
+def _undamaged(image: Image, facts: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields what can be read of a list, and warns of the rest."""
+    try:
+        yield from facts
+    except ImageError as damage:
+        image.warnings = tuple(dict.fromkeys((*image.warnings, str(damage))))
 
 
 def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
@@ -238,16 +252,37 @@ class _Mapper:
         self.compressed = CompressedClusters(header, size)
         self.in_data_file = payload is not header.file
         self.allocated = 0
+        self.tables = np.empty(0, dtype=np.int64)
 
     def table(self, l1_offset: int, l1_size: int) -> Extents:
         cluster, entries = self.header.cluster_size, self.header.l2_entries
         needed = -(-self.size // (cluster * entries))
-        tables = read_l1(self.header, l1_offset, l1_size, needed)
+        self.tables = tables = read_l1(self.header, l1_offset, l1_size, needed)
         unit = cluster // structs.SUBCLUSTERS if self.header.extended_l2 else cluster
         sources: list[Source] = [self.payload, self.compressed.source]
         if self.places:
             sources += [Reserved(self.payload, hides=True), Reserved(self.payload, hides=False)]
         return Extents.from_units(unit, self.size, self._slices(tables, cluster // unit), sources)
+
+    def shared(self, table: Extents, l1_offset: int) -> Iterator[str]:
+        """Yields a warning where payload is used twice, which reference counts allow; refuses it over metadata."""
+        header, usage = self.header, Usage()
+        if not self.in_data_file:
+            usage.add("header", [0], header.cluster_size)
+            usage.add("L1 table", [l1_offset], len(self.tables) * 8)
+            usage.add("L2 table", self.tables[self.tables != 0], header.cluster_size)
+            length = header.refcount_table_clusters * header.cluster_size
+            usage.add("refcount table", [header.refcount_table_offset], length)
+        usage.add_windows(table, self.payload)
+        address, place = self.compressed.places()
+        usage.add_each(GUEST, place, np.ones_like(place), address)
+        found = usage.overlaps()
+        if not found:
+            return
+        legal = found.between_payload()
+        if not legal.all():
+            raise ImageError(f"{self.payload.name}: {found.text(int(np.flatnonzero(~legal)[0]))}")
+        yield f"{self.payload.name}: {found.text(0)}; the check says whether the reference counts allow it"
 
     def _slices(self, tables: Column, parts: int) -> Iterator[_Slice | int]:
         entries = self.header.l2_entries

@@ -118,6 +118,7 @@ SnapshotHeader = Struct(
 
 SnapshotExtra = Struct("vm_state_size" / Int64ub, "disk_size" / Int64ub)
 
+NO_ICOUNT = 0xFFFFFFFFFFFFFFFF
 SNAPSHOT_LENGTH = SnapshotHeader.sizeof()
 SNAPSHOT_EXTRA_LENGTH = SnapshotExtra.sizeof()
 
@@ -133,6 +134,8 @@ BitmapEntry = Struct(
     "extra_data_size" / Int32ub,
 )
 
+BITMAP_FLAGS = {1: "in-use", 2: "auto"}
+
 # Limits that QEMU has too: no number of an image decides alone how much memory is used.
 
 MAX_L1_BYTES = 32 << 20
@@ -143,4 +146,5 @@ MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_EXTRA = 1024
 MAX_SNAPSHOT_TABLE = 64 << 20
 MAX_BITMAPS = 65535
+MAX_GRANULARITY_BITS = 31
 MAX_BITMAP_DIRECTORY = MAX_BITMAPS * 1024

@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -41,6 +42,11 @@ class Qed(Format):
 
     def unlike_qemu(self, image: Image) -> str | None:
         return None
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_qed.check import check
+
+        return check(image)
 
 
 @hookimpl

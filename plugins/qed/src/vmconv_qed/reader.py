@@ -15,10 +15,11 @@ from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File
+from vmconv.usage import Metadata, refuse_overlaps
 from vmconv_qed import structs
 
-# L2 tables are read in slices of this many entries.
-_SLICE = 1 << 19
+SLICE = 1 << 19
+"""Entries of an L2 table that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,17 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     parent_format = "raw" if header.features & structs.BACKING_FORMAT_NO_PROBE else None
 
     def load_guest() -> Extents:
-        return Extents.from_units(header.cluster_size, header.size, _slices(header), [file])
+        table = Extents.from_units(header.cluster_size, header.size, _slices(header), [file])
+        tables = _l1(header)
+        refuse_overlaps(
+            table,
+            file,
+            [
+                Metadata("L1 table", [header.l1_offset], header.table_size),
+                Metadata("L2 table", tables[tables != 0], header.table_size),
+            ],
+        )
+        return table
 
     def load_parent() -> Image:
         return opener.parent(file, header.backing_file or "", parent_format)
@@ -72,6 +83,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         parent_format=parent_format if header.backing_file else None,
         warnings=warnings,
         details=lambda: _details(header),
+        shows_holes=lambda _: False,
     )
 
 
@@ -177,17 +189,17 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
 def _pieces(header: Header) -> Iterator[tuple[int, int, int]]:
     """Yields `(first cluster, place of its entry, entries)` of L2 tables in bounded pieces; not what lies in holes."""
     tables = _l1(header)
-    for number in _written(header, tables).tolist():
+    for number in written(header, tables).tolist():
         begin, table = number * header.entries, int(tables[number])
         count = min(header.entries, header.clusters - begin)
-        for first in range(0, count, _SLICE):
-            n = min(_SLICE, count - first)
+        for first in range(0, count, SLICE):
+            n = min(SLICE, count - first)
             place = table + first * 8
             if header.file.data_ranges(place, place + n * 8):
                 yield begin + first, place, n
 
 
-def _written(header: Header, tables: Column) -> Column:
+def written(header: Header, tables: Column) -> Column:
     """Returns the L1 entries whose L2 tables hold data; the file is asked once, not for each of millions of tables."""
     there = np.flatnonzero(tables)
     if not len(there):

@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -44,6 +45,11 @@ class Vdi(Format):
         from vmconv_vdi.reader import unlike_qemu
 
         return unlike_qemu(image)
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_vdi.check import check
+
+        return check(image)
 
 
 @hookimpl

@@ -17,8 +17,9 @@ from vmconv.opener import Opener
 from vmconv.sources import File
 from vmconv_vdi import structs
 
-# The block map is read in slices of this many entries.
-_SLICE = 1 << 20
+SLICE = 1 << 20
+"""Entries of the block map that are looked at together."""
+
 _QEMU_BLOCK = 1 << 20
 
 
@@ -33,6 +34,9 @@ class Header:
     block_extra: int
     map_offset: int
     data_offset: int
+    entries: int
+    """Entries of the block map, some of which may lie past the end of the disk."""
+    blocks_allocated: int
     geometry: tuple[int, int, int]
     comment: str
     uuid: bytes
@@ -62,11 +66,18 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         raise ImageError(f"{file.name}: VDI images have no snapshots inside, {snapshot!r} was asked for")
     header = read_header(file)
     reference = header.parent_reference
+
+    def load_guest() -> Extents:
+        return Extents.from_units(header.block_size, header.size, _slices(header), [file])
+
     return Image(
         "vdi",
         file,
         header.size,
-        lambda: Extents.from_units(header.block_size, header.size, _slices(header), [file]),
+        load_guest,
+        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        load_places=None if reference else lambda: load_guest().without_holes(),
+        shows_holes=lambda _: header.kind == structs.FIXED,
         load_parent=(lambda: _parent(header, opener)) if reference else None,
         parent_reference=reference,
         parent_format="vdi" if reference else None,
@@ -113,6 +124,8 @@ def read_header(file: File) -> Header:
         block_extra=raw.cbBlockExtra,
         map_offset=raw.offBlocks,
         data_offset=raw.offData,
+        entries=raw.cBlocks,
+        blocks_allocated=raw.cBlocksAllocated,
         geometry=_geometry(file, raw),
         comment=raw.szComment.split(b"\0")[0].decode("utf-8", "replace"),
         uuid=raw.uuidCreate,
@@ -248,8 +261,8 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
     room = min(max(0, -(-(file.size - header.data_offset) // header.stride)), structs.DISCARDED)
     # One byte for each block of the file, touched (and so taken from memory) only where blocks are used.
     used = np.zeros(room, dtype=bool)
-    for first in range(0, header.blocks, _SLICE):
-        count = min(_SLICE, header.blocks - first)
+    for first in range(0, header.blocks, SLICE):
+        count = min(SLICE, header.blocks - first)
         raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
         allocated = raw < structs.DISCARDED
         blocks = raw[allocated]

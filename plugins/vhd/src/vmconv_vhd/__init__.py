@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -52,6 +53,11 @@ class Vhd(Format):
         from vmconv_vhd.reader import unlike_qemu
 
         return unlike_qemu(image)
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_vhd.check import check
+
+        return check(image)
 
 
 @hookimpl

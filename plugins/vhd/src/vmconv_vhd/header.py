@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from construct import Construct, ConstructError
 
 from vmconv.errors import ImageError
+from vmconv.extents import Column
 from vmconv.sources import File
 from vmconv_vhd import structs
 
@@ -31,17 +33,25 @@ class Header:
     unique_id: bytes
     saved_state: bool
     time_stamp: int
+    header_offset: int = 0
     table_offset: int = 0
     entries: int = 0
     block_size: int = 0
     parent_id: bytes = bytes(16)
     parents: tuple[str, ...] = ()
+    locators: tuple[tuple[int, int], ...] = ()
+    """Offset and length of the parent's names in the file."""
     warnings: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def bitmap_size(self) -> int:
         """Bytes of a block's bitmap: one bit for each sector, padded to whole sectors."""
         return bitmap_size(self.block_size)
+
+    def needed(self, block: Column) -> Column:
+        """Returns the bytes that these blocks have with their bitmap: of the last one as much as the disk needs."""
+        left: Column = np.minimum(self.size - block * self.block_size, self.block_size)
+        return self.bitmap_size + left
 
 
 def bitmap_size(block_size: int) -> int:
@@ -69,7 +79,7 @@ def read_header(file: File) -> Header:
         "kind": footer.disk_type,
         "end": end,
         "original_size": footer.original_size,
-        "creator": footer.creator_application.rstrip(b"\0").decode("ascii", "replace"),
+        "creator": footer.creator_application.rstrip(b"\0 ").decode("ascii", "replace"),
         "geometry": geometry,
         "unique_id": footer.unique_id,
         "saved_state": bool(footer.saved_state),
@@ -174,13 +184,23 @@ def _dynamic_header(file: File, at: int, footer_at: int, *, differencing: bool) 
             f"{header.max_table_entries} entries from {header.table_offset:#x} reach past the end of the file "
             f"({file.size:#x})",
         )
-    fields = {"table_offset": header.table_offset, "entries": header.max_table_entries, "block_size": block}
+    fields = {
+        "header_offset": at,
+        "table_offset": header.table_offset,
+        "entries": header.max_table_entries,
+        "block_size": block,
+    }
     if not differencing:
         return fields
     return {
         **fields,
         "parent_id": header.parent_unique_id,
         "parents": tuple(dict.fromkeys(_parents(file, header))),
+        "locators": tuple(
+            (locator.platform_data_offset, locator.platform_data_length)
+            for locator in header.parent_locators
+            if any(locator.platform_code)
+        ),
     }
 
 

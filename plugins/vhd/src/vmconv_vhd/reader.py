@@ -14,11 +14,12 @@ from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_source
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File
+from vmconv.usage import Usage
 from vmconv_vhd import structs
 from vmconv_vhd.header import Header, damaged, read_header
 
-# Entries of the allocation table that are looked at together; each needs some 50 bytes meanwhile.
-_SLICE = 1 << 18
+SLICE = 1 << 18
+"""Entries of the allocation table that are looked at together; each needs some 50 bytes meanwhile."""
 # Bytes of sector bitmaps that are looked at together; each bit needs some 20 bytes meanwhile.
 _BITMAPS = 128 << 10
 
@@ -42,6 +43,9 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         header.size,
         load_guest,
+        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        load_places=None if differencing else lambda: load_guest().without_holes(),
+        shows_holes=lambda _: header.kind == structs.FIXED,
         load_parent=(lambda: _load_parent(header, opener)) if differencing else None,
         parent_reference=header.parents[0] if differencing else None,
         parent_format="vhd" if differencing else None,
@@ -59,7 +63,7 @@ def unlike_qemu(image: Image) -> str | None:
         return "QEMU reads a differencing VHD as if it had no parent"
     cylinders, heads, sectors = header.geometry
     size = cylinders * heads * sectors * structs.SECTOR
-    known = header.creator.encode("ascii", "replace").ljust(4, b"\0") in structs.SIZED_BY_FOOTER
+    known = structs.creator_code(header.creator) in structs.SIZED_BY_FOOTER
     if known or header.geometry == structs.MAX_GEOMETRY or size == header.size:
         return None
     return f"QEMU takes the geometry of {size} bytes for the size of a VHD by {header.creator!r}, it has {header.size}"
@@ -105,6 +109,22 @@ def _load_parent(header: Header, opener: Opener) -> Image:
     return parent
 
 
+def add_metadata(usage: Usage, header: Header) -> None:
+    """Adds the places of the structures that are not at the end of the file."""
+    usage.add("footer copy", [0], structs.FOOTER_LENGTH)
+    usage.add("dynamic header", [header.header_offset], structs.DYNAMIC_HEADER_LENGTH)
+    usage.add("BAT", [header.table_offset], header.entries * 4)
+    for offset, length in header.locators:
+        usage.add("parent locator", [offset], length)
+
+
+def add_blocks(usage: Usage, header: Header, block: Column, place: Column) -> None:
+    """Adds blocks with their bitmaps; of the last one of the disk only what the disk needs."""
+    whole = (block + 1) * header.block_size <= header.size
+    usage.add("BAT entry", place[whole], header.bitmap_size + header.block_size, block[whole])
+    usage.add_each("BAT entry", place[~whole], header.needed(block[~whole]), block[~whole])
+
+
 class _Mapper:
     """Turns the allocation table of a dynamic or differencing disk into the table of the guest's address space."""
 
@@ -112,10 +132,14 @@ class _Mapper:
         self.header = header
         self.allocated = 0
         self.places: list[tuple[Column, Column]] = []
+        self.usage = Usage()
 
     def table(self) -> Extents:
         header = self.header
+        add_metadata(self.usage, header)
         blocks = Extents.from_units(header.block_size, header.size, self._slices(), [header.file])
+        if found := self.usage.overlaps():
+            raise ImageError(f"{header.file.name}: {found.text(0)}")
         if header.kind != structs.DIFFERENCING or not self.places:
             return blocks
         block, place = (np.concatenate(columns) for columns in zip(*self.places, strict=True))
@@ -124,20 +148,22 @@ class _Mapper:
     def _slices(self) -> Iterator[tuple[Kinds, int, Column]]:
         header = self.header
         needed = -(-header.size // header.block_size)
-        for first in range(0, needed, _SLICE):
-            count = min(_SLICE, needed - first)
+        for first in range(0, needed, SLICE):
+            count = min(SLICE, needed - first)
             raw = np.frombuffer(header.file.read(header.table_offset + first * 4, count * 4), dtype=">u4")
             there = raw != structs.UNUSED
             place = raw.astype(np.int64) * structs.SECTOR
             self._check(place, there, first)
             if there.any():
-                self.places.append((np.flatnonzero(there) + first, place[there]))
+                block, at = np.flatnonzero(there) + first, place[there]
+                add_blocks(self.usage, header, block, at)
+                if header.kind == structs.DIFFERENCING:
+                    self.places.append((block, at))
             yield np.where(there, Kind.DATA, Kind.HOLE).astype(np.uint8), 0, place + header.bitmap_size
 
     def _check(self, place: Column, there: npt.NDArray[np.bool_], first: int) -> None:
         header = self.header
-        left = header.size - np.arange(first, first + len(place), dtype=np.int64) * header.block_size
-        needed = header.bitmap_size + np.minimum(left, header.block_size)
+        needed = header.needed(np.arange(first, first + len(place), dtype=np.int64))
         bad = there & ((place < structs.FOOTER_LENGTH) | (place + needed > header.end))
         if bad.any():
             entry = int(np.flatnonzero(bad)[0])

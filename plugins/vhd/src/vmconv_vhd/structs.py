@@ -100,6 +100,12 @@ SIZED_BY_FOOTER = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
 """Creators whose disks every reader takes to be as large as the footer says, not as the geometry does: QEMU's list."""
 
 
+def creator_code(name: str) -> bytes:
+    """Returns the field of a creator; most pad it with spaces."""
+    code = name.encode("ascii", "replace")
+    return next((known for known in SIZED_BY_FOOTER if known.rstrip(b"\0 ") == code), code.ljust(4))
+
+
 def checksum(data: bytes, field: int) -> int:
     """Returns the one's complement of the sum of all bytes but those of the checksum at offset `field`."""
     return ~(sum(data) - sum(data[field : field + 4])) & 0xFFFFFFFF

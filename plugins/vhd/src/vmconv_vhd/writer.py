@@ -185,7 +185,7 @@ class _Writer:
         said = self.image.metadata.get("creator")
         if said is None:
             return _WINDOWS
-        creator = str(said).encode("ascii", "replace").ljust(4, b"\0")
+        creator = structs.creator_code(str(said))
         cylinders, heads, sectors = self.geometry
         by_geometry = cylinders * heads * sectors * structs.SECTOR
         if len(creator) == 4 and (creator in structs.SIZED_BY_FOOTER or by_geometry == self.size):

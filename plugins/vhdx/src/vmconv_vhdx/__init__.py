@@ -9,6 +9,7 @@ from vmconv.formats import Format
 from vmconv.hooks import hookimpl
 
 if TYPE_CHECKING:
+    from vmconv.formats import CheckReport
     from vmconv.image import Image
     from vmconv.layout import Backing, Layout, Placement
     from vmconv.opener import Opener
@@ -45,6 +46,11 @@ class Vhdx(Format):
         if image.parent_reference is not None:
             return "QEMU refuses differencing VHDX images"
         return "QEMU replays its log before it reads it, or refuses to" if image.details["dirty-flag"] else None
+
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_vhdx.check import check
+
+        return check(image)
 
 
 @hookimpl

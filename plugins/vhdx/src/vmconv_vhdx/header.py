@@ -12,7 +12,7 @@ import numpy as np
 from construct import Construct, ConstructError
 
 from vmconv.errors import ImageError
-from vmconv.extents import Extents
+from vmconv.extents import Column, Extents
 from vmconv.sources import File
 from vmconv_vhdx import structs
 from vmconv_vhdx.log import Log, replay
@@ -37,6 +37,8 @@ class Header:
     data_write_guid: UUID
     file_write_guid: UUID
     bat: Region
+    metadata: Region
+    log: Region
     size: int
     block_size: int
     fixed: bool
@@ -49,6 +51,16 @@ class Header:
     @property
     def chunk_ratio(self) -> int:
         return structs.chunk_ratio(self.block_size, self.logical_sector_size)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the disk, the last of which may be longer than what is left of the disk."""
+        return -(-self.size // self.block_size)
+
+    def needed(self, block: Column) -> Column:
+        """Returns how many bytes of these blocks the disk needs."""
+        left: Column = np.minimum(self.size - block * self.block_size, self.block_size)
+        return left
 
 
 def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
@@ -81,6 +93,8 @@ def read_header(file: File) -> Header:
         data_write_guid=UUID(bytes_le=header.data_write_guid),
         file_write_guid=UUID(bytes_le=header.file_write_guid),
         bat=regions[structs.BAT],
+        metadata=regions[structs.METADATA],
+        log=Region(log.offset, log.length),
         **_metadata(file, items),
     )
 
@@ -118,6 +132,18 @@ def _current_header(file: File) -> tuple[Any, int]:
         )
     _, at, header, _ = max(found, key=lambda one: (one[0], -one[1]))
     return header, at
+
+
+def doubtful_copies(file: File) -> Iterator[str]:
+    """Yields which of the structures that are there twice is not as it should be; the other one serves."""
+    for name, places, length, signature in (
+        ("header", structs.HEADER_OFFSETS, structs.HEADER_LENGTH, b"head"),
+        ("region table", structs.REGION_TABLE_OFFSETS, structs.REGION_TABLE_LENGTH, b"regi"),
+    ):
+        for at in places:
+            data = file.read(at, length)
+            if data[:4] != signature or int.from_bytes(data[4:8], "little") != structs.checksum(data):
+                yield f"{name} at {at:#x}: has not its signature and checksum, the other one is used"
 
 
 # -- regions

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.errors import AccessError, ImageError
-from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources
+from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources, distinct
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File, Source
+from vmconv.usage import Usage
 from vmconv_vhdx import structs
 from vmconv_vhdx.header import Header, damaged, is_hole, read_header
 
@@ -38,6 +39,9 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         header.size,
         lambda: _Mapper(header).table(),
+        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        load_places=None if header.has_parent else lambda: _Mapper(header).table().without_holes(),
+        shows_holes=lambda _: header.fixed,
         load_parent=(lambda: _load_parent(header, names, opener)) if header.has_parent else None,
         parent_reference=names[0] if header.has_parent else None,
         parent_format="vhdx" if header.has_parent else None,
@@ -128,6 +132,9 @@ def _guid(text: str) -> UUID | None:
 # -- the guest's address space
 
 
+_Entries = npt.NDArray[np.uint64]
+
+
 class _Replayed(Source):
     """The address space of the file after its log was replayed, until it is put together from what it is of."""
 
@@ -139,20 +146,58 @@ class _Replayed(Source):
         raise NotImplementedError("the log is being replayed")
 
 
+def chunks(header: Header) -> Iterator[tuple[int, _Entries, _Entries]]:
+    """Yields `(first block, its entries of the BAT and those that follow, entries of their sector bitmaps)`.
+
+    The entry of a sector bitmap follows those of its chunk. What lies in a hole of the file is left out.
+    """
+    ratio, blocks = header.chunk_ratio, header.blocks
+    together = max(1, _SLICE // (ratio + 1))
+    for first in range(0, blocks, together * ratio):
+        at = header.bat.offset + first // ratio * (ratio + 1) * 8
+        length = min(together * (ratio + 1) * 8, header.bat.offset + header.bat.length - at)
+        count = min(together * ratio, blocks - first)
+        if length <= 0 or is_hole(header, at, length):
+            continue
+        raw = np.zeros(together * (ratio + 1), dtype=np.uint64)
+        raw[: length // 8] = np.frombuffer(header.view.read(at, length), dtype="<u8")
+        entries = raw.reshape(-1, ratio + 1)
+        yield first, entries[:, :-1].reshape(-1)[:count], entries[: -(-count // ratio), -1]
+
+
+def add_metadata(usage: Usage, header: Header) -> None:
+    """Adds the places of headers, log, BAT and metadata."""
+    usage.add("header section", [0], structs.HEADER_SECTION)
+    for name, region in (("log", header.log), ("BAT", header.bat), ("metadata region", header.metadata)):
+        usage.add(name, [region.offset], region.length)
+
+
+def add_blocks(usage: Usage, header: Header, block: Column, place: Column) -> None:
+    """Adds payload blocks; of the last one of the disk only what the disk needs."""
+    whole = (block + 1) * header.block_size <= header.size
+    usage.add("payload block", place[whole], header.block_size, block[whole])
+    usage.add_each("payload block", place[~whole], header.needed(block[~whole]), block[~whole])
+
+
 class _Mapper:
     """Turns the BAT into the table of the guest's address space."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
         self.source: Source = _Replayed(header.file.name, header.view.size) if header.replayed else header.file
-        self.blocks = -(-header.size // header.block_size)
+        self.blocks = header.blocks
         self.allocated = 0
         self.partial: list[tuple[Column, Column, Column]] = []
+        self.usage = Usage()
 
     def table(self) -> Extents:
         header = self.header
         self._check_room()
         table = Extents.from_units(header.block_size, header.size, self._slices(), [self.source])
+        add_metadata(self.usage, header)
+        self.usage.add_windows(table, self.source)
+        if found := self.usage.overlaps():
+            raise ImageError(f"{header.file.name}: {found.text(0)}")
         if self.partial:
             block, place, bitmap = (np.concatenate(columns) for columns in zip(*self.partial, strict=True))
             table = self._detailed(table, list(self._bits(block, place, bitmap)))
@@ -171,21 +216,15 @@ class _Mapper:
             )
 
     def _slices(self) -> Iterator[tuple[Kinds, int, Column] | int]:
-        """Yields the columns of whole chunks: payload entries, without the entry of their sector bitmap after them."""
-        header, ratio = self.header, self.header.chunk_ratio
-        group = (ratio + 1) * max(1, _SLICE // (ratio + 1))
-        for first in range(0, self.blocks, group // (ratio + 1) * ratio):
-            entry = first // ratio * (ratio + 1)
-            at = header.bat.offset + entry * 8
-            length = min(group * 8, header.bat.offset + header.bat.length - at)
-            count = min(group // (ratio + 1) * ratio, self.blocks - first)
-            if is_hole(header, at, length):
-                yield count
-                continue
-            raw = np.zeros(group, dtype=np.uint64)
-            raw[: length // 8] = np.frombuffer(header.view.read(at, length), dtype="<u8")
-            chunks = raw.reshape(-1, ratio + 1)
-            yield self._columns(chunks[:, :-1].reshape(-1)[:count], chunks[:, -1], first)
+        """Yields the columns of payload entries, and the number of blocks that have none."""
+        at = 0
+        for first, raw, bitmaps in chunks(self.header):
+            if first > at:
+                yield first - at
+            yield self._columns(raw, bitmaps, first)
+            at = first + len(raw)
+        if at < self.blocks:
+            yield self.blocks - at
 
     def _columns(
         self, raw: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint64], first: int
@@ -193,9 +232,9 @@ class _Mapper:
         state = (raw & np.uint64(structs.STATE_MASK)).astype(np.uint8)
         # Offsets of more than 63 bits are past the end of any file.
         place = np.minimum(raw & np.uint64(structs.OFFSET_MASK), np.uint64(1 << 62)).astype(np.int64)
-        kind = _KINDS[state]
-        if (kind == _UNKNOWN).any():
-            entry = int(np.flatnonzero(kind == _UNKNOWN)[0])
+        kind = KINDS[state]
+        if (kind == UNKNOWN).any():
+            entry = int(np.flatnonzero(kind == UNKNOWN)[0])
             self._refuse(first + entry, f"state {state[entry]} is not known")
         partial = state == structs.PARTIALLY_PRESENT
         if partial.any():
@@ -206,8 +245,7 @@ class _Mapper:
     def _check(self, place: Column, there: npt.NDArray[np.bool_], first: int) -> None:
         """Raises `ImageError` unless every payload lies inside the file, as far as the disk reaches."""
         header = self.header
-        left = header.size - np.arange(first, first + len(place), dtype=np.int64) * header.block_size
-        end = place + np.minimum(left, header.block_size)
+        end = place + header.needed(np.arange(first, first + len(place), dtype=np.int64))
         bad = there & ((place < structs.HEADER_SECTION) | (end > header.view.size))
         if bad.any():
             entry = int(np.flatnonzero(bad)[0])
@@ -250,6 +288,7 @@ class _Mapper:
             self._refuse(
                 first + int(chosen[index]), f"partially present, but its sector bitmap at {at[index]:#x} is not"
             )
+        self.usage.add("sector bitmap", distinct(at), structs.BITMAP_BLOCK)
         self.partial.append((chosen + first, place[chosen], at + inside * self._bitmap_size))
 
     @property
@@ -295,10 +334,10 @@ def _bit_runs(bits: npt.NDArray[np.uint8], unit: int, address: Column, place: Co
     return Columns(address[block] + inside, kind, np.zeros(len(block), dtype=np.int32), place[block] + inside)
 
 
-_UNKNOWN = 255
+UNKNOWN = 255
 # What the guest reads by the state of a block: what is undefined or unmapped reads as zero here, as in QEMU, and never
 # as what the parent says.
-_KINDS = np.full(8, _UNKNOWN, dtype=np.uint8)
-_KINDS[structs.NOT_PRESENT] = Kind.HOLE
-_KINDS[[structs.UNDEFINED, structs.ZERO, structs.UNMAPPED, structs.UNMAPPED_V095]] = Kind.ZERO
-_KINDS[[structs.FULLY_PRESENT, structs.PARTIALLY_PRESENT]] = Kind.DATA
+KINDS = np.full(8, UNKNOWN, dtype=np.uint8)
+KINDS[structs.NOT_PRESENT] = Kind.HOLE
+KINDS[[structs.UNDEFINED, structs.ZERO, structs.UNMAPPED, structs.UNMAPPED_V095]] = Kind.ZERO
+KINDS[[structs.FULLY_PRESENT, structs.PARTIALLY_PRESENT]] = Kind.DATA

@@ -56,11 +56,12 @@ class Vmdk(Format):
 
         return unlike_qemu(image)
 
-    def check(self, image: Image) -> CheckReport | None:
-        """Returns an empty report for a disk of flat extents, which has nothing but them; None for all others."""
-        from vmconv.formats import CheckReport
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_vmdk.check import check
+        from vmconv_vmdk.reader import VmdkImage
 
-        return CheckReport(image_end=image.file.size) if image.dependencies else None
+        assert isinstance(image, VmdkImage)
+        return check(image.extents(), 0 if image.is_extent else image.file.size)
 
 
 def is_descriptor(head: bytes) -> bool:

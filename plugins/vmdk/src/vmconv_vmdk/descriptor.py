@@ -91,11 +91,14 @@ class Descriptor:
         return sum(part.size for part in self.parts)
 
     def dependencies(self) -> Iterator[Dependency]:
-        """Yields the files that flat extents lie in, with what was recorded of them when the disk was made."""
+        """Yields the files of extents, with what was recorded of those of flat ones when the disk was made."""
         ends: dict[str, int] = {}
         for part in self.parts:
-            if part.kind in FLAT_KINDS and part.access != "NOACCESS" and part.name:
-                ends[part.name] = max(ends.get(part.name, 0), part.offset * structs.SECTOR + part.size)
+            if part.kind == "ZERO" or part.access == "NOACCESS" or not part.name:
+                continue
+            # How long the file of a sparse extent has to be, only its tables say.
+            end = part.offset * structs.SECTOR + part.size if part.kind in FLAT_KINDS else 0
+            ends[part.name] = max(ends.get(part.name, 0), end)
         known = read_records(text for name, text in self.values.items() if name.startswith(_RECORD))
         for name, end in ends.items():
             yield Dependency("extent", name, end, known.get(name))

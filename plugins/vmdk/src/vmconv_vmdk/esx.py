@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE, Extents, Kind
+from vmconv.extents import MAX_SIZE, Column, Extents, Kind
 from vmconv.sources import File
 from vmconv_vmdk import structs
-from vmconv_vmdk.sparse import Extent, RawEntries, Slice, damaged, parse
+from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, damaged, parse
 
 
 class Cowd(Extent):
@@ -42,13 +43,23 @@ class Cowd(Extent):
                 f"{header.numGDEntries} tables, the disk needs {self.tables_needed}",
             )
 
+    @property
+    def directories(self) -> Sequence[tuple[str, int]]:  # type: ignore[override]
+        return (("grain directory", self.header.gdOffset * structs.SECTOR),)
+
+    def places_of_tables(self, directory: int) -> Column:
+        return self._read_directory(directory, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
+
     def table(self) -> Extents:
         if not self.size:
             return Extents.filled(0)
         offset = self.header.gdOffset * structs.SECTOR
-        tables = self._read_directory(offset, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
+        tables = self.places_of_tables(offset)
         self._check_tables(tables, offset, self.width)
-        return self._mapped(tables, [self.file])
+        return self._mapped(tables, self.file)
+
+    def decode(self, raw: RawEntries) -> Grains:
+        return Grains(raw != 0, raw.astype(np.int64) * structs.SECTOR, np.zeros(len(raw), dtype=bool))
 
     def _slice(self, raw: RawEntries, first: int) -> Slice:
         return self._columns(raw, None, first)
@@ -105,7 +116,16 @@ class SeSparse(Extent):
                 "grain_dir_size",
                 f"{header.grain_dir_size} sectors, the disk needs {needed * 8} bytes",
             )
-        raw = self._read_directory(directory, needed, "<u8")
+        tables = self.places_of_tables(directory)
+        self._check_tables(tables, directory, 8)
+        return self._mapped(tables, self.file)
+
+    @property
+    def directories(self) -> Sequence[tuple[str, int]]:  # type: ignore[override]
+        return (("grain directory", self.header.grain_dir_offset * structs.SECTOR),)
+
+    def places_of_tables(self, directory: int) -> Column:
+        raw = self._read_directory(directory, self.tables_needed, "<u8")
         bad = (raw != 0) & (raw & np.uint64(structs.SE_TABLE_KIND) != np.uint64(structs.SE_TABLE_ALLOCATED))
         if bad.any():
             entry = int(np.flatnonzero(bad)[0])
@@ -114,24 +134,27 @@ class SeSparse(Extent):
                 f"{int(raw[entry]):#x} is of no known kind"
             )
         number = (raw & np.uint64(0xFFFFFFFF)).astype(np.int64)
-        base = header.grain_tables_offset * structs.SECTOR
-        tables = np.where(raw != 0, base + number * structs.SE_TABLE_SECTORS * structs.SECTOR, 0)
-        self._check_tables(tables, directory, 8)
-        return self._mapped(tables, [self.file])
+        base = self.header.grain_tables_offset * structs.SECTOR
+        return np.where(raw != 0, base + number * structs.SE_TABLE_SECTORS * structs.SECTOR, 0)
 
-    def _slice(self, raw: RawEntries, first: int) -> Slice:
-        """Returns the columns of entries: a kind in the top nibble; a grain's number has its low bits on top."""
+    def decode(self, raw: RawEntries) -> Grains:
+        """Returns what entries say: a kind in the top nibble; a grain's number has its low bits on top."""
         what = raw & np.uint64(structs.SE_KIND)
-        bad = (what > np.uint64(structs.SE_ALLOCATED)) | ((what == 0) & (raw != 0))
-        if bad.any():
-            entry = int(np.flatnonzero(bad)[0])
-            self._refuse(entry, first, f"{int(raw[entry]):#x} is of no known kind")
+        unknown = (what > np.uint64(structs.SE_ALLOCATED)) | ((what == 0) & (raw != 0))
         data = what == np.uint64(structs.SE_ALLOCATED)
         low = (raw >> np.uint64(48)) & np.uint64(0xFFF)
         number = (low | ((raw & np.uint64(0xFFFFFFFFFFFF)) << np.uint64(12))).astype(np.int64)
         # Numbers that would overflow are past the end of any file.
         number = np.minimum(number, MAX_SIZE // self.grain // 2)
         offset = np.where(data, self.header.grains_offset * structs.SECTOR + number * self.grain, 0)
-        kind = np.where(data, Kind.DATA, np.where(what == 0, Kind.HOLE, Kind.ZERO)).astype(np.uint8)
+        return Grains(data, offset, unknown)
+
+    def _slice(self, raw: RawEntries, first: int) -> Slice:
+        data, offset, unknown = self.decode(raw)
+        if unknown.any():
+            entry = int(np.flatnonzero(unknown)[0])
+            self._refuse(entry, first, f"{int(raw[entry]):#x} is of no known kind")
+        empty = raw & np.uint64(structs.SE_KIND) == 0
+        kind = np.where(data, Kind.DATA, np.where(empty, Kind.HOLE, Kind.ZERO)).astype(np.uint8)
         self._check_places(offset, data, first)
         return kind, 0, offset

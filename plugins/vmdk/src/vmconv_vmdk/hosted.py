@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from vmconv.extents import MAX_SIZE, Column, Extents, Kind
 from vmconv.sources import File
 from vmconv_vmdk import structs
 from vmconv_vmdk.compression import CompressedGrains
-from vmconv_vmdk.sparse import Extent, RawEntries, Slice, damaged, parse
+from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, damaged, parse
 
 Warn = Callable[[str], None]
 
@@ -136,10 +136,31 @@ class Hosted(Extent):
             self._check_missing(tables, sector * structs.SECTOR)
         self.allocated = 0
         self.grains = CompressedGrains(self.file, self.grain, self.size, markers=bool(self.flags & structs.MARKERS))
-        return self._mapped(tables, [self.grains.source if self.compressed else self.file])
+        return self._mapped(tables, self.grains.source if self.compressed else self.file)
+
+    @property
+    def directories(self) -> Sequence[tuple[str, int]]:  # type: ignore[override]
+        first = ("grain directory", self.header.gdOffset * structs.SECTOR)
+        if not self.flags & structs.REDUNDANT or self.header.rgdOffset == self.header.gdOffset:
+            return (first,)
+        return first, ("redundant grain directory", self.header.rgdOffset * structs.SECTOR)
+
+    def more_metadata(self) -> Iterator[tuple[str, int, int]]:
+        header = structs.SparseExtentHeader.parse(self.file.read(0, structs.SECTOR))
+        if header.descriptorOffset:
+            # What an absurd header claims has been refused where the descriptor was read.
+            offset, size = (
+                min(field * structs.SECTOR, 1 << 62) for field in (header.descriptorOffset, header.descriptorSize)
+            )
+            yield "descriptor", offset, min(size, structs.MAX_DESCRIPTOR)
+        if self._header_offset:
+            yield "footer", self._header_offset - structs.SECTOR, 3 * structs.SECTOR
+
+    def places_of_tables(self, directory: int) -> Column:
+        return self._read_directory(directory, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
 
     def _directory(self, offset: int) -> Column:
-        tables = self._read_directory(offset, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
+        tables = self.places_of_tables(offset)
         self._check_tables(tables, offset, self.width)
         return tables
 
@@ -158,10 +179,16 @@ class Hosted(Extent):
                 "0, but the redundant grain directory has a table"
             )
 
+    @property
+    def _knows_zeroed(self) -> bool:
+        return bool(self.flags & structs.ZEROED_GRAINS) or self.header.version >= 2
+
+    def decode(self, raw: RawEntries) -> Grains:
+        there = raw > structs.ZEROED if self._knows_zeroed else raw != 0
+        return Grains(there, raw.astype(np.int64) * structs.SECTOR, np.zeros(len(raw), dtype=bool))
+
     def _slice(self, raw: RawEntries, first: int) -> Slice:
-        zero = None
-        if self.flags & structs.ZEROED_GRAINS or self.header.version >= 2:
-            zero = raw == structs.ZEROED
+        zero = raw == structs.ZEROED if self._knows_zeroed else None
         kind, source, offset = self._columns(raw, zero, first)
         data = kind == Kind.DATA
         self.allocated += int(np.count_nonzero(data))

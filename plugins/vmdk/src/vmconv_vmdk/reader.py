@@ -16,9 +16,10 @@ from vmconv.foreign import described_beside
 from vmconv.image import Image
 from vmconv.opener import Opener
 from vmconv.sources import File, Source
+from vmconv.usage import overlaps
 from vmconv_vmdk import descriptor as descriptors
 from vmconv_vmdk import structs
-from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, Descriptor, Part
+from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descriptor, Part
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
 
@@ -40,7 +41,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         return table
 
     described = disk.descriptor
-    image = Image(
+    image = VmdkImage(
         "vmdk",
         file,
         disk.size,
@@ -52,9 +53,26 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         losses=tuple(_losses(described)),
         warnings=tuple(disk.warnings),
         details=disk.details,
+        shows_holes=lambda shown: any(shown is file for file in disk.flat_files),
         dependencies=() if disk.whole else tuple(described.dependencies()),
     )
+    image.disk_of_extents = disk
     return image
+
+
+class VmdkImage(Image):
+    """A VMDK that knows its extents, for the check."""
+
+    disk_of_extents: _Disk
+
+    @property
+    def is_extent(self) -> bool:
+        """True when the image's file holds the disk, not only its description."""
+        return self.disk_of_extents.whole is not None
+
+    def extents(self) -> list[Hosted | Cowd | SeSparse]:
+        """Returns the sparse extents, their headers checked."""
+        return self.disk_of_extents.sparse_extents()
 
 
 def content_id(image: Image) -> int | None:
@@ -89,6 +107,7 @@ class _Disk:
         self.file = file
         self.opener = opener
         self.warnings: list[str] = []
+        self.flat_files: list[File] = []
         # The extent is there when it holds the descriptor and all of the disk.
         self.descriptor, self.whole = self._described()
         self.size = self.whole.size if self.whole else self.descriptor.size
@@ -129,7 +148,7 @@ class _Disk:
         if self.whole:
             return self.whole.table()
         files: dict[str, File] = {}
-        used: set[str] = set()
+        used: set[tuple[int, int]] = set()
         tables = []
         for part in self.descriptor.parts:
             if part.kind == "ZERO":
@@ -142,11 +161,17 @@ class _Disk:
             name = part.name or ""
             if name not in files:
                 files[name] = self.opener.related(self.file, name, "extent")
-            if part.kind not in FLAT_KINDS and name in used:
+            identity = files[name].stamp[:2]
+            if part.kind not in FLAT_KINDS and identity in used:
                 raise ImageError(f"{self.file.name}: extent {name!r} is named twice")
-            used.add(name)
+            used.add(identity)
             tables.append(self._flat(part, files[name]) if part.kind in FLAT_KINDS else self._sparse(part, files[name]))
-        return _concatenated(tables)
+        table = _concatenated(tables)
+        for file in self.flat_files:
+            # Reading it is no doubt: any range of a file may be named. Writing to it would change both.
+            if found := overlaps(table, file):
+                self._warn(f"{file.name}: {found.text(0)}")
+        return table
 
     def _flat(self, part: Part, file: File) -> Extents:
         offset = part.offset * structs.SECTOR
@@ -155,6 +180,8 @@ class _Disk:
                 f"{self.file.name}: extent {part.name!r}: {part.size} bytes from {offset:#x} lie past the end of the "
                 f"file ({file.size:#x})"
             )
+        if file not in self.flat_files:
+            self.flat_files.append(file)
         return Extents.of([(0, Kind.DATA, file, offset)], part.size)
 
     def _sparse(self, part: Part, file: File) -> Extents:
@@ -174,6 +201,16 @@ class _Disk:
         if magic == structs.SE_MAGIC:
             return SeSparse(file)
         raise ImageError(f"{file.name}: magic at 0x0: {magic[:4].hex()} is not that of a {part.kind} extent")
+
+    def sparse_extents(self) -> list[Hosted | Cowd | SeSparse]:
+        """Returns the sparse extents; raises the error of the first one that cannot be opened."""
+        if self.whole:
+            return [self.whole]
+        found: list[Hosted | Cowd | SeSparse] = []
+        for part in self.descriptor.parts:
+            if part.kind in SPARSE_KINDS and part.access != "NOACCESS":
+                found.append(self._extent(part, self.opener.related(self.file, part.name or "", "extent")))
+        return found
 
     # -- the parent
 

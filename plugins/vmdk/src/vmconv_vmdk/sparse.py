@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from construct import Construct, ConstructError
 from vmconv.errors import ImageError
 from vmconv.extents import Column, Extents, Kind, Kinds
 from vmconv.sources import File, Source
+from vmconv.usage import Metadata, refuse_overlaps
 from vmconv_vmdk import structs
 
 # Grain tables are read in slices of this many bytes.
@@ -25,6 +26,14 @@ _SLICE = 2 << 20
 
 RawEntries = npt.NDArray[np.unsignedinteger[Any]]
 Slice = tuple[Kinds, int, Column]
+
+
+class Grains(NamedTuple):
+    """What grain table entries say: which have a grain, where it is, and which entries nobody knows."""
+
+    there: npt.NDArray[np.bool_]
+    offset: Column
+    unknown: npt.NDArray[np.bool_]
 
 
 def damaged(file: File, struct: Construct, field: str, problem: str, base: int = 0) -> ImageError:
@@ -53,7 +62,9 @@ class Extent(ABC):
     """Entries of a grain table."""
     width: int
     """Bytes of an entry."""
-    directory_offset: int
+
+    directories: Sequence[tuple[str, int]]
+    """Name and place of each grain directory; the first one counts."""
 
     @abstractmethod
     def table(self) -> Extents:
@@ -63,23 +74,53 @@ class Extent(ABC):
     def _slice(self, raw: RawEntries, first: int) -> Slice:
         """Returns the columns of grain table entries, the first of which is grain number `first`."""
 
+    @abstractmethod
+    def places_of_tables(self, directory: int) -> Column:
+        """Returns where the grain tables of the directory at this offset are, 0 where there is none."""
+
+    @abstractmethod
+    def decode(self, raw: RawEntries) -> Grains:
+        """Returns what grain table entries say."""
+
+    def more_metadata(self) -> Iterator[tuple[str, int, int]]:
+        """Yields name, place and length of what is neither header nor directory nor table."""
+        yield from ()
+
+    @property
+    def headers_end(self) -> int:
+        """Where the first thing that is no header can be."""
+        return structs.SECTOR
+
     @property
     def tables_needed(self) -> int:
         return -(-self.size // (self.grain * self.entries))
 
-    def _mapped(self, tables: Column, sources: list[Source]) -> Extents:
-        return Extents.from_units(self.grain, self.size, self._slices(tables), sources)
+    def _mapped(self, tables: Column, source: Source) -> Extents:
+        table = Extents.from_units(self.grain, self.size, self._slices(tables), [source])
+        refuse_overlaps(table, self.file, self.metadata(tables))
+        return table
 
     def _slices(self, tables: Column) -> Iterator[Slice | int]:
+        for first, count, raw in self.entries_of(tables):
+            yield count if raw is None else self._slice(raw, first)
+
+    def entries_of(self, tables: Column) -> Iterator[tuple[int, int, RawEntries | None]]:
+        """Yields `(first grain, count, their entries)`, None for tables that are not there."""
         length = self.entries * self.width
         grains = -(-self.size // self.grain)
-        for first, count, data in _table_slices(self.file, tables, length):
+        for first, count, data in table_slices(self.file, tables, length):
             # What lies past the end of the disk is not part of it, whatever the table says.
             wanted = min(count * self.entries, grains - first * self.entries)
-            if data is None:
-                yield wanted
-                continue
-            yield self._slice(np.frombuffer(data, dtype=f"<u{self.width}")[:wanted], first * self.entries)
+            raw = None if data is None else np.frombuffer(data, dtype=f"<u{self.width}")[:wanted]
+            yield first * self.entries, wanted, raw
+
+    def metadata(self, tables: Column) -> Iterator[Metadata]:
+        """Yields the places of header, directory and tables."""
+        yield Metadata("header", [0], self.headers_end)
+        for name, offset, length in self.more_metadata():
+            yield Metadata(name, [offset], length)
+        yield Metadata("grain directory", [self.directories[0][1]], self.tables_needed * self.width)
+        yield Metadata("grain table", tables[tables != 0], self.entries * self.width)
 
     def _read_directory(self, offset: int, count: int, dtype: str) -> npt.NDArray[np.uint64]:
         length = count * np.dtype(dtype).itemsize
@@ -148,7 +189,7 @@ class Extent(ABC):
         return kind, 0, offset
 
 
-def _table_slices(file: File, tables: Column, length: int) -> Iterator[tuple[int, int, bytes | None]]:
+def table_slices(file: File, tables: Column, length: int) -> Iterator[tuple[int, int, bytes | None]]:
     """Yields `(first table, count, their bytes)` for the offsets of tables of `length` bytes each.
 
     None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read

@@ -1,0 +1,53 @@
+"""The structural check of a VDI image: what its block map says of the data area."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmconv.findings import Findings
+from vmconv.formats import CheckReport
+from vmconv.image import Image
+from vmconv.usage import Usage
+from vmconv_vdi import structs
+from vmconv_vdi.reader import SLICE, Header, read_header
+
+
+def check(image: Image) -> CheckReport:
+    """Returns what is wrong with the structure of the image's file; its parent is not looked at.
+
+    The format knows no leaks: what lies behind the last block is given to the next one.
+    """
+    header = read_header(image.file)
+    findings, usage = Findings(), Usage()
+    allocated = sum(_count(header, first, findings, usage) for first in range(0, header.blocks, SLICE))
+    if allocated != header.blocks_allocated:
+        findings.corrupt(
+            f"cBlocksAllocated at {structs.field_offset('cBlocksAllocated'):#x}: {header.blocks_allocated}, the block "
+            f"map has {allocated}"
+        )
+    findings.overlaps(usage, header.stride)
+    end = max(usage.end, header.data_offset)
+    return findings.report(allocated=allocated, total=header.blocks, end=end)
+
+
+def _count(header: Header, first: int, findings: Findings, usage: Usage) -> int:
+    """Takes a slice of the block map; returns how many of its blocks are allocated."""
+    file, count = header.file, min(SLICE, header.blocks - first)
+    raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
+    number = np.flatnonzero(raw < structs.DISCARDED)
+    place = header.data_offset + raw[number] * header.stride
+    # As far as the disk reaches: nobody needs the rest of its last block.
+    left = np.minimum(header.size - (first + number) * header.block_size, header.block_size)
+    bad = place + header.block_extra + left > file.size
+    bad |= raw[number] >= header.entries
+
+    def outside(index: int) -> str:
+        at = first + int(number[index])
+        return (
+            f"block map entry {at} at {header.map_offset + at * 4:#x}: block {int(raw[number[index]])} at "
+            f"{int(place[index]):#x} does not lie inside the file ({file.size:#x})"
+        )
+
+    findings.corrupt_where(bad, outside)
+    usage.add("block map entry", place[~bad], header.stride, first + number[~bad])
+    return len(number)
