@@ -25,10 +25,11 @@ def make_disk(path: Path, size: int, pieces: int = 20, unit: int = 4096, seed: i
     return path
 
 
-def qemu_io(image: Path, *commands: str) -> None:
+def qemu_io(image: Path, *commands: str, format_name: str | None = None) -> None:
     """Lets QEMU write to an image."""
+    named = ["-f", format_name] if format_name else []
     arguments = [argument for command in commands for argument in ("-c", command)]
-    done = subprocess.run(["qemu-io", *arguments, str(image)], capture_output=True, text=True, check=True)
+    done = subprocess.run(["qemu-io", *named, *arguments, str(image)], capture_output=True, text=True, check=True)
     assert "failed" not in done.stdout + done.stderr, done.stdout + done.stderr
 
 

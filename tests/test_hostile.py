@@ -369,6 +369,7 @@ def test_a_bad_snapshot_table_is_found_by_the_check_and_hinders_nothing_else(
         said = " ".join(api.info(str(path))["warnings"])
         assert re.search(rf"disk\.qcow2: {words}", said), said
         report = api.check(str(path))
+        assert report is not None
         assert any(re.search(words, text) for text in report.corruptions), report
         assert api.convert(str(path), f"{path}.raw").target
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmconv.backends.memory import MemoryFile
-from vmconv.errors import PlanError, UsageError, VmconvError
+from vmconv.errors import AccessError, PlanError, UsageError, VmconvError
 from vmconv.extents import Extents, Kind
 from vmconv.formats import Format
 from vmconv.image import Image
@@ -344,9 +344,8 @@ class FormatTests(IdentityTests):
             for row in table.window(0, min(table.size, 1 << 22)):
                 if row.source is not None and row.offset + row.length <= row.source.size:
                     row.source.read(row.offset, min(row.length, 1 << 16))
-            assert image.warnings or not overlaps(image.guest, file), (
-                f"{overlaps(image.guest, file).text(0)}, in silence"
-            )
+            twice = overlaps(image.guest, file)
+            assert image.warnings or not twice, f"{twice.text(0)}, in silence"
             self.format.check(image)
         except VmconvError as exc:
             message = str(exc)
@@ -365,6 +364,9 @@ class FormatTests(IdentityTests):
             return
         try:
             image.guest  # noqa: B018
+        except AccessError:
+            # What an image is made of besides is not there: no structure can tell.
+            return
         except VmconvError:
             assert report is None or report.corruption_count, f"the check passes what is refused: {refusal}"
 

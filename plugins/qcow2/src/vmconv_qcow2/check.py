@@ -191,7 +191,8 @@ class _Check:
             zero = (bitmap & np.uint64(0xFFFFFFFF)) == 0
         past = (offset >= self.file.size) & ~zero
         what, first_cluster = f"{whose}L2 entry of guest cluster", first * self.header.l2_entries
-        reserved = structs.L2_RESERVED | (structs.ZERO if bitmap is not None else 0)
+        knows_zero = bitmap is None and self.header.version > 2
+        reserved = structs.L2_RESERVED | (0 if knows_zero else structs.ZERO)
         self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), what, raw, _RESERVED, first_cluster)
         bad = ~packed & ((offset % self.cluster != 0) | (past & (not external)))
         self._corrupt_where(bad, what, raw, _NO_CLUSTER, first_cluster)

@@ -12,7 +12,7 @@ from vmconv.image import Image
 from vmconv.usage import Usage
 from vmconv_vhdx import structs
 from vmconv_vhdx.header import Header, doubtful_copies, read_header
-from vmconv_vhdx.reader import KINDS, UNKNOWN, add_blocks, add_metadata, chunks
+from vmconv_vhdx.reader import KINDS, UNKNOWN, add_blocks, add_metadata, chunks, missing_room
 
 
 def check(image: Image) -> CheckReport:
@@ -36,6 +36,8 @@ class _Check:
             findings.doubt(text)
         if header.replayed:
             findings.corrupt(f"log at {header.log.offset:#x}: was not replayed, the image was not closed cleanly")
+        if short := missing_room(header):
+            findings.corrupt(f"BAT at {header.bat.offset:#x}: {short}")
         add_metadata(self.usage, header)
         for first, raw, bitmaps in chunks(header):
             self._payload(raw, first)

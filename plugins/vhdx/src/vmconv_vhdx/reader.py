@@ -165,6 +165,16 @@ def chunks(header: Header) -> Iterator[tuple[int, _Entries, _Entries]]:
         yield first, entries[:, :-1].reshape(-1)[:count], entries[: -(-count // ratio), -1]
 
 
+def missing_room(header: Header) -> str | None:
+    """Returns what is wrong with a BAT that has too few entries for the disk, or None."""
+    ratio, blocks = header.chunk_ratio, header.blocks
+    last = -(-blocks // ratio) * (ratio + 1) if header.has_parent else blocks + (blocks - 1) // ratio
+    if not blocks or last * 8 <= header.bat.length:
+        return None
+    disk = f"a disk of {header.size} bytes in blocks of {header.block_size}"
+    return f"{header.bat.length} bytes, {disk} needs {last * 8}"
+
+
 def add_metadata(usage: Usage, header: Header) -> None:
     """Adds the places of headers, log, BAT and metadata."""
     usage.add("header section", [0], structs.HEADER_SECTION)
@@ -192,7 +202,8 @@ class _Mapper:
 
     def table(self) -> Extents:
         header = self.header
-        self._check_room()
+        if short := missing_room(header):
+            raise damaged(header.file, "BAT", header.bat.offset, short)
         table = Extents.from_units(header.block_size, header.size, self._slices(), [self.source])
         add_metadata(self.usage, header)
         self.usage.add_windows(table, self.source)
@@ -202,18 +213,6 @@ class _Mapper:
             block, place, bitmap = (np.concatenate(columns) for columns in zip(*self.partial, strict=True))
             table = self._detailed(table, list(self._bits(block, place, bitmap)))
         return table.through(self.source, header.view) if header.replayed else table
-
-    def _check_room(self) -> None:
-        header, ratio = self.header, self.header.chunk_ratio
-        last = -(-self.blocks // ratio) * (ratio + 1) if header.has_parent else self.blocks + (self.blocks - 1) // ratio
-        if self.blocks and last * 8 > header.bat.length:
-            raise damaged(
-                header.file,
-                "BAT",
-                header.bat.offset,
-                f"{header.bat.length} bytes, a disk of {header.size} bytes in blocks of {header.block_size} "
-                f"needs {last * 8}",
-            )
 
     def _slices(self) -> Iterator[tuple[Kinds, int, Column] | int]:
         """Yields the columns of payload entries, and the number of blocks that have none."""
