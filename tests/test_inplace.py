@@ -598,6 +598,30 @@ def test_the_top_of_a_chain_is_converted_on_its_own(ext4_dir: Path, qemu_img: Qe
     assert names(ext4_dir) == {"base.vmdk", "new.qcow2", "wanted.raw"}
 
 
+def zeros_on_a_parent(directory: Path, qemu_img: QemuImg) -> tuple[Path, Path]:
+    """Returns a layer whose zeros and parent meet in the middle of 64 KiB, and the disk that it is with its parent."""
+    base = make_disk(directory / "base.raw", MIB + 4096)
+    layer, wanted = directory / "layer.qcow2", directory / "wanted.raw"
+    size = MIB - 2560
+    qemu_img("create", "-f", "qcow2", "-o", "cluster_size=4096", "-b", base.name, "-F", "raw", layer, str(size))
+    qemu_io(layer, "write -z 8K 4K", f"write -z {MIB - 8192} {8192 - 2560}", "write -P 3 64K 8K")
+    qemu_img("convert", layer, wanted)
+    return layer, wanted
+
+
+def test_zeros_beside_what_the_parent_says_stay_in_small_clusters(ext4_dir: Path, qemu_img: QemuImg) -> None:
+    layer, wanted = zeros_on_a_parent(ext4_dir, qemu_img)
+    in_place(layer, ext4_dir / "new.qcow2", backing_file="base.raw")
+    qemu_img("compare", "-F", "raw", ext4_dir / "new.qcow2", wanted)
+
+
+def test_what_the_parent_says_is_not_taken_for_payload_of_the_file_itself(ext4_dir: Path, qemu_img: QemuImg) -> None:
+    layer, wanted = zeros_on_a_parent(ext4_dir, qemu_img)
+    how: dict[str, Any] = {"backing_file": "base.raw", "options": {"cluster_size": "64K"}}
+    assert "64K" not in str(refused(layer, ext4_dir / "new.qcow2", **how))
+    qemu_img("compare", "-F", "raw", layer, wanted)
+
+
 def test_a_chain_is_flattened_into_a_new_file_where_blocks_can_be_shared(reflink_dir: Path, qemu_img: QemuImg) -> None:
     base, top = reflink_dir / "base.qcow2", reflink_dir / "top.qcow2"
     qemu_img("create", "-f", "qcow2", base, "8M")

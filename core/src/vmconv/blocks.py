@@ -52,9 +52,13 @@ def grown(image: Image, size: int, *, on_parent: bool) -> Extents:
 
 
 def padded(table: Extents, unit: int) -> Extents:
-    """Returns the table with its size rounded up to whole units; what is added is ZERO where nothing else is a HOLE."""
-    longer = table.window(0, -(-table.size // unit) * unit)
-    return longer if (table.kind == Kind.HOLE).any() else longer.without_holes()
+    """Returns the table with its size rounded up to whole units.
+
+    What is added is a HOLE where all of the last unit is one, else ZERO: no guest sees it, so nothing of a parent has
+    to be copied for it.
+    """
+    silent = len(table) and table.kind[-1] == Kind.HOLE and int(table.start[-1]) <= table.size // unit * unit
+    return table.window(0, -(-table.size // unit) * unit, Kind.HOLE if silent else Kind.ZERO)
 
 
 def whole_blocks(table: Extents, unit: int) -> Runs:

@@ -9,7 +9,7 @@ Everything is numpy over whole columns; nothing here loops over rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -504,24 +504,33 @@ def on_storage(file: File) -> Extents:
     of the file is cached.
     """
     if file.on_storage is None:
-        file.sync()
-        ranges = _written_ranges(file)
-        # Edges alternate: where data begins, where it ends. The first row is a hole unless data begins at 0.
-        edges = np.concatenate([[0], ranges.reshape(-1)])
-        kind = np.full(len(edges), Kind.ZERO, dtype=np.uint8)
-        kind[1::2] = Kind.DATA
-        there = np.diff(edges, append=file.size) > 0
-        rows = Columns(edges, kind, np.zeros(len(edges), dtype=np.int32), edges).take(there)
-        file.on_storage = Extents(file.size, rows, [file])
+        file.on_storage = _of_ranges(file, _ranges(file, linux.written_ranges))
     return file.on_storage
 
 
-def _written_ranges(file: File) -> Column:
-    """Returns rows `(start, end)` of what is written in a file, clipped to its size."""
+def allocated(file: File) -> Extents:
+    """Returns where a file takes space on storage: DATA, written or not; ZERO where it has a hole."""
+    return _of_ranges(file, _ranges(file, linux.allocated_ranges))
+
+
+def _of_ranges(file: File, ranges: Column) -> Extents:
+    """Returns the table of a file that is DATA in the given `(start, end)` ranges."""
+    # Edges alternate: where data begins, where it ends. The first row is a hole unless data begins at 0.
+    edges = np.concatenate([[0], ranges.reshape(-1)])
+    kind = np.full(len(edges), Kind.ZERO, dtype=np.uint8)
+    kind[1::2] = Kind.DATA
+    there = np.diff(edges, append=file.size) > 0
+    rows = Columns(edges, kind, np.zeros(len(edges), dtype=np.int32), edges).take(there)
+    return Extents(file.size, rows, [file])
+
+
+def _ranges(file: File, ask: Callable[[int], Column]) -> Column:
+    """Returns the rows `(start, end)` that FIEMAP gives, clipped to the file; where it is missing, those with data."""
+    file.sync()
     if not (file.descriptor < 0 or file.is_device or file.settled):
         with os_errors("cannot be asked what is written in it", ReadError):
             try:
-                return np.minimum(linux.written_ranges(file.descriptor), file.size)
+                return np.minimum(ask(file.descriptor), file.size)
             except OSError as exc:
                 if not linux.not_told(exc):
                     raise

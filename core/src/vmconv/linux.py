@@ -300,13 +300,23 @@ def written_ranges(descriptor: int) -> npt.NDArray[np.int64]:
     An unwritten extent reads as zero, whether or not its pages are cached: SEEK_DATA takes it for data where they are.
     Raises `OSError` where the filesystem cannot tell.
     """
-    import numpy as np
-
     rows, flags = extents(descriptor)
     # What is delayed has bytes whose place is not known yet.
     unwritten = (flags & _FIEMAP_UNWRITTEN != 0) & (flags & _FIEMAP_DELAYED == 0)
-    start, end = rows[~unwritten, 0], rows[~unwritten, 0] + rows[~unwritten, 1]
-    end = np.maximum.accumulate(end)
+    return _apart(rows[~unwritten])
+
+
+def allocated_ranges(descriptor: int) -> npt.NDArray[np.int64]:
+    """Returns rows `(start, end)` in bytes for all extents of a file, unwritten ones too; see `written_ranges`."""
+    return _apart(extents(descriptor)[0])
+
+
+def _apart(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns `(start, end)` of extents, of which none overlaps the one before."""
+    import numpy as np
+
+    end = np.maximum.accumulate(rows[:, 0] + rows[:, 1])
+    start = rows[:, 0]
     start = np.maximum(start, np.append(0, end[:-1])[: len(start)])
     ranges: npt.NDArray[np.int64] = np.stack([start, end], axis=1)[start < end]
     return ranges

@@ -79,6 +79,8 @@ def stay(table: Extents, carrier: File, units: Sequence[int], align: int | None 
 def _settled(table: Extents, carrier: File, unit: int, align: int) -> tuple[Stay | None, str]:
     whole = blocks.padded(table, unit)
     runs = blocks.whole_blocks(whole, unit)
+    if problem := _partly_zero(runs, unit):
+        return None, problem
     runs = runs.take(runs.kind == Kind.DATA)
     _, offset = blocks.wishes(whole, runs, unit)
     length = runs.blocks * unit
@@ -98,6 +100,14 @@ def _misplaced(runs: blocks.Runs, offset: Column, unit: int, align: int) -> str 
     return (
         f"guest address {int(runs.first[run]) * unit:#x} lies at {int(offset[run]):#x}, which is no multiple of {align}"
     )
+
+
+def _partly_zero(runs: blocks.Runs, unit: int) -> str | None:
+    """Returns where zeros and what the parent says meet in a block: it would take a copy of what the parent says."""
+    mixed = runs.first[runs.mixed & (runs.kind == Kind.ZERO)] * unit
+    if not len(mixed):
+        return None
+    return f"a block of {unit} bytes at guest address {int(mixed[0]):#x} is zero in part and its parent's in part"
 
 
 def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit: int, size: int) -> str | None:

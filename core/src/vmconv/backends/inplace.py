@@ -49,7 +49,11 @@ class InPlaceBackend(Backend):
         return Ability(usable=True, shares=True)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        return Survey(0)
+        return Survey(0, self._elsewhere(sources))
+
+    def _elsewhere(self, sources: Sequence[File]) -> dict[int, str]:
+        """Returns why payload of other files than the one that stays is copied: it is not there yet."""
+        return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier}
 
     def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
         return InPlaceTransaction(self, directory, force=force)

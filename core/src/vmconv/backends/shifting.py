@@ -20,7 +20,7 @@ class ShiftingBackend(InPlaceBackend):
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         # Which blocks can be shifted is for the plan as a whole to say.
-        return Survey(1)
+        return Survey(1, self._elsewhere(sources))
 
     def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
         return ShiftingTransaction(self, directory, force=force)

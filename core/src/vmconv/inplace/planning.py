@@ -136,7 +136,8 @@ class Site:
         with self._hinting(wish):
             claim = self._claimed(wish, descriptors)
             backend = InPlaceBackend(claim, keep_undo=self.keep_undo)
-            conversions = wish.planned(backend, backend.survey(wish.directory, self.own), claim.carrier)
+            survey = backend.survey(wish.directory, sources_of(self.image))
+            conversions = wish.planned(backend, survey, claim.carrier)
             plan = conversions[0].plan
             _refuse_moves(plan, claim.carrier, wish.target)
         self._refuse_old_undo(os.path.join(wish.directory, plan.files[-1].name + UNDO))
@@ -146,7 +147,7 @@ class Site:
         """Returns the plan of shifting payload inside its file; raises `why` when that is no help."""
         claim = self._claimed(wish, descriptors)
         backend = ShiftingBackend(claim, keep_undo=False)
-        conversions = wish.planned(backend, backend.survey(wish.directory, self.own), None)
+        conversions = wish.planned(backend, backend.survey(wish.directory, sources_of(self.image)), None)
         plan = conversions[0].plan
         main = space.carried(plan, claim.carrier)
         others = [file for file in plan.files if file is not main and len(file.shares())]

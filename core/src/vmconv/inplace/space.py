@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.extents import Column, Extents, Kind, cut, on_storage
+from vmconv.extents import Column, Extents, Kind, allocated, cut
 from vmconv.inplace.journal import Ranges
 from vmconv.planner import Action, FilePlan, Plan
 from vmconv.sources import File
@@ -34,14 +34,14 @@ def clipped(ranges: Ranges, low: int, high: int) -> Ranges:
 
 
 def dead_ranges(file: FilePlan, carrier: File, block: int) -> Ranges:
-    """Returns the ranges that may hold data and are nothing in the output that `carrier` becomes.
+    """Returns the ranges that take space on storage and are nothing in the output that `carrier` becomes.
 
     Where the output has slack, whole blocks only: nothing else can be freed, and nobody looks at it. Behind the end of
     `carrier` too: XFS sets space aside behind what is written, and keeps it when more is written later.
     """
     shared = min(carrier.size, file.size)
     start, length = _unused(file.table.window(0, shared))
-    rows, row_length = cut(on_storage(carrier), start, length, start)
+    rows, row_length = cut(allocated(carrier), start, length, start)
     data = rows.kind == Kind.DATA
     found = _joined(rows.start[data], row_length[data])
     if not file.slack:
