@@ -2,8 +2,8 @@
 
 `VMCONV_REQUIRE` names what must not be missing, separated by commas: `reflink` (loop-mounted XFS and Btrfs), `oracle`
 (programs and libraries that we did not write: QEMU and qemu-img, libvmdk, libvhdi, dissect, a kernel), `fuse`,
-`corpus`, `namespaces` (of the network, for the fleet), `chromium`. A test that needs one of them fails instead of
-being skipped.
+`fuzz` (atheris), `corpus`, `namespaces` (of the network, for the fleet), `chromium`. A test that needs one of them
+fails instead of being skipped.
 """
 
 from __future__ import annotations

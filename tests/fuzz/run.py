@@ -1,0 +1,152 @@
+"""Fuzzes one target with atheris: `python tests/fuzz/run.py TARGET --seconds N [--corpus DIR]`.
+
+Guided by the coverage of vmconv's own code. What comes out of a target and is no error of vmconv's, what takes too long
+or too much memory, is a finding: printed once for each place in the code, and kept as a file. Exit code 1 when there is
+one. Without a target, the names of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuzz.targets import Target
+
+ROOT = Path(__file__).parents[2]
+TOO_LONG = 3.0
+"""Seconds of processor time for one input. Coverage makes Python several times slower."""
+
+HANGS = 60
+MUCH_MEMORY = 600 << 20
+LONGEST = 16 << 10
+PACKAGES = [
+    "vmconv",
+    *(f"vmconv_{name}" for name in ("parallels", "qcow2", "qed", "raw", "vdi", "vhd", "vhdx", "view", "vmdk")),
+]
+
+
+class Findings:
+    """What went wrong, once for each place in the code."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._known: set[str] = set()
+
+    def add(self, target: str, data: bytes, exc: BaseException) -> None:
+        place = where(exc)
+        if place in self._known:
+            return
+        self._known.add(place)
+        path = self.directory / f"{target}-{hashlib.sha256(data).hexdigest()[:12]}"
+        path.write_bytes(data)
+        print(f"FINDING {place} ({len(data)} bytes, {path})", flush=True)
+        traceback.print_exception(exc, limit=-6)
+
+
+def where(exc: BaseException) -> str:
+    """Returns the kind of the exception and the last place in our own code."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    ours = [frame for frame in frames if "/vmconv" in frame.filename] or list(frames)
+    return f"{type(exc).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}"
+
+
+class TooLongError(Exception):
+    """An input that took more time than any image may."""
+
+
+def fuzz(name: str, seconds: int, seed: int, corpus: Path, findings: Findings) -> None:
+    """Runs libFuzzer in this process, which ends with it."""
+    import atheris
+
+    with atheris.instrument_imports(include=PACKAGES):
+        for package in PACKAGES:
+            importlib.import_module(package)
+        target: Target = importlib.import_module("fuzz.targets").targets()[name]
+        # What is imported when it is first used has to be imported here to be instrumented.
+        for data in target.seeds():
+            target.run(data)
+    from vmconv.testing.malformed import memory_limit
+
+    for directory in (corpus, findings.directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(target.seeds()):
+        (corpus / f"seed-{number}").write_bytes(data)
+
+    def one(data: bytes) -> None:
+        began = time.thread_time()
+        try:
+            with memory_limit(MUCH_MEMORY):
+                target.run(data)
+            took = time.thread_time() - began
+            if took > TOO_LONG:
+                raise TooLongError(f"{took:.1f} s")
+        except Exception as exc:
+            findings.add(name, data, exc)
+
+    options = {
+        "max_total_time": seconds,
+        "seed": seed,
+        "timeout": HANGS,
+        "rss_limit_mb": 4096,
+        "max_len": LONGEST,
+        "print_final_stats": 1,
+        "verbosity": 1,
+        "artifact_prefix": f"{findings.directory}/{name}-",
+    }
+    atheris.Setup([sys.argv[0], *(f"-{key}={value}" for key, value in options.items()), str(corpus)], one)
+    atheris.Fuzz()
+
+
+def run(name: str, seconds: int, seed: int, corpus: Path, findings: Path) -> tuple[int, int, str]:
+    """Runs a target in a process of its own; returns the executions, the findings, and what was printed."""
+    command: list[Any] = [sys.executable, __file__, name, "--seconds", seconds, "--seed", seed]
+    command += ["--corpus", corpus, "--findings", findings, "--inside"]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False, timeout=seconds + 300
+    )
+    said = done.stdout + done.stderr
+    executions = re.search(r"number_of_executed_units: (\d+)", said)
+    found = re.findall(r"^FINDING .*|^.*ERROR: libFuzzer.*", said, re.MULTILINE)
+    if executions is None and not found:
+        raise RuntimeError(f"{name} did not run:\n{said[-4000:]}")
+    return int(executions[1]) if executions else 0, len(found), said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="?")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--corpus", type=Path, help="directory with inputs to begin with; new ones are added")
+    parser.add_argument("--findings", type=Path, default=Path("findings"))
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tests"))
+    if options.target is None:
+        print(*importlib.import_module("fuzz.targets").targets(), sep="\n")
+        return 0
+    if options.inside:
+        fuzz(options.target, options.seconds, options.seed, options.corpus, Findings(options.findings))
+    with tempfile.TemporaryDirectory(prefix="vmconv-fuzz-") as scratch:
+        corpus = options.corpus or Path(scratch)
+        executions, found, said = run(options.target, options.seconds, options.seed, corpus, options.findings)
+    if found:
+        print(said[-20_000:])
+    print(f"{options.target}: {executions} executions, {found} findings")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""What is fuzzed: each target reads bytes of a stranger's, and may raise nothing but vmconv's own errors.
+
+The input of a target for a format is not the image itself, which is mostly payload and zeros. It is one byte for the
+sample of the conformance kit, one for how the file ends and whether checksums are made right, and then the words of the
+sample's headers and tables that matter. So a mutation of the input is a change of metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from importlib import import_module
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from vmconv.errors import VmconvError
+from vmconv.extents import Extents, Kind
+from vmconv.opener import Opener
+from vmconv.registry import installed
+from vmconv.sources import Blob, File
+from vmconv.testing.disks import image_file
+from vmconv.testing.malformed import LARGE, Malformed, Sample
+
+if TYPE_CHECKING:
+    from vmconv.formats import Format
+    from vmconv.image import Image
+    from vmconv.testing import FormatTests
+
+_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed")
+_READ = 64 << 10
+_LARGE = 4608 << 10
+_WORDS = 2000
+
+
+_OTHER = image_file(bytes(range(256)) * 256, "other")
+
+
+class Target(ABC):
+    """Something that reads strangers' bytes."""
+
+    @abstractmethod
+    def seeds(self) -> list[bytes]:
+        """Returns inputs that are right, or nearly so."""
+
+    @abstractmethod
+    def run(self, data: bytes) -> None:
+        """Gives the input to the code under test; any exception that comes out is a finding."""
+
+
+class _NoOthers(Opener):
+    """An opener for an image in memory: what the image names is one small file, or not there."""
+
+    def related(self, origin: File, reference: str, role: str) -> File:
+        if reference == "other":
+            return _OTHER
+        return super().related(origin, reference, role)
+
+    def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
+        yield from ()
+
+
+def read_all(one: Format, file: File) -> None:
+    """Does with an image what commands do: read it, its tables, a part of its payload, and check it."""
+    try:
+        image = one.read(file, _NoOthers(installed()))
+    except VmconvError:
+        return
+    for use in (_look, _guest, _places, _read, one.check):
+        with contextlib.suppress(VmconvError):
+            use(image)
+
+
+def _look(image: Image) -> None:
+    dict(image.details)
+    str(image.warnings), str(image.losses)
+    image.disk.model_dump_json()
+
+
+def _guest(image: Image) -> None:
+    assert image.guest.size == image.size
+
+
+def _places(image: Image) -> None:
+    assert image.places.size == image.size
+
+
+def _read(image: Image) -> None:
+    table = image.flat
+    assert table.size == image.size
+    rows = (row for row in table if row.kind == Kind.DATA)
+    for row in islice(rows, 64):
+        assert row.source is not None
+        row.source.read(row.offset, min(row.length, _READ))
+
+
+class FormatTarget(Target):
+    """The reader of a format, over samples of its conformance test."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @cached_property
+    def _format(self) -> Format:
+        return installed().formats[self._name]
+
+    @cached_property
+    def _kit(self) -> FormatTests:
+        kit: FormatTests = getattr(import_module(f"test_{self._name}"), f"Test{self._name.capitalize()}")()
+        return kit
+
+    @cached_property
+    def _samples(self) -> list[tuple[Sample, list[int]]]:
+        samples = [self._kit.sound(variant) for variant in self._kit.each_variant()]
+        # Larger blocks are the same code, and slow.
+        most = max(_LARGE, min(len(sample.data) for sample in samples))
+        return [(sample, sample.words()[:_WORDS]) for sample in samples if len(sample.data) <= most]
+
+    def seeds(self) -> list[bytes]:
+        return [
+            bytes([number, ending]) + b"".join(sample.data[at : at + 4] for at in words)
+            for number, (sample, words) in enumerate(self._samples)
+            for ending in (0, 1)
+        ]
+
+    def run(self, data: bytes) -> None:
+        malformed = self._image(data)
+        if malformed is not None:
+            read_all(self._format, malformed.file())
+
+    def _image(self, data: bytes) -> Malformed | None:
+        if len(data) < 2:
+            return None
+        sample, words = self._samples[data[0] % len(self._samples)]
+        ending, changed = data[1], data[2:]
+        image = bytearray(sample.data)
+        for number, at in enumerate(words[: len(changed) // 4]):
+            image[at : at + 4] = changed[4 * number : 4 * number + 4][: len(image) - at]
+        if not ending & 1:
+            self._kit.seal(image)
+        if ending & 2:
+            return Malformed(bytes(image), LARGE)
+        # The rest of the byte cuts the file off.
+        return Malformed(bytes(image[: len(image) - (ending >> 2) * len(image) // 64]))
+
+
+class BytesTarget(Target):
+    """The reader of a format, over the whole file: for descriptors, which are text."""
+
+    def __init__(self, name: str, suffix: str, seeds: list[bytes]) -> None:
+        self._name = name
+        self._suffix = suffix
+        self._seeds = seeds
+
+    def seeds(self) -> list[bytes]:
+        return self._seeds
+
+    def run(self, data: bytes) -> None:
+        file = image_file(data, f"image{self._suffix}")
+        one = installed().formats[self._name]
+        one.probe(file)
+        read_all(one, file)
+
+
+class ProbeTarget(Target):
+    """What decides the format of a file by its content."""
+
+    def seeds(self) -> list[bytes]:
+        return [FormatTarget(name)._samples[0][0].data[:1024] for name in _FORMATS]
+
+    def run(self, data: bytes) -> None:
+        for suffix in ("", ".raw", ".vmdk"):
+            with contextlib.suppress(VmconvError):
+                installed().identify(image_file(data, f"image{suffix}"))
+
+
+class NbdTarget(Target):
+    """The NBD server, from the client's flags on."""
+
+    def seeds(self) -> list[bytes]:
+        def option(number: int, data: bytes = b"") -> bytes:
+            return b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data
+
+        def request(command: int, offset: int, length: int) -> bytes:
+            return struct.pack(">IHHQQI", 0x25609513, 0, command, 7, offset, length)
+
+        flags, none = struct.pack(">I", 3), struct.pack(">IH", 0, 0)
+        query = struct.pack(">III", 0, 1, 15) + b"base:allocation"
+        go = option(8) + option(10, query) + option(7, none)
+        ask = [request(command, offset, 512) for command in range(9) for offset in (0, 1 << 20)]
+        return [
+            flags + go + b"".join(ask),
+            flags + option(3) + option(6, none) + option(9, query) + option(2),
+            flags + option(1) + request(0, 0, 4096) + request(0, 0, 100_000) + request(2, 0, 0),
+            struct.pack(">I", 1) + option(1, b"disk") + request(1, 0, 4) + b"abcd" + request(3, 0, 0),
+        ]
+
+    def run(self, data: bytes) -> None:
+        from vmconv.views import View
+        from vmconv_view.connection import Connection
+
+        exports = {b"disk": View(Extents.whole(Blob("disk", bytes(range(256)) * 1024)))}
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            client = threading.Thread(target=_talk, args=(theirs, data))
+            client.start()
+            try:
+                with contextlib.suppress(VmconvError, OSError):
+                    Connection(ours, exports).serve()
+            finally:
+                ours.shutdown(socket.SHUT_RDWR)
+                client.join()
+
+
+def _talk(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 20):
+            pass
+
+
+_VMDK = [
+    b'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="%s"\n\n# Extent description\n'
+    b'%s\n\n# The Disk Data Base\n#DDB\n\nddb.adapterType = "ide"\nddb.geometry.cylinders = "16"\n'
+    b'ddb.geometry.heads = "16"\nddb.geometry.sectors = "63"\nddb.longContentID = "0123456789abcdef0123456789abcdef"\n'
+    % (kind, extents)
+    for kind, extents in (
+        (b"monolithicFlat", b'RW 128 FLAT "other" 0'),
+        (b"twoGbMaxExtentFlat", b'RW 64 FLAT "other" 0\nRW 64 FLAT "other" 64'),
+        (b"twoGbMaxExtentSparse", b'RW 128 SPARSE "other"\nRW 10 ZERO'),
+        (b"vmfs", b'RW 128 VMFS "other"'),
+        (b"vmfsSparse", b'parentFileNameHint="other"\nRW 128 VMFSSPARSE "other"'),
+        (b"custom", b'RDONLY 128 FLAT "../other" 0\nNOACCESS 1 FLAT "other"'),
+    )
+]
+
+_PARALLELS = [
+    b'<?xml version="1.0" encoding="UTF-8"?>\n<Parallels_disk_image Version="1.0"><Disk_Parameters><Disk_size>128'
+    b"</Disk_size><Cylinders>1</Cylinders><PhysicalSectorSize>4096</PhysicalSectorSize><LogicSectorSize>512"
+    b"</LogicSectorSize><Heads>16</Heads><Sectors>32</Sectors><Padding>0</Padding><Encryption><Engine>{0}</Engine>"
+    b"<Data></Data></Encryption><UID>{1}</UID><Name>x</Name></Disk_Parameters><StorageData><Storage><Start>0</Start>"
+    b"<End>128</End><Blocksize>8</Blocksize><Image><GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}</GUID><Type>%s</Type>"
+    b"<File>other</File></Image></Storage></StorageData><Snapshots><Shot><GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}"
+    b"</GUID><ParentGUID>{00000000-0000-0000-0000-000000000000}</ParentGUID></Shot></Snapshots></Parallels_disk_image>"
+    % kind
+    for kind in (b"Plain", b"Compressed")
+]
+
+
+def targets() -> dict[str, Target]:
+    """Returns all targets by name."""
+    found: dict[str, Target] = {name: FormatTarget(name) for name in _FORMATS}
+    found["vmdk-descriptor"] = BytesTarget("vmdk", ".vmdk", _VMDK)
+    found["parallels-descriptor"] = BytesTarget("parallels", ".xml", _PARALLELS)
+    found["probe"] = ProbeTarget()
+    found["nbd"] = NbdTarget()
+    return found
+
+
+def mutated(seeds: list[bytes], rng: random.Random) -> Iterator[bytes]:
+    """Yields mutations without end, without looking at coverage: for where there is no atheris."""
+    while True:
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.choice((1, 1, 2, 4, 16))):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.choice((0, 1, 2, 4, 8))] = rng.choice((rng.randbytes(4), b"\xff" * 8, bytes(4)))
+        yield bytes(data)
