@@ -19,8 +19,11 @@ from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileOutput
 from vmconv.backends.memory import MemoryBackend
 from vmconv.backends.reflink import ReflinkBackend
+from vmconv.backends.temporary import Temporary
+from vmconv.directory import Directory
 from vmconv.planner import ShareSteps
 from vmconv.sources import Decoded, File
+from vmconv.storage import Transaction
 from vmconv.testing import BackendTests
 
 
@@ -86,26 +89,29 @@ def test_only_a_durable_transaction_waits_for_storage(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    transaction = CopyBackend().begin(str(tmp_path), durable=durable)
+    with Directory.at(str(tmp_path)) as directory:
+        make_one(CopyBackend().begin(directory, durable=durable))
+    assert (tmp_path / "target").read_bytes() == b"bytes"
+    assert bool(synced) == (str(tmp_path) in synced) == durable
+
+
+def make_one(transaction: Transaction) -> None:
     output = transaction.create("target", 5, [])
     output.share(no_steps())
     output.write(0, b"bytes")
     output.finish()
     transaction.commit()
-    assert (tmp_path / "target").read_bytes() == b"bytes"
-    assert bool(synced) == (str(tmp_path) in synced) == durable
 
 
 def test_what_the_kernel_takes_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwrite(fd, b"".join(parts)[:5], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, bytes(data)[:2], offset))
-    output = FileOutput(str(tmp_path / "target"), 16, kernel_copies=False, durable=True)
     source = Decoded(
         "letters", file_of(tmp_path, b"encoded"), unit=4, count=4, decode=letters, reason="they are made up"
     )
-    output.copy(source, 1, 0, 14)
-    output.close()
+    with opened(tmp_path / "target", 14) as output:
+        output.copy(source, 1, 0, 14)
     assert (tmp_path / "target").read_bytes() == b"AAABBBBCCCCDDD"
 
 
@@ -182,13 +188,16 @@ def file_of(directory: Path, data: bytes) -> File:
 
 @contextmanager
 def opened(path: Path, size: int, *, durable: bool = True) -> Iterator[FileOutput]:
-    output = FileOutput(str(path), size, kernel_copies=False, durable=durable)
-    try:
-        output.share(no_steps())
-        yield output
-        output.finish()
-    finally:
-        output.close()
+    with Directory.at(str(path.parent)) as directory:
+        file = Temporary(directory, path.name)
+        output = FileOutput(file, size, kernel_copies=False, durable=durable)
+        try:
+            output.share(no_steps())
+            yield output
+            output.finish()
+            file.appear(replace=False)
+        finally:
+            output.close()
 
 
 def copied(directory: Path, source: File, offset: int, length: int, *, durable: bool = True) -> Path:

@@ -19,6 +19,7 @@ import pytest
 import qcow2_images
 from vmconv import api
 from vmconv.backends.files import FileOutput
+from vmconv.backends.temporary import temporary_name
 from vmconv.errors import AccessError, BackendError, PlanError, VerifyError, VmconvError, ZeroCopyError
 from vmconv.extents import Extents
 from vmconv.layout import Layout, OutFile
@@ -26,7 +27,8 @@ from vmconv.registry import installed
 
 PAYLOAD = bytes(range(256)) * 256 * 16
 OLD = b"what was here before"
-TEMPORARY = re.compile(r"\.target\.qcow2\.vmconv-[0-9a-f]{8}\.tmp")
+TEMPORARY = re.compile(r"\.vmconv-[0-9a-f]{16}\.tmp")
+LEFT = temporary_name("target.qcow2")
 CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
 
 
@@ -77,7 +79,16 @@ import os, signal, sys
 from importlib import import_module
 from vmconv import api
 
-place, when, source, target = sys.argv[1:]
+place, when, source, target, unnamed = sys.argv[1:]
+if unnamed == "no":
+    import errno
+    from vmconv.directory import Directory
+
+    def refuse(self):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    Directory.create_unnamed = refuse
+
 module, _, path = place.partition(":")
 owner = import_module(module)
 *outer, name = path.split(".")
@@ -102,14 +113,16 @@ BEFORE_COMMIT = {
     "after the first write": ("vmconv.backends.files:FileOutput.write", "after"),
     "before the file is durable": ("vmconv.backends.files:FileOutput.finish", "before"),
     "before verifying": ("vmconv.conversion:verify_result", "before"),
-    "before the file gets its name": ("os:link", "before"),
+    "before the file gets its name": ("vmconv.backends.temporary:Temporary.appear", "before"),
 }
+each_filesystem = pytest.mark.parametrize("unnamed", ["yes", "no"])
+"""Whether the filesystem has files without names (O_TMPFILE)."""
 
 
-def kill_at(place: str, when: str, source: Path, target: Path) -> None:
+def kill_at(place: str, when: str, source: Path, target: Path, unnamed: str = "yes") -> None:
     """Runs a conversion that kills itself at this place; fails when it never gets there."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, place, when, str(source), str(target)],
+        [sys.executable, "-c", KILLED, place, when, str(source), str(target), unnamed],
         capture_output=True,
         text=True,
         check=False,
@@ -118,42 +131,48 @@ def kill_at(place: str, when: str, source: Path, target: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@each_filesystem
 @pytest.mark.parametrize("moment", BEFORE_COMMIT)
-def test_a_killed_run_leaves_no_target_and_the_source_as_it_was(xfs_dir: Path, moment: str) -> None:
+def test_a_killed_run_leaves_no_target_and_the_source_as_it_was(xfs_dir: Path, moment: str, unnamed: str) -> None:
     source = make_source(xfs_dir)
     before = state(source)
-    kill_at(*BEFORE_COMMIT[moment], source, xfs_dir / "target.qcow2")
-    assert all(TEMPORARY.fullmatch(name) for name in names(xfs_dir) - {source.name})
+    kill_at(*BEFORE_COMMIT[moment], source, xfs_dir / "target.qcow2", unnamed)
+    left = names(xfs_dir) - {source.name}
+    assert all(TEMPORARY.fullmatch(name) for name in left)
+    assert len(left) == (unnamed == "no")
     assert state(source) == before
 
 
 @pytest.mark.parametrize("moment", BEFORE_COMMIT)
 def test_the_run_after_a_killed_one_cleans_up_and_succeeds(xfs_dir: Path, moment: str) -> None:
     source, target = make_source(xfs_dir), xfs_dir / "target.qcow2"
-    kill_at(*BEFORE_COMMIT[moment], source, target)
+    kill_at(*BEFORE_COMMIT[moment], source, target, "no")
     api.convert(str(source), str(target))
     assert names(xfs_dir) == {source.name, target.name}
     assert holds_the_payload(target)
 
 
-def test_a_run_killed_after_the_file_got_its_name_leaves_a_complete_target(xfs_dir: Path) -> None:
+@each_filesystem
+def test_a_run_killed_after_the_file_got_its_name_leaves_a_complete_target(xfs_dir: Path, unnamed: str) -> None:
     source, target = make_source(xfs_dir), xfs_dir / "target.qcow2"
-    kill_at("os:link", "after", source, target)
+    kill_at("vmconv.backends.temporary:Temporary.appear", "after", source, target, unnamed)
     assert holds_the_payload(target)
-
-
-def test_the_run_after_one_killed_at_its_very_end_cleans_up(xfs_dir: Path) -> None:
-    source, target = make_source(xfs_dir), xfs_dir / "target.qcow2"
-    kill_at("os:link", "after", source, target)
-    api.convert(str(source), str(target), force=True)
     assert names(xfs_dir) == {source.name, target.name}
+
+
+def test_a_second_name_is_removed_by_the_next_run_that_is_refused_too(source: Path, target: Path) -> None:
+    api.convert(str(source), str(target))
+    source.with_name(LEFT).hardlink_to(target)
+    with pytest.raises(PlanError, match="already exists"):
+        api.convert(str(source), str(target))
+    assert target.stat().st_nlink == 1
 
 
 def test_a_run_killed_while_replacing_leaves_the_old_target(xfs_dir: Path) -> None:
     source, target = make_source(xfs_dir), xfs_dir / "target.qcow2"
     target.write_bytes(OLD)
     script = KILLED.replace("api.convert(source, target)", "api.convert(source, target, force=True)")
-    command = [sys.executable, "-c", script, "os:replace", "before", str(source), str(target)]
+    command = [sys.executable, "-c", script, "os:rename", "before", str(source), str(target), "yes"]
     assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
     assert target.read_bytes() == OLD
 
@@ -162,7 +181,7 @@ def test_a_run_killed_while_replacing_leaves_the_old_target(xfs_dir: Path) -> No
 
 
 def test_the_temporary_file_of_a_living_run_is_left_alone(source: Path, target: Path) -> None:
-    living = source.with_name(".target.qcow2.vmconv-0123abcd.tmp")
+    living = source.with_name(LEFT)
     with living.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         api.convert(str(source), str(target))
@@ -172,11 +191,11 @@ def test_the_temporary_file_of_a_living_run_is_left_alone(source: Path, target: 
 @pytest.mark.parametrize(
     "name",
     [
-        ".target.qcow2.vmconv-0123abcd.tmp.keep",
-        ".target.qcow2.vmconv-xyz.tmp",
-        ".targetXqcow2.vmconv-0123abcd.tmp",
-        ".other.qcow2.vmconv-0123abcd.tmp",
-        "target.qcow2.vmconv-0123abcd.tmp",
+        f"{LEFT}.keep",
+        f"{LEFT[:16]}xyz.tmp",
+        LEFT[1:],
+        LEFT.upper(),
+        temporary_name("other.qcow2"),
     ],
 )
 def test_a_file_that_only_resembles_a_temporary_one_is_left_alone(source: Path, target: Path, name: str) -> None:
@@ -189,7 +208,7 @@ def test_a_symlink_with_the_name_of_a_temporary_file_is_not_followed(
     source: Path, target: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious").write_bytes(b"mine")
-    link = source.with_name(".target.qcow2.vmconv-0123abcd.tmp")
+    link = source.with_name(LEFT)
     link.symlink_to(tmp_path / "precious")
     api.convert(str(source), str(target))
     assert link.is_symlink()
@@ -197,7 +216,7 @@ def test_a_symlink_with_the_name_of_a_temporary_file_is_not_followed(
 
 
 def test_a_pipe_with_the_name_of_a_temporary_file_does_not_hang_the_run(source: Path, target: Path) -> None:
-    os.mkfifo(source.with_name(".target.qcow2.vmconv-0123abcd.tmp"))
+    os.mkfifo(source.with_name(LEFT))
     api.convert(str(source), str(target))
     assert target.exists()
 
@@ -563,6 +582,8 @@ def test_a_full_device_behind_standard_output_is_no_traceback(source: Path) -> N
 SLOW = """
 import sys, time
 from vmconv.backends.files import FileOutput
+from vmconv.backends.temporary import temporary_name
+from vmconv.directory import Directory
 from vmconv.cli import main
 
 def slow(*arguments):
@@ -574,7 +595,11 @@ raise SystemExit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
+)
 @pytest.mark.parametrize("method", ["write", "copy"])
 def test_a_signal_cleans_up_and_gives_its_exit_code(ext4_dir: Path, number: int, code: int, method: str) -> None:
     source, target = make_source(ext4_dir), ext4_dir / "target.qcow2"
@@ -584,7 +609,6 @@ def test_a_signal_cleans_up_and_gives_its_exit_code(ext4_dir: Path, number: int,
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stdout.readline() == "busy\n"
-        assert any(TEMPORARY.fullmatch(name) for name in names(ext4_dir))
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == code

@@ -134,12 +134,16 @@ def _refuse_unwritable(descriptor: int) -> None:
 
 
 def recover(path: StrPath) -> Recovery:
-    """Takes back, or finishes, the conversion in place that was interrupted and that `path` was part of."""
+    """Takes back, or finishes, the conversion that was interrupted and that `path` was part of.
+
+    That is one in place, or one that made several files and had begun to give them their names.
+    """
     from vmconv.inplace import recovery
+    from vmconv.targets import finished
 
     place = checked(Place, path=path)
     with _errors():
-        return recovery.recover(place.path)
+        return recovery.Recovery(place.path, True) if finished(place.path) else recovery.recover(place.path)
 
 
 def undo(path: StrPath) -> str:

@@ -77,6 +77,13 @@ def _mapping(value: object) -> dict[object, object]:
     return dict(value)
 
 
+def _mode(value: object) -> object:
+    if isinstance(value, int) and not 0 <= value <= 0o777:
+        raise ValueError("is no set of permission bits, 0 to 0o777")
+    return value
+
+
+Mode = Annotated[int, _Parsed(_mode)]
 FilePath = Annotated[str, _Parsed(_path)]
 """A path: always a string where it has been checked."""
 FilePaths = Annotated[Sequence[str], _Parsed(_paths)]
@@ -179,6 +186,7 @@ class FanoutOptions(AccessOptions, total=False):
     force: bool
     in_place: bool
     keep_undo: bool
+    mode: int | None
 
 
 class StreamOptions(FanoutOptions, total=False):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv import checking, references, signals
-from vmconv.arguments import Cache, FilePath, FilePaths, WriterOptions, ZeroCopy
+from vmconv.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
 from vmconv.commit import Progress, make
 from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source_itself, sources_of
+from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.image import Image
 from vmconv.known import known_format
@@ -20,10 +22,11 @@ from vmconv.layout import Backing
 from vmconv.opener import Opener
 from vmconv.options import parse_options
 from vmconv.planner import CopyReason, Plan, Totals, joined, plan_layout
-from vmconv.refusals import refuse_changed, refuse_collisions, refuse_copies, refuse_too_large
+from vmconv.refusals import no_collisions, refuse_changed, refuse_copies, refuse_too_large
 from vmconv.registry import Registry, installed
 from vmconv.sources import File
-from vmconv.storage import Backend, Survey
+from vmconv.storage import Access, Backend, Survey
+from vmconv.targets import clean, located, refuse_directory
 from vmconv.verify import verify as verify_result
 
 if TYPE_CHECKING:
@@ -38,8 +41,9 @@ class Request(NamedTuple):
     the source, beside the target. `backing_file` keeps the chain as it is from a layer on: it is the layer that what is
     made will have as its parent, as it is to be written into the target, with `backing_format`.
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
-    on storage, as `qemu-img convert` does not. `in_place` turns the source's own file into the target; `keep_undo`
-    keeps what it takes to turn it back.
+    on storage, as `qemu-img convert` does not. `mode` has the permission bits of what is made; without it nobody may
+    open a new file who may not open each file of the source, and one that `force` replaces keeps its owner, mode and
+    attributes. `in_place` turns the source's own file into the target; `keep_undo` keeps what it takes to turn it back.
     """
 
     source: FilePath
@@ -60,6 +64,7 @@ class Request(NamedTuple):
     force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
+    mode: Mode | None = None
 
     def opener(self, registry: Registry) -> Opener:
         """Returns what the source is opened with."""
@@ -111,6 +116,7 @@ class Prepared(NamedTuple):
     conversions: tuple[Conversion, ...]
     plan: Plan
     opener: Opener
+    directory: Directory
 
     @property
     def containers(self) -> list[Container]:
@@ -125,9 +131,11 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
     With `others`, which want other targets of the same source in the same directory, all of them are one.
     """
     registry = installed()
-    with request.opener(registry) as opener:
-        targets = [(each, _target(registry, each)) for each in (request, *others)]
-        directory = _only_directory([target for _, target in targets])
+    with request.opener(registry) as opener, _places(request, *others) as places:
+        targets = [
+            (each, _target(registry, each, place)) for each, place in zip((request, *others), places, strict=True)
+        ]
+        directory = _only_directory(places)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
         # Before the layers below are opened: only what is its own goes.
         site = _site(request, others, image, opener)
@@ -140,11 +148,15 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             if way:
                 backend, conversions, own = way
             else:
-                backend, survey = _choose(registry, request.backend, directory, sources_of(image))
+                backend, survey = _choose(registry, request.backend, directory.path, sources_of(image))
                 conversions, own = planned(backend, survey), frozenset()
             plan = joined([conversion.plan for conversion in conversions])
-            refuse_collisions(plan, opener.files, force=request.force, but=own)
-            yield Prepared(image, backend, conversions, plan, opener)
+            with no_collisions(plan, directory, opener.files, force=request.force, but=own):
+                if not way:
+                    refuse_directory(
+                        directory, keeps_names=len(plan.files) == 1 and not directory.has(plan.files[0].name)
+                    )
+                yield Prepared(image, backend, conversions, plan, opener, directory)
 
 
 def run(
@@ -162,6 +174,8 @@ def run(
     began = time.perf_counter()
     done: list[Result] = []
     try:
+        with _places(request, *others) as places:
+            clean(_only_directory(places), [name for _, name in places])
         with prepared(request, *others) as ready:
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
@@ -185,7 +199,8 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None, done: Cal
     """Makes all files of the plan appear, or none; calls `done` when they are there."""
     request = ready.conversions[-1].request
     durable = request.cache != "unsafe"
-    transaction = ready.backend.begin(ready.plan.directory, force=request.force, durable=durable)
+    access = Access(ready.opener.files, request.mode)
+    transaction = ready.backend.begin(ready.directory, force=request.force, durable=durable, access=access)
     try:
         with os_errors(f"{request.target}: cannot be written"):
             files = make(ready.plan, transaction, progress)
@@ -253,26 +268,47 @@ def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, 
     return plan_layout(made.layout, made.name, directory, backend.name, survey, losses)
 
 
-def _target(registry: Registry, request: Request) -> Target:
-    """Returns what is to be made; a symbolic link is followed, so that it goes on naming the file."""
+_Place = tuple[Directory, str]
+"""The directory of a target, open, and the target's name in it."""
+
+
+@contextmanager
+def _places(*requests: Request) -> Iterator[list[_Place]]:
+    """Yields where the targets are or will be; symbolic links are followed, so that they go on naming the files."""
+    with ExitStack() as stack:
+        places = []
+        for request in requests:
+            if os.path.isdir(request.target):
+                raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
+            try:
+                place = located(request.target)
+            except (FileNotFoundError, NotADirectoryError) as exc:
+                raise PlanError(f"{request.target}: its directory does not exist") from exc
+            except OSError as exc:
+                raise PlanError(f"{request.target}: its directory cannot be opened: {exc.strerror}") from exc
+            stack.enter_context(place[0])
+            places.append(place)
+        yield places
+
+
+def _target(registry: Registry, request: Request, place: _Place) -> Target:
+    """Returns what is to be made at its place."""
     wanted = registry.format(_target_format(registry, request))
     options = parse_options(wanted.options(), request.options, wanted.name)
-    path = os.path.realpath(request.target)
-    directory, name = os.path.split(path)
-    if not os.path.isdir(directory):
-        raise PlanError(f"{request.target}: its directory does not exist")
-    if os.path.lexists(path) and not os.path.isfile(path):
+    directory, name = place
+    there = directory.status(name)
+    if there and not stat.S_ISREG(there.st_mode):
         raise PlanError(f"{request.target}: is not a regular file")
-    return Target.of(wanted, options, directory, name)
+    return Target.of(wanted, options, directory.path, name)
 
 
-def _only_directory(targets: Sequence[Target]) -> str:
+def _only_directory(places: Sequence[_Place]) -> Directory:
     """Returns the directory of all targets: what appears together appears in one."""
-    directory = targets[0].directory
-    for target in targets:
-        if target.directory != directory:
+    directory = places[0][0]
+    for other, name in places:
+        if not os.path.samestat(os.fstat(other.descriptor), os.fstat(directory.descriptor)):
             raise PlanError(
-                f"{os.path.join(target.directory, target.name)}: is in another directory than the other targets",
+                f"{other.join(name)}: is in another directory than the other targets",
                 hint="a symbolic link is followed: remove it",
             )
     return directory
@@ -290,6 +326,7 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
         (request.force_share, "--force-share"),
         (request.backend != "auto", f"--backend {request.backend}"),
         (request.cache == "unsafe", "-t unsafe"),
+        (request.mode is not None, "--mode"),
     ):
         if wrong:
             raise UsageError(f"{name} and --in-place exclude each other")
@@ -302,8 +339,6 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
 
 
 def _target_format(registry: Registry, request: Request) -> str:
-    if os.path.isdir(request.target):
-        raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
     name = request.target_format or registry.format_by_suffix(request.target)
     if name is None:
         raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")

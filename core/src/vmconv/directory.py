@@ -6,6 +6,7 @@ the same directory all the time.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -35,9 +36,16 @@ class Directory:
         self.descriptor = descriptor
 
     @classmethod
-    def at(cls, path: str) -> Self:
-        """Returns the directory of this path, links on the way followed."""
-        return cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    def at(cls, path: str, start: int | None = None) -> Self:
+        """Returns the directory of this path, links on the way followed; a relative path begins at `start`.
+
+        One that may be entered and not listed is opened all the same.
+        """
+        flags = os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return cls(path, os.open(path, flags | os.O_RDONLY, dir_fd=start))
+        except PermissionError:
+            return cls(path, os.open(path, flags | os.O_PATH, dir_fd=start))
 
     @classmethod
     def of(cls, file: File) -> Self:
@@ -124,6 +132,21 @@ class Directory:
             os.fchmod(descriptor, mode)
         return descriptor
 
+    def create_unnamed(self) -> int:
+        """Returns a new, empty file of mode 0600 without a name, open for reading and writing."""
+        with self._blaming(None):
+            flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+            descriptor = os.open(".", flags, 0o600, dir_fd=self.descriptor)
+            # The umask may take from the owner, too.
+            os.fchmod(descriptor, 0o600)
+        return descriptor
+
+    def link_open(self, descriptor: int, name: str) -> None:
+        """Gives an open file a name, also one without any; raises `FileExistsError` when something has that."""
+        with self._blaming(name):
+            # Follows the link of /proc to the file itself (man 2 open, O_TMPFILE).
+            os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.descriptor, follow_symlinks=True)
+
     def link(self, old: str, new: str) -> None:
         """Gives a file a further name; raises `FileExistsError` when something has that."""
         with self._blaming(old, new):
@@ -142,9 +165,17 @@ class Directory:
             os.unlink(name, dir_fd=self.descriptor)
 
     def sync(self) -> None:
-        """Makes the names durable."""
+        """Makes the names durable, as far as the filesystem has a call for that."""
         with self._blaming(None):
-            os.fsync(self.descriptor)
+            try:
+                os.fsync(self.descriptor)
+            except OSError as exc:
+                # Network and user-space filesystems may have no fsync for directories.
+                if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL, errno.EBADF}:
+                    raise
+                if exc.errno == errno.EBADF:
+                    # Opened without the right to list it, and so without fsync.
+                    os.sync()
 
     @contextmanager
     def _blaming(self, name: str | None, other: str | None = None) -> Iterator[None]:

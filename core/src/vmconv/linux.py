@@ -36,6 +36,7 @@ _RESERVE = 0x40305828
 _UNRESERVE = 0x4030582B
 
 _NOCOW = 0x00800000
+_COMPRESS = 0x4
 
 _FIEMAP_SYNC = 1
 _FIEMAP_LAST = 1
@@ -186,10 +187,14 @@ def _attribute(descriptor: int, request: int, size: int) -> bytes | None:
     return bytes(answer)
 
 
-def set_nocow(descriptor: int) -> None:
-    """Makes an empty file one that Btrfs does not copy on write."""
+def set_nocow(descriptor: int, nocow: bool = True) -> None:
+    """Makes an empty file one that Btrfs does not copy on write, or one that it does.
+
+    What is not copied on write is never compressed: the flag that a directory gives to new files for that goes.
+    """
     flags: int = struct.unpack("=q", bytes(_ioctl(descriptor, _GETFLAGS, bytes(8))))[0]
-    _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW))
+    wanted = flags & ~_COMPRESS | _NOCOW if nocow else flags & ~_NOCOW
+    _ioctl(descriptor, _SETFLAGS, struct.pack("=q", wanted))
 
 
 def inode_flags(descriptor: int) -> int:

@@ -56,13 +56,16 @@ def release(file: File) -> None:
         _set(file.descriptor, fcntl.F_UNLCK, byte)
 
 
-def refuse_users(file: File) -> None:
+_IN_PLACE = "close it there; in place, nobody else may use it"
+
+
+def refuse_users(file: File, hint: str = _IN_PLACE) -> None:
     """Raises `AccessError` when another process uses a file that we read, or has it open for writing."""
     busy = any(_is_locked(file, byte) for byte in _EVERY)
     with os_errors("cannot be asked who has it open", AccessError):
         busy = busy or linux.is_open_for_writing(file.descriptor)
     if busy:
-        raise _in_use(file.name)
+        raise _in_use(file.name, hint)
 
 
 def claim(descriptor: int) -> None:
@@ -71,7 +74,7 @@ def claim(descriptor: int) -> None:
     Raises `AccessError` when somebody has locked it since `refuse_users`.
     """
     if not all(_set(descriptor, fcntl.F_RDLCK, byte) for byte in _EVERY):
-        raise _in_use(linux.name_of(descriptor))
+        raise _in_use(linux.name_of(descriptor), _IN_PLACE)
 
 
 def own(descriptor: int) -> None:
@@ -94,8 +97,8 @@ def may_be_owned(descriptor: int) -> bool:
     return False
 
 
-def _in_use(name: str) -> AccessError:
-    return AccessError(f"{name}: is open in another process", hint="close it there; in place, nobody else may use it")
+def _in_use(name: str, hint: str) -> AccessError:
+    return AccessError(f"{name}: is open in another process", hint=hint)
 
 
 def _set(descriptor: int, kind: int, byte: int) -> bool:

@@ -220,7 +220,10 @@ def _identity(file: File) -> tuple[int, int]:
 def _recover(path: str) -> None:
     """Brings a file back that a conversion in place, when it was stopped, left as neither one nor the other."""
     from vmconv.inplace.recovery import met
+    from vmconv.targets import finished
 
+    if not os.path.lexists(path) and finished(path):
+        return
     done = met(path)
     if done is None:
         return

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
+from vmconv import targets
+from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError, ZeroCopyError
 from vmconv.planner import Plan
 from vmconv.sources import File
@@ -17,27 +20,36 @@ def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
         raise ZeroCopyError(f"{target}: {why}")
 
 
-def refuse_collisions(plan: Plan, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()) -> None:
+@contextmanager
+def no_collisions(
+    plan: Plan, directory: Directory, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()
+) -> Iterator[None]:
     """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice.
 
-    `but` are names of the source's files that files of the target may have.
+    `but` are names of the source's files that files of the target may have. With `force`, files that are there are
+    replaced: nobody may use them, or begin to, for as long as the block lasts.
     """
     made: set[str] = set()
-    for file in plan.files:
-        path = os.path.join(plan.directory, file.name)
-        if file.name in made:
-            raise PlanError(f"{path}: would be made twice", hint="choose another name for the target")
-        made.add(file.name)
-        if file.name in but or not os.path.lexists(path):
-            continue
-        if os.path.exists(path) and _is_one_of(path, sources):
-            raise PlanError(f"{path}: is part of the source", hint="choose another name or directory for the target")
-        if not force:
-            raise PlanError(f"{path}: already exists", hint="--force replaces it")
+    with ExitStack() as claims:
+        for file in plan.files:
+            path = directory.join(file.name)
+            if file.name in made:
+                raise PlanError(f"{path}: would be made twice", hint="choose another name for the target")
+            made.add(file.name)
+            there = directory.status(file.name)
+            if file.name in but or there is None:
+                continue
+            if _is_one_of(there, sources):
+                raise PlanError(
+                    f"{path}: is part of the source", hint="choose another name or directory for the target"
+                )
+            if not force:
+                raise PlanError(f"{path}: already exists", hint="--force replaces it")
+            claims.enter_context(targets.replaceable(directory, file.name))
+        yield
 
 
-def _is_one_of(path: str, files: Sequence[File]) -> bool:
-    there = os.stat(path)
+def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
     return any((file.stamp.device, file.stamp.inode) == (there.st_dev, there.st_ino) for file in files)
 
 
@@ -48,7 +60,8 @@ def refuse_too_large(plan: Plan) -> None:
         return
     space = os.statvfs(plan.directory)
     free = space.f_bavail * space.f_frsize
-    if need > free:
+    # Some user-space filesystems answer nothing but zeros.
+    if space.f_blocks and need > free:
         raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from vmconv.directory import Directory
     from vmconv.planner import Plan, ShareSteps
     from vmconv.sources import File, Source
 
@@ -31,6 +32,20 @@ class Survey(NamedTuple):
 
     unit: int = 1
     refusals: Mapping[int, str] = MappingProxyType({})
+
+
+class Access(NamedTuple):
+    """Who may open new files: nobody who may not open each of `sources`, or those whom `mode` lets, when it is given.
+
+    A file that replaces another one has that one's owner, mode and attributes, and only `mode` changes that.
+    """
+
+    sources: Sequence[File] = ()
+    mode: int | None = None
+
+
+DEFAULT_ACCESS = Access()
+"""A new file is as any other in its directory."""
 
 
 class Output(ABC):
@@ -92,8 +107,11 @@ class Backend(ABC):
         """Returns which of these sources can be shared with files of a directory; changes nothing that is seen."""
 
     @abstractmethod
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
         """Returns a new transaction for files of a directory; `force` lets `commit` replace existing ones.
 
-        Where it is not `durable`, nothing waits for storage, and a power cut may leave less than was committed.
+        Where it is not `durable`, nothing waits for storage, and a power cut may leave less than was committed. The
+        directory stays open until the transaction has ended; it may get another path meanwhile.
         """

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from vmconv import linux
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.reflink import ReflinkBackend
+from vmconv.directory import Directory
 from vmconv.sources import File
-from vmconv.storage import Ability, Backend, Survey, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
 
 _COPIED_BY_THE_SERVER = frozenset({"ceph", "cifs", "nfs", "nfs4", "smb3"})
 
@@ -25,8 +26,11 @@ class CopyBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(1, {id(source): "the copy backend was asked for" for source in sources})
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
         # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
-        remote = linux.mount_of(directory).type in _COPIED_BY_THE_SERVER
-        kernel_copies = remote and not ReflinkBackend().ability(directory).shares
-        return FileTransaction(directory, force=force, durable=durable, kernel_copies=kernel_copies)
+        place = directory.real()
+        remote = linux.mount_of(place).type in _COPIED_BY_THE_SERVER
+        kernel_copies = remote and not ReflinkBackend().ability(place).shares
+        return FileTransaction(directory, force=force, durable=durable, access=access, kernel_copies=kernel_copies)

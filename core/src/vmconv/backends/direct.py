@@ -23,8 +23,8 @@ class DirectFile:
     Where the filesystem cannot, and for what is not whole blocks, `write` leaves bytes to the caller.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, descriptor: int) -> None:
+        self._through_cache = descriptor
         self._lock = threading.Lock()
         self._descriptor = -1
         self._refused = False
@@ -47,10 +47,20 @@ class DirectFile:
     def _opened(self) -> bool:
         with self._lock:
             if self._descriptor < 0 and not self._refused:
-                self._refused = linux.mount_of(os.path.dirname(self._path)).type not in _FILESYSTEMS
+                # The file itself, whatever its name is; without /proc all goes through the cache.
+                path = f"/proc/self/fd/{self._through_cache}"
+                self._refused = linux.mount_of(os.path.dirname(os.path.realpath(path))).type not in _FILESYSTEMS
                 if not self._refused:
-                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
+                    self._open(path)
             return not self._refused
+
+    def _open(self, path: str) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            self._refused = True
 
     def write(self, offset: int, part: memoryview) -> int:
         """Writes whole blocks from the beginning of `part`, which begins at a page; returns how many bytes."""

@@ -1,69 +1,27 @@
-"""Outputs that are files: written beside the target under a temporary name, made durable, then renamed.
-
-A run that is killed leaves its temporary files behind; they are recognisable by name and by not being locked any more,
-and the next run that makes the same target removes them.
-"""
+"""Outputs that are files: written without their names, made durable, and then given their names together."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
-import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vmconv import linux, locks
+from vmconv import attributes
 from vmconv.backends.direct import STEP, DirectFile
-from vmconv.errors import BackendError, VmconvError, os_errors
+from vmconv.backends.temporary import Temporary, already_exists
+from vmconv.directory import Directory
+from vmconv.errors import BackendError, os_errors
 from vmconv.sources import Decoded, File, Source
-from vmconv.storage import Output, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Access, Output, Transaction
 
 if TYPE_CHECKING:
-    from vmconv.planner import ShareSteps
+    from vmconv.planner import Plan, ShareSteps
 
-
-def temporary_name(name: str) -> str:
-    """Returns a new temporary name for the file `name`."""
-    return f".{name}.vmconv-{os.urandom(4).hex()}.tmp"
-
-
-def remove_stale(directory: str, name: str) -> list[str]:
-    """Removes temporary files of `name` whose run is dead (a living one locks its own); returns their names."""
-    pattern = re.compile(re.escape(f".{name}.vmconv-") + r"[0-9a-f]{8}\.tmp")
-    removed = []
-    for entry in sorted(os.listdir(directory)):
-        if pattern.fullmatch(entry) and _is_dead(os.path.join(directory, entry)):
-            os.unlink(os.path.join(directory, entry))
-            removed.append(entry)
-    return removed
-
-
-def _is_dead(path: str) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        return not locks.may_be_owned(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _create_locked(path: str) -> int:
-    """Returns a new file that is locked: between the two, another run may take it for a dead one's and remove it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            locks.own(descriptor)
-        except VmconvError:
-            os.unlink(path)
-            os.close(descriptor)
-            raise
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-        os.close(descriptor)
-
+_log = logging.getLogger("vmconv")
 
 # Bytes that are read and written at a time through the page cache: they stay in the processor's cache. With pieces of
 # 4 MiB, and with copy_file_range too, ext4 took three times the system time.
@@ -71,21 +29,23 @@ _STEP = 256 << 10
 
 
 class FileOutput(Output):
-    """A temporary file that will become the target.
+    """A file without its name that will become the target.
 
     `kernel_copies` leaves copying to copy_file_range, for filesystems whose server can do it. Elsewhere that is slower
     than reading and writing, or shares blocks where copies were asked for. `durable` makes `finish` wait for storage,
     and copies go there at once.
     """
 
-    def __init__(self, path: str, size: int, *, kernel_copies: bool, durable: bool) -> None:
-        self.path = path
+    def __init__(self, temporary: Temporary, size: int, *, kernel_copies: bool, durable: bool) -> None:
+        self.temporary = temporary
+        self.path = temporary.directory.join(temporary.target)
+        """The path of the target, for messages."""
         self.size = size
         self.kernel_copies = kernel_copies
         self.durable = durable
-        self.descriptor = _create_locked(path)
+        self.descriptor = temporary.descriptor
         self.file: File | None = None
-        self._direct = DirectFile(path) if durable else None
+        self._direct = DirectFile(self.descriptor) if durable else None
         self._buffers = threading.local()
 
     def share(self, steps: ShareSteps) -> None:
@@ -123,7 +83,8 @@ class FileOutput(Output):
         if self.durable and not direct:
             # Begins writing back what nobody will read soon, so that little is left for the final fsync, and so that
             # the kernel need not hold writers back later.
-            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
     def _copy_decoded(
         self, source: Decoded, source_offset: int, offset: int, length: int, direct: DirectFile | None
@@ -182,7 +143,10 @@ class FileOutput(Output):
     def finish(self) -> File:
         if self.durable:
             os.fsync(self.descriptor)
-        self.file = File(self.path, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        else:
+            # Network filesystems tell what they could not write when a descriptor is closed (man 2 close).
+            os.close(os.dup(self.descriptor))
+        self.file = File(self.path, os.dup(self.descriptor))
         self.file.settled = True
         return self.file
 
@@ -191,9 +155,8 @@ class FileOutput(Output):
             self.file.close()
         if self._direct:
             self._direct.close()
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self.temporary.close()
+        self.descriptor = -1
 
 
 def _gathered(parts: list[bytes], buffer: memoryview) -> memoryview:
@@ -206,94 +169,100 @@ def _gathered(parts: list[bytes], buffer: memoryview) -> memoryview:
 
 
 class FileTransaction(Transaction):
-    """Temporary files in one directory that get their names together."""
+    """Files of one directory that get their names together."""
 
     output: type[FileOutput] = FileOutput
 
-    def __init__(self, directory: str, *, force: bool, durable: bool, kernel_copies: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        force: bool,
+        durable: bool,
+        access: Access = DEFAULT_ACCESS,
+        kernel_copies: bool = False,
+    ) -> None:
         self.directory = directory
         self.force = force
         self.durable = durable
+        self.access = access
         self.kernel_copies = kernel_copies
-        self._outputs: list[tuple[FileOutput, str]] = []
-        self._named: list[str] = []
+        self._outputs: list[FileOutput] = []
+
+    def prepare(self, plan: Plan) -> None:
+        from vmconv.targets import clean
+
+        with os_errors("cannot be cleaned"):
+            clean(self.directory, [file.name for file in plan.files])
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         with os_errors("cannot be created"):
-            remove_stale(self.directory, name)
-            path = os.path.join(self.directory, self.temporary_name(name))
-            output = self.output(path, size, kernel_copies=self.kernel_copies, durable=self.durable)
-            self._outputs.append((output, os.path.join(self.directory, name)))
-            # Btrfs shares only between files that are alike in this, and it can be set only while a file is empty.
-            if any(linux.is_nocow(source.descriptor) for source in sources):
-                self._make_nocow(output)
-        return output
+            temporary = Temporary(self.directory, name, self.temporary_name(name))
+            self._outputs.append(self.output(temporary, size, kernel_copies=self.kernel_copies, durable=self.durable))
+            self._give_access(temporary)
+        return self._outputs[-1]
 
-    def _make_nocow(self, output: FileOutput) -> None:
-        try:
-            linux.set_nocow(output.descriptor)
-        except OSError as exc:
-            # Another filesystem than the sources', with which nothing is shared.
-            if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL}:
-                raise
+    def temporary_name(self, name: str) -> str | None:
+        """Returns the name that a file has until it gets its own; None where it needs none, or any will do."""
+        return None
 
-    def temporary_name(self, name: str) -> str:
-        """Returns the name that a file has until it gets its own."""
-        return temporary_name(name)
+    def _give_access(self, temporary: Temporary) -> None:
+        """Lets those open the new file who may open the one that it replaces, or else every source."""
+        old = self._replaced(temporary.target)
+        if old >= 0:
+            try:
+                for missing in attributes.carry(old, temporary.descriptor):
+                    _log.warning("warning: %s: %s cannot be kept", self.directory.join(temporary.target), missing)
+            finally:
+                os.close(old)
+        elif self.access.mode is None:
+            sources = [file.descriptor for file in self.access.sources]
+            attributes.confine(self.directory.descriptor, sources, temporary.descriptor)
+        if self.access.mode is not None:
+            os.fchmod(temporary.descriptor, self.access.mode & 0o777)
+
+    def _replaced(self, name: str) -> int:
+        """Returns a descriptor of the file that this one replaces, -1 where there is none."""
+        if not self.force or not self.directory.has(name):
+            return -1
+        return self.directory.open(name)
 
     def commit(self) -> None:
+        temporaries = [output.temporary for output in self._outputs]
         try:
             with os_errors("cannot be given its name"):
-                for output, target in self._outputs:
-                    self._name(output.path, target)
-                    self._named.append(target)
-                if self.durable:
-                    _sync_directory(self.directory)
-        except BaseException:
-            # Files that replaced others cannot be taken back; those that are new can, and leave no half of a set.
-            if not self.force:
-                for target in self._named:
-                    os.unlink(target)
-            raise
+                if len(temporaries) > 1:
+                    from vmconv.backends import naming
+
+                    naming.commit(self.directory, temporaries, replace=self.force, durable=self.durable)
+                elif temporaries:
+                    self._commit_one(temporaries[0])
         finally:
             self._close()
         self._outputs.clear()
 
-    def _name(self, path: str, target: str) -> None:
-        if self.force:
-            os.replace(path, target)
-            return
+    def _commit_one(self, file: Temporary) -> None:
         try:
-            # A link, unlike a rename, never replaces a file that somebody else made in the meantime.
-            os.link(path, target)
+            file.appear(replace=self.force)
         except FileExistsError as exc:
-            raise BackendError(f"{target}: already exists", hint="--force replaces it") from exc
+            raise already_exists(self.directory, file.target) from exc
+        try:
+            if self.durable:
+                self.directory.sync()
         except OSError:
-            if os.path.lexists(target):
-                raise
-            os.rename(path, target)
-            return
-        os.unlink(path)
+            if not self.force:
+                # Nobody knows whether the name survives: then there is no target.
+                self.directory.unlink(file.target)
+            raise
 
     def abort(self) -> None:
-        self._close()
-        for output, _ in self._outputs:
-            if os.path.lexists(output.path):
-                os.unlink(output.path)
-        self._outputs.clear()
+        try:
+            for output in self._outputs:
+                output.temporary.remove()
+        finally:
+            self._close()
+            self._outputs.clear()
 
     def _close(self) -> None:
-        for output, _ in self._outputs:
+        for output in self._outputs:
             output.close()
-
-
-def _sync_directory(directory: str) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as exc:
-        # Network and user-space filesystems may have no fsync for directories.
-        if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL}:
-            raise
-    finally:
-        os.close(descriptor)

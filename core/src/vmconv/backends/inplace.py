@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError
 from vmconv.inplace import space, undofile
 from vmconv.inplace.calls import Calls
@@ -18,7 +19,7 @@ from vmconv.inplace.journal import Journal, Leftover, Ranges
 from vmconv.inplace.names import UNDO
 from vmconv.planner import Action, FilePlan, Plan, ShareSteps
 from vmconv.sources import File, stamp_of
-from vmconv.storage import Ability, Backend, Output, Survey, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Output, Survey, Transaction
 
 
 class Claim(NamedTuple):
@@ -55,8 +56,10 @@ class InPlaceBackend(Backend):
         """Returns why payload of other files than the one that stays is copied: it is not there yet."""
         return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier}
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
-        return InPlaceTransaction(self, directory, force=force)
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        return InPlaceTransaction(self, directory.real(), force=force)
 
 
 class InPlaceTransaction(Transaction):

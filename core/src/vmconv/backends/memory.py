@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from vmconv.errors import BackendError
 from vmconv.sources import File, Source, Stamp
-from vmconv.storage import Ability, Backend, Output, Survey, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Output, Survey, Transaction
 
 if TYPE_CHECKING:
+    from vmconv.directory import Directory
     from vmconv.planner import ShareSteps
 
 _UNIT = 512
@@ -149,5 +150,7 @@ class MemoryBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(_UNIT)
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
-        return MemoryTransaction(self.files, directory, force=force)
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        return MemoryTransaction(self.files, directory.path, force=force)

@@ -12,9 +12,10 @@ from vmconv import linux
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
 from vmconv.sources import File
-from vmconv.storage import Ability, Backend, Survey, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
 
 if TYPE_CHECKING:
+    from vmconv.directory import Directory
     from vmconv.planner import ShareSteps
 
 # One call is not interrupted by ^C and reports no progress; more, shorter calls cost nothing.
@@ -27,12 +28,16 @@ class ReflinkOutput(FileOutput):
     def share(self, steps: ShareSteps) -> None:
         steps = steps.split(_LONGEST_CALL)
         unit = os.fstatvfs(self.descriptor).f_bsize
+        on_btrfs = linux.mount_of(linux.name_of(self.descriptor)).type == "btrfs"
+        if on_btrfs and len(steps):
+            source = steps.sources[int(steps.source[0])]
+            if isinstance(source, File):
+                _make_alike(source, self.descriptor, unit)
         # A source's last, partial block can only be shared while nothing lies behind it in the target.
         tails = steps.length % unit != 0
         self._clone(steps.take(tails))
         os.ftruncate(self.descriptor, self.size)
-        by_target = linux.mount_of(os.path.dirname(self.path)).type == "btrfs"
-        self._clone(steps.take(~tails).ordered(by_target=by_target))
+        self._clone(steps.take(~tails).ordered(by_target=on_btrfs))
 
     def _clone(self, steps: ShareSteps) -> None:
         from fcntl import ioctl
@@ -68,21 +73,19 @@ class ReflinkBackend(Backend):
         return Ability(usable=True, shares=True, unit=unit)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        refusals = {}
         with os_errors("cannot hold files"), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
-            nocow = any(linux.is_nocow(source.descriptor) for source in sources)
-            if nocow:
-                with os_errors("cannot be made NOCOW like the source"):
-                    linux.set_nocow(scratch)
-            for source in sources:
-                reason = _why_not(source, scratch, unit, directory)
-                if reason:
-                    refusals[id(source)] = reason
-        return Survey(unit, refusals)
+            refused = _refused(sources, scratch, unit)
+            if any(_is_unlike(exc) for exc in refused.values()):
+                refused = _refused_least(sources, scratch, unit, refused)
+            by_id = {id(source): source for source in sources}
+            reasons = {key: _refusal(exc, directory, by_id[key], scratch) for key, exc in refused.items()}
+        return Survey(unit, reasons)
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
-        return ReflinkTransaction(directory, force=force, durable=durable)
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        return ReflinkTransaction(directory, force=force, durable=durable, access=access)
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def _scratch(directory: str) -> Iterator[int]:
     try:
         descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
-        if exc.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT) or not os.path.isdir(directory):
+        if exc.errno not in linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT} or not os.path.isdir(directory):
             raise
         from tempfile import mkstemp
 
@@ -103,30 +106,86 @@ def _scratch(directory: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _why_not(source: File, scratch: int, unit: int, directory: str) -> str | None:
-    """Returns why no block of `source` can be shared with `scratch`, None when one was."""
+def _refused(sources: Sequence[File], scratch: int, unit: int) -> dict[int, OSError]:
+    """Returns the sources of which no block can be shared with the empty file `scratch`, by id, and the error."""
+    tried = {id(source): _clone_error(source, scratch, unit) for source in sources}
+    return {key: exc for key, exc in tried.items() if exc}
+
+
+def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
+    """Returns why no block of `source` can be shared with the empty file `scratch`, None when one could."""
     if source.is_device:
-        return f"{source.name} is a block device, which shares nothing with files"
+        return OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
     # Any block will do, the last one too: what is asked is whether these two files can share at all.
     length = unit if source.size >= unit else 0
     try:
         linux.clone_range(source.descriptor, scratch, 0, length, 0)
     except OSError as exc:
-        return _refusal(exc, directory, source)
+        return exc
     finally:
         os.ftruncate(scratch, 0)
     return None
 
 
-def _refusal(exc: OSError, directory: str, source: File | None = None) -> str:
+# -- Btrfs shares only between files that are alike: both copied on write and with checksums, or both not. A new file is
+# as its directory and the mount say (chattr +C; nodatacow, nodatasum), and can be changed while it is empty.
+
+
+def _is_unlike(exc: OSError) -> bool:
+    return exc.errno == errno.EINVAL
+
+
+def _refused_least(sources: Sequence[File], scratch: int, unit: int, refused: dict[int, OSError]) -> dict[int, OSError]:
+    """Returns what is refused of the sources in the way that refuses the least; leaves `scratch` in that way."""
+    sizes = {id(source): source.size for source in sources}
+    best, chosen = refused, None
+    for nocow in (False, True):
+        if _set_nocow(scratch, nocow):
+            tried = _refused(sources, scratch, unit)
+            if sum(sizes[key] for key in tried) < sum(sizes[key] for key in best):
+                best, chosen = tried, nocow
+    if chosen is not None:
+        _set_nocow(scratch, chosen)
+    return best
+
+
+def _make_alike(source: File, descriptor: int, unit: int) -> None:
+    """Makes an empty file one that can share with `source`, if there is a way."""
+    for nocow in (None, False, True):
+        if nocow is None or _set_nocow(descriptor, nocow):
+            exc = _clone_error(source, descriptor, unit)
+            if exc is None or not _is_unlike(exc):
+                return
+
+
+def _set_nocow(descriptor: int, nocow: bool) -> bool:
+    """Sets or clears the flag of an empty file; False where the filesystem refuses."""
+    try:
+        linux.set_nocow(descriptor, nocow)
+    except OSError as exc:
+        if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL, errno.EPERM, errno.EACCES}:
+            raise
+        return False
+    return True
+
+
+def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: int = -1) -> str:
+    """Returns why nothing can be shared, as the end of "copied because ..."."""
     mount = linux.mount_of(directory)
     name = source.name if source else "a file"
+    if exc.errno == errno.ENOTBLK:
+        return f"{name} is a block device, which shares nothing with files"
     if exc.errno == errno.EXDEV:
         return f"{name} is on another filesystem than {directory}"
-    if exc.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS):
+    if exc.errno in linux.NOT_SUPPORTED:
         return f"{mount.type} at {mount.point} cannot share blocks between files"
     if exc.errno == errno.ETXTBSY:
         return f"{name} is in use as swap"
-    if exc.errno == errno.EINVAL and source and linux.is_nocow(source.descriptor) is False and mount.type == "btrfs":
-        return f"{name} is copy-on-write while another source is not (chattr +C), which Btrfs does not mix"
+    if _is_unlike(exc) and source and mount.type == "btrfs":
+        nocow = linux.is_nocow(source.descriptor)
+        if nocow != linux.is_nocow(scratch):
+            kinds = ("copied on write", "not copied on write (chattr +C)")
+            return (
+                f"{name} is {kinds[nocow]} and most payload is {kinds[not nocow]}, which Btrfs does not mix in a file"
+            )
     return f"{mount.type} at {mount.point} refuses to share with {name}: {exc.strerror}"

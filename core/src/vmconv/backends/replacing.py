@@ -6,14 +6,15 @@ import os
 from collections.abc import Sequence
 
 from vmconv.backends.reflink import ReflinkBackend, ReflinkTransaction
-from vmconv.errors import BackendError
+from vmconv.backends.temporary import already_exists
+from vmconv.directory import Directory
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import WORKING
 from vmconv.planner import Plan
 from vmconv.sources import File
-from vmconv.storage import Transaction
+from vmconv.storage import DEFAULT_ACCESS, Access, Transaction
 
 
 class ReplacingBackend(ReflinkBackend):
@@ -25,14 +26,16 @@ class ReplacingBackend(ReflinkBackend):
         self.files = files
         self.calls = calls or Calls()
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
         return ReplacingTransaction(directory, self, force=force)
 
 
 class ReplacingTransaction(ReflinkTransaction):
     """New files, and old ones that go with the commit; stopped anywhere, it is recovered as a change in place is."""
 
-    def __init__(self, directory: str, backend: ReplacingBackend, *, force: bool) -> None:
+    def __init__(self, directory: Directory, backend: ReplacingBackend, *, force: bool) -> None:
         super().__init__(directory, force=force, durable=True)
         self.files = backend.files
         self.calls = backend.calls
@@ -49,7 +52,7 @@ class ReplacingTransaction(ReflinkTransaction):
             replace=self.force or any(os.path.basename(path) in made for path in old),
             carried=False,
         )
-        self._change = Change(self.directory, journal, self.calls, -1)
+        self._change = Change(self.directory.real(), journal, self.calls, -1)
         self._change.begin()
 
     def temporary_name(self, name: str) -> str:
@@ -61,9 +64,8 @@ class ReplacingTransaction(ReflinkTransaction):
             return
         own = {leftover.name for leftover in change.journal.leftovers}
         for name in change.journal.made:
-            path = os.path.join(self.directory, name)
-            if not self.force and name not in own and os.path.lexists(path):
-                raise BackendError(f"{path}: already exists", hint="--force replaces it")
+            if not self.force and name not in own and self.directory.has(name):
+                raise already_exists(self.directory, name)
         change.complete()
         self._close()
         self._outputs.clear()

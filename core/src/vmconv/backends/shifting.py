@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 
 from vmconv.backends.inplace import InPlaceBackend, InPlaceTransaction
+from vmconv.directory import Directory
 from vmconv.inplace import shifting, space
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal
 from vmconv.planned import PlannedFile
 from vmconv.planner import Action, FilePlan, ShareSteps
 from vmconv.sources import File, stamp_of
-from vmconv.storage import Output, Survey, Transaction
+from vmconv.storage import DEFAULT_ACCESS, Access, Output, Survey, Transaction
 
 
 class ShiftingBackend(InPlaceBackend):
@@ -22,8 +23,10 @@ class ShiftingBackend(InPlaceBackend):
         # Which blocks can be shifted is for the plan as a whole to say.
         return Survey(1, self._elsewhere(sources))
 
-    def begin(self, directory: str, *, force: bool = False, durable: bool = True) -> Transaction:
-        return ShiftingTransaction(self, directory, force=force)
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        return ShiftingTransaction(self, directory.real(), force=force)
 
 
 class ShiftingTransaction(InPlaceTransaction):

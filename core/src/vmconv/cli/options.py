@@ -103,6 +103,22 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
         "qemu-img convert does unless told otherwise: a power cut may leave damaged images (default: writeback)",
     )
 
+    parser.add_argument(
+        "--mode",
+        type=_mode,
+        metavar="OCTAL",
+        help="permission bits of what is made, such as 0640 (default: those of new files, less what a file of SOURCE\n"
+        "does not allow; what --force replaces keeps its owner, mode and attributes)",
+    )
+
+
+def _mode(text: str) -> int:
+    """Returns permission bits; raises `ValueError`, of which argparse makes a message."""
+    mode = int(text, 8)
+    if not 0 <= mode <= 0o777:
+        raise ValueError
+    return mode
+
 
 def add_making(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of what is not only planned but made."""
@@ -125,6 +141,7 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
         "force": options.force,
         "force_share": options.force_share,
         "allow_external": options.allow_external,
+        "mode": options.mode,
     }
 
 

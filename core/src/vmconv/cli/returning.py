@@ -14,7 +14,11 @@ def _configure_recover(parser: argparse.ArgumentParser) -> None:
 
 def _run_recover(options: argparse.Namespace) -> int:
     from vmconv.inplace.recovery import recover
+    from vmconv.targets import finished
 
+    if finished(options.path):
+        print(f"{options.path}: all images that were made with it are complete")
+        return 0
     done = recover(options.path)
     what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}
     print(f"{_beside(options.path, done.path)}: {what[done.forward]}")

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from vmconv.directory import Directory
 from vmconv.errors import BackendError
 from vmconv.planner import ShareSteps
 from vmconv.sources import File
@@ -62,6 +63,16 @@ class BackendTests:
         index = np.zeros(len(columns), dtype=np.int32)
         return ShareSteps((source,), index, columns[:, 0], columns[:, 1], columns[:, 2])
 
+    @pytest.fixture(autouse=True)
+    def _opened(self) -> Iterator[None]:
+        self._stack = ExitStack()
+        with self._stack:
+            yield
+
+    def begin(self, directory: str, **options: Any) -> Transaction:
+        """Returns a transaction for an open directory, which is closed at the end of the test."""
+        return self.backend.begin(self._stack.enter_context(Directory.at(directory)), **options)
+
     def start(self, transaction: Transaction, name: str, size: int) -> Output:
         output = transaction.create(name, size, [])
         output.share(self.no_steps())
@@ -100,7 +111,7 @@ class BackendTests:
     # -- outputs
 
     def test_what_was_written_is_there_after_commit(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = self.start(transaction, "target", 10000)
         output.write(100, b"hello")
         output.write(9995, b"world")
@@ -112,20 +123,20 @@ class BackendTests:
         assert data[9995:] == b"world"
 
     def test_what_was_not_written_reads_as_zero(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         self.start(transaction, "target", 3 << 20).finish()
         transaction.commit()
         assert self.read_back(os.path.join(directory, "target")) == bytes(3 << 20)
 
     def test_a_finished_output_can_be_read_before_commit(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = self.start(transaction, "target", 4096)
         output.write(1, b"x")
         assert output.finish().read(0, 3) == b"\0x\0"
         transaction.abort()
 
     def test_copying_copies_the_bytes_of_a_source(self, directory: str, source: File) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = self.start(transaction, "target", source.size)
         output.copy(source, 777, 1, 65536)
         output.finish()
@@ -133,7 +144,7 @@ class BackendTests:
         assert self.read_back(os.path.join(directory, "target"))[1:65537] == source.read(777, 65536)
 
     def test_threads_may_write_at_once(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = self.start(transaction, "target", 64 * 5000)
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: output.write(n * 5000, bytes([n + 1]) * 5000), range(64)))
@@ -148,7 +159,7 @@ class BackendTests:
         if not self.shares:
             pytest.skip("this backend shares nothing")
         unit = self.unit(directory)
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = transaction.create("target", 8 * unit, [source])
         output.share(self.steps(source, (3 * unit, 2 * unit, 0), (0, unit, 5 * unit)))
         output.write(4 * unit, b"own")
@@ -164,7 +175,7 @@ class BackendTests:
             pytest.skip("this backend shares nothing")
         unit = self.unit(directory)
         first = source.size // unit * unit
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = transaction.create("target", 2 * unit + source.size - first, [source])
         output.share(self.steps(source, (0, unit, unit), (first, source.size - first, 2 * unit)))
         output.finish()
@@ -176,7 +187,7 @@ class BackendTests:
         if not self.shares:
             pytest.skip("this backend shares nothing")
         unit, before = self.unit(directory), source.read(0, source.size)
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         output = transaction.create("target", unit, [source])
         output.share(self.steps(source, (0, unit, 0)))
         output.write(0, b"changed")
@@ -187,28 +198,28 @@ class BackendTests:
     # -- transactions
 
     def test_nothing_has_its_name_before_commit(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         self.start(transaction, "target", 10).finish()
         assert "target" not in self.names(directory)
         transaction.abort()
 
     def test_abort_leaves_nothing(self, directory: str) -> None:
         before = self.names(directory)
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         self.start(transaction, "one", 10)
         self.start(transaction, "two", 10).finish()
         transaction.abort()
         assert self.names(directory) == before
 
     def test_abort_after_commit_changes_nothing(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         self.start(transaction, "target", 10).finish()
         transaction.commit()
         transaction.abort()
         assert self.read_back(os.path.join(directory, "target")) == bytes(10)
 
     def commit_two(self, directory: str, content: bytes, *, force: bool) -> None:
-        transaction = self.backend.begin(directory, force=force)
+        transaction = self.begin(directory, force=force)
         try:
             for name in ("one", "two"):
                 output = self.start(transaction, name, len(content))
@@ -224,7 +235,7 @@ class BackendTests:
         assert self.read_back(os.path.join(directory, "two")) == b"content"
 
     def test_an_existing_target_is_not_replaced_and_no_other_appears(self, directory: str) -> None:
-        transaction = self.backend.begin(directory)
+        transaction = self.begin(directory)
         self.start(transaction, "two", 3).finish()
         transaction.commit()
         with pytest.raises(BackendError, match="already exists"):

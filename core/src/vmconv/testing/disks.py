@@ -8,6 +8,7 @@ from typing import Any
 
 from vmconv.backends.memory import MemoryBackend, MemoryFile
 from vmconv.commit import make
+from vmconv.directory import Directory
 from vmconv.extents import Extents, Kind, on_storage
 from vmconv.image import Image
 from vmconv.layout import Layout, OutFile
@@ -52,7 +53,7 @@ def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[P
     backend = MemoryBackend()
     sources = [source for source in image.flat.sources if isinstance(source, MemoryFile)]
     plan = plan_layout(layout, name, "", backend.name, backend.survey("", sources))
-    files = make(plan, backend.begin(""), None)
+    files = make(plan, backend.begin(Directory("", -1)), None)
     return plan, [file for file in files if isinstance(file, MemoryFile)]
 
 

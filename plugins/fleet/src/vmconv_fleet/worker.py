@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vmconv.backends.temporary import is_unnamed
 from vmconv.errors import AccessError, PlanError, VmconvError, printable
 from vmconv_fleet.journal import Journal
 from vmconv_fleet.places import opened_files, place_of, refuse_as_file_name, refuse_outside
@@ -183,8 +184,7 @@ class Worker:
         self._journal.write(os.path.join(self._directory, self._names[-1]), made)
 
     def _is_output(self, path: str) -> bool:
-        directory, name = os.path.split(path)
-        return directory == self._directory and any(name.startswith(f".{one}.vmconv-") for one in self._names)
+        return os.path.dirname(path) == self._directory and is_unnamed(path)
 
     def _finish(self, source: str, result: Result) -> None:
         kept = None

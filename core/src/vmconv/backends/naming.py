@@ -1,0 +1,291 @@
+"""Several files that get their names as one: all of them, or none, whatever stops the run.
+
+    temporary names -> journal with all names, durable -> old files go, the last first -> names, durable -> no journal
+
+The journal is complete when it gets its name, which is the commit. From then on the set can only be finished: by this
+run, by the next run for one of the targets, or by `vmconv recover`. An old image goes before a new one appears below
+it, because a top layer must not be seen on another base than its own.
+
+The journal is a header and fields that end with a zero byte: "new" or "replace", then for each file its temporary name,
+its inode and its name. It is believed when the user who runs vmconv made it (`vmconv.inplace.ownership`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from vmconv import locks
+from vmconv.backends.temporary import Temporary, already_exists, is_temporary, rename
+from vmconv.directory import Directory
+from vmconv.errors import AccessError, BackendError, ImageError, os_errors
+
+_MAGIC = b"vmconv: names of several files; vmconv recover\n".ljust(64, b"\0")
+_HEAD = struct.Struct("<64s32s32s")
+_ENTRY = re.compile(r"\.vmconv-[0-9a-f]{16}\.names")
+_MAX_SIZE = 64 << 20
+"""Bytes of a journal: it is held in memory. A 64 TiB disk in pieces of 2 GiB has 3 MiB."""
+_NEW, _REPLACE = "new", "replace"
+
+
+class Named(NamedTuple):
+    """A file that has a temporary name until it has its own; `inode` tells it from another one of that name."""
+
+    temporary: str
+    inode: int
+    name: str
+
+
+class Set(NamedTuple):
+    """Files of one directory, in the order in which they get their names; `replace`: others may have them now."""
+
+    files: tuple[Named, ...]
+    replace: bool
+
+    @property
+    def names(self) -> list[str]:
+        return [file.name for file in self.files]
+
+    def encoded(self) -> bytes:
+        """Returns what the fields of the journal are."""
+        fields = [_REPLACE if self.replace else _NEW]
+        for file in self.files:
+            fields += [file.temporary, str(file.inode), file.name]
+        return b"".join(os.fsencode(field) + b"\0" for field in fields)
+
+
+def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, durable: bool) -> None:
+    """Gives all of the files their names, or none.
+
+    Raises `BackendError` when another file has one of the names and is not to be replaced. After any other error the
+    message says which names are there, and the hint how to finish.
+    """
+    for file in files:
+        if not replace and directory.has(file.target):
+            raise already_exists(directory, file.target)
+    wanted = Set(tuple(Named(file.named(), file.inode, file.target) for file in files), replace)
+    with _journal(directory, wanted, durable=durable) as journal:
+        # From here on they belong to the journal.
+        for file in files:
+            file.leave()
+        try:
+            _finish(directory, wanted, journal, durable=durable)
+        except OSError as exc:
+            _take_back(directory, wanted, journal, exc)
+
+
+@contextmanager
+def _journal(directory: Directory, wanted: Set, *, durable: bool) -> Iterator[str]:
+    """Yields the name of the journal, which is complete, locked as long as it is there, and durable."""
+    name = f".vmconv-{os.urandom(8).hex()}.names"
+    file = Temporary(directory, name, known_by=wanted.names[-1])
+    try:
+        data = memoryview(_with_head(directory, wanted.encoded()))
+        at = 0
+        while at < len(data):
+            at += os.pwrite(file.descriptor, data[at:], at)
+        if durable:
+            os.fsync(file.descriptor)
+        try:
+            file.appear(replace=False)
+            if durable:
+                directory.sync()
+        except BaseException:
+            with suppress(OSError):
+                directory.unlink(name)
+            raise
+        yield name
+    finally:
+        try:
+            file.remove()
+        finally:
+            file.close()
+
+
+def _with_head(directory: Directory, body: bytes) -> bytes:
+    from vmconv.inplace import ownership
+
+    digest = _digest(body)
+    return _HEAD.pack(_MAGIC, digest, ownership.mark(directory.real(), digest)) + body
+
+
+def _digest(body: bytes) -> bytes:
+    from hashlib import blake2b
+
+    return blake2b(body, digest_size=32).digest()
+
+
+def _finish(directory: Directory, wanted: Set, journal: str, *, durable: bool) -> None:
+    """Does what is left to be done after the commit; may be stopped and done again."""
+    waiting = [file for file in wanted.files if _is(directory, file.temporary, file)]
+    if wanted.replace:
+        for file in reversed(waiting[1:]):
+            if directory.has(file.name):
+                directory.unlink(file.name)
+        if durable:
+            directory.sync()
+    for file in waiting:
+        rename(directory, file.temporary, file.name, replace=wanted.replace)
+    if durable:
+        directory.sync()
+    with suppress(FileNotFoundError):
+        directory.unlink(journal)
+
+
+def _is(directory: Directory, name: str, file: Named) -> bool:
+    status = directory.status(name)
+    return status is not None and status.st_ino == file.inode
+
+
+def _take_back(directory: Directory, wanted: Set, journal: str, error: OSError) -> None:
+    """Takes the names back where nothing was replaced; raises what has become of the set."""
+    if wanted.replace or not _is_taken_back(directory, wanted, journal):
+        raise _unfinished(directory, wanted, error) from error
+    if isinstance(error, FileExistsError):
+        taken = next((name for name in wanted.names if directory.has(name)), wanted.names[-1])
+        raise already_exists(directory, taken) from error
+    raise error
+
+
+def _is_taken_back(directory: Directory, wanted: Set, journal: str) -> bool:
+    """Takes the names from the files again, and removes the journal; False where the filesystem fails."""
+    try:
+        for file in reversed(wanted.files):
+            if _is(directory, file.name, file):
+                rename(directory, file.name, file.temporary, replace=False)
+        directory.unlink(journal)
+    except OSError:
+        return False
+    # Without the journal they are leftovers of a run that failed.
+    for file in wanted.files:
+        with suppress(OSError):
+            directory.unlink(file.temporary)
+    return True
+
+
+def _unfinished(directory: Directory, wanted: Set, error: OSError) -> BackendError:
+    there = [file.name for file in wanted.files if _is(directory, file.name, file)]
+    missing = [file.name for file in wanted.files if file.name not in there]
+    state = f"{', '.join(there) or 'none'} of the new files has its name, {', '.join(missing) or 'none'} has not"
+    return BackendError(
+        f"{directory.path}: {state}: {error.strerror}",
+        hint=f"vmconv recover {directory.join(wanted.names[-1])} finishes it",
+    )
+
+
+# -- after a run that was stopped
+
+
+def finish(directory: Directory, names: Collection[str], *, trust: bool = False) -> list[str]:
+    """Finishes the sets with one of these names that a stopped run had committed; returns the names of their files.
+
+    Raises `AccessError` when the run is alive, or when the user's own journal has no mark of this user. The journals of
+    other users are not looked at, unless there is `trust`.
+    """
+    done: list[str] = []
+    for entry in _journals(directory):
+        descriptor = _opened(directory, entry, trust=trust)
+        if descriptor is None:
+            continue
+        try:
+            wanted, believed = _read(directory, descriptor, trust=trust)
+            if wanted is None or not set(names) & set(wanted.names):
+                continue
+            first = directory.join(wanted.names[-1])
+            if locks.may_be_owned(descriptor):
+                raise AccessError(f"{first}: is being made by another process", hint="wait until it has ended")
+            if not believed:
+                raise AccessError(
+                    f"{directory.join(entry)}: names {first}, and has no mark of this user's vmconv",
+                    hint=f"vmconv recover --trust {first}, if you know where it comes from; else remove it",
+                )
+            _go_on(directory, wanted, entry)
+            done += wanted.names
+        finally:
+            os.close(descriptor)
+    return done
+
+
+def needed(directory: Directory) -> set[str]:
+    """Returns the temporary names that journals of this user know: their sets are not finished yet."""
+    found: set[str] = set()
+    for entry in _journals(directory):
+        descriptor = _opened(directory, entry, trust=False)
+        if descriptor is not None:
+            try:
+                wanted, _ = _read(directory, descriptor, trust=False)
+            finally:
+                os.close(descriptor)
+            found |= {file.temporary for file in wanted.files} if wanted else set()
+    return found
+
+
+def _journals(directory: Directory) -> list[str]:
+    try:
+        return [name for name in directory.names() if _ENTRY.fullmatch(name)]
+    except OSError:
+        # A directory that may not be listed: no journal of it can be found, and none can be made.
+        return []
+
+
+def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
+    """Returns a descriptor of a journal; None when it is somebody else's, or gone."""
+    try:
+        descriptor = directory.open(entry)
+    except (OSError, AccessError):
+        return None
+    if trust or _is_own(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _is_own(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    return status.st_uid == os.geteuid() and status.st_nlink == 1 and not status.st_mode & 0o022
+
+
+def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | None, bool]:
+    """Returns the set of a journal, and whether the mark is this user's; None for what is no journal."""
+    from vmconv.inplace import ownership
+
+    size = os.fstat(descriptor).st_size
+    data = os.pread(descriptor, size, 0) if size <= _MAX_SIZE else b""
+    if len(data) < _HEAD.size:
+        return None, False
+    magic, digest, mark = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    if magic != _MAGIC or digest != _digest(body):
+        return None, False
+    return _parsed(body), trust or ownership.is_ours(directory.real(), digest, mark)
+
+
+def _parsed(body: bytes) -> Set | None:
+    fields = [os.fsdecode(field) for field in body.split(b"\0")[:-1]]
+    if len(fields) % 3 != 1 or fields[0] not in (_NEW, _REPLACE):
+        return None
+    files = []
+    for temporary, inode, name in zip(fields[1::3], fields[2::3], fields[3::3], strict=True):
+        plain = name not in ("", ".", "..") and "/" not in name
+        if not (is_temporary(temporary) and inode.isdecimal() and plain):
+            return None
+        files.append(Named(temporary, int(inode), name))
+    return Set(tuple(files), fields[0] == _REPLACE)
+
+
+def _go_on(directory: Directory, wanted: Set, entry: str) -> None:
+    with os_errors("cannot be finished"):
+        try:
+            _finish(directory, wanted, entry, durable=True)
+        except FileExistsError as exc:
+            raise BackendError(
+                f"{exc.filename2 or exc.filename}: appeared while an interrupted conversion was not finished",
+                hint=f"move it away, then vmconv recover {directory.join(wanted.names[-1])}",
+            ) from exc
+    gone = [name for name in wanted.names if not directory.has(name)]
+    if gone:
+        raise ImageError(f"{directory.join(gone[0])}: is missing from the images that were made with it")
