@@ -179,7 +179,7 @@ class Judge:
     def _asked(self, ran: Ran) -> Iterator[str]:
         yield from self._kept(ran.state)
         yield from self._leftovers(ran.state, "asked")
-        if ran.code in self.scenario.shown and not ran.err and ran.out != self.usual.out:
+        if ran.code in self.scenario.shown and not ran.err and not self.scenario.answers(ran.out, self.usual.out):
             yield f"another answer: {_difference(ran.out, self.usual.out)}"
         if ran.code == 0 and 0 not in self.scenario.shown:
             yield "exit code 0, which is no answer here"
