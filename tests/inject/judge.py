@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from scenarios import Scenario, content, write_sparse
+from inject.scenarios import Scenario, content, write_sparse
 
 State = Mapping[str, tuple[int, bytes]]
 """Files by name: mode and content."""
@@ -154,7 +154,7 @@ class Judge:
             if recovered.code:
                 yield f"recover returns {recovered.code}: {recovered.err.strip()}"
             state = recovered.state
-        if state.get(target, b"") == self.before.get(target) and source in state:
+        if state.get(target) == self.before.get(target) and source in state:
             if state[source] != self.before[source]:
                 yield f"{source} has changed"
             after = self.again(None)

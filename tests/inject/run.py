@@ -17,6 +17,7 @@ import errno
 import fcntl
 import gc
 import importlib
+import json
 import os
 import pkgutil
 import random
@@ -34,11 +35,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent))
 
-from judge import Judge, Oracle, Ran, state_of  # noqa: E402
-from scenarios import SCENARIOS, Scenario  # noqa: E402
-from table import ANSWERS, FEW, LASTING, TABLE, number  # noqa: E402
+from inject.judge import Judge, Oracle, Ran, state_of  # noqa: E402
+from inject.scenarios import SCENARIOS, Scenario  # noqa: E402
+from inject.table import ANSWERS, FEW, LASTING, TABLE, number  # noqa: E402
 
 FAIL, HALF, ONE, ZERO, KILL = 1, 2, 3, 4, 5
 SHORT = {"half": HALF, "one": ONE, "zero": ZERO}
@@ -164,8 +165,8 @@ class Runner:
         signal.alarm(PATIENCE)
         os.chdir("/")
         # The parent's know what their descriptors were.
-        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
         from vmconv.cli import main
 
         if argv is None:
@@ -310,6 +311,19 @@ class Tally:
         print("calls: " + ", ".join(f"{call} {count}" for call, count in sorted(self.tried.items())))
 
 
+def _one_of_each(chosen: list[tuple[Case, str]], most: int) -> list[tuple[Case, str]]:
+    """Returns at most so many cases of each call, kind of file and result, of whatever scenarios."""
+    seen: Counter[tuple[str, str, str, bool]] = Counter()
+    found = []
+    for case, where in chosen:
+        kind = re.sub(r"[0-9a-f]{6,}|#[0-9]+|/(d|o|top|base)(?=\.)", "*", where)
+        key = case.call, kind, case.result, case.lasting
+        seen[key] += 1
+        if seen[key] <= most:
+            found.append((case, where))
+    return found
+
+
 def _place(case: Case, where: str) -> str:
     return f"{case.scenario} {case.call} {re.sub('[0-9a-f]{6,}|#[0-9]+', '*', where)}"
 
@@ -356,6 +370,8 @@ def test(base: Path, options: argparse.Namespace) -> int:
         wanted = {Case.parse(text) for text in options.case}
         chosen = [(case, where) for case, where in chosen if case in wanted]
     random.Random(options.seed).shuffle(chosen)
+    if options.each:
+        chosen = _one_of_each(chosen, options.each)
     share = chosen[options.shard :: options.shards]
     print(f"{len(share)} cases of {len(judges)} scenarios", flush=True)
     began, tally = time.monotonic(), Tally()
@@ -373,6 +389,31 @@ def test(base: Path, options: argparse.Namespace) -> int:
     return 1 if tally.failures else 0
 
 
+def undisturbed(name: str, directory: Path) -> int:
+    """Runs a scenario in this process, in a directory where it has been built; for strace."""
+    from vmconv.cli import main
+
+    scenario = next(one for one in SCENARIOS if one.name == name)
+    scenario.before()
+    if scenario.main:
+        return scenario.main(directory)
+    return main([part.replace("{}", str(directory)) for part in scenario.argv])
+
+
+def say_calls(base: Path, options: argparse.Namespace) -> int:
+    """Prints which calls each scenario makes, as the shim sees them."""
+    import_all()
+    runner = Runner(base)
+    found = {}
+    for scenario in SCENARIOS:
+        if not options.only or scenario.name in options.only:
+            runner.build(scenario)
+            _, calls = runner.judge(scenario)
+            found[scenario.name] = sorted({call for call, _ in calls})
+    print(json.dumps(found))
+    return 0
+
+
 def _mounted(base: Path) -> Path:
     """Returns the mount point of a new filesystem that shares blocks."""
     image, point = base / "xfs.img", base / "xfs"
@@ -386,7 +427,7 @@ def _mounted(base: Path) -> Path:
 
 def _again_with_shim(base: Path, arguments: list[str]) -> int:
     library = base / "shim.so"
-    command = ["gcc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"]
+    command = ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", str(library), str(HERE / "shim.c"), "-ldl"]
     subprocess.run(command, check=True)
     environment = os.environ | {"LD_PRELOAD": str(library), "INJECT_BASE": str(base), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, __file__, *arguments], env=environment, check=False).returncode
@@ -398,9 +439,14 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="try the whole table")
     what.add_argument("--seconds", type=float, help="try a random sample for so long")
+    what.add_argument("--calls", action="store_true", help="show which calls each scenario makes")
+    what.add_argument("--undisturbed", nargs=2, metavar=("SCENARIO", "DIRECTORY"), help="run one without the shim")
     what.add_argument("--case", action="append", help="try one case, and show what it printed; may be repeated")
     parser.add_argument("--only", action="append", help="this scenario; may be repeated")
     parser.add_argument("--call", action="append", help="this call; may be repeated")
+    parser.add_argument(
+        "--each", type=int, default=0, metavar="N", help="only N cases of each call, kind of file and result"
+    )
     parser.add_argument("--seed", type=int, default=11, help="of the order of the cases")
     parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--shards", type=int, default=1, help="try only every so many-th case")
@@ -408,8 +454,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.case and not options.only:
         options.only = [text.partition(",")[0] for text in options.case]
+    if options.undisturbed:
+        return undisturbed(options.undisturbed[0], Path(options.undisturbed[1]))
     if "INJECT_BASE" in os.environ:
-        return test(Path(os.environ["INJECT_BASE"]), options)
+        return (say_calls if options.calls else test)(Path(os.environ["INJECT_BASE"]), options)
     # In memory where it can be: nothing here asks what storage keeps.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="vmconv-inject-", dir=memory) as scratch:

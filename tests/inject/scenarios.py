@@ -125,7 +125,7 @@ def converted_in_place(at: Path) -> None:
 def _copies_in_the_kernel() -> None:
     from vmconv.backends import copy
 
-    copy._COPIED_BY_THE_SERVER |= {"xfs", "ext4"}  # type: ignore[attr-defined]
+    copy._COPIED_BY_THE_SERVER |= {"xfs", "ext4"}
 
 
 # -- what serves

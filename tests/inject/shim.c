@@ -326,6 +326,13 @@ int fcntl64(int fd, int command, ...)
     return next(fd, command, argument);
 }
 
+int isatty(int fd)
+{
+    NEXT(isatty);
+    FAILS(at_fd("ioctl:TCGETS", fd), 0);
+    return next(fd);
+}
+
 off64_t lseek64(int fd, off64_t offset, int whence)
 {
     NEXT(lseek64);

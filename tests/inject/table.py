@@ -110,6 +110,34 @@ TABLE = {
     "writev": _row("EAGAIN EBADF EDESTADDRREQ EDQUOT EFAULT EFBIG EINTR EINVAL EIO ENOSPC EPERM EPIPE", *SHORT),
 }
 
+IOCTLS = {
+    0x4020940D: "ioctl:FICLONERANGE",
+    0x40049409: "ioctl:FICLONE",
+    0xC020660B: "ioctl:FIEMAP",
+    0x80086601: "ioctl:GETFLAGS",
+    0x40086602: "ioctl:SETFLAGS",
+    0x80087601: "ioctl:GETVERSION",
+    0x8400941F: "ioctl:BTRFS_FS_INFO",
+    0x40305828: "ioctl:RESVSP",
+    0x4030582B: "ioctl:UNRESVSP",
+    0x541B: "ioctl:FIONREAD",
+    0x5401: "ioctl:TCGETS",
+    0x5413: "ioctl:TIOCGWINSZ",
+}
+FCNTLS = {
+    37: "fcntl:OFD_SETLK",
+    38: "fcntl:OFD_SETLK",
+    36: "fcntl:OFD_GETLK",
+    1024: "fcntl:SETLEASE",
+    1031: "fcntl:SETPIPE_SZ",
+    1030: "fcntl:DUPFD",
+    1: "fcntl:GETFD",
+    3: "fcntl:GETFL",
+    4: "fcntl:SETFL",
+}
+SEEKS = {0: "lseek:SET", 1: "lseek:CUR", 2: "lseek:END", 3: "lseek:DATA", 4: "lseek:HOLE"}
+"""The calls of many purposes by their numbers, as `strace -X raw` prints them and `shim.c` has them."""
+
 ALIASES = {
     "openat": "open",
     "newfstatat": "stat",

@@ -81,11 +81,14 @@ class PluginError(VmconvError):
 
 
 @contextmanager
-def os_errors(doing: str, error: type[VmconvError] = BackendError) -> Iterator[None]:
-    """Turns an `OSError` of the block into `error`: the one place where the system's errors are wrapped."""
+def os_errors(doing: str, error: type[VmconvError] = BackendError, *, where: str = "") -> Iterator[None]:
+    """Turns an `OSError` of the block into `error`: the one place where the system's errors are wrapped.
+
+    `where` is the path to name when the error names none: calls on descriptors do not.
+    """
     try:
         yield
     except OSError as exc:
         name = exc.filename2 or exc.filename
-        where = f"{name}: " if isinstance(name, str) else ""
-        raise error(f"{where}{doing}: {exc.strerror or exc}") from exc
+        path = name if isinstance(name, str) else where
+        raise error(f"{path}: {doing}: {exc.strerror or exc}" if path else f"{doing}: {exc.strerror or exc}") from exc

@@ -76,7 +76,7 @@ class PhysicalMap:
     def _of_file(self, file: File) -> Extents:
         if file.is_device or file.descriptor < 0:
             return Extents.whole(file)
-        with os_errors(f"{file.name}: cannot be asked where it lies on storage", ReadError):
+        with os_errors("cannot be asked where it lies on storage", ReadError, where=file.name):
             try:
                 identity = linux.filesystem_id(file.descriptor)
                 places = [(self._storage(identity), linux.physical_ranges(file.descriptor))]
