@@ -19,7 +19,7 @@ import vmconv
 from conftest import oracle_program
 from disks import MIB, QemuImg, make_disk
 from vmconv import cli
-from vmconv.errors import ImageError, VmconvError
+from vmconv.errors import AccessError, ImageError, VmconvError
 from vmconv.foreign import AS_RAW, FOREIGN
 from vmconv.known import KNOWN
 
@@ -285,3 +285,66 @@ def test_the_descriptor_is_named_for_a_part_of_a_split_disk(tmp_path: Path, qemu
     assert "disk.vmdk beside it" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
     (tmp_path / "disk.vmdk").unlink()
     assert "name the file that describes the disk" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
+
+
+# Directories, and standard input
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A Parallels disk as a Mac keeps it: a directory with a descriptor and an image."""
+    disk = make_disk(tmp_path / "disk.raw", MIB)
+    made = tmp_path / "vm.pvm" / "harddisk.hdd"
+    made.mkdir(parents=True)
+    part = "harddisk.hdd.0.{5fbaabe3-6958-40ff-92a7-860e329aab41}.hds"
+    vmconv.convert(disk, made / part)
+    (made / "DiskDescriptor.xml").write_text(f"""<?xml version='1.0' encoding='UTF-8'?>
+<Parallels_disk_image Version="1.0">
+  <Disk_Parameters><Disk_size>{MIB // 512}</Disk_size></Disk_Parameters>
+  <StorageData><Storage>
+    <Start>0</Start><End>{MIB // 512}</End><Blocksize>2048</Blocksize>
+    <Image><GUID>{{5fbaabe3-6958-40ff-92a7-860e329aab41}}</GUID><Type>Compressed</Type><File>{part}</File></Image>
+  </Storage></StorageData>
+</Parallels_disk_image>
+""")
+    return made
+
+
+@pytest.mark.parametrize("named", ["", "/", "/DiskDescriptor.xml"])
+def test_a_parallels_bundle_is_read_by_the_name_of_its_directory(tmp_path: Path, bundle: Path, named: str) -> None:
+    source, target = f"{bundle}{named}", tmp_path / "target.raw"
+    vmconv.convert(source, target)
+    assert target.read_bytes() == (tmp_path / "disk.raw").read_bytes()
+    assert vmconv.info(source)["format"] == "parallels"
+    assert vmconv.compare(source, target)
+    assert vmconv.map_disk(source)
+
+
+def test_what_is_made_of_a_bundle_is_named_after_it(tmp_path: Path, bundle: Path) -> None:
+    (made,) = vmconv.fanout(f"{bundle}/", ["qcow2"], directory=tmp_path)
+    assert made.target == str(tmp_path / "harddisk.qcow2")
+
+
+def test_a_bundle_is_not_converted_in_place(tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(vmconv.UsageError, match="a bundle"):
+        vmconv.convert(bundle, tmp_path / "target.qcow2", in_place=True)
+
+
+def test_another_directory_is_refused_with_the_disks_in_it(tmp_path: Path, bundle: Path) -> None:
+    for directory, found in ((bundle.parent, str(bundle)), (tmp_path, str(tmp_path / "disk.raw"))):
+        with pytest.raises(AccessError, match="is neither a regular file") as caught:
+            vmconv.info(directory)
+        assert found in (caught.value.hint or "")
+    (tmp_path / "empty.utm").mkdir()
+    with pytest.raises(AccessError) as caught:
+        vmconv.info(tmp_path / "empty.utm")
+    assert caught.value.hint == "name a disk in this directory"
+
+
+def test_standard_input_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AccessError, match="standard input") as caught:
+        vmconv.convert("-", tmp_path / "target.qcow2", source_format="raw")
+    assert "write it to a file" in (caught.value.hint or "")
+    make_disk(tmp_path / "-", MIB)
+    vmconv.convert("-", tmp_path / "target.qcow2")

@@ -428,7 +428,7 @@ def test_bad_descriptors_are_refused_in_one_line(
         (b"CID=12345678", b"CID=123456789", "CID '123456789' is not a number"),
         (b"parentCID=ffffffff", b"parentCID=none", "parentCID 'none' is not a number"),
         (b"parentCID=ffffffff", b"parentCID=00000001", "parentCID 00000001 speaks of a parent, but no line"),
-        (b"# Disk DescriptorFile", b"# A story", "neither a descriptor nor an extent"),
+        (b"# Disk DescriptorFile", b"A story", "neither a descriptor nor an extent"),
         (b"# Extent", b"#" * (1 << 20), "descriptor of 1048[0-9]* bytes, 1048576 at most"),
     ],
 )

@@ -83,7 +83,8 @@ def _refused(image: Image) -> VmconvError | None:
 
 def _look_at(dependency: Dependency, image: Image, opener: Opener) -> Finding:
     try:
-        file = opener.related(image.file, dependency.name, dependency.role)
+        moved = dependency.role == "extent" and not dependency.fingerprint
+        file = opener.related(image.file, dependency.name, dependency.role, moved=moved)
     except AccessError as exc:
         if isinstance(exc.__cause__, FileNotFoundError):
             return Finding(dependency, _MISSING)

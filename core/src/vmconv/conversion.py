@@ -321,6 +321,7 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
             raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
         return None
     for wrong, name in (
+        (os.path.isdir(request.source), "a bundle, which is a directory,"),
         (others, "several targets"),
         (request.snapshot, "a snapshot"),
         (request.force_share, "--force-share"),

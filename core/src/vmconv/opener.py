@@ -17,9 +17,10 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from vmconv import locks
+from vmconv import locks, paths
 from vmconv.errors import AccessError, ImageError, PluginError, os_errors
 from vmconv.inplace.names import interrupted
+from vmconv.known import KNOWN
 from vmconv.sources import File, inside
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ MAX_CHAIN_DEPTH = 200
 
 MAX_SEARCHED = 1000
 """Files that are opened to find one by what is in it."""
+
+STANDARD_INPUT = "-"
+"""What is no name of a source."""
+
+_SHOWN = 3
 
 # A file that has gone, that this user may not read, or that cannot be opened at all: the parent is none of those.
 _NO_CANDIDATE = frozenset(
@@ -85,8 +91,8 @@ class Opener:
     def image(
         self, path: str, format_name: str | None = None, *, snapshot: str | None = None, content_decides: bool = False
     ) -> Image:
-        """Returns the image in the file that the user named; see `Registry.identify` for the format."""
-        file = self._open(path)
+        """Returns the image in the file, or the bundle, that the user named; see `Registry.identify` for the format."""
+        file = self._open(self._meant(path))
         if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
         self._depth[id(file)] = [_identity(file)]
@@ -99,20 +105,47 @@ class Opener:
         image.warnings += warnings
         return image
 
+    def _meant(self, path: str) -> str:
+        """Returns the file to open for what the user named: of a bundle, the one that describes its disk."""
+        with self._acting():
+            if path == STANDARD_INPUT and not os.path.lexists(path):
+                raise AccessError(
+                    "standard input cannot be converted: a disk is read at any offset",
+                    hint="write it to a file first, and name that",
+                )
+            if not os.path.isdir(path):
+                return path
+            for known in KNOWN:
+                if known.bundle and os.path.isfile(os.path.join(path, known.bundle)):
+                    return os.path.join(path, known.bundle)
+            found = list(islice(self._disks_below(path), _SHOWN))
+        raise AccessError(
+            f"{path}: is neither a regular file nor a block device",
+            hint="name a disk in this directory" + (f": {', '.join(found)}" if found else ""),
+        )
+
+    def _disks_below(self, directory: str) -> Iterator[str]:
+        """Yields what may be disks in a directory and in those in it: virtual machines are kept in such bundles."""
+        for below, directories, names in islice(os.walk(directory), MAX_SEARCHED):
+            for name in sorted(directories) + sorted(names):
+                if self.registry.format_by_suffix(name) is not None:
+                    yield os.path.join(below, name)
+            if below != directory:
+                directories.clear()
+
     def file(self, path: str) -> File:
         """Returns a file that the user named, whatever it holds."""
         return self._open(path)
 
-    def related(self, origin: File, reference: str, role: str) -> File:
-        """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it."""
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
+        """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it.
+
+        A path of another system is looked for by its base name, beside the image; with `moved` every absolute path that
+        is not here is, for callers that know the right file when they see it.
+        """
         if "\0" in reference or not reference:
             raise ImageError(f"{origin.name}: {role} {reference!r} is not a file name")
-        if _PROTOCOL.match(reference):
-            raise AccessError(
-                f"{origin.name}: {role} {reference!r} is not a plain file name",
-                hint="protocols and json: names are never followed",
-            )
-        path = os.path.join(os.path.dirname(os.path.realpath(origin.path)), reference)
+        path = self._located(origin, reference, role, moved=moved)
         with self._acting():
             real = os.path.realpath(path)
         self._allow(origin, real, reference, role)
@@ -123,12 +156,60 @@ class Opener:
             raise ImageError(f"{origin.name}: {role} {reference!r} is the image itself, a loop")
         return file
 
-    def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
+    def _located(self, origin: File, reference: str, role: str, *, moved: bool) -> str:
+        """Returns the path of what `origin` names: where QEMU looks for it, or by its base name beside the image."""
+        own = os.path.dirname(os.path.realpath(origin.path))
+        path = os.path.join(own, reference)
+        with self._acting():
+            # Relative paths of Windows have backslashes, which few names have here.
+            found = self._as_named(origin, reference, role) or (
+                self._as_named(origin, reference.replace("\\", "/"), role) if "\\" in reference else None
+            )
+            if found:
+                return found
+            elsewhere = paths.is_foreign(reference)
+            base = paths.base_of(reference)
+            looked = elsewhere or os.path.isabs(reference)
+            near = paths.beside(own, base, os.fstat(origin.descriptor)) if looked else None
+        if near and (elsewhere or moved):
+            if not moved:
+                _warn("%s: %s %r is not here: %s beside the image was taken", origin.name, role, reference, base)
+            return near
+        if _PROTOCOL.match(reference) and not paths.on_windows(reference):
+            raise AccessError(
+                f"{origin.name}: {role} {reference!r} is not a plain file name",
+                hint="protocols and json: names are never followed",
+            )
+        if near or elsewhere:
+            what = f"{origin.name}: {role} {reference!r} is not here"
+            hint = f"{base} lies beside the image: if that is the one, name it in the image (qemu-img rebase -u)"
+            raise AccessError(what, hint=hint if near else f"put {base} beside the image") from FileNotFoundError(path)
+        return path
+
+    def _as_named(self, origin: File, reference: str, role: str) -> str | None:
+        """Returns the path of what is there under the very name; None when nothing is.
+
+        QEMU takes a relative name from the directory of the link by which an image was named, others from that of the
+        image. Raises `AccessError` where that makes a difference.
+        """
+        path = os.path.join(os.path.dirname(os.path.realpath(origin.path)), reference)
+        by_link = os.path.join(os.path.dirname(origin.path), reference)
+        there, by_link_too = os.path.lexists(path), os.path.lexists(by_link)
+        if there and by_link_too and not _same(path, by_link):
+            raise AccessError(
+                f"{origin.name}: {role} {reference!r} is one file beside the link {origin.path} and another one beside "
+                f"the image it leads to",
+                hint=f"name the image itself: {os.path.realpath(origin.path)}",
+            )
+        return path if there else by_link if by_link_too else None
+
+    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         """Returns the image that `origin` names as its parent; refuses loops and chains of more than the limit.
 
-        `format_name` is what `origin` states, None where it states nothing.
+        `format_name` is what `origin` states, None where it states nothing. `moved` is for callers that make sure of
+        the parent's identity, see `related`.
         """
-        file = self.related(origin, reference, "backing file")
+        file = self.related(origin, reference, "backing file", moved=moved)
         above = self._depth[id(origin)]
         if _identity(file) in above:
             raise ImageError(f"{origin.name}: backing file {reference!r} is already part of the chain, a loop")
@@ -213,6 +294,13 @@ class Opener:
         return file
 
 
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 def _identity(file: File) -> tuple[int, int]:
     return file.stamp.device, file.stamp.inode
 
@@ -227,10 +315,14 @@ def _recover(path: str) -> None:
     done = met(path)
     if done is None:
         return
-    import logging
-
     what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'taken back'}"
     if not os.path.lexists(path):
         raise AccessError(f"{path}: is {done.path} now: {what}")
-    # Whichever command it is that met the file: this is no property of the image.
-    logging.getLogger("vmconv").warning("warning: %s: %s", path, what)
+    _warn("%s: %s", path, what)
+
+
+def _warn(text: str, *values: object) -> None:
+    """Says what whichever command met a file should know, and what is no property of the image."""
+    import logging
+
+    logging.getLogger("vmconv").warning(f"warning: {text}", *values)

@@ -129,7 +129,7 @@ def _target(request: Request, registry: Registry) -> Target:
     """Returns what is to be made; formats that write down the name of their file are given the likely one."""
     wanted = registry.format(request.target_format or "")
     options = parse_options(wanted.options(), request.options, wanted.name)
-    return Target.of(wanted, options, "", new_name(os.path.basename(request.source), wanted, registry))
+    return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
 
 
 def _send(view: View, descriptor: int, progress: Progress | None) -> None:

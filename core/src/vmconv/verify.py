@@ -36,10 +36,10 @@ class Results(Opener):
     def add(self, name: str, file: File, reader: Format) -> None:
         self._results[name] = file, reader
 
-    def related(self, origin: File, reference: str, role: str) -> File:
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         return self._sources.get(reference) or self._find(origin, reference, role)[0]
 
-    def parent(self, origin: File, reference: str, format_name: str | None) -> Image:
+    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         file, reader = self._find(origin, reference, "backing file")
         return reader.read(file, self)
 

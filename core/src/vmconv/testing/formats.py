@@ -52,10 +52,10 @@ class _Siblings(Opener):
         self._siblings = files
         self.asked: list[str] = []
 
-    def related(self, origin: File, reference: str, role: str) -> File:
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         self.asked.append(reference)
         if reference not in self._siblings:
-            return super().related(origin, reference, role)
+            return super().related(origin, reference, role, moved=moved)
         return self._siblings[reference]
 
 

@@ -11,6 +11,7 @@ from construct import Construct, ConstructError
 
 from vmconv.errors import ImageError
 from vmconv.extents import Column
+from vmconv.paths import from_url, from_windows
 from vmconv.sources import File
 from vmconv_vhd import structs
 
@@ -209,8 +210,7 @@ def _parents(file: File, header: Any) -> Iterator[str]:
     found = {locator.platform_code: locator for locator in header.parent_locators}
     for code, encoding in ((structs.RELATIVE, "utf-16-le"), (structs.MAC, "utf-8"), (structs.ABSOLUTE, "utf-16-le")):
         if code in found:
-            name = _locator(file, found[code]).decode(encoding, "replace")
-            yield from _local(name.removeprefix("file://"))
+            yield from _local(_locator(file, found[code]).decode(encoding, "replace"))
     yield from _local(header.parent_unicode_name.decode("utf-16-be", "replace"))
 
 
@@ -225,17 +225,7 @@ def _locator(file: File, locator: Any) -> bytes:
 
 
 def _local(name: str) -> Iterator[str]:
-    r"""Yields a Windows path as a path of this system.
-
-    Drives and shares are not here; the file may have been brought along, though, so the name alone is looked for
-    beside the image. The parent's identity decides whether it is the right one.
-    """
-    path = name.split("\0", maxsplit=1)[0].replace("\\", "/")
-    if not path:
-        return
-    if path[1:2] == ":" or path.startswith("//"):
-        path = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-    while path.startswith("./"):
-        path = path[2:]
+    """Yields a name as a path of this system; the parent's identity decides whether it is the right one."""
+    path = from_windows(from_url(name.split("\0", maxsplit=1)[0]))
     if path:
         yield path

@@ -94,7 +94,7 @@ def _load_parent(header: Header, opener: Opener) -> Image:
     parent, refused = None, None
     for name in header.parents:
         try:
-            parent = opener.parent(header.file, name, "vhd")
+            parent = opener.parent(header.file, name, "vhd", moved=True)
             break
         except AccessError as exc:
             refused = refused or exc

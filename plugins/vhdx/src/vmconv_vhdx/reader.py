@@ -13,6 +13,7 @@ from vmconv.errors import AccessError, ImageError
 from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources, distinct
 from vmconv.image import Image
 from vmconv.opener import Opener
+from vmconv.paths import from_windows
 from vmconv.sources import File, Source
 from vmconv.usage import Usage
 from vmconv_vhdx import structs
@@ -83,21 +84,12 @@ def _details(header: Header, names: tuple[str, ...]) -> Mapping[str, Any]:
 
 
 def _parents(locator: Mapping[str, str]) -> Iterator[str]:
-    r"""Yields the parent's names as paths of this system, in the order that [MS-VHDX] 2.6.2.6.3 gives.
+    """Yields the parent's names as paths of this system, in the order that [MS-VHDX] 2.6.2.6.3 gives.
 
-    Volumes and drives are not here; the file may have been brought along, though, so the name alone is looked for
-    beside the image. The parent's GUID decides whether it is the right one.
+    The parent's GUID decides whether a file is the right one.
     """
-    seen = set()
-    for key in ("relative_path", "volume_path", "absolute_win32_path"):
-        path = locator.get(key, "").replace("\\", "/")
-        if path[1:2] == ":" or path.startswith("//"):
-            path = path.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-        while path.startswith("./"):
-            path = path[2:]
-        if path and path not in seen:
-            seen.add(path)
-            yield path
+    keys = ("relative_path", "volume_path", "absolute_win32_path")
+    yield from dict.fromkeys(filter(None, (from_windows(locator.get(key, "")) for key in keys)))
 
 
 def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Image:
@@ -105,7 +97,7 @@ def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Imag
     parent, refused = None, None
     for name in names:
         try:
-            parent = opener.parent(header.file, name, "vhdx")
+            parent = opener.parent(header.file, name, "vhdx", moved=True)
             break
         except AccessError as exc:
             refused = refused or exc

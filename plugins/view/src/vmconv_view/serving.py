@@ -74,7 +74,7 @@ def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
     for warning in (*image.warnings, *checking.warnings(image, opener)):
         print(f"warning: {warning}", file=sys.stderr)
     target = opener.registry.format(options.target_format)
-    name = new_name(os.path.basename(options.file), target, opener.registry)
+    name = new_name(os.path.basename(options.file.rstrip("/")), target, opener.registry)
     return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
 
 

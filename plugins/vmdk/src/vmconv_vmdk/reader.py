@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ntpath
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from vmconv.extents import Columns, Extents, Kind
 from vmconv.foreign import described_beside
 from vmconv.image import Image
 from vmconv.opener import Opener
+from vmconv.paths import is_foreign
 from vmconv.sources import File, Source
 from vmconv.usage import overlaps
 from vmconv_vmdk import descriptor as descriptors
@@ -95,9 +96,17 @@ def unlike_qemu(image: Image) -> str | None:
         return "QEMU reads extents of kind ZERO as what the extent before them has"
     if any(extent["access"] != "RW" for extent in extents):
         return "QEMU leaves out extents whose access is not RW"
-    if "\\" in (image.parent_reference or ""):
-        return f"QEMU looks for its parent under the name {image.parent_reference}"
+    parent = image.parent_reference
+    if parent and ("\\" in parent or _is_moved(parent)):
+        return f"QEMU looks for its parent under the name {parent}"
+    for dependency in image.dependencies:
+        if _is_moved(dependency.name):
+            return f"QEMU looks for an extent under the name {dependency.name}"
     return None
+
+
+def _is_moved(name: str) -> bool:
+    return is_foreign(name) or (os.path.isabs(name) and not os.path.lexists(name))
 
 
 class _Disk:
@@ -160,7 +169,7 @@ class _Disk:
                 continue
             name = part.name or ""
             if name not in files:
-                files[name] = self.opener.related(self.file, name, "extent")
+                files[name] = self._opened(name)
             identity = files[name].stamp[:2]
             if part.kind not in FLAT_KINDS and identity in used:
                 raise ImageError(f"{self.file.name}: extent {name!r} is named twice")
@@ -172,6 +181,14 @@ class _Disk:
             if found := overlaps(table, file):
                 self._warn(f"{file.name}: {found.text(0)}")
         return table
+
+    def _opened(self, name: str) -> File:
+        """Returns the file of an extent; no identity proves it where it was looked for beside the descriptor."""
+        recorded = any(one.name == name and one.fingerprint for one in self.descriptor.dependencies())
+        file = self.opener.related(self.file, name, "extent", moved=not recorded)
+        if (is_foreign(name) or os.path.isabs(name)) and file.path != name:
+            self._warn(f"{self.file.name}: extent {name!r} is not here: {file.name} beside it was taken")
+        return file
 
     def _flat(self, part: Part, file: File) -> Extents:
         offset = part.offset * structs.SECTOR
@@ -209,7 +226,7 @@ class _Disk:
         found: list[Hosted | Cowd | SeSparse] = []
         for part in self.descriptor.parts:
             if part.kind in SPARSE_KINDS and part.access != "NOACCESS":
-                found.append(self._extent(part, self.opener.related(self.file, part.name or "", "extent")))
+                found.append(self._extent(part, self._opened(part.name or "")))
         return found
 
     # -- the parent
@@ -217,11 +234,7 @@ class _Disk:
     def parent(self) -> Image:
         """Returns the layer below; raises `ImageError` when it is not as it was when this one was made."""
         described = self.descriptor
-        reference = described.parent or ""
-        if re.match(r"[A-Za-z]:[\\/]|\\\\", reference):
-            # A path of Windows names nothing here; the chain was copied, and its files lie together.
-            reference = ntpath.basename(reference)
-        parent = self.opener.parent(self.file, reference.replace("\\", "/"), "vmdk")
+        parent = self.opener.parent(self.file, described.parent or "", "vmdk", moved=True)
         found = content_id(parent)
         if found != described.parent_cid:
             has = "has none" if found is None else f"is {found:08x}"
