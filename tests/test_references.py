@@ -667,3 +667,29 @@ def test_only_formats_that_say_so_have_the_source_as_backing_file() -> None:
         if one.keeps_source(one.options()(**({"subformat": "reference"} if name == "qcow2" else {})))
     }
     assert keepers == {"qcow2"}
+
+
+@pytest.mark.parametrize("variant", [("vmdk", "subformat=streamOptimized"), ("vmdk", "subformat=monolithicSparse")])
+def test_the_access_in_an_embedded_descriptor_makes_no_difference(
+    xfs_dir: Path, qemu_img: QemuImg, variant: Variant
+) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", SIZE)
+    vmdk, top = make(raw, variant, xfs_dir), xfs_dir / "top.qcow2"
+    data = vmdk.read_bytes()
+    at = data.index(b"\nRW ")
+    end = data.index(b"\0", at)
+    said = data[at:end].replace(b"\nRW ", b"\nRDONLY ", 1)
+    vmdk.write_bytes(data[:at] + said + data[at + len(said) :])
+    access: dict[str, Any] = {"allow_external": [str(xfs_dir)]}
+    vmconv.convert(str(vmdk), str(top), options={"subformat": "reference"}, **access)
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, top)
+    assert vmconv.compare(str(raw), str(top), **access)
+
+
+@pytest.mark.parametrize("line", ['RDONLY {} FLAT "disk.raw" 0', "RW {} ZERO"])
+def test_the_lines_of_a_separate_descriptor_do(xfs_dir: Path, line: str) -> None:
+    make_disk(xfs_dir / "disk.raw", SIZE)
+    text = f'# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType="twoGbMaxExtentFlat"\n{line}\n'
+    (xfs_dir / "disk.vmdk").write_text(text.format(SIZE // 512))
+    with pytest.raises(PlanError, match="cannot be a backing file: QEMU"):
+        vmconv.convert(str(xfs_dir / "disk.vmdk"), str(xfs_dir / "top.qcow2"), options={"subformat": "reference"})

@@ -377,14 +377,6 @@ def test_raw_to_vdi_and_back_shares_all_payload(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_end_of_a_source_is_shared_as_the_end_of_the_image(xfs_dir: Path, options: dict[str, str]) -> None:
-    raw, image = xfs_dir / "disk.raw", xfs_dir / "disk.vdi"
-    raw.write_bytes(random_bytes(2 * MIB + 1536))
-    assert vmconv.convert(str(raw), str(image), options=options, zero_copy="require").totals.copied == 0
-    assert vmconv.compare(str(raw), str(image))
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_qemu_can_go_on_writing(tmp_path: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
     raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB, pieces=2), tmp_path / "disk.vdi"
     vmconv.convert(str(raw), str(image), options=options)

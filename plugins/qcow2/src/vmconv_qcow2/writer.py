@@ -137,15 +137,8 @@ class _Writer:
         )
         blob_length = np.array([blob.size for _, blob in metadata], dtype=np.int64)
         both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
-        data = both.kind == Kind.DATA
-        # The file ends with its last byte of data: readers take what is missing of a cluster for zeros, and the end
-        # of a source can be shared as the end of the target. But no cluster begins behind the end.
-        size = max(tables.end, int((both.start + both_length)[data].max()))
-        if payload_end - size >= self.cluster:
-            size = payload_end
-        inside = both.start < size
-        both, both_length = both.take(inside), np.minimum(both_length[inside], size - both.start[inside])
-        return Layout((OutFile(Extents.placed(size, both, both_length, sources), slack=True),), (), self.references)
+        # The last cluster is whole even where it ends in zeros: only QEMU reads one that is not.
+        return Layout((OutFile(Extents.placed(end, both, both_length, sources), slack=True),), (), self.references)
 
     # -- where everything goes
 
@@ -173,7 +166,8 @@ class _Writer:
         """Returns places for metadata behind payload that stays; clusters in holes of the file are not counted."""
         if (self.allocated != (self.runs.kind == Kind.DATA)).any():
             raise PlanError("in place, qcow2 of version 2 cannot hide what its parent says", hint="use -o compat=1.1")
-        runs, offset, start = self.stay.runs, self.stay.offset, self.stay.end
+        # A disk of no bytes leaves no room for the header.
+        runs, offset, start = self.stay.runs, self.stay.offset, max(self.stay.end, self.cluster)
         needed = np.empty(0, dtype=np.int64)
         while True:
             tables = self._tables(start, needed)
@@ -201,7 +195,8 @@ class _Writer:
     def _tables(self, start: int, refcount_blocks: Column) -> _Tables:
         """Returns the places of all tables from `start` on."""
         cluster = self.cluster
-        l1_entries = -(-self.guest.size // (cluster * self.entries))
+        # One even for a disk of no bytes: libqcow refuses an L1 table of none.
+        l1_entries = max(1, -(-self.guest.size // (cluster * self.entries)))
         if l1_entries * 8 > structs.MAX_L1_BYTES:
             most = structs.MAX_L1_BYTES // 8 * cluster * self.entries
             self._refuse_size(f"an L1 table of {l1_entries * 8} bytes; {most} bytes are the largest disk")

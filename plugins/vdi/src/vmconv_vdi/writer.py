@@ -68,21 +68,14 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
         guest = blocks.fill_partial_holes(guest, parent.disk.window(0, guest.size), BLOCK)
     found = _arrange(guest, options)
     data = -(-(MAP_OFFSET + count * 4) // BLOCK) * BLOCK + _phase(guest, min(placement.modulus, BLOCK))
-    # The file ends with the disk when the disk's last block is the file's last: nobody asks for what is missing of it,
-    # and the end of a source can be shared as the end of the target.
+    # The last block is whole even where the disk ends inside it, as in VirtualBox's own images: the disk may grow.
     end = data + found.used * BLOCK
-    if found.used and _is_last_block_last(found, count):
-        end -= count * BLOCK - size
     numbers = {"offData": data, "cbDisk": size, "cBlocks": count, "cBlocksAllocated": found.used}
     header = _header(image, options, parent, numbers, placement.identity)
     block_map = _block_map(guest.size, found, hides=parent is not None)
     payload = found.runs.take(found.there)
     rows, length = cut(guest, payload.first * BLOCK, payload.blocks * BLOCK, data + found.place[found.there])
-    length = np.minimum(length, end - rows.start)
-    inside = length > 0
-    table = blocks.output_table(
-        [(0, Blob("header", header)), (MAP_OFFSET, block_map)], guest, rows.take(inside), length[inside], end
-    )
+    table = blocks.output_table([(0, Blob("header", header)), (MAP_OFFSET, block_map)], guest, rows, length, end)
     return Layout((OutFile(table),))
 
 
@@ -126,13 +119,6 @@ def _phase(guest: Extents, modulus: int) -> int:
         return 0
     weight = np.bincount(phase[chosen] // structs.SECTOR, weights=guest.length[chosen])
     return int(np.argmax(weight)) * structs.SECTOR
-
-
-def _is_last_block_last(found: _Blocks, count: int) -> bool:
-    runs, place = found.runs, found.place
-    last = int(np.argmax(np.where(found.there, place, -1)))
-    in_guest = int(runs.first[last] + runs.blocks[last]) == count
-    return in_guest and int(place[last]) + int(runs.blocks[last]) * BLOCK == found.used * BLOCK
 
 
 def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:

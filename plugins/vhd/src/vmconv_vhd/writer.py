@@ -53,6 +53,8 @@ class _Writer:
             raise PlanError("a fixed VHD cannot have a parent", hint="use -o subformat=dynamic")
         self.parent_id = _parent_id(image, backing)
         self.size = self._rounded(options)
+        if not self.size:
+            raise PlanError(f"VHD cannot hold 0 bytes, the nearest size it can hold is {structs.SECTOR}")
         if self.size > structs.MAX_SIZE:
             raise PlanError(
                 f"VHD cannot hold {image.size} bytes: {structs.MAX_SIZE} bytes (2040 GiB) at most",

@@ -312,6 +312,8 @@ def _whole_sectors(size: int, sector: int) -> int:
     size = -(-size // 512) * 512
     if size > structs.MAX_SIZE:
         raise PlanError(f"VHDX cannot hold {size} bytes: {structs.MAX_SIZE} bytes (64 TiB) at most")
+    if not size:
+        raise PlanError(f"VHDX cannot hold 0 bytes, the nearest size it can hold is {sector}")
     if size % sector:
         raise PlanError(
             f"VHDX with sectors of {sector} bytes cannot hold {size} bytes",

@@ -89,12 +89,13 @@ def unlike_qemu(image: Image) -> str | None:
     """Returns why QEMU cannot read this VMDK, or reads another disk in it."""
     data = image.details["format-specific"]["data"]
     extents = data["extents"]
-    separate = image.file.read(0, min(image.file.size, 4)) not in (structs.SPARSE_MAGIC, structs.COWD_MAGIC)
+    # Of a descriptor inside the only extent, QEMU heeds neither the type nor the lines of extents.
+    separate = "cluster-size" not in image.details
     if separate and data["create-type"] not in _TYPES_OF_QEMU:
         return f"QEMU does not read descriptors of createType {data['create-type'] or 'nothing'}"
-    if any(extent["format"] == "ZERO" for extent in extents):
+    if separate and any(extent["format"] == "ZERO" for extent in extents):
         return "QEMU reads extents of kind ZERO as what the extent before them has"
-    if any(extent["access"] != "RW" for extent in extents):
+    if separate and any(extent["access"] != "RW" for extent in extents):
         return "QEMU leaves out extents whose access is not RW"
     parent = image.parent_reference
     if parent and ("\\" in parent or _is_moved(parent)):
