@@ -280,6 +280,19 @@ def test_an_image_that_a_user_cannot_reach_is_not_shown(shelf: Path, qemu_img: Q
     tree.close()
 
 
+def test_what_was_stopped_is_not_recovered_for_another_user(
+    shelf: Path, tree: Tree, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovered: list[str] = []
+    monkeypatch.setattr("vmconv.opener._recover", recovered.append)
+    overlay(shelf, "gone.raw", qemu_img)
+    for asking in (bobs(), RightsOfEverybody()):
+        assert shown(tree, "bob.qcow2/raw/bob.raw", asking) is None
+        assert not recovered
+    assert shown(tree, "bob.qcow2/raw/bob.raw", OWN) is None
+    assert recovered == [str(shelf / "gone.raw")]
+
+
 def test_the_mode_shown_is_the_strictest_of_all_files(shelf: Path, tree: Tree, qemu_img: QemuImg) -> None:
     image = backing_file(shelf, qemu_img)
     assert tree.node(f"{image}/raw/bob.raw", OWN).mode & 0o777 == 0o600

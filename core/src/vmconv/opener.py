@@ -54,7 +54,7 @@ class Opener:
     reads a file that QEMU has open for writing, which may give a disk that never existed. `backing_format` is the
     format of backing files where an image does not state it. `format_option` is how the user names the format of the
     image, for hints; empty where that cannot be said. `acting` surrounds each call that looks a path up, and nothing
-    else: a mount opens with the rights of the user who asks.
+    else: a mount opens with the rights of the user who asks. What was stopped is not recovered for another user.
     """
 
     def __init__(
@@ -65,13 +65,14 @@ class Opener:
         force_share: bool = False,
         backing_format: str | None = None,
         format_option: str = "-f",
-        acting: Callable[[], AbstractContextManager[object]] = nullcontext,
+        acting: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
         self._trees = [os.path.realpath(tree) for tree in allow_external]
         self._force_share = force_share
-        self._acting = acting
+        self._acting = acting or nullcontext
+        self._recovers = acting is None
         self._backing_format = backing_format
         self._format_option = format_option
         self._depth: dict[int, list[tuple[int, int]]] = {}
@@ -277,7 +278,7 @@ class Opener:
     def _open(self, path: str, said: str | None = None) -> File:
         with self._acting():
             incomplete = interrupted(path) or not os.path.lexists(path)
-        if incomplete:
+        if incomplete and self._recovers:
             _recover(path)
         doing = "cannot be opened" if said is None else f"cannot be opened as {said}"
         with os_errors(doing, AccessError), self._acting():

@@ -169,7 +169,7 @@ class Tree:
             force_share=self._force_share,
             backing_format=self._backing_format,
             format_option="",
-            acting=rights.acting,
+            acting=None if rights is OWN else rights.acting,
         )
         made = Entry(name, status, opener, rights, force_share=self._force_share)
         made.read(os.path.join(self._directory, name), self._trees)
