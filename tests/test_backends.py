@@ -5,25 +5,27 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import inspect
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vmconv import linux
 from vmconv.backends.copy import CopyBackend
-from vmconv.backends.files import FileOutput
+from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.backends.memory import MemoryBackend
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary
 from vmconv.directory import Directory
 from vmconv.planner import ShareSteps
 from vmconv.sources import Decoded, File
-from vmconv.storage import Transaction
+from vmconv.storage import Access, Transaction
 from vmconv.testing import BackendTests
 
 
@@ -75,6 +77,63 @@ class TestMemory(BackendTests):
 
     def names(self, directory: str) -> list[str]:
         return sorted(os.path.basename(path) for path in self.backend.files)
+
+
+class _Unsynced(CopyBackend):
+    """Never waits for storage."""
+
+    def begin(self, directory: Directory, **options: Any) -> Transaction:
+        return super().begin(directory, **{**options, "durable": False})
+
+
+class _OneByOne(CopyBackend):
+    """Gives each file its name by itself."""
+
+    def begin(self, directory: Directory, **options: Any) -> Transaction:
+        transaction = super().begin(directory, **options)
+        assert isinstance(transaction, FileTransaction)
+
+        def commit() -> None:
+            for output in transaction._outputs:
+                output.temporary.appear(replace=transaction.force)
+
+        transaction.commit = commit  # type: ignore[method-assign]
+        return transaction
+
+
+class _Open(CopyBackend):
+    """Lets everybody read what it makes."""
+
+    def begin(self, directory: Directory, **options: Any) -> Transaction:
+        return super().begin(directory, **{**options, "access": Access(mode=0o644)})
+
+
+WRONG: dict[str, CopyBackend] = {
+    "test_what_was_committed_has_been_synced": _Unsynced(),
+    "test_a_set_whose_process_is_killed_is_there_as_a_whole_or_not_at_all": _OneByOne(),
+    "test_a_new_file_lets_nobody_in_whom_a_source_does_not": _Open(),
+    "test_a_replaced_file_passes_its_mode_on": _Open(),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_kit_finds_a_backend_that_breaks_a_promise(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = file_of(tmp_path, b"source")
+    given = {"directory": str(tmp_path), "source": source, "force": False, "monkeypatch": monkeypatch}
+    for backend, right in ((CopyBackend(), True), (WRONG[name], False)):
+        kit = BackendTests()
+        monkeypatch.setattr(BackendTests, "backend", backend, raising=False)
+        with ExitStack() as kit._stack:
+            test = getattr(kit, name)
+            arguments = {each: given[each] for each in inspect.signature(test).parameters}
+            with nullcontext() if right else pytest.raises(AssertionError):
+                test(**arguments)
+        for path in tmp_path.iterdir():
+            if path.name != "source":
+                path.unlink()
+    source.close()
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -26,7 +26,7 @@ from vmconv.refusals import no_collisions, refuse_changed, refuse_copies, refuse
 from vmconv.registry import Registry, installed
 from vmconv.sources import File
 from vmconv.storage import Access, Backend, Survey
-from vmconv.targets import clean, located, refuse_directory
+from vmconv.targets import clean, located, refuse_directory, refuse_kept_names
 from vmconv.verify import verify as verify_result
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             (each, _target(registry, each, place)) for each, place in zip((request, *others), places, strict=True)
         ]
         directory = _only_directory(places)
+        refuse_directory(directory)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
         # Before the layers below are opened: only what is its own goes.
         site = _site(request, others, image, opener)
@@ -152,10 +153,9 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 conversions, own = planned(backend, survey), frozenset()
             plan = joined([conversion.plan for conversion in conversions])
             with no_collisions(plan, directory, opener.files, force=request.force, but=own):
-                if not way:
-                    refuse_directory(
-                        directory, keeps_names=len(plan.files) == 1 and not directory.has(plan.files[0].name)
-                    )
+                single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
+                if not (way or single):
+                    refuse_kept_names(directory)
                 yield Prepared(image, backend, conversions, plan, opener, directory)
 
 

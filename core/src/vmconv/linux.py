@@ -193,8 +193,11 @@ def set_nocow(descriptor: int, nocow: bool = True) -> None:
     What is not copied on write is never compressed: the flag that a directory gives to new files for that goes.
     """
     flags: int = struct.unpack("=q", bytes(_ioctl(descriptor, _GETFLAGS, bytes(8))))[0]
-    wanted = flags & ~_COMPRESS | _NOCOW if nocow else flags & ~_NOCOW
-    _ioctl(descriptor, _SETFLAGS, struct.pack("=q", wanted))
+    if nocow and flags & _COMPRESS:
+        # Not both in one call.
+        flags &= ~_COMPRESS
+        _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags))
+    _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW if nocow else flags & ~_NOCOW))
 
 
 def inode_flags(descriptor: int) -> int:

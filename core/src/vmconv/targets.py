@@ -206,26 +206,19 @@ def _leads_to(path: str, status: os.stat_result) -> bool:
         return False
 
 
-def refuse_directory(directory: Directory, *, keeps_names: bool) -> None:
-    """Raises `PlanError` where no files can be made, or, unless the directory `keeps_names`, none be renamed.
-
-    A directory keeps its names when a single new file gets one: then nothing has to be renamed or removed.
-    """
-    flags = _flags_of_directory(directory)
-    if flags & _IMMUTABLE:
+def refuse_directory(directory: Directory) -> None:
+    """Raises `PlanError` where no files can be made."""
+    if _flags(directory.descriptor) & _IMMUTABLE:
         raise PlanError(f"{directory.path}: is immutable (chattr +i), no file can be made in it")
-    if flags & _APPEND_ONLY and not keeps_names:
+
+
+def refuse_kept_names(directory: Directory) -> None:
+    """Raises `PlanError` where files can be made, and not renamed: a single new image needs no more, all else does."""
+    if _flags(directory.descriptor) & _APPEND_ONLY:
         raise PlanError(
             f"{directory.path}: is append-only (chattr +a), names in it cannot be changed",
             hint="make a single new image in it, or another directory",
         )
-
-
-def _flags_of_directory(directory: Directory) -> int:
-    try:
-        return linux.inode_flags(directory.descriptor)
-    except OSError:
-        return 0
 
 
 # -- what stopped runs have left

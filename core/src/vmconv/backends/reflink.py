@@ -138,14 +138,13 @@ def _is_unlike(exc: OSError) -> bool:
 def _refused_least(sources: Sequence[File], scratch: int, unit: int, refused: dict[int, OSError]) -> dict[int, OSError]:
     """Returns what is refused of the sources in the way that refuses the least; leaves `scratch` in that way."""
     sizes = {id(source): source.size for source in sources}
-    best, chosen = refused, None
+    best, chosen = refused, linux.is_nocow(scratch)
     for nocow in (False, True):
         if _set_nocow(scratch, nocow):
             tried = _refused(sources, scratch, unit)
             if sum(sizes[key] for key in tried) < sum(sizes[key] for key in best):
                 best, chosen = tried, nocow
-    if chosen is not None:
-        _set_nocow(scratch, chosen)
+    _set_nocow(scratch, chosen)
     return best
 
 

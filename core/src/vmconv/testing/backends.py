@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from vmconv.backends.temporary import PREFIX
 from vmconv.directory import Directory
 from vmconv.errors import BackendError
 from vmconv.planner import ShareSteps
 from vmconv.sources import File
-from vmconv.storage import Backend, Output, Transaction
+from vmconv.storage import Access, Backend, Output, Transaction
+from vmconv.targets import clean
 from vmconv.testing.disks import random_bytes
 
 OpenFile = Callable[[str], File]
@@ -247,3 +252,132 @@ class BackendTests:
         self.commit_two(directory, b"old", force=False)
         self.commit_two(directory, b"new content", force=True)
         assert self.read_back(os.path.join(directory, "two")) == b"new content"
+
+    # -- what is promised whatever happens
+
+    def on_storage(self, directory: str, name: str = "target") -> str:
+        """Returns the path of a file that was committed; skips for a backend that keeps nothing in a directory."""
+        path = os.path.join(directory, name)
+        if not os.path.exists(path):
+            pytest.skip("this backend keeps nothing on storage")
+        return path
+
+    def commit_one(self, directory: str, **options: Any) -> None:
+        transaction = self.begin(directory, **options)
+        try:
+            output = self.start(transaction, "target", 3)
+            output.write(0, b"new")
+            output.finish()
+            transaction.commit()
+        finally:
+            transaction.abort()
+
+    def test_what_was_committed_has_been_synced(self, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        synced: list[tuple[int, bool]] = []
+
+        def noted(real: Callable[[int], None]) -> Callable[[int], None]:
+            def sync(descriptor: int) -> None:
+                inode = os.fstat(descriptor).st_ino
+                synced.append((inode, "target" in os.listdir(directory)))
+                real(descriptor)
+
+            return sync
+
+        for name in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, noted(getattr(os, name)))
+        self.commit_one(directory)
+        path = self.on_storage(directory)
+        assert (os.stat(path).st_ino, False) in synced, "the file was not synced before it got its name"
+        assert (os.stat(directory).st_ino, True) in synced, "the directory was not synced after that"
+
+    def test_who_has_the_replaced_file_open_goes_on_reading_it(self, directory: str) -> None:
+        self.commit_one(directory)
+        path = self.on_storage(directory)
+        Path(path).write_bytes(b"old content")
+        with open(path, "rb") as reader:
+            self.commit_one(directory, force=True)
+            assert reader.read() == b"old content"
+        assert self.read_back(path) == b"new"
+
+    def test_a_new_file_lets_nobody_in_whom_a_source_does_not(self, directory: str, source: File) -> None:
+        before = os.umask(0o022)
+        try:
+            for mode in (0o600, 0o644):
+                os.chmod(source.path, mode)
+                self.commit_one(directory, force=True, access=Access([source]))
+                path = self.on_storage(directory)
+                assert stat.S_IMODE(os.stat(path).st_mode) == mode
+                os.unlink(path)
+        finally:
+            os.umask(before)
+
+    def test_a_mode_that_is_asked_for_is_given(self, directory: str) -> None:
+        self.commit_one(directory, access=Access(mode=0o604))
+        path = self.on_storage(directory)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o604
+
+    def test_a_replaced_file_passes_its_mode_on(self, directory: str) -> None:
+        self.commit_one(directory)
+        path = self.on_storage(directory)
+        os.chmod(path, 0o640)
+        self.commit_one(directory, force=True)
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_set_whose_process_is_killed_is_there_as_a_whole_or_not_at_all(self, directory: str, force: bool) -> None:
+        names = ("one", "two", "three")
+        # Journals are believed by a key of the user's, which the first run makes.
+        self._killed(directory, names, force=force, at=-1)
+        self._refuse_halves(directory, names)
+        for at in range(_MOST_STEPS):
+            ended = self._killed(directory, names, force=force, at=at)
+            with Directory.at(directory) as place:
+                clean(place, names)
+            self._refuse_halves(directory, names)
+            if ended:
+                return
+        raise AssertionError(f"commit takes more than {_MOST_STEPS} steps")
+
+    def _refuse_halves(self, directory: str, names: Sequence[str]) -> None:
+        """Fails when only some of the files are there; removes them."""
+        there = [name for name in names if name in self.names(directory)]
+        assert there in ([], list(names)), f"only {there} of {names} are there after a kill"
+        for name in there:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
+        assert not [name for name in self.names(directory) if name.startswith(PREFIX)], "a killed run has left a file"
+
+    def _killed(self, directory: str, names: Sequence[str], *, force: bool, at: int) -> bool:
+        """Makes files in a process that is killed at step `at` of the commit; returns whether it came to its end."""
+        child = os.fork()
+        if not child:
+            try:
+                transaction = self.begin(directory, force=force)
+                for name in names:
+                    output = self.start(transaction, name, 3)
+                    output.write(0, b"new")
+                    output.finish()
+                if at >= 0:
+                    sys.addaudithook(_killing(at))
+                transaction.commit()
+            finally:
+                os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+_MOST_STEPS = 200
+_STEPS = frozenset({"ctypes.dlsym", "open", "os.link", "os.remove", "os.rename", "os.truncate"})
+"""Events that Python tells of before it changes names (PEP 578); ctypes for system calls that it has not."""
+
+
+def _killing(at: int) -> Callable[[str, Any], None]:
+    """Returns an audit hook that kills the process at step `at`."""
+    left = [at]
+
+    def hook(event: str, _arguments: Any) -> None:
+        if event in _STEPS:
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+
+    return hook
