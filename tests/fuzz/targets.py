@@ -8,7 +8,6 @@ sample's headers and tables that matter. So a mutation of the input is a change 
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
 import struct
 import threading
@@ -17,8 +16,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib import import_module
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from fuzz.samples import extra, seal_log
 from vmconv.errors import VmconvError
 from vmconv.extents import Extents, Kind
 from vmconv.opener import Opener
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed")
 _READ = 64 << 10
-_LARGE = 4608 << 10
+_LARGE = 5 << 20
 _WORDS = 2000
 
 
@@ -56,10 +56,13 @@ class Target(ABC):
 class _NoOthers(Opener):
     """An opener for an image in memory: what the image names is one small file, or not there."""
 
-    def related(self, origin: File, reference: str, role: str) -> File:
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         if reference == "other":
             return _OTHER
-        return super().related(origin, reference, role)
+        return super().related(origin, reference, role, moved=moved)
+
+    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+        return installed().formats["raw"].read(self.related(origin, reference, "backing file"), self)
 
     def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
         yield from ()
@@ -115,16 +118,14 @@ class FormatTarget(Target):
         return kit
 
     @cached_property
-    def _samples(self) -> list[tuple[Sample, list[int]]]:
-        samples = [self._kit.sound(variant) for variant in self._kit.each_variant()]
-        # Larger blocks are the same code, and slow.
-        most = max(_LARGE, min(len(sample.data) for sample in samples))
-        return [(sample, sample.words()[:_WORDS]) for sample in samples if len(sample.data) <= most]
+    def _samples(self) -> list[_Prepared]:
+        samples = [*map(self._kit.sound, self._kit.each_variant()), *extra(self._name)]
+        return [one for one in map(_prepared, samples) if len(one.front) <= _LARGE]
 
     def seeds(self) -> list[bytes]:
         return [
-            bytes([number, ending]) + b"".join(sample.data[at : at + 4] for at in words)
-            for number, (sample, words) in enumerate(self._samples)
+            bytes([number, ending]) + b"".join(one.front[at : at + 4] for at in one.words)
+            for number, one in enumerate(self._samples)
             for ending in (0, 1)
         ]
 
@@ -136,17 +137,33 @@ class FormatTarget(Target):
     def _image(self, data: bytes) -> Malformed | None:
         if len(data) < 2:
             return None
-        sample, words = self._samples[data[0] % len(self._samples)]
+        one = self._samples[data[0] % len(self._samples)]
         ending, changed = data[1], data[2:]
-        image = bytearray(sample.data)
-        for number, at in enumerate(words[: len(changed) // 4]):
+        image = bytearray(one.front)
+        for number, at in enumerate(one.words[: len(changed) // 4]):
             image[at : at + 4] = changed[4 * number : 4 * number + 4][: len(image) - at]
         if not ending & 1:
+            if self._name == "vhdx":
+                seal_log(image)
             self._kit.seal(image)
         if ending & 2:
             return Malformed(bytes(image), LARGE)
         # The rest of the byte cuts the file off.
-        return Malformed(bytes(image[: len(image) - (ending >> 2) * len(image) // 64]))
+        size = one.size - (ending >> 2) * one.size // 64
+        return Malformed(bytes(image[:size]), size)
+
+
+class _Prepared(NamedTuple):
+    """The part of a sample up to the end of its metadata, the words of it that matter, and the size of the file."""
+
+    front: bytes
+    words: list[int]
+    size: int
+
+
+def _prepared(sample: Sample) -> _Prepared:
+    end = min(len(sample.data), max(end for _, end in sample.metadata) + 4096)
+    return _Prepared(sample.data[:end], sample.words()[:_WORDS], len(sample.data))
 
 
 class BytesTarget(Target):
@@ -171,7 +188,7 @@ class ProbeTarget(Target):
     """What decides the format of a file by its content."""
 
     def seeds(self) -> list[bytes]:
-        return [FormatTarget(name)._samples[0][0].data[:1024] for name in _FORMATS]
+        return [FormatTarget(name)._samples[0].front[:1024] for name in _FORMATS]
 
     def run(self, data: bytes) -> None:
         for suffix in ("", ".raw", ".vmdk"):
@@ -261,13 +278,3 @@ def targets() -> dict[str, Target]:
     found["probe"] = ProbeTarget()
     found["nbd"] = NbdTarget()
     return found
-
-
-def mutated(seeds: list[bytes], rng: random.Random) -> Iterator[bytes]:
-    """Yields mutations without end, without looking at coverage: for where there is no atheris."""
-    while True:
-        data = bytearray(rng.choice(seeds))
-        for _ in range(rng.choice((1, 1, 2, 4, 16))):
-            at = rng.randrange(len(data) + 1)
-            data[at : at + rng.choice((0, 1, 2, 4, 8))] = rng.choice((rng.randbytes(4), b"\xff" * 8, bytes(4)))
-        yield bytes(data)

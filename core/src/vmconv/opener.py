@@ -161,6 +161,9 @@ class Opener:
         """Returns the path of what `origin` names: where QEMU looks for it, or by its base name beside the image."""
         own = os.path.dirname(os.path.realpath(origin.path))
         path = os.path.join(own, reference)
+        elsewhere, base = paths.is_foreign(reference), paths.base_of(reference)
+        looked = elsewhere or os.path.isabs(reference)
+        # Nothing is imported while acting for another user, who may not be able to read Python's own files.
         with self._acting():
             # Relative paths of Windows have backslashes, which few names have here.
             found = self._as_named(origin, reference, role) or (
@@ -168,9 +171,6 @@ class Opener:
             )
             if found:
                 return found
-            elsewhere = paths.is_foreign(reference)
-            base = paths.base_of(reference)
-            looked = elsewhere or os.path.isabs(reference)
             near = paths.beside(own, base, os.fstat(origin.descriptor)) if looked else None
         if near and (elsewhere or moved):
             if not moved:
