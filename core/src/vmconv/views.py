@@ -181,12 +181,14 @@ class View:
 def views(image: Image, target: Format, options: Mapping[str, Any], name: str) -> dict[str, View]:
     """Returns the files that the disk of `image` would be in another format, by their names, `name` last.
 
-    They are the bytes that `convert` makes on a filesystem whose blocks are `ALIGNMENT` bytes.
+    They are the bytes that `convert` makes on a filesystem whose blocks are `ALIGNMENT` bytes, but for ids.
     """
     parsed = parse_options(target.options(), options, target.name)
     refuse_source_kept(target, parsed)
-    identity = getattr(parsed, "identity", None) or _identity(image, target, options)
-    layout = target.write(image, parsed, Placement(ALIGNMENT, name, identity=identity))
+    placement = Placement(ALIGNMENT, name)
+    if hasattr(parsed, "identity"):
+        placement = placement._replace(identity=parsed.identity or _identity(image, target, options))
+    layout = target.write(image, parsed, placement)
     refuse_references(target, layout)
     return {out.name or name: View(out.table) for out in layout.files}
 

@@ -160,7 +160,7 @@ class _Writer:
             "features": structs.FEATURE_RESERVED,
             "file_format_version": structs.VERSION,
             "data_offset": structs.NOWHERE if kind == structs.FIXED else structs.FOOTER_LENGTH,
-            # No clock: the same disk gives the same image.
+            # No clock: the same disk and identity give the same image.
             "time_stamp": 0,
             "creator_application": self._creator(),
             "creator_version": _CREATOR_VERSION,

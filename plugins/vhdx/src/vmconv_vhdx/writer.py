@@ -271,7 +271,7 @@ class _Writer:
         items = [
             (structs.FILE_PARAMETERS, parameters, 0),
             (structs.VIRTUAL_DISK_SIZE, self.size.to_bytes(8, "little"), virtual),
-            (structs.VIRTUAL_DISK_ID, UUID(bytes=self.identity).bytes_le, virtual),
+            (structs.VIRTUAL_DISK_ID, self._disk_id().bytes_le, virtual),
             (structs.LOGICAL_SECTOR_SIZE, self.sector.to_bytes(4, "little"), virtual),
             (structs.PHYSICAL_SECTOR_SIZE, int(physical).to_bytes(4, "little"), virtual),
         ]
@@ -292,6 +292,12 @@ class _Writer:
     def _creator(self) -> str:
         creator = str(self.image.metadata.get("creator") or _CREATOR)
         return creator if len(creator.encode("utf-16-le", "replace")) <= 510 else creator[:127]
+
+    def _disk_id(self) -> UUID:
+        """Returns the id that the guest sees, which all layers of a disk have in common, as in Windows' own chains."""
+        parent = self.image.parent if self.backing else None
+        stated = parent.metadata.get("identity") if parent else None
+        return UUID(bytes=self.identity) if stated is None else UUID(str(stated))
 
     def _derived(self, what: str) -> UUID:
         return UUID(bytes=derived(self.identity, f"vhdx {what}"))
