@@ -132,6 +132,17 @@ static int at_fd(const char *call, int fd)
     return what;
 }
 
+static int at_paths(const char *call, int directory, const char *name, int there, const char *other)
+{
+    char path[PATH_MAX];
+    int kept = errno, what = 0;
+    if (state && state->armed)
+        if ((whole(directory, name, path) && below(path)) || (whole(there, other, path) && below(path)))
+            what = step(call, path);
+    errno = kept;
+    return what;
+}
+
 static int at_path(const char *call, int directory, const char *name)
 {
     char path[PATH_MAX];
@@ -154,6 +165,9 @@ static int at_path(const char *call, int directory, const char *name)
     type name parameters { NEXT(name); FAILS(at_fd(call, fd), bad); return next arguments; }
 #define ON_PATH(type, name, call, bad, parameters, directory, arguments) \
     type name parameters { NEXT(name); FAILS(at_path(call, directory, path), bad); return next arguments; }
+
+#define ON_PATHS(type, name, call, parameters, one, other, arguments) \
+    type name parameters { NEXT(name); FAILS(at_paths(call, one, path, other, to), -1); return next arguments; }
 
 ON_FD(int, fsync, "fsync", -1, (int fd), (fd))
 ON_FD(int, fdatasync, "fdatasync", -1, (int fd), (fd))
@@ -189,13 +203,14 @@ ON_PATH(int, unlinkat, "unlink", -1, (int at, const char *path, int flags), at, 
 ON_PATH(int, rmdir, "rmdir", -1, (const char *path), AT_FDCWD, (path))
 ON_PATH(int, mkdir, "mkdir", -1, (const char *path, mode_t mode), AT_FDCWD, (path, mode))
 ON_PATH(int, mkdirat, "mkdir", -1, (int at, const char *path, mode_t mode), at, (at, path, mode))
-ON_PATH(int, rename, "rename", -1, (const char *path, const char *to), AT_FDCWD, (path, to))
-ON_PATH(int, renameat, "rename", -1, (int at, const char *path, int there, const char *to), at, (at, path, there, to))
-ON_PATH(int, renameat2, "renameat2", -1, (int at, const char *path, int there, const char *to, unsigned flags), at,
-        (at, path, there, to, flags))
-ON_PATH(int, link, "link", -1, (const char *path, const char *to), AT_FDCWD, (path, to))
-ON_PATH(int, linkat, "link", -1, (int at, const char *path, int there, const char *to, int flags), at,
-        (at, path, there, to, flags))
+ON_PATHS(int, rename, "rename", (const char *path, const char *to), AT_FDCWD, AT_FDCWD, (path, to))
+ON_PATHS(int, renameat, "rename", (int at, const char *path, int there, const char *to), at, there,
+         (at, path, there, to))
+ON_PATHS(int, renameat2, "renameat2", (int at, const char *path, int there, const char *to, unsigned flags), at, there,
+         (at, path, there, to, flags))
+ON_PATHS(int, link, "link", (const char *path, const char *to), AT_FDCWD, AT_FDCWD, (path, to))
+ON_PATHS(int, linkat, "link", (int at, const char *path, int there, const char *to, int flags), at, there,
+         (at, path, there, to, flags))
 ON_PATH(ssize_t, readlink, "readlink", -1, (const char *path, char *to, size_t size), AT_FDCWD, (path, to, size))
 ON_PATH(ssize_t, readlinkat, "readlink", -1, (int at, const char *path, char *to, size_t size), at,
         (at, path, to, size))
@@ -272,7 +287,7 @@ long syscall(long number, ...)
     if (number == SYS_openat2)
         FAILS(at_path("openat2", (int)a[0], (const char *)a[1]), -1);
     if (number == SYS_renameat2)
-        FAILS(at_path("renameat2", (int)a[0], (const char *)a[1]), -1);
+        FAILS(at_paths("renameat2", (int)a[0], (const char *)a[1], (int)a[2], (const char *)a[3]), -1);
     return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
