@@ -14,6 +14,9 @@ import pytest
 from disks import MIB
 from vmconv import discovery, linux, locks
 from vmconv.backends.files import FileTransaction
+from vmconv.backends.temporary import Temporary, remove_stale, temporary_name
+from vmconv.cli import main
+from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, ImageError, ReadError
 from vmconv.extents import Extents
 from vmconv.opener import Opener
@@ -140,26 +143,33 @@ def test_a_lease_that_fails_is_an_error(file: File, monkeypatch: pytest.MonkeyPa
         locks.refuse_users(file)
 
 
+def test_a_lease_that_cannot_be_given_back_is_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end this process with a signal as soon as somebody opens the file for writing."""
+    back = failing(errno.EINVAL, only=lambda *call: call[2] == fcntl.F_UNLCK, real=lambda *_: 0)
+    monkeypatch.setattr(fcntl, "fcntl", back)
+    with pytest.raises(OSError, match="Invalid argument"):
+        linux.is_open_for_writing(file.descriptor)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_temporary_files_need_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
-    transaction = FileTransaction(str(tmp_path), force=False, durable=True)
-    transaction.create("disk.raw", 512, []).write(0, b"\x01" * 512)
-    second = FileTransaction(str(tmp_path), force=False, durable=True)
-    second.create("disk.raw", 512, [])
-    # Without locks nobody knows whether the first is dead.
-    assert len(list(tmp_path.iterdir())) == 2
-    second.abort()
-    transaction.commit()
+    with Directory.at(str(tmp_path)) as directory:
+        file = Temporary(directory, "disk.raw", temporary_name("disk.raw"))
+        # Without locks nobody knows whether the run is dead.
+        assert remove_stale(directory, ["disk.raw"]) == []
+        file.appear(replace=False)
+        file.close()
     assert [path.name for path in tmp_path.iterdir()] == ["disk.raw"]
 
 
-def test_a_temporary_file_that_cannot_be_locked_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [None, temporary_name("disk.raw")])
+def test_a_temporary_file_that_cannot_be_locked_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
-    transaction = FileTransaction(str(tmp_path), force=False, durable=True)
-    with pytest.raises(AccessError, match=r"cannot be locked: Input/output error$"):
-        transaction.create("disk.raw", 512, [])
-    transaction.abort()
+    with Directory.at(str(tmp_path)) as directory, pytest.raises(AccessError, match="cannot be locked: Input/output"):
+        Temporary(directory, "disk.raw", name)
     assert not list(tmp_path.iterdir())
 
 
@@ -203,20 +213,22 @@ def test_places_that_cannot_be_read_are_an_error(file: File, monkeypatch: pytest
 def test_directories_may_have_no_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     fsync = failing(number, only=lambda fd: os.path.isdir(f"/proc/self/fd/{fd}"), real=os.fsync)
     monkeypatch.setattr(os, "fsync", fsync)
-    transaction = FileTransaction(str(tmp_path), force=False, durable=True)
-    transaction.create("disk.raw", 512, []).write(0, b"\x01" * 512)
-    transaction.commit()
+    with Directory.at(str(tmp_path)) as directory:
+        transaction = FileTransaction(directory, force=False, durable=True)
+        transaction.create("disk.raw", 512, []).write(0, b"\x01" * 512)
+        transaction.commit()
     assert [path.name for path in tmp_path.iterdir()] == ["disk.raw"]
 
 
 def test_a_directory_that_cannot_be_synced_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync = failing(errno.EIO, only=lambda fd: os.path.isdir(f"/proc/self/fd/{fd}"), real=os.fsync)
     monkeypatch.setattr(os, "fsync", fsync)
-    transaction = FileTransaction(str(tmp_path), force=False, durable=True)
-    transaction.create("disk.raw", 512, []).write(0, b"\x01" * 512)
-    with pytest.raises(BackendError, match=r"Input/output error$"):
-        transaction.commit()
-    transaction.abort()
+    with Directory.at(str(tmp_path)) as directory:
+        transaction = FileTransaction(directory, force=False, durable=True)
+        transaction.create("disk.raw", 512, []).write(0, b"\x01" * 512)
+        with pytest.raises(BackendError, match=r"Input/output error$"):
+            transaction.commit()
+        transaction.abort()
     assert not list(tmp_path.iterdir())
 
 
@@ -336,3 +348,11 @@ def test_a_write_that_writes_nothing_does_not_last_for_ever(
     monkeypatch.setattr(os, "write", lambda *_: 0)
     with (tmp_path / "out").open("wb") as out, pytest.raises(OSError, match=r"nothing was written"):
         View(Extents.whole(file)).send(out.fileno(), 0, MIB)
+
+
+def test_an_error_is_no_answer_of_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in ("a.raw", "b.raw"):
+        (tmp_path / name).write_bytes(bytes(512))
+    monkeypatch.setattr("vmconv.opener.File", failing(errno.EIO))
+    assert main(["compare", str(tmp_path / "a.raw"), str(tmp_path / "b.raw")]) == 2
+    assert capsys.readouterr().err == f"vmconv: {tmp_path}/a.raw: Input/output error\n"

@@ -183,6 +183,8 @@ class Judge:
             yield f"another answer: {_difference(ran.out, self.usual.out)}"
         if ran.code == 0 and 0 not in self.scenario.shown:
             yield "exit code 0, which is no answer here"
+        if ran.code == 1 and "vmconv: " in ran.err and self.scenario.argv[0] in ("compare", "prove"):
+            yield "exit code 1, which means different, for an error"
 
     def _served(self, ran: Ran) -> Iterator[str]:
         yield from self._kept(ran.state)

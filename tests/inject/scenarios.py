@@ -313,7 +313,15 @@ SCENARIOS = (
         kind="stream",
         pipe=True,
     ),
-    Scenario("compare", pair, ("compare", "{}/d.raw", "{}/o.qcow2"), {}, ("d.raw", "o.qcow2"), kind="ask"),
+    Scenario(
+        "compare",
+        pair,
+        ("compare", "{}/d.raw", "{}/o.qcow2"),
+        {},
+        ("d.raw", "o.qcow2"),
+        kind="ask",
+        answers=lambda out, usual: out.splitlines()[:1] == usual.splitlines()[:1],
+    ),
     Scenario("differ", unequal, ("compare", "{}/d.raw", "{}/o.raw"), {}, ("d.raw", "o.raw"), kind="ask", shown=(1,)),
     Scenario(
         "prove",

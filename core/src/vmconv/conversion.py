@@ -202,7 +202,7 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None, done: Cal
     access = Access(ready.opener.files, request.mode)
     transaction = ready.backend.begin(ready.directory, force=request.force, durable=durable, access=access)
     try:
-        with os_errors(f"{request.target}: cannot be written"):
+        with os_errors("cannot be written", where=request.target):
             files = make(ready.plan, transaction, progress)
         if verify:
             verify_result(ready.containers, files, ready.opener.registry)

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -67,8 +67,10 @@ class Directory:
 
     def close(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            # It is closed whatever is said, and nothing was written by it.
+            with suppress(OSError):
+                os.close(descriptor)
 
     def join(self, name: str) -> str:
         """Returns the path of a name, for messages."""

@@ -161,12 +161,17 @@ def is_open_for_writing(descriptor: int) -> bool:
     """
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as exc:
         if exc.errno == errno.EAGAIN:
             return True
         if exc.errno not in _NO_LEASE:
             raise _named(exc, descriptor) from None
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as exc:
+        # With a lease that stays, opening the file for writing would end this process with a signal.
+        raise _named(exc, descriptor) from None
     return False
 
 

@@ -284,11 +284,15 @@ class Opener:
         with os_errors(doing, AccessError), self._acting():
             # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(descriptor)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        try:
+            with os_errors(doing, AccessError, where=path):
+                mode = os.fstat(descriptor).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                raise AccessError(f"{path}: is neither a regular file nor a block device")
+            file = File(path, descriptor)
+        except BaseException:
             os.close(descriptor)
-            raise AccessError(f"{path}: is neither a regular file nor a block device")
-        file = File(path, descriptor)
+            raise
         self.files.append(file)
         if not self._force_share:
             locks.share(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import suppress
 
 from vmconv import linux
 
@@ -78,5 +79,7 @@ class DirectFile:
 
     def close(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            # It is closed whatever is said; what could not be written, fsync has said.
+            with suppress(OSError):
+                os.close(descriptor)

@@ -192,11 +192,11 @@ class FileTransaction(Transaction):
     def prepare(self, plan: Plan) -> None:
         from vmconv.targets import clean
 
-        with os_errors("cannot be cleaned"):
+        with os_errors("cannot be cleaned", where=self.directory.path):
             clean(self.directory, [file.name for file in plan.files])
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
-        with os_errors("cannot be created"):
+        with os_errors("cannot be created", where=self.directory.join(name)):
             temporary = Temporary(self.directory, name, self.temporary_name(name))
             self._outputs.append(self.output(temporary, size, kernel_copies=self.kernel_copies, durable=self.durable))
             self._give_access(temporary)
@@ -230,7 +230,7 @@ class FileTransaction(Transaction):
     def commit(self) -> None:
         temporaries = [output.temporary for output in self._outputs]
         try:
-            with os_errors("cannot be given its name"):
+            with os_errors("cannot be given its name", where=self.directory.path):
                 if len(temporaries) > 1:
                     from vmconv.backends import naming
 

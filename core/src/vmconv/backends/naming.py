@@ -12,6 +12,7 @@ its inode and its name. It is believed when the user who runs vmconv made it (`v
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import struct
@@ -87,7 +88,10 @@ def _journal(directory: Directory, wanted: Set, *, durable: bool) -> Iterator[st
         data = memoryview(_with_head(directory, wanted.encoded()))
         at = 0
         while at < len(data):
-            at += os.pwrite(file.descriptor, data[at:], at)
+            done = os.pwrite(file.descriptor, data[at:], at)
+            if not done:
+                raise OSError(errno.EIO, "nothing was written", directory.join(name))
+            at += done
         if durable:
             os.fsync(file.descriptor)
         try:

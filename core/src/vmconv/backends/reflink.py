@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from vmconv import linux
@@ -63,7 +63,7 @@ class ReflinkBackend(Backend):
     title = "shares blocks with the source (FICLONERANGE)"
 
     def ability(self, directory: str) -> Ability:
-        with os_errors("cannot hold files"), _scratch(directory) as scratch:
+        with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
             os.pwrite(scratch, bytes(2 * unit), 0)
             try:
@@ -73,7 +73,7 @@ class ReflinkBackend(Backend):
         return Ability(usable=True, shares=True, unit=unit)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        with os_errors("cannot hold files"), _scratch(directory) as scratch:
+        with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
             refused = _refused(sources, scratch, unit)
             if any(_is_unlike(exc) for exc in refused.values()):
@@ -103,7 +103,9 @@ def _scratch(directory: str) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        # It has gone whatever is said, and nothing in it is needed.
+        with suppress(OSError):
+            os.close(descriptor)
 
 
 def _refused(sources: Sequence[File], scratch: int, unit: int) -> dict[int, OSError]:

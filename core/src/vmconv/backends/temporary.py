@@ -141,8 +141,10 @@ class Temporary:
 
     def close(self) -> None:
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            descriptor, self.descriptor = self.descriptor, -1
+            # It is closed whatever is said; what could not be written has been said when the file was finished.
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def rename(directory: Directory, old: str, new: str, *, replace: bool) -> None:

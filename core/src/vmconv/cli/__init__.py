@@ -140,9 +140,11 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         return 1
     except OSError as exc:
         streams.drop_output()
-        where = exc.filename or getattr(options, "source", None) or getattr(options, "file", None)
+        named = (getattr(options, name, None) for name in ("source", "file", "path", "left"))
+        where = exc.filename or next(filter(None, named), None)
         print(f"vmconv: {printable(f'{where}: ' if where else '')}{exc.strerror or exc}", file=sys.stderr)
-        return 1
+        # Of commands whose exit code 1 is an answer, this is none.
+        return getattr(options, "error_code", None) or 1
 
 
 def _number(exc: KeyboardInterrupt) -> int:

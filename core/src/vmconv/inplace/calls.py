@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from vmconv import linux
@@ -18,6 +19,8 @@ class Calls:
         view = memoryview(data)
         while view:
             done = os.pwrite(descriptor, view, offset)
+            if not done:
+                raise OSError(errno.EIO, "nothing was written", linux.name_of(descriptor))
             view, offset = view[done:], offset + done
 
     def punch(self, descriptor: int, offset: int, length: int) -> None:

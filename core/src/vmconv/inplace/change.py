@@ -100,7 +100,7 @@ class Change:
     def complete(self) -> None:
         """Commits, when all that was written is durable, and does what is left to be done."""
         with _undisturbed():
-            with os_errors("cannot be committed"):
+            with os_errors("cannot be committed", where=self.target):
                 if self.journal.made:
                     self.calls.sync_directory(self.directory)
                 encoded = self._encoded()

@@ -31,7 +31,7 @@ def recover(path: str, *, calls: Calls | None = None) -> Recovery:
     """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets."""
     calls = calls or Calls()
     directory, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered"):
+    with os_errors("cannot be recovered", where=path):
         source = _source(directory, name.removesuffix(JOURNAL).removesuffix(WORKING))
         if source is not None:
             with _locked(source + JOURNAL) as record:
@@ -47,7 +47,7 @@ def met(path: str) -> Recovery | None:
     Raises `AccessError` when its run is alive, or when the journal is not this user's own: it may be a stranger's.
     """
     directory, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered", AccessError):
+    with os_errors("cannot be recovered", AccessError, where=path):
         source = os.path.join(directory, name) if interrupted(path) else _known(directory, name)
         if source is None:
             return None

@@ -28,7 +28,7 @@ def undo(path: str, *, calls: Calls | None = None) -> str:
     """Turns the file `path` back into what it was made of in place, and returns the path of that."""
     path = os.path.abspath(path.removesuffix(UNDO))
     directory, kept = os.path.dirname(path), path + UNDO
-    with os_errors("cannot be undone", AccessError), ExitStack() as stack:
+    with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
         if not os.path.lexists(kept):
             raise AccessError(
                 f"{path}: there is no {kept}", hint="only --keep-undo makes one, when something is converted"
