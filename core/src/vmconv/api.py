@@ -30,6 +30,7 @@ from vmconv.arguments import (
     Reading,
     StreamOptions,
     StrPath,
+    Verify,
     checked,
 )
 from vmconv.checking import check_image
@@ -55,18 +56,21 @@ def convert(
     source: StrPath,
     target: StrPath,
     *,
-    verify: bool = True,
+    verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
     **options: Unpack[ConvertOptions],
 ) -> Result:
     """Converts the disk in the file `source` into the new file `target` and returns what was done.
 
     `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
-    `progress` with bytes done and to do. The target appears complete or not at all; the source is not modified unless
+    `progress` with bytes done and to do. `verify` says how the result is compared with the source before it gets its
+    name: True is "metadata", False not at all; "sample" and "bytes" read payload and call `verifying` with the bytes
+    read and to read, first with none. The target appears complete or not at all; the source is not modified unless
     `in_place`, which turns it into the target.
     """
-    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
     request = checked(Request, source=source, target=target, **options)
     with _errors():
         return conversion.run(request, **how._asdict())[0]
@@ -78,9 +82,10 @@ def fanout(
     *,
     directory: StrPath = ".",
     options: Mapping[str, Mapping[str, OptionValue]] = MappingProxyType({}),
-    verify: bool = True,
+    verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
     **others: Unpack[FanoutOptions],
 ) -> tuple[Result, ...]:
     """Makes an image of the disk in the file `source` in each of the formats, and returns what was done for each.
@@ -91,7 +96,7 @@ def fanout(
     """
     from vmconv import fanning
 
-    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
     fan = checked(Fan, formats=formats, directory=directory, options=options)
     common = checked(Request, source=source, target=fan.directory, **others)
     with _errors():
@@ -103,9 +108,10 @@ def stream(
     descriptor: int,
     target_format: str,
     *,
-    verify: bool = True,
+    verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
     **options: Unpack[StreamOptions],
 ) -> Result:
     """Writes what `convert` would make to an open descriptor, such as a pipe's, and returns what was done.
@@ -114,7 +120,7 @@ def stream(
     """
     from vmconv import streaming
 
-    how = checked(Making, verify=verify, announce=announce, progress=progress)
+    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
     to = checked(Descriptor, descriptor=descriptor).descriptor
     _refuse_unwritable(to)
     request = checked(Request, source=source, target=streaming.TARGET, target_format=target_format, **options)

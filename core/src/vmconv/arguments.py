@@ -24,6 +24,8 @@ OptionValue: TypeAlias = str | int | bool | None
 """The value of a writer's option: as on the command line, or of the option's own type."""
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
+Verify = Literal["metadata", "sample", "bytes", "qemu"]
+"""What of a result is compared with its source before it gets its name; see the guide."""
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 _SHOWN = 80
@@ -95,9 +97,10 @@ OptionsByFormat = Annotated[Mapping[str, WriterOptions], _Parsed(_mapping)]
 class Making(NamedTuple):
     """How something is made, besides what the request says."""
 
-    verify: bool = True
+    verify: bool | Verify = True
     announce: Callable[[Plan], None] | None = None
     progress: Progress | None = None
+    verifying: Progress | None = None
 
 
 class Fan(NamedTuple):

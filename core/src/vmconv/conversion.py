@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv import checking, references, signals
-from vmconv.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
+from vmconv.arguments import Cache, FilePath, FilePaths, Mode, Verify, WriterOptions, ZeroCopy
 from vmconv.commit import Progress, make
 from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source_itself, sources_of
 from vmconv.directory import Directory
@@ -27,6 +27,7 @@ from vmconv.registry import Registry, installed
 from vmconv.sources import File
 from vmconv.storage import Access, Backend, Survey
 from vmconv.targets import clean, located, refuse_directory, refuse_kept_names
+from vmconv.verify import chosen, refuse_impossible
 from vmconv.verify import verify as verify_result
 
 if TYPE_CHECKING:
@@ -162,9 +163,10 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
 def run(
     request: Request,
     *others: Request,
-    verify: bool = True,
+    verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
 ) -> tuple[Result, ...]:
     """Plans and makes one conversion, or several of one source as one; see `vmconv.api`.
 
@@ -180,6 +182,7 @@ def run(
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
             refuse_too_large(ready.plan)
+            _refuse_unverifiable(ready, chosen(verify))
             if announce:
                 announce(ready.plan)
 
@@ -187,7 +190,7 @@ def run(
                 seconds = time.perf_counter() - began
                 done.extend(_result(conversion, ready, seconds) for conversion in ready.conversions)
 
-            _make(ready, verify=verify, progress=progress, done=note)
+            _make(ready, verify=chosen(verify), progress=progress, verifying=verifying, done=note)
     except BaseException as exc:
         if not isinstance(exc, Exception):
             vars(exc)["results"] = tuple(done)
@@ -195,7 +198,21 @@ def run(
     return tuple(done)
 
 
-def _make(ready: Prepared, *, verify: bool, progress: Progress | None, done: Callable[[], None]) -> None:
+def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
+    request = ready.conversions[0].request
+    if mode == "qemu" and request.snapshot is not None:
+        raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
+    refuse_impossible(mode, ready.containers, ready.opener.registry, way="in place" if request.in_place else "files")
+
+
+def _make(
+    ready: Prepared,
+    *,
+    verify: Verify | None,
+    progress: Progress | None,
+    verifying: Progress | None,
+    done: Callable[[], None],
+) -> None:
     """Makes all files of the plan appear, or none; calls `done` when they are there."""
     request = ready.conversions[-1].request
     durable = request.cache != "unsafe"
@@ -205,7 +222,7 @@ def _make(ready: Prepared, *, verify: bool, progress: Progress | None, done: Cal
         with os_errors("cannot be written", where=request.target):
             files = make(ready.plan, transaction, progress)
         if verify:
-            verify_result(ready.containers, files, ready.opener.registry)
+            verify_result(ready.containers, files, ready.opener.registry, verify, verifying)
         if ready.plan.references:
             references.settle(ready.opener.files)
         refuse_changed(ready.opener.files)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from vmconv import checking
+from vmconv.arguments import Verify
 from vmconv.commit import Progress
 from vmconv.containers import Container, Target, lay_out, new_name, parts_of, sources_of
 from vmconv.conversion import Conversion, Request, Result
@@ -27,6 +28,7 @@ from vmconv.planner import Plan, plan_layout
 from vmconv.refusals import refuse_copies
 from vmconv.registry import Registry, installed
 from vmconv.storage import Survey
+from vmconv.verify import chosen, refuse_impossible
 from vmconv.verify import verify as verify_result
 from vmconv.views import ALIGNMENT, View, refuse_changed, refuse_references, refuse_source_kept
 
@@ -77,9 +79,10 @@ def run(
     request: Request,
     descriptor: int,
     *,
-    verify: bool = True,
+    verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    verifying: Progress | None = None,
 ) -> Result:
     """Writes the image to a descriptor and returns what was done; raises `BrokenPipeError` when its reader has gone.
 
@@ -90,8 +93,10 @@ def run(
         refuse_copies(request.target, request.zero_copy, ready.plan)
         (made,) = ready.containers
         table = made.layout.files[0].table
-        if verify:
-            verify_result([made], [PlannedFile(made.name, table)], ready.opener.registry)
+        mode, registry = chosen(verify), ready.opener.registry
+        refuse_impossible(mode, [made], registry, way="stream")
+        if mode:
+            verify_result([made], [PlannedFile(made.name, table)], registry, mode, verifying)
         if announce:
             announce(ready.plan)
         _send(View(table), descriptor, progress)

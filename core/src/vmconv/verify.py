@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.comparison import first_difference
-from vmconv.errors import AccessError, VerifyError, VmconvError
+from vmconv.errors import AccessError, UsageError, VerifyError, VmconvError
 from vmconv.extents import Extents, on_storage
 from vmconv.formats import Format
 from vmconv.image import Image
@@ -17,8 +17,11 @@ from vmconv.opener import Opener
 from vmconv.sources import File
 
 if TYPE_CHECKING:
+    from vmconv.arguments import Verify
+    from vmconv.commit import Progress
     from vmconv.containers import Container
     from vmconv.layout import Reference
+    from vmconv.readback import Sides
     from vmconv.registry import Registry
 
 
@@ -55,37 +58,123 @@ class Results(Opener):
         return found
 
 
-def verify(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> None:
+def verify(
+    containers: Sequence[Container],
+    files: Iterable[File],
+    registry: Registry,
+    mode: Verify = "metadata",
+    progress: Progress | None = None,
+) -> None:
     """Raises `VerifyError` unless the finished `files` are the disks of these containers, on top of their parents.
 
-    The files are those of all containers, in their order; the last of each is the image itself.
+    The files are those of all containers, in their order; the last of each is the image itself. Every mode begins with
+    the metadata. `progress` is called, for each image, with how many bytes of payload were read, of both sides, and
+    with how many have to be.
     """
+    made = list(_made(containers, files, registry))
+    if mode == "qemu":
+        from vmconv.qemu import compare
+
+        compare(made)
+    elif mode != "metadata":
+        from vmconv import readback
+
+        check = readback.check_bytes if mode == "bytes" else readback.check_sample
+        for one in made:
+            check(one.sides, progress)
+
+
+def chosen(verify: bool | Verify) -> Verify | None:
+    """Returns how to verify; None where the result is not to be verified."""
+    return ("metadata" if verify else None) if isinstance(verify, bool) else verify
+
+
+def refuse_impossible(mode: Verify | None, containers: Sequence[Container], registry: Registry, *, way: str) -> None:
+    """Raises `UsageError` for a mode in which these containers, which are planned, cannot be verified.
+
+    `way` is how they are made: "in place", "stream", or any other.
+    """
+    if mode in ("sample", "bytes", "qemu") and way == "in place":
+        raise UsageError(
+            f"--verify={mode} and --in-place exclude each other: there is no source any more to compare with",
+            hint="what is kept stays where it lies; compare a copy, made with --keep-undo, afterwards",
+        )
+    if mode != "qemu":
+        return
+    if way == "stream":
+        raise UsageError("--verify=qemu: a stream is no file that QEMU could read", hint="use --verify=bytes")
+    from vmconv.planned import PlannedFile
+    from vmconv.qemu import refuse_impossible as refuse
+
+    planned = [
+        PlannedFile(out.name or container.name, out.table) for container in containers for out in container.layout.files
+    ]
+    refuse(list(read_back(containers, planned, registry)), registry)
+
+
+class Made(NamedTuple):
+    """A container that was made and read back; `below` is its parent, when that was made with it."""
+
+    container: Container
+    files: tuple[File, ...]
+    image: Image
+    sides: Sides
+    below: Made | None
+
+
+def read_back(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
+    """Yields each container as the reader of its format finds it; raises `VerifyError` for a wrong parent."""
+    from vmconv.readback import Sides
+
     results = Results(registry, (reference for container in containers for reference in container.layout.references))
     finished = iter(files)
-    images: dict[str, File] = {}
+    made: dict[str, Made] = {}
+    layouts: dict[int, Extents] = {}
     for container in containers:
-        own = [next(finished) for _ in container.layout.files]
+        own = tuple(next(finished) for _ in container.layout.files)
         for out, file in zip(container.layout.files, own, strict=True):
             results.add(out.name or container.name, file, container.format)
-        images[container.name] = own[-1]
-        _verify_one(container, own, results, images)
+            layouts[id(file)] = out.table
+        below = made.get(container.backing.reference) if container.backing else None
+        image = _image(container, own[-1], results, below)
+        lower = below.sides.found if below else _kept(container)
+        wanted = [layer.guest for layer in container.source.chain()]
+        sides = Sides(container.name, wanted, [image.guest, *lower], layouts)
+        made[container.name] = Made(container, own, image, sides, below)
+        yield made[container.name]
 
 
-def _verify_one(container: Container, files: Sequence[File], results: Results, images: dict[str, File]) -> None:
+def _image(container: Container, file: File, results: Results, below: Made | None) -> Image:
     try:
-        result = container.format.read(files[-1], results)
-        table = result.guest
-        below = images.get(container.backing.reference) if container.backing else None
-        if below and (result.parent is None or result.parent.file is not below):
-            raise VerifyError(f"{container.name}: its parent is not {below.name}")
+        result = container.format.read(file, results)
+        result.guest  # noqa: B018 reads the tables
+        if below and (result.parent is None or result.parent.file is not below.files[-1]):
+            raise VerifyError(f"{container.name}: its parent is not {below.container.name}")
         _check_reference(container, result)
     except VmconvError as exc:
         raise VerifyError(f"the result cannot be read back: {exc}") from exc
-    for out, file in zip(container.layout.files, files, strict=True):
-        table = table.through(file, out.table)
-    for reference in container.layout.references:
-        table = table.through(reference.file, on_storage(reference.file))
-    _same_disk(container, table)
+    return result
+
+
+def _kept(container: Container) -> list[Extents]:
+    """Returns the layers of the source that stay below the container."""
+    parent = container.disk.parent if container.backing else None
+    return [layer.guest for layer in parent.chain()] if parent else []
+
+
+def _made(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
+    """Yields the containers whose metadata is right."""
+    from vmconv.readback import check_places
+
+    for one in read_back(containers, files, registry):
+        table = one.image.guest
+        for out, file in zip(one.container.layout.files, one.files, strict=True):
+            table = table.through(file, out.table)
+        for reference in one.container.layout.references:
+            table = table.through(reference.file, on_storage(reference.file))
+        _same_disk(one.container, table)
+        check_places(one.sides)
+        yield one
 
 
 def _check_reference(container: Container, result: Image) -> None:

@@ -125,7 +125,19 @@ def add_making(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="do not read the result's metadata back and check it"
+        "--verify",
+        choices=("metadata", "sample", "bytes", "qemu"),
+        default="metadata",
+        help="how the result is compared with SOURCE before it gets its name. metadata: no payload is read; sample:\n"
+        "payload around each edge of a range, and random blocks; bytes: all of it; qemu: by qemu-img compare\n"
+        "(default: metadata)",
+    )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_const",
+        const=False,
+        help="do not read the result's metadata back and check it",
     )
 
 

@@ -34,6 +34,7 @@ def _steps(file: Any) -> dict[str, int]:
 
 
 _EVENT_SECONDS = 0.1
+_ESTIMATE_AFTER = 1.0
 
 
 class _Silence:
@@ -43,6 +44,9 @@ class _Silence:
         pass
 
     def progress(self, done: int, to_do: int) -> None:
+        pass
+
+    def verifying(self, done: int, to_do: int) -> None:
         pass
 
     def results(self, *results: Result) -> None:
@@ -67,6 +71,12 @@ class _Events(_Silence):
             self._said = now
             self._print("progress", {"done": done, "total": to_do})
 
+    def verifying(self, done: int, to_do: int) -> None:
+        now = time.monotonic()
+        if done in (0, to_do) or now - self._said >= _EVENT_SECONDS:
+            self._said = now
+            self._print("verify", {"done": done, "total": to_do})
+
     def results(self, *results: Result) -> None:
         from vmconv.cli.output import as_plain
 
@@ -86,6 +96,7 @@ class _Words(_Silence):
         from vmconv.cli.output import ProgressBar
 
         self._bar = ProgressBar() if bar else None
+        self._began, self._estimated = 0.0, False
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
@@ -103,6 +114,19 @@ class _Words(_Silence):
     def progress(self, done: int, to_do: int) -> None:
         if self._bar:
             self._bar(done, to_do)
+
+    def verifying(self, done: int, to_do: int) -> None:
+        from vmconv.cli.output import size_text
+
+        now = time.monotonic()
+        if not done:
+            self._began, self._estimated = now, False
+            print(f"verifying: {size_text(to_do)} ({to_do} bytes) to read of source and result", file=sys.stderr)
+        elif not self._estimated and now - self._began >= _ESTIMATE_AFTER:
+            self._estimated = True
+            left = (now - self._began) * (to_do - done) / done
+            print(f"verifying: about {left:.0f} s more", file=sys.stderr)
+        self.progress(done, to_do)
 
     def close(self) -> None:
         if self._bar:
@@ -141,7 +165,9 @@ def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result
     if options.output == "json":
         report = _Events()
     try:
-        results = convert(verify=options.verify, announce=report.announce, progress=report.progress)
+        results = convert(
+            verify=options.verify, announce=report.announce, progress=report.progress, verifying=report.verifying
+        )
     except KeyboardInterrupt as exc:
         results = getattr(exc, "results", ())
         if not results:
