@@ -66,8 +66,7 @@ def _qcow2() -> Iterator[Sample]:
     place = qcow2.PAYLOAD * qcow2.CLUSTER
     for kind, data in packed.items():
         entries = [qcow2.compressed_entry(place, 2), qcow2.compressed_entry(place + 512, 1)]
-        fields = {"incompatible_features": qcow2.ZSTD, "header_length": 112} if kind else {}
-        image = qcow2.image(l2=entries, payload=data, **fields)
+        image = qcow2.image(l2=entries, payload=data, incompatible_features=qcow2.ZSTD if kind else 0)
         if kind:
             image = image[:104] + b"\1" + image[105:]
         yield _of_clusters(image)
