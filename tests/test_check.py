@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
 from qcow2_images import image
+from test_corpus import ROWS, unpack
 from vmconv.backends.memory import MemoryFile
 from vmconv.cli import main
 from vmconv.errors import ImageError, VmconvError
 from vmconv.extents import Extents, Kind
 from vmconv.formats import CheckReport
+from vmconv.registry import installed
 from vmconv.usage import Metadata, Usage, overlaps
 
 # -- the common part, against an independent model
@@ -41,6 +43,19 @@ def test_overlaps_and_gaps_are_those_of_each_byte(ranges: list[tuple[int, int]])
     free = {byte for at, n in zip(begin.tolist(), free_length.tolist(), strict=True) for byte in range(at, at + n)}
     assert free == {byte for byte, count in enumerate(users) if not count}
     assert usage.end == max((at + n for at, n in ranges if n), default=0)
+
+
+@pytest.mark.parametrize("twice", [None, 0, 77, (1 << 20) + 3])
+def test_millions_of_ranges_are_looked_at_without_sorting_them(twice: int | None) -> None:
+    count = (1 << 20) + 7
+    place = np.random.default_rng(1).permutation(count).astype(np.int64) * 4096
+    for shift in (0, 2048):
+        usage = Usage()
+        changed = place.copy()
+        if twice is not None:
+            changed[twice] = changed[twice - 5] + shift
+        usage.add("block", changed, 4096, np.arange(count) * 2)
+        assert len(usage.overlaps().offset) == (0 if twice is None else 2 if shift else 1)
 
 
 def test_an_overlap_names_both_users_and_the_entry_inside_of_a_run() -> None:
@@ -436,3 +451,19 @@ def test_a_map_of_vhdx_says_more_than_qemu(tmp_path: Path, qemu_img: QemuImg) ->
         (24 * MIB, 8 * MIB, True, False, True),
         (32 * MIB, 32 * MIB, True, True, False),
     ]
+
+
+# -- real images
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
+def test_real_images_have_no_errors(row: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+    name = row["format"].split("-")[0]
+    if row["expect"] == "must-refuse" or name not in installed().formats or row["format"] == "parallels-bundle":
+        pytest.skip("is no image that is converted")
+    report = checked(unpack(corpus, row["name"], tmp_path), name)
+    # One was not closed: QEMU opens it only to repair it.
+    expected = (
+        ["log at 0x100000: was not replayed, the image was not closed cleanly"] if "dirtylog" in row["name"] else []
+    )
+    assert (list(report.corruptions), report.leaks, report.errors) == (expected, (), ())

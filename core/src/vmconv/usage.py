@@ -17,6 +17,8 @@ from vmconv.extents import Column, Extents
 from vmconv.sources import File, Source
 
 _LONG = 1 << 62
+_MANY = 1 << 20
+_MOST_UNITS = 1 << 26
 _FAR = 1 << 61
 """No file is as long as this, bytes; twice it is still a signed 64-bit integer."""
 GUEST = "guest address"
@@ -132,8 +134,12 @@ class Usage:
         """True when any two ranges overlap: sorted apart, some range begins before the one before it ends."""
         if not self._parts:
             return False
-        begin = np.sort(np.concatenate([begin for _, begin, _, _ in self._parts]))
-        end = np.sort(np.concatenate([end for _, _, end, _ in self._parts]))
+        begin = np.concatenate([begin for _, begin, _, _ in self._parts])
+        end = np.concatenate([end for _, _, end, _ in self._parts])
+        if len(begin) >= _MANY and (found := _overlap_of_many(begin, end)) is not None:
+            return found
+        begin.sort()
+        end.sort()
         return bool((begin[1:] < end[:-1]).any())
 
     def unused(self, start: int, end: int) -> tuple[Column, Column]:
@@ -146,6 +152,32 @@ class Usage:
         gap = begins[1:] - reach[:-1]
         there = gap > 0
         return reach[:-1][there], gap[there]
+
+
+def _overlap_of_many(begin: Column, end: Column) -> bool | None:
+    """Returns whether any two ranges overlap, without sorting millions of them; None where the file is too long for it.
+
+    Everything begins and ends at multiples of some unit, of which the file has so many that one byte for each will do.
+    """
+    bits = int(np.bitwise_or.reduce(begin) | np.bitwise_or.reduce(end))
+    unit = bits & -bits
+    count = int(end.max()) // unit + 1
+    if count > _MOST_UNITS or int(begin.min()) < 0:
+        return None
+    begins, ends = np.zeros(count, dtype=np.int8), np.zeros(count, dtype=np.int8)
+    begins[begin // unit] = 1
+    ends[end // unit] = 1
+    if np.count_nonzero(begins) < len(begin) or np.count_nonzero(ends) < len(end):
+        return True
+    begins -= ends
+    level = 0
+    for first in range(0, count, _MANY):
+        # How many ranges have begun and not ended.
+        levels = np.cumsum(begins[first : first + _MANY], dtype=np.int64) + level
+        if int(levels.max()) > 1:
+            return True
+        level = int(levels[-1])
+    return False
 
 
 def refuse_overlaps(

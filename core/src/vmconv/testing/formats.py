@@ -213,6 +213,8 @@ class FormatTests(IdentityTests):
             files = [changed_in_place(out, source) for out in layout.files]
             result = self.read(files, layout)
             assert content(result.flat)[: source.size] == source.read(0, source.size), variant
+            report = self.format.check(result)
+            assert report is None or (report.corruption_count, report.leak_count) == (0, 0), (variant, report)
             done += 1
         assert done
 
@@ -282,6 +284,8 @@ class FormatTests(IdentityTests):
             assert result.parent_reference
             assert layer.parent
             assert content(result.guest.over(layer.parent.flat)) == content(layer.flat)
+            report = self.format.check(result)
+            assert report is None or (report.corruption_count, report.leak_count) == (0, 0), report
             # A layer says no more than blocks make it say, and never less.
             below = layer.guest.total(Kind.HOLE)
             assert below // 4 <= result.guest.total(Kind.HOLE) <= below
