@@ -70,7 +70,8 @@ def source_itself(image: Image, registry: Registry, directory: str) -> Kept:
         why = registry.format(layer.format_name).unlike_qemu(layer)
         if why:
             raise PlanError(
-                f"{layer.file.name}: cannot be a backing file: {why}", hint="a VMDK with subformat=reference can do it"
+                f"{layer.file.name}: cannot be a backing file: {why}",
+                hint="a VMDK with subformat=reference names ranges of the source, if they are few",
             )
         files |= {id(file): file for file in (layer.file, *layer.guest.sources) if isinstance(file, File)}
     records = tuple(refer(file, directory) for file in files.values())

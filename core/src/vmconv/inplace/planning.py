@@ -12,12 +12,13 @@ from vmconv.backends.inplace import Claim, InPlaceBackend
 from vmconv.backends.replacing import ReplacingBackend
 from vmconv.backends.shifting import ShiftingBackend
 from vmconv.containers import sources_of
-from vmconv.errors import PlanError, os_errors
+from vmconv.errors import PlanError, VmconvError, os_errors
 from vmconv.extents import Extents, Kind, distinct
 from vmconv.formats import Format
 from vmconv.image import Image
 from vmconv.inplace import rules, shifting, space
 from vmconv.inplace.names import UNDO
+from vmconv.layout import Placement
 from vmconv.opener import Opener
 from vmconv.planner import Action, Plan
 from vmconv.sources import Decoded, File
@@ -175,7 +176,7 @@ class Site:
         try:
             yield
         except PlanError as exc:
-            exc.hint = exc.hint or self._others(wish.target)
+            exc.hint = exc.hint or self._others(wish)
             raise
 
     def _carrier(self, table: Extents) -> File:
@@ -200,10 +201,21 @@ class Site:
         if self.keep_undo and os.path.lexists(path):
             raise PlanError(f"{path}: already exists", hint="remove it, when it is not needed any more")
 
-    def _others(self, target: Format) -> str:
+    def _others(self, wish: Wish) -> str:
+        """Returns which formats can hold the payload where it lies: those that lay it out when they are asked."""
         every = self.opener.registry.formats.values()
-        names = " or ".join(one.name for one in every if one.in_place and one is not target)
-        return f"{names} may hold it where it lies; or convert to another file" if names else "convert to another file"
+        names = " or ".join(
+            one.name for one in every if one.in_place and one is not wish.target and self._can_hold(one, wish.table)
+        )
+        return f"{names} can hold it where it lies; or convert to another file" if names else "convert to another file"
+
+    def _can_hold(self, one: Format, table: Extents) -> bool:
+        try:
+            carrier = self._carrier(table)
+            layout = one.write(self.image, one.options()(), Placement(1, carrier.name, carrier=carrier))
+        except VmconvError:
+            return False
+        return len(layout.files) == 1
 
 
 def _own_name(plan: Plan, carrier: File) -> frozenset[str]:

@@ -350,6 +350,7 @@ class FormatTests(IdentityTests):
                     row.source.read(row.offset, min(row.length, 1 << 16))
             twice = overlaps(image.guest, file)
             assert image.warnings or not twice, f"{twice.text(0)}, in silence"
+            self.described(image)
             self.format.check(image)
         except VmconvError as exc:
             message = str(exc)
@@ -358,6 +359,14 @@ class FormatTests(IdentityTests):
             self.found_by_the_check(file, message)
             return message
         return "read"
+
+    def described(self, image: Image) -> None:
+        """Makes sure that an image that can be read can be described, whatever else is damaged."""
+        try:
+            assert image.disk.model_dump(mode="json")
+            assert isinstance(image.details, Mapping)
+        except VmconvError as exc:
+            raise AssertionError(f"is read and cannot be described: {exc}") from exc
 
     def found_by_the_check(self, file: MemoryFile, refusal: str) -> None:
         """Makes sure that the check finds something where the reader refuses the tables of an image it can open."""

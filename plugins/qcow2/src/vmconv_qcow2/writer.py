@@ -185,8 +185,7 @@ class _Writer:
         if metadata > max(clusters.LARGEST_TABLES * payload, _NO_MATTER):
             raise PlanError(
                 f"in place, payload can stay only in clusters of {self.cluster} bytes, "
-                f"which need {metadata} bytes of tables for {payload} bytes",
-                hint="vmdk can hold it in place with larger grains",
+                f"which need {metadata} bytes of tables for {payload} bytes"
             )
 
     def _counts_in_a_block(self) -> int:

@@ -46,8 +46,8 @@ class _Writer:
         self.losses: list[str] = []
         if placement.carrier and not self.fixed:
             raise PlanError(
-                "a dynamic VHD has a bitmap before each block, for which there is no place",
-                hint="in place, use -o subformat=fixed, or vmdk",
+                "a dynamic VHD has a bitmap before each block, for which there is no place; in place, "
+                "a raw disk can become a VHD of subformat=fixed"
             )
         if backing and self.fixed:
             raise PlanError("a fixed VHD cannot have a parent", hint="use -o subformat=dynamic")

@@ -92,6 +92,7 @@ class SparseExtent:
         self.guest = blocks.padded(guest, self.grain)
         self.size = size
         self.modulus = modulus
+        self.delta = delta
         self.zeroed_grains = zeroed_grains
         runs = blocks.whole_blocks(self.guest, self.grain)
         allocated = runs.kind == Kind.DATA
@@ -136,7 +137,7 @@ class SparseExtent:
             raise PlanError(
                 f"VMDK sparse extent cannot hold {int(self.payload.blocks.sum()) * self.grain} bytes of payload: "
                 f"{MAX_FILE - self.places.grains} at most",
-                hint="use -o subformat=twoGbMaxExtentSparse or a flat subformat",
+                hint=self._larger(),
             )
         rows, row_length = cut(self.guest, runs.first * self.grain, length, offset)
         if not self.stay:
@@ -146,6 +147,14 @@ class SparseExtent:
         # The last grain is whole even where the disk ends inside it: libvmdk cannot read one that is not.
         size = end if self.stay else max(self.places.grains, int((both.start + both_length).max()))
         return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
+
+    def _larger(self) -> str:
+        """Returns what can hold more payload: in place and on a parent, there is only one file."""
+        if self.stay:
+            return "convert to another file"
+        if self.delta:
+            return "flatten the chain, with -o subformat=twoGbMaxExtentSparse"
+        return "use -o subformat=twoGbMaxExtentSparse or a flat subformat"
 
     def _placed(self) -> tuple[blocks.Runs, Column]:
         """Returns the grains with payload, and places for them: by sectors, that is the freedom that grains have."""

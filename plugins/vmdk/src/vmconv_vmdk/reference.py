@@ -71,7 +71,7 @@ def _refuse_scattered(count: int) -> None:
     if count > MAX_PARTS:
         raise PlanError(
             f"the disk lies in {count} ranges of its files, {MAX_PARTS} extents are as many as QEMU opens",
-            hint="a qcow2 image with subformat=reference names the source as a whole; others hold the payload",
+            hint="a qcow2 image with subformat=reference names the source as a whole, if QEMU reads it",
         )
 
 
