@@ -326,7 +326,7 @@ def test_a_creator_that_would_change_the_size_is_not_carried(creator: str) -> No
     image = raw_disk(patterned(5 * MIB, []), creator=creator)
     layout = Vhd().write(image, Options(), Placement())
     assert [loss for loss in layout.losses if f"creator {creator}" in loss]
-    assert opened(written(image)).disk.creator == "win "
+    assert opened(written(image)).disk.creator == "win"
 
 
 def test_a_geometry_that_is_too_large_is_a_loss() -> None:
