@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,6 @@ from vmconv.backends.temporary import PREFIX, remove_stale
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError, os_errors
 from vmconv.sources import File
-
-_log = logging.getLogger("vmconv")
 
 _MAX_LINKS = 40
 """Symbolic links of one path, as the kernel has it."""
@@ -228,10 +225,13 @@ def clean(directory: Directory, names: Sequence[str]) -> None:
     """Finishes what a stopped run of the same targets had committed, and removes what it had not."""
     if not any(name.startswith(PREFIX) for name in _names(directory)):
         return
+    import logging
+
     from vmconv.backends import naming
 
     for name in naming.finish(directory, names):
-        _log.warning("warning: %s: the interrupted run that made it has been finished", directory.join(name))
+        text = "warning: %s: the interrupted run that made it has been finished"
+        logging.getLogger("vmconv").warning(text, directory.join(name))
     remove_stale(directory, names, naming.needed(directory))
 
 

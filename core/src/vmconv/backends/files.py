@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from vmconv.storage import DEFAULT_ACCESS, Access, Output, Transaction
 
 if TYPE_CHECKING:
     from vmconv.planner import Plan, ShareSteps
-
-_log = logging.getLogger("vmconv")
 
 # Bytes that are read and written at a time through the page cache: they stay in the processor's cache. With pieces of
 # 4 MiB, and with copy_file_range too, ext4 took three times the system time.
@@ -168,6 +165,13 @@ def _gathered(parts: list[bytes], buffer: memoryview) -> memoryview:
     return buffer[:at]
 
 
+def _warn(text: str) -> None:
+    # Imported for a warning only: its import takes longer than sharing a disk.
+    import logging
+
+    logging.getLogger("vmconv").warning("warning: %s", text)
+
+
 class FileTransaction(Transaction):
     """Files of one directory that get their names together."""
 
@@ -211,8 +215,9 @@ class FileTransaction(Transaction):
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
-                for missing in attributes.carry(old, temporary.descriptor):
-                    _log.warning("warning: %s: %s cannot be kept", self.directory.join(temporary.target), missing)
+                missing = attributes.carry(old, temporary.descriptor)
+                if missing:
+                    _warn(f"{self.directory.join(temporary.target)}: cannot keep {', '.join(missing)}")
             finally:
                 os.close(old)
         elif self.access.mode is None:
