@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vmconv.directory import Directory
 from vmconv.inplace.calls import Calls
 
 SECTOR = 512
@@ -40,7 +41,7 @@ class StoppingCalls(Calls):
             raise Stopped
         self.made += 1
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         if self.half and not self.dead and self.made == self.at:
             super().write(descriptor, data[: len(data) // 2], offset)
             self.dead = True
@@ -63,6 +64,8 @@ OTHERS = (
     "insert",
     "truncate",
     "set_times",
+    "carry",
+    "set_mode",
     "sync",
     "rename",
     "unlink",
@@ -155,12 +158,12 @@ class RecordingCalls(Calls):
         self.names = {path.name: path.stat().st_ino for path in directory.iterdir()}
         self.log: list[Action] = []
 
-    def create(self, path: str, mode: int = 0o600) -> int:
-        descriptor = super().create(path, mode)
-        self.log.append(Action("create", os.fstat(descriptor).st_ino, new=os.path.basename(path)))
+    def create(self, directory: Directory, name: str) -> int:
+        descriptor = super().create(directory, name)
+        self.log.append(Action("create", os.fstat(descriptor).st_ino, new=name))
         return descriptor
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         super().write(descriptor, data, offset)
         self._add("write", descriptor, offset, len(data), bytes(data))
 
@@ -188,16 +191,25 @@ class RecordingCalls(Calls):
         super().sync(descriptor)
         self._add("sync", descriptor)
 
-    def rename(self, old: str, new: str, *, replace: bool) -> None:
-        super().rename(old, new, replace=replace)
-        self.log.append(Action("rename", old=os.path.basename(old), new=os.path.basename(new)))
+    def carry(self, source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
+        missing = super().carry(source, target, others)
+        self._add("carry", target)
+        return missing
 
-    def unlink(self, path: str) -> None:
-        super().unlink(path)
-        self.log.append(Action("unlink", old=os.path.basename(path)))
+    def set_mode(self, descriptor: int, mode: int) -> None:
+        super().set_mode(descriptor, mode)
+        self._add("set_mode", descriptor)
 
-    def sync_directory(self, path: str) -> None:
-        super().sync_directory(path)
+    def rename(self, directory: Directory, old: str, new: str, *, replace: bool) -> None:
+        super().rename(directory, old, new, replace=replace)
+        self.log.append(Action("rename", old=old, new=new))
+
+    def unlink(self, directory: Directory, name: str) -> None:
+        super().unlink(directory, name)
+        self.log.append(Action("unlink", old=name))
+
+    def sync_directory(self, directory: Directory) -> None:
+        super().sync_directory(directory)
         self.log.append(Action("sync_directory"))
 
     def _add(self, call: str, descriptor: int, offset: int = 0, length: int = 0, data: bytes = b"") -> None:

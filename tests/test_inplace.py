@@ -8,6 +8,7 @@ import fcntl
 import itertools
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ from vmconv.registry import installed
 
 SIZE = 12 * MIB
 BLOCK = 4096
+NOBODY = 54321
 CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
 
 each_pair = pytest.mark.parametrize("pair", list(pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
@@ -56,6 +58,13 @@ def any_dir(request: pytest.FixtureRequest) -> Path:
 def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [*CLI, *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def as_nobody(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs the command line as a user without a home, in this environment."""
+    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    command = [*user, *CLI, *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
 
 
 def names(directory: Path) -> set[str]:
@@ -97,7 +106,7 @@ class PayloadGuard(Calls):
         if os.fstat(descriptor).st_ino == self.carrier:
             assert not [kept for kept in self.kept if kept[0] < offset + length and offset < kept[1]], (offset, length)
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         self._look(descriptor, offset, len(data))
         super().write(descriptor, data, offset)
 
@@ -753,7 +762,7 @@ def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path,
 
 
 @pytest.mark.parametrize("whose", ["another user's", "another directory's", "a key that others can read"])
-def test_a_journal_that_is_not_our_own_is_followed_only_by_recover(
+def test_a_journal_that_is_not_our_own_is_followed_only_when_it_is_trusted(
     ext4_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     state = tmp_path / "state"
@@ -769,14 +778,16 @@ def test_a_journal_that_is_not_our_own_is_followed_only_by_recover(
     else:
         (state / "vmconv" / "journal.key").chmod(0o644)
     before = contents(disk.parent)
-    done = run_cli("info", disk)
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"vmconv: {disk}: a conversion in place is running, or was interrupted",
-        f"  hint: vmconv recover {disk}",
-    ]
-    assert contents(disk.parent) == before
-    assert run_cli("recover", disk).returncode == 0
+    journal = disk.with_name(disk.name + JOURNAL)
+    for command in ("info", "recover"):
+        done = run_cli(command, disk)
+        assert done.returncode == 1
+        assert done.stderr.splitlines() == [
+            f"vmconv: {journal}: has no mark of this user's vmconv for this directory",
+            f"  hint: if you know who made it, vmconv recover --trust {journal}; else remove it",
+        ]
+        assert contents(disk.parent) == before
+    assert run_cli("recover", "--trust", journal).returncode == 0
     assert names(disk.parent) == {"disk.raw"}
 
 
@@ -792,12 +803,18 @@ def test_a_conversion_that_runs_is_not_recovered_by_another_command(ext4_dir: Pa
     assert "is running" in said[0]
 
 
-def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
-    disk = interrupted(ext4_dir)
-    assert run_cli("info", disk).returncode == 1
-    assert run_cli("recover", disk).returncode == 0
-    in_place(disk, ext4_dir / "new.qcow2")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path) -> None:
+    """A user without a home: what is interrupted is brought back by who trusts the journal."""
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    for path in (ext4_dir, disk):
+        os.chown(path, NOBODY, NOBODY)
+    for parent in ext4_dir.parents:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    done = as_nobody("convert", "--in-place", disk, ext4_dir / "new.qcow2", environment={"HOME": "/"})
+    assert done.returncode == 0, done.stderr
+    assert "only vmconv recover --trust brings the disk back" in done.stderr
+    assert names(ext4_dir) == {"new.qcow2"}
 
 
 def test_a_missing_file_beside_what_is_no_journal_is_just_missing(ext4_dir: Path) -> None:
@@ -846,12 +863,12 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten(ext4_dir: Path) -> N
     assert names(ext4_dir) == {"disk.raw"}
 
 
-OUTSIDE = ["../victim", "/etc/victim", "", "..", "a\0b"]
+OUTSIDE = ["../victim", "/etc/victim", "", ".", "..", "a\0b", "x" * 256, "disk.raw" + JOURNAL, "disk.raw" + WORKING]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_journal_that_names_files_elsewhere_is_refused(ext4_dir: Path, name: str) -> None:
-    """It may have come with an archive of a stranger's."""
+    """It may have come with an archive of a stranger's, and its own files are none of those it may change."""
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     for journal in (
         Journal(source="disk.raw", target=name),
@@ -861,20 +878,37 @@ def test_a_journal_that_names_files_elsewhere_is_refused(ext4_dir: Path, name: s
         encoded = journal.encode(lambda _: bytes(32))
         (ext4_dir / ("disk.raw" + JOURNAL)).write_bytes(encoded + commit_record(encoded))
         before = contents(ext4_dir)
-        done = run_cli("recover", disk)
+        done = run_cli("recover", "--trust", disk)
         assert done.returncode == 1
-        assert "in another directory" in done.stderr
+        assert re.search(
+            r" at 0x90: .* is not (the name of a file in the same directory|another file than)", done.stderr
+        )
         assert contents(ext4_dir) == before
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", [*OUTSIDE[:7], "new.qcow2" + UNDO])
 def test_an_undo_file_that_names_files_elsewhere_is_refused(ext4_dir: Path, name: str) -> None:
     disk = converted(ext4_dir)
     kept = ext4_dir / (disk.name + UNDO)
-    found = undofile.read(str(kept))
-    kept.write_bytes(found._replace(source=name).head())
-    with pytest.raises(ImageError, match="in another directory"):
-        api.undo(str(disk))
+    found = read_undo(kept)
+    before = contents(ext4_dir)
+    for changed in (
+        found._replace(source=name),
+        found._replace(target=name),
+        found._replace(made=(name,)),
+        found._replace(siblings=(undofile.Sibling(name, 0o644, 0),)),
+    ):
+        kept.write_bytes(changed.head(lambda _: bytes(32)))
+        with pytest.raises(ImageError, match=r"is not (the name of a file in the same|another file than)"):
+            api.undo(str(disk), trust=True)
+    kept.unlink()
+    assert contents(ext4_dir) == {name: digest for name, digest in before.items() if name != kept.name}
+
+
+def read_undo(path: Path) -> undofile.Undo:
+    with path.open("rb") as file:
+        head = undofile.read_head(file.fileno(), path.name)
+        return undofile.read(file.fileno(), path.name, head, path.name)
 
 
 def test_a_file_that_is_no_journal_is_left_alone(ext4_dir: Path) -> None:
@@ -882,7 +916,10 @@ def test_a_file_that_is_no_journal_is_left_alone(ext4_dir: Path) -> None:
     (ext4_dir / ("disk.raw" + JOURNAL)).write_bytes(b"a diary")
     done = run_cli("recover", disk)
     assert done.returncode == 1
-    assert "is not a journal" in done.stderr
+    assert "magic at 0x0: b'a diary' is not that of a journal" in done.stderr
+    done = run_cli("info", disk)
+    assert done.returncode == 0
+    assert "nothing is done about it" in done.stderr
 
 
 def test_a_full_filesystem_changes_nothing(tmp_path: Path) -> None:
@@ -913,16 +950,20 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
 ) -> None:
     disk = Path(shutil.copy(make_disk(tmp_path / "disk.raw", MIB), ext4_dir / "disk.raw"))
 
-    def failing(self: Calls, *arguments: Any, **more: Any) -> None:
-        if call != "rename" or str(arguments[1]).endswith("new.qcow2"):
+    real = getattr(Calls, call)
+
+    def failing(*arguments: Any, **more: Any) -> None:
+        if call != "rename" or arguments[-1] == "new.qcow2":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        linux.rename_new(*arguments)
+        real(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Calls, call, failing)
-        with pytest.raises(BackendError, match="is not finished") as caught:
+        with pytest.raises(BackendError, match="is converted, and not finished") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
     assert caught.value.hint == f"vmconv recover {disk}"
+    now = str(caught.value).partition("; the disk is ")[2].removesuffix(" now")
+    assert Path(now).exists()
     assert api.recover(str(disk)).forward
     assert names(ext4_dir) == {"new.qcow2"}
     assert api.compare(str(tmp_path / "disk.raw"), str(ext4_dir / "new.qcow2"))

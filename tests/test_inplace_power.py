@@ -117,7 +117,8 @@ def outcome(image: Path, kind: str, work: Work, tmp_path: Path, wanted: tuple[Co
         folder = point / "work"
         names = {path.name for path in folder.iterdir()}
         if names != set(wanted[1]):
-            recovery.recover(str(folder / work.before))
+            # It is mounted at another point than before, where marks do not count.
+            recovery.recover(str(folder / work.before), trust=True)
         found = contents(folder)
     assert found in wanted, sorted(found)
     return "before" if found == wanted[0] else "after"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from vmconv import conversion
 from vmconv.arguments import (
+    Believed,
     CompareOptions,
     ConvertOptions,
     Descriptor,
@@ -26,7 +27,6 @@ from vmconv.arguments import (
     OptionValue,
     Pair,
     PairOptions,
-    Place,
     Reading,
     StreamOptions,
     StrPath,
@@ -139,29 +139,33 @@ def _refuse_unwritable(descriptor: int) -> None:
         raise UsageError(f"argument descriptor: {descriptor} is not open for writing")
 
 
-def recover(path: StrPath) -> Recovery:
+def recover(path: StrPath, *, trust: bool = False) -> Recovery:
     """Takes back, or finishes, the conversion that was interrupted and that `path` was part of.
 
-    That is one in place, or one that made several files and had begun to give them their names.
+    That is one in place, or one that made several files and had begun to give them their names. The journal of one in
+    place must be this user's, made in this directory; `trust` follows anybody's.
     """
     from vmconv.inplace import recovery
     from vmconv.targets import finished
 
-    place = checked(Place, path=path)
+    journal = checked(Believed, path=path, trust=trust)
     with _errors():
-        return recovery.Recovery(place.path, True) if finished(place.path) else recovery.recover(place.path)
+        if finished(journal.path, trust=journal.trust):
+            return recovery.Recovery(journal.path, True)
+        return recovery.recover(journal.path, trust=journal.trust)
 
 
-def undo(path: StrPath) -> str:
+def undo(path: StrPath, *, trust: bool = False) -> str:
     """Turns the target of a conversion in place back into its source, and returns the path of that.
 
-    Needs what `keep_undo` kept, and that nobody has written to the target since.
+    Needs what `keep_undo` kept, and that nobody has written to the target since. That must be this user's, made in this
+    directory; `trust` follows anybody's.
     """
     from vmconv.inplace import undo as module
 
-    place = checked(Place, path=path)
+    kept = checked(Believed, path=path, trust=trust)
     with _errors():
-        return module.undo(place.path)
+        return module.undo(kept.path, trust=kept.trust)
 
 
 def plan(source: StrPath, target: StrPath, **options: Unpack[ConvertOptions]) -> Plan:

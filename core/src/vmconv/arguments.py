@@ -134,10 +134,11 @@ class Pair(NamedTuple):
     strict: bool = False
 
 
-class Place(NamedTuple):
-    """A file that a command is about."""
+class Believed(NamedTuple):
+    """A file that is brought back by what lies beside it, and whether that may be anybody's."""
 
     path: FilePath
+    trust: bool = False
 
 
 class Descriptor(NamedTuple):
@@ -189,6 +190,7 @@ class FanoutOptions(AccessOptions, total=False):
     force: bool
     in_place: bool
     keep_undo: bool
+    any_owner: bool
     mode: int | None
 
 

@@ -41,11 +41,12 @@ def can_give(status: os.stat_result) -> bool:
     return status.st_uid == os.geteuid() and status.st_gid in (os.getegid(), *os.getgroups())
 
 
-def carry(source: int, target: int) -> tuple[str, ...]:
+def carry(source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
     """Gives a file owner, mode, access control list, extended attributes, label and flags of the one that it replaces.
 
     Returns what could not be carried, in words. Nobody gets more access by that: what the missing part would have kept
-    from others, the mode keeps from all but the owner. Set-id and sticky bits are never carried.
+    from others, the mode keeps from all but the owner. Set-id and sticky bits are never carried. `others` are files
+    whose content is in the new one, too: nobody gets in whom one of them would not let in.
     """
     status = os.fstat(source)
     missing = []
@@ -62,8 +63,24 @@ def carry(source: int, target: int) -> tuple[str, ...]:
         missing.append("extended attributes")
     _carry_flags(source, target)
     mode = stat.S_IMODE(status.st_mode) & 0o777
-    os.fchmod(target, mode if group and labelled and listed else mode & 0o700)
+    if not (group and labelled and listed):
+        mode &= 0o700
+    for other in others:
+        if not _admits_the_same(other, source):
+            # Who is listed is not known to be let in by the other one.
+            mode &= 0o700 | (_limit(other, status.st_gid) if _attribute(source, _ACL) is None else 0)
+    if not mode & 0o070:
+        # Without effect now, and with one after the next chmod.
+        _remove(target, _ACL)
+    os.fchmod(target, mode)
     return tuple(missing)
+
+
+def _admits_the_same(one: int, other: int) -> bool:
+    """True when two files are alike in whom they let do what."""
+    first, second = os.fstat(one), os.fstat(other)
+    alike = (first.st_uid, first.st_gid, first.st_mode) == (second.st_uid, second.st_gid, second.st_mode)
+    return alike and _attribute(one, _ACL) == _attribute(other, _ACL)
 
 
 def confine(directory: int, sources: Iterable[int], target: int) -> None:

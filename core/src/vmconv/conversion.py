@@ -44,7 +44,8 @@ class Request(NamedTuple):
     `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
     on storage, as `qemu-img convert` does not. `mode` has the permission bits of what is made; without it nobody may
     open a new file who may not open each file of the source, and one that `force` replaces keeps its owner, mode and
-    attributes. `in_place` turns the source's own file into the target; `keep_undo` keeps what it takes to turn it back.
+    attributes. `in_place` turns the source's own file into the target; `keep_undo` keeps what it takes to turn it back;
+    `any_owner` lets it change files that are not the source's owner's.
     """
 
     source: FilePath
@@ -62,6 +63,7 @@ class Request(NamedTuple):
     force: bool = False
     in_place: bool = False
     keep_undo: bool = False
+    any_owner: bool = False
     force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
@@ -334,14 +336,16 @@ def _only_directory(places: Sequence[_Place]) -> Directory:
 def _site(request: Request, others: Sequence[Request], image: Image, opener: Opener) -> Site | None:
     """Returns where the conversion happens when it is one in place; refuses what makes no sense with it."""
     if not request.in_place:
-        if request.keep_undo:
-            raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
+        for given, name in ((request.keep_undo, "--keep-undo"), (request.any_owner, "--any-owner")):
+            if given:
+                raise UsageError(f"{name} is for conversions in place", hint="without --in-place, the source is kept")
         return None
     for wrong, name in (
         (os.path.isdir(request.source), "a bundle, which is a directory,"),
         (others, "several targets"),
         (request.snapshot, "a snapshot"),
         (request.force_share, "--force-share"),
+        (request.mode is not None, "--mode"),
         (request.backend != "auto", f"--backend {request.backend}"),
         (request.cache == "unsafe", "-t unsafe"),
         (request.mode is not None, "--mode"),
@@ -353,7 +357,15 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
     base = request.backing_file
     path = os.path.join(os.path.dirname(request.target), base) if base else None
     with os_errors("cannot be used as backing file", AccessError):
-        return Site(image, opener, request.source, keep_undo=request.keep_undo, chain=request.chain, base=path)
+        return Site(
+            image,
+            opener,
+            request.source,
+            keep_undo=request.keep_undo,
+            any_owner=request.any_owner,
+            chain=request.chain,
+            base=path,
+        )
 
 
 def _target_format(registry: Registry, request: Request) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,11 +11,13 @@ import numpy as np
 
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError
-from vmconv.inplace import space, undofile
+from vmconv.inplace import ownership, rules, space, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.journal import Journal, Leftover, Ranges
-from vmconv.inplace.names import UNDO
+from vmconv.inplace.fields import Ranges
+from vmconv.inplace.journal import Journal, Leftover
+from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.rules import Own
 from vmconv.planner import Action, FilePlan, Plan, ShareSteps
 from vmconv.sources import File, stamp_of
 from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Output, Survey, Transaction
@@ -25,13 +26,16 @@ from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Output, Sur
 class Claim(NamedTuple):
     """A file that nobody else uses and that may be changed: `descriptor` is `carrier`, open for writing.
 
-    `leftovers` are the other files of the source image, which go with it; `format_name` is what it was read as.
+    `leftovers` are the other files of the source image, which go with it; `format_name` is what it was read as. All are
+    in `directory`, and belong to `owner`, or to anybody where that is None.
     """
 
-    carrier: File
+    carrier: Own
     descriptor: int
-    leftovers: tuple[File, ...]
+    leftovers: tuple[Own, ...]
     format_name: str
+    directory: Directory
+    owner: int | None
 
 
 class InPlaceBackend(Backend):
@@ -54,22 +58,24 @@ class InPlaceBackend(Backend):
 
     def _elsewhere(self, sources: Sequence[File]) -> dict[int, str]:
         """Returns why payload of other files than the one that stays is copied: it is not there yet."""
-        return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier}
+        return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier.file}
 
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        return InPlaceTransaction(self, directory.real(), force=force)
+        # The claim has the directory that was open when the source was looked at.
+        return InPlaceTransaction(self, force=force)
 
 
 class InPlaceTransaction(Transaction):
     """One file that is changed, and small ones that are made beside it."""
 
-    def __init__(self, backend: InPlaceBackend, directory: str, *, force: bool) -> None:
+    def __init__(self, backend: InPlaceBackend, *, force: bool) -> None:
         self.claim = backend.claim
+        self.carrier = backend.claim.carrier.file
         self.keep_undo = backend.keep_undo
         self.calls = backend.calls
-        self.directory = directory
+        self.directory = backend.claim.directory
         self.force = force
         self._change: Change | None = None
         self._main: FilePlan
@@ -77,22 +83,23 @@ class InPlaceTransaction(Transaction):
 
     def prepare(self, plan: Plan) -> None:
         """Begins: from here on the file is out of the way, with its journal beside it."""
-        if self.claim.carrier.changed():
-            raise AccessError(f"{self.claim.carrier.name}: changed while it was being converted")
-        main = space.carried(plan, self.claim.carrier)
+        if self.carrier.changed():
+            raise AccessError(f"{self.carrier.name}: changed while it was being converted")
+        main = space.carried(plan, self.carrier)
         self._main = main
-        beside = tuple(file.name for file in plan.files if file is not main)
-        journal = self._journal(main, beside, plan.files[-1].name)
+        others = tuple(file.name for file in plan.files if file is not main)
+        journal = self._journal(main, others, plan.files[-1].name)
         self._change = Change(self.directory, journal, self.calls, self.claim.descriptor)
         self._change.begin()
         if journal.undo:
             self._write_undo(self._change, journal.undo, main)
 
-    def _journal(self, main: FilePlan, beside: tuple[str, ...], named: str) -> Journal:
-        carrier = self.claim.carrier
+    def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
+        carrier = self.carrier
         inside = space.clipped(space.written(main, Action.WRITE), 0, carrier.size)
-        undo = named + UNDO if self.keep_undo else None
-        return self._both_ways(main, (*beside, undo) if undo else beside)._replace(
+        rules.refuse_too_much(carrier.name, inside)
+        undo = beside(named, UNDO) if self.keep_undo else None
+        return self._both_ways(main, (*others, undo) if undo else others)._replace(
             saved=inside,
             old=b"".join(carrier.read(offset, length) for offset, length in inside.tolist()),
             dead=space.dead_ranges(main, carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
@@ -103,21 +110,22 @@ class InPlaceTransaction(Transaction):
 
     def _both_ways(self, main: FilePlan, made: tuple[str, ...]) -> Journal:
         """Returns what a journal says whatever is done to the file: names, sizes, other files."""
-        carrier = self.claim.carrier
+        carrier = self.carrier
         return Journal(
-            source=os.path.basename(os.path.realpath(carrier.path)),
+            source=self.claim.carrier.name,
             target=main.name,
             old_size=carrier.size,
             new_size=main.size,
             old_mtime=carrier.stamp.mtime,
             made=made,
-            leftovers=tuple(Leftover.of(os.path.realpath(file.path)) for file in self.claim.leftovers),
+            leftovers=tuple(Leftover.of(own.name, os.fstat(own.file.descriptor)) for own in self.claim.leftovers),
             replace=self.force,
+            owner=self.claim.owner,
         )
 
     def _write_undo(self, change: Change, name: str, main: FilePlan) -> None:
         """Writes what will be lost of the old container, before any of it is."""
-        journal, carrier, leftovers = change.journal, self.claim.carrier, self.claim.leftovers
+        journal, carrier, leftovers = change.journal, self.carrier, self.claim.leftovers
         kept = min(journal.new_size, carrier.size)
         cut_off: Ranges = np.array([(kept, carrier.size - kept)], dtype=np.int64)
         lost = space.clipped(np.concatenate([journal.saved, journal.dead, cut_off]), 0, carrier.size)
@@ -128,32 +136,31 @@ class InPlaceTransaction(Transaction):
             size=carrier.size,
             mtime=carrier.stamp.mtime,
             ranges=lost,
-            siblings=tuple(undofile.Sibling.of(file) for file in leftovers),
+            siblings=tuple(undofile.Sibling.of(own.name, own.file) for own in leftovers),
             made=tuple(other for other in journal.made if other != name),
             metadata=space.written(main, Action.WRITE, Action.COPY),
         )
         pieces = [(carrier, offset, length) for offset, length in lost.tolist()]
-        pieces += [(file, 0, file.size) for file in leftovers]
-        descriptor = change.make(name, self._mode())
+        pieces += [(own.file, 0, own.file.size) for own in leftovers]
+        head = undo.head(lambda digest: ownership.mark(None, digest))
+        # It stays this user's alone: it holds what the source held, and only its maker's undo files are believed.
+        descriptor = change.make(name)
         try:
-            undofile.write(descriptor, undo, pieces, self.calls)
+            undofile.write(descriptor, head, pieces, self.calls)
         finally:
             os.close(descriptor)
-
-    def _mode(self) -> int:
-        return stat.S_IMODE(os.fstat(self.claim.descriptor).st_mode)
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         if self._change is None:
             raise BackendError(f"{name}: a change in place has to be prepared")
         if name == self._main.name:
             return self._carried(self._change)
-        output = _Beside(self._change, name, size, self._mode())
+        output = _Beside(self._change, name, size)
         self._outputs.append(output)
         return output
 
     def _carried(self, change: Change) -> Output:
-        output = _Carried(change, self.claim.carrier, self._main.size)
+        output = _Carried(change, self.carrier, self._main.size)
         self._outputs.append(output)
         return output
 
@@ -162,8 +169,8 @@ class InPlaceTransaction(Transaction):
         if change is None:
             return
         for name in (change.journal.target, *change.journal.made):
-            if not self.force and os.path.lexists(os.path.join(self.directory, name)):
-                raise BackendError(f"{os.path.join(self.directory, name)}: already exists", hint="--force replaces it")
+            if not self.force and self.directory.has(name):
+                raise BackendError(f"{self.directory.join(name)}: already exists", hint="--force replaces it")
         change.complete()
         self._close()
 
@@ -184,7 +191,7 @@ class _Output(Output):
     """A file of the change while it is written."""
 
     descriptor: int
-    path: str
+    name: str
 
     def __init__(self, change: Change, size: int) -> None:
         self.change = change
@@ -199,8 +206,10 @@ class _Output(Output):
         if os.fstat(self.descriptor).st_size < self.size:
             self.change.calls.truncate(self.descriptor, self.size)
         self.change.calls.sync(self.descriptor)
-        self.file = File(self.path, os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        directory = self.change.directory
+        self.file = File(directory.join(self.name), directory.open(self.name))
         self.file.size = self.size
+        rules.refuse_exchanged(directory, Own(self.file, self.name), self.descriptor)
         return self.file
 
     def close(self) -> None:
@@ -215,7 +224,7 @@ class _Carried(_Output):
         super().__init__(change, size)
         self.carrier = carrier
         self.descriptor = change.descriptor
-        self.path = change.working
+        self.name = change.working
         self._inside: list[tuple[int, bytes]] = []
 
     def write(self, offset: int, data: bytes) -> None:
@@ -239,13 +248,17 @@ class _Carried(_Output):
 class _Beside(_Output):
     """A small file that is made beside: a descriptor."""
 
-    def __init__(self, change: Change, name: str, size: int, mode: int) -> None:
+    def __init__(self, change: Change, name: str, size: int) -> None:
         super().__init__(change, size)
-        self.descriptor = change.make(name, mode)
-        self.path = self.change.beside(name)
+        self.descriptor = change.make(name)
+        self.name = self.change.beside(name)
 
     def write(self, offset: int, data: bytes) -> None:
         self.change.calls.write(self.descriptor, data, offset)
+
+    def finish(self) -> File:
+        self.change.calls.carry(self.change.descriptor, self.descriptor)
+        return super().finish()
 
     def close(self) -> None:
         super().close()

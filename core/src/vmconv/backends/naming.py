@@ -114,7 +114,7 @@ def _with_head(directory: Directory, body: bytes) -> bytes:
     from vmconv.inplace import ownership
 
     digest = _digest(body)
-    return _HEAD.pack(_MAGIC, digest, ownership.mark(directory.real(), digest)) + body
+    return _HEAD.pack(_MAGIC, digest, ownership.mark(directory, digest)) + body
 
 
 def _digest(body: bytes) -> bytes:
@@ -265,7 +265,7 @@ def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | 
     body = data[_HEAD.size :]
     if magic != _MAGIC or digest != _digest(body):
         return None, False
-    return _parsed(body), trust or ownership.is_ours(directory.real(), digest, mark)
+    return _parsed(body), trust or ownership.forged(directory, digest, mark) is None
 
 
 def _parsed(body: bytes) -> Set | None:

@@ -26,7 +26,7 @@ class ShiftingBackend(InPlaceBackend):
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        return ShiftingTransaction(self, directory.real(), force=force)
+        return ShiftingTransaction(self, force=force)
 
 
 class ShiftingTransaction(InPlaceTransaction):
@@ -35,10 +35,10 @@ class ShiftingTransaction(InPlaceTransaction):
     So nothing is written to it before, and what is verified is what the file will be.
     """
 
-    def _journal(self, main: FilePlan, beside: tuple[str, ...], named: str) -> Journal:
+    def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE)
-        return self._both_ways(main, beside)._replace(
-            pieces=shifting.placed(main, self.claim.carrier),
+        return self._both_ways(main, others)._replace(
+            pieces=shifting.placed(main, self.carrier),
             later=later,
             # Where filesystems set space aside around what is written later.
             dead=space.unused(main, os.fstatvfs(self.claim.descriptor).f_bsize),
@@ -46,7 +46,7 @@ class ShiftingTransaction(InPlaceTransaction):
         )
 
     def _carried(self, change: Change) -> Output:
-        return _Planned(self._main, self.claim.carrier)
+        return _Planned(self._main, self.carrier)
 
 
 class _Planned(Output):

@@ -47,6 +47,7 @@ def _request(options: argparse.Namespace) -> Request:
         backing_format=options.backing_format,
         in_place=options.in_place,
         keep_undo=options.keep_undo,
+        any_owner=options.any_owner,
         **source_and_storage(options),
     )
 
@@ -171,6 +172,11 @@ def _configure_plan(parser: argparse.ArgumentParser) -> None:
         "--keep-undo",
         action="store_true",
         help="with --in-place: keep what it takes to go back, in TARGET.vmconv-undo; see vmconv undo",
+    )
+    parser.add_argument(
+        "--any-owner",
+        action="store_true",
+        help="with --in-place: change and remove files of SOURCE that belong to others than SOURCE itself does",
     )
     add_output(parser)
     add_access(parser)

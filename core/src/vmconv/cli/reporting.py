@@ -190,4 +190,12 @@ def _say_complete(exc: KeyboardInterrupt, results: Sequence[Result]) -> None:
 
 def left_by(exc: BaseException) -> str:
     """Returns the end of the message on a run that was stopped, where it is known what the run has left."""
+    from vmconv.errors import VmconvError
+
+    failed = exc.__context__
+    if isinstance(failed, VmconvError):
+        # What had been committed could not be finished, and then the signal was delivered.
+        return f": {failed}" + (f"\n  hint: {failed.hint}" if failed.hint else "")
+    if left := getattr(exc, "left", None):
+        return f", {left}"
     return ", nothing was created" if getattr(exc, "results", None) == () else ""

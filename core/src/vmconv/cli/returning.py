@@ -10,18 +10,27 @@ from vmconv.cli.command import Command
 
 def _configure_recover(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the source or the target of the conversion, or its journal")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="follow a journal that another user, another machine or an older vmconv made, as after a backup was\n"
+        "restored: it says which files of the directory are written over, renamed and removed",
+    )
 
 
 def _run_recover(options: argparse.Namespace) -> int:
+    from vmconv import signals
     from vmconv.inplace.recovery import recover
     from vmconv.targets import finished
 
-    if finished(options.path):
+    if finished(options.path, trust=options.trust):
         print(f"{options.path}: all images that were made with it are complete")
         return 0
-    done = recover(options.path)
     what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}
-    print(f"{_beside(options.path, done.path)}: {what[done.forward]}")
+    # A signal would only make another recovery necessary.
+    with signals.held():
+        done = recover(options.path, trust=options.trust)
+        print(f"{_beside(options.path, done.path)}: {what[done.forward]}")
     return 0
 
 
@@ -32,12 +41,27 @@ def _beside(given: str, path: str) -> str:
 
 def _configure_undo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the target of a conversion with --in-place --keep-undo")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="follow an undo file that another user, another machine or an older vmconv made, as after a backup was\n"
+        "restored: it says which files of the directory are written over, renamed and removed",
+    )
 
 
 def _run_undo(options: argparse.Namespace) -> int:
     from vmconv.inplace.undo import undo
 
-    print(f"{_beside(options.file, undo(options.file))}: is as it was before the conversion")
+    try:
+        path = undo(options.file, trust=options.trust)
+    except KeyboardInterrupt as exc:
+        results = getattr(exc, "results", ())
+        if not results:
+            vars(exc)["left"] = "nothing was changed"
+            raise
+        # The signal came when everything was done.
+        path = results[0]
+    print(f"{_beside(options.file, path)}: is as it was before the conversion")
     return 0
 
 

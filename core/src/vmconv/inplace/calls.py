@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
-from vmconv import linux
+from vmconv import attributes, linux
+from vmconv.directory import Directory
 
 
 class Calls:
     """All that a change in place does to storage goes through one of these; reading does not."""
 
-    def create(self, path: str, mode: int = 0o600) -> int:
-        """Returns a new, empty file, open for reading and writing; raises `FileExistsError` when there is one."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    def create(self, directory: Directory, name: str) -> int:
+        """Returns a new, empty file of mode 0600; raises `FileExistsError` when there is one."""
+        return directory.create(name)
 
-    def write(self, descriptor: int, data: bytes, offset: int) -> None:
+    def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
         while view:
             done = os.pwrite(descriptor, view, offset)
@@ -42,22 +44,22 @@ class Calls:
         """Sets the time of the last change, ns."""
         os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, mtime))
 
+    def carry(self, source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
+        """Gives a new file the owner, mode and attributes of another; see `vmconv.attributes.carry`."""
+        return attributes.carry(source, target, others)
+
+    def set_mode(self, descriptor: int, mode: int) -> None:
+        os.fchmod(descriptor, mode)
+
     def sync(self, descriptor: int) -> None:
         os.fsync(descriptor)
 
-    def rename(self, old: str, new: str, *, replace: bool) -> None:
+    def rename(self, directory: Directory, old: str, new: str, *, replace: bool) -> None:
         """Gives a file another name; without `replace` raises `FileExistsError` when there is such a file."""
-        if replace:
-            os.rename(old, new)
-        else:
-            linux.rename_new(old, new)
+        directory.rename(old, new, replace=replace)
 
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
+    def unlink(self, directory: Directory, name: str) -> None:
+        directory.unlink(name)
 
-    def sync_directory(self, path: str) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def sync_directory(self, directory: Directory) -> None:
+        directory.sync()

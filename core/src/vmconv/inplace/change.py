@@ -12,116 +12,136 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
 
+from vmconv import signals
+from vmconv.directory import Directory
 from vmconv.errors import BackendError, PlanError, os_errors
 from vmconv.inplace import ownership, shifting, undofile
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record
-from vmconv.inplace.names import JOURNAL, WORKING, refuse_interrupted
-
-_PIECE = 4 << 20
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keeps signals waiting that would end the run between two steps, which would then have to be recovered."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record, parsed
+from vmconv.inplace.names import JOURNAL, WORKING, beside
 
 
 class Change:
-    """A change of the file `journal.source` of a directory. `descriptor` is the file, open for writing."""
+    """A change of the file `journal.source` of a directory. `descriptor` is the file, open for writing.
 
-    def __init__(self, directory: str, journal: Journal, calls: Calls, descriptor: int) -> None:
+    Names are plain names in the directory; `entry` is the journal's.
+    """
+
+    def __init__(self, directory: Directory, journal: Journal, calls: Calls, descriptor: int) -> None:
         self.directory = directory
         self.journal = journal
         self.calls = calls
         self.descriptor = descriptor
+        self.entry = beside(journal.source, JOURNAL)
+        self.working = beside(journal.source, WORKING)
+        """The name of the file while it is changed."""
         self.record = -1
         """Descriptor of the journal; it is locked as long as this run lives."""
         self.committed = False
+        self._commit_record = b""
+        self._commit_offset = 0
 
     @property
     def source(self) -> str:
-        """The path that the file had."""
-        return self._path(self.journal.source)
+        """The path that the file had, for messages."""
+        return self.directory.join(self.journal.source)
 
     @property
     def target(self) -> str:
-        """The path that the file gets."""
-        return self._path(self.journal.target)
-
-    @property
-    def working(self) -> str:
-        """The path of the file while it is changed."""
-        return self.source + WORKING
+        """The path that the file gets, for messages."""
+        return self.directory.join(self.journal.target)
 
     def beside(self, name: str) -> str:
-        """The path of one of `journal.made` until it gets its name."""
-        return self._path(name + WORKING)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.directory, name)
+        """The name of one of `journal.made` until it gets its own."""
+        return beside(name, WORKING)
 
     # -- before the commit
 
     def begin(self) -> None:
         """Makes the journal durable, and then moves the file out of the way; only then may anything be written."""
-        refuse_interrupted(self.source)
-        encoded = self._encoded()
+        encoded = self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
         if len(encoded) > MAX_SIZE:
             raise PlanError(f"{self.source}: {len(encoded)} bytes would be written over, {MAX_SIZE} at most in place")
-        self.record = self.calls.create(self.source + JOURNAL)
-        fcntl.flock(self.record, fcntl.LOCK_EX)
-        if not os.fstat(self.record).st_nlink:
-            # Between the two, somebody took it for the journal of a dead run.
-            self.close()
-            raise BackendError(f"{self.source}: was being recovered by another process", hint="try again")
-        self.calls.write(self.record, encoded, 0)
-        self.calls.sync(self.record)
-        self.calls.sync_directory(self.directory)
-        if self.journal.carried:
-            self.calls.rename(self.source, self.working, replace=False)
+        parsed(encoded, self.source)
+        self._commit_record, self._commit_offset = commit_record(encoded), len(encoded)
+        with signals.held():
+            self._refuse_leftovers()
+            self.record = self.calls.create(self.directory, self.entry)
+            fcntl.flock(self.record, fcntl.LOCK_EX)
+            if not os.fstat(self.record).st_nlink:
+                # Between the two, somebody took it for the journal of a dead run.
+                self.close()
+                raise BackendError(f"{self.source}: was being recovered by another process", hint="try again")
+            self.calls.write(self.record, encoded, 0)
+            self.calls.sync(self.record)
             self.calls.sync_directory(self.directory)
+            if self.journal.carried:
+                self.calls.rename(self.directory, self.journal.source, self.working, replace=False)
+                self.calls.sync_directory(self.directory)
 
-    def _encoded(self) -> bytes:
-        return self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
+    def _refuse_leftovers(self) -> None:
+        """Raises `PlanError` where one of the names is taken that files have in between."""
+        for name in (self.entry, self.working, *map(self.beside, self.journal.made)):
+            if self.directory.has(name):
+                raise PlanError(
+                    f"{self.directory.join(name)}: is in the way of a conversion in place",
+                    hint=f"vmconv recover {self.source}, when a conversion was interrupted; else move it away",
+                )
 
-    def make(self, name: str, mode: int) -> int:
-        """Returns a new file, open for writing, that gets its name with the target; it is one of `journal.made`."""
-        return self.calls.create(self.beside(name), mode)
+    def make(self, name: str) -> int:
+        """Returns a new file of mode 0600 that gets its name with the target; it is one of `journal.made`."""
+        return self.calls.create(self.directory, self.beside(name))
 
     def complete(self) -> None:
         """Commits, when all that was written is durable, and does what is left to be done."""
-        with _undisturbed():
+        with signals.held():
             with os_errors("cannot be committed", where=self.target):
                 if self.journal.made:
                     self.calls.sync_directory(self.directory)
-                encoded = self._encoded()
-                self.calls.write(self.record, commit_record(encoded), len(encoded))
+                self.calls.write(self.record, self._commit_record, self._commit_offset)
                 self.calls.sync(self.record)
             self.committed = True
             try:
                 self.finish()
             except OSError as exc:
                 raise BackendError(
-                    f"{self.target}: is not finished: {exc.strerror}", hint=f"vmconv recover {self.source}"
+                    f"{self.target}: is converted, and not finished: {_where(exc)}{exc.strerror}; "
+                    f"{self._whereabouts()}",
+                    hint=f"vmconv recover {self.source}",
                 ) from exc
 
     def give_up(self) -> None:
         """Takes everything back, unless it is committed or was never begun."""
         try:
             if self.record >= 0 and not self.committed:
-                with _undisturbed():
-                    self.roll_back()
+                with signals.held():
+                    self._taken_back()
         finally:
             self.close()
+
+    def _taken_back(self) -> None:
+        try:
+            self.roll_back()
+        except OSError as exc:
+            raise BackendError(
+                f"{self.source}: cannot be taken back: {_where(exc)}{exc.strerror}; {self._whereabouts()}",
+                hint=f"vmconv recover {self.source}",
+            ) from exc
+
+    def _whereabouts(self) -> str:
+        """Returns under which name the disk is now, in words."""
+        names = [self.journal.source]
+        if self.journal.carried:
+            names = [self.working, self.journal.target] if self.committed else [self.working, *names]
+        for name in names:
+            try:
+                if self.directory.has(name):
+                    return f"the disk is {self.directory.join(name)} now"
+            except OSError:
+                continue
+        return f"{' and '.join(map(self.directory.join, names))} cannot be looked at"
 
     # -- forward
 
@@ -130,20 +150,20 @@ class Change:
         if self.journal.carried:
             self._finish_file()
         for name in self.journal.made:
-            self._name(self.beside(name), self._path(name))
+            self._name(self.beside(name), name)
         if self.journal.carried:
-            self._name(self.working, self.target)
+            self._name(self.working, self.journal.target)
         for leftover in self.journal.leftovers:
             self._remove(leftover)
         self.calls.sync_directory(self.directory)
         self._forget()
 
     def _finish_file(self) -> None:
-        if os.path.lexists(self.working):
+        if self.directory.has(self.working):
             self._free()
             if self.journal.undo:
                 self._tell_undo(self.journal.undo)
-        elif not os.path.lexists(self.target):
+        elif not self.directory.has(self.journal.target):
             raise self._lost(self.working)
 
     def _free(self) -> None:
@@ -163,11 +183,13 @@ class Change:
 
     def _tell_undo(self, name: str) -> None:
         """Writes into the undo file what the result looks like, so that a later change of it is noticed."""
-        path = self.beside(name)
-        path = path if os.path.lexists(path) else self._path(name)
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        entry = self.beside(name)
+        entry = entry if self.directory.has(entry) else name
+        path = self.directory.join(entry)
+        descriptor = ownership.opened(self.directory, entry, os.O_RDWR)
         try:
-            stamp = undofile.Stamp.of(self.descriptor, undofile.read(path).metadata)
+            head = undofile.read_head(descriptor, path)
+            stamp = undofile.Stamp.of(self.descriptor, undofile.read(descriptor, path, head, name).metadata)
             self.calls.write(descriptor, stamp.encode(), undofile.STAMP_OFFSET)
             self.calls.sync(descriptor)
         finally:
@@ -175,19 +197,37 @@ class Change:
 
     def _name(self, old: str, new: str) -> None:
         """Gives a file its final name, unless it has it already."""
-        if not os.path.lexists(old):
+        status = self.directory.status(old)
+        if status is None:
             return
+        self._refuse_foreign(old, status)
         try:
-            self.calls.rename(old, new, replace=self.journal.replace)
+            self.calls.rename(self.directory, old, new, replace=self.journal.replace)
         except FileExistsError as exc:
             raise BackendError(
-                f"{new}: appeared meanwhile", hint=f"move it away, then vmconv recover {self.source}"
+                f"{self.directory.join(new)}: appeared meanwhile; the conversion is committed, {self._whereabouts()}",
+                hint=f"move it away, then vmconv recover {self.source}",
             ) from exc
 
+    def _refuse_foreign(self, name: str, status: os.stat_result) -> None:
+        """Raises `BackendError` for a file that cannot be one of the change: somebody has exchanged it."""
+        owner = self.journal.owner
+        known = stat.S_ISREG(status.st_mode) and (owner is None or status.st_uid in (owner, os.geteuid()))
+        if name == self.working and self.descriptor >= 0:
+            known = known and os.path.samestat(status, os.fstat(self.descriptor))
+        if not known:
+            raise BackendError(
+                f"{self.directory.join(name)}: is not the file that the conversion made, somebody has exchanged it",
+                hint=f"find the file and give it this name again, then vmconv recover {self.source}",
+            )
+
     def _remove(self, leftover: Leftover) -> None:
-        path = self._path(leftover.name)
-        if os.path.lexists(path) and Leftover.of(path) == leftover:
-            self.calls.unlink(path)
+        """Removes a file that belongs to the source, unless it has changed or is somebody else's."""
+        status = self.directory.status(leftover.name)
+        if status is None or Leftover.of(leftover.name, status) != leftover:
+            return
+        if self.journal.owner in (None, status.st_uid):
+            self.calls.unlink(self.directory, leftover.name)
 
     # -- back
 
@@ -196,18 +236,17 @@ class Change:
         if self.journal.carried:
             self._roll_back_file()
         for name in self.journal.made:
-            path = self.beside(name)
-            if os.path.lexists(path):
-                self.calls.unlink(path)
+            if self.directory.has(self.beside(name)):
+                self.calls.unlink(self.directory, self.beside(name))
         self.calls.sync_directory(self.directory)
         self._forget()
 
     def _roll_back_file(self) -> None:
-        if os.path.lexists(self.working):
+        if self.directory.has(self.working):
             self._restore()
             self._back_to_its_name()
         elif not self._is_untouched():
-            raise self._lost(self.source)
+            raise self._lost(self.journal.source)
 
     def _restore(self) -> None:
         at = 0
@@ -222,31 +261,32 @@ class Change:
 
     def _back_to_its_name(self) -> None:
         try:
-            self.calls.rename(self.working, self.source, replace=False)
+            self.calls.rename(self.directory, self.working, self.journal.source, replace=False)
         except FileExistsError as exc:
             raise BackendError(
-                f"{self.source}: appeared meanwhile", hint=f"move it away, then vmconv recover {self.working}"
+                f"{self.source}: appeared meanwhile",
+                hint=f"move it away, then vmconv recover {self.directory.join(self.working)}",
             ) from exc
 
     def _is_untouched(self) -> bool:
         """True when the file was never moved out of the way, or is back, and is as it was: nothing was done to it."""
-        if not os.path.lexists(self.source):
+        status = self.directory.status(self.journal.source)
+        if status is None:
             return False
-        status = os.stat(self.source)
         return (status.st_size, status.st_mtime_ns) == (self.journal.old_size, self.journal.old_mtime)
 
     # -- the end
 
-    def _lost(self, path: str) -> BackendError:
+    def _lost(self, name: str) -> BackendError:
         return BackendError(
-            f"{path}: is not what the interrupted conversion left behind",
-            hint=f"give the file its working name again, {self.working}; "
-            f"or, if it is good as it is, remove {self.source + JOURNAL}",
+            f"{self.directory.join(name)}: is not what the interrupted conversion left behind",
+            hint=f"give the file its working name again, {self.directory.join(self.working)}; "
+            f"or, if it is good as it is, remove {self.directory.join(self.entry)}",
         )
 
     def _forget(self) -> None:
-        if os.path.lexists(self.source + JOURNAL):
-            self.calls.unlink(self.source + JOURNAL)
+        if self.directory.has(self.entry):
+            self.calls.unlink(self.directory, self.entry)
             self.calls.sync_directory(self.directory)
         self.close()
 
@@ -255,3 +295,8 @@ class Change:
         if self.record >= 0:
             os.close(self.record)
             self.record = -1
+
+
+def _where(exc: OSError) -> str:
+    name = exc.filename2 or exc.filename
+    return f"{name}: " if isinstance(name, str) else ""

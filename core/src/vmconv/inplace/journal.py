@@ -3,7 +3,7 @@
     magic | length of the body, its digest, whose it is | body: JSON, ranges, old bytes | the digest, once committed
 
 It is durable before anything changes, and it is removed when nothing is left to be done. The second digest is the
-commit point: without it everything is taken back.
+commit point: without it everything is taken back. What is read is checked field by field (`vmconv.inplace.fields`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from vmconv.errors import ImageError
+from vmconv.inplace import fields
+from vmconv.inplace.fields import MAX_BODY, Fields, Ranges, Tables
+from vmconv.inplace.names import JOURNAL, WORKING, beside
 
 MAGIC = b"vmconv: a conversion in place is under way; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64sQ32s32s")
+_LENGTH = struct.Struct("<Q")
 _DIGEST = 32
-MAX_SIZE = 256 << 20
-"""Bytes of a journal: it is held in memory."""
+_PIECE = 1 << 20
+MAX_SIZE = _HEAD.size + MAX_BODY + _DIGEST
+"""Bytes of a journal."""
 
-Ranges = npt.NDArray[np.int64]
-"""Rows `(offset, length)`, bytes."""
-
+_TABLES = {"saved": 2, "holes": 2, "dead": 2, "pieces": 3, "later": 2}
+"""The tables of a body, and the columns of each."""
 
 NOTHING: Ranges = np.empty((0, 2), dtype=np.int64)
 NOTHING_PLACED: Ranges = np.empty((0, 3), dtype=np.int64)
@@ -41,9 +44,8 @@ class Leftover(NamedTuple):
     mtime: int
 
     @classmethod
-    def of(cls, path: str) -> Leftover:
-        status = os.lstat(path)
-        return cls(os.path.basename(path), status.st_size, status.st_mtime_ns)
+    def of(cls, name: str, status: os.stat_result) -> Leftover:
+        return cls(name, status.st_size, status.st_mtime_ns)
 
 
 class Journal(NamedTuple):
@@ -53,7 +55,8 @@ class Journal(NamedTuple):
     `holes` are punched, the size is `old_size` and the time of the last change `old_mtime`. Forward: `dead` ranges are
     punched, the size is `new_size`, files that were `made` get their names, `leftovers` go, and `mtime` is set when it
     is known. `undo` is one of the made files, which learns what the result looked like. `replace`: files of those
-    names may be there already. Not `carried`: the target is one of the made files, and the source only goes.
+    names may be there already. Not `carried`: the target is one of the made files, and the source only goes. `owner` is
+    whose all these files are; None where the journal does not say, and where that does not matter.
 
     `pieces` are for a file whose payload has to be shifted forward: rows `(physical, length, offset)`, where each piece
     lies on storage and where in the file it has to be. Then `later` ranges get their `new` bytes, end to end.
@@ -65,18 +68,19 @@ class Journal(NamedTuple):
     new_size: int = 0
     old_mtime: int = 0
     saved: Ranges = NOTHING
-    old: bytes = b""
+    old: bytes | memoryview = b""
     holes: Ranges = NOTHING
     dead: Ranges = NOTHING
     pieces: Ranges = NOTHING_PLACED
     later: Ranges = NOTHING
-    new: bytes = b""
+    new: bytes | memoryview = b""
     made: tuple[str, ...] = ()
     leftovers: tuple[Leftover, ...] = ()
     undo: str | None = None
     mtime: int | None = None
     replace: bool = False
     carried: bool = True
+    owner: int | None = None
 
     @property
     def names(self) -> set[str]:
@@ -87,16 +91,15 @@ class Journal(NamedTuple):
         """Returns the journal as a file; `mark` makes of its digest what says whose it is, 32 bytes."""
         import json
 
-        fields: dict[str, Any] = {
-            name: value for name, value in self._asdict().items() if not isinstance(value, bytes | np.ndarray)
+        values: dict[str, Any] = {
+            name: value for name, value in self._asdict().items() if name not in (*_TABLES, "old", "new")
         }
-        tables = {name: value for name, value in self._asdict().items() if isinstance(value, np.ndarray)}
+        tables = {name: getattr(self, name) for name in _TABLES}
         shapes = {name: table.shape for name, table in tables.items()}
         # Names of files need not be text: JSON escapes what stands for their bytes.
-        text = json.dumps({**fields, "tables": shapes}).encode("ascii")
+        text = json.dumps({**values, "tables": shapes}).encode("ascii")
         data = [table.astype("<i8").tobytes() for table in tables.values()]
-        parts = [struct.pack("<Q", len(text)), text, *data, self.old, self.new]
-        body = b"".join(parts)
+        body = b"".join([_LENGTH.pack(len(text)), text, *data, self.old, self.new])
         digest = _digest(body)
         return _HEAD.pack(MAGIC, len(body), digest, mark(digest)) + body
 
@@ -107,61 +110,161 @@ def commit_record(encoded: bytes) -> bytes:
     return digest
 
 
-class Found(NamedTuple):
-    """A journal as it was found; `digest` and `mark` tell whose it is."""
+class Head(NamedTuple):
+    """The beginning of a journal; `digest` and `mark` tell whose it is."""
 
-    journal: Journal
-    committed: bool
+    length: int
     digest: bytes
     mark: bytes
 
 
-def decode(data: bytes, name: str) -> Found | None:
-    """Returns the journal in `data`; None when it was not written to its end.
+class Found(NamedTuple):
+    """A journal as it was found."""
+
+    journal: Journal
+    committed: bool
+
+
+def read_head(descriptor: int, path: str) -> Head | None:
+    """Returns the head of a journal; None when it was not written to its end.
 
     Raises `ImageError` for a file that is something else.
     """
+    data = os.pread(descriptor, _HEAD.size, 0)
     # A sector that never reached storage reads as zero.
     if not data[: len(MAGIC)].strip(b"\0"):
         return None
     if not data.startswith(MAGIC):
-        raise ImageError(f"{name}: is not a journal")
+        raise ImageError(f"{path}: magic at 0x0: {data[:16]!r} is not that of a journal")
     if len(data) < _HEAD.size:
         return None
-    _, length, digest, mark = _HEAD.unpack_from(data)
-    body = data[_HEAD.size : _HEAD.size + length]
-    if len(body) < length or _digest(body) != digest:
+    _, length, digest, mark = _HEAD.unpack(data)
+    if length > MAX_BODY:
+        raise ImageError(f"{path}: length of the body at {len(MAGIC):#x}: {length} bytes, {MAX_BODY} at most")
+    return Head(length, digest, mark)
+
+
+def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
+    """Returns the journal whose file has the name `entry`; None when it was not written to its end."""
+    if os.fstat(descriptor).st_size < _HEAD.size + head.length:
         return None
-    committed = data[_HEAD.size + length :][:_DIGEST] == digest
-    try:
-        journal = _parse(body)
-    except (ValueError, LookupError, TypeError, struct.error) as exc:
-        raise ImageError(f"{name}: is not a journal of this version: {exc}") from exc
-    refuse_paths(name, *journal.names)
-    return Found(journal, committed, digest, mark)
+    body = bytearray(head.length)
+    digest = hashlib.blake2b(digest_size=_DIGEST)
+    for at in range(0, head.length, _PIECE):
+        piece = memoryview(body)[at : at + _PIECE]
+        if os.preadv(descriptor, [piece], _HEAD.size + at) < len(piece):
+            return None
+        digest.update(piece)
+    if digest.digest() != head.digest:
+        return None
+    commit = os.pread(descriptor, _DIGEST, _HEAD.size + head.length)
+    journal = _parse(memoryview(body), path)
+    if beside(journal.source, JOURNAL) != entry:
+        raise ImageError(
+            f"{path}: source at {_HEAD.size + _LENGTH.size:#x}: {journal.source!r} has another journal, "
+            f"{beside(journal.source, JOURNAL)}"
+        )
+    return Found(journal, commit == head.digest)
 
 
-def refuse_paths(name: str, *names: str) -> None:
-    """Raises `ImageError` unless all of them are names of files in one directory: the file may be a stranger's."""
-    for each in names:
-        if not each or "/" in each or "\0" in each or each in (".", ".."):
-            raise ImageError(f"{name}: names a file in another directory, {each!r}")
+def parsed(encoded: bytes, path: str) -> Journal:
+    """Returns the journal in a file; raises `ImageError` for one that could not be read again."""
+    return _parse(memoryview(encoded)[_HEAD.size :], path)
 
 
-def _parse(body: bytes) -> Journal:
-    import json
+def _parse(body: memoryview, path: str) -> Journal:
+    begin = _HEAD.size + _LENGTH.size
+    length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
+    if not 0 < length <= min(fields.MAX_TEXT, len(body) - _LENGTH.size):
+        raise ImageError(
+            f"{path}: length of the fields at {_HEAD.size:#x}: {length} bytes, "
+            f"{max(0, min(fields.MAX_TEXT, len(body) - _LENGTH.size))} at most"
+        )
+    given = Fields(path, body[_LENGTH.size : _LENGTH.size + length], begin)
+    tables = Tables(path, body, _LENGTH.size + length, _HEAD.size)
+    old_size, new_size = given.number("old_size", fields.MAX_OFFSET), given.number("new_size", fields.MAX_OFFSET)
+    found: dict[str, Any] = {}
+    for name, rows in given.counts("tables", _TABLES).items():
+        found[name] = _table(tables, name, rows, {"saved": old_size, "holes": old_size}.get(name, new_size), old_size)
+    journal = Journal(old_size=old_size, new_size=new_size, **found, **_files(given), **_times(given))
+    return _with_bytes(journal, tables)
 
-    (length,) = struct.unpack_from("<Q", body)
-    fields = json.loads(body[8 : 8 + length])
-    at = 8 + length
-    tables: dict[str, Any] = {}
-    for name, (rows, columns) in fields.pop("tables").items():
-        tables[name] = np.frombuffer(body, dtype="<i8", count=rows * columns, offset=at).reshape(rows, columns)
-        at += 8 * rows * columns
-    fields["made"] = tuple(fields["made"])
-    fields["leftovers"] = tuple(Leftover(*each) for each in fields["leftovers"])
-    new = at + int(tables["saved"][:, 1].sum())
-    return Journal(**fields, **tables, old=body[at:new], new=body[new:])
+
+def _table(tables: Tables, name: str, rows: int, most: int, old_size: int) -> Ranges:
+    if name == "pieces":
+        return _pieces(tables, rows, most)
+    return tables.ranges(name, rows, max(most, old_size) if name == "dead" else most)
+
+
+def _pieces(tables: Tables, rows: int, most: int) -> Ranges:
+    begin = tables.offset + tables.at
+    found = tables.table("pieces", rows, 3)
+    what = f"{tables.path}: pieces"
+    fields.refuse_rows(what, begin, found, found[:, 0], found[:, 1], fields.MAX_OFFSET)
+    fields.refuse_rows(what, begin, found, found[:, 2], found[:, 1], most)
+    return found
+
+
+def _files(given: Fields) -> dict[str, Any]:
+    """Returns the names of a journal: of files beside it, and none that is its own."""
+    source = given.name("source", ())
+    own = {beside(source, JOURNAL), beside(source, WORKING)}
+    made = given.names("made", own)
+    undo = given.take("undo")
+    if undo is not None and undo not in made:
+        given.refuse("undo", undo, "one of the files that are made")
+    leftovers = tuple(_leftover(given, each, own) for each in given.items("leftovers"))
+    given.apart("leftovers", [each.name for each in leftovers])
+    target, carried = given.name("target", own), given.flag("carried")
+    if carried == (target in made):
+        given.refuse(
+            "target", target, "a file that is made" if not carried else "another file than those that are made"
+        )
+    return {
+        "source": source,
+        "target": target,
+        "made": made,
+        "undo": undo,
+        "leftovers": leftovers,
+        "replace": given.flag("replace"),
+        "carried": carried,
+    }
+
+
+def _leftover(given: Fields, value: object, own: set[str]) -> Leftover:
+    if not isinstance(value, list) or len(value) != 3:
+        given.refuse("leftovers", value, "a name, a size and a time")
+    return Leftover(
+        given.checked_name("leftovers", value[0], own),
+        given.checked_number("leftovers", value[1], fields.MAX_OFFSET),
+        given.checked_number("leftovers", value[2], fields.MAX_TIME, -fields.MAX_TIME),
+    )
+
+
+def _times(given: Fields) -> dict[str, Any]:
+    """Returns the rest of the fields of a journal."""
+    mtime = given.take("mtime")
+    # Older journals do not say whose the files are.
+    owner = given.take("owner") if given.has("owner") else None
+    found = {
+        "old_mtime": given.number("old_mtime", fields.MAX_TIME, -fields.MAX_TIME),
+        "mtime": None if mtime is None else given.checked_number("mtime", mtime, fields.MAX_TIME, -fields.MAX_TIME),
+        "owner": None if owner is None else given.checked_number("owner", owner, fields.MAX_OWNER),
+    }
+    given.end()
+    return found
+
+
+def _with_bytes(journal: Journal, tables: Tables) -> Journal:
+    """Returns the journal with what lies behind its tables: the bytes of two of them."""
+    old, new = int(journal.saved[:, 1].sum()), int(journal.later[:, 1].sum())
+    left = len(tables.body) - tables.at
+    if old + new != left:
+        raise ImageError(
+            f"{tables.path}: bytes at {tables.offset + tables.at:#x}: there are {left}, its ranges are {old + new}"
+        )
+    rest = tables.body[tables.at :]
+    return journal._replace(old=rest[:old], new=rest[old:])
 
 
 def _digest(body: bytes) -> bytes:

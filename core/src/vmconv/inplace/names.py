@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmconv.errors import AccessError
+from vmconv.directory import NAME_MAX
 
 JOURNAL = ".vmconv-journal"
 """Says how to go back or forward; exists from before the first change until after the last one."""
@@ -15,15 +15,24 @@ WORKING = ".vmconv-inplace"
 UNDO = ".vmconv-undo"
 """What it takes to make the old container again, beside the new one."""
 
+_DIGEST = 8
+"""Bytes of the digest that stands for the rest of a name that is too long."""
+
+
+def beside(name: str, suffix: str) -> str:
+    """Returns a name with a suffix; one that would be too long is shortened, and then has a digest of the whole."""
+    whole = os.fsencode(name)
+    if len(whole) + len(suffix) <= NAME_MAX:
+        return name + suffix
+    from hashlib import blake2b
+
+    digest = blake2b(whole, digest_size=_DIGEST).hexdigest()
+    # A character that is cut in two would be no text any more.
+    head = whole[: NAME_MAX - len(suffix) - len(digest) - 1].decode("utf-8", "ignore")
+    return f"{head}~{digest}{suffix}"
+
 
 def interrupted(path: str) -> bool:
     """True when the file is being changed in place, or was when its run was stopped."""
-    return os.path.lexists(path + JOURNAL) or os.path.lexists(path + WORKING)
-
-
-def refuse_interrupted(path: str) -> None:
-    """Raises `AccessError` when the file is being changed in place, or was when its run was stopped."""
-    if interrupted(path):
-        raise AccessError(
-            f"{path}: a conversion in place is running, or was interrupted", hint=f"vmconv recover {path}"
-        )
+    directory, name = os.path.split(path)
+    return any(os.path.lexists(os.path.join(directory, beside(name, suffix))) for suffix in (JOURNAL, WORKING))

@@ -1,10 +1,12 @@
 """A change in place that was stopped is taken back, or finished when it had been committed.
 
-`vmconv recover` does that, and any command that meets such a file does so, too, when the journal is this user's own.
+`vmconv recover` does that, and any command that meets such a file does so, too. Both only follow a journal that this
+user's vmconv wrote here (`vmconv.inplace.ownership`); `vmconv recover --trust` follows any.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from vmconv import locks
-from vmconv.errors import AccessError, ImageError, os_errors
+from vmconv.directory import Directory
+from vmconv.errors import AccessError, ImageError, VmconvError, os_errors
+from vmconv.inplace import journal as journals
 from vmconv.inplace import ownership
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.journal import MAX_SIZE, Journal, decode
-from vmconv.inplace.names import JOURNAL, WORKING, interrupted, refuse_interrupted
+from vmconv.inplace.journal import Found
+from vmconv.inplace.names import JOURNAL, WORKING, beside
 
 
 class Recovery(NamedTuple):
@@ -27,122 +31,205 @@ class Recovery(NamedTuple):
     forward: bool | None
 
 
-def recover(path: str, *, calls: Calls | None = None) -> Recovery:
-    """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets."""
-    calls = calls or Calls()
-    directory, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered", where=path):
-        source = _source(directory, name.removesuffix(JOURNAL).removesuffix(WORKING))
-        if source is not None:
-            with _locked(source + JOURNAL) as record:
-                return _recovered(source, record, calls)
-    if not os.path.lexists(path):
-        raise AccessError(f"{path}: does not exist, and no change in place of it was interrupted")
+class _StrangerError(AccessError):
+    """A journal that somebody else may have made."""
+
+
+def recover(path: str, *, trust: bool = False, calls: Calls | None = None) -> Recovery:
+    """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets.
+
+    With `trust` the journal may be anybody's, as after a backup was restored.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    with os_errors("cannot be recovered", where=path), Directory.at(folder) as directory:
+        entry = _entry(directory, name, trust=trust)
+        if entry is not None:
+            return _followed(directory, entry, calls or Calls(), trust=trust)
+        if not directory.has(name):
+            others = [entry for entry in directory.names() if entry.endswith(JOURNAL)]
+            raise AccessError(
+                f"{path}: does not exist, and no change in place of it was interrupted",
+                hint=f"if it was part of another one: vmconv recover {directory.join(others[0])}" if others else None,
+            )
     return Recovery(path, None)
 
 
 def met(path: str) -> Recovery | None:
     """Recovers what a command meets under the name `path`; returns None when that is nothing.
 
-    Raises `AccessError` when its run is alive, or when the journal is not this user's own: it may be a stranger's.
+    Raises `AccessError` when the file is not there and its run is alive, or its journal may be a stranger's. A file
+    that is there in spite of such a journal may be read: it is whole at every moment when it has its name.
     """
-    directory, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered", AccessError, where=path):
-        source = os.path.join(directory, name) if interrupted(path) else _known(directory, name)
-        if source is None:
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        opened = Directory.at(folder)
+    except OSError:
+        # What is wrong with it, or with the path, is for whoever opens the file to say.
+        return None
+    with os_errors("cannot be recovered", AccessError, where=path), opened as directory:
+        entry = beside(name, JOURNAL)
+        if not directory.has(entry):
+            _refuse_lone(directory, name)
+            found = _known(directory, name)
+            if found is None:
+                return None
+            entry = found
+        try:
+            return _followed(directory, entry, Calls(), trust=False)
+        except (_StrangerError, ImageError) as exc:
+            if not directory.has(name):
+                raise
+            _warn(f"{exc}; nothing is done about it")
             return None
-        _refuse_lone(source)
-        with _locked(source + JOURNAL) as record:
-            found = decode(_content(record, source + JOURNAL), source + JOURNAL)
-            if found is not None and not ownership.is_ours(directory, found.digest, found.mark):
-                refuse_interrupted(source)
-            return _recovered(source, record, Calls())
 
 
-def _source(directory: str, name: str) -> str | None:
-    """Returns the path of the source whose journal knows `name`."""
-    if os.path.lexists(os.path.join(directory, name + JOURNAL)):
-        return os.path.join(directory, name)
+def _warn(text: str) -> None:
+    import logging
+
+    logging.getLogger("vmconv").warning("warning: %s", text)
+
+
+def _entry(directory: Directory, name: str, *, trust: bool) -> str | None:
+    """Returns the name of the journal that knows `name`, which may be the journal's own."""
+    for entry in (name, beside(name, JOURNAL), beside(name.removesuffix(WORKING), JOURNAL)):
+        if entry.endswith(JOURNAL) and directory.has(entry):
+            return entry
     torn = None
-    for path, journal in _journals(directory):
-        if journal is None:
-            torn = path
-        elif name in journal.names:
-            return path
+    for entry, found in _journals(directory, trust=trust):
+        if found is None:
+            torn = entry
+        elif name in found.journal.names or name == beside(found.journal.source, WORKING):
+            return entry
     if torn is not None:
-        # Nobody knows whose it is, and nothing was done: it may go.
+        # Nobody knows which file it is about, and nothing was done: it may go.
         return torn
-    _refuse_lone(os.path.join(directory, name))
+    _refuse_lone(directory, name)
     return None
 
 
-def _known(directory: str, name: str) -> str | None:
-    """Returns the path of the source whose journal knows `name`, as far as there are any that can be read."""
-    with suppress(OSError, ImageError):
-        for path, journal in _journals(directory):
-            if journal is not None and name in journal.names:
-                return path
+def _known(directory: Directory, name: str) -> str | None:
+    """Returns the name of this user's journal that knows `name`, as far as the directory can be listed."""
+    with suppress(OSError):
+        for entry, found in _journals(directory, trust=False):
+            if found is not None and name in found.journal.names:
+                return entry
     return None
 
 
-def _refuse_lone(source: str) -> None:
+def _refuse_lone(directory: Directory, name: str) -> None:
     """Raises where a file is out of the way with nothing to say what had been done to it."""
-    if os.path.lexists(source + WORKING) and not os.path.lexists(source + JOURNAL):
+    working = name if name.endswith(WORKING) else beside(name, WORKING)
+    entry = beside(name.removesuffix(WORKING), JOURNAL)
+    if directory.has(working) and not directory.has(entry) and not (working != name and directory.has(name)):
         raise AccessError(
-            f"{source + WORKING}: its journal {os.path.basename(source + JOURNAL)} is gone",
+            f"{directory.join(working)}: its journal {entry} is gone",
             hint="without it nobody can say what state the file is in",
         )
 
 
-def _journals(directory: str) -> Iterator[tuple[str, Journal | None]]:
-    """Yields the journals of a directory with the paths of their sources; None for those never written to their end."""
-    for entry in sorted(os.listdir(directory)):
-        path = os.path.join(directory, entry)
+def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found | None]]:
+    """Yields the journals of a directory that are this user's, or with `trust` all; None for those that are torn.
+
+    What is no journal, or cannot be opened, is passed over: it is about another file.
+    """
+    for entry in directory.names():
         if entry.endswith(JOURNAL):
-            with open(path, "rb") as file:
-                found = decode(_content(file.fileno(), path), path)
-            yield path.removesuffix(JOURNAL), found.journal if found else None
+            with suppress(VmconvError, OSError):
+                descriptor = _opened(directory, entry, trust=trust)
+                try:
+                    found = _read(directory, descriptor, entry, trust=trust)
+                finally:
+                    os.close(descriptor)
+                yield entry, found
 
 
-def _content(descriptor: int, path: str) -> bytes:
-    size = os.fstat(descriptor).st_size
-    if size > MAX_SIZE:
-        raise ImageError(f"{path}: is not a journal: {size} bytes, {MAX_SIZE} at most")
-    return os.pread(descriptor, size, 0)
+def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> Found | None:
+    """Returns a journal, None when it is torn; before its body is read, raises `_StrangerError` if it may be forged."""
+    path = directory.join(entry)
+    head = journals.read_head(descriptor, path)
+    if head is None:
+        return None
+    if not trust:
+        _refuse_stranger(path, ownership.forged(directory, head.digest, head.mark))
+    return journals.read(descriptor, path, head, entry)
+
+
+def _refuse_stranger(path: str, why: str | None) -> None:
+    if why is not None:
+        raise _StrangerError(
+            f"{path}: {why}", hint=f"if you know who made it, vmconv recover --trust {path}; else remove it"
+        )
+
+
+def _opened(directory: Directory, entry: str, *, trust: bool) -> int:
+    """Returns the descriptor of a journal; raises `_StrangerError` for what this user's vmconv cannot have made."""
+    path = directory.join(entry)
+    try:
+        descriptor = ownership.opened(directory, entry)
+    except AccessError as exc:
+        raise _StrangerError(str(exc), hint="move it away") from exc
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
+            raise
+        raise _StrangerError(f"{path}: cannot be opened: {exc.strerror}", hint="move it away") from exc
+    if not trust:
+        try:
+            _refuse_stranger(path, ownership.stranger(descriptor))
+        except _StrangerError:
+            os.close(descriptor)
+            raise
+    return descriptor
 
 
 @contextmanager
-def _locked(record: str) -> Iterator[int]:
+def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
     """Yields the descriptor of a journal whose run is dead: a living one locks its own."""
-    descriptor = os.open(record, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = _opened(directory, entry, trust=trust)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
             raise BlockingIOError
         yield descriptor
     except BlockingIOError as exc:
-        raise AccessError(f"{record.removesuffix(JOURNAL)}: a conversion in place of it is running") from exc
+        raise AccessError(f"{directory.join(entry)}: a conversion in place is running") from exc
     finally:
         os.close(descriptor)
 
 
-def _recovered(source: str, record: int, calls: Calls) -> Recovery:
-    directory, working = os.path.dirname(source), source + WORKING
-    found = decode(_content(record, source + JOURNAL), source + JOURNAL)
-    if found is None:
-        # It was never durable, so nothing has been done.
-        if os.path.lexists(working):
-            raise ImageError(f"{source + JOURNAL}: is damaged", hint=f"nobody can say what state {working} is in")
-        calls.unlink(source + JOURNAL)
-        calls.sync_directory(directory)
-        return Recovery(source, False)
-    journal, committed = found.journal, found.committed
+def _followed(directory: Directory, entry: str, calls: Calls, *, trust: bool) -> Recovery:
+    with _locked(directory, entry, trust=trust) as record:
+        found = _read(directory, record, entry, trust=trust)
+        if found is None:
+            return _torn(directory, entry, calls)
+        # Who trusts a journal trusts it for files that have another owner now, as a restored backup has.
+        journal = found.journal._replace(owner=None) if trust else found.journal
+        return _recovered(directory, found._replace(journal=journal), calls)
+
+
+def _torn(directory: Directory, entry: str, calls: Calls) -> Recovery:
+    """Removes a journal that was never durable: nothing has been done."""
+    name = entry.removesuffix(JOURNAL)
+    if directory.has(name + WORKING):
+        raise ImageError(
+            f"{directory.join(entry)}: is damaged",
+            hint=f"nobody can say what state {directory.join(name + WORKING)} is in",
+        )
+    calls.unlink(directory, entry)
+    calls.sync_directory(directory)
+    return Recovery(directory.join(name), False)
+
+
+def _recovered(directory: Directory, found: Found, calls: Calls) -> Recovery:
+    journal, committed = found
     descriptor = -1
     try:
-        if os.path.lexists(working):
-            descriptor = os.open(working, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        working = beside(journal.source, WORKING)
+        if directory.has(working):
+            descriptor = ownership.opened(directory, working, os.O_RDWR)
+            _refuse_exchanged(directory.join(working), descriptor, journal.owner)
             locks.claim(descriptor)
         change = Change(directory, journal, calls, descriptor)
+        change.committed = committed
         if committed:
             change.finish()
         else:
@@ -151,3 +238,10 @@ def _recovered(source: str, record: int, calls: Calls) -> Recovery:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _refuse_exchanged(path: str, descriptor: int, owner: int | None) -> None:
+    """Raises `AccessError` when a file is not the one whose change was interrupted, but another user's."""
+    uid = os.fstat(descriptor).st_uid
+    if owner is not None and uid != owner:
+        raise AccessError(f"{path}: belongs to user {uid}, the file that was being converted to {owner}")

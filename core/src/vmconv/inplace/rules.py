@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from typing import NamedTuple
 
 from vmconv import linux
-from vmconv.errors import PlanError, VmconvError
+from vmconv.directory import Directory
+from vmconv.errors import AccessError, PlanError
 from vmconv.image import Image
-from vmconv.opener import Opener
+from vmconv.inplace.fields import MAX_BODY, Ranges
+from vmconv.inplace.names import JOURNAL, WORKING, beside
 from vmconv.registry import Registry
 from vmconv.sources import File
 
@@ -18,27 +20,40 @@ from vmconv.sources import File
 # machines do not write. These filesystems are made for it.
 DURABLE = ("ext4", "xfs", "btrfs", "f2fs", "bcachefs")
 
-MAX_NEIGHBOURS = 4096
-"""Files of the directory that are looked at for references to the source."""
+
+class Own(NamedTuple):
+    """A file of the image that is to be changed, and its name in the directory in which all of them are."""
+
+    file: File
+    name: str
 
 
-def refuse_places(source: str, files: Sequence[File], directory: str) -> None:
-    """Raises unless all files of the source are ordinary files of this directory, each with one name."""
+def own_name(file: File) -> str:
+    """Returns the name of an open file, links followed; that it is still its name is for `refuse_places` to see."""
+    return os.path.basename(os.path.realpath(file.path))
+
+
+def refuse_links(source: str) -> None:
+    """Raises `PlanError` when the source is named by a symbolic link."""
     if os.path.islink(source):
         raise PlanError(
             f"{source}: is a symbolic link; in place, the file itself is renamed",
             hint=f"name {os.path.realpath(source)}",
         )
-    for file in files:
+
+
+def refuse_places(own: Iterable[Own], directory: Directory) -> None:
+    """Raises `PlanError` unless all files are ordinary files of this directory, each with one name."""
+    for file, name in own:
         status = os.fstat(file.descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise PlanError(
                 f"{file.path}: is not a regular file; in place, it would have to be renamed",
                 hint="convert to another file",
             )
-        if os.path.dirname(os.path.realpath(file.path)) != directory:
+        if not directory.holds(name, file.descriptor):
             raise PlanError(
-                f"{file.path}: lies in another directory than the target, {directory}",
+                f"{file.path}: lies in another directory than the target, {directory.path}",
                 hint="in place, the target lies where the source does",
             )
         if status.st_nlink > 1:
@@ -46,7 +61,7 @@ def refuse_places(source: str, files: Sequence[File], directory: str) -> None:
                 f"{file.path}: has {status.st_nlink} names (hard links), the others would be changed too",
                 hint="remove them, or convert to another file",
             )
-    _refuse_filesystem(directory)
+    _refuse_filesystem(directory.path)
 
 
 def _refuse_filesystem(directory: str) -> None:
@@ -56,6 +71,48 @@ def _refuse_filesystem(directory: str) -> None:
             f"{directory}: is on {kind}, which is not known to keep what in place promises about power cuts",
             hint=f"these are: {', '.join(DURABLE)}; convert to another file",
         )
+
+
+def refuse_other_owners(directory: Directory, named: str, names: Iterable[str], option: str) -> None:
+    """Raises `PlanError` when one of these files is not the one's who owns the file that the user named.
+
+    An image says which files it consists of, so its owner could have others' files changed; `option` allows that.
+    """
+    status = directory.status(named)
+    owner = status.st_uid if status else -1
+    for name in names:
+        found = directory.status(name)
+        if found is not None and found.st_uid != owner:
+            raise PlanError(
+                f"{directory.join(name)}: belongs to user {found.st_uid}, {named} to user {owner}",
+                hint=f"{option} changes it all the same; or convert to another file",
+            )
+
+
+def refuse_exchanged(directory: Directory, own: Own, descriptor: int) -> None:
+    """Raises `AccessError` when a descriptor, opened by name, is not of the file that was read."""
+    if not os.path.samestat(os.fstat(descriptor), os.fstat(own.file.descriptor)):
+        raise AccessError(
+            f"{directory.join(own.name)}: was exchanged while it was being looked at", hint="find out by whom"
+        )
+
+
+def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
+    """Raises `PlanError` when a journal or a working name is in the way, ours or a stranger's."""
+    for _, name in own:
+        for other in (beside(name, JOURNAL), beside(name, WORKING)):
+            if directory.has(other):
+                raise PlanError(
+                    f"{directory.join(other)}: is in the way of a conversion in place",
+                    hint=f"if one was interrupted: vmconv recover {directory.join(name)}; else move it away",
+                )
+
+
+def refuse_too_much(name: str, saved: Ranges) -> None:
+    """Raises `PlanError` when more would be written over than a journal can hold, before it is read."""
+    total = int(saved[:, 1].sum())
+    if total > MAX_BODY:
+        raise PlanError(f"{name}: {total} bytes would be written over, {MAX_BODY} at most in place")
 
 
 def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Registry) -> None:
@@ -68,45 +125,6 @@ def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Reg
                 f"{own[0].name}: refers to {file.name}, which is a disk of its own",
                 hint=f"convert {file.name} in place, or {own[0].name} to another file",
             )
-
-
-def refuse_dependents(files: Iterable[File], opener: Opener, directory: str, but: Sequence[str] = ()) -> None:
-    """Raises when another image of the directory refers to one of these files: as its parent, or for its payload.
-
-    `but` are files that may, as they go with them.
-    """
-    own = {_identity(file) for file in files}
-    known = {_identity(file) for file in opener.files}
-    with os.scandir(directory) as entries:
-        for _, entry in zip(range(MAX_NEIGHBOURS), entries, strict=False):
-            if not entry.is_file(follow_symlinks=False) or entry.name in but:
-                continue
-            if (os.stat(directory).st_dev, entry.inode()) in known:
-                continue
-            found = own & _referred(entry.path, opener)
-            if found:
-                name = next(file.name for file in opener.files if _identity(file) in found)
-                raise PlanError(
-                    f"{entry.name}: refers to {name}, which would be another disk image then",
-                    hint=f"convert {entry.name} first, flattening it, or rebase it",
-                )
-
-
-def _referred(path: str, opener: Opener) -> set[tuple[int, int]]:
-    """Returns the files that an image refers to, as far as they can be opened; nothing when it is no image."""
-    with Opener(opener.registry, allow_external=["/"], force_share=True) as look:
-        # What cannot be read refers to nothing that could be found out; what it had opened counts.
-        with suppress(VmconvError):
-            image = look.image(path, content_decides=True)
-            for dependency in image.dependencies:
-                with suppress(VmconvError):
-                    look.related(image.file, dependency.name, dependency.role)
-            image.parent  # noqa: B018 opens it
-        return {_identity(file) for file in look.files}
-
-
-def _identity(file: File) -> tuple[int, int]:
-    return file.stamp.device, file.stamp.inode
 
 
 def refuse_losses(losses: Sequence[str], *, keep_undo: bool) -> None:

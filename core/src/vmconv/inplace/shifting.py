@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from vmconv import linux
+from vmconv.directory import Directory
 from vmconv.errors import BackendError, PlanError
 from vmconv.extents import Column, Kind, spread
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.journal import Ranges
+from vmconv.inplace.fields import Ranges
 from vmconv.planner import FilePlan
 from vmconv.sources import File
 
@@ -27,10 +28,10 @@ MOST_SHIFTS = 1024
 """Times that all that follows is shifted: each takes as long as the file has extents."""
 
 
-def ability(directory: str) -> bool:
+def ability(directory: Directory) -> bool:
     """True when files of a directory can be shifted: asked of a file without a name."""
     try:
-        scratch = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        scratch = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory.descriptor)
     except OSError:
         return False
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vmconv.extents import Column, Extents, Kind, allocated, cut
-from vmconv.inplace.journal import Ranges
+from vmconv.inplace.fields import Ranges
 from vmconv.planner import Action, FilePlan, Plan
 from vmconv.sources import File
 

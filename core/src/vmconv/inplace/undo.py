@@ -5,52 +5,101 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 
-from vmconv import locks
-from vmconv.errors import AccessError, PlanError, os_errors
+from vmconv import locks, signals
+from vmconv.directory import Directory
+from vmconv.errors import AccessError, ImageError, PlanError, os_errors
 from vmconv.extents import Kind, cut, on_storage
-from vmconv.inplace import rules, undofile
+from vmconv.inplace import neighbours, ownership, rules, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.journal import Journal, Leftover, Ranges
-from vmconv.inplace.names import UNDO
+from vmconv.inplace.fields import Ranges
+from vmconv.inplace.journal import Journal, Leftover
+from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.rules import Own
 from vmconv.inplace.undofile import Stamp, Undo
-from vmconv.opener import Opener
 from vmconv.registry import installed
 from vmconv.sources import File
 
 _PIECE = 1 << 20
 
 
-def undo(path: str, *, calls: Calls | None = None) -> str:
-    """Turns the file `path` back into what it was made of in place, and returns the path of that."""
-    path = os.path.abspath(path.removesuffix(UNDO))
-    directory, kept = os.path.dirname(path), path + UNDO
+class _Kept(NamedTuple):
+    """An undo file that may be followed."""
+
+    entry: str
+    path: str
+    descriptor: int
+    head: undofile.Head
+    undo: Undo
+
+
+def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
+    """Turns the file `path` back into what it was made of in place, and returns the path of that.
+
+    With `trust` the undo file may be anybody's, as after a backup was restored. A signal that comes when all is done is
+    delivered afterwards: what its handler raises has the attribute `results`, the path in a tuple.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
-        if not os.path.lexists(kept):
+        directory = stack.enter_context(Directory.at(folder))
+        entry = name if name.endswith(UNDO) and directory.has(name) else beside(name.removesuffix(UNDO), UNDO)
+        if not directory.has(entry):
             raise AccessError(
-                f"{path}: there is no {kept}", hint="only --keep-undo makes one, when something is converted"
+                f"{path}: there is no {directory.join(entry)}",
+                hint="only --keep-undo makes one, when something is converted",
             )
-        found = undofile.read(kept)
+        descriptor = ownership.opened(directory, entry)
+        stack.callback(os.close, descriptor)
+        kept = _read(directory, descriptor, entry, trust=trust)
         # A descriptor is named by the user, what it describes was changed; and names may have changed since.
-        carrier = os.path.join(directory, found.target)
-        carrier = carrier if os.path.lexists(carrier) else path
-        opener = stack.enter_context(Opener(installed()))
-        file = opener.file(carrier)
-        _refuse_changed(file, found, undofile.read_stamp(kept))
-        rules.refuse_places(carrier, [file], directory)
-        rules.refuse_dependents([file], opener, directory, but=found.made)
+        carrier = kept.undo.target if directory.has(kept.undo.target) else name
+        file = File(directory.join(carrier), directory.open(carrier))
+        stack.callback(file.close)
+        own = Own(file, carrier)
+        _refuse(own, kept, directory, named=name if directory.has(name) else carrier, trust=trust)
         locks.refuse_users(file)
-        writable = os.open(carrier, os.O_RDWR | os.O_CLOEXEC)
+        writable = directory.open(carrier, os.O_RDWR)
         stack.callback(os.close, writable)
+        rules.refuse_exchanged(directory, own, writable)
         locks.claim(writable)
-        return _undone(file, writable, found, kept, calls or Calls())
+        return _undone(own, directory, writable, kept, calls or Calls(), trust=trust)
+
+
+def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> _Kept:
+    """Returns an undo file; raises `AccessError`, before its body is read, when a stranger may have made it."""
+    path = directory.join(entry)
+    why = None if trust else ownership.stranger(descriptor)
+    head = None
+    if why is None:
+        head = undofile.read_head(descriptor, path)
+        why = None if trust else ownership.forged(None, head.digest, head.mark)
+    if head is None or why is not None:
+        raise AccessError(f"{path}: {why}", hint=f"if you know who made it: vmconv undo --trust {path}")
+    return _Kept(entry, path, descriptor, head, undofile.read(descriptor, path, head, entry))
+
+
+def _refuse(own: Own, kept: _Kept, directory: Directory, *, named: str, trust: bool) -> None:
+    """Raises where the disk may not be changed, or is not what the conversion made of it."""
+    locks.share(own.file)
+    _refuse_changed(own.file, kept.undo, undofile.read_stamp(kept.descriptor, kept.path))
+    rules.refuse_places([own], directory)
+    if not trust:
+        made = [name for name in kept.undo.made if directory.has(name)]
+        rules.refuse_other_owners(directory, named, [own.name, *made], "--trust")
+    found = neighbours.look(directory, [own], installed(), but=kept.undo.made)
+    neighbours.refuse(found)
+    neighbours.warn(found)
 
 
 def _refuse_changed(file: File, found: Undo, stamp: Stamp) -> None:
     """Raises, with what it is that changed, unless the new container is as the conversion left it."""
+    ends = found.metadata.sum(axis=1)
+    if file.size == stamp.size and len(ends) and int(ends.max()) > file.size:
+        raise ImageError(f"{file.path}: its undo file speaks of metadata up to {int(ends.max())}, it has {file.size}")
     now = Stamp.of(file.descriptor, found.metadata) if file.size == stamp.size else None
     problem = None
     if now is None:
@@ -69,32 +118,57 @@ def _refuse_changed(file: File, found: Undo, stamp: Stamp) -> None:
 def _time(ns: int) -> str:
     import time
 
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ns / 1e9)) + f".{ns % 10**9:09d}"
+    seconds, rest = divmod(ns, 10**9)
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f".{rest:09d}"
+    except (OverflowError, ValueError, OSError):
+        # A year that no calendar has.
+        return f"{seconds}.{rest:09d} s"
 
 
-def _undone(file: File, descriptor: int, found: Undo, kept: str, calls: Calls) -> str:
-    directory = os.path.dirname(file.path)
+def _undone(own: Own, directory: Directory, descriptor: int, kept: _Kept, calls: Calls, *, trust: bool) -> str:
+    found = kept.undo
     for name in (found.source, *(sibling.name for sibling in found.siblings)):
-        if name != os.path.basename(file.path) and os.path.lexists(os.path.join(directory, name)):
-            raise PlanError(f"{os.path.join(directory, name)}: already exists", hint="move it away")
-    change = Change(directory, _journal(file, found, kept), calls, descriptor)
+        if name != own.name and directory.has(name):
+            raise PlanError(f"{directory.join(name)}: already exists", hint="move it away")
+    _refuse_too_large(directory, found)
+    owner = None if trust else os.fstat(descriptor).st_uid
+    change = Change(directory, _journal(own, directory, kept, owner), calls, descriptor)
     try:
         change.begin()
-        with undofile.unpacked(kept, found) as old:
+        with undofile.unpacked(kept.descriptor, kept.path, kept.head) as old:
             for offset, length in found.ranges.tolist():
                 _write(calls, descriptor, offset, length, old)
             for sibling in found.siblings:
-                made = change.make(sibling.name, sibling.mode)
-                try:
-                    _write(calls, made, 0, sibling.size, old)
-                    calls.sync(made)
-                finally:
-                    os.close(made)
+                _make(change, descriptor, sibling, old)
         calls.sync(descriptor)
-        change.complete()
-        return change.target
+        with signals.held():
+            change.complete()
+    except KeyboardInterrupt as exc:
+        vars(exc)["results"] = (change.target,) if change.committed else ()
+        raise
     finally:
         change.give_up()
+    return change.target
+
+
+def _refuse_too_large(directory: Directory, found: Undo) -> None:
+    space = os.fstatvfs(directory.descriptor)
+    free = space.f_bavail * space.f_frsize
+    if found.restored > free:
+        raise PlanError(f"{directory.path}: {found.restored} bytes would have to be written, {free} are free")
+
+
+def _make(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable[[int], bytes]) -> None:
+    """Makes a file again that was removed with the source, as the carrier's owner's."""
+    made = change.make(sibling.name)
+    try:
+        _write(change.calls, made, 0, sibling.size, old)
+        if not change.calls.carry(carrier, made):
+            change.calls.set_mode(made, sibling.mode)
+        change.calls.sync(made)
+    finally:
+        os.close(made)
 
 
 def _write(calls: Calls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
@@ -103,9 +177,9 @@ def _write(calls: Calls, descriptor: int, offset: int, length: int, old: Callabl
         calls.write(descriptor, old(min(_PIECE, offset + length - at)), at)
 
 
-def _journal(file: File, found: Undo, kept: str) -> Journal:
+def _journal(own: Own, directory: Directory, kept: _Kept, owner: int | None) -> Journal:
     """Returns the journal of the way back: what it overwrites of the new container are its header, and holes."""
-    directory = os.path.dirname(file.path)
+    file, found = own.file, kept.undo
     inside = found.ranges[found.ranges[:, 0] < file.size]
     start = inside[:, 0]
     length = np.minimum(inside[:, 1], file.size - start)
@@ -113,9 +187,10 @@ def _journal(file: File, found: Undo, kept: str) -> Journal:
     data = rows.kind == Kind.DATA
     table: Ranges = np.stack([rows.start, row_length], axis=1)
     saved, holes = table[data], table[~data]
-    gone = [kept, *(os.path.join(directory, name) for name in found.made)]
+    rules.refuse_too_much(file.name, saved)
+    gone = {name: directory.status(name) for name in (kept.entry, *found.made)}
     return Journal(
-        source=os.path.basename(file.path),
+        source=own.name,
         target=found.source,
         old_size=file.size,
         new_size=found.size,
@@ -124,6 +199,7 @@ def _journal(file: File, found: Undo, kept: str) -> Journal:
         old=b"".join(file.read(offset, count) for offset, count in saved.tolist()),
         holes=holes,
         made=tuple(sibling.name for sibling in found.siblings),
-        leftovers=tuple(Leftover.of(path) for path in gone if os.path.lexists(path)),
+        leftovers=tuple(Leftover.of(name, status) for name, status in gone.items() if status),
         mtime=found.mtime,
+        owner=owner,
     )

@@ -1,8 +1,10 @@
 """The undo file: the old container without its payload, which is where it was as long as nobody writes to the new one.
 
-    magic | stamp of the new container | length of the body, its digest | body: JSON, ranges | zstandard: old bytes
+    magic | stamp of the new container | length of the body, its digest, whose it is | body: JSON, ranges
+    | zstandard: old bytes
 
-The stamp is known last, when nothing more is done to the file, so it has a place and a digest of its own.
+The stamp is known last, when nothing more is done to the file, so it has a place and a digest of its own. Files of
+vmconv 0.1 have another magic, and do not say whose they are. What is read is checked (`vmconv.inplace.fields`).
 """
 
 from __future__ import annotations
@@ -15,21 +17,25 @@ from contextlib import contextmanager
 from stat import S_IMODE
 from typing import NamedTuple
 
-import numpy as np
-
 from vmconv.errors import ImageError
+from vmconv.inplace import fields
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.journal import Ranges, refuse_paths
+from vmconv.inplace.fields import MAX_BODY, Fields, Ranges, Tables
 from vmconv.sources import File
 
-MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
+_OLD_MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
+MAGIC = _OLD_MAGIC[:-1] + b"\2"
 STAMP_OFFSET = len(MAGIC)
 _STAMP = struct.Struct("<QQ32s32s")
-_HEAD = struct.Struct("<Q32s")
+_HEAD_OFFSET = STAMP_OFFSET + _STAMP.size
+_HEAD = struct.Struct("<Q32s32s")
+_OLD_HEAD = struct.Struct("<Q32s")
+_LENGTH = struct.Struct("<Q")
 _DIGEST = 32
-_BODY_OFFSET = STAMP_OFFSET + _STAMP.size + _HEAD.size
-_MAX_BODY = 256 << 20
 _PIECE = 1 << 20
+
+_MAX_WINDOW = 8 << 20
+"""Bytes that the decompressor may need: four times what is needed for what vmconv writes."""
 
 
 class Stamp(NamedTuple):
@@ -65,8 +71,8 @@ class Sibling(NamedTuple):
     size: int
 
     @classmethod
-    def of(cls, file: File) -> Sibling:
-        return cls(os.path.basename(os.path.realpath(file.path)), S_IMODE(os.fstat(file.descriptor).st_mode), file.size)
+    def of(cls, name: str, file: File) -> Sibling:
+        return cls(name, S_IMODE(os.fstat(file.descriptor).st_mode) & 0o777, file.size)
 
 
 class Undo(NamedTuple):
@@ -86,22 +92,27 @@ class Undo(NamedTuple):
     made: tuple[str, ...]
     metadata: Ranges
 
-    def head(self) -> bytes:
-        """Returns the file up to the old bytes, with room for the stamp."""
+    def head(self, mark: Callable[[bytes], bytes]) -> bytes:
+        """Returns the file up to the old bytes, with room for the stamp; `mark` says of a digest whose it is."""
         import json
 
-        fields = {name: value for name, value in self._asdict().items() if not isinstance(value, np.ndarray)}
+        values = {name: value for name, value in self._asdict().items() if name not in ("ranges", "metadata")}
         tables = (self.ranges, self.metadata)
-        text = json.dumps({**fields, "tables": [len(table) for table in tables]}).encode("ascii")
-        body = struct.pack("<Q", len(text)) + text + b"".join(table.astype("<i8").tobytes() for table in tables)
-        return b"".join([MAGIC, bytes(_STAMP.size), _HEAD.pack(len(body), _digest(body)), body])
+        text = json.dumps({**values, "tables": [len(table) for table in tables]}).encode("ascii")
+        body = _LENGTH.pack(len(text)) + text + b"".join(table.astype("<i8").tobytes() for table in tables)
+        digest = _digest(body)
+        return b"".join([MAGIC, bytes(_STAMP.size), _HEAD.pack(len(body), digest, mark(digest)), body])
+
+    @property
+    def restored(self) -> int:
+        """The bytes that are written to make the old container again."""
+        return int(self.ranges[:, 1].sum()) + sum(sibling.size for sibling in self.siblings)
 
 
-def write(descriptor: int, undo: Undo, pieces: Iterable[tuple[File, int, int]], calls: Calls) -> None:
+def write(descriptor: int, head: bytes, pieces: Iterable[tuple[File, int, int]], calls: Calls) -> None:
     """Writes an undo file without its stamp, and makes it durable; `pieces` are `(file, offset, length)`."""
     import zstandard
 
-    head = undo.head()
     calls.write(descriptor, head, 0)
     at = len(head)
     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj()
@@ -122,58 +133,102 @@ def _read(pieces: Iterable[tuple[File, int, int]]) -> Iterator[bytes]:
             yield file.read(at, min(_PIECE, offset + length - at))
 
 
-def read_stamp(path: str) -> Stamp:
+# -- reading
+
+
+class Head(NamedTuple):
+    """The beginning of an undo file: its body lies at `offset`; `mark` is None for one of vmconv 0.1."""
+
+    offset: int
+    length: int
+    digest: bytes
+    mark: bytes | None
+
+
+def read_head(descriptor: int, path: str) -> Head:
+    """Returns the head of an undo file; raises `ImageError` for what is none."""
+    data = os.pread(descriptor, _HEAD_OFFSET + _HEAD.size, 0)
+    mark: bytes | None = None
+    if len(data) >= _HEAD_OFFSET + _HEAD.size and data.startswith(MAGIC):
+        length, digest, mark = _HEAD.unpack_from(data, _HEAD_OFFSET)
+        offset = _HEAD_OFFSET + _HEAD.size
+    elif len(data) >= _HEAD_OFFSET + _OLD_HEAD.size and data.startswith(_OLD_MAGIC):
+        length, digest = _OLD_HEAD.unpack_from(data, _HEAD_OFFSET)
+        offset = _HEAD_OFFSET + _OLD_HEAD.size
+    else:
+        raise ImageError(f"{path}: magic at 0x0: {data[:16]!r} is not that of an undo file")
+    most = min(MAX_BODY, os.fstat(descriptor).st_size - offset)
+    if length > most:
+        raise ImageError(f"{path}: length of the body at {_HEAD_OFFSET:#x}: {length} bytes, {most} at most")
+    return Head(offset, length, digest, mark)
+
+
+def read_stamp(descriptor: int, path: str) -> Stamp:
     """Returns the stamp of an undo file; raises `ImageError` where it is damaged, or was never written."""
-    with open(path, "rb") as file:
-        head = file.read(_BODY_OFFSET)
-    if len(head) < _BODY_OFFSET:
-        raise ImageError(f"{path}: is not an undo file")
-    size, mtime, digest, check = _STAMP.unpack_from(head, STAMP_OFFSET)
-    if _digest(head[STAMP_OFFSET : STAMP_OFFSET + _STAMP.size - _DIGEST]) != check:
+    data = os.pread(descriptor, _STAMP.size, STAMP_OFFSET)
+    if len(data) < _STAMP.size or _digest(data[:-_DIGEST]) != data[-_DIGEST:]:
         raise ImageError(f"{path}: stamp at {STAMP_OFFSET:#x}: its digest does not fit")
+    size, mtime, digest, _ = _STAMP.unpack(data)
     return Stamp(size, mtime, digest)
 
 
-def read(path: str) -> Undo:
-    """Returns what an undo file says, the stamp apart; raises `ImageError` where it is damaged."""
-    with open(path, "rb") as file:
-        head = file.read(_BODY_OFFSET)
-        if len(head) < _BODY_OFFSET or not head.startswith(MAGIC):
-            raise ImageError(f"{path}: is not an undo file")
-        length, digest = _HEAD.unpack_from(head, STAMP_OFFSET + _STAMP.size)
-        body = file.read(min(length, _MAX_BODY))
-    if len(body) != length or _digest(body) != digest:
-        raise ImageError(f"{path}: body at {_BODY_OFFSET:#x}: its digest does not fit")
-    try:
-        undo = _parse(body)
-    except (ValueError, LookupError, TypeError, struct.error) as exc:
-        raise ImageError(f"{path}: is not an undo file of this version: {exc}") from exc
-    refuse_paths(path, undo.source, undo.target, *undo.made, *(sibling.name for sibling in undo.siblings))
-    return undo
+def read(descriptor: int, path: str, head: Head, entry: str) -> Undo:
+    """Returns what the undo file of the name `entry` says, the stamp apart; raises `ImageError` where it is damaged."""
+    body = os.pread(descriptor, head.length, head.offset)
+    if len(body) != head.length or _digest(body) != head.digest:
+        raise ImageError(f"{path}: body at {head.offset:#x}: its digest does not fit")
+    length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
+    most = max(0, min(fields.MAX_TEXT, len(body) - _LENGTH.size))
+    if not 0 < length <= most:
+        raise ImageError(f"{path}: length of the fields at {head.offset:#x}: {length} bytes, {most} at most")
+    view = memoryview(body)
+    given = Fields(path, view[_LENGTH.size : _LENGTH.size + length], head.offset + _LENGTH.size)
+    return _parse(given, Tables(path, view, _LENGTH.size + length, head.offset), entry)
 
 
-def _parse(body: bytes) -> Undo:
-    import json
+def _parse(given: Fields, tables: Tables, entry: str) -> Undo:
+    own = {entry}
+    size = given.number("size", fields.MAX_OFFSET)
+    siblings = tuple(_sibling(given, each, own) for each in given.items("siblings"))
+    source, target = given.name("source", own), given.name("target", own)
+    made = given.names("made", own)
+    given.apart("siblings", [source, *(sibling.name for sibling in siblings)])
+    given.apart("made", [target, *made])
+    source_format, mtime = given.format("source_format"), given.number("mtime", fields.MAX_TIME, -fields.MAX_TIME)
+    counts = given.items("tables", 2)
+    if len(counts) != 2:
+        given.refuse("tables", counts, "the rows of two tables")
+    rows = [given.checked_number("tables", count, MAX_BODY // 16) for count in counts]
+    given.end()
+    ranges = tables.ranges("ranges", rows[0], size)
+    metadata = tables.ranges("metadata", rows[1], fields.MAX_OFFSET)
+    if tables.at != len(tables.body):
+        left = len(tables.body) - tables.at
+        raise ImageError(f"{tables.path}: body at {tables.offset:#x}: has {left} bytes behind its tables, 0 at most")
+    return Undo(source, target, source_format, size, mtime, ranges, siblings, made, metadata)
 
-    (text,) = struct.unpack_from("<Q", body)
-    fields = json.loads(body[8 : 8 + text])
-    at, tables = 8 + text, []
-    for count in fields.pop("tables"):
-        tables.append(np.frombuffer(body, dtype="<i8", count=2 * count, offset=at).reshape(-1, 2))
-        at += 16 * count
-    fields["siblings"] = tuple(Sibling(*each) for each in fields["siblings"])
-    fields["made"] = tuple(fields["made"])
-    return Undo(**fields, ranges=tables[0], metadata=tables[1])
+
+def _sibling(given: Fields, value: object, own: set[str]) -> Sibling:
+    if not isinstance(value, list) or len(value) != 3:
+        given.refuse("siblings", value, "a name, a mode and a size")
+    mode = value[1]
+    if type(mode) is not int or not 0 <= mode <= 0o777:
+        given.refuse("siblings", mode, f"a mode from 0 to {0o777} (0777)")
+    return Sibling(
+        given.checked_name("siblings", value[0], own),
+        mode,
+        given.checked_number("siblings", value[2], fields.MAX_OFFSET),
+    )
 
 
 @contextmanager
-def unpacked(path: str, undo: Undo) -> Iterator[Callable[[int], bytes]]:
+def unpacked(descriptor: int, path: str, head: Head) -> Iterator[Callable[[int], bytes]]:
     """Yields what returns the next so many old bytes; raises `ImageError`, at the end at the latest, for other ones."""
     import zstandard
 
-    with open(path, "rb") as file:
-        file.seek(len(undo.head()))
-        stream = zstandard.ZstdDecompressor().stream_reader(file)
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(head.offset + head.length)
+        stream = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(file)
 
         def following(count: int) -> bytes:
             parts, have = [], 0

@@ -1,0 +1,189 @@
+"""Fields of files that may be a stranger's: every one is bounded and checked before anything is done with it.
+
+All errors are `ImageError`; they name the file, the field, its offset, the value found, and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.directory import NAME_MAX
+from vmconv.errors import ImageError
+
+Ranges = npt.NDArray[np.int64]
+"""Rows `(offset, length)`, bytes."""
+
+MAX_BODY = 64 << 20
+"""Bytes of fields and tables: they are held in memory."""
+MAX_TEXT = 8 << 20
+"""Bytes of fields."""
+MAX_NAMES = 16384
+"""Files in one field."""
+MAX_OFFSET = 1 << 62
+"""Bytes of a file, and of a device below it."""
+MAX_TIME = (1 << 63) - 1
+MAX_OWNER = (1 << 32) - 1
+
+_FORMAT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+_SHOWN = 80
+
+
+class Fields:
+    """The fields of a JSON object that lies at `offset` of the file `path`; each is taken once."""
+
+    def __init__(self, path: str, text: bytes | memoryview, offset: int) -> None:
+        import json
+
+        self.path = path
+        self.offset = offset
+        try:
+            found = json.loads(bytes(text))
+        # Brackets nested too deep for the parser are a RecursionError.
+        except (ValueError, RecursionError) as exc:
+            raise ImageError(f"{path}: fields at {offset:#x}: are no JSON text") from exc
+        if not isinstance(found, dict):
+            self.refuse("fields", found, "an object")
+        self._left: dict[str, Any] = found
+
+    def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
+        raise ImageError(f"{self.path}: {name} at {self.offset:#x}: {_shown(value)} is not {allowed}")
+
+    def take(self, name: str) -> Any:
+        if name not in self._left:
+            raise ImageError(f"{self.path}: fields at {self.offset:#x}: {name} is missing")
+        return self._left.pop(name)
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def end(self) -> None:
+        """Refuses what was not taken."""
+        if self._left:
+            raise ImageError(f"{self.path}: fields at {self.offset:#x}: {_shown(next(iter(self._left)))} is unknown")
+
+    def number(self, name: str, most: int, least: int = 0) -> int:
+        return self.checked_number(name, self.take(name), most, least)
+
+    def checked_number(self, name: str, value: object, most: int, least: int = 0) -> int:
+        # A boolean is an int to Python.
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(name, value, f"a number from {least} to {most}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.take(name)
+        if type(value) is not bool:
+            self.refuse(name, value, "true or false")
+        return value
+
+    def items(self, name: str, most: int = MAX_NAMES) -> list[Any]:
+        value = self.take(name)
+        if not isinstance(value, list) or len(value) > most:
+            self.refuse(name, value, f"a list of at most {most}")
+        return value
+
+    def format(self, name: str) -> str:
+        value = self.take(name)
+        if not isinstance(value, str) or not _FORMAT.fullmatch(value):
+            self.refuse(name, value, "the name of a format")
+        return value
+
+    def name(self, name: str, but: Collection[str]) -> str:
+        return self.checked_name(name, self.take(name), but)
+
+    def names(self, name: str, but: Collection[str]) -> tuple[str, ...]:
+        return self.apart(name, [self.checked_name(name, each, but) for each in self.items(name)])
+
+    def apart(self, name: str, names: list[str]) -> tuple[str, ...]:
+        """Returns names that are all different."""
+        if len(set(names)) < len(names):
+            self.refuse(name, names, "a list of different names")
+        return tuple(names)
+
+    def checked_name(self, name: str, value: object, but: Collection[str]) -> str:
+        """Returns the name of a file in the same directory that is none of `but`."""
+        if not isinstance(value, str) or not _is_plain(value):
+            self.refuse(name, value, "the name of a file in the same directory")
+        if value in but:
+            self.refuse(name, value, "another file than those of the conversion itself")
+        return value
+
+    def counts(self, name: str, columns: Mapping[str, int]) -> dict[str, int]:
+        """Returns the rows of each table, in the order in which the tables lie; `columns` are all there must be."""
+        value = self.take(name)
+        if not isinstance(value, dict) or value.keys() != columns.keys():
+            self.refuse(name, value, f"the shapes of {', '.join(columns)}")
+        found = {}
+        for table, shape in value.items():
+            if not isinstance(shape, list) or len(shape) != 2 or shape[1] != columns[table]:
+                self.refuse(f"{name}.{table}", shape, f"a number of rows, and {columns[table]}")
+            found[table] = self.checked_number(f"{name}.{table}", shape[0], MAX_BODY // (8 * columns[table]))
+        return found
+
+
+class Tables:
+    """Tables of 64-bit numbers, and what follows them, from `at` on in `body`, which lies at `offset` of the file."""
+
+    def __init__(self, path: str, body: memoryview, at: int, offset: int) -> None:
+        self.path = path
+        self.body = body
+        self.at = at
+        self.offset = offset
+
+    def table(self, name: str, rows: int, columns: int) -> Ranges:
+        """Returns the next table; a number that does not fit its bounds is found by `refuse_rows`."""
+        need, left = 8 * rows * columns, len(self.body) - self.at
+        if need > left:
+            raise ImageError(
+                f"{self.path}: {name} at {self.offset + self.at:#x}: {rows} rows of {8 * columns} bytes, "
+                f"{left} are left"
+            )
+        found = np.frombuffer(self.body, dtype="<i8", count=rows * columns, offset=self.at).reshape(rows, columns)
+        self.at += need
+        return found.astype(np.int64, copy=False)
+
+    def ranges(self, name: str, rows: int, most: int) -> Ranges:
+        """Returns the next table of ranges: none beyond `most` bytes, none over another."""
+        begin = self.offset + self.at
+        found = self.table(name, rows, 2)
+        refuse_rows(f"{self.path}: {name}", begin, found, found[:, 0], found[:, 1], most)
+        order = np.argsort(found[:, 0], kind="stable")
+        over = np.flatnonzero(found[order[1:], 0] < found[order[:-1]].sum(axis=1))
+        if len(over):
+            row = int(order[1:][over[0]])
+            raise ImageError(
+                f"{self.path}: {name} row {row} at {begin + 16 * row:#x}: "
+                f"{found[row].tolist()} is not apart from the other ranges"
+            )
+        return found
+
+
+def refuse_rows(what: str, begin: int, table: Ranges, start: Ranges, length: Ranges, most: int) -> None:
+    """Raises unless each row's range begins at 0 or later, is not empty, and ends at `most` at the latest."""
+    # In this order nothing overflows.
+    bad = (start < 0) | (length <= 0) | (start > most) | (length > most - np.clip(start, 0, most))
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        where = begin + 8 * table.shape[1] * row
+        raise ImageError(f"{what} row {row} at {where:#x}: {table[row].tolist()} is not a range of {most} bytes")
+
+
+def _is_plain(name: str) -> bool:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= NAME_MAX
+    except UnicodeEncodeError:
+        return False
+
+
+def _shown(value: object) -> str:
+    """Returns a value for a message, not more than a line of it."""
+    text = repr(value) if isinstance(value, str | int | float | bool) or value is None else f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

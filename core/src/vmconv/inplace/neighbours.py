@@ -1,0 +1,182 @@
+"""Other images of the directory, which a conversion in place must not leave without their parent or payload.
+
+Only names count: those that a neighbour's header states, or the identity by which it knows its parent, compared with
+the files concerned. Nothing outside the directory is opened, whatever a neighbour names, and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv import paths
+from vmconv.errors import AccessError, PlanError, VmconvError
+from vmconv.opener import Opener
+from vmconv.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.directory import Directory
+    from vmconv.image import Image
+    from vmconv.inplace.rules import Own
+    from vmconv.registry import Registry
+
+MOST_SECONDS = 20.0
+"""Time that looking at the files of a directory may take; what is not looked at then is said."""
+
+
+class Neighbours(NamedTuple):
+    """What was found: the file that refers, and the one that it refers to; how many files were not looked at."""
+
+    directory: str
+    refers: tuple[str, str] | None
+    unseen: int
+
+
+def look(directory: Directory, own: Sequence[Own], registry: Registry, but: Collection[str] = ()) -> Neighbours:
+    """Looks for an image of the directory that refers to one of `own`: as its parent, or for its payload.
+
+    `but` are files that may, as they go with them.
+    """
+    passed = {*but, *(each.name for each in own)}
+    names = [name for name in directory.names() if name not in passed]
+    # What is called an image first, for where there is no time for all.
+    names.sort(key=lambda name: registry.format_by_suffix(name) is None)
+    end = time.monotonic() + MOST_SECONDS
+    for number, name in enumerate(names):
+        if time.monotonic() > end:
+            return Neighbours(directory.path, None, len(names) - number)
+        found = _referred(directory, name, own, registry)
+        if found is not None:
+            return Neighbours(directory.path, (name, found), 0)
+    return Neighbours(directory.path, None, 0)
+
+
+def refuse(found: Neighbours) -> None:
+    """Raises `PlanError` when another image refers to one of the files."""
+    if found.refers:
+        name, own = found.refers
+        raise PlanError(
+            f"{name}: refers to {own}, which would be another disk image then",
+            hint=f"convert {name} first, flattening it, or rebase it",
+        )
+
+
+def warning(found: Neighbours) -> str | None:
+    """Returns what must be said when not all could be looked at."""
+    if not found.unseen:
+        return None
+    return (
+        f"{found.directory}: {found.unseen} files were not looked at: an image among them that refers to the source "
+        "cannot be read any more afterwards"
+    )
+
+
+def warn(found: Neighbours) -> None:
+    """Says it, where nothing else does."""
+    import logging
+
+    if text := warning(found):
+        logging.getLogger("vmconv").warning("warning: %s", text)
+
+
+def _referred(directory: Directory, name: str, own: Sequence[Own], registry: Registry) -> str | None:
+    """Returns the name of the file that an image refers to; None when it is no image, or refers to none of `own`."""
+    try:
+        descriptor = directory.open(name)
+    except (OSError, VmconvError):
+        # What cannot be read refers to nothing that could be found out.
+        return None
+    file = File(os.path.join(directory.path, name), descriptor)
+    with _Names(directory, own, registry) as names:
+        names.files.append(file)
+        kind = registry.probe(file)
+        # The fields of a header may make no sense; what was named until then counts.
+        with suppress(VmconvError):
+            if kind in registry.formats:
+                _ask(registry.formats[kind].read(file, names), names)
+        return names.found
+
+
+def _ask(image: Image, names: _Names) -> None:
+    for dependency in image.dependencies:
+        with suppress(VmconvError):
+            names.related(image.file, dependency.name, dependency.role)
+    if image.parent_reference is not None:
+        names.note(image.file, image.parent_reference)
+    with suppress(VmconvError):
+        image.parent  # noqa: B018 asks for it
+
+
+class _Names(Opener):
+    """Notes which of the files concerned a reader asks for, and gives it none that lies in another directory."""
+
+    def __init__(self, directory: Directory, own: Sequence[Own], registry: Registry) -> None:
+        super().__init__(registry)
+        self.directory = directory
+        self.own = own
+        self.found: str | None = None
+
+    def note(self, origin: File, reference: str, *, moved: bool = False) -> str | None:
+        """Returns the name that a reference has in the directory, None when it leads out of it."""
+        name = self._noted(os.path.join(os.path.dirname(origin.path), reference))
+        if name is None or not self.directory.has(name):
+            # Paths of other systems, and with `moved` all that lead elsewhere, are looked for by their base names.
+            base = paths.base_of(reference) if moved or paths.is_foreign(reference) else ""
+            for each in self.own:
+                if base.casefold() == each.name.casefold():
+                    self.found = each.name
+            return self._noted(os.path.join(os.path.dirname(origin.path), reference.replace("\\", "/"))) or name
+        return name
+
+    def _noted(self, path: str) -> str | None:
+        folder, name = os.path.split(path)
+        if "\0" in path or name in ("", ".", "..") or not self._is_here(folder):
+            return None
+        with suppress(OSError):
+            # A link of this directory may lead to one of the files.
+            there = os.stat(name, dir_fd=self.directory.descriptor)
+            for each in self.own:
+                if _identity(there) == each.file.stamp[:2]:
+                    self.found = each.name
+        return name
+
+    def _is_here(self, folder: str) -> bool:
+        if os.path.normpath(folder) == os.path.normpath(self.directory.path):
+            return True
+        with suppress(OSError, ValueError):
+            return os.path.realpath(folder) == self.directory.real()
+        return False
+
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
+        name = self.note(origin, reference, moved=moved)
+        if name is None:
+            raise _missing(origin, reference, role)
+        try:
+            descriptor = self.directory.open(name)
+        except OSError as exc:
+            raise _missing(origin, reference, role) from exc
+        file = File(os.path.join(self.directory.path, name), descriptor)
+        self.files.append(file)
+        return file
+
+    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+        self.note(origin, reference, moved=moved)
+        raise _missing(origin, reference, "backing file")
+
+    def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
+        for each in self.own:
+            yield os.path.join(self.directory.path, each.name), each.file
+
+
+def _missing(origin: File, reference: str, role: str) -> AccessError:
+    """Returns the error for what is not to be opened: as if it were not there, as some readers look for several."""
+    error = AccessError(f"{origin.name}: {role} {reference!r} is not looked at")
+    error.__cause__ = FileNotFoundError(reference)
+    return error
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
