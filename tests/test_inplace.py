@@ -961,7 +961,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
         patch.setattr(Calls, call, failing)
         with pytest.raises(BackendError, match="is converted, and not finished") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
-    assert caught.value.hint == f"vmconv recover {disk}"
+    assert caught.value.hint == f"vmconv recover {ext4_dir / 'new.qcow2'}"
     now = str(caught.value).partition("; the disk is ")[2].removesuffix(" now")
     assert Path(now).exists()
     assert api.recover(str(disk)).forward

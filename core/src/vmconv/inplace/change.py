@@ -109,7 +109,7 @@ class Change:
                 raise BackendError(
                     f"{self.target}: is converted, and not finished: {_where(exc)}{exc.strerror}; "
                     f"{self._whereabouts()}",
-                    hint=f"vmconv recover {self.source}",
+                    hint=f"vmconv recover {self.target}",
                 ) from exc
 
     def give_up(self) -> None:
