@@ -280,6 +280,29 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(sha
         pass
 
 
+def test_a_directory_that_may_not_be_listed_gets_images(disk: Path, tmp_path: Path) -> None:
+    for parent in list(tmp_path.parents)[:3]:
+        if parent != Path("/") and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    box = tmp_path / "box"
+
+    def make() -> None:
+        api.fanout(str(disk), ["vmdk", "vdi"], directory=str(box))
+        for force in (False, True):
+            api.convert(str(disk), str(box / "t.qcow2"), force=force)
+
+    # As root first: the other user may not be able to import from where the modules are.
+    box.mkdir()
+    make()
+    for path in box.iterdir():
+        path.unlink()
+    os.chown(box, STRANGER, STRANGER)
+    box.chmod(0o300)
+    as_user(make)
+    assert sorted(os.listdir(box)) == ["disk.vdi", "disk.vmdk", "t.qcow2"]
+
+
 # Who may open what is made
 
 

@@ -184,7 +184,13 @@ def _carry_attribute(source: int, target: int, name: str) -> bool:
 
 def _attribute(descriptor: int, name: str) -> bytes | None:
     try:
-        return os.getxattr(descriptor, name)
+        try:
+            return os.getxattr(descriptor, name)
+        except OSError as exc:
+            if exc.errno != errno.EBADF:
+                raise
+            # A directory that this user may enter and not list is opened by O_PATH.
+            return os.getxattr(f"/proc/self/fd/{descriptor}", name)
     except OSError as exc:
         if exc.errno not in (*_ABSENT, errno.EPERM, errno.EACCES):
             raise
