@@ -60,6 +60,7 @@ def render() -> str:
     kinds = "\n".join(f"| {name} | {_first_line(maker)} |" for name, maker in KINDS.items())
     variants = "\n".join(f"| {name} | {'; '.join(_variants(name))} |" for name in names())
     formats = "".join(f"\n### {name}\n\n| test | inputs |\n| --- | --- |\n{_rows(name)}\n" for name in names())
+    formats += f"\n### every format\n\n| test | inputs |\n| --- | --- |\n{_rows('check')}\n"
     chains = ", ".join(names_with_parents())
     memory = MUCH_MEMORY >> 20
     assert LARGE == 16 << 40, "the docstring of `absurd` says 16 TiB"

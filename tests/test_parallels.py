@@ -336,6 +336,15 @@ def test_a_split_disk_is_read_in_the_order_of_its_sectors(tmp_path: Path) -> Non
     assert convert(path, tmp_path / "flat.raw") == first + second
 
 
+@pytest.mark.malformed
+def test_two_storages_in_one_file_are_refused(tmp_path: Path) -> None:
+    path, _ = bundle(tmp_path)
+    images = [(TOP, "Compressed", "top.hds")]
+    path.write_text(descriptor([(0, 32, images), (32, 64, images)], [(TOP, NONE)]))
+    with pytest.raises(ImageError, match="two of its 2 storages have one image"):
+        convert(path, tmp_path / "copy.raw")
+
+
 def test_what_the_descriptor_says_of_the_disk_is_carried(tmp_path: Path) -> None:
     path, _ = bundle(tmp_path)
     more = "<LogicSectorSize>512</LogicSectorSize><PhysicalSectorSize>4096</PhysicalSectorSize>"

@@ -656,6 +656,13 @@ def test_an_extent_that_is_named_twice_is_refused() -> None:
 
 
 @pytest.mark.malformed
+def test_ranges_of_a_flat_file_that_are_named_twice_are_told() -> None:
+    image = in_memory(descriptor('RW 2 FLAT "one" 0\nRW 2 FLAT "one" 1', "vmfs"), {"one": bytes(range(256)) * 6})
+    assert content(image.flat)
+    assert "guest address 0x400 and guest address 0x200 both lie at 0x200" in " ".join(image.warnings)
+
+
+@pytest.mark.malformed
 def test_an_image_that_names_itself_as_an_extent_is_refused(tmp_path: Path) -> None:
     (tmp_path / "disk.vmdk").write_bytes(descriptor('RW 1 FLAT "disk.vmdk" 0'))
     with pytest.raises(ImageError, match="is the image itself"):
@@ -731,6 +738,13 @@ def test_a_sesparse_extent_is_what_qemu_reads(tmp_path: Path, qemu_img: QemuImg)
         (cowd_extent([40], [bytes(512)], entries=0), "VMFSSPARSE", "numGDEntries at 0x18: 0 tables"),
         (cowd_extent([40], [bytes(512)], gd=1 << 30), "VMFSSPARSE", "grain directory at 0x8000000000"),
         (cowd_extent([1 << 20], [bytes(512)]), "VMFSSPARSE", "grain at 0x20000000 lies past the end"),
+        (
+            cowd_extent([40, 40], [bytes(512)]),
+            "VMFSSPARSE",
+            "guest address 0x200 and guest address 0x0 both lie at 0x5000",
+        ),
+        (cowd_extent([6], [bytes(512)]), "VMFSSPARSE", "guest address 0x0 and grain table both lie at 0xc00"),
+        (se_extent([3 << 60] * 2, [bytes(4096)]), "SESPARSE", "guest address 0x1000 and guest address 0x0 both lie at"),
         (se_extent([], version=3), "SESPARSE", "version at 0x8: 0x3 is not 0x200000001"),
         (se_extent([], flags=1), "SESPARSE", "flags at 0x28: 0x1 is not 0x0"),
         (se_extent([], grain_size=16), "SESPARSE", "grain_size at 0x18: 0x10 is not 0x8"),
