@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,10 +261,18 @@ def as_user(action: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(shared: Path) -> None:
-    for parent in list(shared.parents)[:4]:
-        if parent != Path("/") and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that every user reaches: pytest keeps its own ones from others."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(reachable: Path) -> None:
+    shared = reachable / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
     (shared / "t.qcow2").write_bytes(OLD)
     (shared / "t.qcow2").chmod(0o666)
 
@@ -280,12 +289,9 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(sha
         pass
 
 
-def test_a_directory_that_may_not_be_listed_gets_images(disk: Path, tmp_path: Path) -> None:
-    for parent in list(tmp_path.parents)[:3]:
-        if parent != Path("/") and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    tmp_path.chmod(0o755)
-    box = tmp_path / "box"
+def test_a_directory_that_may_not_be_listed_gets_images(reachable: Path) -> None:
+    disk = make_disk(reachable / "disk.raw", MIB)
+    box = reachable / "box"
 
     def make() -> None:
         api.fanout(str(disk), ["vmdk", "vdi"], directory=str(box))
