@@ -260,3 +260,13 @@ def test_a_link_to_a_directory_makes_no_difference(linked: Path, tmp_path: Path)
     (tmp_path / "real" / "base.raw").write_bytes(b"\x11" * 4096)
     (tmp_path / "alias").symlink_to("real")
     assert vmconv.map_disk(tmp_path / "alias" / "top.qcow2")
+
+
+# In place
+
+
+def test_a_disk_that_a_neighbour_names_by_a_foreign_path_stays(chain: Path) -> None:
+    name_parent(chain, r"C:\VMs\base.vmdk")
+    with pytest.raises(vmconv.VmconvError, match=r"child\.vmdk"):
+        vmconv.convert(chain.with_name("base.vmdk"), chain.with_name("new.qcow2"), in_place=True)
+    assert is_right(chain)

@@ -18,6 +18,20 @@ _ELSEWHERE = ("/vmfs/", "/Users/", "/Volumes/")
 """Where ESX and macOS keep files; no such directories are on Linux."""
 
 
+def text_of(name: str) -> str:
+    """Returns the UTF-8 text that the bytes of a file name are, whatever encoding the locale has.
+
+    Python decodes file names by the locale: where that is not UTF-8, the string is another one than users see. What
+    goes into an image has to be the name itself.
+    """
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def named_by(text: str) -> str:
+    """Returns the file name, as Python has it here, whose bytes are this UTF-8 text."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def from_windows(name: str) -> str:
     """Returns a path of Windows as one of this system; the name alone where it has a drive or a share."""
     if on_windows(name):

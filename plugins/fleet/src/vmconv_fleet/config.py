@@ -74,6 +74,9 @@ def default_directory() -> str:
     if named:
         return named
     state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    if not os.path.isabs(state):
+        # Without a home, "~" stands for itself: a directory of that name would be made here.
+        raise ConfigError("there is no home directory for the node's state", hint="name the node with --directory")
     return os.path.join(state, "vmconv", "node")
 
 

@@ -11,6 +11,7 @@ from vmconv.errors import ImageError, UsageError
 from vmconv.extents import Columns, Extents
 from vmconv.image import Image
 from vmconv.opener import MAX_CHAIN_DEPTH, Opener
+from vmconv.paths import named_by
 from vmconv.references import Dependency
 from vmconv.sources import File, Source
 from vmconv_parallels import reader
@@ -91,7 +92,7 @@ def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str],
 def _image_of(file: File, storage: Storage, shot: str) -> str:
     if shot not in storage.images:
         raise ImageError(f"{file.name}: storage at sector {storage.start // 512}: no image of snapshot {shot}")
-    return storage.images[shot].file
+    return named_by(storage.images[shot].file)
 
 
 class _Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -263,7 +264,7 @@ def _bytes(file: File, offset: int, length: int, what: str) -> bytes:
 
 
 def _decode(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
+    return os.fsdecode(data)
 
 
 def _text(data: bytes | None) -> str | None:

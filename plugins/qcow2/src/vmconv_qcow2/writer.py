@@ -10,6 +10,7 @@ written, a slice at a time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -259,13 +260,13 @@ class _Writer:
         extensions = b""
         name = b""
         if backing:
-            name = backing.reference.encode("utf-8", "surrogateescape")
+            name = os.fsencode(backing.reference)
             extensions += _extension(structs.BACKING_FORMAT, qemu_name(backing.format).encode())
             if backing.records:
                 records = "\0".join(str(record) for record in backing.records)
-                extensions += _extension(structs.RECORDS, records.encode("utf-8", "surrogateescape"))
+                extensions += _extension(structs.RECORDS, os.fsencode(records))
         if options.data_file:
-            extensions += _extension(structs.DATA_FILE_NAME, options.data_file.encode("utf-8", "surrogateescape"))
+            extensions += _extension(structs.DATA_FILE_NAME, os.fsencode(options.data_file))
         extensions += _extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,7 @@ def _backing_name(file: File, raw: Any) -> str | None:
     _limit(file, "backing_filename_size", length, 1, structs.MAX_BACKING_NAME)
     end = min(raw.header_size * raw.cluster_size, file.size)
     _limit(file, "backing_filename_offset", offset, structs.HEADER_LENGTH, end - length)
-    return file.read(offset, length).decode("utf-8", "surrogateescape")
+    return os.fsdecode(file.read(offset, length))
 
 
 def _details(header: Header) -> Mapping[str, Any]:

@@ -8,6 +8,8 @@ tables are computed when they are written, a slice at a time.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from vmconv import blocks
@@ -71,7 +73,7 @@ class _Writer:
     def _header(self) -> Blob:
         name, features = b"", 0
         if self.backing:
-            name, features = self.backing.reference.encode("utf-8", "surrogateescape"), structs.BACKING_FILE
+            name, features = os.fsencode(self.backing.reference), structs.BACKING_FILE
             # Any other format is for the content of the parent to say.
             features |= structs.BACKING_FORMAT_NO_PROBE if self.backing.format == "raw" else 0
         if len(name) > structs.MAX_BACKING_NAME:

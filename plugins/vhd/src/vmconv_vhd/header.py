@@ -11,7 +11,7 @@ from construct import Construct, ConstructError
 
 from vmconv.errors import ImageError
 from vmconv.extents import Column
-from vmconv.paths import from_url, from_windows
+from vmconv.paths import from_url, from_windows, named_by
 from vmconv.sources import File
 from vmconv_vhd import structs
 
@@ -226,6 +226,6 @@ def _locator(file: File, locator: Any) -> bytes:
 
 def _local(name: str) -> Iterator[str]:
     """Yields a name as a path of this system; the parent's identity decides whether it is the right one."""
-    path = from_windows(from_url(name.split("\0", maxsplit=1)[0]))
+    path = named_by(from_windows(from_url(name.split("\0", maxsplit=1)[0])))
     if path:
         yield path

@@ -13,7 +13,7 @@ from vmconv.errors import AccessError, ImageError
 from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources, distinct
 from vmconv.image import Image
 from vmconv.opener import Opener
-from vmconv.paths import from_windows
+from vmconv.paths import from_windows, named_by
 from vmconv.sources import File, Source
 from vmconv.usage import Usage
 from vmconv_vhdx import structs
@@ -89,7 +89,7 @@ def _parents(locator: Mapping[str, str]) -> Iterator[str]:
     The parent's GUID decides whether a file is the right one.
     """
     keys = ("relative_path", "volume_path", "absolute_win32_path")
-    yield from dict.fromkeys(filter(None, (from_windows(locator.get(key, "")) for key in keys)))
+    yield from dict.fromkeys(filter(None, (named_by(from_windows(locator.get(key, ""))) for key in keys)))
 
 
 def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Image:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from vmconv.errors import ImageError
 from vmconv.extents import MAX_SIZE
+from vmconv.paths import named_by, text_of
 from vmconv.references import Dependency, Record, read_records
 from vmconv.sources import File
 from vmconv_vmdk import is_descriptor, structs
@@ -99,14 +100,14 @@ class Descriptor:
             # How long the file of a sparse extent has to be, only its tables say.
             end = part.offset * structs.SECTOR + part.size if part.kind in FLAT_KINDS else 0
             ends[part.name] = max(ends.get(part.name, 0), end)
-        known = read_records(text for name, text in self.values.items() if name.startswith(_RECORD))
+        known = read_records(named_by(text) for name, text in self.values.items() if name.startswith(_RECORD))
         for name, end in ends.items():
             yield Dependency("extent", name, end, known.get(name))
 
 
 def recorded(records: Sequence[Record]) -> dict[str, str]:
     """Returns the lines of "ddb" that keep what is known of the source's files; other readers ignore them."""
-    return {f"{_RECORD.removeprefix('ddb.')}{number}": str(record) for number, record in enumerate(records)}
+    return {f"{_RECORD.removeprefix('ddb.')}{number}": text_of(str(record)) for number, record in enumerate(records)}
 
 
 def parse(data: bytes, name: str) -> Descriptor:
@@ -131,7 +132,7 @@ def parse(data: bytes, name: str) -> Descriptor:
         _content_id(values, "CID", name),
         NO_PARENT if (below := _content_id(values, "parentCID", name)) is None else below,
         encoding,
-        values.get("parentfilenamehint") or None,
+        named_by(values.get("parentfilenamehint", "")) or None,
     )
     _check(descriptor, name)
     return descriptor
@@ -169,7 +170,7 @@ def _part(found: re.Match[str], where: str) -> Part:
         raise ImageError(f"{where}: extent at sector {offset}, {MAX_SIZE // structs.SECTOR} at most")
     if kind != "ZERO" and access != "NOACCESS" and not file:
         raise ImageError(f"{where}: extent of kind {kind} names no file")
-    return Part(access, int(sectors), kind, file or None, int(offset or 0))
+    return Part(access, int(sectors), kind, named_by(file) if file else None, int(offset or 0))
 
 
 def _content_id(values: Mapping[str, str], key: str, name: str) -> int | None:
@@ -230,7 +231,7 @@ def render(
         f"parentCID={parent_cid:08x}",
         'isNativeSnapshot="no"',
         f'createType="{create_type}"',
-        *([f'parentFileNameHint="{parent}"'] if parent else []),
+        *([f'parentFileNameHint="{text_of(parent)}"'] if parent else []),
         "",
         "# Extent description",
         *(_line(part) for part in parts),
@@ -246,4 +247,4 @@ def render(
 
 def _line(part: Part) -> str:
     place = f" {part.offset}" if part.kind == "FLAT" else ""
-    return f'{part.access} {part.sectors} {part.kind} "{part.name}"{place}'
+    return f'{part.access} {part.sectors} {part.kind} "{text_of(part.name or "")}"{place}'

@@ -9,6 +9,7 @@ its own place there: who writes to the disk never writes to two addresses at onc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 from vmconv.errors import PlanError
 from vmconv.extents import Column, Extents, Kind
 from vmconv.layout import OutFile, Placement, Reference
+from vmconv.paths import text_of
 from vmconv.ranges import Ranges, joined_over_holes, ranges_in_files
 from vmconv.references import Record, refer
 from vmconv.sources import File
@@ -95,9 +97,9 @@ def _parts(ranges: Ranges, names: Mapping[int, str], gap: Column, gap_length: Co
 
 
 def _refuse_name(name: str) -> None:
-    if '"' in name or "\0" in name or name.splitlines() != [name]:
+    if '"' in name or "\0" in name or text_of(name).splitlines() != [text_of(name)]:
         raise PlanError(f"VMDK descriptor cannot hold the file name {name!r}")
-    length = len(name.encode("utf-8", "surrogateescape"))
+    length = len(os.fsencode(name))
     if length > MAX_NAME:
         raise PlanError(f"file name of {length} bytes in a VMDK descriptor, {MAX_NAME} at most: {name}")
 
