@@ -99,6 +99,7 @@ def fuzz(name: str, seconds: int, seed: int, corpus: Path, findings: Findings) -
         "seed": seed,
         "timeout": HANGS,
         "rss_limit_mb": 4096,
+        "report_slow_units": HANGS,
         "max_len": LONGEST,
         "print_final_stats": 1,
         "verbosity": 1,

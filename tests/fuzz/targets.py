@@ -8,6 +8,8 @@ sample's headers and tables that matter. So a mutation of the input is a change 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import socket
 import struct
 import threading
@@ -17,6 +19,8 @@ from functools import cached_property
 from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
+
+import zstandard
 
 from fuzz.samples import extra, seal_log
 from vmconv.errors import VmconvError
@@ -242,6 +246,98 @@ def _talk(connection: socket.socket, data: bytes) -> None:
             pass
 
 
+class JournalTarget(Target):
+    """A journal, as `recover` reads it: the body, under a digest that is right."""
+
+    def seeds(self) -> list[bytes]:
+        import numpy as np
+
+        from vmconv.inplace.journal import Journal, Leftover
+
+        ranges = np.array([[0, 512], [4096, 8]], dtype=np.int64)
+        pieces = np.array([[1 << 30, 4096, 0], [1 << 31, 4096, 8192]], dtype=np.int64)
+        begun = Journal("disk.raw", "disk.qcow2", 1 << 20, 1 << 21, 1, ranges, bytes(520), ranges[1:], ranges)
+        return [
+            _body_of(journal.encode(_no_mark), _JOURNAL_HEAD)
+            for journal in (
+                begun,
+                begun._replace(made=("disk.qcow2.vmconv-undo",), undo="disk.qcow2.vmconv-undo", mtime=5, replace=True),
+                begun._replace(pieces=pieces, later=ranges, new=bytes(520), leftovers=(Leftover("x.vmdk", 9, 7),)),
+                begun._replace(made=("disk.qcow2",), carried=False, owner=1000),
+            )
+        ]
+
+    def run(self, data: bytes) -> None:
+        from vmconv.inplace import journal
+
+        name = "disk.raw.vmconv-journal"
+        digest = hashlib.blake2b(data, digest_size=32).digest()
+        whole = journal.MAGIC + struct.pack("<Q", len(data)) + digest + bytes(32) + data + digest
+        for content in (whole, data):
+            with _in_memory(content) as descriptor, contextlib.suppress(VmconvError):
+                head = journal.read_head(descriptor, name)
+                if head is not None:
+                    journal.read(descriptor, name, head, name)
+
+
+class UndoTarget(Target):
+    """An undo file, as `undo` reads it: the body and the old bytes, under digests that are right."""
+
+    def seeds(self) -> list[bytes]:
+        import numpy as np
+
+        from vmconv.inplace.undofile import Sibling, Undo
+
+        ranges = np.array([[0, 512], [4096, 8]], dtype=np.int64)
+        undo = Undo("disk.raw", "disk.qcow2", "raw", 1 << 20, 5, ranges, (), (), ranges)
+        siblings = (Sibling("disk.vmdk", 0o644, 300),)
+        old = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(820))
+        return [
+            _body_of(each.head(_no_mark), _UNDO_HEAD) + old
+            for each in (undo, undo._replace(siblings=siblings, made=("disk-flat.vmdk",)))
+        ]
+
+    def run(self, data: bytes) -> None:
+        from vmconv.inplace import undofile
+
+        name = "disk.qcow2.vmconv-undo"
+        # The old bytes begin where zstandard's magic is.
+        length = data.find(b"\x28\xb5\x2f\xfd") % (len(data) + 1)
+        digest = hashlib.blake2b(data[:length], digest_size=32).digest()
+        stamp = undofile.Stamp(1 << 21, 5, bytes(32)).encode()
+        whole = undofile.MAGIC + stamp + struct.pack("<Q", length) + digest + bytes(32) + data
+        for content in (whole, data):
+            with _in_memory(content) as descriptor, contextlib.suppress(VmconvError):
+                head = undofile.read_head(descriptor, name)
+                undofile.read_stamp(descriptor, name)
+                undo = undofile.read(descriptor, name, head, name)
+                with undofile.unpacked(descriptor, name, head) as following:
+                    following(min(undo.restored, 1 << 20))
+
+
+_JOURNAL_HEAD = 64 + 8 + 32 + 32
+_UNDO_HEAD = 128 + 80 + 8 + 32 + 32
+
+
+def _no_mark(_: bytes) -> bytes:
+    return bytes(32)
+
+
+def _body_of(encoded: bytes, head: int) -> bytes:
+    return encoded[head:]
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """Yields the descriptor of a file with this content."""
+    descriptor = os.memfd_create("fuzz")
+    try:
+        os.write(descriptor, content)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 _VMDK = [
     b'# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="%s"\n\n# Extent description\n'
     b'%s\n\n# The Disk Data Base\n#DDB\n\nddb.adapterType = "ide"\nddb.geometry.cylinders = "16"\n'
@@ -277,4 +373,6 @@ def targets() -> dict[str, Target]:
     found["parallels-descriptor"] = BytesTarget("parallels", ".xml", _PARALLELS)
     found["probe"] = ProbeTarget()
     found["nbd"] = NbdTarget()
+    found["journal"] = JournalTarget()
+    found["undo"] = UndoTarget()
     return found
