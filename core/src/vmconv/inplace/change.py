@@ -226,7 +226,8 @@ class Change:
         status = self.directory.status(leftover.name)
         if status is None or Leftover.of(leftover.name, status) != leftover:
             return
-        if self.journal.owner in (None, status.st_uid):
+        # An undo file is its maker's, whosever the disk is.
+        if self.journal.owner is None or status.st_uid in (self.journal.owner, os.geteuid()):
             self.calls.unlink(self.directory, leftover.name)
 
     # -- back
