@@ -238,19 +238,16 @@ def _journals(directory: Directory) -> list[str]:
 
 def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
     """Returns a descriptor of a journal; None when it is somebody else's, or gone."""
+    from vmconv.inplace import ownership
+
     try:
-        descriptor = directory.open(entry)
+        descriptor = ownership.opened(directory, entry)
     except (OSError, AccessError):
         return None
-    if trust or _is_own(descriptor):
+    if trust or ownership.stranger(descriptor) is None:
         return descriptor
     os.close(descriptor)
     return None
-
-
-def _is_own(descriptor: int) -> bool:
-    status = os.fstat(descriptor)
-    return status.st_uid == os.geteuid() and status.st_nlink == 1 and not status.st_mode & 0o022
 
 
 def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | None, bool]:
