@@ -22,7 +22,7 @@ from crash import RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
 from disks import MIB, QemuImg, make_disk
 from inplace_pairs import Source, Target, pairs, shifted_pairs
 from tried import TRIED
-from variants import QEMU_NAMES
+from variants import QEMU_NAMES, identified
 from vmconv import api
 from vmconv.errors import AccessError
 from vmconv.inplace import recovery, undo
@@ -72,7 +72,8 @@ class Work(NamedTuple):
             str(directory / self.after),
             source_format=self.source.format,
             target_format=self.target.format,
-            options=self.target.options,
+            # Two runs are to make the same image.
+            options={**self.target.options, **identified((self.target.format, ""))},
             in_place=True,
             keep_undo=keep_undo,
         )

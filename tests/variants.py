@@ -55,7 +55,7 @@ def has_identity(variant: Variant) -> bool:
 
 def identified(variant: Variant, identity: str = "01234567-89ab-4cde-8f01-23456789abcd") -> dict[str, str]:
     """Returns the options with an identity, where the format takes one: with it, the same disk is the same image."""
-    return {**options(variant), **({"identity": identity} if has_identity(variant) else {})}
+    return options(variant) | ({"identity": identity} if has_identity(variant) else {})
 
 
 def qemu_name(variant: Variant) -> str:
