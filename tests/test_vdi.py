@@ -33,6 +33,7 @@ OPTIONS: tuple[dict[str, str], ...] = ({}, {"static": "on"})
 
 class TestVdi(FormatTests):
     format = Vdi()
+    sizes_differ = False
     variants = OPTIONS
     wrong_options = ({"static": "perhaps"}, {"static": "2"})
     metadata: ClassVar[Mapping[str, Any]] = {"geometry": Geometry(cylinders=1023, heads=16, sectors=63)}

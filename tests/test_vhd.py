@@ -44,6 +44,7 @@ CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[2] / "share
 
 class TestVhd(FormatTests):
     format = Vhd()
+    sizes_differ = False
     variants = ({}, {"subformat": "fixed"}, {"subformat": "dynamic", "force_size": "on"})
     wrong_options = (
         {"subformat": "differencing"},

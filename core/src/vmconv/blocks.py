@@ -98,6 +98,15 @@ def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
     return table.replaced(table.over(parent).without_holes(), rows.start[hole], length[hole])
 
 
+def said(table: Extents) -> Extents:
+    """Returns where a layer says anything: ZERO there, whatever it says, else HOLE. For bitmaps of sectors.
+
+    Payload may end in the middle of a sector; what a layer says does not once partial holes are filled.
+    """
+    kind = np.minimum(table.kind, np.uint8(Kind.ZERO))
+    return Extents(table.size, table.columns._replace(kind=kind))
+
+
 class Placed(NamedTuple):
     """Where runs of blocks go: `run` indexes the runs in the order of their `offset`, bytes; `end` of all."""
 

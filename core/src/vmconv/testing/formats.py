@@ -24,7 +24,7 @@ from vmconv.layout import Backing, Layout, Placement
 from vmconv.opener import Opener
 from vmconv.options import describe, parse_options
 from vmconv.registry import Registry
-from vmconv.sources import File
+from vmconv.sources import File, Source
 from vmconv.testing.disks import (
     changed_in_place,
     content,
@@ -35,13 +35,15 @@ from vmconv.testing.disks import (
     random_bytes,
     raw_disk,
 )
-from vmconv.testing.identities import IdentityTests
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
+from vmconv.testing.stacking import StackingTests
 from vmconv.testing.strategies import disks
 from vmconv.usage import overlaps
 
 _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
 _MIB = 1 << 20
+_GIB = 1 << 30
+_MOST_METADATA = 32 << 20
 
 
 class _Siblings(Opener):
@@ -59,7 +61,22 @@ class _Siblings(Opener):
         return self._siblings[reference]
 
 
-class FormatTests(IdentityTests):
+def _made_by(layout: Layout) -> list[Source]:
+    """Returns the sources of a layout that its writer made."""
+    return [source for out in layout.files for source in out.table.sources if not isinstance(source, File)]
+
+
+def _random_pieces(rng: random.Random, size: int) -> Iterator[tuple[int, int]]:
+    """Yields ranges anywhere in `size` bytes, short and long, many of which begin or end just beside a page."""
+    for _ in range(48 if size else 0):
+        start = rng.randrange(size)
+        if rng.random() < 0.5:
+            start = max(0, min(size - 1, start // 4096 * 4096 + rng.choice((-8, -1, 0, 1, 8))))
+        length = rng.choice((1, 8, 100, 4096, 65536, _MIB))
+        yield start, rng.randint(1, min(length, size - start))
+
+
+class FormatTests(StackingTests):
     """Subclass it, say which `format`, and pytest collects the rest; the answers below it may need."""
 
     format: ClassVar[Format]
@@ -232,6 +249,24 @@ class FormatTests(IdentityTests):
                         start = rng.randrange(blob.size)
                         length = rng.randrange(blob.size - start) + 1
                         assert blob.read(start, length) == whole[start : start + length], (variant, blob.name)
+
+    def test_metadata_read_in_random_pieces_is_the_metadata_read_at_once(self) -> None:
+        """Of a disk whose payload lies far apart: tables that are neighbours in the file are of distant addresses."""
+        far = [(0, 4096), (_GIB // 2, 70000), (_GIB, 4096), (20 * _GIB, _MIB), (41 * _GIB + 4096, 512)]
+        large = patterned(64 * _GIB, far)
+        small = patterned(9 * _MIB, [(0, 4096), (_MIB, 5 * _MIB)])
+        for number, variant in enumerate(self.each_variant()):
+            try:
+                layout = self.write(raw_disk(large), variant)
+            except PlanError:
+                layout = self.write(raw_disk(small), variant)
+            if sum(blob.size for blob in _made_by(layout)) > _MOST_METADATA:
+                layout = self.write(raw_disk(small), variant)
+            rng = random.Random(number)
+            for blob in _made_by(layout):
+                whole = blob.read(0, blob.size)
+                for start, length in _random_pieces(rng, blob.size):
+                    assert blob.read(start, length) == whole[start : start + length], (variant, blob.name, start)
 
     def test_what_the_format_carries_comes_back(self) -> None:
         assert self.format.carries == frozenset(self.metadata)

@@ -219,6 +219,7 @@ class _Writer:
 
     def _bitmaps(self) -> Blob:
         """Returns the sector bitmap blocks, end to end: a bit for each sector, 0 where it is left to the parent."""
+        said = blocks.said(self.guest)
 
         def compute(offset: int, length: int) -> bytes:
             out = []
@@ -226,7 +227,7 @@ class _Writer:
                 chunk, inside = divmod(offset, structs.BITMAP_BLOCK)
                 step = min(length, structs.BITMAP_BLOCK - inside, _BITS // 8)
                 sector = int(self.chunks[chunk]) * structs.CHUNK_SECTORS + inside * 8
-                kind, _, _ = self.guest.units(self.sector, sector, step * 8)
+                kind, _, _ = said.units(self.sector, sector, step * 8)
                 out.append(np.packbits(kind != Kind.HOLE, bitorder="little").tobytes())
                 offset, length = offset + step, length - step
             return b"".join(out)

@@ -1,0 +1,108 @@
+"""What every format has to pass that can have a parent: layers of any size, on top of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import pytest
+
+from vmconv.backends.memory import MemoryFile
+from vmconv.errors import PlanError
+from vmconv.extents import Extents, Kind
+from vmconv.identity import derived
+from vmconv.image import Image
+from vmconv.layout import Backing
+from vmconv.testing.disks import content, disk_of, patterned
+from vmconv.testing.identities import Files, IdentityTests
+
+_MIB = 1 << 20
+
+
+class _Layer(NamedTuple):
+    """`size` bytes; `own` are the ranges with payload, `(start, length)`, in order. The layer is silent elsewhere."""
+
+    size: int
+    own: Sequence[tuple[int, int]]
+
+
+def _full(size: int) -> _Layer:
+    return _Layer(size, [(0, size)])
+
+
+_EDGE = 4 * _MIB + 512
+_ODD = 4 * _MIB + 100
+_ALL = 9 * _MIB
+
+CHAINS: Mapping[str, Sequence[_Layer]] = {
+    "the parent is shorter": [_full(_EDGE), _Layer(_ALL, [(_MIB, 70 * 1024), (6 * _MIB, 512)])],
+    "the parent is longer": [_full(_ALL), _Layer(_EDGE, [(_MIB, 512)])],
+    "the middle is shorter": [_full(_ALL), _Layer(_EDGE, [(0, 512)]), _Layer(_ALL, [(2 * _MIB, 512)])],
+    "the middle is shorter and ends within a sector": [_full(_ALL), _Layer(_ODD, []), _Layer(_ALL, [(0, 512)])],
+    "what is added to whole sectors lies before the parent's end": [_full(_ALL), _Layer(_ALL - 100, [(0, 512)])],
+}
+"""Chains by what is special about them, the base first."""
+
+
+def _seen(layers: Sequence[tuple[_Layer, bytes]]) -> bytes:
+    """Returns what a guest reads, with no help of tables: each layer over what is below, cut or filled to its size."""
+    below = b""
+    for layer, payload in layers:
+        data = bytearray(below[: layer.size].ljust(layer.size, b"\0"))
+        for start, length in layer.own:
+            data[start : start + length] = payload[start : start + length]
+        below = bytes(data)
+    return below
+
+
+class StackingTests(IdentityTests):
+    """The part of `FormatTests` that is about layers which differ in size."""
+
+    sizes_differ: ClassVar[bool] = True
+    """False for a format whose layers are all as large as their parents: others must be refused."""
+
+    @pytest.mark.parametrize("chain", CHAINS)
+    def test_layers_that_differ_in_size_read_as_a_guest_would_or_are_refused(self, chain: str) -> None:
+        if not self.format.can_back:
+            pytest.skip("this format keeps no parent")
+        done = 0
+        for variant in self.variants:
+            try:
+                result, expected = self._stacked(CHAINS[chain], variant)
+            except PlanError as exc:
+                # Some variants keep no parent, such as flat ones; the first does.
+                assert not self.sizes_differ or variant != self.variants[0], exc
+                assert "\n" not in str(exc)
+                continue
+            done += 1
+            found = content(result.flat)
+            assert found[: len(expected)] == expected, variant
+            assert not any(found[len(expected) :]), variant
+        assert done or not self.sizes_differ
+
+    def _stacked(self, chain: Sequence[_Layer], variant: Mapping[str, str]) -> tuple[Image, bytes]:
+        """Returns the top of a chain that was written and read back, and what a guest must read of it."""
+        images: list[Files] = []
+        written: list[tuple[_Layer, bytes]] = []
+        for depth, layer in enumerate(chain):
+            source = patterned(_ALL, [(0, _ALL)], seed=depth)
+            name = f"layer{depth}{self.format.suffixes[0]}"
+            backing = Backing(f"layer{depth - 1}{self.format.suffixes[0]}", self.format.name) if images else None
+            disk = disk_of(_table(layer, source), source, parent=self.opened(*images) if images else None)
+            options = variant if images else self.variants[0]
+            images.append(self.made(disk, options, derived(b"stack", str(depth)), name, backing))
+            written.append((layer, source.read(0, _ALL)))
+        return self.opened(*images), _seen(written)
+
+
+def _table(layer: _Layer, source: MemoryFile) -> Extents:
+    rows: list[tuple[int, Kind, MemoryFile | None, int]] = []
+    at = 0
+    for start, length in layer.own:
+        if start > at:
+            rows.append((at, Kind.HOLE, None, 0))
+        rows.append((start, Kind.DATA, source, start))
+        at = start + length
+    if at < layer.size:
+        rows.append((at, Kind.HOLE, None, 0))
+    return Extents.of(rows, layer.size)
