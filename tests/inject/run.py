@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from inject.judge import Judge, Oracle, Ran, state_of  # noqa: E402
 from inject.scenarios import SCENARIOS, Scenario  # noqa: E402
-from inject.table import ANSWERS, FEW, LASTING, TABLE, number  # noqa: E402
+from inject.table import ANSWERS, FEW, LASTING, OPTIONAL, TABLE, number  # noqa: E402
 
 FAIL, HALF, ONE, ZERO, KILL = 1, 2, 3, 4, 5
 SHORT = {"half": HALF, "one": ONE, "zero": ZERO}
@@ -382,6 +382,8 @@ def test(base: Path, options: argparse.Namespace) -> int:
         runner.reset(judge.scenario)
         ran = runner.run(judge.scenario, case)
         problems = list(judge.problems(ran, harmless=not runner.shim.failed))
+        if case.result in OPTIONAL.get(case.call, ()) and ran.code != judge.usual.code:
+            problems.append(f"exit code {ran.code}, though it can be done without")
         if options.case:
             print(f"{case}: exit code {ran.code}\n{ran.err}")
         tally.add(case, ran, problems, where)

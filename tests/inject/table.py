@@ -178,6 +178,23 @@ ANSWERS = {
 }
 """Results that are no failures, each with the reason."""
 
+_NOT_THERE = {"ENOSYS", "EOPNOTSUPP"}
+OPTIONAL = {
+    "copy_file_range": _NOT_THERE | {"EINVAL", "EPERM", "ETXTBSY", "EXDEV"},
+    "fadvise64": _NOT_THERE | {"EINVAL", "ESPIPE", "EPERM"},
+    "fcntl:OFD_GETLK": _NOT_THERE | {"EINVAL", "ENOLCK"},
+    "fcntl:OFD_SETLK": _NOT_THERE | {"EINVAL", "ENOLCK"},
+    "fcntl:SETPIPE_SZ": {"EBADF", "EBUSY", "EINVAL", "EPERM", "ENOSYS"},
+    "ioctl:BTRFS_FS_INFO": _NOT_THERE | {"EINVAL", "ENOTTY", "EPERM"},
+    "ioctl:FIEMAP": _NOT_THERE | {"EINVAL", "ENOTTY", "EPERM", "EBADR"},
+    "ioctl:GETFLAGS": _NOT_THERE | {"EINVAL", "ENOTTY", "EPERM", "EACCES"},
+    "ioctl:RESVSP": _NOT_THERE | {"EINVAL", "ENOTTY", "EPERM"},
+    "lseek:DATA": _NOT_THERE | {"EINVAL"},
+    "lseek:HOLE": _NOT_THERE | {"EINVAL"},
+    "sendfile": _NOT_THERE | {"EINVAL", "EPERM", "EOVERFLOW"},
+}
+"""Calls that are a help where they are, and the answers that say that they are not: nothing may be refused for that."""
+
 
 def number(name: str) -> int:
     """Returns the number of an errno."""

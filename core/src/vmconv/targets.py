@@ -257,5 +257,7 @@ def _names(directory: Directory) -> list[str]:
     """Returns the names in a directory, none where it may not be listed: what is left there cannot be found."""
     try:
         return directory.names()
-    except OSError:
+    except OSError as exc:
+        if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
+            raise
         return []

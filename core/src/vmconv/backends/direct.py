@@ -40,7 +40,8 @@ class DirectFile:
         try:
             linux.allocate(self._descriptor, offset, length)
         except OSError as exc:
-            if exc.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
+            # A filter of system calls may deny it. Where there is no room, writing would find that out too late.
+            if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL, errno.EPERM}:
                 raise
             self._refused = True
         return not self._refused

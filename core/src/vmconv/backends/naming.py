@@ -231,7 +231,9 @@ def needed(directory: Directory) -> set[str]:
 def _journals(directory: Directory) -> list[str]:
     try:
         return [name for name in directory.names() if _ENTRY.fullmatch(name)]
-    except OSError:
+    except OSError as exc:
+        if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
+            raise
         # A directory that may not be listed: no journal of it can be found, and none can be made.
         return []
 
@@ -242,7 +244,12 @@ def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
 
     try:
         descriptor = ownership.opened(directory, entry)
-    except (OSError, AccessError):
+    except (FileNotFoundError, PermissionError, AccessError):
+        return None
+    except OSError as exc:
+        # A link is somebody else's. What fails otherwise may be ours, and say which files are still needed.
+        if exc.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
         return None
     if trust or ownership.stranger(descriptor) is None:
         return descriptor

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from vmconv import locks
 from vmconv.containers import new_name
-from vmconv.errors import AccessError, VmconvError, printable
+from vmconv.errors import AccessError, ReadError, VmconvError, printable
 from vmconv.extents import Extents
 from vmconv.image import Image
 from vmconv.opener import Opener
@@ -81,7 +81,7 @@ class Entry:
             return False
         try:
             return stamp_of(status) == stamp_of(self.status) and self.rights.are_current(list(self._opener.files))
-        except OSError:
+        except (OSError, ReadError):
             # Another thread has retired this and closed its files, or a file has gone.
             return False
 
