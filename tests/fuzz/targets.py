@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import zstandard
 
 from fuzz.samples import extra, seal_log
-from vmconv.errors import VmconvError
+from vmconv import paths
+from vmconv.errors import AccessError, VmconvError
 from vmconv.extents import Extents, Kind
 from vmconv.opener import Opener
 from vmconv.registry import installed
@@ -63,7 +64,8 @@ class _NoOthers(Opener):
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         if reference == "other":
             return _OTHER
-        return super().related(origin, reference, role, moved=moved)
+        # What paths of other systems mean is looked at; the files of this machine are not.
+        raise AccessError(f"{origin.name}: {role} {paths.base_of(reference)!r}, {paths.is_foreign(reference)}")
 
     def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         return installed().formats["raw"].read(self.related(origin, reference, "backing file"), self)
