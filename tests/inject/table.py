@@ -174,6 +174,7 @@ FEW = frozenset({"EIO", "EINTR", "half", "zero"})
 """Results that are tried of every single call, even where it is one of many on one file."""
 
 ANSWERS = {
+    ("stat", "ENOENT"): "means that nothing has the name: a filesystem that says so of a file cannot be found out",
     ("lseek:DATA", "ENXIO"): "means that only a hole follows: a filesystem that says so of data cannot be found out",
 }
 """Results that are no failures, each with the reason."""

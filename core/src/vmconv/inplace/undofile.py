@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from stat import S_IMODE
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vmconv.errors import ImageError
 from vmconv.inplace import fields
@@ -226,26 +226,39 @@ def unpacked(descriptor: int, path: str, head: Head) -> Iterator[Callable[[int],
     """Yields what returns the next so many old bytes; raises `ImageError`, at the end at the latest, for other ones."""
     import zstandard
 
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(head.offset + head.length)
-        stream = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(file)
+    # Of a file it asks no more than to be read.
+    source: Any = _Bytes(descriptor, head.offset + head.length)
+    stream = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(source)
 
-        def following(count: int) -> bytes:
-            parts, have = [], 0
-            while have < count and (data := stream.read(count - have)):
-                parts.append(data)
-                have += len(data)
-            if have < count:
-                raise ImageError(f"{path}: old bytes: end {count - have} bytes too early")
-            return b"".join(parts)
+    def following(count: int) -> bytes:
+        parts, have = [], 0
+        while have < count and (data := stream.read(count - have)):
+            parts.append(data)
+            have += len(data)
+        if have < count:
+            raise ImageError(f"{path}: old bytes: end {count - have} bytes too early")
+        return b"".join(parts)
 
-        try:
-            yield following
-            # The digest of the stream is at its end.
-            if stream.read(1):
-                raise ImageError(f"{path}: old bytes: there are more than its ranges hold")
-        except zstandard.ZstdError as exc:
-            raise ImageError(f"{path}: old bytes: {exc}") from exc
+    try:
+        yield following
+        # The digest of the stream is at its end.
+        if stream.read(1):
+            raise ImageError(f"{path}: old bytes: there are more than its ranges hold")
+    except zstandard.ZstdError as exc:
+        raise ImageError(f"{path}: old bytes: {exc}") from exc
+
+
+class _Bytes:
+    """Reads a file from an offset on, as a decompressor asks; every error is raised, EAGAIN too."""
+
+    def __init__(self, descriptor: int, offset: int) -> None:
+        self._descriptor = descriptor
+        self._offset = offset
+
+    def read(self, count: int) -> bytes:
+        data = os.pread(self._descriptor, count, self._offset)
+        self._offset += len(data)
+        return data
 
 
 def _digest(body: bytes) -> bytes:
