@@ -120,7 +120,8 @@ def _write(rng: random.Random, stack: Stack, *, whole: bool = False) -> None:
         if not length:
             continue
         value = rng.randrange(1, 255) if whole else rng.choice((0, 0, *range(1, 255, 25)))
-        what = "write -z" if value == 0 else f"write -P {value}"
+        # QEMU 7.2 leaves some of what a QED image held under zeros that begin or end inside a cluster.
+        what = "write -z" if value == 0 and kind != "qed" else f"write -P {value}"
         commands += ["-c", f"{what} {start} {length}"]
         own.update((address, value) for address in range(start, start + length))
     if commands:
