@@ -120,7 +120,7 @@ def test_what_is_locked_is_in_use(file: File, monkeypatch: pytest.MonkeyPatch, n
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EPERM])
 @pytest.mark.parametrize(
-    "ask", [locks.share, locks.is_written, locks.refuse_users, locks.release, lambda file: locks.claim(file.descriptor)]
+    "ask", [locks.share, locks.is_written, locks.refuse_users, lambda file: locks.claim(file.descriptor)]
 )
 def test_locks_that_fail_are_an_error(
     file: File, monkeypatch: pytest.MonkeyPatch, number: int, ask: Callable[[File], Any]
@@ -141,6 +141,11 @@ def test_a_lease_that_fails_is_an_error(file: File, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fcntl, "fcntl", lease)
     with pytest.raises(AccessError, match=r"disk.raw: cannot be asked who has it open: Input/output error$"):
         locks.refuse_users(file)
+
+
+def test_a_lock_that_cannot_be_taken_back_is_no_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "fcntl", failing(errno.EIO))
+    locks.release(file)
 
 
 def test_a_lease_that_cannot_be_given_back_is_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:

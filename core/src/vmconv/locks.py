@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import struct
+from contextlib import suppress
 
 from vmconv import linux
 from vmconv.errors import AccessError, os_errors
@@ -52,8 +53,10 @@ def is_written(file: File) -> bool:
 
 def release(file: File) -> None:
     """Takes back what `share` said, while the file stays open: others may write to it again."""
-    for byte in _OURS:
-        _set(file.descriptor, fcntl.F_UNLCK, byte)
+    # A lock that cannot be taken back only keeps others from writing, and goes when the file is closed.
+    with suppress(AccessError):
+        for byte in _OURS:
+            _set(file.descriptor, fcntl.F_UNLCK, byte)
 
 
 _IN_PLACE = "close it there; in place, nobody else may use it"
