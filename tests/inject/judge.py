@@ -94,6 +94,7 @@ class Judge:
             "stream": self._streamed,
             "ask": self._asked,
             "serve": self._served,
+            "recover": self._recovered,
         }[self.scenario.kind](ran)
 
     # -- a target that is made beside its source
@@ -163,6 +164,18 @@ class Judge:
             state = after.state
         yield from self._targets(state, "at last")
         yield from self._leftovers(state, "at last")
+
+    def _recovered(self, ran: Ran) -> Iterator[str]:
+        state = ran.state
+        if ran.code:
+            after = self.again(None)
+            if after.code:
+                yield f"the next recover returns {after.code}: {after.err.strip()}"
+            state = after.state
+        yield from self._targets(state, "recovered")
+        left = [name for name in state if ".vmconv-" in name and not name.endswith(".vmconv-undo")]
+        if left:
+            yield f"recovered: {left} are left"
 
     # -- what is sent, asked and served
 

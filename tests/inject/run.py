@@ -204,31 +204,34 @@ class Runner:
         return made, calls
 
     def stopped(self, name: str, of: Scenario, *, committed: bool) -> Scenario:
-        """Returns `recover` after a kill of another scenario, just before its first or its last change of a name."""
-        self.build(of._replace(name=f"{name}-of"))
+        """Returns `recover` after a kill of a change in place, soon after its first or just before its last rename."""
         whole = of._replace(name=f"{name}-of")
+        self.build(whole)
         self.reset(whole)
         self.run(whole)
-        calls = self.shim.calls()
-        renames = [at for at, (call, _) in enumerate(calls, 1) if call.startswith("renam")]
-        at = renames[-1] if committed else renames[-1] - 12
+        renames = [at for at, (call, _) in enumerate(self.shim.calls(), 1) if call.startswith("rename")]
         self.reset(whole)
-        self.run(whole, kill=at)
-        state = {entry: (self.directory / entry).read_bytes() for entry in os.listdir(self.directory)}
-        assert any(entry.endswith(".vmconv-journal") for entry in state), (name, at, list(state))
-        shutil.rmtree(self.templates / whole.name)
+        self.run(whole, kill=renames[-1] if committed else renames[0] + 5)
+        assert any(".vmconv-" in entry for entry in os.listdir(self.directory)), name
         template = self.templates / f"{name}-state"
         _copy_tree(self.directory, template / "case")
         _copy_tree(self.state, template / "state")
-        (source,), (target, kind) = of.kept, next(iter(of.targets.items()))
 
         def build(at: Path) -> None:
             for path, which in ((at, "case"), (self.state, "state")):
                 shutil.rmtree(path)
                 _copy_tree(template / which, path)
 
-        made = {target: kind} if committed else {source: of.targets.get(source, "raw")}
+        (source,), (target, kind) = of.kept, next(iter(of.targets.items()))
+        made = {target: kind} if committed else {source: source.rpartition(".")[2]}
         return Scenario(name, build, ("recover", f"{{}}/{source}"), made, (), kind="recover")
+
+    def all_scenarios(self) -> Iterator[Scenario]:
+        """Yields the scenarios, and those that begin where another one was killed."""
+        yield from SCENARIOS
+        of = next(one for one in SCENARIOS if one.name == "in-place-undo")
+        yield self.stopped("recover-back", of, committed=False)
+        yield self.stopped("recover-on", of, committed=True)
 
 
 def _copy_tree(source: Path, target: Path) -> None:
@@ -337,7 +340,7 @@ def _without_strangers(problem: str) -> str:
 
 def _all_cases(runner: Runner, options: argparse.Namespace) -> tuple[dict[str, Judge], list[tuple[Case, str]]]:
     judges, found = {}, []
-    for scenario in SCENARIOS:
+    for scenario in runner.all_scenarios():
         if options.only and scenario.name not in options.only:
             continue
         runner.build(scenario)
