@@ -78,6 +78,14 @@ def _named(exc: OSError, descriptor: int) -> OSError:
     return OSError(exc.errno, exc.strerror, name_of(descriptor))
 
 
+def close(descriptor: int) -> None:
+    """Closes a descriptor of what was only read, or was synced: it is closed whatever is said, and nothing is lost."""
+    try:
+        os.close(descriptor)
+    except OSError:
+        return
+
+
 def name_of(descriptor: int) -> str:
     """Returns the name that the file of a descriptor has now, for messages; its number where /proc does not tell."""
     try:

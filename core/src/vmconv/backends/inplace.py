@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vmconv import linux
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError
 from vmconv.inplace import ownership, rules, space, undofile
@@ -148,7 +149,7 @@ class InPlaceTransaction(Transaction):
         try:
             undofile.write(descriptor, head, pieces, self.calls)
         finally:
-            os.close(descriptor)
+            linux.close(descriptor)
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         if self._change is None:
@@ -263,5 +264,5 @@ class _Beside(_Output):
     def close(self) -> None:
         super().close()
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            linux.close(self.descriptor)
             self.descriptor = -1

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from vmconv import locks
+from vmconv import linux, locks
 from vmconv.backends.temporary import Temporary, already_exists, is_temporary, rename
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, ImageError, os_errors
@@ -210,7 +210,7 @@ def finish(directory: Directory, names: Collection[str], *, trust: bool = False)
             _go_on(directory, wanted, entry)
             done += wanted.names
         finally:
-            os.close(descriptor)
+            linux.close(descriptor)
     return done
 
 
@@ -223,7 +223,7 @@ def needed(directory: Directory) -> set[str]:
             try:
                 wanted, _ = _read(directory, descriptor, trust=False)
             finally:
-                os.close(descriptor)
+                linux.close(descriptor)
             found |= {file.temporary for file in wanted.files} if wanted else set()
     return found
 
@@ -253,7 +253,7 @@ def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
         return None
     if trust or ownership.stranger(descriptor) is None:
         return descriptor
-    os.close(descriptor)
+    linux.close(descriptor)
     return None
 
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import stat
 
-from vmconv import signals
+from vmconv import linux, signals
 from vmconv.directory import Directory
 from vmconv.errors import BackendError, PlanError, os_errors
 from vmconv.inplace import ownership, shifting, undofile
@@ -193,7 +193,7 @@ class Change:
             self.calls.write(descriptor, stamp.encode(), undofile.STAMP_OFFSET)
             self.calls.sync(descriptor)
         finally:
-            os.close(descriptor)
+            linux.close(descriptor)
 
     def _name(self, old: str, new: str) -> None:
         """Gives a file its final name, unless it has it already."""
@@ -294,7 +294,7 @@ class Change:
     def close(self) -> None:
         """Gives up the journal's lock, whatever has become of the change."""
         if self.record >= 0:
-            os.close(self.record)
+            linux.close(self.record)
             self.record = -1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv import attributes, locks
+from vmconv import attributes, linux, locks
 from vmconv.backends.inplace import Claim, InPlaceBackend
 from vmconv.backends.replacing import ReplacingBackend
 from vmconv.backends.shifting import ShiftingBackend
@@ -135,7 +135,7 @@ class Site:
         locks.refuse_users(own.file)
         with os_errors("cannot be changed", PlanError):
             descriptor = self.directory.open(own.name, os.O_RDWR)
-        claims.callback(os.close, descriptor)
+        claims.callback(linux.close, descriptor)
         rules.refuse_exchanged(self.directory, own, descriptor)
         locks.claim(descriptor)
         return descriptor

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from vmconv import locks
+from vmconv import linux, locks
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, ImageError, VmconvError, os_errors
 from vmconv.inplace import journal as journals
@@ -139,7 +139,7 @@ def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found
                 try:
                     found = _read(directory, descriptor, entry, trust=trust)
                 finally:
-                    os.close(descriptor)
+                    linux.close(descriptor)
                 yield entry, found
 
 
@@ -176,7 +176,7 @@ def _opened(directory: Directory, entry: str, *, trust: bool) -> int:
         try:
             _refuse_stranger(path, ownership.stranger(descriptor))
         except _StrangerError:
-            os.close(descriptor)
+            linux.close(descriptor)
             raise
     return descriptor
 
@@ -193,7 +193,7 @@ def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
     except BlockingIOError as exc:
         raise AccessError(f"{directory.join(entry)}: a conversion in place is running") from exc
     finally:
-        os.close(descriptor)
+        linux.close(descriptor)
 
 
 def _followed(directory: Directory, entry: str, calls: Calls, *, trust: bool) -> Recovery:
@@ -237,7 +237,7 @@ def _recovered(directory: Directory, found: Found, calls: Calls) -> Recovery:
         return Recovery(change.target if committed else change.source, committed)
     finally:
         if descriptor >= 0:
-            os.close(descriptor)
+            linux.close(descriptor)
 
 
 def _refuse_exchanged(path: str, descriptor: int, owner: int | None) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv import locks, signals
+from vmconv import linux, locks, signals
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, ImageError, PlanError, os_errors
 from vmconv.extents import Kind, cut, on_storage
@@ -53,7 +53,7 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
                 hint="only --keep-undo makes one, when something is converted",
             )
         descriptor = ownership.opened(directory, entry)
-        stack.callback(os.close, descriptor)
+        stack.callback(linux.close, descriptor)
         kept = _read(directory, descriptor, entry, trust=trust)
         # A descriptor is named by the user, what it describes was changed; and names may have changed since.
         carrier = kept.undo.target if directory.has(kept.undo.target) else name
@@ -63,7 +63,7 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
         _refuse(own, kept, directory, named=name if directory.has(name) else carrier, trust=trust)
         locks.refuse_users(file)
         writable = directory.open(carrier, os.O_RDWR)
-        stack.callback(os.close, writable)
+        stack.callback(linux.close, writable)
         rules.refuse_exchanged(directory, own, writable)
         locks.claim(writable)
         return _undone(own, directory, writable, kept, calls or Calls(), trust=trust)
@@ -168,7 +168,7 @@ def _make(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable
             change.calls.set_mode(made, sibling.mode)
         change.calls.sync(made)
     finally:
-        os.close(made)
+        linux.close(made)
 
 
 def _write(calls: Calls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
