@@ -243,6 +243,34 @@ def test_names_of_formats_are_those_of_qemu_in_images_that_qemu_reads(reflink_di
     assert vmconv.compare(str(top), str(child))
 
 
+@pytest.mark.parametrize("stated", ["raw", "vpc", "qcow3"])
+@pytest.mark.parametrize("target_format", ["qcow2", "qed"])
+def test_a_kept_layer_is_stated_in_the_format_it_was_read_in(
+    tmp_path: Path, qemu_img: QemuImg, stated: str, target_format: str
+) -> None:
+    """In another one it would be another disk, or none."""
+    vmconv.convert(make_disk(tmp_path / "disk.raw", MIB), tmp_path / "base.qcow2")
+    qemu_img("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2")
+    target = tmp_path / f"kept.{target_format}"
+    words = "not installed" if stated == "qcow3" else f"cannot be stated as {stated}"
+    with pytest.raises(UsageError, match=words):
+        vmconv.convert(tmp_path / "top.qcow2", target, backing_file="base.qcow2", backing_format=stated)
+    assert not target.exists()
+    vmconv.convert(tmp_path / "top.qcow2", target, backing_file="base.qcow2", backing_format="qcow2")
+    qemu_img("compare", "-f", target_format, "-F", "raw", target, tmp_path / "disk.raw")
+
+
+def test_a_misspelt_format_is_refused_though_nothing_needs_it(tmp_path: Path) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    with pytest.raises(UsageError, match="'qcow3' is not installed"):
+        vmconv.convert(raw, tmp_path / "new.qcow2", source_backing_format="qcow3")
+    with pytest.raises(UsageError, match="'qcow3' is not installed"):
+        vmconv.info(raw, backing_format="qcow3")
+    with pytest.raises(UsageError, match="'' is not installed"):
+        vmconv.convert(raw, tmp_path / "new.qcow2", target_format="")
+    assert not (tmp_path / "new.qcow2").exists()
+
+
 def test_only_a_layer_of_the_source_can_be_kept(reflink_dir: Path, qemu_img: QemuImg) -> None:
     make_disk(reflink_dir / "base.raw", MIB)
     make_disk(reflink_dir / "other.raw", MIB, seed=1)

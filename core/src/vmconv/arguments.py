@@ -60,7 +60,7 @@ def _path(value: object) -> str:
 
 
 def _each(value: object, what: str) -> list[object]:
-    if isinstance(value, str | bytes | os.PathLike) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | os.PathLike | Mapping) or not isinstance(value, Iterable):
         raise ValueError(f"is no list of {what}")
     return list(value)
 

@@ -17,7 +17,6 @@ from vmconv.containers import Container, Kept, Target, lay_out, parts_of, source
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.image import Image
-from vmconv.known import known_format
 from vmconv.layout import Backing
 from vmconv.opener import Opener
 from vmconv.options import parse_options
@@ -369,7 +368,9 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
 
 
 def _target_format(registry: Registry, request: Request) -> str:
-    name = request.target_format or registry.format_by_suffix(request.target)
+    name = request.target_format
+    if name is None:
+        name = registry.format_by_suffix(request.target)
     if name is None:
         raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")
     return name
@@ -397,13 +398,21 @@ def _kept(request: Request, target: Target, image: Image, registry: Registry) ->
         wanted = os.stat(path)
     for layer in image.chain():
         if layer is not image and (layer.file.stamp.device, layer.file.stamp.inode) == (wanted.st_dev, wanted.st_ino):
-            said = request.backing_format or layer.format_name
-            known = known_format(said)
-            return Kept(layer, Backing(request.backing_file, known.name if known else said))
+            _refuse_other_format(request.backing_format, layer, registry)
+            return Kept(layer, Backing(request.backing_file, layer.format_name))
     raise PlanError(
         f"{path}: is not a backing file of {image.file.name}",
         hint="-B keeps a part of the source's own chain; its path is relative to the target's directory",
     )
+
+
+def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -> None:
+    """Raises `UsageError` when a layer is to be stated in another format than it was read in: another disk."""
+    if stated is not None and registry.format(stated).name != layer.format_name:
+        raise UsageError(
+            f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be stated as {stated}",
+            hint=f"leave the backing format out, or give it as {layer.format_name}",
+        )
 
 
 def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]) -> tuple[Backend, Survey]:

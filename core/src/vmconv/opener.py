@@ -73,7 +73,8 @@ class Opener:
         self._force_share = force_share
         self._acting = acting or nullcontext
         self._recovers = acting is None
-        self._backing_format = backing_format
+        # A misspelt format is found even where no image asks for it.
+        self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
