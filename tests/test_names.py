@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import vmconv
 from conftest import missing
-from disks import MIB, make_disk
+from disks import MIB, QemuImg, make_disk
+from vmconv.errors import AccessError
 
 USUAL = {"LC_ALL": "C.utf8"}
 NAMES = ["größe ディスク", "Åland à", "latin-\udce9"]
@@ -98,3 +100,34 @@ def test_no_home_makes_no_directory_of_that_name(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "vmconv", "convert", "-q", "--force", "disk.raw", "disk.qcow2"]
         subprocess.run(command, env={**environment, **home}, cwd=tmp_path, check=True, timeout=60)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.qcow2", "disk.raw"]
+
+
+@pytest.mark.parametrize("name", ["x:y", "file:x", "nbd:x", "json:{}"])
+@pytest.mark.parametrize("format_name", ["qcow2", "qed", "vmdk"])
+def test_a_backing_file_whose_name_has_a_colon_is_no_protocol(
+    tmp_path: Path, qemu_img: QemuImg, format_name: str, name: str
+) -> None:
+    """QEMU takes such a name for that of a protocol, and file:x for the file x."""
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    make_disk(tmp_path / f"x.{format_name}", MIB, seed=1)
+    base = tmp_path / f"{name}.{format_name}"
+    vmconv.convert(raw, base)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", f"./{base.name}", "-F", format_name, tmp_path / "top.qcow2")
+    for backing in (base.name, f"./{base.name}", base):
+        kept = tmp_path / f"kept.{format_name}"
+        vmconv.convert(tmp_path / "top.qcow2", kept, backing_file=backing, force=True)
+        qemu_img("compare", "-f", "raw", "-F", format_name, raw, kept)
+        assert vmconv.compare(raw, kept)
+    (tmp_path / "chain").mkdir()
+    top = tmp_path / "chain" / f"top.{format_name}"
+    vmconv.convert(tmp_path / "top.qcow2", top, chain=True)
+    qemu_img("compare", "-f", "raw", "-F", format_name, raw, top)
+    assert vmconv.compare(raw, top)
+
+
+def test_a_name_that_is_another_file_s_to_qemu_is_refused(tmp_path: Path, qemu_img: QemuImg) -> None:
+    for seed, name in enumerate(("file:base.raw", "base.raw")):
+        make_disk(tmp_path / name, MIB, seed=seed)
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "file:base.raw", "-F", "raw", tmp_path / "top.qcow2", str(MIB))
+    with pytest.raises(AccessError, match="'base.raw' to QEMU"):
+        vmconv.convert(tmp_path / "top.qcow2", tmp_path / "flat.raw")

@@ -16,7 +16,7 @@ from vmconv.formats import Format
 from vmconv.identity import derived, fresh
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, Placement
-from vmconv.references import name_for, refer
+from vmconv.references import name_for, plain, refer
 from vmconv.registry import Registry
 from vmconv.sources import File
 
@@ -178,7 +178,7 @@ def lay_out(
             raise PluginError(said, format_name=target.format.name)
         made.append(Container(part.image, disk, target.format, part.name, backing, layout, target.has_identity))
         if part is not parts[-1]:
-            parent, backing = _as_parent(made[-1], target, registry), Backing(part.name, target.format.name)
+            parent, backing = _as_parent(made[-1], target, registry), Backing(plain(part.name), target.format.name)
     return made
 
 

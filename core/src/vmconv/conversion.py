@@ -399,7 +399,7 @@ def _kept(request: Request, target: Target, image: Image, registry: Registry) ->
     for layer in image.chain():
         if layer is not image and (layer.file.stamp.device, layer.file.stamp.inode) == (wanted.st_dev, wanted.st_ino):
             _refuse_other_format(request.backing_format, layer, registry)
-            return Kept(layer, Backing(request.backing_file, layer.format_name))
+            return Kept(layer, Backing(references.plain(request.backing_file), layer.format_name))
     raise PlanError(
         f"{path}: is not a backing file of {image.file.name}",
         hint="-B keeps a part of the source's own chain; its path is relative to the target's directory",

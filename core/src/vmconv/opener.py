@@ -45,6 +45,8 @@ _NO_CANDIDATE = frozenset(
 )
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_FILE = "file:"
+"""QEMU's protocol of plain files: what follows is their name."""
 
 
 class Opener:
@@ -171,6 +173,7 @@ class Opener:
                 self._as_named(origin, reference.replace("\\", "/"), role) if "\\" in reference else None
             )
             if found:
+                _refuse_protocol_of_files(origin, reference, role)
                 return found
             near = paths.beside(own, base, os.fstat(origin.descriptor)) if looked else None
         if near and (elsewhere or moved):
@@ -332,3 +335,12 @@ def _warn(text: str, *values: object) -> None:
     import logging
 
     logging.getLogger("vmconv").warning(f"warning: {text}", *values)
+
+
+def _refuse_protocol_of_files(origin: File, reference: str, role: str) -> None:
+    """Raises `AccessError` for a name that is a file's here and leads QEMU to another file."""
+    if reference.startswith(_FILE):
+        raise AccessError(
+            f"{origin.name}: {role} {reference!r} is a file of that name, and {reference.removeprefix(_FILE)!r} to QEMU",
+            hint=f"name it ./{reference} in the image (qemu-img rebase -u)",
+        )

@@ -92,8 +92,11 @@ def name_for(file: File, directory: str) -> str:
     real, tree = os.path.realpath(file.path), os.path.realpath(directory)
     if not inside(real, tree):
         return real
-    name = os.path.relpath(real, tree)
-    # What has a colon before the first slash is the name of a protocol to QEMU, and to us.
+    return plain(os.path.relpath(real, tree))
+
+
+def plain(name: str) -> str:
+    """Returns the name of a file as no reader takes it for a protocol's, as QEMU does what has a colon in front."""
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
 
 
