@@ -13,7 +13,8 @@ import pytest
 import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk
-from vmconv.errors import AccessError
+from vmconv.errors import AccessError, PlanError
+from vmconv.known import qemu_name
 
 USUAL = {"LC_ALL": "C.utf8"}
 NAMES = ["größe ディスク", "Åland à", "latin-\udce9"]
@@ -129,5 +130,30 @@ def test_a_name_that_is_another_file_s_to_qemu_is_refused(tmp_path: Path, qemu_i
     for seed, name in enumerate(("file:base.raw", "base.raw")):
         make_disk(tmp_path / name, MIB, seed=seed)
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", "file:base.raw", "-F", "raw", tmp_path / "top.qcow2", str(MIB))
-    with pytest.raises(AccessError, match="'base.raw' to QEMU"):
+    with pytest.raises(AccessError, match=r"'base\.raw' to QEMU"):
         vmconv.convert(tmp_path / "top.qcow2", tmp_path / "flat.raw")
+
+
+@pytest.mark.parametrize("name", ["a\\b", "..\\x", "\\\\host\\x", "latin-\udce9"])
+@pytest.mark.parametrize("format_name", ["vhd", "vhdx"])
+def test_a_name_that_no_path_of_windows_is_is_refused(
+    tmp_path: Path, qemu_img: QemuImg, format_name: str, name: str
+) -> None:
+    base, top = tmp_path / f"{name}.{format_name}", tmp_path / "top.qcow2"
+    vmconv.convert(make_disk(tmp_path / "disk.raw", MIB), base)
+    kind = qemu_name(format_name)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base.name, "-F", kind, top], cwd=tmp_path, check=True
+    )
+    before = set(tmp_path.iterdir())
+    for how in ({"backing_file": base.name}, {"chain": True}):
+        with pytest.raises(PlanError, match="cannot be a path of Windows"):
+            vmconv.convert(top, tmp_path / f"new.{format_name}", **how)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_the_name_of_a_vmdk_s_parent_may_begin_and_end_with_spaces(tmp_path: Path, qemu_img: QemuImg) -> None:
+    raw, base = make_disk(tmp_path / "disk.raw", MIB), tmp_path / " a .vmdk "
+    vmconv.convert(raw, base, target_format="vmdk")
+    qemu_img("create", "-q", "-f", "vmdk", "-b", base.name, "-F", "vmdk", tmp_path / "top.vmdk")
+    assert vmconv.compare(raw, tmp_path / "top.vmdk", backing_format="vmdk")

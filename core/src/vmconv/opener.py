@@ -340,7 +340,8 @@ def _warn(text: str, *values: object) -> None:
 def _refuse_protocol_of_files(origin: File, reference: str, role: str) -> None:
     """Raises `AccessError` for a name that is a file's here and leads QEMU to another file."""
     if reference.startswith(_FILE):
+        to_qemu = reference.removeprefix(_FILE)
         raise AccessError(
-            f"{origin.name}: {role} {reference!r} is a file of that name, and {reference.removeprefix(_FILE)!r} to QEMU",
+            f"{origin.name}: {role} {reference!r} is a file of that name, and {to_qemu!r} to QEMU",
             hint=f"name it ./{reference} in the image (qemu-img rebase -u)",
         )

@@ -11,6 +11,8 @@ import os
 import posixpath
 import re
 
+from vmconv.errors import PlanError
+
 _DRIVE = re.compile(r"[A-Za-z]:")
 _URL = re.compile(r"file://([^/]*)(/.*)", re.IGNORECASE | re.DOTALL)
 _DATASTORE = re.compile(r"\[[^\]/]+\] ?(.+)", re.DOTALL)
@@ -30,6 +32,17 @@ def text_of(name: str) -> str:
 def named_by(text: str) -> str:
     """Returns the file name, as Python has it here, whose bytes are this UTF-8 text."""
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def to_windows(name: str) -> str:
+    """Returns the name of a file of this system as a path of Windows; raises `PlanError` where it would be another."""
+    text = text_of(name)
+    if "\\" in text or any("\udc80" <= each <= "\udcff" for each in text):
+        raise PlanError(
+            f"file name {name!r} cannot be a path of Windows, which the format needs",
+            hint="rename the file: no backslashes, and UTF-8 only",
+        )
+    return text.replace("/", "\\")
 
 
 def from_windows(name: str) -> str:

@@ -20,7 +20,7 @@ from vmconv.errors import PlanError
 from vmconv.extents import Column, Columns, Extents, Kind, cut
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.paths import text_of
+from vmconv.paths import to_windows
 from vmconv.sources import Blob
 from vmconv_vhd import structs
 from vmconv_vhd.header import bitmap_size
@@ -224,7 +224,7 @@ def _parent_id(image: Image, backing: Backing | None) -> bytes:
 
 def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
     """Returns the parent's path as Windows writes it, its name for the header, and the locator that points to `at`."""
-    windows = text_of(reference).replace("/", "\\")
+    windows = to_windows(reference)
     absolute = reference.startswith("/")
     data = (windows if absolute else f".\\{windows}").encode("utf-16-le", "replace")
     if len(data) > structs.MAX_LOCATOR_LENGTH:

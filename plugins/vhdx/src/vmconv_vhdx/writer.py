@@ -22,7 +22,7 @@ from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, gather
 from vmconv.identity import derived
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.paths import text_of
+from vmconv.paths import to_windows
 from vmconv.sources import Blob, File, Source
 from vmconv.staying import Stay
 from vmconv_vhdx import structs
@@ -344,7 +344,7 @@ def _linkage(image: Image, backing: Backing) -> UUID:
 
 def _locator(reference: str, linkage: UUID | None) -> bytes:
     """Returns the parent locator: the parent's GUID, and its path as Windows writes it."""
-    windows = text_of(reference).replace("/", "\\")
+    windows = to_windows(reference)
     absolute = reference.startswith("/")
     pairs = {
         "parent_linkage": f"{{{linkage}}}",

@@ -26,6 +26,7 @@ _TEXT_CODECS = re.compile(
     r"utf-8|ascii|cp\d+|iso8859-\d+|shift_jis\w*|gb2312|gbk|gb18030|big5\w*|euc_\w+|koi8-[rut]|mac-\w+"
 )
 _RECORD = "ddb.vmconv.source."
+_PARENT = "parentfilenamehint"
 FLAT_KINDS = frozenset({"FLAT", "VMFS"})
 SPARSE_KINDS = frozenset({"SPARSE", "VMFSSPARSE", "SESPARSE"})
 _DEVICE_KINDS = frozenset({"VMFSRDM", "VMFSRAW"})
@@ -122,7 +123,11 @@ def parse(data: bytes, name: str) -> Descriptor:
         if found := _EXTENT.fullmatch(line):
             parts.append(_part(found, f"{name}: line {number}"))
         elif found := _VALUE.fullmatch(line):
-            values.setdefault(found[1].lower(), (found[2] if found[2] is not None else found[3]).strip())
+            key, quoted = found[1].lower(), found[2]
+            # Names of files may begin and end with spaces.
+            values.setdefault(
+                key, quoted if quoted is not None and key == _PARENT else (quoted or found[3] or "").strip()
+            )
         elif re.match(r"(RW|RDONLY|NOACCESS)\b", line, re.IGNORECASE):
             raise ImageError(f"{name}: line {number}: {line[:80]!r} is not an extent")
     descriptor = Descriptor(
@@ -132,7 +137,7 @@ def parse(data: bytes, name: str) -> Descriptor:
         _content_id(values, "CID", name),
         NO_PARENT if (below := _content_id(values, "parentCID", name)) is None else below,
         encoding,
-        named_by(values.get("parentfilenamehint", "")) or None,
+        named_by(values.get(_PARENT, "")) or None,
     )
     _check(descriptor, name)
     return descriptor
