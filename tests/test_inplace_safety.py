@@ -81,6 +81,43 @@ def test_another_user_s_base_does_not_go_with_a_chain(reflink_dir: Path, qemu_im
 
 
 @as_root
+def test_another_user_s_private_base_is_not_put_into_a_file_of_the_image_s_owner(
+    reflink_dir: Path, qemu_img: QemuImg
+) -> None:
+    base, top = make_disk(reflink_dir / "base.raw", MIB), reflink_dir / "top.qcow2"
+    qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "raw", top)
+    os.chown(base, ALICE, ALICE)
+    os.chown(top, BOB, BOB)
+    base.chmod(0o600)
+    target = reflink_dir / "flat.vhdx"
+    with pytest.raises(AccessError, match=f"user {BOB}, who may not read .*base.raw"):
+        in_place(top, target)
+    assert names(reflink_dir) == {"base.raw", "top.qcow2"}
+    in_place(top, target, any_owner=True)
+    assert bits(target) == 0o600
+
+
+@as_root
+def test_a_link_of_another_user_s_says_no_directory(any_dir: Path) -> None:
+    """Bob's link leads to where alice's disk is: in place, undo and recover look for it elsewhere."""
+    alices, bobs = any_dir / "alice", any_dir / "bob"
+    for path in (alices, bobs):
+        path.mkdir()
+    disk = make_disk(alices / "disk.raw", MIB)
+    os.chown(disk, ALICE, ALICE)
+    link = bobs / "link"
+    link.symlink_to(alices)
+    os.chown(link, BOB, BOB, follow_symlinks=False)
+    for target in (link / "new.qcow2", alices / "new.qcow2"):
+        with pytest.raises(AccessError, match=f"link of user {BOB}, and leads to a directory of user 0"):
+            in_place(link / disk.name, target)
+    for back in (api.undo, api.recover):
+        with pytest.raises(AccessError, match=f"link of user {BOB}"):
+            back(str(link / disk.name))
+    assert names(alices) == {"disk.raw"}
+
+
+@as_root
 def test_another_user_s_file_is_not_replaced_even_by_force(any_dir: Path) -> None:
     disk = make_disk(any_dir / "disk.raw", MIB)
     taken = any_dir / "new.qcow2"

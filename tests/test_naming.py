@@ -295,6 +295,27 @@ def test_a_journal_that_the_user_has_not_made_is_not_followed(half: Path, change
     assert names(half) == before
 
 
+@pytest.mark.parametrize("fields", [bytes(16 << 20), b".vmconv-0000000000000000.tmp\0" + b"1\0disk.vdi\0" * (1 << 20)])
+def test_a_journal_of_very_many_files_costs_little(half: Path, fields: bytes) -> None:
+    import resource
+
+    from vmconv.backends import naming
+
+    path = journal(half)
+    body = b"new\0" + fields
+    digest = naming._digest(body)
+    path.write_bytes(path.read_bytes()[:64] + digest + bytes(32) + body)
+    done = subprocess.run(
+        [sys.executable, "-m", "vmconv", "info", str(half / "disk.raw")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20)),
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    with pytest.raises(VmconvError):
+        api.recover(str(half / "disk.vdi"), trust=True)
+
+
 @pytest.mark.parametrize("name", ["../disk.vdi", "/etc/disk", "", "..", "a/b"])
 def test_a_journal_names_plain_names_only(half: Path, name: str) -> None:
     from vmconv.backends import naming

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import qcow2_images
 from disks import MIB, make_disk
 from vmconv import api, targets
 from vmconv.backends.files import FileOutput
@@ -90,12 +91,34 @@ def linked(path: Path, leads: Path) -> Path:
 
 @pytest.mark.parametrize("owner", ["user", "directory's owner"])
 def test_other_links_in_a_shared_directory_are_followed(disk: Path, shared: Path, tmp_path: Path, owner: str) -> None:
-    link = linked(shared / "t.qcow2", tmp_path / "made.qcow2")
+    leads = tmp_path / "elsewhere"
+    leads.mkdir()
+    link = linked(shared / "t.qcow2", leads / "made.qcow2")
     if owner != "user":
-        os.chown(shared, STRANGER, STRANGER)
-        os.chown(link, STRANGER, STRANGER, follow_symlinks=False)
+        for path in (shared, link, leads):
+            os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
     api.convert(str(disk), str(link))
-    assert (tmp_path / "made.qcow2").is_file()
+    assert (leads / "made.qcow2").is_file()
+
+
+@pytest.mark.parametrize("through", ["itself", "directory"])
+def test_a_strangers_link_does_not_lead_to_directories_of_others(disk: Path, tmp_path: Path, through: str) -> None:
+    own, secret = tmp_path / "bob", tmp_path / "secret"
+    for path in (own, secret):
+        path.mkdir()
+    os.chown(own, STRANGER, STRANGER)
+    (secret / "made.qcow2").write_bytes(OLD)
+    path = (
+        strangers_link(own / "t.qcow2", secret / "made.qcow2")
+        if through == "itself"
+        else strangers_link(own / "d", secret) / "made.qcow2"
+    )
+    for force in (False, True):
+        with pytest.raises(AccessError, match=f"user {STRANGER}, and leads to a directory of user 0"):
+            api.convert(str(disk), str(path), target_format="qcow2", force=force)
+    with pytest.raises(AccessError, match="leads to a directory"):
+        api.fanout(str(disk), ["vdi"], directory=str(strangers_link(own / "e", secret)))
+    assert [(each.name, each.read_bytes()) for each in secret.iterdir()] == [("made.qcow2", OLD)]
 
 
 @pytest.mark.parametrize("path", ["loop.qcow2", "gone/t.qcow2", "disk.raw/t.qcow2"])
@@ -364,6 +387,51 @@ def test_a_replaced_image_keeps_its_owner_and_mode(disk: Path) -> None:
     status = target.stat()
     assert (status.st_uid, status.st_gid, mode(target)) == (STRANGER, STRANGER, 0o640)
     assert os.getxattr(target, "user.note") == b"kept"
+
+
+def others_base(shared: Path) -> Path:
+    """Returns an overlay of a stranger's on a private disk that is this user's."""
+    base = make_disk(shared / "private.raw", MIB)
+    base.chmod(0o600)
+    overlay = shared / "overlay.qcow2"
+    overlay.write_bytes(qcow2_images.empty_overlay(base.name))
+    os.chown(overlay, STRANGER, STRANGER)
+    return overlay
+
+
+def planted(path: Path, owner: int) -> Path:
+    path.write_bytes(OLD)
+    os.chown(path, owner, owner)
+    path.chmod(0o666)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"subformat": "monolithicFlat"}])
+def test_a_private_base_is_not_put_into_a_file_of_who_may_not_read_it(shared: Path, options: dict[str, str]) -> None:
+    overlay, target = others_base(shared), planted(shared / "t.vmdk", STRANGER)
+    planted(shared / "t-flat.vmdk", STRANGER)
+    with pytest.raises(AccessError, match=f"user {STRANGER}, who may not read .*private.raw"):
+        api.convert(str(overlay), str(target), force=True, options=options)
+    assert target.read_bytes() == OLD
+    assert not list(shared.glob(".vmconv-*"))
+    api.convert(str(overlay), str(target), force=True, mode=0o600, options=options)
+    assert (target.stat().st_uid, mode(target)) == (STRANGER, 0o600)
+
+
+def test_a_private_base_makes_a_replaced_image_private(shared: Path) -> None:
+    overlay, target = others_base(shared), planted(shared / "t.qcow2", os.geteuid())
+    api.convert(str(overlay), str(target), force=True)
+    assert mode(target) == 0o600
+
+
+def test_what_a_strangers_link_names_counts_as_his(shared: Path) -> None:
+    secret = make_disk(shared.parent / "secret.raw", MIB)
+    secret.chmod(0o600)
+    target = planted(shared / "t.qcow2", STRANGER)
+    os.chown(shared, STRANGER, STRANGER)
+    with pytest.raises(AccessError, match="who may not read"):
+        api.convert(str(strangers_link(shared / "d.raw", secret)), str(target), force=True)
+    assert target.read_bytes() == OLD
 
 
 @pytest.mark.parametrize("force", [False, True])

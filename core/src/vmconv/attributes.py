@@ -83,6 +83,15 @@ def _admits_the_same(one: int, other: int) -> bool:
     return alike and _attribute(one, _ACL) == _attribute(other, _ACL)
 
 
+def lets_read(source: int, reader: os.stat_result) -> bool:
+    """True when the owner of a file, whose status this is, may read another one, as far as its mode tells."""
+    status = os.fstat(source)
+    if reader.st_uid in (0, status.st_uid):
+        return True
+    wanted = 0o044 if status.st_gid == reader.st_gid else 0o004
+    return bool(status.st_mode & wanted) and _attribute(source, _ACL) is None
+
+
 def confine(directory: int, sources: Iterable[int], target: int) -> None:
     """Gives a new file the mode of a new file in this directory, but nobody more access than each of the sources gave.
 

@@ -26,10 +26,12 @@ def located(path: str) -> tuple[Directory, str]:
 
     A link in a directory in which anybody may make files is followed only when the user, or the owner of the directory,
     has made it: the rule of the kernel (fs.protected_symlinks), here for each link of the path and wherever the kernel
-    does not apply it. Raises `AccessError` for any other. Raises `OSError` where the directory does not exist.
+    does not apply it. A link of another user than root leads only to a directory of that other user's: it would decide
+    where this user writes. Raises `AccessError` for any other. Raises `OSError` where the directory does not exist.
     """
     waiting = path.split("/")[::-1]
     links = 0
+    strangers: dict[int, str] = {}
     at = _entered("/" if path.startswith("/") else ".")
     try:
         while True:
@@ -43,16 +45,34 @@ def located(path: str) -> tuple[Directory, str]:
                 if links > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 _refuse_strangers_link(at, part, status, path)
+                if status.st_uid not in (0, os.geteuid()):
+                    strangers[status.st_uid] = part
                 leads = os.readlink(part, dir_fd=at)
                 waiting += leads.split("/")[::-1]
                 if leads.startswith("/"):
                     at = _entered("/", leave=at)
             elif last:
+                _refuse_led_away(at, strangers, path)
                 return _directory(at), part
             else:
                 at = _entered(part, at, leave=at)
     finally:
         os.close(at)
+
+
+def entered(path: str) -> Directory:
+    """Returns the directory of this path, under the rules of `located`."""
+    above, name = located(path)
+    with above:
+        directory = _directory(above.descriptor) if name in ("", ".") else None
+        if directory is None:
+            at = _entered(name, above.descriptor)
+            try:
+                directory = _directory(at)
+            finally:
+                os.close(at)
+    directory.path = path
+    return directory
 
 
 def _entered(path: str, start: int | None = None, *, leave: int = -1) -> int:
@@ -88,6 +108,17 @@ def _refuse_strangers_link(directory: int, name: str, link: os.stat_result, path
             f"{path}: {name} is a symbolic link of user {link.st_uid} in a directory in which anybody may make files",
             hint="name the file that it leads to",
         )
+
+
+def _refuse_led_away(directory: int, strangers: dict[int, str], path: str) -> None:
+    """Raises `AccessError` where links of other users lead to a directory that is not theirs."""
+    owner = os.fstat(directory).st_uid
+    for user, name in strangers.items():
+        if user != owner:
+            raise AccessError(
+                f"{path}: {name} is a symbolic link of user {user}, and leads to a directory of user {owner}",
+                hint="name the file that it leads to",
+            )
 
 
 # -- what is refused

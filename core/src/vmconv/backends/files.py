@@ -13,7 +13,7 @@ from vmconv import attributes
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.directory import Directory
-from vmconv.errors import BackendError, os_errors
+from vmconv.errors import AccessError, BackendError, os_errors
 from vmconv.sources import Decoded, File, Source
 from vmconv.storage import DEFAULT_ACCESS, Access, Output, Transaction
 
@@ -172,6 +172,29 @@ def _warn(text: str) -> None:
     logging.getLogger("vmconv").warning("warning: %s", text)
 
 
+def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> None:
+    """Raises `AccessError` when the owner of the file that is replaced may not read one of the sources."""
+    status = os.fstat(old)
+    for file in sources:
+        if not attributes.lets_read(file.descriptor, status):
+            raise AccessError(
+                f"{target}: belongs to user {status.st_uid}, who may not read {file.path}, which would be in it",
+                hint=hint,
+            )
+
+
+def _is_named(file: File) -> bool:
+    """True when no link of another user says which file this path is."""
+    from vmconv.targets import located
+
+    try:
+        directory, name = located(file.path)
+    except (OSError, AccessError):
+        return False
+    with directory:
+        return directory.holds(name, file.descriptor)
+
+
 class FileTransaction(Transaction):
     """Files of one directory that get their names together."""
 
@@ -215,7 +238,14 @@ class FileTransaction(Transaction):
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
-                missing = attributes.carry(old, temporary.descriptor)
+                kept = self._not_the_users() if self.access.mode is None else []
+                refuse_reader(
+                    self.directory.join(temporary.target),
+                    old,
+                    kept,
+                    "remove it first, or say by --mode who may read the new one",
+                )
+                missing = attributes.carry(old, temporary.descriptor, [file.descriptor for file in kept])
                 if missing:
                     _warn(f"{self.directory.join(temporary.target)}: cannot keep {', '.join(missing)}")
             finally:
@@ -225,6 +255,19 @@ class FileTransaction(Transaction):
             attributes.confine(self.directory.descriptor, sources, temporary.descriptor)
         if self.access.mode is not None:
             os.fchmod(temporary.descriptor, self.access.mode & 0o777)
+
+    def _not_the_users(self) -> list[File]:
+        """Returns the sources that the user has not named: an image did, or another user's link, and they are others'.
+
+        Who wrote those names must not get to read by them what was kept from him.
+        """
+        if not self.access.sources:
+            return []
+        top, *rest = self.access.sources
+        if not _is_named(top):
+            return list(self.access.sources)
+        owner = os.fstat(top.descriptor).st_uid
+        return [file for file in rest if os.fstat(file.descriptor).st_uid != owner]
 
     def _replaced(self, name: str) -> int:
         """Returns a descriptor of the file that this one replaces, -1 where there is none."""

@@ -28,8 +28,10 @@ from vmconv.errors import AccessError, BackendError, ImageError, os_errors
 _MAGIC = b"vmconv: names of several files; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64s32s32s")
 _ENTRY = re.compile(r"\.vmconv-[0-9a-f]{16}\.names")
-_MAX_SIZE = 64 << 20
-"""Bytes of a journal: it is held in memory. A 64 TiB disk in pieces of 2 GiB has 3 MiB."""
+_MAX_FILES = 1 << 16
+"""Files of a set: twice the pieces of 2 GiB that a 64 TiB disk has."""
+_MAX_SIZE = 24 << 20
+"""Bytes of a journal, which is held in memory: enough for so many files with the longest names."""
 _NEW, _REPLACE = "new", "replace"
 
 
@@ -65,6 +67,8 @@ def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, d
     Raises `BackendError` when another file has one of the names and is not to be replaced. After any other error the
     message says which names are there, and the hint how to finish.
     """
+    if len(files) > _MAX_FILES:
+        raise BackendError(f"{directory.path}: {len(files)} files would get their names as one, {_MAX_FILES} at most")
     for file in files:
         if not replace and directory.has(file.target):
             raise already_exists(directory, file.target)
@@ -273,6 +277,8 @@ def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | 
 
 
 def _parsed(body: bytes) -> Set | None:
+    if body.count(0) > 1 + 3 * _MAX_FILES:
+        return None
     fields = [os.fsdecode(field) for field in body.split(b"\0")[:-1]]
     if len(fields) % 3 != 1 or fields[0] not in (_NEW, _REPLACE):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from vmconv.backends.files import refuse_reader
 from vmconv.backends.reflink import ReflinkBackend, ReflinkOutput, ReflinkTransaction
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.directory import Directory
@@ -107,6 +108,8 @@ class ReplacingTransaction(ReflinkTransaction):
             output.calls = self.calls
             output.origin = next((file for file in sources if file in files), self.named)
             output.others = [file for file in (*sources, *files) if file is not output.origin]
+            if self.owner is not None:
+                refuse_reader(output.path, output.origin.descriptor, output.others, "--any-owner makes it all the same")
         return output
 
     def _give_access(self, temporary: Temporary) -> None:

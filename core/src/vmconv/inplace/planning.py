@@ -13,7 +13,7 @@ from vmconv.backends.replacing import ReplacingBackend
 from vmconv.backends.shifting import ShiftingBackend
 from vmconv.containers import sources_of
 from vmconv.directory import Directory
-from vmconv.errors import PlanError, VmconvError, os_errors
+from vmconv.errors import AccessError, PlanError, VmconvError, os_errors
 from vmconv.extents import Extents, Kind, distinct
 from vmconv.formats import Format
 from vmconv.image import Image
@@ -26,6 +26,7 @@ from vmconv.planner import Action, Plan
 from vmconv.sources import Decoded, File
 from vmconv.staying import MOST_MOVED
 from vmconv.storage import Backend, Survey
+from vmconv.targets import located
 
 if TYPE_CHECKING:
     from vmconv.conversion import Conversion
@@ -109,6 +110,7 @@ class Site:
         with ExitStack() as claims:
             # From here on the directory is reached by its descriptor: its owner might exchange it.
             self.directory = claims.enter_context(self._directory(wish))
+            self._refuse_led_away()
             self._refuse()
             descriptors = [self._claim(own, claims) for own in self.own]
             yield self._chosen(wish, descriptors)
@@ -117,6 +119,14 @@ class Site:
         """Returns the directory of the target, which has to be that of the source."""
         with os_errors("cannot be opened", PlanError):
             return Directory.at(wish.directory)
+
+    def _refuse_led_away(self) -> None:
+        """Raises `AccessError` where another user's link, on the way to the source, says which file it is."""
+        with os_errors("cannot be opened", PlanError):
+            directory, name = located(self.source)
+        with directory:
+            if not directory.holds(name, self.image.file.descriptor):
+                raise AccessError(f"{self.source}: was exchanged while it was being looked at", hint="try again")
 
     def _refuse(self) -> None:
         rules.refuse_places(self.own, self.directory)

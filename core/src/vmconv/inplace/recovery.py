@@ -22,6 +22,7 @@ from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Found
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.targets import entered
 
 
 class Recovery(NamedTuple):
@@ -41,7 +42,7 @@ def recover(path: str, *, trust: bool = False, calls: Calls | None = None) -> Re
     With `trust` the journal may be anybody's, as after a backup was restored.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered", where=path), Directory.at(folder) as directory:
+    with os_errors("cannot be recovered", where=path), entered(folder) as directory:
         entry = _entry(directory, name, trust=trust)
         if entry is not None:
             return _followed(directory, entry, calls or Calls(), trust=trust)

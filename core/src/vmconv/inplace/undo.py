@@ -23,6 +23,7 @@ from vmconv.inplace.rules import Own
 from vmconv.inplace.undofile import Stamp, Undo
 from vmconv.registry import installed
 from vmconv.sources import File
+from vmconv.targets import entered
 
 _PIECE = 1 << 20
 
@@ -45,7 +46,7 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
     """
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
-        directory = stack.enter_context(Directory.at(folder))
+        directory = stack.enter_context(entered(folder))
         entry = name if name.endswith(UNDO) and directory.has(name) else beside(name.removesuffix(UNDO), UNDO)
         if not directory.has(entry):
             raise AccessError(
