@@ -45,11 +45,10 @@ class _Writer:
         most = self.entries**2 * self.cluster
         if self.size <= most:
             return
-        larger = min(self.cluster * 4, structs.MAX_CLUSTER)
         raise PlanError(
             f"qed with clusters of {self.cluster} bytes and tables of {self.options.table_size} of them cannot hold "
             f"{self.size} bytes, {most} at most",
-            hint=f"use larger clusters, such as -o cluster_size={larger}",
+            hint=f"use larger clusters, such as -o cluster_size={self.cluster * 4}",
         )
 
     def layout(self, modulus: int) -> Layout:

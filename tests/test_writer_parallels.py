@@ -1,0 +1,106 @@
+"""The Parallels writer, against a parser of its own: header, BAT and places."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vmconv.errors import PlanError
+from vmconv.extents import Kind
+from vmconv.image import Image
+from vmconv.layout import Layout, Placement
+from vmconv_parallels.options import Options
+from vmconv_parallels.writer import write
+from written import Said, disk, laid_out, scattered, unpacked
+
+MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
+
+
+def check(image: Image, layout: Layout, *, tight: bool = True) -> None:
+    """Checks that the BAT says of each cluster what it has to, and that nothing else is in the file."""
+    file = layout.files[-1].table
+    magic, version, heads, cylinders, tracks, entries, sectors, *rest = unpacked(file, 0, "<16sIIIIIQIIIQ")
+    in_use, data_at, flags, extension = rest
+    assert (magic, version, heads) == (b"WithouFreSpacExt", 2, 16)
+    assert (in_use, flags, extension) == (0x312E3276, 0, 0)
+    size, cluster = sectors * 512, tracks * 512
+    assert size == -(-image.size // 512) * 512
+    assert cylinders == min(sectors // (16 * 32), 0xFFFFFFFF)
+    assert entries == -(-size // cluster)
+    assert 64 + entries * 4 <= data_at * 512
+    bat = np.frombuffer(file.read(64, entries * 4), dtype="<u4").tolist()
+    wanted = Said(image, on_parent=False)
+    for number, entry in enumerate(bat):
+        block = wanted.block(number * cluster, cluster)
+        assert bool(entry) == (block.kind.max() == Kind.DATA)
+        if entry:
+            assert entry * cluster >= data_at * 512
+            assert file.window(entry * cluster, cluster) == block
+    used = [entry for entry in bat if entry]
+    assert len(set(used)) == len(used)
+    if tight:
+        assert data_at * 512 == -(-(64 + entries * 4) // cluster) * cluster
+        assert sorted(used) == list(range(data_at * 512 // cluster, file.size // cluster))
+    assert file.size == (max(used) + 1) * cluster if used else data_at * 512
+    assert layout.files[-1].slack
+
+
+@pytest.mark.parametrize("cluster", [512, 4096, 65536, MIB])
+@pytest.mark.parametrize("seed", range(2))
+def test_each_cluster_is_where_its_entry_says(cluster: int, seed: int) -> None:
+    for size in (150 * cluster, 21 * cluster + 512, cluster, 700, 0):
+        image = scattered(seed, size, max(512, cluster // 2))
+        check(image, write(image, Options(cluster_size=cluster), Placement()))
+
+
+def test_payload_begins_where_the_storage_can_share_it() -> None:
+    image = disk([(0, 0x30000, 4096), (8192, 0x11000, 4096)], MIB)
+    layout = write(image, Options(cluster_size=4096), Placement(65536))
+    check(image, layout, tight=False)
+    assert laid_out(layout) == [
+        "0x0 header",
+        "0x40 BAT",
+        "0x11000 payload 0x11000+0x1000",
+        "0x20000 payload 0x30000+0x1000",
+        "0x21000 end",
+    ]
+    bat = next(row.source for row in layout.files[0].table if row.source and row.source.name == "BAT")
+    whole = bat.read(0, bat.size)
+    assert all(bat.read(at, n) == whole[at : at + n] for at in range(16) for n in range(1, 16))
+
+
+def test_what_lies_where_the_bat_has_to_be_moves_in_place() -> None:
+    image = disk([(0, 0, 3 * MIB), (8 * MIB, 5 * MIB, MIB)], 16 * MIB + 512, source_size=6 * MIB)
+    source = image.flat.sources[0]
+    layout = write(image, Options(), Placement(1, "image", carrier=source))  # type: ignore[arg-type]
+    check(image, layout, tight=False)
+    assert laid_out(layout) == [
+        "0x0 header",
+        "0x40 BAT",
+        "0x100000 payload 0x100000+0x200000",
+        "0x500000 payload 0x500000+0x100000",
+        "0x600000 payload 0x0+0x100000",
+        "0x700000 end",
+    ]
+
+
+def test_the_largest_disks() -> None:
+    def plan(size: int, cluster: int, end: int = 0) -> None:
+        write(disk([(0, 0, end)] if end else [], size, source_size=1 << 61), Options(cluster_size=cluster), Placement())
+
+    most = (0x7FFFFFFF // 4) * 4096
+    plan(most, 4096)
+    with pytest.raises(PlanError, match=f"hold {most + 512} bytes, {most} at most") as caught:
+        plan(most + 512, 4096)
+    assert "cluster_size=8192" in str(caught.value.hint)
+    with pytest.raises(PlanError) as caught:
+        plan(0x7FFFFFFF // 4 * 8192, 4096)
+    assert "cluster_size=8192" in str(caught.value.hint)
+    with pytest.raises(PlanError) as caught:
+        plan(0x7FFFFFFF // 4 * 8192 + 512, 4096)
+    assert "cluster_size=16384" in str(caught.value.hint)
+    with pytest.raises(PlanError) as caught:
+        plan(1 << 61, 4096)
+    assert "cluster_size=1073741824" in str(caught.value.hint)
+    (cylinders,) = unpacked(write(disk([], 1 << 50), Options(cluster_size=GIB), Placement()).files[0].table, 24, "<I")
+    assert cylinders == 0xFFFFFFFF
