@@ -479,6 +479,11 @@ def test_an_undo_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyt
     for count, why in ((8, "there are more than its ranges hold"), (12, "end 3 bytes too early")):
         with pytest.raises(ImageError, match=why), undofile.unpacked(descriptor, "u", found) as following:
             following(count)
+    size = os.fstat(descriptor).st_size
+    last = os.pread(descriptor, 1, size - 1)
+    os.pwrite(descriptor, bytes([last[0] ^ 1]), size - 1)
+    with pytest.raises(ImageError, match="old bytes: "), undofile.unpacked(descriptor, "u", found) as following:
+        following(9)
     with pytest.raises(ImageError, match="stamp at 0x80: its digest does not fit"):
         undofile.read_stamp(descriptor, "u")
     stamp = Stamp.of(source.descriptor, np.array([[0, 5], [9, 3]], dtype=np.int64))
@@ -555,7 +560,7 @@ def test_fields_of_an_undo_file_reach_to_their_bounds(values: dict[str, Any]) ->
     ids=str,
 )
 def test_fields_of_an_undo_file_go_no_further(values: dict[str, Any]) -> None:
-    with pytest.raises(ImageError, match="u: "):
+    with pytest.raises(ImageError, match=r"u: .* is (not|unknown)"):
         read_undo(undo_body(**values))
 
 

@@ -155,6 +155,13 @@ def test_a_name_that_is_taken_is_replaced_only_when_asked(
     assert (tmp_path / "disk").read_bytes() == (b"new" if replace else b"old")
 
 
+def test_a_temporary_name_goes_when_the_file_appears(tmp_path: Path, directory: Directory, named_only: None) -> None:
+    file = Temporary(directory, "disk")
+    file.appear(replace=False)
+    assert (file.name, names(tmp_path)) == ("disk", ["disk"])
+    file.close()
+
+
 def test_a_named_file_is_removed_unless_it_is_left(tmp_path: Path, directory: Directory, named_only: None) -> None:
     for left in (False, True):
         file = Temporary(directory, "disk", known_by="other")
@@ -345,9 +352,12 @@ def test_a_set_gets_its_names(
     assert log == [*(["fsync"] if durable else []), *sync, *old, *sync, "unlink"]
 
 
-def test_a_taken_name_is_refused_before_anything_is_done(tmp_path: Path, directory: Directory) -> None:
+def test_a_taken_name_is_refused_before_anything_is_done(
+    tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b").write_bytes(b"old")
     files = made(directory, *"ab")
+    monkeypatch.setattr(naming, "_journal", lambda *_arguments, **_more: pytest.fail("begun"))
     with pytest.raises(BackendError, match="b: already exists"):
         naming.commit(directory, files, replace=False, durable=True)
     assert names(tmp_path) == ["b"]
@@ -391,6 +401,44 @@ def test_a_set_that_fails_is_taken_back_or_can_be_finished(
     assert names(tmp_path) == ["a", "b", "c"]
     assert naming.needed(directory) == set()
     assert naming.finish(directory, ["b"]) == []
+
+
+def test_what_cannot_be_taken_back_can_be_finished(
+    tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_names: list[str] = []
+
+    def renamed(place: Directory, old: str, new: str, *, replace: bool) -> None:
+        if made_names:
+            raise OSError(errno.EIO, "broken")
+        made_names.append(new)
+        rename(place, old, new, replace=replace)
+
+    files = made(directory, *"ab")
+    monkeypatch.setattr(naming, "rename", renamed)
+    with pytest.raises(BackendError, match="a of the new files has its name, b has not: broken"):
+        naming.commit(directory, files, replace=False, durable=False)
+    monkeypatch.undo()
+    for file in files:
+        file.remove()
+        file.close()
+    assert naming.finish(directory, ["a"]) == ["a", "b"]
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_journal_that_may_not_survive_is_removed(
+    tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = made(directory, *"ab")
+    assert ownership.can_mark()
+    monkeypatch.setattr(Directory, "sync", failing(errno.EIO))
+    with pytest.raises(OSError, match="error"):
+        naming.commit(directory, files, replace=False, durable=True)
+    for file in files:
+        assert file.name is not None
+        file.remove()
+        file.close()
+    assert names(tmp_path) == []
 
 
 def journal(directory: Directory, wanted: Set, **changed: bytes) -> Path:

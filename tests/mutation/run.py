@@ -38,7 +38,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 CORE = "core/src/vmconv"
 
 
-class Room(NamedTuple):
+class Part(NamedTuple):
     """Modules, as patterns, and the tests that have to notice mistakes in them, the quickest first."""
 
     modules: tuple[str, ...]
@@ -48,27 +48,45 @@ class Room(NamedTuple):
 PARSED = {"qcow2", "qed", "vdi", "parallels"}
 """Formats whose writers are tested against a parser of the tests' own: in memory, so in seconds."""
 
+Room = tuple[Part, ...]
+"""Parts by the tests that notice mistakes in them: so that a mistake costs seconds."""
+
+
+def _core(modules: str, tests: str) -> Part:
+    paths = tuple(f"{CORE}/{module}.py" for module in modules.split())
+    return Part(paths, tuple(f"tests/test_{test}.py" for test in tests.split()))
+
 
 def _writer(name: str, *tests: str) -> Room:
     modules = tuple(f"plugins/{name}/src/vmconv_{name}/{part}.py" for part in ("writer", "clusters", "grains"))
     quick = [f"tests/test_writer_{name}.py"] if name in PARSED else []
-    return Room(modules, (*quick, f"tests/test_{name}.py", *tests))
+    return (Part(modules, (*quick, f"tests/test_{name}.py", *tests)),)
 
 
-ROOMS = {
-    "extents": Room((f"{CORE}/extents.py", f"{CORE}/ranges.py"), ("tests/test_extents.py", "tests/test_ranges.py")),
-    "blocks": Room((f"{CORE}/blocks.py", f"{CORE}/staying.py"), ("tests/test_blocks.py", "tests/test_qcow2.py")),
-    "planner": Room(
-        (f"{CORE}/planner.py", f"{CORE}/refusals.py"), ("tests/test_planner.py", "tests/test_conversion.py")
+ROOMS: dict[str, Room] = {
+    "extents": (_core("extents ranges", "extents ranges"),),
+    "blocks": (_core("blocks staying", "blocks qcow2"),),
+    "planner": (
+        _core("planner planned layout", "planner conversion"),
+        _core("refusals targets paths directory attributes", "directory targets paths conversion"),
+        _core("identity usage findings", "identity conversion check"),
     ),
-    "verify": Room(
-        (f"{CORE}/verify.py", f"{CORE}/comparison.py"), ("tests/test_conversion.py", "tests/test_comparison.py")
+    "verify": (
+        _core("walk readback comparison physical", "readback verifying comparison"),
+        _core("verify", "verifying conversion"),
     ),
-    "backends": Room(
-        (f"{CORE}/backends/*.py", f"{CORE}/commit.py"),
-        ("tests/test_backends.py", "tests/test_transaction.py", "tests/test_conversion.py"),
+    "backends": (
+        _core("commit backends/files backends/direct backends/copy", "copying temporary backends"),
+        _core("backends/temporary backends/naming", "temporary naming"),
+        _core("backends/reflink backends/memory", "backends conversion"),
+        _core("backends/inplace backends/replacing backends/shifting", "inplace inplace_safety inplace_crash"),
     ),
-    "inplace": Room((f"{CORE}/inplace/*.py",), ("tests/test_inplace.py", "tests/test_inplace_crash.py")),
+    "inplace": (
+        _core("inplace/fields inplace/journal inplace/undofile", "journals strangers"),
+        _core("inplace/change inplace/space inplace/shifting inplace/ownership", "changes strangers"),
+        _core("inplace/neighbours inplace/rules inplace/planning", "inplace_safety inplace"),
+        _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers inplace_crash"),
+    ),
     "qcow2": _writer("qcow2", "tests/test_metadata.py"),
     "qed": _writer("qed"),
     "raw": _writer("raw"),
@@ -84,6 +102,7 @@ class Mistake(NamedTuple):
     """One change of one module: `line` counts from 1."""
 
     room: str
+    part: Part
     module: str
     line: int
     before: str
@@ -109,6 +128,7 @@ class _Bare(ast.NodeTransformer):
         node.args, node.posonlyargs = [*node.posonlyargs, *node.args], []
         if not node.vararg:
             node.args, node.kwonlyargs = [*node.args, *node.kwonlyargs], []
+            node.defaults, node.kw_defaults = [*node.defaults, *filter(None, node.kw_defaults)], []
         return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.AST:
@@ -135,14 +155,14 @@ def _bare(code: str) -> str | None:
 
 def mistakes(room: str, rng: random.Random) -> Iterator[Mistake]:
     """Yields one mistake for each position of the room's modules, in random order, chosen from all that fit there."""
-    positions: list[tuple[str, list[tuple[str, int]]]] = []
-    for pattern in ROOMS[room].modules:
-        for path in sorted(ROOT.glob(pattern)):
-            positions += [(str(path.relative_to(ROOT)), found) for found in _positions(path).values()]
+    positions: list[tuple[Part, str, list[tuple[str, int]]]] = []
+    for part in ROOMS[room]:
+        for path in sorted(path for pattern in part.modules for path in ROOT.glob(pattern)):
+            positions += [(part, str(path.relative_to(ROOT)), found) for found in _positions(path).values()]
     rng.shuffle(positions)
-    for module, choices in positions:
+    for part, module, choices in positions:
         rng.shuffle(choices)
-        made = next(filter(None, (_made(room, module, *choice) for choice in choices)), None)
+        made = next(filter(None, (_made(room, part, module, *choice) for choice in choices)), None)
         if made:
             yield made
 
@@ -164,7 +184,7 @@ def _positions(path: Path) -> dict[object, list[tuple[str, int]]]:
     return found
 
 
-def _made(room: str, module: str, operator: str, occurrence: int) -> Mistake | None:
+def _made(room: str, part: Part, module: str, operator: str, occurrence: int) -> Mistake | None:
     """Returns a mistake; None when it changes nothing that runs."""
     code = (ROOT / module).read_text()
     changed = mutate_code(code, get_operator(operator)(), occurrence)
@@ -173,7 +193,7 @@ def _made(room: str, module: str, operator: str, occurrence: int) -> Mistake | N
         return None
     lines = zip(code.splitlines(), changed.splitlines(), strict=False)
     number, (before, after) = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return Mistake(room, module, number, before.strip(), after.strip(), changed)
+    return Mistake(room, part, module, number, before.strip(), after.strip(), changed)
 
 
 class Worker:
@@ -191,12 +211,12 @@ class Worker:
         sources = [str(directory / "core/src"), *map(str, directory.glob("plugins/*/src"))]
         self.environment = {**os.environ, "PYTHONPATH": ":".join(sources), "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def seconds(self, room: str) -> float:
-        """Returns how long the tests of a room take; ends the run when they fail without a mistake."""
+    def seconds(self, part: Part) -> float:
+        """Returns how long the tests of a part take; ends the run when they fail without a mistake."""
         began = time.monotonic()
-        done = self._run(room, timeout=1200)
+        done = self._run(part, timeout=1200)
         if done is None or done.returncode:
-            sys.exit(f"{room}: the tests fail as they are:\n{done.stdout if done else 'too slow'}")
+            sys.exit(f"{' '.join(part.tests)}: the tests fail as they are:\n{done.stdout if done else 'too slow'}")
         return time.monotonic() - began
 
     def notices(self, mistake: Mistake, timeout: float) -> bool:
@@ -204,16 +224,16 @@ class Worker:
         whole = path.read_text()
         path.write_text(mistake.code)
         try:
-            done = self._run(mistake.room, timeout)
+            done = self._run(mistake.part, timeout)
         finally:
             path.write_text(whole)
         return done is None or done.returncode in {1, 2}
 
-    def _run(self, room: str, timeout: float) -> subprocess.CompletedProcess[str] | None:
+    def _run(self, part: Part, timeout: float) -> subprocess.CompletedProcess[str] | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
         try:
             return subprocess.run(
-                [*command, *ROOMS[room].tests],
+                [*command, *part.tests],
                 cwd=self.directory,
                 env=self.environment,
                 capture_output=True,
@@ -261,13 +281,13 @@ def main() -> int:
         for number in range(options.workers):
             workers.put(Worker(Path(directory, str(number))))
         first = workers.get()
-        limits = {room: 10 + 10 * first.seconds(room) for room in {made.room for made in chosen}}
+        limits = {part: 10 + 10 * first.seconds(part) for part in {made.part for made in chosen}}
         workers.put(first)
 
         def noticed(made: Mistake) -> bool:
             worker = workers.get()
             try:
-                found = worker.notices(made, limits[made.room])
+                found = worker.notices(made, limits[made.part])
             finally:
                 workers.put(worker)
             if not found:
