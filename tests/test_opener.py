@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from vmconv.errors import AccessError, ImageError, UsageError, VmconvError
 from vmconv.known import KNOWN
 from vmconv.opener import MAX_CHAIN_DEPTH, Opener
 from vmconv.registry import Registry, installed
+from vmconv.testing.malformed import time_limit
 
 SECRET = b"secret!!" * 64
 PLAIN = b"\x11" * 512 * 16
-SOON = 2
 """Seconds within which a refusal has to come."""
 
 
@@ -56,22 +55,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-class TooSlow(BaseException):
-    """Not an `Exception`, so that nothing between here and the test takes it for one of its own."""
-
-
 @pytest.fixture
 def soon() -> Iterator[None]:
     """Ends a test that waits for something that never comes."""
-
-    def stop(number: int, frame: object) -> None:
-        raise TooSlow(f"took more than {SOON} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SOON)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with time_limit():
+        yield
 
 
 in_time = pytest.mark.usefixtures("soon")
