@@ -238,9 +238,7 @@ def test_payload_over_metadata_is_refused_and_found(tmp_path: Path, qemu_img: Qe
 # -- VHD, which qemu-img does not check
 
 
-@pytest.mark.parametrize(
-    ("damage", "code"), [(sound, 0), (same_place_twice, 2), (past_the_end, 2), (forgotten, 3)], ids=str
-)
+@pytest.mark.parametrize(("damage", "code"), [(sound, 0), (same_place_twice, 2), (past_the_end, 2), (forgotten, 3)])
 def test_a_vhd_is_checked(tmp_path: Path, qemu_img: QemuImg, damage: Callable[[Path, Table], None], code: int) -> None:
     path = made(tmp_path, "vpc", qemu_img)
     damage(path, TABLES["vpc"](path.read_bytes()))

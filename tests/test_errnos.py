@@ -168,7 +168,7 @@ def test_temporary_files_need_no_locks(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["disk.raw"]
 
 
-@pytest.mark.parametrize("name", [None, temporary_name("disk.raw")])
+@pytest.mark.parametrize("name", [None, temporary_name("disk.raw")], ids=["nameless", "named"])
 def test_a_temporary_file_that_cannot_be_locked_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
 ) -> None:

@@ -197,6 +197,7 @@ def test_the_temporary_file_of_a_living_run_is_left_alone(source: Path, target: 
         LEFT.upper(),
         temporary_name("other.qcow2"),
     ],
+    ids=["longer", "no digits", "not hidden", "upper case", "of another target"],
 )
 def test_a_file_that_only_resembles_a_temporary_one_is_left_alone(source: Path, target: Path, name: str) -> None:
     source.with_name(name).write_bytes(b"mine")
