@@ -15,12 +15,18 @@ from vmconv.errors import UsageError
 from vmconv.planner import Plan
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from pydantic import BaseModel, GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
 StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """A path as Python's own functions accept it."""
-OptionValue: TypeAlias = str | int | bool | None
+if TYPE_CHECKING:
+    OptionValue: TypeAlias = str | bytes | int | bool | UUID | None
+else:
+    # UUIDs become text before this is checked; the command line does not import the class.
+    OptionValue = str | bytes | int | bool | None
 """The value of a writer's option: as on the command line, or of the option's own type."""
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
@@ -76,7 +82,9 @@ def _names(value: object) -> list[object]:
 def _mapping(value: object) -> dict[object, object]:
     if not isinstance(value, Mapping):
         raise ValueError("is no mapping")
-    return dict(value)
+    from uuid import UUID
+
+    return {key: str(each) if isinstance(each, UUID) else each for key, each in value.items()}
 
 
 def _mode(value: object) -> object:
