@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -601,7 +601,7 @@ def test_a_file_that_replaces_another_carries_its_attributes(
 ) -> None:
     carried: list[int] = []
 
-    def carry(old: int, _new: int) -> tuple[str, ...]:
+    def carry(old: int, _new: int, _others: Iterable[int] = ()) -> tuple[str, ...]:
         carried.append(os.fstat(old).st_ino)
         return ("label",)
 
