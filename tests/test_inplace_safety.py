@@ -128,6 +128,24 @@ def test_another_user_s_file_is_not_replaced_even_by_force(any_dir: Path) -> Non
     assert names(any_dir) == {"new.qcow2"}
 
 
+@pytest.mark.parametrize("named", ["new.qcow2", "new.qcow2.vmconv-undo"])
+def test_an_undo_that_was_killed_can_be_asked_for_again(ext4_dir: Path, named: str) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    before = disk.read_bytes()
+    in_place(disk, ext4_dir / "new.qcow2", keep_undo=True)
+    program = (
+        "import os, signal; from vmconv.directory import Directory as D; real = D.rename\n"
+        "def rename(*a, **k): real(*a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"D.rename = rename; from vmconv import api; api.undo({str(ext4_dir / 'new.qcow2')!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (ext4_dir / "new.qcow2").exists()
+    api.undo(str(ext4_dir / named))
+    assert names(ext4_dir) == {"disk.raw"}
+    assert disk.read_bytes() == before
+
+
 @as_root
 def test_undo_takes_no_file_that_is_another_user_s(ext4_dir: Path) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)

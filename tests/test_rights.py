@@ -284,7 +284,7 @@ def test_what_was_stopped_is_not_recovered_for_another_user(
     shelf: Path, tree: Tree, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[str] = []
-    monkeypatch.setattr("vmconv.opener._recover", recovered.append)
+    monkeypatch.setattr("vmconv.opener.bring_back", recovered.append)
     overlay(shelf, "gone.raw", qemu_img)
     for asking in (bobs(), RightsOfEverybody()):
         assert shown(tree, "bob.qcow2/raw/bob.raw", asking) is None

@@ -283,7 +283,7 @@ class Opener:
         with self._acting():
             incomplete = interrupted(path) or not os.path.lexists(path)
         if incomplete and self._recovers:
-            _recover(path)
+            bring_back(path)
         doing = "cannot be opened" if said is None else f"cannot be opened as {said}"
         with os_errors(doing, AccessError), self._acting():
             # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
@@ -314,7 +314,7 @@ def _identity(file: File) -> tuple[int, int]:
     return file.stamp.device, file.stamp.inode
 
 
-def _recover(path: str) -> None:
+def bring_back(path: str) -> None:
     """Brings a file back that a conversion in place, when it was stopped, left as neither one nor the other."""
     from vmconv.inplace.recovery import met
     from vmconv.targets import finished

@@ -18,9 +18,10 @@ from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.fields import Ranges
 from vmconv.inplace.journal import Journal, Leftover
-from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.names import UNDO, beside, interrupted
 from vmconv.inplace.rules import Own
 from vmconv.inplace.undofile import Stamp, Undo
+from vmconv.opener import bring_back
 from vmconv.registry import installed
 from vmconv.sources import File
 from vmconv.targets import entered
@@ -44,6 +45,10 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
     With `trust` the undo file may be anybody's, as after a backup was restored. A signal that comes when all is done is
     delivered afterwards: what its handler raises has the attribute `results`, the path in a tuple.
     """
+    # What a killed run left comes first: its undo is taken back, or finished, which is an error that says so.
+    disk = path.removesuffix(UNDO)
+    if interrupted(disk):
+        bring_back(disk)
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
         directory = stack.enter_context(entered(folder))
