@@ -406,3 +406,9 @@ def test_mypy_finds_what_would_be_refused(tmp_path: Path) -> None:
         found = [line for line in done.stdout.splitlines() if line.startswith(f"snippet{number}.py")]
         assert bool(found) == (words is not None), (case, done.stdout, done.stderr)
         assert words is None or words in "".join(found), (case, found)
+
+
+def test_a_mapping_is_no_list(tmp_path: Path) -> None:
+    (tmp_path / "disk.raw").write_bytes(b"x" * 512)
+    with pytest.raises(vmconv.UsageError, match="is no list of paths"):
+        vmconv.info(tmp_path / "disk.raw", allow_external={"/": True})

@@ -678,3 +678,20 @@ def test_a_partial_block_without_its_bitmap_is_refused() -> None:
     data = bat(0, 1 * MIB | 7)(differencing(relative_path="b.vhdx"))
     with pytest.raises(ImageError, match="sector bitmap at 0x0 is not"):
         opened(data).guest.total(Kind.DATA)
+
+
+def test_a_disk_of_no_bytes_is_damaged_as_it_is_to_qemu(tmp_path: Path, qemu_img: QemuImg) -> None:
+    """Metadata has no checksum: a size that was lost made an empty disk of a full one."""
+    image = tmp_path / "disk.vhdx"
+    qemu_img("create", "-q", "-f", "vhdx", image, "1M")
+    data = image.read_bytes()
+    size = MIB.to_bytes(8, "little")
+    places = [at for at in range(0x300000, 0x320000, 8) if data[at : at + 8] == size]
+    assert len(places) == 1
+    with image.open("r+b") as file:
+        file.seek(places[0])
+        file.write(bytes(8))
+    qemu_img("info", "-f", "vhdx", image, ok=(1,))
+    with pytest.raises(ImageError, match="virtual disk size"):
+        vmconv.convert(image, tmp_path / "disk.raw")
+    assert not (tmp_path / "disk.raw").exists()

@@ -272,7 +272,7 @@ def _metadata(file: File, items: Mapping[UUID, tuple[int, bytes]]) -> dict[str, 
     logical = sector(structs.LOGICAL_SECTOR_SIZE, "logical sector size")
     at, data = item(structs.VIRTUAL_DISK_SIZE, "virtual disk size")
     size = int.from_bytes(data[:8], "little")
-    if size > structs.MAX_SIZE or size % logical:
+    if not 0 < size <= structs.MAX_SIZE or size % logical:
         raise damaged(
             file, "virtual disk size", at, f"{size} is not whole sectors of {logical}, {structs.MAX_SIZE} at most"
         )
