@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmconv import refusals
 from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents
+from vmconv.directory import Directory
+from vmconv.errors import AccessError, PlanError, ZeroCopyError
+from vmconv.extents import Extents, Kind
 from vmconv.layout import Layout, OutFile, Reference
-from vmconv.planner import Action, CopyReason, Plan, Totals, joined, plan_layout
+from vmconv.planner import Action, CopyReason, Plan, ShareSteps, Totals, joined, plan_layout
 from vmconv.sources import Blob, Decoded, File, Source
 from vmconv.storage import Survey
 from vmconv.testing.strategies import tables
@@ -165,3 +175,99 @@ def test_ranges_to_share_are_split_and_ordered_without_a_byte_lost(longest: int)
     places = list(zip(by_source.source.tolist(), by_source.source_offset.tolist(), strict=True))
     assert places == sorted(places)
     assert {type(source) for source in steps.sources} <= {File, MemoryFile}
+
+
+def test_ranges_to_share_are_packed_as_the_kernel_takes_them() -> None:
+    one, two = MemoryFile("one", 100), MemoryFile("two", 100)
+    one.descriptor, two.descriptor = 11, 12
+    columns = (np.array(each, dtype=np.int64) for each in ([8, 0, 4], [1, 2, 3], [30, 20, 10]))
+    steps = ShareSteps((one, two, Blob("x", b"")), np.array([1, 0, 1], dtype=np.int32), *columns)
+    assert list(struct.iter_unpack("<qQQQ", steps.pack())) == [(12, 8, 1, 30), (11, 0, 2, 20), (12, 4, 3, 10)]
+    assert steps.ordered(by_target=True).offset.tolist() == [10, 20, 30]
+    assert steps.ordered(by_target=False).offset.tolist() == [20, 10, 30]
+    assert steps.take(steps.offset > 30).pack() == b""
+    empty = steps.take(steps.offset > 30)
+    assert ShareSteps((), empty.source, empty.source_offset, empty.length, empty.offset).pack() == b""
+
+
+def test_the_end_of_a_file_is_a_whole_block_only_at_the_end_of_the_output() -> None:
+    file = MemoryFile("file", 600)
+    for rest, copied in ((0, 0), (40, 88)):
+        rows = [(0, Kind.DATA, file, 0), *([(600, Kind.ZERO, None, 0)] if rest else [])]
+        table = Extents.of(rows, 600 + rest)
+        plan = plan_layout(Layout((OutFile(table),)), "disk", "/", "reflink", Survey(512))
+        assert (plan.totals.copied, plan.totals.shared) == (copied, 600 - copied)
+    table = Extents.of([(0, Kind.DATA, file, 0)], 520)
+    plan = plan_layout(Layout((OutFile(table),)), "disk", "/", "reflink", Survey(512))
+    assert (plan.totals.copied, plan.totals.shared) == (8, 512)
+
+
+# -- what is refused
+
+
+def disk_plan(size: int, *, copied: bool) -> Plan:
+    source = MemoryFile("source", size)
+    layout = Layout((OutFile(Extents.whole(source)),))
+    return plan_layout(layout, "target", "/", "copy", Survey(1, {id(source): REFUSED} if copied else {}))
+
+
+@pytest.mark.parametrize(
+    ("zero_copy", "copied", "right"), [("require", True, False), ("require", False, True), ("prefer", True, True)]
+)
+def test_copies_are_refused_where_there_must_be_none(zero_copy: str, copied: bool, right: bool) -> None:
+    if right:
+        refusals.refuse_copies("target", zero_copy, disk_plan(64, copied=copied))
+        return
+    with pytest.raises(ZeroCopyError, match=f"target: 64 bytes would have to be copied because {REFUSED}"):
+        refusals.refuse_copies("target", zero_copy, disk_plan(64, copied=copied))
+
+
+@pytest.mark.parametrize(("free", "blocks", "right"), [(16, 1, True), (15, 1, False), (0, 0, True), (0, 5, False)])
+def test_what_there_is_no_room_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, free: int, blocks: int, right: bool
+) -> None:
+    space = SimpleNamespace(f_bavail=free, f_frsize=4, f_blocks=blocks)
+    monkeypatch.setattr(os, "statvfs", lambda _path: space)
+    plan = disk_plan(64, copied=True)
+    refusals.refuse_too_large(disk_plan(64, copied=False))
+    if right:
+        refusals.refuse_too_large(plan)
+    else:
+        with pytest.raises(PlanError, match=f"/: 64 bytes would have to be written, {4 * free} are free"):
+            refusals.refuse_too_large(plan)
+    monkeypatch.setattr(os.path, "isdir", lambda _path: False)
+    refusals.refuse_too_large(plan)
+
+
+def test_a_source_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = MemoryFile("one", 1), MemoryFile("two", 1)
+    refusals.refuse_changed([one, two])
+    monkeypatch.setattr(two, "changed", lambda: True)
+    with pytest.raises(AccessError, match="two: changed while"):
+        refusals.refuse_changed([one, two])
+
+
+def test_files_to_make_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "other").write_bytes(b"other")
+    plan = disk_plan(4, copied=True)
+    with Directory.at(str(tmp_path)) as directory:
+
+        def refused(plan: Plan, sources: list[File], **how: Any) -> str:
+            try:
+                with refusals.no_collisions(plan, directory, sources, **{"force": False, **how}):
+                    return ""
+            except PlanError as exc:
+                return str(exc)
+
+        same, other = (File(name, os.open(tmp_path / name, os.O_RDONLY)) for name in ("target", "other"))
+        with closing(same), closing(other):
+            assert refused(plan, [other]).endswith("target: already exists")
+            assert refused(plan, [other, same]).endswith("target: is part of the source")
+            assert refused(plan, [other, same], force=True).endswith("target: is part of the source")
+            assert refused(plan, [other, same], but={"target"}) == ""
+            assert refused(plan, [other], force=True) == ""
+            twice = plan._replace(files=plan.files * 2)
+            assert refused(twice, [], force=True).endswith("target: would be made twice")
+        (tmp_path / "target").unlink()
+        assert refused(plan, []) == ""
