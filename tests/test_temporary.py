@@ -519,7 +519,8 @@ def test_journals_are_bounded(tmp_path: Path, directory: Directory, monkeypatch:
     assert naming.finish(directory, ["a"]) == ["a"]
 
 
-TEMPORARY = temporary_name("a").encode()
+# Of a fixed number: the names of the tests are the same in every process.
+TEMPORARY = temporary_name("a")[:-12].encode() + b"01234567.tmp"
 
 
 @pytest.mark.parametrize(
