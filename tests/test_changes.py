@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_extents import A
+from vmconv import linux
 from vmconv.backends.memory import MemoryFile
 from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, PlanError
@@ -781,3 +782,36 @@ def test_a_journal_has_one_name(tmp_path: Path) -> None:
         with pytest.raises(AccessError, match=r"has 2 names \(hard links\)"):
             ownership.opened(directory, "file")
         assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    carrier = carrier_of(64)
+    once = plan_of(table_of(32, (0, None, 0), (16, carrier, 8), (24, None, 0), (28, carrier, 20)))
+    twice = plan_of(table_of(36, (0, None, 0), (16, carrier, 8), (24, None, 0), (32, carrier, 20)))
+    back = plan_of(table_of(32, (0, None, 0), (16, carrier, 20), (20, None, 0), (24, carrier, 8)))
+    monkeypatch.setattr(shifting, "MOST_SHIFTS", 1)
+    monkeypatch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))
+    monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: ranges((0, 64, 400)))
+    assert shifting.placed(once, carrier).tolist() == [[408, 8, 16], [420, 4, 28]]
+    with pytest.raises(PlanError, match="shifted 2 times, 1 at most"):
+        shifting.placed(twice, carrier)
+    with pytest.raises(PlanError, match="in another order"):
+        shifting.placed(back, carrier)
+    monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: None)
+    with pytest.raises(PlanError, match="does not tell where"):
+        shifting.placed(once, carrier)
+
+
+def test_the_disk_is_looked_for_under_its_other_name(
+    tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = begun(directory)
+    has = Directory.has
+
+    def asked(place: Directory, name: str) -> bool:
+        if name == WORK:
+            raise OSError(errno.EIO, "broken")
+        return has(place, name)
+
+    monkeypatch.setattr(Directory, "has", asked)
+    assert one._whereabouts() == f"the disk is {tmp_path / 'disk'} now"

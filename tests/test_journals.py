@@ -616,3 +616,10 @@ def test_the_body_of_an_undo_file_is_bounded() -> None:
             with pytest.raises(ImageError, match=f"{fields.MAX_BODY} at most"):
                 undofile.read_head(descriptor, "u")
         os.close(descriptor)
+
+
+def test_what_a_journal_does_not_say_is_nothing() -> None:
+    assert comparable(Journal("a", "b")) == [
+        *("a", "b", 0, 0, 0, [], b"", [], [], [], [], b"", (), (), None, None),
+        *(False, True, None),
+    ]

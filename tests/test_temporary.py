@@ -494,6 +494,8 @@ def test_a_journal_without_the_user_s_mark_has_to_be_trusted(tmp_path: Path, dir
 
 def test_a_journal_that_others_may_write_has_to_be_trusted(tmp_path: Path, directory: Directory) -> None:
     path = journal(directory, set_of(tmp_path, "a"))
+    for number in range(8):
+        (tmp_path / f".vmconv-{number:016x}.names").symlink_to("nowhere")
     path.chmod(0o602)
     before = descriptors()
     assert naming.finish(directory, ["a"]) == []
