@@ -532,9 +532,3 @@ def test_where_nothing_is_copied_there_are_no_threads(monkeypatch: pytest.Monkey
     plan = plan_layout(Layout((OutFile(table),)), "target", "/", "copy", Survey(1, {}))
     commit.make(plan, transaction, None)
     assert transaction.outputs[0].data == b"abc"
-
-
-def test_as_much_is_held_at_a_time() -> None:
-    """Each thread has a buffer of this size: more takes memory, less keeps storage idle."""
-    assert (direct.STEP, commit._PIECE, commit._METADATA_PIECE) == (4 * MIB, 4 * MIB, MIB)
-    assert (files._STEP, direct._SHORTEST, direct._BLOCK) == (256 << 10, MIB, 4096)

@@ -153,10 +153,6 @@ def test_samples_lie_around_edges_and_anywhere(monkeypatch: pytest.MonkeyPatch) 
     assert readback._random_data(rows(9, (0, None, 1)), Drawn()) is None
 
 
-def test_samples_are_those_constants() -> None:
-    assert (readback._AROUND, readback._RANDOM, readback._BLOCK) == (512, 64, 65536)
-
-
 @quick
 @given(st.data())
 def test_every_wrong_byte_is_seen_by_reading_all(data: st.DataObject) -> None:
