@@ -18,7 +18,7 @@ from vmconv.testing import disk_of
 from vmconv_qcow2 import clusters
 from vmconv_qcow2.options import Options
 from vmconv_qcow2.writer import _Writer, write
-from written import Said, disk, laid_out, scattered, unpacked
+from written import Said, disk, laid_out, same_in_pieces, scattered, unpacked
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 COPIED = 1 << 63
@@ -214,6 +214,8 @@ def test_tables_of_distant_addresses_are_neighbours_in_the_file() -> None:
         "0x1400 payload 0x100000+0x200",
         "0x1600 end",
     ]
+    same_in_pieces(layout)
+    same_in_pieces(write(image, options(cluster_size=16384, extended_l2=True), Placement(512)))
 
 
 def test_payload_goes_to_congruent_places_behind_the_tables() -> None:

@@ -81,6 +81,18 @@ def laid_out(layout: Layout) -> list[str]:
     return [*found, f"{table.size:#x} end"]
 
 
+def same_in_pieces(layout: Layout) -> None:
+    """Checks that metadata which is read in pieces is the metadata that is read at once."""
+    for blob in layout.files[-1].table.sources:
+        if isinstance(blob, File):
+            continue
+        whole = blob.read(0, blob.size)
+        for start in {0, 1, 8, 511, 512, 515, blob.size // 2 + 3, blob.size - 9}:
+            for length in (1, 7, 8, 512, 1000):
+                if 0 <= start <= blob.size - length:
+                    assert blob.read(start, length) == whole[start : start + length], blob.name
+
+
 def unpacked(table: Extents, at: int, form: str) -> tuple[Any, ...]:
     """Returns numbers and strings of bytes that lie at an offset of a file, in the words of `struct`."""
     return struct.unpack(form, table.read(at, struct.calcsize(form)))

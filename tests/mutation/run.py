@@ -45,7 +45,7 @@ class Part(NamedTuple):
     tests: tuple[str, ...]
 
 
-PARSED = {"qcow2", "qed", "vdi", "parallels"}
+PARSED = {"qcow2", "qed", "vdi", "vhd", "parallels"}
 """Formats whose writers are tested against a parser of the tests' own: in memory, so in seconds."""
 
 Room = tuple[Part, ...]
