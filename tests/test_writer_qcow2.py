@@ -63,7 +63,7 @@ class Parsed:
 
     def mapped(self) -> dict[int, tuple[int, int]]:
         """Returns entry and bitmap of each guest cluster that has one."""
-        found = {}
+        found: dict[int, tuple[int, int]] = {}
         for number, table in enumerate(self.tables):
             if table:
                 assert table & COPIED
