@@ -128,12 +128,12 @@ def test_a_stream_is_read_before_it_is_sent(chain: Path, tmp_path: Path) -> None
 # -- what is wrong
 
 
-def fails(chain: Path, mode: Any, target: str = "new.raw", **how: Any) -> str:
+def fails(source: Path, /, mode: Any, target: str = "new.raw", **how: Any) -> str:
     """Converts what must be found wrong, and left behind nothing, and returns the error's message."""
-    before = sorted(os.listdir(chain.parent))
+    before = sorted(os.listdir(source.parent))
     with pytest.raises(VerifyError) as caught:
-        vmconv.convert(str(chain), str(chain.with_name(target)), verify=mode, **how)
-    assert sorted(os.listdir(chain.parent)) == before
+        vmconv.convert(str(source), str(source.with_name(target)), verify=mode, **how)
+    assert sorted(os.listdir(source.parent)) == before
     return str(caught.value)
 
 
@@ -219,6 +219,19 @@ def test_a_writer_that_exchanges_two_ranges(chain: Path, mode: Any, monkeypatch:
         monkeypatch.setattr("vmconv.verify._same_disk", nothing)
         monkeypatch.setattr(readback, "check_places", nothing)
     assert "differs from the source" in fails(chain, mode)
+
+
+def test_a_writer_that_states_another_format_of_the_parent(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmconv_qcow2 import writer
+
+    write = writer.write
+
+    def wrongly(image: Any, options: Any, placement: Any, *, backing: Any) -> Any:
+        return write(image, options, placement, backing=backing._replace(format="raw"))
+
+    monkeypatch.setattr(writer, "write", wrongly)
+    said = fails(chain, "metadata", "new.qcow2", backing_file="base.qcow2")
+    assert "states the format 'raw' of its parent, which is 'qcow2'" in said
 
 
 # -- what cannot be done

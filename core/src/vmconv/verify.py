@@ -13,6 +13,7 @@ from vmconv.errors import AccessError, UsageError, VerifyError, VmconvError
 from vmconv.extents import Extents, on_storage
 from vmconv.formats import Format
 from vmconv.image import Image
+from vmconv.known import qemu_name
 from vmconv.opener import Opener
 from vmconv.sources import File
 
@@ -150,6 +151,7 @@ def _image(container: Container, file: File, results: Results, below: Made | Non
         result.guest  # noqa: B018 reads the tables
         if below and (result.parent is None or result.parent.file is not below.files[-1]):
             raise VerifyError(f"{container.name}: its parent is not {below.container.name}")
+        _check_parent(container, result)
         _check_reference(container, result)
     except VmconvError as exc:
         raise VerifyError(f"the result cannot be read back: {exc}") from exc
@@ -175,6 +177,21 @@ def _made(containers: Sequence[Container], files: Iterable[File], registry: Regi
         _same_disk(one.container, table)
         check_places(one.sides)
         yield one
+
+
+def _check_parent(container: Container, result: Image) -> None:
+    """Raises `VerifyError` when the result states another parent than it was to have.
+
+    The reader was given the right file whatever the result says, so what it says is looked at by itself.
+    """
+    backing = container.backing
+    if backing is None:
+        if result.parent_reference is not None:
+            raise VerifyError(f"{container.name}: states the parent {result.parent_reference!r}, and has none")
+        return
+    stated, meant = result.parent_format, qemu_name(backing.format)
+    if stated is not None and qemu_name(stated) != meant:
+        raise VerifyError(f"{container.name}: states the format {stated!r} of its parent, which is {meant!r}")
 
 
 def _check_reference(container: Container, result: Image) -> None:
