@@ -68,6 +68,15 @@ def test_zeros_are_joined_to_the_file_that_is_beside_them() -> None:
     assert joined == Extents.of([rows[0], (SECTOR, Kind.DATA, other, 4 * SECTOR)], 3 * SECTOR)
 
 
+def test_zeros_beside_what_is_no_file_do_not_keep_others_from_being_joined() -> None:
+    other = MemoryFile("other", 8 * SECTOR)
+    other.write(5 * SECTOR, b"2" * SECTOR)
+    zero, made = (0, Kind.ZERO, None, 0), (SECTOR, Kind.DATA, MADE, 0)
+    rows = [zero, made, (2 * SECTOR, Kind.ZERO, None, 0), (3 * SECTOR, Kind.DATA, other, 5 * SECTOR)]
+    joined = joined_over_holes(Extents.of(rows, 4 * SECTOR))
+    assert joined == Extents.of([zero, made, (2 * SECTOR, Kind.DATA, other, 4 * SECTOR)], 4 * SECTOR)
+
+
 def test_a_table_of_nothing() -> None:
     assert len(joined_over_holes(Extents.filled(0))) == 0
     assert len(ranges_in_files(Extents.filled(0), SECTOR).start) == 0

@@ -66,8 +66,8 @@ def _writer(name: str, *tests: str) -> Room:
 ROOMS: dict[str, Room] = {
     "extents": (_core("extents ranges", "extents ranges"),),
     "blocks": (_core("blocks staying", "blocks qcow2"),),
-    "planner": (
-        _core("planner planned layout", "planner conversion"),
+    "planner": (_core("planner planned layout", "planner conversion"),),
+    "places": (
         _core("refusals targets paths directory attributes", "directory targets paths conversion"),
         _core("identity usage findings", "identity conversion check"),
     ),
