@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 import qcow2_images
+from conftest import another_user
 from crash import Stopped, StoppingCalls
 from disks import MIB, QemuImg, make_disk, qemu_io
 from inplace_pairs import Places, Source, Target, other_pairs, pairs, shifted_pairs
@@ -62,8 +63,7 @@ def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def as_nobody(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user without a home, in this environment."""
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    command = [*user, *CLI, *(str(argument) for argument in arguments)]
+    command = [*another_user(NOBODY), *CLI, *(str(argument) for argument in arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
 
 

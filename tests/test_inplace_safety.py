@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import qcow2_images
+from conftest import another_user
 from crash import OTHERS, Stopped, StoppingCalls
 from disks import MIB, QemuImg, make_disk
 from test_inplace import NOBODY, as_nobody, descriptor, in_place, interrupted, names, refused, run_cli
@@ -687,9 +688,8 @@ def test_a_umask_locks_nobody_out_of_a_journal(ext4_dir: Path, tmp_path: Path, m
         f"import os; os.umask(0o{mask})\nfrom vmconv.inplace.change import Change\nfrom vmconv.cli import main\n"
         "real = Change.complete\nChange.complete = lambda change: os._exit(9)\nimport sys; main(sys.argv[1:])"
     )
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     command: list[str | Path] = [
-        *user,
+        *another_user(NOBODY),
         sys.executable,
         "-c",
         code,

@@ -29,6 +29,11 @@ def located(path: str) -> tuple[Directory, str]:
     does not apply it. A link of another user than root leads only to a directory of that other user's: it would decide
     where this user writes. Raises `AccessError` for any other. Raises `OSError` where the directory does not exist.
     """
+    with _blaming(path):
+        return _walked(path)
+
+
+def _walked(path: str) -> tuple[Directory, str]:
     waiting = path.split("/")[::-1]
     links = 0
     strangers: dict[int, str] = {}
@@ -63,7 +68,7 @@ def located(path: str) -> tuple[Directory, str]:
 def entered(path: str) -> Directory:
     """Returns the directory of this path, under the rules of `located`."""
     above, name = located(path)
-    with above:
+    with above, _blaming(path):
         directory = _directory(above.descriptor) if name in ("", ".") else None
         if directory is None:
             at = _entered(name, above.descriptor)
@@ -73,6 +78,16 @@ def entered(path: str) -> Directory:
                 os.close(at)
     directory.path = path
     return directory
+
+
+@contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Gives errors of the block the whole path, of which the walk names one part at a time."""
+    try:
+        yield
+    except OSError as exc:
+        exc.filename = path
+        raise
 
 
 def _entered(path: str, start: int | None = None, *, leave: int = -1) -> int:
