@@ -17,9 +17,10 @@ import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
 from qcow2_images import image
 from test_corpus import ROWS, unpack
+from vmconv import checking
 from vmconv.backends.memory import MemoryFile
 from vmconv.cli import main
-from vmconv.errors import ImageError, VmconvError
+from vmconv.errors import ImageError, ReadError, VmconvError
 from vmconv.extents import Extents, Kind
 from vmconv.formats import CheckReport
 from vmconv.registry import installed
@@ -465,3 +466,16 @@ def test_real_images_have_no_errors(row: dict[str, str], corpus: Path, tmp_path:
         ["log at 0x100000: was not replayed, the image was not closed cleanly"] if "dirtylog" in row["name"] else []
     )
     assert (list(report.corruptions), report.leaks, report.errors) == (expected, (), ())
+
+
+def test_storage_that_fails_is_no_corruption(
+    tmp_path: Path, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be read was not checked: exit code 1, not 2."""
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", str(path), "16M")
+
+    monkeypatch.setattr(checking, "_refused", lambda _: ReadError("disk.qcow2: cannot be read at 0x30000"))
+    report = vmconv.check(str(path))
+    assert report
+    assert (report.errors, report.corruptions) == (("disk.qcow2: cannot be read at 0x30000",), ())

@@ -212,6 +212,9 @@ def _said(ran: Ran, scenario: Scenario) -> Iterator[str]:
         yield f"a traceback: {last}"
         return
     lines = [line for line in ran.err.splitlines() if not line.startswith(("warning: ", "  hint: "))]
+    # The report of `check` says what it could not look at, and where a file ends that is read as if it were cut off.
+    said = ("Not checked: ", "ERROR ")
+    lines += [f"vmconv: {line}" for line in ran.out.decode(errors="replace").splitlines() if line.startswith(said)]
     if ran.code > 0 and scenario.kind != "serve" and ran.code not in scenario.shown[scenario.kind != "ask" :]:
         if not lines:
             yield f"exit code {ran.code}, and nothing is said"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmconv.errors import AccessError, ImageError, VmconvError
+from vmconv.errors import AccessError, ImageError, ReadError, VmconvError
 from vmconv.formats import CheckReport
 from vmconv.image import Image
 from vmconv.opener import Opener
@@ -53,7 +53,7 @@ def _readable(found: CheckReport, image: Image) -> CheckReport:
     refusal = _refused(image)
     if refusal is None:
         return found
-    if isinstance(refusal, AccessError):
+    if isinstance(refusal, AccessError | ReadError):
         return found._replace(errors=(str(refusal),))
     return found._replace(corruptions=(str(refusal),), corruption_count=1)
 

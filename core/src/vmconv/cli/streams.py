@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 NAME = "standard output"
@@ -85,7 +85,9 @@ def _stream(number: int, kind: type[io.FileIO], present: TextIO | None, original
     encoding, line_buffering = "utf-8", True
     if isinstance(present, io.TextIOWrapper):
         # File names need not be text in the encoding of the stream.
-        present.reconfigure(errors="backslashreplace")
+        with suppress(OSError):
+            # Asks for the position in a file that standard output was redirected to; nothing here needs it.
+            present.reconfigure(errors="backslashreplace")
         encoding, line_buffering = present.encoding, present.line_buffering or present.write_through
     if present is not None:
         if present is not original:
