@@ -62,6 +62,10 @@ def dropped_if_it_fails() -> Iterator[None]:
 class _Named(io.FileIO):
     """Standard output; its errors have its name where those of a file have the file's."""
 
+    def seekable(self) -> bool:
+        """Says that nobody will seek, so that nobody asks for the position, which not every file tells."""
+        return False
+
     def write(self, data: Any) -> Any:
         try:
             return super().write(data)
@@ -72,6 +76,9 @@ class _Named(io.FileIO):
 
 class _Unfailing(io.FileIO):
     """Standard error: a message that cannot be written must not end a conversion."""
+
+    def seekable(self) -> bool:
+        return False
 
     def write(self, data: Any) -> Any:
         try:
