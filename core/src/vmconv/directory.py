@@ -83,6 +83,16 @@ class Directory:
         with self._blaming(None):
             return sorted(os.listdir(self.descriptor))
 
+    def listed(self) -> list[str]:
+        """Returns all names, sorted; none where the user may not list them: what a run left there cannot be found."""
+        try:
+            return self.names()
+        except OSError as exc:
+            # EBADF: a descriptor that was opened for going through the directory only.
+            if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
+                raise
+            return []
+
     def status(self, name: str) -> os.stat_result | None:
         """Returns the status of what has this name, a link's own if it is one; None when nothing has."""
         with self._blaming(name):

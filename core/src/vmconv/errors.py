@@ -80,6 +80,14 @@ class PluginError(VmconvError):
         self.format_name = format_name
 
 
+def warn(text: str) -> None:
+    """Logs a warning for whoever runs a command; programs decide by the logger "vmconv" what becomes of it."""
+    # Imported for a warning only: its import takes longer than sharing a disk.
+    import logging
+
+    logging.getLogger("vmconv").warning("warning: %s", text)
+
+
 @contextmanager
 def os_errors(doing: str, error: type[VmconvError] = BackendError, *, where: str = "") -> Iterator[None]:
     """Turns an `OSError` of the block into `error`: the one place where the system's errors are wrapped.

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vmconv import locks, paths
-from vmconv.errors import AccessError, ImageError, PluginError, os_errors
+from vmconv.errors import AccessError, ImageError, PluginError, os_errors, warn
 from vmconv.inplace.names import interrupted
 from vmconv.known import KNOWN
 from vmconv.sources import File, inside
@@ -178,7 +178,7 @@ class Opener:
             near = paths.beside(own, base, os.fstat(origin.descriptor)) if looked else None
         if near and (elsewhere or moved):
             if not moved:
-                _warn("%s: %s %r is not here: %s beside the image was taken", origin.name, role, reference, base)
+                warn(f"{origin.name}: {role} {reference!r} is not here: {base} beside the image was taken")
             return near
         if _PROTOCOL.match(reference) and not paths.on_windows(reference):
             raise AccessError(
@@ -327,14 +327,8 @@ def bring_back(path: str) -> None:
     what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'taken back'}"
     if not os.path.lexists(path):
         raise AccessError(f"{path}: is {done.path} now: {what}")
-    _warn("%s: %s", path, what)
-
-
-def _warn(text: str, *values: object) -> None:
-    """Says what whichever command met a file should know, and what is no property of the image."""
-    import logging
-
-    logging.getLogger("vmconv").warning(f"warning: {text}", *values)
+    # No property of the image: whichever command met the file says it.
+    warn(f"{path}: {what}")
 
 
 def _refuse_protocol_of_files(origin: File, reference: str, role: str) -> None:

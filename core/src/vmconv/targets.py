@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from vmconv import linux, locks
 from vmconv.backends.temporary import PREFIX, remove_stale
 from vmconv.directory import Directory
-from vmconv.errors import AccessError, PlanError, os_errors
+from vmconv.errors import AccessError, PlanError, os_errors, warn
 from vmconv.sources import File
 
 _MAX_LINKS = 40
@@ -269,15 +269,12 @@ def refuse_kept_names(directory: Directory) -> None:
 
 def clean(directory: Directory, names: Sequence[str]) -> None:
     """Finishes what a stopped run of the same targets had committed, and removes what it had not."""
-    if not any(name.startswith(PREFIX) for name in _names(directory)):
+    if not any(name.startswith(PREFIX) for name in directory.listed()):
         return
-    import logging
-
     from vmconv.backends import naming
 
     for name in naming.finish(directory, names):
-        text = "warning: %s: the interrupted run that made it has been finished"
-        logging.getLogger("vmconv").warning(text, directory.join(name))
+        warn(f"{directory.join(name)}: the interrupted run that made it has been finished")
     remove_stale(directory, names, naming.needed(directory))
 
 
@@ -292,18 +289,8 @@ def finished(path: str, *, trust: bool = False) -> bool:
     except OSError:
         return False
     with directory:
-        if not any(each.startswith(PREFIX) for each in _names(directory)):
+        if not any(each.startswith(PREFIX) for each in directory.listed()):
             return False
         from vmconv.backends import naming
 
         return bool(naming.finish(directory, [name], trust=trust))
-
-
-def _names(directory: Directory) -> list[str]:
-    """Returns the names in a directory, none where it may not be listed: what is left there cannot be found."""
-    try:
-        return directory.names()
-    except OSError as exc:
-        if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
-            raise
-        return []

@@ -13,7 +13,7 @@ from vmconv import attributes
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.directory import Directory
-from vmconv.errors import AccessError, BackendError, os_errors
+from vmconv.errors import AccessError, BackendError, os_errors, warn
 from vmconv.sources import Decoded, File, Source
 from vmconv.storage import DEFAULT_ACCESS, Access, Output, Transaction
 
@@ -165,13 +165,6 @@ def _gathered(parts: list[bytes], buffer: memoryview) -> memoryview:
     return buffer[:at]
 
 
-def _warn(text: str) -> None:
-    # Imported for a warning only: its import takes longer than sharing a disk.
-    import logging
-
-    logging.getLogger("vmconv").warning("warning: %s", text)
-
-
 def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> None:
     """Raises `AccessError` when the owner of the file that is replaced may not read one of the sources."""
     status = os.fstat(old)
@@ -247,7 +240,7 @@ class FileTransaction(Transaction):
                 )
                 missing = attributes.carry(old, temporary.descriptor, [file.descriptor for file in kept])
                 if missing:
-                    _warn(f"{self.directory.join(temporary.target)}: cannot keep {', '.join(missing)}")
+                    warn(f"{self.directory.join(temporary.target)}: cannot keep {', '.join(missing)}")
             finally:
                 os.close(old)
         elif self.access.mode is None:

@@ -233,13 +233,7 @@ def needed(directory: Directory) -> set[str]:
 
 
 def _journals(directory: Directory) -> list[str]:
-    try:
-        return [name for name in directory.names() if _ENTRY.fullmatch(name)]
-    except OSError as exc:
-        if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
-            raise
-        # A directory that may not be listed: no journal of it can be found, and none can be made.
-        return []
+    return [name for name in directory.listed() if _ENTRY.fullmatch(name)]
 
 
 def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:

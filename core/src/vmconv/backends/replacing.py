@@ -9,6 +9,7 @@ from vmconv.backends.files import refuse_reader
 from vmconv.backends.reflink import ReflinkBackend, ReflinkOutput, ReflinkTransaction
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.directory import Directory
+from vmconv.errors import warn
 from vmconv.inplace import rules
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
@@ -62,14 +63,8 @@ class _Replacement(ReflinkOutput):
         # Before the file is synced, so that all of it is durable before the old one goes.
         missing = self.calls.carry(self.origin.descriptor, self.descriptor, [other.descriptor for other in self.others])
         if missing:
-            _warn(f"{self.origin.name}: not carried over to what replaces it: {', '.join(missing)}")
+            warn(f"{self.origin.name}: not carried over to what replaces it: {', '.join(missing)}")
         return super().finish()
-
-
-def _warn(text: str) -> None:
-    import logging
-
-    logging.getLogger("vmconv").warning("warning: %s", text)
 
 
 class ReplacingTransaction(ReflinkTransaction):

@@ -56,7 +56,7 @@ def remove_stale(directory: Directory, names: Collection[str], but: Collection[s
     """
     wanted = {_checksum(name) for name in names}
     removed = []
-    for entry in _entries(directory):
+    for entry in directory.listed():
         match = _PATTERN.fullmatch(entry)
         if match and match[1] in wanted and entry not in but and _is_dead(directory, entry):
             # Another run may be doing the same.
@@ -64,15 +64,6 @@ def remove_stale(directory: Directory, names: Collection[str], but: Collection[s
                 directory.unlink(entry)
                 removed.append(entry)
     return removed
-
-
-def _entries(directory: Directory) -> list[str]:
-    try:
-        return directory.names()
-    except OSError as exc:
-        if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
-            raise
-        return []
 
 
 def _is_dead(directory: Directory, name: str) -> bool:

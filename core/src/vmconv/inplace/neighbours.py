@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv import paths
+from vmconv import errors, paths
 from vmconv.errors import AccessError, PlanError, VmconvError
 from vmconv.opener import Opener
 from vmconv.sources import File
@@ -76,10 +76,8 @@ def warning(found: Neighbours) -> str | None:
 
 def warn(found: Neighbours) -> None:
     """Says it, where nothing else does."""
-    import logging
-
     if text := warning(found):
-        logging.getLogger("vmconv").warning("warning: %s", text)
+        errors.warn(text)
 
 
 def _referred(directory: Directory, name: str, own: Sequence[Own], registry: Registry) -> str | None:

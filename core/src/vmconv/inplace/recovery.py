@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from vmconv import linux, locks
 from vmconv.directory import Directory
-from vmconv.errors import AccessError, ImageError, VmconvError, os_errors
+from vmconv.errors import AccessError, ImageError, VmconvError, os_errors, warn
 from vmconv.inplace import journal as journals
 from vmconv.inplace import ownership
 from vmconv.inplace.calls import Calls
@@ -80,14 +80,8 @@ def met(path: str) -> Recovery | None:
         except (_StrangerError, ImageError) as exc:
             if not directory.has(name):
                 raise
-            _warn(f"{exc}; nothing is done about it")
+            warn(f"{exc}; nothing is done about it")
             return None
-
-
-def _warn(text: str) -> None:
-    import logging
-
-    logging.getLogger("vmconv").warning("warning: %s", text)
 
 
 def _entry(directory: Directory, name: str, *, trust: bool) -> str | None:
