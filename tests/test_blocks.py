@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmconv import blocks
@@ -92,3 +93,71 @@ def test_what_lies_together_in_a_source_stays_together() -> None:
     assert placed.offset.tolist() == (np.cumsum(length) - length).tolist()
     assert placed.end == 30 * UNIT
     assert (np.diff(order[runs.first[placed.run]]) > 0).all()
+
+
+@pytest.mark.parametrize(("begins", "added"), [(60, Kind.HOLE), (72, Kind.HOLE), (73, Kind.ZERO), (76, Kind.ZERO)])
+def test_a_last_block_that_is_all_the_parents_stays_the_parents(begins: int, added: Kind) -> None:
+    table = Extents.of([(0, Kind.ZERO, None, 0), (begins, Kind.HOLE, None, 0)], 77)
+    assert blocks.padded(table, UNIT).window(77, 3) == Extents.filled(3, added)
+    assert blocks.padded(Extents.filled(77), UNIT) == Extents.filled(80)
+    assert blocks.padded(Extents.filled(0), UNIT) == Extents.filled(0)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_places_are_those_of_the_first_payload_of_each_run(data: st.DataObject) -> None:
+    table = data.draw(tables((A, B), size=80))
+    runs = blocks.whole_blocks(table, UNIT)
+    runs = runs.take(runs.kind == Kind.DATA)
+    rows = [row for row in table if row.source]
+    for first, source, wish in zip(
+        runs.first.tolist(), *(c.tolist() for c in blocks.wishes(table, runs, UNIT)), strict=True
+    ):
+        row = next(row for row in rows if row.end > first * UNIT)
+        assert table.sources[source] is row.source
+        assert wish == row.offset - row.start + first * UNIT
+
+
+def test_places_of_groups_begin_anew_at_the_modulus() -> None:
+    """Two runs side by side in a source, one elsewhere in it, and one that no whole blocks make congruent."""
+    rows = [(0, Kind.DATA, A, 40), (16, Kind.DATA, A, 24), (32, Kind.DATA, A, 200), (40, Kind.DATA, B, 3)]
+    table = Extents.of(rows, 56)
+    runs = blocks.whole_blocks(table, UNIT)
+    placed = blocks.place(table, runs, UNIT, 64, 32)
+    assert dict(zip(placed.run.tolist(), placed.offset.tolist(), strict=True)) == {1: 88, 0: 104, 2: 136, 3: 160}
+    assert placed.run.tolist() == [1, 0, 2, 3]
+    assert placed.end == 176
+    none = runs.take(runs.first < 0)
+    assert blocks.place(table, none, UNIT, 64, 32).end == 64
+
+
+def test_a_table_that_is_not_whole_blocks_has_no_runs() -> None:
+    with pytest.raises(ValueError, match="81 bytes are not whole units of 8"):
+        blocks.whole_blocks(Extents.filled(81), UNIT)
+
+
+def test_a_layer_says_something_wherever_it_has_no_hole() -> None:
+    table = Extents.of([(0, Kind.DATA, A, 5), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30)
+    assert blocks.said(table) == Extents.of(
+        [(0, Kind.ZERO, None, 0), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30
+    )
+
+
+def test_an_output_is_metadata_and_the_rows_of_the_guest() -> None:
+    guest = Extents.of([(0, Kind.DATA, A, 5), (10, Kind.ZERO, None, 0), (20, Kind.DATA, B, 7)], 30)
+    header, table = Blob("header", bytes(12)), Blob("table", bytes(3))
+    rows = guest.columns.take(guest.kind == Kind.DATA)
+    rows = rows._replace(start=np.array([50, 20]))
+    metadata = [(40, table), (0, header), (33, Blob("empty", b""))]
+    found = blocks.output_table(metadata, guest, rows, np.array([10, 10]), 64)
+    assert found.size == 64
+    assert [(row.start, row.length, row.source, row.offset) for row in found if row.source] == [
+        (0, 12, header, 0),
+        (20, 10, B, 7),
+        (40, 3, table, 0),
+        (50, 10, A, 5),
+    ]
+    output = blocks.Output(9)
+    assert output.size == 9
+    with pytest.raises(NotImplementedError):
+        output.read(0, 1)

@@ -20,6 +20,7 @@ from vmconv import commit, linux, parallel
 from vmconv.backends import direct, files
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.files import FileOutput
+from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary
 from vmconv.directory import Directory
 from vmconv.errors import BackendError
@@ -152,6 +153,18 @@ def test_the_kernel_copies_only_where_it_is_asked_to(place: Path, monkeypatch: p
     with output(place, 100, kernel=True) as made:
         made.copy(Blob("letters", b"x" * 100), 0, 0, 100)
         assert content(made) == b"x" * 100
+    assert kernel.calls == []
+
+
+def test_a_backend_that_shares_leaves_no_copy_to_the_kernel(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would share what the plan has as copied."""
+    monkeypatch.setattr(os, "copy_file_range", kernel := Kernel([100], None))
+    with closing(source_of(place)) as source, Directory.at(str(place)) as directory:
+        transaction = ReflinkBackend().begin(directory)
+        made = transaction.create("target", 100, [])
+        made.share(nothing())
+        made.copy(source, 0, 0, 100)
+        transaction.abort()
     assert kernel.calls == []
 
 

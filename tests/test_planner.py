@@ -222,18 +222,18 @@ def test_copies_are_refused_where_there_must_be_none(zero_copy: str, copied: boo
         refusals.refuse_copies("target", zero_copy, disk_plan(64, copied=copied))
 
 
-@pytest.mark.parametrize(("free", "blocks", "right"), [(16, 1, True), (15, 1, False), (0, 0, True), (0, 5, False)])
+@pytest.mark.parametrize(("free", "blocks", "right"), [(17, 1, True), (16, 1, False), (0, 0, True), (0, 5, False)])
 def test_what_there_is_no_room_for_is_refused(
     monkeypatch: pytest.MonkeyPatch, free: int, blocks: int, right: bool
 ) -> None:
     space = SimpleNamespace(f_bavail=free, f_frsize=4, f_blocks=blocks)
     monkeypatch.setattr(os, "statvfs", lambda _path: space)
-    plan = disk_plan(64, copied=True)
+    plan = joined([disk_plan(64, copied=True), plan_of(Blob("header", bytes(4)), survey=Survey(1))])
     refusals.refuse_too_large(disk_plan(64, copied=False))
     if right:
         refusals.refuse_too_large(plan)
     else:
-        with pytest.raises(PlanError, match=f"/: 64 bytes would have to be written, {4 * free} are free"):
+        with pytest.raises(PlanError, match=f"/: 68 bytes would have to be written, {4 * free} are free"):
             refusals.refuse_too_large(plan)
     monkeypatch.setattr(os.path, "isdir", lambda _path: False)
     refusals.refuse_too_large(plan)

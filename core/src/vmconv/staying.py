@@ -63,16 +63,14 @@ class Stay(NamedTuple):
 def stay(table: Extents, carrier: File, units: Sequence[int], align: int | None = None) -> Stay:
     """Returns the disk in the largest of these blocks, powers of two, in which all its payload can stay in `carrier`.
 
-    `align` is what a block's place in the file is a multiple of, its own size by default. Raises `PlanError`, with what
-    is in the way of the smallest blocks, when there are none.
+    `align`, at most the size of a block and by default just that, divides the place of each block in the file. Raises
+    `PlanError`, with what is in the way of the smallest blocks, when there are none.
     """
     problem = "no block is small enough"
     for unit in sorted(units, reverse=True):
-        step = align or unit
-        found, problem = _settled(table, carrier, unit, step)
+        found, problem = _settled(table, carrier, unit, align or unit)
         if found:
-            end = -(-found.end // max(step, unit)) * max(step, unit)
-            return found._replace(end=end)
+            return found._replace(end=-(-found.end // unit) * unit)
     raise PlanError(f"in place, payload cannot stay where it lies: {problem}")
 
 
@@ -125,7 +123,7 @@ def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit
     gap = ~data & (guest < size)
     left = gap & (rows.kind == Kind.HOLE)
     covered = np.zeros(len(gap), dtype=bool)
-    covered[gap] = _holds_data(carrier, rows.start[gap], row_length[gap])
+    covered[gap] = _holds_data(carrier, rows.start[gap], np.minimum(row_length, size - guest)[gap])
     bad = apart | left | covered
     if not bad.any():
         return None
