@@ -46,7 +46,7 @@ class Part(NamedTuple):
     tests: tuple[str, ...]
 
 
-PARSED = {"qcow2", "qed", "vdi", "vhd", "parallels"}
+PARSED = {"qcow2", "qed", "vdi", "vhd", "vhdx", "vmdk", "parallels"}
 """Formats whose writers are tested against a parser of the tests' own: in memory, so in seconds."""
 
 Room = tuple[Part, ...]

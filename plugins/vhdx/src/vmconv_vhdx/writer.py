@@ -23,7 +23,7 @@ from vmconv.identity import derived
 from vmconv.image import Image
 from vmconv.layout import Backing, Layout, OutFile, Placement
 from vmconv.paths import to_windows
-from vmconv.sources import Blob, File, Source
+from vmconv.sources import Blob, File
 from vmconv.staying import Stay
 from vmconv_vhdx import structs
 from vmconv_vhdx.options import Options
@@ -34,16 +34,6 @@ _BITS = 1 << 19
 # QEMU's block sizes for disks larger than so many bytes.
 _BLOCK_SIZES = ((32 << 40, 64 << 20), (100 << 30, 32 << 20), (1 << 30, 16 << 20))
 _SMALL_BLOCK = 8 << 20
-
-
-class _Output(Source):
-    """The address space of the output file, for tables that say where in it a block goes."""
-
-    name = "output"
-    size = 1 << 62
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,6 @@ class _Writer:
         if backing and self.fixed:
             raise PlanError("a fixed VHDX cannot have a parent", hint="use -o subformat=dynamic")
         self.linkage = _linkage(image, backing) if backing else None
-        self.losses: list[str] = []
         self.sector = options.logical_sector_size or int(image.metadata.get("logical_sector_size") or 512)
         self.size = _whole_sectors(image.size, self.sector)
         self.block = self._blocks(options, placement.carrier)
@@ -120,31 +109,17 @@ class _Writer:
         moved = payload.take(run)
         rows, length = cut(self.guest, moved.first * self.block, moved.blocks * self.block, offset)
         metadata = [*self._headers(parts), (parts.metadata, Blob("metadata", self._metadata()))]
-        metadata += [(parts.bat, self._bat(parts, self._host(places))), (parts.bitmaps, self._bitmaps())]
-        metadata = [(at, blob) for at, blob in metadata if blob.size]
-        first = len(self.guest.sources)
-        blobs = Columns(
-            np.array([at for at, _ in metadata], dtype=np.int64),
-            np.full(len(metadata), Kind.DATA, dtype=np.uint8),
-            np.arange(first, first + len(metadata), dtype=np.int32),
-            np.zeros(len(metadata), dtype=np.int64),
-        )
-        both = Columns.join([blobs, rows])
-        both_length = np.concatenate([np.array([blob.size for _, blob in metadata], dtype=np.int64), length])
-        sources = (*self.guest.sources, *(blob for _, blob in metadata))
-        return Layout((OutFile(Extents.placed(end, both, both_length, sources), slack=True),), tuple(self.losses))
+        metadata += [(parts.bat, self._bat(parts, self._host(places, end))), (parts.bitmaps, self._bitmaps())]
+        table = blocks.output_table(metadata, self.guest, rows, length, end)
+        return Layout((OutFile(table, slack=True),))
 
     # -- where everything goes
 
     def _parts(self) -> _Parts:
-        total = self.guest.size // self.block
-        entries = total + max(0, total - 1) // self.ratio
-        if self.backing:
-            entries = -(-total // self.ratio) * (self.ratio + 1)
         log = self.stay.end if self.stay else structs.HEADER_SECTION
         metadata = log + self.options.log_size
         bat = metadata + structs.MIB
-        bat_length = max(1, -(-entries * 8 // structs.MIB)) * structs.MIB
+        bat_length = -(-self._entries() * 8 // structs.MIB) * structs.MIB
         bitmaps = bat + bat_length
         end = bitmaps + len(self.chunks) * structs.BITMAP_BLOCK
         return _Parts(log, self.options.log_size, metadata, bat, bat_length, bitmaps, end)
@@ -174,35 +149,35 @@ class _Writer:
         partial: Column = mixed[least == Kind.HOLE]
         return partial
 
-    def _host(self, places: Column) -> Extents:
+    def _host(self, places: Column, end: int) -> Extents:
         """Returns the table of the guest's blocks whose windows are their places in the output file."""
         kind = np.where(self.allocated, np.uint8(Kind.DATA), self.runs.kind)
         none = np.zeros(len(kind), dtype=np.int32)
-        return Extents(self.guest.size, Columns(self.runs.first * self.block, kind, none, places), [_Output()])
+        return Extents(self.guest.size, Columns(self.runs.first * self.block, kind, none, places), [blocks.Output(end)])
 
     # -- tables
 
     def _bat(self, parts: _Parts, host: Extents) -> Blob:
         total, ratio = self.guest.size // self.block, self.ratio
-        entries = total + max(0, total - 1) // ratio
-        if self.backing:
-            entries = -(-total // ratio) * (ratio + 1)
 
         def compute(offset: int, length: int) -> bytes:
             first, last = offset // 8, -(-(offset + length) // 8)
             entry = np.arange(first, last, dtype=np.int64)
             of_bitmap = entry % (ratio + 1) == ratio
             block = entry - entry // (ratio + 1)
-            low, high = int(block[0]), min(int(block[-1]) + 1, total)
-            raw = self._payload_entries(host, low, max(0, high - low))
             value = np.zeros(len(entry), dtype=np.int64)
             payload = ~of_bitmap & (block < total)
-            value[payload] = raw[block[payload] - low]
+            value[payload] = self._payload_entries(host, int(block[0]), int(payload.sum()))
             value[of_bitmap] = self._bitmap_entries(parts, entry[of_bitmap] // (ratio + 1))
             skip = offset - first * 8
             return value.astype("<i8").tobytes()[skip : skip + length]
 
-        return Blob("BAT", compute, entries * 8)
+        return Blob("BAT", compute, self._entries() * 8)
+
+    def _entries(self) -> int:
+        """Returns the entries of the BAT: there is one for a bitmap behind each chunk, or only between chunks."""
+        total = self.guest.size // self.block
+        return -(-total // self.ratio) * (self.ratio + 1) if self.backing else total + (total - 1) // self.ratio
 
     def _payload_entries(self, host: Extents, first: int, count: int) -> Column:
         kind, _, place = host.units(self.block, first, count)

@@ -34,18 +34,6 @@ MAX_FILE = structs.SECTOR << 32
 """Grain tables hold sectors in 32 bits."""
 
 
-class Output(Source):
-    """The address space of the output file, for tables that say where in it a grain goes."""
-
-    name = "output"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
-
-
 def directory_bytes(tables: int) -> int:
     """Returns the bytes of a grain directory, in whole sectors."""
     return -(-tables * 4 // structs.SECTOR) * structs.SECTOR
@@ -165,7 +153,7 @@ class SparseExtent:
 
     def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
         """Returns the table of the extent's grains whose windows are their places in the file."""
-        output = Output(max(end, self.places.grains))
+        output = blocks.Output(max(end, self.places.grains))
         start = np.concatenate([runs.first, self.zero.first]) * self.grain
         length = np.concatenate([runs.blocks, self.zero.blocks]) * self.grain
         place = np.concatenate([offset, np.zeros(len(self.zero.first), dtype=np.int64)])
