@@ -254,7 +254,7 @@ def _whole_blocks(
     # What lies before in the file, zeros inside of a grain included, and what comes after.
     before = np.concatenate([[base], end[:-1]])
     after = np.append(start[1:], np.int64(MAX_FILE))
-    head[~can | (start - head < before) | (rows.offset < head)] = 0
+    head[~can | (start - head < before)] = 0
     tail[~can | (end + tail > after) | (rows.offset + length + tail > limit)] = 0
     return rows._replace(start=start - head, offset=rows.offset - head), length + head + tail
 
