@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import doctest
 import inspect
@@ -19,24 +18,24 @@ from typing import NamedTuple
 
 import pytest
 
+import generate
 import malformed_page
+import vmconv
 import ways
 from conftest import Mounts
 from disks import QemuImg
 from vmconv import cli, errors, hooks
-from vmconv.options import describe
-from vmconv.registry import installed
 
 ROOT = Path(__file__).parents[1]
-README, GUIDE, PLUGINS, ARCHITECTURE = (
-    ROOT / name for name in ("README.md", "docs/guide.md", "docs/plugins.md", "docs/architecture.md")
-)
+README, PLUGINS, ARCHITECTURE = (ROOT / name for name in ("README.md", "docs/plugins.md", "docs/architecture.md"))
 THREATS = ROOT / "docs/threat-model.md"
+EXIT_CODES, PYTHON = ROOT / "docs/reference/exit-codes.md", ROOT / "docs/guide/python.md"
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "core/*.md", "plugins/*/*.md", "benchmarks/*.md", "changelog.d/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "core/*.md", "plugins/*/*.md", "benchmarks/*.md", "changelog.d/*.md")
     for page in ROOT.glob(pattern)
 )
+RUN = [page for page in PAGES if "\n<!-- run:" in page.read_text()]
 FENCE = re.compile(r"^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -68,15 +67,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-| ")]
 
 
-def own_commands() -> dict[str, argparse.ArgumentParser]:
-    """Returns the parsers of the commands that ship with vmconv."""
-    parser = cli.make_parser()
-    (subparsers,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    owners = installed().owners
-    return {name: sub for name, sub in subparsers.choices.items() if owners["command", name].startswith("vmconv")}
-
-
-COMMANDS = own_commands()
+COMMANDS = generate.own_commands()
 
 
 # Hooks, formats, backends
@@ -150,34 +141,38 @@ def test_whoever_can_do_something_is_stopped_by_a_rule() -> None:
 # Commands
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_and_each_of_its_options_is_in_the_guide(command: str) -> None:
-    named = set(re.findall(r"`([^`]+)`", "\n".join(row[0] for row in cells(section(GUIDE, f"vmconv {command}")))))
-    words = {word for name in named for word in name.split()}
-    for action in COMMANDS[command]._actions:
-        if "--help" in action.option_strings:
-            continue
-        choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else None
-        expected = action.option_strings or [str(action.metavar or choices)]
-        assert set(expected) <= words, (command, expected)
-        if action.choices:
-            assert choices in words, (command, choices)
+GENERATED = {
+    "commands.md": (generate.COMMANDS, generate.commands_page),
+    "formats.md": (generate.FORMATS, generate.formats_page),
+    "CHANGELOG.md": (generate.CHANGELOG, lambda: generate.changelog(generate.CHANGELOG.read_text())),
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_option_is_in_the_guide_that_does_not_exist(command: str) -> None:
-    real = {option for action in COMMANDS[command]._actions for option in action.option_strings}
-    for row in cells(section(GUIDE, f"vmconv {command}")):
-        assert set(re.findall(r"`(--?[a-zA-Z][\w-]*)", row[0])) <= real
+@pytest.mark.parametrize("name", GENERATED)
+def test_a_generated_page_is_what_the_script_writes(name: str) -> None:
+    path, render = GENERATED[name]
+    assert path.read_text() == render(), "run: python docs/generate.py"
 
 
-def test_the_guide_has_no_command_that_does_not_exist() -> None:
-    assert set(re.findall(r"^### vmconv (\S+)$", GUIDE.read_text(), re.MULTILINE)) == set(COMMANDS)
+def test_the_reference_has_every_command_and_option() -> None:
+    """The page is compared with the script elsewhere; this compares the script with the parsers."""
+    for command, parser in COMMANDS.items():
+        text = section(generate.COMMANDS, f"vmconv {command}")
+        named = {word for row in cells(text) for name in re.findall(r"`([^`]+)`", row[0]) for word in name.split()}
+        expected = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+        assert expected <= named, command
 
 
-def test_the_readme_lists_all_commands() -> None:
-    listed = re.findall(r"^\| `vmconv (\w+)", section(README, "Commands"), re.MULTILINE)
-    assert sorted(listed) == sorted(COMMANDS)
+def test_the_guide_names_every_command() -> None:
+    guide = "".join(page.read_text() for page in (ROOT / "docs/guide").glob("*.md"))
+    for command in set(COMMANDS) - {"fleet", "node"}:
+        assert re.search(rf"`?vmconv {command}\b", guide), command
+
+
+def test_the_page_on_python_lists_every_function() -> None:
+    functions = {name for name in vmconv.__all__ if inspect.isroutine(inspect.unwrap(getattr(vmconv, name)))}
+    listed = {name for row in cells(PYTHON.read_text()) for name in re.findall(r"^`(\w+)\(", row[0])}
+    assert listed == functions
 
 
 def error_classes() -> list[type[errors.VmconvError]]:
@@ -188,7 +183,7 @@ def error_classes() -> list[type[errors.VmconvError]]:
 
 
 def test_each_error_is_in_the_table_with_its_exit_code() -> None:
-    table = {row[0]: row[1] for row in cells(section(GUIDE, "Exit codes"))}
+    table = {row[0]: row[1] for row in cells(EXIT_CODES.read_text())}
     for one in error_classes():
         assert table[f"`{one.__name__}`"] == str(one.exit_code)
 
@@ -197,7 +192,7 @@ def test_each_error_is_in_the_table_with_its_exit_code() -> None:
 def test_each_exit_code_of_a_command_is_in_the_table(command: str) -> None:
     documented = {
         int(row[0])
-        for row in cells(section(GUIDE, "Exit codes"))
+        for row in cells(EXIT_CODES.read_text())
         if row[0].isdigit() and (row[1].startswith("all") or f"`{command}`" in row[1])
     }
     _, _, status = (COMMANDS[command].epilog or "").partition("exit status")
@@ -207,29 +202,6 @@ def test_each_exit_code_of_a_command_is_in_the_table(command: str) -> None:
         stated | {0, cli.EXIT_HUNG_UP, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED} | ({error_code} - {None})
         <= documented
     )
-
-
-def shipped_formats() -> list[str]:
-    return [name for name in installed().formats if (ROOT / "plugins" / name).is_dir()]
-
-
-@pytest.mark.parametrize("name", shipped_formats())
-def test_each_option_of_a_format_is_in_the_guide_with_its_default(name: str) -> None:
-    table = {row[0]: row[1] for row in cells(section(GUIDE, f"Options of {name}"))}
-    options = {}
-    for option in describe(installed().formats[name].options()):
-        default = {True: "on", False: "off", None: "none"}.get(option.default, option.default)
-        if isinstance(option.default, int) and not isinstance(option.default, bool):
-            default = option.default
-        options[f"`{option.name}`"] = f"`{default}`"
-    assert {key: value for key, value in table.items() if key != "option"} == options
-
-
-def test_the_guide_says_what_goes_along_with_a_disk() -> None:
-    table = {row[0]: row[1] for row in cells(section(GUIDE, "What goes along with a disk"))[1:]}
-    names = shipped_formats()
-    carried = [", ".join(sorted(field.replace("_", " ") for field in installed().formats[n].carries)) for n in names]
-    assert table == dict(zip(names, [words or "nothing" for words in carried], strict=True))
 
 
 # The tree
@@ -285,11 +257,19 @@ def commands_of(text: str) -> Iterator[tuple[str, list[str]]]:
                 yield command, output
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def test_pages_with_examples_are_found() -> None:
+    assert README in RUN
+    assert len(RUN) > 10
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_commands_that_are_shown_can_be_parsed(page: Path) -> None:
     parser = cli.make_parser()
     shown = [shlex.split(line) for line, _ in commands_of(page.read_text()) if line.startswith("vmconv ")]
-    assert len(shown) > 5
     for words in shown:
         end = next((i for i, word in enumerate(words) if word in ("|", ">", "2>/dev/null")), len(words))
         assert parser.parse_args(words[1:end]).command == words[1]
@@ -351,7 +331,7 @@ def assert_examples(text: str, directory: Path, path: Path | None = None) -> Non
         assert matches(expected, got), f"$ {command}\n{printed}"
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_examples_print_what_is_shown(
     page: Path, xfs_dir: Path, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
