@@ -12,7 +12,7 @@ import os
 import sys
 
 from vmconv.conversion import Result
-from vmconv_fleet import worker
+from vmconv_fleet.jobs import worker
 
 
 def wait(gate: str) -> None:

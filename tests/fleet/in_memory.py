@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleet.plain import PlainSigner, PlainTrust
-from vmconv_fleet.engine import Events
-from vmconv_fleet.handlers import make_handlers
-from vmconv_fleet.kinds import SCHEMA
-from vmconv_fleet.problems import Problem
-from vmconv_fleet.records import Change, Position, Record
-from vmconv_fleet.service import NodeService
+from vmconv_fleet.catalogue.kinds import SCHEMA
+from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.replication.engine import Events
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.records import Change, Position, Record
+from vmconv_fleet.replication.service import NodeService
 
 T = TypeVar("T")
 PATIENCE = 30.0

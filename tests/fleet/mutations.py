@@ -23,20 +23,20 @@ if __name__ == "__main__":
 from fleet import test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id
 from fleet.sim import simulate
-from vmconv_fleet import catchup, ownlog, reception, requests
-from vmconv_fleet.catchup import CatchUp
-from vmconv_fleet.epochs import History
-from vmconv_fleet.neighbours import Neighbours
-from vmconv_fleet.ownlog import OwnLog
-from vmconv_fleet.pending import Pending
-from vmconv_fleet.reception import Reception
-from vmconv_fleet.records import MAX_NUMBER, Change, Position, Record
-from vmconv_fleet.recovery import Recovery
-from vmconv_fleet.replica import Replica
-from vmconv_fleet.requests import Requests
-from vmconv_fleet.store import Store
-from vmconv_fleet.telling import Teller
-from vmconv_fleet.verification import Gate
+from vmconv_fleet.replication import antientropy, ownlog, receiver, requests
+from vmconv_fleet.replication.antientropy import CatchUp
+from vmconv_fleet.replication.epochs import History
+from vmconv_fleet.replication.neighbours import Neighbours
+from vmconv_fleet.replication.ownlog import OwnLog
+from vmconv_fleet.replication.pending import Pending
+from vmconv_fleet.replication.publisher import Teller
+from vmconv_fleet.replication.receiver import Reception
+from vmconv_fleet.replication.records import MAX_NUMBER, Change, Position, Record
+from vmconv_fleet.replication.recovery import Recovery
+from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.requests import Requests
+from vmconv_fleet.replication.store import Store
+from vmconv_fleet.replication.verifier import Gate
 
 SEEDS = 60
 """A mistake has to be found within so many seeds."""
@@ -69,8 +69,8 @@ def mutation(name: str, test: Callable[[], None] | None = None) -> Callable[[Mis
 def blind() -> AbstractContextManager[Any]:
     """Takes away the replica's own sums, which would notice most mistakes at once: the oracle has to."""
     stack = ExitStack()
-    stack.enter_context(patch.object(catchup, "sound", lambda store, owner: True))
-    stack.enter_context(patch.object(reception, "promised", lambda record: _Anything()))
+    stack.enter_context(patch.object(antientropy, "sound", lambda store, owner: True))
+    stack.enter_context(patch.object(receiver, "promised", lambda record: _Anything()))
     return stack
 
 
@@ -125,13 +125,13 @@ def torn_pages() -> Iterator[None]:
 
 @mutation("live records are accepted although some before them are missing")
 def gaps() -> Iterator[None]:
-    with blind(), patch.object(reception, "_reaches", lambda first, position: True):
+    with blind(), patch.object(receiver, "_reaches", lambda first, position: True):
         yield
 
 
 @mutation("live records of another epoch are accepted because their number is next")
 def other_epoch() -> Iterator[None]:
-    with blind(), patch.object(reception, "_reaches", lambda first, position: first.seq <= position.seq + 1):
+    with blind(), patch.object(receiver, "_reaches", lambda first, position: first.seq <= position.seq + 1):
         yield
 
 
@@ -145,7 +145,7 @@ def gaps_noticed() -> Iterator[None]:
             self._shared.problems.report("torn", "live records do not follow")
         return result
 
-    with patch.object(reception, "_reaches", lambda first, position: True), patch.object(Reception, "_accept", accept):
+    with patch.object(receiver, "_reaches", lambda first, position: True), patch.object(Reception, "_accept", accept):
         yield
 
 
@@ -289,7 +289,7 @@ _STANDINGS = Teller._standings
 
 
 def never(self: CatchUp) -> int:
-    return catchup.NEVER
+    return antientropy.NEVER
 
 
 @mutation("gaps are never asked for")
@@ -300,7 +300,7 @@ def never_pulled() -> Iterator[None]:
 
 @mutation("a pull that is not answered is not tried again")
 def no_retry() -> Iterator[None]:
-    with patch.object(catchup, "TIMEOUT_MS", 1 << 40):
+    with patch.object(antientropy, "TIMEOUT_MS", 1 << 40):
         yield
 
 

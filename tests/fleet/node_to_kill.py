@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from fleet.in_memory import Node
-from vmconv_fleet.jobs import JobRunner
+from vmconv_fleet.jobs.runner import JobRunner
 
 
 def main() -> None:

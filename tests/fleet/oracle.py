@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from vmconv_fleet.records import Position, Record
-from vmconv_fleet.replica import Replica
-from vmconv_fleet.requests import response_id
-from vmconv_fleet.store import Store
+from vmconv_fleet.replication.records import Position, Record
+from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.requests import response_id
+from vmconv_fleet.replication.store import Store
 
 
 class Violation(BaseException):

@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
-from vmconv_fleet.messages import Send
-from vmconv_fleet.records import Change, Record
-from vmconv_fleet.replica import Replica, Timing
-from vmconv_fleet.requests import Handler, Requests
-from vmconv_fleet.store import Store
+from vmconv_fleet.replication.messages import Send
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.replica import Replica, Timing
+from vmconv_fleet.replication.requests import Handler, Requests
+from vmconv_fleet.replication.store import Store
 
 WALL = 1_700_000_000_000
 

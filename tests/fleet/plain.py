@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
-from vmconv_fleet.records import Change, Position, Record
+from vmconv_fleet.replication.records import Change, Position, Record
 
 CA = b"the fleet's CA"
 

@@ -18,6 +18,7 @@ from cryptography.x509.oid import NameOID
 from fastapi import FastAPI
 
 from fleet.in_memory import PATIENCE, Node
+from vmconv_fleet import console
 from vmconv_fleet.api import as_local, create_app
 from vmconv_fleet.cli.client import Client
 
@@ -56,6 +57,7 @@ class _Server(uvicorn.Server):
 def served(node: Node) -> Iterator[Served]:
     """Yields the node's API while it is served."""
     app = create_app(node.service, directory=str(node.directory), link=node.wire)
+    console.install(app)
     key, certificate = _certificate(node.directory)
     path = str(node.directory / "api.sock")
     with ExitStack() as stack:

@@ -30,13 +30,13 @@ if __name__ == "__main__":
 
 from fleet.oracle import Oracle, Violation
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
-from vmconv_fleet import catchup, epochs, messages, requests
 from vmconv_fleet.errors import NotReadyError, Refusal
-from vmconv_fleet.messages import Send
-from vmconv_fleet.records import Change
-from vmconv_fleet.replica import Replica, Timing
-from vmconv_fleet.requests import Context, Outcome, Request, Requests
-from vmconv_fleet.store import Store
+from vmconv_fleet.replication import antientropy, epochs, messages, requests
+from vmconv_fleet.replication.messages import Send
+from vmconv_fleet.replication.records import Change
+from vmconv_fleet.replication.replica import Replica, Timing
+from vmconv_fleet.replication.requests import Context, Outcome, Request, Requests
+from vmconv_fleet.replication.store import Store
 
 WALL = 1_700_000_000_000
 CHAOS_MS = 20_000
@@ -121,7 +121,7 @@ class World:
             patch.object(messages, "PAGE_BYTES", page),
             patch.object(epochs, "MAX_EPOCHS", self.random.choice((3, 64))),
             patch.object(requests, "BURST", self.random.choice((1, 64))),
-            patch.object(catchup, "KEPT", self.random.choice((0, 2000, catchup.KEPT))),
+            patch.object(antientropy, "KEPT", self.random.choice((0, 2000, antientropy.KEPT))),
         ):
             for node in self.nodes.values():
                 self._boot(node, patience=self.random.randint(0, 3000))

@@ -18,9 +18,9 @@ from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api.app import MAX_BODY
-from vmconv_fleet.clock import wall_ms
-from vmconv_fleet.records import Change
-from vmconv_fleet.roles import VERBS
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change
+from vmconv_fleet.trust.roles import VERBS
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from vmconv_fleet import config as settings
-from vmconv_fleet import credentials, joining
-from vmconv_fleet.authority import Authority, AuthorityError, Invitation, is_revocation
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.identity import IdentityError, Keys, binding, new_node_id, read_certificate
-from vmconv_fleet.joining import JoinError, JoinService
 from vmconv_fleet.testing import Lab, free_port
-from vmconv_fleet.trust import Trust
+from vmconv_fleet.trust import credentials, joining
+from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
+from vmconv_fleet.trust.certificates import Trust
+from vmconv_fleet.trust.identity import IdentityError, Keys, binding, new_node_id, read_certificate
+from vmconv_fleet.trust.joining import JoinError, JoinService
 
 
 @pytest.fixture

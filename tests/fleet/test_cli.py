@@ -21,12 +21,12 @@ from fleet.in_memory import PATIENCE, Node, nodes
 from fleet.serving import Served, served
 from vmconv import cli
 from vmconv.errors import UsageError
+from vmconv_fleet.catalogue.differences import differences
+from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.cli.converting import moment
 from vmconv_fleet.cli.fleet import COMMAND, VERBS
-from vmconv_fleet.differences import differences
-from vmconv_fleet.jobs import JobRunner
-from vmconv_fleet.records import Change
-from vmconv_fleet.scanning import Scanner
+from vmconv_fleet.jobs.runner import JobRunner
+from vmconv_fleet.replication.records import Change
 from vmconv_fleet.words import age_text
 
 Run = Callable[..., str]

@@ -17,8 +17,8 @@ import pytest
 from conftest import missing
 from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
-from vmconv_fleet.clock import wall_ms
-from vmconv_fleet.records import Change
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -14,13 +14,13 @@ import pytest
 
 from fleet.in_memory import Wire
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
-from vmconv_fleet import engine
 from vmconv_fleet.errors import ClosedError, MalformedError, NotReadyError, StoreError
-from vmconv_fleet.records import Change, Record
-from vmconv_fleet.requests import Context, Outcome, Request
-from vmconv_fleet.service import NodeService
-from vmconv_fleet.store import Store, View
-from vmconv_fleet.verifiers import FEW, Verifiers
+from vmconv_fleet.replication import engine
+from vmconv_fleet.replication.pool import FEW, Verifiers
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.requests import Context, Outcome, Request
+from vmconv_fleet.replication.service import NodeService
+from vmconv_fleet.replication.store import Store, View
 
 PATIENCE = 30.0
 BY = {"user": "somebody"}

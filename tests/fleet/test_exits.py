@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vmconv_fleet import config as settings
-from vmconv_fleet.daemon import running
+from vmconv_fleet.node.daemon import running
 from vmconv_fleet.testing import Driven, Lab
 from vmconv_fleet.testing.process import wait_until
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from vmconv.errors import VmconvError
-from vmconv_fleet import tokens
-from vmconv_fleet.handlers import MAX_OPEN_JOBS, make_handlers
-from vmconv_fleet.kinds import Role
-from vmconv_fleet.records import Position, Record
-from vmconv_fleet.requests import Outcome, Request
-from vmconv_fleet.roles import ORDER, VERBS
+from vmconv_fleet.catalogue.kinds import Role
+from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
+from vmconv_fleet.replication.records import Position, Record
+from vmconv_fleet.replication.requests import Outcome, Request
+from vmconv_fleet.trust import tokens
+from vmconv_fleet.trust.roles import ORDER, VERBS
 
 HERE, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32
 NOW = 1_800_000_000_000
@@ -200,7 +200,7 @@ def test_the_policy_rules_over_requests(replica: Replica) -> None:
 
 
 def test_jobs_have_a_limit(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmconv_fleet.handlers.MAX_OPEN_JOBS", 1)
+    monkeypatch.setattr("vmconv_fleet.jobs.handlers.MAX_OPEN_JOBS", 1)
     assert MAX_OPEN_JOBS > 1000
     replica.ask("convert", **ASKED["convert"])
     with pytest.raises(VmconvError, match="has 1 jobs already"):
@@ -287,7 +287,7 @@ def test_only_who_holds_the_authority_revokes(replica: Replica, tmp_path: Path) 
 
 
 def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
-    from vmconv_fleet.authority import Authority
+    from vmconv_fleet.trust.authority import Authority
 
     Authority.found(str(tmp_path), "test")
     asked = Request("r1", HERE, "retire", {"node": OTHER, "reason": "burnt"}, {"node": HERE}, 0, False)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmconv_fleet import credentials
-from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.hashtree import root_of, tree
-from vmconv_fleet.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
-from vmconv_fleet.records import Position
+from vmconv_fleet.replication.hashtree import root_of, tree
+from vmconv_fleet.replication.records import Position
 from vmconv_fleet.testing import Lab
-from vmconv_fleet.trust import Trust
+from vmconv_fleet.trust import credentials
+from vmconv_fleet.trust.authority import Authority
+from vmconv_fleet.trust.certificates import Trust
+from vmconv_fleet.trust.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
 
 
 @pytest.fixture

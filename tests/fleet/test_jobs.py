@@ -17,11 +17,11 @@ from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
 from vmconv.api import compare
 from vmconv.linux import generation
-from vmconv_fleet.clock import wall_ms
-from vmconv_fleet.jobs import MAX_ATTEMPTS, JobRunner
-from vmconv_fleet.journal import Journal
-from vmconv_fleet.places import disk_id
-from vmconv_fleet.records import Change, Record
+from vmconv_fleet.catalogue.places import disk_id
+from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.runner import MAX_ATTEMPTS, JobRunner
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change, Record
 
 HERE = Path(__file__).parent
 A = disk_id("ds", "a.raw")

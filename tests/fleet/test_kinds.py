@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from vmconv_fleet import kinds
-from vmconv_fleet.arguments import ARGUMENTS
-from vmconv_fleet.kinds import KINDS, Disk, Job
-from vmconv_fleet.roles import VERBS
+from vmconv_fleet.catalogue import kinds
+from vmconv_fleet.catalogue.kinds import KINDS, Disk, Job
+from vmconv_fleet.jobs.arguments import ARGUMENTS
+from vmconv_fleet.trust.roles import VERBS
 
 NODE = "a" * 32
 

@@ -19,21 +19,22 @@ from typing import Any
 import pytest
 import zenoh
 
-from vmconv_fleet import credentials, zenoh_link
-from vmconv_fleet.authority import Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.database import open_reader
-from vmconv_fleet.identity import Keys, Signer, new_node_id
-from vmconv_fleet.messages import LIVE, Live, encode
-from vmconv_fleet.probing import probe
-from vmconv_fleet.records import Record, seal
-from vmconv_fleet.records import encode as payload
-from vmconv_fleet.sockets import give_up_after
-from vmconv_fleet.store import Reader
+from vmconv_fleet.links import zenoh_link
+from vmconv_fleet.links.probing import probe
+from vmconv_fleet.links.sockets import give_up_after
+from vmconv_fleet.links.watching import Watch
+from vmconv_fleet.links.zenoh_config import ALL, LEASE_MS, link_key, zenoh_settings
+from vmconv_fleet.links.zenoh_link import ZenohLink
+from vmconv_fleet.replication.database import open_reader
+from vmconv_fleet.replication.messages import LIVE, Live, encode
+from vmconv_fleet.replication.records import Record, seal
+from vmconv_fleet.replication.records import encode as payload
+from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.testing import Driven, Lab, agree, free_port, view_of, wait_until
-from vmconv_fleet.watching import Watch
-from vmconv_fleet.zenoh_config import ALL, LEASE_MS, link_key, zenoh_settings
-from vmconv_fleet.zenoh_link import ZenohLink
+from vmconv_fleet.trust import credentials
+from vmconv_fleet.trust.authority import Authority
+from vmconv_fleet.trust.identity import Keys, Signer, new_node_id
 
 HELLO = bytes((LIVE,)) + b"hello"
 SILENCE = 1.0
@@ -323,7 +324,7 @@ def test_links_end_when_nothing_arrives_at_the_other_end(lab: Lab, monkeypatch: 
         found.append((count, milliseconds))
         return count
 
-    monkeypatch.setattr("vmconv_fleet.zenoh_link.give_up_after", seen)
+    monkeypatch.setattr("vmconv_fleet.links.zenoh_link.give_up_after", seen)
     with linked(lab):
         assert found == [(1, LEASE_MS)] * 2
 

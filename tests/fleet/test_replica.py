@@ -12,11 +12,11 @@ import pytest
 
 from fleet.pairs import Fleet, Machine, pair
 from fleet.plain import PlainSigner, certificate, node_id, retirement
-from vmconv_fleet import messages, records
 from vmconv_fleet.errors import MalformedError, NotReadyError
-from vmconv_fleet.messages import Digest, Live, Page, Pull, Standing
-from vmconv_fleet.problems import Problem
-from vmconv_fleet.records import Change, Position, Record, seal
+from vmconv_fleet.replication import messages, records
+from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Standing
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.records import Change, Position, Record, seal
 
 
 def _signed(signer: PlainSigner, record: Record, **changes: Any) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 
 from fleet.pairs import Fleet, Machine, pair
 from vmconv_fleet.errors import FleetError, MalformedError, Refusal
-from vmconv_fleet.records import MAX_RECORD, Change, Record
-from vmconv_fleet.requests import BURST, KEPT_MS, Context, Outcome, Request, Requests, response_id
+from vmconv_fleet.replication.records import MAX_RECORD, Change, Record
+from vmconv_fleet.replication.requests import BURST, KEPT_MS, Context, Outcome, Request, Requests, response_id
 
 BY = {"user": "somebody"}
 

@@ -11,10 +11,10 @@ import pytest
 
 from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
-from vmconv_fleet import definitions
-from vmconv_fleet.places import disk_id
-from vmconv_fleet.records import Change, Record
-from vmconv_fleet.scanning import Scanner
+from vmconv_fleet.catalogue import definitions
+from vmconv_fleet.catalogue.places import disk_id
+from vmconv_fleet.catalogue.scanning import Scanner
+from vmconv_fleet.replication.records import Change, Record
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmconv.errors import UsageError
-from vmconv_fleet.select import FIELDS, MAX_DEPTH, MAX_LENGTH, Facts, parse
+from vmconv_fleet.catalogue.selection import FIELDS, MAX_DEPTH, MAX_LENGTH, Facts, parse
 
 DISK: Facts = {
     "id": "4409b271a84a472e",

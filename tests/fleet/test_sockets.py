@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmconv_fleet.sockets import give_up_after
+from vmconv_fleet.links.sockets import give_up_after
 
 
 def _patience(one: socket.socket) -> int:

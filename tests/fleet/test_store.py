@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fleet.plain import PlainSigner, node_id
-from vmconv_fleet.clock import MAX_AHEAD_MS, HybridClock, milliseconds
-from vmconv_fleet.epochs import MAX_EPOCHS, History, history_of
 from vmconv_fleet.errors import MalformedError, StoreError
-from vmconv_fleet.records import (
+from vmconv_fleet.replication.clock import MAX_AHEAD_MS, HybridClock, milliseconds
+from vmconv_fleet.replication.epochs import MAX_EPOCHS, History, history_of
+from vmconv_fleet.replication.records import (
     MAX_RECORD,
     START,
     STATE_MODULUS,
@@ -26,7 +26,7 @@ from vmconv_fleet.records import (
     restore,
     seal,
 )
-from vmconv_fleet.store import Store
+from vmconv_fleet.replication.store import Store
 
 NODE = node_id(0)
 SIGNER = PlainSigner(NODE)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 @hookimpl
 def vmconv_register_commands() -> Iterable[Command]:
-    from vmconv_fleet import node
-    from vmconv_fleet.cli import fleet
+    from vmconv_fleet.cli import fleet, node
 
     return [node.COMMAND, fleet.COMMAND]

@@ -9,10 +9,10 @@ from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vmconv.errors import AccessError
-from vmconv_fleet import tokens
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.kinds import By, Role, Token
-from vmconv_fleet.roles import allows, role_of_token
+from vmconv_fleet.catalogue.kinds import By, Role, Token
+from vmconv_fleet.trust import tokens
+from vmconv_fleet.trust.roles import allows, role_of_token
 
 _LOCAL = "vmconv.local"
 _USER = re.compile(r"[^\w.@-]+")
@@ -83,7 +83,7 @@ def _browser(request: Request, state: StateOf) -> Caller:
     """Returns who calls, also where a browser says so by its cookie: for what changes nothing."""
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     if session and "authorization" not in request.headers:
-        return session.caller(state)
+        return of_token(session.token, state)
     return _caller(request, state)
 
 

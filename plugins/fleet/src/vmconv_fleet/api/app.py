@@ -1,4 +1,4 @@
-"""The application of a node: API, console and metrics, with what protects them."""
+"""The web application of a node: API and metrics, and the middleware that protects them and the console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmconv_fleet.api.access import UnknownCallerError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.api.state import Link, State
 from vmconv_fleet.errors import ClosedError, NotReadyError, Refusal
-from vmconv_fleet.service import NodeService
+from vmconv_fleet.replication.service import NodeService
 
 _log = logging.getLogger("vmconv_fleet.api")
 
@@ -56,7 +56,7 @@ waited for with `?wait=SECONDS`. Each answer that reads has an ETag made of posi
 
 
 def create_app(service: NodeService, *, directory: str, link: Link | None = None) -> FastAPI:
-    """Returns the application of a running node; `directory` is the node's own."""
+    """Returns the API of a running node; `directory` is the node's own. `console.install` adds the pages."""
     app = FastAPI(
         title="vmconv fleet",
         version="1",
@@ -69,9 +69,6 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
     app.state.fleet = State(service, directory, link)
     for router in (reading.router, changing.router, events.router, metrics.router):
         app.include_router(router)
-    from vmconv_fleet.console import pages
-
-    pages.install(app)
     for kind, status in _STATUS:
         app.add_exception_handler(kind, _answers(status))
     app.add_exception_handler(VmconvError, _answers(500))

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 from vmconv.errors import UsageError, VmconvError
 from vmconv_fleet.api.access import Caller
 from vmconv_fleet.api.state import State
-from vmconv_fleet.arguments import ARGUMENTS
-from vmconv_fleet.records import Record
-from vmconv_fleet.requests import response_id
-from vmconv_fleet.roles import refuse_unless_allowed
+from vmconv_fleet.jobs.arguments import ARGUMENTS
+from vmconv_fleet.replication.records import Record
+from vmconv_fleet.replication.requests import response_id
+from vmconv_fleet.trust.roles import refuse_unless_allowed
 
 _audit = logging.getLogger("vmconv_fleet.audit")
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from vmconv_fleet.records import Record
-from vmconv_fleet.service import NodeService
+from vmconv_fleet.replication.records import Record
+from vmconv_fleet.replication.service import NodeService
 
 MAX_WAITING = 2000
 """Records that a listener may be behind; one that is further behind has lost some, and is told so."""

@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vmconv.errors import AccessError, UsageError
-from vmconv_fleet import tokens
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask, ask_many
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.arguments import Convert, PolicySet
-from vmconv_fleet.kinds import Name, Role
-from vmconv_fleet.select import parse
+from vmconv_fleet.catalogue.kinds import Name, Role
+from vmconv_fleet.catalogue.selection import parse
+from vmconv_fleet.jobs.arguments import Convert, PolicySet
+from vmconv_fleet.trust import tokens
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "Done"},
@@ -227,7 +227,7 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
 def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
     caller.must_be("admin")
     from vmconv_fleet import config
-    from vmconv_fleet.authority import Authority
+    from vmconv_fleet.trust.authority import Authority
 
     authority = Authority.load(state.directory)
     return {"join": str(authority.invite(config.load(state.directory), lifetime=wish.ttl_s, host=None))}

@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.picture import Picture
+from vmconv_fleet.catalogue.snapshot import Picture
 
 router = APIRouter()
 

@@ -13,11 +13,11 @@ from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
 from vmconv_fleet.api.asking import Answer, NotHereError, answer_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
-from vmconv_fleet.clock import milliseconds
-from vmconv_fleet.kinds import KINDS
-from vmconv_fleet.picture import NodeView, Picture
-from vmconv_fleet.records import Record
-from vmconv_fleet.select import parse
+from vmconv_fleet.catalogue.kinds import KINDS
+from vmconv_fleet.catalogue.selection import parse
+from vmconv_fleet.catalogue.snapshot import NodeView, Picture
+from vmconv_fleet.replication.clock import milliseconds
+from vmconv_fleet.replication.records import Record
 
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 

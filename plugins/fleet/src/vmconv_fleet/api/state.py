@@ -7,12 +7,12 @@ from typing import Annotated, Protocol, cast
 from fastapi import Depends, Request
 
 from vmconv_fleet.api.bus import Bus
-from vmconv_fleet.clock import wall_ms
-from vmconv_fleet.console.sessions import Sessions
-from vmconv_fleet.picture import Picture
-from vmconv_fleet.problems import Problem
-from vmconv_fleet.service import NodeService
-from vmconv_fleet.store import View
+from vmconv_fleet.api.sessions import Sessions
+from vmconv_fleet.catalogue.snapshot import Picture
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.service import NodeService
+from vmconv_fleet.replication.store import View
 
 
 class Link(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from vmconv_fleet.records import Position, Record
+from vmconv_fleet.replication.records import Position, Record
 
 
 def tag_of(record: Record) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmconv.cli.output import print_json, print_table, size_text
+from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected
-from vmconv_fleet.differences import differences
 from vmconv_fleet.words import age_text, cell, plan_text, progress_text, time_text
 
 Item = dict[str, Any]

@@ -1,1 +1,7 @@
 """The web console of a node: pages made on the node, for browsers with or without JavaScript."""
+
+from __future__ import annotations
+
+from vmconv_fleet.console.pages import install
+
+__all__ = ["install"]

@@ -12,9 +12,9 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from vmconv.errors import VmconvError
 from vmconv_fleet.api.access import COOKIE, UnknownCallerError, of_token
 from vmconv_fleet.api.asking import Answer, ask
+from vmconv_fleet.api.sessions import LIFETIME
 from vmconv_fleet.api.state import state_of
 from vmconv_fleet.console.rendering import render
-from vmconv_fleet.console.sessions import LIFETIME
 from vmconv_fleet.console.web import Visit, back_to, form_of, refuse_foreign, refuse_forged, visit_of
 
 _audit = logging.getLogger("vmconv_fleet.audit")

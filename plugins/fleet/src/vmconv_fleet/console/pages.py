@@ -13,15 +13,15 @@ from fastapi.responses import Response
 from starlette.routing import Route
 
 from vmconv.errors import UsageError, VmconvError
-from vmconv_fleet import kinds
 from vmconv_fleet.api.asking import NotHereError
+from vmconv_fleet.catalogue import kinds
+from vmconv_fleet.catalogue.differences import differences
+from vmconv_fleet.catalogue.kinds import Body
+from vmconv_fleet.catalogue.selection import FIELDS, Selection, parse
+from vmconv_fleet.catalogue.snapshot import Picture
 from vmconv_fleet.console import forms
 from vmconv_fleet.console.web import PAGE, Visit, failed, visit_of
-from vmconv_fleet.differences import differences
-from vmconv_fleet.kinds import Body
-from vmconv_fleet.picture import Picture
-from vmconv_fleet.records import Record
-from vmconv_fleet.select import FIELDS, Selection, parse
+from vmconv_fleet.replication.records import Record
 
 _STATIC = {"fleet.css": "text/css", "fleet.js": "text/javascript", "icon.svg": "image/svg+xml"}
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from vmconv.cli.output import size_text
 from vmconv.errors import printable
-from vmconv_fleet.kinds import JobPlan
+from vmconv_fleet.catalogue.kinds import JobPlan
 from vmconv_fleet.words import age_text
 
 

@@ -10,11 +10,11 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from vmconv.errors import AccessError, VmconvError
-from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of
+from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of, of_token
 from vmconv_fleet.api.state import State, state_of
+from vmconv_fleet.catalogue.snapshot import Picture
 from vmconv_fleet.console.rendering import render
-from vmconv_fleet.picture import Picture
-from vmconv_fleet.roles import allows
+from vmconv_fleet.trust.roles import allows
 
 PAGE = 50
 MAX_FORM = 64 << 10
@@ -58,7 +58,7 @@ def visit_of(request: Request) -> Visit:
     """Returns the visit; raises `UnknownCallerError` for a browser without a session."""
     state = state_of(request)
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
-    caller = session.caller(state) if session else caller_of(request, state)
+    caller = of_token(session.token, state) if session else caller_of(request, state)
     request.scope["vmconv.caller"] = caller.by.user
     return Visit(request, state, caller, state.picture(), session.form_key if session else "")
 

@@ -23,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vmconv_fleet import config as settings
-from vmconv_fleet.daemon import Daemon, run
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.handlers import make_handlers
-from vmconv_fleet.logs import configure
-from vmconv_fleet.records import Change, Record
-from vmconv_fleet.requests import Context, Outcome, Request
+from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.node.daemon import Daemon, run
+from vmconv_fleet.node.logs import configure
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.requests import Context, Outcome, Request
 
 BY = {"user": "driver"}
 

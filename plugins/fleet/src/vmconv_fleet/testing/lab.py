@@ -10,11 +10,11 @@ import shutil
 import socket
 
 from vmconv_fleet import config as settings
-from vmconv_fleet import credentials
-from vmconv_fleet.authority import NODE_LIFETIME, Authority
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.daemon import FOUNDED
-from vmconv_fleet.identity import Keys, new_node_id
+from vmconv_fleet.node.daemon import FOUNDED
+from vmconv_fleet.trust import credentials
+from vmconv_fleet.trust.authority import NODE_LIFETIME, Authority
+from vmconv_fleet.trust.identity import Keys, new_node_id
 
 PORTS = range(20_000, 32_000)
 """Below those that the kernel gives to connections, which come and go."""

@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmconv_fleet.clock import OFFSET_FILE
 from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.replication.clock import OFFSET_FILE
 
 TIMEOUT = 60.0
 

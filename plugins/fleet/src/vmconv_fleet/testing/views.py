@@ -11,8 +11,8 @@ from contextlib import closing
 from typing import NamedTuple
 
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.database import open_reader
-from vmconv_fleet.store import Reader
+from vmconv_fleet.replication.database import open_reader
+from vmconv_fleet.replication.store import Reader
 
 View = dict[str, tuple[int, int, str]]
 

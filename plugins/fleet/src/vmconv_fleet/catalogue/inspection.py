@@ -1,0 +1,280 @@
+"""What is in datastores: a program that the scanner starts, so that no image can harm the node or make it grow.
+
+    python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}}
+
+It prints one JSON document on each line: `{"kind", "id", "body"}` for each record, as the catalogue has them. All of
+them are bounded: files that are looked at, how deep, how long an image may take, how much is said of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.errors import VmconvError, printable
+from vmconv_fleet.catalogue import definitions
+from vmconv_fleet.catalogue.places import disk_id, refuse_outside
+from vmconv_fleet.replication.clock import wall_ms
+
+if TYPE_CHECKING:
+    from vmconv.image import Image
+    from vmconv.registry import Registry
+
+MAX_DEPTH = 8
+MAX_FILES = 100_000
+MAX_IMAGES = 10_000
+MAX_LAYERS = 64
+MAX_WARNINGS = 8
+SECONDS_FOR_AN_IMAGE = 20.0
+_MEMORY = 4 << 30
+_DESCRIPTOR = 64 << 10
+_MAX_TEXT = 400
+
+Body = dict[str, Any]
+
+
+class _Found(NamedTuple):
+    """A file that may be an image or define a virtual machine; `name` is its path below the datastore."""
+
+    datastore: str
+    name: str
+    path: str
+
+
+class _TooLong(BaseException):
+    """An image took longer than it may. No `Exception`: what reads images may catch those."""
+
+
+def main() -> int:
+    """Prints what is in the datastores that standard input names."""
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    signal.signal(signal.SIGALRM, _too_long)
+    asked = json.loads(sys.stdin.readline())
+    inspection = _Inspection(asked["datastores"])
+    _print("capabilities", "installed", _capabilities(inspection.registry))
+    for name in asked["datastores"]:
+        for kind, identifier, body in inspection.records(name):
+            _print(kind, identifier, body)
+    return 0
+
+
+def _print(kind: str, identifier: str, body: Body) -> None:
+    print(json.dumps({"kind": kind, "id": identifier, "body": body}), flush=True)
+
+
+def _too_long(_number: int, _frame: object) -> None:
+    raise _TooLong
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+class _Inspection:
+    """Looks at the datastores of a node, by name and path."""
+
+    def __init__(self, datastores: Mapping[str, str]) -> None:
+        from vmconv.registry import installed
+
+        self.registry = installed()
+        self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
+
+    def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
+        """Yields the records of one datastore, its own last: that one says that all others were told."""
+        began, root = wall_ms(), self._roots[datastore]
+        if not os.path.isdir(root):
+            yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
+            return
+        remarks: list[str] = []
+        disks: dict[str, Body] = {}
+        parts: set[str] = set()
+        machines: list[_Found] = []
+        for found in self._files(datastore, root, remarks):
+            if os.path.splitext(found.name)[1].lower() in (".vmx", ".xml"):
+                machines.append(found)
+            elif len(disks) >= MAX_IMAGES:
+                remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
+                break
+            else:
+                disks[found.name] = self._disk(found, parts)
+        for name, body in disks.items():
+            # An extent of another image has that one's suffix and is none of its own.
+            if not ("problem" in body and os.path.realpath(os.path.join(root, name)) in parts):
+                yield "disk", disk_id(datastore, name), body
+        for found in machines[:MAX_IMAGES]:
+            if machine := self._machine(found):
+                yield "vm", disk_id(datastore, found.name), machine
+        yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
+
+    def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
+        """Yields what may be an image, in the order of names; links to directories are not followed."""
+        seen = 0
+        waiting = [("", 0)]
+        while waiting:
+            below, depth = waiting.pop()
+            try:
+                entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
+            except OSError as exc:
+                remarks.append(f"{below or '.'}: cannot be listed: {exc.strerror}")
+                continue
+            for entry in entries:
+                seen += 1
+                if seen > MAX_FILES:
+                    remarks.append(f"more than {MAX_FILES} files: the rest is not looked at")
+                    return
+                name = os.path.join(below, entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    if depth < MAX_DEPTH and not entry.name.startswith("."):
+                        waiting.append((name, depth + 1))
+                elif self._is_of_interest(entry, name, remarks):
+                    yield _Found(datastore, name, entry.path)
+
+    def _is_of_interest(self, entry: os.DirEntry[str], name: str, remarks: list[str]) -> bool:
+        if entry.name.startswith(".") or (not entry.name.isascii() and not _is_text(entry.name)):
+            if not entry.name.startswith("."):
+                remarks.append(f"{printable(name)}: its name is not UTF-8")
+            return False
+        if os.path.splitext(name)[1].lower() in (".vmx", ".xml"):
+            return entry.is_file(follow_symlinks=False)
+        return self.registry.format_by_suffix(name) is not None and entry.is_file()
+
+    def _disk(self, found: _Found, parts: set[str]) -> Body:
+        body: Body = {"datastore": found.datastore, "name": found.name}
+        try:
+            with _limited(SECONDS_FOR_AN_IMAGE):
+                refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
+                status = os.stat(found.path)
+                body["actual_size"] = status.st_blocks * 512
+                body["changed_ms"] = status.st_mtime_ns // 1_000_000
+                body |= self._image(found, parts)
+        except VmconvError as exc:
+            body["problem"] = _short(str(exc))
+        except _TooLong:
+            body["problem"] = f"reading it took longer than {SECONDS_FOR_AN_IMAGE:g} s"
+        except (Exception, RecursionError) as exc:
+            body["problem"] = _short(f"cannot be read: {type(exc).__name__}: {exc}")
+        return body
+
+    def _image(self, found: _Found, parts: set[str]) -> Body:
+        from vmconv import locks
+        from vmconv.checking import remarks
+        from vmconv.opener import Opener
+
+        # Others' locks are looked at and none is taken: a guest may start at any time.
+        with Opener(self.registry, allow_external=self._roots.values(), force_share=True) as opener:
+            image = opener.image(found.path)
+            body: Body = {
+                "format": image.format_name,
+                "virtual_size": image.size,
+                "in_use": locks.is_written(image.file),
+            }
+            if (identity := image.disk.identity) is not None:
+                body["identity"] = str(identity)
+            said = [_short(text) for text in (*image.warnings, *remarks(image, opener))]
+            if image.file.size <= _DESCRIPTOR:
+                # What is so small only says where its payload lies: those files are opened with its table.
+                _ = image.guest
+            parts |= {os.path.realpath(file.path) for file in opener.files if file is not image.file}
+            try:
+                body["chain"] = list(self._layers(image))
+            except VmconvError as exc:
+                body["problem"] = _short(str(exc))
+            if said:
+                body["warnings"] = said[:MAX_WARNINGS]
+            return body
+
+    def _layers(self, image: Image) -> Iterator[Body]:
+        """Yields what is known of each layer below the image, the nearest first."""
+        for number, layer in enumerate(image.chain()):
+            if number > MAX_LAYERS:
+                yield {"name": f"more than {MAX_LAYERS} layers", "format": ""}
+                return
+            if number:
+                yield {"name": layer.file.name, "format": layer.format_name, "disk": self._id_of(layer.file.path)}
+
+    def _id_of(self, path: str) -> str | None:
+        """Returns the id of the disk at a path; None when there is none, or it lies in no datastore."""
+        real = os.path.realpath(path)
+        if not os.path.isfile(real):
+            return None
+        for datastore, root in self._roots.items():
+            if real.startswith(root.rstrip("/") + "/"):
+                return disk_id(datastore, os.path.relpath(real, root))
+        return None
+
+    def _machine(self, found: _Found) -> Body | None:
+        try:
+            with _limited(SECONDS_FOR_AN_IMAGE):
+                definition = definitions.read(found.path)
+        except (OSError, _TooLong):
+            return None
+        if definition is None:
+            return None
+        directory = os.path.dirname(found.path)
+        return definitions.body(
+            definition, found.datastore, found.name, lambda disk: self._id_of(os.path.join(directory, disk))
+        )
+
+    def _datastore(self, root: str, disks: int, remarks: list[str]) -> Body:
+        from vmconv.linux import mount_of
+
+        space = os.statvfs(root)
+        body: Body = {
+            "path": root,
+            "filesystem": mount_of(root).type,
+            "backends": {name: _ability(backend.ability(root)) for name, backend in self._backends()},
+            "size": space.f_blocks * space.f_frsize,
+            "free": space.f_bavail * space.f_frsize,
+            "disks": disks,
+        }
+        if remarks:
+            more = f" (and {len(remarks) - 1} more)" if len(remarks) > 1 else ""
+            body["problem"] = _short(remarks[0]) + more
+        return body
+
+    def _backends(self) -> Iterator[tuple[str, Any]]:
+        return ((name, backend) for name, backend in self.registry.backends.items() if backend.automatic)
+
+
+def _ability(ability: Any) -> Body:
+    unit = ability.unit if ability.shares else 0
+    return {"usable": ability.usable, "unit": unit} | ({"reason": _short(ability.reason)} if ability.reason else {})
+
+
+def _capabilities(registry: Registry) -> Body:
+    from importlib.metadata import version
+
+    formats = {
+        name: {"title": one.title, "reads": one.can_read, "writes": one.can_write}
+        for name, one in sorted(registry.formats.items())
+    }
+    return {"vmconv": version("vmconv"), "formats": formats}
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _short(text: str) -> str:
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+
+
+if __name__ == "__main__":
+    # Exiting by `os._exit` skips taking numpy apart; all that was printed has been flushed.
+    os._exit(main())

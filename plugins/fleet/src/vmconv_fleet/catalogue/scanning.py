@@ -1,0 +1,221 @@
+"""Keeps the catalogue of a node's datastores: looks at them, and writes what has changed since."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from vmconv_fleet.errors import FleetError
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.writing import Writes, settled
+
+_log = logging.getLogger("vmconv_fleet.scanning")
+
+INTERVAL = 600.0
+"""Seconds between scans that nobody asks for."""
+
+PATIENCE = 900.0
+"""Seconds that a scan may take."""
+
+_BATCH = 200
+_INSPECTION = (sys.executable, "-m", "vmconv_fleet.catalogue.inspection")
+
+Found = dict[tuple[str, str], dict[str, Any]]
+"""Bodies by kind and id."""
+
+
+class Scanner:
+    """Scans the node's datastores at its start, from time to time, and when a datastore's record asks for it.
+
+    `seeds` are datastores of the node's configuration, by name and path: each becomes a record once, and is what that
+    record says from then on.
+    """
+
+    def __init__(
+        self,
+        service: Writes,
+        seeds: Mapping[str, str],
+        *,
+        interval: float = INTERVAL,
+        command: Sequence[str] = _INSPECTION,
+    ) -> None:
+        self._service = service
+        self._seeds = dict(seeds)
+        self._interval = interval
+        self._command = list(command)
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._child: subprocess.Popen[str] | None = None
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scanner", daemon=True)
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        self._unsubscribe = self._service.subscribe(self._notice)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the scan that runs; returns when nothing runs any more."""
+        self._ending.set()
+        self._unsubscribe()
+        self._wanted.put(True)
+        child = self._child
+        if child:
+            child.kill()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _notice(self, records: list[Record]) -> None:
+        own = (one for one in records if one.kind == "datastore" and one.owner == self._service.node)
+        if any(one.deleted or _is_due(one.body) for one in own):
+            self._wanted.put(True)
+
+    def _run(self) -> None:
+        try:
+            settled(self._service.update(self._seeded), self._ending)
+            self._scan(everything=True)
+            while not self._ending.is_set():
+                asked = self._is_asked()
+                self._scan(everything=not asked)
+        except FleetError as exc:
+            # The node ends, or its database has failed, which it says itself.
+            _log.info("scanner ends: %s", exc)
+
+    def _is_asked(self) -> bool:
+        """Waits until a scan is asked for, which it says, or due by time."""
+        try:
+            self._wanted.get(timeout=self._interval)
+        except queue.Empty:
+            return False
+        while not self._wanted.empty():
+            self._wanted.get()
+        return True
+
+    def _seeded(self, view: View) -> list[Change]:
+        """Returns the records of datastores that the configuration names for the first time."""
+        node = self._service.node
+        before = view.get(node, "capabilities", "installed")
+        seeded = dict(before.body.get("seeded", {})) if before else {}
+        new = {name: path for name, path in self._seeds.items() if seeded.get(name) != path}
+        if not new:
+            return []
+        known = {one.id for one in view.find("datastore", node)}
+        changes = [Change("datastore", name, {"path": path}) for name, path in new.items() if name not in known]
+        body = {**(before.body if before else {}), "seeded": seeded | new}
+        return [Change("capabilities", "installed", body), *changes]
+
+    def _due(self) -> dict[str, str]:
+        """Returns the datastores for which a scan was asked for after the last one."""
+        return {
+            one.id: one.body["path"]
+            for one in self._service.view().find("datastore", self._service.node)
+            if _is_due(one.body)
+        }
+
+    def _scan(self, *, everything: bool) -> None:
+        node, view = self._service.node, self._service.view()
+        wanted = {one.id: one.body["path"] for one in view.find("datastore", node)} if everything else self._due()
+        if self._ending.is_set():
+            return
+        began = wall_ms()
+        found: Found = {}
+        complete: set[str] = set()
+        for kind, identifier, body in self._inspected(wanted) if wanted or everything else ():
+            found[kind, identifier] = body
+            if kind == "datastore":
+                complete.add(identifier)
+        if self._ending.is_set():
+            return
+        for name in wanted.keys() - complete:
+            found["datastore", name] = {"problem": "the scan did not end", "scanned_ms": began}
+        self._write(found, complete)
+        _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
+
+    def _inspected(self, datastores: Mapping[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yields what the inspection tells, as far as it comes."""
+        with subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        ) as child:
+            self._child = child
+            assert child.stdin and child.stdout
+            patience = threading.Timer(PATIENCE, child.kill)
+            patience.start()
+            try:
+                child.stdin.write(json.dumps({"datastores": dict(datastores)}) + "\n")
+                child.stdin.close()
+                for line in child.stdout:
+                    said = json.loads(line)
+                    yield said["kind"], said["id"], said["body"]
+            except (OSError, ValueError) as exc:
+                _log.warning("the inspection failed: %s", exc)
+            finally:
+                patience.cancel()
+                self._child = None
+                child.kill()
+
+    def _write(self, found: Found, complete: set[str]) -> None:
+        """Writes what has changed, the datastores last: they say that the rest is there."""
+        order = sorted(found, key=lambda key: (key[0] == "datastore", key))
+        gone = list(self._gone(found, complete))
+        keys = [*gone, *order]
+        for at in range(0, len(keys), _BATCH):
+            batch = keys[at : at + _BATCH]
+            settled(self._service.update(partial(self._changes, keys=batch, found=found)), self._ending)
+
+    def _gone(self, found: Found, complete: set[str]) -> Iterator[tuple[str, str]]:
+        """Yields what is in the catalogue and not any more in a datastore that was looked at, or in none at all."""
+        node, view = self._service.node, self._service.view()
+        datastores = {one.id for one in view.find("datastore", node)}
+        unavailable = {name for name in complete if "size" not in found["datastore", name]}
+        for kind in ("disk", "vm"):
+            for one in view.find(kind, node):
+                name = one.body.get("datastore")
+                looked_at = name in complete and name not in unavailable
+                if name not in datastores or (looked_at and (kind, one.id) not in found):
+                    yield kind, one.id
+
+    def _changes(self, view: View, *, keys: Iterable[tuple[str, str]], found: Found) -> list[Change]:
+        changes = []
+        for kind, identifier in keys:
+            before = view.get(self._service.node, kind, identifier)
+            body = found.get((kind, identifier))
+            if body is None:
+                changes += [Change(kind, identifier, None)] if before else []
+                continue
+            if kind == "datastore":
+                if before is None:
+                    continue
+                body = _datastore(before.body, body)
+            elif kind == "capabilities" and before:
+                body = {**body, **{key: before.body[key] for key in ("seeded",) if key in before.body}}
+            elif kind in ("disk", "vm") and view.get(self._service.node, "datastore", body["datastore"]) is None:
+                # It was removed meanwhile.
+                continue
+            if before is None or dict(before.body) != body:
+                changes.append(Change(kind, identifier, body))
+        return changes
+
+
+def _is_due(datastore: Mapping[str, Any]) -> bool:
+    """Returns whether a scan was asked for after the last one began."""
+    return bool(datastore.get("scan_asked_ms", 0) >= datastore.get("scanned_ms", 0))
+
+
+def _datastore(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a datastore's body after a scan: what was asked for stays, and so does what could not be looked at."""
+    kept = {key: value for key, value in before.items() if key != "problem"}
+    return {**kept, **found, "path": before["path"]}

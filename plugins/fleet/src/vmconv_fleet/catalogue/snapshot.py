@@ -1,0 +1,174 @@
+"""The fleet as one node sees it: what API, console and metrics show, put together from records.
+
+Nothing here knows more than the replica has. What is said of a node that is not heard is as old as its last heartbeat,
+and the picture says how old that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from vmconv_fleet.catalogue.kinds import KINDS, Body, Heartbeat, Node
+from vmconv_fleet.catalogue.selection import Facts, Selection
+from vmconv_fleet.replication.records import Position, Record
+from vmconv_fleet.replication.requests import response_id
+from vmconv_fleet.replication.store import View
+
+NodeState = Literal["here", "up", "silent", "retired"]
+
+_BEATS_MISSED = 3
+_GRACE_MS = 3000
+"""A node that nobody has a link with may have been heard so long ago."""
+
+MAX_NAME = 80
+
+
+class NodeView(NamedTuple):
+    """A node as it is seen from here. `age_ms` is how old what is known of it may be, None where it was never heard.
+
+    `lag` counts the records that are here and that the node had not when it was last heard.
+    """
+
+    node: str
+    name: str
+    state: NodeState
+    age_ms: int | None
+    lag: int
+    position: Position
+    is_neighbour: bool
+    body: Node
+    heartbeat: Heartbeat | None
+
+
+class Picture:
+    """What is known now: made for one answer, from one view."""
+
+    def __init__(self, view: View, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
+        self.view = view
+        self.node = node
+        self.now_ms = now_ms
+        self._neighbours = frozenset(neighbours)
+        self._positions = view.positions()
+        self._bodies = {one.owner: Node.model_validate(one.body) for one in self.find("node")}
+        self._retired = {one.id: str(one.body.get("name", "")) for one in self.find("retirement")}
+
+    def find(self, kind: str, owner: str | None = None) -> list[Record]:
+        """Returns the records of a kind whose bodies are what the schema says; what others wrote need not be."""
+        model = KINDS[kind]
+        return [one for one in self.view.find(kind, owner) if _fits(model, one)]
+
+    def name(self, node: str) -> str:
+        """Returns what people call a node: its name, or the beginning of its id."""
+        body = self._bodies.get(node)
+        return (body.name if body else self._retired.get(node, ""))[:MAX_NAME] or node[:8]
+
+    def nodes(self) -> list[NodeView]:
+        """Returns all nodes by name, this one among them."""
+        beats = {one.owner: Heartbeat.model_validate(one.body) for one in self.find("heartbeat")}
+        known = {*self._bodies, *beats, *self._retired, self.node}
+        reached = self._reached(beats)
+        found = [self._node(one, beats.get(one), reached) for one in known]
+        return sorted(found, key=lambda one: (one.name, one.node))
+
+    def _node(self, node: str, beat: Heartbeat | None, reached: set[str]) -> NodeView:
+        # Of a node that was retired, or has just joined, there may be no more than its id.
+        body = self._bodies.get(node) or Node(name=node[:8], fleet="unknown")
+        age = max(0, self.now_ms - beat.at_ms) if beat else None
+        state: NodeState = "silent"
+        if node == self.node:
+            state, age = "here", 0
+        elif node in self._retired or body.retired:
+            state = "retired"
+        elif node in self._neighbours or (age is not None and age <= _still_good_ms(beat, is_reached=node in reached)):
+            state = "up"
+        position = self._positions.get(node, Position(0, 0))
+        lag = self._lag(node, beat) if beat and node != self.node else 0
+        return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
+
+    def _reached(self, beats: Mapping[str, Heartbeat]) -> set[str]:
+        """Returns the nodes to which links lead from here, over as many others as it takes, by what they said last."""
+        reached: set[str] = set()
+        waiting = list(self._neighbours)
+        while waiting:
+            node = waiting.pop()
+            if node not in reached:
+                reached.add(node)
+                waiting += beats[node].neighbours if node in beats else []
+        return reached
+
+    def _lag(self, node: str, beat: Heartbeat) -> int:
+        """Returns how many records of others were not there yet when the node said what it has."""
+        if not beat.positions:
+            return 0
+        return sum(
+            max(0, mine.seq - beat.positions.get(owner, (0, 0))[1])
+            for owner, mine in self._positions.items()
+            if owner != node
+        )
+
+    def unseen(self, nodes: Iterable[NodeView]) -> list[NodeView]:
+        """Returns the nodes whose part of the picture is old."""
+        return [one for one in nodes if one.state == "silent"]
+
+    def find_node(self, named: str) -> str | None:
+        """Returns the id of the node with this name, id, or beginning of an id that no other one has."""
+        known = {one.node: one.name for one in self.nodes()}
+        if named in known:
+            return named
+        fitting = [node for node, name in known.items() if name == named]
+        fitting = fitting or [node for node in known if len(named) >= 4 and node.startswith(named)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def facts(self, disk: Record) -> Facts:
+        """Returns what selections know of a disk."""
+        body = disk.body
+        return {
+            "id": disk.id,
+            "node": (self.name(disk.owner), disk.owner),
+            "datastore": str(body.get("datastore", "")),
+            "name": str(body.get("name", "")),
+            "format": str(body.get("format", "")),
+            "identity": str(body.get("identity", "")),
+            "size": int(body.get("virtual_size", 0)),
+            "actual-size": int(body.get("actual_size", 0)),
+            "depth": len(body.get("chain", ())),
+            "in-use": bool(body.get("in_use")),
+            "problem": bool(body.get("problem")),
+        }
+
+    def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
+        """Returns the disks that are selected, by node, datastore and name; those of retired nodes are history."""
+        found = [one for one in self.find("disk", owner) if one.owner not in self._retired]
+        chosen = [one for one in found if selection is None or selection(self.facts(one))]
+        return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
+
+    def response_of(self, request: Record) -> Record | None:
+        """Returns the answer to a request, where it is here."""
+        identifier = response_id(request.owner, request.id)
+        return self.view.get(str(request.body.get("target", "")), "response", identifier)
+
+    def since(self, moment_ms: int) -> int:
+        return max(0, self.now_ms - moment_ms)
+
+    def describe_by(self, by: Mapping[str, Any] | None) -> str:
+        """Returns who asked, in words."""
+        if not by:
+            return ""
+        who = str(by.get("user") or "somebody")[:MAX_NAME]
+        return f"{who} at {self.name(str(by.get('node', '')))}"
+
+
+def _still_good_ms(beat: Heartbeat | None, *, is_reached: bool) -> float:
+    """Returns how old a heartbeat may be of a node that is there."""
+    return _BEATS_MISSED * 1000 * beat.interval_s if beat and is_reached else _GRACE_MS
+
+
+def _fits(model: type[Body], record: Record) -> bool:
+    try:
+        model.model_validate(record.body)
+    except ValidationError:
+        return False
+    return True

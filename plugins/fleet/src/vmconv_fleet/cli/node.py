@@ -1,0 +1,114 @@
+"""`vmconv node`: the actions and their arguments; what they do is imported when it is done."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vmconv.cli.command import Command
+from vmconv.cli.options import formatter
+
+Adder = Callable[[argparse.ArgumentParser], Any]
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "datastores", nargs="*", metavar="DIR", help="directories of disk images that this node converts"
+    )
+    parser.add_argument("--name", help="what people call the node (default: the host name)")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="where other nodes connect (default: [::]:7447)")
+    parser.add_argument(
+        "--address",
+        action="append",
+        metavar="HOST",
+        help="name or address under which others reach this node, for its certificate (default: all that it has)",
+    )
+    parser.add_argument("--api", metavar="HOST:PORT", help="where administrators connect (default: 127.0.0.1:7449)")
+    parser.add_argument("--no-api", action="store_true", help="no HTTPS; the Unix socket stays")
+
+
+def _init(parser: argparse.ArgumentParser) -> None:
+    _settings(parser)
+    parser.add_argument("--fleet", default="fleet", help="the name of the fleet (default: %(default)s)")
+    parser.add_argument("--join", metavar="HOST:PORT", help="where nodes that join connect (default: [::]:7448)")
+
+
+def _join(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("invitation", metavar="INVITATION", help="what vmconv node invite printed, on another node")
+    _settings(parser)
+
+
+def _invite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=60, help="how long it is good (default: %(default)s)")
+    parser.add_argument(
+        "--address", metavar="HOST", help="where the new node reaches this one (default: the first it has)"
+    )
+
+
+def _renew(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--new-keys", action="store_true", help="make new keys, not only a new certificate")
+
+
+def _revoke(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("node", metavar="NODE", help="id of the node that nobody is to believe any more")
+
+
+def _leave(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="leave even if no authority can be told")
+
+
+def _authority(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("direction", choices=("export", "import"), help="out of this node, or into it")
+    parser.add_argument("file", metavar="FILE", help="the authority's private key: keep it as secret as can be")
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", choices=("human", "json"), default="human", help="(default: %(default)s)")
+
+
+def _nothing(_parser: argparse.ArgumentParser) -> None:
+    """Takes no arguments."""
+
+
+ACTIONS: dict[str, tuple[str, Adder]] = {
+    "init": ("found a fleet: this machine becomes its first node and holds its authority", _init),
+    "join": ("enter a fleet by an invitation", _join),
+    "run": ("run the node, in the foreground, until SIGTERM", _nothing),
+    "status": ("what this node is, and whether it runs", _status),
+    "invite": ("print an invitation for one more node", _invite),
+    "renew": ("get a new certificate; a running node goes on with it", _renew),
+    "revoke": ("make the whole fleet refuse a node", _revoke),
+    "authority": ("copy the fleet's authority to another node, so that it does not depend on one", _authority),
+    "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
+}
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    for name, (help_text, add) in ACTIONS.items():
+        action = actions.add_parser(
+            name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.", formatter_class=formatter
+        )
+        action.add_argument(
+            "--directory",
+            metavar="DIR",
+            help="the node's directory (default: $VMCONV_NODE, or below the state directory)",
+        )
+        add(action)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv_fleet.cli import node_actions
+
+    act: Callable[[argparse.Namespace], int] = getattr(node_actions, f"{options.action}_node")
+    return act(options)
+
+
+COMMAND = Command(
+    name="node",
+    help="make this machine a node of a fleet, and run it",
+    description="Makes a directory a node of a fleet, and runs it. Each node has a directory of its own.",
+    configure=_configure,
+    run=_run,
+)

@@ -1,0 +1,271 @@
+"""What `vmconv node` does."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from vmconv.cli.output import print_json
+from vmconv.errors import UsageError, os_errors
+from vmconv_fleet import config as settings
+from vmconv_fleet.config import ConfigError, NodeConfig, split_address
+from vmconv_fleet.errors import FleetError
+
+
+def init_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import FOUNDED
+    from vmconv_fleet.trust import credentials
+    from vmconv_fleet.trust.authority import Authority
+    from vmconv_fleet.trust.identity import Keys, new_node_id
+
+    if not options.fleet.replace("-", "").isalnum() or len(options.fleet) > 63 or not options.fleet.isascii():
+        raise UsageError(f"{options.fleet!r} is no name of a fleet", hint="letters, digits and -, 63 at most")
+    directory = _fresh_directory(options)
+    with _undone_on_failure(directory):
+        authority, keys, node = Authority.found(directory, options.fleet), Keys.generate(), new_node_id()
+        config = _config(options, directory, options.fleet, node, [])
+        credentials.install(directory, keys, authority.issue(keys.request(node, options.fleet, config.addresses)))
+        settings.save(config)
+        with open(config.path(FOUNDED), "w", encoding="ascii"):
+            pass
+    print(f"node {node} ({config.name}) founds fleet {options.fleet} in {directory}")
+    print(f"  next: vmconv node run --directory {directory}")
+    return 0
+
+
+def join_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.trust import credentials, joining
+    from vmconv_fleet.trust.authority import Invitation
+    from vmconv_fleet.trust.identity import Keys, new_node_id, write_private
+
+    invitation = Invitation.parse(options.invitation)
+    directory = _fresh_directory(options)
+    with _undone_on_failure(directory):
+        keys, node = Keys.generate(), new_node_id()
+        addresses = _addresses(options)
+        # The name of the fleet is the authority's to say; it puts it into the certificate.
+        granted = joining.join(invitation, keys.request(node, "joining", addresses))
+        config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
+        write_private(config.path("ca.pem"), granted.authorities)
+        credentials.keep_members(directory, [granted.members])
+        credentials.install(directory, keys, granted.certificate)
+        credentials.load(config)
+        settings.save(config)
+    print(f"node {node} ({config.name}) joins fleet {granted.fleet} in {directory}")
+    print(f"  next: vmconv node run --directory {directory}")
+    return 0
+
+
+def run_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import run
+    from vmconv_fleet.node.logs import configure
+
+    config = settings.load(_directory(options))
+    configure(sys.stderr)
+    return run(config, lambda _daemon: print(f"node {config.node} runs", flush=True))
+
+
+def status_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.trust import credentials
+
+    config = settings.load(_directory(options))
+    bound = credentials.load(config).bound
+    beat = _last_heartbeat(config)
+    found = {
+        "directory": config.directory,
+        "fleet": config.fleet,
+        "node": config.node,
+        "name": config.name,
+        "process": running(config),
+        "certificate-until": bound.not_after.isoformat(timespec="seconds"),
+        "authority": os.path.exists(config.path(os.path.join("authority", "ca.key"))),
+        "neighbours": beat.get("neighbours", []),
+        "problems": beat.get("problems", []),
+    }
+    if options.output == "json":
+        print_json(found, indent=2)
+        return 0
+    print(f"node {config.node} ({config.name}) of fleet {config.fleet}")
+    print(f"  directory    {config.directory}")
+    print(f"  runs         {'as process ' + str(found['process']) if found['process'] else 'no'}")
+    print(f"  certificate  until {bound.not_after:%Y-%m-%d}")
+    print(f"  authority    {'here' if found['authority'] else 'elsewhere'}")
+    print(f"  neighbours   {', '.join(beat.get('neighbours', [])) or 'none'}")
+    for problem in beat.get("problems", []):
+        print(f"  problem      {problem}")
+    return 0
+
+
+def invite_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.trust.authority import Authority
+
+    if not options.minutes > 0:
+        raise UsageError(f"--minutes {options.minutes:g} is not more than 0")
+    config = settings.load(_directory(options))
+    print(Authority.load(config.directory).invite(config, lifetime=options.minutes * 60, host=options.address))
+    return 0
+
+
+def renew_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.trust import credentials
+
+    config = settings.load(_directory(options))
+    found = credentials.request_new(config, new_keys=options.new_keys)
+    if (process := running(config)) is not None:
+        os.kill(process, signal.SIGHUP)
+    print(f"node {config.node} has a certificate until {found.bound.not_after:%Y-%m-%d}")
+    return 0
+
+
+def revoke_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.cli.local import post
+
+    config = settings.load(_directory(options))
+    answer = post(config.socket, f"/api/v1/nodes/{options.node}/revoke?wait=10", {"key_id": None})
+    if not answer.get("ok"):
+        raise FleetError(f"node {options.node} was not revoked: {answer.get('reason') or 'no answer yet'}")
+    print(f"node {options.node} is revoked")
+    return 0
+
+
+def authority_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.trust.authority import Authority
+    from vmconv_fleet.trust.identity import MAX_PEM, write_private
+
+    config = settings.load(_directory(options))
+    if options.direction == "export":
+        if os.path.exists(options.file):
+            raise UsageError(f"{options.file}: exists already")
+        with os_errors("writing the authority's key", FleetError):
+            write_private(options.file, Authority.load(config.directory).export())
+        print(f"{options.file}: the authority of fleet {config.fleet}; whoever has it can let nodes in")
+        return 0
+    with os_errors("reading the authority's key", FleetError), open(options.file, "rb") as file:
+        Authority.of_key(config.directory, file.read(MAX_PEM)).adopt()
+    print(f"node {config.node} holds the authority of fleet {config.fleet}; it lets nodes in after its next start")
+    return 0
+
+
+def leave_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.trust import joining
+
+    config = settings.load(_directory(options))
+    if running(config) is not None:
+        raise FleetError(f"{config.directory}: the node is running", hint="end it first")
+    if os.path.exists(config.path(os.path.join("authority", "ca.key"))) and not options.force:
+        raise FleetError(
+            f"{config.directory}: holds the fleet's authority",
+            hint="copy it to another node first (vmconv node authority export), then --force",
+        )
+    if not options.force:
+        joining.first_that_answers(config.authorities, lambda address: joining.leave(config, address))
+    with os_errors("deleting the node", FleetError):
+        shutil.rmtree(config.directory)
+    print(f"node {config.node} has left fleet {config.fleet}; its disks are where they were")
+    return 0
+
+
+def _directory(options: argparse.Namespace) -> str:
+    return os.path.abspath(options.directory or settings.default_directory())
+
+
+def _fresh_directory(options: argparse.Namespace) -> str:
+    """Makes the directory of a new node, for its own user only."""
+    directory = _directory(options)
+    for path in options.datastores:
+        if not os.path.isdir(path):
+            raise UsageError(f"{path}: is not a directory")
+    with os_errors("making the node's directory", ConfigError):
+        os.makedirs(directory, 0o700, exist_ok=True)
+        if os.listdir(directory):
+            raise ConfigError(f"{directory}: is not empty", hint="one directory for each node: --directory")
+        os.chmod(directory, 0o700)
+    return directory
+
+
+@contextlib.contextmanager
+def _undone_on_failure(directory: str) -> Iterator[None]:
+    """Leaves the directory empty when the block fails, so that it can be tried again."""
+    try:
+        yield
+    except BaseException:
+        for name in os.listdir(directory):
+            path = os.path.join(directory, name)
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+        raise
+
+
+def _addresses(options: argparse.Namespace) -> list[str]:
+    from vmconv_fleet.links.addresses import local_addresses
+
+    # Its own administrators come by these.
+    return [*options.address, "127.0.0.1", "localhost"] if options.address else local_addresses()
+
+
+def _config(
+    options: argparse.Namespace,
+    directory: str,
+    fleet: str,
+    node: str,
+    authorities: list[str],
+    connect: list[str] = [],  # noqa: B006
+) -> NodeConfig:
+    given = {name: getattr(options, name, None) for name in ("api", "join", "listen")}
+    for address in filter(None, given.values()):
+        split_address(address)
+    if options.no_api:
+        given["api"] = ""
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if options.listen is not None:
+        chosen["listen"] = [options.listen]
+    return NodeConfig(
+        directory=directory,
+        fleet=fleet,
+        node=node,
+        name=options.name or socket.gethostname(),
+        addresses=list(dict.fromkeys(_addresses(options))),
+        authorities=authorities,
+        connect=connect,
+        datastores=_named(options.datastores),
+        **chosen,
+    )
+
+
+def _named(paths: list[str]) -> dict[str, str]:
+    """Returns directories by the names of their last parts, numbered where two are the same."""
+    found: dict[str, str] = {}
+    for path in map(os.path.abspath, paths):
+        base = re.sub("[^A-Za-z0-9._-]", "-", os.path.basename(path)).lstrip("._-") or "disks"
+        name, number = base, 2
+        while found.get(name, path) != path:
+            name, number = f"{base}-{number}", number + 1
+        found[name] = path
+    return found
+
+
+def _last_heartbeat(config: NodeConfig) -> dict[str, Any]:
+    from vmconv_fleet.replication.database import open_reader
+    from vmconv_fleet.replication.store import Reader
+
+    if not os.path.exists(config.database):
+        return {}
+    reader = Reader(open_reader(config.database))
+    try:
+        record = reader.get(config.node, "heartbeat", config.node)
+        return dict(record.body) if record else {}
+    finally:
+        reader.close()

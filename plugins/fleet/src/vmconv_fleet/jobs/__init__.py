@@ -1,0 +1,1 @@
+"""What an owner does on request: the verbs, and the conversions that run on a node."""

@@ -1,0 +1,252 @@
+"""What an owner does when it is asked: each verb decides on its own replica and changes own records, or refuses.
+
+A handler runs on the replica's thread within the transaction that executes the request: it reads records and touches
+nothing else. What has to happen outside (converting, scanning) is done by whoever watches the records that it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from vmconv_fleet.errors import Refusal
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.requests import Context, Handler, Outcome, Request
+from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from vmconv_fleet.jobs.arguments import (
+        Cancel,
+        Convert,
+        DatastoreAdd,
+        DatastoreRemove,
+        PolicySet,
+        Retire,
+        Revoke,
+        Scan,
+        TokenCreate,
+        TokenRevoke,
+    )
+
+MAX_OPEN_JOBS = 20_000
+POLICY = "conversion"
+
+
+def make_handlers(directory: str) -> Mapping[str, Handler]:
+    """Returns what a node does for each verb; `directory` is the node's own, where it may hold the fleet's CA."""
+    deciders: Mapping[str, Callable[[Context, Request, Any], Outcome]] = {
+        "convert": _convert,
+        "cancel": _cancel,
+        "scan": _scan,
+        "datastore-add": _add_datastore,
+        "datastore-remove": _remove_datastore,
+        "policy-set": _set_policy,
+        "token-create": _create_token,
+        "token-revoke": _revoke_token,
+        "retire": partial(_retire, directory),
+        "revoke": partial(_revoke, directory),
+    }
+    assert deciders.keys() == VERBS.keys()
+    return {verb: partial(_handle, decide) for verb, decide in deciders.items()}
+
+
+def _handle(decide: Callable[[Context, Request, Any], Outcome], context: Context, request: Request) -> Outcome:
+    """Decides on a request of somebody who may ask for it and whose arguments make sense."""
+    # The models take memory that a node without requests does not need.
+    from vmconv_fleet.catalogue.kinds import By
+    from vmconv_fleet.jobs.arguments import ARGUMENTS
+
+    by = _checked(By, request.by, "by")
+    if by.node != request.requester:
+        raise Refusal(f"{request.requester} asks in the name of somebody at {by.node}")
+    refuse_unless_allowed(request.verb, context.node, by, context, context.now)
+    return decide(context, request, _checked(ARGUMENTS[request.verb], request.arguments, request.verb))
+
+
+def _checked(model: type[BaseModel], given: Mapping[str, Any], what: str) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise Refusal(f"{what}: {where}: {first['msg']}" if where else f"{what}: {first['msg']}") from exc
+
+
+def _own(context: Context, kind: str, identifier: str) -> Record:
+    record = context.get(context.node, kind, identifier)
+    if record is None:
+        raise Refusal(f"{kind} {identifier} is not here")
+    return record
+
+
+# Conversions
+
+
+def _convert(context: Context, request: Request, wanted: Convert) -> Outcome:
+    identifier = wanted.job or request.id
+    before = context.get(context.node, "job", identifier)
+    if before:
+        return _again(before, wanted)
+    disk = _own(context, "disk", wanted.disk).body
+    if problem := disk.get("problem"):
+        raise Refusal(f"disk {wanted.disk} cannot be read: {problem}")
+    _own(context, "datastore", disk["datastore"])
+    if wanted.target_datastore is not None:
+        _own(context, "datastore", wanted.target_datastore)
+    _refuse_format(context, wanted.format)
+    if len(context.find("job", context.node)) >= MAX_OPEN_JOBS:
+        raise Refusal(f"this node has {MAX_OPEN_JOBS} jobs already")
+    body = {
+        "state": "queued",
+        "disk": wanted.disk,
+        "source": disk["name"],
+        "datastore": disk["datastore"],
+        "created_ms": context.now,
+        "by": dict(request.by),
+        **wanted.model_dump(mode="json", exclude_none=True, exclude={"job", "disk"}),
+        **_ruled(context, wanted),
+    }
+    return Outcome([Change("job", identifier, body)], {"job": identifier})
+
+
+def _again(before: Record, wanted: Convert) -> Outcome:
+    """Returns what an id that was used already means: the same job, which is not made twice."""
+    same = (before.body["disk"], before.body["format"]) == (wanted.disk, wanted.format)
+    if not same:
+        raise Refusal(f"job {before.id} is another conversion already")
+    return Outcome((), {"job": before.id, "state": before.body["state"]})
+
+
+def _refuse_format(context: Context, name: str) -> None:
+    formats = _policy(context).get("formats")
+    if formats is not None and name not in formats:
+        raise Refusal(f"the policy of this node converts to {', '.join(formats) or 'nothing'}, not to {name}")
+    known = context.get(context.node, "capabilities", "installed")
+    if known and not known.body.get("formats", {}).get(name, {}).get("writes"):
+        writable = sorted(key for key, one in known.body.get("formats", {}).items() if one.get("writes"))
+        raise Refusal(f"this node cannot write {name}, but {', '.join(writable)}")
+
+
+def _ruled(context: Context, wanted: Convert) -> dict[str, Any]:
+    """Returns the fields of a job that the node's policy has a say in."""
+    policy = _policy(context)
+    if not wanted.keep_source and not policy.get("may_remove_source"):
+        raise Refusal("the policy of this node keeps sources")
+    return {"zero_copy": "require"} if policy.get("zero_copy") == "require" else {}
+
+
+def _policy(context: Context) -> Mapping[str, Any]:
+    record = context.get(context.node, "policy", POLICY)
+    return record.body if record else {}
+
+
+def _cancel(context: Context, _request: Request, wanted: Cancel) -> Outcome:
+    record = _own(context, "job", wanted.job)
+    state = record.body["state"]
+    ends_itself = state == "planned" and record.body.get("dry_run")
+    if ends_itself or state in ("done", "failed", "cancelled"):
+        raise Refusal(f"job {wanted.job} is {state} already")
+    changed = {**record.body, "cancel": True}
+    if state == "queued":
+        changed |= {"state": "cancelled", "ended_ms": context.now}
+    return Outcome([Change("job", wanted.job, changed)], {"job": wanted.job, "state": changed["state"]})
+
+
+# Datastores
+
+
+def _scan(context: Context, _request: Request, wanted: Scan) -> Outcome:
+    if wanted.datastore is not None:
+        due = [_own(context, "datastore", wanted.datastore)]
+    else:
+        due = context.find("datastore", context.node)
+    changes = [Change("datastore", one.id, {**one.body, "scan_asked_ms": context.now}) for one in due]
+    return Outcome(changes, {"datastores": [one.id for one in due]})
+
+
+def _add_datastore(context: Context, _request: Request, wanted: DatastoreAdd) -> Outcome:
+    if context.get(context.node, "datastore", wanted.name):
+        raise Refusal(f"datastore {wanted.name} is there already")
+    for other in context.find("datastore", context.node):
+        if _overlap(other.body["path"], wanted.path):
+            raise Refusal(f"{wanted.path} and {other.body['path']} of datastore {other.id} are not apart")
+    body = {"path": wanted.path, "scan_asked_ms": context.now, "scanned_ms": 0}
+    return Outcome([Change("datastore", wanted.name, body)], {"datastore": wanted.name})
+
+
+def _overlap(one: str, other: str) -> bool:
+    one, other = one.rstrip("/") + "/", other.rstrip("/") + "/"
+    return one.startswith(other) or other.startswith(one)
+
+
+def _remove_datastore(context: Context, _request: Request, wanted: DatastoreRemove) -> Outcome:
+    _own(context, "datastore", wanted.name)
+    for job in context.find("job", context.node):
+        if job.body["state"] == "running" and wanted.name in (
+            job.body["datastore"],
+            job.body.get("target_datastore"),
+        ):
+            raise Refusal(f"job {job.id} is running in datastore {wanted.name}")
+    # Its disks are many: the scanner takes them out of the catalogue when it sees that the datastore is gone.
+    return Outcome([Change("datastore", wanted.name, None)], {"datastore": wanted.name})
+
+
+# Rules, people and nodes
+
+
+def _set_policy(context: Context, _request: Request, wanted: PolicySet) -> Outcome:
+    body = {**_policy(context), **wanted.model_dump(mode="json", exclude_unset=True)}
+    heard = body.get("administrators_of")
+    if heard is not None and context.node not in heard:
+        body["administrators_of"] = [*heard, context.node]
+    return Outcome([Change("policy", POLICY, body)], {"policy": body})
+
+
+def _create_token(context: Context, request: Request, wanted: TokenCreate) -> Outcome:
+    if context.get(context.node, "token", wanted.id):
+        raise Refusal(f"token {wanted.id} is there already")
+    body = {
+        **wanted.model_dump(mode="json", exclude_none=True, exclude={"id"}),
+        "created_ms": context.now,
+        "by": dict(request.by),
+    }
+    return Outcome([Change("token", wanted.id, body)], {"token": wanted.id})
+
+
+def _revoke_token(context: Context, _request: Request, wanted: TokenRevoke) -> Outcome:
+    record = _own(context, "token", wanted.id)
+    return Outcome([Change("token", wanted.id, {**record.body, "revoked": True})], {"token": wanted.id})
+
+
+def _retire(directory: str, context: Context, _request: Request, wanted: Retire) -> Outcome:
+    """Takes a node out of the fleet for good: all drop its records, and take none of it again."""
+    if wanted.node == context.node:
+        raise Refusal("a node does not retire itself", hint="vmconv node leave, on it")
+    record = context.get(wanted.node, "node", wanted.node)
+    body = {"node": wanted.node, "reason": wanted.reason, "at_ms": context.now}
+    if record:
+        body["name"] = str(record.body.get("name", ""))[:255]
+    revoked = _revocation(directory, context, wanted.node, None, retired=True)
+    return Outcome([Change("retirement", wanted.node, body), revoked], {"node": wanted.node})
+
+
+def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke) -> Outcome:
+    if wanted.key_id is None and wanted.node == context.node:
+        raise Refusal("a node does not revoke itself")
+    change = _revocation(directory, context, wanted.node, wanted.key_id, retired=False)
+    return Outcome([change], {"node": wanted.node, "key_id": wanted.key_id})
+
+
+def _revocation(directory: str, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
+    """Returns what the fleet's CA has signed against keys; only a node that holds the CA can."""
+    from vmconv_fleet.trust.authority import Authority
+
+    position = context.positions().get(node)
+    upto = [position.epoch, position.seq] if position else [0, 0]
+    body = Authority.load(directory).revocation(node, key_id=key_id, upto=upto, retired=retired)
+    return Change("revocation", key_id or node, body)

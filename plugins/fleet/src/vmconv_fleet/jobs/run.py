@@ -1,0 +1,325 @@
+"""One run of one job: the worker is started, what it tells goes into the job's record, and it is ended when it must."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+from vmconv_fleet.errors import FleetError, Refusal
+from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.worker import Task
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change
+from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.writing import Writes, settled
+
+_log = logging.getLogger("vmconv_fleet.jobs")
+
+WORKER = (sys.executable, "-m", "vmconv_fleet.jobs.worker")
+PROGRESS_SECONDS = 0.5
+"""How often progress is told to the fleet."""
+
+_PATIENCE = 10.0
+_LONGEST_LINE = 1 << 20
+_MAX_TEXT = 500
+
+
+class Job(NamedTuple):
+    """What a job's record says that matters to whoever runs it."""
+
+    id: str
+    body: Mapping[str, Any]
+
+    @property
+    def state(self) -> str:
+        return str(self.body.get("state", ""))
+
+    @property
+    def cancel(self) -> bool:
+        return bool(self.body.get("cancel"))
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("done", "failed", "cancelled") or (
+            self.state == "planned" and bool(self.body.get("dry_run"))
+        )
+
+    @property
+    def was_begun(self) -> bool:
+        return self.state in ("planned", "running") or self.body.get("started_ms") is not None
+
+    @property
+    def at_ms(self) -> int:
+        return int(self.body.get("at_ms") or 0)
+
+    @property
+    def batch(self) -> str | None:
+        return self.body.get("batch")
+
+    @property
+    def max_parallel(self) -> int | None:
+        return self.body.get("max_parallel")
+
+    def order(self) -> tuple[int, int, str]:
+        """Returns the place in the queue: when it is due, then when it was asked for."""
+        return self.at_ms, int(self.body.get("created_ms", 0)), self.id
+
+
+class Run:
+    """A job on its way, on a thread of its own; `over` is called when it has ended."""
+
+    def __init__(
+        self,
+        service: Writes,
+        job: Job,
+        journal: Journal,
+        *,
+        policy: Mapping[str, Any],
+        command: Sequence[str],
+        over: Callable[[], None],
+    ) -> None:
+        self.batch = job.batch
+        self._service = service
+        self._job = job.id
+        self._journal = journal
+        self._policy = policy
+        self._command = list(command)
+        self._over = over
+        self._child: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._node_ends = threading.Event()
+        self._told = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"job {job.id}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over.is_set()
+
+    def cancel(self) -> None:
+        """Ends the job, for good."""
+        self._cancelled = True
+        self._stop_child()
+
+    def end(self) -> None:
+        """Ends the run because the node ends; the record stays, for the next start."""
+        self._node_ends.set()
+        self._stop_child()
+        self._thread.join()
+
+    def _stop_child(self) -> None:
+        with self._lock:
+            child = self._child
+        if child and child.poll() is None:
+            with suppress(ProcessLookupError):
+                child.terminate()
+            # Storage may hold it up for ever; what it leaves then, the next run of the same job removes.
+            timer = threading.Timer(_PATIENCE, child.kill)
+            timer.daemon = True
+            timer.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except FleetError as exc:
+            _log.info("job %s stays where it is: %s", self._job, exc)
+        except Exception:
+            _log.exception("job %s", self._job)
+        finally:
+            self._is_over.set()
+            self._over()
+
+    def _work(self) -> None:
+        body = self._update(_begun)
+        if body is None:
+            return
+        try:
+            task = self._task(body)
+        except Refusal as exc:
+            self._update(_failed(str(exc), None))
+            return
+        said = self._converse(task)
+        if self._node_ends.is_set() and said is None and not self._journal.made():
+            return
+        ended = self._update(self._outcome(said))
+        self._journal.remove()
+        if ended and ended["state"] == "done":
+            self._ask_for_scan({body["datastore"], body.get("target_datastore")})
+        _log.info("job ended", extra={"fields": {"job": self._job, "outcome": (said or {}).get("event", "ended")}})
+
+    def _ask_for_scan(self, datastores: set[str | None]) -> None:
+        """Lets the catalogue know of what was made."""
+
+        def decide(view: View) -> list[Change]:
+            found = [view.get(self._service.node, "datastore", name) for name in datastores if name is not None]
+            return [Change("datastore", one.id, {**one.body, "scan_asked_ms": wall_ms()}) for one in found if one]
+
+        settled(self._service.update(decide), self._node_ends)
+
+    def _task(self, body: Mapping[str, Any]) -> Task:
+        """Returns what the worker has to do; raises `Refusal` when the catalogue has changed since it was asked for."""
+        node, view = self._service.node, self._service.view()
+        roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
+        disk = view.get(node, "disk", body["disk"])
+        if disk is None:
+            raise Refusal(f"disk {body['disk']} is not here any more")
+        other = body.get("target_datastore")
+        for name in (disk.body["datastore"], other):
+            if name is not None and name not in roots:
+                raise Refusal(f"datastore {name} is not here any more")
+        return Task(
+            job=self._job,
+            root=roots[disk.body["datastore"]],
+            name=disk.body["name"],
+            roots=list(roots.values()),
+            format=body["format"],
+            options=dict(body.get("options", {})),
+            target=body.get("target"),
+            target_root=roots[other] if other else None,
+            naming=self._policy.get("naming", "{stem}{suffix}"),
+            zero_copy=body.get("zero_copy", "auto"),
+            journal=self._journal.path,
+            dry_run=bool(body.get("dry_run")),
+            removable=not body.get("keep_source", True) and not self._is_parent(body["disk"]),
+        )
+
+    def _is_parent(self, disk: str) -> bool:
+        """Returns whether another disk of the catalogue needs this one."""
+        return any(
+            layer.get("disk") == disk
+            for one in self._service.view().find("disk", self._service.node)
+            for layer in one.body.get("chain", ())
+        )
+
+    def _converse(self, task: Task) -> Mapping[str, Any] | None:
+        """Lets the worker do the task; returns its last word, None when it had none."""
+        last: Mapping[str, Any] | None = None
+        noise = ""
+        with subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        ) as child:
+            with self._lock:
+                self._child = child
+            if self._cancelled or self._node_ends.is_set():
+                self._stop_child()
+            try:
+                self._say(child, json.dumps(task._asdict()))
+                for said in _lines(child):
+                    if isinstance(said, str):
+                        noise = said
+                    elif said["event"] in ("done", "error") or task.dry_run:
+                        last = said
+                    else:
+                        self._hear(child, said)
+            except BaseException:
+                child.kill()
+                raise
+        if last is None and not (self._cancelled or self._node_ends.is_set()):
+            how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
+            last = {"event": "error", "message": f"the worker ended with {how} {noise}".strip()[:_MAX_TEXT]}
+        return last
+
+    def _say(self, child: subprocess.Popen[bytes], line: str) -> None:
+        assert child.stdin
+        # A worker that has gone is noticed by what it did not say.
+        with suppress(BrokenPipeError):
+            child.stdin.write(line.encode() + b"\n")
+            child.stdin.flush()
+
+    def _hear(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
+        if said["event"] == "plan":
+            if self._update(partial(_planned, said)) is None:
+                # It was cancelled, or the record is gone.
+                self.cancel()
+            else:
+                self._say(child, "go")
+            return
+        now = time.monotonic()
+        if now - self._told >= PROGRESS_SECONDS or said["done"] == 0:
+            self._told = now
+            progress = {"done": said["done"], "total": said["total"]}
+            self._update(lambda body: {**body, "state": "running", "progress": progress})
+
+    def _outcome(self, said: Mapping[str, Any] | None) -> Callable[[Mapping[str, Any]], Any]:
+        """Returns what becomes of the record; a cancellation that came too late is none."""
+        if said is not None and said["event"] == "error" and not self._cancelled:
+            return _failed(said["message"], said.get("hint"))
+        if said is not None and said["event"] == "plan":
+            return lambda body: {**_planned(said, body), "ended_ms": wall_ms()}
+        if (said is not None and said["event"] == "done") or self._journal.made():
+            return lambda body: _done(body, said or {})
+        return lambda body: {**body, "state": "cancelled", "ended_ms": wall_ms()}
+
+    def _update(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+        """Changes the job's record as of this moment, and waits until that is durable; returns the new body."""
+
+        def decide(view: View) -> list[Change]:
+            record = view.get(self._service.node, "job", self._job)
+            if record is None or Job(self._job, record.body).is_over:
+                return []
+            body = change(record.body)
+            return [] if body is None else [Change("job", self._job, body)]
+
+        records = settled(self._service.update(decide), self._node_ends)
+        return records[0].body if records else None
+
+
+def _begun(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if body["state"] != "queued":
+        return None
+    return {**body, "started_ms": wall_ms(), "attempts": body.get("attempts", 0) + 1}
+
+
+def _planned(said: Mapping[str, Any], body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**body, "state": "planned", "plan": said["plan"], "file": os.path.basename(said["target"])}
+
+
+def _done(body: Mapping[str, Any], said: Mapping[str, Any]) -> Mapping[str, Any]:
+    changed: dict[str, Any] = {**body, "state": "done", "ended_ms": wall_ms()}
+    if progress := body.get("progress"):
+        changed["progress"] = {"done": progress["total"], "total": progress["total"]}
+    warnings = list(said.get("warnings", ()))
+    if said.get("source_kept"):
+        warnings.append(f"the source was kept: {said['source_kept']}")
+    if warnings:
+        changed["warnings"] = warnings
+    if "seconds" in said:
+        changed["seconds"] = said["seconds"]
+    return changed
+
+
+def _failed(message: str, hint: str | None) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    why = {"error": message[:_MAX_TEXT]} | ({"hint": hint[:_MAX_TEXT]} if hint else {})
+    return lambda body: {**body, "state": "failed", "ended_ms": wall_ms(), **why}
+
+
+def _lines(child: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any] | str]:
+    """Yields what a worker says: events, and as text what is none."""
+    assert child.stdout
+    while line := child.stdout.readline(_LONGEST_LINE):
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if isinstance(said, dict) and "event" in said:
+            yield said
+        else:
+            yield line.decode(errors="replace").strip()

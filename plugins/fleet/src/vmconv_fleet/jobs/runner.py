@@ -1,0 +1,184 @@
+"""Runs the conversions of a node: what its job records ask for, in programs of their own, and what became of them.
+
+A job's record goes queued -> planned -> running -> done, failed or cancelled. Only this module takes it further, but
+for handlers that make it, or ask for its end. A node that dies leaves the record where it was; at the next start each
+job that was begun is either found done, by its journal, or begun again from nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from vmconv_fleet.errors import ClosedError, FleetError
+from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.run import WORKER, Job, Run
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.writing import Writes, settled
+
+_log = logging.getLogger("vmconv_fleet.jobs")
+
+MAX_PARALLEL = 2
+"""Conversions at the same time where no policy says otherwise."""
+
+MAX_ATTEMPTS = 3
+"""How often a job may take its node with it."""
+
+_LOOK_AT_CLOCK = 30.0
+_WORKER_STEP = 0.05
+
+
+class JobRunner:
+    """Converts what the node's job records ask for; `directory` is the node's own."""
+
+    def __init__(self, service: Writes, directory: str, *, command: Sequence[str] = WORKER) -> None:
+        self._service = service
+        self._directory = os.path.join(directory, "jobs")
+        self._command = command
+        self._events: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Job] = {}
+        self._running: dict[str, Run] = {}
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        self._unsubscribe = self._service.subscribe(self._notice)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends what runs, which the next start begins again; returns when nothing runs any more."""
+        self._ending.set()
+        self._unsubscribe()
+        self._events.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # On the replica's thread
+
+    def _notice(self, records: list[Record]) -> None:
+        for one in records:
+            if one.owner == self._service.node and one.kind in ("job", "policy"):
+                self._events.put(one)
+
+    # On the runner's own thread
+
+    def _run(self) -> None:
+        try:
+            self._recover()
+            while not self._ending.is_set():
+                self._begin_due()
+                self._wait()
+        except FleetError as exc:
+            # The node ends, or its database has failed, which it says itself.
+            _log.info("job runner ends: %s", exc)
+        finally:
+            for run in list(self._running.values()):
+                run.end()
+
+    def _recover(self) -> None:
+        """Settles what the last run of this node left: done after all, cancelled, to be done again, or given up."""
+        node = self._service.node
+        # Before it serves, the node may not have its own latest records.
+        settled(self._service.update(lambda _view: ()), self._ending)
+        for record in self._service.view().find("job", node):
+            job = Job(record.id, record.body)
+            if job.was_begun and not job.is_over:
+                journal = self._journal(job.id)
+                self._wait_for_worker(journal)
+                change = partial(_left_over, node, job.id, journal.made())
+                settled(self._service.update(change), self._ending)
+                journal.remove()
+        for record in self._service.view().find("job", node):
+            self._look_at(record)
+
+    def _wait_for_worker(self, journal: Journal) -> None:
+        """Waits until the worker of the last run has ended, as it does when its node has."""
+        while not journal.lock():
+            if self._ending.wait(_WORKER_STEP):
+                raise ClosedError("the node ends")
+        journal.unlock()
+
+    def _wait(self) -> None:
+        """Takes note of changed records; returns as well when a job may have become due."""
+        now = wall_ms()
+        until = min((job.at_ms - now for job in self._waiting.values() if job.at_ms > now), default=0) / 1000
+        with suppress(queue.Empty):
+            record = self._events.get(timeout=min(until, _LOOK_AT_CLOCK) if until > 0 else _LOOK_AT_CLOCK)
+            while True:
+                if record:
+                    self._look_at(record)
+                record = self._events.get_nowait()
+
+    def _look_at(self, record: Record) -> None:
+        if record.kind != "job":
+            return
+        job = Job(record.id, record.body)
+        if record.deleted or job.state != "queued":
+            self._waiting.pop(record.id, None)
+        elif record.id not in self._running:
+            self._waiting[record.id] = job
+        run = self._running.get(record.id)
+        if run and (record.deleted or job.cancel):
+            run.cancel()
+
+    def _begin_due(self) -> None:
+        """Begins what is due, as many at a time as policy and batches allow."""
+        for identifier in [key for key, run in self._running.items() if run.is_over]:
+            del self._running[identifier]
+        most = self._policy().get("max_parallel", MAX_PARALLEL)
+        now = wall_ms()
+        for job in sorted(self._waiting.values(), key=Job.order):
+            if self._ending.is_set() or len(self._running) >= most:
+                return
+            if job.at_ms > now or not self._batch_allows(job):
+                continue
+            del self._waiting[job.id]
+            run = Run(
+                self._service,
+                job,
+                self._journal(job.id),
+                policy=self._policy(),
+                command=self._command,
+                over=lambda: self._events.put(None),
+            )
+            self._running[job.id] = run
+            run.start()
+
+    def _batch_allows(self, job: Job) -> bool:
+        if job.batch is None or job.max_parallel is None:
+            return True
+        return sum(run.batch == job.batch for run in self._running.values()) < job.max_parallel
+
+    def _policy(self) -> Mapping[str, Any]:
+        record = self._service.view().get(self._service.node, "policy", "conversion")
+        return record.body if record else {}
+
+    def _journal(self, job: str) -> Journal:
+        return Journal(os.path.join(self._directory, f"{job}.json"))
+
+
+def _left_over(node: str, identifier: str, made: str | None, view: View) -> list[Change]:
+    """Returns what becomes of a job that was begun when its node ended; `made` is the target that it had made."""
+    record = view.get(node, "job", identifier)
+    if record is None or Job(identifier, record.body).is_over:
+        return []
+    body = {key: value for key, value in record.body.items() if key not in ("plan", "progress", "started_ms", "file")}
+    if made:
+        done = {"state": "done", "ended_ms": wall_ms(), "recovered": True}
+        return [Change("job", identifier, {**record.body, **done})]
+    if record.body.get("cancel"):
+        return [Change("job", identifier, {**body, "state": "cancelled", "ended_ms": wall_ms()})]
+    if record.body.get("attempts", 0) >= MAX_ATTEMPTS:
+        error = f"given up: the node ended in the middle of it {MAX_ATTEMPTS} times"
+        return [Change("job", identifier, {**body, "state": "failed", "error": error, "ended_ms": wall_ms()})]
+    return [Change("job", identifier, {**body, "state": "queued"})]

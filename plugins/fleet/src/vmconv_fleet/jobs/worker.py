@@ -1,0 +1,265 @@
+"""One conversion: a program that the job runner starts, so that it can be cancelled, and ends with its node.
+
+    python -m vmconv_fleet.jobs.worker
+
+The first line of standard input is the `Task`, as JSON. What happens is told on standard output, one JSON document on
+each line, with the key `event`:
+
+    plan      what will be shared, copied and written; then it waits until standard input says `go`
+    progress  bytes done and to do
+    done      the target is there
+    error     one line on what went wrong, and a hint; nothing was created
+
+It ends as well, leaving nothing behind, at SIGTERM and when standard input ends: so does a conversion whose node was
+killed. Before the target gets its name, the journal says which file that will be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.backends.temporary import is_unnamed
+from vmconv.errors import AccessError, PlanError, VmconvError, printable
+from vmconv_fleet.catalogue.places import opened_files, place_of, refuse_as_file_name, refuse_outside
+from vmconv_fleet.jobs.journal import Journal
+
+if TYPE_CHECKING:
+    from vmconv.conversion import Result
+    from vmconv.planner import Plan
+
+_PROGRESS_SECONDS = 0.2
+_MAX_LISTED = 20
+
+
+class Task(NamedTuple):
+    """What to convert: the disk `name` below the datastore at `root`; `roots` are all datastores that may be touched.
+
+    `target` is the name of the file to make at `target_root`, or beside the source (None). Without it `naming` makes
+    the name. `journal` is the path of the job's journal. `removable`: the source may go once the target is there.
+    """
+
+    job: str
+    root: str
+    name: str
+    roots: list[str]
+    format: str
+    options: dict[str, str]
+    target: str | None
+    target_root: str | None
+    naming: str
+    zero_copy: str
+    journal: str
+    dry_run: bool = False
+    removable: bool = False
+
+
+class _Stopped(BaseException):
+    """The conversion is to end. No `Exception`: what readers and writers catch must not be this."""
+
+
+class Worker:
+    """Does one task and tells of it."""
+
+    def __init__(self, task: Task, journal: Journal) -> None:
+        self._task = task
+        self._roots = [os.path.realpath(root) for root in task.roots]
+        self._journal = journal
+        self._before = set(opened_files())
+        self._go = threading.Event()
+        self._over = threading.Event()
+        self._directory = ""
+        self._names: list[str] = []
+        self._said = 0.0
+
+    def run(self) -> None:
+        from vmconv.api import convert
+
+        task = self._task
+        source = place_of(task.root, task.name, self._roots)
+        target = self._target(source)
+        # Which layers lie where is decided by the opener for all the datastores, and again on what it has opened.
+        wanted: dict[str, Any] = {
+            "target_format": task.format,
+            "options": task.options,
+            "zero_copy": task.zero_copy,
+            "allow_external": self._roots,
+        }
+        if task.dry_run:
+            self._plan(source, target, wanted)
+            return
+        threading.Thread(target=self._listen, daemon=True).start()
+        result = convert(source, target, announce=self._announce, progress=self._progress, **wanted)
+        self._over.set()
+        self._finish(source, result)
+
+    def _plan(self, source: str, target: str, wanted: Mapping[str, Any]) -> None:
+        from vmconv.conversion import Request, prepared
+        from vmconv.refusals import refuse_copies
+
+        with prepared(Request(source, target, **wanted)) as ready:
+            self._refuse_elsewhere(ready.plan)
+            self._tell_plan(ready.plan)
+            refuse_copies(target, self._task.zero_copy, ready.plan)
+
+    def _target(self, source: str) -> str:
+        from vmconv.containers import new_name
+        from vmconv.registry import installed
+
+        task = self._task
+        directory = os.path.realpath(task.target_root) if task.target_root else os.path.dirname(source)
+        refuse_outside(directory, task.target or task.name, self._roots)
+        registry = installed()
+        one = registry.format(task.format)
+        own = os.path.basename(task.name)
+        new = new_name(own, one, registry)
+        stem = registry.stem(own)
+        name = task.target or task.naming.format(
+            stem=stem, suffix=new.removeprefix(stem), format=one.name, job=task.job
+        )
+        refuse_as_file_name(name)
+        path = os.path.join(directory, name)
+        if os.path.lexists(path):
+            # A link is not followed: it could lead anywhere.
+            raise PlanError(f"{name}: already exists", hint="name another target")
+        return path
+
+    def _listen(self) -> None:
+        """Waits for the order to go on, and then for the end of whoever gave it."""
+        if sys.stdin.readline():
+            self._go.set()
+            sys.stdin.read()
+        if not self._over.is_set():
+            # To the main thread itself: it may be waiting for what no other thread can interrupt.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        self._go.set()
+
+    def _announce(self, plan: Plan) -> None:
+        self._refuse_elsewhere(plan)
+        self._tell_plan(plan)
+        self._go.wait()
+
+    def _refuse_elsewhere(self, plan: Plan) -> None:
+        """Raises `AccessError` when the conversion has opened, or would make, a file outside of the datastores."""
+        for descriptor, path in opened_files().items():
+            if descriptor not in self._before:
+                refuse_outside(path, os.path.basename(path), self._roots)
+        refuse_outside(plan.directory, plan.files[-1].name, self._roots)
+        self._directory, self._names = plan.directory, [file.name for file in plan.files]
+
+    def _tell_plan(self, plan: Plan) -> None:
+        copies = [{"reason": one.reason, "bytes": one.bytes, "ranges": one.ranges} for one in plan.copies]
+        _tell(
+            "plan",
+            target=os.path.join(plan.directory, plan.files[-1].name),
+            plan={
+                "backend": plan.way,
+                **plan.totals._asdict(),
+                "copies": copies[:_MAX_LISTED],
+                "losses": [printable(loss) for loss in plan.losses[:_MAX_LISTED]],
+                "files": [printable(file.name) for file in plan.files[:_MAX_LISTED]],
+            },
+        )
+
+    def _progress(self, done: int, total: int) -> None:
+        if not self._journal.is_written:
+            self._note_outputs()
+        now = time.monotonic()
+        if done == total or now - self._said >= _PROGRESS_SECONDS:
+            self._said = now
+            _tell("progress", done=done, total=total)
+
+    def _note_outputs(self) -> None:
+        """Writes down which files will be the target, before any of them has its name."""
+        made = [fd for fd, path in opened_files().items() if self._is_output(path)]
+        if len(made) < len(self._names):
+            raise AccessError(f"{self._names[-1]}: the file that is being made is not where it was to be")
+        self._journal.write(os.path.join(self._directory, self._names[-1]), made)
+
+    def _is_output(self, path: str) -> bool:
+        return os.path.dirname(path) == self._directory and is_unnamed(path)
+
+    def _finish(self, source: str, result: Result) -> None:
+        kept = None
+        if self._task.removable:
+            kept = _remove(source, result)
+        _tell(
+            "done",
+            seconds=round(result.seconds, 3),
+            warnings=[printable(text) for text in result.warnings[:_MAX_LISTED]],
+            source_kept=kept,
+        )
+
+
+def _remove(source: str, result: Result) -> str | None:
+    """Removes the source of a finished conversion; returns the reason when it has to stay."""
+    from vmconv.opener import Opener
+    from vmconv.registry import installed
+
+    if result.totals.referenced:
+        return "the target refers to it"
+    with Opener(installed()) as opener:
+        image = opener.image(source, result.source_format)
+        if any(one is not image.file for one in image.guest.sources) or image.dependencies:
+            return "it consists of several files"
+        if image.file.changed():
+            return "it has changed"
+        os.unlink(source)
+    return None
+
+
+def _tell(event: str, **values: Any) -> None:
+    # On one descriptor and in one call: lines of threads must not mix. A node that has gone hears nothing.
+    with suppress(BrokenPipeError):
+        os.write(1, json.dumps({"event": event, **values}).encode() + b"\n")
+
+
+def _stop(_number: int, _frame: object) -> None:
+    raise _Stopped
+
+
+def main() -> int:
+    """Does the task that standard input names; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    # The terminal's ^C is for the node, which ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    task = Task(**json.loads(sys.stdin.readline()))
+    journal = Journal(task.journal)
+    if not journal.lock():
+        _tell("error", message="another worker is at this job", hint=None)
+        return 1
+    code = _done(task, journal)
+    if code and not journal.made():
+        journal.remove()
+    return code
+
+
+def _done(task: Task, journal: Journal) -> int:
+    try:
+        Worker(task, journal).run()
+    except _Stopped:
+        return 143
+    except VmconvError as exc:
+        _tell("error", message=str(exc), hint=exc.hint)
+        return 1
+    except OSError as exc:
+        _tell("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=None)
+        return 1
+    except Exception as exc:
+        _tell("error", message=printable(f"internal error: {type(exc).__name__}: {exc}"), hint=None)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    # As the program does: taking numpy's modules apart takes longer than what is left to do.
+    os._exit(code)

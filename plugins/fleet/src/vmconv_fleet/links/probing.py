@@ -1,0 +1,82 @@
+"""Why there is no link to an address: Zenoh says nothing of a refused handshake, so we make one ourselves and look."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from typing import NamedTuple
+
+from vmconv_fleet.config import NodeConfig, split_address
+from vmconv_fleet.trust.peers import common_name
+
+TIMEOUT = 2.0
+_REFUSAL_WAIT = 0.5
+"""How long the other end may take to refuse: in TLS 1.3 it looks at our certificate after our handshake is over."""
+
+
+class Probe(NamedTuple):
+    """What was found at an address: the node there if its certificate is good, and why it cannot be talked to."""
+
+    node: str | None
+    kind: str = ""
+    text: str = ""
+    hint: str | None = None
+
+
+def probe(config: NodeConfig, address: str) -> Probe:
+    """Returns who is at the address and whether TLS with it works, within a few seconds."""
+    host, port = split_address(address)
+    try:
+        context = ssl.create_default_context(cafile=config.path("ca.pem"))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
+    except (OSError, ssl.SSLError) as exc:
+        return Probe(None, "certificate", f"own certificate or key cannot be used: {exc}")
+    try:
+        with socket.create_connection((host, port), TIMEOUT) as plain:
+            return _handshake(context, plain, host, address)
+    except OSError as exc:
+        return Probe(None, "unreachable", f"{address}: cannot be reached: {exc.strerror or exc}")
+
+
+def _handshake(context: ssl.SSLContext, plain: socket.socket, host: str, address: str) -> Probe:
+    try:
+        secured = context.wrap_socket(plain, server_hostname=host)
+    except ssl.SSLCertVerificationError as exc:
+        return Probe(
+            None,
+            "untrusted",
+            f"{address}: its certificate is not accepted: {exc.verify_message}",
+            "is that node of this fleet, its certificate not expired, and this address among its addresses?",
+        )
+    except ssl.SSLError as exc:
+        return Probe(None, "no-tls", f"{address}: does not speak TLS as nodes do: {_reason(exc)}")
+    except OSError as exc:
+        return Probe(None, "no-tls", f"{address}: ends the connection instead of a TLS handshake: {exc}")
+    node = common_name(secured)
+    try:
+        secured.settimeout(_REFUSAL_WAIT)
+        with contextlib.suppress(TimeoutError):
+            secured.recv(1)
+    except ssl.SSLError as exc:
+        return Probe(
+            node,
+            "refused",
+            f"{address}: refuses the certificate of this node: {_reason(exc)}",
+            "vmconv node renew gets a new one, unless this node was revoked",
+        )
+    except OSError:
+        # Ended without a word: not what a refusal looks like.
+        pass
+    finally:
+        secured.close()
+    return Probe(node)
+
+
+def _reason(exc: ssl.SSLError) -> str:
+    """Returns the alert or failure in lower case words, as `certificate expired`."""
+    reason = exc.reason or str(exc)
+    for prefix in ("TLSV1_ALERT_", "TLSV13_ALERT_", "SSLV3_ALERT_"):
+        reason = reason.removeprefix(prefix)
+    return reason.replace("_", " ").lower()

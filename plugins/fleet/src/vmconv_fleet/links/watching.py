@@ -1,0 +1,91 @@
+"""Notices what Zenoh does not tell: addresses without a link and why, a certificate that ends, that we were revoked."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import Callable
+
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.links.zenoh_link import ZenohLink
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.trust.identity import Binding
+
+INTERVAL = 5.0
+WARNING = datetime.timedelta(days=14)
+_PATIENCE = 3
+"""How often a probe may succeed without a link following, before that is a problem: Zenoh tries once a second."""
+
+
+class Watch:
+    """Looks every few seconds, on its own thread, and reports to the link; `bound` is what our certificate says now."""
+
+    def __init__(
+        self, config: NodeConfig, link: ZenohLink, bound: Callable[[], Binding], is_revoked: Callable[[], bool]
+    ) -> None:
+        self._config = config
+        self._link = link
+        self._bound = bound
+        self._is_revoked = is_revoked
+        self._found: dict[str, str] = {}
+        self._shunned: dict[str, int] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self.look()
+
+    def look(self) -> None:
+        self._look_at_certificate()
+        for address in self._config.connect:
+            if self._link.is_cut or self._ended.is_set():
+                return
+            name = f"address {address}"
+            known = self._found.get(address) in {self._config.node, *self._link.neighbours()}
+            if known or self._link.reached(address):
+                self._shunned.pop(address, None)
+                self._link.report(name, None)
+            else:
+                self._link.report(name, self._judge(address))
+
+    def _judge(self, address: str) -> Problem | None:
+        """Returns what is wrong at an address that no neighbour is known to have."""
+        # TLS in Python takes memory that a node whose links are all there does not need.
+        from vmconv_fleet.links.probing import probe
+
+        found = probe(self._config, address)
+        if found.kind:
+            return Problem(found.kind, f"{found.text} ({found.hint})" if found.hint else found.text)
+        if found.node is None:
+            return Problem("untrusted", f"{address}: shows a certificate without a node id")
+        self._found[address] = found.node
+        if found.node in {self._config.node, *self._link.neighbours()}:
+            return None
+        self._shunned[address] = self._shunned.get(address, 0) + 1
+        if self._shunned[address] < _PATIENCE:
+            return None
+        return Problem(
+            "cloned",
+            f"{address}: node {found.node} accepts this node's certificate but makes no link with it: "
+            f"is a copy of this node running, with the same id {self._config.node}?",
+        )
+
+    def _look_at_certificate(self) -> None:
+        left = self._bound().not_after - datetime.datetime.now(datetime.UTC)
+        problem = None
+        if self._is_revoked():
+            problem = Problem("revoked", "this node was revoked: no other node takes anything from it")
+        elif left < datetime.timedelta():
+            problem = Problem("expired", f"the certificate of this node expired on {self._bound().not_after:%Y-%m-%d}")
+        elif left < WARNING:
+            problem = Problem("expiring", f"the certificate of this node expires in {left.days} days")
+        self._link.report("certificate", problem)

@@ -1,0 +1,447 @@
+"""Links to the neighbours, by Zenoh: the engine's transport.
+
+One thread, the keeper, opens the session, closes it and opens it again, which is how certificates and members change.
+Zenoh calls back on its own threads, where we only put into queues. Who a neighbour is, is what the authority certified:
+the common name of the link's certificate, under which alone it may put.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Self
+
+import zenoh
+
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.links.sockets import give_up_after
+from vmconv_fleet.links.zenoh_config import ALL, lease_ms, link_key, zenoh_settings
+from vmconv_fleet.replication.engine import Events
+from vmconv_fleet.replication.messages import LIVE, MAX_MESSAGE
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.trust.identity import is_node_id
+
+QUIET = 0.3
+"""Seconds without a link that comes or goes before a session is opened anew, which costs all its links for a moment."""
+SPREAD = 0.1
+"""Seconds a member by which chance lengthens that: one node after the other opens its session anew, not all at once."""
+LONGEST = 1.0
+"""Seconds a member for which others are waited for at most."""
+URGENT = 1.0
+"""Seconds within which, by chance, the link with a node that was revoked ends."""
+MAX_PATIENCE = 64
+"""How much longer a neighbour that has a link and does not listen is waited for when new sessions have not helped."""
+CLOSE_WITHIN = 6.0
+"""Seconds that a session may take to close: with Zenoh 1.10 that was seen to fail after ten, or never to return."""
+MAX_WAITING = 64 << 20
+"""Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
+_log = logging.getLogger("vmconv_fleet.link")
+
+
+class _Ways(NamedTuple):
+    """What is open to a neighbour, or to all of them: live messages may be dropped, the others wait for room."""
+
+    live: zenoh.Publisher
+    bulk: zenoh.Publisher
+
+    @classmethod
+    def to(cls, session: zenoh.Session, key: str) -> Self:
+        remote = zenoh.Locality.REMOTE
+        live = session.declare_publisher(
+            key,
+            allowed_destination=remote,
+            congestion_control=zenoh.CongestionControl.DROP,
+            priority=zenoh.Priority.INTERACTIVE_HIGH,
+            express=True,
+        )
+        blocking = zenoh.CongestionControl.BLOCK
+        return cls(live, session.declare_publisher(key, congestion_control=blocking, allowed_destination=remote))
+
+
+class _Closing(threading.Thread):
+    """Closes a session, on a thread of its own. Once it has failed Zenoh does not try again."""
+
+    def __init__(self, session: zenoh.Session) -> None:
+        super().__init__(name="link-close", daemon=True)
+        self._session = session
+        self.closed = False
+
+    def run(self) -> None:
+        try:
+            self._session.close()  # type: ignore[no-untyped-call]
+            self.closed = True
+        except zenoh.ZError as exc:
+            _log.warning("a session did not close: %s", exc)
+
+
+class ZenohLink:
+    """Implements `engine.Transport`; `members` returns the nodes that may be heard, `is_revoked` those that must not.
+
+    `changed` is called, on the keeper's thread, when neighbours come or go.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        *,
+        members: Callable[[], Iterable[str]],
+        is_revoked: Callable[[str], bool],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._members = members
+        self._is_revoked = is_revoked
+        self._changed = changed
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
+        # Each is counted by one thread only: the sender's, and that which sends what waits.
+        self._queued_bytes = 0
+        self._taken_bytes = 0
+        self._open: dict[str, _Ways] = {}
+        self._watched: dict[str, Any] = {}
+        self._connected: frozenset[str] = frozenset()
+        self._links: dict[str, set[tuple[str, str]]] = {}
+        self._seen: set[str] = set()
+        self._allowed: set[str] = set()
+        self._session: zenoh.Session | None = None
+        self._declared: list[Any] = []
+        self._generation = 0
+        self._looking = 0
+        self._reopen_at: float | None = None
+        self._reopen_by = 0.0
+        self._deaf: dict[str, float] = {}
+        self._patience = 1
+        self._closing: list[_Closing] = []
+        self._cut = False
+        self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._problems: dict[str, Problem] = {}
+        self.counters = {"sent": 0, "received": 0, "dropped": 0, "opened": 0, "callback_errors": 0}
+
+    # What others call, on any thread.
+
+    def start(self, events: Events) -> None:
+        self._events = events
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("link", self._keep), ("link-bulk", self._send_waiting))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, peer: str | None, message: bytes) -> None:
+        receiver = ALL if peer is None else peer
+        if peer is None and not self._connected:
+            return
+        if message[0] == LIVE:
+            self._put(receiver, message)
+        elif self._queued_bytes - self._taken_bytes + len(message) <= MAX_WAITING:
+            self._queued_bytes += len(message)
+            self._waiting.put((receiver, message))
+        else:
+            self.counters["dropped"] += 1
+
+    def close(self) -> None:
+        """Ends; safe to call twice, and before `start`."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._commands.put(lambda: None)
+        self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(CLOSE_WITHIN + 1)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether, after `close`, a session may be open all the same: the interpreter would not end by itself."""
+        return any(thread.is_alive() for thread in self._threads) or any(not one.closed for one in self._closing)
+
+    def neighbours(self) -> list[str]:
+        return sorted(self._connected)
+
+    def reached(self, address: str) -> bool:
+        """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
+        return any(address == far for links in self._links.values() for _, far in links)
+
+    def problems(self) -> list[Problem]:
+        found = list(self._problems.values())
+        return [Problem("cut", "the links were cut by the administrator"), *found] if self._cut else found
+
+    @property
+    def is_cut(self) -> bool:
+        return self._cut
+
+    def cut(self) -> None:
+        """Ends all links until `join`."""
+        self._cut = True
+        self._reopen()
+
+    def join(self) -> None:
+        """Makes links again after `cut`."""
+        self._cut = False
+        self._reopen()
+
+    def renew(self) -> None:
+        """Opens the session again, because certificate, key, authorities or revocations have changed."""
+        self._reopen()
+
+    def members_changed(self) -> None:
+        """Looks whether others may be heard than those that are; waits a moment for more changes."""
+        self._commands.put(self._look_at_members)
+
+    def report(self, name: str, problem: Problem | None) -> None:
+        """Keeps what troubles the links, or (None) that this no longer does."""
+        if problem is None:
+            self._problems.pop(name, None)
+        elif self._problems.get(name) != problem:
+            self._problems[name] = problem
+            _log.warning("%s", problem.text)
+
+    # The keeper's thread.
+
+    def _reopen(self) -> None:
+        self._commands.put(self._reopen_now)
+
+    def _keep(self) -> None:
+        try:
+            self._open_session()
+            while not self._ended.is_set():
+                self._next_command()
+        finally:
+            # Never at the interpreter's exit: a session with callbacks that is still open then hangs the process.
+            self._close_session()
+
+    def _next_command(self) -> None:
+        due = min([*self._deaf.values(), *([] if self._reopen_at is None else [self._reopen_at])], default=None)
+        try:
+            command = self._commands.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
+        except queue.Empty:
+            command = self._do_due
+        try:
+            command()
+        except Exception:
+            self.counters["callback_errors"] += 1
+            _log.exception("an event of the links could not be handled")
+
+    def _do_due(self) -> None:
+        now = time.monotonic()
+        if self._reopen_at is not None and self._reopen_at <= now:
+            self._reopen_now()
+            return
+        late = [node for node, due in self._deaf.items() if due <= now]
+        if late:
+            # Zenoh 1.10 leaves links of a session behind that closes while others open, and the next session of that
+            # node gets none with whoever is at the other end. Only a new session there ends them.
+            _log.warning("neighbours have a link and do not listen: %s", ", ".join(late))
+            self._deaf.clear()
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+            self._reopen_when_quiet()
+
+    def _reopen_when_quiet(self) -> None:
+        """Opens the session anew when no link has come or gone for a while, or after a long time."""
+        if self._reopen_at is None:
+            self._reopen_by = time.monotonic() + self._longest() * random.uniform(0.5, 1.0)
+            self._wait_for_quiet()
+
+    def _wait_for_quiet(self) -> None:
+        quiet = QUIET + SPREAD * len(self._allowed) * random.random()
+        self._reopen_at = min(time.monotonic() + quiet, self._reopen_by)
+
+    def _longest(self) -> float:
+        return LONGEST * (len(self._allowed) + 2)
+
+    def _reopen_now(self) -> None:
+        self._reopen_at = None
+        self._close_session()
+        if not self._cut and not self._ended.is_set():
+            self._open_session()
+
+    def _open_session(self) -> None:
+        self._generation += 1
+        generation = self._generation
+        self._allowed = self._who_may()
+        try:
+            session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
+        except zenoh.ZError as exc:
+            # Behind the reason it says where in its sources that was.
+            reason = str(exc).partition(" at /")[0]
+            self.report("open", Problem("link", f"links cannot be opened: {reason}"))
+            self._reopen_at = time.monotonic() + 2
+            return
+        self.report("open", None)
+        self.counters["opened"] += 1
+        self._session = session
+        me = self._config.node
+
+        def link_event(_event: Any) -> None:
+            # One look is enough for all links that come or go until it begins.
+            if self._looking != generation:
+                self._looking = generation
+                self._commands.put(lambda: self._look_at_links(generation))
+
+        self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
+        remote = zenoh.Locality.REMOTE
+        # First what is for all: whoever sees that we listen to what is for us may tell us either.
+        keys = [link_key(self._config.fleet, "*", to) for to in (ALL, me)]
+        self._declared = [
+            *(session.declare_subscriber(key, self._heard, allowed_origin=remote) for key in keys),
+            session.info.declare_link_events_listener(link_event, history=True),
+        ]
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
+        self._generation += 1
+        for peer in list(self._open):
+            self._drop(peer)
+        self._links = {}
+        for declared in self._declared:
+            with contextlib.suppress(zenoh.ZError):
+                declared.undeclare()
+        self._declared = []
+        if session is not None:
+            closing = _Closing(session)
+            self._closing = [closing, *(one for one in self._closing if not one.closed)]
+            closing.start()
+            # Whatever becomes of it, the keeper goes on.
+            closing.join(CLOSE_WITHIN)
+            if closing.is_alive():
+                _log.warning("a session did not close within %g s", CLOSE_WITHIN)
+
+    def _who_may(self) -> set[str]:
+        return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
+
+    def _look_at_members(self) -> None:
+        wanted = self._who_may()
+        revoked = self._allowed - wanted
+        if revoked:
+            # Nothing is taken from it from now on; its link ends with the session.
+            self._allowed = self._allowed & wanted
+            for node in revoked:
+                self._drop(node)
+            self._reopen_at = self._reopen_by = time.monotonic() + QUIET + random.uniform(0, URGENT)
+        elif wanted != self._allowed:
+            self._reopen_when_quiet()
+
+    def _look_at_links(self, generation: int) -> None:
+        """Meets those that there is a link with, and drops the others.
+
+        What an event says may be old: one link of a neighbour begins before the event comes that another has ended.
+        """
+        self._looking = 0
+        if generation != self._generation or self._session is None:
+            return
+        links: dict[str, set[tuple[str, str]]] = {}
+        for link in self._session.info.links():
+            node, zid = str(link.auth_identifier or ""), str(link.zid)
+            if node != zid or not is_node_id(node):
+                text = f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"
+                self.report(f"name {zid}", Problem("impostor", text))
+            elif self._is_revoked(node):
+                text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
+                self.report(f"revoked {node}", Problem("revoked", text))
+            else:
+                ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
+                links.setdefault(node, set()).add(ends)
+        # Both ends may have made one: they belong together, and may end one after the other.
+        for node in [one for one in self._open if one != ALL and links.get(one, set()).isdisjoint(self._links[one])]:
+            self._drop(node)
+        if self._reopen_at is not None and links != self._links:
+            self._wait_for_quiet()
+        self._bound(set().union(*links.values()) - set().union(*self._links.values()))
+        self._links = links
+        # Whom the authority has certified, and whose record has not come yet.
+        self._seen |= links.keys() - self._allowed
+        self._look_at_members()
+        for node in links:
+            self._meet(generation, node)
+
+    def _bound(self, links: set[tuple[str, str]]) -> None:
+        """Lets the kernel end links whose other end has gone.
+
+        Zenoh 1.10 closes a link once what it has written is sent. Behind a partition that lasts as long as TCP tries,
+        and a new link with the same node that comes meanwhile is mute, and ends with the old one.
+        """
+        if links:
+            give_up_after(links, lease_ms(len(self._allowed)))
+
+    def _meet(self, generation: int, node: str) -> None:
+        """Opens the ways to a neighbour; it counts as connected once it listens."""
+        if node in self._open or self._session is None:
+            return
+        ways = _Ways.to(self._session, link_key(self._config.fleet, self._config.node, node))
+
+        def matched(status: Any) -> None:
+            listens = bool(status.matching)
+            self._commands.put(lambda: self._listens(generation, node, listens))
+
+        self._open[node] = ways
+        self._deaf[node] = time.monotonic() + self._patience * 2 * self._longest()
+        # Without a thread of its own: there is one for each neighbour.
+        direct: Any = zenoh.handlers.Callback(matched, indirect=False)
+        self._watched[node] = ways.live.declare_matching_listener(direct)
+        status: Any = ways.live.matching_status
+        if status.matching:
+            self._listens(generation, node, True)
+
+    def _listens(self, generation: int, node: str, listens: bool) -> None:
+        if generation != self._generation or node not in self._open or listens == (node in self._connected):
+            return
+        if listens:
+            self._deaf.pop(node, None)
+            self._patience = self._patience if self._deaf else 1
+            self._connected |= {node}
+            self._events.connected(node)
+        else:
+            self._connected -= {node}
+            self._events.disconnected(node)
+        self._changed()
+
+    def _drop(self, node: str) -> None:
+        # Not undeclared: somebody may be in a put of one, which then cannot be.
+        if self._open.pop(node, None) is None:
+            return
+        self._deaf.pop(node, None)
+        if node in self._connected:
+            self._connected -= {node}
+            self._events.disconnected(node)
+            self._changed()
+        if (watched := self._watched.pop(node, None)) is not None:
+            with contextlib.suppress(zenoh.ZError):
+                watched.undeclare()
+
+    # Zenoh's threads, and those of who sends.
+
+    def _heard(self, sample: zenoh.Sample) -> None:
+        try:
+            sender = str(sample.key_expr).rsplit("/", 2)[1]
+            message = sample.payload.to_bytes()
+            if 0 < len(message) <= MAX_MESSAGE and sender in self._allowed:
+                self.counters["received"] += 1
+                self._events.received(sender, message)
+        except Exception:
+            # Zenoh swallows it otherwise.
+            self.counters["callback_errors"] += 1
+            _log.exception("a message could not be taken")
+
+    def _put(self, peer: str, message: bytes) -> None:
+        ways = self._open.get(peer)
+        if ways is None:
+            self.counters["dropped"] += 1
+            return
+        try:
+            (ways.live if message[0] == LIVE else ways.bulk).put(message)
+            self.counters["sent"] += 1
+        except zenoh.ZError:
+            # The neighbour has gone, or the session was closed under us.
+            self.counters["dropped"] += 1
+
+    def _send_waiting(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            self._taken_bytes += len(item[1])
+            if not self._ended.is_set():
+                self._put(*item)

@@ -1,0 +1,149 @@
+"""The API's sockets: opened at start, served from the first connection on.
+
+FastAPI and what comes with it take more memory than the rest of a node. Most nodes are never asked anything over
+HTTP, so the daemon only listens, and imports when somebody comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+from vmconv_fleet.config import NodeConfig, split_address
+from vmconv_fleet.errors import FleetError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from vmconv_fleet.links.zenoh_link import ZenohLink
+    from vmconv_fleet.replication.service import NodeService
+
+GRACE_S = 2
+"""How long open requests may go on when the daemon ends."""
+_log = logging.getLogger("vmconv_fleet.api")
+
+
+class ApiSockets:
+    """Serves the API on the node's Unix socket and, if the settings say so, by HTTPS."""
+
+    def __init__(self, config: NodeConfig, service: NodeService, link: ZenohLink) -> None:
+        self._config = config
+        self._service = service
+        self._link = link
+        self._sockets: list[socket.socket] = []
+        self._servers: list[uvicorn.Server] = []
+        self._ended = threading.Event()
+        self._wake = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="api", daemon=True)
+
+    def start(self) -> None:
+        """Listens; `FleetError` when an address cannot be had."""
+        self._sockets.append(_listen_locally(self._config.socket))
+        if self._config.api:
+            self._sockets.append(_listen(self._config.api))
+        self._thread.start()
+
+    @property
+    def port(self) -> int | None:
+        """The port of HTTPS."""
+        return int(self._sockets[1].getsockname()[1]) if len(self._sockets) > 1 else None
+
+    def renew(self) -> None:
+        """Reads certificate and key again, for connections to come."""
+        for server in self._servers:
+            if server.config.ssl is not None:
+                server.config.ssl.load_cert_chain(
+                    self._config.credential("node.pem"), self._config.credential("tls.key")
+                )
+
+    def close(self) -> None:
+        self._ended.set()
+        self._wake[1].close()
+        for server in self._servers:
+            server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(GRACE_S + 3)
+        for listening in (*self._sockets, self._wake[0]):
+            listening.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._config.socket)
+
+    def _run(self) -> None:
+        try:
+            select.select([*self._sockets, self._wake[0]], [], [])
+            if not self._ended.is_set():
+                self._serve()
+        except Exception:
+            _log.exception("the API has ended")
+            raise
+
+    def _serve(self) -> None:
+        import asyncio
+
+        import uvicorn
+
+        from vmconv_fleet import console
+        from vmconv_fleet.api import as_local, create_app
+
+        app = create_app(self._service, directory=self._config.directory, link=self._link)
+        console.install(app)
+        common: dict[str, Any] = {
+            "http": "h11",
+            "loop": "asyncio",
+            "ws": "none",
+            "lifespan": "off",
+            "log_config": None,
+            "access_log": False,
+            "timeout_graceful_shutdown": GRACE_S,
+        }
+        certificate: dict[str, Any] = {
+            "ssl_certfile": self._config.credential("node.pem"),
+            "ssl_keyfile": self._config.credential("tls.key"),
+        }
+        settings = [uvicorn.Config(as_local(app), **common), uvicorn.Config(app, **common, **certificate)]
+        self._servers = [uvicorn.Server(one) for one in settings[: len(self._sockets)]]
+
+        async def serve() -> None:
+            await asyncio.gather(
+                *(server.serve(sockets=[one]) for server, one in zip(self._servers, self._sockets, strict=True))
+            )
+
+        if self._ended.is_set():
+            return
+        asyncio.run(serve())
+
+
+def _listen_locally(path: str) -> socket.socket:
+    """Returns the Unix socket that only the node's own user can connect to."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listening.bind(path)
+    except OSError as exc:
+        raise FleetError(
+            f"{path}: cannot listen: {exc.strerror or exc}", hint="a shorter --directory may help"
+        ) from exc
+    finally:
+        os.umask(before)
+    listening.listen(128)
+    return listening
+
+
+def _listen(address: str) -> socket.socket:
+    host, port = split_address(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as exc:
+        raise FleetError(f"{address}: cannot listen: {exc.strerror or exc}", hint="set api in node.toml") from exc
+    listening.listen(128)
+    return listening

@@ -1,0 +1,283 @@
+"""A running node: links, replica, API, scanning and jobs in one process, which ends when it is told to, always."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Self
+
+from vmconv.errors import VmconvError
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.errors import FleetError
+from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.links.watching import Watch
+from vmconv_fleet.links.zenoh_link import ZenohLink
+from vmconv_fleet.node.activation import ApiSockets
+from vmconv_fleet.node.heartbeat import SCHEMA, Heartbeat, node_record
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.requests import Handler
+from vmconv_fleet.replication.service import NodeService
+from vmconv_fleet.replication.store import View
+from vmconv_fleet.trust import credentials
+from vmconv_fleet.trust.certificates import Trust
+from vmconv_fleet.trust.identity import Signer
+from vmconv_fleet.trust.renewal import Renewal
+
+PATIENCE_MS = 3000
+END_WITHIN_S = 20
+"""Whatever still runs that long after the daemon was told to end is left behind."""
+FOUNDED = "founded"
+"""A file in a node's directory: nobody else can have newer records of this node than its database, which is new."""
+_log = logging.getLogger("vmconv_fleet.daemon")
+
+
+class Daemon:
+    """A node, from `start` until `close`; both on the same thread."""
+
+    def __init__(self, config: NodeConfig, *, handlers: Mapping[str, Handler] | None = None) -> None:
+        self.config = config
+        self._parts = ExitStack()
+        self._credentials = credentials.load(config)
+        self._signer = Signer(config.node, self._credentials.keys.signing)
+        with open(config.path("ca.pem"), "rb") as file:
+            self.trust = Trust(file.read())
+        self.trust.learn_members(credentials.read_members(config))
+        self.trust.learn_certificate(self._credentials.certificate)
+        self.link = ZenohLink(
+            config, members=self.trust.members, is_revoked=self.trust.is_revoked, changed=self._neighbours_changed
+        )
+        self.service = self._make_service(make_handlers(config.directory) if handlers is None else handlers)
+        self.api = ApiSockets(config, self.service, self.link)
+        self._heartbeat = Heartbeat(self.service, self.link)
+
+    def start(self) -> None:
+        """Returns once everything runs; what was started before a failure is ended by `close`."""
+        parts = self._parts
+        parts.callback(self.service.close)
+        parts.callback(self.service.subscribe(self._written))
+        self.service.start()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.config.path(FOUNDED))
+        parts.callback(self.api.close)
+        self.api.start()
+        self._say_who_it_is()
+        for part in (self._heartbeat, self._watch(), self._renewal()):
+            parts.callback(part.close)
+            part.start()
+        self._start_joining()
+        self._start_work()
+
+    def close(self) -> None:
+        """Ends everything, the last started first; always returns, whatever failed before."""
+        self._parts.close()
+
+    def renew(self) -> None:
+        """Reads the node's keys and certificate again and uses them from now on, without a restart."""
+        found = self._credentials = credentials.load(self.config)
+        self.trust.learn_certificate(found.certificate)
+        self.service.update(lambda _view: self._use(found)).result(PATIENCE_MS / 1000)
+        self.api.renew()
+        self.link.renew()
+        _log.info("certificate renewed, good until %s", found.bound.not_after)
+
+    def _use(self, found: credentials.Credentials) -> list[Change]:
+        """Signs with the key of these credentials from now on; on the replica's thread."""
+        self._signer.replace(found.keys.signing)
+        return [_certificate_record(found)]
+
+    def _make_service(self, handlers: Mapping[str, Handler]) -> NodeService:
+        patience: int | None = PATIENCE_MS
+        if not os.path.exists(self.config.database):
+            # A database that was lost is not to be begun anew: somebody else has what was in it.
+            patience = 0 if os.path.exists(self.config.path(FOUNDED)) else None
+        return NodeService(
+            fleet=self.config.fleet,
+            database=self.config.database,
+            signer=self._signer,
+            trust=self.trust,
+            transport=self.link,
+            handlers=handlers,
+            schema=SCHEMA,
+            patience_ms=patience,
+            introduction=[_certificate_record(self._credentials)],
+        )
+
+    def _say_who_it_is(self) -> None:
+        """Writes who the node is, as soon as it may write, and its certificate if that was renewed since."""
+        certificate, node = _certificate_record(self._credentials), node_record(self.config, self.api.port)
+
+        def decide(view: View) -> list[Change]:
+            known = view.get(self.config.node, certificate.kind, certificate.id)
+            return [node] if known is not None and known.body == certificate.body else [certificate, node]
+
+        self.service.update(decide)
+
+    def _watch(self) -> Watch:
+        node = self.config.node
+        return Watch(self.config, self.link, lambda: self._credentials.bound, lambda: self.trust.is_revoked(node))
+
+    def _renewal(self) -> Renewal:
+        return Renewal(self.config, lambda: self._credentials.renew_at, self.renew)
+
+    def _start_joining(self) -> None:
+        """Lets nodes in, where the authority is."""
+        if not self.config.join or not os.path.exists(self.config.path(os.path.join("authority", "ca.key"))):
+            return
+        from vmconv_fleet.trust.authority import Authority
+        from vmconv_fleet.trust.joining import JoinService
+        from vmconv_fleet.trust.membership import Members
+
+        members = Members(self.service, self.trust, self.link.members_changed)
+        joining = JoinService(self.config, Authority.load(self.config.directory), members)
+        self._parts.callback(joining.close)
+        joining.start()
+
+    def _start_work(self) -> None:
+        """Scans the datastores and converts."""
+        from vmconv_fleet.catalogue.scanning import Scanner
+        from vmconv_fleet.jobs.runner import JobRunner
+
+        for part in (
+            Scanner(self.service, self.config.datastores),
+            JobRunner(self.service, self.config.directory),
+        ):
+            self._parts.callback(part.stop)
+            part.start()
+
+    def _neighbours_changed(self) -> None:
+        self._heartbeat.changed()
+
+    def _written(self, records: list[Record]) -> None:
+        """Looks at what was written; on the replica's thread."""
+        if any(record.kind in ("certificate", "revocation") for record in records):
+            self.link.members_changed()
+
+
+def _certificate_record(found: credentials.Credentials) -> Change:
+    return Change("certificate", found.bound.key_id, {"pem": found.certificate.decode(), "node": found.bound.node})
+
+
+def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mapping[str, Handler] | None = None) -> int:
+    """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it is up.
+
+    SIGHUP makes it read its certificate and keys again. A thread that dies of an exception ends the daemon with code 1.
+    It does not return, and the process ends, where a session of the links does not close.
+    """
+    with _locked(config), _Signals() as told:
+        daemon = Daemon(config, handlers=handlers)
+        try:
+            daemon.start()
+            ready(daemon)
+            while told.next() == signal.SIGHUP:
+                _renew(daemon)
+        finally:
+            told.must_end()
+            daemon.close()
+            if not daemon.link.hangs:
+                told.has_ended()
+        code = 1 if told.failed else 0
+    if daemon.link.hangs:
+        # Zenoh's threads call Python, so the interpreter would wait for them at its exit: for ever. All that is ours
+        # has been closed and is durable.
+        _log.warning("the process ends with a session of the links open")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _renew(daemon: Daemon) -> None:
+    try:
+        daemon.renew()
+    except (VmconvError, TimeoutError) as exc:
+        _log.error("certificate and keys stay what they were: %s", exc)
+
+
+class _Signals:
+    """Catches the signals that the daemon knows, and exceptions that end threads, while the block runs.
+
+    They arrive as bytes, written by the interpreter's own handler in C: what a handler in Python would do may be left
+    undone for ever, when the signal comes while the main thread is just about to wait.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._told, self._tell = socket.socketpair()
+        self._tell.setblocking(False)
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        self._wakeup = signal.set_wakeup_fd(self._tell.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._before[number] = signal.signal(number, lambda _number, _frame: None)
+        self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        threading.excepthook = self._excepthook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._wakeup)
+        self._told.close()
+        self._tell.close()
+
+    def next(self) -> int:
+        """Waits for what there is to do: SIGHUP asks for a renewal, everything else for the end."""
+        return self._told.recv(1)[0]
+
+    def must_end(self) -> None:
+        """Ends the process in a while, by force, whatever still hangs then; says where."""
+        faulthandler.dump_traceback_later(END_WITHIN_S, exit=True)
+
+    def has_ended(self) -> None:
+        """Takes `must_end` back: nothing hangs."""
+        faulthandler.cancel_dump_traceback_later()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        name = failure.thread.name if failure.thread else "?"
+        _log.critical("thread %s died", name, exc_info=failure.exc_value)
+        self.failed = True
+        # When it is full, or closed, the daemon is about to end anyway.
+        with contextlib.suppress(OSError):
+            self._tell.send(bytes([signal.SIGTERM]))
+
+
+@contextmanager
+def _locked(config: NodeConfig) -> Iterator[None]:
+    """Keeps a second process from running the same node; the file has the process id, for `running`."""
+    with open(config.path("lock"), "a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FleetError(f"{config.directory}: the node is running already, as process {_pid(config)}") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            lock.truncate(0)
+
+
+def _pid(config: NodeConfig) -> str:
+    with open(config.path("lock"), encoding="ascii") as file:
+        return file.read().strip() or "?"
+
+
+def running(config: NodeConfig) -> int | None:
+    """Returns the process id of the daemon that runs the node, or None when none does."""
+    with contextlib.suppress(FileNotFoundError, ValueError), open(config.path("lock"), encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(lock.read())
+    return None

@@ -1,0 +1,97 @@
+"""What a node says of itself: at its start who it is, then, every few seconds, that it is there and whom it hears."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import Future
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.records import Change, Record
+
+if TYPE_CHECKING:
+    from vmconv_fleet.links.zenoh_link import ZenohLink
+    from vmconv_fleet.replication.service import NodeService
+
+INTERVAL = 5.0
+PER_NODE = 0.4
+"""Seconds by which each node of a large fleet lengthens the interval, so that all of them together stay quiet."""
+MAX_INTERVAL = 60.0
+SETTLE = 0.2
+"""Seconds that a change of the neighbours waits for more of them, and a fifth of what the interval is longer by."""
+SCHEMA = 1
+
+
+def node_record(config: NodeConfig, api_port: int | None) -> Change:
+    """Returns the record of who the node is."""
+    host = config.api.rpartition(":")[0]
+    body: dict[str, Any] = {
+        "name": config.name,
+        "fleet": config.fleet,
+        "version": version("vmconv-fleet"),
+        "api": None if api_port is None else f"https://{host}:{api_port}",
+        "addresses": config.addresses,
+        "started_ms": wall_ms(),
+        "schema_revision": SCHEMA,
+    }
+    return Change("node", config.node, {name: value for name, value in body.items() if value is not None})
+
+
+def _memory() -> int:
+    """Returns the bytes of this process that are in memory."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Heartbeat:
+    """Writes the heartbeat on a thread of its own; at once, or nearly, after `changed`."""
+
+    def __init__(self, service: NodeService, link: ZenohLink) -> None:
+        self._service = service
+        self._link = link
+        self._written: Future[list[Record]] | None = None
+        self._changed = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def changed(self) -> None:
+        self._changed.set()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(10)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            interval = self._beat()
+            if self._changed.wait(interval) and not self._ended.wait(max(SETTLE, (interval - INTERVAL) / 5)):
+                self._changed.clear()
+
+    def _beat(self) -> float:
+        """Has one heartbeat written, if the last one is, and returns the seconds until the next."""
+        positions = self._service.view().positions()
+        interval = min(max(INTERVAL, PER_NODE * len(positions)), MAX_INTERVAL)
+        if self._written is not None and not self._written.done():
+            # The node still recovers its own records, or storage is slow: one that waits is enough.
+            return interval
+        problems = [problem.text for problem in (*self._link.problems(), *self._service.problems())]
+        body = {
+            "at_ms": wall_ms(),
+            "interval_s": interval,
+            "positions": {
+                owner: list(position) for owner, position in positions.items() if owner != self._service.node
+            },
+            "neighbours": self._link.neighbours(),
+            "problems": problems[-20:],
+            "memory": _memory(),
+        }
+        self._written = self._service.write([Change("heartbeat", self._service.node, body)])
+        return interval

@@ -1,0 +1,254 @@
+"""The thread that owns the replica: it takes what waits, makes it durable by one commit, and only then tells of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from vmconv_fleet.errors import ClosedError, StoreError
+from vmconv_fleet.replication.messages import MAX_MESSAGE, Send, merged
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.requests import Requests
+from vmconv_fleet.replication.store import View
+
+T = TypeVar("T")
+
+GROUP = 256
+"""So many events at most share a commit, and no more than can be taken within GROUP_S seconds."""
+
+GROUP_S = 0.05
+
+BURST = 256 << 10
+"""Bytes of messages that end a group, too: more at once than wait for a link (`zenoh_config.LIVE_BATCHES`) are lost."""
+
+MAX_QUEUED = 32 << 20
+"""Bytes of messages that wait; what comes beyond is dropped, and pulled later."""
+
+CLEAN_MS = 3600 * 1000
+JOIN_S = 10.0
+LONGEST_SLEEP_S = 60.0
+FAILURE_PAUSE_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Events(Protocol):
+    """What a transport tells; may be called on any thread, returns at once and raises nothing."""
+
+    def connected(self, peer: str) -> None: ...
+
+    def disconnected(self, peer: str) -> None: ...
+
+    def received(self, peer: str, message: bytes) -> None: ...
+
+
+class Transport(Protocol):
+    """Links to neighbours. A peer's id is what its certificate says, never what it says itself."""
+
+    def start(self, events: Events) -> None:
+        """Begins; `connected` is called for each neighbour that is there or comes."""
+
+    def send(self, peer: str | None, message: bytes) -> None:
+        """Sends to a neighbour, or to all (None); never blocks for long, may lose messages, raises nothing."""
+
+    def close(self) -> None:
+        """Ends; no event is told after it has returned."""
+
+
+class _Work(NamedTuple):
+    """Something for the replica's thread: what it returns is the future's, and what it sends. `own`: it writes own
+    records, and waits until that is possible.
+    """
+
+    function: Callable[[], tuple[Any, list[Send]]]
+    future: Future[Any] | None = None
+    own: bool = False
+    size: int = 0
+
+
+class Engine:
+    """Runs a replica and its requests on a thread of its own."""
+
+    def __init__(self, replica: Replica, requests: Requests, transport: Transport) -> None:
+        self._replica = replica
+        self._requests = requests
+        self._transport = transport
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._deferred: list[_Work] = []
+        self._backlog: list[_Work] = []
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._queued = 0
+        self._next_clean = _monotonic_ms() + CLEAN_MS
+        self._thread = threading.Thread(target=self._run, name="fleet-replica", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._transport.start(self)
+
+    def close(self) -> None:
+        """Ends transport and thread, and closes the store; always returns. Pending futures get ClosedError."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        try:
+            self._transport.close()
+        except Exception:
+            _log.exception("the transport did not close")
+        self._queue.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(JOIN_S)
+        self._fail([*self._backlog, *self._deferred, *self._drain(GROUP << 10)], ClosedError("node has ended"))
+        if not self._thread.is_alive():
+            self._replica.store.close()
+
+    def connected(self, peer: str) -> None:
+        self._queue.put(_Work(lambda: (None, self._replica.connected(peer))))
+
+    def disconnected(self, peer: str) -> None:
+        self._queue.put(_Work(lambda: (None, self._replica.disconnected(peer))))
+
+    def received(self, peer: str, message: bytes) -> None:
+        size = len(message)
+        with self._lock:
+            fits = size <= MAX_MESSAGE and self._queued + size <= MAX_QUEUED
+            self._queued += size if fits else 0
+        if fits:
+            self._queue.put(_Work(lambda: (None, self._replica.received(peer, message)), size=size))
+        else:
+            self._replica.problems.count("dropped")
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Runs the function on the replica's thread; the result is there once what it wrote is durable."""
+        return self._put(lambda: (function(), []), own=False)
+
+    def write(self, changes: Sequence[Change]) -> Future[list[Record]]:
+        """Writes own records without a transaction number; waits until the replica is serving."""
+        return self._put(lambda: self._replica.write(changes), own=True)
+
+    def update(self, decide: Callable[[View], Sequence[Change]]) -> Future[list[Record]]:
+        """Writes what `decide(view)` returns, called on the replica's thread; waits until it is serving."""
+        return self._put(lambda: self._replica.write(decide(self._replica.store)), own=True)
+
+    def request(self, function: Callable[[Requests], tuple[T, list[Send]]]) -> Future[T]:
+        """Calls the function with the node's requests, on the replica's thread; waits until it is serving."""
+        return self._put(lambda: function(self._requests), own=True)
+
+    def _put(self, function: Callable[[], tuple[Any, list[Send]]], *, own: bool) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put(_Work(function, future, own))
+        if self._closed.is_set() and not self._thread.is_alive():
+            self._fail(self._drain(GROUP), ClosedError("node has ended"))
+        return future
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._step(self._wait())
+            except Exception:
+                _log.exception("the replica's thread goes on after a mistake")
+                self._replica.problems.report("internal", "the replica's thread went on after a mistake")
+                self._closed.wait(FAILURE_PAUSE_S)
+
+    def _wait(self) -> list[_Work]:
+        if self._backlog or self._requests.waiting():
+            backlog, self._backlog = self._backlog, []
+            return [*backlog, *self._drain(GROUP - len(backlog))]
+        pause = min(max(self._replica.due() - _monotonic_ms(), 0) / 1000, LONGEST_SLEEP_S)
+        try:
+            first = self._queue.get(timeout=pause) if pause else self._queue.get_nowait()
+        except Empty:
+            return []
+        return [*([] if first is None else [first]), *self._drain(GROUP - 1)]
+
+    def _drain(self, limit: int) -> list[_Work]:
+        items = []
+        for _ in range(limit):
+            try:
+                item = self._queue.get_nowait()
+            except Empty:
+                break
+            if item is not None:
+                items.append(item)
+        return items
+
+    def _step(self, items: list[_Work]) -> None:
+        if self._replica.serving:
+            items, self._deferred = [*self._deferred, *items], []
+        else:
+            self._deferred += [item for item in items if item.own]
+            items = [item for item in items if not item.own]
+        sends: list[Send] = []
+        results: list[Callable[[], None]] = []
+        done: list[_Work] = []
+        try:
+            with self._replica.batch():
+                end = time.monotonic() + GROUP_S
+                size = 0
+                while items and size < BURST and time.monotonic() < end:
+                    done.append(items.pop(0))
+                    before = len(sends)
+                    self._do(done[-1], sends, results)
+                    size += sum(len(send.message) for send in sends[before:])
+                self._backlog = items
+                self._routine(sends)
+        except Exception as exc:
+            self._requests.reset()
+            self._backlog = items
+            self._fail(done, exc)
+            self._replica.problems.report("store", str(exc))
+            self._closed.wait(FAILURE_PAUSE_S)
+            if not isinstance(exc, StoreError):
+                raise
+            return
+        for send in merged(sends):
+            self._transport.send(send.peer, send.message)
+        for result in results:
+            result()
+
+    def _routine(self, sends: list[Send]) -> None:
+        now = _monotonic_ms()
+        if self._replica.due() <= now:
+            sends += self._replica.tick()
+        sends += self._requests.run()
+        if now >= self._next_clean:
+            self._next_clean = now + CLEAN_MS
+            sends += self._requests.clean()
+
+    def _do(self, item: _Work, sends: list[Send], results: list[Callable[[], None]]) -> None:
+        with self._lock:
+            self._queued -= item.size
+        future = item.future
+        if future is not None and not future.set_running_or_notify_cancel():
+            return
+        try:
+            value, told = item.function()
+        except StoreError:
+            raise
+        except Exception as exc:
+            if future is None:
+                raise
+            error = exc
+            results.append(lambda: future.set_exception(error))
+            return
+        sends += told
+        if future is not None:
+            results.append(lambda: future.set_result(value))
+
+    def _fail(self, items: Sequence[_Work], error: Exception) -> None:
+        for item in items:
+            if item.future is not None:
+                try:
+                    item.future.set_exception(error)
+                except InvalidStateError:
+                    continue
+
+
+def _monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

@@ -1,0 +1,64 @@
+"""An owner's epochs and floor: whether a position is part of the owner's past.
+
+They are a record like any other, kind `epoch`, id `history`: the first one that an owner writes after each start, and
+written anew when the floor rises. So they are signed, and a replica that has a state has the history of that state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vmconv_fleet.replication.records import MAX_NUMBER, Position, Record
+
+KIND = "epoch"
+ID = "history"
+MAX_EPOCHS = 64
+
+
+class History(NamedTuple):
+    """`starts`: (epoch, seq of its first record), ascending, the newest MAX_EPOCHS. `floor`: no deletion up to this seq
+    is remembered, so whoever has not come that far cannot be told what it has to delete.
+    """
+
+    starts: tuple[tuple[int, int], ...] = ()
+    floor: int = 0
+
+    def begun(self, epoch: int, seq: int) -> History:
+        """Returns the history with a new epoch that begins with this record."""
+        return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:])
+
+    def holds(self, position: Position) -> bool:
+        """Whether who is at the position has a part of this history, and can be told what comes after it."""
+        return position.seq >= self.floor and self._passed(position)
+
+    def follows(self, position: Position) -> bool:
+        """Whether this history goes on from the position, as far as it is remembered."""
+        forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
+        return forgotten or self._passed(position)
+
+    def _passed(self, position: Position) -> bool:
+        for number, (epoch, first) in enumerate(self.starts):
+            if epoch == position.epoch:
+                following = self.starts[number + 1 : number + 2]
+                return first <= position.seq and all(position.seq < start for _, start in following)
+        return False
+
+    def body(self) -> dict[str, Any]:
+        return {"starts": [list(start) for start in self.starts], "floor": self.floor}
+
+
+def history_of(record: Record | None) -> History:
+    """Returns what the record says; nothing for none, and for one that its owner has written wrongly."""
+    if record is None:
+        return History()
+    try:
+        starts = tuple((_number(epoch), _number(first)) for epoch, first in record.body["starts"])
+        return History(starts[-MAX_EPOCHS:], _number(record.body["floor"]))
+    except (KeyError, TypeError, ValueError):
+        return History()
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{value} is not a number from 0 to {MAX_NUMBER}")
+    return value

@@ -1,0 +1,97 @@
+"""What was written and taken since the last commit, and who wants to know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from vmconv_fleet.replication.records import Record, restore
+from vmconv_fleet.replication.store import Store
+
+PAGE = 256 << 10
+
+Callback = Callable[[list[Record]], None]
+
+
+class _Item(NamedTuple):
+    records: Sequence[Record]
+    owner: str = ""
+    after: int = 0
+    observed: bool = False
+
+
+_log = logging.getLogger(__name__)
+
+
+class News:
+    """Told after the commit: small things as they were, large ones from the database, a page at a time."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._callbacks: list[Callback] = []
+        self._observers: list[Callback] = []
+        self._news: list[_Item] = []
+
+    def subscribe(self, callback: Callback) -> Callable[[], None]:
+        self._callbacks.append(callback)
+
+        def end() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return end
+
+    def observe(self, callback: Callback) -> None:
+        """Calls back before the commit, which may still fail; with what `add_all` adds, and what follows, after it."""
+        self._observers.append(callback)
+
+    def add(self, records: Sequence[Record]) -> None:
+        if not records:
+            return
+        # What comes after much that is not observed yet has to wait for that: requests are executed in their order.
+        at_once = not any(item.owner for item in self._news)
+        self._news.append(_Item(records, observed=at_once))
+        if at_once:
+            self._observe(records)
+
+    def add_all(self, owner: str, after: int) -> None:
+        """Adds all that the database has of an owner after a seq."""
+        self._news.append(_Item((), owner, after))
+
+    def forget(self) -> None:
+        self._news.clear()
+
+    def tell(self) -> None:
+        """Calls back; a callback's exceptions are its own."""
+        news, self._news = self._news, []
+        for records in self._pages(news):
+            for callback in tuple(self._callbacks):
+                try:
+                    callback(records)
+                except Exception:
+                    _log.exception("a subscriber failed")
+
+    def _pages(self, news: Sequence[_Item]) -> Iterator[list[Record]]:
+        small: list[Record] = []
+        for records, owner, after, observed in news:
+            small += records
+            if not observed:
+                self._observe(records)
+            if owner:
+                for page in self._stored(owner, after):
+                    self._observe(page)
+                    yield page
+        if small:
+            yield small
+
+    def _observe(self, records: Sequence[Record]) -> None:
+        for observer in self._observers:
+            observer(list(records))
+
+    def _stored(self, owner: str, after: int) -> Iterator[list[Record]]:
+        while True:
+            wires, after = self._store.after(owner, after, PAGE)
+            if not wires:
+                return
+            yield [restore(wire) for wire in wires]

@@ -1,0 +1,54 @@
+"""Forks: two records that one owner has signed for one position. Neither is thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vmconv_fleet.replication.messages import Standing
+from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.records import Record, payload_of, restore
+from vmconv_fleet.replication.store import Store
+
+_KNOWN = 1000
+
+
+class Forks:
+    """Looks for forks, and keeps the evidence."""
+
+    def __init__(self, store: Store, problems: Problems) -> None:
+        self._store = store
+        self._problems = problems
+        self._examined: set[tuple[str, str, Standing]] = set()
+
+    def unexamined(self, peer: str, owner: str, theirs: Standing) -> bool:
+        """Whether it is the first time that this is asked."""
+        if len(self._examined) >= _KNOWN:
+            self._examined.clear()
+        before = len(self._examined)
+        self._examined.add((peer, owner, theirs))
+        return len(self._examined) > before
+
+    def counterpart(self, record: Record) -> Record | None:
+        """Returns the record that is stored for the same position with another content."""
+        wire = self._store.at(record.owner, record.seq)
+        if wire is None or payload_of(wire) == record.payload:
+            return None
+        ours = restore(wire)
+        return ours if ours.epoch == record.epoch else None
+
+    def keep(self, records: Iterable[Record], at_ms: int) -> list[Record]:
+        """Quarantines those of the (verified) records that are one half of a fork, and the other halves.
+
+        Returns both halves of those that were not known.
+        """
+        news = []
+        for record in records:
+            ours = self.counterpart(record)
+            if ours is None:
+                continue
+            with self._store.atomic():
+                new = self._store.quarantine((ours, record), at_ms)
+            self._problems.report("fork", f"{record.owner} has signed two records at {tuple(record.position)}")
+            if new:
+                news += [ours, record]
+        return news

@@ -1,0 +1,263 @@
+"""What replicas say to each other: the bytes of a message, and what has to be true of them.
+
+    message = kind (1 byte) + length of the header (4 bytes, big-endian) + header (JSON) + wires
+    wire    = length (4 bytes) + a record as it is stored
+
+| kind | says |
+| --- | --- |
+| LIVE | what an owner has just written, or what a neighbour has just taken of it |
+| DIGEST | how far the sender has each owner's records, and who its neighbours are |
+| PULL | what comes after this position of this owner? |
+| PAGE | the answer, in part |
+| NOTICE | revocations: they outlive the log of whoever wrote them |
+
+Only LIVE may be dropped at will; pages are small and asked for one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from vmconv_fleet.errors import MalformedError
+from vmconv_fleet.replication.records import MAX_NUMBER, START, Position, Record, check_node_id
+
+LIVE = ord("l")
+DIGEST = ord("d")
+PULL = ord("p")
+PAGE = ord("g")
+NOTICE = ord("n")
+
+MAX_MESSAGE = 1 << 20
+PAGE_BYTES = 192 << 10
+"""A page, and a live message, ends with the record that passes this."""
+
+WINDOW = 4
+"""So many pages are sent before the next has to be asked for."""
+
+_SUM = 16
+_LIVE_HEAD = 7
+
+
+class Standing(NamedTuple):
+    """How far somebody has an owner's records; two that have come equally far have the same `state`, 16 hex digits."""
+
+    position: Position
+    state: str
+
+
+class Live(NamedTuple):
+    """Consecutive records of one owner, ending where a transaction ends."""
+
+    wires: Sequence[bytes]
+
+
+class Digest(NamedTuple):
+    """`whole`: about all owners, with `near`, the sender's neighbours, and `notices`, a hash of its revocations."""
+
+    at: Mapping[str, Standing]
+    whole: bool = False
+    near: frozenset[str] = frozenset()
+    notices: str = ""
+
+
+class Pull(NamedTuple):
+    """Asks for the owner's records after a position; `session` comes back.
+
+    `base` is where the asking began, START if all is asked for. `seen` is how far the answerer was a page before,
+    and `since` with the first one, or `base`: all pages are of one history, and no deletion after `since` has been
+    forgotten meanwhile, or it begins anew.
+    """
+
+    owner: str
+    session: int
+    after: Position
+    base: Position
+    since: Position = START
+    seen: Position = START
+
+
+class Page(NamedTuple):
+    """Records in the order of their positions, after the first `certificates` ones, which help to verify them.
+
+    `base`: what all pages of the answer follow; START where what was asked for is no part of the owner's past, to begin
+    anew. `seen`: how far the answerer is; `since`: as it was asked, or `seen` where the answer begins anew, so that
+    the pages of two are not put together. `more`: it is not the last page; `ask`: the next one has to be asked for.
+    """
+
+    owner: str
+    session: int
+    after: Position
+    base: Position
+    more: bool
+    ask: bool
+    seen: Position
+    certificates: int
+    wires: Sequence[bytes]
+    since: Position = START
+
+
+class Notice(NamedTuple):
+    wires: Sequence[bytes]
+
+
+Message = Live | Digest | Pull | Page | Notice
+
+
+class Span(NamedTuple):
+    """Which records a live message tells."""
+
+    owner: str
+    first: Position
+    last: Position
+
+
+class Send(NamedTuple):
+    """A message to be sent; `peer` None: to all neighbours. `span` if it is live."""
+
+    peer: str | None
+    message: bytes
+    span: Span | None = None
+
+
+def merged(sends: Iterable[Send]) -> list[Send]:
+    """Returns the same, with live messages put together that tell a neighbour what comes one after the other."""
+    result: list[Send] = []
+    last: dict[tuple[str | None, str], int] = {}
+    for send in sends:
+        if send.span is None:
+            result.append(send)
+            continue
+        before = last.get((send.peer, send.span.owner))
+        if before is not None and (both := _joined(result[before], send)) is not None:
+            result[before] = both
+            continue
+        last[send.peer, send.span.owner] = len(result)
+        result.append(send)
+    return result
+
+
+def _joined(one: Send, other: Send) -> Send | None:
+    assert one.span is not None
+    assert other.span is not None
+    adjacent = (one.span.last.epoch, one.span.last.seq + 1) == other.span.first
+    if not adjacent or len(one.message) + len(other.message) > PAGE_BYTES:
+        return None
+    return Send(one.peer, one.message + other.message[_LIVE_HEAD:], one.span._replace(last=other.span.last))
+
+
+def encode(message: Message) -> bytes:
+    """Returns the message's bytes."""
+    match message:
+        case Live(wires):
+            return _frame(LIVE, {}, wires)
+        case Digest(at, whole, near, notices):
+            standings = {owner: [*position, state] for owner, (position, state) in at.items()}
+            more = {"near": sorted(near), "notices": notices} if whole else {}
+            return _frame(DIGEST, {"at": standings, **more})
+        case Pull():
+            return _frame(PULL, message._asdict())
+        case Page():
+            fields = message._asdict()
+            return _frame(PAGE, fields, fields.pop("wires"))
+        case Notice(wires):
+            return _frame(NOTICE, {}, wires)
+
+
+def decode(data: bytes) -> Message:
+    """Returns the message; MalformedError: it is none. Says nothing about the records in it."""
+    if not 5 <= len(data) <= MAX_MESSAGE:
+        raise MalformedError(f"message of {len(data)} bytes, not 5 to {MAX_MESSAGE}")
+    end = 5 + int.from_bytes(data[1:5], "big")
+    try:
+        header = json.loads(data[5:end])
+        wires = _wires(data, end)
+        match data[0], header:
+            case (108, {}):
+                return Live(_some(wires))
+            case (100, {"at": dict(at)}):
+                return _digest(at, header)
+            case (112, {"owner": owner, "session": session, "after": after, "base": base, "since": since}):
+                positions = map(_position, (after, base, since, header["seen"]))
+                return Pull(check_node_id(owner), _number(session), *positions)
+            case (103, {"owner": owner, "session": session, "after": after, "base": base, "seen": seen}):
+                ids = check_node_id(owner), _number(session), _position(after), _position(base)
+                flags = header["more"] is True, header["ask"] is True
+                since = _position(header["since"])
+                return Page(*ids, *flags, _position(seen), _number(header["certificates"]), wires, since)
+            case (110, {}):
+                return Notice(_some(wires))
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise MalformedError(f"message {data[:1]!r}: {exc}") from exc
+    raise MalformedError(f"message {data[:1]!r} of an unknown kind or without its fields")
+
+
+def live(records: Sequence[Record]) -> bytes | None:
+    """Returns the message that tells records of one owner; None: they are too many for one, and have to be pulled."""
+    if sum(len(record.wire) for record in records) > PAGE_BYTES:
+        return None
+    return encode(Live([record.wire for record in records]))
+
+
+def span(records: Sequence[Record]) -> Span:
+    """Returns which records these are."""
+    return Span(records[0].owner, records[0].position, records[-1].position)
+
+
+def abridged(state: int) -> str:
+    """Returns the part of a state that digests tell."""
+    return f"{state:032x}"[:_SUM]
+
+
+def _frame(kind: int, header: Mapping[str, Any], wires: Iterable[bytes] = ()) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    parts = [bytes((kind,)), len(text).to_bytes(4, "big"), text]
+    for wire in wires:
+        parts += (len(wire).to_bytes(4, "big"), wire)
+    return b"".join(parts)
+
+
+def _wires(data: bytes, start: int) -> list[bytes]:
+    wires = []
+    while start < len(data):
+        end = start + 4 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data) or end < start + 5:
+            raise ValueError(f"record at {start} of {end - start - 4} bytes ends past the message's {len(data)}")
+        wires.append(data[start + 4 : end])
+        start = end
+    if start > len(data):
+        raise ValueError(f"header ends at {start}, past the message's {len(data)} bytes")
+    return wires
+
+
+def _some(wires: list[bytes]) -> list[bytes]:
+    if not wires:
+        raise ValueError("no record")
+    return wires
+
+
+def _digest(at: dict[str, Any], header: Mapping[str, Any]) -> Digest:
+    standings = {check_node_id(owner): _standing(value) for owner, value in at.items()}
+    if "near" not in header:
+        return Digest(standings)
+    near = frozenset(check_node_id(peer) for peer in header["near"])
+    return Digest(standings, True, near, str(header["notices"])[:64])
+
+
+def _standing(value: Any) -> Standing:
+    epoch, seq, state = value
+    if type(state) is not str or len(state) != _SUM:
+        raise ValueError(f"state is not {_SUM} digits")
+    return Standing(Position(_number(epoch), _number(seq)), state)
+
+
+def _position(value: Any) -> Position:
+    epoch, seq = value
+    return Position(_number(epoch), _number(seq))
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{str(value)[:32]} is not a number from 0 to {MAX_NUMBER}")
+    return value

@@ -1,0 +1,54 @@
+"""Live records that came before those that precede them: kept for a moment, so that what is pulled meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmconv_fleet.replication.records import Position, Record
+
+MAX_HELD = 2 << 20
+"""Bytes, of all owners together."""
+
+
+class Early(NamedTuple):
+    """A live message, of which only the first record has been looked at, and whose it was."""
+
+    peer: str
+    wires: Sequence[bytes]
+
+
+class Held:
+    """By owner and the position that each message follows."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, dict[Position, Early]] = {}
+        self._size = 0
+
+    def keep(self, first: Record, early: Early) -> None:
+        """Keeps a message that begins with this record, unless there is too much already."""
+        size = _size(early)
+        follows = Position(first.epoch, first.seq - 1)
+        messages = self._held.setdefault(first.owner, {})
+        if follows not in messages and self._size + size <= MAX_HELD:
+            messages[follows] = early
+            self._size += size
+
+    def following(self, owner: str, position: Position) -> Early | None:
+        """Removes and returns what follows a position; forgets what cannot follow any more."""
+        messages = self._held.get(owner)
+        if messages is None:
+            return None
+        found = messages.pop(position, None)
+        if found is not None:
+            self._size -= _size(found)
+            return found
+        for follows in [follows for follows in messages if follows < position]:
+            self._size -= _size(messages.pop(follows))
+        if not messages:
+            del self._held[owner]
+        return None
+
+
+def _size(early: Early) -> int:
+    return sum(map(len, early.wires))

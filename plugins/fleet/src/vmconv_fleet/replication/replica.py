@@ -1,0 +1,229 @@
+"""The replica: one state machine without sockets, threads or a clock of its own."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random, SystemRandom
+
+from vmconv_fleet.errors import MalformedError, NotReadyError, StoreError
+from vmconv_fleet.replication import messages
+from vmconv_fleet.replication.antientropy import NEVER, CatchUp
+from vmconv_fleet.replication.clock import HybridClock
+from vmconv_fleet.replication.context import Shared, Timing
+from vmconv_fleet.replication.feed import News
+from vmconv_fleet.replication.forks import Forks
+from vmconv_fleet.replication.messages import Send
+from vmconv_fleet.replication.neighbours import Neighbours
+from vmconv_fleet.replication.ownlog import OwnLog
+from vmconv_fleet.replication.problems import Problem, Problems
+from vmconv_fleet.replication.publisher import Teller
+from vmconv_fleet.replication.receiver import Reception
+from vmconv_fleet.replication.records import Change, Record, restore
+from vmconv_fleet.replication.recovery import Recovery
+from vmconv_fleet.replication.signing import Signer, Trust
+from vmconv_fleet.replication.store import Store
+from vmconv_fleet.replication.verifier import ForgedError, Gate, VerifyAll
+
+__all__ = ["Problem", "Replica", "Send", "Timing"]
+
+_log = logging.getLogger(__name__)
+
+
+class Replica:
+    """The node's copy of all records, and the log of its own.
+
+    Every method runs on one thread. `received`, `connected`, `disconnected`, `tick` and `write` are each one durable
+    transaction, and what they return may be sent only once they have returned; inside `with batch():` they are one
+    transaction together, and nothing may be sent before the block has ended.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        signer: Signer,
+        trust: Trust,
+        now: Callable[[], int],
+        *,
+        monotonic: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
+        schema: int = 1,
+        timing: Timing = Timing(),  # noqa: B008 - a value
+        verify_all: VerifyAll = map,
+        introduction: Sequence[Change] = (),
+        random: Random | None = None,
+    ) -> None:
+        """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds.
+
+        `introduction` is written with the first record of an epoch where it is not there yet: the certificate without
+        which no one can verify anything else. `random` makes tests repeatable.
+        """
+        random = random or SystemRandom()
+        node, problems, neighbours = signer.owner, Problems(), Neighbours()
+        clock = HybridClock()
+        gate = Gate(store, trust, clock, problems, verify_all)
+        shared = Shared(
+            node=node,
+            store=store,
+            trust=trust,
+            gate=gate,
+            neighbours=neighbours,
+            catchup=CatchUp(store, gate, neighbours, problems, random),
+            forks=Forks(store, problems),
+            news=News(store),
+            problems=problems,
+            timing=timing,
+            now=now,
+            monotonic=monotonic,
+        )
+        self.node = node
+        self.store = store
+        self.problems = problems
+        self.neighbours = neighbours
+        self._shared = shared
+        self._own = OwnLog(store, signer, clock, schema, random)
+        self._introduction = introduction
+        self._teller = Teller(shared)
+        self._recovery = Recovery(shared, self._own)
+        self._reception = Reception(shared, self._teller, self._recovery)
+        self._grouped = False
+        self._next_floor = monotonic()
+        gate.learn_stored()
+        self._drop_retired()
+        newest = store.at(node, store.position(node).seq)
+        if newest is not None:
+            clock.last = restore(newest).clock
+
+    @property
+    def serving(self) -> bool:
+        """Whether own records can be written: the node has recovered what its neighbours had of them."""
+        return self._recovery.serving and not self._shared.trust.retired(self.node)
+
+    def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
+        """Calls back after each commit with what was written and taken, deletions too; returns what ends it.
+
+        Where an owner's records were replaced as a whole, all that are there now are told, and none that are not.
+        """
+        return self._shared.news.subscribe(callback)
+
+    def observe(self, callback: Callable[[list[Record]], None]) -> None:
+        """Calls back before the commit, so that what follows from news can be durable with them; it may still fail."""
+        self._shared.news.observe(callback)
+
+    def on_problem(self, callback: Callable[[Problem], None]) -> None:
+        self.problems.subscribe(callback)
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Makes one durable transaction of all that is done in the block. StoreError: nothing of it was done."""
+        if self._grouped:
+            yield
+            return
+        self._grouped = True
+        try:
+            with self.store.group():
+                yield
+        except BaseException:
+            self._shared.news.forget()
+            self._shared.catchup.reset()
+            raise
+        finally:
+            self._grouped = False
+        self._shared.news.tell()
+
+    def write(self, changes: Sequence[Change], *, txn: int = 0) -> tuple[list[Record], list[Send]]:
+        """Writes own records, all or none. NotReadyError before `serving`; MalformedError: a change is refused."""
+        if not self.serving:
+            raise NotReadyError(
+                "node does not write: it has just started and still recovers its own records, or it was retired"
+            )
+        with self.batch():
+            records = self._own.append(changes, self._shared.now(), txn)
+            self._shared.gate.learn(records)
+            return records, [*self._teller.publish(records), *self._pass_on_revocations()]
+
+    def connected(self, peer: str) -> list[Send]:
+        """A neighbour is there: it is told how far everything is."""
+        if peer == self.node:
+            self.problems.report("cloned", "a neighbour has the id of this node")
+            return []
+        self.neighbours.connect(peer)
+        self._recovery.settle()
+        self._teller.digest_soon()
+        return [self._teller.digest(peer)]
+
+    def disconnected(self, peer: str) -> list[Send]:
+        self.neighbours.disconnect(peer)
+        self._teller.digest_soon()
+        return []
+
+    def received(self, peer: str, message: bytes) -> list[Send]:
+        """Takes a message of a neighbour, whose id the transport vouches for. Raises nothing for what a peer sends.
+
+        StoreError: the node's own database has failed.
+        """
+        if peer not in self.neighbours:
+            self.problems.count("strangers")
+            return []
+        with self.batch():
+            try:
+                sends = self._reception.take(peer, messages.decode(message))
+                return [*sends, *self._pass_on_revocations()]
+            except (MalformedError, ForgedError) as exc:
+                self.problems.report(exc.kind, f"from {peer}: {exc}")
+            except (StoreError, sqlite3.Error):
+                raise
+            except Exception:
+                _log.exception("a message of kind %r from %s could not be taken", message[:1], peer)
+                self.problems.report("internal", f"a message from {peer} could not be taken")
+        return []
+
+    def due(self) -> int:
+        """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
+        parts = self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._floor_due()
+        return min(parts)
+
+    def tick(self) -> list[Send]:
+        """Does what is due; to be called at `due()`, and does no harm before."""
+        now = self._shared.monotonic()
+        with self.batch():
+            sends = self._teller.publish(self._introduced(self._recovery.begin_due(now)))
+            sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]
+            sends += self._teller.due(now)
+            if now >= self._floor_due():
+                self._next_floor = now + self._shared.timing.floor
+                written = self._own.raise_floor(self._shared.now(), self._shared.timing.grace)
+                sends += self._teller.publish(written)
+        return sends
+
+    def _introduced(self, begun: list[Record]) -> list[Record]:
+        """Returns the first record of an epoch, if one has begun, and the introduction if it was missing."""
+        missing = [change for change in self._introduction if self.store.get(self.node, *change[:2]) is None]
+        if not begun or not missing:
+            return begun
+        introduced = self._own.append(missing, self._shared.now(), 0)
+        self._shared.gate.learn(introduced)
+        return [*begun, *introduced]
+
+    def _floor_due(self) -> int:
+        return self._next_floor if self.serving else NEVER
+
+    def _pass_on_revocations(self) -> list[Send]:
+        """Tells all of revocations that were news here, and drops what nodes that were retired had written."""
+        news = self._shared.gate.revocations
+        if not news:
+            return []
+        self._shared.gate.revocations = []
+        self._drop_retired()
+        return self._teller.notices(None, [record.wire for record in news])
+
+    def _drop_retired(self) -> None:
+        if self._shared.trust.retired(self.node):
+            self.problems.report("retired", "this node has been retired by the fleet's CA: it does not write any more")
+        for owner in self.store.positions():
+            if owner != self.node and self._shared.trust.retired(owner):
+                with self.store.atomic():
+                    self.store.clear(owner)
+                self._shared.catchup.forget(owner)

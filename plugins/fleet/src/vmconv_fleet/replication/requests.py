@@ -1,0 +1,301 @@
+"""Requests and responses, on nothing but the replica.
+
+A request is a record of the requester, a response one of the owner that was asked. Between them stands the transaction:
+its number is dense, and it, the records that it changed and the response are written as one.
+
+    kind         id                     body, see `catalogue.kinds`
+    request      as the requester likes  target, verb, arguments, by
+    transaction  its number, 12 digits   number, request, requester, verb, by, at_ms, late, changes (before and after)
+    response     request.requester       request, requester, ok, reason | body, transaction, late
+
+A request has been answered when its response exists. If only the transaction exists, it is answered again, and never
+executed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from vmconv.errors import VmconvError
+from vmconv_fleet.errors import MalformedError, Refusal
+from vmconv_fleet.replication.clock import COUNTER_BITS
+from vmconv_fleet.replication.messages import Send
+from vmconv_fleet.replication.pending import Pending
+from vmconv_fleet.replication.records import Change, Position, Record
+from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.store import Store
+
+MAX_ID = 90
+BURST = 64
+"""So many requests are executed before others have their turn."""
+
+KEPT_MS = 7 * 24 * 3600 * 1000
+"""So long a request is kept after it was answered, and its response with it."""
+
+CLEANED = 256
+MAX_REASON = 1000
+
+RESERVED = frozenset({"epoch", "request", "response", "transaction"})
+"""Kinds that no handler and no telemetry writes."""
+
+_log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """A request as its executor sees it. `by`: who asked, as the requester's node says."""
+
+    id: str
+    requester: str
+    verb: str
+    arguments: Mapping[str, Any]
+    by: Mapping[str, Any]
+    clock: int
+    late: bool
+
+
+class Outcome(NamedTuple):
+    """What a handler decided: changes of own records, and what the requester is told (`body` of the response)."""
+
+    changes: Sequence[Change] = ()
+    body: Mapping[str, Any] = {}
+
+
+class Context(Protocol):
+    """What a handler may look at: the newest state, own records as of this very moment."""
+
+    @property
+    def node(self) -> str: ...
+
+    @property
+    def now(self) -> int:
+        """Wall clock, ms."""
+
+    def get(self, owner: str, kind: str, id: str) -> Record | None: ...
+
+    def find(self, kind: str, owner: str | None = None) -> list[Record]: ...
+
+    def positions(self) -> dict[str, Position]: ...
+
+
+Handler = Callable[[Context, Request], Outcome]
+"""Decides, quickly and without side effects, on the replica's thread. Raises `errors.Refusal(phrase)`: nothing changes.
+
+Any other VmconvError refuses with its message; any other exception refuses with "internal error" and is logged.
+"""
+
+
+class _Context:
+    def __init__(self, store: Store, now: int) -> None:
+        self.node = store.node
+        self.now = now
+        self.get = store.get
+        self.find = store.find
+        self.positions = store.positions
+
+
+def response_id(requester: str, request: str) -> str:
+    """Returns the id of the response to a request; nobody can take it from a requester."""
+    return f"{request}.{requester}"
+
+
+class Requests:
+    """Submits requests of this node and executes those to it, on the replica's thread."""
+
+    def __init__(
+        self, replica: Replica, handlers: Mapping[str, Handler], now: Callable[[], int], *, schema: int = 1
+    ) -> None:
+        self._replica = replica
+        self._store = replica.store
+        self._handlers = handlers
+        self._now = now
+        self._schema = schema
+        self._pending = Pending(replica.node)
+        # Not after the commit: what is asked for is done by the same one.
+        replica.observe(self._see)
+        self.reset()
+
+    def reset(self) -> None:
+        """Looks for what has to be executed in the database: at the start, in a new epoch, when a commit has failed."""
+        self._pending = Pending(self._replica.node)
+        for record in self._store.find("request"):
+            if self._store.get(self._replica.node, "response", response_id(record.owner, record.id)) is None:
+                self._pending.see([record])
+
+    def submit(
+        self, target: str, verb: str, arguments: Mapping[str, Any], by: Mapping[str, Any], *, id: str | None = None
+    ) -> tuple[str, list[Send]]:
+        """Writes a request; the same id again is the same request, and writes nothing."""
+        id = secrets.token_hex(8) if id is None else id
+        if len(id) > MAX_ID:
+            raise MalformedError(f"request id of {len(id)} characters, not {MAX_ID} at most")
+        if self._store.get(self._replica.node, "request", id) is not None:
+            return id, []
+        body = {"target": target, "verb": verb, "arguments": dict(arguments), "by": dict(by)}
+        return id, self._replica.write([Change("request", id, body)])[1]
+
+    def withdraw(self, id: str) -> list[Send]:
+        """Deletes a request; its target may have executed it already."""
+        return self._replica.write([Change("request", id, None)])[1]
+
+    def clean(self) -> list[Send]:
+        """Deletes this node's requests that were answered long ago, and responses to requests that are gone; some."""
+        oldest = (self._now() - KEPT_MS) << COUNTER_BITS
+        gone = [*self._old_requests(oldest), *self._old_responses(oldest)][:CLEANED]
+        return self._replica.write(gone)[1] if gone and self._replica.serving else []
+
+    def _old_requests(self, oldest: int) -> Iterator[Change]:
+        for record in self._store.find("request", self._replica.node):
+            response = response_id(record.owner, record.id)
+            answer = self._store.get(str(record.body.get("target")), "response", response)
+            if answer is not None and answer.clock < oldest:
+                yield Change("request", record.id, None)
+
+    def _old_responses(self, oldest: int) -> Iterator[Change]:
+        for record in self._store.find("response", self._replica.node):
+            asked = str(record.body.get("requester")), "request", str(record.body.get("request"))
+            if record.clock < oldest and self._store.get(*asked) is None:
+                yield Change("response", record.id, None)
+
+    def _see(self, records: Sequence[Record]) -> None:
+        if any(record.kind == "epoch" and record.owner == self._replica.node for record in records):
+            self.reset()
+        else:
+            self._pending.see(records)
+
+    def waiting(self) -> bool:
+        """Whether there is something to execute."""
+        return bool(self._pending) and self._replica.serving
+
+    def run(self) -> list[Send]:
+        """Executes what has come: each requester's in order, across requesters by (clock, requester); BURST at most."""
+        sends: list[Send] = []
+        if not self.waiting():
+            return sends
+        with self._replica.batch():
+            if self._store.load("recovered"):
+                self._remember_executed()
+            for _ in range(BURST):
+                record = self._pending.next(self._store)
+                if record is None:
+                    break
+                sends += self._execute(record)
+        return sends
+
+    def _remember_executed(self) -> None:
+        """Learns from recovered transactions which requests have been executed."""
+        with self._store.atomic():
+            self._store.forget_executed()
+            for record in self._store.find("transaction", self._replica.node):
+                self._store.note_executed(_answers(record), record.body["number"])
+            self._store.save("recovered", 0)
+
+    def _execute(self, record: Record) -> list[Send]:
+        response = response_id(record.owner, record.id)
+        node = self._replica.node
+        if self._store.get(node, "response", response) is not None:
+            return []
+        number = self._store.executed(response)
+        if number is not None:
+            return self._respond(record, {"ok": True, **self._done(number)})
+        last = self._store.load("executed-clock") or 0
+        request = _request(record, late=record.clock < last)
+        try:
+            with self._store.atomic():
+                sends = self._transact(request, self._decide(request))
+                self._store.save("executed-clock", max(last, record.clock))
+        except VmconvError as exc:
+            return self._respond(record, {"ok": False, "reason": str(exc)[:MAX_REASON], "late": request.late})
+        return sends
+
+    def _decide(self, request: Request) -> Outcome:
+        handler = self._handlers.get(request.verb)
+        if handler is None:
+            raise Refusal(f"verb {request.verb!r} is not known to this node")
+        try:
+            outcome = handler(_Context(self._store, self._now()), request)
+        except VmconvError:
+            raise
+        except Exception as exc:
+            _log.exception("handler of %r failed", request.verb)
+            raise Refusal("internal error: the node's log has it") from exc
+        for change in outcome.changes:
+            if change.kind in RESERVED:
+                raise Refusal(f"records of kind {change.kind!r} are not written by handlers")
+        return outcome
+
+    def _transact(self, request: Request, outcome: Outcome) -> list[Send]:
+        node, number = self._replica.node, self._next_number()
+        before = {change[:2]: self._store.get(node, *change[:2]) for change in outcome.changes}
+        changes = [
+            {
+                "kind": change.kind,
+                "id": change.id,
+                "before": _body(before[change[:2]]),
+                "after": None if change.body is None else dict(change.body),
+            }
+            for change in outcome.changes
+        ]
+        transaction = {
+            "number": number,
+            "schema_revision": self._schema,
+            "request": request.id,
+            "requester": request.requester,
+            "verb": request.verb,
+            "by": dict(request.by),
+            "at_ms": self._now(),
+            "late": request.late,
+            "body": dict(outcome.body),
+            "changes": changes,
+        }
+        response = response_id(request.requester, request.id)
+        answer = {
+            "request": request.id,
+            "requester": request.requester,
+            "ok": True,
+            "body": dict(outcome.body),
+            "transaction": number,
+            "late": request.late,
+        }
+        written = [Change("transaction", f"{number:012}", transaction), *outcome.changes]
+        _, sends = self._replica.write([*written, Change("response", response, answer)], txn=number)
+        self._store.note_executed(response, number)
+        return sends
+
+    def _respond(self, record: Record, answer: Mapping[str, Any]) -> list[Send]:
+        body = {"request": record.id, "requester": record.owner, **answer}
+        return self._replica.write([Change("response", response_id(record.owner, record.id), body)])[1]
+
+    def _done(self, number: int) -> dict[str, Any]:
+        transaction = self._store.get(self._replica.node, "transaction", f"{number:012}")
+        body = transaction.body if transaction is not None else {}
+        return {"transaction": number, "body": body.get("body", {}), "late": body.get("late", False)}
+
+    def _next_number(self) -> int:
+        last = self._store.last_id(self._replica.node, "transaction")
+        return 1 if last is None else int(last) + 1
+
+
+def _body(record: Record | None) -> dict[str, Any] | None:
+    return None if record is None else dict(record.body)
+
+
+def _answers(transaction: Record) -> str:
+    return response_id(transaction.body["requester"], transaction.body["request"])
+
+
+def _request(record: Record, late: bool) -> Request:
+    """Returns the request in a record; what its writer left out or got wrong is empty, and no handler will like it."""
+    body = record.body
+    verb, arguments, by = body.get("verb"), body.get("arguments"), body.get("by")
+    return Request(
+        id=record.id,
+        requester=record.owner,
+        verb=verb if isinstance(verb, str) else "",
+        arguments=arguments if isinstance(arguments, dict) else {},
+        by=by if isinstance(by, dict) else {},
+        clock=record.clock,
+        late=late,
+    )

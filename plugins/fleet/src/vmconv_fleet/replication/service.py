@@ -1,0 +1,170 @@
+"""What the API, the command line and the daemon call on a running node."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from vmconv_fleet.errors import MalformedError, NotReadyError
+from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.engine import Engine, Transport
+from vmconv_fleet.replication.pool import Verifiers
+from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.replica import Replica, Timing
+from vmconv_fleet.replication.requests import RESERVED, Handler, Requests, response_id
+from vmconv_fleet.replication.signing import Signer, Trust
+from vmconv_fleet.replication.store import Reader, Store, View
+
+
+class NodeService:
+    """A running node: everything here may be called on any thread."""
+
+    def __init__(
+        self,
+        *,
+        fleet: str,
+        database: str,
+        signer: Signer,
+        trust: Trust,
+        transport: Transport,
+        handlers: Mapping[str, Handler],
+        schema: int,
+        patience_ms: int | None,
+        introduction: Sequence[Change] = (),
+    ) -> None:
+        """`patience_ms`: how long a start waits for a neighbour who may have newer own records than the database.
+
+        0 for a node that has nobody to connect to; None, for ever, for one that joined and whose database is new.
+        `introduction`: the node's certificate, written with its first record if it is not there yet.
+        """
+        self.fleet = fleet
+        self.node = signer.owner
+        self._verifiers = Verifiers()
+        store = Store.open(database, signer.owner)
+        self._reader = store.reader()
+        timing = Timing(patience=patience_ms)
+        self._replica = Replica(
+            store,
+            signer,
+            trust,
+            wall_ms,
+            schema=schema,
+            timing=timing,
+            verify_all=self._verifiers,
+            introduction=introduction,
+        )
+        self._requests = Requests(self._replica, handlers, wall_ms, schema=schema)
+        self._engine = Engine(self._replica, self._requests, transport)
+        self._answered = threading.Condition()
+        self._ended = False
+        self._replica.subscribe(self._see)
+
+    @property
+    def serving(self) -> bool:
+        """Whether own records can be written."""
+        return self._replica.serving
+
+    def start(self) -> None:
+        self._engine.start()
+
+    def close(self) -> None:
+        """Always returns; after it nothing is written any more."""
+        with self._answered:
+            self._ended = True
+            self._answered.notify_all()
+        self._engine.close()
+        self._verifiers.close()
+        self._reader.close()
+
+    def view(self) -> Reader:
+        """Returns the node's read-only view; one for all threads, not to be closed."""
+        return self._reader
+
+    def write(self, changes: Sequence[Change]) -> Future[list[Record]]:
+        """Writes own records without a transaction: telemetry. Waits until the node is serving."""
+        return self._engine.write(_telemetry(changes))
+
+    def update(self, decide: Callable[[View], Sequence[Change]]) -> Future[list[Record]]:
+        """Writes what `decide` returns: it runs on the replica's thread, sees the newest own state, and is quick."""
+        return self._engine.update(lambda view: _telemetry(decide(view)))
+
+    def submit(
+        self,
+        target: str,
+        verb: str,
+        arguments: Mapping[str, Any],
+        by: Mapping[str, Any],
+        *,
+        id: str | None = None,
+        timeout: float | None = 10,
+    ) -> str:
+        """Asks the owner for a change; returns the request's id once the request is durable here.
+
+        The same `id` again is the same request. NotReadyError: not durable within `timeout` seconds.
+        """
+        future = self._engine.request(lambda requests: requests.submit(target, verb, arguments, by, id=id))
+        return _result(future, timeout)
+
+    def withdraw(self, request: str) -> Future[None]:
+        """Deletes a request of this node; its owner may have executed it already."""
+        return self._engine.request(lambda requests: (None, requests.withdraw(request)))
+
+    def response(self, request: str, timeout: float | None = 0) -> Record | None:
+        """Returns the response to a request of this node when it comes; None after `timeout` seconds, or at the end."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._answered:
+            while not self._ended:
+                found = self._response(request)
+                left = None if end is None else end - time.monotonic()
+                if found is not None or (left is not None and left <= 0):
+                    return found
+                self._answered.wait(left)
+        return None
+
+    def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
+        """Calls back on the replica's thread after each commit: only enqueue there. Returns what ends it."""
+        return self._replica.subscribe(callback)
+
+    def neighbours(self) -> list[str]:
+        """Returns the ids of those that are connected."""
+        return self._replica.neighbours.ids()
+
+    def problems(self) -> list[Problem]:
+        """Returns what an administrator has to know, the newest last."""
+        return self._replica.problems.all()
+
+    def counters(self) -> dict[str, int]:
+        """Returns what the replica has counted since its start: for metrics."""
+        return dict(self._replica.problems.counters)
+
+    def _see(self, records: Sequence[Record]) -> None:
+        if any(record.kind == "response" for record in records):
+            with self._answered:
+                self._answered.notify_all()
+
+    def _response(self, request: str) -> Record | None:
+        asked = self._reader.get(self.node, "request", request)
+        target = None if asked is None else asked.body.get("target")
+        if not isinstance(target, str):
+            return None
+        return self._reader.get(target, "response", response_id(self.node, request))
+
+
+def _telemetry(changes: Sequence[Change]) -> Sequence[Change]:
+    for change in changes:
+        if change.kind in RESERVED:
+            raise MalformedError(f"records of kind {change.kind!r} are written by requests only")
+    return changes
+
+
+def _result(future: Future[str], timeout: float | None) -> str:
+    try:
+        return future.result(timeout)
+    except FutureTimeoutError as exc:
+        future.cancel()
+        raise NotReadyError(f"node did not write within {timeout} s", hint="it may still recover its records") from exc

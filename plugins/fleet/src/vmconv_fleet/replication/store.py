@@ -1,0 +1,357 @@
+"""The replica's database: one writer, and any number of readers that see what is committed."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+
+from vmconv_fleet.errors import StoreError
+from vmconv_fleet.replication.database import Transactions, open_reader, open_writer, prepare
+from vmconv_fleet.replication.epochs import ID, KIND, History, history_of
+from vmconv_fleet.replication.records import START, STATE_MODULUS, Position, Record, fingerprint, payload_of, restore
+
+BATCH = 256
+MAX_NOTICES = 4096
+MAX_QUARANTINE = 1024
+
+
+class View:
+    """Reads of the records of all owners; deleted ones are not there."""
+
+    _connection: sqlite3.Connection
+
+    def get(self, owner: str, kind: str, id: str) -> Record | None:
+        """Returns the live record."""
+        rows = self._rows(f"{_LIVE} {_OF} AND id = ?", kind, owner, id)
+        return restore(rows[0][0]) if rows else None
+
+    def find(self, kind: str, owner: str | None = None) -> list[Record]:
+        """Returns the live records of a kind, each owner's by their ids."""
+        if owner is None:
+            rows = self._rows(f"{_LIVE} ORDER BY owner, id", kind)
+        else:
+            rows = self._rows(f"{_LIVE} {_OF} ORDER BY id", kind, owner)
+        return [restore(wire) for (wire,) in rows]
+
+    def positions(self) -> dict[str, Position]:
+        """Returns how far this replica has each owner's records."""
+        return {owner: Position(*at) for owner, *at in self._rows("SELECT owner, epoch, seq FROM owners WHERE seq > 0")}
+
+    def forks(self) -> list[Record]:
+        """Returns the evidence: records of which there are two with one position."""
+        rows = self._rows("SELECT wire FROM quarantine ORDER BY owner, epoch, seq, number")
+        return [restore(wire) for (wire,) in rows]
+
+    def _rows(self, query: str, *arguments: Any) -> list[Any]:
+        try:
+            return self._connection.execute(query, arguments).fetchall()
+        except sqlite3.Error as exc:
+            raise StoreError(f"database: {exc}") from exc
+
+
+_LIVE = "SELECT wire FROM records WHERE kind = ? AND NOT deleted"
+_OF = "AND owner = (SELECT number FROM owners WHERE owner = ?)"
+
+
+class Reader(View):
+    """A View by a read-only connection of its own, for any number of threads."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def _rows(self, query: str, *arguments: Any) -> list[Any]:
+        with self._lock:
+            return super()._rows(query, *arguments)
+
+
+class _Owner(NamedTuple):
+    number: int
+    position: Position
+    state: int
+
+
+class Store(View):
+    """The writer, on the replica's thread; as a View it sees what is not yet committed, too."""
+
+    def __init__(self, connection: sqlite3.Connection, node: str, path: str | None = None) -> None:
+        """StoreError: the database is another node's, damaged, or of another version."""
+        prepare(connection, node)
+        self.node = node
+        self._connection = connection
+        self._path = path
+        self._transactions = Transactions(connection)
+        self._owners: dict[str, _Owner] = {}
+        self._load()
+
+    @classmethod
+    def open(cls, path: str, node: str) -> Store:
+        """Opens the database of a node, or makes it."""
+        connection = open_writer(path)
+        try:
+            return cls(connection, node, path)
+        except BaseException:
+            connection.close()
+            raise
+
+    def reader(self) -> Reader:
+        if self._path is None:
+            raise StoreError("database has no file that others could read")
+        return Reader(open_reader(self._path))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """All that is written in the block becomes durable together, at its end. StoreError: nothing of it did."""
+        try:
+            with self._transactions.group():
+                yield
+        except BaseException as exc:
+            self._load()
+            if isinstance(exc, sqlite3.Error):
+                raise StoreError(f"database: {exc}") from exc
+            raise
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """What is written in the block is written whole or not at all."""
+        with self.group():
+            before = self._owners.copy()
+            try:
+                with self._transactions.atomic():
+                    yield
+            except BaseException:
+                self._owners = before
+                raise
+
+    def positions(self) -> dict[str, Position]:
+        return {owner: known.position for owner, known in self._owners.items() if known.position.seq}
+
+    def position(self, owner: str) -> Position:
+        known = self._owners.get(owner)
+        return known.position if known else START
+
+    def state(self, owner: str) -> int:
+        """Returns the sum of the fingerprints of the owner's live records, which records promise."""
+        known = self._owners.get(owner)
+        return known.state if known else 0
+
+    def shares(self, owner: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
+        """Returns what each of these kinds and ids adds to the state, if there is a live record of it."""
+        known = self._owners.get(owner)
+        return self._shares(known.number, names, known.position.seq + 1) if known else {}
+
+    def history(self, owner: str) -> History:
+        return history_of(self.get(owner, KIND, ID))
+
+    def at(self, owner: str, seq: int) -> bytes | None:
+        """Returns the wire of the record with this number, if it is still the newest one of its key."""
+        known = self._owners.get(owner)
+        rows = self._rows("SELECT wire FROM records WHERE owner = ? AND seq = ?", known.number, seq) if known else []
+        return rows[0][0] if rows else None
+
+    def after(self, owner: str, seq: int, size: int) -> tuple[list[bytes], int]:
+        """Returns wires in order, beginning after `seq`, until they are `size` bytes; and the seq of the last."""
+        known = self._owners.get(owner)
+        wires: list[bytes] = []
+        if known is not None:
+            rows = self._connection.execute(
+                "SELECT seq, wire FROM records WHERE owner = ? AND seq > ? ORDER BY seq", (known.number, seq)
+            )
+            for number, wire in rows:
+                seq = number
+                wires.append(wire)
+                size -= len(wire)
+                if size <= 0:
+                    break
+            rows.close()
+        return wires, seq
+
+    def certificates(self, owner: str) -> list[bytes]:
+        """Returns wires of certificates that help to verify the owner's records, whoever wrote them."""
+        known = self._owners.get(owner)
+        if known is None:
+            return []
+        newest = self.at(owner, known.position.seq)
+        key = restore(newest).key_id if newest else ""
+        query = "SELECT wire FROM records WHERE kind = 'certificate' AND NOT deleted AND (owner = ? OR id = ?) LIMIT 16"
+        return [wire for (wire,) in self._rows(query, known.number, key)]
+
+    def extend(self, owner: str, records: Iterable[Record], state: int | None = None) -> None:
+        """Adds records that follow what is there, in their order; `state`: that of the owner with them, if known."""
+        number, position, before = self._owners.get(owner) or self._meet(owner)
+        remaining = iter(records)
+        while batch := list(islice(remaining, BATCH)):
+            # A bool would be looked up among the types that have to be adapted.
+            rows = [
+                (number, record.kind, record.id, record.epoch, record.seq, int(record.deleted), record.wire)
+                for record in batch
+            ]
+            if state is not None:
+                self._connection.executemany(_PUT, rows)
+            elif self._connection.executemany(_ADD, rows).rowcount == len(rows):
+                # None of them replaces another: what is there need not be read.
+                before = _after(before, batch, {})
+            else:
+                names = [(record.kind, record.id) for record in batch]
+                before = _after(before, batch, self._shares(number, names, batch[0].seq))
+                self._connection.executemany(_PUT, rows)
+            position = batch[-1].position
+        self._set(owner, _Owner(number, position, before % STATE_MODULUS if state is None else state))
+
+    def clear(self, owner: str) -> None:
+        """Removes all records of an owner; it is as if nothing had been heard of it."""
+        known = self._owners.get(owner)
+        if known is not None:
+            self._connection.execute("DELETE FROM records WHERE owner = ?", (known.number,))
+            self._set(owner, _Owner(known.number, START, 0))
+
+    def purge(self, owner: str, floor: int) -> None:
+        """Forgets deletions up to the owner's floor."""
+        number = self._owners[owner].number
+        self._connection.execute("DELETE FROM records WHERE deleted AND owner = ? AND seq <= ?", (number, floor))
+
+    def deletions(self, owner: str) -> Iterator[Record]:
+        """Yields the remembered deletions of an owner, the oldest first."""
+        known = self._owners.get(owner)
+        query = "SELECT wire FROM records WHERE deleted AND owner = ? ORDER BY seq"
+        rows = self._connection.execute(query, (known.number,)) if known else ()
+        return (restore(wire) for (wire,) in rows)
+
+    def last_id(self, owner: str, kind: str) -> str | None:
+        """Returns the greatest id of a kind."""
+        known = self._owners.get(owner)
+        query = "SELECT id FROM records WHERE kind = ? AND owner = ? ORDER BY id DESC LIMIT 1"
+        rows = self._rows(query, kind, known.number) if known else []
+        return rows[0][0] if rows else None
+
+    def executed(self, response: str) -> int | None:
+        """Returns the number of the transaction that answers with this response, however long ago."""
+        rows = self._rows("SELECT number FROM executed WHERE response = ?", response)
+        return rows[0][0] if rows else None
+
+    def note_executed(self, response: str, number: int) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO executed VALUES (?, ?)", (response, number))
+
+    def forget_executed(self) -> None:
+        self._connection.execute("DELETE FROM executed")
+
+    def stage(self, session: int, records: Iterable[Record]) -> None:
+        """Keeps records that are not yet to be seen; they do not outlive the connection."""
+        rows = (
+            (session, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
+            for record in records
+        )
+        self._connection.executemany("INSERT OR REPLACE INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def replace_by_staged(self, owner: str, session: int) -> int:
+        """Lets all that is kept be the records of an owner, and the only ones; returns how many they are."""
+        number = (self._owners.get(owner) or self._meet(owner)).number
+        self._connection.execute("DELETE FROM records WHERE owner = ?", (number,))
+        count = self._connection.execute(_REPLACE, (number, session)).rowcount
+        rows = self._connection.execute("SELECT wire FROM records WHERE owner = ? AND NOT deleted", (number,))
+        state = sum(fingerprint(payload_of(wire)) for (wire,) in rows) % STATE_MODULUS
+        query = "SELECT epoch, seq FROM records WHERE owner = ? ORDER BY seq DESC LIMIT 1"
+        ((epoch, seq),) = self._rows(query, number)
+        self._set(owner, _Owner(number, Position(epoch, seq), state))
+        return count
+
+    def staged(self, session: int, after: int) -> Iterator[Record]:
+        """Yields what is kept, in order, beginning after a seq."""
+        query = "SELECT wire FROM temp.staged WHERE session = ? AND seq > ? ORDER BY seq"
+        return (restore(wire) for (wire,) in self._connection.execute(query, (session, after)))
+
+    def unstage(self, session: int) -> None:
+        self._connection.execute("DELETE FROM temp.staged WHERE session = ?", (session,))
+
+    def notices(self) -> list[bytes]:
+        """Returns revocations, each in some record that had it."""
+        return [wire for (wire,) in self._rows("SELECT wire FROM notices ORDER BY content")]
+
+    def notices_hash(self) -> str:
+        content = b"".join(content for (content,) in self._rows("SELECT content FROM notices ORDER BY content"))
+        return blake2b(content, digest_size=16).hexdigest()
+
+    def note(self, content: bytes, wire: bytes) -> bool:
+        """Keeps a revocation; False: it was there, or there are too many."""
+        ((count,),) = self._rows("SELECT count(*) FROM notices")
+        query = "INSERT OR IGNORE INTO notices VALUES (?, ?)"
+        return count < MAX_NOTICES and self._connection.execute(query, (content, wire)).rowcount > 0
+
+    def quarantine(self, records: Sequence[Record], at_ms: int) -> bool:
+        """Keeps evidence of a fork; whether some of it is new."""
+        ((count,),) = self._rows("SELECT count(*) FROM quarantine")
+        if count >= MAX_QUARANTINE:
+            return False
+        query = "INSERT OR IGNORE INTO quarantine (at_ms, owner, epoch, seq, wire) VALUES (?, ?, ?, ?, ?)"
+        rows = [(at_ms, record.owner, *record.position, record.wire) for record in records]
+        return self._connection.executemany(query, rows).rowcount > 0
+
+    def load(self, name: str) -> Any:
+        """Returns a value of the node's own, None where there is none."""
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
+        return rows[0][0] if rows else None
+
+    def save(self, name: str, value: int | str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def _load(self) -> None:
+        rows = self._rows("SELECT owner, number, epoch, seq, state FROM owners")
+        self._owners = {owner: _Owner(number, Position(*at), int(state, 16)) for owner, number, *at, state in rows}
+
+    def _meet(self, owner: str) -> _Owner:
+        self._connection.execute("INSERT INTO owners (owner, epoch, seq, state) VALUES (?, 0, 0, '0')", (owner,))
+        ((number,),) = self._rows("SELECT number FROM owners WHERE owner = ?", owner)
+        return _Owner(number, START, 0)
+
+    def _set(self, owner: str, known: _Owner) -> None:
+        query = "UPDATE owners SET epoch = ?, seq = ?, state = ? WHERE number = ?"
+        self._connection.execute(query, (*known.position, f"{known.state:x}", known.number))
+        self._owners[owner] = known
+
+    def _shares(self, number: int, names: Iterable[tuple[str, str]], below: int) -> dict[tuple[str, str], int]:
+        """Returns the same of records before a seq."""
+        kinds: dict[str, list[str]] = {}
+        for kind, id in names:
+            kinds.setdefault(kind, []).append(id)
+        return {
+            (kind, id): fingerprint(payload_of(wire))
+            for kind, ids in kinds.items()
+            for id, wire in self._connection.execute(_SOME, (kind, number, json.dumps(ids), below))
+        }
+
+
+def _after(state: int, records: Sequence[Record], shares: dict[tuple[str, str], int]) -> int:
+    """Returns the state with these records, of which those before them had these shares."""
+    for record in records:
+        name = record.kind, record.id
+        before = shares.get(name, 0)
+        shares[name] = after = 0 if record.deleted else fingerprint(payload_of(record.wire))
+        state += after - before
+    return state
+
+
+_SOME = """
+SELECT id, wire FROM records WHERE kind = ? AND owner = ? AND id IN (SELECT value FROM json_each(?)) AND NOT deleted
+AND +seq < ?
+"""
+_REPLACE = """
+INSERT INTO records SELECT ?, kind, id, epoch, seq, deleted, wire FROM temp.staged WHERE session = ? ORDER BY seq
+"""
+_ADD = "INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?, ?)"
+_PUT = """
+INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (kind, owner, id) DO UPDATE
+SET epoch = excluded.epoch, seq = excluded.seq, deleted = excluded.deleted, wire = excluded.wire
+"""

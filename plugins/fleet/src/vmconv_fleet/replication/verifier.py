@@ -1,0 +1,111 @@
+"""Whether records are what their owners wrote: the one gate through which those of others come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from itertools import groupby, pairwise
+
+from vmconv_fleet.errors import FleetError, MalformedError
+from vmconv_fleet.replication.clock import HybridClock
+from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.records import Position, Record, decode
+from vmconv_fleet.replication.signing import SIGNATURE, Trust
+from vmconv_fleet.replication.store import Store
+
+VerifyAll = Callable[[Callable[[Sequence[Record]], bool], Sequence[Sequence[Record]]], Iterable[bool]]
+"""Calls a predicate for each group of records, perhaps on several threads at a time; `map` does."""
+
+_SELF_EVIDENT = frozenset({"certificate", "revocation"})
+
+
+class ForgedError(FleetError):
+    """A record is not signed by its owner."""
+
+    kind = "forged"
+
+
+class Gate:
+    """Decodes and verifies what neighbours send."""
+
+    def __init__(
+        self, store: Store, trust: Trust, clock: HybridClock, problems: Problems, verify_all: VerifyAll
+    ) -> None:
+        self._store = store
+        self._trust = trust
+        self._clock = clock
+        self._problems = problems
+        self._verify_all = verify_all
+        self.revocations: list[Record] = []
+        """Revocations that were news, and that the CA has signed; whoever has passed them on takes them out."""
+
+    def retired(self, owner: str) -> bool:
+        """Whether nothing of the owner is taken any more."""
+        return self._trust.retired(owner)
+
+    def learn_stored(self) -> None:
+        """Teaches the trust what the database has."""
+        for wire in self._store.notices():
+            self._trust.learn(decode(wire))
+        for kind in sorted(_SELF_EVIDENT):
+            for record in self._store.find(kind):
+                self._trust.learn(record)
+
+    def ascending(self, owner: str, after: Position, records: Iterable[Record]) -> list[Record]:
+        """Returns the records of an owner, which ascend from a position; MalformedError: they are no such thing."""
+        result = []
+        epoch, seq = after
+        for record in records:
+            if record.owner != owner:
+                raise MalformedError(f"record of {record.owner} among those of {owner}")
+            if record.epoch < epoch or record.seq <= seq:
+                raise MalformedError(f"record at {tuple(record.position)} of {owner} follows {(epoch, seq)}")
+            epoch, seq = record.epoch, record.seq
+            result.append(record)
+        return result
+
+    def admit(self, records: Sequence[Record], now: int) -> None:
+        """Learns what they teach and verifies them; ForgedError: at least one is not its owner's."""
+        self.learn(records)
+        groups = _signed_together(records)
+        for group, genuine in zip(groups, self._verify_all(self._genuine, groups), strict=True):
+            if not genuine:
+                first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
+                where = f"{first.owner}/{first.kind}/{first.id} at {tuple(first.position)}{more}"
+                raise ForgedError(f"{where}: signature by key {first.key_id} does not count")
+        if records and not self._clock.observe(max(record.clock for record in records), now):
+            self._problems.report("clock", f"clock of {records[0].owner} is far ahead of this node's")
+            for record in records:
+                self._clock.observe(record.clock, now)
+
+    def learn(self, records: Iterable[Record]) -> None:
+        """Learns from certificates and revocations."""
+        for record in records:
+            if record.kind not in _SELF_EVIDENT or record.deleted or not self._trust.learn(record):
+                continue
+            if record.kind == "revocation":
+                with self._store.atomic():
+                    if self._store.note(_content(record), record.wire):
+                        self.revocations.append(record)
+
+    def _genuine(self, records: Sequence[Record]) -> bool:
+        last = records[-1]
+        signed = [(record.payload, record.signature) for record in records]
+        return self._trust.verify(last.owner, last.key_id, signed, last.position)
+
+
+def _signed_together(records: Iterable[Record]) -> list[list[Record]]:
+    """Returns the records in groups, each of one signature, in their order."""
+    groups = groupby(records, lambda record: (record.owner, record.key_id, record.signature[:SIGNATURE]))
+    return [list(group) for _, group in groups]
+
+
+def consecutive(records: Sequence[Record]) -> bool:
+    """Whether they are numbered without a gap, in one epoch."""
+    return all(one.epoch == other.epoch and one.seq + 1 == other.seq for one, other in pairwise(records))
+
+
+def _content(record: Record) -> bytes:
+    body = json.dumps(record.body, sort_keys=True, separators=(",", ":")).encode()
+    return blake2b(body, digest_size=16).digest()

@@ -1,0 +1,324 @@
+"""The fleet's authority: it certifies nodes, lets new ones join by one-time tokens, and revokes.
+
+Its key lies in the directory `authority` of the node that founded the fleet. Any other node may get a copy (`vmconv
+node authority export` and `import`), so none of them has to live for ever; what one of them signs is good everywhere.
+
+ authority/ca.key        P-256, PKCS #8
+ authority/tokens.json   {SHA-256 of a join token: when it expires}
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from vmconv_fleet.config import NodeConfig, join_address, split_address
+from vmconv_fleet.trust.identity import (
+    MAX_PEM,
+    SIGNING_NAME,
+    IdentityError,
+    is_node_id,
+    private_pem,
+    read_authorities,
+    subject_name,
+    write_private,
+)
+
+NODE_LIFETIME = datetime.timedelta(days=365)
+AUTHORITY_LIFETIME = datetime.timedelta(days=20 * 365)
+TOKEN_LIFETIME = 3600.0
+MAX_NAMES = 64
+_CLOCKS_DIFFER = datetime.timedelta(hours=1)
+"""How far back a certificate begins, for nodes whose clock is behind."""
+_REVOCATION_CONTEXT = b"vmconv fleet revocation\0"
+
+
+class AuthorityError(IdentityError):
+    """This node does not hold the authority, or what was asked of it is refused."""
+
+
+class Invitation(NamedTuple):
+    """What a node that joins has to know: where to ask, with what, and whom to believe.
+
+    As text `vmconv-join://HOST:PORT/NODE/FINGERPRINT/TOKEN`; the fingerprint is the SHA-256 of the authority's
+    certificate, so that whoever answers at that address cannot be somebody else.
+    """
+
+    address: str
+    node: str
+    fingerprint: str
+    token: str
+
+    def __str__(self) -> str:
+        return f"vmconv-join://{self.address}/{self.node}/{self.fingerprint}/{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        parts = text.removeprefix("vmconv-join://").split("/")
+        if not text.startswith("vmconv-join://") or len(parts) != 4 or not is_node_id(parts[1]) or len(parts[2]) != 64:
+            raise AuthorityError(
+                "this is no invitation to a fleet", hint="vmconv node invite, on a node with the authority, prints one"
+            )
+        return cls(*parts)
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+class Authority:
+    """The holder of the authority's key; `now` is seconds since 1970, for the lifetimes of tokens."""
+
+    def __init__(self, directory: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._directory = directory
+        self._key = key
+        self.certificate = certificate
+
+    @classmethod
+    def found(cls, directory: str, fleet: str) -> Self:
+        """Makes the authority of a new fleet in a node's directory, with its certificate in `ca.pem`."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = _self_signed(key, fleet)
+        os.mkdir(os.path.join(directory, "authority"), 0o700)
+        write_private(os.path.join(directory, "authority", "ca.key"), private_pem(key))
+        write_private(os.path.join(directory, "ca.pem"), certificate.public_bytes(serialization.Encoding.PEM))
+        return cls(directory, key, certificate)
+
+    @classmethod
+    def load(cls, directory: str) -> Self:
+        """Returns the authority that a node holds; `AuthorityError` when it holds none."""
+        path = os.path.join(directory, "authority", "ca.key")
+        try:
+            with open(path, "rb") as file:
+                return cls.of_key(directory, file.read(MAX_PEM))
+        except FileNotFoundError:
+            raise AuthorityError(
+                f"{directory}: this node does not hold the fleet's authority",
+                hint="ask the node that founded the fleet, or import the authority: vmconv node authority import",
+            ) from None
+
+    @classmethod
+    def of_key(cls, directory: str, pem: bytes) -> Self:
+        """Returns the authority with this key, whose certificate has to be in the node's `ca.pem`."""
+        try:
+            key = serialization.load_pem_private_key(pem, None)
+        except (ValueError, TypeError) as exc:
+            raise AuthorityError(f"{directory}: no key of an authority: {exc}") from exc
+        with open(os.path.join(directory, "ca.pem"), "rb") as file:
+            certificates = read_authorities(file.read(MAX_PEM))
+        for certificate in certificates:
+            if isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key():
+                return cls(directory, key, certificate)
+        raise AuthorityError(f"{directory}: the key is not the one of this fleet's authority")
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.certificate)
+
+    @property
+    def fleet(self) -> str:
+        (name,) = self.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+        return str(name.value)
+
+    def export(self) -> bytes:
+        """Returns the authority's private key as PEM: whoever has it can let nodes in."""
+        return private_pem(self._key)
+
+    def adopt(self) -> None:
+        """Keeps the key in the node's directory, which from now on holds the authority too."""
+        os.makedirs(os.path.join(self._directory, "authority"), 0o700, exist_ok=True)
+        write_private(os.path.join(self._directory, "authority", "ca.key"), private_pem(self._key))
+
+    def issue(self, request: bytes, *, lifetime: datetime.timedelta = NODE_LIFETIME, node: str | None = None) -> bytes:
+        """Returns the PEM certificate that a request asks for; with `node`, only for that one.
+
+        Nothing is taken over from the request but the keys, the node id and its addresses.
+        """
+        asked = _checked_request(request)
+        (name,) = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        wanted = str(name.value)
+        if not is_node_id(wanted) or (node is not None and wanted != node):
+            raise AuthorityError(f"certificate request for {wanted!r}" + (f", by {node}" if node else ", no node id"))
+        names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        now = datetime.datetime.now(datetime.UTC)
+        begin = min(now, now + lifetime) - _CLOCKS_DIFFER
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject_name(wanted, self.fleet))
+            .issuer_name(self.certificate.subject)
+            .public_key(asked.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(begin)
+            .not_valid_after(now + lifetime)
+            .add_extension(x509.SubjectAlternativeName(list(names)), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs_certificates=False), critical=True)
+            .add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
+                critical=False,
+            )
+            .add_extension(_authority_identifier(self.certificate), critical=False)
+        )
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def revocation(
+        self, node: str, *, key_id: str | None = None, upto: list[int] | None = None, retired: bool = False
+    ) -> dict[str, Any]:
+        """Returns the body of a revocation: of one signing key of a node, or of the node with all it has or will have.
+
+        `upto` is the owner's position (epoch, seq) that is known now: what it signed up to there stays good, so that
+        all replicas agree on what they accept; beyond it nothing does. `retired`: the node's records are dropped as
+        well.
+        """
+        said = {"node": node, "key_id": key_id, "upto": upto or [0, 0], "retired": retired, "at": _now_ms()}
+        signature = self._key.sign(_REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
+        return {**said, "signature": signature.hex()}
+
+    def make_token(self, lifetime: float = TOKEN_LIFETIME, *, now: float | None = None) -> str:
+        """Returns a new token that lets one node join; only its hash is kept."""
+        token = secrets.token_urlsafe(24)
+        with self._tokens() as tokens:
+            tokens[_hashed(token)] = (time.time() if now is None else now) + lifetime
+        return token
+
+    def invite(self, config: NodeConfig, *, lifetime: float = TOKEN_LIFETIME, host: str | None = None) -> Invitation:
+        """Returns an invitation for one node, which will reach the holder of the authority at `host`."""
+        if not config.join:
+            raise AuthorityError(f"{config.directory}: nodes cannot join here", hint="set join in node.toml")
+        host = host or next((one for one in config.addresses if not _is_loopback(one)), "127.0.0.1")
+        port = split_address(config.join)[1]
+        return Invitation(join_address(host, port), config.node, self.fingerprint, self.make_token(lifetime))
+
+    def redeem(self, token: str, *, now: float | None = None) -> None:
+        """Uses a token up; `AuthorityError` when it was never made, was used, or has expired."""
+        with self._tokens() as tokens:
+            expires = tokens.pop(_hashed(token), None)
+        if expires is None:
+            raise AuthorityError("the token is unknown or was used before", hint="each invitation lets one node in")
+        if expires < (time.time() if now is None else now):
+            raise AuthorityError("the token has expired", hint="vmconv node invite makes a new one")
+
+    @contextmanager
+    def _tokens(self) -> Iterator[dict[str, float]]:
+        """Gives the tokens that were not used yet, and keeps what the block leaves of them; one process at a time."""
+        path = os.path.join(self._directory, "authority", "tokens.json")
+        with open(path + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tokens: dict[str, float] = {}
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    tokens = json.load(file)
+            yield tokens
+            write_private(path, json.dumps(tokens).encode())
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def is_revocation(body: Mapping[str, Any], authorities: list[x509.Certificate]) -> bool:
+    """Returns whether the body of a revocation was signed by one of the authorities."""
+    said = {name: body.get(name) for name in ("node", "key_id", "upto", "retired", "at")}
+    try:
+        signature = bytes.fromhex(str(body.get("signature")))
+    except ValueError:
+        return False
+    return any(_verifies(authority, signature, said) for authority in authorities)
+
+
+def _verifies(authority: x509.Certificate, signature: bytes, said: dict[str, Any]) -> bool:
+    key = authority.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return False
+    try:
+        key.verify(signature, _REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _checked_request(pem: bytes) -> x509.CertificateSigningRequest:
+    """Returns a request whose signature and contents are such as a node makes; `AuthorityError` otherwise."""
+    try:
+        asked = x509.load_pem_x509_csr(pem[:MAX_PEM])
+        names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        key = asked.public_key()
+    except (ValueError, x509.ExtensionNotFound) as exc:
+        raise AuthorityError(f"no certificate request of a node: {exc}") from exc
+    signing = [n for n in names.get_values_for_type(x509.UniformResourceIdentifier) if n.startswith(SIGNING_NAME)]
+    kinds = (x509.DNSName, x509.IPAddress, x509.UniformResourceIdentifier)
+    if not asked.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
+        raise AuthorityError("certificate request with a bad signature, or with no P-256 key")
+    if len(signing) != 1 or len(names) > MAX_NAMES or not all(isinstance(name, kinds) for name in names):
+        raise AuthorityError(f"certificate request with {len(signing)} signing keys and {len(names)} names")
+    if len(asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)) != 1:
+        raise AuthorityError("certificate request without a node id")
+    return asked
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey, fleet: str) -> x509.Certificate:
+    name = x509.Name(
+        [
+            x509.NameAttribute(NameOID.ORGANIZATION_NAME, fleet),
+            x509.NameAttribute(NameOID.COMMON_NAME, f"vmconv fleet {fleet}"[:64]),
+        ]
+    )
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCKS_DIFFER)
+        .not_valid_after(now + AUTHORITY_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return builder.sign(key, hashes.SHA256())
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _authority_identifier(certificate: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    identifier = certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)

@@ -1,0 +1,110 @@
+"""Whose signatures a replica accepts: what the records of kind `certificate` and `revocation` say."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from vmconv_fleet.trust.authority import is_revocation
+from vmconv_fleet.trust.identity import (
+    Binding,
+    IdentityError,
+    Verifier,
+    binding,
+    read_authorities,
+    read_certificate,
+    read_certificates,
+)
+
+if TYPE_CHECKING:
+    from vmconv_fleet.replication.records import Position, Record
+
+_ALL_KEYS = ""
+"""Stands for every key of a node in the table of what was revoked."""
+
+
+class Trust:
+    """Certificates and revocations that the fleet's authority signed; may be asked from any thread.
+
+    Neither is believed because of who wrote the record: the authority's signature is in the body. So a certificate may
+    come from whoever has it, and a revocation from any holder of the authority.
+    """
+
+    def __init__(self, authorities: bytes) -> None:
+        self._authorities: list[x509.Certificate] = read_authorities(authorities)
+        self._lock = threading.Lock()
+        self._verifier = Verifier()
+        self._keys: dict[tuple[str, str], Ed25519PublicKey] = {}
+        self._bindings: dict[str, dict[int, Binding]] = {}
+        self._revoked: dict[tuple[str, str], tuple[int, int]] = {}
+        self._retired: set[str] = set()
+
+    def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
+        """Returns whether the owner signed all of this, by a key that was not revoked before this position."""
+        key = self._keys.get((owner, key_id))
+        if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
+            return False
+        return self._verifier.good(key, signed)
+
+    def learn(self, record: Record) -> bool:
+        """Takes in a certificate or revocation; False for any other record, and for what the authority did not sign."""
+        if record.kind == "certificate":
+            return self.learn_certificate(str(record.body.get("pem")).encode()) is not None
+        return record.kind == "revocation" and self.learn_revocation(record.body)
+
+    def retired(self, owner: str) -> bool:
+        """Returns whether the node has left for ever."""
+        return owner in self._retired
+
+    def learn_certificate(self, pem: bytes) -> Binding | None:
+        """Returns what the certificate binds, or None when it is none of this fleet's."""
+        try:
+            return self._bind(read_certificate(pem))
+        except IdentityError:
+            return None
+
+    def learn_members(self, pem: bytes) -> None:
+        """Takes in certificates of members; `IdentityError` at the first that is damaged, or none of this fleet's."""
+        for certificate in read_certificates(pem):
+            self._bind(certificate)
+
+    def _bind(self, certificate: x509.Certificate) -> Binding:
+        bound = binding(certificate, self._authorities)
+        with self._lock:
+            self._keys[bound.node, bound.key_id] = bound.key
+            self._bindings.setdefault(bound.node, {})[bound.serial] = bound
+        return bound
+
+    def learn_revocation(self, body: Mapping[str, Any]) -> bool:
+        """Returns whether the authority signed it; the earliest of several for one key counts."""
+        if not is_revocation(body, self._authorities):
+            return False
+        epoch, seq = body["upto"]
+        name = (body["node"], body["key_id"] or _ALL_KEYS)
+        with self._lock:
+            self._revoked[name] = min((epoch, seq), self._revoked.get(name, (epoch, seq)))
+            if body["retired"]:
+                self._retired.add(body["node"])
+        return True
+
+    def is_revoked(self, node: str, key_id: str = _ALL_KEYS, position: tuple[int, int] | None = None) -> bool:
+        """Returns whether the node, or this key of it, was revoked; with a position, whether it was for that one."""
+        found = [self._revoked.get((node, name)) for name in {_ALL_KEYS, key_id}]
+        limits = [limit for limit in found if limit is not None]
+        return bool(limits) and (position is None or position > min(limits))
+
+    def is_certified(self, node: str) -> bool:
+        return node in self._bindings
+
+    def members(self) -> Iterable[str]:
+        """Returns the nodes that have a certificate and were not revoked, in no order."""
+        with self._lock:
+            return [
+                node
+                for node, bindings in self._bindings.items()
+                if any(not self.is_revoked(node, bound.key_id) for bound in bindings.values())
+            ]

@@ -1,0 +1,119 @@
+"""A node's keys and certificate on disk: replaced together, or not at all.
+
+identity -> identity.SERIAL   node.pem, tls.key, signing.key
+ca.pem                        the fleet's authority
+members.pem                   certificates of those who were members when this node joined
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vmconv.errors import os_errors
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.trust.authority import Authority
+from vmconv_fleet.trust.identity import (
+    MAX_MEMBERS,
+    MAX_PEM,
+    Binding,
+    IdentityError,
+    Keys,
+    binding,
+    read_authorities,
+    read_certificate,
+    write_private,
+)
+
+RENEW_AT = 2 / 3
+"""The part of its lifetime after which a certificate is renewed."""
+
+
+class Credentials(NamedTuple):
+    """What a node proves itself with; `bound` is what its certificate says."""
+
+    keys: Keys
+    certificate: bytes
+    bound: Binding
+    renew_at: datetime.datetime
+
+
+def load(config: NodeConfig) -> Credentials:
+    """Returns the node's credentials; `IdentityError` when they are missing, damaged, or of another node or fleet."""
+    keys = Keys.load(config.path("identity"))
+    certificate = _read(config.credential("node.pem"))
+    parsed = read_certificate(certificate)
+    bound = binding(parsed, read_authorities(_read(config.path("ca.pem"))))
+    if bound.node != config.node or bound.fleet != config.fleet:
+        raise IdentityError(
+            f"{config.directory}: the certificate is of node {bound.node} in fleet {bound.fleet!r}, "
+            f"the settings are of node {config.node} in {config.fleet!r}"
+        )
+    if bound.key.public_bytes_raw() != keys.signing.public_key().public_bytes_raw():
+        raise IdentityError(f"{config.directory}: the certificate is not for the signing key")
+    if parsed.public_key() != keys.tls.public_key():
+        raise IdentityError(f"{config.directory}: the certificate is not for the TLS key")
+    begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+    return Credentials(keys, certificate, bound, begin + (end - begin) * RENEW_AT)
+
+
+def install(directory: str, keys: Keys, certificate: bytes) -> None:
+    """Makes these the node's credentials; a crash leaves the old ones or the new ones."""
+    name = f"identity.{read_certificate(certificate).serial_number:x}"
+    place, link = os.path.join(directory, name), os.path.join(directory, "identity")
+    with os_errors("installing a certificate", IdentityError):
+        os.makedirs(place, 0o700)
+        keys.save(place)
+        write_private(os.path.join(place, "node.pem"), certificate)
+        temporary = f"{link}.{secrets.token_hex(4)}"
+        os.symlink(name, temporary)
+        os.replace(temporary, link)
+        for other in os.listdir(directory):
+            if other.startswith("identity.") and other != name:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(os.path.join(directory, other))
+
+
+def keep_members(directory: str, certificates: Iterable[bytes]) -> None:
+    """Keeps certificates of members, so that the node knows whom to hear before it has their records."""
+    with os_errors("keeping the members' certificates", IdentityError):
+        write_private(os.path.join(directory, "members.pem"), b"".join(certificates))
+
+
+def read_members(config: NodeConfig) -> bytes:
+    """Returns the certificates that were kept, which may be none; nobody has verified them."""
+    path = config.path("members.pem")
+    if not os.path.exists(path):
+        return b""
+    with os_errors("reading the members' certificates", IdentityError), open(path, "rb") as file:
+        return file.read(MAX_MEMBERS)
+
+
+def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:
+    """Gets a new certificate from an authority, this node's own if it holds it, and installs it.
+
+    With `new_keys` for new keys; what was signed with the old signing key stays good.
+    """
+    keys = Keys.generate() if new_keys else Keys.load(config.path("identity"))
+    request = keys.request(config.node, config.fleet, config.addresses)
+    if os.path.exists(config.path(os.path.join("authority", "ca.key"))):
+        certificate = Authority.load(config.directory).issue(request, node=config.node)
+    else:
+        # Its modules take memory, and are needed once in months.
+        from vmconv_fleet.trust.joining import Granted, first_that_answers, renew
+
+        granted: Granted = first_that_answers(config.authorities, lambda address: renew(config, address, request))
+        certificate = granted.certificate
+        write_private(config.path("ca.pem"), granted.authorities)
+    install(config.directory, keys, certificate)
+    return load(config)
+
+
+def _read(path: str) -> bytes:
+    with os_errors("reading a certificate", IdentityError), open(path, "rb") as file:
+        return file.read(MAX_PEM)

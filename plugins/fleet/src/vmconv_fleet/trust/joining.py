@@ -1,0 +1,350 @@
+"""Joining a fleet, and renewing what one got: HTTPS between a node and one that holds the authority.
+
+The service answers three questions, each a POST of JSON, and gives the authority's certificate to anybody (GET /ca):
+
+ /join    by a token of an invitation: a certificate for a node id that nobody has, and those of the members
+ /renew   by the certificate that the node has, for the same node id: a new one, for the same keys or others
+ /leave   by the certificate that the node has: the revocation of this node
+
+A node that joins believes the certificate at the other end only if the authority has the fingerprint of the invitation
+and the other end is the node that it names; the token is sent after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple, Protocol
+
+from cryptography.hazmat.primitives import serialization
+
+from vmconv.errors import VmconvError
+from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
+from vmconv_fleet.errors import FleetError
+from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint
+from vmconv_fleet.trust.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
+from vmconv_fleet.trust.peers import common_name
+
+LIMIT = 64 << 10
+MAX_ANSWER = 2 * MAX_MEMBERS
+TIMEOUT = 10.0
+MAX_CONNECTIONS = 16
+_log = logging.getLogger("vmconv_fleet.joining")
+
+
+class JoinError(FleetError):
+    """The service for joining cannot be reached, is not whom the invitation names, or refuses."""
+
+
+class Membership(Protocol):
+    """What the service needs of the running node."""
+
+    def is_known(self, node: str) -> bool:
+        """Returns whether a node has this id, or ever had."""
+
+    def is_revoked(self, node: str) -> bool:
+        """Returns whether the node was revoked."""
+
+    def certificates(self) -> list[bytes]:
+        """Returns a certificate of each member."""
+
+    def certified(self, certificate: bytes) -> None:
+        """A node got this certificate; returns once that is kept."""
+
+    def revoke(self, node: str) -> None:
+        """Revokes the node; returns once that is kept."""
+
+
+class JoinService:
+    """The service, on its own threads, from `start` until `close`."""
+
+    def __init__(self, config: NodeConfig, authority: Authority, membership: Membership) -> None:
+        self.config = config
+        self.authority = authority
+        self.membership = membership
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> int:
+        """Listens and returns the port; `JoinError` when it cannot."""
+        host, port = split_address(self.config.join)
+        try:
+            self._server = _Server(host, port, self)
+        except OSError as exc:
+            raise JoinError(f"{self.config.join}: cannot listen for nodes that join: {exc.strerror or exc}") from exc
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,), name="joining", daemon=True)
+        self._thread.start()
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join(TIMEOUT)
+
+    def answer(self, path: str, asked: dict[str, Any], caller: str | None) -> dict[str, Any]:
+        """Returns what a question is answered with; `caller` is the node whose certificate the other end has shown."""
+        match path:
+            case "/join":
+                return self._join(str(asked.get("request")).encode(), str(asked.get("token")))
+            case "/renew":
+                node = self._member(caller)
+                return self._certified(self.authority.issue(str(asked.get("request")).encode(), node=node))
+            case "/leave":
+                self.membership.revoke(self._member(caller))
+                return {}
+            case _:
+                raise AuthorityError(f"nothing at {path}")
+
+    def _member(self, caller: str | None) -> str:
+        if caller is None:
+            raise AuthorityError("only for nodes that show their certificate")
+        if self.membership.is_revoked(caller):
+            raise AuthorityError(f"node {caller} was revoked")
+        return caller
+
+    def _join(self, request: bytes, token: str) -> dict[str, Any]:
+        # The request is looked at first: a token is not used up by one that is refused anyway.
+        certificate = self.authority.issue(request)
+        node = binding(read_certificate(certificate), [self.authority.certificate]).node
+        if self.membership.is_known(node):
+            raise AuthorityError(f"node id {node} is taken")
+        self.authority.redeem(token)
+        _log.info("node %s joins", node)
+        # All who are members, if they are not too many: the new node hears them from its first session on.
+        return {**self._certified(certificate), "members": _within(MAX_MEMBERS, self.membership.certificates())}
+
+    def _certified(self, certificate: bytes) -> dict[str, Any]:
+        self.membership.certified(certificate)
+        with open(self.config.path("ca.pem"), encoding="ascii") as file:
+            authorities = file.read(LIMIT)
+        return {
+            "certificate": certificate.decode(),
+            "authorities": authorities,
+            "fleet": self.config.fleet,
+            "link_port": split_address(self.config.listen[0])[1] if self.config.listen else LINK_PORT,
+            "seeds": self.config.connect[:3],
+        }
+
+
+def _within(limit: int, certificates: list[bytes]) -> str:
+    """Returns so many certificates, one behind the other, as have no more bytes than that."""
+    text = ""
+    for certificate in certificates:
+        if len(text) + len(certificate) > limit:
+            break
+        text += certificate.decode("ascii")
+    return text
+
+
+class _Server(ThreadingHTTPServer):
+    """HTTPS whose handshakes are on the threads of their connections, of which there are `MAX_CONNECTIONS` at most."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, host: str, port: int, service: JoinService) -> None:
+        self.service = service
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            with contextlib.suppress(OSError):
+                request.settimeout(TIMEOUT)
+                # A context for each connection: certificates may have been renewed since the last one.
+                secured = server_context(self.service.config).wrap_socket(request, server_side=True)
+                super().process_request_thread(secured, client_address)
+        finally:
+            self.shutdown_request(request)
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.warning("a connection for joining failed", exc_info=True)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    server_version = "vmconv"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        if self.path != "/ca":
+            self._send(404, b"")
+            return
+        with open(self.server.service.config.path("ca.pem"), "rb") as file:
+            self._send(200, file.read(LIMIT))
+
+    def do_POST(self) -> None:
+        try:
+            size = int(self.headers.get("Content-Length", "0"))
+            if not 0 < size <= LIMIT:
+                raise AuthorityError(f"body of {size} bytes, at most {LIMIT} are read")
+            asked = json.loads(self.rfile.read(size))
+            if not isinstance(asked, dict):
+                raise AuthorityError("the body is no JSON object")
+            self._answer(200, self.server.service.answer(self.path, asked, self._caller()))
+        except VmconvError as exc:
+            _log.warning("refused at %s: %s", self.path, exc)
+            self._answer(403, {"error": str(exc), "hint": exc.hint})
+        except ValueError as exc:
+            self._answer(400, {"error": f"the body is no JSON: {exc}", "hint": None})
+
+    def _caller(self) -> str | None:
+        assert isinstance(self.connection, ssl.SSLSocket)
+        return common_name(self.connection)
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        self._send(status, json.dumps(body).encode())
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name in the base class
+        _log.debug(format, *args)
+
+
+def server_context(config: NodeConfig) -> ssl.SSLContext:
+    """Returns the TLS of a service of this node, to which a node may show its certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
+    context.load_verify_locations(config.path("ca.pem"))
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+class Granted(NamedTuple):
+    """What a node gets from the authority; `members` only when it joins."""
+
+    certificate: bytes
+    authorities: bytes
+    fleet: str
+    seeds: list[str]
+    members: bytes = b""
+
+
+def join(invitation: Invitation, request: bytes) -> Granted:
+    """Asks for a certificate by an invitation."""
+    host, _ = split_address(invitation.address)
+    context = _client_context(_authority_certificate(invitation))
+    with _connected(invitation.address, context) as connection:
+        assert isinstance(connection.sock, ssl.SSLSocket)
+        name = common_name(connection.sock)
+        if name != invitation.node:
+            raise JoinError(f"{invitation.address}: is node {name}, the invitation is of {invitation.node}")
+        found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token})
+    link = join_address(host, int(found["link_port"]))
+    seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))
+    return Granted(
+        found["certificate"].encode(),
+        found["authorities"].encode(),
+        str(found["fleet"]),
+        seeds,
+        found["members"].encode(),
+    )
+
+
+def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
+    """Asks for a new certificate by the one that the node has."""
+    with _connected(address, _member_context(config)) as connection:
+        found = _post(connection, "/renew", {"request": request.decode()})
+    return Granted(found["certificate"].encode(), found["authorities"].encode(), str(found["fleet"]), [])
+
+
+def leave(config: NodeConfig, address: str) -> None:
+    """Asks for the revocation of the node itself."""
+    with _connected(address, _member_context(config)) as connection:
+        _post(connection, "/leave", {})
+
+
+def _authority_certificate(invitation: Invitation) -> str:
+    """Returns the certificate with the invitation's fingerprint, from whoever answers at the address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with _connected(invitation.address, context) as connection:
+        connection.request("GET", "/ca")
+        pem = connection.getresponse().read(LIMIT)
+    try:
+        found = [one for one in read_authorities(pem) if fingerprint(one) == invitation.fingerprint]
+    except IdentityError:
+        found = []
+    if not found:
+        raise JoinError(
+            f"{invitation.address}: is not of the fleet that the invitation is of",
+            hint="nothing secret was sent; somebody may be between you and the fleet",
+        )
+    return found[0].public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _client_context(authorities: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # Who is at the other end is told by the node id in its certificate, not by the address.
+    context.check_hostname = False
+    context.load_verify_locations(cadata=authorities)
+    return context
+
+
+def _member_context(config: NodeConfig) -> ssl.SSLContext:
+    with open(config.path("ca.pem"), encoding="ascii") as file:
+        context = _client_context(file.read(LIMIT))
+    context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
+    return context
+
+
+@contextmanager
+def _connected(address: str, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
+    """Gives an open connection; what fails in the block for the network's sake is a `JoinError`."""
+    host, port = split_address(address)
+    connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
+    try:
+        connection.connect()
+        yield connection
+    except (OSError, http.client.HTTPException) as exc:
+        reason = getattr(exc, "verify_message", None) or getattr(exc, "strerror", None) or exc
+        raise JoinError(f"{address}: cannot ask the authority: {reason}") from exc
+    finally:
+        connection.close()
+
+
+def _post(connection: http.client.HTTPSConnection, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    try:
+        found: dict[str, Any] = json.loads(response.read(MAX_ANSWER))
+    except ValueError as exc:
+        raise JoinError(f"{connection.host}: answers {response.status} without JSON") from exc
+    if response.status != 200:
+        raise JoinError(f"refused: {found.get('error')}", hint=found.get("hint"))
+    return found
+
+
+def first_that_answers(addresses: list[str], ask: Callable[[str], Any]) -> Any:
+    """Returns the answer of the first authority that can be reached; the last one's error when none can."""
+    last = JoinError("no authority is known", hint="set authorities in node.toml")
+    for address in addresses:
+        try:
+            return ask(address)
+        except JoinError as exc:
+            last = exc
+    raise last

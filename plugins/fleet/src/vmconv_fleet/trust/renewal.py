@@ -1,0 +1,50 @@
+"""Renews the node's certificate when two thirds of its lifetime are over, and goes on trying until it has a new one."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import random
+import threading
+from collections.abc import Callable
+
+from vmconv.errors import VmconvError
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.trust.credentials import request_new
+
+LOOK_EVERY = 600.0
+_log = logging.getLogger("vmconv_fleet.renewal")
+
+
+class Renewal:
+    """Looks now and then, on a thread of its own; `renewed` is called when there is a new certificate."""
+
+    def __init__(self, config: NodeConfig, due: Callable[[], datetime.datetime], renewed: Callable[[], None]) -> None:
+        self._config = config
+        self._due = due
+        self._renewed = renewed
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(15)
+
+    def _run(self) -> None:
+        # Not all at once: nodes that were made together would ask together, for ever.
+        while not self._ended.wait(self._wait()):
+            if datetime.datetime.now(datetime.UTC) < self._due():
+                continue
+            try:
+                request_new(self._config)
+                self._renewed()
+            except (VmconvError, TimeoutError) as exc:
+                _log.warning("the certificate could not be renewed: %s", exc)
+
+    def _wait(self) -> float:
+        left = (self._due() - datetime.datetime.now(datetime.UTC)).total_seconds()
+        return min(LOOK_EVERY, max(left, 5.0)) * random.uniform(1.0, 1.2)

@@ -1,0 +1,93 @@
+"""Who may do what: three roles, each of which may do what the one before it may, and the role that each verb takes.
+
+It is checked twice, by the same function: by the node that an administrator is connected to, so that the refusal comes
+at once, and by the owner of what is to change, against its own replica of the token, because it trusts nobody's word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from vmconv.errors import AccessError
+
+if TYPE_CHECKING:
+    from vmconv_fleet.catalogue.kinds import By, Role, Token
+    from vmconv_fleet.replication.records import Record
+
+ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
+
+VERBS: Mapping[str, Role] = {
+    "convert": "operator",
+    "cancel": "operator",
+    "scan": "operator",
+    "datastore-add": "admin",
+    "datastore-remove": "admin",
+    "policy-set": "admin",
+    "retire": "admin",
+    "revoke": "admin",
+    "token-create": "admin",
+    "token-revoke": "admin",
+}
+"""The role that a verb takes; reading takes `viewer`."""
+
+LOCAL_ONLY = frozenset({"datastore-add"})
+"""Verbs that only the local administrator of a node may ask of it: they name its paths."""
+
+
+class Records(Protocol):
+    """What can look up a live record; None where there is none."""
+
+    def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
+
+
+def allows(role: Role, needed: Role) -> bool:
+    return ORDER.index(role) >= ORDER.index(needed)
+
+
+def role_of(by: By, records: Records, now_ms: int) -> Role:
+    """Returns the role of whoever asked; raises `AccessError` when the token is not, or no longer, good."""
+    from vmconv_fleet.catalogue.kinds import Token
+
+    if by.token is None:
+        return "admin"
+    owner, _, identifier = by.token.partition("/")
+    record = records.get(owner, "token", identifier)
+    if record is None:
+        raise AccessError(f"token {identifier} is not known here")
+    return role_of_token(identifier, Token.model_validate(record.body), now_ms)
+
+
+def role_of_token(identifier: str, token: Token, now_ms: int) -> Role:
+    """Returns the role that a token gives now; raises `AccessError` when it was revoked or has expired."""
+    if token.revoked:
+        raise AccessError(f"token {identifier} was revoked")
+    if token.expires_ms is not None and now_ms >= token.expires_ms:
+        raise AccessError(f"token {identifier} has expired")
+    return token.role
+
+
+def refuse_unless_allowed(verb: str, target: str, by: By, records: Records, now_ms: int) -> None:
+    """Raises `AccessError` unless whoever asked may have this done by the node `target`."""
+    needed = VERBS.get(verb)
+    if needed is None:
+        raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
+    _refuse_strangers(target, by, records)
+    role = role_of(by, records, now_ms)
+    if not allows(role, needed):
+        raise AccessError(f"{verb} takes the role {needed}, {by.user or by.token} has {role}")
+    if verb in LOCAL_ONLY and not (by.token is None and by.node == target):
+        raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
+
+
+def _refuse_strangers(target: str, by: By, records: Records) -> None:
+    """Raises `AccessError` when the target's policy does not hear the administrators of the node they are at."""
+    from vmconv_fleet.catalogue.kinds import Policy
+
+    record = records.get(target, "policy", "conversion")
+    heard = Policy.model_validate(record.body).administrators_of if record else None
+    if heard is None or by.node == target:
+        return
+    vouching = {by.node, by.token.partition("/")[0] if by.token else by.node}
+    if not vouching <= {*heard, target}:
+        raise AccessError(f"the policy of {target} does not hear administrators of {by.node}")
