@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vmconv import cli
-from vmconv.options import describe
-from vmconv.registry import installed
+from vmconv.cli import parser as cli
+from vmconv.io.registry import installed
+from vmconv.model.options import describe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "docs/reference/commands.md"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmconv.directory import Directory
 from vmconv.inplace.calls import Calls
+from vmconv.io.directory import Directory
 
 SECTOR = 512
 _ALL_SUBSETS = 6

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import vmconv
 from variants import QEMU_NAMES
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from vmconv.cli import main
+from vmconv.cli.main import main
 from vmconv.errors import UsageError
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 ALONE = os.environ.get("VMCONV_ALONE", "")
 
@@ -42,8 +42,8 @@ def test_formats_lists_what_could_be_installed(capsys: pytest.CaptureFixture[str
 def test_a_conversion_between_images_of_the_one_format_works(tmp_path: Path) -> None:
     if ALONE == "core":
         pytest.skip("core alone has no formats")
-    from vmconv.image import Image
-    from vmconv.layout import Placement
+    from vmconv.model.image import Image
+    from vmconv.model.layout import Placement
     from vmconv.testing import make_in_memory, patterned
     from vmconv.testing.disks import raw_disk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 import qcow2_images
 import vmconv
 from disks import MIB, make_disk
-from vmconv import arguments, cli, errors
-from vmconv.arguments import checked
-from vmconv.cli.converting import _request
-from vmconv.conversion import Request
+from vmconv import errors
+from vmconv.cli.parser import make_parser
+from vmconv.cli.requests import request_of as _request
+from vmconv.conversion.request import Request
+from vmconv.interface import arguments
+from vmconv.interface.arguments import checked
 
 ANY: Any = vmconv
 """The module without its types: what is wrong here is what a type checker would find."""
@@ -336,7 +339,7 @@ COMMAND_LINE: dict[str, tuple[list[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", COMMAND_LINE)
 def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
     given, keywords = COMMAND_LINE[case]
-    options = cli.make_parser("convert").parse_args(["convert", *given, "source", "target"])
+    options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
     by_line = _request(options)
     by_api = checked(Request, source=Path("source"), target="target", **keywords)
     assert by_api == by_line._replace(allow_external=list(by_line.allow_external))._replace(
@@ -347,14 +350,14 @@ def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
 
 def test_what_the_command_line_makes_passes_the_check_unchanged() -> None:
     for given, _ in COMMAND_LINE.values():
-        options = cli.make_parser("convert").parse_args(["convert", *given, "source", "target"])
+        options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
         request = _request(options)
         again = checked(Request, **request._asdict())
         assert again._asdict() == request._asdict() | {"options": dict(request.options)}
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_api() -> None:
-    parser = cli.make_parser("convert")
+    parser = make_parser("convert")
     (commands,) = [action for action in parser._actions if action.dest == "command"]
     assert isinstance(commands.choices, dict)
     choices = {action.dest: action.choices for action in commands.choices["convert"]._actions if action.choices}
@@ -362,11 +365,36 @@ def test_the_choices_of_the_command_line_are_those_of_the_api() -> None:
         assert set(choices[name]) == set(getattr(get_type_hints(Request)[name], "__args__", ()))
 
 
-def test_the_keywords_for_type_checkers_are_the_fields_of_the_request() -> None:
-    keywords = arguments.ConvertOptions.__annotations__.keys()
-    assert set(keywords) == set(Request._fields) - {"source", "target"}
-    assert set(arguments.ImageOptions.__annotations__) == set(arguments.Reading._fields) - {"path"}
-    assert set(arguments.CompareOptions.__annotations__) == set(arguments.Pair._fields) - {"left", "right"}
+def keywords_of(function: str) -> dict[str, Any]:
+    """Returns the keywords of a function of the API, and their defaults."""
+    parameters = inspect.signature(getattr(vmconv, function)).parameters.values()
+    return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("function", "kinds", "besides"),
+    [
+        ("convert", (Request, arguments.Making), set()),
+        ("plan", (Request,), set()),
+        ("stream", (Request, arguments.Making), {"target_format", "created"}),
+        ("fanout", (Request, arguments.Making), {"target_format"}),
+        ("info", (arguments.Reading,), set()),
+        ("map_disk", (arguments.Reading,), set()),
+        ("check", (arguments.Reading,), set()),
+        ("compare", (arguments.Pair,), set()),
+        ("prove", (arguments.Pair,), {"strict"}),
+        ("recover", (arguments.Believed,), set()),
+        ("undo", (arguments.Believed,), set()),
+    ],
+)
+def test_the_keywords_and_their_defaults_are_the_fields_of_what_is_asked(
+    function: str, kinds: tuple[Any, ...], besides: set[str]
+) -> None:
+    wanted = {name: value for kind in kinds for name, value in kind._field_defaults.items() if name not in besides}
+    found = keywords_of(function)
+    if function == "fanout":
+        assert found.pop("directory") == "."
+    assert found == wanted
 
 
 # What a type checker finds

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vmconv import linux
 from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileOutput, FileTransaction
-from vmconv.backends.memory import MemoryBackend
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary
-from vmconv.directory import Directory
-from vmconv.planner import ShareSteps
-from vmconv.sources import Decoded, File
-from vmconv.storage import Access, Transaction
+from vmconv.interface.backend import Access, Transaction
+from vmconv.io.directory import Directory
+from vmconv.model.plan import ShareSteps
+from vmconv.model.sources import Decoded, File
+from vmconv.system import linux
 from vmconv.testing import BackendTests
+from vmconv.testing.memory import MemoryBackend
 
 
 class TestReflinkOnXfs(BackendTests):

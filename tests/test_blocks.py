@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmconv import blocks
-from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents, Kind
-from vmconv.sources import Blob
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.sources import Blob
+from vmconv.placing import blocks
 from vmconv.testing import disk_of, tables
+from vmconv.testing.memory import MemoryFile
 
 A, B = Blob("a", bytes(300)), Blob("b", bytes(300))
 UNIT = 8

@@ -24,13 +24,13 @@ import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk, qemu_io, scribble
 from test_parallels import bundle
-from vmconv import cli
+from vmconv.cli import main as cli
 from vmconv.errors import BackendError, PlanError, UsageError, VerifyError, VmconvError, ZeroCopyError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Layout
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Layout
 
 SIZE = 12 * MIB
 CLUSTER = 65536

@@ -16,20 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_extents import A
-from vmconv import linux
-from vmconv.backends.memory import MemoryFile
-from vmconv.directory import Directory
+from vmconv.conversion.planner import plan_layout
 from vmconv.errors import AccessError, BackendError, PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.inplace import change, ownership, shifting, space
+from vmconv.inplace import change, space
+from vmconv.inplace import moves as shifting
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import JOURNAL, WORKING, beside
-from vmconv.layout import Layout, OutFile
-from vmconv.planner import Action, FilePlan, plan_layout
-from vmconv.sources import Blob
-from vmconv.storage import Survey
+from vmconv.interface.backend import Congruence, Survey
+from vmconv.io import ownership
+from vmconv.io.directory import Directory
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.layout import Layout, OutFile
+from vmconv.model.plan import Action, FilePlan
+from vmconv.model.sources import Blob
+from vmconv.system import linux
+from vmconv.testing.memory import MemoryFile
 
 BEFORE = b"0123456789abcdef"
 quick = settings(deadline=None, max_examples=100)
@@ -534,7 +537,7 @@ def test_behind_the_end_of_the_file_space_is_dead_too() -> None:
 def test_the_carried_file_is_the_one_with_the_payload() -> None:
     carrier, other = carrier_of(20), carrier_of(20)
     one, two = (OutFile(table_of(20, (0, each, 0)), name) for each, name in ((carrier, "one"), (other, "two")))
-    plan = plan_layout(Layout((one, two)), "new", "/", "in-place", Survey(0, {}))
+    plan = plan_layout(Layout((one, two)), "new", "/", "in-place", Survey(1, {}, Congruence.EQUAL))
     assert space.carried(plan, carrier).name == "one"
     assert space.carried(plan, other).name == "two"
     assert space.carried(plan, carrier_of(5)).name == "two"

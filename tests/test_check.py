@@ -17,14 +17,14 @@ import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
 from qcow2_images import image
 from test_corpus import ROWS, unpack
-from vmconv import checking
-from vmconv.backends.memory import MemoryFile
-from vmconv.cli import main
+from vmconv.cli.main import main
 from vmconv.errors import ImageError, ReadError, VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.formats import CheckReport
-from vmconv.registry import installed
-from vmconv.usage import Metadata, Usage, overlaps
+from vmconv.inspect import checking
+from vmconv.interface.format import CheckReport
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.usage import Metadata, Usage, overlaps
+from vmconv.testing.memory import MemoryFile
 
 # -- the common part, against an independent model
 

@@ -11,7 +11,7 @@ import pytest
 
 import vmconv
 from disks import MIB, QemuImg, make_disk
-from vmconv.cli import main
+from vmconv.cli.main import main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -190,7 +190,7 @@ def test_a_command_imports_no_more_than_it_needs(xfs_dir: Path, arguments: list[
     """Start-up is most of the time of a conversion; what is imported decides it, and can be told without a clock."""
     make_disk(xfs_dir / "disk.raw", MIB)
     code = (
-        "import sys\nfrom vmconv.cli import main\n"
+        "import sys\nfrom vmconv.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print('\\n' + ' '.join(sys.modules))"
     )

@@ -11,7 +11,7 @@ import pytest
 
 import vmconv
 from disks import MIB, QemuImg, make_disk, process_io
-from vmconv.cli import main
+from vmconv.cli.main import main
 
 
 def pair(directory: Path) -> tuple[Path, Path]:

@@ -358,7 +358,7 @@ def test_large_disks_take_memory_for_metadata_only(xfs_dir: Path, size: int, clu
 
 
 def _repeat(descriptor: int, length: int, size: int) -> None:
-    from vmconv.linux import clone_range
+    from vmconv.system.linux import clone_range
 
     while length < size:
         clone_range(descriptor, descriptor, 0, min(length, size - length), length)

@@ -16,19 +16,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmconv import commit, linux, parallel
 from vmconv.backends import direct, files
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.files import FileOutput
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary
-from vmconv.directory import Directory
+from vmconv.conversion import execute as commit
+from vmconv.conversion.planner import plan_layout
 from vmconv.errors import BackendError
-from vmconv.extents import Extents, Kind
-from vmconv.layout import Layout, OutFile
-from vmconv.planner import Plan, ShareSteps, plan_layout
-from vmconv.sources import Blob, Decoded, File, Source
-from vmconv.storage import Output, Survey, Transaction
+from vmconv.interface.backend import Output, Survey, Transaction
+from vmconv.io.directory import Directory
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.layout import Layout, OutFile
+from vmconv.model.plan import Plan, ShareSteps
+from vmconv.model.sources import Blob, Decoded, File, Source
+from vmconv.system import linux, parallel
 
 BLOCK = 4096
 MIB = 1 << 20

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
 
 CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
 

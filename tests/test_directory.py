@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from vmconv import attributes, linux
-from vmconv.directory import Directory
 from vmconv.errors import AccessError
-from vmconv.sources import File
+from vmconv.io import attributes
+from vmconv.io.directory import Directory
+from vmconv.model.sources import File
+from vmconv.system import linux
 
 ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 BOB = 1234

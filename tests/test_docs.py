@@ -24,7 +24,10 @@ import vmconv
 import ways
 from conftest import Mounts
 from disks import QemuImg
-from vmconv import cli, errors, hooks
+from vmconv import errors
+from vmconv.cli.parser import make_parser
+from vmconv.cli.stops import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
+from vmconv.interface import hooks
 
 ROOT = Path(__file__).parents[1]
 README, PLUGINS, ARCHITECTURE = (ROOT / name for name in ("README.md", "docs/plugins.md", "docs/architecture.md"))
@@ -86,10 +89,10 @@ def test_no_hook_is_documented_that_does_not_exist() -> None:
     assert set(re.findall(r"^### `(vmconv_\w+)", PLUGINS.read_text(), re.MULTILINE)) == set(HOOKS)
 
 
-@pytest.mark.parametrize("module", ["formats", "storage"])
+@pytest.mark.parametrize("module", ["format", "backend"])
 def test_the_methods_of_an_interface_have_headings_with_their_signatures(module: str) -> None:
-    path = ROOT / "core/src/vmconv" / f"{module}.py"
-    name = {"formats": "Format", "storage": "Backend"}[module]
+    path = ROOT / "core/src/vmconv/interface" / f"{module}.py"
+    name = {"format": "Format", "backend": "Backend"}[module]
     (interface,) = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name == name]
     methods = [node for node in interface.body if isinstance(node, ast.FunctionDef)]
     assert methods
@@ -198,10 +201,7 @@ def test_each_exit_code_of_a_command_is_in_the_table(command: str) -> None:
     _, _, status = (COMMANDS[command].epilog or "").partition("exit status")
     stated = {int(code) for code in re.findall(r"^  (\d+)  ", status, re.MULTILINE)}
     error_code = COMMANDS[command].get_default("error_code")
-    assert (
-        stated | {0, cli.EXIT_HUNG_UP, cli.EXIT_INTERRUPTED, cli.EXIT_TERMINATED} | ({error_code} - {None})
-        <= documented
-    )
+    assert stated | {0, EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED} | ({error_code} - {None}) <= documented
 
 
 # The tree
@@ -268,7 +268,7 @@ def test_pages_with_examples_are_found() -> None:
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_commands_that_are_shown_can_be_parsed(page: Path) -> None:
-    parser = cli.make_parser()
+    parser = make_parser()
     shown = [shlex.split(line) for line, _ in commands_of(page.read_text()) if line.startswith("vmconv ")]
     for words in shown:
         end = next((i for i, word in enumerate(words) if word in ("|", ">", "2>/dev/null")), len(words))

@@ -16,7 +16,7 @@ from opinions import READERS, Reader
 from test_second_opinions import OTHER_OPTIONS, Opinion, opinion_title, opinions, sum_of
 from variants import Variant, make, options, qemu_name, self_contained, title
 from vmconv.errors import PlanError, ZeroCopyError
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 KIB = 1 << 10
 WHOLE = ("parallels", "qcow2", "qed", "vdi")

@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 
 from disks import MIB
-from vmconv import discovery, linux, locks
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.temporary import Temporary, remove_stale, temporary_name
-from vmconv.cli import main
-from vmconv.directory import Directory
+from vmconv.cli.main import main
 from vmconv.errors import AccessError, BackendError, ImageError, ReadError
-from vmconv.extents import Extents
-from vmconv.opener import Opener
-from vmconv.physical import PhysicalMap
-from vmconv.registry import installed
-from vmconv.sources import File
+from vmconv.io import discovery, locks
+from vmconv.io.directory import Directory
+from vmconv.io.opener import Opener
+from vmconv.io.physical import PhysicalMap
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents
+from vmconv.model.sources import File
+from vmconv.model.view import View
+from vmconv.system import linux
 from vmconv.testing import random_bytes
-from vmconv.views import View
 
 NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 
@@ -300,7 +301,7 @@ def test_candidates_that_nobody_can_open_are_passed_over(
         origin = opener.file(str(tmp_path / "origin.vdi"))
         real = os.open
         only = lambda path, *_: str(path).endswith("a.vdi")  # noqa: E731
-        monkeypatch.setattr("vmconv.opener.os.open", failing(number, only=only, real=real))
+        monkeypatch.setattr("vmconv.io.opener.os.open", failing(number, only=only, real=real))
         if found:
             assert [os.path.basename(path) for path, _ in opener.search(origin, ".vdi")] == ["b.vdi"]
         else:
@@ -358,6 +359,6 @@ def test_a_write_that_writes_nothing_does_not_last_for_ever(
 def test_an_error_is_no_answer_of_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for name in ("a.raw", "b.raw"):
         (tmp_path / name).write_bytes(bytes(512))
-    monkeypatch.setattr("vmconv.opener.File", failing(errno.EIO))
+    monkeypatch.setattr("vmconv.io.opener.File", failing(errno.EIO))
     assert main(["compare", str(tmp_path / "a.raw"), str(tmp_path / "b.raw")]) == 2
     assert capsys.readouterr().err == f"vmconv: {tmp_path}/a.raw: Input/output error\n"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmconv.extents import Columns, Extents, Kind, on_storage
-from vmconv.sources import Blob, Source
+from vmconv.model.extents import Columns, Extents, Kind, on_storage
+from vmconv.model.sources import Blob, Source
 from vmconv.testing import patterned, tables
 
 A, B = Blob("a", bytes(range(200))), Blob("b", bytes(range(255, 55, -1)))

@@ -14,11 +14,11 @@ import pytest
 
 import vmconv
 from disks import MIB, QemuImg, make_disk, process_io
-from vmconv import cli
+from vmconv.cli import main as cli
 from vmconv.errors import PlanError, UsageError, VmconvError, ZeroCopyError
-from vmconv.known import qemu_name
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.known import qemu_name
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
 
 SIZE = 24 * MIB
 FORMATS = sorted(name for name, one in installed().formats.items() if one.can_write and one.can_read and name != "raw")

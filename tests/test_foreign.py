@@ -18,10 +18,10 @@ import qcow2_images
 import vmconv
 from conftest import oracle_program
 from disks import MIB, QemuImg, make_disk
-from vmconv import cli
+from vmconv.cli import main as cli
 from vmconv.errors import AccessError, ImageError, VmconvError
-from vmconv.foreign import AS_RAW, FOREIGN
-from vmconv.known import KNOWN
+from vmconv.io.foreign import AS_RAW, FOREIGN
+from vmconv.io.known import KNOWN
 
 Capture = pytest.CaptureFixture[str]
 

@@ -52,7 +52,7 @@ MUCH_MEMORY = 500 << 20
 """Bytes that a process may have resident at most, whatever the image says; 100 MiB are Python and numpy."""
 
 
-CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
+CLI = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit(main())"]
 
 
 def convert(path: str) -> object:

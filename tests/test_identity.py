@@ -16,11 +16,12 @@ import pytest
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
 from variants import Variant, has_identity, identified, make, options, self_contained, title
+from vmconv.conversion.views import views
 from vmconv.errors import ImageError, PlanError, UsageError
-from vmconv.identity import derived, fresh
-from vmconv.opener import Opener
-from vmconv.registry import installed
-from vmconv.views import View, views
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.identity import derived, fresh
+from vmconv.model.view import View
 
 SIZE = 8 * MIB
 IDENTITY = "01234567-89ab-4cde-8f01-23456789abcd"

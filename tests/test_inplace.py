@@ -28,23 +28,24 @@ from disks import MIB, QemuImg, make_disk, qemu_io
 from inplace_pairs import Places, Source, Target, other_pairs, pairs, shifted_pairs
 from test_inplace_crash import Work, contents, copied
 from variants import QEMU_NAMES
-from vmconv import api, linux
+from vmconv import api
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, UsageError, VmconvError
-from vmconv.extents import Kind
 from vmconv.inplace import undo, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.journal import Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
-from vmconv.inplace.planning import Site
-from vmconv.opener import Opener
-from vmconv.physical import PhysicalMap, Storage
-from vmconv.planner import Action, Plan
-from vmconv.registry import installed
+from vmconv.inplace.strategies import Share
+from vmconv.io.opener import Opener
+from vmconv.io.physical import PhysicalMap, Storage
+from vmconv.io.registry import installed
+from vmconv.model.extents import Kind
+from vmconv.model.plan import Action, Plan
+from vmconv.system import linux
 
 SIZE = 12 * MIB
 BLOCK = 4096
 NOBODY = 54321
-CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
+CLI = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit(main())"]
 
 each_pair = pytest.mark.parametrize("pair", list(pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
 
@@ -184,7 +185,7 @@ def test_payload_stays_where_it_lies(
         low, high = BLOCK, high // BLOCK * BLOCK
     before = contents(image.parent)
     guard = PayloadGuard()
-    monkeypatch.setattr("vmconv.backends.inplace.Calls", lambda: guard)
+    monkeypatch.setattr("vmconv.inplace.stay.Calls", lambda: guard)
     seen: list[tuple[int, int, int]] = []
     ranges: list[tuple[int, int]] = []
     plans: list[Plan] = []
@@ -233,7 +234,7 @@ def guest_places(path: Path, format_name: str) -> list[tuple[int, int, int]]:
 @pytest.fixture(params=["ext4", "xfs"])
 def shifting_dir(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory on filesystems that shift, where nothing is shared."""
-    monkeypatch.setattr(Site, "_shared", lambda *_: None)
+    monkeypatch.setattr(Share, "propose", lambda *_: PlanError("blocks cannot be shared"))
     directory: Path = request.getfixturevalue(f"{request.param}_dir")
     return directory
 
@@ -279,7 +280,7 @@ def test_a_disk_in_another_order_is_not_shifted(ext4_dir: Path, qemu_img: QemuIm
 def test_what_would_be_shifted_too_often_is_refused(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Source("vmdk", "qemu").make(make_disk(ext4_dir / "disk.raw", SIZE, pieces=6), ext4_dir)
     (ext4_dir / "disk.raw").unlink()
-    monkeypatch.setattr("vmconv.inplace.shifting.MOST_SHIFTS", 2)
+    monkeypatch.setattr("vmconv.inplace.moves.MOST_SHIFTS", 2)
     assert "2 at most" in str(refused(disk, ext4_dir / "new.raw"))
 
 
@@ -714,7 +715,7 @@ def interrupted(directory: Path) -> Path:
     """Returns the name of a disk whose conversion was stopped in the middle."""
     disk = make_disk(directory / "disk.raw", MIB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmconv.backends.inplace.Calls", lambda: StoppingCalls(8))
+        patch.setattr("vmconv.inplace.stay.Calls", lambda: StoppingCalls(8))
         with pytest.raises(Stopped):
             in_place(disk, directory / "new.qcow2")
     assert names(directory) == {"disk.raw" + JOURNAL, "disk.raw" + WORKING}
@@ -744,7 +745,7 @@ def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path,
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmconv.backends.inplace.Calls", lambda: Stopping(10**6))
+        patch.setattr("vmconv.inplace.stay.Calls", lambda: Stopping(10**6))
         patch.setattr("vmconv.inplace.change.Change.give_up", lambda change: change.close())
         with pytest.raises(Stopped):
             in_place(disk, ext4_dir / "new.qcow2")
@@ -993,7 +994,7 @@ def test_a_signal_takes_everything_back(ext4_dir: Path, number: int) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     before = contents(ext4_dir)
     code = (
-        "import sys, time\nfrom vmconv.inplace.calls import Calls\nfrom vmconv.cli import main\n"
+        "import sys, time\nfrom vmconv.inplace.calls import Calls\nfrom vmconv.cli.main import main\n"
         "real = Calls.write\n"
         "def slow(*arguments):\n    print('busy', flush=True)\n    time.sleep(0.3)\n    real(*arguments)\n"
         "Calls.write = slow\nraise SystemExit(main(sys.argv[1:]))"

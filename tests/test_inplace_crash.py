@@ -63,7 +63,7 @@ class Work(NamedTuple):
             for module in ("inplace", "replacing"):
                 patch.setattr(f"vmconv.backends.{module}.Calls", lambda: calls)
             # Two runs are to write the same undo file.
-            patch.setattr("vmconv.backends.inplace.time.time_ns", lambda: 10**18)
+            patch.setattr("vmconv.inplace.stay.time.time_ns", lambda: 10**18)
             self.convert(directory, keep_undo=self.way == UNDOABLE)
 
     def convert(self, directory: Path, *, keep_undo: bool) -> None:

@@ -20,7 +20,7 @@ from test_inplace_crash import SIZE, THERE, UNDOABLE, Contents, Work, contents
 from tried import TRIED
 from vmconv.inplace import recovery
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.planning import Site
+from vmconv.inplace.site import Site
 
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SPACE = 320 * MIB

@@ -25,9 +25,10 @@ from test_vdi import build
 from test_vdi import chain as vdi_chain
 from vmconv import api
 from vmconv.errors import AccessError, BackendError, PlanError
-from vmconv.inplace import neighbours, ownership
+from vmconv.inplace import neighbours
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING, beside
+from vmconv.io import ownership
 from vmconv_vdi import structs as vdi_structs
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of other users")
@@ -135,7 +136,7 @@ def test_an_undo_that_was_killed_can_be_asked_for_again(ext4_dir: Path, named: s
     before = disk.read_bytes()
     in_place(disk, ext4_dir / "new.qcow2", keep_undo=True)
     program = (
-        "import os, signal; from vmconv.directory import Directory as D; real = D.rename\n"
+        "import os, signal; from vmconv.io.directory import Directory as D; real = D.rename\n"
         "def rename(*a, **k): real(*a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
         f"D.rename = rename; from vmconv import api; api.undo({str(ext4_dir / 'new.qcow2')!r})"
     )
@@ -554,7 +555,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from crash import OTHERS
 from vmconv.inplace.calls import Calls
-from vmconv.cli import main
+from vmconv.cli.main import main
 
 number, at, made = signal.Signals(int(sys.argv[1])), int(sys.argv[2]), 0
 
@@ -685,7 +686,7 @@ def test_a_umask_locks_nobody_out_of_a_journal(ext4_dir: Path, tmp_path: Path, m
     for parent in ext4_dir.parents:
         parent.chmod(parent.stat().st_mode | 0o011)
     code = (
-        f"import os; os.umask(0o{mask})\nfrom vmconv.inplace.change import Change\nfrom vmconv.cli import main\n"
+        f"import os; os.umask(0o{mask})\nfrom vmconv.inplace.change import Change\nfrom vmconv.cli.main import main\n"
         "real = Change.complete\nChange.complete = lambda change: os._exit(9)\nimport sys; main(sys.argv[1:])"
     )
     command: list[str | Path] = [

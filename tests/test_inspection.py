@@ -13,8 +13,8 @@ import pytest
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io, scribble
 from qcow2_images import image as qcow2
-from vmconv.cli import main
-from vmconv.registry import installed
+from vmconv.cli.main import main
+from vmconv.io.registry import installed
 
 CREATE = {
     "plain": [],

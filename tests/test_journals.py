@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from test_strangers import UNDO_FIELDS, fields_of, journal_of, rows
-from vmconv.directory import NAME_MAX
 from vmconv.errors import ImageError
 from vmconv.inplace import fields, journal, undofile
 from vmconv.inplace.calls import Calls
@@ -20,7 +19,8 @@ from vmconv.inplace.fields import Fields, Tables, refuse_rows
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import JOURNAL, WORKING, beside
 from vmconv.inplace.undofile import Sibling, Stamp, Undo
-from vmconv.sources import File
+from vmconv.io.directory import NAME_MAX
+from vmconv.model.sources import File
 
 MARK = b"m" * 32
 

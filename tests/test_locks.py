@@ -16,8 +16,8 @@ import pytest
 import qcow2_images
 from vmconv import api
 from vmconv.errors import AccessError
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
 
 # The other tools come with qemu-img.
 pytestmark = pytest.mark.usefixtures("qemu_img")
@@ -241,7 +241,7 @@ def test_qemu_cannot_write_to_a_data_file_while_we_have_its_image_open(tmp_path:
 
 def test_the_command_line_reports_a_lock_in_one_line_with_a_hint(disk: Callable[[str], Path], target: Path) -> None:
     source = disk("qcow2")
-    command = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
+    command = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit(main())"]
     with qemu_io(source, "qcow2"):
         done = subprocess.run(
             [*command, "convert", str(source), str(target)], capture_output=True, text=True, check=False

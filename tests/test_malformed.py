@@ -17,14 +17,14 @@ import pytest
 
 import vmconv
 from disks import MIB, make_disk
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.layout import Backing, Placement
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.layout import Backing, Placement
 from vmconv.testing import FormatTests, disk_of, make_in_memory
 from vmconv.testing.malformed import KINDS, SOON, Malformed, time_limit
+from vmconv.testing.memory import MemoryFile
 
 MUCH_MEMORY = 500 << 20
 """Bytes that a process may have resident at most; 100 MiB of them are Python and numpy."""

@@ -11,7 +11,7 @@ import pytest
 import vmconv
 from disks import MIB, QemuImg, make_disk
 from variants import Variant, is_compressed, make, options, qemu_name, title, variants
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 SIZE = 12 * MIB
 

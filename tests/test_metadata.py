@@ -13,15 +13,15 @@ import pytest
 import vmconv
 from disks import MIB
 from variants import Variant, options, self_contained, title
-from vmconv.backends.memory import MemoryFile
-from vmconv.cli import main
+from vmconv.cli.main import main
 from vmconv.errors import PlanError
-from vmconv.extents import Extents
-from vmconv.layout import Layout, Placement
-from vmconv.options import parse_options
-from vmconv.registry import installed
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents
+from vmconv.model.layout import Layout, Placement
+from vmconv.model.options import parse_options
 from vmconv.testing import FormatTests, disk_of, make_in_memory, patterned
 from vmconv.testing.disks import raw_disk
+from vmconv.testing.memory import MemoryFile
 
 NAMES = sorted(installed().formats)
 

@@ -10,11 +10,11 @@ import pytest
 import vmconv
 from disks import MIB, QemuImg, make_disk
 from test_parallels import build as build_parallels
-from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents, Kind
-from vmconv.layout import Placement
-from vmconv.sources import Blob, Source
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.layout import Placement
+from vmconv.model.sources import Blob, Source
 from vmconv.testing import disk_of
+from vmconv.testing.memory import MemoryFile
 from vmconv_parallels.structs import MAGIC_V1
 from vmconv_qcow2 import Qcow2
 from vmconv_qcow2.clusters import cluster_size

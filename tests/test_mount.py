@@ -26,8 +26,8 @@ from conftest import missing
 from disks import MIB, QemuImg, make_disk, qemu_io
 from test_locks import qemu_io as held_by_qemu
 from variants import Variant, has_identity, options, qemu_name, variants
-from vmconv.cli import main
-from vmconv.registry import installed
+from vmconv.cli.main import main
+from vmconv.io.registry import installed
 from vmconv_view import tree as tree_module
 from vmconv_view.tree import Tree
 

@@ -14,7 +14,7 @@ import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk
 from vmconv.errors import AccessError, PlanError
-from vmconv.known import qemu_name
+from vmconv.io.known import qemu_name
 
 USUAL = {"LC_ALL": "C.utf8"}
 NAMES = ["größe ディスク", "Åland à", "latin-\udce9"]

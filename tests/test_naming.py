@@ -22,8 +22,8 @@ from disks import MIB, make_disk
 from tried import TRIED
 from vmconv import api
 from vmconv.backends.temporary import Temporary, temporary_name
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, VmconvError
+from vmconv.io.directory import Directory
 
 CALLS = ("create", "create_unnamed", "link", "link_open", "rename", "unlink", "sync")
 OTHER_CALLS = ("pwrite", "fsync", "fchmod")

@@ -12,10 +12,10 @@ import pytest
 
 import vmconv
 from disks import MIB
-from vmconv import linux
 from vmconv.errors import ReadError
-from vmconv.extents import Kind, on_storage
-from vmconv.sources import File
+from vmconv.model.extents import Kind, on_storage
+from vmconv.model.sources import File
+from vmconv.system import linux
 from vmconv.testing import random_bytes
 
 SIZE = 16 * MIB

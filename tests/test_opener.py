@@ -13,9 +13,9 @@ import qcow2_images
 from disks import QemuImg
 from vmconv import api
 from vmconv.errors import AccessError, ImageError, UsageError, VmconvError
-from vmconv.known import KNOWN
-from vmconv.opener import MAX_CHAIN_DEPTH, Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.known import KNOWN
+from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
+from vmconv.io.registry import Registry, installed
 from vmconv.testing.malformed import time_limit
 
 SECRET = b"secret!!" * 64

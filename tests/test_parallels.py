@@ -16,15 +16,15 @@ import pytest
 import vmconv
 from conftest import oracle_module
 from disks import MIB, QemuImg, make_disk, scribble
-from vmconv.backends.memory import MemoryFile
-from vmconv.disk import Geometry
 from vmconv.errors import AccessError, ImageError, PlanError, UsageError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Placement
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.disk import Geometry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Placement
 from vmconv.testing import FormatTests, disk_of, image_file, random_bytes
+from vmconv.testing.memory import MemoryFile
 from vmconv_parallels import Parallels, structs
 from vmconv_parallels.options import Options
 from vmconv_parallels.writer import write

@@ -11,8 +11,8 @@ import pytest
 import qcow2_images
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
-from vmconv import paths
 from vmconv.errors import AccessError, ImageError
+from vmconv.model import paths
 
 FOREIGN = {
     r"C:\VMs\base.vmdk": "base.vmdk",

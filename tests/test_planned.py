@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from test_extents import SOURCES, A
 from vmconv.errors import ImageError
-from vmconv.extents import Extents, Kind
-from vmconv.planned import PlannedFile
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.planned import PlannedFile
 from vmconv.testing import tables
 
 

@@ -15,15 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmconv import refusals
-from vmconv.backends.memory import MemoryFile
-from vmconv.directory import Directory
+from vmconv.conversion import refusals
+from vmconv.conversion.planner import joined, plan_layout
 from vmconv.errors import AccessError, PlanError, ZeroCopyError
-from vmconv.extents import Extents, Kind
-from vmconv.layout import Layout, OutFile, Reference
-from vmconv.planner import Action, CopyReason, Plan, ShareSteps, Totals, joined, plan_layout
-from vmconv.sources import Blob, Decoded, File, Source
-from vmconv.storage import Survey
+from vmconv.interface.backend import Congruence, Survey
+from vmconv.io.directory import Directory
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.layout import Layout, OutFile, Reference
+from vmconv.model.plan import Action, CopyReason, Plan, ShareSteps, Totals
+from vmconv.model.sources import Blob, Decoded, File, Source
+from vmconv.testing.memory import MemoryFile
 from vmconv.testing.strategies import tables
 
 REFUSED = "they are on another filesystem"
@@ -62,7 +63,7 @@ def _of(
         return Action.COPY, DECODED
     if id(source) in survey.refusals:
         return Action.COPY, REFUSED
-    if unit == 0:
+    if survey.congruence is Congruence.EQUAL:
         return (Action.SHARE, None) if at == source_at else (Action.COPY, "the header of the target")
     if (at - source_at) % unit:
         return Action.COPY, "offsets in source and target differ"
@@ -77,7 +78,8 @@ def test_each_byte_is_made_as_the_model_says(data: st.DataObject) -> None:
     own, foreign = MemoryFile("own", 41), MemoryFile("foreign", 32)
     sources: tuple[Source, ...] = (own, foreign, Blob("header", bytes(24)), decoded(24))
     table = data.draw(tables(sources, size=data.draw(st.integers(0, 90)), unit=1, holes=False))
-    survey = Survey(data.draw(st.sampled_from([0, 1, 4, 8])), {id(foreign): REFUSED})
+    unit = data.draw(st.sampled_from([1, 4, 8]))
+    survey = Survey(unit, {id(foreign): REFUSED}, data.draw(st.sampled_from(Congruence)))
     plan = plan_layout(Layout((OutFile(table),)), "disk", "/somewhere", "reflink", survey)
     wanted = model(table, survey)
 

@@ -15,8 +15,8 @@ import pytest
 import vmconv
 from conftest import missing
 from disks import MIB
-from vmconv import linux
-from vmconv.cli import main
+from vmconv.cli.main import main
+from vmconv.system import linux
 from vmconv.testing import random_bytes
 
 EXTENT = 128 << 10

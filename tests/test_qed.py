@@ -11,14 +11,14 @@ import pytest
 
 import vmconv
 from disks import MIB, QemuImg, make_disk, scribble
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import ImageError, PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Placement
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Placement
 from vmconv.testing import FormatTests, disk_of, image_file, make_in_memory, patterned
+from vmconv.testing.memory import MemoryFile
 from vmconv_qed import Qed, structs
 from vmconv_qed.options import Options
 from vmconv_qed.writer import write

@@ -7,10 +7,10 @@ import random
 import numpy as np
 from hypothesis import given
 
-from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents, Kind, on_storage
-from vmconv.ranges import joined_over_holes, ranges_in_files
-from vmconv.sources import Blob
+from vmconv.model.extents import Extents, Kind, on_storage
+from vmconv.model.sources import Blob
+from vmconv.placing.ranges import joined_over_holes, ranges_in_files
+from vmconv.testing.memory import MemoryFile
 from vmconv.testing.strategies import tables
 
 SECTOR = 512

@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_extents import SOURCES, A, B
-from vmconv import comparison, readback, walk
-from vmconv.backends.memory import MemoryFile
-from vmconv.comparison import Comparison, compare_images, first_difference, unproved
+from vmconv.conversion import readback, walk
+from vmconv.conversion.readback import Sides
+from vmconv.conversion.walk import Piece
 from vmconv.errors import VerifyError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.readback import Sides
-from vmconv.sources import Blob, Source
+from vmconv.inspect import comparison
+from vmconv.inspect.comparison import Comparison, compare_images, first_difference, unproved
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.sources import Blob, Source
 from vmconv.testing import tables
 from vmconv.testing.disks import disk_of
-from vmconv.walk import Piece
+from vmconv.testing.memory import MemoryFile
 
 quick = settings(deadline=None, max_examples=80)
 

@@ -23,11 +23,11 @@ from disks import MIB, QemuImg, make_disk, process_io, qemu_io, scribble
 from qcow2_images import BACKING_FORMAT, extension, image
 from test_corpus import ROWS, digest, unpack
 from variants import QEMU_NAMES, Variant, is_compressed, make, self_contained
-from vmconv.cli import main
+from vmconv.cli.main import main
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
-from vmconv.opener import Opener
-from vmconv.references import Fingerprint, Record, read_records, settle
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.references import Fingerprint, Record, read_records, settle
 from vmconv_qcow2 import structs
 
 SIZE = 12 * MIB

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 import qcow2_images
-from vmconv import api, cli
+from vmconv import api
+from vmconv.cli import main as cli
 from vmconv.errors import ImageError, UsageError
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
 
 Install = Callable[..., Registry]
 
@@ -62,10 +63,10 @@ def works(registry: Registry) -> bool:
 
 
 PRELUDE = """
-from vmconv.cli.command import Command
-from vmconv.formats import Format
-from vmconv.hooks import hookimpl
-from vmconv.backends.memory import MemoryBackend
+from vmconv.interface.command import Command
+from vmconv.interface.format import Format
+from vmconv.interface.hooks import hookimpl
+from vmconv.testing.memory import MemoryBackend
 
 class Acme(Format):
     name = "acme"
@@ -103,6 +104,22 @@ BROKEN = {
     "a syntax error": ("def broken(:", "SyntaxError"),
     "an exit at import": ("import sys\nsys.exit('no licence')", "SystemExit: no licence"),
     "an error at import": ("raise RuntimeError('half\\ninstalled')", "RuntimeError"),
+    "a newer interface": (
+        "VMCONV_INTERFACE = 99\n" + GOOD,
+        "needs version 99 of the plugin interface, this vmconv has 1: upgrade vmconv",
+    ),
+    "an older interface": (
+        "VMCONV_INTERFACE = 0\n" + GOOD,
+        "was written for version 0 of the plugin interface, this vmconv has 1: upgrade the plugin",
+    ),
+    "an interface that is no number": (
+        "VMCONV_INTERFACE = '1.0'\n" + GOOD,
+        "VMCONV_INTERFACE is '1.0', which is no version of the interface",
+    ),
+    "a name that the interface has not": (
+        "from vmconv.plugin import Telepathy",
+        "cannot import name 'Telepathy' from 'vmconv.plugin'",
+    ),
     "an error in the hook": (PRELUDE + FORMATS + "raise KeyError('x')", "KeyError"),
     "an error of two lines in the hook": (
         PRELUDE + FORMATS + "raise ValueError('one\\ntwo')",
@@ -206,6 +223,18 @@ def test_entry_points_of_other_groups_are_not_imported(install: Install) -> None
     registry = install("raise SystemExit", entry_points="[vmconvert]\nplugin = vmconv_acme_plugin\n")
     assert not registry.problems
     assert "vmconv_acme_plugin" not in sys.modules
+
+
+def test_a_plugin_of_another_interface_adds_nothing(install: Install) -> None:
+    found = install("VMCONV_INTERFACE = 99\n" + GOOD)
+    assert "acme" not in found.formats
+    assert "acmestore" not in found.backends
+    assert "acme-hello" not in found.commands
+    assert len([one for one in found.problems if "version 99" in one.reason]) == 1
+
+
+def test_a_plugin_of_this_interface_is_used(install: Install) -> None:
+    assert "acme" in install("VMCONV_INTERFACE = 1\n" + GOOD).formats
 
 
 def test_a_misspelt_hook_is_reported_with_the_name_that_was_meant(install: Install) -> None:
@@ -408,19 +437,19 @@ METHODS = {
     "read takes other": "def read(self, path):\n    return None\nread.__qualname__ = 'Acme.read'\nAcme.read = read",
     "read returns nothing": "def read(self, file, opener, *, snapshot=None):\n    pass\nAcme.read = read",
     "the table fails": (
-        "from vmconv.image import Image\n"
+        "from vmconv.model.image import Image\n"
         "def read(self, file, opener, *, snapshot=None):\n"
         "    return Image('acme', file, 512, lambda: 1 // 0)\n"
         "Acme.read = read"
     ),
     "the table has another size": (
-        "from vmconv.extents import Extents\nfrom vmconv.image import Image\n"
+        "from vmconv.model.extents import Extents\nfrom vmconv.model.image import Image\n"
         "def read(self, file, opener, *, snapshot=None):\n"
         "    return Image('acme', file, 512, lambda: Extents.filled(1024))\n"
         "Acme.read = read"
     ),
     "the table is none": (
-        "from vmconv.image import Image\n"
+        "from vmconv.model.image import Image\n"
         "def read(self, file, opener, *, snapshot=None):\n"
         "    return Image('acme', file, 512, lambda: None)\n"
         "Acme.read = read"

@@ -22,7 +22,7 @@ from conftest import missing
 from disks import MIB, QemuImg
 from test_mount import ERRORS, mounted, point
 from vmconv.errors import BackendError
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 from vmconv_view import jobs, rights
 from vmconv_view.jobs import MAX_LATE, Jobs
 from vmconv_view.rights import OWN, Rights, RightsOfEverybody, RightsOfUser, User
@@ -284,7 +284,7 @@ def test_what_was_stopped_is_not_recovered_for_another_user(
     shelf: Path, tree: Tree, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[str] = []
-    monkeypatch.setattr("vmconv.opener.bring_back", recovered.append)
+    monkeypatch.setattr("vmconv.inplace.settling._settle", recovered.append)
     overlay(shelf, "gone.raw", qemu_img)
     for asking in (bobs(), RightsOfEverybody()):
         assert shown(tree, "bob.qcow2/raw/bob.raw", asking) is None

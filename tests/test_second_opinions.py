@@ -12,7 +12,7 @@ from conftest import missing
 from disks import MIB, make_disk
 from opinions import READERS, Reader
 from variants import Variant, make, self_contained, title
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 SIZE = 70 * MIB
 """Bytes, and one unit of the reader more: some blocks of each format, and no whole number of them."""

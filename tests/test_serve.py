@@ -27,13 +27,14 @@ import vmconv
 from conftest import missing
 from disks import MIB, QemuImg, make_disk, qemu_io
 from variants import Variant, identified, qemu_name, title, variants
-from vmconv.cli import main
+from vmconv.cli.main import main
+from vmconv.conversion.views import views
 from vmconv.errors import AccessError
-from vmconv.extents import Extents
-from vmconv.opener import Opener
-from vmconv.registry import installed
-from vmconv.sources import Blob
-from vmconv.views import View, views
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents
+from vmconv.model.sources import Blob
+from vmconv.model.view import View
 from vmconv_view import connection as connection_module
 from vmconv_view.clients import MAX_CLIENTS, MAX_OF_ADDRESS, Clients, address_of
 from vmconv_view.clients import Client as Connected

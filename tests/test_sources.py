@@ -11,7 +11,7 @@ import pytest
 
 from disks import MIB
 from vmconv.errors import ReadError
-from vmconv.sources import File
+from vmconv.model.sources import File
 from vmconv.testing import random_bytes
 
 SIZE = 3 * MIB
@@ -51,7 +51,7 @@ def test_holes_are_not_data(file: File) -> None:
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_all_is_data_where_the_filesystem_cannot_tell(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr("vmconv.sources.os.lseek", failing(number, os.SEEK_DATA))
+    monkeypatch.setattr("vmconv.model.sources.os.lseek", failing(number, os.SEEK_DATA))
     assert file.data_ranges() == [(0, SIZE)]
 
 
@@ -59,7 +59,7 @@ def test_all_is_data_where_the_filesystem_cannot_tell(file: File, monkeypatch: p
 def test_data_lasts_to_the_end_where_the_filesystem_knows_no_holes(
     file: File, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("vmconv.sources.os.lseek", failing(number, os.SEEK_HOLE))
+    monkeypatch.setattr("vmconv.model.sources.os.lseek", failing(number, os.SEEK_HOLE))
     assert file.data_ranges() == [(MIB, SIZE)]
 
 
@@ -71,7 +71,7 @@ def test_data_lasts_to_the_end_where_the_filesystem_knows_no_holes(
     ],
 )
 def test_other_errors_are_no_answers(file: File, monkeypatch: pytest.MonkeyPatch, whence: int, number: int) -> None:
-    monkeypatch.setattr("vmconv.sources.os.lseek", failing(number, whence))
+    monkeypatch.setattr("vmconv.model.sources.os.lseek", failing(number, whence))
     at = 0 if whence == os.SEEK_DATA else MIB
     message = f"disk.raw: cannot be searched for holes at {at:#x}: {os.strerror(number)}"
     with pytest.raises(ReadError, match=f"^{message}$"):
@@ -81,6 +81,6 @@ def test_other_errors_are_no_answers(file: File, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])
 def test_edges_that_lie_behind_are_refused(file: File, monkeypatch: pytest.MonkeyPatch, whence: int) -> None:
     lseek = os.lseek
-    monkeypatch.setattr("vmconv.sources.os.lseek", lambda fd, at, how: 5 if how == whence else lseek(fd, at, how))
+    monkeypatch.setattr("vmconv.model.sources.os.lseek", lambda fd, at, how: 5 if how == whence else lseek(fd, at, how))
     with pytest.raises(ReadError, match="finds a hole's edge at 0x5, searched from"):
         file.data_ranges(MIB + 512)

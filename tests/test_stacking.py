@@ -20,10 +20,11 @@ import vmconv
 from conftest import oracle_program
 from disks import QemuImg
 from stacks import Stack, content, make_stack
+from vmconv.conversion.views import views
 from vmconv.errors import PlanError
-from vmconv.opener import Opener
-from vmconv.registry import installed
-from vmconv.views import View, views
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.view import View
 
 COUNT = int(os.environ.get("VMCONV_STACKS", "24"))
 FIRST = int(os.environ.get("VMCONV_STACKS_FROM", "0"))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmconv import staying
-from vmconv.backends.memory import MemoryFile
-from vmconv.blocks import Runs
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
+from vmconv.model.extents import Extents, Kind
+from vmconv.placing import staying
+from vmconv.placing.blocks import Runs
+from vmconv.testing.memory import MemoryFile
 
 CELL = 2
 """The tables of these tests are made of cells of so many bytes."""

@@ -19,10 +19,10 @@ import pytest
 import vmconv
 from disks import MIB, QemuImg, make_disk, qemu_io
 from variants import Variant, identified, title, variants
-from vmconv.cli import main
+from vmconv.cli.main import main
 from vmconv.errors import PlanError, UsageError, VerifyError, ZeroCopyError
-from vmconv.opener import Opener
-from vmconv.registry import installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
 
 SIZE = 12 * MIB
 PROGRAM = [sys.executable, "-m", "vmconv"]

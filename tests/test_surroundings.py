@@ -122,7 +122,7 @@ def test_names_of_any_bytes_are_printed_in_any_locale(disk: Path) -> None:
 
 STOPPED = """
 import os, signal, sys, vmconv.conversion as conversion
-from vmconv.cli import main
+from vmconv.cli.main import main
 
 place, number, *arguments = sys.argv[1:]
 real = getattr(conversion, place)
@@ -175,7 +175,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(disk: Path) -> Non
 def test_a_signal_that_comes_with_the_names_is_raised_afterwards_with_the_results(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vmconv import conversion
+    from vmconv.conversion import pipeline as conversion
 
     real = conversion._result
 

@@ -15,10 +15,11 @@ import pytest
 
 import qcow2_images
 from disks import MIB, make_disk
-from vmconv import api, targets
+from vmconv import api
+from vmconv.backends import targets
 from vmconv.backends.files import FileOutput
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError, UsageError, VmconvError
+from vmconv.io.directory import Directory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to other users")
 
@@ -199,8 +200,8 @@ def open_for_writing(path: Path) -> Iterator[None]:
 @contextmanager
 def in_use_by_us(path: Path) -> Iterator[None]:
     """Another vmconv that reads it."""
-    from vmconv.opener import Opener
-    from vmconv.registry import installed
+    from vmconv.io.opener import Opener
+    from vmconv.io.registry import installed
 
     with Opener(installed()) as opener:
         opener.file(str(path))

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from vmconv import attributes, linux, locks
 from vmconv.backends import naming
 from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.naming import Named, Set
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary, is_temporary, is_unnamed, remove_stale, rename, temporary_name
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, ImageError
-from vmconv.inplace import ownership
-from vmconv.sources import File
-from vmconv.storage import Ability, Access
+from vmconv.interface.backend import Ability, Access
+from vmconv.io import attributes, locks, ownership
+from vmconv.io.directory import Directory
+from vmconv.model.sources import File
+from vmconv.system import linux
 
 NUMBERS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV)
 

@@ -21,15 +21,15 @@ from vmconv import api
 from vmconv.backends.files import FileOutput
 from vmconv.backends.temporary import temporary_name
 from vmconv.errors import AccessError, BackendError, PlanError, VerifyError, VmconvError, ZeroCopyError
-from vmconv.extents import Extents
-from vmconv.layout import Layout, OutFile
-from vmconv.registry import installed
+from vmconv.io.registry import installed
+from vmconv.model.extents import Extents
+from vmconv.model.layout import Layout, OutFile
 
 PAYLOAD = bytes(range(256)) * 256 * 16
 OLD = b"what was here before"
 TEMPORARY = re.compile(r"\.vmconv-[0-9a-f]{16}\.tmp")
 LEFT = temporary_name("target.qcow2")
-CLI = [sys.executable, "-c", "from vmconv.cli import main; raise SystemExit(main())"]
+CLI = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit(main())"]
 
 
 class State(NamedTuple):
@@ -82,7 +82,7 @@ from vmconv import api
 place, when, source, target, unnamed = sys.argv[1:]
 if unnamed == "no":
     import errno
-    from vmconv.directory import Directory
+    from vmconv.io.directory import Directory
 
     def refuse(self):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -584,8 +584,8 @@ SLOW = """
 import sys, time
 from vmconv.backends.files import FileOutput
 from vmconv.backends.temporary import temporary_name
-from vmconv.directory import Directory
-from vmconv.cli import main
+from vmconv.io.directory import Directory
+from vmconv.cli.main import main
 
 def slow(*arguments):
     print("busy", flush=True)

@@ -14,15 +14,15 @@ import pytest
 import vmconv
 from conftest import oracle_module
 from disks import MIB, QemuImg, make_disk, scribble
-from vmconv.backends.memory import MemoryFile
-from vmconv.disk import Geometry
 from vmconv.errors import ImageError, PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Placement
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.disk import Geometry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Placement
 from vmconv.testing import FormatTests, disk_of, image_file, patterned, random_bytes
+from vmconv.testing.memory import MemoryFile
 from vmconv_vdi import Vdi, structs
 from vmconv_vdi.options import Options
 from vmconv_vdi.writer import MAX_BLOCKS, write
@@ -312,7 +312,7 @@ def test_a_search_follows_no_link_out_of_the_directory(tmp_path: Path) -> None:
 
 
 def test_a_search_looks_at_a_limited_number_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmconv.opener.MAX_SEARCHED", 3)
+    monkeypatch.setattr("vmconv.io.opener.MAX_SEARCHED", 3)
     parent, child, _ = chain(tmp_path)
     parent.rename(tmp_path / "parent.vdi")
     for number in range(3):

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from test_extents import A, B
-from vmconv import qemu, readback, verify
-from vmconv.backends.memory import MemoryFile
-from vmconv.containers import Container
+from vmconv.conversion import qemu, readback, verify
+from vmconv.conversion.containers import Container
+from vmconv.conversion.results import Results
 from vmconv.errors import AccessError, ImageError, UsageError, VerifyError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Reference
-from vmconv.sources import File
-from vmconv.verify import Results
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, OutFile, Reference
+from vmconv.model.sources import File
+from vmconv.testing.memory import MemoryFile
 
 ANY: Any = SimpleNamespace()
 

@@ -18,10 +18,12 @@ import vmconv
 from conftest import oracle_program
 from disks import MIB, QemuImg, make_disk, qemu_io
 from test_extents import SOURCES
-from vmconv import commit, conversion, qemu, readback, walk
+from vmconv.conversion import execute as commit
+from vmconv.conversion import pipeline as conversion
+from vmconv.conversion import qemu, readback, walk
 from vmconv.errors import UsageError, VerifyError
-from vmconv.extents import Extents, Kind
-from vmconv.sources import File
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.sources import File
 from vmconv.testing import tables
 
 READING = ("sample", "bytes", "qemu")
@@ -199,7 +201,7 @@ def test_a_writer_that_exchanges_two_ranges(chain: Path, mode: Any, monkeypatch:
     from vmconv_raw import writer
 
     def write(image: Any) -> Any:
-        from vmconv.layout import Layout, OutFile
+        from vmconv.model.layout import Layout, OutFile
 
         flat = image.flat
         parts = [flat.window(2 * MIB, MIB), flat.window(MIB, MIB), flat.window(0, MIB), flat.window(3 * MIB, SIZE)]
@@ -216,7 +218,7 @@ def test_a_writer_that_exchanges_two_ranges(chain: Path, mode: Any, monkeypatch:
     monkeypatch.setattr(writer, "write", write)
     if mode != "metadata":
         # As if the algebra were blind.
-        monkeypatch.setattr("vmconv.verify._same_disk", nothing)
+        monkeypatch.setattr("vmconv.conversion.verify._same_disk", nothing)
         monkeypatch.setattr(readback, "check_places", nothing)
     assert "differs from the source" in fails(chain, mode)
 

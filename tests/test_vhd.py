@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 import vmconv
 from conftest import oracle_program
 from disks import MIB, QemuImg, make_disk, scribble
-from vmconv.backends.memory import MemoryFile
-from vmconv.disk import Geometry
 from vmconv.errors import ImageError, PlanError, VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Placement
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.disk import Geometry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Placement
 from vmconv.testing import FormatTests, disk_of, disks, image_file, make_in_memory, patterned
 from vmconv.testing.disks import content, raw_disk
+from vmconv.testing.memory import MemoryFile
 from vmconv_vhd import Vhd
 from vmconv_vhd.options import Options
 

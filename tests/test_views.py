@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disks import MIB, make_disk
+from vmconv.conversion.views import views
 from vmconv.errors import AccessError, ImageError
-from vmconv.extents import Columns, Extents, Kind
-from vmconv.opener import Opener
-from vmconv.registry import installed
-from vmconv.sources import Blob, Decoded, File, Source
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.extents import Columns, Extents, Kind
+from vmconv.model.sources import Blob, Decoded, File, Source
+from vmconv.model.view import FilePart, View
 from vmconv.testing import random_bytes
-from vmconv.views import FilePart, View, views
 
 SIZE = 3 * MIB + 700
 
@@ -124,7 +125,7 @@ def test_sending_to_a_file_that_is_appended_to_gives_the_bytes(file: File, tmp_p
 
 
 def test_what_was_computed_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmconv.views._KEPT", 4 * (128 << 10))
+    monkeypatch.setattr("vmconv.model.view._KEPT", 4 * (128 << 10))
     asked: list[int] = []
 
     def compute(offset: int, length: int) -> bytes:

@@ -21,19 +21,19 @@ import pytest
 import vmconv
 from conftest import CORPUS, oracle_program
 from disks import MIB, QemuImg, make_disk, qemu_io, scribble
-from vmconv.backends.memory import MemoryFile
-from vmconv.disk import Geometry
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Layout, Placement
-from vmconv.linux import clone_range
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
-from vmconv.sources import File
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.disk import Geometry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Layout, Placement
+from vmconv.model.sources import File
+from vmconv.system.linux import clone_range
 from vmconv.testing import FormatTests, image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.disks import content, disk_of, raw_disk
 from vmconv.testing.formats import _Siblings
+from vmconv.testing.memory import MemoryFile
 from vmconv_vmdk import Vmdk
 from vmconv_vmdk.options import Options
 

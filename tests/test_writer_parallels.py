@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from vmconv.errors import PlanError
-from vmconv.extents import Kind
-from vmconv.image import Image
-from vmconv.layout import Layout, Placement
+from vmconv.model.extents import Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Layout, Placement
 from vmconv_parallels.options import Options
 from vmconv_parallels.writer import write
 from written import Said, disk, laid_out, same_in_pieces, scattered, unpacked

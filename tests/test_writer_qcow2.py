@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
 from vmconv.testing import disk_of
+from vmconv.testing.memory import MemoryFile
 from vmconv_qcow2 import clusters
 from vmconv_qcow2.options import Options
 from vmconv_qcow2.writer import _Writer, write

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
 from vmconv.testing import disk_of
+from vmconv.testing.memory import MemoryFile
 from vmconv_qed.options import Options
 from vmconv_qed.writer import write
 from written import Said, disk, laid_out, scattered, unpacked

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from vmconv.errors import PlanError
-from vmconv.extents import Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
+from vmconv.model.extents import Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
 from vmconv_vhd.options import Options
 from vmconv_vhd.writer import write
 from written import Said, disk, laid_out, of_format, same_in_pieces, scattered, unpacked

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
 from vmconv.testing import disk_of
 from vmconv_vhdx.options import Options
 from vmconv_vhdx.writer import write

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
-from vmconv.sources import File
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
+from vmconv.model.sources import File
 from vmconv.testing import disk_of
 from vmconv_vmdk.options import Options
 from vmconv_vmdk.writer import write

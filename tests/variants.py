@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import vmconv
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 QEMU_NAMES = {"vhd": "vpc"}
 """Where QEMU's name of a format is another one."""

@@ -17,7 +17,7 @@ import vmconv
 from disks import MIB, make_disk
 from variants import options, self_contained
 from vmconv.errors import PlanError
-from vmconv.registry import installed
+from vmconv.io.registry import installed
 
 PAGE = Path(__file__).parents[1] / "docs/ways.md"
 BEGIN, END = "<!-- tables: python tests/ways.py writes them -->", "<!-- end of tables -->"

@@ -10,12 +10,12 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents, Kind
-from vmconv.image import Image
-from vmconv.layout import Layout
-from vmconv.sources import File
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Layout
+from vmconv.model.sources import File
 from vmconv.testing import disk_of
+from vmconv.testing.memory import MemoryFile
 
 Piece = tuple[int, int, int]
 """Payload: address in the guest, offset in the source, bytes."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from vmconv.conversion import Result
+from vmconv.api import Result
 from vmconv_fleet.jobs import worker
 
 
@@ -24,17 +24,18 @@ def wait(gate: str) -> None:
 
 
 def main() -> int:
-    note_outputs, finish = worker.Worker._note_outputs, worker.Worker._finish
+    create, finish = worker.Worker._created, worker.Worker._finish
 
-    def noted(self: worker.Worker) -> None:
-        note_outputs(self)
-        wait("begun")
+    def created(self: worker.Worker, name: str, descriptor: int) -> None:
+        create(self, name, descriptor)
+        if self._journal.is_written:
+            wait("begun")
 
     def finished(self: worker.Worker, source: str, result: Result) -> None:
         wait("made")
         finish(self, source, result)
 
-    worker.Worker._note_outputs = noted  # type: ignore[method-assign]
+    worker.Worker._created = created  # type: ignore[method-assign]
     worker.Worker._finish = finished  # type: ignore[method-assign]
     return worker.main()
 

@@ -19,7 +19,7 @@ import pytest
 from disks import MIB, make_disk
 from fleet.in_memory import PATIENCE, Node, nodes
 from fleet.serving import Served, served
-from vmconv import cli
+from vmconv.cli import main as cli
 from vmconv.errors import UsageError
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.scanning import Scanner
@@ -290,7 +290,7 @@ def test_each_verb_and_option_is_in_the_guide(verb: str) -> None:
 def test_starting_imports_nothing_heavy() -> None:
     script = """
 import sys
-from vmconv.cli import main
+from vmconv.cli.main import main
 try:
     main(["fleet", "--help"])
 except SystemExit:

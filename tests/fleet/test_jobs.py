@@ -16,7 +16,7 @@ import pytest
 from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
 from vmconv.api import compare
-from vmconv.linux import generation
+from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.jobs.journal import Journal
 from vmconv_fleet.jobs.runner import MAX_ATTEMPTS, JobRunner

@@ -11,16 +11,16 @@ from importlib import import_module
 import zstandard
 
 import qcow2_images as qcow2
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.formats import Format
-from vmconv.image import Image
-from vmconv.layout import Backing, Placement
-from vmconv.opener import Opener
-from vmconv.registry import Registry, installed
+from vmconv.interface.format import Format
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Placement
 from vmconv.testing.disks import disk_of, make_in_memory, patterned, raw_disk
 from vmconv.testing.malformed import Sample
+from vmconv.testing.memory import MemoryFile
 
 _KIB, _MIB = 1 << 10, 1 << 20
 

@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import zstandard
 
 from fuzz.samples import extra, seal_log
-from vmconv import paths
 from vmconv.errors import AccessError, VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.opener import Opener
-from vmconv.registry import installed
-from vmconv.sources import Blob, File
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model import paths
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.sources import Blob, File
 from vmconv.testing.disks import image_file
 from vmconv.testing.malformed import LARGE, Malformed, Sample
 
 if TYPE_CHECKING:
-    from vmconv.formats import Format
-    from vmconv.image import Image
+    from vmconv.interface.format import Format
+    from vmconv.model.image import Image
     from vmconv.testing import FormatTests
 
 _FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed")
@@ -224,7 +224,7 @@ class NbdTarget(Target):
         ]
 
     def run(self, data: bytes) -> None:
-        from vmconv.views import View
+        from vmconv.model.view import View
         from vmconv_view.connection import Connection
 
         exports = {b"disk": View(Extents.whole(Blob("disk", bytes(range(256)) * 1024)))}

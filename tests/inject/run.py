@@ -167,7 +167,7 @@ class Runner:
         # The parent's know what their descriptors were.
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
-        from vmconv.cli import main
+        from vmconv.cli.main import main
 
         if argv is None:
             scenario.before()
@@ -276,7 +276,7 @@ def import_all() -> None:
     for name in ("concurrent.futures.thread", "tempfile", "json", "uuid", "termios", "numpy", "ctypes", "mmap"):
         importlib.import_module(name)
     import vmconv
-    from vmconv.registry import installed
+    from vmconv.io.registry import installed
 
     packages = [vmconv]
     for plugin in installed().plugins:
@@ -397,7 +397,7 @@ def test(base: Path, options: argparse.Namespace) -> int:
 
 def undisturbed(name: str, directory: Path) -> int:
     """Runs a scenario in this process, in a directory where it has been built; for strace."""
-    from vmconv.cli import main
+    from vmconv.cli.main import main
 
     scenario = next(one for one in SCENARIOS if one.name == name)
     scenario.before()

@@ -133,7 +133,7 @@ def _copies_in_the_kernel() -> None:
 
 def serve(at: Path) -> int:
     """Serves the disk, reads it as a client does, and returns 0 when it is right, 1 when that was refused."""
-    from vmconv.cli import main
+    from vmconv.cli.main import main
 
     path = f"{at.parent.parent}/socket-{os.getpid()}"
     got: list[bytes | None] = []
@@ -191,7 +191,7 @@ def _nbd(client: socket.socket) -> Iterator[bytes]:
 
 def mount(at: Path) -> int:
     """Does what libfuse asks of a mount that somebody reads; 0 when all is right, 1 when something was refused."""
-    from vmconv.registry import installed
+    from vmconv.io.registry import installed
     from vmconv_view.fuse import Filesystem
     from vmconv_view.tree import Tree
 

@@ -65,27 +65,30 @@ def _writer(name: str, *tests: str) -> Room:
 
 
 ROOMS: dict[str, Room] = {
-    "extents": (_core("extents ranges", "extents ranges"),),
-    "blocks": (_core("blocks", "blocks"), _core("staying", "staying")),
-    "planner": (_core("planner planned layout", "planner planned conversion"),),
+    "extents": (_core("model/extents placing/ranges", "extents ranges"),),
+    "blocks": (_core("placing/blocks", "blocks"), _core("placing/staying", "staying")),
+    "planner": (_core("conversion/planner model/plan model/planned model/layout", "planner planned conversion"),),
     "places": (
-        _core("refusals targets paths directory attributes", "directory targets paths conversion"),
-        _core("identity usage findings", "identity conversion check"),
+        _core(
+            "conversion/refusals backends/targets model/paths io/directory io/attributes",
+            "directory targets paths conversion",
+        ),
+        _core("model/identity model/usage interface/findings", "identity conversion check"),
     ),
     "verify": (
-        _core("walk readback comparison physical", "readback verifying comparison"),
-        _core("verify", "verify verifying conversion"),
+        _core("conversion/walk conversion/readback inspect/comparison io/physical", "readback verifying comparison"),
+        _core("conversion/verify", "verify verifying conversion"),
     ),
     "backends": (
-        _core("commit backends/files backends/direct backends/copy", "copying temporary backends"),
+        _core("conversion/execute backends/files backends/direct backends/copy", "copying temporary backends"),
         _core("backends/temporary backends/naming", "temporary naming"),
-        _core("backends/reflink backends/memory", "backends conversion"),
-        _core("backends/inplace backends/replacing backends/shifting", "inplace inplace_safety inplace_crash"),
+        _core("backends/reflink testing/memory", "backends conversion"),
+        _core("inplace/stay inplace/share inplace/shift", "inplace inplace_safety inplace_crash"),
     ),
     "inplace": (
         _core("inplace/fields inplace/journal inplace/undofile", "journals strangers"),
-        _core("inplace/change inplace/space inplace/shifting inplace/ownership", "changes strangers"),
-        _core("inplace/neighbours inplace/rules inplace/planning", "inplace_safety inplace"),
+        _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
+        _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "inplace_safety inplace"),
         _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers inplace_crash"),
     ),
     "qcow2": _writer("qcow2", "tests/test_metadata.py"),

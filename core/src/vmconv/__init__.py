@@ -12,10 +12,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmconv.api import check, compare, convert, fanout, info, map_disk, plan, prove, recover, stream, undo
-    from vmconv.arguments import Cache, OptionValue, StrPath, ZeroCopy
-    from vmconv.comparison import Comparison
-    from vmconv.conversion import Request, Result
+    from vmconv.api import (
+        Cache,
+        CheckReport,
+        Comparison,
+        MapRow,
+        OptionValue,
+        Plan,
+        Proof,
+        Registry,
+        Request,
+        Result,
+        StrPath,
+        ZeroCopy,
+        check,
+        compare,
+        convert,
+        fanout,
+        info,
+        installed,
+        map_disk,
+        plan,
+        prove,
+        recover,
+        stream,
+        undo,
+    )
     from vmconv.errors import (
         AccessError,
         BackendError,
@@ -28,11 +50,6 @@ if TYPE_CHECKING:
         VmconvError,
         ZeroCopyError,
     )
-    from vmconv.formats import CheckReport
-    from vmconv.mapping import MapRow
-    from vmconv.planner import Plan
-    from vmconv.proof import Proof
-    from vmconv.registry import Registry, installed
 
 __all__ = [
     "AccessError",
@@ -71,25 +88,9 @@ __all__ = [
     "undo",
 ]
 
-_HOMES = {
-    "Cache": "arguments",
-    "CheckReport": "formats",
-    "Comparison": "comparison",
-    "MapRow": "mapping",
-    "OptionValue": "arguments",
-    "Plan": "planner",
-    "Proof": "proof",
-    "Registry": "registry",
-    "Request": "conversion",
-    "Result": "conversion",
-    "StrPath": "arguments",
-    "ZeroCopy": "arguments",
-    "installed": "registry",
-}
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "errors" if name.endswith("Error") else _HOMES.get(name, "api")
+    home = "errors" if name.endswith("Error") else "api"
     return getattr(import_module(f"{__name__}.{home}"), name)

@@ -66,7 +66,7 @@ def run() -> NoReturn:
                 vars(sys.modules[name]).update(known, __path__=())
     for name in _DOCSTRINGS:
         sys.modules.setdefault(name, ModuleType(name))
-    from vmconv.cli import main
+    from vmconv.cli.main import main
 
     try:
         code = main()

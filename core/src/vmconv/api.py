@@ -1,9 +1,19 @@
 """What the command line does, from Python: one function for each command, with typed results, for files by path.
 
-Paths are strings, bytes or path objects. What is given is checked first, strictly: "no" is no bool, and a string is no
-list of strings. Keywords that all share: `allow_external`, trees of files that images may refer to besides their own
-directory; `force_share`, to read what another process writes. All raise `VmconvError`: what makes no sense is a
-`UsageError`.
+Paths are strings, bytes or path objects. Arguments are checked first, strictly: "no" is no bool, and a string is no
+list of strings. All functions raise `VmconvError`: a request that makes no sense is a `UsageError`.
+
+Keywords that several functions share:
+
+`allow_external`: trees of files that images may refer to besides their own directory.
+`force_share`: read what another process has open for writing.
+`verify`: how the result is compared with the source before it gets its name. True is "metadata", False not at all;
+"sample" and "bytes" read payload and call `verifying` with the bytes read and to read, first with none.
+`announce`: called with the plan before anything is written. `progress`: called with bytes done and to do.
+`created`: called with the name and the descriptor of each output before it has its name.
+
+The other keywords of conversions are the fields of `Request`. Parts of core that our own plugins `view` and `fleet` are
+made of are here, too: they are not stable.
 """
 
 from __future__ import annotations
@@ -11,121 +21,306 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from vmconv import conversion
-from vmconv.arguments import (
-    Believed,
-    CompareOptions,
-    ConvertOptions,
-    Descriptor,
-    Fan,
-    FanoutOptions,
-    ImageOptions,
-    Making,
-    OptionValue,
-    Pair,
-    PairOptions,
-    Reading,
-    StreamOptions,
-    StrPath,
-    Verify,
-    checked,
-)
-from vmconv.checking import check_image
-from vmconv.commit import Progress
-from vmconv.comparison import Comparison, compare_images
-from vmconv.conversion import Request, Result
-from vmconv.description import describe
 from vmconv.errors import BackendError, UsageError
-from vmconv.faults import plugin_faults
-from vmconv.formats import CheckReport
-from vmconv.image import Image
-from vmconv.mapping import MapRow, map_rows
-from vmconv.opener import Opener
-from vmconv.planner import Plan
-from vmconv.proof import Proof, prove_images
-from vmconv.registry import installed
 
 if TYPE_CHECKING:
+    from vmconv.conversion.containers import new_name
+    from vmconv.conversion.pipeline import prepared
+    from vmconv.conversion.refusals import refuse_copies
+    from vmconv.conversion.request import Request, Result
+    from vmconv.conversion.views import views
     from vmconv.inplace.recovery import Recovery
+    from vmconv.inplace.settling import settle
+    from vmconv.inspect import checking
+    from vmconv.inspect.comparison import Comparison
+    from vmconv.inspect.mapping import MapRow
+    from vmconv.inspect.proof import Proof
+    from vmconv.interface.arguments import Cache, OptionValue, StrPath, Verify, ZeroCopy
+    from vmconv.interface.backend import Created
+    from vmconv.interface.format import CheckReport
+    from vmconv.io import locks
+    from vmconv.io.registry import Registry, installed
+    from vmconv.model.plan import Plan, Progress
+    from vmconv.model.sources import inside, stamp_of
+    from vmconv.model.view import View
+    from vmconv.system.linux import generation, mount_of
+
+_HOMES = {
+    "Cache": "interface.arguments",
+    "CheckReport": "interface.format",
+    "Comparison": "inspect.comparison",
+    "MapRow": "inspect.mapping",
+    "OptionValue": "interface.arguments",
+    "Plan": "model.plan",
+    "Proof": "inspect.proof",
+    "Recovery": "inplace.recovery",
+    "Registry": "io.registry",
+    "Request": "conversion.request",
+    "Result": "conversion.request",
+    "StrPath": "interface.arguments",
+    "View": "model.view",
+    "ZeroCopy": "interface.arguments",
+    "checking": "inspect.checking",
+    "generation": "system.linux",
+    "inside": "model.sources",
+    "installed": "io.registry",
+    "locks": "io.locks",
+    "mount_of": "system.linux",
+    "new_name": "conversion.containers",
+    "prepared": "conversion.pipeline",
+    "refuse_copies": "conversion.refusals",
+    "settle": "inplace.settling",
+    "stamp_of": "model.sources",
+    "views": "conversion.views",
+}
+
+__all__ = [
+    "Cache",
+    "CheckReport",
+    "Comparison",
+    "MapRow",
+    "OptionValue",
+    "Plan",
+    "Proof",
+    "Recovery",
+    "Registry",
+    "Request",
+    "Result",
+    "StrPath",
+    "View",
+    "ZeroCopy",
+    "check",
+    "checking",
+    "compare",
+    "convert",
+    "fanout",
+    "generation",
+    "info",
+    "inside",
+    "installed",
+    "locks",
+    "map_disk",
+    "mount_of",
+    "new_name",
+    "plan",
+    "prepared",
+    "prove",
+    "recover",
+    "refuse_copies",
+    "settle",
+    "stamp_of",
+    "stream",
+    "undo",
+    "views",
+]
 
 
+_MODULES = {"checking", "locks"}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"vmconv.{home}")
+    return module if name in _MODULES else getattr(module, name)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Returned = TypeVar("_Returned")
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+def _named(function: Callable[_Arguments, _Returned]) -> Callable[_Arguments, _Returned]:
+    """Makes a misspelt keyword a `UsageError` that says which one was meant."""
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **given: _Arguments.kwargs) -> _Returned:
+        from vmconv.interface.arguments import refuse_unknown
+
+        refuse_unknown(names, given)
+        return function(*args, **given)
+
+    return call
+
+
+@_named
 def convert(
     source: StrPath,
     target: StrPath,
     *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    snapshot: str | None = None,
+    chain: bool = False,
+    backing_file: StrPath | None = None,
+    backing_format: str | None = None,
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    in_place: bool = False,
+    keep_undo: bool = False,
+    any_owner: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    mode: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     verifying: Progress | None = None,
-    **options: Unpack[ConvertOptions],
+    created: Created | None = None,
 ) -> Result:
     """Converts the disk in the file `source` into the new file `target` and returns what was done.
 
-    `options` are the other fields of `Request`. `announce` is called with the plan before anything is written,
-    `progress` with bytes done and to do. `verify` says how the result is compared with the source before it gets its
-    name: True is "metadata", False not at all; "sample" and "bytes" read payload and call `verifying` with the bytes
-    read and to read, first with none. The target appears complete or not at all; the source is not modified unless
-    `in_place`, which turns it into the target.
+    The target appears complete or not at all; the source is not modified unless `in_place`, which turns it into the
+    target.
     """
-    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
-    request = checked(Request, source=source, target=target, **options)
-    with _errors():
-        return conversion.run(request, **how._asdict())[0]
+    return _converted(locals())
 
 
+@_named
 def fanout(
     source: StrPath,
     formats: Iterable[str],
     *,
     directory: StrPath = ".",
-    options: Mapping[str, Mapping[str, OptionValue]] = MappingProxyType({}),
+    options: Mapping[str, Mapping[str, OptionValue]] = _EMPTY,
+    source_format: str | None = None,
+    snapshot: str | None = None,
+    chain: bool = False,
+    backing_file: StrPath | None = None,
+    backing_format: str | None = None,
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    in_place: bool = False,
+    keep_undo: bool = False,
+    any_owner: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    mode: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     verifying: Progress | None = None,
-    **others: Unpack[FanoutOptions],
+    created: Created | None = None,
 ) -> tuple[Result, ...]:
     """Makes an image of the disk in the file `source` in each of the formats, and returns what was done for each.
 
     They are named after the source, in `directory`; all appear, or none does. `options` are those of the writers, by
-    format; `others` the other fields of `Request`. All share the blocks of the source, so that any can be deleted
-    without the others noticing.
+    format. All share the blocks of the source, so that any can be deleted without the others noticing.
     """
-    from vmconv import fanning
+    given = locals()
+    from vmconv.conversion import pipeline
+    from vmconv.conversion.fanout import requests
+    from vmconv.conversion.request import Request
+    from vmconv.interface.arguments import Fan, Making, checked
 
-    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
-    fan = checked(Fan, formats=formats, directory=directory, options=options)
-    common = checked(Request, source=source, target=fan.directory, **others)
+    how = checked(Making, **{name: given.pop(name) for name in Making._fields})
+    fan = checked(Fan, **{name: given.pop(name) for name in Fan._fields})
+    common = checked(Request, target=fan.directory, **given)
     with _errors():
-        return conversion.run(*fanning.requests(common, *fan), **how._asdict())
+        return pipeline.run(*requests(common, *fan), **how._asdict())
 
 
+@_named
 def stream(
     source: StrPath,
     descriptor: int,
     target_format: str,
     *,
+    source_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    snapshot: str | None = None,
+    chain: bool = False,
+    backing_file: StrPath | None = None,
+    backing_format: str | None = None,
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    in_place: bool = False,
+    keep_undo: bool = False,
+    any_owner: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    mode: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
     verifying: Progress | None = None,
-    **options: Unpack[StreamOptions],
 ) -> Result:
     """Writes what `convert` would make to an open descriptor, such as a pipe's, and returns what was done.
 
-    The size is in the plan that `announce` is called with. Raises `BrokenPipeError` when the reader has gone.
+    The size is in the plan that `announce` is called with. Raises `BrokenPipeError` if the reader has gone.
     """
-    from vmconv import streaming
+    given = locals()
+    from vmconv.conversion.pipeline import STREAM
+    from vmconv.interface.arguments import Descriptor, checked
 
-    how = checked(Making, verify=verify, announce=announce, progress=progress, verifying=verifying)
-    to = checked(Descriptor, descriptor=descriptor).descriptor
+    to = checked(Descriptor, descriptor=given.pop("descriptor")).descriptor
     _refuse_unwritable(to)
-    request = checked(Request, source=source, target=streaming.TARGET, target_format=target_format, **options)
+    return _converted({**given, "target": STREAM}, descriptor=to)
+
+
+@_named
+def plan(
+    source: StrPath,
+    target: StrPath,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    snapshot: str | None = None,
+    chain: bool = False,
+    backing_file: StrPath | None = None,
+    backing_format: str | None = None,
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    in_place: bool = False,
+    keep_undo: bool = False,
+    any_owner: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    mode: int | None = None,
+) -> Plan:
+    """Returns what `convert` would do with the same arguments; touches nothing."""
+    given = locals()
+    from vmconv.conversion.pipeline import prepared
+    from vmconv.conversion.request import Request
+    from vmconv.interface.arguments import checked
+
+    request = checked(Request, **given)
+    with _errors(), prepared(request) as ready:
+        return ready.plan
+
+
+def _converted(given: dict[str, Any], *, descriptor: int | None = None) -> Result:
+    """Runs one conversion, whose arguments are not checked yet."""
+    from vmconv.conversion import pipeline
+    from vmconv.conversion.request import Request
+    from vmconv.interface.arguments import Making, checked
+
+    how = checked(Making, **{name: given.pop(name) for name in Making._fields if name in given})
+    request = checked(Request, **given)
     with _errors():
-        return streaming.run(request, to, **how._asdict())
+        return pipeline.run(request, descriptor=descriptor, **how._asdict())[0]
 
 
 def _refuse_unwritable(descriptor: int) -> None:
@@ -139,100 +334,145 @@ def _refuse_unwritable(descriptor: int) -> None:
         raise UsageError(f"argument descriptor: {descriptor} is not open for writing")
 
 
+@_named
 def recover(path: StrPath, *, trust: bool = False) -> Recovery:
-    """Takes back, or finishes, the conversion that was interrupted and that `path` was part of.
+    """Takes back, or finishes, the interrupted conversion that `path` was part of.
 
     That is one in place, or one that made several files and had begun to give them their names. The journal of one in
     place must be this user's, made in this directory; `trust` follows anybody's.
     """
-    from vmconv.inplace import recovery
-    from vmconv.targets import finished
+    from vmconv.inplace.recovery import recover as recover_path
+    from vmconv.interface.arguments import Believed, checked
 
     journal = checked(Believed, path=path, trust=trust)
     with _errors():
-        if finished(journal.path, trust=journal.trust):
-            return recovery.Recovery(journal.path, True)
-        return recovery.recover(journal.path, trust=journal.trust)
+        return recover_path(journal.path, trust=journal.trust)
 
 
+@_named
 def undo(path: StrPath, *, trust: bool = False) -> str:
     """Turns the target of a conversion in place back into its source, and returns the path of that.
 
     Needs what `keep_undo` kept, and that nobody has written to the target since. That must be this user's, made in this
     directory; `trust` follows anybody's.
     """
-    from vmconv.inplace import undo as module
+    from vmconv.inplace.undo import undo as undo_path
+    from vmconv.interface.arguments import Believed, checked
 
     kept = checked(Believed, path=path, trust=trust)
     with _errors():
-        return module.undo(kept.path, trust=kept.trust)
+        return undo_path(kept.path, trust=kept.trust)
 
 
-def plan(source: StrPath, target: StrPath, **options: Unpack[ConvertOptions]) -> Plan:
-    """Returns what `convert` would do with the same arguments; touches nothing."""
-    request = checked(Request, source=source, target=target, **options)
-    with _errors(), conversion.prepared(request) as ready:
-        return ready.plan
-
-
-def info(path: StrPath, **options: Unpack[ImageOptions]) -> dict[str, Any]:
+@_named
+def info(
+    path: StrPath,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+) -> dict[str, Any]:
     """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
-    with _image(path, options, content_decides=True) as (image, opener):
+    given = locals()
+    from vmconv.inspect.description import describe
+    from vmconv.inspect.images import opened
+    from vmconv.interface.arguments import Reading, checked
+
+    asked = checked(Reading, **given)
+    with _errors(), opened(asked, content_decides=True) as (image, opener):
         return describe(image, opener)
 
 
-def map_disk(path: StrPath, **options: Unpack[ImageOptions]) -> list[MapRow]:
+@_named
+def map_disk(
+    path: StrPath,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+) -> list[MapRow]:
     """Returns where each range of the guest's disk lies, all layers of a chain taken together."""
-    with _image(path, options) as (image, _):
+    given = locals()
+    from vmconv.inspect.images import opened
+    from vmconv.inspect.mapping import map_rows
+    from vmconv.interface.arguments import Reading, checked
+
+    asked = checked(Reading, **given)
+    with _errors(), opened(asked) as (image, _):
         return list(map_rows(image))
 
 
-def check(path: StrPath, **options: Unpack[ImageOptions]) -> CheckReport | None:
-    """Returns what is wrong with an image and the files it refers to; None when its format has nothing to check."""
-    with _image(path, options) as (image, opener):
+@_named
+def check(
+    path: StrPath,
+    *,
+    format_name: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+) -> CheckReport | None:
+    """Returns what is wrong with an image and the files it refers to; None if its format has nothing to check."""
+    given = locals()
+    from vmconv.inspect.checking import check_image
+    from vmconv.inspect.images import opened
+    from vmconv.interface.arguments import Reading, checked
+
+    asked = checked(Reading, **given)
+    with _errors(), opened(asked) as (image, opener):
         return check_image(image, opener)
 
 
-def compare(left: StrPath, right: StrPath, **options: Unpack[CompareOptions]) -> Comparison:
-    """Returns whether a guest sees the same bytes in both; true when it does. Reads only what is not shared."""
-    pair = checked(Pair, left=left, right=right, **options)
-    with _both(pair) as (one, other):
+@_named
+def compare(
+    left: StrPath,
+    right: StrPath,
+    *,
+    left_format: str | None = None,
+    right_format: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+    strict: bool = False,
+) -> Comparison:
+    """Returns whether a guest sees the same bytes in both; true if it does. Reads only what is not shared."""
+    given = locals()
+    from vmconv.inspect.comparison import compare_images
+    from vmconv.inspect.images import both
+    from vmconv.interface.arguments import Pair, checked
+
+    pair = checked(Pair, **given)
+    with _errors(), both(pair) as (one, other):
         return compare_images(one, other, strict=pair.strict)
 
 
-def prove(left: StrPath, right: StrPath, **options: Unpack[PairOptions]) -> Proof:
-    """Returns the proof, by physical addresses, that two images share their payload; true when all of it is shared."""
-    with _both(checked(Pair, left=left, right=right, **options)) as (one, other):
+@_named
+def prove(
+    left: StrPath,
+    right: StrPath,
+    *,
+    left_format: str | None = None,
+    right_format: str | None = None,
+    backing_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+) -> Proof:
+    """Returns the proof, by physical addresses, that two images share their payload; true if all of it is shared."""
+    given = locals()
+    from vmconv.inspect.images import both
+    from vmconv.inspect.proof import prove_images
+    from vmconv.interface.arguments import Pair, checked
+
+    with _errors(), both(checked(Pair, **given)) as (one, other):
         return prove_images(one, other)
 
 
 @contextmanager
-def _image(path: StrPath, options: ImageOptions, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
-    asked = checked(Reading, path=path, **options)
-    with _errors(), _opener(asked) as opener:
-        yield opener.image(asked.path, asked.format_name, content_decides=content_decides), opener
-
-
-@contextmanager
-def _both(asked: Pair) -> Iterator[tuple[Image, Image]]:
-    # An own opener for each: what one image may refer to is not what the other may.
-    with _errors(), _opener(asked) as one, _opener(asked, "-F") as other:
-        yield one.image(asked.left, asked.left_format), other.image(asked.right, asked.right_format)
-
-
-def _opener(asked: Reading | Pair, format_option: str = "-f") -> Opener:
-    return Opener(
-        installed(),
-        allow_external=asked.allow_external,
-        force_share=asked.force_share,
-        backing_format=asked.backing_format,
-        format_option=format_option,
-    )
-
-
-@contextmanager
 def _errors() -> Iterator[None]:
-    """Lets out errors of vmconv only, and that the reader of a pipe has gone."""
+    """Lets out only errors of vmconv, and that the reader of a pipe has gone."""
+    from vmconv.io.faults import plugin_faults
+
     try:
         with plugin_faults():
             yield

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vmconv import linux
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.reflink import ReflinkBackend
-from vmconv.directory import Directory
-from vmconv.sources import File
-from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.io.directory import Directory
+from vmconv.model.sources import File
+from vmconv.system import linux
 
 _COPIED_BY_THE_SERVER = frozenset({"ceph", "cifs", "nfs", "nfs4", "smb3"})
 

@@ -7,7 +7,7 @@ import os
 import threading
 from contextlib import suppress
 
-from vmconv import linux
+from vmconv.system import linux
 
 STEP = 4 << 20
 """Bytes that are read and written at a time: at least so many keep storage busy from a few threads."""

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vmconv import attributes
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.temporary import Temporary, already_exists
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, os_errors, warn
-from vmconv.sources import Decoded, File, Source
-from vmconv.storage import DEFAULT_ACCESS, Access, Output, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Output, Transaction
+from vmconv.io import attributes
+from vmconv.io.directory import Directory
+from vmconv.model.sources import Decoded, File, Source
 
 if TYPE_CHECKING:
-    from vmconv.planner import Plan, ShareSteps
+    from vmconv.model.plan import Plan, ShareSteps
 
 # Bytes that are read and written at a time through the page cache: they stay in the processor's cache. With pieces of
 # 4 MiB, and with copy_file_range too, ext4 took three times the system time.
@@ -178,7 +178,7 @@ def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> 
 
 def _is_named(file: File) -> bool:
     """True when no link of another user says which file this path is."""
-    from vmconv.targets import located
+    from vmconv.backends.targets import located
 
     try:
         directory, name = located(file.path)
@@ -210,7 +210,7 @@ class FileTransaction(Transaction):
         self._outputs: list[FileOutput] = []
 
     def prepare(self, plan: Plan) -> None:
-        from vmconv.targets import clean
+        from vmconv.backends.targets import clean
 
         with os_errors("cannot be cleaned", where=self.directory.path):
             clean(self.directory, [file.name for file in plan.files])

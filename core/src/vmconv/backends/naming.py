@@ -7,7 +7,7 @@ run, by the next run for one of the targets, or by `vmconv recover`. An old imag
 it, because a top layer must not be seen on another base than its own.
 
 The journal is a header and fields that end with a zero byte: "new" or "replace", then for each file its temporary name,
-its inode and its name. It is believed when the user who runs vmconv made it (`vmconv.inplace.ownership`).
+its inode and its name. It is believed when the user who runs vmconv made it (`vmconv.io.ownership`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from vmconv import linux, locks
 from vmconv.backends.temporary import Temporary, already_exists, is_temporary, rename
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError, ImageError, os_errors
+from vmconv.io import locks
+from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 _MAGIC = b"vmconv: names of several files; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64s32s32s")
@@ -115,7 +116,7 @@ def _journal(directory: Directory, wanted: Set, *, durable: bool) -> Iterator[st
 
 
 def _with_head(directory: Directory, body: bytes) -> bytes:
-    from vmconv.inplace import ownership
+    from vmconv.io import ownership
 
     digest = _digest(body)
     return _HEAD.pack(_MAGIC, digest, ownership.mark(directory, digest)) + body
@@ -238,7 +239,7 @@ def _journals(directory: Directory) -> list[str]:
 
 def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
     """Returns a descriptor of a journal; None when it is somebody else's, or gone."""
-    from vmconv.inplace import ownership
+    from vmconv.io import ownership
 
     try:
         descriptor = ownership.opened(directory, entry)
@@ -257,7 +258,7 @@ def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
 
 def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | None, bool]:
     """Returns the set of a journal, and whether the mark is this user's; None for what is no journal."""
-    from vmconv.inplace import ownership
+    from vmconv.io import ownership
 
     size = os.fstat(descriptor).st_size
     data = os.pread(descriptor, size, 0) if size <= _MAX_SIZE else b""

@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from vmconv import linux
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
-from vmconv.sources import File
-from vmconv.storage import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.model.sources import File
+from vmconv.system import linux
 
 if TYPE_CHECKING:
-    from vmconv.directory import Directory
-    from vmconv.planner import ShareSteps
+    from vmconv.io.directory import Directory
+    from vmconv.model.plan import ShareSteps
 
 # One call is not interrupted by ^C and reports no progress; more, shorter calls cost nothing.
 _LONGEST_CALL = 1 << 30

@@ -14,9 +14,10 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 
-from vmconv import linux, locks
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, BackendError
+from vmconv.io import locks
+from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 PREFIX = ".vmconv-"
 """What the names of all files begin with that vmconv makes for the time of a run."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.cli.command import Command
+from vmconv.interface.command import Command
 
 
 def _run(options: argparse.Namespace) -> int:
     import shtab
 
-    from vmconv.cli import make_parser
+    from vmconv.cli.parser import make_parser
 
     print(shtab.complete(make_parser(), options.shell))
     return 0
@@ -20,13 +20,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete for")
 
 
-COMMANDS = (
-    Command(
-        "completion",
-        "print a completion script for a shell",
-        "Prints a script that makes a shell complete commands and options of vmconv.",
-        _configure,
-        _run,
-        "example:\n  vmconv completion bash > ~/.local/share/bash-completion/completions/vmconv",
-    ),
+COMMAND = Command(
+    "completion",
+    "print a completion script for a shell",
+    "Prints a script that makes a shell complete commands and options of vmconv.",
+    _configure,
+    _run,
+    "example:\n  vmconv completion bash > ~/.local/share/bash-completion/completions/vmconv",
 )

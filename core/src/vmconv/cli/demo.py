@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.cli.command import Command
+from vmconv.interface.command import Command
 
 _SMALLEST = 8 << 20
 
@@ -14,7 +14,7 @@ def _run(options: argparse.Namespace) -> int:
     import tempfile
 
     from vmconv.errors import BackendError, UsageError
-    from vmconv.options import parse_size
+    from vmconv.model.options import parse_size
 
     if not os.path.isdir(options.directory):
         raise BackendError(f"{options.directory}: is not a directory")
@@ -31,9 +31,9 @@ def _run(options: argparse.Namespace) -> int:
 def _demonstrate(directory: str, size: int) -> int:
     from vmconv.api import convert
     from vmconv.cli.output import print_table, size_text
-    from vmconv.known import RAW_NAME
-    from vmconv.linux import mount_of
-    from vmconv.registry import installed
+    from vmconv.io.known import RAW_NAME
+    from vmconv.io.registry import installed
+    from vmconv.system.linux import mount_of
 
     mount = mount_of(directory)
     print(
@@ -70,11 +70,11 @@ def _demonstrate(directory: str, size: int) -> int:
 def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
     """Returns whether a guest sees the same bytes, and the proof by physical addresses in words."""
     from vmconv.cli.output import size_text
-    from vmconv.comparison import compare_images
-    from vmconv.known import RAW_NAME
-    from vmconv.opener import Opener
-    from vmconv.proof import prove_images
-    from vmconv.registry import installed
+    from vmconv.inspect.comparison import compare_images
+    from vmconv.inspect.proof import prove_images
+    from vmconv.io.known import RAW_NAME
+    from vmconv.io.opener import Opener
+    from vmconv.io.registry import installed
 
     with Opener(installed()) as opener:
         left, right = opener.image(source, RAW_NAME), opener.image(target, target_format)
@@ -106,14 +106,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="256M", metavar="SIZE", help="size of the disk (default: 256M)")
 
 
-COMMANDS = (
-    Command(
-        "demo",
-        "convert a disk to every installed format and back, with the proof",
-        "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows\n"
-        "for each conversion what was shared, copied and written, how long it took, whether a guest sees the same\n"
-        "bytes, and how much of the payload lies in the very same blocks. Removes everything it made.",
-        _configure,
-        _run,
-    ),
+COMMAND = Command(
+    "demo",
+    "convert a disk to every installed format and back, with the proof",
+    "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows\n"
+    "for each conversion what was shared, copied and written, how long it took, whether a guest sees the same\n"
+    "bytes, and how much of the payload lies in the very same blocks. Removes everything it made.",
+    _configure,
+    _run,
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmconv.interface.arguments import Pair, Reading
 
 
 class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
@@ -64,6 +67,20 @@ def access(options: argparse.Namespace) -> dict[str, Any]:
         "force_share": options.force_share,
         "backing_format": options.source_backing_format,
     }
+
+
+def add_trust(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help=f"follow {what} that another user, another machine or an older vmconv made, as after a backup was\n"
+        "restored: it says which files of the directory are written over, renamed and removed",
+    )
+
+
+def as_named(given: str, path: str) -> str:
+    """Returns a path in the directory of what the user named, as the user named that."""
+    return os.path.join(os.path.dirname(given), os.path.basename(path))
 
 
 def add_options(parser: argparse.ArgumentParser, whose: str, metavar: str = "NAME=VALUE") -> None:
@@ -174,3 +191,17 @@ class SetOptions(argparse.Action):
                 parser.error(f"argument {option_string}: {part!r} is not name=value")
             given[name] = value
         setattr(namespace, self.dest, given)
+
+
+def reading(options: argparse.Namespace) -> Reading:
+    """Returns the image that FILE, `-f` and `add_access` name."""
+    from vmconv.interface.arguments import Reading
+
+    return Reading(options.file, options.format_f, **access(options))
+
+
+def pair(options: argparse.Namespace) -> Pair:
+    """Returns the images that FILE1, FILE2, `-f`, `-F` and `add_access` name."""
+    from vmconv.interface.arguments import Pair
+
+    return Pair(options.left, options.right, options.format_f, options.format_F, **access(options))

@@ -6,8 +6,9 @@ import errno
 import os
 from collections.abc import Iterable
 
-from vmconv import attributes, linux
-from vmconv.directory import Directory
+from vmconv.io import attributes
+from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 
 class Calls:
@@ -45,7 +46,7 @@ class Calls:
         os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, mtime))
 
     def carry(self, source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
-        """Gives a new file the owner, mode and attributes of another; see `vmconv.attributes.carry`."""
+        """Gives a new file the owner, mode and attributes of another; see `vmconv.io.attributes.carry`."""
         return attributes.carry(source, target, others)
 
     def set_mode(self, descriptor: int, mode: int) -> None:

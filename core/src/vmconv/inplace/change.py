@@ -14,13 +14,15 @@ import fcntl
 import os
 import stat
 
-from vmconv import linux, signals
-from vmconv.directory import Directory
 from vmconv.errors import BackendError, PlanError, os_errors
-from vmconv.inplace import ownership, shifting, undofile
+from vmconv.inplace import moves as shifting
+from vmconv.inplace import undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record, parsed
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.io import ownership
+from vmconv.io.directory import Directory
+from vmconv.system import linux, signals
 
 
 class Change:

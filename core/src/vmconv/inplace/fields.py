@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.directory import NAME_MAX
 from vmconv.errors import ImageError
+from vmconv.io.directory import NAME_MAX
 
 Ranges = npt.NDArray[np.int64]
 """Rows `(offset, length)`, bytes."""

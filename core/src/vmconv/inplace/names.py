@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from vmconv.directory import NAME_MAX
+from vmconv.io.directory import NAME_MAX
 
 JOURNAL = ".vmconv-journal"
 """Says how to go back or forward; exists from before the first change until after the last one."""

@@ -12,16 +12,17 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv import errors, paths
+from vmconv import errors
 from vmconv.errors import AccessError, PlanError, VmconvError
-from vmconv.opener import Opener
-from vmconv.sources import File
+from vmconv.io.opener import Opener
+from vmconv.model import paths
+from vmconv.model.sources import File
 
 if TYPE_CHECKING:
-    from vmconv.directory import Directory
-    from vmconv.image import Image
     from vmconv.inplace.rules import Own
-    from vmconv.registry import Registry
+    from vmconv.io.directory import Directory
+    from vmconv.io.registry import Registry
+    from vmconv.model.image import Image
 
 MOST_SECONDS = 20.0
 """Time that looking at the files of a directory may take; what is not looked at then is said."""

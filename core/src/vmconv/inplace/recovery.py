@@ -1,7 +1,7 @@
 """A change in place that was stopped is taken back, or finished when it had been committed.
 
 `vmconv recover` does that, and any command that meets such a file does so, too. Both only follow a journal that this
-user's vmconv wrote here (`vmconv.inplace.ownership`); `vmconv recover --trust` follows any.
+user's vmconv wrote here (`vmconv.io.ownership`); `vmconv recover --trust` follows any.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from vmconv import linux, locks
-from vmconv.directory import Directory
+from vmconv.backends.targets import entered, finished
 from vmconv.errors import AccessError, ImageError, VmconvError, os_errors, warn
 from vmconv.inplace import journal as journals
-from vmconv.inplace import ownership
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Found
 from vmconv.inplace.names import JOURNAL, WORKING, beside
-from vmconv.targets import entered
+from vmconv.io import locks, ownership
+from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 
 class Recovery(NamedTuple):
@@ -39,8 +39,11 @@ class _StrangerError(AccessError):
 def recover(path: str, *, trust: bool = False, calls: Calls | None = None) -> Recovery:
     """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets.
 
-    With `trust` the journal may be anybody's, as after a backup was restored.
+    So is a set of files that had begun to get their names. With `trust` the journal may be anybody's, as after a backup
+    was restored.
     """
+    if finished(path, trust=trust):
+        return Recovery(path, forward=True)
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be recovered", where=path), entered(folder) as directory:
         entry = _entry(directory, name, trust=trust)

@@ -7,14 +7,14 @@ import stat
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vmconv import linux
-from vmconv.directory import Directory
 from vmconv.errors import AccessError, PlanError
-from vmconv.image import Image
 from vmconv.inplace.fields import MAX_BODY, Ranges
 from vmconv.inplace.names import JOURNAL, WORKING, beside
-from vmconv.registry import Registry
-from vmconv.sources import File
+from vmconv.io.directory import Directory
+from vmconv.io.registry import Registry
+from vmconv.model.image import Image
+from vmconv.model.sources import File
+from vmconv.system import linux
 
 # What has to be promised cannot be tried out: that what was synced survives a power cut, names included, and that other
 # machines do not write. These filesystems are made for it.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.extents import Column, Extents, Kind, allocated, cut
 from vmconv.inplace.fields import Ranges
-from vmconv.planner import Action, FilePlan, Plan
-from vmconv.sources import File
+from vmconv.model.extents import Column, Extents, Kind, allocated, cut
+from vmconv.model.plan import Action, FilePlan, Plan
+from vmconv.model.sources import File
 
 
 def carried(plan: Plan, carrier: File) -> FilePlan:

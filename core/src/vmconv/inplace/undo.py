@@ -9,22 +9,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv import linux, locks, signals
-from vmconv.directory import Directory
+from vmconv.backends.targets import entered
 from vmconv.errors import AccessError, ImageError, PlanError, os_errors
-from vmconv.extents import Kind, cut, on_storage
-from vmconv.inplace import neighbours, ownership, rules, undofile
+from vmconv.inplace import neighbours, rules, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.fields import Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside, interrupted
 from vmconv.inplace.rules import Own
+from vmconv.inplace.settling import settle
 from vmconv.inplace.undofile import Stamp, Undo
-from vmconv.opener import bring_back
-from vmconv.registry import installed
-from vmconv.sources import File
-from vmconv.targets import entered
+from vmconv.io import locks, ownership
+from vmconv.io.directory import Directory
+from vmconv.io.registry import installed
+from vmconv.model.extents import Kind, cut, on_storage
+from vmconv.model.sources import File
+from vmconv.system import linux, signals
 
 _PIECE = 1 << 20
 
@@ -48,7 +49,7 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
     # What a killed run left comes first: its undo is taken back, or finished, which is an error that says so.
     disk = path.removesuffix(UNDO)
     if interrupted(disk):
-        bring_back(disk)
+        settle(disk)
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
         directory = stack.enter_context(entered(folder))

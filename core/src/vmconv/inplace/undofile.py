@@ -21,7 +21,7 @@ from vmconv.errors import ImageError
 from vmconv.inplace import fields
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.fields import MAX_BODY, Fields, Ranges, Tables
-from vmconv.sources import File
+from vmconv.model.sources import File
 
 _OLD_MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
 MAGIC = _OLD_MAGIC[:-1] + b"\2"

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from vmconv.backends.targets import clean
 from vmconv.backends.temporary import PREFIX
-from vmconv.directory import Directory
 from vmconv.errors import BackendError
-from vmconv.planner import ShareSteps
-from vmconv.sources import File
-from vmconv.storage import Access, Backend, Output, Transaction
-from vmconv.targets import clean
+from vmconv.interface.backend import Access, Backend, Output, Transaction
+from vmconv.io.directory import Directory
+from vmconv.model.plan import ShareSteps
+from vmconv.model.sources import File
 from vmconv.testing.disks import random_bytes
 
 OpenFile = Callable[[str], File]

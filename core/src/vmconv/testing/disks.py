@@ -6,13 +6,14 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vmconv.backends.memory import MemoryBackend, MemoryFile
-from vmconv.commit import make
-from vmconv.directory import Directory
-from vmconv.extents import Extents, Kind, on_storage
-from vmconv.image import Image
-from vmconv.layout import Layout, OutFile
-from vmconv.planner import Plan, plan_layout
+from vmconv.conversion.execute import make
+from vmconv.conversion.planner import plan_layout
+from vmconv.io.directory import Directory
+from vmconv.model.extents import Extents, Kind, on_storage
+from vmconv.model.image import Image
+from vmconv.model.layout import Layout, OutFile
+from vmconv.model.plan import Plan
+from vmconv.testing.memory import MemoryBackend, MemoryFile
 
 SECTOR = 512
 

@@ -15,16 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import AccessError, PlanError, UsageError, VmconvError
-from vmconv.extents import Extents, Kind
-from vmconv.formats import Format
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, Placement
-from vmconv.opener import Opener
-from vmconv.options import describe, parse_options
-from vmconv.registry import Registry
-from vmconv.sources import File, Source
+from vmconv.interface.format import Format
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Layout, Placement
+from vmconv.model.options import describe, parse_options
+from vmconv.model.sources import File, Source
+from vmconv.model.usage import overlaps
 from vmconv.testing.disks import (
     changed_in_place,
     content,
@@ -36,9 +36,9 @@ from vmconv.testing.disks import (
     raw_disk,
 )
 from vmconv.testing.malformed import KINDS, Sample, memory_limit, time_limit
+from vmconv.testing.memory import MemoryFile
 from vmconv.testing.stacking import StackingTests
 from vmconv.testing.strategies import disks
-from vmconv.usage import overlaps
 
 _HEAVY = ("numpy", "construct", "pydantic", "zstandard")
 _MIB = 1 << 20

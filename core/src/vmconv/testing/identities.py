@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 
 import pytest
 
-from vmconv.backends.memory import MemoryFile
+from vmconv.conversion.results import Results
 from vmconv.errors import ImageError, PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.formats import Format
-from vmconv.identity import derived
-from vmconv.image import Image
-from vmconv.layout import Backing, Placement
-from vmconv.options import parse_options
-from vmconv.registry import Registry
+from vmconv.interface.format import Format
+from vmconv.io.registry import Registry
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.identity import derived
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing, Placement
+from vmconv.model.options import parse_options
 from vmconv.testing.disks import disk_of, make_in_memory, patterned, raw_disk
-from vmconv.verify import Results
+from vmconv.testing.memory import MemoryFile
 
 _MIB = 1 << 20
 _ONE, _OTHER = (derived(b"kit", label) for label in ("one", "other"))

@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import ImageError
 from vmconv.testing.disks import random_bytes
+from vmconv.testing.memory import MemoryFile
 
 SOON = 5
 """Seconds that reading one malformed image may take, on a slow machine too."""

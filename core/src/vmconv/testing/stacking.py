@@ -7,14 +7,14 @@ from typing import ClassVar, NamedTuple
 
 import pytest
 
-from vmconv.backends.memory import MemoryFile
 from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind
-from vmconv.identity import derived
-from vmconv.image import Image
-from vmconv.layout import Backing
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.identity import derived
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing
 from vmconv.testing.disks import content, disk_of, patterned
 from vmconv.testing.identities import Files, IdentityTests
+from vmconv.testing.memory import MemoryFile
 
 _MIB = 1 << 20
 

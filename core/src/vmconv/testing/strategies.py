@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from vmconv.backends.memory import MemoryFile
-from vmconv.extents import Extents, Kind
-from vmconv.sources import Source
+from vmconv.model.extents import Extents, Kind
+from vmconv.model.sources import Source
 from vmconv.testing.disks import SECTOR, disk_of, random_bytes
+from vmconv.testing.memory import MemoryFile
 
 _SECTORS = 64
 

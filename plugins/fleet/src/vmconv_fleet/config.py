@@ -17,7 +17,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any
 
-from vmconv.errors import UsageError, os_errors
+from vmconv.plugin import UsageError, os_errors
 from vmconv_fleet.errors import FleetError
 
 LINK_PORT = 7447

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 
 
 class FleetError(VmconvError):

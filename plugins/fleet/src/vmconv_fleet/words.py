@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from vmconv.cli.output import size_text
-from vmconv.errors import printable
+from vmconv.plugin import printable, size_text
 
 
 def age_text(milliseconds: int | None) -> str:

@@ -7,13 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.errors import ImageError, UsageError
-from vmconv.extents import Columns, Extents
-from vmconv.image import Image
-from vmconv.opener import MAX_CHAIN_DEPTH, Opener
-from vmconv.paths import named_by
-from vmconv.references import Dependency
-from vmconv.sources import File, Source
+from vmconv.plugin import (
+    MAX_CHAIN_DEPTH,
+    Columns,
+    Dependency,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Opener,
+    Source,
+    UsageError,
+    named_by,
+)
 from vmconv_parallels import reader
 from vmconv_parallels.descriptor import NO_GUID, Descriptor, Storage, guid, read_descriptor
 from vmconv_parallels.reader import Header

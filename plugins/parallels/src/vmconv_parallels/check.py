@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.usage import Usage
+from vmconv.plugin import CheckReport, Findings, Usage
 from vmconv_parallels import structs
 from vmconv_parallels.reader import SLICE, Header
 

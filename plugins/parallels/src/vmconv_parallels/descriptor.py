@@ -17,9 +17,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 from xml.parsers import expat
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE
-from vmconv.sources import File
+from vmconv.plugin import MAX_SIZE, File, ImageError
 from vmconv_parallels.structs import SECTOR
 
 MAX_LENGTH = 1 << 20

@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
-from vmconv.image import Image
-from vmconv.sources import File
-from vmconv.usage import refuse_overlaps
+from vmconv.plugin import MAX_SIZE, Column, Extents, File, Image, ImageError, Kind, Kinds, refuse_overlaps
 from vmconv_parallels import structs
 
 SLICE = 1 << 20

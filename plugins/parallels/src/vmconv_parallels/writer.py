@@ -12,12 +12,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut
-from vmconv.image import Image
-from vmconv.layout import Layout, OutFile, Placement
-from vmconv.sources import Blob
+from vmconv.plugin import (
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    blocks,
+    cut,
+)
 from vmconv_parallels import structs
 from vmconv_parallels.options import Options
 
@@ -53,7 +61,7 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
 def _placed(disk: Extents, guest: Extents, cluster: int, base: int, placement: Placement) -> tuple[blocks.Runs, Column]:
     """Returns the runs of clusters with payload, and the places that they get, or have when it is in place."""
     if placement.carrier:
-        from vmconv.staying import stay
+        from vmconv.plugin import stay
 
         found = stay(disk, placement.carrier, [cluster]).cleared(base)
         return found.runs, found.offset

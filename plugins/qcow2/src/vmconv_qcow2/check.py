@@ -12,15 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column, distinct
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.image import Image
+from vmconv.plugin import CheckReport, Column, Findings, Image, ImageError, distinct, table_slices
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import locate
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header, read_snapshots
-from vmconv_qcow2.reader import table_slices
 
 _RESERVED = "has reserved bits set"
 _NO_CLUSTER = "is not the place of a cluster of the file"

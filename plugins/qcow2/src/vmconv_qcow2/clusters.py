@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv.extents import Column, Extents, Kind, distinct, spread
+from vmconv.plugin import Column, Extents, Kind, distinct, spread
 from vmconv_qcow2 import structs
 
 DEFAULT = 65536

@@ -7,9 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column
-from vmconv.sources import Decoded
+from vmconv.plugin import Column, Decoded, ImageError
 from vmconv_qcow2.header import Header
 
 _SECTOR = 512

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from vmconv.errors import PlanError
-from vmconv.extents import Extents, Kind, distinct, on_storage
-from vmconv.image import Image
-from vmconv.sources import File
+from vmconv.plugin import Extents, File, Image, Kind, PlanError, distinct, on_storage
 
 _HINT = "convert to raw first, or use subformat=reference"
 

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from construct import Construct, ConstructError
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE
-from vmconv.sources import File
+from vmconv.plugin import MAX_SIZE, File, ImageError
 from vmconv_qcow2 import structs
 
 

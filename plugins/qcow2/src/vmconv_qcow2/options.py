@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import Size, option
+from vmconv.plugin import Size, option
 
 Subformat = Literal["standard", "reference"]
 Compat = Literal["1.1", "0.10", "v3", "v2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,13 +9,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import ImageError, UsageError
-from vmconv.extents import Column, Extents, Kind, Kinds, on_storage
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.references import Dependency, read_records
-from vmconv.sources import File, Reserved, Source
-from vmconv.usage import GUEST, Usage
+from vmconv.plugin import (
+    GUEST,
+    Column,
+    Dependency,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Opener,
+    Reserved,
+    Source,
+    Usage,
+    UsageError,
+    read_records,
+    table_slices,
+)
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
 from vmconv_qcow2.header import Header, Snapshot, damaged, read_bitmaps, read_header, read_snapshots
@@ -203,35 +213,6 @@ def _check_tables(header: Header, tables: Column, l1_offset: int) -> None:
     if len(twice):
         entry = int(np.flatnonzero(tables == twice[0])[1])
         raise damaged(file, f"L1 entry {entry}", l1_offset + entry * 8, f"L2 table at {twice[0]:#x} is used twice")
-
-
-def table_slices(file: File, tables: Column, cluster: int, size: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yields `(first entry, count, bytes of their tables)` for the offsets of tables of one cluster each.
-
-    None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
-    together, `size` bytes at most, and holes of the file are not read at all.
-    """
-    tables = np.where(_in_hole(file, tables, cluster), 0, tables)
-    most = max(1, size // cluster)
-    breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != cluster)) + 1
-    edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
-    for begin, end in itertools.pairwise(edges):
-        if not tables[begin]:
-            yield begin, end - begin, None
-            continue
-        for first in range(begin, end, most):
-            count = min(most, end - first)
-            yield first, count, file.read(int(tables[first]), count * cluster)
-
-
-def _in_hole(file: File, tables: Column, cluster: int) -> npt.NDArray[np.bool_]:
-    """Returns which of the tables lie in holes of the file, all at once: there may be millions."""
-    storage = on_storage(file)
-    if not len(storage) or not len(tables):
-        return np.zeros(len(tables), dtype=bool)
-    first, last = storage.row_at(tables), storage.row_at(tables + (cluster - 1))
-    hole: npt.NDArray[np.bool_] = (first == last) & (storage.kind[first] != Kind.DATA)
-    return hole
 
 
 _COMPRESSED, _ZEROED, _IDLE = 1, 2, 3

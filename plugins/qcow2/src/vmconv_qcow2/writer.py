@@ -16,13 +16,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
-from vmconv.image import Image
-from vmconv.known import qemu_name
-from vmconv.layout import Backing, Layout, OutFile, Placement, Reference
-from vmconv.sources import Blob, File, Source
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    File,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    Reference,
+    Source,
+    blocks,
+    cut,
+    distinct,
+    qemu_name,
+    spread,
+)
 from vmconv_qcow2 import clusters, structs
 from vmconv_qcow2.options import Options
 
@@ -101,7 +115,7 @@ class _Writer:
 
     def _stay_in(self, table: Extents, carrier: File) -> None:
         """Leaves payload where it is, in clusters as the options say, or else in the largest ones that can stay."""
-        from vmconv.staying import stay
+        from vmconv.plugin import stay
 
         if self.references:
             raise PlanError("in place, an image cannot refer to its source, which is gone then")

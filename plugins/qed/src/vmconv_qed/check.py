@@ -5,11 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.extents import Column
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.image import Image
-from vmconv.usage import Usage
+from vmconv.plugin import CheckReport, Column, Findings, Image, Usage
 from vmconv_qed import structs
 from vmconv_qed.reader import SLICE, Header, read_header, written
 

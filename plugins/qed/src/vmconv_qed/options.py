@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmconv.options import Size, option
+from vmconv.plugin import Size, option
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from construct import ConstructError
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.sources import File
-from vmconv.usage import Metadata, refuse_overlaps
+from vmconv.plugin import (
+    MAX_SIZE,
+    Column,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Metadata,
+    Opener,
+    refuse_overlaps,
+)
 from vmconv_qed import structs
 
 SLICE = 1 << 19

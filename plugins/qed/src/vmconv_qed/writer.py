@@ -12,12 +12,24 @@ import os
 
 import numpy as np
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.sources import Blob, Source
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    Source,
+    blocks,
+    cut,
+    distinct,
+    spread,
+)
 from vmconv_qed import structs
 from vmconv_qed.options import Options
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.errors import UsageError
-from vmconv.extents import Columns, Extents, Kind, on_storage
-from vmconv.image import Image
-from vmconv.sources import File, Reserved
+from vmconv.plugin import Columns, Extents, File, Image, Kind, Reserved, UsageError, on_storage
 
 SECTOR = 512
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from vmconv.image import Image
-from vmconv.layout import Layout, OutFile
+from vmconv.plugin import Image, Layout, OutFile
 
 
 def write(image: Image) -> Layout:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from vmconv.formats import Format
-from vmconv.hooks import hookimpl
+from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.formats import CheckReport
-    from vmconv.image import Image
-    from vmconv.layout import Backing, Layout, Placement
-    from vmconv.opener import Opener
-    from vmconv.sources import File
+    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
 
 
 class Vdi(Format):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.image import Image
-from vmconv.usage import Usage
+from vmconv.plugin import CheckReport, Findings, Image, Usage
 from vmconv_vdi import structs
 from vmconv_vdi.reader import SLICE, Header, read_header
 

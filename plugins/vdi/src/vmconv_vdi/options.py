@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmconv.options import Identified, option
+from vmconv.plugin import Identified, option
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from construct import ConstructError
 
-from vmconv.errors import AccessError, ImageError
-from vmconv.extents import MAX_SIZE, Column, Extents, Kind, Kinds
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.sources import File
+from vmconv.plugin import MAX_SIZE, AccessError, Column, Extents, File, Image, ImageError, Kind, Kinds, Opener
 from vmconv_vdi import structs
 
 SLICE = 1 << 20

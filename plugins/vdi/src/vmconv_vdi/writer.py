@@ -15,13 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut
-from vmconv.identity import derived
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.sources import Blob
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    blocks,
+    cut,
+    derived,
+)
 from vmconv_vdi import structs
 from vmconv_vdi.options import Options
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.extents import Column
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.image import Image
-from vmconv.usage import Usage
+from vmconv.plugin import CheckReport, Column, Findings, Image, Usage
 from vmconv_vhd import structs
 from vmconv_vhd.header import Header, read_header
 from vmconv_vhd.reader import SLICE, add_blocks, add_metadata

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 from construct import Construct, ConstructError
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column
-from vmconv.paths import from_url, from_windows, named_by
-from vmconv.sources import File
+from vmconv.plugin import Column, File, ImageError, from_url, from_windows, named_by
 from vmconv_vhd import structs
 
 

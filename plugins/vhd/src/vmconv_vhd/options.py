@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import Identified, option
+from vmconv.plugin import Identified, option
 
 
 @dataclass(frozen=True)

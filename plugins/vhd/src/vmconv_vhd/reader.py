@@ -9,12 +9,20 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import AccessError, ImageError
-from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.sources import File
-from vmconv.usage import Usage
+from vmconv.plugin import (
+    AccessError,
+    Column,
+    Columns,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Opener,
+    Usage,
+    clip_to_sources,
+)
 from vmconv_vhd import structs
 from vmconv_vhd.header import Header, damaged, read_header
 

@@ -15,13 +15,22 @@ from uuid import UUID
 
 import numpy as np
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.paths import to_windows
-from vmconv.sources import Blob
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    blocks,
+    cut,
+    to_windows,
+)
 from vmconv_vhd import structs
 from vmconv_vhd.header import bitmap_size
 from vmconv_vhd.options import Options

@@ -11,9 +11,7 @@ from uuid import UUID
 import numpy as np
 from construct import Construct, ConstructError
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column, Extents
-from vmconv.sources import File
+from vmconv.plugin import Column, Extents, File, ImageError
 from vmconv_vhdx import structs
 from vmconv_vhdx.log import Log, replay
 

@@ -14,9 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column, Columns, Extents, Kind, distinct
-from vmconv.sources import Blob, File
+from vmconv.plugin import Blob, Column, Columns, Extents, File, ImageError, Kind, distinct
 from vmconv_vhdx import structs
 
 _HINT = "open it once with what wrote it, which can repair it, or go back to a backup"

@@ -9,13 +9,24 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.errors import AccessError, ImageError
-from vmconv.extents import Column, Columns, Extents, Kind, Kinds, clip_to_sources, distinct
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.paths import from_windows, named_by
-from vmconv.sources import File, Source
-from vmconv.usage import Usage
+from vmconv.plugin import (
+    AccessError,
+    Column,
+    Columns,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Opener,
+    Source,
+    Usage,
+    clip_to_sources,
+    distinct,
+    from_windows,
+    named_by,
+)
 from vmconv_vhdx import structs
 from vmconv_vhdx.header import Header, damaged, is_hole, read_header
 

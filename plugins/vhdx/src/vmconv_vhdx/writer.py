@@ -16,15 +16,27 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, gather
-from vmconv.identity import derived
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.paths import to_windows
-from vmconv.sources import Blob, File
-from vmconv.staying import Stay
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    File,
+    Image,
+    Kind,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    Stay,
+    blocks,
+    cut,
+    derived,
+    distinct,
+    gather,
+    to_windows,
+)
 from vmconv_vhdx import structs
 from vmconv_vhdx.options import Options
 
@@ -94,7 +106,7 @@ class _Writer:
 
     def _stay_in(self, carrier: File) -> None:
         """Leaves payload where it is, but for what lies in the place of the headers."""
-        from vmconv.staying import stay
+        from vmconv.plugin import stay
 
         self.stay = stay(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
         runs = self.runs.take(self.runs.kind != Kind.DATA).joined(self.stay.runs)

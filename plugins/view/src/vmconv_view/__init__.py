@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from vmconv.hooks import hookimpl
+from vmconv.plugin import hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.cli.command import Command
+    from vmconv.plugin import Command
 
 
 @hookimpl

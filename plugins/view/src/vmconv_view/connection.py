@@ -12,8 +12,8 @@ import struct
 import time
 from collections.abc import Callable
 
-from vmconv.errors import AccessError, VmconvError
-from vmconv.views import View
+from vmconv.api import View
+from vmconv.plugin import AccessError, VmconvError
 from vmconv_view import nbd
 from vmconv_view.nbd import Chunk, Cmd, Error, Handshake, Info, Opt, ProtocolError, Rep
 

@@ -9,14 +9,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from vmconv import locks
-from vmconv.containers import new_name
-from vmconv.errors import AccessError, ReadError, VmconvError, printable
-from vmconv.extents import Extents
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.sources import Blob, inside, stamp_of
-from vmconv.views import View, views
+from vmconv.api import View, inside, locks, new_name, stamp_of, views
+from vmconv.plugin import AccessError, Blob, Extents, Image, Opener, ReadError, VmconvError, printable
 from vmconv_view.rights import Rights
 from vmconv_view.variants import Variant
 
@@ -199,7 +193,7 @@ def _failure(what: str, exc: Exception) -> Files:
 
 
 def _refuse_outside(image: Image, trees: Sequence[str]) -> None:
-    real = os.path.realpath(f"/proc/self/fd/{image.file.descriptor}")
+    real = image.file.real_path()
     if not any(inside(real, tree) for tree in trees):
         raise AccessError(
             f"{image.file.name}: lies outside the directory, at {real}",

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from vmconv.errors import BackendError, VmconvError, printable
+from vmconv.plugin import BackendError, VmconvError, printable
 from vmconv_view.rights import OWN, Rights, rights_of
 from vmconv_view.tree import Held, Node, Tree
 
@@ -29,7 +29,7 @@ except (OSError, AttributeError) as exc:
     raise BackendError(f"libfuse 3 cannot be used: {exc}", hint="apt-get install fuse3") from exc
 
 if TYPE_CHECKING:
-    from vmconv.views import View
+    from vmconv.api import View
 
 IDLE_THREADS = 4
 MAX_THREADS = 16

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from vmconv.errors import BackendError
+from vmconv.plugin import BackendError
 
 PATIENCE = 10.0
 """Seconds that a request waits for a job."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.cli.command import Command
-from vmconv.cli.options import access, add_access
+from vmconv.plugin import Command, access, add_access
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +23,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     import signal
 
-    from vmconv.registry import installed
+    from vmconv.api import installed
     from vmconv_view import background
     from vmconv_view.fuse import mount
     from vmconv_view.tree import Tree
@@ -44,8 +43,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _refuse(directory: str, point: str, external: list[str]) -> None:
     """Refuses mounts that cannot be, and those in which reading an image would come back to the mount itself."""
-    from vmconv.errors import UsageError
-    from vmconv.sources import inside
+    from vmconv.api import inside
+    from vmconv.plugin import UsageError
 
     for path in (directory, point):
         if not os.path.isdir(path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from enum import IntEnum, IntFlag
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 
 DEFAULT_PORT = 10809
 

@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
-from vmconv.errors import AccessError
-from vmconv.sources import File, stamp_of
+from vmconv.api import stamp_of
+from vmconv.plugin import AccessError, File
 
 _NOBODY = 65534
 _READ = 0o444
@@ -109,7 +109,7 @@ class RightsOfEverybody(Rights):
     def refuse_files(self, files: Iterable[File]) -> None:
         for file in files:
             status = os.fstat(file.descriptor)
-            real = os.path.realpath(f"/proc/self/fd/{file.descriptor}")
+            real = file.real_path()
             if not (_lets_everybody(file.descriptor, status, _READ) and _may_be_reached(real)):
                 raise AccessError(f"{file.name}: not everybody may read it")
 

@@ -11,8 +11,8 @@ import threading
 import time
 from contextlib import suppress
 
-from vmconv.errors import AccessError, BackendError, VmconvError
-from vmconv.views import View
+from vmconv.api import View
+from vmconv.plugin import AccessError, BackendError, VmconvError
 from vmconv_view.clients import MAX_CLIENTS, Client, Clients
 from vmconv_view.connection import Connection
 

@@ -8,14 +8,13 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from vmconv.cli.command import Command
-from vmconv.cli.options import access, add_access, add_format, add_options
+from vmconv.plugin import Command, access, add_access, add_format, add_options
 
 if TYPE_CHECKING:
     import socket
 
-    from vmconv.opener import Opener
-    from vmconv.views import View
+    from vmconv.api import View
+    from vmconv.plugin import Opener
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +45,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vmconv.opener import Opener
-    from vmconv.registry import installed
+    from vmconv.api import installed, settle
+    from vmconv.plugin import Opener
     from vmconv_view.background import ended_by_signals
 
     with (
-        Opener(installed(), **access(options)) as opener,
+        Opener(installed(), **access(options), settle=settle) as opener,
         # An interruption is how this ends.
         suppress(KeyboardInterrupt),
         ended_by_signals(_end),
@@ -66,9 +65,7 @@ def _end(_number: int, _frame: object) -> NoReturn:
 
 def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
     """Returns the files to export by their names; planned now, so that all that is wrong is said now."""
-    from vmconv import checking
-    from vmconv.containers import new_name
-    from vmconv.views import views
+    from vmconv.api import checking, new_name, views
 
     image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
     for warning in (*image.warnings, *checking.warnings(image, opener)):

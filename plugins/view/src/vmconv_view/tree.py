@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from vmconv.opener import Opener
-from vmconv.registry import Registry
-from vmconv.views import View
+from vmconv.api import Registry, View, settle
+from vmconv.plugin import Opener
 from vmconv_view.entry import Entry, Files
 from vmconv_view.jobs import Jobs
 from vmconv_view.rights import OWN, Rights
@@ -170,6 +169,8 @@ class Tree:
             backing_format=self._backing_format,
             format_option="",
             acting=None if rights is OWN else rights.acting,
+            # A conversion that was interrupted is not settled for another user.
+            settle=settle if rights is OWN else None,
         )
         made = Entry(name, status, opener, rights, force_share=self._force_share)
         made.read(os.path.join(self._directory, name), self._trees)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from vmconv.formats import Format
-from vmconv.registry import Registry
+from vmconv.api import Registry
+from vmconv.plugin import Format
 
 
 class Variant(NamedTuple):

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from vmconv.formats import Format
-from vmconv.hooks import hookimpl
+from vmconv.plugin import Format, hookimpl
+from vmconv_vmdk.title import is_descriptor
 
 if TYPE_CHECKING:
-    from vmconv.formats import CheckReport
-    from vmconv.image import Image
-    from vmconv.layout import Backing, Layout, Placement
-    from vmconv.opener import Opener
-    from vmconv.sources import File
+    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
 
 _SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")
 _HEAD = 4096
-_TITLE = re.compile(rb"#\s*disk\s*descriptor\s*file", re.IGNORECASE)
-_VERSION = re.compile(rb"version\s*=\s*\d+", re.IGNORECASE)
 
 
 class Vmdk(Format):
@@ -62,19 +55,6 @@ class Vmdk(Format):
 
         assert isinstance(image, VmdkImage)
         return check(image.extents(), 0 if image.is_extent else image.file.size)
-
-
-def is_descriptor(head: bytes) -> bool:
-    """True when these are the first bytes of a descriptor: its title, or blank lines, comments and then a version.
-
-    QEMU wants the version and no title, VirtualBox the title; each writes what some of the others' readers refuse.
-    """
-    for line in map(bytes.strip, head.removeprefix(b"\xef\xbb\xbf").splitlines()):
-        if _TITLE.match(line):
-            return True
-        if line and not line.startswith(b"#"):
-            return _VERSION.fullmatch(line) is not None
-    return False
 
 
 @hookimpl

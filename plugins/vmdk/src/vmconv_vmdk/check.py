@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.extents import Column
-from vmconv.findings import Findings
-from vmconv.formats import CheckReport
-from vmconv.sources import File
-from vmconv.usage import Usage
+from vmconv.plugin import CheckReport, Column, File, Findings, Usage, table_slices
 from vmconv_vmdk import structs
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
-from vmconv_vmdk.sparse import RawEntries, table_slices
+from vmconv_vmdk.sparse import SLICE, RawEntries
 
 _WINDOW = 4 << 20
 """Bytes of a file that are read at once to look at the markers in it."""
@@ -178,7 +174,7 @@ def _tables(file: File, tables: Column, length: int) -> npt.NDArray[np.uint8]:
     """Returns the bytes of grain tables one after the other, zeros for those that are not there."""
     parts = [
         np.zeros(count * length, dtype=np.uint8) if data is None else np.frombuffer(data, dtype=np.uint8)
-        for _, count, data in table_slices(file, tables, length)
+        for _, count, data in table_slices(file, tables, length, SLICE)
     ]
     return np.concatenate(parts)
 

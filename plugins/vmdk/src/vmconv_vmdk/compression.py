@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column
-from vmconv.sources import Decoded, File
+from vmconv.plugin import Column, Decoded, File, ImageError
 from vmconv_vmdk import structs
 
 

@@ -10,12 +10,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE
-from vmconv.paths import named_by, text_of
-from vmconv.references import Dependency, Record, read_records
-from vmconv.sources import File
-from vmconv_vmdk import is_descriptor, structs
+from vmconv.plugin import MAX_SIZE, Dependency, File, ImageError, Record, named_by, read_records, text_of
+from vmconv_vmdk import structs
+from vmconv_vmdk.title import is_descriptor
 
 NO_PARENT = 0xFFFFFFFF
 

@@ -15,11 +15,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, cut, distinct, spread
-from vmconv.sources import Blob, File, Source
-from vmconv.staying import Stay
+from vmconv.plugin import (
+    Blob,
+    Column,
+    Columns,
+    Extents,
+    File,
+    Kind,
+    PlanError,
+    Source,
+    Stay,
+    blocks,
+    cut,
+    distinct,
+    spread,
+)
 from vmconv_vmdk import structs
 
 GRAIN = 65536
@@ -96,7 +106,7 @@ class SparseExtent:
 
     def _stay_in(self, guest: Extents, carrier: File) -> Stay:
         """Chooses the largest grains, up to the usual ones, in which payload can stay where it is."""
-        from vmconv.staying import stay
+        from vmconv.plugin import stay
 
         units = [1 << bits for bits in range(SMALLEST_GRAIN.bit_length() - 1, GRAIN.bit_length())]
         found = stay(guest, carrier, units, structs.SECTOR)

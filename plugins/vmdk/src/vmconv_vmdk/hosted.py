@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.errors import ImageError
-from vmconv.extents import MAX_SIZE, Column, Extents, Kind
-from vmconv.sources import File
+from vmconv.plugin import MAX_SIZE, Column, Extents, File, ImageError, Kind
 from vmconv_vmdk import structs
 from vmconv_vmdk.compression import CompressedGrains
 from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, damaged, parse

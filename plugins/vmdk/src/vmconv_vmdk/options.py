@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from vmconv.options import Identified, option
+from vmconv.plugin import Identified, option
 
 Subformat = Literal[
     "monolithicSparse",

@@ -10,14 +10,20 @@ from uuid import UUID
 
 import numpy as np
 
-from vmconv.errors import ImageError, UsageError
-from vmconv.extents import Columns, Extents, Kind
-from vmconv.foreign import described_beside
-from vmconv.image import Image
-from vmconv.opener import Opener
-from vmconv.paths import is_foreign
-from vmconv.sources import File, Source
-from vmconv.usage import overlaps
+from vmconv.plugin import (
+    Columns,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Opener,
+    Source,
+    UsageError,
+    described_beside,
+    is_foreign,
+    overlaps,
+)
 from vmconv_vmdk import descriptor as descriptors
 from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descriptor, Part

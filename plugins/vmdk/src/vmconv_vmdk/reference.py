@@ -15,13 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv.errors import PlanError
-from vmconv.extents import Column, Extents, Kind
-from vmconv.layout import OutFile, Placement, Reference
-from vmconv.paths import text_of
-from vmconv.ranges import Ranges, joined_over_holes, ranges_in_files
-from vmconv.references import Record, refer
-from vmconv.sources import File
+from vmconv.plugin import (
+    Column,
+    Extents,
+    File,
+    Kind,
+    OutFile,
+    Placement,
+    PlanError,
+    Ranges,
+    Record,
+    Reference,
+    joined_over_holes,
+    ranges_in_files,
+    refer,
+    text_of,
+)
 from vmconv_vmdk.descriptor import Part
 from vmconv_vmdk.structs import SECTOR
 

@@ -6,7 +6,6 @@ width of entries and in what an entry that is not a place says: see hosted.py an
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,14 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from construct import Construct, ConstructError
 
-from vmconv.errors import ImageError
-from vmconv.extents import Column, Extents, Kind, Kinds
-from vmconv.sources import File, Source
-from vmconv.usage import Metadata, refuse_overlaps
+from vmconv.plugin import (
+    Column,
+    Extents,
+    File,
+    ImageError,
+    Kind,
+    Kinds,
+    Metadata,
+    Source,
+    refuse_overlaps,
+    table_slices,
+)
 from vmconv_vmdk import structs
 
 # Grain tables are read in slices of this many bytes.
-_SLICE = 2 << 20
+SLICE = 2 << 20
 
 RawEntries = npt.NDArray[np.unsignedinteger[Any]]
 Slice = tuple[Kinds, int, Column]
@@ -108,7 +115,7 @@ class Extent(ABC):
         """Yields `(first grain, count, their entries)`, None for tables that are not there."""
         length = self.entries * self.width
         grains = -(-self.size // self.grain)
-        for first, count, data in table_slices(self.file, tables, length):
+        for first, count, data in table_slices(self.file, tables, length, SLICE):
             # What lies past the end of the disk is not part of it, whatever the table says.
             wanted = min(count * self.entries, grains - first * self.entries)
             raw = None if data is None else np.frombuffer(data, dtype=f"<u{self.width}")[:wanted]
@@ -187,23 +194,3 @@ class Extent(ABC):
             kind[zero] = Kind.ZERO
         self._check_places(offset, kind == Kind.DATA, first)
         return kind, 0, offset
-
-
-def table_slices(file: File, tables: Column, length: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yields `(first table, count, their bytes)` for the offsets of tables of `length` bytes each.
-
-    None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
-    together, in slices of bounded size, and holes of the file are not read at all.
-    """
-    most = max(1, _SLICE // length)
-    breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != length)) + 1
-    edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
-    for begin, end in itertools.pairwise(edges):
-        if not tables[begin]:
-            yield begin, end - begin, None
-            continue
-        for first in range(begin, end, most):
-            count = min(most, end - first)
-            offset, size = int(tables[first]), count * length
-            there = file.data_ranges(offset, offset + size)
-            yield first, count, file.read(offset, size) if there else None

@@ -15,11 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv import blocks
-from vmconv.errors import AccessError, PlanError
-from vmconv.extents import Column, Columns, Extents, Kind, spread
-from vmconv.parallel import in_order
-from vmconv.sources import Blob, Decoded, File
+from vmconv.plugin import (
+    AccessError,
+    Blob,
+    Column,
+    Columns,
+    Decoded,
+    Extents,
+    File,
+    Kind,
+    PlanError,
+    blocks,
+    in_order,
+    spread,
+)
 from vmconv_vmdk import structs
 from vmconv_vmdk.grains import GRAIN, GRAIN_SECTORS, MAX_FILE, TABLE, directory_bytes
 

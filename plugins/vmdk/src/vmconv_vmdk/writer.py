@@ -13,14 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from vmconv import blocks
-from vmconv.errors import PlanError
-from vmconv.extents import Extents
-from vmconv.identity import derived
-from vmconv.image import Image
-from vmconv.layout import Backing, Layout, OutFile, Placement
-from vmconv.references import Record
-from vmconv.sources import Blob
+from vmconv.plugin import Backing, Blob, Extents, Image, Layout, OutFile, Placement, PlanError, Record, blocks, derived
 from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import NO_PARENT, Part, recorded, render
 from vmconv_vmdk.grains import GRAIN, SparseExtent

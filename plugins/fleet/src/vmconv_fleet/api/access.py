@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from fastapi import Depends, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vmconv.errors import AccessError
+from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.kinds import By, Role, Token
 from vmconv_fleet.trust import tokens

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv.plugin import AccessError, UsageError, VmconvError
 from vmconv_fleet.api import changing, events, metrics, reading
 from vmconv_fleet.api.access import UnknownCallerError
 from vmconv_fleet.api.asking import NotHereError

@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
-from vmconv.errors import UsageError, VmconvError
+from vmconv.plugin import UsageError, VmconvError
 from vmconv_fleet.api.access import Caller
 from vmconv_fleet.api.state import State
 from vmconv_fleet.jobs.arguments import ARGUMENTS

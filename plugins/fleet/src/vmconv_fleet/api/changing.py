@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from vmconv.errors import AccessError, UsageError
+from vmconv.plugin import AccessError, UsageError
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask, ask_many
 from vmconv_fleet.api.reading import owner_of, record_of

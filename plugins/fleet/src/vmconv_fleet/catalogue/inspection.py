@@ -17,14 +17,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.errors import VmconvError, printable
+from vmconv.plugin import VmconvError, printable
 from vmconv_fleet.catalogue import definitions
 from vmconv_fleet.catalogue.places import disk_id, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
 if TYPE_CHECKING:
-    from vmconv.image import Image
-    from vmconv.registry import Registry
+    from vmconv.plugin import Image, Registry
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
@@ -85,7 +84,7 @@ class _Inspection:
     """Looks at the datastores of a node, by name and path."""
 
     def __init__(self, datastores: Mapping[str, str]) -> None:
-        from vmconv.registry import installed
+        from vmconv.plugin import installed
 
         self.registry = installed()
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
@@ -167,9 +166,8 @@ class _Inspection:
         return body
 
     def _image(self, found: _Found, parts: set[str]) -> Body:
-        from vmconv import locks
-        from vmconv.checking import remarks
-        from vmconv.opener import Opener
+        from vmconv.api import checking, locks
+        from vmconv.plugin import Opener
 
         # Others' locks are looked at and none is taken: a guest may start at any time.
         with Opener(self.registry, allow_external=self._roots.values(), force_share=True) as opener:
@@ -181,7 +179,7 @@ class _Inspection:
             }
             if (identity := image.disk.identity) is not None:
                 body["identity"] = str(identity)
-            said = [_short(text) for text in (*image.warnings, *remarks(image, opener))]
+            said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
             if image.file.size <= _DESCRIPTOR:
                 # What is so small only says where its payload lies: those files are opened with its table.
                 _ = image.guest
@@ -227,7 +225,7 @@ class _Inspection:
         )
 
     def _datastore(self, root: str, disks: int, remarks: list[str]) -> Body:
-        from vmconv.linux import mount_of
+        from vmconv.api import mount_of
 
         space = os.statvfs(root)
         body: Body = {

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterable
-from contextlib import suppress
 
-from vmconv.errors import AccessError
-from vmconv.sources import inside
+from vmconv.api import inside
+from vmconv.plugin import AccessError
 
 
 def disk_id(datastore: str, name: str) -> str:
@@ -42,14 +40,3 @@ def refuse_as_file_name(name: str) -> None:
     """Raises `AccessError` for what is not the plain name of a file in a directory."""
     if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
         raise AccessError(f"{name!r} is not the name of a file", hint="a target is named without directories")
-
-
-def opened_files() -> dict[int, str]:
-    """Returns the real paths of the files and block devices that this process has open, by descriptor."""
-    found = {}
-    for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            mode = os.fstat(int(entry)).st_mode
-            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-                found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
-    return found

@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from vmconv.errors import UsageError
-from vmconv.options import parse_size
+from vmconv.plugin import UsageError, parse_size
 
 Value = str | int | bool | tuple[str, ...]
 Facts = Mapping[str, Value]

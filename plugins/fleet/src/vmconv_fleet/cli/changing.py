@@ -6,8 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from vmconv.cli.output import print_json, print_table
-from vmconv.errors import UsageError
+from vmconv.plugin import UsageError, print_json, print_table
 from vmconv_fleet.cli.client import Client, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
 from vmconv_fleet.words import cell, time_text

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode, urlsplit
 
-from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv.plugin import AccessError, UsageError, VmconvError
 
 TOKEN = "VMCONV_FLEET_TOKEN"
 """Environment: the token for a node that is reached over HTTPS."""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from vmconv.errors import UsageError, VmconvError, os_errors
+from vmconv.plugin import UsageError, VmconvError, os_errors
 from vmconv_fleet.cli.client import TOKEN, Client, Reply
 
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from vmconv.cli.output import print_json, print_table, size_text
-from vmconv.errors import UsageError
+from vmconv.plugin import UsageError, print_json, print_table, size_text
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected, disk_named
 from vmconv_fleet.cli.following import Ended, follow

@@ -8,8 +8,7 @@ import tempfile
 import time
 from typing import Any
 
-from vmconv.cli.output import print_table, size_text
-from vmconv.errors import BackendError, UsageError
+from vmconv.plugin import BackendError, UsageError, print_table, size_text
 from vmconv_fleet.cli.local_fleet import LocalNode, local_fleet, wait_for, wait_until_agreed
 from vmconv_fleet.words import age_text, plan_text
 
@@ -22,7 +21,7 @@ _NEEDED = 3
 
 
 def demo(options: argparse.Namespace) -> int:
-    from vmconv.options import parse_size
+    from vmconv.plugin import parse_size
 
     try:
         size = parse_size(options.size)
@@ -48,8 +47,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def _installed_targets() -> list[str]:
-    from vmconv.known import RAW_NAME
-    from vmconv.registry import installed
+    from vmconv.plugin import RAW_NAME, installed
 
     formats = installed().formats
     targets = [name for name in _TARGETS if name in formats and formats[name].can_write]

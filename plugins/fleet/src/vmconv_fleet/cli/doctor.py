@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from vmconv.cli.output import print_json
+from vmconv.plugin import print_json
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import age_text, cell

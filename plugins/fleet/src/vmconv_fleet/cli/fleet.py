@@ -7,8 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
-from vmconv.cli.command import Command
-from vmconv.cli.options import SetOptions, formatter
+from vmconv.plugin import Command, SetOptions, formatter
 
 
 class _Verb(NamedTuple):

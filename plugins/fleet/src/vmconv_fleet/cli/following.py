@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmconv.cli.output import ProgressBar
+from vmconv.plugin import ProgressBar
 from vmconv_fleet.cli.client import Client, NotThereError
 
 

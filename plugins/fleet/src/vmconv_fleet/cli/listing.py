@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vmconv.cli.output import print_json, print_table, size_text
+from vmconv.plugin import print_json, print_table, size_text
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.cli.client import Client
 from vmconv_fleet.cli.connecting import connected

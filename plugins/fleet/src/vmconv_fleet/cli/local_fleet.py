@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from vmconv.errors import BackendError
+from vmconv.plugin import BackendError
 from vmconv_fleet.cli.client import Client
 
 T = TypeVar("T")

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from vmconv.cli.command import Command
-from vmconv.cli.options import formatter
+from vmconv.plugin import Command, formatter
 
 Adder = Callable[[argparse.ArgumentParser], Any]
 

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from vmconv.cli.output import print_json
-from vmconv.errors import UsageError, os_errors
+from vmconv.plugin import UsageError, os_errors, print_json
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import ConfigError, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vmconv.errors import os_errors
+from vmconv.plugin import os_errors
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import cell, progress_text, time_text
 

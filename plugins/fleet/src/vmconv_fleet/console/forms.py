@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.api.access import COOKIE, UnknownCallerError, of_token
 from vmconv_fleet.api.asking import Answer, ask
 from vmconv_fleet.api.sessions import LIFETIME

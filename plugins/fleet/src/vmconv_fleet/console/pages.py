@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from starlette.routing import Route
 
-from vmconv.errors import UsageError, VmconvError
+from vmconv.plugin import UsageError, VmconvError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.differences import differences

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vmconv.cli.output import size_text
-from vmconv.errors import printable
+from vmconv.plugin import printable, size_text
 from vmconv_fleet.catalogue.kinds import JobPlan
 from vmconv_fleet.words import age_text
 

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from vmconv.errors import AccessError, VmconvError
+from vmconv.plugin import AccessError, VmconvError
 from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of, of_token
 from vmconv_fleet.api.state import State, state_of
 from vmconv_fleet.catalogue.snapshot import Picture

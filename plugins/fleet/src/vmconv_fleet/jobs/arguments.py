@@ -12,7 +12,7 @@ from vmconv_fleet.catalogue.places import refuse_as_file_name
 
 
 def _file_name(name: str) -> str:
-    from vmconv.errors import AccessError
+    from vmconv.plugin import AccessError
 
     try:
         refuse_as_file_name(name)

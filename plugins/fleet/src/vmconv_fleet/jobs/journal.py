@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from vmconv.linux import generation
+from vmconv.api import generation
 
 
 class Journal:

@@ -26,14 +26,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.backends.temporary import is_unnamed
-from vmconv.errors import AccessError, PlanError, VmconvError, printable
-from vmconv_fleet.catalogue.places import opened_files, place_of, refuse_as_file_name, refuse_outside
+from vmconv.plugin import PlanError, VmconvError, printable
+from vmconv_fleet.catalogue.places import place_of, refuse_as_file_name, refuse_outside
 from vmconv_fleet.jobs.journal import Journal
 
 if TYPE_CHECKING:
-    from vmconv.conversion import Result
-    from vmconv.planner import Plan
+    from vmconv.api import Result
+    from vmconv.plugin import Plan
 
 _PROGRESS_SECONDS = 0.2
 _MAX_LISTED = 20
@@ -72,11 +71,11 @@ class Worker:
         self._task = task
         self._roots = [os.path.realpath(root) for root in task.roots]
         self._journal = journal
-        self._before = set(opened_files())
         self._go = threading.Event()
         self._over = threading.Event()
         self._directory = ""
         self._names: list[str] = []
+        self._made: list[int] = []
         self._said = 0.0
 
     def run(self) -> None:
@@ -96,13 +95,14 @@ class Worker:
             self._plan(source, target, wanted)
             return
         threading.Thread(target=self._listen, daemon=True).start()
-        result = convert(source, target, announce=self._announce, progress=self._progress, **wanted)
+        result = convert(
+            source, target, announce=self._announce, created=self._created, progress=self._progress, **wanted
+        )
         self._over.set()
         self._finish(source, result)
 
     def _plan(self, source: str, target: str, wanted: Mapping[str, Any]) -> None:
-        from vmconv.conversion import Request, prepared
-        from vmconv.refusals import refuse_copies
+        from vmconv.api import Request, prepared, refuse_copies
 
         with prepared(Request(source, target, **wanted)) as ready:
             self._refuse_elsewhere(ready.plan)
@@ -110,8 +110,8 @@ class Worker:
             refuse_copies(target, self._task.zero_copy, ready.plan)
 
     def _target(self, source: str) -> str:
-        from vmconv.containers import new_name
-        from vmconv.registry import installed
+        from vmconv.api import new_name
+        from vmconv.plugin import installed
 
         task = self._task
         directory = os.path.realpath(task.target_root) if task.target_root else os.path.dirname(source)
@@ -148,9 +148,8 @@ class Worker:
 
     def _refuse_elsewhere(self, plan: Plan) -> None:
         """Raises `AccessError` when the conversion has opened, or would make, a file outside of the datastores."""
-        for descriptor, path in opened_files().items():
-            if descriptor not in self._before:
-                refuse_outside(path, os.path.basename(path), self._roots)
+        for path in plan.opened:
+            refuse_outside(path, os.path.basename(path), self._roots)
         refuse_outside(plan.directory, plan.files[-1].name, self._roots)
         self._directory, self._names = plan.directory, [file.name for file in plan.files]
 
@@ -168,23 +167,17 @@ class Worker:
             },
         )
 
+    def _created(self, name: str, descriptor: int) -> None:
+        """Writes down which files will be the target, before any of them has its name."""
+        self._made.append(descriptor)
+        if len(self._made) == len(self._names):
+            self._journal.write(os.path.join(self._directory, self._names[-1]), self._made)
+
     def _progress(self, done: int, total: int) -> None:
-        if not self._journal.is_written:
-            self._note_outputs()
         now = time.monotonic()
         if done == total or now - self._said >= _PROGRESS_SECONDS:
             self._said = now
             _tell("progress", done=done, total=total)
-
-    def _note_outputs(self) -> None:
-        """Writes down which files will be the target, before any of them has its name."""
-        made = [fd for fd, path in opened_files().items() if self._is_output(path)]
-        if len(made) < len(self._names):
-            raise AccessError(f"{self._names[-1]}: the file that is being made is not where it was to be")
-        self._journal.write(os.path.join(self._directory, self._names[-1]), made)
-
-    def _is_output(self, path: str) -> bool:
-        return os.path.dirname(path) == self._directory and is_unnamed(path)
 
     def _finish(self, source: str, result: Result) -> None:
         kept = None
@@ -200,8 +193,7 @@ class Worker:
 
 def _remove(source: str, result: Result) -> str | None:
     """Removes the source of a finished conversion; returns the reason when it has to stay."""
-    from vmconv.opener import Opener
-    from vmconv.registry import installed
+    from vmconv.plugin import Opener, installed
 
     if result.totals.referenced:
         return "the target refers to it"

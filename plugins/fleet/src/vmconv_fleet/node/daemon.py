@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Self
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers

@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.errors import MalformedError, Refusal
 from vmconv_fleet.replication.clock import COUNTER_BITS
 from vmconv_fleet.replication.messages import Send

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vmconv.errors import os_errors
+from vmconv.plugin import os_errors
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.trust.authority import Authority
 from vmconv_fleet.trust.identity import (

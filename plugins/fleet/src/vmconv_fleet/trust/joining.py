@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cryptography.hazmat.primitives import serialization
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint

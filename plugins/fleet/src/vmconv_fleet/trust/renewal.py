@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 
-from vmconv.errors import VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.trust.credentials import request_new
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from vmconv.errors import AccessError
+from vmconv.plugin import AccessError
 
 if TYPE_CHECKING:
     from vmconv_fleet.catalogue.kinds import By, Role, Token

@@ -1,0 +1,96 @@
+"""`vmconv formats`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from vmconv.cli.options import add_output
+from vmconv.interface.command import Command
+
+if TYPE_CHECKING:
+    from vmconv.interface.format import Format
+    from vmconv.io.registry import Registry
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.io.known import KNOWN
+    from vmconv.io.registry import installed
+
+    registry = installed()
+    registry.examine()
+    versions = {plugin.distribution: plugin.version for plugin in registry.plugins}
+    formats = []
+    for name, one in sorted(registry.formats.items()):
+        distribution = registry.owners["format", name]
+        formats.append(
+            {
+                "name": name,
+                "title": one.title,
+                "reads": one.can_read,
+                "writes": one.can_write,
+                "suffixes": list(one.suffixes),
+                "distribution": distribution,
+                "version": versions[distribution],
+                "options": _options(registry, one),
+            }
+        )
+    missing = [
+        {"name": known.name, "title": known.title, "distribution": known.distribution}
+        for known in KNOWN
+        if known.distribution and known.name not in registry.formats
+    ]
+    problems = [{"distribution": p.distribution, "reason": p.reason} for p in registry.problems]
+    report: dict[str, Any] = {"formats": formats, "installable": missing, "problems": problems}
+    if options.output == "json":
+        from vmconv.cli.output import print_json
+
+        print_json(report, indent=4)
+    else:
+        _print_formats(report)
+    return 0
+
+
+def _options(registry: Registry, one: Format) -> list[dict[str, Any]]:
+    from vmconv.model.options import describe
+
+    try:
+        return [option._asdict() for option in describe(one.options())]
+    except Exception as exc:
+        registry.add_problem(registry.owners["format", one.name], f"options of {one.name!r}", exc)
+        return []
+
+
+def _print_formats(report: dict[str, Any]) -> None:
+    from vmconv.cli.output import print_table
+
+    rows = [["FORMAT", "READS", "WRITES", "SUFFIXES", "DISTRIBUTION", "TITLE"]]
+    for one in report["formats"]:
+        reads, writes = ("yes" if one[key] else "no" for key in ("reads", "writes"))
+        distribution = f"{one['distribution']} {one['version']}"
+        rows.append([one["name"], reads, writes, " ".join(one["suffixes"]), distribution, one["title"]])
+    print_table(rows)
+    for one in report["formats"]:
+        if one["options"]:
+            print(f"\nOptions of {one['name']} (-o NAME=VALUE):")
+            print_table([[f"{o['name']}={_value(o['default'])}", o["help"]] for o in one["options"]], "  ")
+    if report["installable"]:
+        print("\nNot installed:")
+        print_table([[m["name"], f"pip install {m['distribution']}", m["title"]] for m in report["installable"]], "  ")
+    if report["problems"]:
+        print("\nProblems:")
+        print_table([[p["distribution"], p["reason"]] for p in report["problems"]], "  ")
+
+
+def _value(default: object) -> str:
+    return {True: "on", False: "off"}.get(default, str(default)) if isinstance(default, bool) else str(default)
+
+
+COMMAND = Command(
+    "formats",
+    "list the formats that are installed, and those that could be",
+    "Lists each format that is installed: whether it is read and written, the options of its writer, and the\n"
+    "distribution it comes from. Then the formats that a pip install would add, and plugins that are broken.",
+    add_output,
+    _run,
+)

@@ -1,0 +1,57 @@
+"""`vmconv map`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.interface.command import Command
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_table
+    from vmconv.inspect.images import opened
+    from vmconv.inspect.mapping import map_rows
+
+    with opened(reading(options)) as (image, _):
+        rows = map_rows(image)
+        if options.output == "json":
+            _print_map(rows)
+            return 0
+        table = [["Offset", "Length", "Mapped to", "File"]]
+        for row in rows:
+            if row.data and not row.zero:
+                place = "-" if row.offset is None else f"{row.offset:#x}"
+                table.append([f"{row.start:#x}", f"{row.length:#x}", place, row.file or "-"])
+        print_table(table)
+    return 0
+
+
+def _print_map(rows: Any) -> None:
+    """Prints the rows as qemu-img does, so that the two can be compared line by line."""
+    import json
+
+    before = "["
+    for row in rows:
+        print(before, end="")
+        before = ",\n"
+        print(json.dumps(row.as_json()).replace("{", "{ ", 1)[:-1] + "}", end="")
+    print("]" if before != "[" else "[]")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="image to map")
+    add_format(parser)
+    add_output(parser)
+    add_access(parser)
+
+
+COMMAND = Command(
+    "map",
+    "show where each range of the guest's disk lies",
+    "Shows, for each range of the guest's address space, what it is and where it lies in which file.\n"
+    "--output json prints what qemu-img map --output=json prints.",
+    _configure,
+    _run,
+)

@@ -1,0 +1,62 @@
+"""The parser of the whole command line, made of the commands that are installed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Self
+
+
+def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line; of the commands only the `wanted` one when it is installed."""
+    from vmconv.cli.options import formatter
+    from vmconv.io.registry import installed
+
+    parser = argparse.ArgumentParser(
+        prog="vmconv",
+        description="Converts virtual machine disks between formats without copying their payload.",
+        epilog="vmconv COMMAND --help says more about a command; vmconv formats lists what is installed.",
+        formatter_class=formatter,
+    )
+    parser.add_argument("--version", action="version", version=_Version())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    registry = installed()
+    found = registry.commands.get(wanted or "")
+    for command in [found] if found else registry.commands.values():
+        sub = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.description,
+            epilog=command.epilog,
+            formatter_class=formatter,
+        )
+        try:
+            command.configure(sub)
+            sub.set_defaults(run=command.run)
+        except (Exception, SystemExit) as exc:
+            distribution = registry.owners["command", command.name]
+            registry.add_problem(distribution, f"command {command.name!r}", exc)
+            sub.set_defaults(run=_broken(command.name, distribution))
+    return parser
+
+
+def _broken(name: str, distribution: str) -> Callable[[argparse.Namespace], int]:
+    """Returns what runs instead of a command whose arguments could not be set up."""
+    from vmconv.errors import PluginError
+
+    def run(_options: argparse.Namespace) -> int:
+        raise PluginError(f"command {name!r} of {distribution} is broken", hint="vmconv formats says why")
+
+    return run
+
+
+class _Version(str):
+    """The version, looked up only when it is asked for."""
+
+    def __new__(cls) -> Self:
+        return super().__new__(cls, "%(prog)s")
+
+    def __mod__(self, values: object) -> str:
+        from importlib.metadata import version
+
+        return f"vmconv {version('vmconv')}"

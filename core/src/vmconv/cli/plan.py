@@ -1,0 +1,73 @@
+"""`vmconv plan`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from vmconv.cli.report import kept, plan_json
+from vmconv.cli.requests import configure_request, request_of
+from vmconv.interface.command import Command
+
+if TYPE_CHECKING:
+    from vmconv.conversion.containers import Container
+    from vmconv.model.plan import Plan
+
+
+def _layer(made: Container) -> dict[str, str]:
+    """Returns what becomes of a layer below the one that the user named."""
+    return {"source": made.source.file.name, "source_format": made.source.format_name, "name": made.name}
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import print_json
+    from vmconv.conversion.pipeline import prepared
+    from vmconv.conversion.refusals import refuse_copies
+
+    with prepared(request_of(options)) as ready:
+        layers = [_layer(made) for made in ready.containers[-2::-1]]
+        warnings = ready.conversions[0].warnings
+        if options.output == "json":
+            print_json({**plan_json(ready.plan), "layers": layers, "warnings": list(warnings)}, indent=4)
+        else:
+            made = ready.containers[-1]
+            formats = made.source.format_name, made.format.name
+            print(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
+            for line in _plan_lines(ready.plan, layers, warnings):
+                print(f"  {line}")
+        refuse_copies(options.target, options.zero_copy, ready.plan)
+    return 0
+
+
+def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
+    from vmconv.cli.output import size_text
+    from vmconv.model.references import notes
+
+    for name, value in plan.totals._asdict().items():
+        if name != "referenced":
+            word = kept(plan.backend) if name == "shared" else name
+            yield f"{word:<8}{size_text(value):>9}  ({value} bytes)"
+    for reference in plan.references:
+        yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"
+    for copy in plan.copies:
+        ranges = f"{copy.ranges} {'range' if copy.ranges == 1 else 'ranges'}"
+        where = f"in {ranges}, the first at {copy.offset:#x} of {copy.file}"
+        yield f"copied because {copy.reason}: {size_text(copy.bytes)} {where}"
+    for layer in layers:
+        yield f"layer {layer['source']} ({layer['source_format']}) -> {layer['name']}"
+    yield from (f"file {file.name}: {size_text(file.size)}" for file in plan.files)
+    yield from (f"not carried over: {loss}" for loss in plan.losses)
+    yield from (f"note: {note}" for note in notes(plan.references, plan.directory))
+    yield from (f"warning: {warning}" for warning in warnings)
+
+
+COMMAND = Command(
+    "plan",
+    "show what a conversion would share, copy and write",
+    "Shows what convert would do with the same arguments: what is shared, copied and written, and why each copied\n"
+    "byte must be. Touches nothing.",
+    configure_request,
+    _run,
+    "exit status: as vmconv convert would return, as far as that can be known beforehand",
+)

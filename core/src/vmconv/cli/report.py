@@ -1,0 +1,201 @@
+"""What a command that makes images says of it: what will be done, how far it is, and what was done."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vmconv.cli import streams
+
+if TYPE_CHECKING:
+    from vmconv.conversion.request import Result
+    from vmconv.model.plan import Plan
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as what JSON knows."""
+    return {
+        "backend": plan.backend,
+        **plan.totals._asdict(),
+        "copies": [copy._asdict() for copy in plan.copies],
+        "references": [{"name": one.name, "bytes": one.length} for one in plan.references],
+        "losses": list(plan.losses),
+        "files": [{"name": file.name, "size": file.size, **_steps(file)} for file in plan.files],
+    }
+
+
+def _steps(file: Any) -> dict[str, int]:
+    from vmconv.model.plan import Action
+
+    return {action.name.lower(): file.steps.total(action) for action in Action}
+
+
+_EVENT_SECONDS = 0.1
+_ESTIMATE_AFTER = 1.0
+
+
+class _Silence:
+    """What `--quiet` prints."""
+
+    def announce(self, plan: Plan) -> None:
+        pass
+
+    def progress(self, done: int, to_do: int) -> None:
+        pass
+
+    def verifying(self, done: int, to_do: int) -> None:
+        pass
+
+    def results(self, *results: Result) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Events(_Silence):
+    """One JSON document on each line: the plan, progress, the result."""
+
+    def announce(self, plan: Plan) -> None:
+        self._print("plan", plan_json(plan))
+
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def progress(self, done: int, to_do: int) -> None:
+        now = time.monotonic()
+        if done in (0, to_do) or now - self._said >= _EVENT_SECONDS:
+            self._said = now
+            self._print("progress", {"done": done, "total": to_do})
+
+    def verifying(self, done: int, to_do: int) -> None:
+        now = time.monotonic()
+        if done in (0, to_do) or now - self._said >= _EVENT_SECONDS:
+            self._said = now
+            self._print("verify", {"done": done, "total": to_do})
+
+    def results(self, *results: Result) -> None:
+        from vmconv.cli.output import as_plain
+
+        for result in results:
+            self._print("result", as_plain(result))
+
+    def _print(self, event: str, values: dict[str, Any]) -> None:
+        from vmconv.cli.output import print_json
+
+        print_json({"event": event, **values})
+
+
+class _Words(_Silence):
+    """What people read: what will be copied and why, a bar, and what was done."""
+
+    def __init__(self, *, bar: bool) -> None:
+        from vmconv.cli.output import ProgressBar
+
+        self._bar = ProgressBar() if bar else None
+        self._began, self._estimated = 0.0, False
+
+    def announce(self, plan: Plan) -> None:
+        from vmconv.cli.output import size_text
+        from vmconv.model.references import notes
+
+        if plan.backend == "stream":
+            print(f"{plan.files[0].name}: {plan.files[0].size} bytes", file=sys.stderr)
+        for copy in plan.copies:
+            print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+        for loss in plan.losses:
+            print(f"not carried over: {loss}", file=sys.stderr)
+        for note in notes(plan.references, plan.directory):
+            print(f"note: {note}", file=sys.stderr)
+
+    def progress(self, done: int, to_do: int) -> None:
+        if self._bar:
+            self._bar(done, to_do)
+
+    def verifying(self, done: int, to_do: int) -> None:
+        from vmconv.cli.output import size_text
+
+        now = time.monotonic()
+        if not done:
+            self._began, self._estimated = now, False
+            print(f"verifying: {size_text(to_do)} ({to_do} bytes) to read of source and result", file=sys.stderr)
+        elif not self._estimated and now - self._began >= _ESTIMATE_AFTER:
+            self._estimated = True
+            left = (now - self._began) * (to_do - done) / done
+            print(f"verifying: about {left:.0f} s more", file=sys.stderr)
+        self.progress(done, to_do)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def results(self, *results: Result) -> None:
+        for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
+            print(f"warning: {warning}", file=sys.stderr)
+        seconds = f" in {results[0].seconds:.3f} s"
+        for result in results:
+            print(f"{_done(result)}{seconds if len(results) == 1 else ''}")
+        if len(results) > 1:
+            print(f"{len(results)} images{seconds}")
+
+
+def kept(backend: str) -> str:
+    """Returns the word for payload of which no byte moves: in place there is nobody to share with."""
+    return "kept" if backend == "in-place" else "shared"
+
+
+def _done(result: Result) -> str:
+    from vmconv.cli.output import size_text
+
+    totals = result.totals
+    referenced = f"referenced {size_text(totals.referenced)}, " if totals.referenced else ""
+    return (
+        f"{' on '.join([result.target, *result.layers])}: "
+        f"{referenced}{kept(result.backend)} {size_text(totals.shared)}, "
+        f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
+    )
+
+
+def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
+    """Calls `convert`, printing what will be done, progress and results as the options want it."""
+    report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
+    if options.output == "json":
+        report = _Events()
+    try:
+        results = convert(
+            verify=options.verify, announce=report.announce, progress=report.progress, verifying=report.verifying
+        )
+    except KeyboardInterrupt as exc:
+        results = getattr(exc, "results", ())
+        if not results:
+            raise
+        # The signal came when everything was made: to fail now would be no help to anybody.
+        _say_complete(exc, results)
+    finally:
+        report.close()
+    with streams.dropped_if_it_fails():
+        report.results(*results)
+    return 0
+
+
+def _say_complete(exc: KeyboardInterrupt, results: Sequence[Result]) -> None:
+    from vmconv.cli.stops import word_for
+
+    names = ", ".join(name for result in results for name in (result.target, *result.layers))
+    print(f"vmconv: {word_for(exc)} when everything was made; complete: {names}", file=sys.stderr)
+
+
+def left_by(exc: BaseException) -> str:
+    """Returns the end of the message on a run that was stopped, where it is known what the run has left."""
+    from vmconv.errors import VmconvError
+
+    failed = exc.__context__
+    if isinstance(failed, VmconvError):
+        # What had been committed could not be finished, and then the signal was delivered.
+        return f": {failed}" + (f"\n  hint: {failed.hint}" if failed.hint else "")
+    if left := getattr(exc, "left", None):
+        return f", {left}"
+    return ", nothing was created" if getattr(exc, "results", None) == () else ""

@@ -1,0 +1,86 @@
+"""The arguments of `convert` and `plan`, and the request that they make."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vmconv.cli.options import (
+    add_access,
+    add_format,
+    add_options,
+    add_output,
+    add_snapshot,
+    add_storage,
+    source_and_storage,
+)
+
+if TYPE_CHECKING:
+    from vmconv.conversion.request import Request
+
+
+def configure_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed without --in-place")
+    parser.add_argument(
+        "target", metavar="TARGET", help="file to make; appears complete or not at all; -: standard output"
+    )
+    add_format(parser, "-f", "SOURCE")
+    parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
+    add_options(parser, "the target format")
+    add_snapshot(parser)
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="make an image of each layer of SOURCE, beside TARGET and named after the layer, instead of flattening\n"
+        "them; all appear together",
+    )
+    parser.add_argument(
+        "-B",
+        dest="backing_file",
+        metavar="FILE",
+        help="keep the chain from this layer of SOURCE downwards as TARGET's backing file, instead of flattening it;\n"
+        "written as given, relative to TARGET's directory",
+    )
+    parser.add_argument(
+        "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)"
+    )
+    add_storage(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="turn SOURCE's own file into TARGET: payload stays where it lies, SOURCE is gone afterwards",
+    )
+    parser.add_argument(
+        "--keep-undo",
+        action="store_true",
+        help="with --in-place: keep what it takes to go back, in TARGET.vmconv-undo; see vmconv undo",
+    )
+    parser.add_argument(
+        "--any-owner",
+        action="store_true",
+        help="with --in-place: change and remove files of SOURCE that belong to others than SOURCE itself does",
+    )
+    add_output(parser)
+    add_access(parser)
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """Returns the request that the arguments of `configure_request` make."""
+    from vmconv.conversion.request import Request
+
+    return Request(
+        options.source,
+        options.target,
+        target_format=options.format_O,
+        options=options.options,
+        chain=options.chain,
+        backing_file=options.backing_file,
+        backing_format=options.backing_format,
+        in_place=options.in_place,
+        keep_undo=options.keep_undo,
+        any_owner=options.any_owner,
+        **source_and_storage(options),
+    )

@@ -1,0 +1,93 @@
+"""Makes a plan real: shares first, then writes and copies, then makes all durable; names come later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vmconv.interface.backend import Created, Output, Transaction
+from vmconv.model.plan import Action, FilePlan, Plan, Progress
+from vmconv.model.sources import File, Source
+from vmconv.system.parallel import in_order
+
+_PIECE = 4 << 20
+# Metadata is computed as it is written: in pieces that stay in the processor's cache.
+_METADATA_PIECE = 1 << 20
+
+
+class _Piece(NamedTuple):
+    """A range of an output of bounded size, and where its bytes come from."""
+
+    output: Output
+    source: Source
+    source_offset: int
+    offset: int
+    length: int
+
+
+def make(plan: Plan, transaction: Transaction, progress: Progress | None, created: Created | None = None) -> list[File]:
+    """Returns the finished files of the plan, durable but still under temporary names, in the plan's order."""
+    transaction.prepare(plan)
+    outputs = []
+    for file in plan.files:
+        sources = [source for source in file.sources if isinstance(source, File)]
+        output = transaction.create(file.name, file.size, sources)
+        output.share(file.shares())
+        outputs.append(output)
+    if created:
+        for file, output in zip(plan.files, outputs, strict=True):
+            created(file.name, output.descriptor)
+    pairs = [pair for pair in zip(plan.files, outputs, strict=True) if pair[1].takes_bytes]
+    steps = _Steps(plan.totals.copied + plan.totals.written, progress if pairs or not outputs else None)
+    for file, output in pairs:
+        for piece in _pieces(file, output, Action.WRITE, _METADATA_PIECE):
+            output.write(piece.offset, piece.source.read(piece.source_offset, piece.length))
+            steps.add(piece.length)
+    if pairs and plan.totals.copied:
+        copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
+        # A last, partial block needs no threads: to import them takes longer.
+        few = plan.totals.copied <= _PIECE
+        for step in map(_copy, _batches(copies)) if few else in_order(_copy, _batches(copies)):
+            steps.add(step)
+    return [output.finish() for output in outputs]
+
+
+class _Steps:
+    """Counts the bytes that are done and says so."""
+
+    def __init__(self, to_do: int, progress: Progress | None) -> None:
+        self._done, self._to_do, self._progress = 0, to_do, progress
+        self.add(0)
+
+    def add(self, step: int) -> None:
+        self._done += step
+        if self._progress:
+            self._progress(self._done, self._to_do)
+
+
+def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) -> Iterator[_Piece]:
+    for offset, length, index, source_offset in file.steps.rows(action):
+        source = file.sources[index]
+        for at in range(0, length, size):
+            yield _Piece(output, source, source_offset + at, offset + at, min(size, length - at))
+
+
+def _copy(pieces: Sequence[_Piece]) -> int:
+    """Copies pieces and returns how many bytes they were; runs in threads."""
+    for piece in pieces:
+        piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
+    return sum(piece.length for piece in pieces)
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Yields lists of neighbouring pieces of about the size of one: many small ones cost as little as one large."""
+    batch: list[_Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.length
+        if size >= _PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

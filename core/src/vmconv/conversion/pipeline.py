@@ -1,0 +1,467 @@
+"""Conversion: any reader, any writer, any backend, composed at run time."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.backends.stream import StreamBackend
+from vmconv.backends.targets import clean, located, refuse_directory, refuse_kept_names
+from vmconv.conversion.containers import Container, Kept, Target, lay_out, new_name, parts_of, source_itself
+from vmconv.conversion.execute import make
+from vmconv.conversion.planner import joined, plan_layout
+from vmconv.conversion.refusals import no_collisions, refuse_changed, refuse_copies, refuse_too_large
+from vmconv.conversion.request import Request, Result
+from vmconv.conversion.verify import chosen, refuse_impossible
+from vmconv.conversion.verify import verify as verify_result
+from vmconv.conversion.views import refuse_references, refuse_source_kept
+from vmconv.errors import AccessError, BackendError, PlanError, UsageError, os_errors
+from vmconv.inspect import checking
+from vmconv.interface.arguments import Verify
+from vmconv.interface.backend import Access, Backend, Proposal, Survey, Transaction
+from vmconv.io.directory import Directory
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed
+from vmconv.model import references
+from vmconv.model.image import Image
+from vmconv.model.layout import Backing
+from vmconv.model.options import parse_options
+from vmconv.model.plan import Plan, Progress
+from vmconv.model.sources import File
+from vmconv.system import signals
+
+if TYPE_CHECKING:
+    from vmconv.inplace.site import Site
+    from vmconv.interface.backend import Created
+
+
+STREAM = "-"
+"""Standard output as a target."""
+
+
+class Conversion(NamedTuple):
+    """What is made for one request: its images, the one that the user named last, and the plan that makes them."""
+
+    request: Request
+    containers: tuple[Container, ...]
+    plan: Plan
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know of the layers that become images, the top first."""
+        return tuple(dict.fromkeys(text for made in reversed(self.containers) for text in made.source.warnings))
+
+
+class Prepared(NamedTuple):
+    """Conversions of one source that were planned and can be made real, as one; the source's files are open.
+
+    `directory` is that of the targets; None for a stream.
+    """
+
+    image: Image
+    backend: Backend
+    conversions: tuple[Conversion, ...]
+    plan: Plan
+    opener: Opener
+    directory: Directory | None
+
+    def begin(self) -> Transaction:
+        """Returns a new transaction that makes the plan."""
+        request = self.conversions[-1].request
+        access = Access(self.opener.files, request.mode)
+        if isinstance(self.backend, StreamBackend):
+            return self.backend.send(access.sources)
+        if self.directory is None:
+            raise BackendError("files need a directory")
+        durable = request.cache != "unsafe"
+        return self.backend.begin(self.directory, force=request.force, durable=durable, access=access)
+
+    @property
+    def containers(self) -> list[Container]:
+        """All images, in the order in which they appear."""
+        return [made for conversion in self.conversions for made in conversion.containers]
+
+
+@contextmanager
+def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
+    """Yields the planned conversion: everything has been read and checked, nothing has been touched.
+
+    With `others`, which want other targets of the same source in the same directory, all of them are one.
+    """
+    if request.target == STREAM:
+        with _prepared_stream(request, StreamBackend(-1)) as ready:
+            yield ready
+        return
+    registry = installed()
+    with request.opener(registry) as opener, _places(request, *others) as places:
+        targets = [
+            (each, _target(registry, each, place)) for each, place in zip((request, *others), places, strict=True)
+        ]
+        directory = _only_directory(places)
+        refuse_directory(directory)
+        image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        # Before the layers below are opened: only files of this image's own are replaced.
+        site = _site(request, others, image, opener)
+        image.warnings += tuple(checking.warnings(image, opener))
+        with site.claimed(directory.path) if site else nullcontext():
+            if site:
+                backend, conversions, own = _in_place(site, *targets[0], image, registry)
+            else:
+                way = _choose(registry, request.backend, directory.path, image.payload_files())
+                backend, own = way.backend, frozenset()
+                conversions = tuple(_conversion(*each, image, way, registry) for each in targets)
+            plan = joined([conversion.plan for conversion in conversions])
+            plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
+            with no_collisions(plan, directory, opener.files, force=request.force, but=own):
+                single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
+                if not (site or single):
+                    refuse_kept_names(directory)
+                yield Prepared(image, backend, conversions, plan, opener, directory)
+
+
+@contextmanager
+def _prepared_stream(request: Request, backend: StreamBackend) -> Iterator[Prepared]:
+    """Yields the planned conversion to a stream; raises `PlanError` if the image would be more than one file."""
+    _refuse_with_stream(request)
+    registry = installed()
+    with request.opener(registry) as opener:
+        target = _stream_target(request, registry)
+        refuse_source_kept(target.format, target.options)
+        image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        image.warnings += tuple(checking.warnings(image, opener))
+        way = Proposal(backend, backend.survey("", image.payload_files()))
+        conversion = _conversion(request, target, image, way, registry)
+        files = len(conversion.plan.files)
+        if files > 1:
+            raise PlanError(
+                f"{target.format.name} would be {files} files, and a stream is one",
+                hint="choose another -o subformat, or convert to a file",
+            )
+        yield Prepared(image, backend, (conversion,), conversion.plan, opener, None)
+
+
+def run(
+    request: Request,
+    *others: Request,
+    verify: bool | Verify = True,
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+    created: Created | None = None,
+    descriptor: int | None = None,
+) -> tuple[Result, ...]:
+    """Plans and makes one conversion, or several of one source as one; see `vmconv.api`.
+
+    With a `descriptor` the image is written to it.
+
+    A signal that arrives while the files get their names is delivered afterwards. `KeyboardInterrupt`, and what other
+    handlers raise, has the attribute `results`: what would have been returned, empty when nothing was made.
+    """
+    began = time.perf_counter()
+    done: list[Result] = []
+    try:
+        if descriptor is None:
+            with _places(request, *others) as places:
+                clean(_only_directory(places), [name for _, name in places])
+            preparing = prepared(request, *others)
+        else:
+            preparing = _prepared_stream(request, StreamBackend(descriptor))
+        with preparing as ready:
+            for conversion in ready.conversions:
+                refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
+            refuse_too_large(ready.plan)
+            _refuse_unverifiable(ready, chosen(verify))
+            if announce:
+                announce(ready.plan)
+
+            def note() -> None:
+                seconds = time.perf_counter() - began
+                done.extend(_result(conversion, ready, seconds) for conversion in ready.conversions)
+
+            _make(ready, verify=chosen(verify), progress=progress, verifying=verifying, created=created, done=note)
+    except BaseException as exc:
+        if not isinstance(exc, Exception):
+            vars(exc)["results"] = tuple(done)
+        raise
+    return tuple(done)
+
+
+def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
+    request = ready.conversions[0].request
+    if mode == "qemu" and request.snapshot is not None:
+        raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
+    way = "stream" if request.target == STREAM else "in place" if request.in_place else "files"
+    refuse_impossible(mode, ready.containers, ready.opener.registry, way=way)
+
+
+def _make(
+    ready: Prepared,
+    *,
+    verify: Verify | None,
+    progress: Progress | None,
+    verifying: Progress | None,
+    created: Created | None,
+    done: Callable[[], None],
+) -> None:
+    """Makes all files of the plan appear, or none; calls `done` when they are there."""
+    request = ready.conversions[-1].request
+    transaction = ready.begin()
+    try:
+        with os_errors("cannot be written", where=request.target):
+            files = make(ready.plan, transaction, progress, created)
+        if verify:
+            verify_result(ready.containers, files, ready.opener.registry, verify, verifying)
+        if ready.plan.references:
+            references.settle(ready.opener.files)
+        refuse_changed(ready.opener.files)
+        transaction.deliver(progress)
+        with signals.held():
+            transaction.commit()
+            done()
+    finally:
+        with signals.held():
+            transaction.abort()
+
+
+def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
+    request, made, plan = conversion
+    return Result(
+        request.source,
+        request.target,
+        ready.image.format_name,
+        made[-1].format.name,
+        ready.backend.name,
+        plan.totals,
+        plan.copies,
+        plan.losses,
+        conversion.warnings,
+        seconds,
+        tuple(below.name for below in made[-2::-1]),
+    )
+
+
+def _in_place(
+    site: Site, request: Request, target: Target, image: Image, registry: Registry
+) -> tuple[Backend, tuple[Conversion, ...], frozenset[str]]:
+    """Returns the first strategy's conversion that moves no payload, and the names that it may take over."""
+    from vmconv.inplace.strategies import STRATEGIES, Share, Stay, Wanted, formats_that_hold
+
+    kept = _kept(request, target, image, registry)
+    wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
+    second_best = None
+    refused: dict[str, PlanError] = {}
+    for kind in STRATEGIES:
+        strategy = kind(site, wanted)
+        proposal = strategy.propose()
+        if isinstance(proposal, PlanError):
+            refused[kind.name] = proposal
+            continue
+        try:
+            conversion = _conversion(request, target, image, proposal, registry)
+            found = proposal.backend, (conversion,), strategy.names(conversion.plan)
+            site.refuse_plan(conversion.plan)
+        except PlanError as exc:
+            if kind is Share:
+                # The format cannot hold the disk, wherever its payload lies.
+                raise
+            refused[kind.name] = exc
+            continue
+        if site.chain or not conversion.plan.copies or proposal.carrier:
+            return found
+        # New files that copy a little are better than nothing, once no other strategy is left.
+        second_best = found
+    if second_best:
+        return second_best
+    why = refused[Stay.name]
+    why.hint = why.hint or formats_that_hold(site, wanted)
+    raise why
+
+
+def _conversion(request: Request, target: Target, image: Image, way: Proposal, registry: Registry) -> Conversion:
+    """Returns what is made for one request, planned for the backend of `way`."""
+    kept = _kept(request, target, image, registry)
+    parts = parts_of(image, target, registry, kept, chain=request.chain)
+    containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
+    for made in containers:
+        if target.directory == "":
+            refuse_references(target.format, made.layout)
+        references.confirm(made.layout.references, target.directory)
+    plans = [_plan(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
+    return Conversion(request, tuple(containers), joined(plans))
+
+
+def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
+    """Returns the plan of one image; where there are several, its losses say whose they are."""
+    losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
+    return plan_layout(made.layout, made.name, directory, backend.name, survey, losses)
+
+
+def _refuse_with_stream(request: Request) -> None:
+    if request.target_format is None:
+        raise UsageError("a stream has no name that speaks of a format", hint="name the format with -O")
+    for given, what in (
+        (request.chain, "a chain"),
+        (request.in_place or request.keep_undo, "in place"),
+        (request.backing_file is not None or request.backing_format is not None, "a backing file"),
+        (request.backend != "auto", f"the backend {request.backend}"),
+    ):
+        if given:
+            raise UsageError(f"a stream is one image by itself: {what} makes no sense for it")
+
+
+def _stream_target(request: Request, registry: Registry) -> Target:
+    """Returns what is to be made; formats that write down the name of their file are given the likely one."""
+    wanted = registry.format(request.target_format or "")
+    options = parse_options(wanted.options(), request.options, wanted.name)
+    return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
+
+
+_Place = tuple[Directory, str]
+"""The directory of a target, open, and the target's name in it."""
+
+
+@contextmanager
+def _places(*requests: Request) -> Iterator[list[_Place]]:
+    """Yields where the targets are or will be; symbolic links are followed, so that they go on naming the files."""
+    with ExitStack() as stack:
+        places = []
+        for request in requests:
+            if os.path.isdir(request.target):
+                raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
+            try:
+                place = located(request.target)
+            except (FileNotFoundError, NotADirectoryError) as exc:
+                raise PlanError(f"{request.target}: its directory does not exist") from exc
+            except OSError as exc:
+                raise PlanError(f"{request.target}: its directory cannot be opened: {exc.strerror}") from exc
+            stack.enter_context(place[0])
+            places.append(place)
+        yield places
+
+
+def _target(registry: Registry, request: Request, place: _Place) -> Target:
+    """Returns what is to be made at its place."""
+    wanted = registry.format(_target_format(registry, request))
+    options = parse_options(wanted.options(), request.options, wanted.name)
+    directory, name = place
+    there = directory.status(name)
+    if there and not stat.S_ISREG(there.st_mode):
+        raise PlanError(f"{request.target}: is not a regular file")
+    return Target.of(wanted, options, directory.path, name)
+
+
+def _only_directory(places: Sequence[_Place]) -> Directory:
+    """Returns the directory of all targets: what appears together appears in one."""
+    directory = places[0][0]
+    for other, name in places:
+        if not os.path.samestat(os.fstat(other.descriptor), os.fstat(directory.descriptor)):
+            raise PlanError(
+                f"{other.join(name)}: is in another directory than the other targets",
+                hint="a symbolic link is followed: remove it",
+            )
+    return directory
+
+
+def _site(request: Request, others: Sequence[Request], image: Image, opener: Opener) -> Site | None:
+    """Returns where the conversion happens when it is one in place; refuses what makes no sense with it."""
+    if not request.in_place:
+        for given, name in ((request.keep_undo, "--keep-undo"), (request.any_owner, "--any-owner")):
+            if given:
+                raise UsageError(f"{name} is for conversions in place", hint="without --in-place, the source is kept")
+        return None
+    for wrong, name in (
+        (os.path.isdir(request.source), "a bundle, which is a directory,"),
+        (others, "several targets"),
+        (request.snapshot, "a snapshot"),
+        (request.force_share, "--force-share"),
+        (request.mode is not None, "--mode"),
+        (request.backend != "auto", f"--backend {request.backend}"),
+        (request.cache == "unsafe", "-t unsafe"),
+        (request.mode is not None, "--mode"),
+    ):
+        if wrong:
+            raise UsageError(f"{name} and --in-place exclude each other")
+    from vmconv.inplace.site import Site
+
+    base = request.backing_file
+    path = os.path.join(os.path.dirname(request.target), base) if base else None
+    with os_errors("cannot be used as backing file", AccessError):
+        return Site(
+            image,
+            opener,
+            request.source,
+            keep_undo=request.keep_undo,
+            any_owner=request.any_owner,
+            chain=request.chain,
+            base=path,
+        )
+
+
+def _target_format(registry: Registry, request: Request) -> str:
+    name = request.target_format
+    if name is None:
+        name = registry.format_by_suffix(request.target)
+    if name is None:
+        raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")
+    return name
+
+
+def _kept(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
+    """Returns the layer of the source that becomes the parent of what is made, as it is."""
+    if target.format.keeps_source(target.options):
+        for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
+            if asked:
+                raise UsageError(
+                    f"{what}: the target's backing file would be the source as it is, with nothing above it"
+                )
+        return source_itself(image, registry, target.directory)
+    if request.backing_file is None:
+        if request.backing_format is not None:
+            raise UsageError(
+                "a backing format needs a backing file", hint="name it with -B; --backing-format is for SOURCE's"
+            )
+        return None
+    if not target.format.can_back:
+        raise UsageError(f"{target.format.name} cannot have a backing file")
+    path = os.path.join(os.path.dirname(request.target), request.backing_file)
+    with os_errors("cannot be used as backing file", AccessError):
+        wanted = os.stat(path)
+    for layer in image.chain():
+        if layer is not image and (layer.file.stamp.device, layer.file.stamp.inode) == (wanted.st_dev, wanted.st_ino):
+            _refuse_other_format(request.backing_format, layer, registry)
+            return Kept(layer, Backing(references.plain(request.backing_file), layer.format_name))
+    raise PlanError(
+        f"{path}: is not a backing file of {image.file.name}",
+        hint="-B keeps a part of the source's own chain; its path is relative to the target's directory",
+    )
+
+
+def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -> None:
+    """Raises `UsageError` when a layer is to be stated in another format than it was read in: another disk."""
+    if stated is not None and registry.format(stated).name != layer.format_name:
+        raise UsageError(
+            f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be stated as {stated}",
+            hint=f"leave the backing format out, or give it as {layer.format_name}",
+        )
+
+
+def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]) -> Proposal:
+    """Returns the backend that shares something, or else the one that copies, with the reasons for copying."""
+    if name != "auto":
+        backend = registry.backend(name)
+        ability = backend.ability(directory)
+        if not ability.usable:
+            raise PlanError(f"backend {name} cannot be used in {directory}: {ability.reason}")
+        return Proposal(backend, backend.survey(directory, files))
+    refusals: dict[int, str] = {}
+    for backend in registry.backends.values():
+        if backend.automatic and backend.name != "copy":
+            survey = backend.survey(directory, files)
+            if len(survey.refusals) < len(files) or not files:
+                return Proposal(backend, survey)
+            refusals = {**survey.refusals, **refusals}
+    return Proposal(registry.backend("copy"), Survey(1, refusals))

@@ -1,0 +1,75 @@
+"""What is refused before anything is written, and what is refused before the results get their names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from vmconv.backends import targets
+from vmconv.errors import AccessError, PlanError, ZeroCopyError
+from vmconv.io.directory import Directory
+from vmconv.model.plan import Plan
+from vmconv.model.sources import File
+
+
+def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
+    """Raises `ZeroCopyError` when `zero_copy` is "require" and the plan copies payload."""
+    if zero_copy == "require" and plan.copies:
+        why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
+        raise ZeroCopyError(f"{target}: {why}")
+
+
+@contextmanager
+def no_collisions(
+    plan: Plan, directory: Directory, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()
+) -> Iterator[None]:
+    """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice.
+
+    `but` are names of the source's files that files of the target may have. With `force`, files that are there are
+    replaced: nobody may use them, or begin to, for as long as the block lasts.
+    """
+    made: set[str] = set()
+    with ExitStack() as claims:
+        for file in plan.files:
+            path = directory.join(file.name)
+            if file.name in made:
+                raise PlanError(f"{path}: would be made twice", hint="choose another name for the target")
+            made.add(file.name)
+            there = directory.status(file.name)
+            if file.name in but or there is None:
+                continue
+            if _is_one_of(there, sources):
+                raise PlanError(
+                    f"{path}: is part of the source", hint="choose another name or directory for the target"
+                )
+            if not force:
+                raise PlanError(f"{path}: already exists", hint="--force replaces it")
+            claims.enter_context(targets.replaceable(directory, file.name))
+        yield
+
+
+def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
+    return any((file.stamp.device, file.stamp.inode) == (there.st_dev, there.st_ino) for file in files)
+
+
+def refuse_too_large(plan: Plan) -> None:
+    """Raises `PlanError` for what the filesystem would refuse after hours of copying."""
+    need = plan.totals.copied + plan.totals.written
+    if not os.path.isdir(plan.directory):
+        return
+    space = os.statvfs(plan.directory)
+    free = space.f_bavail * space.f_frsize
+    # Some user-space filesystems answer nothing but zeros.
+    if space.f_blocks and need > free:
+        raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
+
+
+def refuse_changed(files: Sequence[File]) -> None:
+    """Raises `AccessError` when a source is not any more what was read."""
+    for file in files:
+        if file.changed():
+            raise AccessError(
+                f"{file.name}: changed while it was being converted",
+                hint="nothing was created; stop who writes to it and try again",
+            )

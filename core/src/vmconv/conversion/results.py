@@ -1,0 +1,47 @@
+"""Files of a result as its readers see them: under their final names, before they have them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from vmconv.errors import AccessError
+from vmconv.interface.format import Format
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry
+from vmconv.model.image import Image
+from vmconv.model.layout import Reference
+from vmconv.model.sources import File
+
+
+class Results(Opener):
+    """Gives files of a result, which may still have temporary names, to the reader that asks for their final ones.
+
+    Under the names of its references it finds the source's own files.
+    """
+
+    def __init__(self, registry: Registry, references: Iterable[Reference] = ()) -> None:
+        super().__init__(registry)
+        self._results: dict[str, tuple[File, Format]] = {}
+        self._sources = {reference.name: reference.file for reference in references}
+
+    def add(self, name: str, file: File, reader: Format) -> None:
+        self._results[name] = file, reader
+
+    def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
+        return self._sources.get(reference) or self._find(origin, reference, role)[0]
+
+    def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
+        file, reader = self._find(origin, reference, "backing file")
+        return reader.read(file, self)
+
+    def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
+        yield from ((name, file) for name, (file, _) in self._results.items() if file is not origin)
+
+    def _find(self, origin: File, reference: str, role: str) -> tuple[File, Format]:
+        found = self._results.get(os.path.basename(reference))
+        if found is None:
+            # As if it had been looked for: some readers look for several names.
+            cause = FileNotFoundError(reference)
+            raise AccessError(f"{origin.name}: {role} {reference!r} is not a file of the result") from cause
+        return found

@@ -1,0 +1,185 @@
+"""Verifying is algebra: the result read back (guest -> output file), composed with the layout (output file -> source
+file), must be the source's own table (guest -> source file). No payload is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.conversion.results import Results
+from vmconv.errors import UsageError, VerifyError, VmconvError
+from vmconv.inspect.comparison import first_difference
+from vmconv.io.known import qemu_name
+from vmconv.model.extents import Extents, on_storage
+from vmconv.model.image import Image
+from vmconv.model.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.conversion.containers import Container
+    from vmconv.conversion.readback import Sides
+    from vmconv.interface.arguments import Verify
+    from vmconv.io.registry import Registry
+    from vmconv.model.plan import Progress
+
+
+def verify(
+    containers: Sequence[Container],
+    files: Iterable[File],
+    registry: Registry,
+    mode: Verify = "metadata",
+    progress: Progress | None = None,
+) -> None:
+    """Raises `VerifyError` unless the finished `files` are the disks of these containers, on top of their parents.
+
+    The files are those of all containers, in their order; the last of each is the image itself. Every mode begins with
+    the metadata. `progress` is called, for each image, with how many bytes of payload were read, of both sides, and
+    with how many have to be.
+    """
+    made = list(_made(containers, files, registry))
+    if mode == "qemu":
+        from vmconv.conversion.qemu import compare
+
+        compare(made)
+    elif mode != "metadata":
+        from vmconv.conversion import readback
+
+        check = readback.check_bytes if mode == "bytes" else readback.check_sample
+        for one in made:
+            check(one.sides, progress)
+
+
+def chosen(verify: bool | Verify) -> Verify | None:
+    """Returns how to verify; None where the result is not to be verified."""
+    return ("metadata" if verify else None) if isinstance(verify, bool) else verify
+
+
+def refuse_impossible(mode: Verify | None, containers: Sequence[Container], registry: Registry, *, way: str) -> None:
+    """Raises `UsageError` for a mode in which these containers, which are planned, cannot be verified.
+
+    `way` is how they are made: "in place", "stream", or any other.
+    """
+    if mode in ("sample", "bytes", "qemu") and way == "in place":
+        raise UsageError(
+            f"--verify={mode} and --in-place exclude each other: there is no source any more to compare with",
+            hint="what is kept stays where it lies; compare a copy, made with --keep-undo, afterwards",
+        )
+    if mode != "qemu":
+        return
+    if way == "stream":
+        raise UsageError("--verify=qemu: a stream is no file that QEMU could read", hint="use --verify=bytes")
+    from vmconv.conversion.qemu import refuse_impossible as refuse
+    from vmconv.model.planned import PlannedFile
+
+    planned = [
+        PlannedFile(out.name or container.name, out.table) for container in containers for out in container.layout.files
+    ]
+    refuse(list(read_back(containers, planned, registry)), registry)
+
+
+class Made(NamedTuple):
+    """A container that was made and read back; `below` is its parent, when that was made with it."""
+
+    container: Container
+    files: tuple[File, ...]
+    image: Image
+    sides: Sides
+    below: Made | None
+
+
+def read_back(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
+    """Yields each container as the reader of its format finds it; raises `VerifyError` for a wrong parent."""
+    from vmconv.conversion.readback import Sides
+
+    results = Results(registry, (reference for container in containers for reference in container.layout.references))
+    finished = iter(files)
+    made: dict[str, Made] = {}
+    layouts: dict[int, Extents] = {}
+    for container in containers:
+        own = tuple(next(finished) for _ in container.layout.files)
+        for out, file in zip(container.layout.files, own, strict=True):
+            results.add(out.name or container.name, file, container.format)
+            layouts[id(file)] = out.table
+        below = made.get(container.backing.reference) if container.backing else None
+        image = _image(container, own[-1], results, below)
+        lower = below.sides.found if below else _kept(container)
+        wanted = [layer.guest for layer in container.source.chain()]
+        sides = Sides(container.name, wanted, [image.guest, *lower], layouts)
+        made[container.name] = Made(container, own, image, sides, below)
+        yield made[container.name]
+
+
+def _image(container: Container, file: File, results: Results, below: Made | None) -> Image:
+    try:
+        result = container.format.read(file, results)
+        result.guest  # noqa: B018 reads the tables
+        if below and (result.parent is None or result.parent.file is not below.files[-1]):
+            raise VerifyError(f"{container.name}: its parent is not {below.container.name}")
+        _check_parent(container, result)
+        _check_reference(container, result)
+    except VmconvError as exc:
+        raise VerifyError(f"the result cannot be read back: {exc}") from exc
+    return result
+
+
+def _kept(container: Container) -> list[Extents]:
+    """Returns the layers of the source that stay below the container."""
+    parent = container.disk.parent if container.backing else None
+    return [layer.guest for layer in parent.chain()] if parent else []
+
+
+def _made(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
+    """Yields the containers whose metadata is right."""
+    from vmconv.conversion.readback import check_places
+
+    for one in read_back(containers, files, registry):
+        table = one.image.guest
+        for out, file in zip(one.container.layout.files, one.files, strict=True):
+            table = table.through(file, out.table)
+        for reference in one.container.layout.references:
+            table = table.through(reference.file, on_storage(reference.file))
+        _same_disk(one.container, table)
+        check_places(one.sides)
+        yield one
+
+
+def _check_parent(container: Container, result: Image) -> None:
+    """Raises `VerifyError` when the result states another parent than it was to have.
+
+    The reader was given the right file whatever the result says, so what it says is looked at by itself.
+    """
+    backing = container.backing
+    if backing is None:
+        if result.parent_reference is not None:
+            raise VerifyError(f"{container.name}: states the parent {result.parent_reference!r}, and has none")
+        return
+    stated, meant = result.parent_format, qemu_name(backing.format)
+    if stated is not None and qemu_name(stated) != meant:
+        raise VerifyError(f"{container.name}: states the format {stated!r} of its parent, which is {meant!r}")
+
+
+def _check_reference(container: Container, result: Image) -> None:
+    """Raises `VerifyError` when the result has a parent and refers to others files than that as its own."""
+    named = {reference.name: reference.file for reference in container.layout.references}
+    below = container.disk.parent
+    if (
+        named
+        and result.parent_reference is not None
+        and (below is None or named.get(result.parent_reference) is not below.file)
+    ):
+        raise VerifyError(f"{container.name}: its parent is {result.parent_reference}, the source was meant")
+
+
+def _same_disk(container: Container, table: Extents) -> None:
+    disk, below = container.disk, container.below
+    table = (table if below is None else table.over(below)).without_holes()
+    if table.size < disk.size:
+        raise VerifyError(f"{container.name}: the result has {table.size} bytes for the guest, the source {disk.size}")
+    wanted = disk.flat.window(0, table.size).without_holes()
+    # What the filesystem reports otherwise than it was written (a block of zeros as a hole) is settled by reading it.
+    where = None if table == wanted else first_difference(table, wanted)
+    if where is not None:
+        raise VerifyError(
+            f"{container.name}: the result differs from the source at guest address {where:#x}",
+            hint="this is a defect of vmconv or of the storage, please report it; nothing was created",
+        )

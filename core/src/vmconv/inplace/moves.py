@@ -1,0 +1,159 @@
+"""Payload that is shifted inside its file, by taking blocks out of it and putting holes into it (ext4, XFS).
+
+Neither is atomic: a power cut may leave a part of the payload shifted and the rest not. Blocks know no names, but each
+has its place on storage, which shifting does not change. So where a block has to be is told by where it lies, and
+whatever the state, it is clear what is left to be done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from vmconv.errors import BackendError, PlanError
+from vmconv.inplace.calls import Calls
+from vmconv.inplace.fields import Ranges
+from vmconv.io.directory import Directory
+from vmconv.model.extents import Column, Kind, spread
+from vmconv.model.plan import FilePlan
+from vmconv.model.sources import File
+from vmconv.system import linux
+
+MOST_WRITTEN = 16 << 20
+"""Metadata of a target whose payload is shifted, bytes: the journal has it."""
+
+MOST_SHIFTS = 1024
+"""Times that all that follows is shifted: each takes as long as the file has extents."""
+
+
+def ability(directory: Directory) -> bool:
+    """True when files of a directory can be shifted: asked of a file without a name."""
+    try:
+        scratch = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory.descriptor)
+    except OSError:
+        return False
+    try:
+        block = os.fstatvfs(scratch).f_bsize
+        os.pwrite(scratch, bytes(3 * block), 0)
+        linux.collapse_range(scratch, block, block)
+        linux.insert_range(scratch, block, block)
+    except OSError:
+        return False
+    finally:
+        os.close(scratch)
+    return True
+
+
+def placed(main: FilePlan, carrier: File) -> Ranges:
+    """Returns the pieces of payload by their places on storage, `(physical, length, offset in the output)`.
+
+    Raises `PlanError` when shifting cannot bring them there.
+    """
+    rows = _rows(main, carrier)
+    _refuse_torn_blocks(rows, main, os.fstatvfs(carrier.descriptor).f_bsize)
+    delta = rows[:, 2] - rows[:, 0]
+    shifts = int(np.count_nonzero(np.diff(delta, prepend=0)))
+    if (rows[1:, 0] < rows[:-1, 0] + rows[:-1, 1]).any():
+        raise PlanError("in place, payload cannot be shifted: the file has it in another order than the disk")
+    if shifts > MOST_SHIFTS:
+        raise PlanError(f"in place, payload would have to be shifted {shifts} times, {MOST_SHIFTS} at most")
+    extents = linux.settled_ranges(carrier.descriptor)
+    if extents is None:
+        raise PlanError("in place, payload cannot be shifted: the filesystem does not tell where all of it lies")
+    return _on_storage(rows, extents)
+
+
+def _rows(main: FilePlan, carrier: File) -> Ranges:
+    """Returns rows `(offset in the carrier, length, offset in the output)`, in the order of the output."""
+    table = main.table
+    mine = np.array([source is carrier for source in table.sources] + [False])[table.source]
+    chosen = mine & (table.kind == Kind.DATA)
+    return np.stack([table.offset[chosen], table.length[chosen], table.start[chosen]], axis=1)
+
+
+def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
+    """Raises where payload is not whole blocks: but the last one, when nothing is to be zero in the rest of it."""
+    end = rows[:, 2] + rows[:, 1]
+    torn = (rows[:, 0] % block != 0) | (rows[:, 2] % block != 0)
+    torn[:-1] |= end[:-1] % block != 0
+    last = int(end[-1]) if len(end) else 0
+    rest = main.table.window(last, min(-last % block, main.size - last))
+    if torn.any() or (rest.total(Kind.ZERO) and not main.slack):
+        raise PlanError(f"in place, payload cannot be shifted: it is not whole blocks of {block} bytes in the file")
+
+
+def _on_storage(rows: Ranges, extents: Ranges) -> Ranges:
+    """Returns the parts of rows that have a place on storage, with it instead of the offset."""
+    row, extent, begin, length = _overlaps(rows[:, 0], rows[:, 1], extents[:, 0], extents[:, 1])
+    physical = extents[extent, 2] + begin - extents[extent, 0]
+    pieces: Ranges = np.stack([physical, length, rows[row, 2] + begin - rows[row, 0]], axis=1)
+    pieces = pieces[np.argsort(pieces[:, 0], kind="stable")]
+    if (pieces[1:, 0] < pieces[:-1, 0] + pieces[:-1, 1]).any():
+        raise PlanError("in place, payload cannot be shifted: two parts of the file are one block on storage")
+    return pieces
+
+
+def _overlaps(low: Column, length: Column, start: Column, size: Column) -> tuple[Column, Column, Column, Column]:
+    """Returns `(range, other, begin, length)` for each overlap of ranges with others, which are sorted and apart."""
+    end, stop = low + length, start + size
+    first = np.searchsorted(stop, low, side="right")
+    count = np.searchsorted(start, end, side="left") - first
+    one, place = spread(np.maximum(count, 0))
+    other = first[one] + place
+    begin = np.maximum(low[one], start[other])
+    return one, other, begin, np.minimum(end[one], stop[other]) - begin
+
+
+def shift(descriptor: int, pieces: Ranges, calls: Calls) -> None:
+    """Brings pieces of payload to where they have to be, from wherever they are; frees all else that the file has."""
+    block = os.fstatvfs(descriptor).f_bsize
+    for offset, length in _strangers(_now(descriptor), pieces, block):
+        calls.punch(descriptor, offset, length)
+    moved = 0
+    for offset, wanted in _boundaries(_now(descriptor), pieces, block):
+        step = wanted - offset - moved
+        if step > 0:
+            calls.insert(descriptor, offset + moved, step)
+        elif step < 0:
+            calls.collapse(descriptor, wanted, -step)
+        moved += step
+    if any(offset != wanted for offset, wanted in _boundaries(_now(descriptor), pieces, block)):
+        raise BackendError("payload is not where it was shifted to", hint="vmconv recover goes on from here")
+
+
+def _now(descriptor: int) -> Ranges:
+    """Returns where the file's blocks are, `(logical, length, physical)`."""
+    rows = linux.settled_ranges(descriptor)
+    if rows is None:
+        raise BackendError("the filesystem does not tell any more where the payload lies")
+    return rows
+
+
+def _found(now: Ranges, pieces: Ranges, block: int) -> tuple[Column, Column, Column]:
+    """Returns where parts of the pieces are, how long they are, and where they have to be, in the order of the file."""
+    length = -(-pieces[:, 1] // block) * block
+    extent, piece, physical, part = _overlaps(now[:, 2], now[:, 1], pieces[:, 0], length)
+    offset = now[extent, 0] + physical - now[extent, 2]
+    wanted = pieces[piece, 2] + physical - pieces[piece, 0]
+    order = np.argsort(offset, kind="stable")
+    return offset[order], part[order], wanted[order]
+
+
+def _strangers(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
+    """Yields the ranges of the file that are none of the pieces."""
+    offset, length, _ = _found(now, pieces, block)
+    # Of ranges that lie inside of others, the rest is between the ends of some and the beginnings of the next.
+    begin = np.sort(np.concatenate([now[:, 0], offset + length]))
+    end = np.sort(np.concatenate([offset, now[:, 0] + now[:, 1]]))
+    there = end > begin
+    yield from zip(begin[there].tolist(), (end - begin)[there].tolist(), strict=True)
+
+
+def _boundaries(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
+    """Yields where the parts begin that have to be shifted by one distance, and where each has to be."""
+    offset, _, wanted = _found(now, pieces, block)
+    distance = wanted - offset
+    first = np.append(True, distance[1:] != distance[:-1]) if len(offset) else np.empty(0, dtype=bool)
+    yield from zip(offset[first].tolist(), wanted[first].tolist(), strict=True)

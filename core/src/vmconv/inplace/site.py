@@ -1,0 +1,128 @@
+"""The site of a conversion in place: the files that become others, whether they may, and the locks on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from vmconv.backends.targets import located
+from vmconv.errors import AccessError, PlanError, os_errors
+from vmconv.inplace import neighbours, rules
+from vmconv.inplace.rules import Own
+from vmconv.io import locks, ownership
+from vmconv.io.directory import Directory
+from vmconv.io.opener import Opener
+from vmconv.model.image import Image
+from vmconv.model.plan import Plan
+from vmconv.model.sources import File
+from vmconv.system import linux
+
+_UNMARKED = (
+    "there is no home to keep a key in: if this is interrupted, only vmconv recover --trust brings the disk back"
+)
+
+
+class Site:
+    """The image that is converted in place, and the files that become others, without those below it.
+
+    With `chain` all layers do, down to and without the one in the file `base`.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        opener: Opener,
+        source: str,
+        *,
+        keep_undo: bool,
+        any_owner: bool,
+        chain: bool,
+        base: str | None,
+    ) -> None:
+        self.image = image
+        self.opener = opener
+        self.source = source
+        self.keep_undo = keep_undo
+        self.any_owner = any_owner
+        self.chain = chain
+        self.layers: list[Image] = []
+        below = os.stat(base) if base else None
+        for layer in image.chain():
+            if below and os.path.samestat(below, os.fstat(layer.file.descriptor)):
+                break
+            # The table names the files with the payload; those of the layers below are not open yet.
+            layer.guest  # noqa: B018 opens them
+            self.layers.append(layer)
+            files = tuple(opener.files)
+            if not chain:
+                break
+        self.own = tuple(Own(file, rules.own_name(file)) for file in files)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(own.file for own in self.own)
+
+    @contextmanager
+    def claimed(self, directory: str) -> Iterator[None]:
+        """Holds the files, in the directory of the target, while the conversion is planned and made.
+
+        Raises `PlanError` or `AccessError` if they may not be changed in place.
+        """
+        losses = [loss for layer in self.layers for loss in layer.losses]
+        rules.refuse_losses(losses, keep_undo=self.keep_undo)
+        rules.refuse_links(self.source)
+        with ExitStack() as claims:
+            # From here on the directory is reached by its descriptor: its owner might exchange it.
+            with os_errors("cannot be opened", PlanError):
+                self.directory = claims.enter_context(Directory.at(directory))
+            self._refuse_led_away()
+            self._refuse()
+            self.descriptors = {id(own.file): self._claim(own, claims) for own in self.own}
+            yield
+
+    def _refuse_led_away(self) -> None:
+        """Raises `AccessError` where another user's link, on the way to the source, says which file it is."""
+        with os_errors("cannot be opened", PlanError):
+            directory, name = located(self.source)
+        with directory:
+            if not directory.holds(name, self.image.file.descriptor):
+                raise AccessError(f"{self.source}: was exchanged while it was being looked at", hint="try again")
+
+    def _refuse(self) -> None:
+        rules.refuse_places(self.own, self.directory)
+        rules.refuse_leftovers(self.directory, self.own)
+        if not self.any_owner:
+            named = rules.own_name(self.image.file)
+            rules.refuse_other_owners(self.directory, named, [own.name for own in self.own], "--any-owner")
+        rules.refuse_foreign(self.layers, self.files, self.opener.registry)
+        found = neighbours.look(self.directory, self.own, self.opener.registry)
+        neighbours.refuse(found)
+        unmarked = None if ownership.can_mark() else _UNMARKED
+        self.image.warnings += tuple(text for text in (neighbours.warning(found), unmarked) if text)
+
+    def _claim(self, own: Own, claims: ExitStack) -> int:
+        """Returns a descriptor to write to a file that nobody else uses, and may not use from now on."""
+        locks.refuse_users(own.file)
+        with os_errors("cannot be changed", PlanError):
+            descriptor = self.directory.open(own.name, os.O_RDWR)
+        claims.callback(linux.close, descriptor)
+        rules.refuse_exchanged(self.directory, own, descriptor)
+        locks.claim(descriptor)
+        return descriptor
+
+    @property
+    def owner(self) -> int | None:
+        """The user that all files belong to; None when they may be anybody's."""
+        return None if self.any_owner else os.fstat(self.image.file.descriptor).st_uid
+
+    def refuse_plan(self, plan: Plan) -> None:
+        """Raises `PlanError` if the result would refer to what is gone then, or replace files of others."""
+        if plan.references:
+            raise PlanError(
+                "in place, the target cannot refer to the source, which is gone then", hint="leave --in-place out"
+            )
+        if not self.any_owner:
+            # With --force existing files are replaced. They are no more the image's business than its own.
+            made = [file.name for file in plan.files]
+            rules.refuse_other_owners(self.directory, rules.own_name(self.image.file), made, "--any-owner")

@@ -1,0 +1,269 @@
+"""The source file itself becomes the target: payload stays, what is around it is exchanged; see `vmconv.inplace`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vmconv.errors import AccessError, BackendError
+from vmconv.inplace import rules, space, undofile
+from vmconv.inplace.calls import Calls
+from vmconv.inplace.change import Change
+from vmconv.inplace.fields import Ranges
+from vmconv.inplace.journal import Journal, Leftover
+from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.rules import Own
+from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Congruence, Output, Survey, Transaction
+from vmconv.io import ownership
+from vmconv.io.directory import Directory
+from vmconv.model.plan import Action, FilePlan, Plan, ShareSteps
+from vmconv.model.sources import File, stamp_of
+from vmconv.system import linux
+
+
+class Claim(NamedTuple):
+    """A file that nobody else uses and that may be changed: `descriptor` is `carrier`, open for writing.
+
+    `leftovers` are the other files of the source image, which go with it; `format_name` is what it was read as. All are
+    in `directory`, and belong to `owner`, or to anybody where that is None.
+    """
+
+    carrier: Own
+    descriptor: int
+    leftovers: tuple[Own, ...]
+    format_name: str
+    directory: Directory
+    owner: int | None
+
+
+class InPlaceBackend(Backend):
+    """Changes the file of one claim; made for it, and so registered nowhere."""
+
+    name = "in-place"
+    title = "changes the source file itself"
+    automatic = False
+
+    def __init__(self, claim: Claim, *, keep_undo: bool, calls: Calls | None = None) -> None:
+        self.claim = claim
+        self.keep_undo = keep_undo
+        self.calls = calls or Calls()
+
+    def ability(self, directory: str) -> Ability:
+        return Ability(usable=True, shares=True)
+
+    def survey(self, directory: str, sources: Sequence[File]) -> Survey:
+        return Survey(1, self._elsewhere(sources), Congruence.EQUAL)
+
+    def _elsewhere(self, sources: Sequence[File]) -> dict[int, str]:
+        """Returns why payload of other files than the one that stays is copied: it is not there yet."""
+        return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier.file}
+
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        # The claim has the directory that was open when the source was looked at.
+        return InPlaceTransaction(self, force=force)
+
+
+class InPlaceTransaction(Transaction):
+    """One file that is changed, and small ones that are made beside it."""
+
+    def __init__(self, backend: InPlaceBackend, *, force: bool) -> None:
+        self.claim = backend.claim
+        self.carrier = backend.claim.carrier.file
+        self.keep_undo = backend.keep_undo
+        self.calls = backend.calls
+        self.directory = backend.claim.directory
+        self.force = force
+        self._change: Change | None = None
+        self._main: FilePlan
+        self._outputs: list[_Output] = []
+
+    def prepare(self, plan: Plan) -> None:
+        """Begins: from here on the file is out of the way, with its journal beside it."""
+        if self.carrier.changed():
+            raise AccessError(f"{self.carrier.name}: changed while it was being converted")
+        main = space.carried(plan, self.carrier)
+        self._main = main
+        others = tuple(file.name for file in plan.files if file is not main)
+        journal = self._journal(main, others, plan.files[-1].name)
+        self._change = Change(self.directory, journal, self.calls, self.claim.descriptor)
+        self._change.begin()
+        if journal.undo:
+            self._write_undo(self._change, journal.undo, main)
+
+    def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
+        carrier = self.carrier
+        inside = space.clipped(space.written(main, Action.WRITE), 0, carrier.size)
+        rules.refuse_too_much(carrier.name, inside)
+        undo = beside(named, UNDO) if self.keep_undo else None
+        return self._both_ways(main, (*others, undo) if undo else others)._replace(
+            saved=inside,
+            old=b"".join(carrier.read(offset, length) for offset, length in inside.tolist()),
+            dead=space.dead_ranges(main, carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
+            undo=undo,
+            # A time of our own: whoever writes to the result gives it another one, however soon.
+            mtime=time.time_ns() if undo else None,
+        )
+
+    def _both_ways(self, main: FilePlan, made: tuple[str, ...]) -> Journal:
+        """Returns what a journal says whatever is done to the file: names, sizes, other files."""
+        carrier = self.carrier
+        return Journal(
+            source=self.claim.carrier.name,
+            target=main.name,
+            old_size=carrier.size,
+            new_size=main.size,
+            old_mtime=carrier.stamp.mtime,
+            made=made,
+            leftovers=tuple(Leftover.of(own.name, os.fstat(own.file.descriptor)) for own in self.claim.leftovers),
+            replace=self.force,
+            owner=self.claim.owner,
+        )
+
+    def _write_undo(self, change: Change, name: str, main: FilePlan) -> None:
+        """Writes what will be lost of the old container, before any of it is."""
+        journal, carrier, leftovers = change.journal, self.carrier, self.claim.leftovers
+        kept = min(journal.new_size, carrier.size)
+        cut_off: Ranges = np.array([(kept, carrier.size - kept)], dtype=np.int64)
+        lost = space.clipped(np.concatenate([journal.saved, journal.dead, cut_off]), 0, carrier.size)
+        undo = undofile.Undo(
+            source=journal.source,
+            target=journal.target,
+            source_format=self.claim.format_name,
+            size=carrier.size,
+            mtime=carrier.stamp.mtime,
+            ranges=lost,
+            siblings=tuple(undofile.Sibling.of(own.name, own.file) for own in leftovers),
+            made=tuple(other for other in journal.made if other != name),
+            metadata=space.written(main, Action.WRITE, Action.COPY),
+        )
+        pieces = [(carrier, offset, length) for offset, length in lost.tolist()]
+        pieces += [(own.file, 0, own.file.size) for own in leftovers]
+        head = undo.head(lambda digest: ownership.mark(None, digest))
+        # It stays this user's alone: it holds what the source held, and only its maker's undo files are believed.
+        descriptor = change.make(name)
+        try:
+            undofile.write(descriptor, head, pieces, self.calls)
+        finally:
+            linux.close(descriptor)
+
+    def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
+        if self._change is None:
+            raise BackendError(f"{name}: a change in place has to be prepared")
+        if name == self._main.name:
+            return self._carried(self._change)
+        output = _Beside(self._change, name, size)
+        self._outputs.append(output)
+        return output
+
+    def _carried(self, change: Change) -> Output:
+        output = _Carried(change, self.carrier, self._main.size)
+        self._outputs.append(output)
+        return output
+
+    def commit(self) -> None:
+        change = self._change
+        if change is None:
+            return
+        for name in (change.journal.target, *change.journal.made):
+            if not self.force and self.directory.has(name):
+                raise BackendError(f"{self.directory.join(name)}: already exists", hint="--force replaces it")
+        change.complete()
+        self._close()
+
+    def abort(self) -> None:
+        try:
+            if self._change:
+                self._change.give_up()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for output in self._outputs:
+            output.close()
+        self._outputs.clear()
+
+
+class _Output(Output):
+    """A file of the change while it is written."""
+
+    descriptor: int
+    name: str
+
+    def __init__(self, change: Change, size: int) -> None:
+        self.change = change
+        self.size = size
+        self.file: File | None = None
+
+    def share(self, steps: ShareSteps) -> None:
+        """Does nothing: what stays is there."""
+
+    def finish(self) -> File:
+        # The size counts: what is behind it is cut off only after the commit.
+        if os.fstat(self.descriptor).st_size < self.size:
+            self.change.calls.truncate(self.descriptor, self.size)
+        self.change.calls.sync(self.descriptor)
+        directory = self.change.directory
+        self.file = File(directory.join(self.name), directory.open(self.name))
+        self.file.size = self.size
+        rules.refuse_exchanged(directory, Own(self.file, self.name), self.descriptor)
+        return self.file
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class _Carried(_Output):
+    """The file that is changed: what lies behind its old end is written at once, what lies inside last."""
+
+    def __init__(self, change: Change, carrier: File, size: int) -> None:
+        super().__init__(change, size)
+        self.carrier = carrier
+        self.descriptor = change.descriptor
+        self.name = change.working
+        self._inside: list[tuple[int, bytes]] = []
+
+    def write(self, offset: int, data: bytes) -> None:
+        old_end = max(0, min(len(data), self.carrier.size - offset))
+        if old_end:
+            # Payload that has to move lies there, and may not have been copied yet.
+            self._inside.append((offset, data[:old_end]))
+        if old_end < len(data):
+            self.change.calls.write(self.descriptor, data[old_end:], offset + old_end)
+
+    def finish(self) -> File:
+        for offset, data in self._inside:
+            self.change.calls.write(self.descriptor, data, offset)
+        self._inside.clear()
+        file = super().finish()
+        # From here on it is this that must not change.
+        self.carrier.stamp = stamp_of(os.fstat(self.descriptor))
+        return file
+
+
+class _Beside(_Output):
+    """A small file that is made beside: a descriptor."""
+
+    def __init__(self, change: Change, name: str, size: int) -> None:
+        super().__init__(change, size)
+        self.descriptor = change.make(name)
+        self.name = self.change.beside(name)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.change.calls.write(self.descriptor, data, offset)
+
+    def finish(self) -> File:
+        self.change.calls.carry(self.change.descriptor, self.descriptor)
+        return super().finish()
+
+    def close(self) -> None:
+        super().close()
+        if self.descriptor >= 0:
+            linux.close(self.descriptor)
+            self.descriptor = -1

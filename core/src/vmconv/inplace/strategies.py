@@ -1,0 +1,208 @@
+"""The ways to convert in place: share, stay and shift.
+
+Each strategy answers what it proposes, or why it cannot be used, before anything is laid out. The plan of a proposal is
+then checked against what the strategy promises: no payload moves.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vmconv.errors import PlanError, VmconvError
+from vmconv.inplace import moves, space
+from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.rules import Own
+from vmconv.inplace.share import ReplacingBackend
+from vmconv.inplace.shift import ShiftingBackend
+from vmconv.inplace.site import Site
+from vmconv.inplace.stay import Claim, InPlaceBackend
+from vmconv.interface.backend import Backend, Proposal, Survey
+from vmconv.interface.format import Format
+from vmconv.io import attributes
+from vmconv.model.extents import Extents, Kind, distinct
+from vmconv.model.layout import Placement
+from vmconv.model.plan import Action, Plan
+from vmconv.model.sources import Decoded, File
+from vmconv.placing.staying import MOST_MOVED
+
+
+class Wanted(NamedTuple):
+    """What a conversion in place is to make: the table of the disk, the target's directory and format."""
+
+    table: Extents
+    directory: str
+    format: Format
+
+
+class Strategy(ABC):
+    """One way to convert in place at a site."""
+
+    name: str
+
+    def __init__(self, site: Site, wanted: Wanted) -> None:
+        self.site = site
+        self.wanted = wanted
+
+    @abstractmethod
+    def propose(self) -> Proposal | PlanError:
+        """Returns how this strategy would convert, or why it cannot; lays nothing out."""
+
+    @abstractmethod
+    def names(self, plan: Plan) -> frozenset[str]:
+        """Returns the names of the source's files that files of the target may have.
+
+        Raises `PlanError` if the plan moves payload.
+        """
+
+    def _survey(self, backend: Backend) -> Survey:
+        return backend.survey(self.wanted.directory, self.site.image.payload_files())
+
+
+class Share(Strategy):
+    """New files share the payload of the source and then replace it: for filesystems that share blocks."""
+
+    name = "share"
+
+    def propose(self) -> Proposal | PlanError:
+        site = self.site
+        if site.keep_undo:
+            # Only the file itself still holds the payload at the places that the old container needs.
+            return PlanError("in place, an undo file needs the payload where it lies")
+        if not all(attributes.can_give(os.fstat(file.descriptor)) for file in site.files):
+            return PlanError("in place, the new file would be another user's, or another group's")
+        backend = ReplacingBackend(site.own, site.directory, site.image.file, owner=site.owner)
+        survey = self._survey(backend)
+        if survey.refusals:
+            return PlanError(f"in place, blocks cannot be shared: {next(iter(survey.refusals.values()))}")
+        return Proposal(backend, survey)
+
+    def names(self, plan: Plan) -> frozenset[str]:
+        return frozenset(own.name for own in self.site.own)
+
+
+class _OneFile(Strategy):
+    """What the strategies have in common that change the one file which holds all payload."""
+
+    def _claim(self) -> Claim:
+        site, file = self.site, carrier_of(self.site, self.wanted.table)
+        own = next(own for own in site.own if own.file is file)
+        leftovers = tuple(other for other in site.own if other is not own)
+        descriptor = site.descriptors[id(file)]
+        return Claim(own, descriptor, leftovers, site.image.format_name, site.directory, site.owner)
+
+    def _own_name(self, plan: Plan) -> frozenset[str]:
+        """Returns the name of the file when the target has the same."""
+        carrier = self.carrier
+        return frozenset({carrier.name} & {space.carried(plan, carrier.file).name})
+
+    carrier: Own
+
+
+class Stay(_OneFile):
+    """The file that holds the payload becomes the target: what is around the payload is exchanged."""
+
+    name = "stay"
+
+    def propose(self) -> Proposal | PlanError:
+        if self.site.chain:
+            return PlanError(
+                "in place, several layers take a filesystem that shares blocks, and have no undo",
+                hint="convert the top alone, with -B",
+            )
+        try:
+            claim = self._claim()
+        except PlanError as exc:
+            return exc
+        self.carrier = claim.carrier
+        backend = InPlaceBackend(claim, keep_undo=self.site.keep_undo)
+        return Proposal(backend, self._survey(backend), claim.carrier.file)
+
+    def names(self, plan: Plan) -> frozenset[str]:
+        _refuse_moves(plan, self.carrier.file, self.wanted.format)
+        undo = beside(plan.files[-1].name, UNDO)
+        if self.site.keep_undo and self.site.directory.has(undo):
+            path = self.site.directory.join(undo)
+            raise PlanError(f"{path}: already exists", hint="remove it, when it is not needed any more")
+        return self._own_name(plan)
+
+
+class Shift(_OneFile):
+    """The file becomes a flat disk: its payload is shifted to where that has it."""
+
+    name = "shift"
+
+    def propose(self) -> Proposal | PlanError:
+        site = self.site
+        if site.chain or site.keep_undo:
+            return PlanError("in place, several layers and undo files need payload that stays where it lies")
+        if not moves.ability(site.directory):
+            return PlanError(f"in place, the filesystem of {site.directory.path} cannot shift payload inside a file")
+        try:
+            claim = self._claim()
+        except PlanError as exc:
+            return exc
+        self.carrier = claim.carrier
+        backend = ShiftingBackend(claim, keep_undo=False)
+        return Proposal(backend, self._survey(backend))
+
+    def names(self, plan: Plan) -> frozenset[str]:
+        main = space.carried(plan, self.carrier.file)
+        others = [file for file in plan.files if file is not main and len(file.shares())]
+        if plan.copies or others or plan.totals.written > moves.MOST_WRITTEN:
+            raise PlanError("in place, payload cannot be shifted to where the target has it")
+        moves.placed(main, self.carrier.file)
+        return self._own_name(plan)
+
+
+STRATEGIES: tuple[type[Strategy], ...] = (Share, Stay, Shift)
+"""In the order of preference."""
+
+
+def carrier_of(site: Site, table: Extents) -> File:
+    """Returns the one file that holds all payload; raises `PlanError` if there are several, or payload is encoded."""
+    used = [table.sources[index] for index in distinct(table.source[table.kind == Kind.DATA]).tolist()]
+    for source in used:
+        if isinstance(source, Decoded):
+            raise PlanError(
+                f"{source.file.name}: {source.reason}: in place, payload has to stay as it is",
+                hint="convert to another file",
+            )
+    carriers = [file for file in site.files if file in used] or [site.files[-1]]
+    if len(used) > 1 or used not in ([], carriers):
+        names = ", ".join(source.name for source in used)
+        raise PlanError(
+            f"{site.source}: its payload lies in {names}; in place, it has to lie in one file of its own",
+            hint="-B keeps the layers below" if site.image.parent_reference else "convert to another file",
+        )
+    return carriers[0]
+
+
+def formats_that_hold(site: Site, wanted: Wanted) -> str:
+    """Returns a hint on which other formats can hold the payload where it lies: those that can lay it out."""
+    every: Sequence[Format] = list(site.opener.registry.formats.values())
+    names = " or ".join(
+        one.name for one in every if one.in_place and one is not wanted.format and _can_hold(site, one, wanted.table)
+    )
+    return f"{names} can hold it where it lies; or convert to another file" if names else "convert to another file"
+
+
+def _can_hold(site: Site, one: Format, table: Extents) -> bool:
+    try:
+        carrier = carrier_of(site, table)
+        layout = one.write(site.image, one.options()(), Placement(1, carrier.name, carrier=carrier))
+    except VmconvError:
+        return False
+    return len(layout.files) == 1
+
+
+def _refuse_moves(plan: Plan, carrier: File, target: Format) -> None:
+    """Raises when more than a block would have to move, or something would be written over what is still needed."""
+    moved = space.written(space.carried(plan, carrier), Action.COPY)
+    inside = space.clipped(moved, 0, carrier.size)
+    total = plan.totals.copied
+    # What goes to another file than the one that stays is moved, too.
+    if total > MOST_MOVED or len(inside) or total != int(moved[:, 1].sum()):
+        raise PlanError(f"in place, payload cannot stay where it lies: {target.name} would have to move {total} bytes")

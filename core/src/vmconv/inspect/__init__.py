@@ -1,0 +1,1 @@
+"""What reads images and makes none: info, map, check, compare, prove."""

@@ -1,0 +1,118 @@
+"""What is wrong with an image: with its structure, which its format knows, and with the files that it refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vmconv.errors import AccessError, ImageError, ReadError, VmconvError
+from vmconv.interface.format import CheckReport
+from vmconv.io.opener import Opener
+from vmconv.model.image import Image
+from vmconv.model.references import Dependency, Finding, compared
+
+_MISSING = "is missing"
+
+
+def check_image(image: Image, opener: Opener) -> CheckReport | None:
+    """Returns what was found; None when the format has no structure to check and the image refers to no file.
+
+    What an image cannot be read without belongs to it: its own files, and the layers below. Layers below are read as a
+    conversion reads them, their structure is not checked.
+    """
+    report = opener.registry.format(image.format_name).check(image)
+    alone = report is None and not image.dependencies and image.parent_reference is None
+    if alone and _refused(image) is None:
+        return None
+    found = report or CheckReport(image_end=image.file.size)
+    return _with_layers(_readable(_with_files(found, image, opener), image), image)
+
+
+def _with_files(found: CheckReport, image: Image, opener: Opener) -> CheckReport:
+    """Returns the report with what is wrong with the other files that the image is made of."""
+    problems, doubts, errors = [], [], []
+    for dependency in image.dependencies:
+        try:
+            finding = _look_at(dependency, image, opener)
+        except VmconvError as exc:
+            errors.append(str(exc))
+            continue
+        problems += [_text(finding, finding.problem)] if finding.problem else []
+        doubts += [_text(finding, finding.doubt)] if finding.doubt else []
+    return found._replace(
+        corruptions=(*found.corruptions, *problems),
+        corruption_count=found.corruption_count + len(problems),
+        doubts=(*found.doubts, *doubts),
+        errors=(*found.errors, *errors),
+    )
+
+
+def _readable(found: CheckReport, image: Image) -> CheckReport:
+    """Returns the report; what the reader refuses, and the check did not find, is a corruption too."""
+    if found.corruption_count or found.errors:
+        return found
+    refusal = _refused(image)
+    if refusal is None:
+        return found
+    if isinstance(refusal, AccessError | ReadError):
+        return found._replace(errors=(str(refusal),))
+    return found._replace(corruptions=(str(refusal),), corruption_count=1)
+
+
+def _with_layers(found: CheckReport, image: Image) -> CheckReport:
+    """Returns the report with what keeps a layer below from being read."""
+    if f"backing file {image.parent_reference} {_MISSING}" in found.corruptions:
+        return found
+    errors: list[str] = []
+    try:
+        for layer in image.chain():
+            if layer is not image and (refusal := _refused(layer)) is not None:
+                errors.append(str(refusal))
+    except VmconvError as exc:
+        errors.append(str(exc))
+    return found._replace(errors=(*found.errors, *errors))
+
+
+def _refused(image: Image) -> VmconvError | None:
+    """Returns why the tables of a layer cannot be read, or None."""
+    try:
+        image.guest  # noqa: B018
+    except VmconvError as exc:
+        return exc
+    return None
+
+
+def _look_at(dependency: Dependency, image: Image, opener: Opener) -> Finding:
+    try:
+        moved = dependency.role == "extent" and not dependency.fingerprint
+        file = opener.related(image.file, dependency.name, dependency.role, moved=moved)
+    except AccessError as exc:
+        if isinstance(exc.__cause__, FileNotFoundError):
+            return Finding(dependency, _MISSING)
+        raise
+    try:
+        return compared(dependency, file)
+    finally:
+        opener.release(file)
+
+
+def remarks(image: Image, opener: Opener) -> Iterator[str]:
+    """Yields what there is to say of the files that `image` is made of, and which of them may not be looked at."""
+    for dependency in image.dependencies:
+        try:
+            finding = _look_at(dependency, image, opener)
+        except (AccessError, ImageError) as exc:
+            yield str(exc)
+        else:
+            if said := finding.problem or finding.doubt:
+                yield f"{image.file.name}: {_text(finding, said)}"
+
+
+def warnings(image: Image, opener: Opener) -> Iterator[str]:
+    """Yields the remarks on `image` and on the layers below it, where they have recorded what files were."""
+    for layer in image.chain():
+        if any(dependency.fingerprint for dependency in layer.dependencies):
+            yield from remarks(layer, opener)
+
+
+def _text(finding: Finding, said: str) -> str:
+    return f"{finding.dependency.role} {finding.dependency.name} {said}"

@@ -1,0 +1,38 @@
+"""Images that a command looks at: opened under the rules that its user gave, and closed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vmconv.inplace.settling import settle
+from vmconv.interface.arguments import Pair, Reading
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.model.image import Image
+
+
+@contextmanager
+def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
+    """Yields one image and the opener that holds its files; see `Opener.image` for `content_decides`."""
+    with _opener(asked) as opener:
+        yield opener.image(asked.path, asked.format_name, content_decides=content_decides), opener
+
+
+@contextmanager
+def both(asked: Pair) -> Iterator[tuple[Image, Image]]:
+    """Yields two images."""
+    # An opener for each: what one image may refer to, the other may not.
+    with _opener(asked) as left, _opener(asked, "-F") as right:
+        yield left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
+
+
+def _opener(asked: Reading | Pair, format_option: str = "-f") -> Opener:
+    return Opener(
+        installed(),
+        allow_external=asked.allow_external,
+        force_share=asked.force_share,
+        backing_format=asked.backing_format,
+        format_option=format_option,
+        settle=settle,
+    )

@@ -1,0 +1,131 @@
+"""The map of a disk as `qemu-img map` has it: what each range is, in which layer, and where in which file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vmconv.model.extents import Columns, Extents, Kind, Row, on_storage
+from vmconv.model.image import Image
+from vmconv.model.sources import Decoded, File, Reserved, Source
+
+
+class MapRow(NamedTuple):
+    """Guest bytes `[start, start + length)`: `depth` counts layers from the top; `offset` is in `file`, if any.
+
+    `present` is whether a layer says anything; `data` whether bytes are stored; `zero` whether they read as zero.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+    file: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the keys of qemu-img, in its order."""
+        row: dict[str, Any] = {
+            "start": self.start,
+            "length": self.length,
+            "depth": self.depth,
+            "present": self.present,
+            "zero": self.zero,
+            "data": self.data,
+        }
+        if self.offset is not None:
+            row["offset"] = self.offset
+        return row
+
+
+class _Layer(Source):
+    """Stands for "this layer says zero" in a table of all layers."""
+
+    def __init__(self, depth: int, size: int) -> None:
+        self.name = f"layer {depth}"
+        self.depth = depth
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+
+def map_rows(image: Image) -> Iterator[MapRow]:
+    """Yields the rows of the whole disk in order."""
+    depths: dict[int, int] = {}
+    holey: dict[int, bool] = {}
+    table = Extents.filled(image.size, Kind.HOLE)
+    sizes = []
+    for depth, layer in enumerate(image.chain()):
+        sizes.append(layer.size)
+        marked = _with_marks(layer, depth)
+        for source in marked.sources:
+            depths.setdefault(id(source), depth)
+            if isinstance(source, File):
+                holey.setdefault(id(source), _shows_holes(layer, source))
+        table = table.over(marked)
+    for row in table:
+        origin = row.source
+        if origin is None:
+            yield from _absent_rows(row, sizes)
+            continue
+        source, depth = origin, depths[id(origin)]
+        if isinstance(source, _Layer):
+            yield MapRow(row.start, row.length, depth, True, True, False, None, None)
+        elif isinstance(source, Reserved):
+            yield MapRow(row.start, row.length, depth, source.hides, True, False, row.offset, source.file.path)
+        elif isinstance(source, File) and holey.get(id(source)):
+            yield from _file_rows(row, source, depth)
+        elif isinstance(source, File):
+            yield MapRow(row.start, row.length, depth, True, False, True, row.offset, source.path)
+        else:
+            name = source.file.path if isinstance(source, Decoded) else None
+            yield MapRow(row.start, row.length, depth, True, False, True, None, name)
+
+
+def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
+    """Yields what no layer says anything of; it is found missing in the last layer that is long enough to be asked."""
+    edges = sorted({row.start, row.end, *(size for size in sizes if row.start < size < row.end)})
+    for start, end in itertools.pairwise(edges):
+        depth = len(list(itertools.takewhile(lambda size, start=start: size > start, sizes))) - 1  # type: ignore[misc]
+        yield MapRow(start, end - start, depth, False, True, False, None, None)
+
+
+def _shows_holes(layer: Image, file: File) -> bool:
+    if layer.shows_holes is not None:
+        return layer.shows_holes(file)
+    return file is layer.file and _is_holey(file)
+
+
+def _is_holey(file: File) -> bool:
+    """True when so much of a file is holes that its payload must be too; QEMU looks no closer at others, nor do we."""
+    return not file.is_device and os.fstat(file.descriptor).st_blocks * 512 * 10 // 9 < file.size
+
+
+def _file_rows(row: Row, file: File, depth: int) -> Iterator[MapRow]:
+    for piece in on_storage(file).window(row.offset, row.length):
+        zero = piece.kind != Kind.DATA
+        start, offset = row.start + piece.start, row.offset + piece.start
+        yield MapRow(start, piece.length, depth, True, zero, True, offset, file.path)
+
+
+def _with_marks(layer: Image, depth: int) -> Extents:
+    """Returns the layer's table of places with its ZERO rows as windows onto a mark, which stacking keeps.
+
+    In the last layer, space set aside for nothing is a place too; above, what the parent says there is what counts.
+    """
+    table = layer.places
+    mark = _Layer(depth, table.size)
+    zero = table.kind == Kind.ZERO
+    kind, source, offset = table.kind.copy(), table.source.copy(), table.offset.copy()
+    kind[zero], source[zero], offset[zero] = Kind.DATA, len(table.sources), table.start[zero]
+    if layer.parent is not None:
+        idle = [i for i, s in enumerate(table.sources) if isinstance(s, Reserved) and not s.hides]
+        kind[np.isin(source, idle) & (kind == Kind.DATA)] = Kind.HOLE
+    return Extents(table.size, Columns(table.start, kind, source, offset), [*table.sources, mark])

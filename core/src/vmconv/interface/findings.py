@@ -1,0 +1,89 @@
+"""The findings of a structural check: all are counted, the first are put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.interface.format import CheckReport
+from vmconv.model.extents import Column
+from vmconv.model.usage import Usage
+
+SHOWN = 100
+"""Findings of a kind that are put into words."""
+
+ENOUGH = 1 << 20
+"""Corruptions after which a check may stop."""
+
+
+class Findings:
+    """What a check has found so far."""
+
+    def __init__(self) -> None:
+        self.corruptions: list[str] = []
+        self.leaks: list[str] = []
+        self.doubts: list[str] = []
+        self.corruption_count = 0
+        self.leak_count = 0
+
+    @property
+    def enough(self) -> bool:
+        """True when so much is wrong that a check need not go on: an image can claim more than there is time for."""
+        return self.corruption_count >= ENOUGH
+
+    def corrupt(self, text: str, count: int = 1) -> None:
+        """Takes `count` corruptions with one text."""
+        self.corruption_count += count
+        if len(self.corruptions) < SHOWN:
+            self.corruptions.append(text)
+
+    def corrupt_where(self, bad: npt.NDArray[np.bool_], text: Callable[[int], str]) -> None:
+        """Takes one corruption for each true value of the mask; `text` puts the one at an index into words."""
+        count = int(np.count_nonzero(bad))
+        if not count:
+            return
+        self.corruption_count += count
+        for index in np.flatnonzero(bad)[: max(0, SHOWN - len(self.corruptions))].tolist():
+            self.corruptions.append(text(index))
+
+    def leak(self, text: str, count: int = 1) -> None:
+        """Takes `count` leaked clusters with one text."""
+        self.leak_count += count
+        if len(self.leaks) < SHOWN:
+            self.leaks.append(text)
+
+    def doubt(self, text: str) -> None:
+        """Takes what the check cannot tell."""
+        if len(self.doubts) < SHOWN:
+            self.doubts.append(text)
+
+    def overlaps(self, usage: Usage, unit: int) -> None:
+        """Takes the overlaps of a file: one corruption for each `unit` bytes that two use."""
+        found = usage.overlaps()
+        if not found:
+            return
+        self.corrupt_where(np.ones(len(found.offset), dtype=bool), found.text)
+        self.corruption_count += int((-(-found.length // unit) - 1).sum())
+
+    def unused(self, usage: Usage, unit: int, start: int, end: int) -> None:
+        """Takes the units of `[start, end)` that nothing uses as leaked; what is no whole unit is left out."""
+        begin, length = usage.unused(start, end)
+        count: Column = length // unit
+        self.leak_count += int(count.sum())
+        for at, units in zip(begin[count > 0][:SHOWN].tolist(), count[count > 0][:SHOWN].tolist(), strict=True):
+            self.leak(f"cluster at {at:#x}" if units == 1 else f"{units} clusters from {at:#x} on", 0)
+
+    def report(self, *, allocated: int, total: int, end: int) -> CheckReport:
+        """Returns the report; `end` is the end of the last cluster in use, bytes."""
+        return CheckReport(
+            tuple(self.corruptions),
+            tuple(self.leaks),
+            self.corruption_count,
+            self.leak_count,
+            allocated,
+            total,
+            end,
+            tuple(self.doubts),
+        )

@@ -1,0 +1,46 @@
+"""The hooks of vmconv: each only registers things; plain typed calls on what was registered do the work.
+
+A plugin is a distribution with an entry point in the group `vmconv` that names a module; in it, functions marked with
+`hookimpl` and named as below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from vmconv.interface.backend import Backend
+    from vmconv.interface.command import Command
+    from vmconv.interface.format import Format
+
+GROUP = "vmconv"
+
+VMCONV_INTERFACE = 1
+"""The version of `vmconv.plugin`; a plugin states the one that it was written for under this name."""
+
+OLDEST_INTERFACE = 1
+"""The oldest version whose plugins still work."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def vmconv_register_formats() -> Iterable[Format]:
+    """Returns the formats that this plugin adds."""
+    raise NotImplementedError
+
+
+@hookspec
+def vmconv_register_backends() -> Iterable[Backend]:
+    """Returns the storage backends that this plugin adds."""
+    raise NotImplementedError
+
+
+@hookspec
+def vmconv_register_commands() -> Iterable[Command]:
+    """Returns the subcommands that this plugin adds to the command line."""
+    raise NotImplementedError

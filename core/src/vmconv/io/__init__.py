@@ -1,0 +1,1 @@
+"""Files and what is installed: directories, locks, the opener and its rules, the registry of plugins."""

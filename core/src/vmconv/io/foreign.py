@@ -1,0 +1,188 @@
+"""Files that are no disks, by suffix and by content, and what their users should do with them.
+
+Without this table a compressed download, an archive, a forensic or backup image and a configuration file would all be
+taken for raw disks. Magic numbers: the formats' specifications where there are any, else libmagic's database.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vmconv.model.sources import File
+
+
+class Foreign(NamedTuple):
+    """A kind of file that no guest has as its disk. Magic: bytes at an offset; `hint` is what to do with the file."""
+
+    title: str
+    suffixes: tuple[str, ...]
+    magic: tuple[tuple[int, bytes], ...]
+    hint: str
+
+
+AS_RAW = (
+    frozenset({"bin", "disk", "hd", "image", "lv", "rootfs", "sdcard", "sdimg", "wic"})
+    | {"fd", "flp", "ima", "iso", "vfd"}
+    | {"btrfs", "ext2", "ext3", "ext4", "fat", "squashfs", "swap", "xfs"}
+)
+"""Suffixes that are no format's and that people give raw disks, filesystems and media: lower case, without the dot.
+
+They are accepted for a file that the user or an image names; they do not make a file of a directory an image.
+"""
+
+_DECOMPRESS = "decompress it first: {}"
+_UNPACK = "unpack it first: {}; then convert the disk that was in it"
+_RESTORE = "restore it to a raw disk first: {}"
+_CONFIGURATION = "vmconv converts disks: name the disk that this file refers to"
+_MEMORY = "vmconv converts disks: name the disk of the machine, not its memory or state"
+_TEXT = "download the disk itself"
+
+FOREIGN = (
+    # -- compression
+    Foreign("gzip", (".gz", ".tgz", ".gzip"), ((0, b"\x1f\x8b\x08"),), _DECOMPRESS.format("gzip -d")),
+    Foreign("xz", (".xz", ".txz"), ((0, b"\xfd7zXZ\0"),), _DECOMPRESS.format("xz -d")),
+    Foreign("lzma", (".lzma",), ((0, b"\x5d\0\0\x80\0" + b"\xff" * 8),), _DECOMPRESS.format("xz -d")),
+    Foreign(
+        "Zstandard",
+        (".zst", ".zstd", ".tzst"),
+        ((0, b"\x28\xb5\x2f\xfd"), (0, b"\x50\x2a\x4d\x18")),
+        _DECOMPRESS.format("zstd -d"),
+    ),
+    Foreign(
+        "bzip2",
+        (".bz2", ".bz", ".tbz", ".tbz2"),
+        tuple((0, b"BZh%d1AY&SY" % level) for level in range(1, 10)),
+        _DECOMPRESS.format("bzip2 -d"),
+    ),
+    Foreign("LZ4", (".lz4",), ((0, b"\x04\x22\x4d\x18"), (0, b"\x02\x21\x4c\x18")), _DECOMPRESS.format("lz4 -d")),
+    Foreign("lzop", (".lzo",), ((0, b"\x89LZO\0\r\n\x1a\n"),), _DECOMPRESS.format("lzop -d")),
+    Foreign("lzip", (".lz", ".tlz"), ((0, b"LZIP\1"),), _DECOMPRESS.format("lzip -d")),
+    Foreign("compress", (".z",), ((0, b"\x1f\x9d\x90"),), _DECOMPRESS.format("gzip -d")),
+    Foreign("brotli", (".br",), (), _DECOMPRESS.format("brotli -d")),
+    # -- archives
+    Foreign("AFF4", (".aff4", ".af4"), (), _RESTORE.format("AFF4 tools export it")),
+    Foreign("ZIP archive", (".zip", ".zipx"), ((0, b"PK\3\4"), (0, b"PK\5\6")), _UNPACK.format("unzip")),
+    Foreign("7z archive", (".7z",), ((0, b"7z\xbc\xaf\x27\x1c"),), _UNPACK.format("7z x")),
+    Foreign("RAR archive", (".rar",), ((0, b"Rar!\x1a\x07"),), _UNPACK.format("unrar x")),
+    Foreign("cabinet", (".cab",), ((0, b"MSCF\0\0\0\0"),), _UNPACK.format("cabextract")),
+    Foreign("tar archive", (".tar", ".xva"), ((257, b"ustar"),), _UNPACK.format("tar -xf")),
+    Foreign("Vagrant box", (".box",), (), _UNPACK.format("tar -xf")),
+    Foreign(
+        "cpio archive",
+        (".cpio",),
+        tuple((0, magic) for magic in (b"070701", b"070702", b"070707")),
+        _UNPACK.format("cpio -i"),
+    ),
+    Foreign("ar archive", (".ar", ".deb"), ((0, b"!<arch>\n"),), _UNPACK.format("ar x")),
+    Foreign("RPM package", (".rpm",), ((0, b"\xed\xab\xee\xdb"),), _UNPACK.format("rpm2cpio")),
+    # -- forensic images
+    Foreign(
+        "EWF",
+        (".e01", ".ex01", ".l01", ".lx01", ".s01", ".ewf"),
+        ((0, b"EVF\t\r\n\xff\0"), (0, b"LVF\t\r\n\xff\0"), (0, b"EVF2\r\n\x81\0"), (0, b"LEF2\r\n\x81\0")),
+        _RESTORE.format("ewfexport -f raw"),
+    ),
+    Foreign("AFF", (".aff", ".afd", ".afm"), ((0, b"AFF10\r\n\0"),), _RESTORE.format("affconvert -r")),
+    Foreign("AccessData AD1", (".ad1",), ((0, b"ADSEGMENTEDFILE"),), _RESTORE.format("FTK Imager exports it")),
+    # -- backups
+    Foreign("Proxmox backup (VMA)", (".vma",), ((0, b"VMA\0"),), _RESTORE.format("vma extract")),
+    Foreign(
+        "Windows image (WIM)",
+        (".wim", ".esd", ".swm"),
+        ((0, b"MSWIM\0\0\0"), (0, b"WLPWM\0\0\0")),
+        "it holds files, not a disk: apply it to a disk with wimlib-imagex apply",
+    ),
+    Foreign("Veeam backup", (".vbk", ".vib", ".vrb"), (), _RESTORE.format("Veeam's extract utility")),
+    Foreign("Acronis backup", (".tib", ".tibx"), ((0, b"\xb4\x6e\x68\x44"),), _RESTORE.format("Acronis restores it")),
+    Foreign("Ghost image", (".gho", ".ghs"), ((0, b"\xfe\xef\x01"),), _RESTORE.format("Ghost restores it")),
+    Foreign("Macrium backup", (".mrimg", ".mrbak"), (), _RESTORE.format("Macrium Reflect restores it")),
+    Foreign("Active@ disk image", (".adi",), (), _RESTORE.format("Active@ Disk Image restores it")),
+    Foreign("Symantec recovery point", (".v2i", ".iv2i"), (), _RESTORE.format("its own program restores it")),
+    Foreign("Partclone image", (), ((0, b"partclone-image"),), _RESTORE.format("partclone.restore")),
+    Foreign("Partimage image", (), ((0, b"PaRtImAgE-VoLuMe"),), _RESTORE.format("partimage restore")),
+    Foreign("ntfsclone image", (), ((0, b"\0ntfsclone-image"),), _RESTORE.format("ntfsclone --restore-image")),
+    Foreign("part of a split raw disk", (".001", ".002", ".003"), (), "join the parts first: cat NAME.0* > disk.raw"),
+    # -- other images that are no disks as they are
+    Foreign("Android sparse image", (".simg",), ((0, b"\x3a\xff\x26\xed"),), "make a raw disk of it first: simg2img"),
+    Foreign("Apple disk image", (".sparsebundle",), (), "make a raw disk of it first: hdiutil convert"),
+    Foreign("UBI image", (".ubi",), ((0, b"UBI#"),), "it is for flash memory, not for a disk"),
+    Foreign("optical disc image", (".mdf", ".mds", ".nrg", ".cue", ".ccd", ".cdi"), (), "make an ISO image of it"),
+    # -- configurations
+    Foreign("OVF descriptor", (".ovf",), (), _CONFIGURATION),
+    Foreign("VMware configuration", (".vmx", ".vmxf", ".vmsd", ".vmtx"), ((0, b'.encoding = "'),), _CONFIGURATION),
+    Foreign("VirtualBox configuration", (".vbox", ".vbox-prev"), (), _CONFIGURATION),
+    Foreign("Hyper-V configuration", (".vmcx", ".vmgs", ".vhds"), (), _CONFIGURATION),
+    Foreign(
+        "XML document", (".xml", ".plist"), ((0, b"<?xml"), (0, b"\xef\xbb\xbf<?xml"), (0, b"<domain")), _CONFIGURATION
+    ),
+    Foreign("configuration", (".yaml", ".yml", ".json", ".toml", ".conf", ".cfg", ".ini", ".pvs"), (), _CONFIGURATION),
+    Foreign("variables of firmware", (".nvram",), ((0, b"MRVN\1\0\0\0"),), _CONFIGURATION),
+    Foreign("HTML page", (".html", ".htm"), ((0, b"<!DOCTYPE html"), (0, b"<!doctype html"), (0, b"<html")), _TEXT),
+    Foreign("Git LFS pointer", (), ((0, b"version https://git-lfs"),), "fetch the disk itself: git lfs pull"),
+    Foreign(
+        "checksum or text",
+        (".txt", ".md", ".log", ".sha256", ".sha512", ".md5", ".sig", ".asc", ".mf", ".torrent", ".zsync"),
+        (),
+        _TEXT,
+    ),
+    # -- memory and state
+    Foreign(
+        "VMware memory or state",
+        (".vmem", ".vmss", ".vmsn", ".vswp"),
+        ((0, b"\xd0\xbe\xd2\xbe"), (0, b"\xd2\xbe\xd2\xbe"), (0, b"\xd3\xbe\xd3\xbe")),
+        _MEMORY,
+    ),
+    Foreign("Hyper-V state", (".vmrs", ".vsv"), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
+    Foreign("VirtualBox state", (".sav",), ((0, b"\x7fVirtualBox SavedState"),), _MEMORY),
+    Foreign("QEMU migration", (".mig", ".qemusave"), ((0, b"QEVM"),), _MEMORY),
+    Foreign("libvirt saved machine", (".save",), ((0, b"LibvirtQemudSave"), (0, b"LibvirtQemudPart")), _MEMORY),
+    Foreign("ELF file", (".elf", ".core", ".vmcore"), ((0, b"\x7fELF"),), _MEMORY),
+    Foreign("download that is not complete", (".part", ".partial", ".crdownload", ".aria2"), (), _TEXT),
+)
+
+_HEAD = 512
+_SUFFIX = re.compile(r"\.([A-Za-z0-9]{1,16}(?:-prev)?)", re.ASCII)
+
+
+def foreign_content(file: File) -> Foreign | None:
+    """Returns the kind of file whose magic number the content begins with; None for what may be a disk."""
+    head = file.read(0, min(_HEAD, file.size))
+    return next((kind for kind in FOREIGN if any(head.startswith(magic, at) for at, magic in kind.magic)), None)
+
+
+def foreign_suffix(suffix: str) -> Foreign | None:
+    """Returns the kind of file that has this suffix, which is lower case and has its dot."""
+    return next((kind for kind in FOREIGN if suffix in kind.suffixes), None)
+
+
+def suffix_of(path: str) -> str | None:
+    """Returns the suffix of a file name with its dot, in lower case; None where there is none that says anything.
+
+    Numbers (of versions, generations, snapshots) are no suffixes, nor is the random part of a temporary name.
+    """
+    name = os.path.basename(path)
+    stem, dot, last = name.rpartition(".")
+    if not stem or name.startswith("tmp."):
+        return None
+    found = _SUFFIX.fullmatch(dot + last)
+    if not found:
+        return None
+    suffix = found[0].lower()
+    if foreign_suffix(suffix):
+        return suffix
+    return None if last.isdecimal() or suffix[1:] in AS_RAW else suffix
+
+
+_PART = re.compile(r"(.+?)-(?:flat|delta|sesparse|rdmp?|ctk|[sfp]\d{1,4})\.vmdk", re.IGNORECASE)
+
+
+def described_beside(path: str) -> str | None:
+    """Returns a hint for a file that is only a part of a disk, when the file that describes the disk lies beside it."""
+    found = _PART.fullmatch(os.path.basename(path))
+    name = f"{found[1]}.vmdk" if found else ""
+    if not (found and os.path.isfile(os.path.join(os.path.dirname(path), name))):
+        return None
+    return f"it is a part of the disk that {name} beside it describes: name that"

@@ -1,0 +1,178 @@
+"""Formats that exist whether or not their plugin is installed: the table behind "pip install ..." hints.
+
+This is the only place in core that names a format. Magic numbers: QEMU's block drivers, the formats' specifications.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from vmconv.model.sources import File
+
+
+class Known(NamedTuple):
+    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0.
+
+    `qemu_name` is what QEMU calls it, where that is another name. `bundle` is the file of a directory with one of the
+    suffixes that describes the disk in it. `hint` says what else makes a disk of it, where no plugin exists.
+    """
+
+    name: str
+    title: str
+    distribution: str | None
+    suffixes: tuple[str, ...]
+    magic: tuple[tuple[int, bytes], ...]
+    qemu_name: str | None = None
+    bundle: str | None = None
+    hint: str | None = None
+
+
+RAW_NAME = "raw"
+"""The format of a file that is none of the others."""
+
+KNOWN = (
+    Known("raw", "raw disk", "vmconv-raw", (".raw", ".img", ".dd"), ()),
+    Known(
+        "qcow2",
+        "QEMU copy-on-write, versions 2 and 3",
+        "vmconv-qcow2",
+        (".qcow2",),
+        ((0, b"QFI\xfb\0\0\0\2"), (0, b"QFI\xfb\0\0\0\3")),
+    ),
+    Known(
+        "vmdk",
+        "VMware virtual disk",
+        "vmconv-vmdk",
+        (".vmdk",),
+        ((0, b"KDMV"), (0, b"COWD"), (0, b"# Disk DescriptorFile"), (0, b"\xbe\xba\xfe\xca\0\0\0\0")),
+    ),
+    Known("vhdx", "Hyper-V virtual disk, version 2", "vmconv-vhdx", (".vhdx", ".avhdx"), ((0, b"vhdxfile"),)),
+    Known(
+        "vhd",
+        "Hyper-V and Virtual PC virtual disk",
+        "vmconv-vhd",
+        (".vhd", ".vpc", ".avhd"),
+        ((0, b"conectix"), (-512, b"conectix"), (-511, b"conectix")),
+        qemu_name="vpc",
+    ),
+    Known("vdi", "VirtualBox disk image", "vmconv-vdi", (".vdi",), ((64, b"\x7f\x10\xda\xbe"),)),
+    Known(
+        "parallels",
+        "Parallels disk image",
+        "vmconv-parallels",
+        (".hdd", ".hds"),
+        ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"), (0, b"<Parallels_disk_image")),
+        bundle="DiskDescriptor.xml",
+    ),
+    Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
+    Known(
+        "qcow",
+        "QEMU copy-on-write, version 1",
+        None,
+        (".qcow",),
+        ((0, b"QFI\xfb\0\0\0\1"),),
+        hint="qemu-img convert -f qcow -O qcow2 makes a qcow2 of it",
+    ),
+    Known(
+        "luks",
+        "LUKS encrypted disk",
+        None,
+        (".luks",),
+        ((0, b"LUKS\xba\xbe"),),
+        hint="cryptsetup open makes a device of it that can be converted",
+    ),
+    Known(
+        "bochs",
+        "Bochs growing disk",
+        None,
+        (".bochs",),
+        ((0, b"Bochs Virtual HD Image"),),
+        hint="qemu-img convert -f bochs -O raw makes a raw disk of it",
+    ),
+    Known(
+        "cloop",
+        "compressed loop image",
+        None,
+        (".cloop",),
+        ((0, b"#!/bin/sh\n#V2.0 Format\n"),),
+        hint="qemu-img convert -f cloop -O raw makes a raw disk of it",
+    ),
+    Known(
+        "dmg",
+        "Apple disk image",
+        None,
+        (".dmg",),
+        ((-512, b"koly"),),
+        hint="qemu-img convert -f dmg -O raw makes a raw disk of it",
+    ),
+    Known(
+        "asif",
+        "Apple sparse image",
+        None,
+        (".asif",),
+        ((0, b"shdw"),),
+        hint="diskutil image create from, on macOS, makes a raw disk of it",
+    ),
+    Known(
+        "sparseimage",
+        "Apple sparse disk image",
+        None,
+        (".sparseimage",),
+        ((0, b"sprs"),),
+        hint="hdiutil convert, on macOS, makes a raw disk of it",
+    ),
+    Known(
+        "uml-cow",
+        "User-mode Linux copy-on-write",
+        None,
+        (".cow",),
+        ((0, b"OOOM"), (0, b"MOOO")),
+        hint="uml_moo makes a raw disk of it",
+    ),
+    Known(
+        "ova",
+        "Open Virtualization archive",
+        None,
+        (".ova",),
+        (),
+        hint="unpack it first: tar -xf; then convert the disks that were in it",
+    ),
+)
+
+_BY_NAME = {name: known for known in KNOWN for name in (known.name, known.qemu_name) if name}
+
+
+def known_format(name: str) -> Known | None:
+    """Returns the entry of a format by its name, or by QEMU's name for it."""
+    return _BY_NAME.get(name)
+
+
+def qemu_name(name: str) -> str:
+    """Returns what QEMU calls a format, for images that QEMU reads."""
+    known = known_format(name)
+    return (known and known.qemu_name) or name
+
+
+def known_suffix(path: str) -> Known | None:
+    """Returns the format that a file name's ending speaks of."""
+    lower = path.lower()
+    return next((known for known in KNOWN if lower.endswith(known.suffixes) or is_bundle(lower, known)), None)
+
+
+def is_bundle(path: str, known: Known) -> bool:
+    """True for the path of the file that describes a disk of this format in its directory."""
+    return known.bundle is not None and os.path.basename(path).lower() == known.bundle.lower()
+
+
+def known_content(file: File) -> Known | None:
+    """Returns the format whose magic number the content bears."""
+    head = file.read(0, min(512, file.size))
+    tail = file.read(max(0, file.size - 512), min(512, file.size))
+    for known in KNOWN:
+        for offset, magic in known.magic:
+            place = head[offset:] if offset >= 0 else tail[offset:] if file.size >= -offset else b""
+            if place.startswith(magic):
+                return known
+    return None

@@ -1,0 +1,126 @@
+"""Where bytes lie on storage: tables composed with the filesystem's own map, so that sharing can be seen and proved."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmconv.errors import ReadError, os_errors
+from vmconv.model.extents import MAX_SIZE, Column, Columns, Extents, Kind
+from vmconv.model.sources import File, Source
+from vmconv.system import linux
+
+Ranges = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+class Storage(Source):
+    """The address space of one filesystem's blocks; its bytes are never read, only their addresses compared."""
+
+    def __init__(self, identity: bytes) -> None:
+        self.name = "storage"
+        self.size = MAX_SIZE
+        self.identity = identity
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError("physical addresses are compared, not read")
+
+
+class Encoded(Storage):
+    """The extents that one filesystem stores encoded, as far as files have `length` bytes of them.
+
+    An address is that of the extent, spread so that the decoded extents do not overlap, plus the offset in the extent.
+    A file may have a part of an extent, and FIEMAP does not say which: that two files have the same is certain only
+    when they have all of it, and likely when they have as much of it.
+    """
+
+    LONGEST = 128 << 10
+    """Bytes of a decoded extent, as Btrfs has them."""
+    BLOCK = 4096
+    """Extents begin at multiples of it."""
+
+    def __init__(self, identity: bytes, length: int) -> None:
+        super().__init__(identity)
+        self.length = length
+
+    @classmethod
+    def spread(cls, physical: Column) -> Column:
+        """Returns the addresses of extents; there is room between them, so that neighbours do not become one row."""
+        return physical * (2 * cls.LONGEST // cls.BLOCK)
+
+    @classmethod
+    def extent(cls, address: int) -> int:
+        """Returns where the extent of an address begins on storage."""
+        return address // (2 * cls.LONGEST) * cls.BLOCK
+
+
+class PhysicalMap:
+    """Composes tables with the physical addresses of their files; one filesystem is one `Storage` for all of them.
+
+    With `encoded`, extents that are stored encoded have windows onto `Encoded`: good for showing, and not certain
+    enough to take bytes for equal without reading them.
+    """
+
+    def __init__(self, *, encoded: bool = False) -> None:
+        self._encoded = encoded
+        self._storages: dict[tuple[bytes, int], Storage] = {}
+
+    def apply(self, table: Extents) -> Extents:
+        """Returns the table with windows onto files replaced by windows onto their filesystem's storage.
+
+        What has no certain physical address (inline, compressed, on a device) keeps its window onto the file.
+        """
+        for source in table.sources:
+            if isinstance(source, File):
+                table = table.through(source, self._of_file(source))
+        return table
+
+    def _of_file(self, file: File) -> Extents:
+        if file.is_device or file.descriptor < 0:
+            return Extents.whole(file)
+        with os_errors("cannot be asked where it lies on storage", ReadError, where=file.name):
+            try:
+                identity = linux.filesystem_id(file.descriptor)
+                places = [(self._storage(identity), linux.physical_ranges(file.descriptor))]
+                if self._encoded:
+                    places += self._encoded_places(identity, linux.encoded_ranges(file.descriptor))
+            except OSError as exc:
+                if linux.not_told(exc):
+                    # Nothing is known, so nothing is claimed.
+                    return Extents.whole(file)
+                raise
+        return _table(file, places)
+
+    def _storage(self, identity: bytes, length: int = 0) -> Storage:
+        """Returns the storage of a filesystem, or of its encoded extents of a length."""
+        key = identity, length
+        if key not in self._storages:
+            self._storages[key] = Encoded(identity, length) if length else Storage(identity)
+        return self._storages[key]
+
+    def _encoded_places(self, identity: bytes, ranges: Ranges) -> list[tuple[Storage, Ranges]]:
+        """Returns the encoded extents of each length; neighbours that the filesystem merged are told by theirs."""
+        ranges = ranges[(ranges[:, 1] <= Encoded.LONGEST) & (ranges[:, 2] % Encoded.BLOCK == 0)]
+        found = []
+        for length in np.unique(ranges[:, 1]).tolist():
+            rows = ranges[ranges[:, 1] == length]
+            found.append((self._storage(identity, length), np.column_stack([rows[:, :2], Encoded.spread(rows[:, 2])])))
+        return found
+
+
+def _table(file: File, places: list[tuple[Storage, Ranges]]) -> Extents:
+    """Returns the table of a file: ranges `(logical, length, address)` lie on storages, the others stay its own."""
+    ranges = np.concatenate([rows for _, rows in places])
+    number = np.repeat(np.arange(1, len(places) + 1), [len(rows) for _, rows in places])
+    order = np.argsort(ranges[:, 0], kind="stable")
+    ranges, number = ranges[order], number[order]
+    inside = ranges[:, 0] < file.size
+    ranges, number = ranges[inside], number[inside]
+    logical, length = ranges[:, 0], np.minimum(ranges[:, 1], file.size - ranges[:, 0])
+    edges = np.concatenate([[0], np.stack([logical, logical + length], axis=1).reshape(-1)])
+    source = np.zeros(len(edges), dtype=np.int32)
+    source[1::2] = number
+    offset = edges.copy()
+    offset[1::2] = ranges[:, 2]
+    there = np.diff(edges, append=file.size) > 0
+    kind = np.full(len(edges), Kind.DATA, dtype=np.uint8)
+    rows = Columns(edges, kind, source, offset).take(there)
+    return Extents(file.size, rows, [file, *(storage for storage, _ in places)])

@@ -1,0 +1,51 @@
+"""The neutral description of a virtual disk: the pydantic schema that formats translate to and from.
+
+Importing pydantic takes longer than converting a disk; only what needs these models should import this module.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vmconv.model.extents import MAX_SIZE
+
+MAX_REFERENCE = 4096
+"""Characters of the name of a parent."""
+
+SectorSize = Literal[512, 4096]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class Geometry(_Schema):
+    """Cylinders, heads and sectors per track that the guest's firmware is told."""
+
+    cylinders: Annotated[int, Field(ge=0, lt=1 << 32)]
+    heads: Annotated[int, Field(ge=0, lt=1 << 16)]
+    sectors: Annotated[int, Field(ge=0, lt=1 << 16)]
+
+
+class Parent(_Schema):
+    """The layer below, as the image names it: nothing here was checked or opened."""
+
+    reference: Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
+    format: str | None = None
+    identity: UUID | None = None
+
+
+class Disk(_Schema):
+    """A virtual disk apart from its bytes. Sizes are bytes; None means that the image does not say."""
+
+    size: Annotated[int, Field(ge=0, le=MAX_SIZE)]
+    logical_sector_size: SectorSize = 512
+    physical_sector_size: SectorSize | None = None
+    identity: UUID | None = None
+    geometry: Geometry | None = None
+    adapter_type: Annotated[str, Field(max_length=64)] | None = None
+    creator: Annotated[str, Field(max_length=64)] | None = None
+    parent: Parent | None = None

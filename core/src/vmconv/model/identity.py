@@ -1,0 +1,51 @@
+"""The ids of new images: UUIDs, GUIDs and content ids.
+
+Two images with one id are taken for one, and an overlay whose parent was exchanged is read on another disk. So every
+image that is made has an identity of its own, random or given by the user, and all its ids are derived from that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vmconv.model.extents import Extents
+    from vmconv.model.sources import File
+
+SIZE = 16
+"""Bytes of an identity: those of a UUID, the most significant first."""
+
+_RANDOM, _CUSTOM = 4, 8
+
+
+def fresh() -> bytes:
+    """Returns a random identity: a UUID of version 4 (RFC 9562)."""
+    return _uuid(os.urandom(SIZE), _RANDOM)
+
+
+def derived(identity: bytes, label: str) -> bytes:
+    """Returns the UUID of version 8 that follows from an identity and a label; other labels give other UUIDs."""
+    from hashlib import blake2b
+
+    return _uuid(blake2b(label.encode("utf-8", "surrogateescape"), digest_size=SIZE, key=identity).digest(), _CUSTOM)
+
+
+def of_disk(table: Extents, files: Iterable[File], label: str) -> bytes:
+    """Returns an identity that is always the same for a disk, until one of its files changes."""
+    from hashlib import blake2b
+
+    digest = blake2b(digest_size=SIZE)
+    for column in table.columns:
+        digest.update(column.tobytes())
+    for file in files:
+        digest.update(repr(tuple(file.stamp)).encode())
+    return derived(digest.digest(), label)
+
+
+def _uuid(data: bytes, version: int) -> bytes:
+    found = bytearray(data)
+    found[6] = found[6] & 0x0F | version << 4
+    found[8] = found[8] & 0x3F | 0x80
+    return bytes(found)

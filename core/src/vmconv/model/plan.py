@@ -1,0 +1,170 @@
+"""What has to be done to make output files real: share, copy or write ranges, with a reason for every copied byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vmconv.model.extents import Column, Extents, spread
+from vmconv.model.layout import Reference
+from vmconv.model.sources import File, Source
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes to do, of what is copied and written."""
+
+
+class Action(IntEnum):
+    """What happens to a range of an output file; ranges without an action read as zero."""
+
+    SHARE = 0
+    COPY = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ShareSteps:
+    """Ranges to share: parallel columns of bytes, and the files that `source` indexes."""
+
+    sources: tuple[Source, ...]
+    source: npt.NDArray[np.int32]
+    source_offset: Column
+    length: Column
+    offset: Column
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def take(self, index: npt.NDArray[np.bool_] | Column) -> ShareSteps:
+        return ShareSteps(
+            self.sources, self.source[index], self.source_offset[index], self.length[index], self.offset[index]
+        )
+
+    def split(self, longest: int) -> ShareSteps:
+        """Returns the same ranges in pieces of at most `longest` bytes."""
+        row, piece = spread(-(-self.length // longest))
+        skip = piece * longest
+        return ShareSteps(
+            self.sources,
+            self.source[row],
+            self.source_offset[row] + skip,
+            np.minimum(self.length[row] - skip, longest),
+            self.offset[row] + skip,
+        )
+
+    def ordered(self, *, by_target: bool) -> ShareSteps:
+        """Returns the ranges sorted by target offset, or by source and its offset: filesystems differ in taste."""
+        return self.take(
+            np.argsort(self.offset, kind="stable") if by_target else np.lexsort((self.source_offset, self.source))
+        )
+
+    def pack(self) -> bytes:
+        """Returns one struct file_clone_range for each range, end to end."""
+        descriptors = np.array([s.descriptor if isinstance(s, File) else -1 for s in self.sources] or [-1])
+        return np.stack(
+            [descriptors[self.source], self.source_offset, self.length, self.offset], axis=1, dtype=np.int64
+        ).tobytes()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steps:
+    """What is done to one output file, sorted by offset: parallel columns; `reason` is -1 unless `action` is COPY."""
+
+    offset: Column
+    length: Column
+    action: npt.NDArray[np.uint8]
+    source: npt.NDArray[np.int32]
+    source_offset: Column
+    reason: npt.NDArray[np.int32]
+
+    def take(self, index: npt.NDArray[np.bool_] | Column) -> Steps:
+        return Steps(*(column[index] for column in self._columns()))
+
+    def total(self, action: Action) -> int:
+        """Returns how many bytes this action makes."""
+        return int(self.length[self.action == action].sum())
+
+    def rows(self, action: Action) -> Iterator[tuple[int, int, int, int]]:
+        """Yields `(offset, length, source, source offset)` of each step with this action."""
+        chosen = self.take(self.action == action)
+        columns = (chosen.offset, chosen.length, chosen.source, chosen.source_offset)
+        yield from zip(*(column.tolist() for column in columns), strict=True)
+
+    def _columns(self) -> tuple[Any, ...]:
+        return self.offset, self.length, self.action, self.source, self.source_offset, self.reason
+
+    @staticmethod
+    def join(parts: Sequence[Steps]) -> Steps:
+        joined = Steps(*(np.concatenate(columns) for columns in zip(*(p._columns() for p in parts), strict=True)))
+        return joined.take(np.argsort(joined.offset, kind="stable"))
+
+
+class FilePlan(NamedTuple):
+    """One output file: `name` is the file's name in the target's directory, `size` its bytes."""
+
+    name: str
+    size: int
+    steps: Steps
+    sources: tuple[Source, ...]
+    table: Extents
+    slack: bool = False
+
+    def shares(self) -> ShareSteps:
+        rows = self.steps.take(self.steps.action == Action.SHARE)
+        return ShareSteps(self.sources, rows.source, rows.source_offset, rows.length, rows.offset)
+
+
+class CopyReason(NamedTuple):
+    """Why bytes are copied: how many, in how many ranges, and where the first of them is."""
+
+    reason: str
+    bytes: int
+    ranges: int
+    file: str
+    offset: int
+
+    def plus(self, other: CopyReason) -> CopyReason:
+        """Returns what both copy for this reason; the first range is the one of this."""
+        return self._replace(bytes=self.bytes + other.bytes, ranges=self.ranges + other.ranges)
+
+
+class Totals(NamedTuple):
+    """Bytes of the output by what is done for them: `zero` bytes are left to read as zero.
+
+    `referenced` bytes are no part of the output: they stay in the source's files, to which it refers.
+    """
+
+    shared: int
+    copied: int
+    written: int
+    zero: int
+    referenced: int = 0
+
+
+class Plan(NamedTuple):
+    """Everything that will be done, in the order of the files; nothing has been touched yet."""
+
+    directory: str
+    backend: str
+    files: tuple[FilePlan, ...]
+    copies: tuple[CopyReason, ...]
+    losses: tuple[str, ...]
+    references: tuple[Reference, ...] = ()
+    opened: tuple[str, ...] = ()
+    """Real paths of the source's files, as they were opened."""
+
+    @property
+    def totals(self) -> Totals:
+        shared, copied, written = (sum(f.steps.total(action) for f in self.files) for action in Action)
+        zero = sum(f.size for f in self.files) - shared - copied - written
+        return Totals(shared, copied, written, zero, sum(reference.length for reference in self.references))
+
+    @property
+    def way(self) -> str:
+        """How payload gets into the result: "reference" when all of it stays where it is, else the backend's name."""
+        totals = self.totals
+        return "reference" if self.references and not totals.shared and not totals.copied else self.backend

@@ -1,0 +1,317 @@
+"""The stable interface for plugins: everything that a format, a backend or a command of a third party may import.
+
+    from vmconv.plugin import Format, hookimpl
+
+All other modules of core may change with any release; a name that is here keeps its meaning for as long as the version
+of the interface stays. A plugin may state the version that it was written for, in the module that its entry point
+names: `VMCONV_INTERFACE = 1`. A plugin whose version this vmconv does not have is listed as broken and not used.
+
+Names are imported when they are first used: to import this module costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vmconv.interface.hooks import OLDEST_INTERFACE, VMCONV_INTERFACE
+
+if TYPE_CHECKING:
+    from vmconv.cli.options import SetOptions, access, add_access, add_format, add_options, add_output, formatter
+    from vmconv.cli.output import ProgressBar, print_json, print_table, size_text
+    from vmconv.errors import (
+        AccessError,
+        BackendError,
+        ImageError,
+        PlanError,
+        PluginError,
+        ReadError,
+        UsageError,
+        VerifyError,
+        VmconvError,
+        ZeroCopyError,
+        in_words,
+        os_errors,
+        printable,
+        warn,
+    )
+    from vmconv.fields import table_slices
+    from vmconv.inspect.images import opened
+    from vmconv.interface.arguments import Reading
+    from vmconv.interface.backend import (
+        DEFAULT_ACCESS,
+        Ability,
+        Access,
+        Backend,
+        Congruence,
+        Output,
+        Survey,
+        Transaction,
+    )
+    from vmconv.interface.command import Command
+    from vmconv.interface.findings import Findings
+    from vmconv.interface.format import CheckReport, Format, NoOptions
+    from vmconv.interface.hooks import hookimpl
+    from vmconv.io.directory import Directory
+    from vmconv.io.foreign import described_beside
+    from vmconv.io.known import RAW_NAME, qemu_name
+    from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
+    from vmconv.io.registry import Registry, installed
+    from vmconv.model.disk import Disk
+    from vmconv.model.extents import (
+        MAX_SIZE,
+        Column,
+        Columns,
+        Extents,
+        Kind,
+        Kinds,
+        clip_to_sources,
+        cut,
+        distinct,
+        gather,
+        on_storage,
+        spread,
+    )
+    from vmconv.model.identity import derived, fresh
+    from vmconv.model.image import Image
+    from vmconv.model.layout import Backing, Layout, OutFile, Placement, Reference
+    from vmconv.model.options import Identified, Size, describe, option, parse_size
+    from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
+    from vmconv.model.plan import Plan, Progress, ShareSteps
+    from vmconv.model.references import Dependency, Record, read_records, refer
+    from vmconv.model.sources import Blob, Decoded, File, Reserved, Source
+    from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
+    from vmconv.placing import blocks
+    from vmconv.placing.ranges import Ranges, joined_over_holes, ranges_in_files
+    from vmconv.placing.staying import Stay, stay
+    from vmconv.system.parallel import in_order
+
+_HOMES = {
+    "Disk": "model.disk",
+    "Reading": "interface.arguments",
+    "opened": "inspect.images",
+    "Registry": "io.registry",
+    "installed": "io.registry",
+    "table_slices": "fields",
+    "Ability": "interface.backend",
+    "Access": "interface.backend",
+    "AccessError": "errors",
+    "Backend": "interface.backend",
+    "BackendError": "errors",
+    "Backing": "model.layout",
+    "Blob": "model.sources",
+    "CheckReport": "interface.format",
+    "Column": "model.extents",
+    "Columns": "model.extents",
+    "Command": "interface.command",
+    "Congruence": "interface.backend",
+    "DEFAULT_ACCESS": "interface.backend",
+    "Decoded": "model.sources",
+    "Dependency": "model.references",
+    "Directory": "io.directory",
+    "Extents": "model.extents",
+    "File": "model.sources",
+    "Findings": "interface.findings",
+    "Format": "interface.format",
+    "GUEST": "model.usage",
+    "Identified": "model.options",
+    "Image": "model.image",
+    "ImageError": "errors",
+    "Kind": "model.extents",
+    "Kinds": "model.extents",
+    "Layout": "model.layout",
+    "MAX_CHAIN_DEPTH": "io.opener",
+    "MAX_SIZE": "model.extents",
+    "Metadata": "model.usage",
+    "NoOptions": "interface.format",
+    "Opener": "io.opener",
+    "OutFile": "model.layout",
+    "Output": "interface.backend",
+    "Placement": "model.layout",
+    "Plan": "model.plan",
+    "PlanError": "errors",
+    "PluginError": "errors",
+    "Progress": "model.plan",
+    "ProgressBar": "cli.output",
+    "RAW_NAME": "io.known",
+    "Ranges": "placing.ranges",
+    "ReadError": "errors",
+    "Record": "model.references",
+    "Reference": "model.layout",
+    "Reserved": "model.sources",
+    "SetOptions": "cli.options",
+    "ShareSteps": "model.plan",
+    "Size": "model.options",
+    "Source": "model.sources",
+    "Stay": "placing.staying",
+    "Survey": "interface.backend",
+    "Transaction": "interface.backend",
+    "Usage": "model.usage",
+    "UsageError": "errors",
+    "VerifyError": "errors",
+    "VmconvError": "errors",
+    "ZeroCopyError": "errors",
+    "access": "cli.options",
+    "add_access": "cli.options",
+    "add_format": "cli.options",
+    "add_options": "cli.options",
+    "add_output": "cli.options",
+    "blocks": "placing.blocks",
+    "clip_to_sources": "model.extents",
+    "cut": "model.extents",
+    "derived": "model.identity",
+    "describe": "model.options",
+    "described_beside": "io.foreign",
+    "distinct": "model.extents",
+    "formatter": "cli.options",
+    "fresh": "model.identity",
+    "from_url": "model.paths",
+    "from_windows": "model.paths",
+    "gather": "model.extents",
+    "hookimpl": "interface.hooks",
+    "in_order": "system.parallel",
+    "in_words": "errors",
+    "is_foreign": "model.paths",
+    "joined_over_holes": "placing.ranges",
+    "named_by": "model.paths",
+    "on_storage": "model.extents",
+    "option": "model.options",
+    "os_errors": "errors",
+    "overlaps": "model.usage",
+    "parse_size": "model.options",
+    "print_json": "cli.output",
+    "print_table": "cli.output",
+    "printable": "errors",
+    "qemu_name": "io.known",
+    "ranges_in_files": "placing.ranges",
+    "read_records": "model.references",
+    "refer": "model.references",
+    "refuse_overlaps": "model.usage",
+    "size_text": "cli.output",
+    "spread": "model.extents",
+    "stay": "placing.staying",
+    "text_of": "model.paths",
+    "to_windows": "model.paths",
+    "warn": "errors",
+}
+
+__all__ = [
+    "DEFAULT_ACCESS",
+    "GUEST",
+    "MAX_CHAIN_DEPTH",
+    "MAX_SIZE",
+    "OLDEST_INTERFACE",
+    "RAW_NAME",
+    "VMCONV_INTERFACE",
+    "Ability",
+    "Access",
+    "AccessError",
+    "Backend",
+    "BackendError",
+    "Backing",
+    "Blob",
+    "CheckReport",
+    "Column",
+    "Columns",
+    "Command",
+    "Congruence",
+    "Decoded",
+    "Dependency",
+    "Directory",
+    "Disk",
+    "Extents",
+    "File",
+    "Findings",
+    "Format",
+    "Identified",
+    "Image",
+    "ImageError",
+    "Kind",
+    "Kinds",
+    "Layout",
+    "Metadata",
+    "NoOptions",
+    "Opener",
+    "OutFile",
+    "Output",
+    "Placement",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "Progress",
+    "ProgressBar",
+    "Ranges",
+    "ReadError",
+    "Reading",
+    "Record",
+    "Reference",
+    "Registry",
+    "Reserved",
+    "SetOptions",
+    "ShareSteps",
+    "Size",
+    "Source",
+    "Stay",
+    "Survey",
+    "Transaction",
+    "Usage",
+    "UsageError",
+    "VerifyError",
+    "VmconvError",
+    "ZeroCopyError",
+    "access",
+    "add_access",
+    "add_format",
+    "add_options",
+    "add_output",
+    "blocks",
+    "clip_to_sources",
+    "cut",
+    "derived",
+    "describe",
+    "described_beside",
+    "distinct",
+    "formatter",
+    "fresh",
+    "from_url",
+    "from_windows",
+    "gather",
+    "hookimpl",
+    "in_order",
+    "in_words",
+    "installed",
+    "is_foreign",
+    "joined_over_holes",
+    "named_by",
+    "on_storage",
+    "opened",
+    "option",
+    "os_errors",
+    "overlaps",
+    "parse_size",
+    "print_json",
+    "print_table",
+    "printable",
+    "qemu_name",
+    "ranges_in_files",
+    "read_records",
+    "refer",
+    "refuse_overlaps",
+    "size_text",
+    "spread",
+    "stay",
+    "table_slices",
+    "text_of",
+    "to_windows",
+    "warn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"vmconv.{home}")
+    found = module if name == "blocks" else getattr(module, name)
+    globals()[name] = found
+    return found
