@@ -60,8 +60,8 @@ class Work(NamedTuple):
             undo.undo(str(directory / self.before), calls=calls)
             return
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("inplace", "replacing"):
-                patch.setattr(f"vmconv.backends.{module}.Calls", lambda: calls)
+            for module in ("stay", "share"):
+                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
             # Two runs are to write the same undo file.
             patch.setattr("vmconv.inplace.stay.time.time_ns", lambda: 10**18)
             self.convert(directory, keep_undo=self.way == UNDOABLE)

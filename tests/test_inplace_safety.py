@@ -258,8 +258,8 @@ def test_an_exchanged_directory_is_not_touched(any_dir: Path, monkeypatch: pytes
         calls = ExchangingCalls(own, decoy, at)
         if way == "there":
             with monkeypatch.context() as patch:
-                for module in ("inplace", "replacing"):
-                    patch.setattr(f"vmconv.backends.{module}.Calls", lambda calls=calls: calls)
+                for module in ("stay", "share"):
+                    patch.setattr(f"vmconv.inplace.{module}.Calls", lambda calls=calls: calls)
                 api.convert(str(disk), str(own / "new.qcow2"), in_place=True)
         elif way == "back":
             from vmconv.inplace import undo
@@ -376,8 +376,8 @@ def test_nothing_is_more_readable_in_between(any_dir: Path, monkeypatch: pytest.
     disk = make_disk(any_dir / "disk.raw", MIB)
     disk.chmod(0o600)
     calls = WatchingCalls(any_dir)
-    for module in ("inplace", "replacing"):
-        monkeypatch.setattr(f"vmconv.backends.{module}.Calls", lambda: calls)
+    for module in ("stay", "share"):
+        monkeypatch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
     before = os.umask(mask)
     try:
         in_place(disk, any_dir / "new.vmdk", keep_undo=True)
@@ -650,8 +650,8 @@ def test_storage_that_turns_read_only_is_told_where_the_disk_is(
         disk = folder / "disk.raw"
         disk.write_bytes(raw.read_bytes())
         with monkeypatch.context() as patch:
-            for module in ("inplace", "replacing"):
-                patch.setattr(f"vmconv.backends.{module}.Calls", lambda at=at: FailingCalls(at))
+            for module in ("stay", "share"):
+                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda at=at: FailingCalls(at))
             try:
                 in_place(disk, folder / "new.qcow2")
             except (BackendError, PlanError) as exc:
@@ -758,8 +758,8 @@ def test_names_may_be_as_long_as_the_filesystem_has_them(any_dir: Path, length: 
     api.undo(str(target))
     assert contents(any_dir) == before
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("inplace", "replacing"):
-            patch.setattr(f"vmconv.backends.{module}.Calls", lambda: StoppingCalls(4))
+        for module in ("stay", "share"):
+            patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: StoppingCalls(4))
         with pytest.raises(Stopped):
             in_place(disk, target)
     assert names(any_dir) != {disk.name}

@@ -121,7 +121,7 @@ def test_names_of_any_bytes_are_printed_in_any_locale(disk: Path) -> None:
 # Signals
 
 STOPPED = """
-import os, signal, sys, vmconv.conversion as conversion
+import os, signal, sys, vmconv.conversion.pipeline as conversion
 from vmconv.cli.main import main
 
 place, number, *arguments = sys.argv[1:]

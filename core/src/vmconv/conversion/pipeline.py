@@ -248,17 +248,17 @@ def _in_place(
     site: Site, request: Request, target: Target, image: Image, registry: Registry
 ) -> tuple[Backend, tuple[Conversion, ...], frozenset[str]]:
     """Returns the first strategy's conversion that moves no payload, and the names that it may take over."""
-    from vmconv.inplace.strategies import STRATEGIES, Share, Stay, Wanted, formats_that_hold
+    from vmconv.inplace.strategies import STRATEGIES, Share, Unsuitable, Wanted, formats_that_hold
 
     kept = _kept(request, target, image, registry)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
-    refused: dict[str, PlanError] = {}
+    refused: list[PlanError] = []
     for kind in STRATEGIES:
         strategy = kind(site, wanted)
         proposal = strategy.propose()
         if isinstance(proposal, PlanError):
-            refused[kind.name] = proposal
+            refused.append(proposal)
             continue
         try:
             conversion = _conversion(request, target, image, proposal, registry)
@@ -268,7 +268,7 @@ def _in_place(
             if kind is Share:
                 # The format cannot hold the disk, wherever its payload lies.
                 raise
-            refused[kind.name] = exc
+            refused.append(exc)
             continue
         if site.chain or not conversion.plan.copies or proposal.carrier:
             return found
@@ -276,7 +276,7 @@ def _in_place(
         second_best = found
     if second_best:
         return second_best
-    why = refused[Stay.name]
+    *_, why = (exc for exc in refused if not isinstance(exc, Unsuitable))
     why.hint = why.hint or formats_that_hold(site, wanted)
     raise why
 

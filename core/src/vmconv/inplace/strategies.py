@@ -37,10 +37,12 @@ class Wanted(NamedTuple):
     format: Format
 
 
+class Unsuitable(PlanError):  # noqa: N818 an answer of a strategy, raised for its callers in here only
+    """This strategy is not for this conversion: what another one says is why it cannot be in place."""
+
+
 class Strategy(ABC):
     """One way to convert in place at a site."""
-
-    name: str
 
     def __init__(self, site: Site, wanted: Wanted) -> None:
         self.site = site
@@ -64,19 +66,17 @@ class Strategy(ABC):
 class Share(Strategy):
     """New files share the payload of the source and then replace it: for filesystems that share blocks."""
 
-    name = "share"
-
     def propose(self) -> Proposal | PlanError:
         site = self.site
         if site.keep_undo:
             # Only the file itself still holds the payload at the places that the old container needs.
-            return PlanError("in place, an undo file needs the payload where it lies")
+            return Unsuitable("in place, an undo file needs the payload where it lies")
         if not all(attributes.can_give(os.fstat(file.descriptor)) for file in site.files):
-            return PlanError("in place, the new file would be another user's, or another group's")
+            return Unsuitable("in place, the new file would be another user's, or another group's")
         backend = ReplacingBackend(site.own, site.directory, site.image.file, owner=site.owner)
         survey = self._survey(backend)
         if survey.refusals:
-            return PlanError(f"in place, blocks cannot be shared: {next(iter(survey.refusals.values()))}")
+            return Unsuitable(f"in place, blocks cannot be shared: {next(iter(survey.refusals.values()))}")
         return Proposal(backend, survey)
 
     def names(self, plan: Plan) -> frozenset[str]:
@@ -104,8 +104,6 @@ class _OneFile(Strategy):
 class Stay(_OneFile):
     """The file that holds the payload becomes the target: what is around the payload is exchanged."""
 
-    name = "stay"
-
     def propose(self) -> Proposal | PlanError:
         if self.site.chain:
             return PlanError(
@@ -132,14 +130,12 @@ class Stay(_OneFile):
 class Shift(_OneFile):
     """The file becomes a flat disk: its payload is shifted to where that has it."""
 
-    name = "shift"
-
     def propose(self) -> Proposal | PlanError:
         site = self.site
         if site.chain or site.keep_undo:
-            return PlanError("in place, several layers and undo files need payload that stays where it lies")
+            return Unsuitable("in place, several layers and undo files need payload that stays where it lies")
         if not moves.ability(site.directory):
-            return PlanError(f"in place, the filesystem of {site.directory.path} cannot shift payload inside a file")
+            return Unsuitable(f"in place, the filesystem of {site.directory.path} cannot shift payload inside a file")
         try:
             claim = self._claim()
         except PlanError as exc:
@@ -152,7 +148,7 @@ class Shift(_OneFile):
         main = space.carried(plan, self.carrier.file)
         others = [file for file in plan.files if file is not main and len(file.shares())]
         if plan.copies or others or plan.totals.written > moves.MOST_WRITTEN:
-            raise PlanError("in place, payload cannot be shifted to where the target has it")
+            raise Unsuitable("in place, payload cannot be shifted to where the target has it")
         moves.placed(main, self.carrier.file)
         return self._own_name(plan)
 
