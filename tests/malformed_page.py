@@ -13,37 +13,37 @@ from vmconv.testing.malformed import KINDS, LARGE, MUCH_MEMORY, SOON
 
 PAGE = """# Malformed images
 
-Which images that are not as they should be the tests try, and what has to happen. This page is written from the tests
-by `tests/malformed_page.py`; a test compares the two.
+The malformed images that the tests try, and the required result. `tests/malformed_page.py` writes this page from the
+tests, and a test compares the two.
 
-A malformed image is read, where that can be done rightly, or refused in one line that names the file, the field, its
-place and its value. Nothing else may happen: no traceback, no wait, no large allocation because of a number in the
-image, and no file that the image has no business with.
+A malformed image is read if it can be read correctly. Otherwise it is refused in one line with the file, the field,
+its offset and its value. Nothing else may happen: no traceback, no hang, no large allocation caused by a number in
+the image, and no access to files that the image may not name.
 
 ## Tried for each format
 
-The conformance kit makes malformed images out of sound ones, without knowing the format: some hundred of each kind for
-each way to write the format. Checksums are made right again, so that more than the checksum is tested. Each image is
-read in at most {soon} seconds and {memory} MiB of memory. `tests/test_malformed.py` gives a part of them, as files, to
-`info`, `map`, `check` and `convert` in a process of its own, which may take 500 MiB with all that Python needs.
+The conformance kit makes malformed images from sound ones, without knowing the format: some hundred of each kind for
+each way to write the format. Checksums are corrected, so that more than the checksum is tested. Each image must be
+read within {soon} seconds and {memory} MiB of memory. `tests/test_malformed.py` passes some of them, as files, to
+`info`, `map`, `check` and `convert` in a separate process, which may use 500 MiB including Python.
 
 | kind | what is made |
 | --- | --- |
 {kinds}
 
-The ways to write each format are those of its conformance test:
+The ways to write a format are those of its conformance test:
 
 | format | options |
 | --- | --- |
 {variants}
 
-A raw disk cannot be malformed: any bytes are one. Images that are their own parent, and two that are each other's, are
-tried for each format that names the file of a parent: {chains}.
+A raw disk cannot be malformed. Images that are their own parent, and pairs that are each other's parent, are tried
+for each format that names its parent's file: {chains}.
 
 ## Tried by hand
 
-What the kit cannot know: single fields and entries, with the words of the message. A test without a list of inputs says
-all in its name.
+Cases that the kit cannot generate: single fields and entries, with the words of the message. A test without a list of
+inputs has one input, described by its name.
 {formats}"""
 
 MODULES = {"qcow2": "test_hostile"}
