@@ -9,7 +9,7 @@ html_show_copyright = False
 root_doc = "docs/index"
 # The root of the repository is the source directory: pages beside and below docs/ link to each other by relative paths.
 include_patterns = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**.md", "benchmarks/README.md"]
-exclude_patterns = [".*", ".*/**", "build", "dist", "site", "docs/site"]
+exclude_patterns = [".*", "build", "dist", "site"]
 
 extensions = ["myst_parser"]
 # Options of commands begin with two hyphens, which are no dash.
