@@ -13,9 +13,9 @@ import pytest
 
 from test_strangers import UNDO_FIELDS, fields_of, journal_of, rows
 from vmconv.errors import ImageError
-from vmconv.inplace import fields, journal, undofile
+from vmconv.inplace import codec, journal, undofile
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.fields import Fields, Tables, refuse_rows
+from vmconv.inplace.codec import Fields, Tables, refuse_rows
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import JOURNAL, WORKING, beside
 from vmconv.inplace.undofile import Sibling, Stamp, Undo
@@ -122,12 +122,12 @@ def test_names_are_apart() -> None:
     assert given_of(n=[]).names("n", ()) == ()
     with pytest.raises(ImageError, match="is not a list of different names"):
         given_of(n=["a", "b", "a"]).names("n", ())
-    assert len(given_of(n=[str(each) for each in range(fields.MAX_NAMES)]).names("n", ())) == fields.MAX_NAMES
+    assert len(given_of(n=[str(each) for each in range(codec.MAX_NAMES)]).names("n", ())) == codec.MAX_NAMES
     with pytest.raises(ImageError):
-        given_of(n=[str(each) for each in range(fields.MAX_NAMES + 1)]).names("n", ())
+        given_of(n=[str(each) for each in range(codec.MAX_NAMES + 1)]).names("n", ())
 
 
-MOST_ROWS = fields.MAX_BODY // 16
+MOST_ROWS = codec.MAX_BODY // 16
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ MOST_ROWS = fields.MAX_BODY // 16
         ({"a": [0, 2], "b": [3, 3]}, True),
         ({"a": [MOST_ROWS, 2], "b": [3, 3]}, True),
         ({"a": [MOST_ROWS + 1, 2], "b": [3, 3]}, False),
-        ({"a": [1, 2], "b": [fields.MAX_BODY // 24 + 1, 3]}, False),
+        ({"a": [1, 2], "b": [codec.MAX_BODY // 24 + 1, 3]}, False),
         ({"a": [1, 3], "b": [3, 3]}, False),
         ({"a": [1, 2, 2], "b": [3, 3]}, False),
         ({"a": [1], "b": [3, 3]}, False),
@@ -155,16 +155,16 @@ def test_shapes_of_tables_are_bounded(value: Any, right: bool) -> None:
 
 
 def test_what_is_shown_of_a_value_is_one_line() -> None:
-    assert fields._shown("x" * 78) == repr("x" * 78)
-    assert fields._shown("x" * 79) == "'" + "x" * 79 + "..."
-    assert fields._shown([1]) == "a list"
-    assert fields._shown(None) == "None"
+    assert codec._shown("x" * 78) == repr("x" * 78)
+    assert codec._shown("x" * 79) == "'" + "x" * 79 + "..."
+    assert codec._shown([1]) == "a list"
+    assert codec._shown(None) == "None"
 
 
 def test_the_limits_are_these() -> None:
-    assert (fields.MAX_BODY, fields.MAX_TEXT, fields.MAX_NAMES) == (64 << 20, 8 << 20, 16384)
-    assert (fields.MAX_OFFSET, fields.MAX_TIME, fields.MAX_OWNER) == (1 << 62, (1 << 63) - 1, (1 << 32) - 1)
-    assert (journal.MAX_SIZE, undofile._MAX_WINDOW) == (136 + fields.MAX_BODY + 32, 8 << 20)
+    assert (codec.MAX_BODY, codec.MAX_TEXT, codec.MAX_NAMES) == (64 << 20, 8 << 20, 16384)
+    assert (codec.MAX_OFFSET, codec.MAX_TIME, codec.MAX_OWNER) == (1 << 62, (1 << 63) - 1, (1 << 32) - 1)
+    assert (journal.MAX_SIZE, undofile._MAX_WINDOW) == (136 + codec.MAX_BODY + 32, 8 << 20)
 
 
 # -- tables
@@ -269,7 +269,7 @@ def comparable(found: NamedTuple) -> list[object]:
 def test_a_journal_is_read_as_it_was_written(
     monkeypatch: pytest.MonkeyPatch, given_journal: Journal, committed: bool, piece: int
 ) -> None:
-    monkeypatch.setattr(journal, "_PIECE", piece)
+    monkeypatch.setattr(journal, "PIECE", piece)
     encoded = given_journal.encode(lambda digest: digest[::-1])
     record = journal.commit_record(encoded)
     descriptor = memory(encoded + (record if committed else b""))
@@ -304,13 +304,13 @@ def test_a_journal_that_was_not_written_to_its_end_is_none() -> None:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize(("length", "right"), [(fields.MAX_BODY, True), (fields.MAX_BODY + 1, False)])
+@pytest.mark.parametrize(("length", "right"), [(codec.MAX_BODY, True), (codec.MAX_BODY + 1, False)])
 def test_the_body_of_a_journal_is_bounded(length: int, right: bool) -> None:
     descriptor = memory(struct.pack("<64sQ32s32s", journal.MAGIC, length, bytes(32), bytes(32)))
     if right:
         assert journal.read_head(descriptor, "j") == (length, bytes(32), bytes(32))
     else:
-        with pytest.raises(ImageError, match=f"length of the body at 0x40: {length} bytes, {fields.MAX_BODY} at most"):
+        with pytest.raises(ImageError, match=f"length of the body at 0x40: {length} bytes, {codec.MAX_BODY} at most"):
             journal.read_head(descriptor, "j")
     os.close(descriptor)
 
@@ -463,7 +463,7 @@ UNDO = Undo(
 
 
 def test_an_undo_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(undofile, "_PIECE", 2)
+    monkeypatch.setattr(undofile, "PIECE", 2)
     (tmp_path / "source").write_bytes(b"0123456789abcd")
     source = File("source", os.open(tmp_path / "source", os.O_RDWR))
     descriptor = memory(b"")
@@ -489,7 +489,7 @@ def test_an_undo_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyt
     stamp = Stamp.of(source.descriptor, np.array([[0, 5], [9, 3]], dtype=np.int64))
     status = os.fstat(source.descriptor)
     assert stamp[:2] == (14, status.st_mtime_ns)
-    assert stamp.digest == undofile._digest(b"012349ab")
+    assert stamp.digest == codec.digest_of(b"012349ab")
     os.pwrite(descriptor, stamp.encode(), undofile.STAMP_OFFSET)
     assert undofile.read_stamp(descriptor, "u") == stamp
     assert undofile.read(descriptor, "u", found, "u").source == "old.raw"
@@ -507,7 +507,7 @@ def undo_body(rest: bytes = b"", **values: object) -> bytes:
 
 def read_undo(data: bytes) -> Undo:
     descriptor = memory(
-        undofile.MAGIC + bytes(80) + struct.pack("<Q32s32s", len(data), undofile._digest(data), MARK) + data
+        undofile.MAGIC + bytes(80) + struct.pack("<Q32s32s", len(data), codec.digest_of(data), MARK) + data
     )
     try:
         return undofile.read(descriptor, "u", undofile.read_head(descriptor, "u"), "entry")
@@ -581,13 +581,13 @@ def test_tables_of_an_undo_file_are_bounded() -> None:
 
 def test_the_head_of_an_undo_file_is_checked() -> None:
     data = undo_body()
-    whole = undofile.MAGIC + bytes(80) + struct.pack("<Q32s32s", len(data), undofile._digest(data), MARK) + data
-    old = undofile._OLD_MAGIC + bytes(80) + struct.pack("<Q32s", len(data), undofile._digest(data)) + data
+    whole = undofile.MAGIC + bytes(80) + struct.pack("<Q32s32s", len(data), codec.digest_of(data), MARK) + data
+    old = undofile._OLD_MAGIC + bytes(80) + struct.pack("<Q32s", len(data), codec.digest_of(data)) + data
     head = 128 + 80 + 72
     for good, offset, mark in ((whole, head, MARK), (old, head - 32, None)):
         descriptor = memory(good)
         found = undofile.read_head(descriptor, "u")
-        assert found == (offset, len(data), undofile._digest(data), mark)
+        assert found == (offset, len(data), codec.digest_of(data), mark)
         assert undofile.read(descriptor, "u", found, "u").size == 65536
         os.ftruncate(descriptor, len(good) - 1)
         with pytest.raises(ImageError, match=f"length of the body at 0xd0: {len(data)} bytes, {len(data) - 1} at most"):
@@ -607,13 +607,13 @@ def test_the_head_of_an_undo_file_is_checked() -> None:
 
 
 def test_the_body_of_an_undo_file_is_bounded() -> None:
-    for length, right in ((fields.MAX_BODY, True), (fields.MAX_BODY + 1, False)):
+    for length, right in ((codec.MAX_BODY, True), (codec.MAX_BODY + 1, False)):
         descriptor = memory(undofile.MAGIC + bytes(80) + struct.pack("<Q32s32s", length, bytes(32), MARK))
-        os.ftruncate(descriptor, fields.MAX_BODY + 1000)
+        os.ftruncate(descriptor, codec.MAX_BODY + 1000)
         if right:
             assert undofile.read_head(descriptor, "u").length == length
         else:
-            with pytest.raises(ImageError, match=f"{fields.MAX_BODY} at most"):
+            with pytest.raises(ImageError, match=f"{codec.MAX_BODY} at most"):
                 undofile.read_head(descriptor, "u")
         os.close(descriptor)
 

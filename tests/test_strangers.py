@@ -22,7 +22,7 @@ from test_inplace import converted, in_place, names, run_cli
 from test_inplace_crash import contents
 from vmconv import api
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
-from vmconv.inplace import fields, undofile
+from vmconv.inplace import codec, undofile
 from vmconv.inplace.journal import MAGIC, Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 
@@ -108,7 +108,7 @@ def unmarked(path: Path) -> None:
 
 def holes(path: Path) -> None:
     with path.open("wb") as file:
-        file.write(MAGIC + struct.pack("<Q", fields.MAX_BODY))
+        file.write(MAGIC + struct.pack("<Q", codec.MAX_BODY))
         file.truncate(254 * MIB)
 
 
@@ -258,7 +258,7 @@ def test_a_journal_is_about_the_file_that_it_lies_beside(ext4_dir: Path) -> None
 
 def test_holes_cost_no_memory(ext4_dir: Path) -> None:
     """Not even with a right head and trust: what is read is bounded before it is."""
-    for length, commands in ((fields.MAX_BODY, ["info", "recover"]), (253 * MIB, ["recover --trust"])):
+    for length, commands in ((codec.MAX_BODY, ["info", "recover"]), (253 * MIB, ["recover --trust"])):
         path = ext4_dir / ("disk.raw" + JOURNAL)
         with path.open("wb") as file:
             file.write(MAGIC + struct.pack("<Q", length))

@@ -86,7 +86,7 @@ ROOMS: dict[str, Room] = {
         _core("inplace/stay inplace/share inplace/shift", "inplace inplace_safety inplace_crash"),
     ),
     "inplace": (
-        _core("inplace/fields inplace/journal inplace/undofile", "journals strangers"),
+        _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
         _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
         _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "inplace_safety inplace"),
         _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers inplace_crash"),

@@ -3,7 +3,7 @@
     magic | length of the body, its digest, whose it is | body: JSON, ranges, old bytes | the digest, once committed
 
 It is durable before anything changes, and it is removed when nothing is left to be done. The second digest is the
-commit point: without it everything is taken back. What is read is checked field by field (`vmconv.inplace.fields`).
+commit point: without it everything is taken back. What is read is checked field by field (`vmconv.inplace.codec`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vmconv.errors import ImageError
-from vmconv.inplace import fields
-from vmconv.inplace.fields import MAX_BODY, Fields, Ranges, Tables
+from vmconv.inplace import codec
+from vmconv.inplace.codec import DIGEST, MAX_BODY, PIECE, Fields, Ranges, Tables, digest_of
 from vmconv.inplace.names import JOURNAL, WORKING, beside
 
 MAGIC = b"vmconv: a conversion in place is under way; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64sQ32s32s")
-_LENGTH = struct.Struct("<Q")
-_DIGEST = 32
-_PIECE = 1 << 20
-MAX_SIZE = _HEAD.size + MAX_BODY + _DIGEST
+MAX_SIZE = _HEAD.size + MAX_BODY + DIGEST
 """Bytes of a journal."""
 
 _TABLES = {"saved": 2, "holes": 2, "dead": 2, "pieces": 3, "later": 2}
@@ -89,18 +86,13 @@ class Journal(NamedTuple):
 
     def encode(self, mark: Callable[[bytes], bytes]) -> bytes:
         """Returns the journal as a file; `mark` makes of its digest what says whose it is, 32 bytes."""
-        import json
-
         values: dict[str, Any] = {
             name: value for name, value in self._asdict().items() if name not in (*_TABLES, "old", "new")
         }
         tables = {name: getattr(self, name) for name in _TABLES}
         shapes = {name: table.shape for name, table in tables.items()}
-        # Names of files need not be text: JSON escapes what stands for their bytes.
-        text = json.dumps({**values, "tables": shapes}).encode("ascii")
-        data = [table.astype("<i8").tobytes() for table in tables.values()]
-        body = b"".join([_LENGTH.pack(len(text)), text, *data, self.old, self.new])
-        digest = _digest(body)
+        body = b"".join([codec.encode({**values, "tables": shapes}, tables.values()), self.old, self.new])
+        digest = digest_of(body)
         return _HEAD.pack(MAGIC, len(body), digest, mark(digest)) + body
 
 
@@ -149,19 +141,19 @@ def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
     if os.fstat(descriptor).st_size < _HEAD.size + head.length:
         return None
     body = bytearray(head.length)
-    digest = hashlib.blake2b(digest_size=_DIGEST)
-    for at in range(0, head.length, _PIECE):
-        piece = memoryview(body)[at : at + _PIECE]
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    for at in range(0, head.length, PIECE):
+        piece = memoryview(body)[at : at + PIECE]
         if os.preadv(descriptor, [piece], _HEAD.size + at) < len(piece):
             return None
         digest.update(piece)
     if digest.digest() != head.digest:
         return None
-    commit = os.pread(descriptor, _DIGEST, _HEAD.size + head.length)
+    commit = os.pread(descriptor, DIGEST, _HEAD.size + head.length)
     journal = _parse(memoryview(body), path)
     if beside(journal.source, JOURNAL) != entry:
         raise ImageError(
-            f"{path}: source at {_HEAD.size + _LENGTH.size:#x}: {journal.source!r} has another journal, "
+            f"{path}: source at {_HEAD.size:#x}: {journal.source!r} has another journal, "
             f"{beside(journal.source, JOURNAL)}"
         )
     return Found(journal, commit == head.digest)
@@ -173,16 +165,8 @@ def parsed(encoded: bytes, path: str) -> Journal:
 
 
 def _parse(body: memoryview, path: str) -> Journal:
-    begin = _HEAD.size + _LENGTH.size
-    length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
-    if not 0 < length <= min(fields.MAX_TEXT, len(body) - _LENGTH.size):
-        raise ImageError(
-            f"{path}: length of the fields at {_HEAD.size:#x}: {length} bytes, "
-            f"{max(0, min(fields.MAX_TEXT, len(body) - _LENGTH.size))} at most"
-        )
-    given = Fields(path, body[_LENGTH.size : _LENGTH.size + length], begin)
-    tables = Tables(path, body, _LENGTH.size + length, _HEAD.size)
-    old_size, new_size = given.number("old_size", fields.MAX_OFFSET), given.number("new_size", fields.MAX_OFFSET)
+    given, tables = codec.decode(path, body, _HEAD.size)
+    old_size, new_size = given.number("old_size", codec.MAX_OFFSET), given.number("new_size", codec.MAX_OFFSET)
     found: dict[str, Any] = {}
     for name, rows in given.counts("tables", _TABLES).items():
         found[name] = _table(tables, name, rows, {"saved": old_size, "holes": old_size}.get(name, new_size), old_size)
@@ -200,8 +184,8 @@ def _pieces(tables: Tables, rows: int, most: int) -> Ranges:
     begin = tables.offset + tables.at
     found = tables.table("pieces", rows, 3)
     what = f"{tables.path}: pieces"
-    fields.refuse_rows(what, begin, found, found[:, 0], found[:, 1], fields.MAX_OFFSET)
-    fields.refuse_rows(what, begin, found, found[:, 2], found[:, 1], most)
+    codec.refuse_rows(what, begin, found, found[:, 0], found[:, 1], codec.MAX_OFFSET)
+    codec.refuse_rows(what, begin, found, found[:, 2], found[:, 1], most)
     return found
 
 
@@ -236,8 +220,8 @@ def _leftover(given: Fields, value: object, own: set[str]) -> Leftover:
         given.refuse("leftovers", value, "a name, a size and a time")
     return Leftover(
         given.checked_name("leftovers", value[0], own),
-        given.checked_number("leftovers", value[1], fields.MAX_OFFSET),
-        given.checked_number("leftovers", value[2], fields.MAX_TIME, -fields.MAX_TIME),
+        given.checked_number("leftovers", value[1], codec.MAX_OFFSET),
+        given.checked_number("leftovers", value[2], codec.MAX_TIME, -codec.MAX_TIME),
     )
 
 
@@ -247,9 +231,9 @@ def _times(given: Fields) -> dict[str, Any]:
     # Older journals do not say whose the files are.
     owner = given.take("owner") if given.has("owner") else None
     found = {
-        "old_mtime": given.number("old_mtime", fields.MAX_TIME, -fields.MAX_TIME),
-        "mtime": None if mtime is None else given.checked_number("mtime", mtime, fields.MAX_TIME, -fields.MAX_TIME),
-        "owner": None if owner is None else given.checked_number("owner", owner, fields.MAX_OWNER),
+        "old_mtime": given.number("old_mtime", codec.MAX_TIME, -codec.MAX_TIME),
+        "mtime": None if mtime is None else given.checked_number("mtime", mtime, codec.MAX_TIME, -codec.MAX_TIME),
+        "owner": None if owner is None else given.checked_number("owner", owner, codec.MAX_OWNER),
     }
     given.end()
     return found
@@ -265,7 +249,3 @@ def _with_bytes(journal: Journal, tables: Tables) -> Journal:
         )
     rest = tables.body[tables.at :]
     return journal._replace(old=rest[:old], new=rest[old:])
-
-
-def _digest(body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST).digest()

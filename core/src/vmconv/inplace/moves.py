@@ -14,7 +14,7 @@ import numpy as np
 
 from vmconv.errors import BackendError, PlanError
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.fields import Ranges
+from vmconv.inplace.codec import Ranges
 from vmconv.io.directory import Directory
 from vmconv.model.extents import Column, Kind, spread
 from vmconv.model.plan import FilePlan

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from vmconv.errors import AccessError, PlanError
-from vmconv.inplace.fields import MAX_BODY, Ranges
+from vmconv.inplace.codec import MAX_BODY, Ranges
 from vmconv.inplace.names import JOURNAL, WORKING, beside
 from vmconv.io.directory import Directory
 from vmconv.io.registry import Registry

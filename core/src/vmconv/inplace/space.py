@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.inplace.fields import Ranges
+from vmconv.inplace.codec import Ranges
 from vmconv.model.extents import Column, Extents, Kind, allocated, cut
 from vmconv.model.plan import Action, FilePlan, Plan
 from vmconv.model.sources import File

@@ -13,7 +13,7 @@ from vmconv.errors import AccessError, BackendError
 from vmconv.inplace import rules, space, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.fields import Ranges
+from vmconv.inplace.codec import Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside
 from vmconv.inplace.rules import Own

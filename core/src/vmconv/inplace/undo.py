@@ -14,7 +14,7 @@ from vmconv.errors import AccessError, ImageError, PlanError, os_errors
 from vmconv.inplace import neighbours, rules, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.fields import Ranges
+from vmconv.inplace.codec import Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside, interrupted
 from vmconv.inplace.rules import Own

@@ -4,7 +4,7 @@
     | zstandard: old bytes
 
 The stamp is known last, when nothing more is done to the file, so it has a place and a digest of its own. Files of
-vmconv 0.1 have another magic, and do not say whose they are. What is read is checked (`vmconv.inplace.fields`).
+vmconv 0.1 have another magic, and do not say whose they are. What is read is checked (`vmconv.inplace.codec`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from stat import S_IMODE
 from typing import Any, NamedTuple
 
 from vmconv.errors import ImageError
-from vmconv.inplace import fields
+from vmconv.inplace import codec
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.fields import MAX_BODY, Fields, Ranges, Tables
+from vmconv.inplace.codec import DIGEST, MAX_BODY, PIECE, Fields, Ranges, Tables, digest_of
 from vmconv.model.sources import File
 
 _OLD_MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
@@ -30,9 +30,6 @@ _STAMP = struct.Struct("<QQ32s32s")
 _HEAD_OFFSET = STAMP_OFFSET + _STAMP.size
 _HEAD = struct.Struct("<Q32s32s")
 _OLD_HEAD = struct.Struct("<Q32s")
-_LENGTH = struct.Struct("<Q")
-_DIGEST = 32
-_PIECE = 1 << 20
 
 _MAX_WINDOW = 8 << 20
 """Bytes that the decompressor may need: four times what is needed for what vmconv writes."""
@@ -50,17 +47,17 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, descriptor: int, metadata: Ranges) -> Stamp:
         """Returns the stamp of a file as it is; reads these ranges of it."""
-        found = hashlib.blake2b(digest_size=_DIGEST)
+        found = hashlib.blake2b(digest_size=DIGEST)
         for offset, length in metadata.tolist():
-            for at in range(offset, offset + length, _PIECE):
-                found.update(os.pread(descriptor, min(_PIECE, offset + length - at), at))
+            for at in range(offset, offset + length, PIECE):
+                found.update(os.pread(descriptor, min(PIECE, offset + length - at), at))
         status = os.fstat(descriptor)
         return cls(status.st_size, status.st_mtime_ns, found.digest())
 
     def encode(self) -> bytes:
         """Returns the stamp as it is written at `STAMP_OFFSET`."""
         body = struct.pack("<QQ32s", *self)
-        return body + _digest(body)
+        return body + digest_of(body)
 
 
 class Sibling(NamedTuple):
@@ -94,13 +91,10 @@ class Undo(NamedTuple):
 
     def head(self, mark: Callable[[bytes], bytes]) -> bytes:
         """Returns the file up to the old bytes, with room for the stamp; `mark` says of a digest whose it is."""
-        import json
-
         values = {name: value for name, value in self._asdict().items() if name not in ("ranges", "metadata")}
         tables = (self.ranges, self.metadata)
-        text = json.dumps({**values, "tables": [len(table) for table in tables]}).encode("ascii")
-        body = _LENGTH.pack(len(text)) + text + b"".join(table.astype("<i8").tobytes() for table in tables)
-        digest = _digest(body)
+        body = codec.encode({**values, "tables": [len(table) for table in tables]}, tables)
+        digest = digest_of(body)
         return b"".join([MAGIC, bytes(_STAMP.size), _HEAD.pack(len(body), digest, mark(digest)), body])
 
     @property
@@ -129,8 +123,8 @@ def write(descriptor: int, head: bytes, pieces: Iterable[tuple[File, int, int]],
 
 def _read(pieces: Iterable[tuple[File, int, int]]) -> Iterator[bytes]:
     for file, offset, length in pieces:
-        for at in range(offset, offset + length, _PIECE):
-            yield file.read(at, min(_PIECE, offset + length - at))
+        for at in range(offset, offset + length, PIECE):
+            yield file.read(at, min(PIECE, offset + length - at))
 
 
 # -- reading
@@ -166,7 +160,7 @@ def read_head(descriptor: int, path: str) -> Head:
 def read_stamp(descriptor: int, path: str) -> Stamp:
     """Returns the stamp of an undo file; raises `ImageError` where it is damaged, or was never written."""
     data = os.pread(descriptor, _STAMP.size, STAMP_OFFSET)
-    if len(data) < _STAMP.size or _digest(data[:-_DIGEST]) != data[-_DIGEST:]:
+    if len(data) < _STAMP.size or digest_of(data[:-DIGEST]) != data[-DIGEST:]:
         raise ImageError(f"{path}: stamp at {STAMP_OFFSET:#x}: its digest does not fit")
     size, mtime, digest, _ = _STAMP.unpack(data)
     return Stamp(size, mtime, digest)
@@ -175,33 +169,28 @@ def read_stamp(descriptor: int, path: str) -> Stamp:
 def read(descriptor: int, path: str, head: Head, entry: str) -> Undo:
     """Returns what the undo file of the name `entry` says, the stamp apart; raises `ImageError` where it is damaged."""
     body = os.pread(descriptor, head.length, head.offset)
-    if len(body) != head.length or _digest(body) != head.digest:
+    if len(body) != head.length or digest_of(body) != head.digest:
         raise ImageError(f"{path}: body at {head.offset:#x}: its digest does not fit")
-    length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
-    most = max(0, min(fields.MAX_TEXT, len(body) - _LENGTH.size))
-    if not 0 < length <= most:
-        raise ImageError(f"{path}: length of the fields at {head.offset:#x}: {length} bytes, {most} at most")
-    view = memoryview(body)
-    given = Fields(path, view[_LENGTH.size : _LENGTH.size + length], head.offset + _LENGTH.size)
-    return _parse(given, Tables(path, view, _LENGTH.size + length, head.offset), entry)
+    given, tables = codec.decode(path, memoryview(body), head.offset)
+    return _parse(given, tables, entry)
 
 
 def _parse(given: Fields, tables: Tables, entry: str) -> Undo:
     own = {entry}
-    size = given.number("size", fields.MAX_OFFSET)
+    size = given.number("size", codec.MAX_OFFSET)
     siblings = tuple(_sibling(given, each, own) for each in given.items("siblings"))
     source, target = given.name("source", own), given.name("target", own)
     made = given.names("made", own)
     given.apart("siblings", [source, *(sibling.name for sibling in siblings)])
     given.apart("made", [target, *made])
-    source_format, mtime = given.format("source_format"), given.number("mtime", fields.MAX_TIME, -fields.MAX_TIME)
+    source_format, mtime = given.format("source_format"), given.number("mtime", codec.MAX_TIME, -codec.MAX_TIME)
     counts = given.items("tables", 2)
     if len(counts) != 2:
         given.refuse("tables", counts, "the rows of two tables")
     rows = [given.checked_number("tables", count, MAX_BODY // 16) for count in counts]
     given.end()
     ranges = tables.ranges("ranges", rows[0], size)
-    metadata = tables.ranges("metadata", rows[1], fields.MAX_OFFSET)
+    metadata = tables.ranges("metadata", rows[1], codec.MAX_OFFSET)
     if tables.at != len(tables.body):
         left = len(tables.body) - tables.at
         raise ImageError(f"{tables.path}: body at {tables.offset:#x}: has {left} bytes behind its tables, 0 at most")
@@ -217,7 +206,7 @@ def _sibling(given: Fields, value: object, own: set[str]) -> Sibling:
     return Sibling(
         given.checked_name("siblings", value[0], own),
         mode,
-        given.checked_number("siblings", value[2], fields.MAX_OFFSET),
+        given.checked_number("siblings", value[2], codec.MAX_OFFSET),
     )
 
 
@@ -259,7 +248,3 @@ class _Bytes:
         data = os.pread(self._descriptor, count, self._offset)
         self._offset += len(data)
         return data
-
-
-def _digest(body: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST).digest()

@@ -1,13 +1,16 @@
-"""Fields of files that may be a stranger's: every one is bounded and checked before anything is done with it.
+"""The codec of the journal and the undo file: fields as JSON, then tables of 64-bit numbers, with a digest.
 
-All errors are `ImageError`; they name the file, the field, its offset, the value found, and what is allowed.
+What is read may be a stranger's: every field is bounded and checked before anything is done with it. All errors are
+`ImageError`; they name the file, the field, its offset, the value found, and what is allowed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+import struct
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,8 +33,38 @@ MAX_OFFSET = 1 << 62
 MAX_TIME = (1 << 63) - 1
 MAX_OWNER = (1 << 32) - 1
 
+DIGEST = 32
+"""Bytes of a digest."""
+PIECE = 1 << 20
+"""Bytes that are read at a time."""
+
+_LENGTH = struct.Struct("<Q")
 _FORMAT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _SHOWN = 80
+
+
+def digest_of(body: bytes) -> bytes:
+    """Returns the digest of a body."""
+    return hashlib.blake2b(body, digest_size=DIGEST).digest()
+
+
+def encode(values: Mapping[str, Any], tables: Iterable[Ranges]) -> bytes:
+    """Returns a body: the fields, and behind them the tables."""
+    import json
+
+    # Names of files need not be text: JSON escapes what stands for their bytes.
+    text = json.dumps(values).encode("ascii")
+    return b"".join([_LENGTH.pack(len(text)), text, *(table.astype("<i8").tobytes() for table in tables)])
+
+
+def decode(path: str, body: memoryview, offset: int) -> tuple[Fields, Tables]:
+    """Returns the fields and the tables of a body that lies at `offset` of the file `path`."""
+    length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
+    most = max(0, min(MAX_TEXT, len(body) - _LENGTH.size))
+    if not 0 < length <= most:
+        raise ImageError(f"{path}: length of the fields at {offset:#x}: {length} bytes, {most} at most")
+    text = body[_LENGTH.size : _LENGTH.size + length]
+    return Fields(path, text, offset + _LENGTH.size), Tables(path, body, _LENGTH.size + length, offset)
 
 
 class Fields:
