@@ -45,7 +45,6 @@ def _guarded(arguments: Sequence[str] | None) -> int:
     options = argparse.Namespace()
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        # What is not asked for needs no parser: making those of all commands takes as long as a conversion's metadata.
         options = make_parser(given[0] if given else None).parse_args(given)
         gc.enable()
         with plugin_faults():

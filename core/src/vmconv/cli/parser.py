@@ -8,7 +8,11 @@ from typing import Self
 
 
 def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
-    """Returns the parser of the whole command line; of the commands only the `wanted` one when it is installed."""
+    """Returns the parser of the command line.
+
+    With `wanted`, the first word of a command line, only that command has its arguments: those of all commands take
+    as long as a conversion's metadata.
+    """
     from vmconv.cli.options import formatter
     from vmconv.io.registry import installed
 
@@ -30,6 +34,8 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
             epilog=command.epilog,
             formatter_class=formatter,
         )
+        if wanted not in (None, command.name):
+            continue
         try:
             command.configure(sub)
             sub.set_defaults(run=command.run)

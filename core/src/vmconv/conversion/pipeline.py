@@ -7,9 +7,9 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.backends.stream import StreamBackend
 from vmconv.backends.targets import clean, located, refuse_directory, refuse_kept_names
 from vmconv.conversion.containers import Container, Kept, Target, lay_out, new_name, parts_of, source_itself
 from vmconv.conversion.execute import make
@@ -18,8 +18,7 @@ from vmconv.conversion.refusals import no_collisions, refuse_changed, refuse_cop
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import chosen, refuse_impossible
 from vmconv.conversion.verify import verify as verify_result
-from vmconv.conversion.views import refuse_references, refuse_source_kept
-from vmconv.errors import AccessError, BackendError, PlanError, UsageError, os_errors
+from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.inspect import checking
 from vmconv.interface.arguments import Verify
 from vmconv.interface.backend import Access, Backend, Proposal, Survey, Transaction
@@ -59,7 +58,7 @@ class Conversion(NamedTuple):
 class Prepared(NamedTuple):
     """Conversions of one source that were planned and can be made real, as one; the source's files are open.
 
-    `directory` is that of the targets; None for a stream.
+    `begin` returns a new transaction that makes the plan.
     """
 
     image: Image
@@ -67,18 +66,7 @@ class Prepared(NamedTuple):
     conversions: tuple[Conversion, ...]
     plan: Plan
     opener: Opener
-    directory: Directory | None
-
-    def begin(self) -> Transaction:
-        """Returns a new transaction that makes the plan."""
-        request = self.conversions[-1].request
-        access = Access(self.opener.files, request.mode)
-        if isinstance(self.backend, StreamBackend):
-            return self.backend.send(access.sources)
-        if self.directory is None:
-            raise BackendError("files need a directory")
-        durable = request.cache != "unsafe"
-        return self.backend.begin(self.directory, force=request.force, durable=durable, access=access)
+    begin: Callable[[], Transaction]
 
     @property
     def containers(self) -> list[Container]:
@@ -93,7 +81,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
     With `others`, which want other targets of the same source in the same directory, all of them are one.
     """
     if request.target == STREAM:
-        with _prepared_stream(request, StreamBackend(-1)) as ready:
+        with _prepared_stream(request, -1) as ready:
             yield ready
         return
     registry = installed()
@@ -120,13 +108,24 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
                 if not (site or single):
                     refuse_kept_names(directory)
-                yield Prepared(image, backend, conversions, plan, opener, directory)
+                begin = partial(
+                    backend.begin,
+                    directory,
+                    force=request.force,
+                    durable=request.cache != "unsafe",
+                    access=Access(opener.files, request.mode),
+                )
+                yield Prepared(image, backend, conversions, plan, opener, begin)
 
 
 @contextmanager
-def _prepared_stream(request: Request, backend: StreamBackend) -> Iterator[Prepared]:
+def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
     """Yields the planned conversion to a stream; raises `PlanError` if the image would be more than one file."""
+    from vmconv.backends.stream import StreamBackend
+    from vmconv.conversion.views import refuse_source_kept
+
     _refuse_with_stream(request)
+    backend = StreamBackend(descriptor)
     registry = installed()
     with request.opener(registry) as opener:
         target = _stream_target(request, registry)
@@ -141,7 +140,8 @@ def _prepared_stream(request: Request, backend: StreamBackend) -> Iterator[Prepa
                 f"{target.format.name} would be {files} files, and a stream is one",
                 hint="choose another -o subformat, or convert to a file",
             )
-        yield Prepared(image, backend, (conversion,), conversion.plan, opener, None)
+        begin = partial(backend.send, opener.files)
+        yield Prepared(image, backend, (conversion,), conversion.plan, opener, begin)
 
 
 def run(
@@ -169,7 +169,7 @@ def run(
                 clean(_only_directory(places), [name for _, name in places])
             preparing = prepared(request, *others)
         else:
-            preparing = _prepared_stream(request, StreamBackend(descriptor))
+            preparing = _prepared_stream(request, descriptor)
         with preparing as ready:
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
@@ -287,7 +287,9 @@ def _conversion(request: Request, target: Target, image: Image, way: Proposal, r
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
     for made in containers:
-        if target.directory == "":
+        if request.target == STREAM:
+            from vmconv.conversion.views import refuse_references
+
             refuse_references(target.format, made.layout)
         references.confirm(made.layout.references, target.directory)
     plans = [_plan(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
