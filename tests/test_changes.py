@@ -630,6 +630,12 @@ def test_payload_is_shifted_to_where_it_belongs(rows: list[tuple[int, int, int]]
             calls.blocks.insert(0, -1)
             with pytest.raises(BackendError, match="payload is not where it was shifted to"):
                 shifting.shift(-1, sorted_pieces, calls)
+            calls.made.clear()
+            lost = max(n for n, block in enumerate(calls.blocks) if block == max(wanted))
+            calls.blocks[lost] = 900001
+            with pytest.raises(BackendError, match="4 bytes of payload do not lie on storage"):
+                shifting.shift(-1, sorted_pieces, calls)
+            assert calls.made == []
 
 
 @pytest.mark.parametrize(
@@ -795,6 +801,7 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(shifting, "MOST_SHIFTS", 1)
     monkeypatch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: ranges((0, 64, 400)))
+    monkeypatch.setattr(linux, "shares_blocks", lambda _descriptor: False)
     assert shifting.placed(once, carrier).tolist() == [[408, 8, 16], [420, 4, 28]]
     with pytest.raises(PlanError, match="shifted 2 times, 1 at most"):
         shifting.placed(twice, carrier)

@@ -284,7 +284,7 @@ def test_a_source_with_a_list_is_its_owner_s_alone(ext4_dir: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_who_is_not_root_gives_only_what_is_his(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from vmconv import attributes; found = [os.stat(path) for path in sys.argv[1:]]\n"
+        "import os, sys; from vmconv.io import attributes; found = [os.stat(path) for path in sys.argv[1:]]\n"
         "os.setgroups([77]); os.setgid(1000); os.setuid(1000)\n"
         "print(*map(attributes.can_give, found))"
     )

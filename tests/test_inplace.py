@@ -34,7 +34,7 @@ from vmconv.inplace import undo, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.journal import Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
-from vmconv.inplace.strategies import Share
+from vmconv.inplace.strategies import Share, Unsuitable
 from vmconv.io.opener import Opener
 from vmconv.io.physical import PhysicalMap, Storage
 from vmconv.io.registry import installed
@@ -275,6 +275,17 @@ def test_a_disk_in_another_order_is_not_shifted(ext4_dir: Path, qemu_img: QemuIm
     qemu_img("create", "-f", "qcow2", disk, "4M")
     qemu_io(disk, "write -P 1 2M 64k", "write -P 2 0 64k")
     assert "another order" in str(refused(disk, ext4_dir / "new.raw"))
+
+
+def test_shared_blocks_are_not_shifted(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared block gets another place when it is cut or written: an interrupted change would not find it again."""
+    monkeypatch.setattr(Share, "propose", lambda *_: Unsuitable("blocks cannot be shared"))
+    disk = Source("vhdx", "qemu").make(make_disk(xfs_dir / "disk.raw", SIZE + 512), xfs_dir)
+    (xfs_dir / "disk.raw").unlink()
+    subprocess.run(["cp", "--reflink=always", disk, xfs_dir / "copy.vhdx"], check=True)
+    assert "other files share its blocks" in str(refused(disk, xfs_dir / "new.raw"))
+    (xfs_dir / "copy.vhdx").unlink()
+    api.convert(str(disk), str(xfs_dir / "new.raw"), in_place=True)
 
 
 def test_what_would_be_shifted_too_often_is_refused(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

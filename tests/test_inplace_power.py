@@ -20,7 +20,7 @@ from test_inplace_crash import SIZE, THERE, UNDOABLE, Contents, Work, contents
 from tried import TRIED
 from vmconv.inplace import recovery
 from vmconv.inplace.calls import Calls
-from vmconv.inplace.site import Site
+from vmconv.inplace.strategies import Share, Unsuitable
 
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SPACE = 320 * MIB
@@ -88,7 +88,7 @@ def test_a_power_cut_on_a_real_filesystem_is_taken_back_or_finished(
     if way == SHIFTED:
         if kind == "btrfs":
             pytest.skip("Btrfs shifts nothing")
-        monkeypatch.setattr(Site, "_shared", lambda *_: None)
+        monkeypatch.setattr(Share, "propose", lambda *_: Unsuitable("blocks cannot be shared"))
     image = xfs_dir / "device.img"
     with image.open("wb") as file:
         file.truncate(SPACE)

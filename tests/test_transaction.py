@@ -112,7 +112,7 @@ BEFORE_COMMIT = {
     "before writing": ("vmconv.backends.files:FileOutput.write", "before"),
     "after the first write": ("vmconv.backends.files:FileOutput.write", "after"),
     "before the file is durable": ("vmconv.backends.files:FileOutput.finish", "before"),
-    "before verifying": ("vmconv.conversion:verify_result", "before"),
+    "before verifying": ("vmconv.conversion.pipeline:verify_result", "before"),
     "before the file gets its name": ("vmconv.backends.temporary:Temporary.appear", "before"),
 }
 each_filesystem = pytest.mark.parametrize("unnamed", ["yes", "no"])

@@ -248,13 +248,15 @@ def _in_place(
     site: Site, request: Request, target: Target, image: Image, registry: Registry
 ) -> tuple[Backend, tuple[Conversion, ...], frozenset[str]]:
     """Returns the first strategy's conversion that moves no payload, and the names that it may take over."""
-    from vmconv.inplace.strategies import STRATEGIES, Share, Unsuitable, Wanted, formats_that_hold
+    from vmconv.inplace.strategies import STRATEGIES, Share, Shift, Unsuitable, Wanted, formats_that_hold
 
     kept = _kept(request, target, image, registry)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
     refused: list[PlanError] = []
     for kind in STRATEGIES:
+        if kind is Shift and second_best:
+            break
         strategy = kind(site, wanted)
         proposal = strategy.propose()
         if isinstance(proposal, PlanError):
@@ -272,7 +274,7 @@ def _in_place(
             continue
         if site.chain or not conversion.plan.copies or proposal.carrier:
             return found
-        # New files that copy a little are better than nothing, once no other strategy is left.
+        # New files that copy a little are better than shifting, which has no way back.
         second_best = found
     if second_best:
         return second_best

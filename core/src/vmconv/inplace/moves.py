@@ -62,6 +62,9 @@ def placed(main: FilePlan, carrier: File) -> Ranges:
     extents = linux.settled_ranges(carrier.descriptor)
     if extents is None:
         raise PlanError("in place, payload cannot be shifted: the filesystem does not tell where all of it lies")
+    if linux.shares_blocks(carrier.descriptor):
+        # Such a block gets another place when its file is cut or written, and its place is all that is known of it.
+        raise PlanError("in place, payload cannot be shifted: other files share its blocks")
     return _on_storage(rows, extents)
 
 
@@ -107,8 +110,12 @@ def _overlaps(low: Column, length: Column, start: Column, size: Column) -> tuple
 
 
 def shift(descriptor: int, pieces: Ranges, calls: Calls) -> None:
-    """Brings pieces of payload to where they have to be, from wherever they are; frees all else that the file has."""
+    """Moves each piece of payload to its offset and punches the rest; may be repeated until all is done.
+
+    Raises BackendError, before anything is changed, if the file does not have all pieces.
+    """
     block = os.fstatvfs(descriptor).f_bsize
+    _refuse_missing(_now(descriptor), pieces, block)
     for offset, length in _strangers(_now(descriptor), pieces, block):
         calls.punch(descriptor, offset, length)
     moved = 0
@@ -139,6 +146,17 @@ def _found(now: Ranges, pieces: Ranges, block: int) -> tuple[Column, Column, Col
     wanted = pieces[piece, 2] + physical - pieces[piece, 0]
     order = np.argsort(offset, kind="stable")
     return offset[order], part[order], wanted[order]
+
+
+def _refuse_missing(now: Ranges, pieces: Ranges, block: int) -> None:
+    """Raises `BackendError` if a piece does not lie where it lay: then nothing tells it from what is to be punched."""
+    there = int(_found(now, pieces, block)[1].sum())
+    wanted = int((-(-pieces[:, 1] // block) * block).sum())
+    if there != wanted:
+        raise BackendError(
+            f"{wanted - there} bytes of payload do not lie on storage where the journal has them",
+            hint="another program has written to the file, or moved it; it is as it was found",
+        )
 
 
 def _strangers(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:

@@ -45,6 +45,7 @@ _FIEMAP_LAST = 1
 _FIEMAP_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _FIEMAP_DELAYED = 0x2 | 0x4
 _FIEMAP_ENCODED = 0x8
+_FIEMAP_SHARED = 0x2000
 _FIEMAP_UNWRITTEN = 0x800
 _FIEMAP_BATCH = 4096
 
@@ -313,6 +314,14 @@ def settled_ranges(descriptor: int) -> npt.NDArray[np.int64] | None:
     """Returns rows `(logical, length, physical)` for all extents, unwritten ones too; None where one is uncertain."""
     rows, flags = extents(descriptor)
     return None if (flags & _FIEMAP_VAGUE).any() else rows
+
+
+def shares_blocks(descriptor: int) -> bool:
+    """True if other files share blocks with this one: a write then gives the file another block.
+
+    Raises `OSError` if the filesystem cannot tell.
+    """
+    return bool((extents(descriptor)[1] & _FIEMAP_SHARED).any())
 
 
 def written_ranges(descriptor: int) -> npt.NDArray[np.int64]:
