@@ -168,7 +168,7 @@ def _format(name: str) -> Iterator[str]:
     one = installed().formats[name]
     yield f"## {name}"
     suffixes = ", ".join(f"`{suffix}`" for suffix in one.suffixes)
-    backing = "Can have a parent." if one.can_back else "Cannot have a parent."
+    backing = "Can have a parent." if one.supports_backing else "Cannot have a parent."
     yield f"{one.title[0].upper()}{one.title[1:]}. Suffixes: {suffixes}. {backing}"
     rows = [f"| `{o.name}` | `{_default(o.default)}` | {_cell(o.help)} |" for o in describe(one.options())]
     yield "\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows]) if rows else "No options."

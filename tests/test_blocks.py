@@ -111,7 +111,7 @@ def test_places_are_those_of_the_first_payload_of_each_run(data: st.DataObject) 
     runs = runs.take(runs.kind == Kind.DATA)
     rows = [row for row in table if row.source]
     for first, source, wish in zip(
-        runs.first.tolist(), *(c.tolist() for c in blocks.wishes(table, runs, UNIT)), strict=True
+        runs.first.tolist(), *(c.tolist() for c in blocks.preferred(table, runs, UNIT)), strict=True
     ):
         row = next(row for row in rows if row.end > first * UNIT)
         assert table.sources[source] is row.source
@@ -138,7 +138,7 @@ def test_a_table_that_is_not_whole_blocks_has_no_runs() -> None:
 
 def test_a_layer_says_something_wherever_it_has_no_hole() -> None:
     table = Extents.of([(0, Kind.DATA, A, 5), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30)
-    assert blocks.said(table) == Extents.of(
+    assert blocks.allocated(table) == Extents.of(
         [(0, Kind.ZERO, None, 0), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30
     )
 

@@ -43,7 +43,7 @@ GRANULARITY = {"vhd": 512, "vhdx": 512}
 def formats() -> list[str]:
     """Returns the formats that can have a parent and are read and written."""
     found = installed().formats.items()
-    return sorted(name for name, one in found if one.can_back and one.can_read and one.can_write)
+    return sorted(name for name, one in found if one.supports_backing and one.can_read and one.can_write)
 
 
 def suffix(name: str) -> str:

@@ -36,7 +36,7 @@ from vmconv.inplace.journal import Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 from vmconv.inplace.strategies import Share, Unsuitable
 from vmconv.io.opener import Opener
-from vmconv.io.physical import PhysicalMap, Storage
+from vmconv.io.physical import BlockSpace, PhysicalMap
 from vmconv.io.registry import installed
 from vmconv.model.extents import Kind
 from vmconv.model.plan import Action, Plan
@@ -228,7 +228,7 @@ def guest_places(path: Path, format_name: str) -> list[tuple[int, int, int]]:
     with Opener(installed()) as opener:
         image = opener.image(str(path), format_name)
         table = PhysicalMap().apply(image.flat.window(0, SIZE))
-        return [(row.start, row.length, row.offset) for row in table if isinstance(row.source, Storage)]
+        return [(row.start, row.length, row.offset) for row in table if isinstance(row.source, BlockSpace)]
 
 
 @pytest.fixture(params=["ext4", "xfs"])

@@ -103,7 +103,7 @@ def test_no_command_fails_in_another_way_or_takes_much_time_or_memory(xfs_dir: P
 
 def names_with_parents() -> list[str]:
     """Returns the formats whose images name the file of their parent; a VDI has its parent's UUID: see test_vdi."""
-    return [name for name in names() if installed().formats[name].can_back and name != "vdi"]
+    return [name for name in names() if installed().formats[name].supports_backing and name != "vdi"]
 
 
 def layer(base: Path, path: Path, name: str, parent: str) -> None:

@@ -106,7 +106,8 @@ def digests_but_content_ids(directory: Path) -> dict[str, str]:
 def is_offered(variant: Variant) -> bool:
     """True for the default of each format, and for each subformat that can be viewed."""
     return (
-        options(variant).get("subformat") not in installed().formats[variant[0]].unviewed and variant[1] != "static=on"
+        options(variant).get("subformat") not in installed().formats[variant[0]].not_mountable
+        and variant[1] != "static=on"
     )
 
 

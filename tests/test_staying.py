@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vmconv.errors import PlanError
 from vmconv.model.extents import Extents, Kind
-from vmconv.placing import staying
+from vmconv.placing import pinning
 from vmconv.placing.blocks import Runs
 from vmconv.testing.memory import MemoryFile
 
@@ -93,7 +93,7 @@ def model(table: Extents, carrier: MemoryFile, unit: int, align: int) -> dict[in
     return places
 
 
-def places_of(stay: staying.Stay) -> dict[int, int]:
+def places_of(stay: pinning.Pinned) -> dict[int, int]:
     """Returns the place of each block by its number."""
     columns = (stay.runs.first.tolist(), stay.runs.blocks.tolist(), stay.offset.tolist())
     return {
@@ -113,9 +113,9 @@ def test_blocks_stay_in_the_largest_unit_that_the_model_allows(
     right = [unit for unit in units if allowed[unit] is not None]
     if not right:
         with pytest.raises(PlanError, match="payload cannot stay where it lies"):
-            staying.stay(table, carrier, units, align)
+            pinning.pin(table, carrier, units, align)
         return
-    stay = staying.stay(table, carrier, units, align)
+    stay = pinning.pin(table, carrier, units, align)
     places = places_of(stay)
     assert (stay.unit, places) == (max(right), allowed[max(right)])
     assert stay.table.window(0, table.size) == table
@@ -129,9 +129,9 @@ def test_data_is_looked_for_in_each_range_and_not_past_the_end() -> None:
     carrier = carrier_of(40, (4, 6), (20, 30))
     asked = [(0, 4), (0, 5), (5, 1), (6, 14), (6, 15), (29, 11), (30, 20), (38, 9), (40, 4), (44, 1), (4, 30)]
     start, length = (np.array(column, dtype=np.int64) for column in zip(*asked, strict=True))
-    found = staying._holds_data(carrier, start, length).tolist()
+    found = pinning._holds_data(carrier, start, length).tolist()
     assert found == [False, True, True, False, True, True, False, False, False, False, True]
-    assert staying._holds_data(carrier, start[9:10], length[9:10]).tolist() == [False]
+    assert pinning._holds_data(carrier, start[9:10], length[9:10]).tolist() == [False]
 
 
 @pytest.mark.parametrize(("held", "right"), [((14, 15), True), ((8, 10), True), ((12, 13), False), ((11, 12), False)])
@@ -139,20 +139,20 @@ def test_zeros_of_a_block_stay_zeros_where_the_file_holds_nothing(held: tuple[in
     carrier = carrier_of(24, (8, 10), held) if held[0] > 8 else carrier_of(24, held)
     table = table_of([(Kind.DATA, 8), (Kind.ZERO, 0), (Kind.ZERO, 0)], carrier, 6)
     if right:
-        assert places_of(staying.stay(table, carrier, [8])) == {0: 8}
+        assert places_of(pinning.pin(table, carrier, [8])) == {0: 8}
     else:
         with pytest.raises(PlanError, match="a block of 8 bytes around guest address 0x2 covers bytes that are not"):
-            staying.stay(table, carrier, [8])
+            pinning.pin(table, carrier, [8])
 
 
 # -- what has to move
 
 
-def settled(*places: tuple[int, int, int], unit: int, end: int) -> staying.Stay:
+def settled(*places: tuple[int, int, int], unit: int, end: int) -> pinning.Pinned:
     """Returns a disk of runs `(first, blocks, offset)`."""
     first, count, offset = (np.array(column, dtype=np.int64) for column in zip(*places, strict=True))
     runs = Runs(first, count, np.full(len(first), Kind.DATA, dtype=np.uint8), np.zeros(len(first), dtype=bool))
-    return staying.Stay(unit, Extents.filled(1 << 40), runs, offset, end)
+    return pinning.Pinned(unit, Extents.filled(1 << 40), runs, offset, end)
 
 
 def test_blocks_that_touch_the_header_go_behind_the_end() -> None:

@@ -18,7 +18,7 @@ from vmconv.backends.naming import Named, Set
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary, is_temporary, is_unnamed, remove_stale, rename, temporary_name
 from vmconv.errors import AccessError, BackendError, ImageError
-from vmconv.interface.backend import Ability, Access
+from vmconv.interface.backend import Access, Capabilities
 from vmconv.io import attributes, locks, ownership
 from vmconv.io.directory import Directory
 from vmconv.model.sources import File
@@ -672,7 +672,7 @@ def test_servers_copy_where_they_do_not_share(
     directory: Directory, monkeypatch: pytest.MonkeyPatch, kind: str, shares: bool
 ) -> None:
     monkeypatch.setattr(linux, "mount_of", lambda _path: linux.Mount(kind, "/"))
-    monkeypatch.setattr(ReflinkBackend, "ability", lambda *_arguments: Ability(usable=True, shares=shares))
+    monkeypatch.setattr(ReflinkBackend, "capabilities", lambda *_arguments: Capabilities(usable=True, shares=shares))
     transaction = CopyBackend().begin(directory)
     assert isinstance(transaction, FileTransaction)
     assert transaction.kernel_copies == (kind not in ("ext4", "xfs") and not shares)
@@ -682,5 +682,5 @@ def test_servers_copy_where_they_do_not_share(
 @pytest.mark.parametrize("writable", [True, False])
 def test_copies_can_be_made_where_files_can(monkeypatch: pytest.MonkeyPatch, writable: bool) -> None:
     monkeypatch.setattr(os, "access", lambda path, how: writable and (path, how) == ("/place", os.W_OK))
-    found = CopyBackend().ability("/place")
+    found = CopyBackend().capabilities("/place")
     assert (found.usable, found.shares, found.reason is None) == (writable, False, writable)

@@ -66,7 +66,7 @@ def _writer(name: str, *tests: str) -> Room:
 
 ROOMS: dict[str, Room] = {
     "extents": (_core("model/extents placing/ranges", "extents ranges"),),
-    "blocks": (_core("placing/blocks", "blocks"), _core("placing/staying", "staying")),
+    "blocks": (_core("placing/blocks", "blocks"), _core("placing/pinning", "staying")),
     "planner": (_core("conversion/planner model/plan model/planned model/layout", "planner planned conversion"),),
     "places": (
         _core(

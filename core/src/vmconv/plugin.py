@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from vmconv.interface.arguments import Reading
     from vmconv.interface.backend import (
         DEFAULT_ACCESS,
-        Ability,
         Access,
         Backend,
+        Capabilities,
         Congruence,
         Output,
         Survey,
@@ -82,8 +82,8 @@ if TYPE_CHECKING:
     from vmconv.model.sources import Blob, Decoded, File, Reserved, Source
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
     from vmconv.placing import blocks
+    from vmconv.placing.pinning import Pinned, pin
     from vmconv.placing.ranges import Ranges, joined_over_holes, ranges_in_files
-    from vmconv.placing.staying import Stay, stay
     from vmconv.system.parallel import in_order
 
 _HOMES = {
@@ -93,13 +93,13 @@ _HOMES = {
     "Registry": "io.registry",
     "installed": "io.registry",
     "table_slices": "fields",
-    "Ability": "interface.backend",
     "Access": "interface.backend",
     "AccessError": "errors",
     "Backend": "interface.backend",
     "BackendError": "errors",
     "Backing": "model.layout",
     "Blob": "model.sources",
+    "Capabilities": "interface.backend",
     "CheckReport": "interface.format",
     "Column": "model.extents",
     "Columns": "model.extents",
@@ -127,6 +127,7 @@ _HOMES = {
     "Opener": "io.opener",
     "OutFile": "model.layout",
     "Output": "interface.backend",
+    "Pinned": "placing.pinning",
     "Placement": "model.layout",
     "Plan": "model.plan",
     "PlanError": "errors",
@@ -143,7 +144,6 @@ _HOMES = {
     "ShareSteps": "model.plan",
     "Size": "model.options",
     "Source": "model.sources",
-    "Stay": "placing.staying",
     "Survey": "interface.backend",
     "Transaction": "interface.backend",
     "Usage": "model.usage",
@@ -179,6 +179,7 @@ _HOMES = {
     "os_errors": "errors",
     "overlaps": "model.usage",
     "parse_size": "model.options",
+    "pin": "placing.pinning",
     "print_json": "cli.output",
     "print_table": "cli.output",
     "printable": "errors",
@@ -189,7 +190,6 @@ _HOMES = {
     "refuse_overlaps": "model.usage",
     "size_text": "cli.output",
     "spread": "model.extents",
-    "stay": "placing.staying",
     "text_of": "model.paths",
     "to_windows": "model.paths",
     "warn": "errors",
@@ -203,13 +203,13 @@ __all__ = [
     "OLDEST_INTERFACE",
     "RAW_NAME",
     "VMCONV_INTERFACE",
-    "Ability",
     "Access",
     "AccessError",
     "Backend",
     "BackendError",
     "Backing",
     "Blob",
+    "Capabilities",
     "CheckReport",
     "Column",
     "Columns",
@@ -234,6 +234,7 @@ __all__ = [
     "Opener",
     "OutFile",
     "Output",
+    "Pinned",
     "Placement",
     "Plan",
     "PlanError",
@@ -251,7 +252,6 @@ __all__ = [
     "ShareSteps",
     "Size",
     "Source",
-    "Stay",
     "Survey",
     "Transaction",
     "Usage",
@@ -289,6 +289,7 @@ __all__ = [
     "os_errors",
     "overlaps",
     "parse_size",
+    "pin",
     "print_json",
     "print_table",
     "printable",
@@ -299,7 +300,6 @@ __all__ = [
     "refuse_overlaps",
     "size_text",
     "spread",
-    "stay",
     "table_slices",
     "text_of",
     "to_windows",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.reflink import ReflinkBackend
-from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
 from vmconv.io.directory import Directory
 from vmconv.model.sources import File
 from vmconv.system import linux
@@ -19,9 +19,9 @@ class CopyBackend(Backend):
     name = "copy"
     title = "copies every payload byte"
 
-    def ability(self, directory: str) -> Ability:
+    def capabilities(self, directory: str) -> Capabilities:
         usable = os.access(directory, os.W_OK)
-        return Ability(usable=usable, shares=False, reason=None if usable else f"{directory} is not writable")
+        return Capabilities(usable=usable, shares=False, reason=None if usable else f"{directory} is not writable")
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(1, {id(source): "the copy backend was asked for" for source in sources})
@@ -32,5 +32,5 @@ class CopyBackend(Backend):
         # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
         place = directory.real()
         remote = linux.mount_of(place).type in _COPIED_BY_THE_SERVER
-        kernel_copies = remote and not ReflinkBackend().ability(place).shares
+        kernel_copies = remote and not ReflinkBackend().capabilities(place).shares
         return FileTransaction(directory, force=force, durable=durable, access=access, kernel_copies=kernel_copies)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
-from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
 from vmconv.model.sources import File
 from vmconv.system import linux
 
@@ -62,15 +62,15 @@ class ReflinkBackend(Backend):
     name = "reflink"
     title = "shares blocks with the source (FICLONERANGE)"
 
-    def ability(self, directory: str) -> Ability:
+    def capabilities(self, directory: str) -> Capabilities:
         with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
             os.pwrite(scratch, bytes(2 * unit), 0)
             try:
                 linux.clone_range(scratch, scratch, 0, unit, unit)
             except OSError as exc:
-                return Ability(usable=False, shares=False, reason=_refusal(exc, directory))
-        return Ability(usable=True, shares=True, unit=unit)
+                return Capabilities(usable=False, shares=False, reason=_refusal(exc, directory))
+        return Capabilities(usable=True, shares=True, unit=unit)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from vmconv.backends.planned import PlannedOutput
 from vmconv.errors import BackendError, os_errors
-from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Output, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Output, Survey, Transaction
 from vmconv.io.directory import Directory
 from vmconv.model.plan import Plan, Progress
 from vmconv.model.sources import File
@@ -36,8 +36,8 @@ class StreamBackend(Backend):
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
-    def ability(self, directory: str) -> Ability:
-        return Ability(usable=True, shares=False)
+    def capabilities(self, directory: str) -> Capabilities:
+        return Capabilities(usable=True, shares=False)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(ALIGNMENT, {id(file): "a stream cannot share blocks with files" for file in sources})

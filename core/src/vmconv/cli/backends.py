@@ -18,15 +18,15 @@ def _run(options: argparse.Namespace) -> int:
         raise BackendError(f"{options.directory}: is not a directory")
     found = []
     for name, backend in installed().backends.items():
-        ability = backend.ability(options.directory)
+        capabilities = backend.capabilities(options.directory)
         found.append(
             {
                 "name": name,
                 "title": backend.title,
-                "usable": ability.usable,
-                "shares": ability.shares,
-                "unit": ability.unit,
-                "reason": ability.reason,
+                "usable": capabilities.usable,
+                "shares": capabilities.shares,
+                "unit": capabilities.unit,
+                "reason": capabilities.reason,
             }
         )
     if options.output == "json":

@@ -68,7 +68,7 @@ def source_itself(image: Image, registry: Registry, directory: str) -> Kept:
     """
     files: dict[int, File] = {}
     for layer in image.chain():
-        why = registry.format(layer.format_name).unlike_qemu(layer)
+        why = registry.format(layer.format_name).qemu_incompatibility(layer)
         if why:
             raise PlanError(
                 f"{layer.file.name}: cannot be a backing file: {why}",
@@ -129,7 +129,7 @@ def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None
         taken.add(name)
         parts.append(Part(layer, layer.parent, name))
         above = layer
-    if len(parts) > 1 and not target.format.can_back:
+    if len(parts) > 1 and not target.format.supports_backing:
         raise UsageError(
             f"{target.format.name} cannot have a backing file",
             hint=f"{image.file.name} has {len(parts)} layers: without --chain all become one image",

@@ -429,7 +429,7 @@ def _kept(request: Request, target: Target, image: Image, registry: Registry) ->
                 "a backing format needs a backing file", hint="name it with -B; --backing-format is for SOURCE's"
             )
         return None
-    if not target.format.can_back:
+    if not target.format.supports_backing:
         raise UsageError(f"{target.format.name} cannot have a backing file")
     path = os.path.join(os.path.dirname(request.target), request.backing_file)
     with os_errors("cannot be used as backing file", AccessError):
@@ -457,9 +457,9 @@ def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]
     """Returns the backend that shares something, or else the one that copies, with the reasons for copying."""
     if name != "auto":
         backend = registry.backend(name)
-        ability = backend.ability(directory)
-        if not ability.usable:
-            raise PlanError(f"backend {name} cannot be used in {directory}: {ability.reason}")
+        capabilities = backend.capabilities(directory)
+        if not capabilities.usable:
+            raise PlanError(f"backend {name} cannot be used in {directory}: {capabilities.reason}")
         return Proposal(backend, backend.survey(directory, files))
     refusals: dict[int, str] = {}
     for backend in registry.backends.values():

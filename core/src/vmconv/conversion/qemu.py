@@ -46,7 +46,7 @@ def refuse_impossible(made: Sequence[Made], registry: Registry) -> None:
 
 
 def _refuse_image(image: Image, registry: Registry) -> None:
-    why = registry.format(image.format_name).unlike_qemu(image)
+    why = registry.format(image.format_name).qemu_incompatibility(image)
     if why:
         raise UsageError(f"--verify=qemu: {image.file.name}: {why}", hint="use --verify=bytes")
     _name(image.file.path)

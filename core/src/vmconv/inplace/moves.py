@@ -28,7 +28,7 @@ MOST_SHIFTS = 1024
 """Times that all that follows is shifted: each takes as long as the file has extents."""
 
 
-def ability(directory: Directory) -> bool:
+def supported(directory: Directory) -> bool:
     """True when files of a directory can be shifted: asked of a file without a name."""
     try:
         scratch = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory.descriptor)

@@ -17,7 +17,16 @@ from vmconv.inplace.codec import Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside
 from vmconv.inplace.rules import Own
-from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Congruence, Output, Survey, Transaction
+from vmconv.interface.backend import (
+    DEFAULT_ACCESS,
+    Access,
+    Backend,
+    Capabilities,
+    Congruence,
+    Output,
+    Survey,
+    Transaction,
+)
 from vmconv.io import ownership
 from vmconv.io.directory import Directory
 from vmconv.model.plan import Action, FilePlan, Plan, ShareSteps
@@ -52,8 +61,8 @@ class InPlaceBackend(Backend):
         self.keep_undo = keep_undo
         self.calls = calls or Calls()
 
-    def ability(self, directory: str) -> Ability:
-        return Ability(usable=True, shares=True)
+    def capabilities(self, directory: str) -> Capabilities:
+        return Capabilities(usable=True, shares=True)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(1, self._elsewhere(sources), Congruence.EQUAL)

@@ -26,7 +26,7 @@ from vmconv.model.extents import Extents, Kind, distinct
 from vmconv.model.layout import Placement
 from vmconv.model.plan import Action, Plan
 from vmconv.model.sources import Decoded, File
-from vmconv.placing.staying import MOST_MOVED
+from vmconv.placing.pinning import MOST_MOVED
 
 
 class Wanted(NamedTuple):
@@ -134,7 +134,7 @@ class Shift(_OneFile):
         site = self.site
         if site.chain or site.keep_undo:
             return Unsuitable("in place, several layers and undo files need payload that stays where it lies")
-        if not moves.ability(site.directory):
+        if not moves.supported(site.directory):
             return Unsuitable(f"in place, the filesystem of {site.directory.path} cannot shift payload inside a file")
         try:
             claim = self._claim()

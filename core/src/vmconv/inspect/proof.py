@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv.io.physical import Encoded, PhysicalMap, Storage
+from vmconv.io.physical import BlockSpace, Encoded, PhysicalMap
 from vmconv.model.extents import Columns, Extents, Kind, distinct, gather
 from vmconv.model.image import Image
 
@@ -15,7 +15,7 @@ from vmconv.model.image import Image
 class Place(NamedTuple):
     """Where payload lies: the address of the block, or, when it is `encoded`, of the extent and the offset in it."""
 
-    storage: Storage
+    storage: BlockSpace
     address: int
 
     @property
@@ -104,7 +104,7 @@ class Proof(NamedTuple):
 
 def _place(table: Extents, rows: Columns, at: int) -> Place | None:
     source = table.sources[rows.source[at]]
-    return Place(source, int(rows.offset[at])) if isinstance(source, Storage) else None
+    return Place(source, int(rows.offset[at])) if isinstance(source, BlockSpace) else None
 
 
 def prove_images(left: Image, right: Image) -> Proof:

@@ -18,7 +18,7 @@ Created = Callable[[str, int], None]
 """Called with the name that an output will have, and its open descriptor."""
 
 
-class Ability(NamedTuple):
+class Capabilities(NamedTuple):
     """What a backend can do in one directory: share blocks of `unit` bytes, or not and why."""
 
     usable: bool
@@ -118,7 +118,7 @@ class Backend(ABC):
     """Whether `convert` may choose this backend by itself."""
 
     @abstractmethod
-    def ability(self, directory: str) -> Ability:
+    def capabilities(self, directory: str) -> Capabilities:
         """Returns what this backend can do in a directory: asked of the storage, never guessed from its name."""
 
     @abstractmethod

@@ -50,9 +50,9 @@ class Format:
     """Fields of `Disk`, besides size and identity, that this format's writer stores."""
     can_read = True
     can_write = True
-    can_back = False
+    supports_backing = False
     """True when the writer can keep a parent (`backing`)."""
-    unviewed: frozenset[str] = frozenset()
+    not_mountable: frozenset[str] = frozenset()
     """Values of the option `subformat` that no mount offers: to plan one is to read all payload, say, or it is no image
     without other files."""
     in_place = False
@@ -85,7 +85,7 @@ class Format:
         """True when these options make an image that holds nothing and has the source itself as its parent."""
         return False
 
-    def unlike_qemu(self, image: Image) -> str | None:
+    def qemu_incompatibility(self, image: Image) -> str | None:
         """Returns why QEMU cannot read this layer, or reads another disk in it; None when it reads the same."""
         return f"QEMU has no driver for {self.name}"
 

@@ -12,7 +12,7 @@ from vmconv.system import linux
 Ranges = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
-class Storage(Source):
+class BlockSpace(Source):
     """The address space of one filesystem's blocks; its bytes are never read, only their addresses compared."""
 
     def __init__(self, identity: bytes) -> None:
@@ -24,7 +24,7 @@ class Storage(Source):
         raise NotImplementedError("physical addresses are compared, not read")
 
 
-class Encoded(Storage):
+class Encoded(BlockSpace):
     """The extents that one filesystem stores encoded, as far as files have `length` bytes of them.
 
     An address is that of the extent, spread so that the decoded extents do not overlap, plus the offset in the extent.
@@ -53,7 +53,7 @@ class Encoded(Storage):
 
 
 class PhysicalMap:
-    """Composes tables with the physical addresses of their files; one filesystem is one `Storage` for all of them.
+    """Composes tables with the physical addresses of their files; one filesystem is one `BlockSpace` for all of them.
 
     With `encoded`, extents that are stored encoded have windows onto `Encoded`: good for showing, and not certain
     enough to take bytes for equal without reading them.
@@ -61,7 +61,7 @@ class PhysicalMap:
 
     def __init__(self, *, encoded: bool = False) -> None:
         self._encoded = encoded
-        self._storages: dict[tuple[bytes, int], Storage] = {}
+        self._spaces: dict[tuple[bytes, int], BlockSpace] = {}
 
     def apply(self, table: Extents) -> Extents:
         """Returns the table with windows onto files replaced by windows onto their filesystem's storage.
@@ -79,7 +79,7 @@ class PhysicalMap:
         with os_errors("cannot be asked where it lies on storage", ReadError, where=file.name):
             try:
                 identity = linux.filesystem_id(file.descriptor)
-                places = [(self._storage(identity), linux.physical_ranges(file.descriptor))]
+                places = [(self._space(identity), linux.physical_ranges(file.descriptor))]
                 if self._encoded:
                     places += self._encoded_places(identity, linux.encoded_ranges(file.descriptor))
             except OSError as exc:
@@ -89,24 +89,24 @@ class PhysicalMap:
                 raise
         return _table(file, places)
 
-    def _storage(self, identity: bytes, length: int = 0) -> Storage:
+    def _space(self, identity: bytes, length: int = 0) -> BlockSpace:
         """Returns the storage of a filesystem, or of its encoded extents of a length."""
         key = identity, length
-        if key not in self._storages:
-            self._storages[key] = Encoded(identity, length) if length else Storage(identity)
-        return self._storages[key]
+        if key not in self._spaces:
+            self._spaces[key] = Encoded(identity, length) if length else BlockSpace(identity)
+        return self._spaces[key]
 
-    def _encoded_places(self, identity: bytes, ranges: Ranges) -> list[tuple[Storage, Ranges]]:
+    def _encoded_places(self, identity: bytes, ranges: Ranges) -> list[tuple[BlockSpace, Ranges]]:
         """Returns the encoded extents of each length; neighbours that the filesystem merged are told by theirs."""
         ranges = ranges[(ranges[:, 1] <= Encoded.LONGEST) & (ranges[:, 2] % Encoded.BLOCK == 0)]
         found = []
         for length in np.unique(ranges[:, 1]).tolist():
             rows = ranges[ranges[:, 1] == length]
-            found.append((self._storage(identity, length), np.column_stack([rows[:, :2], Encoded.spread(rows[:, 2])])))
+            found.append((self._space(identity, length), np.column_stack([rows[:, :2], Encoded.spread(rows[:, 2])])))
         return found
 
 
-def _table(file: File, places: list[tuple[Storage, Ranges]]) -> Extents:
+def _table(file: File, places: list[tuple[BlockSpace, Ranges]]) -> Extents:
     """Returns the table of a file: ranges `(logical, length, address)` lie on storages, the others stay its own."""
     ranges = np.concatenate([rows for _, rows in places])
     number = np.repeat(np.arange(1, len(places) + 1), [len(rows) for _, rows in places])
@@ -123,4 +123,4 @@ def _table(file: File, places: list[tuple[Storage, Ranges]]) -> Extents:
     there = np.diff(edges, append=file.size) > 0
     kind = np.full(len(edges), Kind.DATA, dtype=np.uint8)
     rows = Columns(edges, kind, source, offset).take(there)
-    return Extents(file.size, rows, [file, *(storage for storage, _ in places)])
+    return Extents(file.size, rows, [file, *(space for space, _ in places)])

@@ -27,7 +27,7 @@ class Placement(NamedTuple):
 
     `carrier` is the file that becomes the output itself, when a disk is converted in place. Then payload keeps its very
     offset, and metadata goes behind the end of the file, or over what is not payload. Where the format wants something
-    of its own at the place of payload, one block of it goes behind the end; see `vmconv.placing.staying`.
+    of its own at the place of payload, one block of it goes behind the end; see `vmconv.placing.pinning`.
 
     `identity` are the 16 bytes of the UUID of this image and of no other; its further ids come from
     `vmconv.model.identity.derived`. Whoever makes images gives each its own; the default is one for this process.

@@ -98,7 +98,7 @@ def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
     return table.replaced(table.over(parent).without_holes(), rows.start[hole], length[hole])
 
 
-def said(table: Extents) -> Extents:
+def allocated(table: Extents) -> Extents:
     """Returns where a layer says anything: ZERO there, whatever it says, else HOLE. For bitmaps of sectors.
 
     Payload may end in the middle of a sector; what a layer says does not once partial holes are filled.
@@ -115,7 +115,7 @@ class Placed(NamedTuple):
     end: int
 
 
-def wishes(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
+def preferred(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
     """Returns the source of each run of blocks, and the offset in it where the run begins: where it would like to be.
 
     Of a run in which rows meet, the first row of DATA decides.
@@ -134,15 +134,15 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     can be shared in one piece however the guest's disk is scattered over it. `base` must be a multiple of both `unit`
     and `modulus`, which are powers of two.
     """
-    source, wish = wishes(table, runs, unit)
-    order = np.lexsort((wish, source))
-    source, wish, length = source[order], wish[order], (runs.blocks * unit)[order]
+    source, wanted = preferred(table, runs, unit)
+    order = np.lexsort((wanted, source))
+    source, wanted, length = source[order], wanted[order], (runs.blocks * unit)[order]
     if not len(order):
         return Placed(order, order, base)
     begins = np.ones(len(order), dtype=bool)
-    begins[1:] = (source[1:] != source[:-1]) | (wish[1:] != wish[:-1] + length[:-1])
+    begins[1:] = (source[1:] != source[:-1]) | (wanted[1:] != wanted[:-1] + length[:-1])
     group = np.cumsum(begins) - 1
-    phase = wish[begins] % modulus
+    phase = wanted[begins] % modulus
     phase[phase % unit != 0] = 0
     inside = np.cumsum(length) - length
     inside -= inside[begins][group]

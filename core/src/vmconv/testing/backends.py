@@ -90,19 +90,19 @@ class BackendTests:
         return open_file(path)
 
     def unit(self, directory: str) -> int:
-        return max(self.backend.ability(directory).unit, 512)
+        return max(self.backend.capabilities(directory).unit, 512)
 
     # -- abilities
 
     def test_it_says_whether_it_can_be_used_and_shares(self, directory: str) -> None:
-        ability = self.backend.ability(directory)
-        assert ability.usable
-        assert ability.shares is self.shares
-        assert ability.unit >= 1
+        capabilities = self.backend.capabilities(directory)
+        assert capabilities.usable
+        assert capabilities.shares is self.shares
+        assert capabilities.unit >= 1
 
     def test_asking_leaves_nothing_behind(self, directory: str, source: File) -> None:
         before = self.names(directory)
-        self.backend.ability(directory)
+        self.backend.capabilities(directory)
         self.backend.survey(directory, [source])
         assert self.names(directory) == before
 

@@ -284,7 +284,7 @@ class FormatTests(StackingTests):
 
     def each_on_a_parent(self, table: Extents, source: MemoryFile) -> Iterator[tuple[Image, Image]]:
         """Yields a layer that is `table` and what is read back of it, for each variant that can have a parent."""
-        if not self.format.can_back:
+        if not self.format.supports_backing:
             pytest.skip("this format keeps no parent")
         below = patterned(table.size, [(0, table.size)], seed=99)
         parent = self.round_trip(raw_disk(below), self.variants[0])
@@ -338,7 +338,7 @@ class FormatTests(StackingTests):
 
     def test_what_qemu_makes_of_an_image_is_said_in_a_phrase(self) -> None:
         for variant in self.each_variant():
-            said = self.format.unlike_qemu(self.open_sample(self.sample(variant)))
+            said = self.format.qemu_incompatibility(self.open_sample(self.sample(variant)))
             assert said is None or (said and "\n" not in said and not said.endswith("."))
 
     # -- reading

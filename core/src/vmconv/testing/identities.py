@@ -78,7 +78,7 @@ class IdentityTests:
             assert (one == other) == (not self.ids), variant
 
     def test_a_layer_on_an_exchanged_parent_is_refused(self) -> None:
-        if not (self.format.can_back and self.ids):
+        if not (self.format.supports_backing and self.ids):
             pytest.skip("layers of this format do not say of which content their parent is")
         name = f"base{self.format.suffixes[0]}"
         bases = [raw_disk(patterned(3 * _MIB, [(0, 3 * _MIB)], seed=seed)) for seed in (1, 2)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.errors import BackendError
-from vmconv.interface.backend import DEFAULT_ACCESS, Ability, Access, Backend, Output, Survey, Transaction
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Output, Survey, Transaction
 from vmconv.model.sources import File, Source, Stamp
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class MemoryBackend(Backend):
     def __init__(self) -> None:
         self.files: dict[str, MemoryFile] = {}
 
-    def ability(self, directory: str) -> Ability:
-        return Ability(usable=True, shares=True, unit=_UNIT)
+    def capabilities(self, directory: str) -> Capabilities:
+        return Capabilities(usable=True, shares=True, unit=_UNIT)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         return Survey(_UNIT)

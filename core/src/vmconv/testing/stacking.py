@@ -63,7 +63,7 @@ class StackingTests(IdentityTests):
 
     @pytest.mark.parametrize("chain", CHAINS)
     def test_layers_that_differ_in_size_read_as_a_guest_would_or_are_refused(self, chain: str) -> None:
-        if not self.format.can_back:
+        if not self.format.supports_backing:
             pytest.skip("this format keeps no parent")
         done = 0
         for variant in self.variants:

@@ -40,7 +40,7 @@ class Parallels(Format):
 
         return write(image, options, placement)
 
-    def unlike_qemu(self, image: Image) -> str | None:
+    def qemu_incompatibility(self, image: Image) -> str | None:
         descriptor = is_descriptor(image.file.read(0, min(512, image.file.size)))
         return "QEMU does not read the descriptor of a Parallels disk" if descriptor else None
 

@@ -61,9 +61,9 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
 def _placed(disk: Extents, guest: Extents, cluster: int, base: int, placement: Placement) -> tuple[blocks.Runs, Column]:
     """Returns the runs of clusters with payload, and the places that they get, or have when it is in place."""
     if placement.carrier:
-        from vmconv.plugin import stay
+        from vmconv.plugin import pin
 
-        found = stay(disk, placement.carrier, [cluster]).cleared(base)
+        found = pin(disk, placement.carrier, [cluster]).cleared(base)
         return found.runs, found.offset
     runs = blocks.whole_blocks(guest, cluster)
     data = runs.take(runs.kind == Kind.DATA)

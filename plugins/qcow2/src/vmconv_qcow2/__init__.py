@@ -15,8 +15,8 @@ class Qcow2(Format):
     name = "qcow2"
     title = "QEMU copy-on-write, versions 2 and 3"
     suffixes = (".qcow2",)
-    can_back = True
-    unviewed = frozenset({"reference"})
+    supports_backing = True
+    not_mountable = frozenset({"reference"})
     in_place = True
 
     def options(self) -> type[Any]:
@@ -40,10 +40,10 @@ class Qcow2(Format):
     def keeps_source(self, options: Any) -> bool:
         return bool(options.subformat == "reference")
 
-    def unlike_qemu(self, image: Image) -> str | None:
-        from vmconv_qcow2.reader import unlike_qemu
+    def qemu_incompatibility(self, image: Image) -> str | None:
+        from vmconv_qcow2.reader import qemu_incompatibility
 
-        return unlike_qemu(image)
+        return qemu_incompatibility(image)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_qcow2.check import check

@@ -96,7 +96,7 @@ def _dependencies(header: Header) -> Iterator[Dependency]:
         yield Dependency(role, name, fingerprint.size, fingerprint)
 
 
-def unlike_qemu(image: Image) -> str | None:
+def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU cannot read this image, or reads another disk in it."""
     data_file = image.details["format-specific"]["data"].get("data-file")
     if data_file and not os.path.isabs(data_file):

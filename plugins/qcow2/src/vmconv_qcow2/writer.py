@@ -95,7 +95,7 @@ class _Writer:
         table = blocks.grown(image, self.size, on_parent=backing is not None)
         self.carrier = placement.carrier
         if self.carrier:
-            self._stay_in(table, self.carrier)
+            self._pin(table, self.carrier)
         else:
             self.cluster = options.cluster_size or self._default_cluster(table)
         self.entry_size = 16 if options.extended_l2 else 8
@@ -113,17 +113,17 @@ class _Writer:
         mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
         self.l2_tables = _touched(self.runs.first[mapped], self.runs.blocks[mapped], self.entries)
 
-    def _stay_in(self, table: Extents, carrier: File) -> None:
+    def _pin(self, table: Extents, carrier: File) -> None:
         """Leaves payload where it is, in clusters as the options say, or else in the largest ones that can stay."""
-        from vmconv.plugin import stay
+        from vmconv.plugin import pin
 
         if self.references:
             raise PlanError("in place, an image cannot refer to its source, which is gone then")
         smallest = 1 << 14 if self.options.extended_l2 else clusters.SMALLEST
         units = [1 << bits for bits in range(smallest.bit_length() - 1, clusters.DEFAULT.bit_length())]
-        self.stay = stay(table, carrier, [self.options.cluster_size] if self.options.cluster_size else units)
-        self.cluster = self.stay.unit
-        self.stay = self.stay.cleared(self.cluster)
+        self.pinned = pin(table, carrier, [self.options.cluster_size] if self.options.cluster_size else units)
+        self.cluster = self.pinned.unit
+        self.pinned = self.pinned.cleared(self.cluster)
 
     def _default_cluster(self, table: Extents) -> int:
         # Extended entries are for large clusters.
@@ -182,7 +182,7 @@ class _Writer:
         if (self.allocated != (self.runs.kind == Kind.DATA)).any():
             raise PlanError("in place, qcow2 of version 2 cannot hide what its parent says", hint="use -o compat=1.1")
         # A disk of no bytes leaves no room for the header.
-        runs, offset, start = self.stay.runs, self.stay.offset, max(self.stay.end, self.cluster)
+        runs, offset, start = self.pinned.runs, self.pinned.offset, max(self.pinned.end, self.cluster)
         needed = np.empty(0, dtype=np.int64)
         while True:
             tables = self._tables(start, needed)

@@ -15,7 +15,7 @@ class Qed(Format):
     name = "qed"
     title = "QEMU enhanced disk"
     suffixes = (".qed",)
-    can_back = True
+    supports_backing = True
 
     def options(self) -> type[Any]:
         from vmconv_qed.options import Options
@@ -35,7 +35,7 @@ class Qed(Format):
 
         return write(image, options, placement, backing=backing)
 
-    def unlike_qemu(self, image: Image) -> str | None:
+    def qemu_incompatibility(self, image: Image) -> str | None:
         return None
 
     def check(self, image: Image) -> CheckReport:

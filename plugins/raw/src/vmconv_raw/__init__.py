@@ -26,7 +26,7 @@ class Raw(Format):
 
         return write(image)
 
-    def unlike_qemu(self, image: Image) -> str | None:
+    def qemu_incompatibility(self, image: Image) -> str | None:
         return None
 
 

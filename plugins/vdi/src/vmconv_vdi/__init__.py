@@ -16,7 +16,7 @@ class Vdi(Format):
     title = "VirtualBox disk image"
     suffixes = (".vdi",)
     carries = frozenset({"geometry"})
-    can_back = True
+    supports_backing = True
 
     def options(self) -> type[Any]:
         from vmconv_vdi.options import Options
@@ -36,10 +36,10 @@ class Vdi(Format):
 
         return write(image, options, placement, backing=backing)
 
-    def unlike_qemu(self, image: Image) -> str | None:
-        from vmconv_vdi.reader import unlike_qemu
+    def qemu_incompatibility(self, image: Image) -> str | None:
+        from vmconv_vdi.reader import qemu_incompatibility
 
-        return unlike_qemu(image)
+        return qemu_incompatibility(image)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vdi.check import check

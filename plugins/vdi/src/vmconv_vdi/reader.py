@@ -187,7 +187,7 @@ def _details(header: Header) -> Mapping[str, Any]:
     return {"cluster-size": header.block_size, "format-specific": {"type": "vdi", "data": facts}}
 
 
-def unlike_qemu(image: Image) -> str | None:
+def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU does not read this image."""
     header = read_header(image.file)
     if header.parent_reference:

@@ -18,7 +18,7 @@ class Vhd(Format):
     title = "Hyper-V and Virtual PC virtual disk"
     suffixes = (".vhd", ".vpc", ".avhd")
     carries = frozenset({"geometry", "creator"})
-    can_back = True
+    supports_backing = True
 
     def options(self) -> type[Any]:
         from vmconv_vhd.options import Options
@@ -44,10 +44,10 @@ class Vhd(Format):
 
         return write(image, options, placement, backing=backing)
 
-    def unlike_qemu(self, image: Image) -> str | None:
-        from vmconv_vhd.reader import unlike_qemu
+    def qemu_incompatibility(self, image: Image) -> str | None:
+        from vmconv_vhd.reader import qemu_incompatibility
 
-        return unlike_qemu(image)
+        return qemu_incompatibility(image)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vhd.check import check

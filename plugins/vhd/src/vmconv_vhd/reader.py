@@ -64,7 +64,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     )
 
 
-def unlike_qemu(image: Image) -> str | None:
+def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU reads another disk in this image."""
     header = read_header(image.file)
     if header.kind == structs.DIFFERENCING:

@@ -314,13 +314,13 @@ def _bitmaps(table: Extents, block: Column, *, differencing: bool) -> Blob:
     if not differencing:
         return Blob("bitmaps", lambda _, length: b"\xff" * length, len(block) * _BITMAP)
     sectors = structs.BLOCK_SIZE // structs.SECTOR
-    said = blocks.said(table)
+    allocated = blocks.allocated(table)
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // _BITMAP, (offset + length - 1) // _BITMAP
         parts = []
         for number in block[first : last + 1].tolist():
-            kind, _, _ = said.units(structs.SECTOR, number * sectors, sectors)
+            kind, _, _ = allocated.units(structs.SECTOR, number * sectors, sectors)
             parts.append(np.packbits(kind != Kind.HOLE).tobytes())
         skip = offset - first * _BITMAP
         return b"".join(parts)[skip : skip + length]

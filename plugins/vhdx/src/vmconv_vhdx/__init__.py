@@ -16,7 +16,7 @@ class Vhdx(Format):
     title = "Hyper-V virtual disk, version 2"
     suffixes = (".vhdx", ".avhdx")
     carries = frozenset({"creator", "logical_sector_size", "physical_sector_size"})
-    can_back = True
+    supports_backing = True
     in_place = True
 
     def options(self) -> type[Any]:
@@ -37,7 +37,7 @@ class Vhdx(Format):
 
         return write(image, options, placement, backing=backing)
 
-    def unlike_qemu(self, image: Image) -> str | None:
+    def qemu_incompatibility(self, image: Image) -> str | None:
         if image.parent_reference is not None:
             return "QEMU refuses differencing VHDX images"
         return "QEMU replays its log before it reads it, or refuses to" if image.details["dirty-flag"] else None

@@ -27,9 +27,9 @@ from vmconv.plugin import (
     Kind,
     Layout,
     OutFile,
+    Pinned,
     Placement,
     PlanError,
-    Stay,
     blocks,
     cut,
     derived,
@@ -88,9 +88,9 @@ class _Writer:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.sector)
         self.guest = table
         self.runs = blocks.whole_blocks(table, self.block)
-        self.stay: Stay | None = None
+        self.pinned: Pinned | None = None
         if placement.carrier:
-            self._stay_in(placement.carrier)
+            self._pin(placement.carrier)
         self.partial = self._partial()
         mixed_holes = _among(self.runs.first, self.partial)
         self.allocated = (self.runs.kind == Kind.DATA) | mixed_holes | self.fixed
@@ -104,18 +104,18 @@ class _Writer:
             raise PlanError("in place, payload cannot have a fixed place in a VHDX", hint="use -o subformat=dynamic")
         return structs.MIB
 
-    def _stay_in(self, carrier: File) -> None:
+    def _pin(self, carrier: File) -> None:
         """Leaves payload where it is, but for what lies in the place of the headers."""
-        from vmconv.plugin import stay
+        from vmconv.plugin import pin
 
-        self.stay = stay(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
-        runs = self.runs.take(self.runs.kind != Kind.DATA).joined(self.stay.runs)
+        self.pinned = pin(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
+        runs = self.runs.take(self.runs.kind != Kind.DATA).joined(self.pinned.runs)
         self.runs = runs.take(np.argsort(runs.first, kind="stable"))
 
     def layout(self) -> Layout:
         parts = self._parts()
         payload = self.runs.take(self.allocated)
-        run, offset, end = self._stay(payload, parts.end) if self.stay else self._place(payload, parts.end)
+        run, offset, end = self._stay(payload, parts.end) if self.pinned else self._place(payload, parts.end)
         places = np.zeros(len(self.runs.first), dtype=np.int64)
         places[np.flatnonzero(self.allocated)[run]] = offset
         moved = payload.take(run)
@@ -128,7 +128,7 @@ class _Writer:
     # -- where everything goes
 
     def _parts(self) -> _Parts:
-        log = self.stay.end if self.stay else structs.HEADER_SECTION
+        log = self.pinned.end if self.pinned else structs.HEADER_SECTION
         metadata = log + self.options.log_size
         bat = metadata + structs.MIB
         bat_length = -(-self._entries() * 8 // structs.MIB) * structs.MIB
@@ -147,8 +147,8 @@ class _Writer:
 
     def _stay(self, payload: blocks.Runs, end: int) -> tuple[Column, Column, int]:
         """Returns runs of blocks and the places in which they are."""
-        assert self.stay
-        offset = self.stay.offset[np.argsort(self.stay.runs.first, kind="stable")]
+        assert self.pinned
+        offset = self.pinned.offset[np.argsort(self.pinned.runs.first, kind="stable")]
         return np.arange(len(payload.first)), offset, end
 
     def _partial(self) -> Column:
@@ -206,7 +206,7 @@ class _Writer:
 
     def _bitmaps(self) -> Blob:
         """Returns the sector bitmap blocks, end to end: a bit for each sector, 0 where it is left to the parent."""
-        said = blocks.said(self.guest)
+        allocated = blocks.allocated(self.guest)
 
         def compute(offset: int, length: int) -> bytes:
             out = []
@@ -214,7 +214,7 @@ class _Writer:
                 chunk, inside = divmod(offset, structs.BITMAP_BLOCK)
                 step = min(length, structs.BITMAP_BLOCK - inside, _BITS // 8)
                 sector = int(self.chunks[chunk]) * structs.CHUNK_SECTORS + inside * 8
-                kind, _, _ = said.units(self.sector, sector, step * 8)
+                kind, _, _ = allocated.units(self.sector, sector, step * 8)
                 out.append(np.packbits(kind != Kind.HOLE, bitorder="little").tobytes())
                 offset, length = offset + step, length - step
             return b"".join(out)

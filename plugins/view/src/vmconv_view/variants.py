@@ -34,4 +34,4 @@ def _subformats(one: Format) -> list[str | None]:
     hint: Any = get_type_hints(model).get("subformat")
     values = get_args(hint) if get_origin(hint) is Literal else ()
     default = getattr(model(), "subformat", None)
-    return [None, *(value for value in values if value != default and value not in one.unviewed)]
+    return [None, *(value for value in values if value != default and value not in one.not_mountable)]

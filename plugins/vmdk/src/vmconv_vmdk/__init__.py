@@ -20,10 +20,10 @@ class Vmdk(Format):
     title = "VMware virtual disk"
     suffixes = (".vmdk",)
     carries = frozenset({"adapter_type", "geometry"})
-    can_back = True
+    supports_backing = True
     in_place = True
     # Where a compressed grain lies is known when all before it are compressed.
-    unviewed = frozenset({"reference", "streamOptimized"})
+    not_mountable = frozenset({"reference", "streamOptimized"})
 
     def options(self) -> type[Any]:
         from vmconv_vmdk.options import Options
@@ -44,10 +44,10 @@ class Vmdk(Format):
 
         return write(image, options, placement, backing=backing)
 
-    def unlike_qemu(self, image: Image) -> str | None:
-        from vmconv_vmdk.reader import unlike_qemu
+    def qemu_incompatibility(self, image: Image) -> str | None:
+        from vmconv_vmdk.reader import qemu_incompatibility
 
-        return unlike_qemu(image)
+        return qemu_incompatibility(image)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vmdk.check import check

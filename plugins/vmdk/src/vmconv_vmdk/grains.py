@@ -22,9 +22,9 @@ from vmconv.plugin import (
     Extents,
     File,
     Kind,
+    Pinned,
     PlanError,
     Source,
-    Stay,
     blocks,
     cut,
     distinct,
@@ -86,7 +86,7 @@ class SparseExtent:
     ) -> None:
         self.grain = GRAIN
         self.descriptor = descriptor or b""
-        self.stay = self._stay_in(guest, carrier) if carrier else None
+        self.pinned = self._pin(guest, carrier) if carrier else None
         self.guest = blocks.padded(guest, self.grain)
         self.size = size
         self.modulus = modulus
@@ -99,28 +99,28 @@ class SparseExtent:
             allocated, zero = allocated | zero, np.zeros_like(zero)
         self.zero = runs.take(zero)
         self.payload = runs.take(allocated)
-        if self.stay and (allocated != (runs.kind == Kind.DATA)).any():
+        if self.pinned and (allocated != (runs.kind == Kind.DATA)).any():
             raise PlanError("in place, zeros that hide the parent take an entry", hint="use -o zeroed_grain=on")
         self.table_count = -(-size // (self.grain * structs.ENTRIES))
         self.places = self._places()
 
-    def _stay_in(self, guest: Extents, carrier: File) -> Stay:
+    def _pin(self, guest: Extents, carrier: File) -> Pinned:
         """Chooses the largest grains, up to the usual ones, in which payload can stay where it is."""
-        from vmconv.plugin import stay
+        from vmconv.plugin import pin
 
         units = [1 << bits for bits in range(SMALLEST_GRAIN.bit_length() - 1, GRAIN.bit_length())]
-        found = stay(guest, carrier, units, structs.SECTOR)
+        found = pin(guest, carrier, units, structs.SECTOR)
         self.grain = found.unit
         # QEMU looks for the descriptor in the second sector, whatever the header says.
         return found.cleared(structs.SECTOR + len(self.descriptor))
 
     def _places(self) -> _Places:
         step = directory_bytes(self.table_count)
-        first = self.stay.end if self.stay else structs.SECTOR + len(self.descriptor)
+        first = self.pinned.end if self.pinned else structs.SECTOR + len(self.descriptor)
         second = first + step + self.table_count * TABLE
         end = second + step + self.table_count * TABLE
-        if self.stay:
-            grains = int(self.stay.offset.min()) if len(self.stay.offset) else end
+        if self.pinned:
+            grains = int(self.pinned.offset.min()) if len(self.pinned.offset) else end
         else:
             align = max(self.grain, self.modulus)
             grains = -(-end // align) * align
@@ -128,7 +128,7 @@ class SparseExtent:
 
     def file(self) -> Extents:
         """Returns the table of the file; raises `PlanError` when its grains lie past what an entry can say."""
-        runs, offset = (self.stay.runs, self.stay.offset) if self.stay else self._placed()
+        runs, offset = (self.pinned.runs, self.pinned.offset) if self.pinned else self._placed()
         length = runs.blocks * self.grain
         end = max(self.places.tables + self._tables_size(), int((offset + length).max(initial=0)))
         if end > MAX_FILE:
@@ -138,17 +138,17 @@ class SparseExtent:
                 hint=self._larger(),
             )
         rows, row_length = cut(self.guest, runs.first * self.grain, length, offset)
-        if not self.stay:
+        if not self.pinned:
             rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
         blobs, blob_rows, blob_length = self._metadata(self._host(runs, offset, end))
         both, both_length = Columns.join([blob_rows, rows]), np.concatenate([blob_length, row_length])
         # The last grain is whole even where the disk ends inside it: libvmdk cannot read one that is not.
-        size = end if self.stay else max(self.places.grains, int((both.start + both_length).max()))
+        size = end if self.pinned else max(self.places.grains, int((both.start + both_length).max()))
         return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
 
     def _larger(self) -> str:
         """Returns what can hold more payload: in place and on a parent, there is only one file."""
-        if self.stay:
+        if self.pinned:
             return "convert to another file"
         if self.delta:
             return "flatten the chain, with -o subformat=twoGbMaxExtentSparse"

@@ -91,7 +91,7 @@ def content_id(image: Image) -> int | None:
     return found
 
 
-def unlike_qemu(image: Image) -> str | None:
+def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU cannot read this VMDK, or reads another disk in it."""
     data = image.details["format-specific"]["data"]
     extents = data["extents"]

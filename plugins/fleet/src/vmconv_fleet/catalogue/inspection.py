@@ -231,7 +231,7 @@ class _Inspection:
         body: Body = {
             "path": root,
             "filesystem": mount_of(root).type,
-            "backends": {name: _ability(backend.ability(root)) for name, backend in self._backends()},
+            "backends": {name: _backend(backend.capabilities(root)) for name, backend in self._backends()},
             "size": space.f_blocks * space.f_frsize,
             "free": space.f_bavail * space.f_frsize,
             "disks": disks,
@@ -245,9 +245,9 @@ class _Inspection:
         return ((name, backend) for name, backend in self.registry.backends.items() if backend.automatic)
 
 
-def _ability(ability: Any) -> Body:
-    unit = ability.unit if ability.shares else 0
-    return {"usable": ability.usable, "unit": unit} | ({"reason": _short(ability.reason)} if ability.reason else {})
+def _backend(found: Any) -> Body:
+    unit = found.unit if found.shares else 0
+    return {"usable": found.usable, "unit": unit} | ({"reason": _short(found.reason)} if found.reason else {})
 
 
 def _capabilities(registry: Registry) -> Body:

@@ -55,7 +55,7 @@ def datastores(options: argparse.Namespace) -> int:
 
 def _datastore_row(one: Item) -> list[str]:
     body = one["body"]
-    shares = any(ability.get("unit") for ability in body.get("backends", {}).values())
+    shares = any(capabilities.get("unit") for capabilities in body.get("backends", {}).values())
     return [
         one["node"],
         one["id"],

@@ -24,7 +24,7 @@ _SMALL_BLOCKS = 65536
 """So much of it when blocks are small."""
 
 
-class Stay(NamedTuple):
+class Pinned(NamedTuple):
     """A disk in blocks of `unit` bytes that stay: `table` in whole blocks, `runs` of blocks with payload and their
     `offset`s in the file. What is made anew goes behind `end`.
     """
@@ -35,20 +35,20 @@ class Stay(NamedTuple):
     offset: Column
     end: int
 
-    def cleared(self, head: int) -> Stay:
+    def cleared(self, head: int) -> Pinned:
         """Returns the disk with the blocks that touch the first `head` bytes of the file moved behind its end.
 
         Raises `PlanError` when that is more than a block of the usual size.
         """
-        stay, moved = self, 0
-        while len(blocking := np.flatnonzero(stay.offset < head)):
-            stay, moved = stay._moved(int(blocking[0])), moved + self.unit
+        pinned, moved = self, 0
+        while len(blocking := np.flatnonzero(pinned.offset < head)):
+            pinned, moved = pinned._moved(int(blocking[0])), moved + self.unit
             most = min(max(self.unit, _SMALL_BLOCKS), MOST_MOVED)
             if moved > most:
                 raise PlanError(f"in place, more than {most} bytes of payload would have to move out of the way")
-        return stay
+        return pinned
 
-    def _moved(self, run: int) -> Stay:
+    def _moved(self, run: int) -> Pinned:
         """Returns the disk with the first block of a run behind the end."""
         rest = self.runs.take(np.array([run]))
         rest = rest._replace(first=rest.first + 1, blocks=rest.blocks - 1)
@@ -60,7 +60,7 @@ class Stay(NamedTuple):
         return self._replace(runs=runs, offset=np.concatenate([offset, rest_offset]), end=self.end + self.unit)
 
 
-def stay(table: Extents, carrier: File, units: Sequence[int], align: int | None = None) -> Stay:
+def pin(table: Extents, carrier: File, units: Sequence[int], align: int | None = None) -> Pinned:
     """Returns the disk in the largest of these blocks, powers of two, in which all its payload can stay in `carrier`.
 
     `align`, at most the size of a block and by default just that, divides the place of each block in the file. Raises
@@ -74,20 +74,20 @@ def stay(table: Extents, carrier: File, units: Sequence[int], align: int | None 
     raise PlanError(f"in place, payload cannot stay where it lies: {problem}")
 
 
-def _settled(table: Extents, carrier: File, unit: int, align: int) -> tuple[Stay | None, str]:
+def _settled(table: Extents, carrier: File, unit: int, align: int) -> tuple[Pinned | None, str]:
     whole = blocks.padded(table, unit)
     runs = blocks.whole_blocks(whole, unit)
     if problem := _partly_zero(runs, unit):
         return None, problem
     runs = runs.take(runs.kind == Kind.DATA)
-    _, offset = blocks.wishes(whole, runs, unit)
+    _, offset = blocks.preferred(whole, runs, unit)
     length = runs.blocks * unit
     problem = _misplaced(runs, offset, unit, align) or _torn(whole, runs, offset, carrier, unit, table.size)
     problem = problem or _twice(offset, length)
     if problem:
         return None, problem
     end = int((offset + length).max()) if len(offset) else 0
-    return Stay(unit, whole, runs, offset, max(end, carrier.size)), ""
+    return Pinned(unit, whole, runs, offset, max(end, carrier.size)), ""
 
 
 def _misplaced(runs: blocks.Runs, offset: Column, unit: int, align: int) -> str | None:
