@@ -440,3 +440,29 @@ def test_a_mapping_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(b"x" * 512)
     with pytest.raises(vmconv.UsageError, match="is no list of paths"):
         vmconv.info(tmp_path / "disk.raw", allow_external={"/": True})
+
+
+# Events
+
+
+def test_outputs_are_announced_before_they_have_their_names(disk: Path) -> None:
+    seen: list[tuple[str, int, bool]] = []
+    inodes: list[int] = []
+    target = disk.with_name("target.vmdk")
+
+    def created(name: str, descriptor: int) -> None:
+        seen.append((name, len(seen), target.exists()))
+        inodes.append(os.fstat(descriptor).st_ino)
+
+    options = {"subformat": "monolithicFlat"}
+    vmconv.convert(
+        disk, target, options=options, created=created, announce=lambda plan: seen.append((plan.way, 0, False))
+    )
+    assert seen == [("copy", 0, False), ("target-flat.vmdk", 1, False), ("target.vmdk", 2, False)]
+    assert inodes == [target.with_name(name).stat().st_ino for name in ("target-flat.vmdk", "target.vmdk")]
+
+
+def test_the_plan_names_the_files_that_were_opened(disk: Path) -> None:
+    overlay = disk.with_name("overlay.qcow2")
+    vmconv.convert(disk, overlay, options={})
+    assert vmconv.plan(overlay, disk.with_name("x.raw")).opened == (str(overlay.resolve()),)
