@@ -100,5 +100,22 @@ def test_the_largest_disks() -> None:
     with pytest.raises(PlanError) as caught:
         plan(1 << 61, 4096)
     assert "cluster_size=1073741824" in str(caught.value.hint)
+
+
+def test_a_cluster_has_a_number_of_32_bits() -> None:
+    """In place, payload lies where it lies: in a device, that may be far behind the beginning."""
+
+    def plan(at: int) -> Layout:
+        image = disk([(0, at, 4096)], MIB, source_size=at + 4096)
+        carrier = image.flat.sources[0]
+        return write(image, Options(cluster_size=4096), Placement(1, "image", carrier=carrier))  # type: ignore[arg-type]
+
+    most = 0xFFFFFFFF * 4096
+    assert unpacked(plan(most).files[0].table, 64, "<I") == (0xFFFFFFFF,)
+    with pytest.raises(PlanError, match="clusters of 4096 bytes cannot name clusters past 0x100000000000"):
+        plan(most + 4096)
+
+
+def test_the_geometry_of_the_largest_disks() -> None:
     (cylinders,) = unpacked(write(disk([], 1 << 50), Options(cluster_size=GIB), Placement()).files[0].table, 24, "<I")
     assert cylinders == 0xFFFFFFFF

@@ -267,11 +267,32 @@ def test_clusters_stay_large_for_little_payload_and_little_gain() -> None:
     assert clusters.cluster_size(table, 4096, 16) == 65536
     table = disk([(0, 0, 7 * MIB), shifted], 64 * MIB).flat
     assert clusters.cluster_size(table, 65536, 16) == 4096
+    # Half of it and no more: the shifted half would need small clusters.
+    halves = [(0, 65536, 8 * MIB), (16 * MIB + 4096, 32 * MIB, 8 * MIB)]
+    assert clusters.cluster_size(disk(halves, 64 * MIB).flat, 65536, 16) == 65536
+    # Small clusters share half of it, large ones nothing.
+    halves = [(0, 100, 8 * MIB), (16 * MIB + 4096, 32 * MIB, 8 * MIB)]
+    assert clusters.cluster_size(disk(halves, 64 * MIB).flat, 65536, 16) == 4096
     # Nothing can be shared at all.
     assert clusters.cluster_size(disk([(0, 100, 8 * MIB)], 64 * MIB).flat, 4096, 16) == 65536
     # One page in each MiB: an L2 table for each.
     sparse = [(at * MIB, 4096 * (2 * at + 1) + 512, 8192) for at in range(32)]
     assert clusters.cluster_size(disk(sparse, 64 * MIB).flat, 512, 16) == 65536
+
+
+@pytest.mark.parametrize("modulus", [512, 4096, 65536])
+def test_only_whole_blocks_at_congruent_places_can_be_shared(modulus: int) -> None:
+    pieces = [(0, 100, 3000), (8192, 8192, 8192), (MIB, MIB + 512, 200000), (2 * MIB, 5 * MIB - 1, 65538)]
+    pieces += [(3 * MIB + 1024, 6 * MIB, 262144), (4 * MIB, 7 * MIB + 4096, 300), (5 * MIB, 8 * MIB + 4096, 131072)]
+    payload = clusters._Payload.of(disk(pieces, 9 * MIB).flat, modulus)
+    assert payload.bytes == sum(length for *_, length in pieces)
+    for unit in (512, 1024, 4096, 65536):
+        shared = 0
+        for address, offset, length in pieces:
+            inside = [at for at in range(0, 10 * MIB, modulus) if offset <= at and at + modulus <= offset + length]
+            if (offset - address) % min(unit, modulus) == 0:
+                shared += len(inside) * modulus
+        assert payload.shared_in(unit) == shared
 
 
 def tables_of(pieces: list[tuple[int, int, int]], size: int, unit: int, bits: int) -> float:

@@ -124,6 +124,17 @@ def test_a_layer_of_zeros_needs_tables_and_no_clusters() -> None:
     check(image, write(image, Options(), Placement(), backing=Backing("b", "raw")), on_parent=True)
 
 
+def test_a_parent_that_was_not_opened_can_be_named() -> None:
+    image = disk([(0, 0, MIB)], 2 * MIB)
+    layout = write(image, Options(), Placement(), backing=Backing("b", "qcow2"))
+    assert check(image, layout, on_parent=True)["features"] == 1
+
+
+def test_a_disk_that_is_flattened_has_no_parent() -> None:
+    image = scattered(1, 40 * 65536, 32768, parent=scattered(2, 40 * 65536, 32768))
+    assert check(image, write(image, Options(), Placement()))["name"] == b""
+
+
 def test_the_largest_disk_and_the_longest_name() -> None:
     def plan(size: int, name: str = "", **fields: Any) -> None:
         image = disk_of(Extents.filled(size, Kind.HOLE), MemoryFile("top", 0), parent=disk([], size))

@@ -140,6 +140,11 @@ def test_a_layer_says_what_it_has_to_and_nothing_more(reference: str, code: byte
         same_in_pieces(write(image, Options(), placement(), backing=Backing(reference, "vhd")))
 
 
+def test_a_disk_that_is_flattened_has_no_parent() -> None:
+    image = scattered(1, 12 * MIB, 4096, parent=scattered(2, 20 * MIB, 4096, longest=200), longest=200)
+    assert check(image, write(image, Options(), placement())) == NOBODY
+
+
 def test_a_fixed_disk_is_the_disk_and_a_footer() -> None:
     image = disk([(512, 1024, MIB)], 3 * MIB + 100)
     layout = write(image, Options(subformat="fixed"), placement())

@@ -264,6 +264,7 @@ def test_a_layer_says_what_it_has_to_and_nothing_more() -> None:
             "parent_linkage": f"{{{LINKAGE}}}",
             "relative_path": ".\\dir\\b.vhdx",
         }
+        same_in_pieces(layout)
 
 
 def parent(size: int, **metadata: Any) -> Image:

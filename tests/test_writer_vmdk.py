@@ -143,7 +143,7 @@ def test_each_grain_is_where_its_entry_says(size: int) -> None:
 
 
 @pytest.mark.parametrize("zeroed", [False, True])
-@pytest.mark.parametrize("size", [40 * GRAIN, 21 * GRAIN + 512, 64 * MIB])
+@pytest.mark.parametrize("size", [40 * GRAIN, 21 * GRAIN + 512, 32 * MIB + 5 * GRAIN])
 def test_a_layer_says_what_it_has_to_and_nothing_more(size: int, zeroed: bool) -> None:
     for seed in range(2):
         image = scattered(seed, size, GRAIN // 2, parent=parent(size), longest=20)

@@ -448,7 +448,6 @@ def _by_words(compute: Callable[[int, int], bytes], word: int = 8) -> Callable[[
 
     def read(offset: int, length: int) -> bytes:
         low, high = offset // word * word, -(-(offset + length) // word) * word
-        data = compute(low, high - low)
-        return data if len(data) == length else data[offset - low : offset - low + length]
+        return compute(low, high - low)[offset - low :][:length]
 
     return read
