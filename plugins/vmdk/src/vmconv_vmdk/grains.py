@@ -130,7 +130,7 @@ class SparseExtent:
         """Returns the table of the file; raises `PlanError` when its grains lie past what an entry can say."""
         runs, offset = (self.pinned.runs, self.pinned.offset) if self.pinned else self._placed()
         length = runs.blocks * self.grain
-        end = max(self.places.tables + self._tables_size(), int((offset + length).max(initial=0)))
+        end = int((offset + length).max(initial=self.places.tables + self._tables_size()))
         if end > MAX_FILE:
             raise PlanError(
                 f"VMDK sparse extent cannot hold {int(self.payload.blocks.sum()) * self.grain} bytes of payload: "
