@@ -1156,6 +1156,16 @@ def test_without_an_undo_file_nothing_is_undone(ext4_dir: Path) -> None:
     assert "--keep-undo" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("piece", [700, 4096, MIB])
+def test_old_bytes_come_back_piece_by_piece(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(undo, "PIECE", piece)
+    disk = make_disk(ext4_dir / "disk.raw", 4 * MIB)
+    before = contents(ext4_dir)
+    in_place(disk, ext4_dir / "new.qcow2", keep_undo=True)
+    api.undo(str(ext4_dir / "new.qcow2"))
+    assert contents(ext4_dir) == before
+
+
 def test_undo_takes_no_time_for_payload(ext4_dir: Path) -> None:
     disk = make_disk(ext4_dir / "disk.raw", 256 * MIB, pieces=400, unit=1 << 16)
     in_place(disk, ext4_dir / "new.qcow2", keep_undo=True)

@@ -14,7 +14,7 @@ from vmconv.errors import AccessError, ImageError, PlanError, os_errors
 from vmconv.inplace import neighbours, rules, undofile
 from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
-from vmconv.inplace.codec import Ranges
+from vmconv.inplace.codec import PIECE, Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside, interrupted
 from vmconv.inplace.rules import Own
@@ -26,8 +26,6 @@ from vmconv.io.registry import installed
 from vmconv.model.extents import Kind, cut, on_storage
 from vmconv.model.sources import File
 from vmconv.system import linux, signals
-
-_PIECE = 1 << 20
 
 
 class _Kept(NamedTuple):
@@ -180,8 +178,8 @@ def _make(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable
 
 def _write(calls: Calls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
     """Writes the next bytes of the undo file to a place."""
-    for at in range(offset, offset + length, _PIECE):
-        calls.write(descriptor, old(min(_PIECE, offset + length - at)), at)
+    for at in range(offset, offset + length, PIECE):
+        calls.write(descriptor, old(min(PIECE, offset + length - at)), at)
 
 
 def _journal(own: Own, directory: Directory, kept: _Kept, owner: int | None) -> Journal:
