@@ -122,6 +122,14 @@ def test_places_are_congruent_where_sectors_allow_it() -> None:
     ]
 
 
+def test_a_block_that_begins_with_zeros_is_placed_by_its_first_payload() -> None:
+    image = disk([(4 * MIB + 1536, 16 * MIB + 3584, 4096), (4 * MIB + 8192, 20 * MIB + 512, 4096)], 10 * MIB)
+    table = write(image, Options(), placement(4096)).files[0].table
+    first, second = (row for row in table if row.source is image.flat.sources[0])
+    assert (first.start - first.offset) % 4096 == 0
+    assert second.start - first.start == 8192 - 1536
+
+
 @pytest.mark.parametrize(
     ("reference", "code", "path"),
     [

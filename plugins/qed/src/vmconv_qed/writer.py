@@ -115,7 +115,7 @@ class _Writer:
         first = np.concatenate([data.first, zero.first])
         count = np.concatenate([data.blocks, zero.blocks])
         kind = np.concatenate([data.kind, zero.kind])
-        source = np.where(kind == Kind.DATA, 0, -1).astype(np.int32)
+        source = np.zeros(len(kind), dtype=np.int32)
         where = np.concatenate([offset, np.zeros(len(zero.first), dtype=np.int64)])
         order = np.argsort(first, kind="stable")
         rows = Columns(first * self.cluster, kind, source, where).take(order)

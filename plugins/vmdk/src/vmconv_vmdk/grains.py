@@ -169,7 +169,7 @@ class SparseExtent:
         place = np.concatenate([offset, np.zeros(len(self.zero.first), dtype=np.int64)])
         kind = np.full(len(start), Kind.DATA, dtype=np.uint8)
         kind[len(runs.first) :] = Kind.ZERO
-        source = np.where(kind == Kind.DATA, 0, -1).astype(np.int32)
+        source = np.zeros(len(kind), dtype=np.int32)
         gaps = Extents.filled(self.guest.size, Kind.HOLE)
         if not len(start):
             return gaps
