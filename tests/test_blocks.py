@@ -119,14 +119,22 @@ def test_places_are_those_of_the_first_payload_of_each_run(data: st.DataObject) 
 
 
 def test_places_of_groups_begin_anew_at_the_modulus() -> None:
-    """Two runs side by side in a source, one elsewhere in it, and one that no whole blocks make congruent."""
+    """Two runs side by side in each source, one elsewhere, and one that no whole blocks make congruent."""
     rows = [(0, Kind.DATA, A, 40), (16, Kind.DATA, A, 24), (32, Kind.DATA, A, 200), (40, Kind.DATA, B, 3)]
-    table = Extents.of(rows, 56)
+    rows += [(56, Kind.DATA, B, 40), (64, Kind.DATA, B, 32)]
+    table = Extents.of(rows, 72)
     runs = blocks.whole_blocks(table, UNIT)
     placed = blocks.place(table, runs, UNIT, 64, 32)
-    assert dict(zip(placed.run.tolist(), placed.offset.tolist(), strict=True)) == {1: 88, 0: 104, 2: 136, 3: 160}
-    assert placed.run.tolist() == [1, 0, 2, 3]
-    assert placed.end == 176
+    assert dict(zip(placed.run.tolist(), placed.offset.tolist(), strict=True)) == {
+        1: 88,
+        0: 104,
+        2: 136,
+        3: 160,
+        5: 192,
+        4: 200,
+    }
+    assert placed.run.tolist() == [1, 0, 2, 3, 5, 4]
+    assert placed.end == 208
     none = runs.take(runs.first < 0)
     assert blocks.place(table, none, UNIT, 64, 32).end == 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,6 +206,52 @@ def test_what_cannot_be_carried_lets_nobody_in(ext4_dir: Path, monkeypatch: pyte
         missing = attributes.carry(source, target)
     assert missing == {"fchown": ("owner and group",), "setxattr": ("access control list",)}[fails]
     assert mode(new) == 0o600 or not mode(new) & 0o077
+
+
+NO_CALL = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
+"""Answers of filesystems without a call."""
+DENIED = (errno.EPERM, errno.EACCES)
+ANSWERS = [
+    (os, "fchown", (*NO_CALL, *DENIED), ("owner and group",)),
+    (
+        os,
+        "setxattr",
+        (*NO_CALL, *DENIED, errno.ENOSPC, errno.EDQUOT, errno.ERANGE, errno.E2BIG),
+        ("access control list",),
+    ),
+    (os, "listxattr", (*NO_CALL, *DENIED), ()),
+    (os, "removexattr", (*NO_CALL, errno.ENODATA), ()),
+    (linux, "inode_flags", (*NO_CALL, *DENIED), ()),
+]
+
+
+@pytest.mark.parametrize(("module", "call", "answers", "missing"), ANSWERS, ids=[each[1] for each in ANSWERS])
+def test_only_certain_answers_say_that_something_cannot_be_carried(
+    ext4_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    call: str,
+    answers: tuple[int, ...],
+    missing: tuple[str, ...],
+) -> None:
+    old, new = pair(ext4_dir)
+    if call == "setxattr":
+        os.setxattr(old, ACL, with_bob(6, 4))
+    if call == "fchown":
+        os.chown(old, BOB, BOB)
+    told = [0]
+
+    def refused(*_: object) -> None:
+        raise OSError(told[0], os.strerror(told[0]))
+
+    with opened(old) as source, opened(new) as target:
+        monkeypatch.setattr(module, call, refused)
+        for number in answers:
+            told[0] = number
+            assert attributes.carry(source, target) == missing
+        told[0] = errno.EIO
+        with pytest.raises(OSError, match="Input/output error"):
+            attributes.carry(source, target)
 
 
 # A new file

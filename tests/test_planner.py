@@ -192,6 +192,23 @@ def test_ranges_to_share_are_packed_as_the_kernel_takes_them() -> None:
     assert ShareSteps((), empty.source, empty.source_offset, empty.length, empty.offset).pack() == b""
 
 
+def test_only_what_the_writer_says_is_slack_may_be_left_as_it_is() -> None:
+    file = MemoryFile("file", 10)
+    outs = (OutFile(Extents.whole(file)), OutFile(Extents.whole(file), "slack", slack=True))
+    plan = plan_layout(Layout(outs), "disk", "/", "reflink", Survey(1))
+    assert [(made.name, made.slack) for made in plan.files] == [("disk", False), ("slack", True)]
+
+
+def test_steps_are_compared_by_identity() -> None:
+    """By value, numpy would compare each of their numbers."""
+    file = MemoryFile("file", 10)
+    (one,), (other,) = (plan_of(file, survey=Survey(1)).files for _ in range(2))
+    for mine, theirs in ((one.steps, other.steps), (one.shares(), other.shares())):
+        assert mine == mine  # noqa: PLR0124
+        assert mine != theirs
+        assert len({mine, theirs}) == 2
+
+
 def test_the_end_of_a_file_is_a_whole_block_only_at_the_end_of_the_output() -> None:
     file = MemoryFile("file", 600)
     for rest, copied in ((0, 0), (40, 88)):

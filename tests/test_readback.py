@@ -64,6 +64,9 @@ def test_pieces_are_rows_of_the_first_layer_that_says_anything() -> None:
         Piece(60, 10, None, 0),
     ]
     assert list(walk.pieces([], 3, 10)) == [Piece(3, 7, None, 0)]
+    # Up to the end of a row, with numbers that Python makes anew each time.
+    far = rows(4 << 20, (0, None, 1), (1 << 20, None, 0))
+    assert list(walk.pieces([far], 5, 1 << 20)) == [Piece(5, (1 << 20) - 5, None, 0)]
     assert list(walk.pieces([top], 12, 12)) == []
     assert walk.read([top, base], 8, 4) == B.read(15, 2) + A.read(5, 2)
     assert walk.data_bytes([top, base], 5, 65) == 5 + 10 + 5 + 10
@@ -150,8 +153,21 @@ def test_samples_lie_around_edges_and_anywhere(monkeypatch: pytest.MonkeyPatch) 
     found = list(readback._sampled(sides([one], [two])))
     assert found == [(0, 10), (40, 20), (70, 20), (90, 20), (190, 10), (199, 1), (79, 30), (199, 1), (79, 30)]
     assert list(readback._sampled(sides([one], [rows(0)]))) == []
+    # A layer may be longer than the disk, and hold payload there.
+    longer = list(readback._sampled(sides([one], [one, rows(300, (0, None, 1), (210, A, 0), (290, None, 1))])))
+    assert longer[-4:] == [(199, 1)] * 4
     assert readback._random_data(one, Drawn()) == 99
     assert readback._random_data(rows(9, (0, None, 1)), Drawn()) is None
+
+
+def test_a_sample_is_as_large_as_the_guide_says() -> None:
+    """docs/guide/verifying.md: 1 KiB around each edge, and 4 MiB in 64 blocks."""
+    edge, size = 1 << 29, 1 << 30
+    table = rows(size, (0, None, 1), (edge, None, 0))
+    found = list(readback._sampled(sides([table], [table])))
+    assert found[:3] == [(0, 512), (edge - 512, 1024), (size - 512, 512)]
+    assert len(found) == 3 + 64
+    assert all(length == min(65536, size - start) for start, length in found[3:])
 
 
 @quick

@@ -15,6 +15,7 @@ from vmconv.testing.memory import MemoryFile
 
 CELL = 2
 """The tables of these tests are made of cells of so many bytes."""
+D, Z, H = Kind.DATA, Kind.ZERO, Kind.HOLE
 Cells = list[tuple[Kind, int]]
 """Kind and, for payload, offset in the file."""
 
@@ -143,6 +144,35 @@ def test_zeros_of_a_block_stay_zeros_where_the_file_holds_nothing(held: tuple[in
     else:
         with pytest.raises(PlanError, match="a block of 8 bytes around guest address 0x2 covers bytes that are not"):
             pinning.pin(table, carrier, [8])
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (
+            [(D, 0), (D, 2), (D, 6), (D, 8), (D, 13), (D, 15)],
+            "guest address 0x4 lies at 0x6, which is no multiple of 4",
+        ),
+        ([(D, 0), (D, 2), (Z, 0), (H, 0), (H, 0), (Z, 0)], "a block of 4 bytes at guest address 0x4 is zero in part"),
+        ([(D, 0), (D, 2), (D, 8), (D, 6), (D, 12), (D, 18)], "around guest address 0x6 is not in one piece"),
+        ([(D, 0), (D, 2), (D, 8), (H, 0), (D, 12), (H, 0)], "around guest address 0x6 is not in one piece"),
+        # In the parent's part the file holds what is used elsewhere.
+        ([(D, 8), (H, 0), (H, 0), (D, 10)], "around guest address 0x2 is not in one piece"),
+        ([(D, 0), (D, 2), (D, 12), (D, 14), (D, 8), (D, 10), (D, 12), (D, 14)], "bytes at 0xc belong to two blocks"),
+        ([(D, 8), (D, 10), (Z, 0), (Z, 0), (D, 4), (D, 6), (Z, 0), (Z, 0), (D, 8), (D, 10)], "bytes at 0x8 belong to"),
+    ],
+    ids=["misplaced", "zero-in-part", "torn", "parents", "parents-held", "twice", "twice-later"],
+)
+def test_the_first_block_that_cannot_stay_is_named(cells: Cells, said: str) -> None:
+    held = sorted({offset for kind, offset in cells if kind == Kind.DATA})
+    carrier = carrier_of(24, *((at, at + CELL) for at in held))
+    with pytest.raises(PlanError, match=said):
+        pinning.pin(table_of(cells, carrier, len(cells) * CELL), carrier, [4])
+
+
+def test_nothing_stays_of_nothing() -> None:
+    stay = pinning.pin(Extents.filled(6), carrier_of(0), [4])
+    assert (places_of(stay), stay.end, stay.table.size) == ({}, 0, 8)
 
 
 # -- what has to move

@@ -517,3 +517,11 @@ def test_a_mixed_source_is_explained(btrfs_dir: Path) -> None:
     (copy,) = plan.copies
     assert copy.bytes == MIB
     assert "b.raw is not copied on write (chattr +C) and most payload is copied on write" in copy.reason
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_file_that_belongs_to_no_set_is_not_finished(tmp_path: Path, trust: bool) -> None:
+    (tmp_path / "disk").write_bytes(b"disk")
+    for path in ("disk", "none", "none/disk"):
+        assert not targets.finished(str(tmp_path / path), trust=trust)
+    assert os.listdir(tmp_path) == ["disk"]

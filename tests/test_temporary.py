@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vmconv.backends import naming
+from vmconv.backends import naming, targets
 from vmconv.backends.copy import CopyBackend
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.naming import Named, Set
@@ -619,6 +619,37 @@ def test_a_file_that_replaces_another_carries_its_attributes(
         assert stat.S_IMODE(os.fstat(transaction._outputs[0].descriptor).st_mode) == mode
     transaction.abort()
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("why", [None, PermissionError(), AccessError("a link"), "moved"], ids=str)
+def test_sources_that_the_user_did_not_name_are_others(
+    tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch, why: Exception | str | None
+) -> None:
+    files = []
+    for name in ("top", "base", "foreign"):
+        (tmp_path / name).write_bytes(b"")
+        files.append(File(str(tmp_path / name), os.open(tmp_path / name, os.O_RDONLY)))
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "foreign", 4711, -1)
+    if isinstance(why, str):
+        os.rename(tmp_path / "base", tmp_path / "top")
+    elif why:
+        monkeypatch.setattr(targets, "located", raising(why))
+    transaction = FileTransaction(directory, force=True, durable=False, access=Access(tuple(files)))
+    # Of an image that the user named, all is his that has the same owner.
+    others = ["foreign"] if os.geteuid() == 0 else []
+    found = [file.name for file in transaction._not_the_users()]
+    assert found == (["top", "base", "foreign"] if why else others)
+    assert FileTransaction(directory, force=True, durable=False)._not_the_users() == []
+    for file in files:
+        file.close()
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_arguments: object) -> None:
+        raise error
+
+    return call
 
 
 def test_an_aborted_transaction_leaves_nothing(tmp_path: Path, directory: Directory, named_only: None) -> None:
