@@ -279,7 +279,7 @@ def clean(directory: Directory, names: Sequence[str]) -> None:
     remove_stale(directory, names, naming.needed(directory))
 
 
-def finished(path: str, *, trust: bool = False) -> bool:
+def finished(path: str, *, trust: bool) -> bool:
     """Finishes the set of images that this one belongs to, when a stopped run had committed it; False for any other.
 
     With `trust` also when nothing shows that this user's vmconv made it.

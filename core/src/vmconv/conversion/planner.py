@@ -96,7 +96,7 @@ def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: in
         steps.action[apart] = Action.COPY
         steps.reason[apart] = reasons.number(f"offsets in source and target differ modulo the {unit}-byte block")
         shared &= ~apart
-    limits = np.array([s.size for s in sources] or [0], dtype=np.int64)[steps.source]
+    limits = np.array([s.size for s in sources], dtype=np.int64)[steps.source]
     end = steps.source_offset + steps.length
     # The end of a file is as good as the end of a block, as long as it becomes the end of a file again.
     to_the_end = (end == limits) & (steps.offset + steps.length == size)

@@ -24,7 +24,7 @@ def _settle(path: str) -> None:
     from vmconv.backends.targets import finished
     from vmconv.inplace.recovery import met
 
-    if not os.path.lexists(path) and finished(path):
+    if not os.path.lexists(path) and finished(path, trust=False):
         return
     done = met(path)
     if done is None:

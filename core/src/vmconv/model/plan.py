@@ -64,7 +64,7 @@ class ShareSteps:
 
     def pack(self) -> bytes:
         """Returns one struct file_clone_range for each range, end to end."""
-        descriptors = np.array([s.descriptor if isinstance(s, File) else -1 for s in self.sources] or [-1])
+        descriptors = np.array([s.descriptor if isinstance(s, File) else -1 for s in self.sources], dtype=np.int64)
         return np.stack(
             [descriptors[self.source], self.source_offset, self.length, self.offset], axis=1, dtype=np.int64
         ).tobytes()
@@ -111,7 +111,7 @@ class FilePlan(NamedTuple):
     steps: Steps
     sources: tuple[Source, ...]
     table: Extents
-    slack: bool = False
+    slack: bool
 
     def shares(self) -> ShareSteps:
         rows = self.steps.take(self.steps.action == Action.SHARE)
@@ -153,7 +153,7 @@ class Plan(NamedTuple):
     files: tuple[FilePlan, ...]
     copies: tuple[CopyReason, ...]
     losses: tuple[str, ...]
-    references: tuple[Reference, ...] = ()
+    references: tuple[Reference, ...]
     opened: tuple[str, ...] = ()
     """Real paths of the source's files, as they were opened."""
 
