@@ -71,18 +71,20 @@ ROOMS: dict[str, Room] = {
     "places": (
         _core(
             "conversion/refusals backends/targets model/paths io/directory io/attributes",
-            "directory targets paths conversion",
+            "attributes directory targets paths planner conversion",
         ),
-        _core("model/identity model/usage interface/findings", "identity conversion check"),
+        _core("model/identity model/usage interface/findings", "usage check identity"),
     ),
     "verify": (
-        _core("conversion/walk conversion/readback inspect/comparison io/physical", "readback verifying comparison"),
-        _core("conversion/verify", "verify verifying conversion"),
+        _core("conversion/walk conversion/readback inspect/comparison", "readback verifying comparison"),
+        _core("io/physical", "physical proof"),
+        _core("conversion/verify conversion/results", "verify verifying conversion"),
     ),
     "backends": (
         _core("conversion/execute backends/files backends/direct backends/copy", "copying temporary backends"),
         _core("backends/temporary backends/naming", "temporary naming"),
-        _core("backends/reflink testing/memory", "backends conversion"),
+        _core("backends/reflink", "reflink backends conversion"),
+        _core("testing/memory", "memory planner backends"),
         _core("inplace/stay inplace/share inplace/shift", "inplace inplace_safety inplace_crash"),
     ),
     "inplace": (
@@ -146,7 +148,7 @@ class _Bare(ast.NodeTransformer):
         return ast.Constant("")
 
     def visit_If(self, node: ast.If) -> ast.AST:
-        return ast.Pass() if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+        return ast.Pass() if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
 
 def _bare(code: str) -> str | None:
