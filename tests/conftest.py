@@ -22,8 +22,8 @@ from types import ModuleType
 
 import pytest
 
-from disks import QemuImg
-from tried import TRIED
+from support.disks import QemuImg
+from support.tried import TRIED
 
 pytest.register_assert_rewrite("vmconv.testing")
 

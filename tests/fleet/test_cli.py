@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from disks import MIB, make_disk
 from fleet.in_memory import PATIENCE, Node, nodes
 from fleet.serving import Served, served
+from support.disks import MIB, make_disk
 from vmconv.cli import main as cli
 from vmconv.errors import UsageError
 from vmconv_fleet.catalogue.differences import differences

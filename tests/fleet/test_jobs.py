@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
+from support.disks import MIB, QemuImg, make_disk
 from vmconv.api import compare
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from disks import MIB, QemuImg, make_disk
 from fleet.in_memory import Node, nodes
+from support.disks import MIB, QemuImg, make_disk
 from vmconv_fleet.catalogue import definitions
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.catalogue.scanning import Scanner

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import zstandard
 
-import qcow2_images as qcow2
+from support import qcow2_images as qcow2
 from vmconv.errors import VmconvError
 from vmconv.interface.format import Format
 from vmconv.io.opener import Opener
@@ -99,7 +99,7 @@ def _of_clusters(image: bytes) -> Sample:
 
 
 def _vhdx() -> Iterator[Sample]:
-    kit = import_module("test_vhdx")
+    kit = import_module("formats.vhdx.test_vhdx")
     places = [(0, 256), (64 * _KIB, 64 * _KIB + 128), (192 * _KIB, 192 * _KIB + 128), (_MIB, _MIB + 256)]
     places += [(_MIB + 4096, _MIB + 4352), (2 * _MIB, 2 * _MIB + 512), (2 * _MIB + 64 * _KIB, 2 * _MIB + 65 * _KIB)]
     places += [(3 * _MIB, 3 * _MIB + 128)]
@@ -117,7 +117,7 @@ def _vhdx() -> Iterator[Sample]:
 
 def seal_log(image: bytearray) -> None:
     """Makes the checksums of a VHDX log's entries right, as far as their lengths make sense."""
-    sealed: Callable[[bytes], bytes] = import_module("test_vhdx").sealed
+    sealed: Callable[[bytes], bytes] = import_module("formats.vhdx.test_vhdx").sealed
     for at in range(_MIB, 2 * _MIB, 4096):
         if image[at : at + 4] == b"loge":
             (length,) = struct.unpack_from("<I", image, at + 8)

@@ -120,7 +120,9 @@ class FormatTarget(Target):
 
     @cached_property
     def _kit(self) -> FormatTests:
-        kit: FormatTests = getattr(import_module(f"test_{self._name}"), f"Test{self._name.capitalize()}")()
+        kit: FormatTests = getattr(
+            import_module(f"formats.{self._name}.test_{self._name}"), f"Test{self._name.capitalize()}"
+        )()
         return kit
 
     @cached_property

@@ -55,13 +55,19 @@ Room = tuple[Part, ...]
 
 def _core(modules: str, tests: str) -> Part:
     paths = tuple(f"{CORE}/{module}.py" for module in modules.split())
-    return Part(paths, tuple(f"tests/test_{test}.py" for test in tests.split()))
+    return Part(paths, tuple(map(_test, tests.split())))
+
+
+def _test(name: str) -> str:
+    """Returns the path of a module of tests in any room but the fleet's, which has modules of the same names."""
+    (path,) = (path for path in ROOT.glob(f"tests/**/test_{name}.py") if path.parent.name != "fleet")
+    return str(path.relative_to(ROOT))
 
 
 def _writer(name: str, *tests: str) -> Room:
     modules = tuple(f"plugins/{name}/src/vmconv_{name}/{part}.py" for part in ("writer", "clusters", "grains"))
-    quick = [f"tests/test_writer_{name}.py"] if name in PARSED else []
-    return (Part(modules, (*quick, f"tests/test_{name}.py", *tests)),)
+    quick = [f"tests/formats/{name}/test_writer.py"] if name in PARSED else []
+    return (Part(modules, (*quick, f"tests/formats/{name}/test_{name}.py", *tests)),)
 
 
 ROOMS: dict[str, Room] = {
@@ -85,21 +91,21 @@ ROOMS: dict[str, Room] = {
         _core("backends/temporary backends/naming", "temporary naming"),
         _core("backends/reflink", "reflink backends conversion"),
         _core("testing/memory", "memory planner backends"),
-        _core("inplace/stay inplace/share inplace/shift", "inplace inplace_safety inplace_crash"),
+        _core("inplace/stay inplace/share inplace/shift", "inplace safety crash"),
     ),
     "inplace": (
         _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
         _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
-        _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "inplace_safety inplace"),
-        _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers inplace_crash"),
+        _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace"),
+        _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers crash"),
     ),
-    "qcow2": _writer("qcow2", "tests/test_metadata.py"),
+    "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
     "qed": _writer("qed"),
     "raw": _writer("raw"),
     "vdi": _writer("vdi"),
-    "vhd": _writer("vhd", "tests/test_misaligned.py"),
+    "vhd": _writer("vhd", "tests/conversion/test_misaligned.py"),
     "vhdx": _writer("vhdx"),
-    "vmdk": _writer("vmdk", "tests/test_misaligned.py"),
+    "vmdk": _writer("vmdk", "tests/conversion/test_misaligned.py"),
     "parallels": _writer("parallels"),
 }
 

@@ -1,0 +1,255 @@
+"""The command line: what it prints to people and machines, what it returns, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vmconv
+from support.disks import MIB, QemuImg, make_disk
+from vmconv.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_convert_ends_with_what_was_shared_copied_and_written(reflink_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(reflink_dir / "disk.raw", 4 * MIB)
+    assert main(["convert", str(raw), str(reflink_dir / "disk.qcow2")]) == 0
+    output = capsys.readouterr()
+    assert "shared" in output.out.splitlines()[-1]
+    assert "copied 0 B" in output.out.splitlines()[-1]
+    assert output.err == ""
+
+
+def test_convert_says_before_it_starts_what_it_copies_and_why(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", 4 * MIB)
+    assert main(["convert", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    announced = capsys.readouterr().err
+    assert announced.startswith("copying ")
+    assert "because ext4 at" in announced
+
+
+def test_quiet_prints_nothing(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", MIB)
+    assert main(["convert", "-q", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_a_bar_that_ends_at_all_of_it(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", 4 * MIB)
+    assert main(["convert", "-p", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    assert "100.00%" in capsys.readouterr().err.split("\r")[-1]
+
+
+def test_json_events_are_the_plan_progress_and_the_result(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", 4 * MIB)
+    assert main(["convert", "--output", "json", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [events[0]["event"], events[-1]["event"]] == ["plan", "result"]
+    progress = [event for event in events if event["event"] == "progress"]
+    assert progress[0]["done"] == 0
+    assert progress[-1]["done"] == progress[-1]["total"] == events[0]["copied"] + events[0]["written"]
+    assert events[-1]["totals"]["copied"] == events[0]["copied"] == sum(c["bytes"] for c in events[0]["copies"])
+
+
+def test_an_error_is_an_event_too(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["convert", "--output", "json", str(tmp_path / "none.raw"), str(tmp_path / "disk.qcow2")]) == 1
+    output = capsys.readouterr()
+    event = json.loads(output.out)
+    assert (event["event"], event["exit-code"]) == ("error", 1)
+    assert event["message"] in output.err
+
+
+def test_plan_gives_the_reason_for_each_copied_byte(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", 4 * MIB)
+    assert main(["plan", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    assert "copied because ext4 at" in capsys.readouterr().out
+    assert main(["plan", "--output", "json", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["copied"] == sum(copy["bytes"] for copy in plan["copies"]) > 0
+    assert not (ext4_dir / "disk.qcow2").exists()
+
+
+def test_zero_copy_required_and_impossible_returns_3_and_touches_nothing(ext4_dir: Path, capsys: Capture) -> None:
+    raw = make_disk(ext4_dir / "disk.raw", MIB)
+    assert main(["convert", "--zero-copy=require", str(raw), str(ext4_dir / "disk.qcow2")]) == 3
+    assert "would have to be copied" in capsys.readouterr().err
+    assert [path.name for path in ext4_dir.iterdir()] == ["disk.raw"]
+
+
+def test_formats_are_named_as_in_qemu_img(reflink_dir: Path, qemu_img: QemuImg) -> None:
+    disk = make_disk(reflink_dir / "disk", MIB)
+    arguments = ["-f", "raw", "-O", "qcow2", "-o", "cluster_size=128K,compat=v3", "-o", "lazy_refcounts=on"]
+    assert main(["convert", *arguments, str(disk), str(reflink_dir / "image")]) == 0
+    facts = json.loads(qemu_img("info", "-f", "qcow2", "--output=json", reflink_dir / "image").stdout)
+    assert facts["cluster-size"] == 131072
+    assert facts["format-specific"]["data"]["lazy-refcounts"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-O", "qcow3"], "format 'qcow3' is not installed"),
+        (["-O", "ova"], "format 'ova' is not installed"),
+        (["-O", "qcow2", "-o", "cluster=1M"], "no option 'cluster'"),
+        (["-O", "qcow2", "-o", "cluster_size=3M"], "a cluster is a power of two"),
+        (["-O", "qcow2", "-o", "extended_l2=maybe"], "extended_l2=maybe"),
+        (["-O", "raw", "-o", "size=1"], "raw has no option 'size'"),
+        (["-O", "raw", "--backend", "magic"], "backend 'magic' is not installed"),
+        (["-O", "raw", "-F", "raw"], "a backing format needs a backing file"),
+    ],
+)
+def test_a_request_that_makes_no_sense_returns_2(
+    tmp_path: Path, capsys: Capture, arguments: list[str], words: str
+) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    assert main(["convert", *arguments, str(raw), str(tmp_path / "target")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_target_whose_name_speaks_of_no_format_needs_one(tmp_path: Path, capsys: Capture) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    assert main(["convert", str(raw), str(tmp_path / "target")]) == 2
+    assert "name the format with -O" in capsys.readouterr().err
+
+
+def test_backends_are_asked_of_the_directory(xfs_dir: Path, ext4_dir: Path, capsys: Capture) -> None:
+    found = {}
+    for directory in (xfs_dir, ext4_dir):
+        assert main(["backends", "--output", "json", str(directory)]) == 0
+        found[directory] = {one["name"]: one for one in json.loads(capsys.readouterr().out)["backends"]}
+    assert (found[xfs_dir]["reflink"]["shares"], found[xfs_dir]["reflink"]["unit"]) == (True, 4096)
+    assert not found[ext4_dir]["reflink"]["usable"]
+    assert "cannot share" in found[ext4_dir]["reflink"]["reason"]
+    assert found[ext4_dir]["copy"]["usable"]
+
+
+def test_formats_lists_options(capsys: Capture) -> None:
+    assert main(["formats"]) == 0
+    output = capsys.readouterr().out
+    assert "cluster_size=65536" in output
+
+
+def test_demo_converts_there_and_back_and_proves_it(reflink_dir: Path, capsys: Capture) -> None:
+    assert main(["demo", "--size", "16M", "--directory", str(reflink_dir)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "->" in line]
+    others = sorted(set(vmconv.installed().formats) - {"raw"})
+    assert [row[:3] for row in rows] == [pair for n in others for pair in (["raw", "->", n], [n, "->", "raw"])]
+    assert all("yes" in row and row[-3:] == ["all", "8", "MiB"] for row in rows)
+    assert list(reflink_dir.iterdir()) == []
+
+
+def test_demo_says_why_it_copies_where_it_must(ext4_dir: Path, capsys: Capture) -> None:
+    assert main(["demo", "--size", "8M", "--directory", str(ext4_dir)]) == 0
+    assert "Copied because ext4 at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_commands(capsys: Capture, shell: str) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "convert" in script
+    assert "--zero-copy" in script
+
+
+def test_bash_accepts_its_completion(capsys: Capture) -> None:
+    assert main(["completion", "bash"]) == 0
+    subprocess.run(["bash", "-n"], input=capsys.readouterr().out, text=True, check=True)
+
+
+def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"vmconv {version('vmconv')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unwanted"),
+    [
+        (["--help"], {"numpy", "pydantic", "construct", "zstandard", "json"}),
+        (["formats"], {"numpy", "pydantic", "construct", "zstandard", "json"}),
+        (["convert", "disk.raw", "disk.qcow2"], {"pydantic", "zstandard", "numpy.ma", "concurrent.futures", "json"}),
+        (["convert", "-o", "subformat=reference", "disk.raw", "by.vmdk"], {"pydantic", "zstandard", "json"}),
+        (
+            ["convert", "-o", "cluster_size=2M,lazy_refcounts=on,refcount_bits=32", "disk.raw", "disk.qcow2"],
+            {"pydantic", "zstandard", "json"},
+        ),
+        (["info", "disk.raw"], {"construct", "zstandard", "concurrent.futures"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_imports_no_more_than_it_needs(xfs_dir: Path, arguments: list[str], unwanted: set[str]) -> None:
+    """Start-up is most of the time of a conversion; what is imported decides it, and can be told without a clock."""
+    make_disk(xfs_dir / "disk.raw", MIB)
+    code = (
+        "import sys\nfrom vmconv.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('\\n' + ' '.join(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=xfs_dir)
+    assert not unwanted & set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_program_postpones_what_only_other_uses_of_its_libraries_need(xfs_dir: Path) -> None:
+    make_disk(xfs_dir / "disk.raw", MIB)
+    command = [sys.executable, "-X", "importtime", "-m", "vmconv", "convert", "disk.raw", "disk.qcow2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=xfs_dir)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"numpy", "construct"} <= imported
+    assert (
+        not {"pdb", "hashlib", "pickle", "gettext", "numpy._core._add_newdocs", "numpy._typing._array_like"} & imported
+    )
+
+
+def test_a_postponed_module_is_imported_when_it_is_used() -> None:
+    code = """if True:
+        import sys
+        from vmconv.__main__ import _Postponed
+        sys.modules["colorsys"] = stand_in = _Postponed("colorsys")
+        import colorsys
+        assert colorsys is stand_in
+        assert colorsys.rgb_to_hsv(0, 0, 1)[2] == 1
+        import colorsys
+        assert colorsys is not stand_in
+        assert not hasattr(stand_in, "no_such_thing")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["formats"], 0), (["no-such-command"], 2), (["info", "no-such-file"], 1)]
+)
+def test_the_program_ends_with_the_exit_code_of_the_command(arguments: list[str], code: int) -> None:
+    done = subprocess.run([sys.executable, "-m", "vmconv", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout if code == 0 else done.stderr.startswith(("usage: vmconv", "vmconv: no-such-file"))
+
+
+def test_a_reader_of_the_output_may_go_away(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m vmconv formats | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("FORMAT")
+    assert done.stderr == ""
+
+
+def test_the_api_is_what_the_command_line_uses(reflink_dir: Path) -> None:
+    raw, image = make_disk(reflink_dir / "disk.raw", 4 * MIB), reflink_dir / "disk.qcow2"
+    result = vmconv.convert(str(raw), str(image))
+    assert isinstance(result, vmconv.Result)
+    assert vmconv.compare(str(raw), str(image))
+    assert vmconv.prove(str(raw), str(image))
+    assert vmconv.info(str(image))["format"] == "qcow2"
+    assert sum(row.length for row in vmconv.map_disk(str(image))) == 4 * MIB
+    report = vmconv.check(str(image))
+    assert report is not None
+    assert report.corruptions == ()
+    assert set(vmconv.installed().formats) >= {"raw", "qcow2"}

@@ -1,0 +1,296 @@
+"""A change in place that is stopped anywhere is taken back or finished: never neither.
+
+Every single call that changes storage is a place to stop at, as a killed process and as a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from support.crash import RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
+from support.disks import MIB, QemuImg, make_disk
+from support.inplace_pairs import Source, Target, pairs, shifted_pairs
+from support.tried import TRIED
+from support.variants import QEMU_NAMES, identified
+from vmconv import api
+from vmconv.errors import AccessError
+from vmconv.inplace import recovery, undo
+from vmconv.inplace.calls import Calls
+
+SIZE = MIB + 512
+
+Contents = dict[str, str]
+"""A digest of each file of a directory."""
+
+
+def contents(directory: Path) -> Contents:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def copied(directory: Path, to: Path) -> Path:
+    """Returns a new directory with the same files, times included."""
+    subprocess.run(["cp", "-a", "--sparse=always", directory, to], check=True)
+    return to
+
+
+class Work(NamedTuple):
+    """What is stopped: a conversion in place, or the way back from one; it finds its files in `directory`."""
+
+    directory: Path
+    before: str
+    after: str
+    source: Source
+    target: Target
+    way: str
+    """`there`, `there and undoable`, or `back`."""
+
+    def run(self, calls: Calls, directory: Path) -> None:
+        if self.way == "back":
+            undo.undo(str(directory / self.before), calls=calls)
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("stay", "share"):
+                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
+            # Two runs are to write the same undo file.
+            patch.setattr("vmconv.inplace.stay.time.time_ns", lambda: 10**18)
+            self.convert(directory, keep_undo=self.way == UNDOABLE)
+
+    def convert(self, directory: Path, *, keep_undo: bool) -> None:
+        api.convert(
+            str(directory / self.before),
+            str(directory / self.after),
+            source_format=self.source.format,
+            target_format=self.target.format,
+            # Two runs are to make the same image.
+            options={**self.target.options, **identified((self.target.format, ""))},
+            in_place=True,
+            keep_undo=keep_undo,
+        )
+
+
+THERE, UNDOABLE, BACK = "there", "there and undoable", "back"
+
+
+def make_work(pair: tuple[Source, Target], way: str, directory: Path, raw: Path) -> Work:
+    source, target = pair
+    (directory / "work").mkdir()
+    image = source.make(make_disk(raw, SIZE, pieces=3, unit=4096), directory / "work")
+    work = Work(image.parent, image.name, target.name, source, target, way)
+    if way != BACK:
+        return work
+    work.convert(image.parent, keep_undo=True)
+    return work._replace(before=target.name, after=image.name)
+
+
+def works() -> Iterator[tuple[tuple[Source, Target], str]]:
+    for pair in pairs():
+        yield pair, THERE
+        yield pair, BACK
+        if pair[0].format == "raw":
+            yield pair, UNDOABLE
+
+
+@pytest.fixture(params=list(shifted_pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def shifted(request: pytest.FixtureRequest, ext4_dir: Path, tmp_path: Path) -> Work:
+    return make_work(request.param, THERE, ext4_dir, tmp_path / "disk.raw")
+
+
+@pytest.fixture(params=list(works()), ids=lambda work: f"{work[0][0]}-{work[0][1]}-{work[1]}")
+def work(request: pytest.FixtureRequest, ext4_dir: Path, tmp_path: Path) -> Work:
+    pair, way = request.param
+    return make_work(pair, way, ext4_dir, tmp_path / "disk.raw")
+
+
+@pytest.fixture
+def anywhere() -> Iterator[Path]:
+    """A directory for what needs no particular filesystem: where syncing costs nothing, if there is such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        yield Path(directory)
+
+
+class Finished(NamedTuple):
+    """A run that was not stopped: its calls, and the directory before and after it."""
+
+    calls: RecordingCalls
+    before: Contents
+    after: Contents
+    commit: int
+    """How many calls it takes until it is committed and that is durable."""
+
+
+def finished(work: Work, directory: Path) -> Finished:
+    folder = copied(work.directory, directory)
+    before = contents(folder)
+    calls = RecordingCalls(folder)
+    work.run(calls, folder)
+    after = contents(folder)
+    shutil.rmtree(folder)
+    journal = next(action.node for action in calls.log if action.call == "create")
+    syncs = [n for n, action in enumerate(calls.log, start=1) if action.call == "sync" and action.node == journal]
+    return Finished(calls, before, after, syncs[-1])
+
+
+def recover(folder: Path, work: Work, calls: Calls | None = None, *, trust: bool = False) -> None:
+    """Recovers by the name that the disk had, or by the one that it got when there is nothing left to recover.
+
+    With `trust` what is there was made again in another directory, where marks do not count.
+    """
+    try:
+        recovery.recover(str(folder / work.before), trust=trust, calls=calls)
+    except AccessError:
+        assert recovery.recover(str(folder / work.after)).forward is None
+
+
+def outcome(directory: Path, run: Finished) -> str:
+    """Returns "before" or "after", whatever a recovery left behind; fails when it is neither."""
+    found = contents(directory)
+    assert found in (run.before, run.after), sorted(found)
+    return "before" if found == run.before else "after"
+
+
+def stops(run: Finished) -> Iterator[tuple[int, bool]]:
+    """Yields each call to stop before, and each write to stop in the middle of."""
+    for at, action in enumerate(run.calls.log):
+        yield at, False
+        if action.call == "write":
+            yield at, True
+
+
+def test_what_is_killed_is_taken_back_or_finished(work: Work, ext4_dir: Path) -> None:
+    killed(work, ext4_dir)
+
+
+def test_what_is_killed_while_it_is_shifted_is_taken_back_or_finished(shifted: Work, ext4_dir: Path) -> None:
+    killed(shifted, ext4_dir)
+
+
+def test_a_torn_shift_is_finished(shifted: Work, ext4_dir: Path) -> None:
+    """Torn in the middle of each shift, at several places, and once more while that is repaired."""
+    run = finished(shifted, ext4_dir / "finished")
+    shifts = sum(action.call in ("collapse", "insert") for action in run.calls.log)
+    assert shifts
+    for at in range(shifts):
+        for edge, again in itertools.product((0.0, 0.3, 0.8), repeat=2):
+            folder = copied(shifted.directory, ext4_dir / "torn")
+            with pytest.raises(Stopped):
+                shifted.run(TornCalls(at, edge), folder)
+            with contextlib.suppress(Stopped):
+                recover(folder, shifted, TornCalls(0, again))
+            recover(folder, shifted)
+            assert outcome(folder, run) == "after", (at, edge, again)
+            shutil.rmtree(folder)
+            TRIED["torn shifts"] += 1
+
+
+def killed(work: Work, ext4_dir: Path) -> None:
+    """Stops a run before each call, and in the middle of each write."""
+    # In the same directory as those that are stopped: marks speak of it.
+    run = finished(work, ext4_dir / "stopped")
+    assert run.before != run.after
+    count = 0
+    for at, half in stops(run):
+        folder = copied(work.directory, ext4_dir / "stopped")
+        with pytest.raises(Stopped):
+            work.run(StoppingCalls(at, half=half), folder)
+        recover(folder, work)
+        assert outcome(folder, run) == ("before" if at < run.commit - 1 else "after"), at
+        shutil.rmtree(folder)
+        count += 1
+    TRIED["stops"] += count
+
+
+def test_what_loses_power_is_taken_back_or_finished(work: Work, ext4_dir: Path, anywhere: Path) -> None:
+    run = finished(work, ext4_dir / "finished")
+    rng, count = random.Random(4), 0
+    for number, storage in storages(run.calls):
+        for there in storage.cuts(rng, 16):
+            folder = anywhere / "cut"
+            folder.mkdir()
+            there.make(folder)
+            recover(folder, work, trust=True)
+            found = outcome(folder, run)
+            if number < run.commit - 1 or number >= run.commit:
+                assert found == ("before" if number < run.commit else "after")
+            shutil.rmtree(folder)
+            count += 1
+    TRIED["power cuts"] += count
+
+
+@pytest.mark.parametrize("way", [UNDOABLE, BACK])
+def test_a_recovery_that_is_stopped_can_be_done_again(ext4_dir: Path, tmp_path: Path, anywhere: Path, way: str) -> None:
+    """Stopped at each call of the recovery from a stop at each call, killed and without power."""
+    pair = next(pair for pair in pairs() if str(pair[1]) == "vmdk-monolithicFlat")
+    work = make_work(pair, way, ext4_dir, tmp_path / "disk.raw")
+    run = finished(work, ext4_dir / "finished")
+    rng, count = random.Random(5), 0
+    for _, storage in storages(run.calls):
+        stopped = anywhere / "stopped"
+        stopped.mkdir()
+        every = [action for actions in storage.pending.values() for action in actions]
+        storage.after(every).make(stopped)
+        again = copied(stopped, anywhere / "again")
+        calls = RecordingCalls(again)
+        recover(again, work, calls, trust=True)
+        wanted = outcome(again, run)
+        for _, second in storages(calls):
+            for there in second.cuts(rng, 8):
+                folder = anywhere / "cut"
+                folder.mkdir()
+                there.make(folder)
+                recover(folder, work, trust=True)
+                assert outcome(folder, run) == wanted
+                shutil.rmtree(folder)
+                count += 1
+        shutil.rmtree(stopped)
+        shutil.rmtree(again)
+    TRIED["power cuts"] += count
+
+
+@pytest.mark.slow
+def test_a_larger_disk_is_taken_back_or_finished(ext4_dir: Path, tmp_path: Path) -> None:
+    """Stopped at some of the calls, in the middle of writes where it is one."""
+    (ext4_dir / "work").mkdir()
+    raw = make_disk(tmp_path / "disk.raw", 512 * MIB, pieces=150, unit=1 << 16)
+    disk = ext4_dir / "work" / "disk.raw"
+    subprocess.run(["cp", "--sparse=always", raw, disk], check=True)
+    source, target = next(pair for pair in pairs() if str(pair[1]) == "qcow2")
+    work = Work(disk.parent, disk.name, target.name, source, target, UNDOABLE)
+    run = finished(work, ext4_dir / "stopped")
+    for at, half in random.Random(7).sample(list(stops(run)), 8):
+        folder = copied(work.directory, ext4_dir / "stopped")
+        with pytest.raises(Stopped):
+            work.run(StoppingCalls(at, half=half), folder)
+        recover(folder, work)
+        assert outcome(folder, run) == ("before" if at < run.commit - 1 else "after"), at
+        shutil.rmtree(folder)
+        TRIED["stops"] += 1
+
+
+@pytest.mark.parametrize("pair", list(pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
+def test_the_finished_conversion_is_the_disk(
+    pair: tuple[Source, Target], ext4_dir: Path, tmp_path: Path, qemu_img: QemuImg
+) -> None:
+    """What all the others are compared with is right: for vmconv, and for QEMU."""
+    raw = tmp_path / "disk.raw"
+    work = make_work(pair, UNDOABLE, ext4_dir, raw)
+    before, image = contents(work.directory), work.directory / work.after
+    work.convert(work.directory, keep_undo=True)
+    kind = QEMU_NAMES.get(work.target.format, work.target.format)
+    assert api.compare(str(raw), str(image), right_format=work.target.format)
+    qemu_img("compare", "-f", "raw", "-F", kind, raw, image)
+    if kind in ("qcow2", "vmdk"):
+        qemu_img("check", "-f", kind, image)
+    api.undo(str(image))
+    assert contents(work.directory) == before

@@ -1,0 +1,136 @@
+"""A small Linux guest, made from Debian packages: a kernel, busybox and a bootloader on a disk, and what QEMU runs.
+
+    0         syslinux' boot record, and a partition table
+    1 MiB     FAT: the bootloader, the kernel, an initramfs with busybox and `INIT`
+    33 MiB    ext4: a file of random payload, and what the guest writes
+
+The guest mounts the second partition, takes the sum of the payload, writes it with a token of its own making, and
+powers off. It says both on the serial port too.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.disks import MIB
+
+SECTOR = 512
+FAT, DATA, SIZE = MIB, 33 * MIB, 128 * MIB
+BOOT_RECORD = Path("/usr/lib/SYSLINUX/mbr.bin")
+BUSYBOX = Path("/bin/busybox")
+PROGRAMS = ("qemu-system-x86_64", "syslinux", "mformat", "mcopy", "mke2fs", "e2fsck", "debugfs", "cpio")
+TIMEOUT = 300
+"""Seconds that a guest may take; it takes about four where nothing else runs."""
+
+INIT = """#!/bin/busybox sh
+for applet in mount umount sha256sum cat tee sync poweroff; do /bin/busybox ln -s busybox /bin/$applet; done
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t ext4 $disk /mnt
+echo "token $(cat /proc/sys/kernel/random/uuid)" | tee /mnt/answer
+echo "payload $(sha256sum < /mnt/payload)" | tee -a /mnt/answer
+sync
+umount /mnt
+poweroff -f
+"""
+
+CONFIG = """DEFAULT linux
+LABEL linux
+  KERNEL vmlinuz
+  INITRD initrd
+  APPEND console=ttyS0 quiet panic=-1 disk=/dev/nvme0n1p2
+"""
+
+
+def kernels() -> list[Path]:
+    """Returns the kernels that need no module for this guest's disk and filesystem: Debian's for clouds."""
+    return sorted(Path("/boot").glob("vmlinuz-*-cloud-amd64"))
+
+
+def what_is_missing() -> str | None:
+    """Returns what a guest cannot be made without, or None when all is there."""
+    for program in PROGRAMS:
+        if not shutil.which(program):
+            return f"{program} is not installed"
+    if not BOOT_RECORD.exists():
+        return f"{BOOT_RECORD} is not there (syslinux)"
+    if not BUSYBOX.exists() or b"ld-linux" in BUSYBOX.read_bytes()[:4096]:
+        return f"{BUSYBOX} is not there as one static program (busybox-static)"
+    return None if kernels() else "no kernel for clouds in /boot (linux-image-cloud-amd64)"
+
+
+def run(*command: str | Path) -> str:
+    """Returns what a program printed; a program that fails fails the test, with its words."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def make_guest(directory: Path) -> tuple[Path, str]:
+    """Returns a raw disk that boots, made in an empty directory, and the sha256 of the payload in it."""
+    disk = directory / "guest.raw"
+    disk.write_bytes(_boot_record())
+    os.truncate(disk, SIZE)
+    _fill_boot_partition(disk, directory)
+    files = directory / "files"
+    files.mkdir()
+    payload = os.urandom(16 * MIB)
+    (files / "payload").write_bytes(payload)
+    # mke2fs would count the space up to the end of the file as its own without a size.
+    run("mke2fs", "-q", "-t", "ext4", "-d", files, "-E", f"offset={DATA}", disk, f"{(SIZE - DATA) // MIB}M")
+    return disk, hashlib.sha256(payload).hexdigest()
+
+
+def _boot_record() -> bytes:
+    def entry(flag: int, kind: int, start: int, end: int) -> bytes:
+        first, count = start // SECTOR, (end - start) // SECTOR
+        return struct.pack("<B3sB3sII", flag, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", first, count)
+
+    table = entry(0x80, 0x0E, FAT, DATA) + entry(0, 0x83, DATA, SIZE)
+    return BOOT_RECORD.read_bytes().ljust(446, b"\0") + table.ljust(64, b"\0") + b"\x55\xaa"
+
+
+def _fill_boot_partition(disk: Path, directory: Path) -> None:
+    partition = f"{disk}@@{FAT}"
+    sectors, hidden = (DATA - FAT) // SECTOR, FAT // SECTOR
+    run("mformat", "-i", partition, "-T", str(sectors), "-h", "16", "-s", "63", "-H", str(hidden), "::")
+    run("syslinux", "--install", "--offset", str(FAT), disk)
+    (directory / "syslinux.cfg").write_text(CONFIG)
+    (directory / "initrd").write_bytes(_initramfs(directory / "root"))
+    run("mcopy", "-i", partition, directory / "initrd", directory / "syslinux.cfg", "::")
+    run("mcopy", "-i", partition, kernels()[-1], "::vmlinuz")
+
+
+def _initramfs(root: Path) -> bytes:
+    for name in ("bin", "dev", "proc", "mnt"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    (root / "init").write_text(INIT)
+    (root / "init").chmod(0o755)
+    names = "\0".join([".", *(str(path.relative_to(root)) for path in root.rglob("*"))])
+    command = ["cpio", "--create", "--format=newc", "--quiet", "--null", "--owner=0:0"]
+    packed = subprocess.run(command, input=names.encode(), cwd=root, capture_output=True, check=True).stdout
+    return gzip.compress(packed, 1)
+
+
+def boot(image: Path, qemu_format: str, extra: Sequence[str] = ()) -> str:
+    """Returns what a guest said that booted from this disk and powered off; QEMU must have nothing to complain of."""
+    drive = ",".join([f"file={image}", f"format={qemu_format}", "if=none", "id=disk", *extra])
+    machine = ["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]
+    command = ["qemu-system-x86_64", *machine, "-drive", drive, "-device", "nvme,drive=disk,serial=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def answer_on(raw: Path) -> str:
+    """Returns what the guest wrote on a raw disk, whose filesystem must be sound."""
+    run("e2fsck", "-fn", f"{raw}?offset={DATA}")
+    return run("debugfs", "-R", "cat /answer", f"{raw}?offset={DATA}")
