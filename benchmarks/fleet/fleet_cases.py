@@ -13,7 +13,7 @@ from statistics import median
 
 from fleet_measure import Figure, Setting, percentiles
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.testing import Driven, agree, standings_of, view_of
+from vmconv_fleet.testing import Driven, agree, summaries_of, view_of
 
 RECORD = 330
 """Bytes of text in a record of the cases, as in what they are compared with."""
@@ -87,7 +87,7 @@ def partition(setting: Setting) -> list[Figure]:
             node.ask("rest")
         setting.network.heal()
         # To compare all records takes as long as to replicate them: it is done after the timing.
-        took.append(setting.wait(lambda: agree(setting.lab.nodes, standings_of), "all say that they have the same"))
+        took.append(setting.wait(lambda: agree(setting.lab.nodes, summaries_of), "all say that they have the same"))
         setting.wait(lambda: agree(setting.lab.nodes), "the views are the same")
     within = sum(one <= 3 for one in took)
     return [

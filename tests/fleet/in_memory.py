@@ -12,7 +12,7 @@ from fleet.plain import PlainSigner, PlainTrust
 from vmconv_fleet.catalogue.kinds import SCHEMA
 from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.replication.engine import Events
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record
 from vmconv_fleet.replication.service import NodeService
 
@@ -36,13 +36,13 @@ class Wire:
 
     def __init__(self, node: str, wires: dict[str, Wire]) -> None:
         self.node = node
-        self.is_cut = False
+        self.is_disconnected = False
         self._wires = wires
         self._events: Events | None = None
 
     def start(self, events: Events) -> None:
         self._events = events
-        self.join()
+        self.reconnect()
 
     def send(self, peer: str | None, message: bytes) -> None:
         for other in self._reached():
@@ -50,33 +50,33 @@ class Wire:
                 other._events.received(self.node, message)
 
     def close(self) -> None:
-        self.cut()
+        self.disconnect()
         self._events = None
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         for other in self._reached():
             for one, peer in ((self, other), (other, self)):
                 if one._events:
                     one._events.disconnected(peer.node)
-        self.is_cut = True
+        self.is_disconnected = True
 
-    def join(self) -> None:
-        self.is_cut = False
+    def reconnect(self) -> None:
+        self.is_disconnected = False
         for other in self._reached():
             for one, peer in ((self, other), (other, self)):
                 if one._events:
                     one._events.connected(peer.node)
 
-    def problems(self) -> list[Problem]:
-        return [Problem("cut", "cut off by the administrator")] if self.is_cut else []
+    def problems(self) -> list[NodeProblem]:
+        return [NodeProblem("disconnected", "cut off by the administrator")] if self.is_disconnected else []
 
     def neighbours(self) -> list[str]:
         return [other.node for other in self._reached()]
 
     def _reached(self) -> list[Wire]:
-        if self.is_cut or self._events is None:
+        if self.is_disconnected or self._events is None:
             return []
-        return [one for one in self._wires.values() if one is not self and one._events and not one.is_cut]
+        return [one for one in self._wires.values() if one is not self and one._events and not one.is_disconnected]
 
 
 class Node:

@@ -23,20 +23,20 @@ if __name__ == "__main__":
 from fleet import test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id
 from fleet.sim import simulate
-from vmconv_fleet.replication import antientropy, ownlog, receiver, requests
-from vmconv_fleet.replication.antientropy import CatchUp
+from vmconv_fleet.replication import anti_entropy, ownlog, receiver, requests
+from vmconv_fleet.replication.anti_entropy import AntiEntropy
 from vmconv_fleet.replication.epochs import History
-from vmconv_fleet.replication.neighbours import Neighbours
+from vmconv_fleet.replication.neighbours import NeighbourTable
 from vmconv_fleet.replication.ownlog import OwnLog
 from vmconv_fleet.replication.pending import Pending
-from vmconv_fleet.replication.publisher import Teller
-from vmconv_fleet.replication.receiver import Reception
+from vmconv_fleet.replication.publisher import Publisher
+from vmconv_fleet.replication.receiver import Receiver
 from vmconv_fleet.replication.records import MAX_NUMBER, Change, Position, Record
-from vmconv_fleet.replication.recovery import Recovery
+from vmconv_fleet.replication.recovery import EpochRecovery
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.requests import Requests
 from vmconv_fleet.replication.store import Store
-from vmconv_fleet.replication.verifier import Gate
+from vmconv_fleet.replication.verifier import Verifier
 
 SEEDS = 60
 """A mistake has to be found within so many seeds."""
@@ -69,7 +69,7 @@ def mutation(name: str, test: Callable[[], None] | None = None) -> Callable[[Mis
 def blind() -> AbstractContextManager[Any]:
     """Takes away the replica's own sums, which would notice most mistakes at once: the oracle has to."""
     stack = ExitStack()
-    stack.enter_context(patch.object(antientropy, "sound", lambda store, owner: True))
+    stack.enter_context(patch.object(anti_entropy, "sound", lambda store, owner: True))
     stack.enter_context(patch.object(receiver, "promised", lambda record: _Anything()))
     return stack
 
@@ -109,9 +109,9 @@ def epoch_counted() -> Iterator[None]:
 
 @mutation("pages are taken as they come, not all at once")
 def torn_pages() -> Iterator[None]:
-    original = CatchUp.take
+    original = AntiEntropy.take
 
-    def take(self: CatchUp, session: Any, page: Any, wall: int, now: int) -> list[Record] | None:
+    def take(self: AntiEntropy, session: Any, page: Any, wall: int, now: int) -> list[Record] | None:
         records = original(self, session, page, wall, now)
         if records is None:
             rows = list(self.rows(session, (), self._store.position(session.owner).seq))
@@ -119,7 +119,7 @@ def torn_pages() -> Iterator[None]:
                 self._store.extend(session.owner, rows)
         return records
 
-    with blind(), patch.object(CatchUp, "take", take):
+    with blind(), patch.object(AntiEntropy, "take", take):
         yield
 
 
@@ -137,15 +137,15 @@ def other_epoch() -> Iterator[None]:
 
 @mutation("only the sums are left: gaps are accepted unless they are noticed")
 def gaps_noticed() -> Iterator[None]:
-    original = Reception._accept
+    original = Receiver._accept
 
-    def accept(self: Reception, peer: str, fresh: Any) -> Any:
+    def accept(self: Receiver, peer: str, fresh: Any) -> Any:
         result = original(self, peer, fresh)
-        if self._shared.problems.counters["torn-live"]:
-            self._shared.problems.report("torn", "live records do not follow")
+        if self._context.problems.counters["torn-live"]:
+            self._context.problems.report("torn", "live records do not follow")
         return result
 
-    with patch.object(receiver, "_reaches", lambda first, position: True), patch.object(Reception, "_accept", accept):
+    with patch.object(receiver, "_reaches", lambda first, position: True), patch.object(Receiver, "_accept", accept):
         yield
 
 
@@ -189,35 +189,38 @@ def no_tombstones() -> Iterator[None]:
 
 @mutation("pages of two histories are put together", test_replica.test_pages_of_two_histories_are_not_put_together)
 def mixed_histories() -> Iterator[None]:
-    original = Teller.answer
+    original = Publisher.answer
 
-    def answer(self: Teller, peer: str, pull: Any) -> Any:
+    def answer(self: Publisher, peer: str, pull: Any) -> Any:
         if pull.seen != Position(0, 0):
             with patch.object(History, "holds", lambda self, position: True):
                 return original(self, peer, pull)
         return original(self, peer, pull)
 
-    with patch.object(Teller, "answer", answer):
+    with patch.object(Publisher, "answer", answer):
         yield
 
 
 @mutation("a node serves without having recovered its own records")
 def no_recovery() -> Iterator[None]:
-    with patch.object(Recovery, "_may_serve", lambda self, now: True), patch.object(CatchUp, "want", _want_of_others):
+    with (
+        patch.object(EpochRecovery, "_may_serve", lambda self, now: True),
+        patch.object(AntiEntropy, "want", _want_of_others),
+    ):
         yield
 
 
-def _want_of_others(self: CatchUp, owner: str, due: int, *, evidence: str | None = None) -> None:
+def _want_of_others(self: AntiEntropy, owner: str, due: int, *, evidence: str | None = None) -> None:
     if owner != self._store.node:
         _WANT(self, owner, due, evidence=evidence)
 
 
-_WANT = CatchUp.want
+_WANT = AntiEntropy.want
 
 
 @mutation("a recovered past replaces what was written since", test_replica.test_recovery_keeps_what_was_written_since)
 def past_wins() -> Iterator[None]:
-    with patch.object(Reception, "_goes_on", lambda self, session, records: True):
+    with patch.object(Receiver, "_goes_on", lambda self, session, records: True):
         yield
 
 
@@ -226,24 +229,24 @@ def past_wins() -> Iterator[None]:
     test_replica.test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew,
 )
 def on_top() -> Iterator[None]:
-    original = Reception._goes_on
+    original = Receiver._goes_on
 
-    def goes_on(self: Reception, session: Any, records: Any) -> bool:
+    def goes_on(self: Receiver, session: Any, records: Any) -> bool:
         return not session.whole or original(self, session, records)
 
-    with patch.object(Reception, "_goes_on", goes_on):
+    with patch.object(Receiver, "_goes_on", goes_on):
         yield
 
 
 @mutation("a node does not notice that others have more of it than it has")
 def not_superseded() -> Iterator[None]:
-    with patch.object(Recovery, "supersede", lambda self, position: None):
+    with patch.object(EpochRecovery, "supersede", lambda self, position: None):
         yield
 
 
 @mutation("signatures are not verified", test_replica.test_a_forged_record_is_refused_and_reported)
 def unsigned() -> Iterator[None]:
-    with patch.object(Gate, "_genuine", lambda self, records: True):
+    with patch.object(Verifier, "_genuine", lambda self, records: True):
         yield
 
 
@@ -264,43 +267,46 @@ def any_key() -> Iterator[None]:
     test_replica.test_a_page_with_records_of_another_owner_is_refused,
 )
 def misplaced() -> Iterator[None]:
-    def ascending(self: Gate, owner: str, after: Position, records: Any) -> list[Record]:
+    def ascending(self: Verifier, owner: str, after: Position, records: Any) -> list[Record]:
         return [record._replace(owner=owner) for record in records]
 
-    with patch.object(Gate, "ascending", ascending), patch.object(Gate, "_genuine", lambda self, records: True):
+    with patch.object(Verifier, "ascending", ascending), patch.object(Verifier, "_genuine", lambda self, records: True):
         yield
 
 
 @mutation("nothing is passed on")
 def not_forwarded() -> Iterator[None]:
     with (
-        patch.object(Teller, "pass_on", lambda self, records, source: []),
-        patch.object(Teller, "catch_up", lambda self, owner: []),
-        patch.object(Teller, "_standings", _own_only),
+        patch.object(Publisher, "pass_on", lambda self, records, source: []),
+        patch.object(Publisher, "catch_up", lambda self, owner: []),
+        patch.object(Publisher, "_summaries", _own_only),
     ):
         yield
 
 
-def _own_only(self: Teller, owners: Any) -> Any:
-    return _STANDINGS(self, [owner for owner in owners if owner == self._shared.node])
+def _own_only(self: Publisher, owners: Any) -> Any:
+    return _SUMMARIES(self, [owner for owner in owners if owner == self._context.node])
 
 
-_STANDINGS = Teller._standings
+_SUMMARIES = Publisher._summaries
 
 
-def never(self: CatchUp) -> int:
-    return antientropy.NEVER
+def never(self: AntiEntropy) -> int:
+    return anti_entropy.NEVER
 
 
 @mutation("gaps are never asked for")
 def never_pulled() -> Iterator[None]:
-    with patch.object(CatchUp, "start_due", lambda self, now: iter(())), patch.object(CatchUp, "next_due", never):
+    with (
+        patch.object(AntiEntropy, "start_due", lambda self, now: iter(())),
+        patch.object(AntiEntropy, "next_due", never),
+    ):
         yield
 
 
 @mutation("a pull that is not answered is not tried again")
 def no_retry() -> Iterator[None]:
-    with patch.object(antientropy, "TIMEOUT_MS", 1 << 40):
+    with patch.object(anti_entropy, "TIMEOUT_MS", 1 << 40):
         yield
 
 
@@ -389,7 +395,7 @@ def told_too_early() -> Iterator[None]:
         try:
             with self.store.group():
                 yield
-                self._shared.news.tell()
+                self._context.feed.tell()
         finally:
             self._grouped = False
 
@@ -400,8 +406,8 @@ def told_too_early() -> Iterator[None]:
 @mutation("neighbours' neighbours are believed to hear everything")
 def near_too_far() -> Iterator[None]:
     with (
-        patch.object(Neighbours, "beyond", lambda self, source, owner: ()),
-        patch.object(Neighbours, "ahead", lambda self, owner, position: [p for p in self.ids() if p == owner]),
+        patch.object(NeighbourTable, "beyond", lambda self, source, owner: ()),
+        patch.object(NeighbourTable, "ahead", lambda self, owner, position: [p for p in self.ids() if p == owner]),
     ):
         yield
 

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fleet.in_memory import PATIENCE, Node
 from vmconv_fleet import console
 from vmconv_fleet.api import as_local, create_app
-from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.client import NodeClient
 
 
 class Served(NamedTuple):
@@ -28,14 +28,14 @@ class Served(NamedTuple):
 
     node: Node
     app: FastAPI
-    local: Client
+    local: NodeClient
     url: str
     ca: str
 
-    def client(self, role: str) -> Client:
+    def client(self, role: str) -> NodeClient:
         """Returns a client with a new token of this role."""
         token = self.token(role)["token"]
-        return Client(self.url, ca=self.ca, token=token)
+        return NodeClient(self.url, ca=self.ca, token=token)
 
     def token(self, role: str, **more: object) -> dict[str, str]:
         reply = self.local.call("POST", "/api/v1/tokens", {"label": f"a {role}", "role": role, **more})
@@ -69,7 +69,7 @@ def served(node: Node) -> Iterator[Served]:
         for config in (local, https):
             stack.enter_context(_running(_Server(config)))
         url = f"https://127.0.0.1:{port}"
-        yield Served(node, app, stack.enter_context(Client(str(node.directory))), url, certificate)
+        yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate)
 
 
 @contextmanager

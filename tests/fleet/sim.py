@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from fleet.oracle import Oracle, Violation
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
 from vmconv_fleet.errors import NotReadyError, Refusal
-from vmconv_fleet.replication import antientropy, epochs, messages, requests
+from vmconv_fleet.replication import anti_entropy, epochs, messages, requests
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.replica import Replica, Timing
@@ -121,7 +121,7 @@ class World:
             patch.object(messages, "PAGE_BYTES", page),
             patch.object(epochs, "MAX_EPOCHS", self.random.choice((3, 64))),
             patch.object(requests, "BURST", self.random.choice((1, 64))),
-            patch.object(antientropy, "KEPT", self.random.choice((0, 2000, antientropy.KEPT))),
+            patch.object(anti_entropy, "KEPT", self.random.choice((0, 2000, anti_entropy.KEPT))),
         ):
             for node in self.nodes.values():
                 self._boot(node, patience=self.random.randint(0, 3000))

@@ -155,12 +155,12 @@ def test_what_is_owned_here_is_changed_at_once(api: Served) -> None:
 
 def test_what_is_owned_elsewhere_is_accepted_with_the_requests_id(api: Served, pair: Sequence[Node]) -> None:
     one, other = pair
-    one.wire.cut()
+    one.wire.disconnect()
     reply = api.local.call("POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"})
     assert (reply.status, reply.content["state"]) == (202, "sent")
     place = f"/api/v1/requests/{one.id}/{reply.content['request']}"
     assert api.local.call("GET", place).status == 202
-    one.wire.join()
+    one.wire.reconnect()
     one.until(lambda: api.local.call("GET", place).status == 200)
     assert other.service.view().get(other.id, "job", reply.content["request"])
 

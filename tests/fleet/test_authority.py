@@ -19,7 +19,7 @@ from vmconv_fleet.errors import FleetError
 from vmconv_fleet.testing import Lab, free_port
 from vmconv_fleet.trust import credentials, joining
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
-from vmconv_fleet.trust.certificates import Trust
+from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import IdentityError, Keys, binding, new_node_id, read_certificate
 from vmconv_fleet.trust.joining import JoinError, JoinService
 
@@ -245,7 +245,7 @@ def test_a_node_that_joins_is_told_who_the_members_are(
     lab: Lab, invite: Callable[[], Invitation], tmp_path: Path
 ) -> None:
     first, second = (joined(lab, invite(), tmp_path / name) for name in ("first", "second"))
-    trust = Trust(Path(second.path("ca.pem")).read_bytes())
+    trust = CertificateTrust(Path(second.path("ca.pem")).read_bytes())
     trust.learn_members(credentials.read_members(second))
     assert set(trust.members()) == {first.node, second.node}
 
@@ -253,7 +253,7 @@ def test_a_node_that_joins_is_told_who_the_members_are(
 def test_members_of_another_authority_are_none(lab: Lab, authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     stranger = Authority.found(str(tmp_path / "other"), "lab").issue(csr(Keys.generate(), new_node_id()))
-    trust = Trust(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    trust = CertificateTrust(authority.certificate.public_bytes(serialization.Encoding.PEM))
     credentials.keep_members(lab.nodes[0].directory, [stranger])
     with pytest.raises(IdentityError, match="not of this fleet"):
         trust.learn_members(credentials.read_members(lab.nodes[0]))

@@ -228,7 +228,7 @@ def test_doctor(run: Run, fleet: Fleet) -> None:
     fleet.other.write(Change("disk", "bad", {"datastore": "ds", "name": "x", "problem": "no signature"}))
     fleet.here.body_when(fleet.other.id, "disk", "bad", lambda _one: True)
     assert run("doctor") == "note   n02 disk bad: no signature\nnothing is wrong\n"
-    fleet.here.wire.cut()
+    fleet.here.wire.disconnect()
     said = run("doctor", code=1)
     assert "WRONG  n01: is cut off from the others" in said
     assert "WRONG  n02: is not heard" in said

@@ -173,7 +173,7 @@ def test_a_banner_says_how_old_the_view_of_a_lost_node_is(entered: Desk) -> None
     entered.here.body_when(
         entered.other.id, "heartbeat", entered.other.id, lambda one: one.body["at_ms"] == beat["at_ms"]
     )
-    entered.here.wire.cut()
+    entered.here.wire.disconnect()
     entered.here.write(Change("vm", "v2", {"datastore": "ds", "file": "y.vmx", "name": "y"}))
     entered.page.wait_for_selector(".banner:has-text('n02 is not heard')")
     assert "What you see of n02 is 4 min" in entered.text("#banners")

@@ -16,11 +16,11 @@ from fleet.in_memory import Wire
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
 from vmconv_fleet.errors import ClosedError, MalformedError, NotReadyError, StoreError
 from vmconv_fleet.replication import engine
-from vmconv_fleet.replication.pool import FEW, Verifiers
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Outcome, Request
 from vmconv_fleet.replication.service import NodeService
-from vmconv_fleet.replication.store import Store, View
+from vmconv_fleet.replication.store import ReplicaView, Store
+from vmconv_fleet.replication.verifier_pool import FEW, VerifierPool
 
 PATIENCE = 30.0
 BY = {"user": "somebody"}
@@ -124,7 +124,7 @@ def test_a_request_that_was_withdrawn_is_gone(nodes: Nodes) -> None:
 def test_an_update_sees_what_was_written_before_it(nodes: Nodes) -> None:
     service = nodes.add(0)
 
-    def count(view: View) -> list[Change]:
+    def count(view: ReplicaView) -> list[Change]:
         record = view.get(service.node, "thing", "n")
         return [Change("thing", "n", {"value": record.body["value"] + 1 if record else 1})]
 
@@ -278,7 +278,7 @@ def test_who_waits_for_a_response_is_let_go_at_the_end(nodes: Nodes) -> None:
 
 
 def test_many_signatures_are_verified_in_their_order() -> None:
-    verifiers = Verifiers()
+    verifiers = VerifierPool()
     draft = Record(node_id(1), "thing", "t", 1, 1, 1, 5, False, 0, "k", 0, {}, b"")
     groups = [[draft._replace(seq=seq)] for seq in range(FEW * 5)]
     for count in (1, len(groups)):

@@ -16,8 +16,8 @@ from vmconv_fleet.replication.records import Position
 from vmconv_fleet.testing import Lab
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import Authority
-from vmconv_fleet.trust.certificates import Trust
-from vmconv_fleet.trust.identity import IdentityError, Keys, Signer, Verifier, is_node_id, new_node_id
+from vmconv_fleet.trust.certificates import CertificateTrust
+from vmconv_fleet.trust.identity import Ed25519Signer, IdentityError, Keys, SignatureCache, is_node_id, new_node_id
 
 
 @pytest.fixture
@@ -25,12 +25,12 @@ def pair(lab: Lab) -> tuple[NodeConfig, NodeConfig]:
     return lab.add(), lab.add()
 
 
-def trust_of(config: NodeConfig) -> Trust:
-    return Trust(Path(config.path("ca.pem")).read_bytes())
+def trust_of(config: NodeConfig) -> CertificateTrust:
+    return CertificateTrust(Path(config.path("ca.pem")).read_bytes())
 
 
-def signer_of(config: NodeConfig) -> Signer:
-    return Signer(config.node, credentials.load(config).keys.signing)
+def signer_of(config: NodeConfig) -> Ed25519Signer:
+    return Ed25519Signer(config.node, credentials.load(config).keys.signing)
 
 
 AT = Position(10, 5)
@@ -96,7 +96,7 @@ def test_a_key_is_revoked_and_the_next_one_is_not(lab: Lab, pair: tuple[NodeConf
     trust.learn_certificate(credentials.load(pair[1]).certificate)
     trust.learn_certificate(lab.authority.issue(keys.request(pair[1].node, "lab", ["a"])))
     trust.learn_revocation(lab.authority.revocation(pair[1].node, key_id=signer.key_id))
-    new = Signer(pair[1].node, keys.signing)
+    new = Ed25519Signer(pair[1].node, keys.signing)
     assert not trust.verify(pair[1].node, signer.key_id, [(b"p", signer.sign(b"p"))], AT)
     assert trust.verify(pair[1].node, new.key_id, [(b"p", new.sign(b"p"))], AT)
     assert pair[1].node in trust.members()
@@ -131,19 +131,19 @@ def test_no_bytes_of_a_certificate_raise(pem: bytes) -> None:
 @settings(deadline=None)
 def test_a_signature_of_other_bytes_is_no_signature(payload: bytes, signature: bytes) -> None:
     key = _KEYS.signing.public_key()
-    assert not Verifier().good(key, [(payload, signature)])
+    assert not SignatureCache().good(key, [(payload, signature)])
     # A signature that was made without the context of records is of something else.
-    assert not Verifier().good(key, [(payload, _KEYS.signing.sign(payload) + bytes(2))])
+    assert not SignatureCache().good(key, [(payload, _KEYS.signing.sign(payload) + bytes(2))])
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=40, unique=True), st.data())
 @settings(deadline=None)
 def test_each_of_many_payloads_is_verified_alone(payloads: list[bytes], data: st.DataObject) -> None:
-    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    signer, key = Ed25519Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
     signatures = signer.sign_many(payloads)
     assert all(len(one) <= 255 for one in signatures)
     n = data.draw(st.integers(0, len(payloads) - 1))
-    verifier = Verifier()
+    verifier = SignatureCache()
     assert verifier.good(key, [(payloads[n], signatures[n])])
     for _ in range(2):
         # What was verified before makes nothing else good.
@@ -155,9 +155,9 @@ def test_each_of_many_payloads_is_verified_alone(payloads: list[bytes], data: st
 
 
 def test_writes_of_any_size_are_signed() -> None:
-    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    signer, key = Ed25519Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
     payloads = [str(n).encode() for n in range(2500)]
-    verifier = Verifier()
+    verifier = SignatureCache()
     for payload, signature in zip(payloads, signer.sign_many(payloads), strict=True):
         assert len(signature) <= 255
         assert verifier.good(key, [(payload, signature)])
@@ -166,20 +166,20 @@ def test_writes_of_any_size_are_signed() -> None:
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=40, unique=True), st.data())
 @settings(deadline=None)
 def test_some_of_many_payloads_are_verified_together(payloads: list[bytes], data: st.DataObject) -> None:
-    signer, key = Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
+    signer, key = Ed25519Signer("a" * 32, _KEYS.signing), _KEYS.signing.public_key()
     signed = list(zip(payloads, signer.sign_many(payloads), strict=True))
     some = data.draw(st.lists(st.sampled_from(signed), min_size=1))
-    assert Verifier().good(key, some)
+    assert SignatureCache().good(key, some)
     n = data.draw(st.integers(0, len(some) - 1))
     payload, signature = some[n]
     damaged = bytearray(signature)
     damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= 1
     for wrong in ((payload + b"x", signature), (payload, bytes(damaged)), (payload, signature + bytes(16))):
-        assert not Verifier().good(key, [*some[:n], wrong, *some[n + 1 :]])
-        assert not Verifier().good(key, [*some, wrong])
+        assert not SignatureCache().good(key, [*some[:n], wrong, *some[n + 1 :]])
+        assert not SignatureCache().good(key, [*some, wrong])
     foreign = (b"foreign", signer.sign(b"foreign"))
-    assert Verifier().good(key, [foreign])
-    assert not Verifier().good(key, [*some, foreign])
+    assert SignatureCache().good(key, [foreign])
+    assert not SignatureCache().good(key, [*some, foreign])
 
 
 def test_neither_an_inner_node_nor_a_foreign_leaf_passes_for_a_record() -> None:
@@ -222,12 +222,12 @@ _KEYS = Keys.generate()
 _OTHER = Keys.generate().signing.public_key()
 
 
-def _stranger() -> Trust:
+def _stranger() -> CertificateTrust:
     import tempfile
 
     with tempfile.TemporaryDirectory() as directory:
         Authority.found(directory, "lab")
-        return Trust(Path(directory, "ca.pem").read_bytes())
+        return CertificateTrust(Path(directory, "ca.pem").read_bytes())
 
 
 _TRUST = _stranger()

@@ -18,7 +18,7 @@ from support.disks import MIB, QemuImg, make_disk
 from vmconv.api import compare
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
-from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.runner import MAX_ATTEMPTS, JobRunner
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
@@ -365,7 +365,7 @@ def test_a_file_of_the_same_name_that_the_job_did_not_make_is_not_its_own(tmp_pa
 
 def test_a_file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own(tmp_path: Path) -> None:
     """What was being made is gone with its worker, and the filesystem gives its number to the next file."""
-    target, journal = tmp_path / "a.qcow2", Journal(str(tmp_path / "journal"))
+    target, journal = tmp_path / "a.qcow2", JobJournal(str(tmp_path / "journal"))
     with open(target, "wb") as file:
         if generation(file.fileno()) is None:
             pytest.skip("this filesystem does not tell generations of inodes")

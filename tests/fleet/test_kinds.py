@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.catalogue.kinds import KINDS, Disk, Job
+from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
 from vmconv_fleet.jobs.arguments import ARGUMENTS
 from vmconv_fleet.trust.roles import VERBS
 
@@ -15,7 +15,7 @@ NODE = "a" * 32
 
 def test_fields_of_a_newer_schema_are_kept() -> None:
     body = {"datastore": "ds", "name": "a.raw", "colour": {"red": 1}}
-    assert Disk.model_validate(body).plain()["colour"] == {"red": 1}
+    assert DiskBody.model_validate(body).plain()["colour"] == {"red": 1}
 
 
 def test_a_body_goes_through_its_model_unchanged() -> None:
@@ -27,7 +27,7 @@ def test_a_body_goes_through_its_model_unchanged() -> None:
         "plan": {"shared": 5, "copies": [{"reason": "because", "bytes": 1, "ranges": 2}]},
         "by": {"node": NODE, "user": "eve"},
     }
-    assert Job.model_validate(Job.model_validate(body).plain()) == Job.model_validate(body)
+    assert JobBody.model_validate(JobBody.model_validate(body).plain()) == JobBody.model_validate(body)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_each_verb_says_what_it_takes_and_which_role() -> None:
 
 
 def test_bodies_cannot_be_changed() -> None:
-    job = Job(disk="d", datastore="ds", format="raw")
+    job = JobBody(disk="d", datastore="ds", format="raw")
     with pytest.raises(ValidationError, match="frozen"):
         job.state = "done"  # type: ignore[misc]
 

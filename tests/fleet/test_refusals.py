@@ -34,7 +34,7 @@ from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.testing import Driven, Lab, agree, free_port, view_of, wait_until
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import Authority
-from vmconv_fleet.trust.identity import Keys, Signer, new_node_id
+from vmconv_fleet.trust.identity import Ed25519Signer, Keys, new_node_id
 
 HELLO = bytes((LIVE,)) + b"hello"
 SILENCE = 1.0
@@ -443,7 +443,7 @@ def test_a_record_in_anothers_name_is_refused(three: list[Driven]) -> None:
     victim, forger, owner = three
     at = view_of(victim.config)[owner.config.node]
     record = newest(owner)._replace(body={"text": "forged"}, seq=at[1] + 1)
-    signer = Signer(owner.config.node, credentials.load(forger.config).keys.signing)
+    signer = Ed25519Signer(owner.config.node, credentials.load(forger.config).keys.signing)
     for key_id in (signer.key_id, record.key_id):
         text = payload(record._replace(key_id=key_id))
         message = encode(Live([seal(signer.sign(text), text)]))

@@ -14,8 +14,8 @@ from fleet.pairs import Fleet, Machine, pair
 from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication import messages, records
-from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Standing
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Summary
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record, seal
 
 
@@ -184,7 +184,7 @@ def test_pages_of_two_histories_are_not_put_together() -> None:
         late = fleet.add(2)
         fleet.flow(100)
         fleet.link(relay, late)
-        sessions = late.replica._shared.catchup._sessions
+        sessions = late.replica._context.anti_entropy._sessions
         fleet.flow_until(lambda: one.id in sessions and sessions[one.id].begun)
         fleet.drop()
         again = fleet.add(0, disk=backup)
@@ -200,7 +200,7 @@ def _pull(fleet: Fleet, one: Machine, other: Machine) -> bytes:
     fleet.drop()
     fleet.time += 200
     position = one.replica.store.position(one.id)
-    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(position, "0" * 16)})))
+    other.replica.received(one.id, messages.encode(Digest({one.id: Summary(position, "0" * 16)})))
     fleet.time += 100
     (pull,) = [message for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     return pull
@@ -498,7 +498,7 @@ def test_a_page_with_records_of_another_owner_is_refused() -> None:
     foreign = other.write("thing", "t", {"value": 2})
     fleet.drop()
     fleet.time += 100
-    other.replica.received(one.id, messages.encode(Digest({one.id: Standing(Position(1 << 50, 9), "0" * 16)})))
+    other.replica.received(one.id, messages.encode(Digest({one.id: Summary(Position(1 << 50, 9), "0" * 16)})))
     fleet.time += 100
     (pull,) = [messages.decode(message) for _, message, _ in other.replica.tick() if message[0] == messages.PULL]
     assert isinstance(pull, Pull)
@@ -633,7 +633,7 @@ def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> N
     fleet, one, other = pair()
     fleet.drop()
     pulls = []
-    digest = messages.encode(Digest({one.id: Standing(Position(1 << 50, 9), "0" * 16)}))
+    digest = messages.encode(Digest({one.id: Summary(Position(1 << 50, 9), "0" * 16)}))
     garbage = _signed(PlainSigner(node_id(9)), one.write("thing", "t", {}), epoch=1 << 50, seq=9)
     fleet.drop()
     for _ in range(1200):
@@ -656,7 +656,7 @@ def test_what_comes_after_much_is_not_observed_before_it() -> None:
     fleet, one, other = pair()
     first, last = one.write("thing", "a", {}), one.write("thing", "b", {})
     fleet.flow()
-    news = other.replica._shared.news
+    news = other.replica._context.feed
     seen: list[Record] = []
     news.observe(seen.extend)
     news.add([first])
@@ -724,16 +724,16 @@ def test_many_records_that_came_too_early_are_taken_together() -> None:
 def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> None:
     _, one, other = pair()
     for group in range(5):
-        at = {node_id(1000 * group + number + 100): Standing(Position(1, 1), "0" * 16) for number in range(1000)}
+        at = {node_id(1000 * group + number + 100): Summary(Position(1, 1), "0" * 16) for number in range(1000)}
         other.replica.received(one.id, messages.encode(Digest(at)))
     assert len(other.replica.neighbours[one.id]._heard) <= 4096
-    assert len(other.replica._shared.catchup._wants) <= 4096
+    assert len(other.replica._context.anti_entropy._wants) <= 4096
     assert one.body(one, "certificate", one.signer.key_id) is not None
 
 
 def test_problems_of_a_kind_are_told_less_and_less() -> None:
     _, one, other = pair()
-    told: list[Problem] = []
+    told: list[NodeProblem] = []
     other.replica.on_problem(told.append)
     for number in range(2000):
         other.replica.received(one.id, b"?" + number.to_bytes(4, "big") + b"{}")

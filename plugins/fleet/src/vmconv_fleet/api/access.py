@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.kinds import By, Role, Token
+from vmconv_fleet.catalogue.kinds import Principal, Role, TokenBody
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import allows, role_of_token
 
@@ -26,7 +26,7 @@ class UnknownCallerError(AccessError):
 class Caller(NamedTuple):
     """Somebody who was let in. `by` is what requests say of them."""
 
-    by: By
+    by: Principal
     role: Role
     is_local: bool = False
 
@@ -50,7 +50,7 @@ def caller_of(request: Request, state: State) -> Caller:
     """Returns who calls; raises `UnknownCallerError`."""
     if request.scope.get(_LOCAL):
         name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64]
-        return Caller(By(node=state.node, user=name or "local administrator"), "admin", is_local=True)
+        return Caller(Principal(node=state.node, user=name or "local administrator"), "admin", is_local=True)
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return of_token(text.strip(), state)
@@ -63,14 +63,14 @@ def of_token(text: str, state: State) -> Caller:
     record = state.view().get(reference[0], "token", reference[1]) if reference else None
     if reference is None or record is None:
         raise UnknownCallerError("this token is not known here")
-    token = Token.model_validate(record.body)
+    token = TokenBody.model_validate(record.body)
     if not tokens.fits(text, token.hash):
         raise UnknownCallerError("this token is not known here")
     try:
         role = role_of_token(reference[1], token, state.now_ms())
     except AccessError as exc:
         raise UnknownCallerError(str(exc)) from exc
-    return Caller(By(node=state.node, token="/".join(reference), user=token.label), role)
+    return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), role)
 
 
 def _caller(request: Request, state: StateOf) -> Caller:

@@ -144,7 +144,7 @@ async def convert(
 @router.post("/conversions", summary="Convert all disks that are selected")
 async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
     caller.must_be("operator")
-    chosen = await run_in_threadpool(lambda: state.picture().disks(parse(wish.select)))
+    chosen = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select)))
     if len(chosen) > MAX_SELECTED:
         raise UsageError(f"{len(chosen)} disks are selected, {MAX_SELECTED} at most at a time")
     common = wish.model_dump(mode="json", exclude_unset=True, exclude={"select"})
@@ -240,15 +240,15 @@ def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
     if state.link is None:
         raise UsageError("this node has no link")
     if wish.connected:
-        state.link.join()
+        state.link.reconnect()
     else:
-        state.link.cut()
-    return {"connected": not state.link.is_cut}
+        state.link.disconnect()
+    return {"connected": not state.link.is_disconnected}
 
 
 def _node(state: State, named: str) -> str:
     """Returns the id of a node that is named by name or id."""
-    found = owner_of(state.picture(), named)
+    found = owner_of(state.snapshot(), named)
     if found is None:
         raise NotHereError(f"no node {named!r}")
     return found

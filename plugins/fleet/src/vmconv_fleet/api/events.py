@@ -56,9 +56,9 @@ async def _stream(request: Request, state: State, wanted: frozenset[str], *, ret
             if not records:
                 yield ": nothing new\n\n"
                 continue
-            picture = state.picture()
+            snapshot = state.snapshot()
             for one in records:
                 if wanted and one.kind not in wanted:
                     continue
-                content = plain(one, picture) | {"deleted": one.deleted}
+                content = plain(one, snapshot) | {"deleted": one.deleted}
                 yield f"id: {one.owner}.{one.epoch}.{one.seq}\nevent: {one.kind}\ndata: {json.dumps(content)}\n\n"

@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.snapshot import Picture
+from vmconv_fleet.catalogue.snapshot import Snapshot
 
 router = APIRouter()
 
@@ -32,8 +32,8 @@ def health(state: StateOf) -> dict[str, bool]:
 
 
 def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
-    picture, view = state.picture(), state.view()
-    nodes = picture.nodes()
+    snapshot, view = state.snapshot(), state.view()
+    nodes = snapshot.nodes()
     states = Counter(one.state for one in nodes)
     yield "nodes", "gauge", "Nodes by state, as seen from here", [({"state": key}, n) for key, n in states.items()]
     others = [one for one in nodes if one.node != state.node and one.age_ms is not None]
@@ -54,17 +54,19 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "records_written_total",
         "counter",
         "Records that an owner has written, as far as they are here",
-        [({"node": picture.name(owner), "id": owner}, at.seq) for owner, at in positions.items()],
+        [({"node": snapshot.name(owner), "id": owner}, at.seq) for owner, at in positions.items()],
     )
-    jobs = Counter((picture.name(one.owner), str(one.body.get("state"))) for one in picture.find("job"))
+    jobs = Counter((snapshot.name(one.owner), str(one.body.get("state"))) for one in snapshot.find("job"))
     yield (
         "jobs",
         "gauge",
         "Conversions by node and state",
         [({"node": node, "state": key}, n) for (node, key), n in jobs.items()],
     )
-    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(picture)
-    disks = Counter((picture.name(one.owner), str(one.body.get("format") or "unknown")) for one in picture.find("disk"))
+    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(snapshot)
+    disks = Counter(
+        (snapshot.name(one.owner), str(one.body.get("format") or "unknown")) for one in snapshot.find("disk")
+    )
     yield (
         "disks",
         "gauge",
@@ -80,11 +82,11 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
             "gauge",
             help_,
             [
-                ({"node": picture.name(one.owner), "datastore": one.id}, int(one.body.get(field, 0)))
-                for one in picture.find("datastore")
+                ({"node": snapshot.name(one.owner), "datastore": one.id}, int(one.body.get(field, 0)))
+                for one in snapshot.find("datastore")
             ],
         )
-    waiting = sum(picture.response_of(one) is None for one in picture.find("request"))
+    waiting = sum(snapshot.response_of(one) is None for one in snapshot.find("request"))
     yield (
         "requests_unanswered",
         "gauge",
@@ -97,7 +99,7 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "cut",
         "gauge",
         "1 while the administrator has cut this node off",
-        [({}, float(bool(state.link and state.link.is_cut)))],
+        [({}, float(bool(state.link and state.link.is_disconnected)))],
     )
     yield (
         "events_total",
@@ -110,9 +112,9 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
     yield "resident_bytes", "gauge", "Memory of the daemon", [({}, _resident())]
 
 
-def _bytes(picture: Picture) -> list[Sample]:
+def _bytes(snapshot: Snapshot) -> list[Sample]:
     sums: Counter[str] = Counter()
-    for one in picture.find("job"):
+    for one in snapshot.find("job"):
         if one.body.get("state") == "done":
             for name in ("shared", "copied", "written"):
                 sums[name] += int((one.body.get("plan") or {}).get(name, 0))

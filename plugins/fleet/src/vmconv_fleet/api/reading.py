@@ -15,7 +15,7 @@ from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
 from vmconv_fleet.catalogue.kinds import KINDS
 from vmconv_fleet.catalogue.selection import parse
-from vmconv_fleet.catalogue.snapshot import NodeView, Picture
+from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
 from vmconv_fleet.replication.clock import milliseconds
 from vmconv_fleet.replication.records import Record
 
@@ -29,12 +29,12 @@ Offset = Annotated[int, Query(ge=0)]
 JobStates = Annotated[str | None, Query(description="Only jobs in one of these states, separated by commas")]
 
 
-def plain(record: Record, picture: Picture) -> dict[str, Any]:
+def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
     """Returns a record as JSON; secrets are in none, but hashes are nobody's business."""
     body = {key: value for key, value in record.body.items() if (record.kind, key) != ("token", "hash")}
     return {
         "owner": record.owner,
-        "node": picture.name(record.owner),
+        "node": snapshot.name(record.owner),
         "kind": record.kind,
         "id": record.id,
         "position": f"{record.epoch}.{record.seq}",
@@ -58,11 +58,11 @@ def plain_node(one: NodeView) -> dict[str, Any]:
     }
 
 
-def owner_of(picture: Picture, named: str | None) -> str | None:
+def owner_of(snapshot: Snapshot, named: str | None) -> str | None:
     """Returns the id of the node that a caller names; raises `NotHereError` for one that is not known."""
     if named is None:
         return None
-    found = picture.find_node(named)
+    found = snapshot.find_node(named)
     if found is None:
         raise NotHereError(f"no node {named!r}")
     return found
@@ -75,29 +75,29 @@ def record_of(state: State, owner: str, kind: str, identifier: str) -> Record:
     return record
 
 
-def _listed(request: Request, picture: Picture, records: list[Record], limit: int, offset: int) -> Response:
+def _listed(request: Request, snapshot: Snapshot, records: list[Record], limit: int, offset: int) -> Response:
     page = records[offset : offset + limit]
     return tagged(
         request,
         tag_of_all(page, len(records), offset),
-        {"total": len(records), "offset": offset, "items": [plain(one, picture) for one in page]},
+        {"total": len(records), "offset": offset, "items": [plain(one, snapshot) for one in page]},
     )
 
 
 @router.get("/fleet", summary="This node, and how much it knows")
 def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
-    picture = state.picture()
-    nodes = picture.nodes()
+    snapshot = state.snapshot()
+    nodes = snapshot.nodes()
     positions = state.view().positions()
     content = {
         "fleet": state.service.fleet,
         "node": state.node,
-        "name": picture.name(state.node),
+        "name": snapshot.name(state.node),
         "serving": state.service.serving,
-        "cut": bool(state.link and state.link.is_cut),
+        "cut": bool(state.link and state.link.is_disconnected),
         "problems": state.problems(),
         "nodes": len(nodes),
-        "unseen": [{"node": one.node, "name": one.name, "age_ms": one.age_ms} for one in picture.unseen(nodes)],
+        "unseen": [{"node": one.node, "name": one.name, "age_ms": one.age_ms} for one in snapshot.unseen(nodes)],
         "positions": {owner: f"{at.epoch}.{at.seq}" for owner, at in sorted(positions.items())},
     }
     return tagged(request, tag_of_positions(positions), content)
@@ -105,16 +105,16 @@ def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
 
 @router.get("/nodes", summary="The nodes: state, when they were heard last, how far they are behind")
 def nodes(request: Request, state: StateOf, _caller: Known) -> Response:
-    found = [plain_node(one) for one in state.picture().nodes()]
+    found = [plain_node(one) for one in state.snapshot().nodes()]
     stable = [{key: value for key, value in one.items() if key != "age_ms"} for one in found]
     return tagged(request, tag_of_all((), json.dumps(stable)), {"total": len(found), "offset": 0, "items": found})
 
 
 @router.get("/nodes/{node}", summary="One node")
 def node(request: Request, node: str, state: StateOf, _caller: Known) -> Response:
-    picture = state.picture()
-    owner = owner_of(picture, node)
-    (one,) = [one for one in picture.nodes() if one.node == owner]
+    snapshot = state.snapshot()
+    owner = owner_of(snapshot, node)
+    (one,) = [one for one in snapshot.nodes() if one.node == owner]
     return tagged(request, tag_of_all((), one.node, one.position, one.state, one.lag), plain_node(one))
 
 
@@ -128,9 +128,9 @@ def disks(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> Response:
-    picture = state.picture()
-    found = picture.disks(parse(select) if select else None, owner_of(picture, node))
-    return _listed(request, picture, found, limit, offset)
+    snapshot = state.snapshot()
+    found = snapshot.disks(parse(select) if select else None, owner_of(snapshot, node))
+    return _listed(request, snapshot, found, limit, offset)
 
 
 @router.get("/jobs", summary="Conversions, the latest first")
@@ -143,13 +143,13 @@ def jobs(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> Response:
-    picture = state.picture()
-    found = picture.find("job", owner_of(picture, node))
+    snapshot = state.snapshot()
+    found = snapshot.find("job", owner_of(snapshot, node))
     if states:
         wanted = set(states.split(","))
         found = [one for one in found if one.body.get("state") in wanted]
     found.sort(key=lambda one: (-int(one.body.get("created_ms", 0)), one.owner, one.id))
-    return _listed(request, picture, found, limit, offset)
+    return _listed(request, snapshot, found, limit, offset)
 
 
 def _list_of(kind: str, order: Callable[[Record], Any] | None) -> Callable[..., Response]:
@@ -158,10 +158,10 @@ def _list_of(kind: str, order: Callable[[Record], Any] | None) -> Callable[..., 
     def listed(
         request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
     ) -> Response:
-        picture = state.picture()
-        found = picture.find(kind, owner_of(picture, node))
+        snapshot = state.snapshot()
+        found = snapshot.find(kind, owner_of(snapshot, node))
         found.sort(key=order or (lambda one: (-one.clock, one.owner, one.id)))
-        return _listed(request, picture, found, limit, offset)
+        return _listed(request, snapshot, found, limit, offset)
 
     return listed
 
@@ -180,12 +180,12 @@ for _path, _kind, _summary, _order in (
 def requests(
     request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
-    picture = state.picture()
-    found = sorted(picture.find("request", owner_of(picture, node)), key=lambda one: -one.clock)
+    snapshot = state.snapshot()
+    found = sorted(snapshot.find("request", owner_of(snapshot, node)), key=lambda one: -one.clock)
     page = found[offset : offset + limit]
-    answers = [picture.response_of(one) for one in page]
+    answers = [snapshot.response_of(one) for one in page]
     items = [
-        plain(one, picture) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
+        plain(one, snapshot) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
         for one, answer in zip(page, answers, strict=True)
     ]
     tag = tag_of_all([*page, *(one for one in answers if one)], len(found), offset)
@@ -199,7 +199,7 @@ def _answer(request: Record, response: Record | None) -> Answer:
 @router.get("/requests/{owner}/{identifier}", summary="What became of a request; 202 while nothing has")
 def request_(owner: str, identifier: str, state: StateOf, _caller: Known) -> JSONResponse:
     record = record_of(state, owner, "request", identifier)
-    return _answer(record, state.picture().response_of(record)).as_response()
+    return _answer(record, state.snapshot().response_of(record)).as_response()
 
 
 @router.get("/records/{kind}", summary="All records of a kind, also of one that this node does not know")
@@ -212,15 +212,15 @@ def records(
     limit: Limit = 100,
     offset: Offset = 0,
 ) -> Response:
-    picture = state.picture()
-    return _listed(request, picture, state.view().find(kind, owner_of(picture, node)), limit, offset)
+    snapshot = state.snapshot()
+    return _listed(request, snapshot, state.view().find(kind, owner_of(snapshot, node)), limit, offset)
 
 
 @router.get("/records/{owner}/{kind}/{identifier}", summary="One record; its ETag is its owner's position")
 def record(request: Request, owner: str, kind: str, identifier: str, state: StateOf, _caller: Known) -> Response:
-    picture = state.picture()
-    found = record_of(state, owner_of(picture, owner) or owner, kind, identifier)
-    return tagged(request, tag_of(found), plain(found, picture))
+    snapshot = state.snapshot()
+    found = record_of(state, owner_of(snapshot, owner) or owner, kind, identifier)
+    return tagged(request, tag_of(found), plain(found, snapshot))
 
 
 @router.get("/export", summary="Everything, one record on each line (NDJSON)")
@@ -230,7 +230,7 @@ def export(state: StateOf, caller: Known) -> StreamingResponse:
 
 
 def _exported(state: State, _caller: Caller) -> Iterator[str]:
-    picture = state.picture()
+    snapshot = state.snapshot()
     for kind in sorted(KINDS):
         for one in state.view().find(kind):
-            yield json.dumps(plain(one, picture)) + "\n"
+            yield json.dumps(plain(one, snapshot)) + "\n"

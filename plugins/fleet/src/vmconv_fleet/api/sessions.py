@@ -11,7 +11,7 @@ LIFETIME = 8 * 3600.0
 MAX_SESSIONS = 1000
 
 
-class Session(NamedTuple):
+class BrowserSession(NamedTuple):
     """One browser's session. `form_key` is in each form that it is shown: only who can read the page can send it."""
 
     token: str
@@ -19,21 +19,21 @@ class Session(NamedTuple):
     until: float
 
 
-class Sessions:
+class BrowserSessions:
     """The sessions of this node, in memory: they end with it. Used on the API's loop alone."""
 
     def __init__(self) -> None:
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[str, BrowserSession] = OrderedDict()
 
     def begin(self, token: str) -> str:
         """Returns the new cookie of somebody whose token was found good."""
         while len(self._sessions) >= MAX_SESSIONS:
             self._sessions.popitem(last=False)
         cookie = secrets.token_urlsafe(32)
-        self._sessions[cookie] = Session(token, secrets.token_urlsafe(32), time.monotonic() + LIFETIME)
+        self._sessions[cookie] = BrowserSession(token, secrets.token_urlsafe(32), time.monotonic() + LIFETIME)
         return cookie
 
-    def get(self, cookie: str) -> Session | None:
+    def get(self, cookie: str) -> BrowserSession | None:
         session = self._sessions.get(cookie)
         if session and session.until < time.monotonic():
             self.end(cookie)

@@ -7,25 +7,25 @@ from typing import Annotated, Protocol, cast
 from fastapi import Depends, Request
 
 from vmconv_fleet.api.bus import Bus
-from vmconv_fleet.api.sessions import Sessions
-from vmconv_fleet.catalogue.snapshot import Picture
+from vmconv_fleet.api.sessions import BrowserSessions
+from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.replication.clock import wall_ms
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.service import NodeService
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 
 
 class Link(Protocol):
-    """The node's connection with the others, which the local administrator can cut and join."""
+    """The node's connection with the others, which the local administrator can disconnect and reconnect."""
 
     @property
-    def is_cut(self) -> bool: ...
+    def is_disconnected(self) -> bool: ...
 
-    def cut(self) -> None: ...
+    def disconnect(self) -> None: ...
 
-    def join(self) -> None: ...
+    def reconnect(self) -> None: ...
 
-    def problems(self) -> list[Problem]: ...
+    def problems(self) -> list[NodeProblem]: ...
 
     def neighbours(self) -> list[str]: ...
 
@@ -38,20 +38,20 @@ class State:
         self.directory = directory
         self.link = link
         self.bus = Bus(service)
-        self.sessions = Sessions()
+        self.sessions = BrowserSessions()
 
     @property
     def node(self) -> str:
         return self.service.node
 
-    def view(self) -> View:
+    def view(self) -> ReplicaView:
         return self.service.view()
 
     def now_ms(self) -> int:
         return wall_ms()
 
-    def picture(self) -> Picture:
-        return Picture(self.view(), self.node, self.now_ms(), self.service.neighbours())
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.view(), self.node, self.now_ms(), self.service.neighbours())
 
     def problems(self) -> list[str]:
         """Returns what is wrong with the node itself, in words."""

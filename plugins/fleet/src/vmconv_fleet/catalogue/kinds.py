@@ -39,7 +39,7 @@ class Body(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-class Node(Body):
+class NodeBody(Body):
     """A node, id `self`-evident: the node's own id. `api` is where administrators reach it, if it listens at all."""
 
     name: Name
@@ -52,7 +52,7 @@ class Node(Body):
     retired: bool = False
 
 
-class Heartbeat(Body):
+class HeartbeatBody(Body):
     """That its owner is there, what it has of the others (`positions`), and what troubles it."""
 
     at_ms: Milliseconds
@@ -63,7 +63,7 @@ class Heartbeat(Body):
     memory: Bytes | None = None
 
 
-class FormatAbility(Body):
+class FormatCapability(Body):
     """What a node can do with a format."""
 
     title: str = ""
@@ -71,14 +71,14 @@ class FormatAbility(Body):
     writes: bool = False
 
 
-class Capabilities(Body):
+class CapabilitiesBody(Body):
     """What is installed on a node: formats by name."""
 
     vmconv: str = ""
-    formats: dict[str, FormatAbility] = {}
+    formats: dict[str, FormatCapability] = {}
 
 
-class BackendAbility(Body):
+class BackendCapability(Body):
     """Whether storage can be used in a way, and in blocks of what size it shares; `unit` 0: it does not."""
 
     usable: bool
@@ -86,12 +86,12 @@ class BackendAbility(Body):
     unit: Annotated[int, Field(ge=0)] = 0
 
 
-class Datastore(Body):
+class DatastoreBody(Body):
     """A directory whose disks its node lists and converts. `scan_asked_ms` later than `scanned_ms`: a scan is due."""
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
     filesystem: str = ""
-    backends: dict[str, BackendAbility] = {}
+    backends: dict[str, BackendCapability] = {}
     size: Bytes = 0
     free: Bytes = 0
     disks: Count = 0
@@ -100,7 +100,7 @@ class Datastore(Body):
     problem: str | None = None
 
 
-class Layer(Body):
+class ChainLayer(Body):
     """One image of a chain: its file as the image above names it; `disk` is its id where the catalogue has it."""
 
     name: str
@@ -108,7 +108,7 @@ class Layer(Body):
     disk: str | None = None
 
 
-class Disk(Body):
+class DiskBody(Body):
     """A disk image in a datastore. `name` is its path below the datastore, `chain` what it needs, the nearest first.
 
     `problem` says why the image cannot be read; then the rest may be missing. `used_by` says who has it open.
@@ -120,7 +120,7 @@ class Disk(Body):
     virtual_size: Bytes = 0
     actual_size: Bytes = 0
     identity: str | None = None
-    chain: list[Layer] = []
+    chain: list[ChainLayer] = []
     in_use: bool = False
     changed_ms: Milliseconds = 0
     warnings: list[str] = []
@@ -134,7 +134,7 @@ class VmDisk(Body):
     disk: str | None = None
 
 
-class Vm(Body):
+class VmBody(Body):
     """A virtual machine, as a file in a datastore defines it."""
 
     datastore: Name
@@ -146,7 +146,7 @@ class Vm(Body):
     disks: list[VmDisk] = []
 
 
-class By(Body):
+class Principal(Body):
     """Who asked: a token of a node, or the local administrator of the node (`token` is None) as `user`."""
 
     node: NodeId
@@ -154,7 +154,7 @@ class By(Body):
     user: str = ""
 
 
-class CopyReason(Body):
+class PlannedCopy(Body):
     reason: str
     bytes: Bytes
     ranges: Count = 1
@@ -169,7 +169,7 @@ class JobPlan(Body):
     written: Bytes = 0
     zero: Bytes = 0
     referenced: Bytes = 0
-    copies: list[CopyReason] = []
+    copies: list[PlannedCopy] = []
     losses: list[str] = []
     files: list[str] = []
 
@@ -181,7 +181,7 @@ class Progress(Body):
     total: Bytes = 0
 
 
-class Job(Body):
+class JobBody(Body):
     """A conversion, asked for once and done once.
 
     `cancel` asks for its end. A `dry_run` ends in `planned`. `batch` is what jobs asked for together have in common;
@@ -205,7 +205,7 @@ class Job(Body):
     at_ms: Milliseconds | None = None
     batch: str | None = None
     max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
-    by: By | None = None
+    by: Principal | None = None
     created_ms: Milliseconds = 0
     started_ms: Milliseconds | None = None
     ended_ms: Milliseconds | None = None
@@ -220,7 +220,7 @@ class Job(Body):
     hint: str | None = None
 
 
-class Policy(Body):
+class PolicyBody(Body):
     """How a node converts, id `conversion`: its rules, which no request can overrule.
 
     `naming` makes the target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source`
@@ -236,7 +236,7 @@ class Policy(Body):
     administrators_of: list[NodeId] | None = None
 
 
-class Token(Body):
+class TokenBody(Body):
     """What a person's token may do; id = the first half of it, `hash` the SHA-256 of all of it."""
 
     label: Name
@@ -245,19 +245,19 @@ class Token(Body):
     created_ms: Milliseconds = 0
     expires_ms: Milliseconds | None = None
     revoked: bool = False
-    by: By | None = None
+    by: Principal | None = None
 
 
-class Request(Body):
+class RequestBody(Body):
     """A change that its owner wants of something that `target` owns."""
 
     target: NodeId
     verb: Name
     arguments: dict[str, Any] = {}
-    by: By
+    by: Principal
 
 
-class Response(Body):
+class ResponseBody(Body):
     """What became of a request: done in a `transaction`, or refused for a `reason`."""
 
     request: str
@@ -278,7 +278,7 @@ class TransactionChange(Body):
     after: dict[str, Any] | None = None
 
 
-class Transaction(Body):
+class TransactionBody(Body):
     """A change that was made, and for whom; `number` grows by one with each, on each node."""
 
     number: Count
@@ -286,19 +286,19 @@ class Transaction(Body):
     request: str
     requester: NodeId
     verb: str = ""
-    by: By | None = None
+    by: Principal | None = None
     at_ms: Milliseconds = 0
     late: bool = False
     changes: list[TransactionChange] = []
 
 
-class Certificate(Body):
+class CertificateBody(Body):
     """A node's public key, signed by the fleet's CA; id = the key's id."""
 
     pem: str
 
 
-class Retirement(Body):
+class RetirementBody(Body):
     """That a node, the id of this, is out of the fleet and will not come back; its records are history."""
 
     node: NodeId
@@ -307,7 +307,7 @@ class Retirement(Body):
     at_ms: Milliseconds = 0
 
 
-class Revocation(Body):
+class RevocationBody(Body):
     """That nothing of a node's key (None: any of them) counts beyond a position."""
 
     node: NodeId
@@ -316,19 +316,19 @@ class Revocation(Body):
 
 
 KINDS: Mapping[str, type[Body]] = {
-    "node": Node,
-    "heartbeat": Heartbeat,
-    "capabilities": Capabilities,
-    "datastore": Datastore,
-    "disk": Disk,
-    "vm": Vm,
-    "job": Job,
-    "policy": Policy,
-    "token": Token,
-    "request": Request,
-    "response": Response,
-    "transaction": Transaction,
-    "certificate": Certificate,
-    "revocation": Revocation,
-    "retirement": Retirement,
+    "node": NodeBody,
+    "heartbeat": HeartbeatBody,
+    "capabilities": CapabilitiesBody,
+    "datastore": DatastoreBody,
+    "disk": DiskBody,
+    "vm": VmBody,
+    "job": JobBody,
+    "policy": PolicyBody,
+    "token": TokenBody,
+    "request": RequestBody,
+    "response": ResponseBody,
+    "transaction": TransactionBody,
+    "certificate": CertificateBody,
+    "revocation": RevocationBody,
+    "retirement": RetirementBody,
 }

@@ -15,7 +15,7 @@ from typing import Any
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
 
 _log = logging.getLogger("vmconv_fleet.scanning")
@@ -99,7 +99,7 @@ class Scanner:
             self._wanted.get()
         return True
 
-    def _seeded(self, view: View) -> list[Change]:
+    def _seeded(self, view: ReplicaView) -> list[Change]:
         """Returns the records of datastores that the configuration names for the first time."""
         node = self._service.node
         before = view.get(node, "capabilities", "installed")
@@ -188,7 +188,7 @@ class Scanner:
                 if name not in datastores or (looked_at and (kind, one.id) not in found):
                     yield kind, one.id
 
-    def _changes(self, view: View, *, keys: Iterable[tuple[str, str]], found: Found) -> list[Change]:
+    def _changes(self, view: ReplicaView, *, keys: Iterable[tuple[str, str]], found: Found) -> list[Change]:
         changes = []
         for kind, identifier in keys:
             before = view.get(self._service.node, kind, identifier)

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from vmconv_fleet.catalogue.kinds import KINDS, Body, Heartbeat, Node
+from vmconv_fleet.catalogue.kinds import KINDS, Body, HeartbeatBody, NodeBody
 from vmconv_fleet.catalogue.selection import Facts, Selection
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 
 NodeState = Literal["here", "up", "silent", "retired"]
 
@@ -39,20 +39,20 @@ class NodeView(NamedTuple):
     lag: int
     position: Position
     is_neighbour: bool
-    body: Node
-    heartbeat: Heartbeat | None
+    body: NodeBody
+    heartbeat: HeartbeatBody | None
 
 
-class Picture:
+class Snapshot:
     """What is known now: made for one answer, from one view."""
 
-    def __init__(self, view: View, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
+    def __init__(self, view: ReplicaView, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
         self.view = view
         self.node = node
         self.now_ms = now_ms
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
-        self._bodies = {one.owner: Node.model_validate(one.body) for one in self.find("node")}
+        self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self.find("node")}
         self._retired = {one.id: str(one.body.get("name", "")) for one in self.find("retirement")}
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
@@ -67,15 +67,15 @@ class Picture:
 
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, this one among them."""
-        beats = {one.owner: Heartbeat.model_validate(one.body) for one in self.find("heartbeat")}
+        beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self.find("heartbeat")}
         known = {*self._bodies, *beats, *self._retired, self.node}
         reached = self._reached(beats)
         found = [self._node(one, beats.get(one), reached) for one in known]
         return sorted(found, key=lambda one: (one.name, one.node))
 
-    def _node(self, node: str, beat: Heartbeat | None, reached: set[str]) -> NodeView:
+    def _node(self, node: str, beat: HeartbeatBody | None, reached: set[str]) -> NodeView:
         # Of a node that was retired, or has just joined, there may be no more than its id.
-        body = self._bodies.get(node) or Node(name=node[:8], fleet="unknown")
+        body = self._bodies.get(node) or NodeBody(name=node[:8], fleet="unknown")
         age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
         if node == self.node:
@@ -88,7 +88,7 @@ class Picture:
         lag = self._lag(node, beat) if beat and node != self.node else 0
         return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
 
-    def _reached(self, beats: Mapping[str, Heartbeat]) -> set[str]:
+    def _reached(self, beats: Mapping[str, HeartbeatBody]) -> set[str]:
         """Returns the nodes to which links lead from here, over as many others as it takes, by what they said last."""
         reached: set[str] = set()
         waiting = list(self._neighbours)
@@ -99,7 +99,7 @@ class Picture:
                 waiting += beats[node].neighbours if node in beats else []
         return reached
 
-    def _lag(self, node: str, beat: Heartbeat) -> int:
+    def _lag(self, node: str, beat: HeartbeatBody) -> int:
         """Returns how many records of others were not there yet when the node said what it has."""
         if not beat.positions:
             return 0
@@ -161,7 +161,7 @@ class Picture:
         return f"{who} at {self.name(str(by.get('node', '')))}"
 
 
-def _still_good_ms(beat: Heartbeat | None, *, is_reached: bool) -> float:
+def _still_good_ms(beat: HeartbeatBody | None, *, is_reached: bool) -> float:
     """Returns how old a heartbeat may be of a node that is there."""
     return _BEATS_MISSED * 1000 * beat.interval_s if beat and is_reached else _GRACE_MS
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from vmconv.plugin import UsageError, print_json, print_table
-from vmconv_fleet.cli.client import Client, Reply
+from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
 from vmconv_fleet.words import cell, time_text
 
@@ -39,7 +39,7 @@ def scan(options: argparse.Namespace) -> int:
     return _said(options, reply, "scan begun")
 
 
-def _own(client: Client) -> str:
+def _own(client: NodeClient) -> str:
     return str(client.get("/api/v1/fleet")["node"])
 
 
@@ -100,7 +100,7 @@ def token(options: argparse.Namespace) -> int:
     return _said(options, reply, f"token {options.id} is good for nothing any more")
 
 
-def _create_token(options: argparse.Namespace, client: Client) -> int:
+def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     wish = {"label": options.label, "role": options.role}
     if options.days is not None:
         if options.days <= 0:

@@ -44,7 +44,7 @@ class _SocketConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Client:
+class NodeClient:
     """The API of the node that `where` names: its directory, or a URL of HTTPS.
 
     `ca` is the fleet's CA certificate, for a URL. Each call has a connection of its own: a node ends those that nobody

@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from vmconv.plugin import UsageError, VmconvError, os_errors
-from vmconv_fleet.cli.client import TOKEN, Client, Reply
+from vmconv_fleet.cli.client import TOKEN, NodeClient, Reply
 
 
-def connected(options: argparse.Namespace) -> Client:
+def connected(options: argparse.Namespace) -> NodeClient:
     """Returns a client of the node that the options name."""
     from vmconv_fleet.config import default_directory
 
     where = options.node or default_directory()
     if "://" not in where:
-        return Client(where)
+        return NodeClient(where)
     token = os.environ.get(TOKEN)
     if options.token_file:
         with os_errors("cannot be read"), open(options.token_file, encoding="utf-8") as file:
             token = file.read().strip()
-    return Client(where, ca=options.ca, token=token)
+    return NodeClient(where, ca=options.ca, token=token)
 
 
 def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, Any]:
@@ -35,14 +35,14 @@ def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, An
     return found[0]
 
 
-def disk_named(client: Client, named: str) -> dict[str, Any]:
+def disk_named(client: NodeClient, named: str) -> dict[str, Any]:
     """Returns the disk with this id, with an id that begins so, or that NODE:NAME means."""
     disks = client.everything("/api/v1/disks")
     exact = [one for one in disks if named in (one["id"], f"{one['node']}:{one['body']['name']}")]
     return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
 
 
-def job_named(client: Client, named: str) -> dict[str, Any]:
+def job_named(client: NodeClient, named: str) -> dict[str, Any]:
     jobs = client.everything("/api/v1/jobs")
     exact = [one for one in jobs if one["id"] == named]
     return only(exact or [one for one in jobs if len(named) >= 4 and one["id"].startswith(named)], named, "job")

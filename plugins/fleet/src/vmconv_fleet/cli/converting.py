@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vmconv.plugin import UsageError, print_json, print_table, size_text
-from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected, disk_named
 from vmconv_fleet.cli.following import Ended, follow
 from vmconv_fleet.words import cell, plan_text, time_text
@@ -73,7 +73,7 @@ def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
     return wish
 
 
-def _one(options: argparse.Namespace, client: Client, at: datetime | None) -> Asked:
+def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> Asked:
     disk = disk_named(client, options.disk)
     wish = _wish(options, at)
     for name in ("target", "target_datastore"):
@@ -87,7 +87,7 @@ def _one(options: argparse.Namespace, client: Client, at: datetime | None) -> As
     return asked | {"job": wish["job"]}
 
 
-def _many(options: argparse.Namespace, client: Client, at: datetime | None) -> list[Asked]:
+def _many(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> list[Asked]:
     for name in ("target", "target_datastore", "id"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} is for one disk, and --select chooses many")

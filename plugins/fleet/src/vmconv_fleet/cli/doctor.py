@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vmconv.plugin import print_json
-from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import age_text, cell
 
@@ -17,7 +17,7 @@ _UNANSWERED_MS = 60_000
 _LITTLE_SPACE = 0.05
 
 
-class Finding(NamedTuple):
+class Diagnosis(NamedTuple):
     """Something that is not as it should be, or only worth knowing (`is_wrong` False)."""
 
     where: str
@@ -38,53 +38,53 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _findings(client: Client) -> Iterator[Finding]:
+def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     fleet = client.get("/api/v1/fleet")
     here = fleet["name"]
     if not fleet["serving"]:
-        yield Finding(here, "does not write yet: it recovers its own records from its neighbours")
+        yield Diagnosis(here, "does not write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
-        yield Finding(here, "is cut off from the others by its administrator")
-    yield from (Finding(here, text) for text in fleet["problems"])
+        yield Diagnosis(here, "is cut off from the others by its administrator")
+    yield from (Diagnosis(here, text) for text in fleet["problems"])
     nodes = client.get("/api/v1/nodes")["items"]
     yield from _of_nodes(nodes)
     yield from _of_datastores(client)
     yield from _of_work(client)
 
 
-def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Finding]:
+def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     schemas = {one["body"].get("schema_revision") for one in nodes} - {None}
     if len(schemas) > 1:
-        yield Finding(
+        yield Diagnosis(
             "fleet", f"schema revisions {', '.join(map(str, sorted(schemas)))}: nodes are being upgraded", False
         )
     names = Counter(one["name"] for one in nodes)
-    yield from (Finding(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
+    yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
         if one["state"] == "silent":
-            yield Finding(one["name"], f"is not heard: what is known of it is {age_text(one['age_ms'])} old")
+            yield Diagnosis(one["name"], f"is not heard: what is known of it is {age_text(one['age_ms'])} old")
         elif one["state"] == "up":
-            yield from (Finding(one["name"], text) for text in one["problems"])
+            yield from (Diagnosis(one["name"], text) for text in one["problems"])
 
 
-def _of_datastores(client: Client) -> Iterator[Finding]:
+def _of_datastores(client: NodeClient) -> Iterator[Diagnosis]:
     for one in client.everything("/api/v1/datastores"):
         body, where = one["body"], f"{one['node']} datastore {one['id']}"
         if body.get("problem"):
-            yield Finding(where, body["problem"])
+            yield Diagnosis(where, body["problem"])
         if body.get("size") and body["free"] < _LITTLE_SPACE * body["size"]:
-            yield Finding(where, f"{body['free'] / body['size']:.1%} of it is free")
+            yield Diagnosis(where, f"{body['free'] / body['size']:.1%} of it is free")
     unreadable = client.everything("/api/v1/disks", select="problem")
-    yield from (Finding(f"{one['node']} disk {one['id']}", one["body"]["problem"], False) for one in unreadable)
+    yield from (Diagnosis(f"{one['node']} disk {one['id']}", one["body"]["problem"], False) for one in unreadable)
 
 
-def _of_work(client: Client) -> Iterator[Finding]:
+def _of_work(client: NodeClient) -> Iterator[Diagnosis]:
     now = int(time.time() * 1000)
     for one in client.everything("/api/v1/requests"):
         if one["answer"].get("ok") is None and now - one["written_ms"] > _UNANSWERED_MS:
             age = age_text(now - one["written_ms"])
-            yield Finding(f"request {one['id']}", f"its owner {one['body']['target'][:8]} has not answered for {age}")
+            yield Diagnosis(f"request {one['id']}", f"its owner {one['body']['target'][:8]} has not answered for {age}")
     failed = Counter(one["node"] for one in client.everything("/api/v1/jobs", states="failed"))
     yield from (
-        Finding(node, f"{n} jobs have failed: vmconv fleet jobs --state failed", False) for node, n in failed.items()
+        Diagnosis(node, f"{n} jobs have failed: vmconv fleet jobs --state failed", False) for node, n in failed.items()
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vmconv.plugin import ProgressBar
-from vmconv_fleet.cli.client import Client, NotThereError
+from vmconv_fleet.cli.client import NodeClient, NotThereError
 
 
 class Ended(NamedTuple):
@@ -17,7 +17,9 @@ class Ended(NamedTuple):
     body: Mapping[str, Any]
 
 
-def follow(client: Client, events: Iterator[str], asked: Sequence[Mapping[str, Any]], *, bar: bool) -> dict[str, Ended]:
+def follow(
+    client: NodeClient, events: Iterator[str], asked: Sequence[Mapping[str, Any]], *, bar: bool
+) -> dict[str, Ended]:
     """Returns how the jobs ended that were asked for and not refused, once all have."""
     waiting = {one["job"]: one["node"] for one in asked if one["answer"].get("ok") is not False}
     requests = {one["answer"]["request"]: one["job"] for one in asked}
@@ -53,7 +55,7 @@ def _records(events: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield kind, json.loads(line.removeprefix("data: "))
 
 
-def _looked_up(client: Client, node: str, job: str) -> Mapping[str, Any] | None:
+def _looked_up(client: NodeClient, node: str, job: str) -> Mapping[str, Any] | None:
     try:
         body: Mapping[str, Any] = client.get(f"/api/v1/records/{node}/job/{job}")["body"]
     except NotThereError:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vmconv.plugin import print_json, print_table, size_text
 from vmconv_fleet.catalogue.differences import differences
-from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import age_text, cell, plan_text, progress_text, time_text
 
@@ -25,7 +25,7 @@ def _print(
     return 0
 
 
-def _unseen(options: argparse.Namespace, client: Client) -> None:
+def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
     """Says how old the view of nodes is that are not heard: what is listed of them may have changed since."""
     if options.output == "json":
         return

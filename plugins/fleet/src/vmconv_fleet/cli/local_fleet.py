@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from vmconv.plugin import BackendError
-from vmconv_fleet.cli.client import Client
+from vmconv_fleet.cli.client import NodeClient
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ class LocalNode(NamedTuple):
     directory: str
     datastore: str
     process: subprocess.Popen[str]
-    client: Client
+    client: NodeClient
     web: str
 
     def id(self) -> str:
@@ -70,7 +70,7 @@ def _start(
         invitation = _vmconv("node", "invite", "--directory", first.directory, "--address", "127.0.0.1").strip()
         _vmconv("node", "join", invitation, disks, *common)
     process = _run(name, own, stack)
-    client = stack.enter_context(Client(own))
+    client = stack.enter_context(NodeClient(own))
     return LocalNode(name, own, disks, process, client, f"https://127.0.0.1:{api}/" if web else "")
 
 
@@ -124,12 +124,12 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def wait_for(client: Client, look: Callable[[], T | None], seconds: float, what: str) -> T:
+def wait_for(client: NodeClient, look: Callable[[], T | None], seconds: float, what: str) -> T:
     """Returns what `look` finds as soon as it is something: it looks whenever the node tells of a change."""
     import time
 
     until = time.monotonic() + seconds
-    with Client(client.where) as listener:
+    with NodeClient(client.where) as listener:
         for line in listener.lines("/api/v1/events"):
             if line.startswith((":", "data: ")):
                 found = look()
@@ -163,7 +163,7 @@ def agreement(nodes: list[LocalNode]) -> list[dict[str, Any]] | None:
 def _records(node: LocalNode) -> Iterator[dict[str, Any]]:
     import json
 
-    with Client(node.client.where) as client:
+    with NodeClient(node.client.where) as client:
         for line in client.lines("/api/v1/export"):
             yield json.loads(line)
 

@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.kinds import Body
 from vmconv_fleet.catalogue.selection import FIELDS, Selection, parse
-from vmconv_fleet.catalogue.snapshot import Picture
+from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console import forms
 from vmconv_fleet.console.web import PAGE, Visit, failed, visit_of
 from vmconv_fleet.replication.records import Record
@@ -70,25 +70,25 @@ async def _static(request: Request) -> Response:
     return Response(content, media_type=_STATIC[name], headers={"Cache-Control": "private, max-age=300"})
 
 
-def _read(picture: Picture, model: type[B], kind: str, owner: str | None = None) -> list[tuple[Record, B]]:
-    return [(one, model.model_validate(one.body)) for one in picture.find(kind, owner)]
+def _read(snapshot: Snapshot, model: type[B], kind: str, owner: str | None = None) -> list[tuple[Record, B]]:
+    return [(one, model.model_validate(one.body)) for one in snapshot.find(kind, owner)]
 
 
 def _one(visit: Visit, model: type[B], kind: str) -> tuple[Record, B]:
     """Returns the record that the page's address names."""
     owner, identifier = visit.request.path_params["owner"], visit.request.path_params["id"]
-    record = visit.picture.view.get(owner, kind, identifier)
+    record = visit.snapshot.view.get(owner, kind, identifier)
     if record is None:
         raise NotHereError(f"{kind} {identifier} is not here")
     return record, model.model_validate(record.body)
 
 
 def _nodes(visit: Visit) -> Response:
-    picture = visit.picture
-    jobs = _read(picture, kinds.Job, "job")
+    snapshot = visit.snapshot
+    jobs = _read(snapshot, kinds.JobBody, "job")
     running = Counter(one.owner for one, body in jobs if body.state in ("planned", "running") and not body.dry_run)
-    disks = Counter(one.owner for one in picture.find("disk"))
-    unanswered = [one for one in picture.find("request") if picture.response_of(one) is None]
+    disks = Counter(one.owner for one in snapshot.find("disk"))
+    unanswered = [one for one in snapshot.find("request") if snapshot.response_of(one) is None]
     shared = sum(body.plan.shared + body.plan.referenced for _, body in jobs if body.state == "done" and body.plan)
     moved = sum(body.plan.copied + body.plan.written for _, body in jobs if body.state == "done" and body.plan)
     return visit.page(
@@ -104,19 +104,19 @@ def _nodes(visit: Visit) -> Response:
 
 
 def _node(visit: Visit) -> Response:
-    picture, owner = visit.picture, visit.request.path_params["owner"]
-    found = [one for one in picture.nodes() if one.node == owner]
+    snapshot, owner = visit.snapshot, visit.request.path_params["owner"]
+    found = [one for one in snapshot.nodes() if one.node == owner]
     if not found:
         raise NotHereError(f"node {owner} is not here")
-    policy = picture.view.get(owner, "policy", "conversion")
-    able = picture.view.get(owner, "capabilities", "installed")
+    policy = snapshot.view.get(owner, "policy", "conversion")
+    able = snapshot.view.get(owner, "capabilities", "installed")
     return visit.page(
         "node.html",
         title=found[0].name,
         node=found[0],
-        datastores=_read(picture, kinds.Datastore, "datastore", owner),
-        policy=kinds.Policy.model_validate(policy.body if policy else {}),
-        formats=kinds.Capabilities.model_validate(able.body).formats if able else {},
+        datastores=_read(snapshot, kinds.DatastoreBody, "datastore", owner),
+        policy=kinds.PolicyBody.model_validate(policy.body if policy else {}),
+        formats=kinds.CapabilitiesBody.model_validate(able.body).formats if able else {},
     )
 
 
@@ -128,12 +128,12 @@ def _disks(visit: Visit) -> Response:
         selection = parse(text) if text.strip() else None
     except UsageError as exc:
         wrong = str(exc)
-    found = [] if wrong else visit.picture.disks(selection)
+    found = [] if wrong else visit.snapshot.disks(selection)
     offset = visit.offset()
     return visit.page(
         "disks.html",
         title="Disks",
-        disks=[(one, kinds.Disk.model_validate(one.body)) for one in found[offset : offset + PAGE]],
+        disks=[(one, kinds.DiskBody.model_validate(one.body)) for one in found[offset : offset + PAGE]],
         total=len(found),
         offset=offset,
         limit=PAGE,
@@ -144,13 +144,13 @@ def _disks(visit: Visit) -> Response:
 
 
 def _disk(visit: Visit) -> Response:
-    record, disk = _one(visit, kinds.Disk, "disk")
-    picture = visit.picture
-    able = picture.view.get(record.owner, "capabilities", "installed")
-    formats = kinds.Capabilities.model_validate(able.body).formats if able else {}
+    record, disk = _one(visit, kinds.DiskBody, "disk")
+    snapshot = visit.snapshot
+    able = snapshot.view.get(record.owner, "capabilities", "installed")
+    formats = kinds.CapabilitiesBody.model_validate(able.body).formats if able else {}
     children = [
         (one, body)
-        for one, body in _read(picture, kinds.Disk, "disk", record.owner)
+        for one, body in _read(snapshot, kinds.DiskBody, "disk", record.owner)
         if any(layer.disk == record.id for layer in body.chain)
     ]
     return visit.page(
@@ -160,29 +160,29 @@ def _disk(visit: Visit) -> Response:
         disk=disk,
         formats=[name for name, one in sorted(formats.items()) if one.writes],
         children=children,
-        jobs=[(one, job) for one, job in _latest_jobs(picture) if (one.owner, job.disk) == (record.owner, record.id)],
+        jobs=[(one, job) for one, job in _latest_jobs(snapshot) if (one.owner, job.disk) == (record.owner, record.id)],
         vms=[
             (one, vm)
-            for one, vm in _read(picture, kinds.Vm, "vm", record.owner)
+            for one, vm in _read(snapshot, kinds.VmBody, "vm", record.owner)
             if any(used.disk == record.id for used in vm.disks)
         ],
     )
 
 
 def _vms(visit: Visit) -> Response:
-    found = sorted(_read(visit.picture, kinds.Vm, "vm"), key=lambda one: (one[1].name, one[0].id))
+    found = sorted(_read(visit.snapshot, kinds.VmBody, "vm"), key=lambda one: (one[1].name, one[0].id))
     offset = visit.offset()
     page = found[offset : offset + PAGE]
     return visit.page("vms.html", title="Virtual machines", vms=page, total=len(found), offset=offset, limit=PAGE)
 
 
-def _latest_jobs(picture: Picture) -> list[tuple[Record, kinds.Job]]:
-    found = _read(picture, kinds.Job, "job")
+def _latest_jobs(snapshot: Snapshot) -> list[tuple[Record, kinds.JobBody]]:
+    found = _read(snapshot, kinds.JobBody, "job")
     return sorted(found, key=lambda one: (-one[1].created_ms, one[0].owner, one[0].id))
 
 
 def _jobs(visit: Visit) -> Response:
-    found = _latest_jobs(visit.picture)
+    found = _latest_jobs(visit.snapshot)
     states = Counter(job.state for _, job in found)
     wanted = visit.request.query_params.get("state", "")
     chosen = [one for one in found if not wanted or one[1].state == wanted]
@@ -200,16 +200,16 @@ def _jobs(visit: Visit) -> Response:
 
 
 def _job(visit: Visit) -> Response:
-    record, job = _one(visit, kinds.Job, "job")
+    record, job = _one(visit, kinds.JobBody, "job")
     return visit.page("job.html", title=f"{job.source} to {job.format}", record=record, job=job)
 
 
 def _requests(visit: Visit) -> Response:
-    picture = visit.picture
-    found = sorted(_read(picture, kinds.Request, "request"), key=lambda one: -one[0].clock)
+    snapshot = visit.snapshot
+    found = sorted(_read(snapshot, kinds.RequestBody, "request"), key=lambda one: -one[0].clock)
     offset = visit.offset()
     page = found[offset : offset + PAGE]
-    responses = {(one.owner, one.id): _response_to(picture, one) for one, _ in page}
+    responses = {(one.owner, one.id): _response_to(snapshot, one) for one, _ in page}
     wishes = {(one.owner, one.id): differences(None, body.arguments) for one, body in page}
     return visit.page(
         "requests.html",
@@ -223,13 +223,13 @@ def _requests(visit: Visit) -> Response:
     )
 
 
-def _response_to(picture: Picture, request: Record) -> kinds.Response | None:
-    record = picture.response_of(request)
-    return kinds.Response.model_validate(record.body) if record else None
+def _response_to(snapshot: Snapshot, request: Record) -> kinds.ResponseBody | None:
+    record = snapshot.response_of(request)
+    return kinds.ResponseBody.model_validate(record.body) if record else None
 
 
 def _history(visit: Visit) -> Response:
-    found = sorted(_read(visit.picture, kinds.Transaction, "transaction"), key=lambda one: -one[0].clock)
+    found = sorted(_read(visit.snapshot, kinds.TransactionBody, "transaction"), key=lambda one: -one[0].clock)
     owner = visit.request.query_params.get("node", "")
     chosen = [one for one in found if not owner or one[0].owner == owner]
     offset = visit.offset()
@@ -251,7 +251,7 @@ def _history(visit: Visit) -> Response:
 
 
 def _tokens(visit: Visit) -> Response:
-    found = sorted(_read(visit.picture, kinds.Token, "token"), key=lambda one: (one[1].label, one[0].id))
+    found = sorted(_read(visit.snapshot, kinds.TokenBody, "token"), key=lambda one: (one[1].label, one[0].id))
     return visit.page("tokens.html", title="Tokens", tokens=found)
 
 

@@ -14,7 +14,7 @@ from vmconv_fleet.catalogue.kinds import JobPlan
 from vmconv_fleet.words import age_text
 
 
-class Part(NamedTuple):
+class BarSegment(NamedTuple):
     """One piece of a bar: `x` and `width` are percents of all of it."""
 
     name: str
@@ -23,16 +23,16 @@ class Part(NamedTuple):
     width: float
 
 
-def parts_of(plan: JobPlan) -> list[Part]:
+def parts_of(plan: JobPlan) -> list[BarSegment]:
     """Returns how much of a result is shared, referenced, copied and written, as pieces of one bar."""
     names = ("shared", "referenced", "copied", "written")
     sizes = [(name, int(getattr(plan, name))) for name in names]
     total = sum(size for _, size in sizes)
-    parts: list[Part] = []
+    parts: list[BarSegment] = []
     at = 0.0
     for name, size in sizes:
         width = 100 * size / total if total else 0.0
-        parts.append(Part(name, size, round(at, 3), round(width, 3)))
+        parts.append(BarSegment(name, size, round(at, 3), round(width, 3)))
         at += width
     return parts
 

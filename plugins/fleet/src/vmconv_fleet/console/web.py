@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from vmconv.plugin import AccessError, VmconvError
 from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of, of_token
 from vmconv_fleet.api.state import State, state_of
-from vmconv_fleet.catalogue.snapshot import Picture
+from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.trust.roles import allows
 
@@ -26,20 +26,20 @@ class Visit(NamedTuple):
     request: Request
     state: State
     caller: Caller
-    picture: Picture
+    snapshot: Snapshot
     form_key: str
 
     def page(self, template: str, *, title: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Returns a page with what stands around it."""
-        nodes = self.picture.nodes()
+        nodes = self.snapshot.nodes()
         around = {
             "title": title,
-            "here": self.picture.name(self.state.node),
+            "here": self.snapshot.name(self.state.node),
             "fleet": self.state.service.fleet,
-            "picture": self.picture,
+            "snapshot": self.snapshot,
             "nodes": nodes,
-            "unseen": self.picture.unseen(nodes),
-            "is_cut": bool(self.state.link and self.state.link.is_cut),
+            "unseen": self.snapshot.unseen(nodes),
+            "is_disconnected": bool(self.state.link and self.state.link.is_disconnected),
             "serving": self.state.service.serving,
             "caller": self.caller,
             "may_change": allows(self.caller.role, "operator"),
@@ -60,7 +60,7 @@ def visit_of(request: Request) -> Visit:
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     caller = of_token(session.token, state) if session else caller_of(request, state)
     request.scope["vmconv.caller"] = caller.by.user
-    return Visit(request, state, caller, state.picture(), session.form_key if session else "")
+    return Visit(request, state, caller, state.snapshot(), session.form_key if session else "")
 
 
 async def form_of(request: Request) -> Mapping[str, str]:

@@ -56,10 +56,10 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
 def _handle(decide: Callable[[Context, Request, Any], Outcome], context: Context, request: Request) -> Outcome:
     """Decides on a request of somebody who may ask for it and whose arguments make sense."""
     # The models take memory that a node without requests does not need.
-    from vmconv_fleet.catalogue.kinds import By
+    from vmconv_fleet.catalogue.kinds import Principal
     from vmconv_fleet.jobs.arguments import ARGUMENTS
 
-    by = _checked(By, request.by, "by")
+    by = _checked(Principal, request.by, "by")
     if by.node != request.requester:
         raise Refusal(f"{request.requester} asks in the name of somebody at {by.node}")
     refuse_unless_allowed(request.verb, context.node, by, context, context.now)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from vmconv.api import generation
 
 
-class Journal:
+class JobJournal:
     """The journal of one job, a file at `path` in the node's own directory."""
 
     def __init__(self, path: str) -> None:

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from vmconv_fleet.errors import FleetError, Refusal
-from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.worker import Task
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
 
 _log = logging.getLogger("vmconv_fleet.jobs")
@@ -81,7 +81,7 @@ class Run:
         self,
         service: Writes,
         job: Job,
-        journal: Journal,
+        journal: JobJournal,
         *,
         policy: Mapping[str, Any],
         command: Sequence[str],
@@ -163,7 +163,7 @@ class Run:
     def _ask_for_scan(self, datastores: set[str | None]) -> None:
         """Lets the catalogue know of what was made."""
 
-        def decide(view: View) -> list[Change]:
+        def decide(view: ReplicaView) -> list[Change]:
             found = [view.get(self._service.node, "datastore", name) for name in datastores if name is not None]
             return [Change("datastore", one.id, {**one.body, "scan_asked_ms": wall_ms()}) for one in found if one]
 
@@ -271,7 +271,7 @@ class Run:
     def _update(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
         """Changes the job's record as of this moment, and waits until that is durable; returns the new body."""
 
-        def decide(view: View) -> list[Change]:
+        def decide(view: ReplicaView) -> list[Change]:
             record = view.get(self._service.node, "job", self._job)
             if record is None or Job(self._job, record.body).is_over:
                 return []

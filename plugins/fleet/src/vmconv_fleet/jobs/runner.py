@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 from vmconv_fleet.errors import ClosedError, FleetError
-from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.run import WORKER, Job, Run
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
 
 _log = logging.getLogger("vmconv_fleet.jobs")
@@ -101,7 +101,7 @@ class JobRunner:
         for record in self._service.view().find("job", node):
             self._look_at(record)
 
-    def _wait_for_worker(self, journal: Journal) -> None:
+    def _wait_for_worker(self, journal: JobJournal) -> None:
         """Waits until the worker of the last run has ended, as it does when its node has."""
         while not journal.lock():
             if self._ending.wait(_WORKER_STEP):
@@ -163,11 +163,11 @@ class JobRunner:
         record = self._service.view().get(self._service.node, "policy", "conversion")
         return record.body if record else {}
 
-    def _journal(self, job: str) -> Journal:
-        return Journal(os.path.join(self._directory, f"{job}.json"))
+    def _journal(self, job: str) -> JobJournal:
+        return JobJournal(os.path.join(self._directory, f"{job}.json"))
 
 
-def _left_over(node: str, identifier: str, made: str | None, view: View) -> list[Change]:
+def _left_over(node: str, identifier: str, made: str | None, view: ReplicaView) -> list[Change]:
     """Returns what becomes of a job that was begun when its node ended; `made` is the target that it had made."""
     record = view.get(node, "job", identifier)
     if record is None or Job(identifier, record.body).is_over:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import PlanError, VmconvError, printable
 from vmconv_fleet.catalogue.places import place_of, refuse_as_file_name, refuse_outside
-from vmconv_fleet.jobs.journal import Journal
+from vmconv_fleet.jobs.journal import JobJournal
 
 if TYPE_CHECKING:
     from vmconv.api import Result
@@ -67,7 +67,7 @@ class _Stopped(BaseException):
 class Worker:
     """Does one task and tells of it."""
 
-    def __init__(self, task: Task, journal: Journal) -> None:
+    def __init__(self, task: Task, journal: JobJournal) -> None:
         self._task = task
         self._roots = [os.path.realpath(root) for root in task.roots]
         self._journal = journal
@@ -223,7 +223,7 @@ def main() -> int:
     # The terminal's ^C is for the node, which ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = Task(**json.loads(sys.stdin.readline()))
-    journal = Journal(task.journal)
+    journal = JobJournal(task.journal)
     if not journal.lock():
         _tell("error", message="another worker is at this job", hint=None)
         return 1
@@ -233,7 +233,7 @@ def main() -> int:
     return code
 
 
-def _done(task: Task, journal: Journal) -> int:
+def _done(task: Task, journal: JobJournal) -> int:
     try:
         Worker(task, journal).run()
     except _Stopped:

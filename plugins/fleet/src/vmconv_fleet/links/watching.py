@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.links.zenoh_link import ZenohLink
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.trust.identity import Binding
 
 INTERVAL = 5.0
@@ -47,7 +47,7 @@ class Watch:
     def look(self) -> None:
         self._look_at_certificate()
         for address in self._config.connect:
-            if self._link.is_cut or self._ended.is_set():
+            if self._link.is_disconnected or self._ended.is_set():
                 return
             name = f"address {address}"
             known = self._found.get(address) in {self._config.node, *self._link.neighbours()}
@@ -57,23 +57,23 @@ class Watch:
             else:
                 self._link.report(name, self._judge(address))
 
-    def _judge(self, address: str) -> Problem | None:
+    def _judge(self, address: str) -> NodeProblem | None:
         """Returns what is wrong at an address that no neighbour is known to have."""
         # TLS in Python takes memory that a node whose links are all there does not need.
         from vmconv_fleet.links.probing import probe
 
         found = probe(self._config, address)
         if found.kind:
-            return Problem(found.kind, f"{found.text} ({found.hint})" if found.hint else found.text)
+            return NodeProblem(found.kind, f"{found.text} ({found.hint})" if found.hint else found.text)
         if found.node is None:
-            return Problem("untrusted", f"{address}: shows a certificate without a node id")
+            return NodeProblem("untrusted", f"{address}: shows a certificate without a node id")
         self._found[address] = found.node
         if found.node in {self._config.node, *self._link.neighbours()}:
             return None
         self._shunned[address] = self._shunned.get(address, 0) + 1
         if self._shunned[address] < _PATIENCE:
             return None
-        return Problem(
+        return NodeProblem(
             "cloned",
             f"{address}: node {found.node} accepts this node's certificate but makes no link with it: "
             f"is a copy of this node running, with the same id {self._config.node}?",
@@ -83,9 +83,11 @@ class Watch:
         left = self._bound().not_after - datetime.datetime.now(datetime.UTC)
         problem = None
         if self._is_revoked():
-            problem = Problem("revoked", "this node was revoked: no other node takes anything from it")
+            problem = NodeProblem("revoked", "this node was revoked: no other node takes anything from it")
         elif left < datetime.timedelta():
-            problem = Problem("expired", f"the certificate of this node expired on {self._bound().not_after:%Y-%m-%d}")
+            problem = NodeProblem(
+                "expired", f"the certificate of this node expired on {self._bound().not_after:%Y-%m-%d}"
+            )
         elif left < WARNING:
-            problem = Problem("expiring", f"the certificate of this node expires in {left.days} days")
+            problem = NodeProblem("expiring", f"the certificate of this node expires in {left.days} days")
         self._link.report("certificate", problem)

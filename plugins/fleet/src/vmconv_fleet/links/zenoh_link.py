@@ -23,7 +23,7 @@ from vmconv_fleet.links.sockets import give_up_after
 from vmconv_fleet.links.zenoh_config import ALL, lease_ms, link_key, zenoh_settings
 from vmconv_fleet.replication.engine import Events
 from vmconv_fleet.replication.messages import LIVE, MAX_MESSAGE
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.trust.identity import is_node_id
 
 QUIET = 0.3
@@ -117,10 +117,10 @@ class ZenohLink:
         self._deaf: dict[str, float] = {}
         self._patience = 1
         self._closing: list[_Closing] = []
-        self._cut = False
+        self._disconnected = False
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._problems: dict[str, Problem] = {}
+        self._problems: dict[str, NodeProblem] = {}
         self.counters = {"sent": 0, "received": 0, "dropped": 0, "opened": 0, "callback_errors": 0}
 
     # What others call, on any thread.
@@ -168,22 +168,26 @@ class ZenohLink:
         """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
         return any(address == far for links in self._links.values() for _, far in links)
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[NodeProblem]:
         found = list(self._problems.values())
-        return [Problem("cut", "the links were cut by the administrator"), *found] if self._cut else found
+        return (
+            [NodeProblem("disconnected", "the links were cut by the administrator"), *found]
+            if self._disconnected
+            else found
+        )
 
     @property
-    def is_cut(self) -> bool:
-        return self._cut
+    def is_disconnected(self) -> bool:
+        return self._disconnected
 
-    def cut(self) -> None:
-        """Ends all links until `join`."""
-        self._cut = True
+    def disconnect(self) -> None:
+        """Ends all links until `reconnect`."""
+        self._disconnected = True
         self._reopen()
 
-    def join(self) -> None:
-        """Makes links again after `cut`."""
-        self._cut = False
+    def reconnect(self) -> None:
+        """Makes links again after `disconnect`."""
+        self._disconnected = False
         self._reopen()
 
     def renew(self) -> None:
@@ -194,7 +198,7 @@ class ZenohLink:
         """Looks whether others may be heard than those that are; waits a moment for more changes."""
         self._commands.put(self._look_at_members)
 
-    def report(self, name: str, problem: Problem | None) -> None:
+    def report(self, name: str, problem: NodeProblem | None) -> None:
         """Keeps what troubles the links, or (None) that this no longer does."""
         if problem is None:
             self._problems.pop(name, None)
@@ -258,7 +262,7 @@ class ZenohLink:
     def _reopen_now(self) -> None:
         self._reopen_at = None
         self._close_session()
-        if not self._cut and not self._ended.is_set():
+        if not self._disconnected and not self._ended.is_set():
             self._open_session()
 
     def _open_session(self) -> None:
@@ -270,7 +274,7 @@ class ZenohLink:
         except zenoh.ZError as exc:
             # Behind the reason it says where in its sources that was.
             reason = str(exc).partition(" at /")[0]
-            self.report("open", Problem("link", f"links cannot be opened: {reason}"))
+            self.report("open", NodeProblem("link", f"links cannot be opened: {reason}"))
             self._reopen_at = time.monotonic() + 2
             return
         self.report("open", None)
@@ -340,10 +344,10 @@ class ZenohLink:
             node, zid = str(link.auth_identifier or ""), str(link.zid)
             if node != zid or not is_node_id(node):
                 text = f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"
-                self.report(f"name {zid}", Problem("impostor", text))
+                self.report(f"name {zid}", NodeProblem("impostor", text))
             elif self._is_revoked(node):
                 text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
-                self.report(f"revoked {node}", Problem("revoked", text))
+                self.report(f"revoked {node}", NodeProblem("revoked", text))
             else:
                 ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
                 links.setdefault(node, set()).add(ends)

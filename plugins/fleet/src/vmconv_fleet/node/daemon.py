@@ -22,14 +22,14 @@ from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
-from vmconv_fleet.node.heartbeat import SCHEMA, Heartbeat, node_record
+from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
 from vmconv_fleet.replication.service import NodeService
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.trust import credentials
-from vmconv_fleet.trust.certificates import Trust
-from vmconv_fleet.trust.identity import Signer
+from vmconv_fleet.trust.certificates import CertificateTrust
+from vmconv_fleet.trust.identity import Ed25519Signer
 from vmconv_fleet.trust.renewal import Renewal
 
 PATIENCE_MS = 3000
@@ -47,9 +47,9 @@ class Daemon:
         self.config = config
         self._parts = ExitStack()
         self._credentials = credentials.load(config)
-        self._signer = Signer(config.node, self._credentials.keys.signing)
+        self._signer = Ed25519Signer(config.node, self._credentials.keys.signing)
         with open(config.path("ca.pem"), "rb") as file:
-            self.trust = Trust(file.read())
+            self.trust = CertificateTrust(file.read())
         self.trust.learn_members(credentials.read_members(config))
         self.trust.learn_certificate(self._credentials.certificate)
         self.link = ZenohLink(
@@ -57,7 +57,7 @@ class Daemon:
         )
         self.service = self._make_service(make_handlers(config.directory) if handlers is None else handlers)
         self.api = ApiSockets(config, self.service, self.link)
-        self._heartbeat = Heartbeat(self.service, self.link)
+        self._heartbeat = HeartbeatWriter(self.service, self.link)
 
     def start(self) -> None:
         """Returns once everything runs; what was started before a failure is ended by `close`."""
@@ -115,7 +115,7 @@ class Daemon:
         """Writes who the node is, as soon as it may write, and its certificate if that was renewed since."""
         certificate, node = _certificate_record(self._credentials), node_record(self.config, self.api.port)
 
-        def decide(view: View) -> list[Change]:
+        def decide(view: ReplicaView) -> list[Change]:
             known = view.get(self.config.node, certificate.kind, certificate.id)
             return [node] if known is not None and known.body == certificate.body else [certificate, node]
 

@@ -46,7 +46,7 @@ def _memory() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Heartbeat:
+class HeartbeatWriter:
     """Writes the heartbeat on a thread of its own; at once, or nearly, after `changed`."""
 
     def __init__(self, service: NodeService, link: ZenohLink) -> None:

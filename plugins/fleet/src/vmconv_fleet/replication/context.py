@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vmconv_fleet.replication.antientropy import CatchUp
-from vmconv_fleet.replication.feed import News
+from vmconv_fleet.replication.anti_entropy import AntiEntropy
+from vmconv_fleet.replication.change_feed import ChangeFeed
 from vmconv_fleet.replication.forks import Forks
-from vmconv_fleet.replication.neighbours import Neighbours
-from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.neighbours import NeighbourTable
+from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.signing import Trust
 from vmconv_fleet.replication.store import Store
-from vmconv_fleet.replication.verifier import Gate
+from vmconv_fleet.replication.verifier import Verifier
 
 
 class Timing(NamedTuple):
@@ -32,18 +32,18 @@ class Timing(NamedTuple):
     floor: int = 3600 * 1000
 
 
-class Shared(NamedTuple):
+class ReplicaContext(NamedTuple):
     """`now` is the wall clock, which may jump, `monotonic` the one that does not, both in milliseconds."""
 
     node: str
     store: Store
     trust: Trust
-    gate: Gate
-    neighbours: Neighbours
-    catchup: CatchUp
+    verifier: Verifier
+    neighbours: NeighbourTable
+    anti_entropy: AntiEntropy
     forks: Forks
-    news: News
-    problems: Problems
+    feed: ChangeFeed
+    problems: ProblemLog
     timing: Timing
     now: Callable[[], int]
     monotonic: Callable[[], int]

@@ -15,7 +15,7 @@ from vmconv_fleet.replication.messages import MAX_MESSAGE, Send, merged
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.requests import Requests
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class Engine:
         """Writes own records without a transaction number; waits until the replica is serving."""
         return self._put(lambda: self._replica.write(changes), own=True)
 
-    def update(self, decide: Callable[[View], Sequence[Change]]) -> Future[list[Record]]:
+    def update(self, decide: Callable[[ReplicaView], Sequence[Change]]) -> Future[list[Record]]:
         """Writes what `decide(view)` returns, called on the replica's thread; waits until it is serving."""
         return self._put(lambda: self._replica.write(decide(self._replica.store)), own=True)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vmconv_fleet.replication.messages import Standing
-from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.messages import Summary
+from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import Record, payload_of, restore
 from vmconv_fleet.replication.store import Store
 
@@ -15,12 +15,12 @@ _KNOWN = 1000
 class Forks:
     """Looks for forks, and keeps the evidence."""
 
-    def __init__(self, store: Store, problems: Problems) -> None:
+    def __init__(self, store: Store, problems: ProblemLog) -> None:
         self._store = store
         self._problems = problems
-        self._examined: set[tuple[str, str, Standing]] = set()
+        self._examined: set[tuple[str, str, Summary]] = set()
 
-    def unexamined(self, peer: str, owner: str, theirs: Standing) -> bool:
+    def unexamined(self, peer: str, owner: str, theirs: Summary) -> bool:
         """Whether it is the first time that this is asked."""
         if len(self._examined) >= _KNOWN:
             self._examined.clear()

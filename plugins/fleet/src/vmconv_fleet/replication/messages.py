@@ -40,7 +40,7 @@ _SUM = 16
 _LIVE_HEAD = 7
 
 
-class Standing(NamedTuple):
+class Summary(NamedTuple):
     """How far somebody has an owner's records; two that have come equally far have the same `state`, 16 hex digits."""
 
     position: Position
@@ -56,7 +56,7 @@ class Live(NamedTuple):
 class Digest(NamedTuple):
     """`whole`: about all owners, with `near`, the sender's neighbours, and `notices`, a hash of its revocations."""
 
-    at: Mapping[str, Standing]
+    at: Mapping[str, Summary]
     whole: bool = False
     near: frozenset[str] = frozenset()
     notices: str = ""
@@ -153,9 +153,9 @@ def encode(message: Message) -> bytes:
         case Live(wires):
             return _frame(LIVE, {}, wires)
         case Digest(at, whole, near, notices):
-            standings = {owner: [*position, state] for owner, (position, state) in at.items()}
+            summaries = {owner: [*position, state] for owner, (position, state) in at.items()}
             more = {"near": sorted(near), "notices": notices} if whole else {}
-            return _frame(DIGEST, {"at": standings, **more})
+            return _frame(DIGEST, {"at": summaries, **more})
         case Pull():
             return _frame(PULL, message._asdict())
         case Page():
@@ -238,18 +238,18 @@ def _some(wires: list[bytes]) -> list[bytes]:
 
 
 def _digest(at: dict[str, Any], header: Mapping[str, Any]) -> Digest:
-    standings = {check_node_id(owner): _standing(value) for owner, value in at.items()}
+    summaries = {check_node_id(owner): _summary(value) for owner, value in at.items()}
     if "near" not in header:
-        return Digest(standings)
+        return Digest(summaries)
     near = frozenset(check_node_id(peer) for peer in header["near"])
-    return Digest(standings, True, near, str(header["notices"])[:64])
+    return Digest(summaries, True, near, str(header["notices"])[:64])
 
 
-def _standing(value: Any) -> Standing:
+def _summary(value: Any) -> Summary:
     epoch, seq, state = value
     if type(state) is not str or len(state) != _SUM:
         raise ValueError(f"state is not {_SUM} digits")
-    return Standing(Position(_number(epoch), _number(seq)), state)
+    return Summary(Position(_number(epoch), _number(seq)), state)
 
 
 def _position(value: Any) -> Position:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from vmconv_fleet.replication.messages import Standing
+from vmconv_fleet.replication.messages import Summary
 from vmconv_fleet.replication.records import START, Position
 
 MAX_OWNERS = 4096
@@ -24,11 +24,11 @@ class Neighbour:
         if owner in self._heard or len(self._heard) < MAX_OWNERS:
             self._heard[owner] = position
 
-    def hear_all(self, at: Mapping[str, Standing], whole: bool) -> None:
+    def hear_all(self, at: Mapping[str, Summary], whole: bool) -> None:
         if whole:
             self._heard.clear()
-        for owner, standing in at.items():
-            self.hear(owner, standing.position)
+        for owner, summary in at.items():
+            self.hear(owner, summary.position)
 
     def position(self, owner: str) -> Position:
         """Returns how far it had the owner's records when it was last heard."""
@@ -38,7 +38,7 @@ class Neighbour:
         self._heard.pop(owner, None)
 
 
-class Neighbours:
+class NeighbourTable:
     """Those that are connected."""
 
     def __init__(self) -> None:

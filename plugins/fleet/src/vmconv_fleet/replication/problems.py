@@ -12,12 +12,12 @@ KEPT = 100
 _log = logging.getLogger(__name__)
 
 
-class Problem(NamedTuple):
+class NodeProblem(NamedTuple):
     """Something an administrator has to know.
 
     | kind | what has happened |
     | --- | --- |
-    | fork | an owner has signed two records for one position: both are kept, see `View.forks` |
+    | fork | an owner has signed two records for one position: both are kept, see `ReplicaView.forks` |
     | cloned | somebody else writes as this node, or its clock has gone back and its database was lost |
     | lost | neighbours have records of this node that its database has not; they are superseded |
     | forged | a neighbour sent a record that its owner has not signed, or not so |
@@ -32,15 +32,15 @@ class Problem(NamedTuple):
     text: str
 
 
-class Problems:
+class ProblemLog:
     """Counts everything, and keeps the last KEPT different problems."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
-        self._last: tuple[Problem, ...] = ()
-        self._callbacks: list[Callable[[Problem], None]] = []
+        self._last: tuple[NodeProblem, ...] = ()
+        self._callbacks: list[Callable[[NodeProblem], None]] = []
 
-    def subscribe(self, callback: Callable[[Problem], None]) -> None:
+    def subscribe(self, callback: Callable[[NodeProblem], None]) -> None:
         self._callbacks.append(callback)
 
     def count(self, name: str) -> None:
@@ -49,7 +49,7 @@ class Problems:
     def report(self, kind: str, text: str) -> None:
         """Counts it, and tells it unless it was told; of a kind that comes again and again, less and less."""
         self.counters[kind] += 1
-        problem, count = Problem(kind, text), self.counters[kind]
+        problem, count = NodeProblem(kind, text), self.counters[kind]
         if problem in self._last:
             return
         self._last = (*self._last[1 - KEPT :], problem)
@@ -59,6 +59,6 @@ class Problems:
         for callback in self._callbacks:
             callback(problem)
 
-    def all(self) -> list[Problem]:
+    def all(self) -> list[NodeProblem]:
         """Returns what was reported, the newest last."""
         return list(self._last)

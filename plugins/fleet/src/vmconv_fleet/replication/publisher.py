@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from vmconv_fleet.replication import messages
-from vmconv_fleet.replication.context import Shared
-from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, Send, Standing
+from vmconv_fleet.replication.context import ReplicaContext
+from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, Send, Summary
 from vmconv_fleet.replication.records import START, Record, restore
 
 SOON_MS = 100
@@ -14,27 +14,27 @@ FEW = 8
 """With more neighbours than this, whole digests are told less often: there are more who tell them."""
 
 
-class Teller:
+class Publisher:
     """Makes messages, and knows when digests are due.
 
     Live messages may be lost, so each burst of them is followed by a digest of the owners in it.
     """
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
+    def __init__(self, context: ReplicaContext) -> None:
+        self._context = context
         self._tail: dict[str, int] = {}
-        self._next = shared.monotonic() + shared.timing.digest
+        self._next = context.monotonic() + context.timing.digest
 
     def digest_soon(self) -> None:
         """Lets all hear a digest in a moment: who the neighbours are has changed."""
-        self._next = min(self._next, self._shared.monotonic() + int(SOON_MS * self._crowd()))
+        self._next = min(self._next, self._context.monotonic() + int(SOON_MS * self._crowd()))
 
     def digest(self, peer: str | None) -> Send:
         """Returns the digest of everything, for a neighbour or for all."""
-        shared = self._shared
-        near = frozenset(shared.neighbours.ids())
-        at = self._standings(shared.store.positions())
-        return Send(peer, messages.encode(Digest(at, True, near, shared.store.notices_hash())))
+        context = self._context
+        near = frozenset(context.neighbours.ids())
+        at = self._summaries(context.store.positions())
+        return Send(peer, messages.encode(Digest(at, True, near, context.store.notices_hash())))
 
     def next_due(self) -> int:
         """Returns when the next digest is due."""
@@ -43,19 +43,19 @@ class Teller:
     def due(self, now: int) -> list[Send]:
         """Returns the digests whose time has come."""
         if now >= self._next:
-            self._next = now + int(self._shared.timing.digest * self._crowd())
+            self._next = now + int(self._context.timing.digest * self._crowd())
             self._tail.clear()
             return [self.digest(None)]
         owners = [owner for owner, due in self._tail.items() if due <= now]
         for owner in owners:
             del self._tail[owner]
-        return [Send(None, messages.encode(Digest(self._standings(owners))))] if owners else []
+        return [Send(None, messages.encode(Digest(self._summaries(owners))))] if owners else []
 
     def publish(self, records: Sequence[Record]) -> list[Send]:
         """Tells all neighbours what this node has written in one transaction."""
         if not records:
             return []
-        self._shared.news.add(records)
+        self._context.feed.add(records)
         message = messages.live(records)
         self._follow_up(records[0].owner, at_once=message is None)
         return [] if message is None else [Send(None, message, messages.span(records))]
@@ -63,7 +63,7 @@ class Teller:
     def pass_on(self, records: Sequence[Record], source: str) -> list[Send]:
         """Tells those who do not hear it from its owner, or from who has passed it on, what has just been taken."""
         owner = records[0].owner
-        targets = list(self._shared.neighbours.beyond(source, owner))
+        targets = list(self._context.neighbours.beyond(source, owner))
         message = messages.live(records) if targets else None
         if targets:
             self._follow_up(owner, at_once=message is None)
@@ -71,8 +71,8 @@ class Teller:
 
     def catch_up(self, owner: str) -> list[Send]:
         """Tells those who are behind how far an owner's records are here."""
-        behind = self._shared.neighbours.behind(owner, self._shared.store.position(owner))
-        message = messages.encode(Digest(self._standings([owner]))) if behind else b""
+        behind = self._context.neighbours.behind(owner, self._context.store.position(owner))
+        message = messages.encode(Digest(self._summaries([owner]))) if behind else b""
         return [Send(peer, message) for peer in behind]
 
     def evidence(self, records: Iterable[Record]) -> list[Send]:
@@ -91,10 +91,10 @@ class Teller:
 
     def answer(self, peer: str, pull: Pull) -> list[Send]:
         """Answers with a window of pages, or with nothing where nothing is newer."""
-        store, owner = self._shared.store, pull.owner
+        store, owner = self._context.store, pull.owner
         position = store.position(owner)
-        if max(pull.after, pull.seen) > position or pull.after == position or self._shared.trust.retired(owner):
-            self._shared.problems.count("pulls-in-vain")
+        if max(pull.after, pull.seen) > position or pull.after == position or self._context.trust.retired(owner):
+            self._context.problems.count("pulls-in-vain")
             return []
         history = store.history(owner)
         if pull.seen == START:
@@ -125,13 +125,13 @@ class Teller:
 
     def _crowd(self) -> float:
         """Returns how much less often digests of everything are told because many tell them."""
-        return max(1.0, len(self._shared.neighbours) / FEW)
+        return max(1.0, len(self._context.neighbours) / FEW)
 
     def _follow_up(self, owner: str, *, at_once: bool) -> None:
-        now = self._shared.monotonic()
-        due = now if at_once else now + self._shared.timing.tail
+        now = self._context.monotonic()
+        due = now if at_once else now + self._context.timing.tail
         self._tail[owner] = min(due, self._tail.get(owner, due))
 
-    def _standings(self, owners: Iterable[str]) -> dict[str, Standing]:
-        store = self._shared.store
-        return {owner: Standing(store.position(owner), messages.abridged(store.state(owner))) for owner in owners}
+    def _summaries(self, owners: Iterable[str]) -> dict[str, Summary]:
+        store = self._context.store
+        return {owner: Summary(store.position(owner), messages.abridged(store.state(owner))) for owner in owners}

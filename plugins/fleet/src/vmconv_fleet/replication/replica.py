@@ -11,24 +11,24 @@ from random import Random, SystemRandom
 
 from vmconv_fleet.errors import MalformedError, NotReadyError, StoreError
 from vmconv_fleet.replication import messages
-from vmconv_fleet.replication.antientropy import NEVER, CatchUp
+from vmconv_fleet.replication.anti_entropy import NEVER, AntiEntropy
+from vmconv_fleet.replication.change_feed import ChangeFeed
 from vmconv_fleet.replication.clock import HybridClock
-from vmconv_fleet.replication.context import Shared, Timing
-from vmconv_fleet.replication.feed import News
+from vmconv_fleet.replication.context import ReplicaContext, Timing
 from vmconv_fleet.replication.forks import Forks
 from vmconv_fleet.replication.messages import Send
-from vmconv_fleet.replication.neighbours import Neighbours
+from vmconv_fleet.replication.neighbours import NeighbourTable
 from vmconv_fleet.replication.ownlog import OwnLog
-from vmconv_fleet.replication.problems import Problem, Problems
-from vmconv_fleet.replication.publisher import Teller
-from vmconv_fleet.replication.receiver import Reception
+from vmconv_fleet.replication.problems import NodeProblem, ProblemLog
+from vmconv_fleet.replication.publisher import Publisher
+from vmconv_fleet.replication.receiver import Receiver
 from vmconv_fleet.replication.records import Change, Record, restore
-from vmconv_fleet.replication.recovery import Recovery
+from vmconv_fleet.replication.recovery import EpochRecovery
 from vmconv_fleet.replication.signing import Signer, Trust
 from vmconv_fleet.replication.store import Store
-from vmconv_fleet.replication.verifier import ForgedError, Gate, VerifyAll
+from vmconv_fleet.replication.verifier import ForgedError, Verifier, VerifyAll
 
-__all__ = ["Problem", "Replica", "Send", "Timing"]
+__all__ = ["NodeProblem", "Replica", "Send", "Timing"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,18 +61,18 @@ class Replica:
         which no one can verify anything else. `random` makes tests repeatable.
         """
         random = random or SystemRandom()
-        node, problems, neighbours = signer.owner, Problems(), Neighbours()
+        node, problems, neighbours = signer.owner, ProblemLog(), NeighbourTable()
         clock = HybridClock()
-        gate = Gate(store, trust, clock, problems, verify_all)
-        shared = Shared(
+        verifier = Verifier(store, trust, clock, problems, verify_all)
+        context = ReplicaContext(
             node=node,
             store=store,
             trust=trust,
-            gate=gate,
+            verifier=verifier,
             neighbours=neighbours,
-            catchup=CatchUp(store, gate, neighbours, problems, random),
+            anti_entropy=AntiEntropy(store, verifier, neighbours, problems, random),
             forks=Forks(store, problems),
-            news=News(store),
+            feed=ChangeFeed(store),
             problems=problems,
             timing=timing,
             now=now,
@@ -82,15 +82,15 @@ class Replica:
         self.store = store
         self.problems = problems
         self.neighbours = neighbours
-        self._shared = shared
+        self._context = context
         self._own = OwnLog(store, signer, clock, schema, random)
         self._introduction = introduction
-        self._teller = Teller(shared)
-        self._recovery = Recovery(shared, self._own)
-        self._reception = Reception(shared, self._teller, self._recovery)
+        self._publisher = Publisher(context)
+        self._recovery = EpochRecovery(context, self._own)
+        self._receiver = Receiver(context, self._publisher, self._recovery)
         self._grouped = False
         self._next_floor = monotonic()
-        gate.learn_stored()
+        verifier.learn_stored()
         self._drop_retired()
         newest = store.at(node, store.position(node).seq)
         if newest is not None:
@@ -99,20 +99,20 @@ class Replica:
     @property
     def serving(self) -> bool:
         """Whether own records can be written: the node has recovered what its neighbours had of them."""
-        return self._recovery.serving and not self._shared.trust.retired(self.node)
+        return self._recovery.serving and not self._context.trust.retired(self.node)
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
         """Calls back after each commit with what was written and taken, deletions too; returns what ends it.
 
         Where an owner's records were replaced as a whole, all that are there now are told, and none that are not.
         """
-        return self._shared.news.subscribe(callback)
+        return self._context.feed.subscribe(callback)
 
     def observe(self, callback: Callable[[list[Record]], None]) -> None:
         """Calls back before the commit, so that what follows from news can be durable with them; it may still fail."""
-        self._shared.news.observe(callback)
+        self._context.feed.observe(callback)
 
-    def on_problem(self, callback: Callable[[Problem], None]) -> None:
+    def on_problem(self, callback: Callable[[NodeProblem], None]) -> None:
         self.problems.subscribe(callback)
 
     @contextmanager
@@ -126,12 +126,12 @@ class Replica:
             with self.store.group():
                 yield
         except BaseException:
-            self._shared.news.forget()
-            self._shared.catchup.reset()
+            self._context.feed.forget()
+            self._context.anti_entropy.reset()
             raise
         finally:
             self._grouped = False
-        self._shared.news.tell()
+        self._context.feed.tell()
 
     def write(self, changes: Sequence[Change], *, txn: int = 0) -> tuple[list[Record], list[Send]]:
         """Writes own records, all or none. NotReadyError before `serving`; MalformedError: a change is refused."""
@@ -140,9 +140,9 @@ class Replica:
                 "node does not write: it has just started and still recovers its own records, or it was retired"
             )
         with self.batch():
-            records = self._own.append(changes, self._shared.now(), txn)
-            self._shared.gate.learn(records)
-            return records, [*self._teller.publish(records), *self._pass_on_revocations()]
+            records = self._own.append(changes, self._context.now(), txn)
+            self._context.verifier.learn(records)
+            return records, [*self._publisher.publish(records), *self._pass_on_revocations()]
 
     def connected(self, peer: str) -> list[Send]:
         """A neighbour is there: it is told how far everything is."""
@@ -151,12 +151,12 @@ class Replica:
             return []
         self.neighbours.connect(peer)
         self._recovery.settle()
-        self._teller.digest_soon()
-        return [self._teller.digest(peer)]
+        self._publisher.digest_soon()
+        return [self._publisher.digest(peer)]
 
     def disconnected(self, peer: str) -> list[Send]:
         self.neighbours.disconnect(peer)
-        self._teller.digest_soon()
+        self._publisher.digest_soon()
         return []
 
     def received(self, peer: str, message: bytes) -> list[Send]:
@@ -169,7 +169,7 @@ class Replica:
             return []
         with self.batch():
             try:
-                sends = self._reception.take(peer, messages.decode(message))
+                sends = self._receiver.take(peer, messages.decode(message))
                 return [*sends, *self._pass_on_revocations()]
             except (MalformedError, ForgedError) as exc:
                 self.problems.report(exc.kind, f"from {peer}: {exc}")
@@ -182,20 +182,25 @@ class Replica:
 
     def due(self) -> int:
         """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
-        parts = self._teller.next_due(), self._shared.catchup.next_due(), self._recovery.next_due(), self._floor_due()
+        parts = (
+            self._publisher.next_due(),
+            self._context.anti_entropy.next_due(),
+            self._recovery.next_due(),
+            self._floor_due(),
+        )
         return min(parts)
 
     def tick(self) -> list[Send]:
         """Does what is due; to be called at `due()`, and does no harm before."""
-        now = self._shared.monotonic()
+        now = self._context.monotonic()
         with self.batch():
-            sends = self._teller.publish(self._introduced(self._recovery.begin_due(now)))
-            sends += [Send(peer, messages.encode(pull)) for peer, pull in self._shared.catchup.start_due(now)]
-            sends += self._teller.due(now)
+            sends = self._publisher.publish(self._introduced(self._recovery.begin_due(now)))
+            sends += [Send(peer, messages.encode(pull)) for peer, pull in self._context.anti_entropy.start_due(now)]
+            sends += self._publisher.due(now)
             if now >= self._floor_due():
-                self._next_floor = now + self._shared.timing.floor
-                written = self._own.raise_floor(self._shared.now(), self._shared.timing.grace)
-                sends += self._teller.publish(written)
+                self._next_floor = now + self._context.timing.floor
+                written = self._own.raise_floor(self._context.now(), self._context.timing.grace)
+                sends += self._publisher.publish(written)
         return sends
 
     def _introduced(self, begun: list[Record]) -> list[Record]:
@@ -203,8 +208,8 @@ class Replica:
         missing = [change for change in self._introduction if self.store.get(self.node, *change[:2]) is None]
         if not begun or not missing:
             return begun
-        introduced = self._own.append(missing, self._shared.now(), 0)
-        self._shared.gate.learn(introduced)
+        introduced = self._own.append(missing, self._context.now(), 0)
+        self._context.verifier.learn(introduced)
         return [*begun, *introduced]
 
     def _floor_due(self) -> int:
@@ -212,18 +217,18 @@ class Replica:
 
     def _pass_on_revocations(self) -> list[Send]:
         """Tells all of revocations that were news here, and drops what nodes that were retired had written."""
-        news = self._shared.gate.revocations
+        news = self._context.verifier.revocations
         if not news:
             return []
-        self._shared.gate.revocations = []
+        self._context.verifier.revocations = []
         self._drop_retired()
-        return self._teller.notices(None, [record.wire for record in news])
+        return self._publisher.notices(None, [record.wire for record in news])
 
     def _drop_retired(self) -> None:
-        if self._shared.trust.retired(self.node):
+        if self._context.trust.retired(self.node):
             self.problems.report("retired", "this node has been retired by the fleet's CA: it does not write any more")
         for owner in self.store.positions():
-            if owner != self.node and self._shared.trust.retired(owner):
+            if owner != self.node and self._context.trust.retired(owner):
                 with self.store.atomic():
                     self.store.clear(owner)
-                self._shared.catchup.forget(owner)
+                self._context.anti_entropy.forget(owner)

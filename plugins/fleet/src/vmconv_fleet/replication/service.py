@@ -12,13 +12,13 @@ from typing import Any
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
-from vmconv_fleet.replication.pool import Verifiers
-from vmconv_fleet.replication.problems import Problem
+from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.requests import RESERVED, Handler, Requests, response_id
 from vmconv_fleet.replication.signing import Signer, Trust
-from vmconv_fleet.replication.store import Reader, Store, View
+from vmconv_fleet.replication.store import Reader, ReplicaView, Store
+from vmconv_fleet.replication.verifier_pool import VerifierPool
 
 
 class NodeService:
@@ -44,7 +44,7 @@ class NodeService:
         """
         self.fleet = fleet
         self.node = signer.owner
-        self._verifiers = Verifiers()
+        self._verifier_pool = VerifierPool()
         store = Store.open(database, signer.owner)
         self._reader = store.reader()
         timing = Timing(patience=patience_ms)
@@ -55,7 +55,7 @@ class NodeService:
             wall_ms,
             schema=schema,
             timing=timing,
-            verify_all=self._verifiers,
+            verify_all=self._verifier_pool,
             introduction=introduction,
         )
         self._requests = Requests(self._replica, handlers, wall_ms, schema=schema)
@@ -78,7 +78,7 @@ class NodeService:
             self._ended = True
             self._answered.notify_all()
         self._engine.close()
-        self._verifiers.close()
+        self._verifier_pool.close()
         self._reader.close()
 
     def view(self) -> Reader:
@@ -89,7 +89,7 @@ class NodeService:
         """Writes own records without a transaction: telemetry. Waits until the node is serving."""
         return self._engine.write(_telemetry(changes))
 
-    def update(self, decide: Callable[[View], Sequence[Change]]) -> Future[list[Record]]:
+    def update(self, decide: Callable[[ReplicaView], Sequence[Change]]) -> Future[list[Record]]:
         """Writes what `decide` returns: it runs on the replica's thread, sees the newest own state, and is quick."""
         return self._engine.update(lambda view: _telemetry(decide(view)))
 
@@ -134,7 +134,7 @@ class NodeService:
         """Returns the ids of those that are connected."""
         return self._replica.neighbours.ids()
 
-    def problems(self) -> list[Problem]:
+    def problems(self) -> list[NodeProblem]:
         """Returns what an administrator has to know, the newest last."""
         return self._replica.problems.all()
 

@@ -21,7 +21,7 @@ MAX_NOTICES = 4096
 MAX_QUARANTINE = 1024
 
 
-class View:
+class ReplicaView:
     """Reads of the records of all owners; deleted ones are not there."""
 
     _connection: sqlite3.Connection
@@ -59,8 +59,8 @@ _LIVE = "SELECT wire FROM records WHERE kind = ? AND NOT deleted"
 _OF = "AND owner = (SELECT number FROM owners WHERE owner = ?)"
 
 
-class Reader(View):
-    """A View by a read-only connection of its own, for any number of threads."""
+class Reader(ReplicaView):
+    """A ReplicaView by a read-only connection of its own, for any number of threads."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -81,8 +81,8 @@ class _Owner(NamedTuple):
     state: int
 
 
-class Store(View):
-    """The writer, on the replica's thread; as a View it sees what is not yet committed, too."""
+class Store(ReplicaView):
+    """The writer, on the replica's thread; as a ReplicaView it sees what is not yet committed, too."""
 
     def __init__(self, connection: sqlite3.Connection, node: str, path: str | None = None) -> None:
         """StoreError: the database is another node's, damaged, or of another version."""

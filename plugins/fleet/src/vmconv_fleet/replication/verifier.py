@@ -1,4 +1,4 @@
-"""Whether records are what their owners wrote: the one gate through which those of others come in."""
+"""Whether records are what their owners wrote: the one verifier through which those of others come in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby, pairwise
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.replication.clock import HybridClock
-from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import Position, Record, decode
 from vmconv_fleet.replication.signing import SIGNATURE, Trust
 from vmconv_fleet.replication.store import Store
@@ -26,11 +26,11 @@ class ForgedError(FleetError):
     kind = "forged"
 
 
-class Gate:
+class Verifier:
     """Decodes and verifies what neighbours send."""
 
     def __init__(
-        self, store: Store, trust: Trust, clock: HybridClock, problems: Problems, verify_all: VerifyAll
+        self, store: Store, trust: Trust, clock: HybridClock, problems: ProblemLog, verify_all: VerifyAll
     ) -> None:
         self._store = store
         self._trust = trust

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from vmconv_fleet.errors import ClosedError
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.store import View
+from vmconv_fleet.replication.store import ReplicaView
 
 _STEP = 0.5
 
@@ -20,9 +20,9 @@ class Writes(Protocol):
     @property
     def node(self) -> str: ...
 
-    def view(self) -> View: ...
+    def view(self) -> ReplicaView: ...
 
-    def update(self, decide: Callable[[View], Sequence[Change]]) -> Future[list[Record]]: ...
+    def update(self, decide: Callable[[ReplicaView], Sequence[Change]]) -> Future[list[Record]]: ...
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]: ...
 

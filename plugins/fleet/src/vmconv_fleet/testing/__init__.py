@@ -5,7 +5,7 @@ from __future__ import annotations
 from vmconv_fleet.testing.lab import Lab, free_port
 from vmconv_fleet.testing.namespaces import Network, why_no_namespaces
 from vmconv_fleet.testing.process import Driven, wait_until
-from vmconv_fleet.testing.views import agree, ledger_of, standings_of, view_of
+from vmconv_fleet.testing.views import agree, ledger_of, summaries_of, view_of
 
 __all__ = [
     "Driven",
@@ -14,7 +14,7 @@ __all__ = [
     "agree",
     "free_port",
     "ledger_of",
-    "standings_of",
+    "summaries_of",
     "view_of",
     "wait_until",
     "why_no_namespaces",

@@ -14,10 +14,10 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.replication.database import open_reader
 from vmconv_fleet.replication.store import Reader
 
-View = dict[str, tuple[int, int, str]]
+Knowledge = dict[str, tuple[int, int, str]]
 
 
-def view_of(config: NodeConfig) -> View:
+def view_of(config: NodeConfig) -> Knowledge:
     """Returns for each owner how far the node has its records, and a hash of all that are live."""
     if not os.path.exists(config.database):
         return {}
@@ -37,15 +37,15 @@ def view_of(config: NodeConfig) -> View:
         return found
 
 
-def standings_of(config: NodeConfig) -> View:
+def summaries_of(config: NodeConfig) -> Knowledge:
     """Returns what the node itself says of each owner: how far it has its records, and their state. Costs little."""
     with closing(sqlite3.connect(f"file:{config.database}?mode=ro", uri=True, timeout=10)) as database:
         rows = database.execute("SELECT owner, epoch, seq, state FROM owners WHERE seq > 0").fetchall()
     return {owner: (epoch, seq, state) for owner, epoch, seq, state in rows}
 
 
-def agree(configs: Sequence[NodeConfig], view: Callable[[NodeConfig], View] = view_of) -> bool:
-    """Returns whether all nodes know the same of all, or with `standings_of`, whether they say so."""
+def agree(configs: Sequence[NodeConfig], view: Callable[[NodeConfig], Knowledge] = view_of) -> bool:
+    """Returns whether all nodes know the same of all, or with `summaries_of`, whether they say so."""
     first, *others = (view(config) for config in configs)
     return len(first) == len(configs) and all(other == first for other in others)
 

@@ -13,7 +13,7 @@ from vmconv_fleet.trust.authority import is_revocation
 from vmconv_fleet.trust.identity import (
     Binding,
     IdentityError,
-    Verifier,
+    SignatureCache,
     binding,
     read_authorities,
     read_certificate,
@@ -27,7 +27,7 @@ _ALL_KEYS = ""
 """Stands for every key of a node in the table of what was revoked."""
 
 
-class Trust:
+class CertificateTrust:
     """Certificates and revocations that the fleet's authority signed; may be asked from any thread.
 
     Neither is believed because of who wrote the record: the authority's signature is in the body. So a certificate may
@@ -37,7 +37,7 @@ class Trust:
     def __init__(self, authorities: bytes) -> None:
         self._authorities: list[x509.Certificate] = read_authorities(authorities)
         self._lock = threading.Lock()
-        self._verifier = Verifier()
+        self._signatures = SignatureCache()
         self._keys: dict[tuple[str, str], Ed25519PublicKey] = {}
         self._bindings: dict[str, dict[int, Binding]] = {}
         self._revoked: dict[tuple[str, str], tuple[int, int]] = {}
@@ -48,7 +48,7 @@ class Trust:
         key = self._keys.get((owner, key_id))
         if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
             return False
-        return self._verifier.good(key, signed)
+        return self._signatures.good(key, signed)
 
     def learn(self, record: Record) -> bool:
         """Takes in a certificate or revocation; False for any other record, and for what the authority did not sign."""

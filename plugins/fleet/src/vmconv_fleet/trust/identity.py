@@ -218,7 +218,7 @@ def write_private(path: str, content: bytes) -> None:
         raise
 
 
-class Signer:
+class Ed25519Signer:
     """Signs the records of this node; `replace` only on the replica's thread, which is where records are signed."""
 
     def __init__(self, owner: str, key: Ed25519PrivateKey) -> None:
@@ -242,7 +242,7 @@ class Signer:
         return found
 
 
-class Verifier:
+class SignatureCache:
     """Verifies signatures of records, each tree's root once; may be asked from any thread."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from vmconv_fleet.trust.identity import read_certificate
 
 if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
-    from vmconv_fleet.trust.certificates import Trust
+    from vmconv_fleet.trust.certificates import CertificateTrust
 
 DURABLE_WITHIN = 8.0
 
@@ -20,7 +20,7 @@ DURABLE_WITHIN = 8.0
 class Members:
     """Implements `joining.Membership` on the node's own records: it writes the certificates of those it lets in."""
 
-    def __init__(self, service: NodeService, trust: Trust, changed: Callable[[], None]) -> None:
+    def __init__(self, service: NodeService, trust: CertificateTrust, changed: Callable[[], None]) -> None:
         self._service = service
         self._trust = trust
         self._changed = changed

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from vmconv.plugin import AccessError
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.kinds import By, Role, Token
+    from vmconv_fleet.catalogue.kinds import Principal, Role, TokenBody
     from vmconv_fleet.replication.records import Record
 
 ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
@@ -45,9 +45,9 @@ def allows(role: Role, needed: Role) -> bool:
     return ORDER.index(role) >= ORDER.index(needed)
 
 
-def role_of(by: By, records: Records, now_ms: int) -> Role:
+def role_of(by: Principal, records: Records, now_ms: int) -> Role:
     """Returns the role of whoever asked; raises `AccessError` when the token is not, or no longer, good."""
-    from vmconv_fleet.catalogue.kinds import Token
+    from vmconv_fleet.catalogue.kinds import TokenBody
 
     if by.token is None:
         return "admin"
@@ -55,10 +55,10 @@ def role_of(by: By, records: Records, now_ms: int) -> Role:
     record = records.get(owner, "token", identifier)
     if record is None:
         raise AccessError(f"token {identifier} is not known here")
-    return role_of_token(identifier, Token.model_validate(record.body), now_ms)
+    return role_of_token(identifier, TokenBody.model_validate(record.body), now_ms)
 
 
-def role_of_token(identifier: str, token: Token, now_ms: int) -> Role:
+def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
     """Returns the role that a token gives now; raises `AccessError` when it was revoked or has expired."""
     if token.revoked:
         raise AccessError(f"token {identifier} was revoked")
@@ -67,7 +67,7 @@ def role_of_token(identifier: str, token: Token, now_ms: int) -> Role:
     return token.role
 
 
-def refuse_unless_allowed(verb: str, target: str, by: By, records: Records, now_ms: int) -> None:
+def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Records, now_ms: int) -> None:
     """Raises `AccessError` unless whoever asked may have this done by the node `target`."""
     needed = VERBS.get(verb)
     if needed is None:
@@ -80,12 +80,12 @@ def refuse_unless_allowed(verb: str, target: str, by: By, records: Records, now_
         raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
 
 
-def _refuse_strangers(target: str, by: By, records: Records) -> None:
+def _refuse_strangers(target: str, by: Principal, records: Records) -> None:
     """Raises `AccessError` when the target's policy does not hear the administrators of the node they are at."""
-    from vmconv_fleet.catalogue.kinds import Policy
+    from vmconv_fleet.catalogue.kinds import PolicyBody
 
     record = records.get(target, "policy", "conversion")
-    heard = Policy.model_validate(record.body).administrators_of if record else None
+    heard = PolicyBody.model_validate(record.body).administrators_of if record else None
     if heard is None or by.node == target:
         return
     vouching = {by.node, by.token.partition("/")[0] if by.token else by.node}

@@ -13,7 +13,7 @@ FEW = 16
 MAX_THREADS = 4
 
 
-class Verifiers:
+class VerifierPool:
     """A few threads, started when there is work for them. Close it."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ class _Item(NamedTuple):
 _log = logging.getLogger(__name__)
 
 
-class News:
+class ChangeFeed:
     """Told after the commit: small things as they were, large ones from the database, a page at a time."""
 
     def __init__(self, store: Store) -> None:

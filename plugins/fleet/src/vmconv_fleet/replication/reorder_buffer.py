@@ -7,36 +7,36 @@ from typing import NamedTuple
 
 from vmconv_fleet.replication.records import Position, Record
 
-MAX_HELD = 2 << 20
+MAX_BUFFERED = 2 << 20
 """Bytes, of all owners together."""
 
 
-class Early(NamedTuple):
+class EarlyMessage(NamedTuple):
     """A live message, of which only the first record has been looked at, and whose it was."""
 
     peer: str
     wires: Sequence[bytes]
 
 
-class Held:
+class ReorderBuffer:
     """By owner and the position that each message follows."""
 
     def __init__(self) -> None:
-        self._held: dict[str, dict[Position, Early]] = {}
+        self._buffer: dict[str, dict[Position, EarlyMessage]] = {}
         self._size = 0
 
-    def keep(self, first: Record, early: Early) -> None:
+    def keep(self, first: Record, early: EarlyMessage) -> None:
         """Keeps a message that begins with this record, unless there is too much already."""
         size = _size(early)
         follows = Position(first.epoch, first.seq - 1)
-        messages = self._held.setdefault(first.owner, {})
-        if follows not in messages and self._size + size <= MAX_HELD:
+        messages = self._buffer.setdefault(first.owner, {})
+        if follows not in messages and self._size + size <= MAX_BUFFERED:
             messages[follows] = early
             self._size += size
 
-    def following(self, owner: str, position: Position) -> Early | None:
+    def following(self, owner: str, position: Position) -> EarlyMessage | None:
         """Removes and returns what follows a position; forgets what cannot follow any more."""
-        messages = self._held.get(owner)
+        messages = self._buffer.get(owner)
         if messages is None:
             return None
         found = messages.pop(position, None)
@@ -46,9 +46,9 @@ class Held:
         for follows in [follows for follows in messages if follows < position]:
             self._size -= _size(messages.pop(follows))
         if not messages:
-            del self._held[owner]
+            del self._buffer[owner]
         return None
 
 
-def _size(early: Early) -> int:
+def _size(early: EarlyMessage) -> int:
     return sum(map(len, early.wires))

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.replication.messages import Page, Pull
-from vmconv_fleet.replication.neighbours import MAX_OWNERS, Neighbours
+from vmconv_fleet.replication.neighbours import MAX_OWNERS, NeighbourTable
 from vmconv_fleet.replication.ownlog import sound
-from vmconv_fleet.replication.problems import Problems
+from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import START, Position, Record, decode
 from vmconv_fleet.replication.store import Store
-from vmconv_fleet.replication.verifier import Gate
+from vmconv_fleet.replication.verifier import Verifier
 
 SESSIONS = 4
 TIMEOUT_MS = 1000
@@ -42,7 +42,7 @@ class TornError(FleetError):
     """Records together are no state that their owner was in."""
 
 
-class Session:
+class PullSession:
     """One owner's records, asked of one neighbour; `after` is how far the pages have come.
 
     `base` is where they begin; with START (`whole`) they replace what is there. `seen` is how far the neighbour was.
@@ -83,17 +83,19 @@ class _Want(NamedTuple):
     evidence: str | None
 
 
-class CatchUp:
+class AntiEntropy:
     """All sessions of a replica, what it wants, and whom not to ask for a while."""
 
-    def __init__(self, store: Store, gate: Gate, neighbours: Neighbours, problems: Problems, random: Random) -> None:
+    def __init__(
+        self, store: Store, verifier: Verifier, neighbours: NeighbourTable, problems: ProblemLog, random: Random
+    ) -> None:
         self._store = store
-        self._gate = gate
+        self._verifier = verifier
         self._neighbours = neighbours
         self._problems = problems
         self._random = random
         self._wants: dict[str, _Want] = {}
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, PullSession] = {}
         self._failures: dict[tuple[str, str], tuple[int, int]] = {}
 
     def want(self, owner: str, due: int, *, evidence: str | None = None) -> None:
@@ -140,7 +142,7 @@ class CatchUp:
             if session is not None:
                 yield session.peer, self.ask(session, now)
 
-    def session(self, peer: str, page: Page) -> Session | None:
+    def session(self, peer: str, page: Page) -> PullSession | None:
         """Returns the session that a page belongs to, if it is the next page of one."""
         session = self._sessions.get(page.owner)
         if session is None or (session.peer, session.number) != (peer, page.session):
@@ -154,16 +156,16 @@ class CatchUp:
         same = (page.base, page.after) == (session.base, session.after) and session.since in (START, page.since)
         return session if same and page.seen >= session.seen else None
 
-    def take(self, session: Session, page: Page, wall: int, now: int) -> list[Record] | None:
+    def take(self, session: PullSession, page: Page, wall: int, now: int) -> list[Record] | None:
         """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.
 
         MalformedError, ForgedError: it is not what it should be.
         """
         if page.certificates > len(page.wires):
             raise MalformedError(f"page of {len(page.wires)} records has {page.certificates} certificates")
-        records = self._gate.ascending(session.owner, session.after, map(decode, page.wires[page.certificates :]))
-        self._gate.learn(map(decode, page.wires[: page.certificates]))
-        self._gate.admit(records, wall)
+        records = self._verifier.ascending(session.owner, session.after, map(decode, page.wires[page.certificates :]))
+        self._verifier.learn(map(decode, page.wires[: page.certificates]))
+        self._verifier.admit(records, wall)
         if not page.more:
             return records
         if not records:
@@ -176,7 +178,7 @@ class CatchUp:
         session.deadline = now + TIMEOUT_MS
         return None
 
-    def finish(self, session: Session, records: Sequence[Record]) -> int:
+    def finish(self, session: PullSession, records: Sequence[Record]) -> int:
         """Takes the complete answer; returns how many records it has changed.
 
         TornError: it is no state of its owner; nothing was changed.
@@ -196,18 +198,18 @@ class CatchUp:
             store.purge(owner, store.history(owner).floor)
         return count
 
-    def rows(self, session: Session, records: Sequence[Record], after: int = 0) -> Iterator[Record]:
+    def rows(self, session: PullSession, records: Sequence[Record], after: int = 0) -> Iterator[Record]:
         """Yields all records of a complete answer that come after a seq, in order."""
         if session.staged:
             yield from self._store.staged(session.number, after)
         yield from (record for record in (*session.kept, *records) if record.seq > after)
 
-    def end(self, session: Session) -> None:
+    def end(self, session: PullSession) -> None:
         """Ends a session that has succeeded."""
         self._failures.pop((session.peer, session.owner), None)
         self._close(session)
 
-    def fail(self, session: Session, now: int, *, patience: int = 0) -> None:
+    def fail(self, session: PullSession, now: int, *, patience: int = 0) -> None:
         """Ends a session without success: its peer is not asked again for a while, others at once."""
         if len(self._failures) >= MAX_OWNERS:
             self._failures = {key: failed for key, failed in self._failures.items() if failed[1] > now}
@@ -217,14 +219,14 @@ class CatchUp:
         self._close(session)
         self.want(session.owner, now, evidence=session.evidence)
 
-    def _keep(self, session: Session, records: Sequence[Record]) -> None:
+    def _keep(self, session: PullSession, records: Sequence[Record]) -> None:
         session.kept += records
         if session.staged or sum(len(record.wire) for record in session.kept) > KEPT:
             self._store.stage(session.number, session.kept)
             session.staged = True
             session.kept = []
 
-    def _extend(self, session: Session, records: Sequence[Record]) -> int:
+    def _extend(self, session: PullSession, records: Sequence[Record]) -> int:
         count = 0
 
         def counted() -> Iterator[Record]:
@@ -236,8 +238,8 @@ class CatchUp:
         self._store.extend(session.owner, counted())
         return count
 
-    def _start(self, owner: str, evidence: str | None, now: int) -> Session | None:
-        if self._gate.retired(owner):
+    def _start(self, owner: str, evidence: str | None, now: int) -> PullSession | None:
+        if self._verifier.retired(owner):
             return None
         position = START if evidence else self._store.position(owner)
         if evidence is not None:
@@ -249,17 +251,17 @@ class CatchUp:
             if peers:
                 self._wants[owner] = _Want(min(self._failures[peer, owner][1] for peer in peers), evidence)
             return None
-        session = Session(owner, self._random.choice(able), self._random.randrange(1, 1 << 48), position, evidence)
+        session = PullSession(owner, self._random.choice(able), self._random.randrange(1, 1 << 48), position, evidence)
         self._sessions[owner] = session
         return session
 
-    def ask(self, session: Session, now: int) -> Pull:
+    def ask(self, session: PullSession, now: int) -> Pull:
         """Returns what to ask for next."""
         session.tries += 1
         session.deadline = now + (TIMEOUT_MS << session.tries - 1)
         return session.pull()
 
-    def _close(self, session: Session) -> None:
+    def _close(self, session: PullSession) -> None:
         if session.staged:
             self._store.unstage(session.number)
         self._sessions.pop(session.owner, None)
