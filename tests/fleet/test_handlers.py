@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vmconv.errors import VmconvError
-from vmconv_fleet.catalogue.kinds import Role
+from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import Outcome, Request

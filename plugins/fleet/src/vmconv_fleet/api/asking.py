@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from vmconv.plugin import UsageError, VmconvError
 from vmconv_fleet.api.access import Caller
 from vmconv_fleet.api.state import State
-from vmconv_fleet.jobs.arguments import ARGUMENTS
+from vmconv_fleet.jobs.arguments import ARGUMENTS, Arguments, complaint
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.trust.roles import refuse_unless_allowed
@@ -65,17 +65,14 @@ class Answer(BaseModel):
         return JSONResponse(self.model_dump(exclude_none=True), self.status, place)
 
 
-def checked(verb: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a verb, those that say something; raises `UsageError` for what makes no sense."""
+def arguments_of(verb: str, given: Mapping[str, Any]) -> Arguments:
+    """Returns the arguments of a verb; raises UsageError if there is no such verb, or if they are not valid."""
     if verb not in ARGUMENTS:
         raise UsageError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(ARGUMENTS))}")
     try:
-        model = ARGUMENTS[verb].model_validate(dict(arguments))
+        return ARGUMENTS[verb].model_validate(dict(given))
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{verb}: {where}: {first['msg']}") from exc
-    return model.model_dump(mode="json", exclude_unset=True)
+        raise UsageError(f"{verb}: {complaint(exc)}") from exc
 
 
 def answer_of(requester: str, request: str, target: str, response: Record | None) -> Answer:
@@ -109,7 +106,7 @@ async def ask(
 
     Raises `AccessError` at once for what the caller may not do: the owner would refuse it as well.
     """
-    given = checked(verb, arguments)
+    given = arguments_of(verb, arguments).given()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
     by = caller.by.plain()
     async with state.bus.listener() as heard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
@@ -16,9 +16,10 @@ from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask, ask_many
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.kinds import Name, Role
+from vmconv_fleet.catalogue.conversion import BulkSpec
+from vmconv_fleet.catalogue.fields import Name, Role
 from vmconv_fleet.catalogue.selection import parse
-from vmconv_fleet.jobs.arguments import Convert, PolicySet
+from vmconv_fleet.jobs.arguments import Conversion, PolicySet
 from vmconv_fleet.trust import tokens
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -44,23 +45,10 @@ class AnyRequest(_Wish):
     arguments: dict[str, Any] = {}
 
 
-class Conversion(Convert):
-    """A conversion; the disk is in the path."""
-
-    disk: Literal[""] = ""
-
-
-class Bulk(_Wish):
-    """Conversions of all disks that are selected. `max_parallel` counts on each node by itself."""
+class Bulk(BulkSpec, _Wish):
+    """Conversions of all selected disks. `max_parallel` applies to each node by itself."""
 
     select: Annotated[str, Field(max_length=4000)]
-    format: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-    options: dict[str, str] = {}
-    zero_copy: Literal["auto", "require"] = "auto"
-    keep_source: bool = True
-    max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
-    at_ms: Annotated[int, Field(ge=0, lt=1 << 53)] | None = None
-    dry_run: bool = False
 
 
 class Selected(BaseModel):
@@ -136,7 +124,7 @@ async def convert(
 ) -> JSONResponse:
     target = _node(state, owner)
     record_of(state, target, "disk", disk)
-    arguments = wish.model_dump(mode="json", exclude_unset=True, exclude={"disk"}) | {"disk": disk}
+    arguments = wish.given() | {"disk": disk}
     answer = await ask(state, caller, target, "convert", arguments, wait=wait, key=idempotency_key)
     return answer.as_response()
 
@@ -189,8 +177,7 @@ async def remove_datastore(owner: str, name: str, state: StateOf, caller: Known,
 
 @router.patch("/nodes/{node}/policy", responses=_ANSWERS, summary="Change how a node converts")
 async def set_policy(node: str, wish: PolicySet, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
-    arguments = wish.model_dump(mode="json", exclude_unset=True)
-    return (await ask(state, caller, _node(state, node), "policy-set", arguments, wait=wait)).as_response()
+    return (await ask(state, caller, _node(state, node), wish.verb, wish.given(), wait=wait)).as_response()
 
 
 @router.post("/tokens", summary="Make a token; it is shown in the answer and never again")

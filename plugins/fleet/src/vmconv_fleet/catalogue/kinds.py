@@ -14,16 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec
+from vmconv_fleet.catalogue.fields import Bytes, Count, Identifier, Milliseconds, Name, NodeId, Role
+
 SCHEMA = 1
 
-Name = Annotated[str, Field(min_length=1, max_length=255)]
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
-Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
-Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]
-Role = Literal["viewer", "operator", "admin"]
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled"})
 """States that a job never leaves."""
@@ -35,8 +31,12 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
     def plain(self) -> dict[str, Any]:
-        """Returns the body as what JSON knows, without fields that say nothing."""
+        """Returns the body as JSON types, without fields that are None."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    def stated(self) -> dict[str, Any]:
+        """Returns the fields that were set, as JSON types and without None: the body of a record."""
+        return self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
 
 
 class NodeBody(Body):
@@ -181,30 +181,19 @@ class Progress(Body):
     total: Bytes = 0
 
 
-class JobBody(Body):
-    """A conversion, asked for once and done once.
+class JobBody(ConversionSpec, Body):
+    """A conversion that was asked for once and is done once.
 
-    `cancel` asks for its end. A `dry_run` ends in `planned`. `batch` is what jobs asked for together have in common;
-    no more than `max_parallel` of them run at the same time on a node. `attempts` counts how often it was begun, and
-    `recovered` that it was found done after the node had died. `target` is the name that was asked for, `file` what the
-    target is called.
+    `disk`, `source` and `datastore` name what is converted. `cancel` asks for the job's end. A dry run ends in the
+    state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
+    is the name of the target.
     """
 
     state: JobState = "queued"
     disk: Identifier
     source: str = ""
     datastore: Name
-    target: str | None = None
     file: str | None = None
-    target_datastore: Name | None = None
-    format: Name
-    options: dict[str, str] = {}
-    zero_copy: Literal["auto", "require"] = "auto"
-    keep_source: bool = True
-    dry_run: bool = False
-    at_ms: Milliseconds | None = None
-    batch: str | None = None
-    max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
     by: Principal | None = None
     created_ms: Milliseconds = 0
     started_ms: Milliseconds | None = None
@@ -220,20 +209,8 @@ class JobBody(Body):
     hint: str | None = None
 
 
-class PolicyBody(Body):
-    """How a node converts, id `conversion`: its rules, which no request can overrule.
-
-    `naming` makes the target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source`
-    lets a job ask for the source's removal. `administrators_of` are the nodes whose administrators are heard; None:
-    those of every node.
-    """
-
-    naming: Annotated[str, Field(min_length=1, max_length=200)] = "{stem}{suffix}"
-    may_remove_source: bool = False
-    zero_copy: Literal["auto", "require"] = "auto"
-    max_parallel: Annotated[int, Field(ge=1, le=1000)] = 2
-    formats: list[str] | None = None
-    administrators_of: list[NodeId] | None = None
+class PolicyBody(ConversionPolicy, Body):
+    """The policy of a node, id `conversion`."""
 
 
 class TokenBody(Body):

@@ -57,30 +57,15 @@ def _stays(options: argparse.Namespace) -> bool:
 
 
 def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
-    wish: dict[str, Any] = {"format": options.format}
-    if options.options:
-        wish["options"] = options.options
-    if options.zero_copy != "auto":
-        wish["zero_copy"] = options.zero_copy
-    if options.remove_source:
-        wish["keep_source"] = False
-    if options.dry_run:
-        wish["dry_run"] = True
-    if options.max_parallel is not None:
-        wish["max_parallel"] = options.max_parallel
-    if at is not None:
-        wish["at_ms"] = int(at.timestamp() * 1000)
-    return wish
+    """Returns the fields of the conversion that the command line sets."""
+    wish = {name: value for name in options.spec if (value := getattr(options, name)) not in (None, {})}
+    return wish if at is None else wish | {"at_ms": int(at.timestamp() * 1000)}
 
 
 def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> Asked:
     disk = disk_named(client, options.disk)
-    wish = _wish(options, at)
-    for name in ("target", "target_datastore"):
-        if getattr(options, name) is not None:
-            wish[name] = getattr(options, name)
-    # The job has an id before its owner knows of it: so it can be followed from the start.
-    wish["job"] = options.id or f"job-{secrets.token_hex(6)}"
+    # The caller chooses the job's id, to follow the job before its owner knows of it.
+    wish = _wish(options, at) | {"job": options.id or f"job-{secrets.token_hex(6)}"}
     path = f"/api/v1/disks/{disk['owner']}/{disk['id']}/convert"
     reply = client.call("POST", path, wish, query={"wait": options.wait})
     asked = {"node": disk["owner"], "disk": disk["id"], "name": disk["body"]["name"], "answer": reply.content}

@@ -87,28 +87,34 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("disk", nargs="?", metavar="DISK", help="a disk of the catalogue: its id, or NODE:NAME")
     which.add_argument("--select", metavar="SELECTION", help="all disks that are selected")
-    parser.add_argument("--to", dest="format", required=True, metavar="FMT", help="format to convert to")
-    parser.add_argument(
-        "-o",
-        dest="options",
-        action=SetOptions,
-        default={},
-        metavar="NAME=VALUE",
-        help="options of that format, separated by commas; vmconv formats lists them",
-    )
-    parser.add_argument(
-        "--target", metavar="NAME", help="name of the file to make (default: as the node's policy has it)"
-    )
-    parser.add_argument("--target-datastore", metavar="NAME", help="make it there (default: beside the source)")
-    parser.add_argument(
-        "--zero-copy", choices=("auto", "require"), default="auto", help="require: fail rather than copy"
-    )
-    parser.add_argument(
-        "--remove-source", action="store_true", help="remove the source afterwards, where the node's policy allows it"
-    )
+    # Named as the fields of the request, and without defaults: an option that is not given is not sent.
+    spec = [
+        parser.add_argument("--to", dest="format", required=True, metavar="FMT", help="format to convert to"),
+        parser.add_argument(
+            "-o",
+            dest="options",
+            action=SetOptions,
+            default={},
+            metavar="NAME=VALUE",
+            help="options of that format, separated by commas; vmconv formats lists them",
+        ),
+        parser.add_argument(
+            "--target", metavar="NAME", help="name of the file to make (default: as the node's policy has it)"
+        ),
+        parser.add_argument("--target-datastore", metavar="NAME", help="make it there (default: beside the source)"),
+        parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: fail rather than copy"),
+        parser.add_argument(
+            "--remove-source",
+            dest="keep_source",
+            action="store_const",
+            const=False,
+            help="remove the source afterwards, where the node's policy allows it",
+        ),
+        parser.add_argument("--max-parallel", type=int, metavar="N", help="so many of them at a time on each node"),
+        parser.add_argument("--dry-run", action="store_const", const=True, help="only plan; nothing is made"),
+    ]
+    parser.set_defaults(spec=tuple(one.dest for one in spec))
     parser.add_argument("--at", metavar="TIME", help="begin then: HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
-    parser.add_argument("--max-parallel", type=int, metavar="N", help="so many of them at a time on each node")
-    parser.add_argument("--dry-run", action="store_true", help="only plan; nothing is made")
     parser.add_argument("--follow", action="store_true", help="stay until all have ended, and show how far they are")
     parser.add_argument("--id", metavar="ID", help="id of the request: the same again is the same request")
     _asking(parser)

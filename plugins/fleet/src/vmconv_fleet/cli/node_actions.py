@@ -127,10 +127,11 @@ def renew_node(options: argparse.Namespace) -> int:
 
 
 def revoke_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.cli.local import post
+    from vmconv_fleet.cli.client import NodeClient
 
     config = settings.load(_directory(options))
-    answer = post(config.socket, f"/api/v1/nodes/{options.node}/revoke?wait=10", {"key_id": None})
+    with NodeClient(config.directory) as client:
+        answer = client.call("POST", f"/api/v1/nodes/{options.node}/revoke", {}, query={"wait": 10}).content
     if not answer.get("ok"):
         raise FleetError(f"node {options.node} was not revoked: {answer.get('reason') or 'no answer yet'}")
     print(f"node {options.node} is revoked")

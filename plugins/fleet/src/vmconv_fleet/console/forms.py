@@ -21,6 +21,9 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 _WAIT = 3.0
 
+_CONVERSION = ("format", "target", "zero_copy", "dry_run")
+"""The fields of a conversion that the form on a disk's page has."""
+
 
 async def login_page(_request: Request) -> Response:
     return HTMLResponse(render("login.html", {"title": "Enter", "wrong": None}))
@@ -77,14 +80,8 @@ async def _convert(request: Request) -> Response:
     visit, form = visit_of(request), await form_of(request)
     refuse_forged(visit, form)
     owner, disk = request.path_params["owner"], request.path_params["id"]
-    arguments: dict[str, Any] = {"disk": disk, "format": form.get("format", "")}
-    if form.get("target"):
-        arguments["target"] = form["target"]
-    if form.get("zero_copy") == "require":
-        arguments["zero_copy"] = "require"
-    if form.get("dry_run"):
-        arguments["dry_run"] = True
-    return await _asked(visit, owner, "convert", arguments, f"/disks/{owner}/{disk}")
+    arguments = {name: form[name] for name in _CONVERSION if form.get(name)}
+    return await _asked(visit, owner, "convert", arguments | {"disk": disk}, f"/disks/{owner}/{disk}")
 
 
 async def _cancel(request: Request) -> Response:

@@ -1,24 +1,14 @@
-"""What each verb takes: checked when it is asked for and again by the owner that executes it."""
+"""The arguments of each verb: checked by the node that takes the request and again by the owner that executes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vmconv_fleet.catalogue.kinds import Identifier, Milliseconds, Name, NodeId, Role
-from vmconv_fleet.catalogue.places import refuse_as_file_name
-
-
-def _file_name(name: str) -> str:
-    from vmconv.plugin import AccessError
-
-    try:
-        refuse_as_file_name(name)
-    except AccessError as exc:
-        raise ValueError(str(exc)) from exc
-    return name
+from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec
+from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, Milliseconds, Name, NodeId, Role
 
 
 def _absolute(path: str) -> str:
@@ -27,70 +17,71 @@ def _absolute(path: str) -> str:
     return path
 
 
-_NAMING = r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$"
-
-FileName = Annotated[str, AfterValidator(_file_name)]
-DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Option = Annotated[str, Field(max_length=255)]
-
-
-class _Arguments(BaseModel):
-    """What is not known is refused: a misspelt wish must not be taken for none."""
+class Arguments(BaseModel):
+    """The arguments of `verb`. Unknown fields are refused, so that a misspelt one is not ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    verb: ClassVar[str]
 
-class Convert(_Arguments):
-    """A conversion of a disk of the catalogue. `job` is an id of the asker's choice: the same again is the same job."""
+    def given(self) -> dict[str, Any]:
+        """Returns the arguments that were set, as JSON types: the `arguments` of a request."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
-    disk: Identifier
-    format: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-    options: Annotated[dict[Option, Option], Field(max_length=64)] = {}
-    target: FileName | None = None
-    target_datastore: DatastoreName | None = None
-    zero_copy: Literal["auto", "require"] = "auto"
-    keep_source: bool = True
-    dry_run: bool = False
-    at_ms: Milliseconds | None = None
-    batch: Identifier | None = None
-    max_parallel: Annotated[int, Field(ge=1, le=1000)] | None = None
+
+class Conversion(ConversionSpec, Arguments):
+    """A conversion. `job` is an id of the caller's choice: the same id again is the same job."""
+
+    verb: ClassVar[str] = "convert"
+
     job: Identifier | None = None
 
 
-class Cancel(_Arguments):
+class Convert(Conversion):
+    """A conversion of a disk of the catalogue."""
+
+    disk: Identifier
+
+
+class Cancel(Arguments):
+    verb: ClassVar[str] = "cancel"
+
     job: Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class Scan(_Arguments):
+class Scan(Arguments):
     """A scan of one datastore, or of all."""
+
+    verb: ClassVar[str] = "scan"
 
     datastore: DatastoreName | None = None
 
 
-class DatastoreAdd(_Arguments):
+class DatastoreAdd(Arguments):
     """A directory of the node that is asked; `path` without links."""
+
+    verb: ClassVar[str] = "datastore-add"
 
     name: DatastoreName
     path: Annotated[str, Field(max_length=4096), AfterValidator(_absolute)]
 
 
-class DatastoreRemove(_Arguments):
+class DatastoreRemove(Arguments):
+    verb: ClassVar[str] = "datastore-remove"
+
     name: DatastoreName
 
 
-class PolicySet(_Arguments):
-    """Rules to change; those that are not named stay."""
+class PolicySet(ConversionPolicy, Arguments):
+    """Rules to change; the others stay."""
 
-    naming: Annotated[str, Field(pattern=_NAMING, max_length=200)] = "{stem}{suffix}"
-    may_remove_source: bool = False
-    zero_copy: Literal["auto", "require"] = "auto"
-    max_parallel: Annotated[int, Field(ge=1, le=1000)] = 2
-    formats: Annotated[list[Name], Field(max_length=64)] | None = None
-    administrators_of: Annotated[list[NodeId], Field(max_length=1000)] | None = None
+    verb: ClassVar[str] = "policy-set"
 
 
-class TokenCreate(_Arguments):
+class TokenCreate(Arguments):
     """A token that was made where its holder is connected: only its hash travels."""
+
+    verb: ClassVar[str] = "token-create"
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
     hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -99,31 +90,47 @@ class TokenCreate(_Arguments):
     expires_ms: Milliseconds | None = None
 
 
-class TokenRevoke(_Arguments):
+class TokenRevoke(Arguments):
+    verb: ClassVar[str] = "token-revoke"
+
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
-class Retire(_Arguments):
+class Retire(Arguments):
+    verb: ClassVar[str] = "retire"
+
     node: NodeId
     reason: Annotated[str, Field(max_length=255)] = ""
 
 
-class Revoke(_Arguments):
+class Revoke(Arguments):
     """The keys of a node, or one of them."""
+
+    verb: ClassVar[str] = "revoke"
 
     node: NodeId
     key_id: Annotated[str, Field(max_length=128)] | None = None
 
 
-ARGUMENTS: Mapping[str, type[_Arguments]] = {
-    "convert": Convert,
-    "cancel": Cancel,
-    "scan": Scan,
-    "datastore-add": DatastoreAdd,
-    "datastore-remove": DatastoreRemove,
-    "policy-set": PolicySet,
-    "token-create": TokenCreate,
-    "token-revoke": TokenRevoke,
-    "retire": Retire,
-    "revoke": Revoke,
+ARGUMENTS: Mapping[str, type[Arguments]] = {
+    one.verb: one
+    for one in (
+        Convert,
+        Cancel,
+        Scan,
+        DatastoreAdd,
+        DatastoreRemove,
+        PolicySet,
+        TokenCreate,
+        TokenRevoke,
+        Retire,
+        Revoke,
+    )
 }
+
+
+def complaint(exc: ValidationError) -> str:
+    """Returns the first thing that is wrong, in one line."""
+    first = exc.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

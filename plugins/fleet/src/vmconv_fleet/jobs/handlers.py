@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv_fleet.errors import Refusal
+from vmconv_fleet.jobs.policy import POLICY, policy_of
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, Outcome, Request
 from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
@@ -18,6 +19,7 @@ from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from vmconv_fleet.catalogue.kinds import PolicyBody
     from vmconv_fleet.jobs.arguments import (
         Cancel,
         Convert,
@@ -31,8 +33,9 @@ if TYPE_CHECKING:
         TokenRevoke,
     )
 
+    M = TypeVar("M", bound=BaseModel)
+
 MAX_OPEN_JOBS = 20_000
-POLICY = "conversion"
 
 
 def make_handlers(directory: str) -> Mapping[str, Handler]:
@@ -66,15 +69,15 @@ def _handle(decide: Callable[[Context, Request, Any], Outcome], context: Context
     return decide(context, request, _checked(ARGUMENTS[request.verb], request.arguments, request.verb))
 
 
-def _checked(model: type[BaseModel], given: Mapping[str, Any], what: str) -> Any:
+def _checked(model: type[M], given: Mapping[str, Any], what: str) -> M:
     from pydantic import ValidationError
 
     try:
         return model.model_validate(dict(given))
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise Refusal(f"{what}: {where}: {first['msg']}" if where else f"{what}: {first['msg']}") from exc
+        from vmconv_fleet.jobs.arguments import complaint
+
+        raise Refusal(f"{what}: {complaint(exc)}") from exc
 
 
 def _own(context: Context, kind: str, identifier: str) -> Record:
@@ -88,30 +91,32 @@ def _own(context: Context, kind: str, identifier: str) -> Record:
 
 
 def _convert(context: Context, request: Request, wanted: Convert) -> Outcome:
+    from vmconv_fleet.catalogue.kinds import DiskBody, JobBody, Principal
+
     identifier = wanted.job or request.id
     before = context.get(context.node, "job", identifier)
     if before:
         return _again(before, wanted)
-    disk = _own(context, "disk", wanted.disk).body
-    if problem := disk.get("problem"):
-        raise Refusal(f"disk {wanted.disk} cannot be read: {problem}")
-    _own(context, "datastore", disk["datastore"])
+    disk = DiskBody.model_validate(_own(context, "disk", wanted.disk).body)
+    if disk.problem:
+        raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
+    _own(context, "datastore", disk.datastore)
     if wanted.target_datastore is not None:
         _own(context, "datastore", wanted.target_datastore)
-    _refuse_format(context, wanted.format)
+    policy = policy_of(context.node, context)
+    _refuse_format(context, policy, wanted.format)
     if len(context.find("job", context.node)) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node has {MAX_OPEN_JOBS} jobs already")
-    body = {
-        "state": "queued",
-        "disk": wanted.disk,
-        "source": disk["name"],
-        "datastore": disk["datastore"],
-        "created_ms": context.now,
-        "by": dict(request.by),
-        **wanted.model_dump(mode="json", exclude_none=True, exclude={"job", "disk"}),
-        **_ruled(context, wanted),
-    }
-    return Outcome([Change("job", identifier, body)], {"job": identifier})
+    body = JobBody(
+        state="queued",
+        disk=wanted.disk,
+        source=disk.name,
+        datastore=disk.datastore,
+        created_ms=context.now,
+        by=Principal.model_validate(request.by),
+        **wanted.spec() | _ruled(policy, wanted),
+    )
+    return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
 
 
 def _again(before: Record, wanted: Convert) -> Outcome:
@@ -122,27 +127,24 @@ def _again(before: Record, wanted: Convert) -> Outcome:
     return Outcome((), {"job": before.id, "state": before.body["state"]})
 
 
-def _refuse_format(context: Context, name: str) -> None:
-    formats = _policy(context).get("formats")
-    if formats is not None and name not in formats:
-        raise Refusal(f"the policy of this node converts to {', '.join(formats) or 'nothing'}, not to {name}")
+def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
+    from vmconv_fleet.catalogue.kinds import CapabilitiesBody
+
+    if policy.formats is not None and name not in policy.formats:
+        raise Refusal(f"the policy of this node converts to {', '.join(policy.formats) or 'nothing'}, not to {name}")
     known = context.get(context.node, "capabilities", "installed")
-    if known and not known.body.get("formats", {}).get(name, {}).get("writes"):
-        writable = sorted(key for key, one in known.body.get("formats", {}).items() if one.get("writes"))
+    if known is None:
+        return
+    writable = sorted(key for key, one in CapabilitiesBody.model_validate(known.body).formats.items() if one.writes)
+    if name not in writable:
         raise Refusal(f"this node cannot write {name}, but {', '.join(writable)}")
 
 
-def _ruled(context: Context, wanted: Convert) -> dict[str, Any]:
-    """Returns the fields of a job that the node's policy has a say in."""
-    policy = _policy(context)
-    if not wanted.keep_source and not policy.get("may_remove_source"):
+def _ruled(policy: PolicyBody, wanted: Convert) -> dict[str, Any]:
+    """Returns the fields of a job that the policy decides."""
+    if not wanted.keep_source and not policy.may_remove_source:
         raise Refusal("the policy of this node keeps sources")
-    return {"zero_copy": "require"} if policy.get("zero_copy") == "require" else {}
-
-
-def _policy(context: Context) -> Mapping[str, Any]:
-    record = context.get(context.node, "policy", POLICY)
-    return record.body if record else {}
+    return {"zero_copy": "require"} if policy.zero_copy == "require" else {}
 
 
 def _cancel(context: Context, _request: Request, wanted: Cancel) -> Outcome:
@@ -200,7 +202,8 @@ def _remove_datastore(context: Context, _request: Request, wanted: DatastoreRemo
 
 
 def _set_policy(context: Context, _request: Request, wanted: PolicySet) -> Outcome:
-    body = {**_policy(context), **wanted.model_dump(mode="json", exclude_unset=True)}
+    before = context.get(context.node, "policy", POLICY)
+    body = {**(before.body if before else {}), **wanted.given()}
     heard = body.get("administrators_of")
     if heard is not None and context.node not in heard:
         body["administrators_of"] = [*heard, context.node]

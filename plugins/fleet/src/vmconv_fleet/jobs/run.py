@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv_fleet.errors import FleetError, Refusal
 from vmconv_fleet.jobs.journal import JobJournal
@@ -21,6 +21,10 @@ from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
+
+if TYPE_CHECKING:
+    from vmconv_fleet.catalogue.conversion import ConversionPolicy
+    from vmconv_fleet.catalogue.kinds import JobBody
 
 _log = logging.getLogger("vmconv_fleet.jobs")
 
@@ -83,7 +87,7 @@ class Run:
         job: Job,
         journal: JobJournal,
         *,
-        policy: Mapping[str, Any],
+        policy: ConversionPolicy,
         command: Sequence[str],
         over: Callable[[], None],
     ) -> None:
@@ -170,14 +174,17 @@ class Run:
         settled(self._service.update(decide), self._node_ends)
 
     def _task(self, body: Mapping[str, Any]) -> Task:
-        """Returns what the worker has to do; raises `Refusal` when the catalogue has changed since it was asked for."""
+        """Returns the worker's task.
+
+        Raises Refusal if the record is not valid, or if the catalogue has changed since the request.
+        """
+        job = _checked(body)
         node, view = self._service.node, self._service.view()
         roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
-        disk = view.get(node, "disk", body["disk"])
+        disk = view.get(node, "disk", job.disk)
         if disk is None:
-            raise Refusal(f"disk {body['disk']} is not here any more")
-        other = body.get("target_datastore")
-        for name in (disk.body["datastore"], other):
+            raise Refusal(f"disk {job.disk} is not here any more")
+        for name in (disk.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} is not here any more")
         return Task(
@@ -185,15 +192,15 @@ class Run:
             root=roots[disk.body["datastore"]],
             name=disk.body["name"],
             roots=list(roots.values()),
-            format=body["format"],
-            options=dict(body.get("options", {})),
-            target=body.get("target"),
-            target_root=roots[other] if other else None,
-            naming=self._policy.get("naming", "{stem}{suffix}"),
-            zero_copy=body.get("zero_copy", "auto"),
+            format=job.format,
+            options=job.options,
+            target=job.target,
+            target_root=roots[job.target_datastore] if job.target_datastore else None,
+            naming=self._policy.naming,
+            zero_copy=job.zero_copy,
             journal=self._journal.path,
-            dry_run=bool(body.get("dry_run")),
-            removable=not body.get("keep_source", True) and not self._is_parent(body["disk"]),
+            dry_run=job.dry_run,
+            removable=not job.keep_source and not self._is_parent(job.disk),
         )
 
     def _is_parent(self, disk: str) -> bool:
@@ -280,6 +287,19 @@ class Run:
 
         records = settled(self._service.update(decide), self._node_ends)
         return records[0].body if records else None
+
+
+def _checked(body: Mapping[str, Any]) -> JobBody:
+    """Returns a job's record as its model; raises Refusal if it is not valid."""
+    from pydantic import ValidationError
+
+    from vmconv_fleet.catalogue.kinds import JobBody
+    from vmconv_fleet.jobs.arguments import complaint
+
+    try:
+        return JobBody.model_validate(body)
+    except ValidationError as exc:
+        raise Refusal(complaint(exc)) from exc
 
 
 def _begun(body: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -11,13 +11,13 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from vmconv_fleet.errors import ClosedError, FleetError
 from vmconv_fleet.jobs.journal import JobJournal
+from vmconv_fleet.jobs.policy import policy_of
 from vmconv_fleet.jobs.run import WORKER, Job, Run
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
@@ -25,9 +25,6 @@ from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
 
 _log = logging.getLogger("vmconv_fleet.jobs")
-
-MAX_PARALLEL = 2
-"""Conversions at the same time where no policy says otherwise."""
 
 MAX_ATTEMPTS = 3
 """How often a job may take its node with it."""
@@ -135,10 +132,12 @@ class JobRunner:
         """Begins what is due, as many at a time as policy and batches allow."""
         for identifier in [key for key, run in self._running.items() if run.is_over]:
             del self._running[identifier]
-        most = self._policy().get("max_parallel", MAX_PARALLEL)
+        if not self._waiting:
+            return
+        policy = policy_of(self._service.node, self._service.view())
         now = wall_ms()
         for job in sorted(self._waiting.values(), key=Job.order):
-            if self._ending.is_set() or len(self._running) >= most:
+            if self._ending.is_set() or len(self._running) >= policy.max_parallel:
                 return
             if job.at_ms > now or not self._batch_allows(job):
                 continue
@@ -147,7 +146,7 @@ class JobRunner:
                 self._service,
                 job,
                 self._journal(job.id),
-                policy=self._policy(),
+                policy=policy,
                 command=self._command,
                 over=lambda: self._events.put(None),
             )
@@ -158,10 +157,6 @@ class JobRunner:
         if job.batch is None or job.max_parallel is None:
             return True
         return sum(run.batch == job.batch for run in self._running.values()) < job.max_parallel
-
-    def _policy(self) -> Mapping[str, Any]:
-        record = self._service.view().get(self._service.node, "policy", "conversion")
-        return record.body if record else {}
 
     def _journal(self, job: str) -> JobJournal:
         return JobJournal(os.path.join(self._directory, f"{job}.json"))

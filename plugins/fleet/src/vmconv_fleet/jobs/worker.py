@@ -56,8 +56,8 @@ class Task(NamedTuple):
     naming: str
     zero_copy: str
     journal: str
-    dry_run: bool = False
-    removable: bool = False
+    dry_run: bool
+    removable: bool
 
 
 class _Stopped(BaseException):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from vmconv.plugin import AccessError
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.kinds import Principal, Role, TokenBody
+    from vmconv_fleet.catalogue.fields import Role
+    from vmconv_fleet.catalogue.kinds import Principal, TokenBody
     from vmconv_fleet.replication.records import Record
 
 ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")

@@ -1,0 +1,71 @@
+"""Conversions and the policy about them: the one definition of their fields, limits and defaults.
+
+Requests, records and the API's bodies inherit these fields; the worker gets the values.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from vmconv_fleet.catalogue.fields import (
+    DatastoreName,
+    FileName,
+    FormatName,
+    Identifier,
+    Milliseconds,
+    Name,
+    Naming,
+    NodeId,
+    Option,
+    Parallel,
+    ZeroCopy,
+)
+
+
+class BulkSpec(BaseModel):
+    """The fields that conversions of several disks can share.
+
+    The job begins at `at_ms` or later. No more than `max_parallel` jobs of one batch run on a node at a time.
+    """
+
+    format: FormatName
+    options: Annotated[dict[Option, Option], Field(max_length=64)] = {}
+    zero_copy: ZeroCopy = "auto"
+    keep_source: bool = True
+    dry_run: bool = False
+    at_ms: Milliseconds | None = None
+    max_parallel: Parallel | None = None
+
+
+class ConversionSpec(BulkSpec):
+    """A conversion of one disk.
+
+    `target` is the name of the file to make; without it the node's policy makes the name. The file goes to
+    `target_datastore`, by default into the directory of the source. Jobs that were asked for together share `batch`.
+    """
+
+    target: FileName | None = None
+    target_datastore: DatastoreName | None = None
+    batch: Identifier | None = None
+
+    def spec(self) -> dict[str, Any]:
+        """Returns the fields of this class, whatever a subclass adds."""
+        return {name: getattr(self, name) for name in ConversionSpec.model_fields}
+
+
+class ConversionPolicy(BaseModel):
+    """The rules of a node, which no request overrides.
+
+    `naming` makes a target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source` lets a
+    job ask for the source's removal. `formats` are the formats that may be written; None: any. `administrators_of` are
+    the nodes whose administrators may send requests; None: every node.
+    """
+
+    naming: Naming = "{stem}{suffix}"
+    may_remove_source: bool = False
+    zero_copy: ZeroCopy = "auto"
+    max_parallel: Parallel = 2
+    formats: Annotated[list[Name], Field(max_length=64)] | None = None
+    administrators_of: Annotated[list[NodeId], Field(max_length=1000)] | None = None
