@@ -109,7 +109,7 @@ def epoch_counted() -> Iterator[None]:
 
 @mutation("pages are taken as they come, not all at once")
 def torn_pages() -> Iterator[None]:
-    original = AntiEntropy.take
+    original = AntiEntropy.accept
 
     def take(self: AntiEntropy, session: Any, page: Any, wall: int, now: int) -> list[Record] | None:
         records = original(self, session, page, wall, now)
@@ -119,7 +119,7 @@ def torn_pages() -> Iterator[None]:
                 self._store.extend(session.owner, rows)
         return records
 
-    with blind(), patch.object(AntiEntropy, "take", take):
+    with blind(), patch.object(AntiEntropy, "accept", take):
         yield
 
 
@@ -220,7 +220,7 @@ _WANT = AntiEntropy.want
 
 @mutation("a recovered past replaces what was written since", test_replica.test_recovery_keeps_what_was_written_since)
 def past_wins() -> Iterator[None]:
-    with patch.object(Receiver, "_goes_on", lambda self, session, records: True):
+    with patch.object(Receiver, "_continues", lambda self, session, records: True):
         yield
 
 
@@ -229,12 +229,12 @@ def past_wins() -> Iterator[None]:
     test_replica.test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew,
 )
 def on_top() -> Iterator[None]:
-    original = Receiver._goes_on
+    original = Receiver._continues
 
     def goes_on(self: Receiver, session: Any, records: Any) -> bool:
         return not session.whole or original(self, session, records)
 
-    with patch.object(Receiver, "_goes_on", goes_on):
+    with patch.object(Receiver, "_continues", goes_on):
         yield
 
 
@@ -277,8 +277,8 @@ def misplaced() -> Iterator[None]:
 @mutation("nothing is passed on")
 def not_forwarded() -> Iterator[None]:
     with (
-        patch.object(Publisher, "pass_on", lambda self, records, source: []),
-        patch.object(Publisher, "catch_up", lambda self, owner: []),
+        patch.object(Publisher, "forward", lambda self, records, source: []),
+        patch.object(Publisher, "notify_behind", lambda self, owner: []),
         patch.object(Publisher, "_summaries", _own_only),
     ):
         yield
@@ -395,7 +395,7 @@ def told_too_early() -> Iterator[None]:
         try:
             with self.store.group():
                 yield
-                self._context.feed.tell()
+                self._context.feed.deliver()
         finally:
             self._grouped = False
 

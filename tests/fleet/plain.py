@@ -1,4 +1,4 @@
-"""Signatures that cost nothing, for tests of everything but cryptography: a keyed hash, and a CA that is one, too."""
+"""Cheap signatures for tests of everything but cryptography: keyed hashes, the authority's too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from vmconv_fleet.replication.records import Change, Position, Record
 
-CA = b"the fleet's CA"
+AUTHORITY = b"the fleet's authority"
 
 
 def node_id(number: int) -> str:
@@ -16,19 +16,19 @@ def node_id(number: int) -> str:
     return f"{number + 10:x}" + f"{number:031x}"[-31 + (len(f"{number + 10:x}") - 1) :]
 
 
-def ca_signed(body: dict[str, Any]) -> dict[str, Any]:
-    """Returns a body with the signature of the CA."""
-    return {**body, "ca": _hash(CA, repr(sorted(body.items())).encode()).hex()}
+def signed_by_authority(body: dict[str, Any]) -> dict[str, Any]:
+    """Returns a body with the signature of the authority."""
+    return {**body, "ca": _hash(AUTHORITY, repr(sorted(body.items())).encode()).hex()}
 
 
 def certificate(owner: str, key_id: str) -> Change:
     """Returns the record that says that the key is the owner's."""
-    return Change("certificate", key_id, ca_signed({"owner": owner, "key": key_id}))
+    return Change("certificate", key_id, signed_by_authority({"owner": owner, "key": key_id}))
 
 
 def retirement(owner: str) -> Change:
     """Returns the record that retires a node."""
-    return Change("revocation", owner, ca_signed({"node": owner, "retired": True}))
+    return Change("revocation", owner, signed_by_authority({"node": owner, "retired": True}))
 
 
 class PlainSigner:
@@ -58,7 +58,7 @@ class PlainTrust:
 
     def learn(self, record: Record) -> bool:
         body = {name: value for name, value in record.body.items() if name != "ca"}
-        if record.body != ca_signed(body):
+        if record.body != signed_by_authority(body):
             return False
         if record.kind == "certificate":
             self._keys.add((body["owner"], body["key"]))

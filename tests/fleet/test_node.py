@@ -157,3 +157,14 @@ def test_the_node_with_the_authority_does_not_just_leave(machine: Callable[[str]
     assert "holds the fleet's authority" in one.node("leave", code=1)
     one.node("leave", "--force")
     assert not one.directory.exists()
+
+
+def test_revoking_an_unknown_node_says_which(founder: Machine) -> None:
+    error = founder.node("revoke", "f" * 32, code=1)
+    assert error.splitlines()[0] == f"vmconv: no node '{'f' * 32}'"
+
+
+def test_revoking_needs_a_running_node(machine: Callable[[str], Machine]) -> None:
+    one = machine("one")
+    one.node("init", *LOCAL)
+    assert f"{one.directory}: no node runs here" in one.node("revoke", "f" * 32, code=1)

@@ -661,10 +661,10 @@ def test_what_comes_after_much_is_not_observed_before_it() -> None:
     news.observe(seen.extend)
     news.add([first])
     assert seen == [first]
-    news.add_all(one.id, first.seq)
+    news.add_stored(one.id, first.seq)
     news.add([last])
     assert seen == [first]
-    news.tell()
+    news.deliver()
     assert seen == [first, last, last]
 
 
@@ -726,7 +726,7 @@ def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> N
     for group in range(5):
         at = {node_id(1000 * group + number + 100): Summary(Position(1, 1), "0" * 16) for number in range(1000)}
         other.replica.received(one.id, messages.encode(Digest(at)))
-    assert len(other.replica.neighbours[one.id]._heard) <= 4096
+    assert len(other.replica.neighbours[one.id]._positions) <= 4096
     assert len(other.replica._context.anti_entropy._wants) <= 4096
     assert one.body(one, "certificate", one.signer.key_id) is not None
 

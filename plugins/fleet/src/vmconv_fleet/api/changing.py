@@ -84,7 +84,7 @@ class TokenMade(Answer):
 
 
 class RevokeWish(_Wish):
-    """`authority` is the node that holds the fleet's CA, unless it is this one."""
+    """`authority` is the node that holds the fleet's authority, unless it is this one."""
 
     key_id: str | None = None
     authority: str | None = None
@@ -196,7 +196,7 @@ async def revoke_token(owner: str, identifier: str, state: StateOf, caller: Know
     return (await ask(state, caller, target, "token-revoke", {"id": identifier}, wait=wait)).as_response()
 
 
-@router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's CA")
+@router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's authority")
 async def revoke(node: str, wish: RevokeWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node)} | wish.model_dump(exclude_none=True, include={"key_id"})
     authority = _node(state, wish.authority or state.node)
@@ -210,7 +210,9 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
     return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
 
 
-@router.post("/join-tokens", summary="Make a one-time token with which a new node joins, where the fleet's CA is")
+@router.post(
+    "/join-tokens", summary="Make a one-time token with which a new node joins, where the fleet's authority is"
+)
 def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
     caller.must_be("admin")
     from vmconv_fleet import config

@@ -270,7 +270,7 @@ class TransactionBody(Body):
 
 
 class CertificateBody(Body):
-    """A node's public key, signed by the fleet's CA; id = the key's id."""
+    """A node's public key, signed by the fleet's authority; id = the key's id."""
 
     pem: str
 

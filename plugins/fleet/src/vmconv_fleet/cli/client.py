@@ -47,8 +47,8 @@ class _SocketConnection(http.client.HTTPConnection):
 class NodeClient:
     """The API of the node that `where` names: its directory, or a URL of HTTPS.
 
-    `ca` is the fleet's CA certificate, for a URL. Each call has a connection of its own: a node ends those that nobody
-    uses. Use as a context manager.
+    `ca` is the certificate of the fleet's authority, for a URL. Each call opens a connection, because nodes close idle
+    ones. Use as a context manager.
     """
 
     def __init__(self, where: str, *, ca: str | None = None, token: str | None = None) -> None:

@@ -47,7 +47,7 @@ def _reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-file", metavar="FILE", help="file with the token for https (default: $VMCONV_FLEET_TOKEN)"
     )
-    parser.add_argument("--ca", metavar="FILE", help="certificate of the fleet's CA, for https")
+    parser.add_argument("--ca", metavar="FILE", help="certificate of the fleet's authority, for https")
     parser.add_argument("--output", choices=("human", "json"), default="human", help="how to print (default: human)")
 
 
@@ -133,7 +133,9 @@ def _watch(parser: argparse.ArgumentParser) -> None:
 def _retire(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("retired", metavar="NODE", help="its name, id, or how that begins")
     parser.add_argument("--reason", default="", metavar="TEXT", help="why")
-    parser.add_argument("--authority", metavar="NODE", help="the node that holds the fleet's CA (default: this one)")
+    parser.add_argument(
+        "--authority", metavar="NODE", help="the node that holds the fleet's authority (default: this one)"
+    )
     _asking(parser)
 
 

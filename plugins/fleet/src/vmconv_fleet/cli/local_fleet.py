@@ -40,7 +40,7 @@ class LocalNode(NamedTuple):
 
 @contextmanager
 def local_fleet(names: list[str], directory: str, datastores: str, *, web: bool) -> Iterator[list[LocalNode]]:
-    """Yields running nodes that know of each other; the first holds the fleet's CA. All have ended afterwards."""
+    """Yields connected nodes, the first with the fleet's authority; stops them afterwards."""
     with ExitStack() as stack:
         nodes: list[LocalNode] = []
         for name in names:

@@ -39,7 +39,7 @@ MAX_OPEN_JOBS = 20_000
 
 
 def make_handlers(directory: str) -> Mapping[str, Handler]:
-    """Returns what a node does for each verb; `directory` is the node's own, where it may hold the fleet's CA."""
+    """Returns the handler of each verb; `directory` is the node's own, where it may hold the fleet's authority."""
     deciders: Mapping[str, Callable[[Context, Request, Any], Outcome]] = {
         "convert": _convert,
         "cancel": _cancel,
@@ -246,7 +246,7 @@ def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke)
 
 
 def _revocation(directory: str, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
-    """Returns what the fleet's CA has signed against keys; only a node that holds the CA can."""
+    """Returns what the fleet's authority has signed against keys; only a node that holds the authority can."""
     from vmconv_fleet.trust.authority import Authority
 
     position = context.positions().get(node)

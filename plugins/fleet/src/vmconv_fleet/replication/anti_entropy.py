@@ -1,7 +1,7 @@
-"""Catching up: asking a neighbour for what is missing of an owner's records, page by page.
+"""Anti-entropy: pulls the records that are missing of an owner from a neighbour, page by page.
 
-What comes is kept aside until it is complete and then taken whole, in one transaction: between two states of an owner
-there is none that anybody may see.
+Pages are kept aside until the answer is complete. The answer is then applied in one transaction, so that no reader sees
+a state that the owner never had.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from vmconv_fleet.replication.verifier import Verifier
 SESSIONS = 4
 TIMEOUT_MS = 1000
 TRIES = 5
-"""So often the same page is asked for, each time with twice the patience; and less where nothing has come yet."""
+"""The number of times that a page is requested. Each retry waits twice as long."""
 
 TRIES_AT_FIRST = 2
 PATIENCE = 2
-"""So many sessions in a row may fail for lack of answers before a neighbour is asked less often."""
+"""The number of sessions in a row that may time out before a neighbour is asked less often."""
 
 BACKOFF_MS = 500
 MAX_BACKOFF_MS = 60_000
 NEVER = 1 << 62
 KEPT = 1 << 20
-"""So many bytes of an answer are kept in memory; when there are more, all of it is staged in the database."""
+"""Bytes of an answer that are kept in memory; larger answers are staged in the database."""
 
 SMALL = 512
-"""So many records or fewer are told to subscribers as they are, more from the database."""
+"""Up to this many records are passed to subscribers from memory, more are read from the database."""
 
 
 class TornError(FleetError):
-    """Records together are no state that their owner was in."""
+    """Records that do not form a state of their owner."""
 
 
 class PullSession:
-    """One owner's records, asked of one neighbour; `after` is how far the pages have come.
+    """One pull of an owner's records from one neighbour; `after` is the position reached so far.
 
-    `base` is where they begin; with START (`whole`) they replace what is there. `seen` is how far the neighbour was.
+    `base` is the position where the pages begin; from START (`whole`) they replace the local records. `seen` is the
+    neighbour's own position.
     """
 
     def __init__(self, owner: str, peer: str, number: int, after: Position, evidence: str | None) -> None:
@@ -66,10 +67,10 @@ class PullSession:
 
     @property
     def begun(self) -> bool:
-        """Whether a page of it has come."""
+        """Returns whether a page has arrived."""
         return self.staged or bool(self.kept)
 
-    def begin_anew(self) -> None:
+    def restart(self) -> None:
         self.after = self.base = self.since = self.seen = START
         self.kept = []
         self.staged = False
@@ -84,7 +85,7 @@ class _Want(NamedTuple):
 
 
 class AntiEntropy:
-    """All sessions of a replica, what it wants, and whom not to ask for a while."""
+    """The sessions of a replica, the owners to pull, and the neighbours that failed recently."""
 
     def __init__(
         self, store: Store, verifier: Verifier, neighbours: NeighbourTable, problems: ProblemLog, random: Random
@@ -99,7 +100,7 @@ class AntiEntropy:
         self._failures: dict[tuple[str, str], tuple[int, int]] = {}
 
     def want(self, owner: str, due: int, *, evidence: str | None = None) -> None:
-        """Asks for what the owner has more, from whoever has it, at the time `due`; `evidence`: all, from this peer."""
+        """Schedules a pull of the owner's newer records at `due`; with `evidence`, of all records from that peer."""
         known = self._wants.get(owner)
         if owner in self._sessions or (known is None and len(self._wants) >= MAX_OWNERS):
             return
@@ -108,7 +109,7 @@ class AntiEntropy:
         self._wants[owner] = _Want(due, evidence)
 
     def wants(self, owner: str, now: int) -> bool:
-        """Whether the owner's records are being asked for, or will be as soon as possible."""
+        """Returns whether a pull of the owner's records runs or is due."""
         want = self._wants.get(owner)
         return owner in self._sessions or (want is not None and want.due <= now)
 
@@ -117,7 +118,7 @@ class AntiEntropy:
         self._sessions.pop(owner, None)
 
     def reset(self) -> None:
-        """Gives up all sessions: what was staged is not there any more."""
+        """Drops all sessions, because their staged records are gone."""
         self._sessions.clear()
 
     def next_due(self) -> int:
@@ -128,7 +129,7 @@ class AntiEntropy:
         return min(deadlines, default=NEVER)
 
     def start_due(self, now: int) -> Iterator[tuple[str, Pull]]:
-        """Yields what to ask whom: new sessions, and those whose answer has not come again, of somebody else."""
+        """Yields `(peer, pull)` for new sessions and for retries with another peer."""
         for late in [session for session in self._sessions.values() if session.deadline <= now]:
             self._problems.count("pull-timeouts")
             if late.tries < (TRIES if late.begun else TRIES_AT_FIRST) and late.peer in self._neighbours:
@@ -143,23 +144,23 @@ class AntiEntropy:
                 yield session.peer, self.ask(session, now)
 
     def session(self, peer: str, page: Page) -> PullSession | None:
-        """Returns the session that a page belongs to, if it is the next page of one."""
+        """Returns the session of a page; None unless the page is the next one of a session."""
         session = self._sessions.get(page.owner)
         if session is None or (session.peer, session.number) != (peer, page.session):
             return None
         if page.base == page.after == START:
             if session.staged:
                 self._store.unstage(session.number)
-            session.begin_anew()
-        # After a page of a later state, one of an earlier state may lack what has moved behind it in between; and where
-        # the answerer has begun anew, the rest may lack what was deleted after the first page that has come.
+            session.restart()
+        # A page of an earlier state may lack records that have moved behind the reader since. Where the neighbour
+        # restarted, its pages may lack records that were deleted after the first page.
         same = (page.base, page.after) == (session.base, session.after) and session.since in (START, page.since)
         return session if same and page.seen >= session.seen else None
 
-    def take(self, session: PullSession, page: Page, wall: int, now: int) -> list[Record] | None:
-        """Verifies a page; returns its records if it is the last one, None if `ask` has to ask for another.
+    def accept(self, session: PullSession, page: Page, wall: int, now: int) -> list[Record] | None:
+        """Verifies a page and returns the records if it is the last page; None: `ask` requests the next one.
 
-        MalformedError, ForgedError: it is not what it should be.
+        Raises MalformedError or ForgedError if the page is not valid.
         """
         if page.certificates > len(page.wires):
             raise MalformedError(f"page of {len(page.wires)} records has {page.certificates} certificates")
@@ -179,9 +180,9 @@ class AntiEntropy:
         return None
 
     def finish(self, session: PullSession, records: Sequence[Record]) -> int:
-        """Takes the complete answer; returns how many records it has changed.
+        """Applies a complete answer and returns the number of changed records.
 
-        TornError: it is no state of its owner; nothing was changed.
+        Raises TornError, and changes nothing, if the records do not form a state of their owner.
         """
         owner, store = session.owner, self._store
         with store.atomic():
@@ -199,18 +200,18 @@ class AntiEntropy:
         return count
 
     def rows(self, session: PullSession, records: Sequence[Record], after: int = 0) -> Iterator[Record]:
-        """Yields all records of a complete answer that come after a seq, in order."""
+        """Yields the records of a complete answer behind a seq, in order."""
         if session.staged:
             yield from self._store.staged(session.number, after)
         yield from (record for record in (*session.kept, *records) if record.seq > after)
 
     def end(self, session: PullSession) -> None:
-        """Ends a session that has succeeded."""
+        """Ends a successful session."""
         self._failures.pop((session.peer, session.owner), None)
         self._close(session)
 
     def fail(self, session: PullSession, now: int, *, patience: int = 0) -> None:
-        """Ends a session without success: its peer is not asked again for a while, others at once."""
+        """Ends a failed session. Its peer is not asked again for a while; other peers are asked at once."""
         if len(self._failures) >= MAX_OWNERS:
             self._failures = {key: failed for key, failed in self._failures.items() if failed[1] > now}
         count = self._failures.get((session.peer, session.owner), (0, 0))[0] + 1
@@ -256,7 +257,7 @@ class AntiEntropy:
         return session
 
     def ask(self, session: PullSession, now: int) -> Pull:
-        """Returns what to ask for next."""
+        """Returns the next request of a session."""
         session.tries += 1
         session.deadline = now + (TIMEOUT_MS << session.tries - 1)
         return session.pull()

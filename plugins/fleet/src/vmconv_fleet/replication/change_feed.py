@@ -1,4 +1,4 @@
-"""What was written and taken since the last commit, and who wants to know."""
+"""The change feed: delivers the records of each commit to subscribers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _log = logging.getLogger(__name__)
 
 
 class ChangeFeed:
-    """Told after the commit: small things as they were, large ones from the database, a page at a time."""
+    """Delivers after the commit: few records from memory, many from the database, page by page."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._callbacks: list[Callback] = []
         self._observers: list[Callback] = []
-        self._news: list[_Item] = []
+        self._items: list[_Item] = []
 
     def subscribe(self, callback: Callback) -> Callable[[], None]:
         self._callbacks.append(callback)
@@ -43,28 +43,31 @@ class ChangeFeed:
         return end
 
     def observe(self, callback: Callback) -> None:
-        """Calls back before the commit, which may still fail; with what `add_all` adds, and what follows, after it."""
+        """Registers a callback that runs before the commit, which may still fail.
+
+        What `add_stored` adds, and what follows it, is observed after the commit.
+        """
         self._observers.append(callback)
 
     def add(self, records: Sequence[Record]) -> None:
         if not records:
             return
-        # What comes after much that is not observed yet has to wait for that: requests are executed in their order.
-        at_once = not any(item.owner for item in self._news)
-        self._news.append(_Item(records, observed=at_once))
+        # Records behind an unread `add_stored` wait for it: requests are executed in their order.
+        at_once = not any(item.owner for item in self._items)
+        self._items.append(_Item(records, observed=at_once))
         if at_once:
             self._observe(records)
 
-    def add_all(self, owner: str, after: int) -> None:
-        """Adds all that the database has of an owner after a seq."""
-        self._news.append(_Item((), owner, after))
+    def add_stored(self, owner: str, after: int) -> None:
+        """Adds the records of an owner behind a seq, to be read from the database."""
+        self._items.append(_Item((), owner, after))
 
     def forget(self) -> None:
-        self._news.clear()
+        self._items.clear()
 
-    def tell(self) -> None:
-        """Calls back; a callback's exceptions are its own."""
-        news, self._news = self._news, []
+    def deliver(self) -> None:
+        """Calls the subscribers. An exception in one is logged and does not reach the others."""
+        news, self._items = self._items, []
         for records in self._pages(news):
             for callback in tuple(self._callbacks):
                 try:

@@ -12,10 +12,10 @@ import time
 COUNTER_BITS = 16
 MAX_CLOCK = (1 << 63) - 1
 MAX_AHEAD_MS = 10 * 60 * 1000
-"""A peer's clock further ahead than this is wrong: it does not carry ours along."""
+"""A peer's clock that is further ahead is wrong and is not followed."""
 
 OFFSET_FILE = "VMCONV_FLEET_CLOCK_OFFSET"
-"""Environment: a file with milliseconds that are added to the wall clock, read anew when it changes; for tests."""
+"""Environment variable for tests: a file with an offset of the wall clock in milliseconds, reread when it changes."""
 
 
 class WallClock:
@@ -46,7 +46,7 @@ wall_ms = WallClock()
 
 
 class HybridClock:
-    """The clock of a node's records, later than everything seen and every time it was read."""
+    """The clock of a node's records: each value is later than all that were read or observed."""
 
     def __init__(self, last: int = 0) -> None:
         self.last = last
@@ -57,7 +57,7 @@ class HybridClock:
         return self.last
 
     def observe(self, clock: int, now_ms: int) -> bool:
-        """Takes note of another's clock; False: it is too far ahead of the wall clock, and was not followed."""
+        """Merges another node's clock. Returns False, and does nothing, if it is too far ahead of the wall clock."""
         if clock > (now_ms + MAX_AHEAD_MS) << COUNTER_BITS:
             return False
         self.last = max(self.last, clock)
@@ -65,5 +65,5 @@ class HybridClock:
 
 
 def milliseconds(clock: int) -> int:
-    """Returns the wall clock in a hybrid clock."""
+    """Returns the wall clock part of a hybrid clock."""
     return clock >> COUNTER_BITS

@@ -1,4 +1,4 @@
-"""What the parts of a replica share."""
+"""What the parts of a replica share: one tuple of references."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vmconv_fleet.replication.verifier import Verifier
 
 
 class Timing(NamedTuple):
-    """Milliseconds.
+    """All in milliseconds.
 
-    `patience`: how long a start waits for neighbours, who may have newer records of this node than its database; None:
-    until there is one. `settle`: how long it waits for more of them once one has come. `digest`: how often each tells
-    all how far it is, `tail`: how soon after news. `grace`: how long deletions are remembered, `floor`: how often old
-    ones are looked for.
+    `patience`: how long a start waits for neighbours that may have newer records of this node than its database; None:
+    until one is there. `settle`: how long it waits for more neighbours after the first. `digest`: the interval of whole
+    digests; `tail`: the delay of the digest after a live message. `grace`: how long deletions are remembered; `floor`:
+    the interval at which old ones are dropped.
     """
 
     patience: int | None = 3000
@@ -33,7 +33,7 @@ class Timing(NamedTuple):
 
 
 class ReplicaContext(NamedTuple):
-    """`now` is the wall clock, which may jump, `monotonic` the one that does not, both in milliseconds."""
+    """`now` is the wall clock, which may jump; `monotonic` does not. Both in milliseconds."""
 
     node: str
     store: Store

@@ -1,4 +1,4 @@
-"""The database's tables, its connections, and transactions in transactions."""
+"""Tables of the database, connections, and nested transactions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CREATE INDEX IF NOT EXISTS temp.staged_by_position ON staged (session, seq);
 
 
 def open_writer(path: str) -> sqlite3.Connection:
-    """Opens or makes the database for its one writer."""
+    """Opens or creates the database for its only writer."""
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -52,7 +52,7 @@ def open_writer(path: str) -> sqlite3.Connection:
 
 
 def open_reader(path: str) -> sqlite3.Connection:
-    """Opens the database for reading only."""
+    """Opens the database read-only."""
     try:
         connection = sqlite3.connect(
             path, isolation_level=None, check_same_thread=False, cached_statements=64, timeout=30
@@ -64,7 +64,10 @@ def open_reader(path: str) -> sqlite3.Connection:
 
 
 def prepare(connection: sqlite3.Connection, node: str) -> None:
-    """Makes the tables where there are none; StoreError: the database is another node's, or of another version."""
+    """Creates the tables if there are none.
+
+    Raises StoreError if the database belongs to another node or has another version.
+    """
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version == 0:
@@ -81,7 +84,7 @@ def prepare(connection: sqlite3.Connection, node: str) -> None:
 
 
 class Transactions:
-    """Begins when something is written, commits at the end of the outermost block, keeps inner ones all or nothing."""
+    """Begins with the first write and commits at the end of the outermost block; an inner block is all or nothing."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
@@ -90,7 +93,7 @@ class Transactions:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """All that is written in the block becomes durable together, at its end."""
+        """Commits all writes of the block together, at its end."""
         if self._grouped:
             yield
             return
@@ -107,7 +110,7 @@ class Transactions:
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """What is written in the block is written whole or not at all."""
+        """Applies all writes of the block or none."""
         with self.group():
             if not self._begun:
                 self.connection.execute("BEGIN IMMEDIATE")

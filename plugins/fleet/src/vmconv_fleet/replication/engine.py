@@ -1,4 +1,4 @@
-"""The thread that owns the replica: it takes what waits, makes it durable by one commit, and only then tells of it."""
+"""The replica's thread: takes queued work, commits it as a group, and only then sends and reports it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vmconv_fleet.replication.store import ReplicaView
 T = TypeVar("T")
 
 GROUP = 256
-"""So many events at most share a commit, and no more than can be taken within GROUP_S seconds."""
+"""The most events that share a commit; a commit also ends after GROUP_S seconds."""
 
 GROUP_S = 0.05
 
 BURST = 256 << 10
-"""Bytes of messages that end a group, too: more at once than wait for a link (`zenoh_config.LIVE_BATCHES`) are lost."""
+"""Bytes of messages that end a group. A link drops live messages beyond its own queue (`zenoh_config.LIVE_BATCHES`)."""
 
 MAX_QUEUED = 32 << 20
-"""Bytes of messages that wait; what comes beyond is dropped, and pulled later."""
+"""Bytes of queued messages. Messages beyond are dropped, and their records are pulled later."""
 
 CLEAN_MS = 3600 * 1000
 JOIN_S = 10.0
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class Events(Protocol):
-    """What a transport tells; may be called on any thread, returns at once and raises nothing."""
+    """The callbacks of a transport. They may be called on any thread, return at once and raise nothing."""
 
     def connected(self, peer: str) -> None: ...
 
@@ -49,21 +49,22 @@ class Events(Protocol):
 
 
 class Transport(Protocol):
-    """Links to neighbours. A peer's id is what its certificate says, never what it says itself."""
+    """Links to neighbours. A peer's id comes from its certificate, never from its messages."""
 
     def start(self, events: Events) -> None:
-        """Begins; `connected` is called for each neighbour that is there or comes."""
+        """Starts; calls `connected` for each present and future neighbour."""
 
     def send(self, peer: str | None, message: bytes) -> None:
-        """Sends to a neighbour, or to all (None); never blocks for long, may lose messages, raises nothing."""
+        """Sends to a neighbour, or to all (None). Never blocks for long, may lose messages, raises nothing."""
 
     def close(self) -> None:
-        """Ends; no event is told after it has returned."""
+        """Stops. No callback runs after it has returned."""
 
 
 class _Work(NamedTuple):
-    """Something for the replica's thread: what it returns is the future's, and what it sends. `own`: it writes own
-    records, and waits until that is possible.
+    """Work for the replica's thread: `function` returns the future's result and the messages to send.
+
+    `own`: it writes own records and waits until the replica is serving.
     """
 
     function: Callable[[], tuple[Any, list[Send]]]
@@ -73,7 +74,7 @@ class _Work(NamedTuple):
 
 
 class Engine:
-    """Runs a replica and its requests on a thread of its own."""
+    """Runs a replica and its requests on one thread."""
 
     def __init__(self, replica: Replica, requests: Requests, transport: Transport) -> None:
         self._replica = replica
@@ -93,7 +94,7 @@ class Engine:
         self._transport.start(self)
 
     def close(self) -> None:
-        """Ends transport and thread, and closes the store; always returns. Pending futures get ClosedError."""
+        """Stops the transport and the thread, and closes the store. Always returns; pending futures get ClosedError."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -125,19 +126,19 @@ class Engine:
             self._replica.problems.count("dropped")
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs the function on the replica's thread; the result is there once what it wrote is durable."""
+        """Runs a function on the replica's thread. The future is done once its writes are durable."""
         return self._put(lambda: (function(), []), own=False)
 
     def write(self, changes: Sequence[Change]) -> Future[list[Record]]:
-        """Writes own records without a transaction number; waits until the replica is serving."""
+        """Writes own records without a transaction number. Waits until the replica is serving."""
         return self._put(lambda: self._replica.write(changes), own=True)
 
     def update(self, decide: Callable[[ReplicaView], Sequence[Change]]) -> Future[list[Record]]:
-        """Writes what `decide(view)` returns, called on the replica's thread; waits until it is serving."""
+        """Writes the changes that `decide(view)` returns on the replica's thread. Waits until it is serving."""
         return self._put(lambda: self._replica.write(decide(self._replica.store)), own=True)
 
     def request(self, function: Callable[[Requests], tuple[T, list[Send]]]) -> Future[T]:
-        """Calls the function with the node's requests, on the replica's thread; waits until it is serving."""
+        """Calls a function with the node's requests on the replica's thread. Waits until the replica is serving."""
         return self._put(lambda: function(self._requests), own=True)
 
     def _put(self, function: Callable[[], tuple[Any, list[Send]]], *, own: bool) -> Future[Any]:

@@ -1,7 +1,7 @@
-"""An owner's epochs and floor: whether a position is part of the owner's past.
+"""An owner's epochs and floor: they tell whether a position belongs to the owner's history.
 
-They are a record like any other, kind `epoch`, id `history`: the first one that an owner writes after each start, and
-written anew when the floor rises. So they are signed, and a replica that has a state has the history of that state.
+They are a record of kind `epoch` with the id `history`: the first record after each start, rewritten when the floor
+rises. So they are signed, and a replica with a state also has the history of that state.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ MAX_EPOCHS = 64
 
 
 class History(NamedTuple):
-    """`starts`: (epoch, seq of its first record), ascending, the newest MAX_EPOCHS. `floor`: no deletion up to this seq
-    is remembered, so whoever has not come that far cannot be told what it has to delete.
+    """The owner's epochs: `starts` are (epoch, seq of its first record), ascending, the newest MAX_EPOCHS.
+
+    `floor`: deletions up to this seq are forgotten, so a replica below it cannot learn what to delete.
     """
 
     starts: tuple[tuple[int, int], ...] = ()
     floor: int = 0
 
     def begun(self, epoch: int, seq: int) -> History:
-        """Returns the history with a new epoch that begins with this record."""
+        """Returns the history with one more epoch, which begins with this record."""
         return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:])
 
     def holds(self, position: Position) -> bool:
-        """Whether who is at the position has a part of this history, and can be told what comes after it."""
+        """Returns whether a replica at the position has a part of this history, and can be sent the rest."""
         return position.seq >= self.floor and self._passed(position)
 
     def follows(self, position: Position) -> bool:
-        """Whether this history goes on from the position, as far as it is remembered."""
+        """Returns whether this history continues from the position, as far as it is remembered."""
         forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
         return forgotten or self._passed(position)
 
@@ -48,7 +49,7 @@ class History(NamedTuple):
 
 
 def history_of(record: Record | None) -> History:
-    """Returns what the record says; nothing for none, and for one that its owner has written wrongly."""
+    """Returns the history that a record states; an empty one for no record or an invalid one."""
     if record is None:
         return History()
     try:

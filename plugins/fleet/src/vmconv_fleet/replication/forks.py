@@ -1,4 +1,4 @@
-"""Forks: two records that one owner has signed for one position. Neither is thrown away."""
+"""Forks: two records that one owner signed for one position. Both are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KNOWN = 1000
 
 
 class Forks:
-    """Looks for forks, and keeps the evidence."""
+    """Detects forks and keeps the evidence."""
 
     def __init__(self, store: Store, problems: ProblemLog) -> None:
         self._store = store
@@ -21,7 +21,7 @@ class Forks:
         self._examined: set[tuple[str, str, Summary]] = set()
 
     def unexamined(self, peer: str, owner: str, theirs: Summary) -> bool:
-        """Whether it is the first time that this is asked."""
+        """Returns whether this question is new."""
         if len(self._examined) >= _KNOWN:
             self._examined.clear()
         before = len(self._examined)
@@ -29,7 +29,7 @@ class Forks:
         return len(self._examined) > before
 
     def counterpart(self, record: Record) -> Record | None:
-        """Returns the record that is stored for the same position with another content."""
+        """Returns the stored record of the same position with other content."""
         wire = self._store.at(record.owner, record.seq)
         if wire is None or payload_of(wire) == record.payload:
             return None
@@ -37,9 +37,9 @@ class Forks:
         return ours if ours.epoch == record.epoch else None
 
     def keep(self, records: Iterable[Record], at_ms: int) -> list[Record]:
-        """Quarantines those of the (verified) records that are one half of a fork, and the other halves.
+        """Quarantines verified records that contradict stored ones, and their counterparts.
 
-        Returns both halves of those that were not known.
+        Returns the new ones of both.
         """
         news = []
         for record in records:

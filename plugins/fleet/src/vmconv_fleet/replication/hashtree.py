@@ -21,7 +21,7 @@ _INNER = blake2b(digest_size=HASH, person=b"vmconv inner")
 
 
 def tree(payloads: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
-    """Returns the root of a tree over 1 to MAX_LEAVES payloads, and the proof of each."""
+    """Returns the root of the tree over 1 to MAX_LEAVES payloads, and the proof of each payload."""
     levels = [[_leaf(payload) for payload in payloads]]
     while len(levels[-1]) > 1:
         level = levels[-1]
@@ -36,10 +36,10 @@ def tree(payloads: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
 
 
 def root_of(leaves: Sequence[tuple[bytes, bytes]]) -> bytes | None:
-    """Returns the root of the tree in which each proof places its payload; None: it is no proof, or of another tree."""
+    """Returns the root that the proofs of these payloads lead to; None if one is invalid or of another tree."""
     payloads = [payload for payload, _ in leaves]
     if 1 < len(payloads) <= MAX_LEAVES and leaves[-1][1][:2] == (len(payloads) - 1).to_bytes(2, "big"):
-        # All leaves of a tree, most likely; to make it again takes less time than to follow each proof.
+        # Probably all leaves of a tree: rebuilding it is faster than following each proof.
         root, proofs = tree(payloads)
         if proofs == [proof for _, proof in leaves]:
             return root
@@ -49,7 +49,7 @@ def root_of(leaves: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 def _followed(leaves: Iterable[tuple[bytes, bytes]]) -> bytes | None:
     """Returns the same for any leaves of a tree.
 
-    Each proof is followed only to where it meets the one before: from there up they have to be the same.
+    Each proof is followed only to the node that it shares with the one before; above, both must be equal.
     """
     way: list[bytes] = []
     before, at = b"", 0
@@ -78,7 +78,7 @@ def _followed(leaves: Iterable[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def _climb(node: bytes, number: int, proof: bytes, levels: int) -> list[bytes]:
-    """Returns the nodes on the way up from a leaf."""
+    """Returns the nodes from a leaf to the root."""
     way = [node]
     for start in range(2, 2 + HASH * levels, HASH):
         sibling = proof[start : start + HASH]
@@ -97,7 +97,7 @@ def _inner(left: bytes, right: bytes) -> bytes:
 
 
 def _hash(kind: blake2b, content: bytes) -> bytes:
-    # A copy takes less time than to make one anew.
+    # Copying is faster than building a new one.
     hasher = kind.copy()
     hasher.update(content)
     return hasher.digest()

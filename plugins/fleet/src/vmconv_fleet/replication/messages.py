@@ -31,30 +31,34 @@ NOTICE = ord("n")
 
 MAX_MESSAGE = 1 << 20
 PAGE_BYTES = 192 << 10
-"""A page, and a live message, ends with the record that passes this."""
+"""A page or a live message ends with the record that exceeds this."""
 
 WINDOW = 4
-"""So many pages are sent before the next has to be asked for."""
+"""The number of pages that are sent before the receiver has to ask for the next."""
 
 _SUM = 16
 _LIVE_HEAD = 7
 
 
 class Summary(NamedTuple):
-    """How far somebody has an owner's records; two that have come equally far have the same `state`, 16 hex digits."""
+    """How far a replica has an owner's records. Equal positions have equal `state` (16 hex digits) unless there is a
+    fork.
+    """
 
     position: Position
     state: str
 
 
 class Live(NamedTuple):
-    """Consecutive records of one owner, ending where a transaction ends."""
+    """Consecutive records of one owner, up to the end of a transaction."""
 
     wires: Sequence[bytes]
 
 
 class Digest(NamedTuple):
-    """`whole`: about all owners, with `near`, the sender's neighbours, and `notices`, a hash of its revocations."""
+    """Positions by owner. `whole`: of all owners, with `near`, the sender's neighbours, and `notices`, a hash of its
+    revocations.
+    """
 
     at: Mapping[str, Summary]
     whole: bool = False
@@ -63,11 +67,11 @@ class Digest(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Asks for the owner's records after a position; `session` comes back.
+    """Asks for an owner's records after a position; the answer repeats `session`.
 
-    `base` is where the asking began, START if all is asked for. `seen` is how far the answerer was a page before,
-    and `since` with the first one, or `base`: all pages are of one history, and no deletion after `since` has been
-    forgotten meanwhile, or it begins anew.
+    `base` is where the pull began, START for all records. `seen` is the answerer's position with the previous page,
+    `since` with the first one, or `base`. All pages belong to one history and no deletion after `since` was forgotten
+    in between; otherwise the answerer starts over.
     """
 
     owner: str
@@ -106,7 +110,7 @@ Message = Live | Digest | Pull | Page | Notice
 
 
 class Span(NamedTuple):
-    """Which records a live message tells."""
+    """The range of records in a live message."""
 
     owner: str
     first: Position
@@ -114,7 +118,7 @@ class Span(NamedTuple):
 
 
 class Send(NamedTuple):
-    """A message to be sent; `peer` None: to all neighbours. `span` if it is live."""
+    """A message to send; `peer` None: to all neighbours. Live messages have a `span`."""
 
     peer: str | None
     message: bytes
@@ -122,7 +126,7 @@ class Send(NamedTuple):
 
 
 def merged(sends: Iterable[Send]) -> list[Send]:
-    """Returns the same, with live messages put together that tell a neighbour what comes one after the other."""
+    """Returns the messages with adjacent live messages to the same neighbour merged."""
     result: list[Send] = []
     last: dict[tuple[str | None, str], int] = {}
     for send in sends:
@@ -148,7 +152,7 @@ def _joined(one: Send, other: Send) -> Send | None:
 
 
 def encode(message: Message) -> bytes:
-    """Returns the message's bytes."""
+    """Returns the bytes of a message."""
     match message:
         case Live(wires):
             return _frame(LIVE, {}, wires)
@@ -166,7 +170,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """Returns the message; MalformedError: it is none. Says nothing about the records in it."""
+    """Returns the message. Raises MalformedError if the bytes are no valid message; its records are not checked."""
     if not 5 <= len(data) <= MAX_MESSAGE:
         raise MalformedError(f"message of {len(data)} bytes, not 5 to {MAX_MESSAGE}")
     end = 5 + int.from_bytes(data[1:5], "big")
@@ -194,19 +198,19 @@ def decode(data: bytes) -> Message:
 
 
 def live(records: Sequence[Record]) -> bytes | None:
-    """Returns the message that tells records of one owner; None: they are too many for one, and have to be pulled."""
+    """Returns the live message of these records; None if they are too many and have to be pulled."""
     if sum(len(record.wire) for record in records) > PAGE_BYTES:
         return None
     return encode(Live([record.wire for record in records]))
 
 
 def span(records: Sequence[Record]) -> Span:
-    """Returns which records these are."""
+    """Returns the range of these records."""
     return Span(records[0].owner, records[0].position, records[-1].position)
 
 
 def abridged(state: int) -> str:
-    """Returns the part of a state that digests tell."""
+    """Returns the part of a state that digests contain."""
     return f"{state:032x}"[:_SUM]
 
 

@@ -1,4 +1,4 @@
-"""What a replica knows of its neighbours: who is there, who is theirs, and how far each has come."""
+"""The neighbours of a replica: which are connected, who their neighbours are, and how far each one is."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from vmconv_fleet.replication.messages import Summary
 from vmconv_fleet.replication.records import START, Position
 
 MAX_OWNERS = 4096
-"""What a neighbour says of more owners than this is not remembered."""
+"""Positions of more owners than this are not remembered of a neighbour."""
 
 
 class Neighbour:
-    """A directly connected node. `told`: it has said how far it has everything since it is connected."""
+    """A directly connected node. `reported`: it has sent a whole digest since it connected."""
 
     def __init__(self) -> None:
-        self.told = False
+        self.reported = False
         self.near: frozenset[str] = frozenset()
         self.answered = -(1 << 60)
-        self._heard: dict[str, Position] = {}
+        self._positions: dict[str, Position] = {}
 
-    def hear(self, owner: str, position: Position) -> None:
-        if owner in self._heard or len(self._heard) < MAX_OWNERS:
-            self._heard[owner] = position
+    def note_position(self, owner: str, position: Position) -> None:
+        if owner in self._positions or len(self._positions) < MAX_OWNERS:
+            self._positions[owner] = position
 
-    def hear_all(self, at: Mapping[str, Summary], whole: bool) -> None:
+    def note_digest(self, at: Mapping[str, Summary], whole: bool) -> None:
         if whole:
-            self._heard.clear()
+            self._positions.clear()
         for owner, summary in at.items():
-            self.hear(owner, summary.position)
+            self.note_position(owner, summary.position)
 
     def position(self, owner: str) -> Position:
-        """Returns how far it had the owner's records when it was last heard."""
-        return self._heard.get(owner, START)
+        """Returns the last known position of the neighbour in an owner's records."""
+        return self._positions.get(owner, START)
 
     def forget(self, owner: str) -> None:
-        self._heard.pop(owner, None)
+        self._positions.pop(owner, None)
 
 
 class NeighbourTable:
-    """Those that are connected."""
+    """The connected neighbours."""
 
     def __init__(self) -> None:
         self._peers: dict[str, Neighbour] = {}
@@ -62,16 +62,16 @@ class NeighbourTable:
     def ids(self) -> list[str]:
         return sorted(self._peers)
 
-    def all_told(self) -> bool:
-        """Whether all have said how far they are."""
-        return all(peer.told for peer in self._peers.values())
+    def all_reported(self) -> bool:
+        """Returns whether all neighbours have sent a whole digest."""
+        return all(peer.reported for peer in self._peers.values())
 
     def ahead(self, owner: str, position: Position) -> list[str]:
-        """Returns who has more of an owner's records."""
+        """Returns the neighbours that have more of an owner's records."""
         return [id for id, peer in self._peers.items() if peer.position(owner) > position]
 
     def behind(self, owner: str, position: Position) -> list[str]:
-        """Returns who, as far as is known, has fewer, and does not hear from the owner itself."""
+        """Returns the neighbours that are behind, as far as known, and not linked to the owner."""
         return [
             id
             for id, peer in self._peers.items()
@@ -79,6 +79,6 @@ class NeighbourTable:
         ]
 
     def beyond(self, source: str, owner: str) -> Iterable[str]:
-        """Yields who does not hear from the owner, or from who passed it on, what has just come from there."""
+        """Yields neighbours linked to neither owner nor source: forward to these."""
         near = self._peers[source].near if source in self._peers else frozenset()
         return (id for id in self._peers if id not in (source, owner) and id not in near)

@@ -1,4 +1,4 @@
-"""The log of the node's own records: the only place where records are made."""
+"""The log of the node's own records, the only place that makes records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EPOCH_CHANCE = 1 << 20
 
 
 class OwnLog:
-    """Writes records of the node: numbered without a gap, signed, each valid by the rules that all others apply."""
+    """Writes records of this node: numbered without gaps, signed, and valid by the rules for everybody's records."""
 
     def __init__(self, store: Store, signer: Signer, clock: HybridClock, schema: int, random: Random) -> None:
         self._store = store
@@ -38,13 +38,15 @@ class OwnLog:
         self._random = random
 
     def append(self, changes: Sequence[Change], now: int, txn: int) -> list[Record]:
-        """Writes all of the changes or, with a MalformedError, none; deletes nothing that is not there."""
+        """Writes all changes; raises MalformedError and writes none if one is not valid. Deleting a missing record does
+        nothing.
+        """
         return self._write(changes, self._store.position(self._signer.owner), now, txn)
 
     def begin_epoch(self, now: int, beyond: int) -> list[Record]:
-        """Begins an epoch later than every one that is known of the node, and no one that it ever had.
+        """Begins an epoch later than all known ones of this node and different from all that it ever had.
 
-        The clock alone does not promise that: it goes back, and what is known can be lost. So chance decides, too.
+        The clock alone cannot ensure that: it may go back, and the database may be lost. So a random part is added.
         """
         position = self._store.position(self._signer.owner)
         epoch = max(position.epoch + 1, beyond + 1, now) + self._random.randrange(EPOCH_CHANCE)
@@ -52,7 +54,7 @@ class OwnLog:
         return self._write_history(history, Position(epoch, position.seq), now)
 
     def raise_floor(self, now: int, grace_ms: int) -> list[Record]:
-        """Forgets deletions older than `grace_ms`, and publishes that it has."""
+        """Drops deletions older than `grace_ms` and publishes the new floor."""
         node = self._signer.owner
         floor = 0
         for record in self._store.deletions(node):
@@ -113,13 +115,13 @@ class OwnLog:
 
 
 def sound(store: Store, owner: str) -> bool:
-    """Whether what is stored of an owner is what its last record promises."""
+    """Returns whether the stored records of an owner have the state that its last record promises."""
     position = store.position(owner)
     wire = store.at(owner, position.seq)
     return position == START if wire is None else promised(restore(wire)) == store.state(owner)
 
 
 def promised(record: Record) -> int:
-    """Returns the state that the record's owner had when it had written it."""
+    """Returns the owner's state after the record was written."""
     own = 0 if record.deleted else fingerprint(record.payload)
     return (record.state + own) % STATE_MODULUS

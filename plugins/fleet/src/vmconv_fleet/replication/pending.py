@@ -1,4 +1,4 @@
-"""Requests to this node that it has not answered: in the order in which it has to execute them."""
+"""Unanswered requests to this node, in the order in which they are executed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmconv_fleet.replication.store import Store
 
 
 class Pending:
-    """A queue for each requester, ordered by its positions; of their heads the one with the earliest clock is next."""
+    """A queue for each requester in the order of its positions. The head with the earliest clock is next."""
 
     def __init__(self, node: str) -> None:
         self._node = node
@@ -20,13 +20,13 @@ class Pending:
         return bool(self._queues)
 
     def see(self, records: Sequence[Record]) -> None:
-        """Takes note of new records of any kind."""
+        """Adds the requests among new records."""
         for record in records:
             if record.kind == "request" and record.body.get("target") == self._node:
                 heapq.heappush(self._queues.setdefault(record.owner, []), (record.seq, record.clock, record.id))
 
     def next(self, store: Store) -> Record | None:
-        """Removes and returns the next request, as it is now: one that was deleted or written anew is passed over."""
+        """Removes and returns the next request in its current version; skips deleted and rewritten ones."""
         while self._queues:
             requester = min(self._queues, key=lambda owner: (self._queues[owner][0][1], owner))
             queue = self._queues[requester]

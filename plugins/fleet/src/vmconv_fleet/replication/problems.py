@@ -1,4 +1,4 @@
-"""What went wrong, counted, and said to whoever has to know."""
+"""Problems: counted, and reported to the administrator."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NodeProblem(NamedTuple):
     | torn | a neighbour sent records that together are no state their owner was in |
     | malformed | a neighbour sent what is no message or no record |
     | clock | an owner's clock is far ahead of this node's |
-    | retired | this node has been retired by the fleet's CA |
+    | retired | this node has been retired by the fleet's authority |
     | internal | vmconv has a mistake; details are in the log |
     """
 
@@ -33,7 +33,7 @@ class NodeProblem(NamedTuple):
 
 
 class ProblemLog:
-    """Counts everything, and keeps the last KEPT different problems."""
+    """Counts all problems and keeps the last KEPT different ones."""
 
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class ProblemLog:
         self.counters[name] += 1
 
     def report(self, kind: str, text: str) -> None:
-        """Counts it, and tells it unless it was told; of a kind that comes again and again, less and less."""
+        """Counts a problem and reports it unless it is known; a frequent kind is reported ever less often."""
         self.counters[kind] += 1
         problem, count = NodeProblem(kind, text), self.counters[kind]
         if problem in self._last:
@@ -60,5 +60,5 @@ class ProblemLog:
             callback(problem)
 
     def all(self) -> list[NodeProblem]:
-        """Returns what was reported, the newest last."""
+        """Returns the reported problems, the newest last."""
         return list(self._last)

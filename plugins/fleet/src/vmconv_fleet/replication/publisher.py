@@ -1,4 +1,4 @@
-"""What a replica tells: its news, how far it is, and pages for those who ask."""
+"""Outgoing messages of a replica: own changes, digests, and pages for neighbours that pull."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vmconv_fleet.replication.records import START, Record, restore
 
 SOON_MS = 100
 FEW = 8
-"""With more neighbours than this, whole digests are told less often: there are more who tell them."""
+"""With more neighbours than this, whole digests are sent less often, because more nodes send them."""
 
 
 class Publisher:
-    """Makes messages, and knows when digests are due.
+    """Makes messages, and schedules digests.
 
-    Live messages may be lost, so each burst of them is followed by a digest of the owners in it.
+    Live messages may be lost, so a digest of their owners follows each burst.
     """
 
     def __init__(self, context: ReplicaContext) -> None:
@@ -25,12 +25,12 @@ class Publisher:
         self._tail: dict[str, int] = {}
         self._next = context.monotonic() + context.timing.digest
 
-    def digest_soon(self) -> None:
-        """Lets all hear a digest in a moment: who the neighbours are has changed."""
-        self._next = min(self._next, self._context.monotonic() + int(SOON_MS * self._crowd()))
+    def schedule_digest(self) -> None:
+        """Schedules a whole digest soon, because the neighbours have changed."""
+        self._next = min(self._next, self._context.monotonic() + int(SOON_MS * self._crowding()))
 
     def digest(self, peer: str | None) -> Send:
-        """Returns the digest of everything, for a neighbour or for all."""
+        """Returns the whole digest, for one neighbour or for all."""
         context = self._context
         near = frozenset(context.neighbours.ids())
         at = self._summaries(context.store.positions())
@@ -41,9 +41,9 @@ class Publisher:
         return min(self._next, *self._tail.values()) if self._tail else self._next
 
     def due(self, now: int) -> list[Send]:
-        """Returns the digests whose time has come."""
+        """Returns the digests that are due."""
         if now >= self._next:
-            self._next = now + int(self._context.timing.digest * self._crowd())
+            self._next = now + int(self._context.timing.digest * self._crowding())
             self._tail.clear()
             return [self.digest(None)]
         owners = [owner for owner, due in self._tail.items() if due <= now]
@@ -52,35 +52,35 @@ class Publisher:
         return [Send(None, messages.encode(Digest(self._summaries(owners))))] if owners else []
 
     def publish(self, records: Sequence[Record]) -> list[Send]:
-        """Tells all neighbours what this node has written in one transaction."""
+        """Announces the records of one transaction of this node to all neighbours."""
         if not records:
             return []
         self._context.feed.add(records)
         message = messages.live(records)
-        self._follow_up(records[0].owner, at_once=message is None)
+        self._schedule_tail(records[0].owner, at_once=message is None)
         return [] if message is None else [Send(None, message, messages.span(records))]
 
-    def pass_on(self, records: Sequence[Record], source: str) -> list[Send]:
-        """Tells those who do not hear it from its owner, or from who has passed it on, what has just been taken."""
+    def forward(self, records: Sequence[Record], source: str) -> list[Send]:
+        """Forwards records to the neighbours that are linked to neither their owner nor their source."""
         owner = records[0].owner
         targets = list(self._context.neighbours.beyond(source, owner))
         message = messages.live(records) if targets else None
         if targets:
-            self._follow_up(owner, at_once=message is None)
+            self._schedule_tail(owner, at_once=message is None)
         return [] if message is None else [Send(target, message, messages.span(records)) for target in targets]
 
-    def catch_up(self, owner: str) -> list[Send]:
-        """Tells those who are behind how far an owner's records are here."""
+    def notify_behind(self, owner: str) -> list[Send]:
+        """Sends a digest of one owner to the neighbours that are behind."""
         behind = self._context.neighbours.behind(owner, self._context.store.position(owner))
         message = messages.encode(Digest(self._summaries([owner]))) if behind else b""
         return [Send(peer, message) for peer in behind]
 
     def evidence(self, records: Iterable[Record]) -> list[Send]:
-        """Tells all of the two halves of a fork."""
+        """Sends both halves of a fork to all neighbours."""
         return [Send(None, messages.encode(Live([record.wire]))) for record in records]
 
     def notices(self, peer: str | None, wires: Sequence[bytes]) -> list[Send]:
-        """Tells revocations, in as many messages as it takes."""
+        """Sends revocations, split into messages."""
         sends, group = [], []
         for number, wire in enumerate(wires, 1):
             group.append(wire)
@@ -90,7 +90,7 @@ class Publisher:
         return sends
 
     def answer(self, peer: str, pull: Pull) -> list[Send]:
-        """Answers with a window of pages, or with nothing where nothing is newer."""
+        """Answers a pull with a window of pages; with nothing if there is nothing newer."""
         store, owner = self._context.store, pull.owner
         position = store.position(owner)
         if max(pull.after, pull.seen) > position or pull.after == position or self._context.trust.retired(owner):
@@ -123,11 +123,11 @@ class Publisher:
             after, certificates = restore(wires[-1]).position, []
         return pages
 
-    def _crowd(self) -> float:
-        """Returns how much less often digests of everything are told because many tell them."""
+    def _crowding(self) -> float:
+        """Returns the factor by which whole digests are sent less often in a large neighbourhood."""
         return max(1.0, len(self._context.neighbours) / FEW)
 
-    def _follow_up(self, owner: str, *, at_once: bool) -> None:
+    def _schedule_tail(self, owner: str, *, at_once: bool) -> None:
         now = self._context.monotonic()
         due = now if at_once else now + self._context.timing.tail
         self._tail[owner] = min(due, self._tail.get(owner, due))

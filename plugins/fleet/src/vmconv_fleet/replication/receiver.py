@@ -1,4 +1,4 @@
-"""What a replica does with the messages of its neighbours."""
+"""Incoming messages of a replica."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from vmconv_fleet.replication.verifier import ForgedError, consecutive
 
 
 class Receiver:
-    """Takes messages, one at a time. MalformedError, ForgedError: it is not what it should be, and changed nothing."""
+    """Handles messages, one at a time. Raises MalformedError or ForgedError, and changes nothing, for an invalid
+    message.
+    """
 
     def __init__(self, context: ReplicaContext, publisher: Publisher, recovery: EpochRecovery) -> None:
         self._context = context
@@ -27,8 +29,8 @@ class Receiver:
         self._recovery = recovery
         self._buffer = ReorderBuffer()
 
-    def take(self, peer: str, message: Message) -> list[Send]:
-        """Returns what to send because of a message."""
+    def handle(self, peer: str, message: Message) -> list[Send]:
+        """Returns the messages to send in response."""
         match message:
             case Live(wires):
                 return self._live(peer, wires)
@@ -43,42 +45,42 @@ class Receiver:
                 return []
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
-        """Takes live records, and those that had come before them and are next now."""
+        """Applies live records, and buffered ones that are next after them."""
         first = decode(wires[0])
         before = self._context.store.position(first.owner)
-        sends = self._next(peer, first, wires)
+        sends = self._apply(peer, first, wires)
         taken = self._context.store.position(first.owner) != before
         return [*sends, *self._release(first.owner)] if taken else sends
 
-    def _next(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
+    def _apply(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
         context, owner = self._context, first.owner
         if context.trust.retired(owner):
             context.problems.count("of-retired")
             return []
         position = context.store.position(owner)
         if owner == context.node or not _reaches(first, position):
-            return self._early(peer, first, wires)
+            return self._buffer_early(peer, first, wires)
         records = context.verifier.ascending(owner, START, (first, *map(decode, wires[1:])))
         if not consecutive(records):
             raise MalformedError(f"live records of {owner} have gaps")
-        context.neighbours[peer].hear(owner, records[-1].position)
+        context.neighbours[peer].note_position(owner, records[-1].position)
         fresh = records if first.position > position else [one for one in records if one.position > position]
-        sends = self._known(records[: len(records) - len(fresh)])
+        sends = self._examine_known(records[: len(records) - len(fresh)])
         return [*sends, *self._accept(peer, fresh)] if fresh else sends
 
-    def _early(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
-        """Keeps what does not follow what is here, and asks for what is between; or it is this node's own."""
+    def _buffer_early(self, peer: str, first: Record, wires: Sequence[bytes]) -> list[Send]:
+        """Buffers live records behind a gap and schedules a pull; or they are this node's own."""
         context, owner = self._context, first.owner
         if first.position <= context.store.position(owner):
-            return self._known([first])
-        context.neighbours[peer].hear(owner, first.position)
+            return self._examine_known([first])
+        context.neighbours[peer].note_position(owner, first.position)
         context.anti_entropy.want(owner, context.monotonic())
         if owner != context.node:
             self._buffer.keep(first, EarlyMessage(peer, wires))
         return []
 
-    def _known(self, records: Sequence[Record]) -> list[Send]:
-        """Looks at records that are not new: known otherwise, they are a fork, if their owner signed them."""
+    def _examine_known(self, records: Sequence[Record]) -> list[Send]:
+        """Looks for forks among records that are not new."""
         context = self._context
         if records:
             context.problems.count("duplicates")
@@ -91,7 +93,7 @@ class Receiver:
         return self._publisher.evidence(context.forks.keep(other, context.now()))
 
     def _accept(self, peer: str, fresh: Sequence[Record]) -> list[Send]:
-        """Takes records that are next, and passes them on."""
+        """Applies the next records of an owner and forwards them."""
         context, owner = self._context, fresh[0].owner
         context.verifier.admit(fresh, context.now())
         try:
@@ -106,16 +108,16 @@ class Receiver:
             context.anti_entropy.want(owner, context.monotonic(), evidence=peer)
             return []
         context.feed.add(fresh)
-        return self._publisher.pass_on(fresh, peer)
+        return self._publisher.forward(fresh, peer)
 
     def _release(self, owner: str) -> list[Send]:
-        """Takes what had come too early and is next now."""
+        """Applies buffered records that are next now."""
         sends: list[Send] = []
         while (early := self._buffer.following(owner, self._context.store.position(owner))) is not None:
             if early.peer not in self._context.neighbours:
                 continue
             try:
-                sends += self._next(early.peer, decode(early.wires[0]), early.wires)
+                sends += self._apply(early.peer, decode(early.wires[0]), early.wires)
             except (MalformedError, ForgedError) as exc:
                 self._context.problems.report(exc.kind, f"from {early.peer}: {exc}")
         return sends
@@ -123,13 +125,13 @@ class Receiver:
     def _digest(self, peer: str, digest: Digest) -> list[Send]:
         context, now = self._context, self._context.monotonic()
         neighbour = context.neighbours[peer]
-        neighbour.hear_all(digest.at, digest.whole)
+        neighbour.note_digest(digest.at, digest.whole)
         due = now if digest.whole else now + context.timing.tail // 2
         for owner, summary in digest.at.items():
             self._compare(peer, owner, summary, due)
         if not digest.whole:
             return []
-        neighbour.told, neighbour.near = True, digest.near
+        neighbour.reported, neighbour.near = True, digest.near
         sends = []
         if digest.notices != context.store.notices_hash():
             sends += self._publisher.notices(peer, context.store.notices())
@@ -165,11 +167,12 @@ class Receiver:
             return []
         now = self._context.monotonic()
         try:
-            records = anti_entropy.take(session, page, self._context.now(), now)
+            records = anti_entropy.accept(session, page, self._context.now(), now)
             if records is None:
                 return [Send(peer, messages.encode(anti_entropy.ask(session, now)))] if page.ask else []
-            if not session.whole and not self._goes_on(session, records):
-                # A live record came while the pages did, and its owner has lost it since: the rest does not follow it.
+            if not session.whole and not self._continues(session, records):
+                # A live record arrived during the pull, and its owner has lost it since: the answer does not continue
+                # from it.
                 anti_entropy.end(session)
                 anti_entropy.want(session.owner, now)
                 return []
@@ -185,7 +188,7 @@ class Receiver:
         return [*sends, *self._release(session.owner)]
 
     def _complete(self, session: PullSession, records: Sequence[Record]) -> list[Send]:
-        """Takes a complete answer if it is newer than what is here, or if what is here is no state of its owner."""
+        """Applies a complete answer if it is newer than the local records, or if these are no state of their owner."""
         context, owner = self._context, session.owner
         last = records[-1].position if records else session.after
         ours = context.store.position(owner)
@@ -193,24 +196,24 @@ class Receiver:
         if session.whole and ours != START:
             halves = context.forks.keep(context.anti_entropy.rows(session, records), context.now())
         sends = self._publisher.evidence(halves)
-        if owner == context.node and (self._recovery.serving or not self._goes_on(session, records)):
+        if owner == context.node and (self._recovery.serving or not self._continues(session, records)):
             if halves or last > ours:
                 self._recovery.supersede(last)
             return sends
         newer = last > ours and (last.epoch > ours.epoch or not halves)
         if newer or (last == ours and not halves and not sound(context.store, owner)):
             self._replace(session, records)
-            sends += self._publisher.catch_up(owner)
+            sends += self._publisher.notify_behind(owner)
         return sends
 
-    def _goes_on(self, session: PullSession, records: Sequence[Record]) -> bool:
-        """Whether a complete answer goes on from what is here, so that nothing that was written here is lost by it."""
+    def _continues(self, session: PullSession, records: Sequence[Record]) -> bool:
+        """Returns whether a complete answer continues from the local records, so that none of them is lost."""
         ours = self._context.store.position(session.owner)
         if ours in (START, session.base):
             return True
         rows = self._context.anti_entropy.rows(session, records)
         history = next((row for row in rows if row.kind == epochs.KIND), None)
-        # Where only what is new was asked for, no history means that no epoch has begun since.
+        # An incremental answer without a history record means that no epoch has begun.
         return (history is None and not session.whole) or history_of(history).follows(ours)
 
     def _replace(self, session: PullSession, records: Sequence[Record]) -> None:
@@ -223,9 +226,9 @@ class Receiver:
         if count <= SMALL and not session.staged:
             context.feed.add(list(context.anti_entropy.rows(session, records, after.seq)))
         else:
-            context.feed.add_all(owner, after.seq)
+            context.feed.add_stored(owner, after.seq)
 
 
 def _reaches(first: Record, position: Position) -> bool:
-    """Whether records that begin with this one leave no gap after the position."""
+    """Returns whether records that begin with this one leave no gap after the position."""
     return first.position <= position or (first.epoch == position.epoch and first.seq == position.seq + 1)

@@ -43,25 +43,25 @@ _HEAD = (
     ("key_id", f'"{_ID}"'),
     ("state", '"[0-9a-f]{32}"'),
 )
-"""What stands before the body, each followed by a comma: there is one way only to write it."""
+"""The fields before the body, each followed by a comma. There is only one way to write them."""
 
 _owner = re.compile(_OWNER).fullmatch
 _head = re.compile("".join(f"{pattern}," for _, pattern in _HEAD)).match
 
 
 class Position(NamedTuple):
-    """How far an owner has come: its records are numbered without a gap, for ever; a start begins an epoch."""
+    """A position in an owner's records: `seq` has no gaps; each start of the owner begins an epoch."""
 
     epoch: int
     seq: int
 
 
 START = Position(0, 0)
-"""The position of who has nothing."""
+"""The position before the first record."""
 
 
 class Key(NamedTuple):
-    """The name of a record."""
+    """The key of a record."""
 
     owner: str
     kind: str
@@ -73,7 +73,7 @@ class Key(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What an owner wants of a record of its own: a new body, or that it is no more (None)."""
+    """A change of an own record: its new body, or its deletion (None)."""
 
     kind: str
     id: str
@@ -81,10 +81,10 @@ class Change(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One version of a data structure. `body` is not to be changed; it is empty where `deleted`.
+    """One version of a record. `body` must not be modified; it is empty if `deleted`.
 
-    `txn` is the number of the transaction that wrote it, 0 where there was none. `wire` is what is stored and
-    passed on: the bytes that were signed, and their signature.
+    `txn` is the number of the transaction that wrote the record, 0 without one. `wire` is stored and forwarded: the
+    signed bytes and their signature.
     """
 
     owner: str
@@ -115,22 +115,22 @@ class Record(NamedTuple):
 
     @property
     def payload(self) -> bytes:
-        """The bytes that were signed."""
+        """The signed bytes."""
         return payload_of(self.wire)
 
 
 def payload_of(wire: bytes) -> bytes:
-    """Returns the bytes that were signed."""
+    """Returns the signed bytes."""
     return wire[1 + wire[0] :]
 
 
 def fingerprint(payload: bytes) -> int:
-    """Returns what a live record adds to the state of its owner."""
+    """Returns the share of a live record in its owner's state."""
     return int.from_bytes(blake2b(payload, digest_size=16).digest(), "big")
 
 
 def encode(fields: Record) -> bytes:
-    """Returns the payload of a record, to be signed; `fields.wire` is not looked at."""
+    """Returns the payload of a record for signing; ignores `fields.wire`."""
     head = [MAGIC, *fields[:7], int(fields.deleted), fields.txn, fields.key_id, f"{fields.state:032x}", fields.body]
     try:
         return _encode(head).encode()
@@ -144,7 +144,9 @@ def seal(signature: bytes, payload: bytes) -> bytes:
 
 
 def decode(wire: bytes) -> Record:
-    """Returns the record of a wire; MalformedError: it is none. Says nothing about the signature."""
+    """Returns the record of a wire. Raises MalformedError if the bytes are no valid record; the signature is not
+    checked.
+    """
     if not 2 <= len(wire) <= MAX_RECORD:
         raise MalformedError(f"record of {len(wire)} bytes, not 2 to {MAX_RECORD}")
     try:
@@ -165,12 +167,12 @@ def decode(wire: bytes) -> Record:
 
 
 def restore(wire: bytes) -> Record:
-    """Returns the record of a wire that `decode` has accepted before: from the database."""
+    """Returns the record of a wire from the database, which `decode` has accepted before."""
     return _made(_JSON.raw_decode(payload_of(wire).decode())[0], wire)
 
 
 def _made(values: list[Any], wire: bytes) -> Record:
-    """Returns the record of what is in a payload."""
+    """Returns the record of the values of a payload."""
     _, owner, kind, id, epoch, seq, schema, clock, deleted, txn, key_id, state, body = values
     told = owner, kind, id, epoch, seq, schema, clock, deleted == 1, txn, key_id
     return tuple.__new__(Record, (*told, int(state, 16), body, wire))
@@ -189,7 +191,7 @@ def _misfit(text: str) -> MalformedError:
 
 
 def check_node_id(text: str) -> str:
-    """Returns the id; MalformedError: it is none."""
+    """Returns the id. Raises MalformedError if it is no valid id."""
     if not _owner(text):
         raise MalformedError(f"node id {text[:64]!r} is not 32 hex digits, the first not 0")
     return text
@@ -213,7 +215,7 @@ def _check(record: Record, text: str) -> None:
 
 
 def _depth(value: object) -> int:
-    """Returns how deep a value is nested, without recursion."""
+    """Returns the depth of nesting of a value, without recursion."""
     depth, level = 0, [value]
     while level:
         depth += 1

@@ -1,4 +1,4 @@
-"""When a node may write: after it has recovered what its neighbours have of its own records, in a new epoch."""
+"""The epochs of a node: it writes once it has recovered its own records from its neighbours, in a new epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmconv_fleet.replication.ownlog import OwnLog
 from vmconv_fleet.replication.records import MAX_NUMBER, START, Position, Record
 
 LIMIT = 10
-"""So many times its patience a node waits for records that neighbours say they have, and do not give."""
+"""The multiple of its patience that a node waits for records that neighbours announce but do not send."""
 
 _LEAST_PATIENCE_MS = 3000
 _PAUSE_MS = 1000
@@ -16,7 +16,7 @@ _CLONED = 3
 
 
 class EpochRecovery:
-    """The epochs of this node."""
+    """Decides when this node may begin an epoch."""
 
     def __init__(self, context: ReplicaContext, own: OwnLog) -> None:
         self._context = context
@@ -29,20 +29,20 @@ class EpochRecovery:
 
     @property
     def serving(self) -> bool:
-        """Whether the node is in an epoch of its own: what the database has, and not what a failed commit said."""
+        """Returns whether the node has begun an epoch that is in the database, not one of a failed commit."""
         return self._epoch != 0 and self._context.store.position(self._context.node).epoch == self._epoch
 
     @property
     def settled(self) -> Position:
-        """Beyond this position, neighbours' records of the node would be news; those before have been superseded."""
+        """The position up to which neighbours' records of this node are already superseded."""
         return Position(self._beyond, MAX_NUMBER) if self._beyond >= self._epoch else START
 
     def settle(self) -> None:
-        """Waits for more neighbours: one has just come."""
+        """Waits for more neighbours after one has connected."""
         self._settled = self._context.monotonic() + self._context.timing.settle
 
     def supersede(self, position: Position) -> None:
-        """Takes note of a signed record of this node that its database has not: a new epoch has to be beyond it."""
+        """Notes a signed record of this node that its database lacks: the next epoch has to be later."""
         self._beyond = max(self._beyond, position.epoch)
         self._superseded += 1
         kind = "lost" if self._superseded < _CLONED else "cloned"
@@ -63,7 +63,7 @@ class EpochRecovery:
         return min((wait for wait in waits if wait > now), default=NEVER)
 
     def begin_due(self, now: int) -> list[Record]:
-        """Begins an epoch if one is due; returns what that has written."""
+        """Begins an epoch if one is due and returns the written records."""
         if now < self.next_due():
             return []
         self._next = now + _PAUSE_MS
@@ -77,6 +77,6 @@ class EpochRecovery:
         ahead = context.neighbours.ahead(context.node, max(self.settled, context.store.position(context.node)))
         if ahead or context.anti_entropy.wants(context.node, now):
             return waited >= self._limit
-        if len(context.neighbours) and context.neighbours.all_told():
+        if len(context.neighbours) and context.neighbours.all_reported():
             return now >= self._settled
         return patience is not None and waited >= patience

@@ -1,4 +1,4 @@
-"""Live records that came before those that precede them: kept for a moment, so that what is pulled meets them."""
+"""Live messages that arrived too early, kept until the records before them are pulled."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import NamedTuple
 from vmconv_fleet.replication.records import Position, Record
 
 MAX_BUFFERED = 2 << 20
-"""Bytes, of all owners together."""
+"""Bytes of all owners together."""
 
 
 class EarlyMessage(NamedTuple):
-    """A live message, of which only the first record has been looked at, and whose it was."""
+    """A live message, of which only the first record was decoded, and its sender."""
 
     peer: str
     wires: Sequence[bytes]
 
 
 class ReorderBuffer:
-    """By owner and the position that each message follows."""
+    """Messages by owner and by the position that they follow."""
 
     def __init__(self) -> None:
         self._buffer: dict[str, dict[Position, EarlyMessage]] = {}
         self._size = 0
 
     def keep(self, first: Record, early: EarlyMessage) -> None:
-        """Keeps a message that begins with this record, unless there is too much already."""
+        """Keeps a message that begins with this record, unless the buffer is full."""
         size = _size(early)
         follows = Position(first.epoch, first.seq - 1)
         messages = self._buffer.setdefault(first.owner, {})
@@ -35,7 +35,7 @@ class ReorderBuffer:
             self._size += size
 
     def following(self, owner: str, position: Position) -> EarlyMessage | None:
-        """Removes and returns what follows a position; forgets what cannot follow any more."""
+        """Removes and returns the message that follows a position; drops the messages that no longer can."""
         messages = self._buffer.get(owner)
         if messages is None:
             return None

@@ -1,4 +1,4 @@
-"""The replica: one state machine without sockets, threads or a clock of its own."""
+"""The replica: a state machine without sockets, threads or a clock."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _log = logging.getLogger(__name__)
 class Replica:
     """The node's copy of all records, and the log of its own.
 
-    Every method runs on one thread. `received`, `connected`, `disconnected`, `tick` and `write` are each one durable
-    transaction, and what they return may be sent only once they have returned; inside `with batch():` they are one
-    transaction together, and nothing may be sent before the block has ended.
+    All methods run on one thread. `received`, `connected`, `disconnected`, `tick` and `write` are each one durable
+    transaction; their messages may be sent only after they have returned. Within `with batch():` they are one
+    transaction, and nothing may be sent before the block has ended.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Replica:
         introduction: Sequence[Change] = (),
         random: Random | None = None,
     ) -> None:
-        """`now` is the wall clock, which may jump, and `monotonic` the one that does not, both in milliseconds.
+        """`now` is the wall clock, which may jump; `monotonic` does not. Both in milliseconds.
 
-        `introduction` is written with the first record of an epoch where it is not there yet: the certificate without
-        which no one can verify anything else. `random` makes tests repeatable.
+        `introduction` is written with the first record of an epoch unless it is there: the certificate that others need
+        to verify anything. `random` makes tests repeatable.
         """
         random = random or SystemRandom()
         node, problems, neighbours = signer.owner, ProblemLog(), NeighbourTable()
@@ -98,18 +98,19 @@ class Replica:
 
     @property
     def serving(self) -> bool:
-        """Whether own records can be written: the node has recovered what its neighbours had of them."""
+        """Returns whether the node may write: it has recovered its own records from its neighbours."""
         return self._recovery.serving and not self._context.trust.retired(self.node)
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
-        """Calls back after each commit with what was written and taken, deletions too; returns what ends it.
+        """Calls back after each commit with the written and received records, deletions included; returns an
+        unsubscriber.
 
-        Where an owner's records were replaced as a whole, all that are there now are told, and none that are not.
+        After a replacement of all records of an owner, the callback gets all live ones.
         """
         return self._context.feed.subscribe(callback)
 
     def observe(self, callback: Callable[[list[Record]], None]) -> None:
-        """Calls back before the commit, so that what follows from news can be durable with them; it may still fail."""
+        """Calls back before the commit, which may still fail, so that consequences can be durable with it."""
         self._context.feed.observe(callback)
 
     def on_problem(self, callback: Callable[[NodeProblem], None]) -> None:
@@ -117,7 +118,7 @@ class Replica:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Makes one durable transaction of all that is done in the block. StoreError: nothing of it was done."""
+        """Runs the block as one durable transaction. Raises StoreError if nothing of it was done."""
         if self._grouped:
             yield
             return
@@ -131,10 +132,13 @@ class Replica:
             raise
         finally:
             self._grouped = False
-        self._context.feed.tell()
+        self._context.feed.deliver()
 
     def write(self, changes: Sequence[Change], *, txn: int = 0) -> tuple[list[Record], list[Send]]:
-        """Writes own records, all or none. NotReadyError before `serving`; MalformedError: a change is refused."""
+        """Writes own records, all or none.
+
+        Raises NotReadyError before `serving`, and MalformedError for an invalid change.
+        """
         if not self.serving:
             raise NotReadyError(
                 "node does not write: it has just started and still recovers its own records, or it was retired"
@@ -142,35 +146,35 @@ class Replica:
         with self.batch():
             records = self._own.append(changes, self._context.now(), txn)
             self._context.verifier.learn(records)
-            return records, [*self._publisher.publish(records), *self._pass_on_revocations()]
+            return records, [*self._publisher.publish(records), *self._forward_revocations()]
 
     def connected(self, peer: str) -> list[Send]:
-        """A neighbour is there: it is told how far everything is."""
+        """Notes a new neighbour; returns the whole digest for it."""
         if peer == self.node:
             self.problems.report("cloned", "a neighbour has the id of this node")
             return []
         self.neighbours.connect(peer)
         self._recovery.settle()
-        self._publisher.digest_soon()
+        self._publisher.schedule_digest()
         return [self._publisher.digest(peer)]
 
     def disconnected(self, peer: str) -> list[Send]:
         self.neighbours.disconnect(peer)
-        self._publisher.digest_soon()
+        self._publisher.schedule_digest()
         return []
 
     def received(self, peer: str, message: bytes) -> list[Send]:
-        """Takes a message of a neighbour, whose id the transport vouches for. Raises nothing for what a peer sends.
+        """Handles a message from a neighbour, whose id the transport guarantees.
 
-        StoreError: the node's own database has failed.
+        Raises nothing for invalid messages; raises StoreError if the own database failed.
         """
         if peer not in self.neighbours:
             self.problems.count("strangers")
             return []
         with self.batch():
             try:
-                sends = self._receiver.take(peer, messages.decode(message))
-                return [*sends, *self._pass_on_revocations()]
+                sends = self._receiver.handle(peer, messages.decode(message))
+                return [*sends, *self._forward_revocations()]
             except (MalformedError, ForgedError) as exc:
                 self.problems.report(exc.kind, f"from {peer}: {exc}")
             except (StoreError, sqlite3.Error):
@@ -181,7 +185,7 @@ class Replica:
         return []
 
     def due(self) -> int:
-        """Returns when, on the monotonic clock, `tick` has something to do; any other call may make it earlier."""
+        """Returns when, on the monotonic clock, `tick` has something to do. Any other call may make it earlier."""
         parts = (
             self._publisher.next_due(),
             self._context.anti_entropy.next_due(),
@@ -191,7 +195,7 @@ class Replica:
         return min(parts)
 
     def tick(self) -> list[Send]:
-        """Does what is due; to be called at `due()`, and does no harm before."""
+        """Does the work that is due. Call it at `due()`; calling it earlier is harmless."""
         now = self._context.monotonic()
         with self.batch():
             sends = self._publisher.publish(self._introduced(self._recovery.begin_due(now)))
@@ -204,7 +208,7 @@ class Replica:
         return sends
 
     def _introduced(self, begun: list[Record]) -> list[Record]:
-        """Returns the first record of an epoch, if one has begun, and the introduction if it was missing."""
+        """Returns the first record of a new epoch, if any, and the introduction if it was missing."""
         missing = [change for change in self._introduction if self.store.get(self.node, *change[:2]) is None]
         if not begun or not missing:
             return begun
@@ -215,8 +219,8 @@ class Replica:
     def _floor_due(self) -> int:
         return self._next_floor if self.serving else NEVER
 
-    def _pass_on_revocations(self) -> list[Send]:
-        """Tells all of revocations that were news here, and drops what nodes that were retired had written."""
+    def _forward_revocations(self) -> list[Send]:
+        """Forwards new revocations to all neighbours and drops the records of retired nodes."""
         news = self._context.verifier.revocations
         if not news:
             return []
@@ -226,7 +230,9 @@ class Replica:
 
     def _drop_retired(self) -> None:
         if self._context.trust.retired(self.node):
-            self.problems.report("retired", "this node has been retired by the fleet's CA: it does not write any more")
+            self.problems.report(
+                "retired", "this node has been retired by the fleet's authority: it does not write any more"
+            )
         for owner in self.store.positions():
             if owner != self.node and self._context.trust.retired(owner):
                 with self.store.atomic():

@@ -30,22 +30,22 @@ from vmconv_fleet.replication.store import Store
 
 MAX_ID = 90
 BURST = 64
-"""So many requests are executed before others have their turn."""
+"""The most requests that are executed in a row."""
 
 KEPT_MS = 7 * 24 * 3600 * 1000
-"""So long a request is kept after it was answered, and its response with it."""
+"""How long a request is kept after its response, and the response after the request."""
 
 CLEANED = 256
 MAX_REASON = 1000
 
 RESERVED = frozenset({"epoch", "request", "response", "transaction"})
-"""Kinds that no handler and no telemetry writes."""
+"""Kinds that neither handlers nor telemetry write."""
 
 _log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """A request as its executor sees it. `by`: who asked, as the requester's node says."""
+    """A request as its handler sees it. `by` is the requester's word about who asked."""
 
     id: str
     requester: str
@@ -57,14 +57,14 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a handler decided: changes of own records, and what the requester is told (`body` of the response)."""
+    """A handler's decision: changes of own records, and `body` for the response."""
 
     changes: Sequence[Change] = ()
     body: Mapping[str, Any] = {}
 
 
 class Context(Protocol):
-    """What a handler may look at: the newest state, own records as of this very moment."""
+    """A handler's view: the newest state, including own uncommitted records."""
 
     @property
     def node(self) -> str: ...
@@ -81,7 +81,7 @@ class Context(Protocol):
 
 
 Handler = Callable[[Context, Request], Outcome]
-"""Decides, quickly and without side effects, on the replica's thread. Raises `errors.Refusal(phrase)`: nothing changes.
+"""A handler decides quickly and without side effects, on the replica's thread. Raises Refusal to change nothing.
 
 Any other VmconvError refuses with its message; any other exception refuses with "internal error" and is logged.
 """
@@ -97,12 +97,12 @@ class _Context:
 
 
 def response_id(requester: str, request: str) -> str:
-    """Returns the id of the response to a request; nobody can take it from a requester."""
+    """Returns the id of the response to a request, unique by requester."""
     return f"{request}.{requester}"
 
 
 class Requests:
-    """Submits requests of this node and executes those to it, on the replica's thread."""
+    """Submits requests of this node and executes requests to it, on the replica's thread."""
 
     def __init__(
         self, replica: Replica, handlers: Mapping[str, Handler], now: Callable[[], int], *, schema: int = 1
@@ -113,12 +113,12 @@ class Requests:
         self._now = now
         self._schema = schema
         self._pending = Pending(replica.node)
-        # Not after the commit: what is asked for is done by the same one.
+        # Before the commit: requests and their responses share it.
         replica.observe(self._see)
         self.reset()
 
     def reset(self) -> None:
-        """Looks for what has to be executed in the database: at the start, in a new epoch, when a commit has failed."""
+        """Collects unanswered requests from the database: at the start, in a new epoch, after a failed commit."""
         self._pending = Pending(self._replica.node)
         for record in self._store.find("request"):
             if self._store.get(self._replica.node, "response", response_id(record.owner, record.id)) is None:
@@ -127,7 +127,7 @@ class Requests:
     def submit(
         self, target: str, verb: str, arguments: Mapping[str, Any], by: Mapping[str, Any], *, id: str | None = None
     ) -> tuple[str, list[Send]]:
-        """Writes a request; the same id again is the same request, and writes nothing."""
+        """Writes a request. The same id again is the same request and writes nothing."""
         id = secrets.token_hex(8) if id is None else id
         if len(id) > MAX_ID:
             raise MalformedError(f"request id of {len(id)} characters, not {MAX_ID} at most")
@@ -141,7 +141,7 @@ class Requests:
         return self._replica.write([Change("request", id, None)])[1]
 
     def clean(self) -> list[Send]:
-        """Deletes this node's requests that were answered long ago, and responses to requests that are gone; some."""
+        """Deletes old answered requests of this node and responses to deleted requests, CLEANED at most."""
         oldest = (self._now() - KEPT_MS) << COUNTER_BITS
         gone = [*self._old_requests(oldest), *self._old_responses(oldest)][:CLEANED]
         return self._replica.write(gone)[1] if gone and self._replica.serving else []
@@ -166,11 +166,11 @@ class Requests:
             self._pending.see(records)
 
     def waiting(self) -> bool:
-        """Whether there is something to execute."""
+        """Returns whether there is a request to execute."""
         return bool(self._pending) and self._replica.serving
 
     def run(self) -> list[Send]:
-        """Executes what has come: each requester's in order, across requesters by (clock, requester); BURST at most."""
+        """Executes up to BURST requests: each requester's in order, across requesters by (clock, requester)."""
         sends: list[Send] = []
         if not self.waiting():
             return sends
@@ -185,7 +185,7 @@ class Requests:
         return sends
 
     def _remember_executed(self) -> None:
-        """Learns from recovered transactions which requests have been executed."""
+        """Notes the requests that recovered transactions have executed."""
         with self._store.atomic():
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
@@ -287,7 +287,7 @@ def _answers(transaction: Record) -> str:
 
 
 def _request(record: Record, late: bool) -> Request:
-    """Returns the request in a record; what its writer left out or got wrong is empty, and no handler will like it."""
+    """Returns the request of a record. Missing or mistyped fields are empty, which handlers refuse."""
     body = record.body
     verb, arguments, by = body.get("verb"), body.get("arguments"), body.get("by")
     return Request(

@@ -1,4 +1,4 @@
-"""What the API, the command line and the daemon call on a running node."""
+"""The interface of a running node for the API, the command line and the daemon."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vmconv_fleet.replication.verifier_pool import VerifierPool
 
 
 class NodeService:
-    """A running node: everything here may be called on any thread."""
+    """A running node. All methods may be called on any thread."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class NodeService:
         patience_ms: int | None,
         introduction: Sequence[Change] = (),
     ) -> None:
-        """`patience_ms`: how long a start waits for a neighbour who may have newer own records than the database.
+        """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
-        0 for a node that has nobody to connect to; None, for ever, for one that joined and whose database is new.
-        `introduction`: the node's certificate, written with its first record if it is not there yet.
+        0 for a node that connects to nobody; None, without limit, for a node that joined with a new database.
+        `introduction`: the node's certificate, written with its first record unless it is there.
         """
         self.fleet = fleet
         self.node = signer.owner
@@ -66,14 +66,14 @@ class NodeService:
 
     @property
     def serving(self) -> bool:
-        """Whether own records can be written."""
+        """Returns whether own records can be written."""
         return self._replica.serving
 
     def start(self) -> None:
         self._engine.start()
 
     def close(self) -> None:
-        """Always returns; after it nothing is written any more."""
+        """Stops the node. Always returns; nothing is written afterwards."""
         with self._answered:
             self._ended = True
             self._answered.notify_all()
@@ -82,15 +82,17 @@ class NodeService:
         self._reader.close()
 
     def view(self) -> Reader:
-        """Returns the node's read-only view; one for all threads, not to be closed."""
+        """Returns the read-only view of the node. All threads share it; do not close it."""
         return self._reader
 
     def write(self, changes: Sequence[Change]) -> Future[list[Record]]:
-        """Writes own records without a transaction: telemetry. Waits until the node is serving."""
+        """Writes own records without a transaction (telemetry). Waits until the node is serving."""
         return self._engine.write(_telemetry(changes))
 
     def update(self, decide: Callable[[ReplicaView], Sequence[Change]]) -> Future[list[Record]]:
-        """Writes what `decide` returns: it runs on the replica's thread, sees the newest own state, and is quick."""
+        """Writes the changes that `decide` returns on the replica's thread, from the newest own state; it must be
+        quick.
+        """
         return self._engine.update(lambda view: _telemetry(decide(view)))
 
     def submit(
@@ -103,9 +105,9 @@ class NodeService:
         id: str | None = None,
         timeout: float | None = 10,
     ) -> str:
-        """Asks the owner for a change; returns the request's id once the request is durable here.
+        """Asks an owner for a change; returns the request's id once the request is durable here.
 
-        The same `id` again is the same request. NotReadyError: not durable within `timeout` seconds.
+        The same `id` again is the same request. Raises NotReadyError if it is not durable within `timeout` seconds.
         """
         future = self._engine.request(lambda requests: requests.submit(target, verb, arguments, by, id=id))
         return _result(future, timeout)
@@ -115,7 +117,7 @@ class NodeService:
         return self._engine.request(lambda requests: (None, requests.withdraw(request)))
 
     def response(self, request: str, timeout: float | None = 0) -> Record | None:
-        """Returns the response to a request of this node when it comes; None after `timeout` seconds, or at the end."""
+        """Returns the response to a request of this node; None after `timeout` seconds, or when the node stops."""
         end = None if timeout is None else time.monotonic() + timeout
         with self._answered:
             while not self._ended:
@@ -127,19 +129,19 @@ class NodeService:
         return None
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
-        """Calls back on the replica's thread after each commit: only enqueue there. Returns what ends it."""
+        """Calls back on the replica's thread after each commit: only enqueue there. Returns an unsubscriber."""
         return self._replica.subscribe(callback)
 
     def neighbours(self) -> list[str]:
-        """Returns the ids of those that are connected."""
+        """Returns the ids of the connected neighbours."""
         return self._replica.neighbours.ids()
 
     def problems(self) -> list[NodeProblem]:
-        """Returns what an administrator has to know, the newest last."""
+        """Returns the problems for the administrator, the newest last."""
         return self._replica.problems.all()
 
     def counters(self) -> dict[str, int]:
-        """Returns what the replica has counted since its start: for metrics."""
+        """Returns the replica's counters, for metrics."""
         return dict(self._replica.problems.counters)
 
     def _see(self, records: Sequence[Record]) -> None:

@@ -1,4 +1,4 @@
-"""What the replica asks of signatures: `trust.identity` answers with Ed25519 and the fleet's certificates."""
+"""The replica's interface to signatures; `trust` implements it with Ed25519 and the fleet's certificates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 from vmconv_fleet.replication.records import Position, Record
 
 SIGNATURE = 64
-"""So many bytes of a signature are those of the key; what follows may be a proof that they are of this record, too."""
+"""The length of the key's own signature. A proof of membership in a hash tree may follow."""
 
 
 class Signer(Protocol):
@@ -20,30 +20,30 @@ class Signer(Protocol):
 
     @property
     def key_id(self) -> str:
-        """The id of the key, of the form of a record's id: that of the record of kind `certificate` that has it."""
+        """The id of the key, which is also the id of the `certificate` record that has it."""
 
     def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
-        """Returns a signature for each, 255 bytes at most; each can be verified without the others.
+        """Returns a signature for each payload, 255 bytes at most, which can be verified without the others.
 
-        Those that begin with the same SIGNATURE bytes are verified together.
+        Signatures with the same first SIGNATURE bytes are verified together.
         """
 
 
 class Trust(Protocol):
-    """Whose signature counts. Called on the replica's thread, but `verify`, which several threads call at a time."""
+    """Whose signatures count. Runs on the replica's thread, except `verify`, which runs on several threads."""
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
-        """Whether the owner's key signed all the payloads, each with its signature, and counts at this position.
+        """Returns whether the owner's key signed all payloads and counts at this position.
 
-        False for a key that is not known (yet). Certificates are not judged by the wall clock.
+        False for an unknown key. Certificates are not judged by the wall clock.
         """
 
     def learn(self, record: Record) -> bool:
-        """Takes note of a `certificate` or a `revocation`; whether it is one that the fleet's CA has signed.
+        """Takes a `certificate` or `revocation` record; returns whether the fleet's authority signed its body.
 
-        Called with every such record before its own signature is verified, again at each start with all that are
-        stored, and again for one already known: the CA's signature in the body alone decides, not who passes it on.
+        Called before the record's own signature is verified, at each start for all stored records, and again for known
+        ones: the authority's signature in the body decides, not the sender.
         """
 
     def retired(self, owner: str) -> bool:
-        """Whether the node has left for ever: its records are dropped everywhere and never taken again."""
+        """Returns whether the node has left for good: its records are dropped everywhere."""

@@ -1,4 +1,4 @@
-"""The replica's database: one writer, and any number of readers that see what is committed."""
+"""The replica's database: one writer, and readers that see committed records."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ MAX_QUARANTINE = 1024
 
 
 class ReplicaView:
-    """Reads of the records of all owners; deleted ones are not there."""
+    """Reads live records of all owners."""
 
     _connection: sqlite3.Connection
 
     def get(self, owner: str, kind: str, id: str) -> Record | None:
-        """Returns the live record."""
+        """Returns the live record; None if there is none."""
         rows = self._rows(f"{_LIVE} {_OF} AND id = ?", kind, owner, id)
         return restore(rows[0][0]) if rows else None
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
-        """Returns the live records of a kind, each owner's by their ids."""
+        """Returns the live records of a kind, each owner's by id."""
         if owner is None:
             rows = self._rows(f"{_LIVE} ORDER BY owner, id", kind)
         else:
@@ -40,11 +40,11 @@ class ReplicaView:
         return [restore(wire) for (wire,) in rows]
 
     def positions(self) -> dict[str, Position]:
-        """Returns how far this replica has each owner's records."""
+        """Returns the position of this replica in each owner's records."""
         return {owner: Position(*at) for owner, *at in self._rows("SELECT owner, epoch, seq FROM owners WHERE seq > 0")}
 
     def forks(self) -> list[Record]:
-        """Returns the evidence: records of which there are two with one position."""
+        """Returns the evidence of forks: two records of one position."""
         rows = self._rows("SELECT wire FROM quarantine ORDER BY owner, epoch, seq, number")
         return [restore(wire) for (wire,) in rows]
 
@@ -60,7 +60,7 @@ _OF = "AND owner = (SELECT number FROM owners WHERE owner = ?)"
 
 
 class Reader(ReplicaView):
-    """A ReplicaView by a read-only connection of its own, for any number of threads."""
+    """A ReplicaView with a read-only connection, for any number of threads."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -82,10 +82,10 @@ class _Owner(NamedTuple):
 
 
 class Store(ReplicaView):
-    """The writer, on the replica's thread; as a ReplicaView it sees what is not yet committed, too."""
+    """The writer, on the replica's thread. As a ReplicaView it also sees uncommitted records."""
 
     def __init__(self, connection: sqlite3.Connection, node: str, path: str | None = None) -> None:
-        """StoreError: the database is another node's, damaged, or of another version."""
+        """Raises StoreError if the database belongs to another node, is damaged, or has another version."""
         prepare(connection, node)
         self.node = node
         self._connection = connection
@@ -96,7 +96,7 @@ class Store(ReplicaView):
 
     @classmethod
     def open(cls, path: str, node: str) -> Store:
-        """Opens the database of a node, or makes it."""
+        """Opens or creates the database of a node."""
         connection = open_writer(path)
         try:
             return cls(connection, node, path)
@@ -114,7 +114,7 @@ class Store(ReplicaView):
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """All that is written in the block becomes durable together, at its end. StoreError: nothing of it did."""
+        """Commits all writes of the block together, at its end. Raises StoreError if nothing was committed."""
         try:
             with self._transactions.group():
                 yield
@@ -126,7 +126,7 @@ class Store(ReplicaView):
 
     @contextmanager
     def atomic(self) -> Iterator[None]:
-        """What is written in the block is written whole or not at all."""
+        """Applies all writes of the block or none."""
         with self.group():
             before = self._owners.copy()
             try:
@@ -144,12 +144,12 @@ class Store(ReplicaView):
         return known.position if known else START
 
     def state(self, owner: str) -> int:
-        """Returns the sum of the fingerprints of the owner's live records, which records promise."""
+        """Returns the owner's state: the sum of the fingerprints of its live records."""
         known = self._owners.get(owner)
         return known.state if known else 0
 
     def shares(self, owner: str, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-        """Returns what each of these kinds and ids adds to the state, if there is a live record of it."""
+        """Returns the share in the state of each of these kinds and ids that has a live record."""
         known = self._owners.get(owner)
         return self._shares(known.number, names, known.position.seq + 1) if known else {}
 
@@ -157,13 +157,13 @@ class Store(ReplicaView):
         return history_of(self.get(owner, KIND, ID))
 
     def at(self, owner: str, seq: int) -> bytes | None:
-        """Returns the wire of the record with this number, if it is still the newest one of its key."""
+        """Returns the wire of the record with this seq, if it is still the newest of its key."""
         known = self._owners.get(owner)
         rows = self._rows("SELECT wire FROM records WHERE owner = ? AND seq = ?", known.number, seq) if known else []
         return rows[0][0] if rows else None
 
     def after(self, owner: str, seq: int, size: int) -> tuple[list[bytes], int]:
-        """Returns wires in order, beginning after `seq`, until they are `size` bytes; and the seq of the last."""
+        """Returns wires in order after `seq`, about `size` bytes of them, and the seq of the last one."""
         known = self._owners.get(owner)
         wires: list[bytes] = []
         if known is not None:
@@ -180,7 +180,7 @@ class Store(ReplicaView):
         return wires, seq
 
     def certificates(self, owner: str) -> list[bytes]:
-        """Returns wires of certificates that help to verify the owner's records, whoever wrote them."""
+        """Returns certificates that help to verify the owner's records, whoever wrote them."""
         known = self._owners.get(owner)
         if known is None:
             return []
@@ -190,11 +190,11 @@ class Store(ReplicaView):
         return [wire for (wire,) in self._rows(query, known.number, key)]
 
     def extend(self, owner: str, records: Iterable[Record], state: int | None = None) -> None:
-        """Adds records that follow what is there, in their order; `state`: that of the owner with them, if known."""
+        """Adds records in order after the stored ones; `state` is the resulting state, if known."""
         number, position, before = self._owners.get(owner) or self._meet(owner)
         remaining = iter(records)
         while batch := list(islice(remaining, BATCH)):
-            # A bool would be looked up among the types that have to be adapted.
+            # sqlite3 would look for an adapter of bool.
             rows = [
                 (number, record.kind, record.id, record.epoch, record.seq, int(record.deleted), record.wire)
                 for record in batch
@@ -202,7 +202,7 @@ class Store(ReplicaView):
             if state is not None:
                 self._connection.executemany(_PUT, rows)
             elif self._connection.executemany(_ADD, rows).rowcount == len(rows):
-                # None of them replaces another: what is there need not be read.
+                # None of them replaces another record: no need to read the stored ones.
                 before = _after(before, batch, {})
             else:
                 names = [(record.kind, record.id) for record in batch]
@@ -212,14 +212,14 @@ class Store(ReplicaView):
         self._set(owner, _Owner(number, position, before % STATE_MODULUS if state is None else state))
 
     def clear(self, owner: str) -> None:
-        """Removes all records of an owner; it is as if nothing had been heard of it."""
+        """Removes all records of an owner, as if it were unknown."""
         known = self._owners.get(owner)
         if known is not None:
             self._connection.execute("DELETE FROM records WHERE owner = ?", (known.number,))
             self._set(owner, _Owner(known.number, START, 0))
 
     def purge(self, owner: str, floor: int) -> None:
-        """Forgets deletions up to the owner's floor."""
+        """Drops deletions up to the owner's floor."""
         number = self._owners[owner].number
         self._connection.execute("DELETE FROM records WHERE deleted AND owner = ? AND seq <= ?", (number, floor))
 
@@ -238,7 +238,7 @@ class Store(ReplicaView):
         return rows[0][0] if rows else None
 
     def executed(self, response: str) -> int | None:
-        """Returns the number of the transaction that answers with this response, however long ago."""
+        """Returns the number of the transaction that this response answers with, however old."""
         rows = self._rows("SELECT number FROM executed WHERE response = ?", response)
         return rows[0][0] if rows else None
 
@@ -249,7 +249,7 @@ class Store(ReplicaView):
         self._connection.execute("DELETE FROM executed")
 
     def stage(self, session: int, records: Iterable[Record]) -> None:
-        """Keeps records that are not yet to be seen; they do not outlive the connection."""
+        """Stages records that must not be visible yet, until the connection closes."""
         rows = (
             (session, record.kind, record.id, record.epoch, record.seq, record.deleted, record.wire)
             for record in records
@@ -257,7 +257,7 @@ class Store(ReplicaView):
         self._connection.executemany("INSERT OR REPLACE INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def replace_by_staged(self, owner: str, session: int) -> int:
-        """Lets all that is kept be the records of an owner, and the only ones; returns how many they are."""
+        """Replaces all records of an owner by the staged ones; returns their number."""
         number = (self._owners.get(owner) or self._meet(owner)).number
         self._connection.execute("DELETE FROM records WHERE owner = ?", (number,))
         count = self._connection.execute(_REPLACE, (number, session)).rowcount
@@ -269,7 +269,7 @@ class Store(ReplicaView):
         return count
 
     def staged(self, session: int, after: int) -> Iterator[Record]:
-        """Yields what is kept, in order, beginning after a seq."""
+        """Yields the staged records behind a seq, in order."""
         query = "SELECT wire FROM temp.staged WHERE session = ? AND seq > ? ORDER BY seq"
         return (restore(wire) for (wire,) in self._connection.execute(query, (session, after)))
 
@@ -277,7 +277,7 @@ class Store(ReplicaView):
         self._connection.execute("DELETE FROM temp.staged WHERE session = ?", (session,))
 
     def notices(self) -> list[bytes]:
-        """Returns revocations, each in some record that had it."""
+        """Returns the wires of all revocations, one for each."""
         return [wire for (wire,) in self._rows("SELECT wire FROM notices ORDER BY content")]
 
     def notices_hash(self) -> str:
@@ -285,13 +285,13 @@ class Store(ReplicaView):
         return blake2b(content, digest_size=16).hexdigest()
 
     def note(self, content: bytes, wire: bytes) -> bool:
-        """Keeps a revocation; False: it was there, or there are too many."""
+        """Keeps a revocation; returns False if it is known or there are too many."""
         ((count,),) = self._rows("SELECT count(*) FROM notices")
         query = "INSERT OR IGNORE INTO notices VALUES (?, ?)"
         return count < MAX_NOTICES and self._connection.execute(query, (content, wire)).rowcount > 0
 
     def quarantine(self, records: Sequence[Record], at_ms: int) -> bool:
-        """Keeps evidence of a fork; whether some of it is new."""
+        """Keeps evidence of a fork; returns whether some of it is new."""
         ((count,),) = self._rows("SELECT count(*) FROM quarantine")
         if count >= MAX_QUARANTINE:
             return False
@@ -300,7 +300,7 @@ class Store(ReplicaView):
         return self._connection.executemany(query, rows).rowcount > 0
 
     def load(self, name: str) -> Any:
-        """Returns a value of the node's own, None where there is none."""
+        """Returns a value of this node; None if there is none."""
         rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
         return rows[0][0] if rows else None
 
@@ -322,7 +322,7 @@ class Store(ReplicaView):
         self._owners[owner] = known
 
     def _shares(self, number: int, names: Iterable[tuple[str, str]], below: int) -> dict[tuple[str, str], int]:
-        """Returns the same of records before a seq."""
+        """Returns the same of records below a seq."""
         kinds: dict[str, list[str]] = {}
         for kind, id in names:
             kinds.setdefault(kind, []).append(id)
@@ -334,7 +334,7 @@ class Store(ReplicaView):
 
 
 def _after(state: int, records: Sequence[Record], shares: dict[tuple[str, str], int]) -> int:
-    """Returns the state with these records, of which those before them had these shares."""
+    """Returns the state after these records; `shares` are the shares of the records that they replace."""
     for record in records:
         name = record.kind, record.id
         before = shares.get(name, 0)

@@ -1,4 +1,4 @@
-"""Whether records are what their owners wrote: the one verifier through which those of others come in."""
+"""The verifier of records: all records of others pass it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vmconv_fleet.replication.signing import SIGNATURE, Trust
 from vmconv_fleet.replication.store import Store
 
 VerifyAll = Callable[[Callable[[Sequence[Record]], bool], Sequence[Sequence[Record]]], Iterable[bool]]
-"""Calls a predicate for each group of records, perhaps on several threads at a time; `map` does."""
+"""Calls a predicate for each group of records, possibly on several threads; `map` is one."""
 
 _SELF_EVIDENT = frozenset({"certificate", "revocation"})
 
 
 class ForgedError(FleetError):
-    """A record is not signed by its owner."""
+    """A record that its owner did not sign."""
 
     kind = "forged"
 
 
 class Verifier:
-    """Decodes and verifies what neighbours send."""
+    """Decodes and verifies received records."""
 
     def __init__(
         self, store: Store, trust: Trust, clock: HybridClock, problems: ProblemLog, verify_all: VerifyAll
@@ -38,14 +38,14 @@ class Verifier:
         self._problems = problems
         self._verify_all = verify_all
         self.revocations: list[Record] = []
-        """Revocations that were news, and that the CA has signed; whoever has passed them on takes them out."""
+        """New revocations, signed by the authority, to be forwarded; the forwarder removes them."""
 
     def retired(self, owner: str) -> bool:
-        """Whether nothing of the owner is taken any more."""
+        """Returns whether the owner is retired, and its records refused."""
         return self._trust.retired(owner)
 
     def learn_stored(self) -> None:
-        """Teaches the trust what the database has."""
+        """Teaches the trust the stored certificates and revocations."""
         for wire in self._store.notices():
             self._trust.learn(decode(wire))
         for kind in sorted(_SELF_EVIDENT):
@@ -53,7 +53,7 @@ class Verifier:
                 self._trust.learn(record)
 
     def ascending(self, owner: str, after: Position, records: Iterable[Record]) -> list[Record]:
-        """Returns the records of an owner, which ascend from a position; MalformedError: they are no such thing."""
+        """Returns the records. Raises MalformedError unless they belong to the owner and ascend from the position."""
         result = []
         epoch, seq = after
         for record in records:
@@ -66,7 +66,7 @@ class Verifier:
         return result
 
     def admit(self, records: Sequence[Record], now: int) -> None:
-        """Learns what they teach and verifies them; ForgedError: at least one is not its owner's."""
+        """Learns from the records and verifies them. Raises ForgedError if one is not signed by its owner."""
         self.learn(records)
         groups = _signed_together(records)
         for group, genuine in zip(groups, self._verify_all(self._genuine, groups), strict=True):
@@ -96,13 +96,13 @@ class Verifier:
 
 
 def _signed_together(records: Iterable[Record]) -> list[list[Record]]:
-    """Returns the records in groups, each of one signature, in their order."""
+    """Returns the records in groups of one signature each, in order."""
     groups = groupby(records, lambda record: (record.owner, record.key_id, record.signature[:SIGNATURE]))
     return [list(group) for _, group in groups]
 
 
 def consecutive(records: Sequence[Record]) -> bool:
-    """Whether they are numbered without a gap, in one epoch."""
+    """Returns whether the records are numbered without gaps, in one epoch."""
     return all(one.epoch == other.epoch and one.seq + 1 == other.seq for one, other in pairwise(records))
 
 

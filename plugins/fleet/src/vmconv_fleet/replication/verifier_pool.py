@@ -1,4 +1,4 @@
-"""Verifying many signatures at a time: the library releases the interpreter's lock meanwhile."""
+"""Threads that verify signatures: the cryptography library releases the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_THREADS = 4
 
 
 class VerifierPool:
-    """A few threads, started when there is work for them. Close it."""
+    """A few threads, started on demand. Close it."""
 
     def __init__(self) -> None:
         self._count = max(1, min(MAX_THREADS, os.cpu_count() or 1))

@@ -1,4 +1,4 @@
-"""What the scanner and the job runner need of a running node, and how their threads wait for it."""
+"""The interface of a running node for the scanner and the job runner, and how their threads wait for it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Writes(Protocol):
 
 
 def settled(future: Future[list[Record]], ending: threading.Event) -> list[Record]:
-    """Returns what was written, once it is durable; raises `ClosedError` when whoever waits is to end before.
+    """Returns the written records once they are durable. Raises ClosedError if `ending` is set before.
 
-    A node that still recovers its own records does not write yet, and may have to end all the same.
+    A node does not write while it recovers its own records, and may have to stop all the same.
     """
     while True:
         try:
