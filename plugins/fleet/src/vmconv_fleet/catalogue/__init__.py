@@ -1,1 +1,1 @@
-"""What a fleet consists of: the bodies of records, scans of datastores, selections and snapshots."""
+"""What a fleet consists of: record bodies, scans of datastores, selections and snapshots."""

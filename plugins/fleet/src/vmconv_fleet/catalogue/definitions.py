@@ -1,6 +1,6 @@
-"""Virtual machines as files define them: VMware's `.vmx`, and libvirt's domains in XML.
+"""Virtual machines as files define them: VMware's `.vmx` and libvirt's domain XML.
 
-Such files come from strangers as images do: they are read up to a limit, and what they name is only looked up in the
+These files are as untrusted as images: they are read up to a limit, and names in them are only looked up in the
 catalogue, never opened.
 """
 
@@ -24,7 +24,7 @@ _UNITS |= {"gb": 10**9, "g": 1 << 30, "gib": 1 << 30, "tb": 10**12, "t": 1 << 40
 
 
 class Definition(NamedTuple):
-    """What a file says of a virtual machine; `disks` are file names as it has them."""
+    """A virtual machine as its file defines it; `disks` are file names as written there."""
 
     name: str
     system: str
@@ -34,7 +34,7 @@ class Definition(NamedTuple):
 
 
 def read(path: str) -> Definition | None:
-    """Returns what the file defines; None when it defines no virtual machine, or is too large for one."""
+    """Returns the virtual machine that the file defines; None if it defines none, or is too large."""
     parse = _PARSERS.get(os.path.splitext(path)[1].lower())
     if parse is None:
         return None
@@ -80,7 +80,7 @@ def _domain(content: bytes) -> Definition | None:
 
 
 class _EntitiesError(Exception):
-    """The file declares entities: nothing that defines a virtual machine does, and expanding them has no bound."""
+    """The file declares entities: no definition of a machine needs them, and expanding them has no bound."""
 
 
 def _xml(content: bytes) -> ElementTree.Element | None:
@@ -110,7 +110,7 @@ _PARSERS: Mapping[str, Callable[[bytes], Definition | None]] = {".vmx": _vmx, ".
 
 
 def body(found: Definition, datastore: str, name: str, disk_of: Callable[[str], str | None]) -> dict[str, Any]:
-    """Returns the body of a `vm` record; `disk_of` is asked for the id of a file that the definition names."""
+    """Returns the body of a `vm` record; `disk_of` returns the id of a file that the definition names."""
     fallback = os.path.splitext(os.path.basename(name))[0]
     body: dict[str, Any] = {
         "datastore": datastore,

@@ -1,4 +1,4 @@
-"""What a change changed: two bodies, field by field, in words."""
+"""The difference between two bodies, field by field, in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECRET = frozenset({"hash"})
 
 
 class Difference(NamedTuple):
-    """One field before and after; None: it was not there, or is no more."""
+    """One field before and after; None: the field is missing."""
 
     field: str
     before: str | None
@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
 
 def differences(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[Difference]:
-    """Returns the fields that differ, in their order, fields in fields with dots between."""
+    """Returns the fields that differ, in order; names of nested fields are joined by dots."""
     old, new = dict(_flat(before or {})), dict(_flat(after or {}))
     found = [
         Difference(field, old.get(field), new.get(field))

@@ -47,11 +47,11 @@ class _Found(NamedTuple):
 
 
 class _TooLong(BaseException):
-    """An image took longer than it may. No `Exception`: what reads images may catch those."""
+    """An image took too long. Not an `Exception`, which readers may catch."""
 
 
 def main() -> int:
-    """Prints what is in the datastores that standard input names."""
+    """Prints the contents of the datastores that standard input names."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
     asked = json.loads(sys.stdin.readline())
@@ -81,7 +81,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 class _Inspection:
-    """Looks at the datastores of a node, by name and path."""
+    """Inspects the datastores of a node, given by name and path."""
 
     def __init__(self, datastores: Mapping[str, str]) -> None:
         from vmconv.plugin import installed
@@ -90,7 +90,7 @@ class _Inspection:
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
 
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
-        """Yields the records of one datastore, its own last: that one says that all others were told."""
+        """Yields the records of one datastore, the datastore's own last: it confirms that the others are complete."""
         began, root = wall_ms(), self._roots[datastore]
         if not os.path.isdir(root):
             yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
@@ -108,7 +108,7 @@ class _Inspection:
             else:
                 disks[found.name] = self._disk(found, parts)
         for name, body in disks.items():
-            # An extent of another image has that one's suffix and is none of its own.
+            # An extent of another image has the same suffix and is no image itself.
             if not ("problem" in body and os.path.realpath(os.path.join(root, name)) in parts):
                 yield "disk", disk_id(datastore, name), body
         for found in machines[:MAX_IMAGES]:
@@ -117,7 +117,7 @@ class _Inspection:
         yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
 
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
-        """Yields what may be an image, in the order of names; links to directories are not followed."""
+        """Yields the files that may be images, in the order of names; does not follow links to directories."""
         seen = 0
         waiting = [("", 0)]
         while waiting:
@@ -169,7 +169,7 @@ class _Inspection:
         from vmconv.api import checking, locks
         from vmconv.plugin import Opener
 
-        # Others' locks are looked at and none is taken: a guest may start at any time.
+        # Locks are only read, never taken: a guest may start at any time.
         with Opener(self.registry, allow_external=self._roots.values(), force_share=True) as opener:
             image = opener.image(found.path)
             body: Body = {
@@ -181,7 +181,7 @@ class _Inspection:
                 body["identity"] = str(identity)
             said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
             if image.file.size <= _DESCRIPTOR:
-                # What is so small only says where its payload lies: those files are opened with its table.
+                # A small file only describes where payload lies: reading its table opens the other files.
                 _ = image.guest
             parts |= {os.path.realpath(file.path) for file in opener.files if file is not image.file}
             try:
@@ -193,7 +193,7 @@ class _Inspection:
             return body
 
     def _layers(self, image: Image) -> Iterator[Body]:
-        """Yields what is known of each layer below the image, the nearest first."""
+        """Yields the layers below the image, the nearest first."""
         for number, layer in enumerate(image.chain()):
             if number > MAX_LAYERS:
                 yield {"name": f"more than {MAX_LAYERS} layers", "format": ""}
@@ -202,7 +202,7 @@ class _Inspection:
                 yield {"name": layer.file.name, "format": layer.format_name, "disk": self._id_of(layer.file.path)}
 
     def _id_of(self, path: str) -> str | None:
-        """Returns the id of the disk at a path; None when there is none, or it lies in no datastore."""
+        """Returns the id of the disk at a path; None without one, or outside the datastores."""
         real = os.path.realpath(path)
         if not os.path.isfile(real):
             return None
@@ -274,5 +274,5 @@ def _short(text: str) -> str:
 
 
 if __name__ == "__main__":
-    # Exiting by `os._exit` skips taking numpy apart; all that was printed has been flushed.
+    # os._exit skips the destruction of numpy; all output is flushed.
     os._exit(main())

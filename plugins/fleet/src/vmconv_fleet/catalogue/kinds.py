@@ -22,11 +22,11 @@ SCHEMA = 1
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
 
 ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled"})
-"""States that a job never leaves."""
+"""The final states of a job."""
 
 
 class Body(BaseModel):
-    """A body of some kind; what is not known here is kept."""
+    """The body of a record. Unknown fields are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
@@ -40,7 +40,7 @@ class Body(BaseModel):
 
 
 class NodeBody(Body):
-    """A node, id `self`-evident: the node's own id. `api` is where administrators reach it, if it listens at all."""
+    """A node; the id of the record is the node's own. `api` is the address for administrators, if there is one."""
 
     name: Name
     fleet: Name
@@ -53,7 +53,7 @@ class NodeBody(Body):
 
 
 class HeartbeatBody(Body):
-    """That its owner is there, what it has of the others (`positions`), and what troubles it."""
+    """Liveness, replication positions and problems of a node."""
 
     at_ms: Milliseconds
     interval_s: Annotated[float, Field(gt=0, le=3600)]
@@ -72,14 +72,14 @@ class FormatCapability(Body):
 
 
 class CapabilitiesBody(Body):
-    """What is installed on a node: formats by name."""
+    """The formats that are installed on a node, by name."""
 
     vmconv: str = ""
     formats: dict[str, FormatCapability] = {}
 
 
 class BackendCapability(Body):
-    """Whether storage can be used in a way, and in blocks of what size it shares; `unit` 0: it does not."""
+    """Whether storage can use a backend, and the block size for sharing; `unit` 0: it cannot share."""
 
     usable: bool
     reason: str | None = None
@@ -87,7 +87,7 @@ class BackendCapability(Body):
 
 
 class DatastoreBody(Body):
-    """A directory whose disks its node lists and converts. `scan_asked_ms` later than `scanned_ms`: a scan is due."""
+    """A directory whose disks its node lists and converts. A scan is due if `scan_asked_ms` > `scanned_ms`."""
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
     filesystem: str = ""
@@ -101,7 +101,7 @@ class DatastoreBody(Body):
 
 
 class ChainLayer(Body):
-    """One image of a chain: its file as the image above names it; `disk` is its id where the catalogue has it."""
+    """One image of a chain, named as the image above names it; `disk` is its id in the catalogue, if it has one."""
 
     name: str
     format: str = ""
@@ -109,9 +109,10 @@ class ChainLayer(Body):
 
 
 class DiskBody(Body):
-    """A disk image in a datastore. `name` is its path below the datastore, `chain` what it needs, the nearest first.
+    """A disk image in a datastore. `name` is its path below the datastore; `chain` are the images below it, nearest
+    first.
 
-    `problem` says why the image cannot be read; then the rest may be missing. `used_by` says who has it open.
+    `problem`: why the image cannot be read; other fields may then be missing. `in_use`: it is open for writing.
     """
 
     datastore: Name
@@ -128,14 +129,14 @@ class DiskBody(Body):
 
 
 class VmDisk(Body):
-    """A disk that a virtual machine names; `disk` is its id where the catalogue has it."""
+    """A disk of a virtual machine; `disk` is its id in the catalogue, if it has one."""
 
     name: str
     disk: str | None = None
 
 
 class VmBody(Body):
-    """A virtual machine, as a file in a datastore defines it."""
+    """A virtual machine, defined by a file in a datastore."""
 
     datastore: Name
     file: Annotated[str, Field(min_length=1, max_length=4096)]
@@ -147,7 +148,7 @@ class VmBody(Body):
 
 
 class Principal(Body):
-    """Who asked: a token of a node, or the local administrator of the node (`token` is None) as `user`."""
+    """Who sent a request: the holder of a token, or the local administrator of a node (`token` None) named `user`."""
 
     node: NodeId
     token: str | None = None
@@ -161,7 +162,7 @@ class PlannedCopy(Body):
 
 
 class JobPlan(Body):
-    """What the conversion shares, copies and writes, in bytes, and why it copies."""
+    """The bytes that a conversion shares, copies and writes, and the reasons for copying."""
 
     backend: str = ""
     shared: Bytes = 0
@@ -175,7 +176,7 @@ class JobPlan(Body):
 
 
 class Progress(Body):
-    """Bytes done and to do, of what is copied and written."""
+    """The bytes copied and written so far, and in total."""
 
     done: Bytes = 0
     total: Bytes = 0
@@ -214,7 +215,7 @@ class PolicyBody(ConversionPolicy, Body):
 
 
 class TokenBody(Body):
-    """What a person's token may do; id = the first half of it, `hash` the SHA-256 of all of it."""
+    """A person's token. The id is a part of the token; `hash` is the SHA-256 of all of it."""
 
     label: Name
     role: Role
@@ -226,7 +227,7 @@ class TokenBody(Body):
 
 
 class RequestBody(Body):
-    """A change that its owner wants of something that `target` owns."""
+    """A request to `target` for a change of its records."""
 
     target: NodeId
     verb: Name
@@ -235,7 +236,7 @@ class RequestBody(Body):
 
 
 class ResponseBody(Body):
-    """What became of a request: done in a `transaction`, or refused for a `reason`."""
+    """The response to a request: executed in a `transaction`, or refused for a `reason`."""
 
     request: str
     requester: NodeId
@@ -247,7 +248,7 @@ class ResponseBody(Body):
 
 
 class TransactionChange(Body):
-    """One record before and after; None: it was not there, or is no more."""
+    """One record before and after; None: it did not exist, or was deleted."""
 
     kind: str
     id: str
@@ -256,7 +257,7 @@ class TransactionChange(Body):
 
 
 class TransactionBody(Body):
-    """A change that was made, and for whom; `number` grows by one with each, on each node."""
+    """An executed request; `number` grows by one with each, on each node."""
 
     number: Count
     schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
@@ -270,13 +271,13 @@ class TransactionBody(Body):
 
 
 class CertificateBody(Body):
-    """A node's public key, signed by the fleet's authority; id = the key's id."""
+    """A node's public key, signed by the fleet's authority; the id is the key's id."""
 
     pem: str
 
 
 class RetirementBody(Body):
-    """That a node, the id of this, is out of the fleet and will not come back; its records are history."""
+    """A node that has left for good; its records are history."""
 
     node: NodeId
     name: str = ""
@@ -285,7 +286,7 @@ class RetirementBody(Body):
 
 
 class RevocationBody(Body):
-    """That nothing of a node's key (None: any of them) counts beyond a position."""
+    """The keys of a node (`key_id` None: all of them) do not count beyond a position."""
 
     node: NodeId
     key_id: str | None = None

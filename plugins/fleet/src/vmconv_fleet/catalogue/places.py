@@ -1,4 +1,4 @@
-"""Where a node may read and write: inside its datastores, decided on what a path really is after every link."""
+"""The limits of a node: it reads and writes inside its datastores only, judged by real paths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vmconv.plugin import AccessError
 
 
 def disk_id(datastore: str, name: str) -> str:
-    """Returns the id in the catalogue of the disk `name`, a path below the datastore; the same at each scan."""
+    """Returns the id in the catalogue of the disk `name`, a path below the datastore; equal in each scan."""
     return hashlib.sha256(os.fsencode(f"{datastore}\0{name}")).hexdigest()[:16]
 
 
 def place_of(root: str, name: str, roots: Iterable[str]) -> str:
-    """Returns the real path of what the catalogue calls `name` below the datastore at `root`.
+    """Returns the real path of `name` below the datastore at `root`.
 
-    Raises `AccessError` unless it lies in one of the declared datastores `roots`, links and `..` resolved.
+    Raises AccessError unless the path, links and `..` resolved, lies in one of the datastores `roots`.
     """
     if "\0" in name or os.path.isabs(name):
         raise AccessError(f"{name!r} is not a path below a datastore")
@@ -28,7 +28,7 @@ def place_of(root: str, name: str, roots: Iterable[str]) -> str:
 
 
 def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
-    """Raises `AccessError` unless the real path `path`, which was asked for as `said`, lies in a datastore."""
+    """Raises AccessError unless the real path `path`, asked for as `said`, lies in a datastore."""
     if not any(inside(path, os.path.realpath(root)) for root in roots):
         raise AccessError(
             f"{said}: lies outside the datastores of this node, at {path}",
@@ -37,6 +37,6 @@ def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
 
 
 def refuse_as_file_name(name: str) -> None:
-    """Raises `AccessError` for what is not the plain name of a file in a directory."""
+    """Raises AccessError unless the name is a plain file name."""
     if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
         raise AccessError(f"{name!r} is not the name of a file", hint="a target is named without directories")

@@ -1,4 +1,4 @@
-"""Keeps the catalogue of a node's datastores: looks at them, and writes what has changed since."""
+"""The scanner: keeps the catalogue of a node's datastores up to date."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from vmconv_fleet.replication.writing import Writes, settled
 _log = logging.getLogger("vmconv_fleet.scanning")
 
 INTERVAL = 600.0
-"""Seconds between scans that nobody asks for."""
+"""Seconds between scans without a request."""
 
 PATIENCE = 900.0
-"""Seconds that a scan may take."""
+"""The time limit of a scan in seconds."""
 
 _BATCH = 200
 _INSPECTION = (sys.executable, "-m", "vmconv_fleet.catalogue.inspection")
@@ -34,10 +34,10 @@ Found = dict[tuple[str, str], dict[str, Any]]
 
 
 class Scanner:
-    """Scans the node's datastores at its start, from time to time, and when a datastore's record asks for it.
+    """Scans the node's datastores at its start, periodically, and when a datastore's record asks for it.
 
-    `seeds` are datastores of the node's configuration, by name and path: each becomes a record once, and is what that
-    record says from then on.
+    `seeds` are the datastores in the node's settings, by name and path. Each becomes a record once; from then on the
+    record counts.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scanner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the scan that runs; returns when nothing runs any more."""
+        """Stops a running scan; returns when nothing runs."""
         self._ending.set()
         self._unsubscribe()
         self._wanted.put(True)
@@ -86,11 +86,11 @@ class Scanner:
                 asked = self._is_asked()
                 self._scan(everything=not asked)
         except FleetError as exc:
-            # The node ends, or its database has failed, which it says itself.
+            # The node stops, or its database failed, which the replica reports.
             _log.info("scanner ends: %s", exc)
 
     def _is_asked(self) -> bool:
-        """Waits until a scan is asked for, which it says, or due by time."""
+        """Waits until a scan is due. Returns whether one was asked for."""
         try:
             self._wanted.get(timeout=self._interval)
         except queue.Empty:
@@ -100,7 +100,7 @@ class Scanner:
         return True
 
     def _seeded(self, view: ReplicaView) -> list[Change]:
-        """Returns the records of datastores that the configuration names for the first time."""
+        """Returns records for datastores in the settings that have none yet."""
         node = self._service.node
         before = view.get(node, "capabilities", "installed")
         seeded = dict(before.body.get("seeded", {})) if before else {}
@@ -113,7 +113,7 @@ class Scanner:
         return [Change("capabilities", "installed", body), *changes]
 
     def _due(self) -> dict[str, str]:
-        """Returns the datastores for which a scan was asked for after the last one."""
+        """Returns the datastores with a request for a scan after their last one."""
         return {
             one.id: one.body["path"]
             for one in self._service.view().find("datastore", self._service.node)
@@ -140,7 +140,7 @@ class Scanner:
         _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
 
     def _inspected(self, datastores: Mapping[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields what the inspection tells, as far as it comes."""
+        """Yields the records that the inspection prints."""
         with subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -168,7 +168,7 @@ class Scanner:
                 child.kill()
 
     def _write(self, found: Found, complete: set[str]) -> None:
-        """Writes what has changed, the datastores last: they say that the rest is there."""
+        """Writes the changes, the datastores last, because they confirm that the others are complete."""
         order = sorted(found, key=lambda key: (key[0] == "datastore", key))
         gone = list(self._gone(found, complete))
         keys = [*gone, *order]
@@ -177,7 +177,7 @@ class Scanner:
             settled(self._service.update(partial(self._changes, keys=batch, found=found)), self._ending)
 
     def _gone(self, found: Found, complete: set[str]) -> Iterator[tuple[str, str]]:
-        """Yields what is in the catalogue and not any more in a datastore that was looked at, or in none at all."""
+        """Yields the records in the catalogue that the scan did not find, or whose datastore is gone."""
         node, view = self._service.node, self._service.view()
         datastores = {one.id for one in view.find("datastore", node)}
         unavailable = {name for name in complete if "size" not in found["datastore", name]}
@@ -203,7 +203,7 @@ class Scanner:
             elif kind == "capabilities" and before:
                 body = {**body, **{key: before.body[key] for key in ("seeded",) if key in before.body}}
             elif kind in ("disk", "vm") and view.get(self._service.node, "datastore", body["datastore"]) is None:
-                # It was removed meanwhile.
+                # The datastore was removed during the scan.
                 continue
             if before is None or dict(before.body) != body:
                 changes.append(Change(kind, identifier, body))
@@ -216,6 +216,6 @@ def _is_due(datastore: Mapping[str, Any]) -> bool:
 
 
 def _datastore(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a datastore's body after a scan: what was asked for stays, and so does what could not be looked at."""
+    """Returns a datastore's body after a scan. Newer requests stay, and so do records that could not be read."""
     kept = {key: value for key, value in before.items() if key != "problem"}
     return {**kept, **found, "path": before["path"]}

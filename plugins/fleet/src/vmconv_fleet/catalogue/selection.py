@@ -21,7 +21,7 @@ from vmconv.plugin import UsageError, parse_size
 
 Value = str | int | bool | tuple[str, ...]
 Facts = Mapping[str, Value]
-"""What is known of one disk, by field; a tuple are several names of one thing."""
+"""The fields of one disk for selections; a tuple has several names of one thing."""
 
 Selection = Callable[[Facts], bool]
 
@@ -60,7 +60,7 @@ _ORDER: Mapping[str, Callable[[int, int], bool]] = {
 
 
 class _Token(NamedTuple):
-    """A piece of the text; `mark` is what it means to the grammar, empty for a quoted value."""
+    """A token of the text; `mark` is its meaning to the grammar, empty for a quoted value."""
 
     mark: str
     text: str
@@ -68,7 +68,7 @@ class _Token(NamedTuple):
 
 
 def parse(text: str) -> Selection:
-    """Returns what tells whether a disk is selected; raises `UsageError` that says where the text is wrong."""
+    """Returns the predicate of a selection. Raises UsageError with the place of a mistake."""
     if len(text) > MAX_LENGTH:
         raise UsageError(f"selection of {len(text)} characters, {MAX_LENGTH} at most")
     parser = _Parser(text)

@@ -1,7 +1,7 @@
-"""The fleet as one node sees it: what API, console and metrics show, put together from records.
+"""A snapshot of the fleet from one node's replica, for the API, the console and the metrics.
 
-Nothing here knows more than the replica has. What is said of a node that is not heard is as old as its last heartbeat,
-and the picture says how old that is.
+It knows only what the replica has: information about an unreachable node is as old as its last heartbeat, and the
+snapshot states that age.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ NodeState = Literal["here", "up", "silent", "retired"]
 
 _BEATS_MISSED = 3
 _GRACE_MS = 3000
-"""A node that nobody has a link with may have been heard so long ago."""
+"""The age at which a node without a link counts as silent, unless others reach it."""
 
 MAX_NAME = 80
 
 
 class NodeView(NamedTuple):
-    """A node as it is seen from here. `age_ms` is how old what is known of it may be, None where it was never heard.
+    """A node as seen from here. `age_ms` is the age of what is known; None if the node was never heard from.
 
-    `lag` counts the records that are here and that the node had not when it was last heard.
+    `lag`: records this node has that the other lacked when last heard from.
     """
 
     node: str
@@ -44,7 +44,7 @@ class NodeView(NamedTuple):
 
 
 class Snapshot:
-    """What is known now: made for one answer, from one view."""
+    """The state of the fleet for one answer, from one view."""
 
     def __init__(self, view: ReplicaView, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
         self.view = view
@@ -56,17 +56,17 @@ class Snapshot:
         self._retired = {one.id: str(one.body.get("name", "")) for one in self.find("retirement")}
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
-        """Returns the records of a kind whose bodies are what the schema says; what others wrote need not be."""
+        """Returns the records of a kind with valid bodies; other nodes may write invalid ones."""
         model = KINDS[kind]
         return [one for one in self.view.find(kind, owner) if _fits(model, one)]
 
     def name(self, node: str) -> str:
-        """Returns what people call a node: its name, or the beginning of its id."""
+        """Returns the name of a node, or the beginning of its id."""
         body = self._bodies.get(node)
         return (body.name if body else self._retired.get(node, ""))[:MAX_NAME] or node[:8]
 
     def nodes(self) -> list[NodeView]:
-        """Returns all nodes by name, this one among them."""
+        """Returns all nodes by name, including this one."""
         beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self.find("heartbeat")}
         known = {*self._bodies, *beats, *self._retired, self.node}
         reached = self._reached(beats)
@@ -74,7 +74,7 @@ class Snapshot:
         return sorted(found, key=lambda one: (one.name, one.node))
 
     def _node(self, node: str, beat: HeartbeatBody | None, reached: set[str]) -> NodeView:
-        # Of a node that was retired, or has just joined, there may be no more than its id.
+        # A retired node, or one that has just joined, may have no record but its id.
         body = self._bodies.get(node) or NodeBody(name=node[:8], fleet="unknown")
         age = max(0, self.now_ms - beat.at_ms) if beat else None
         state: NodeState = "silent"
@@ -89,7 +89,7 @@ class Snapshot:
         return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
 
     def _reached(self, beats: Mapping[str, HeartbeatBody]) -> set[str]:
-        """Returns the nodes to which links lead from here, over as many others as it takes, by what they said last."""
+        """Returns the nodes that links lead to, directly or through others, by their last heartbeats."""
         reached: set[str] = set()
         waiting = list(self._neighbours)
         while waiting:
@@ -100,7 +100,7 @@ class Snapshot:
         return reached
 
     def _lag(self, node: str, beat: HeartbeatBody) -> int:
-        """Returns how many records of others were not there yet when the node said what it has."""
+        """Returns how many records of other owners the node lacked at its last heartbeat."""
         if not beat.positions:
             return 0
         return sum(
@@ -110,11 +110,11 @@ class Snapshot:
         )
 
     def unseen(self, nodes: Iterable[NodeView]) -> list[NodeView]:
-        """Returns the nodes whose part of the picture is old."""
+        """Returns the unreachable nodes."""
         return [one for one in nodes if one.state == "silent"]
 
     def find_node(self, named: str) -> str | None:
-        """Returns the id of the node with this name, id, or beginning of an id that no other one has."""
+        """Returns the id of the node with this name, id, or unique beginning of an id."""
         known = {one.node: one.name for one in self.nodes()}
         if named in known:
             return named
@@ -123,7 +123,7 @@ class Snapshot:
         return fitting[0] if len(fitting) == 1 else None
 
     def facts(self, disk: Record) -> Facts:
-        """Returns what selections know of a disk."""
+        """Returns the fields of a disk for selections."""
         body = disk.body
         return {
             "id": disk.id,
@@ -140,13 +140,13 @@ class Snapshot:
         }
 
     def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
-        """Returns the disks that are selected, by node, datastore and name; those of retired nodes are history."""
+        """Returns the selected disks by node, datastore and name, without those of retired nodes."""
         found = [one for one in self.find("disk", owner) if one.owner not in self._retired]
         chosen = [one for one in found if selection is None or selection(self.facts(one))]
         return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
 
     def response_of(self, request: Record) -> Record | None:
-        """Returns the answer to a request, where it is here."""
+        """Returns the response to a request, if it has arrived."""
         identifier = response_id(request.owner, request.id)
         return self.view.get(str(request.body.get("target", "")), "response", identifier)
 
@@ -154,7 +154,7 @@ class Snapshot:
         return max(0, self.now_ms - moment_ms)
 
     def describe_by(self, by: Mapping[str, Any] | None) -> str:
-        """Returns who asked, in words."""
+        """Returns in words who sent a request."""
         if not by:
             return ""
         who = str(by.get("user") or "somebody")[:MAX_NAME]
@@ -162,7 +162,7 @@ class Snapshot:
 
 
 def _still_good_ms(beat: HeartbeatBody | None, *, is_reached: bool) -> float:
-    """Returns how old a heartbeat may be of a node that is there."""
+    """Returns the age up to which a heartbeat shows that its node is up."""
     return _BEATS_MISSED * 1000 * beat.interval_s if beat and is_reached else _GRACE_MS
 
 

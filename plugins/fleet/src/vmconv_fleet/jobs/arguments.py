@@ -58,7 +58,7 @@ class Scan(Arguments):
 
 
 class DatastoreAdd(Arguments):
-    """A directory of the node that is asked; `path` without links."""
+    """A directory of the target node; `path` without links."""
 
     verb: ClassVar[str] = "datastore-add"
 
@@ -79,7 +79,7 @@ class PolicySet(ConversionPolicy, Arguments):
 
 
 class TokenCreate(Arguments):
-    """A token that was made where its holder is connected: only its hash travels."""
+    """A token that was made elsewhere: only its hash is sent."""
 
     verb: ClassVar[str] = "token-create"
 

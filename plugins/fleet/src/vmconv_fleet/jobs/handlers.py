@@ -1,7 +1,7 @@
-"""What an owner does when it is asked: each verb decides on its own replica and changes own records, or refuses.
+"""The handlers of the verbs: each decides from the replica and changes own records, or refuses.
 
-A handler runs on the replica's thread within the transaction that executes the request: it reads records and touches
-nothing else. What has to happen outside (converting, scanning) is done by whoever watches the records that it writes.
+A handler runs on the replica's thread, within the transaction of its request, and only reads records. Side effects
+(conversions, scans) are left to the observers of the written records.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
 
 
 def _handle(decide: Callable[[Context, Request, Any], Outcome], context: Context, request: Request) -> Outcome:
-    """Decides on a request of somebody who may ask for it and whose arguments make sense."""
+    """Checks who asks and the arguments, and lets the handler decide."""
     # The models take memory that a node without requests does not need.
     from vmconv_fleet.catalogue.kinds import Principal
     from vmconv_fleet.jobs.arguments import ARGUMENTS
@@ -120,7 +120,7 @@ def _convert(context: Context, request: Request, wanted: Convert) -> Outcome:
 
 
 def _again(before: Record, wanted: Convert) -> Outcome:
-    """Returns what an id that was used already means: the same job, which is not made twice."""
+    """Returns the outcome for an id that is in use: the same job, which is not made twice."""
     same = (before.body["disk"], before.body["format"]) == (wanted.disk, wanted.format)
     if not same:
         raise Refusal(f"job {before.id} is another conversion already")
@@ -194,7 +194,7 @@ def _remove_datastore(context: Context, _request: Request, wanted: DatastoreRemo
             job.body.get("target_datastore"),
         ):
             raise Refusal(f"job {job.id} is running in datastore {wanted.name}")
-    # Its disks are many: the scanner takes them out of the catalogue when it sees that the datastore is gone.
+    # The scanner removes the datastore's disks, which are many.
     return Outcome([Change("datastore", wanted.name, None)], {"datastore": wanted.name})
 
 
@@ -227,7 +227,7 @@ def _revoke_token(context: Context, _request: Request, wanted: TokenRevoke) -> O
 
 
 def _retire(directory: str, context: Context, _request: Request, wanted: Retire) -> Outcome:
-    """Takes a node out of the fleet for good: all drop its records, and take none of it again."""
+    """Retires a node: all nodes drop its records and accept none again."""
     if wanted.node == context.node:
         raise Refusal("a node does not retire itself", hint="vmconv node leave, on it")
     record = context.get(wanted.node, "node", wanted.node)
@@ -246,7 +246,7 @@ def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke)
 
 
 def _revocation(directory: str, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
-    """Returns what the fleet's authority has signed against keys; only a node that holds the authority can."""
+    """Returns a signed revocation; only a node with the authority can make one."""
     from vmconv_fleet.trust.authority import Authority
 
     position = context.positions().get(node)

@@ -1,8 +1,8 @@
-"""What a conversion made, written down before it is seen: how a node that was killed knows whether it was done.
+"""The journal of a conversion: it tells a restarted node whether a target is its own.
 
-A file gets its name by a link, which does not change what it is: device, inode, and the inode's generation, by which
-the next file that gets its number is another. So the journal names those of the files that are being made. Afterwards
-the target is the job's own exactly when it is one of them.
+A file gets its name by a link, which keeps its device, inode and generation; the next file with that inode number has
+another generation. The journal lists these of the files being made, durably, before they are named. Afterwards a target
+is the job's own exactly if it is one of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmconv.api import generation
 
 
 class JobJournal:
-    """The journal of one job, a file at `path` in the node's own directory."""
+    """The journal of one job, a file at `path` in the node's directory."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -25,9 +25,9 @@ class JobJournal:
         self._lock = -1
 
     def lock(self) -> bool:
-        """Says, for as long as this process lives or until `unlock`, that it is at work on the job; False: another is.
+        """Locks the job until `unlock` or the end of this process; returns False if another process has it.
 
-        A worker whose node was killed may live for a moment longer, and may even finish.
+        The worker of a killed node may live a moment longer, and may even finish.
         """
         self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -42,7 +42,7 @@ class JobJournal:
         self._lock = -1
 
     def write(self, target: str, descriptors: Iterable[int]) -> None:
-        """Says, durably, that the target will be one of the open files."""
+        """Records durably that the target will be one of the open files."""
         files = [_identity(descriptor) for descriptor in descriptors]
         temporary = f"{self.path}.new"
         with open(temporary, "w", encoding="utf-8") as file:
@@ -58,7 +58,7 @@ class JobJournal:
         self.is_written = True
 
     def made(self) -> str | None:
-        """Returns the path of the target that the job made; None when it made none."""
+        """Returns the path of the target if the job made it; None otherwise."""
         try:
             with open(self.path, encoding="utf-8") as file:
                 said = json.load(file)
@@ -71,7 +71,7 @@ class JobJournal:
             os.close(target)
 
     def remove(self) -> None:
-        """Forgets the job, whose record says all."""
+        """Removes the journal, once the job's record says everything."""
         for path in (self.path, f"{self.path}.lock"):
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -1,4 +1,4 @@
-"""One run of one job: the worker is started, what it tells goes into the job's record, and it is ended when it must."""
+"""One run of a job: starts the worker, writes its events to the job's record, and stops it on demand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("vmconv_fleet.jobs")
 
 WORKER = (sys.executable, "-m", "vmconv_fleet.jobs.worker")
 PROGRESS_SECONDS = 0.5
-"""How often progress is told to the fleet."""
+"""The interval of progress updates in the record."""
 
 _PATIENCE = 10.0
 _LONGEST_LINE = 1 << 20
@@ -38,7 +38,7 @@ _MAX_TEXT = 500
 
 
 class Job(NamedTuple):
-    """What a job's record says that matters to whoever runs it."""
+    """A job's record, as the scheduler sees it."""
 
     id: str
     body: Mapping[str, Any]
@@ -74,12 +74,12 @@ class Job(NamedTuple):
         return self.body.get("max_parallel")
 
     def order(self) -> tuple[int, int, str]:
-        """Returns the place in the queue: when it is due, then when it was asked for."""
+        """Returns the place in the queue: by due time, then by creation."""
         return self.at_ms, int(self.body.get("created_ms", 0)), self.id
 
 
 class Run:
-    """A job on its way, on a thread of its own; `over` is called when it has ended."""
+    """A run on a thread of its own; `over` is called at its end."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class Run:
         return self._is_over.is_set()
 
     def cancel(self) -> None:
-        """Ends the job, for good."""
+        """Cancels the job for good."""
         self._cancelled = True
         self._stop_child()
 
     def end(self) -> None:
-        """Ends the run because the node ends; the record stays, for the next start."""
+        """Stops the run because the node stops; the record stays as it is for the next start."""
         self._node_ends.set()
         self._stop_child()
         self._thread.join()
@@ -130,7 +130,7 @@ class Run:
         if child and child.poll() is None:
             with suppress(ProcessLookupError):
                 child.terminate()
-            # Storage may hold it up for ever; what it leaves then, the next run of the same job removes.
+            # Storage may block the worker; the next run of the job removes what it leaves.
             timer = threading.Timer(_PATIENCE, child.kill)
             timer.daemon = True
             timer.start()
@@ -165,7 +165,7 @@ class Run:
         _log.info("job ended", extra={"fields": {"job": self._job, "outcome": (said or {}).get("event", "ended")}})
 
     def _ask_for_scan(self, datastores: set[str | None]) -> None:
-        """Lets the catalogue know of what was made."""
+        """Asks for a scan of the datastores, which have a new file."""
 
         def decide(view: ReplicaView) -> list[Change]:
             found = [view.get(self._service.node, "datastore", name) for name in datastores if name is not None]
@@ -212,7 +212,7 @@ class Run:
         )
 
     def _converse(self, task: Task) -> Mapping[str, Any] | None:
-        """Lets the worker do the task; returns its last word, None when it had none."""
+        """Runs the worker; returns its last event, None if it had none."""
         last: Mapping[str, Any] | None = None
         noise = ""
         with subprocess.Popen(
@@ -246,7 +246,7 @@ class Run:
 
     def _say(self, child: subprocess.Popen[bytes], line: str) -> None:
         assert child.stdin
-        # A worker that has gone is noticed by what it did not say.
+        # A dead worker is noticed by its missing last event.
         with suppress(BrokenPipeError):
             child.stdin.write(line.encode() + b"\n")
             child.stdin.flush()
@@ -254,7 +254,7 @@ class Run:
     def _hear(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
         if said["event"] == "plan":
             if self._update(partial(_planned, said)) is None:
-                # It was cancelled, or the record is gone.
+                # The job was cancelled, or its record is gone.
                 self.cancel()
             else:
                 self._say(child, "go")
@@ -266,7 +266,7 @@ class Run:
             self._update(lambda body: {**body, "state": "running", "progress": progress})
 
     def _outcome(self, said: Mapping[str, Any] | None) -> Callable[[Mapping[str, Any]], Any]:
-        """Returns what becomes of the record; a cancellation that came too late is none."""
+        """Returns the change of the record at the end. A cancellation after the target was made is ignored."""
         if said is not None and said["event"] == "error" and not self._cancelled:
             return _failed(said["message"], said.get("hint"))
         if said is not None and said["event"] == "plan":
@@ -276,7 +276,7 @@ class Run:
         return lambda body: {**body, "state": "cancelled", "ended_ms": wall_ms()}
 
     def _update(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
-        """Changes the job's record as of this moment, and waits until that is durable; returns the new body."""
+        """Changes the current record of the job and waits until that is durable; returns the new body."""
 
         def decide(view: ReplicaView) -> list[Change]:
             record = view.get(self._service.node, "job", self._job)
@@ -332,7 +332,7 @@ def _failed(message: str, hint: str | None) -> Callable[[Mapping[str, Any]], Map
 
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any] | str]:
-    """Yields what a worker says: events, and as text what is none."""
+    """Yields the worker's events, and other output as text."""
     assert child.stdout
     while line := child.stdout.readline(_LONGEST_LINE):
         try:

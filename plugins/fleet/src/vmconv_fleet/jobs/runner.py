@@ -1,8 +1,8 @@
-"""Runs the conversions of a node: what its job records ask for, in programs of their own, and what became of them.
+"""The job runner: runs the conversions that job records ask for, each in a process of its own.
 
-A job's record goes queued -> planned -> running -> done, failed or cancelled. Only this module takes it further, but
-for handlers that make it, or ask for its end. A node that dies leaves the record where it was; at the next start each
-job that was begun is either found done, by its journal, or begun again from nothing.
+A job's record goes queued -> planned -> running -> done, failed or cancelled. Only this module advances it; handlers
+create it and ask for its end. When a node dies the record stays as it is. At the next start the journal tells whether
+the job is done; otherwise it begins again.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from vmconv_fleet.replication.writing import Writes, settled
 _log = logging.getLogger("vmconv_fleet.jobs")
 
 MAX_ATTEMPTS = 3
-"""How often a job may take its node with it."""
+"""How often a job may bring its node down."""
 
 _LOOK_AT_CLOCK = 30.0
 _WORKER_STEP = 0.05
 
 
 class JobRunner:
-    """Converts what the node's job records ask for; `directory` is the node's own."""
+    """Runs the node's jobs; `directory` is the node's own."""
 
     def __init__(self, service: Writes, directory: str, *, command: Sequence[str] = WORKER) -> None:
         self._service = service
@@ -53,7 +53,7 @@ class JobRunner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends what runs, which the next start begins again; returns when nothing runs any more."""
+        """Stops running jobs, which the next start begins again; returns when nothing runs."""
         self._ending.set()
         self._unsubscribe()
         self._events.put(None)
@@ -76,16 +76,16 @@ class JobRunner:
                 self._begin_due()
                 self._wait()
         except FleetError as exc:
-            # The node ends, or its database has failed, which it says itself.
+            # The node stops, or its database failed, which the replica reports.
             _log.info("job runner ends: %s", exc)
         finally:
             for run in list(self._running.values()):
                 run.end()
 
     def _recover(self) -> None:
-        """Settles what the last run of this node left: done after all, cancelled, to be done again, or given up."""
+        """Settles the jobs that the last process left: done, cancelled, to be repeated, or given up."""
         node = self._service.node
-        # Before it serves, the node may not have its own latest records.
+        # Before the node serves, it may lack its own latest records.
         settled(self._service.update(lambda _view: ()), self._ending)
         for record in self._service.view().find("job", node):
             job = Job(record.id, record.body)
@@ -99,14 +99,14 @@ class JobRunner:
             self._look_at(record)
 
     def _wait_for_worker(self, journal: JobJournal) -> None:
-        """Waits until the worker of the last run has ended, as it does when its node has."""
+        """Waits until a worker of the last process has ended, as it does without its node."""
         while not journal.lock():
             if self._ending.wait(_WORKER_STEP):
                 raise ClosedError("the node ends")
         journal.unlock()
 
     def _wait(self) -> None:
-        """Takes note of changed records; returns as well when a job may have become due."""
+        """Handles changed records; also returns when a job may be due."""
         now = wall_ms()
         until = min((job.at_ms - now for job in self._waiting.values() if job.at_ms > now), default=0) / 1000
         with suppress(queue.Empty):
@@ -129,7 +129,7 @@ class JobRunner:
             run.cancel()
 
     def _begin_due(self) -> None:
-        """Begins what is due, as many at a time as policy and batches allow."""
+        """Starts the due jobs, as many at a time as policy and batches allow."""
         for identifier in [key for key, run in self._running.items() if run.is_over]:
             del self._running[identifier]
         if not self._waiting:
@@ -163,7 +163,7 @@ class JobRunner:
 
 
 def _left_over(node: str, identifier: str, made: str | None, view: ReplicaView) -> list[Change]:
-    """Returns what becomes of a job that was begun when its node ended; `made` is the target that it had made."""
+    """Returns the changes of an interrupted job; `made` is the target that it had made."""
     record = view.get(node, "job", identifier)
     if record is None or Job(identifier, record.body).is_over:
         return []

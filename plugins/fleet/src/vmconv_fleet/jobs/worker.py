@@ -39,10 +39,10 @@ _MAX_LISTED = 20
 
 
 class Task(NamedTuple):
-    """What to convert: the disk `name` below the datastore at `root`; `roots` are all datastores that may be touched.
+    """A conversion: the disk `name` below the datastore at `root`; only files below `roots` may be touched.
 
-    `target` is the name of the file to make at `target_root`, or beside the source (None). Without it `naming` makes
-    the name. `journal` is the path of the job's journal. `removable`: the source may go once the target is there.
+    `target` is the name of the file to make, at `target_root` or beside the source (None); without it `naming` makes
+    the name. `journal` is the path of the job's journal. `removable`: the source may be removed afterwards.
     """
 
     job: str
@@ -61,11 +61,11 @@ class Task(NamedTuple):
 
 
 class _Stopped(BaseException):
-    """The conversion is to end. No `Exception`: what readers and writers catch must not be this."""
+    """The conversion has to stop. Not an `Exception`, which readers and writers catch."""
 
 
 class Worker:
-    """Does one task and tells of it."""
+    """Runs one task and reports its events."""
 
     def __init__(self, task: Task, journal: JobJournal) -> None:
         self._task = task
@@ -84,7 +84,7 @@ class Worker:
         task = self._task
         source = place_of(task.root, task.name, self._roots)
         target = self._target(source)
-        # Which layers lie where is decided by the opener for all the datastores, and again on what it has opened.
+        # The opener restricts files to the datastores; the files that it opened are checked again.
         wanted: dict[str, Any] = {
             "target_format": task.format,
             "options": task.options,
@@ -132,12 +132,12 @@ class Worker:
         return path
 
     def _listen(self) -> None:
-        """Waits for the order to go on, and then for the end of whoever gave it."""
+        """Waits for `go`, then for the end of standard input: the end of the node."""
         if sys.stdin.readline():
             self._go.set()
             sys.stdin.read()
         if not self._over.is_set():
-            # To the main thread itself: it may be waiting for what no other thread can interrupt.
+            # To the main thread: it may wait in a call that no other thread can interrupt.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         self._go.set()
 
@@ -147,7 +147,7 @@ class Worker:
         self._go.wait()
 
     def _refuse_elsewhere(self, plan: Plan) -> None:
-        """Raises `AccessError` when the conversion has opened, or would make, a file outside of the datastores."""
+        """Raises AccessError if the conversion opened, or would make, a file outside the datastores."""
         for path in plan.opened:
             refuse_outside(path, os.path.basename(path), self._roots)
         refuse_outside(plan.directory, plan.files[-1].name, self._roots)
@@ -168,7 +168,7 @@ class Worker:
         )
 
     def _created(self, name: str, descriptor: int) -> None:
-        """Writes down which files will be the target, before any of them has its name."""
+        """Writes the journal once all outputs exist, before any has its name."""
         self._made.append(descriptor)
         if len(self._made) == len(self._names):
             self._journal.write(os.path.join(self._directory, self._names[-1]), self._made)
@@ -192,7 +192,7 @@ class Worker:
 
 
 def _remove(source: str, result: Result) -> str | None:
-    """Removes the source of a finished conversion; returns the reason when it has to stay."""
+    """Removes the source of a finished conversion; returns the reason if it has to stay."""
     from vmconv.plugin import Opener, installed
 
     if result.totals.referenced:
@@ -208,7 +208,7 @@ def _remove(source: str, result: Result) -> str | None:
 
 
 def _tell(event: str, **values: Any) -> None:
-    # On one descriptor and in one call: lines of threads must not mix. A node that has gone hears nothing.
+    # One write, so that lines of threads do not mix. A dead node does not read them.
     with suppress(BrokenPipeError):
         os.write(1, json.dumps({"event": event, **values}).encode() + b"\n")
 
@@ -218,9 +218,9 @@ def _stop(_number: int, _frame: object) -> None:
 
 
 def main() -> int:
-    """Does the task that standard input names; returns the exit code."""
+    """Runs the task on standard input; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop)
-    # The terminal's ^C is for the node, which ends its workers itself.
+    # ^C on the terminal is for the node, which stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = Task(**json.loads(sys.stdin.readline()))
     journal = JobJournal(task.journal)
@@ -253,5 +253,5 @@ def _done(task: Task, journal: JobJournal) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # As the program does: taking numpy's modules apart takes longer than what is left to do.
+    # As in the program: destroying numpy's modules takes longer than the rest.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Under which names and addresses this machine can be reached: they go into its certificate."""
+"""The names and addresses of this machine, for its certificate."""
 
 from __future__ import annotations
 

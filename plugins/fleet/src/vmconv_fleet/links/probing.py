@@ -1,4 +1,4 @@
-"""Why there is no link to an address: Zenoh says nothing of a refused handshake, so we make one ourselves and look."""
+"""Probes an address without a link: Zenoh does not report refused handshakes, so this makes one to see why."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vmconv_fleet.trust.peers import common_name
 
 TIMEOUT = 2.0
 _REFUSAL_WAIT = 0.5
-"""How long the other end may take to refuse: in TLS 1.3 it looks at our certificate after our handshake is over."""
+"""How long the other end may take to refuse: in TLS 1.3 it checks our certificate after our handshake has ended."""
 
 
 class Probe(NamedTuple):
-    """What was found at an address: the node there if its certificate is good, and why it cannot be talked to."""
+    """The result of a probe: the node at the address if its certificate is valid, and what prevents a link."""
 
     node: str | None
     kind: str = ""
@@ -25,7 +25,7 @@ class Probe(NamedTuple):
 
 
 def probe(config: NodeConfig, address: str) -> Probe:
-    """Returns who is at the address and whether TLS with it works, within a few seconds."""
+    """Returns who is at the address and whether TLS works, within a few seconds."""
     host, port = split_address(address)
     try:
         context = ssl.create_default_context(cafile=config.path("ca.pem"))
@@ -67,7 +67,7 @@ def _handshake(context: ssl.SSLContext, plain: socket.socket, host: str, address
             "vmconv node renew gets a new one, unless this node was revoked",
         )
     except OSError:
-        # Ended without a word: not what a refusal looks like.
+        # Closed without an alert: not how a refusal looks.
         pass
     finally:
         secured.close()

@@ -1,4 +1,4 @@
-"""TCP connections that a library of this process has opened, and gives no access to."""
+"""TCP connections that a library of this process opened without giving access to them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _OPEN = "/proc/self/fd"
 
 
 def give_up_after(connections: Collection[tuple[str, str]], milliseconds: int) -> int:
-    """Has the kernel end these connections once nothing that was sent is acknowledged for so long (RFC 5482).
+    """Makes the kernel end connections whose sent data is not acknowledged for so long (RFC 5482).
 
-    Each is (near, far), HOST:PORT in numbers. Returns how many were found; one that has just ended is none.
+    Each is (near, far), HOST:PORT in numbers. Returns how many were found.
     """
     found = 0
     for name in os.listdir(_OPEN):

@@ -1,4 +1,4 @@
-"""Notices what Zenoh does not tell: addresses without a link and why, a certificate that ends, that we were revoked."""
+"""Watches for what Zenoh does not report: addresses without a link, expiring certificates, our own revocation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from vmconv_fleet.trust.identity import Binding
 INTERVAL = 5.0
 WARNING = datetime.timedelta(days=14)
 _PATIENCE = 3
-"""How often a probe may succeed without a link following, before that is a problem: Zenoh tries once a second."""
+"""How often a probe may succeed without a link before that is a problem: Zenoh tries once a second."""
 
 
 class Watch:
-    """Looks every few seconds, on its own thread, and reports to the link; `bound` is what our certificate says now."""
+    """Checks every few seconds, on a thread of its own, and reports to the link; `bound` returns our certificate's
+    content.
+    """
 
     def __init__(
         self, config: NodeConfig, link: ZenohLink, bound: Callable[[], Binding], is_revoked: Callable[[], bool]
@@ -58,7 +60,7 @@ class Watch:
                 self._link.report(name, self._judge(address))
 
     def _judge(self, address: str) -> NodeProblem | None:
-        """Returns what is wrong at an address that no neighbour is known to have."""
+        """Returns what is wrong at an address without a known neighbour."""
         # TLS in Python takes memory that a node whose links are all there does not need.
         from vmconv_fleet.links.probing import probe
 

@@ -14,16 +14,19 @@ from vmconv_fleet.config import NodeConfig
 
 LEASE_MS = 3000
 OPEN_TIMEOUT_MS = 1500
-"""Short, because after a partition it is the next attempt that succeeds."""
+"""Short, because after a partition the next attempt succeeds."""
 PER_MEMBER_MS = 200
-"""Both are longer in a large fleet: signs of life on all links are most of what a node does at rest, and when the fleet
-starts all members make links at once, each of which is tried once."""
+"""Both grow with the fleet: keep-alives are most of a node's work at rest, and at the start of a fleet all members
+connect at once, each with one attempt.
+"""
 LONGEST_MS = 10_000
 BLOCKED_US = 500_000
 LIVE_BATCHES = 16
-"""So many times 64 KiB of live messages may wait for a link before one is dropped; Zenoh's own 2 are less than one."""
+"""The number of batches of 64 KiB of live messages that may wait for a link before one is dropped. Zenoh's default, 2,
+is less than one message.
+"""
 MAX_MESSAGE = 2 << 20
-"""What is taken from a peer at most, with room for Zenoh's own headers."""
+"""The largest message accepted from a peer, including Zenoh's headers."""
 
 
 ALL = "all"
@@ -34,7 +37,7 @@ def link_key(fleet: str, sender: str, receiver: str) -> str:
 
 
 def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
-    """Returns Zenoh's configuration as JSON; `members` are the nodes that may tell this one something."""
+    """Returns Zenoh's configuration as JSON; `members` are the nodes that may send to this one."""
     others = sorted({*members} - {config.node})
     settings = {
         "mode": "peer",
@@ -42,14 +45,14 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
         "listen": {"endpoints": [f"tls/{address}" for address in config.listen], "exit_on_failure": True},
         "connect": {
             "endpoints": [f"tls/{address}" for address in config.connect],
-            # For ever, in the background: a fleet begins with its first node.
+            # Without limit, in the background: a fleet begins with its first node.
             "timeout_ms": -1,
             "exit_on_failure": False,
             "retry": {"period_init_ms": 500, "period_max_ms": 1000, "period_increase_factor": 2},
         },
         "scouting": {
             "multicast": {"enabled": False},
-            # One of two connects, not both at once: half as many handshakes, and one link a neighbour.
+            # Only one of two nodes connects: half as many handshakes, and one link for each pair.
             "gossip": {"enabled": config.gossip, "autoconnect_strategy": {"peer": {"to_peer": "greater-zid"}}},
         },
         "transport": _transport(config, len(others)),
@@ -60,7 +63,7 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
 
 
 def lease_ms(size: int) -> int:
-    """Returns for how long a node of so many others may be silent before a link with it has ended."""
+    """Returns after how much silence a link ends, in a fleet with so many other nodes."""
     return _patience(LEASE_MS, size)
 
 
@@ -87,7 +90,7 @@ def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
             },
             "tx": {
                 "lease": lease_ms(size),
-                # By default a put waits five seconds for a peer that is gone.
+                # By default a put waits five seconds for a dead peer.
                 "queue": {
                     "size": {"interactive_high": LIVE_BATCHES},
                     "congestion_control": {"block": {"wait_before_close": BLOCKED_US}},
@@ -99,15 +102,16 @@ def _transport(config: NodeConfig, size: int) -> dict[str, Any]:
 
 
 def _access(fleet: str, node: str, members: list[str]) -> dict[str, Any]:
-    """Returns the rules: nothing is allowed but what a neighbour tells this node under its own name, and the reverse.
+    """Returns the access rules: a neighbour may send under its own name, and this node likewise; all else is denied.
 
-    A member is who its certificate says. Rules are read when a session is opened: a new member means another session.
+    A member is identified by its certificate. Zenoh reads the rules when a session opens: a new member needs a new
+    session.
     """
     rules = [
         _rule("say", ["put"], "egress", link_key(fleet, node, "*")),
         _rule("subscribe", ["declare_subscriber"], "egress", *(link_key(fleet, "*", to) for to in (node, ALL))),
     ]
-    # Without a member the rules would have no subject, which Zenoh refuses.
+    # Zenoh refuses rules without a subject.
     for member in members or [node]:
         heard = [link_key(fleet, member, to) for to in (node, ALL)]
         told = [link_key(fleet, "*", to) for to in (member, ALL)]

@@ -1,8 +1,8 @@
-"""Links to the neighbours, by Zenoh: the engine's transport.
+"""The engine's transport: links to the neighbours by Zenoh.
 
-One thread, the keeper, opens the session, closes it and opens it again, which is how certificates and members change.
-Zenoh calls back on its own threads, where we only put into queues. Who a neighbour is, is what the authority certified:
-the common name of the link's certificate, under which alone it may put.
+One thread, the keeper, opens, closes and reopens the session, to apply new certificates and members. Zenoh calls back
+on its own threads, where we only enqueue. A neighbour is identified by the common name of its certificate, and may put
+under that name only.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.trust.identity import is_node_id
 
 QUIET = 0.3
-"""Seconds without a link that comes or goes before a session is opened anew, which costs all its links for a moment."""
+"""Seconds without a change of links before a session is reopened, which interrupts all its links for a moment."""
 SPREAD = 0.1
-"""Seconds a member by which chance lengthens that: one node after the other opens its session anew, not all at once."""
+"""Seconds a member by which that is lengthened at random, so that nodes reopen one after the other."""
 LONGEST = 1.0
-"""Seconds a member for which others are waited for at most."""
+"""The longest wait for other changes, in seconds a member."""
 URGENT = 1.0
-"""Seconds within which, by chance, the link with a node that was revoked ends."""
+"""Seconds within which, at random, the link with a revoked node ends."""
 MAX_PATIENCE = 64
-"""How much longer a neighbour that has a link and does not listen is waited for when new sessions have not helped."""
+"""The largest factor for the wait for a neighbour that has a link but does not listen."""
 CLOSE_WITHIN = 6.0
-"""Seconds that a session may take to close: with Zenoh 1.10 that was seen to fail after ten, or never to return."""
+"""Seconds that a session may take to close: Zenoh 1.10 was seen to fail after ten, or never to return."""
 MAX_WAITING = 64 << 20
-"""Bytes that may wait to be sent, besides live messages; more is lost, and asked for again by who misses it."""
+"""Bytes of queued messages besides live ones. More is lost, and requested again by the receiver."""
 _log = logging.getLogger("vmconv_fleet.link")
 
 
 class _Ways(NamedTuple):
-    """What is open to a neighbour, or to all of them: live messages may be dropped, the others wait for room."""
+    """The publishers for one neighbour, or for all: live messages may be dropped, bulk ones wait for room."""
 
     live: zenoh.Publisher
     bulk: zenoh.Publisher
@@ -64,7 +64,7 @@ class _Ways(NamedTuple):
 
 
 class _Closing(threading.Thread):
-    """Closes a session, on a thread of its own. Once it has failed Zenoh does not try again."""
+    """Closes a session on a thread of its own. After a failure Zenoh does not try again."""
 
     def __init__(self, session: zenoh.Session) -> None:
         super().__init__(name="link-close", daemon=True)
@@ -80,9 +80,9 @@ class _Closing(threading.Thread):
 
 
 class ZenohLink:
-    """Implements `engine.Transport`; `members` returns the nodes that may be heard, `is_revoked` those that must not.
+    """Implements `engine.Transport`; `members` returns the accepted nodes, `is_revoked` tells the refused ones.
 
-    `changed` is called, on the keeper's thread, when neighbours come or go.
+    `changed` is called on the keeper's thread when neighbours connect or disconnect.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ZenohLink:
         self._changed = changed
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
-        # Each is counted by one thread only: the sender's, and that which sends what waits.
+        # Each is written by one thread only: the sender's, and the bulk thread.
         self._queued_bytes = 0
         self._taken_bytes = 0
         self._open: dict[str, _Ways] = {}
@@ -123,7 +123,7 @@ class ZenohLink:
         self._problems: dict[str, NodeProblem] = {}
         self.counters = {"sent": 0, "received": 0, "dropped": 0, "opened": 0, "callback_errors": 0}
 
-    # What others call, on any thread.
+    # Called on any thread.
 
     def start(self, events: Events) -> None:
         self._events = events
@@ -147,7 +147,7 @@ class ZenohLink:
             self.counters["dropped"] += 1
 
     def close(self) -> None:
-        """Ends; safe to call twice, and before `start`."""
+        """Stops. May be called twice, and before `start`."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -158,14 +158,14 @@ class ZenohLink:
 
     @property
     def hangs(self) -> bool:
-        """Whether, after `close`, a session may be open all the same: the interpreter would not end by itself."""
+        """Returns whether a session may still be open after `close`: the interpreter would then not exit by itself."""
         return any(thread.is_alive() for thread in self._threads) or any(not one.closed for one in self._closing)
 
     def neighbours(self) -> list[str]:
         return sorted(self._connected)
 
     def reached(self, address: str) -> bool:
-        """Returns whether a link to this address, HOST:PORT in numbers, was made from here and lasts."""
+        """Returns whether a link to this address, HOST:PORT in numbers, was made from here and still exists."""
         return any(address == far for links in self._links.values() for _, far in links)
 
     def problems(self) -> list[NodeProblem]:
@@ -191,15 +191,15 @@ class ZenohLink:
         self._reopen()
 
     def renew(self) -> None:
-        """Opens the session again, because certificate, key, authorities or revocations have changed."""
+        """Reopens the session, because certificate, key, authorities or revocations have changed."""
         self._reopen()
 
     def members_changed(self) -> None:
-        """Looks whether others may be heard than those that are; waits a moment for more changes."""
+        """Reopens the session if the accepted members have changed, after a moment for more changes."""
         self._commands.put(self._look_at_members)
 
     def report(self, name: str, problem: NodeProblem | None) -> None:
-        """Keeps what troubles the links, or (None) that this no longer does."""
+        """Sets, or clears with None, a problem of the links."""
         if problem is None:
             self._problems.pop(name, None)
         elif self._problems.get(name) != problem:
@@ -217,7 +217,7 @@ class ZenohLink:
             while not self._ended.is_set():
                 self._next_command()
         finally:
-            # Never at the interpreter's exit: a session with callbacks that is still open then hangs the process.
+            # Not at the interpreter's exit: an open session with callbacks hangs the process there.
             self._close_session()
 
     def _next_command(self) -> None:
@@ -239,15 +239,15 @@ class ZenohLink:
             return
         late = [node for node, due in self._deaf.items() if due <= now]
         if late:
-            # Zenoh 1.10 leaves links of a session behind that closes while others open, and the next session of that
-            # node gets none with whoever is at the other end. Only a new session there ends them.
+            # Zenoh 1.10 keeps links of a session that closes while others open. The next session of that node then gets
+            # no link with the other end until that opens a new session.
             _log.warning("neighbours have a link and do not listen: %s", ", ".join(late))
             self._deaf.clear()
             self._patience = min(2 * self._patience, MAX_PATIENCE)
             self._reopen_when_quiet()
 
     def _reopen_when_quiet(self) -> None:
-        """Opens the session anew when no link has come or gone for a while, or after a long time."""
+        """Reopens the session after a quiet moment, or after the longest wait."""
         if self._reopen_at is None:
             self._reopen_by = time.monotonic() + self._longest() * random.uniform(0.5, 1.0)
             self._wait_for_quiet()
@@ -272,7 +272,7 @@ class ZenohLink:
         try:
             session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
         except zenoh.ZError as exc:
-            # Behind the reason it says where in its sources that was.
+            # Zenoh appends the place in its own sources.
             reason = str(exc).partition(" at /")[0]
             self.report("open", NodeProblem("link", f"links cannot be opened: {reason}"))
             self._reopen_at = time.monotonic() + 2
@@ -283,14 +283,14 @@ class ZenohLink:
         me = self._config.node
 
         def link_event(_event: Any) -> None:
-            # One look is enough for all links that come or go until it begins.
+            # One look covers all changes until it begins.
             if self._looking != generation:
                 self._looking = generation
                 self._commands.put(lambda: self._look_at_links(generation))
 
         self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
         remote = zenoh.Locality.REMOTE
-        # First what is for all: whoever sees that we listen to what is for us may tell us either.
+        # First the subscription for all: a peer that sees ours may send either.
         keys = [link_key(self._config.fleet, "*", to) for to in (ALL, me)]
         self._declared = [
             *(session.declare_subscriber(key, self._heard, allowed_origin=remote) for key in keys),
@@ -311,7 +311,7 @@ class ZenohLink:
             closing = _Closing(session)
             self._closing = [closing, *(one for one in self._closing if not one.closed)]
             closing.start()
-            # Whatever becomes of it, the keeper goes on.
+            # Whatever happens, the keeper continues.
             closing.join(CLOSE_WITHIN)
             if closing.is_alive():
                 _log.warning("a session did not close within %g s", CLOSE_WITHIN)
@@ -323,7 +323,7 @@ class ZenohLink:
         wanted = self._who_may()
         revoked = self._allowed - wanted
         if revoked:
-            # Nothing is taken from it from now on; its link ends with the session.
+            # From now on its messages are ignored; its link ends with the session.
             self._allowed = self._allowed & wanted
             for node in revoked:
                 self._drop(node)
@@ -332,9 +332,9 @@ class ZenohLink:
             self._reopen_when_quiet()
 
     def _look_at_links(self, generation: int) -> None:
-        """Meets those that there is a link with, and drops the others.
+        """Connects the nodes with a link and disconnects the others.
 
-        What an event says may be old: one link of a neighbour begins before the event comes that another has ended.
+        Events may be late: one link of a neighbour may begin before the event about the end of another.
         """
         self._looking = 0
         if generation != self._generation or self._session is None:
@@ -351,30 +351,30 @@ class ZenohLink:
             else:
                 ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
                 links.setdefault(node, set()).add(ends)
-        # Both ends may have made one: they belong together, and may end one after the other.
+        # Both ends may have made a link: they belong together, and may end one after the other.
         for node in [one for one in self._open if one != ALL and links.get(one, set()).isdisjoint(self._links[one])]:
             self._drop(node)
         if self._reopen_at is not None and links != self._links:
             self._wait_for_quiet()
         self._bound(set().union(*links.values()) - set().union(*self._links.values()))
         self._links = links
-        # Whom the authority has certified, and whose record has not come yet.
+        # Certified by the authority, but its record has not arrived yet.
         self._seen |= links.keys() - self._allowed
         self._look_at_members()
         for node in links:
             self._meet(generation, node)
 
     def _bound(self, links: set[tuple[str, str]]) -> None:
-        """Lets the kernel end links whose other end has gone.
+        """Makes the kernel end links whose other end is gone.
 
-        Zenoh 1.10 closes a link once what it has written is sent. Behind a partition that lasts as long as TCP tries,
-        and a new link with the same node that comes meanwhile is mute, and ends with the old one.
+        Zenoh 1.10 closes a link after its pending data is sent. Behind a partition that lasts as long as TCP tries. A
+        new link with the same node in that time is mute, and ends with the old one.
         """
         if links:
             give_up_after(links, lease_ms(len(self._allowed)))
 
     def _meet(self, generation: int, node: str) -> None:
-        """Opens the ways to a neighbour; it counts as connected once it listens."""
+        """Declares the publishers for a neighbour; it counts as connected once it listens."""
         if node in self._open or self._session is None:
             return
         ways = _Ways.to(self._session, link_key(self._config.fleet, self._config.node, node))
@@ -385,7 +385,7 @@ class ZenohLink:
 
         self._open[node] = ways
         self._deaf[node] = time.monotonic() + self._patience * 2 * self._longest()
-        # Without a thread of its own: there is one for each neighbour.
+        # Not a thread for each neighbour.
         direct: Any = zenoh.handlers.Callback(matched, indirect=False)
         self._watched[node] = ways.live.declare_matching_listener(direct)
         status: Any = ways.live.matching_status
@@ -406,7 +406,7 @@ class ZenohLink:
         self._changed()
 
     def _drop(self, node: str) -> None:
-        # Not undeclared: somebody may be in a put of one, which then cannot be.
+        # Not undeclared: another thread may be in a put.
         if self._open.pop(node, None) is None:
             return
         self._deaf.pop(node, None)
@@ -418,7 +418,7 @@ class ZenohLink:
             with contextlib.suppress(zenoh.ZError):
                 watched.undeclare()
 
-    # Zenoh's threads, and those of who sends.
+    # Called on Zenoh's threads and on the senders'.
 
     def _heard(self, sample: zenoh.Sample) -> None:
         try:
@@ -428,7 +428,7 @@ class ZenohLink:
                 self.counters["received"] += 1
                 self._events.received(sender, message)
         except Exception:
-            # Zenoh swallows it otherwise.
+            # Zenoh would swallow it.
             self.counters["callback_errors"] += 1
             _log.exception("a message could not be taken")
 
@@ -441,7 +441,7 @@ class ZenohLink:
             (ways.live if message[0] == LIVE else ways.bulk).put(message)
             self.counters["sent"] += 1
         except zenoh.ZError:
-            # The neighbour has gone, or the session was closed under us.
+            # The neighbour is gone, or the session was closed meanwhile.
             self.counters["dropped"] += 1
 
     def _send_waiting(self) -> None:

@@ -1,7 +1,7 @@
-"""The API's sockets: opened at start, served from the first connection on.
+"""The API's sockets: opened at the start, served from the first connection on.
 
-FastAPI and what comes with it take more memory than the rest of a node. Most nodes are never asked anything over
-HTTP, so the daemon only listens, and imports when somebody comes.
+FastAPI and its dependencies take more memory than the rest of a node. Most nodes are never asked over HTTP, so the
+daemon only listens, and imports them at the first connection.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
 
 GRACE_S = 2
-"""How long open requests may go on when the daemon ends."""
+"""How long open requests may continue when the daemon stops."""
 _log = logging.getLogger("vmconv_fleet.api")
 
 
 class ApiSockets:
-    """Serves the API on the node's Unix socket and, if the settings say so, by HTTPS."""
+    """Serves the API on the node's Unix socket and, if configured, over HTTPS."""
 
     def __init__(self, config: NodeConfig, service: NodeService, link: ZenohLink) -> None:
         self._config = config
@@ -42,7 +42,7 @@ class ApiSockets:
         self._thread = threading.Thread(target=self._run, name="api", daemon=True)
 
     def start(self) -> None:
-        """Listens; `FleetError` when an address cannot be had."""
+        """Listens. Raises FleetError if an address is not available."""
         self._sockets.append(_listen_locally(self._config.socket))
         if self._config.api:
             self._sockets.append(_listen(self._config.api))
@@ -54,7 +54,7 @@ class ApiSockets:
         return int(self._sockets[1].getsockname()[1]) if len(self._sockets) > 1 else None
 
     def renew(self) -> None:
-        """Reads certificate and key again, for connections to come."""
+        """Reloads certificate and key for new connections."""
         for server in self._servers:
             if server.config.ssl is not None:
                 server.config.ssl.load_cert_chain(
@@ -119,7 +119,7 @@ class ApiSockets:
 
 
 def _listen_locally(path: str) -> socket.socket:
-    """Returns the Unix socket that only the node's own user can connect to."""
+    """Returns a Unix socket that only the node's own user can connect to."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

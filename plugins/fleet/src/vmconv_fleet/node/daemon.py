@@ -1,4 +1,4 @@
-"""A running node: links, replica, API, scanning and jobs in one process, which ends when it is told to, always."""
+"""The daemon: links, replica, API, scanner and job runner in one process that always ends on request."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from vmconv_fleet.trust.renewal import Renewal
 
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
-"""Whatever still runs that long after the daemon was told to end is left behind."""
+"""What still runs so long after the request to stop is abandoned."""
 FOUNDED = "founded"
-"""A file in a node's directory: nobody else can have newer records of this node than its database, which is new."""
+"""A file in a node's directory: the node is new, so no neighbour can have newer records of it than its database."""
 _log = logging.getLogger("vmconv_fleet.daemon")
 
 
 class Daemon:
-    """A node, from `start` until `close`; both on the same thread."""
+    """A node, from `start` to `close`, both on the same thread."""
 
     def __init__(self, config: NodeConfig, *, handlers: Mapping[str, Handler] | None = None) -> None:
         self.config = config
@@ -60,7 +60,7 @@ class Daemon:
         self._heartbeat = HeartbeatWriter(self.service, self.link)
 
     def start(self) -> None:
-        """Returns once everything runs; what was started before a failure is ended by `close`."""
+        """Returns once everything runs. After a failure `close` stops what was started."""
         parts = self._parts
         parts.callback(self.service.close)
         parts.callback(self.service.subscribe(self._written))
@@ -77,11 +77,11 @@ class Daemon:
         self._start_work()
 
     def close(self) -> None:
-        """Ends everything, the last started first; always returns, whatever failed before."""
+        """Stops everything, the last started first. Always returns, whatever failed before."""
         self._parts.close()
 
     def renew(self) -> None:
-        """Reads the node's keys and certificate again and uses them from now on, without a restart."""
+        """Reloads the node's keys and certificate, without a restart."""
         found = self._credentials = credentials.load(self.config)
         self.trust.learn_certificate(found.certificate)
         self.service.update(lambda _view: self._use(found)).result(PATIENCE_MS / 1000)
@@ -97,7 +97,7 @@ class Daemon:
     def _make_service(self, handlers: Mapping[str, Handler]) -> NodeService:
         patience: int | None = PATIENCE_MS
         if not os.path.exists(self.config.database):
-            # A database that was lost is not to be begun anew: somebody else has what was in it.
+            # A lost database must not begin at zero: neighbours have its records.
             patience = 0 if os.path.exists(self.config.path(FOUNDED)) else None
         return NodeService(
             fleet=self.config.fleet,
@@ -112,7 +112,7 @@ class Daemon:
         )
 
     def _say_who_it_is(self) -> None:
-        """Writes who the node is, as soon as it may write, and its certificate if that was renewed since."""
+        """Writes the node's record as soon as possible, and its certificate if that was renewed."""
         certificate, node = _certificate_record(self._credentials), node_record(self.config, self.api.port)
 
         def decide(view: ReplicaView) -> list[Change]:
@@ -129,7 +129,7 @@ class Daemon:
         return Renewal(self.config, lambda: self._credentials.renew_at, self.renew)
 
     def _start_joining(self) -> None:
-        """Lets nodes in, where the authority is."""
+        """Serves joining nodes, if the authority is here."""
         if not self.config.join or not os.path.exists(self.config.path(os.path.join("authority", "ca.key"))):
             return
         from vmconv_fleet.trust.authority import Authority
@@ -142,7 +142,7 @@ class Daemon:
         joining.start()
 
     def _start_work(self) -> None:
-        """Scans the datastores and converts."""
+        """Starts the scanner and the job runner."""
         from vmconv_fleet.catalogue.scanning import Scanner
         from vmconv_fleet.jobs.runner import JobRunner
 
@@ -157,7 +157,7 @@ class Daemon:
         self._heartbeat.changed()
 
     def _written(self, records: list[Record]) -> None:
-        """Looks at what was written; on the replica's thread."""
+        """Handles committed records; on the replica's thread."""
         if any(record.kind in ("certificate", "revocation") for record in records):
             self.link.members_changed()
 
@@ -167,10 +167,10 @@ def _certificate_record(found: credentials.Credentials) -> Change:
 
 
 def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mapping[str, Handler] | None = None) -> int:
-    """Runs the node until SIGTERM or SIGINT and returns the exit code; `ready` is called once it is up.
+    """Runs the node until SIGTERM or SIGINT and returns the exit code; calls `ready` once it is up.
 
-    SIGHUP makes it read its certificate and keys again. A thread that dies of an exception ends the daemon with code 1.
-    It does not return, and the process ends, where a session of the links does not close.
+    SIGHUP reloads certificate and keys. An exception that ends a thread ends the daemon with code 1. If a session of
+    the links does not close, the process exits here instead of returning.
     """
     with _locked(config), _Signals() as told:
         daemon = Daemon(config, handlers=handlers)
@@ -186,8 +186,8 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
                 told.has_ended()
         code = 1 if told.failed else 0
     if daemon.link.hangs:
-        # Zenoh's threads call Python, so the interpreter would wait for them at its exit: for ever. All that is ours
-        # has been closed and is durable.
+        # Zenoh's threads call Python, so the interpreter would wait for them at exit, without end. All of ours is
+        # closed and durable.
         _log.warning("the process ends with a session of the links open")
         logging.shutdown()
         sys.stdout.flush()
@@ -203,10 +203,10 @@ def _renew(daemon: Daemon) -> None:
 
 
 class _Signals:
-    """Catches the signals that the daemon knows, and exceptions that end threads, while the block runs.
+    """Catches the daemon's signals, and exceptions that end threads, while the block runs.
 
-    They arrive as bytes, written by the interpreter's own handler in C: what a handler in Python would do may be left
-    undone for ever, when the signal comes while the main thread is just about to wait.
+    The interpreter's C handler writes signals as bytes into a socket. A handler in Python might never run if the signal
+    arrives just before the main thread waits.
     """
 
     def __init__(self) -> None:
@@ -231,29 +231,29 @@ class _Signals:
         self._tell.close()
 
     def next(self) -> int:
-        """Waits for what there is to do: SIGHUP asks for a renewal, everything else for the end."""
+        """Waits for the next event: SIGHUP asks for a renewal, anything else for the end."""
         return self._told.recv(1)[0]
 
     def must_end(self) -> None:
-        """Ends the process in a while, by force, whatever still hangs then; says where."""
+        """Ends the process by force after a while, with a traceback, if something hangs."""
         faulthandler.dump_traceback_later(END_WITHIN_S, exit=True)
 
     def has_ended(self) -> None:
-        """Takes `must_end` back: nothing hangs."""
+        """Cancels `must_end`."""
         faulthandler.cancel_dump_traceback_later()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         name = failure.thread.name if failure.thread else "?"
         _log.critical("thread %s died", name, exc_info=failure.exc_value)
         self.failed = True
-        # When it is full, or closed, the daemon is about to end anyway.
+        # If the socket is full or closed, the daemon is about to end anyway.
         with contextlib.suppress(OSError):
             self._tell.send(bytes([signal.SIGTERM]))
 
 
 @contextmanager
 def _locked(config: NodeConfig) -> Iterator[None]:
-    """Keeps a second process from running the same node; the file has the process id, for `running`."""
+    """Prevents a second process for the same node; the lock file has the process id, for `running`."""
     with open(config.path("lock"), "a+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,7 +274,7 @@ def _pid(config: NodeConfig) -> str:
 
 
 def running(config: NodeConfig) -> int | None:
-    """Returns the process id of the daemon that runs the node, or None when none does."""
+    """Returns the process id of the node's daemon; None if it does not run."""
     with contextlib.suppress(FileNotFoundError, ValueError), open(config.path("lock"), encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

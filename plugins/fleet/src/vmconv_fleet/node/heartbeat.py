@@ -1,4 +1,4 @@
-"""What a node says of itself: at its start who it is, then, every few seconds, that it is there and whom it hears."""
+"""The node's own telemetry: its record at the start, then a heartbeat every few seconds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 INTERVAL = 5.0
 PER_NODE = 0.4
-"""Seconds by which each node of a large fleet lengthens the interval, so that all of them together stay quiet."""
+"""Seconds by which each node of a large fleet lengthens the interval, to limit the total traffic."""
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
-"""Seconds that a change of the neighbours waits for more of them, and a fifth of what the interval is longer by."""
+"""Seconds that a change of neighbours waits for more changes, besides a fifth of the lengthening of the interval."""
 SCHEMA = 1
 
 
 def node_record(config: NodeConfig, api_port: int | None) -> Change:
-    """Returns the record of who the node is."""
+    """Returns the record of the node itself."""
     host = config.api.rpartition(":")[0]
     body: dict[str, Any] = {
         "name": config.name,
@@ -41,13 +41,13 @@ def node_record(config: NodeConfig, api_port: int | None) -> Change:
 
 
 def _memory() -> int:
-    """Returns the bytes of this process that are in memory."""
+    """Returns the resident memory of this process in bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class HeartbeatWriter:
-    """Writes the heartbeat on a thread of its own; at once, or nearly, after `changed`."""
+    """Writes heartbeats on a thread of its own, and one soon after `changed`."""
 
     def __init__(self, service: NodeService, link: ZenohLink) -> None:
         self._service = service
@@ -76,11 +76,11 @@ class HeartbeatWriter:
                 self._changed.clear()
 
     def _beat(self) -> float:
-        """Has one heartbeat written, if the last one is, and returns the seconds until the next."""
+        """Writes a heartbeat unless the last one still waits; returns the seconds until the next."""
         positions = self._service.view().positions()
         interval = min(max(INTERVAL, PER_NODE * len(positions)), MAX_INTERVAL)
         if self._written is not None and not self._written.done():
-            # The node still recovers its own records, or storage is slow: one that waits is enough.
+            # The node still recovers its records, or storage is slow: one pending heartbeat is enough.
             return interval
         problems = [problem.text for problem in (*self._link.problems(), *self._service.problems())]
         body = {

@@ -1,1 +1,1 @@
-"""Who is believed: identities, the certificate authority, joining, and the roles and tokens of people."""
+"""Trust: identities, the certificate authority, joining, and the roles and tokens of people."""

@@ -43,19 +43,19 @@ AUTHORITY_LIFETIME = datetime.timedelta(days=20 * 365)
 TOKEN_LIFETIME = 3600.0
 MAX_NAMES = 64
 _CLOCKS_DIFFER = datetime.timedelta(hours=1)
-"""How far back a certificate begins, for nodes whose clock is behind."""
+"""How far a certificate is backdated, for nodes whose clock is behind."""
 _REVOCATION_CONTEXT = b"vmconv fleet revocation\0"
 
 
 class AuthorityError(IdentityError):
-    """This node does not hold the authority, or what was asked of it is refused."""
+    """This node does not hold the authority, or the authority refuses."""
 
 
 class Invitation(NamedTuple):
-    """What a node that joins has to know: where to ask, with what, and whom to believe.
+    """What a joining node needs: the address, the token, and the fingerprint of the authority.
 
     As text `vmconv-join://HOST:PORT/NODE/FINGERPRINT/TOKEN`; the fingerprint is the SHA-256 of the authority's
-    certificate, so that whoever answers at that address cannot be somebody else.
+    certificate, which identifies the server at that address.
     """
 
     address: str
@@ -90,7 +90,7 @@ class Authority:
 
     @classmethod
     def found(cls, directory: str, fleet: str) -> Self:
-        """Makes the authority of a new fleet in a node's directory, with its certificate in `ca.pem`."""
+        """Creates the authority of a new fleet in a node's directory, with its certificate in `ca.pem`."""
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _self_signed(key, fleet)
         os.mkdir(os.path.join(directory, "authority"), 0o700)
@@ -100,7 +100,7 @@ class Authority:
 
     @classmethod
     def load(cls, directory: str) -> Self:
-        """Returns the authority that a node holds; `AuthorityError` when it holds none."""
+        """Returns the authority of a node. Raises AuthorityError if the node has none."""
         path = os.path.join(directory, "authority", "ca.key")
         try:
             with open(path, "rb") as file:
@@ -113,7 +113,7 @@ class Authority:
 
     @classmethod
     def of_key(cls, directory: str, pem: bytes) -> Self:
-        """Returns the authority with this key, whose certificate has to be in the node's `ca.pem`."""
+        """Returns the authority with this key, whose certificate must be in the node's `ca.pem`."""
         try:
             key = serialization.load_pem_private_key(pem, None)
         except (ValueError, TypeError) as exc:
@@ -135,18 +135,18 @@ class Authority:
         return str(name.value)
 
     def export(self) -> bytes:
-        """Returns the authority's private key as PEM: whoever has it can let nodes in."""
+        """Returns the authority's private key as PEM: its holder can admit nodes."""
         return private_pem(self._key)
 
     def adopt(self) -> None:
-        """Keeps the key in the node's directory, which from now on holds the authority too."""
+        """Stores the key in the node's directory, which then holds the authority too."""
         os.makedirs(os.path.join(self._directory, "authority"), 0o700, exist_ok=True)
         write_private(os.path.join(self._directory, "authority", "ca.key"), private_pem(self._key))
 
     def issue(self, request: bytes, *, lifetime: datetime.timedelta = NODE_LIFETIME, node: str | None = None) -> bytes:
-        """Returns the PEM certificate that a request asks for; with `node`, only for that one.
+        """Returns the PEM certificate for a request; with `node`, only for that node.
 
-        Nothing is taken over from the request but the keys, the node id and its addresses.
+        Only the keys, the node id and the addresses are taken from the request.
         """
         asked = _checked_request(request)
         (name,) = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -178,25 +178,24 @@ class Authority:
     def revocation(
         self, node: str, *, key_id: str | None = None, upto: list[int] | None = None, retired: bool = False
     ) -> dict[str, Any]:
-        """Returns the body of a revocation: of one signing key of a node, or of the node with all it has or will have.
+        """Returns the body of a revocation: of one signing key of a node, or of all its present and future keys.
 
-        `upto` is the owner's position (epoch, seq) that is known now: what it signed up to there stays good, so that
-        all replicas agree on what they accept; beyond it nothing does. `retired`: the node's records are dropped as
-        well.
+        `upto` is the owner's position (epoch, seq) that is known now. Records up to it stay valid, so that all replicas
+        agree; later ones are refused. `retired`: the node's records are dropped as well.
         """
         said = {"node": node, "key_id": key_id, "upto": upto or [0, 0], "retired": retired, "at": _now_ms()}
         signature = self._key.sign(_REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
         return {**said, "signature": signature.hex()}
 
     def make_token(self, lifetime: float = TOKEN_LIFETIME, *, now: float | None = None) -> str:
-        """Returns a new token that lets one node join; only its hash is kept."""
+        """Returns a new token that admits one node; only its hash is kept."""
         token = secrets.token_urlsafe(24)
         with self._tokens() as tokens:
             tokens[_hashed(token)] = (time.time() if now is None else now) + lifetime
         return token
 
     def invite(self, config: NodeConfig, *, lifetime: float = TOKEN_LIFETIME, host: str | None = None) -> Invitation:
-        """Returns an invitation for one node, which will reach the holder of the authority at `host`."""
+        """Returns an invitation for one node, which reaches the authority at `host`."""
         if not config.join:
             raise AuthorityError(f"{config.directory}: nodes cannot join here", hint="set join in node.toml")
         host = host or next((one for one in config.addresses if not _is_loopback(one)), "127.0.0.1")
@@ -204,7 +203,7 @@ class Authority:
         return Invitation(join_address(host, port), config.node, self.fingerprint, self.make_token(lifetime))
 
     def redeem(self, token: str, *, now: float | None = None) -> None:
-        """Uses a token up; `AuthorityError` when it was never made, was used, or has expired."""
+        """Uses up a token. Raises AuthorityError if it is unknown, used, or expired."""
         with self._tokens() as tokens:
             expires = tokens.pop(_hashed(token), None)
         if expires is None:
@@ -214,7 +213,7 @@ class Authority:
 
     @contextmanager
     def _tokens(self) -> Iterator[dict[str, float]]:
-        """Gives the tokens that were not used yet, and keeps what the block leaves of them; one process at a time."""
+        """Locks the unused tokens and stores what the block leaves of them."""
         path = os.path.join(self._directory, "authority", "tokens.json")
         with open(path + ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -243,7 +242,7 @@ def _canonical(body: dict[str, Any]) -> bytes:
 
 
 def is_revocation(body: Mapping[str, Any], authorities: list[x509.Certificate]) -> bool:
-    """Returns whether the body of a revocation was signed by one of the authorities."""
+    """Returns whether one of the authorities signed this body of a revocation."""
     said = {name: body.get(name) for name in ("node", "key_id", "upto", "retired", "at")}
     try:
         signature = bytes.fromhex(str(body.get("signature")))
@@ -264,7 +263,7 @@ def _verifies(authority: x509.Certificate, signature: bytes, said: dict[str, Any
 
 
 def _checked_request(pem: bytes) -> x509.CertificateSigningRequest:
-    """Returns a request whose signature and contents are such as a node makes; `AuthorityError` otherwise."""
+    """Returns the request. Raises AuthorityError unless its signature and content are those of a node's request."""
     try:
         asked = x509.load_pem_x509_csr(pem[:MAX_PEM])
         names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

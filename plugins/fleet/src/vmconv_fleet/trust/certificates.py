@@ -1,4 +1,4 @@
-"""Whose signatures a replica accepts: what the records of kind `certificate` and `revocation` say."""
+"""The keys whose signatures a replica accepts, from records of the kinds `certificate` and `revocation`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from vmconv_fleet.replication.records import Position, Record
 
 _ALL_KEYS = ""
-"""Stands for every key of a node in the table of what was revoked."""
+"""Stands for all keys of a node among the revoked ones."""
 
 
 class CertificateTrust:
-    """Certificates and revocations that the fleet's authority signed; may be asked from any thread.
+    """Certificates and revocations signed by the fleet's authority. May be asked from any thread.
 
-    Neither is believed because of who wrote the record: the authority's signature is in the body. So a certificate may
-    come from whoever has it, and a revocation from any holder of the authority.
+    The authority's signature in the body counts, not the writer of the record. So anyone may forward a certificate, and
+    any holder of the authority may revoke.
     """
 
     def __init__(self, authorities: bytes) -> None:
@@ -44,31 +44,31 @@ class CertificateTrust:
         self._retired: set[str] = set()
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
-        """Returns whether the owner signed all of this, by a key that was not revoked before this position."""
+        """Returns whether the owner signed all of it with a key that is not revoked at this position."""
         key = self._keys.get((owner, key_id))
         if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
             return False
         return self._signatures.good(key, signed)
 
     def learn(self, record: Record) -> bool:
-        """Takes in a certificate or revocation; False for any other record, and for what the authority did not sign."""
+        """Learns a certificate or revocation; returns False for other records and without the authority's signature."""
         if record.kind == "certificate":
             return self.learn_certificate(str(record.body.get("pem")).encode()) is not None
         return record.kind == "revocation" and self.learn_revocation(record.body)
 
     def retired(self, owner: str) -> bool:
-        """Returns whether the node has left for ever."""
+        """Returns whether the node has left for good."""
         return owner in self._retired
 
     def learn_certificate(self, pem: bytes) -> Binding | None:
-        """Returns what the certificate binds, or None when it is none of this fleet's."""
+        """Returns the content of a certificate; None if it is not of this fleet."""
         try:
             return self._bind(read_certificate(pem))
         except IdentityError:
             return None
 
     def learn_members(self, pem: bytes) -> None:
-        """Takes in certificates of members; `IdentityError` at the first that is damaged, or none of this fleet's."""
+        """Learns members' certificates. Raises IdentityError at the first that is damaged or not of this fleet."""
         for certificate in read_certificates(pem):
             self._bind(certificate)
 
@@ -80,7 +80,7 @@ class CertificateTrust:
         return bound
 
     def learn_revocation(self, body: Mapping[str, Any]) -> bool:
-        """Returns whether the authority signed it; the earliest of several for one key counts."""
+        """Returns whether the authority signed it. The earliest of several for one key counts."""
         if not is_revocation(body, self._authorities):
             return False
         epoch, seq = body["upto"]
@@ -92,7 +92,7 @@ class CertificateTrust:
         return True
 
     def is_revoked(self, node: str, key_id: str = _ALL_KEYS, position: tuple[int, int] | None = None) -> bool:
-        """Returns whether the node, or this key of it, was revoked; with a position, whether it was for that one."""
+        """Returns whether the node, or this key, is revoked; with a position, whether the revocation covers it."""
         found = [self._revoked.get((node, name)) for name in {_ALL_KEYS, key_id}]
         limits = [limit for limit in found if limit is not None]
         return bool(limits) and (position is None or position > min(limits))
@@ -101,7 +101,7 @@ class CertificateTrust:
         return node in self._bindings
 
     def members(self) -> Iterable[str]:
-        """Returns the nodes that have a certificate and were not revoked, in no order."""
+        """Returns the nodes with a certificate that is not revoked, in no order."""
         with self._lock:
             return [
                 node

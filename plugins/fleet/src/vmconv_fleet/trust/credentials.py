@@ -35,7 +35,7 @@ RENEW_AT = 2 / 3
 
 
 class Credentials(NamedTuple):
-    """What a node proves itself with; `bound` is what its certificate says."""
+    """The credentials of a node; `bound` is the content of its certificate."""
 
     keys: Keys
     certificate: bytes
@@ -44,7 +44,7 @@ class Credentials(NamedTuple):
 
 
 def load(config: NodeConfig) -> Credentials:
-    """Returns the node's credentials; `IdentityError` when they are missing, damaged, or of another node or fleet."""
+    """Returns the credentials. Raises IdentityError if they are missing, damaged, or of another node or fleet."""
     keys = Keys.load(config.path("identity"))
     certificate = _read(config.credential("node.pem"))
     parsed = read_certificate(certificate)
@@ -63,7 +63,7 @@ def load(config: NodeConfig) -> Credentials:
 
 
 def install(directory: str, keys: Keys, certificate: bytes) -> None:
-    """Makes these the node's credentials; a crash leaves the old ones or the new ones."""
+    """Installs the node's credentials; after a crash the old or the new ones are there."""
     name = f"identity.{read_certificate(certificate).serial_number:x}"
     place, link = os.path.join(directory, name), os.path.join(directory, "identity")
     with os_errors("installing a certificate", IdentityError):
@@ -80,13 +80,13 @@ def install(directory: str, keys: Keys, certificate: bytes) -> None:
 
 
 def keep_members(directory: str, certificates: Iterable[bytes]) -> None:
-    """Keeps certificates of members, so that the node knows whom to hear before it has their records."""
+    """Stores members' certificates, so that the node knows its neighbours before it has their records."""
     with os_errors("keeping the members' certificates", IdentityError):
         write_private(os.path.join(directory, "members.pem"), b"".join(certificates))
 
 
 def read_members(config: NodeConfig) -> bytes:
-    """Returns the certificates that were kept, which may be none; nobody has verified them."""
+    """Returns the stored certificates, possibly none, unverified."""
     path = config.path("members.pem")
     if not os.path.exists(path):
         return b""
@@ -95,16 +95,16 @@ def read_members(config: NodeConfig) -> bytes:
 
 
 def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:
-    """Gets a new certificate from an authority, this node's own if it holds it, and installs it.
+    """Requests a new certificate from an authority, possibly this node's own, and installs it.
 
-    With `new_keys` for new keys; what was signed with the old signing key stays good.
+    `new_keys`: for new keys. Earlier signatures stay valid.
     """
     keys = Keys.generate() if new_keys else Keys.load(config.path("identity"))
     request = keys.request(config.node, config.fleet, config.addresses)
     if os.path.exists(config.path(os.path.join("authority", "ca.key"))):
         certificate = Authority.load(config.directory).issue(request, node=config.node)
     else:
-        # Its modules take memory, and are needed once in months.
+        # Its modules take memory and are needed once in months.
         from vmconv_fleet.trust.joining import Granted, first_that_answers, renew
 
         granted: Granted = first_that_answers(config.authorities, lambda address: renew(config, address, request))

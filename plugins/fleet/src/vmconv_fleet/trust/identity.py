@@ -34,18 +34,18 @@ SIGNING_NAME = "vmconv:ed25519:"
 NODE_ID_DIGITS = 32
 MAX_PEM = 64 << 10
 MAX_MEMBERS = 4 << 20
-"""Bytes of members' certificates: no more are read, and no more is a node told that joins."""
+"""The limit for members' certificates in bytes."""
 MAX_ROOTS = 8192
 _RECORD_CONTEXT = b"vmconv fleet record\0"
-"""Goes before what is signed, so that a signature of a record is never one of anything else."""
+"""A prefix of all signed data, so that a record's signature is never valid for anything else."""
 
 
 class IdentityError(FleetError):
-    """A key or certificate is missing, damaged, or not what it has to be."""
+    """A key or certificate is missing, damaged, or not valid."""
 
 
 def new_node_id() -> str:
-    """Returns a random id: 32 hex digits, the first not 0, as Zenoh's ids are."""
+    """Returns a random id: 32 hex digits, the first not 0, as in Zenoh."""
     while True:
         text = secrets.token_hex(NODE_ID_DIGITS // 2)
         if is_node_id(text):
@@ -57,12 +57,12 @@ def is_node_id(text: str) -> bool:
 
 
 def key_id_of(key: Ed25519PublicKey) -> str:
-    """Returns the name of a signing key: 32 hex digits of its SHA-256."""
+    """Returns the id of a signing key: 32 hex digits of its SHA-256."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:32]
 
 
 class Binding(NamedTuple):
-    """What a node's certificate says, once the authority's signature on it was found good."""
+    """The content of a node's certificate, after its signature was verified."""
 
     node: str
     fleet: str
@@ -73,7 +73,7 @@ class Binding(NamedTuple):
 
 
 def read_certificate(pem: bytes) -> x509.Certificate:
-    """Returns the first certificate of a PEM text; `IdentityError` when there is none."""
+    """Returns the first certificate of a PEM text. Raises IdentityError if there is none."""
     if len(pem) > MAX_PEM:
         raise IdentityError(f"certificate of {len(pem)} bytes, at most {MAX_PEM} are read")
     try:
@@ -83,7 +83,7 @@ def read_certificate(pem: bytes) -> x509.Certificate:
 
 
 def read_certificates(pem: bytes) -> list[x509.Certificate]:
-    """Returns all certificates of a PEM text, in which there may be none; `IdentityError` when one is damaged."""
+    """Returns all certificates of a PEM text, possibly none. Raises IdentityError if one is damaged."""
     if len(pem) > MAX_MEMBERS:
         raise IdentityError(f"certificates of {len(pem)} bytes, at most {MAX_MEMBERS} are read")
     try:
@@ -93,7 +93,7 @@ def read_certificates(pem: bytes) -> list[x509.Certificate]:
 
 
 def read_authorities(pem: bytes) -> list[x509.Certificate]:
-    """Returns the authority's certificates, the newest last; `IdentityError` when there is none."""
+    """Returns the authority's certificates, the newest last. Raises IdentityError if there is none."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as exc:
@@ -101,10 +101,9 @@ def read_authorities(pem: bytes) -> list[x509.Certificate]:
 
 
 def binding(certificate: x509.Certificate, authorities: list[x509.Certificate]) -> Binding:
-    """Returns what the certificate says; `IdentityError` unless one of the authorities signed it for a node.
+    """Returns the content of a certificate. Raises IdentityError unless one of the authorities signed it for a node.
 
-    Whether it has expired is not looked at: clocks differ, and what a node signed while it was valid stays signed.
-    Links refuse expired certificates.
+    Expiry is not checked: clocks differ, and signatures of its lifetime stay valid. Links refuse expired certificates.
     """
     if not any(_signed_by(certificate, authority) for authority in authorities):
         raise IdentityError(f"certificate {certificate.serial_number:x} is not of this fleet's authority")
@@ -153,7 +152,7 @@ class Keys(NamedTuple):
 
     @classmethod
     def load(cls, directory: str) -> Self:
-        """Returns the keys in a directory; `IdentityError` when they are missing or of another kind."""
+        """Returns the keys in a directory. Raises IdentityError if they are missing or of another kind."""
         tls, signing = (_load_key(os.path.join(directory, name)) for name in ("tls.key", "signing.key"))
         if not isinstance(tls, ec.EllipticCurvePrivateKey) or not isinstance(signing, Ed25519PrivateKey):
             raise IdentityError(f"{directory}: keys of another kind than P-256 and Ed25519")
@@ -178,7 +177,7 @@ def subject_name(node: str, fleet: str) -> x509.Name:
 
 
 def subject_names(key: Ed25519PublicKey, addresses: list[str]) -> x509.SubjectAlternativeName:
-    """Returns the alternative names of a node: its addresses and host names, and its signing key."""
+    """Returns the alternative names of a node: its addresses, host names and signing key."""
     names: list[x509.GeneralName] = []
     for address in addresses:
         try:
@@ -204,7 +203,7 @@ def _load_key(path: str) -> object:
 
 
 def write_private(path: str, content: bytes) -> None:
-    """Writes a file that only its owner can read, durably, whole or not at all."""
+    """Writes a file for its owner only, durably, whole or not at all."""
     temporary = f"{path}.{secrets.token_hex(4)}"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -219,7 +218,7 @@ def write_private(path: str, content: bytes) -> None:
 
 
 class Ed25519Signer:
-    """Signs the records of this node; `replace` only on the replica's thread, which is where records are signed."""
+    """Signs the records of this node. Call `replace` on the replica's thread only, which signs them."""
 
     def __init__(self, owner: str, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -233,7 +232,7 @@ class Ed25519Signer:
         return self.sign_many([payload])[0]
 
     def sign_many(self, payloads: Sequence[bytes]) -> list[bytes]:
-        """Returns the signature of each: one of the key for up to `MAX_LEAVES` payloads, and a proof."""
+        """Returns a signature for each payload: one by the key for up to `MAX_LEAVES` payloads, with a proof."""
         found = []
         for first in range(0, len(payloads), MAX_LEAVES):
             root, proofs = tree(payloads[first : first + MAX_LEAVES])
@@ -243,13 +242,13 @@ class Ed25519Signer:
 
 
 class SignatureCache:
-    """Verifies signatures of records, each tree's root once; may be asked from any thread."""
+    """Verifies signatures of records, each root of a tree once. May be called on any thread."""
 
     def __init__(self) -> None:
         self._good: dict[bytes, None] = {}
 
     def good(self, key: Ed25519PublicKey, signed: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Returns whether the key has signed all of the payloads, each with its signature, in one tree."""
+        """Returns whether the key signed all payloads, each with its signature, in one tree."""
         signature = signed[0][1][:SIGNATURE]
         if any(not other.startswith(signature) for _, other in signed):
             return False
