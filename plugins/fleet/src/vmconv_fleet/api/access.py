@@ -1,4 +1,4 @@
-"""Who is calling: the local administrator on the node's socket, or the holder of a token."""
+"""Authentication: the local administrator on the node's socket, or the holder of a token."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ COOKIE = "__Host-vmconv"
 
 
 class UnknownCallerError(AccessError):
-    """Nobody who may call: there is no token, or none that is good."""
+    """The caller has no token, or none that is valid."""
 
 
 class Caller(NamedTuple):
-    """Somebody who was let in. `by` is what requests say of them."""
+    """An authenticated caller. `by` is the caller in requests."""
 
     by: Principal
     role: Role
     is_local: bool = False
 
     def must_be(self, role: Role) -> None:
-        """Raises `AccessError` unless the caller has at least this role."""
+        """Raises AccessError unless the caller has at least this role."""
         if not allows(self.role, role):
             raise AccessError(f"this takes the role {role}, {self.by.user} has {self.role}")
 
@@ -48,7 +48,7 @@ def as_local(app: ASGIApp) -> ASGIApp:
 
 
 def caller_of(request: Request, state: State) -> Caller:
-    """Returns who calls; raises `UnknownCallerError`."""
+    """Returns the caller. Raises UnknownCallerError."""
     if request.scope.get(_LOCAL):
         name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64]
         return Caller(Principal(node=state.node, user=name or "local administrator"), "admin", is_local=True)
@@ -59,7 +59,7 @@ def caller_of(request: Request, state: State) -> Caller:
 
 
 def of_token(text: str, state: State) -> Caller:
-    """Returns the holder of a token; raises `UnknownCallerError` when it is none or not good any more."""
+    """Returns the holder of a token. Raises UnknownCallerError if the token is not valid."""
     reference = tokens.reference(text)
     record = state.view().get(reference[0], "token", reference[1]) if reference else None
     if reference is None or record is None:
@@ -81,7 +81,7 @@ def _caller(request: Request, state: StateOf) -> Caller:
 
 
 def _browser(request: Request, state: StateOf) -> Caller:
-    """Returns who calls, also where a browser says so by its cookie: for what changes nothing."""
+    """Returns the caller, also by a browser's cookie: for requests that change nothing."""
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     if session and "authorization" not in request.headers:
         return of_token(session.token, state)

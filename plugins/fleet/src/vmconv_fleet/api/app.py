@@ -26,7 +26,7 @@ MAX_BODY = 1 << 20
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    # Not no-referrer: then forms would be sent without saying where they come from.
+    # Not no-referrer: forms would then be sent without their origin.
     (b"referrer-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
@@ -62,7 +62,7 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
         version="1",
         description=_DESCRIPTION,
         openapi_url="/api/v1/openapi.json",
-        # Their scripts come from elsewhere.
+        # Their scripts come from other sites.
         docs_url=None,
         redoc_url=None,
     )
@@ -94,7 +94,7 @@ async def _invalid(_request: Request, exc: Exception) -> Response:
 
 
 class Guard:
-    """Gives each answer the headers that protect browsers, bounds what is sent here, and logs who asked for what."""
+    """Sets the headers that protect browsers, limits the size of bodies, and logs each call."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""Changes: the request that is made of a wish, and the answer to whoever waits for it or does not."""
+"""Submits requests to owners and waits for their responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 MAX_WAIT = 300.0
 _OWN_WAIT = 15.0
-"""Seconds that an own change is waited for: it is executed by this very node."""
+"""Seconds to wait for changes by this node itself."""
 
 Wait = Annotated[
     float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait for the owner's response, where it is not this node")
@@ -40,11 +40,11 @@ IdempotencyKey = Annotated[
 
 
 class NotHereError(VmconvError):
-    """What is asked for is not in this node's replica."""
+    """This node's replica does not have it."""
 
 
 class Answer(BaseModel):
-    """What is known of a request: `ok` once it was executed, `reason` where it was refused, neither before."""
+    """The state of a request: `ok` if executed, `reason` if refused, neither before."""
 
     request: str
     requester: str
@@ -66,7 +66,7 @@ class Answer(BaseModel):
 
 
 def arguments_of(verb: str, given: Mapping[str, Any]) -> Arguments:
-    """Returns the arguments of a verb; raises UsageError if there is no such verb, or if they are not valid."""
+    """Returns the arguments of a verb. Raises UsageError if the verb is unknown or they are not valid."""
     if verb not in ARGUMENTS:
         raise UsageError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(ARGUMENTS))}")
     try:
@@ -102,15 +102,15 @@ async def ask(
     wait: float = 0,
     key: str | None = None,
 ) -> Answer:
-    """Asks the owner `target` for a change in the caller's name, and waits for the response as long as it may.
+    """Asks the owner `target` for a change in the caller's name, and waits up to `wait` seconds for the response.
 
-    Raises `AccessError` at once for what the caller may not do: the owner would refuse it as well.
+    Raises AccessError at once if the caller may not: the owner would refuse it as well.
     """
     given = arguments_of(verb, arguments).given()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
     by = caller.by.plain()
     async with state.bus.listener() as heard:
-        # Heard from now on: the response must not slip in between the look and the waiting.
+        # The listener starts first, so that the response is not missed between the look and the wait.
         request = await run_in_threadpool(state.service.submit, target, verb, given, by, id=key)
         _audit.info(
             "request", extra={"fields": {"request": request, "verb": verb, "target": target, "by": by, "with": given}}
@@ -127,7 +127,7 @@ async def ask(
 async def ask_many(
     state: State, caller: Caller, wishes: Sequence[tuple[str, str, Mapping[str, Any]]], *, wait: float
 ) -> list[Answer]:
-    """Asks for many changes, as `ask` does for one, at the same time; one that is refused at once stops none."""
+    """Asks for many changes at once, as `ask` does for one; a refusal does not stop the others."""
     gate = asyncio.Semaphore(16)
 
     async def one(target: str, verb: str, arguments: Mapping[str, Any]) -> Answer:

@@ -1,4 +1,4 @@
-"""Tells coroutines of the API what was committed on the replica's thread."""
+"""Passes commits from the replica's thread to coroutines of the API."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.service import NodeService
 
 MAX_WAITING = 2000
-"""Records that a listener may be behind; one that is further behind has lost some, and is told so."""
+"""The most records that wait for a listener; if it is further behind, it is told that records are lost."""
 
 MAX_LISTENERS = 256
 
 
 class Listener:
-    """The records that somebody has not taken yet."""
+    """The pending records of one listener."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -32,7 +32,7 @@ class Listener:
         self._arrived.set()
 
     async def take(self, timeout: float) -> tuple[list[Record], bool]:
-        """Returns what has come, after `timeout` seconds at most, and whether some of it was lost before."""
+        """Returns the records of up to `timeout` seconds, and whether some were lost before."""
         try:
             await asyncio.wait_for(self._arrived.wait(), timeout)
         except TimeoutError:
@@ -44,7 +44,7 @@ class Listener:
 
 
 class Bus:
-    """Listeners of one node, on any number of loops."""
+    """The listeners of one node, on any number of loops."""
 
     def __init__(self, service: NodeService) -> None:
         self._listeners: set[Listener] = set()
@@ -55,7 +55,7 @@ class Bus:
             try:
                 listener.loop.call_soon_threadsafe(listener.add, records)
             except RuntimeError:
-                # Its loop has ended, and with it whoever listened.
+                # Its loop has ended, and the listener with it.
                 self._listeners.discard(listener)
 
     @property
@@ -64,7 +64,7 @@ class Bus:
 
     @asynccontextmanager
     async def listener(self) -> AsyncIterator[Listener]:
-        """Hears what is committed from now on."""
+        """Listens to commits while the block runs."""
         listener = Listener(asyncio.get_running_loop())
         self._listeners.add(listener)
         try:

@@ -1,4 +1,4 @@
-"""What is asked of owners: 200 with what was done, 409 with why not, or 202, when the owner has not answered yet."""
+"""Routes that change something: 200 when done, 409 when refused, 202 when the owner has not answered yet."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Bulk(BulkSpec, _Wish):
 
 
 class Selected(BaseModel):
-    """One disk of many, and what was said to its conversion."""
+    """One of many disks, and the answer to its conversion."""
 
     node: str
     disk: str
@@ -78,13 +78,13 @@ class TokenWish(_Wish):
 
 
 class TokenMade(Answer):
-    """`token` is shown this once: only its hash is kept."""
+    """`token` is shown only now: only its hash is kept."""
 
     token: str | None = None
 
 
 class RevokeWish(_Wish):
-    """`authority` is the node that holds the fleet's authority, unless it is this one."""
+    """`authority` is the node that holds the fleet's authority, by default this one."""
 
     key_id: str | None = None
     authority: str | None = None
@@ -236,7 +236,7 @@ def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
 
 
 def _node(state: State, named: str) -> str:
-    """Returns the id of a node that is named by name or id."""
+    """Returns the id of a node, given by name or id."""
     found = owner_of(state.snapshot(), named)
     if found is None:
         raise NotHereError(f"no node {named!r}")

@@ -1,4 +1,4 @@
-"""Server-sent events: each record as it is committed here, whoever owns it."""
+"""Server-sent events: each record when it is committed here, whoever owns it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
 KEEP_ALIVE = 15.0
 _LOST = "event: lost\ndata: {}\n\n"
-"""Some records may have been missed. They are in the replica: who hears this reads anew."""
+"""Some records may be missing. The replica has them: read again."""
 
 
 @router.get(

@@ -140,5 +140,5 @@ def _labels(labels: Labels) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Returns a label's value: names come from strangers and must not end the line, or the label."""
+    """Returns the value of a label, escaped: names come from strangers and must not end it or the line."""
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n").replace("\r", " ")

@@ -1,4 +1,4 @@
-"""What anybody with a token may read, of the whole fleet, from this node's replica."""
+"""Routes that read, from this node's replica."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JobStates = Annotated[str | None, Query(description="Only jobs in one of these s
 
 
 def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns a record as JSON; secrets are in none, but hashes are nobody's business."""
+    """Returns a record as JSON. Records hold no secrets; the hashes of tokens are left out all the same."""
     body = {key: value for key, value in record.body.items() if (record.kind, key) != ("token", "hash")}
     return {
         "owner": record.owner,
@@ -59,7 +59,7 @@ def plain_node(one: NodeView) -> dict[str, Any]:
 
 
 def owner_of(snapshot: Snapshot, named: str | None) -> str | None:
-    """Returns the id of the node that a caller names; raises `NotHereError` for one that is not known."""
+    """Returns the id of a node, given by name or id. Raises NotHereError if it is unknown."""
     if named is None:
         return None
     found = snapshot.find_node(named)

@@ -1,4 +1,4 @@
-"""Sessions of browsers: who gave a token once is known by a cookie, as long as the token stays good."""
+"""Sessions of browsers: after a login a cookie stands for the token, as long as that is valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_SESSIONS = 1000
 
 
 class BrowserSession(NamedTuple):
-    """One browser's session. `form_key` is in each form that it is shown: only who can read the page can send it."""
+    """A browser's session. Its forms carry `form_key`, so that only a reader of its pages can send them."""
 
     token: str
     form_key: str
@@ -20,13 +20,13 @@ class BrowserSession(NamedTuple):
 
 
 class BrowserSessions:
-    """The sessions of this node, in memory: they end with it. Used on the API's loop alone."""
+    """The sessions of this node, in memory only. Used on the API's loop alone."""
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[str, BrowserSession] = OrderedDict()
 
     def begin(self, token: str) -> str:
-        """Returns the new cookie of somebody whose token was found good."""
+        """Returns a new cookie for a valid token."""
         while len(self._sessions) >= MAX_SESSIONS:
             self._sessions.popitem(last=False)
         cookie = secrets.token_urlsafe(32)

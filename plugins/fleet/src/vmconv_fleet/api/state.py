@@ -1,4 +1,4 @@
-"""What all routes share: the node, the bus of its changes, the sessions of browsers."""
+"""What all routes share: the node, its commits, the sessions of browsers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vmconv_fleet.replication.store import ReplicaView
 
 
 class Link(Protocol):
-    """The node's connection with the others, which the local administrator can disconnect and reconnect."""
+    """The links of the node, which the local administrator can disconnect and reconnect."""
 
     @property
     def is_disconnected(self) -> bool: ...
@@ -54,7 +54,7 @@ class State:
         return Snapshot(self.view(), self.node, self.now_ms(), self.service.neighbours())
 
     def problems(self) -> list[str]:
-        """Returns what is wrong with the node itself, in words."""
+        """Returns the node's own problems, in words."""
         found = [problem.text for problem in self.service.problems()]
         if self.link:
             found += [problem.text for problem in self.link.problems()]

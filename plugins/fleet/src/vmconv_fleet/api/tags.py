@@ -1,4 +1,4 @@
-"""ETags: positions of owners, so that whoever asks again is told whether anything has changed."""
+"""ETags from positions of owners: they change when an answer does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vmconv_fleet.replication.records import Position, Record
 
 
 def tag_of(record: Record) -> str:
-    """Returns the ETag of one record: its owner's position when it was written."""
+    """Returns the ETag of one record: its position."""
     return f'"{record.epoch}.{record.seq}"'
 
 
 def tag_of_all(records: Iterable[Record], *more: object) -> str:
-    """Returns the ETag of several records: it changes when one of them does, comes or goes."""
+    """Returns the ETag of several records: it changes with each of them."""
     hashed = hashlib.blake2b(digest_size=16)
     for one in records:
         hashed.update(f"{one.owner}/{one.kind}/{one.id}@{one.epoch}.{one.seq}\n".encode())
@@ -26,12 +26,12 @@ def tag_of_all(records: Iterable[Record], *more: object) -> str:
 
 
 def tag_of_positions(positions: dict[str, Position]) -> str:
-    """Returns the ETag of everything that a replica has."""
+    """Returns the ETag of the whole replica."""
     return tag_of_all((), sorted(positions.items()))
 
 
 def tagged(request: Request, tag: str, content: object) -> Response:
-    """Returns the answer with its ETag; 304 without it when the caller has it already."""
+    """Returns the answer with its ETag; 304 if the caller has it already."""
     known = request.headers.get("if-none-match", "")
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if known.strip() == "*" or tag in (part.strip().removeprefix("W/") for part in known.split(",")):

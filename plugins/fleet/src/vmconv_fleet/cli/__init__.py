@@ -1,1 +1,1 @@
-"""`vmconv fleet`: what administrators do, through the node on this machine or another one's API."""
+"""`vmconv node` and `vmconv fleet`."""

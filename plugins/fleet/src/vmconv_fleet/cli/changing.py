@@ -1,4 +1,4 @@
-"""Verbs that ask for a change."""
+"""Verbs that request a change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmconv_fleet.words import cell, time_text
 
 
 def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
-    """Prints what was answered to a request."""
+    """Prints the answer to a request."""
     content = refuse_refused(reply)
     if options.output == "json":
         print_json(content, indent=4)

@@ -1,4 +1,4 @@
-"""Talks to a node's API: by the socket of the node on this machine, or over HTTPS with a token."""
+"""The client of a node's API: by the socket of a node on this machine, or over HTTPS with a token."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from urllib.parse import urlencode, urlsplit
 from vmconv.plugin import AccessError, UsageError, VmconvError
 
 TOKEN = "VMCONV_FLEET_TOKEN"
-"""Environment: the token for a node that is reached over HTTPS."""
+"""Environment variable: the token for HTTPS."""
 
 _PATIENCE = 330.0
 
 
 class UnreachableError(VmconvError):
-    """There is no node to talk to."""
+    """No node can be reached."""
 
 
 class NotThereError(VmconvError):
-    """The node knows nothing of what was asked for."""
+    """The node does not know the object."""
 
 
 class Reply(NamedTuple):
@@ -57,7 +57,7 @@ class NodeClient:
         self._connection = self._connect(where, ca, token)
 
     def _connect(self, where: str, ca: str | None, token: str | None) -> http.client.HTTPConnection:
-        """Returns the connection, which is made when it is first used."""
+        """Returns the connection, which opens at its first use."""
         if "://" not in where:
             self._headers["X-Vmconv-User"] = _user()
             return _SocketConnection(os.path.join(where, "api.sock"), _PATIENCE)
@@ -79,7 +79,7 @@ class NodeClient:
         self._connection.close()
 
     def call(self, method: str, path: str, body: object = None, *, query: Mapping[str, Any] | None = None) -> Reply:
-        """Returns what the node answers; raises the error that it tells, and `UnreachableError` without an answer."""
+        """Returns the node's answer. Raises the error in the answer, or UnreachableError without one."""
         response = self._send(method, path, body, query)
         content = _content(response)
         if response.status in (200, 202) or (response.status == 409 and "request" in content):
@@ -99,7 +99,7 @@ class NodeClient:
                 return items
 
     def lines(self, path: str, **query: Any) -> Iterator[str]:
-        """Yields the lines of an answer that may have no end, as they come."""
+        """Yields the lines of an answer as they arrive; it may have no end."""
         response = self._send("GET", path, None, query)
         if response.status != 200:
             raise _error(response.status, _content(response))
@@ -127,7 +127,7 @@ class NodeClient:
 
 
 def _user() -> str:
-    """Returns who sits here, for the history."""
+    """Returns the name of the local user, for the history."""
     import pwd
 
     try:

@@ -1,4 +1,4 @@
-"""Which node a command talks to, and how things are named to it."""
+"""The node that a command talks to, and lookups by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def connected(options: argparse.Namespace) -> NodeClient:
 
 
 def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, Any]:
-    """Returns the one thing that is meant; raises `UsageError` for none and for several."""
+    """Returns the only match. Raises UsageError for none or several."""
     if not found:
         raise UsageError(f"no {kind} {named!r}", hint=f"vmconv fleet {kind}s lists them")
     if len(found) > 1:
@@ -36,7 +36,7 @@ def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, An
 
 
 def disk_named(client: NodeClient, named: str) -> dict[str, Any]:
-    """Returns the disk with this id, with an id that begins so, or that NODE:NAME means."""
+    """Returns the disk with this id, unique beginning of an id, or NODE:NAME."""
     disks = client.everything("/api/v1/disks")
     exact = [one for one in disks if named in (one["id"], f"{one['node']}:{one['body']['name']}")]
     return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
@@ -49,7 +49,7 @@ def job_named(client: NodeClient, named: str) -> dict[str, Any]:
 
 
 def refuse_refused(reply: Reply) -> dict[str, Any]:
-    """Returns what was answered to a request; raises the owner's refusal as an error."""
+    """Returns the answer to a request. Raises VmconvError if the owner refused it."""
     content: dict[str, Any] = reply.content
     if content.get("ok") is False:
         raise VmconvError(f"refused: {content.get('reason')}")

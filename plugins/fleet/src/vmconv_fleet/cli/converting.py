@@ -1,4 +1,4 @@
-"""`vmconv fleet convert`: one disk or many, now or later, wherever they are."""
+"""`vmconv fleet convert`: converts one disk or many, now or later, on any node."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vmconv_fleet.cli.following import Ended, follow
 from vmconv_fleet.words import cell, plan_text, time_text
 
 Asked = dict[str, Any]
-"""One conversion that was asked for: node, disk, name, answer."""
+"""One requested conversion: node, disk, name, answer."""
 
 
 def convert(options: argparse.Namespace) -> int:
     at = None if options.at is None else moment(options.at, datetime.now())
     with connected(options) as client, connected(options) as listener:
-        # Heard from now on: whatever happens to a job after it was asked for is told.
+        # Listening starts before the request, so that no event of the job is missed.
         events = listener.lines("/api/v1/events", kinds="job,response") if _stays(options) else None
         if events:
             next(events)
@@ -34,7 +34,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def moment(text: str, now: datetime) -> datetime:
-    """Returns the moment that is meant: a time of day is the next one, of this machine's clock."""
+    """Returns the moment; a time of day is the next one by this machine's clock."""
     if re.fullmatch(r"\d{1,2}:\d{2}", text):
         hour, minute = map(int, text.split(":"))
         if hour > 23 or minute > 59:
@@ -52,7 +52,7 @@ def moment(text: str, now: datetime) -> datetime:
 
 
 def _stays(options: argparse.Namespace) -> bool:
-    """Returns whether the command waits for what becomes of the jobs: plans come soon, conversions may take long."""
+    """Returns whether the command waits for the jobs: a plan comes soon, a conversion may take long."""
     return bool(options.follow or options.dry_run)
 
 

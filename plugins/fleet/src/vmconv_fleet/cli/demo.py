@@ -1,4 +1,4 @@
-"""`vmconv fleet demo`: three real nodes on this machine, a conversion of another node's disk, a cut, and its end."""
+"""`vmconv fleet demo`: three nodes on this machine, a conversion on another node, a partition, and its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALLEST = 8 << 20
 _NAMES = ["n01", "n02", "n03"]
 _PATIENCE = 60.0
 _TARGETS = ("qcow2", "vmdk", "vdi", "vhdx")
-"""To what disks are converted, as far as it is installed."""
+"""The target formats, as far as they are installed."""
 _NEEDED = 3
 
 
@@ -33,7 +33,7 @@ def demo(options: argparse.Namespace) -> int:
     if not os.path.isdir(where):
         raise BackendError(f"{where}: is not a directory")
     targets = _installed_targets()
-    # A socket's path must be short; the disks lie where somebody wants to see whether blocks are shared.
+    # The path of a socket must be short; the disks lie where the user wants to see blocks shared.
     with (
         tempfile.TemporaryDirectory(prefix="vmconv-fleet-") as directory,
         tempfile.TemporaryDirectory(prefix="vmconv-fleet-demo-", dir=where) as disks,
@@ -73,7 +73,7 @@ def _keep(nodes: list[LocalNode]) -> None:
 
 
 class _Story:
-    """What the demo shows, step by step."""
+    """The steps of the demo."""
 
     def __init__(self, nodes: list[LocalNode], size: int, targets: list[str]) -> None:
         self._nodes = nodes

@@ -1,4 +1,4 @@
-"""`vmconv fleet doctor`: what is wrong with the fleet, as far as one node sees it."""
+"""`vmconv fleet doctor`: the problems of the fleet, as one node sees them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LITTLE_SPACE = 0.05
 
 
 class Diagnosis(NamedTuple):
-    """Something that is not as it should be, or only worth knowing (`is_wrong` False)."""
+    """A problem, or only a note (`is_wrong` False)."""
 
     where: str
     what: str

@@ -1,4 +1,4 @@
-"""`vmconv fleet`: the verbs, each with its arguments; what they do is imported when it is done."""
+"""`vmconv fleet`: the verbs and their arguments; their modules are imported on use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmconv.plugin import Command, SetOptions, formatter
 
 
 class _Verb(NamedTuple):
-    """A verb: `module` has the function that does it, named as the verb."""
+    """A verb; `module` has its function, which is named as the verb."""
 
     help: str
     module: str
@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _reading(parser: argparse.ArgumentParser) -> None:
-    """Adds what every verb takes that talks to a node."""
+    """Adds the options of all verbs that talk to a node."""
     parser.add_argument(
         "--node",
         metavar="WHERE",
@@ -52,7 +52,7 @@ def _reading(parser: argparse.ArgumentParser) -> None:
 
 
 def _asking(parser: argparse.ArgumentParser) -> None:
-    """Adds what every verb takes that asks for a change."""
+    """Adds the options of all verbs that request a change."""
     _reading(parser)
     parser.add_argument(
         "--wait", type=float, default=10, metavar="SECONDS", help="wait so long for the owner's answer (default: 10)"

@@ -1,4 +1,4 @@
-"""Follows jobs of the fleet until they have ended, by the events of a node."""
+"""Follows jobs until they end, by the events of a node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmconv_fleet.cli.client import NodeClient, NotThereError
 
 
 class Ended(NamedTuple):
-    """How a job ended; `body` is its record's."""
+    """How a job ended; `body` is that of its record."""
 
     state: str
     body: Mapping[str, Any]
@@ -20,7 +20,7 @@ class Ended(NamedTuple):
 def follow(
     client: NodeClient, events: Iterator[str], asked: Sequence[Mapping[str, Any]], *, bar: bool
 ) -> dict[str, Ended]:
-    """Returns how the jobs ended that were asked for and not refused, once all have."""
+    """Returns how the jobs ended that were not refused, once all have."""
     waiting = {one["job"]: one["node"] for one in asked if one["answer"].get("ok") is not False}
     requests = {one["answer"]["request"]: one["job"] for one in asked}
     ended: dict[str, Ended] = {}
@@ -33,7 +33,7 @@ def follow(
                 for job in waiting.keys() - ended.keys():
                     _note(_looked_up(client, waiting[job], job), job, ended, progress)
             elif kind == "response" and record["body"].get("ok") is False:
-                # Refused after all: there will be no job.
+                # Refused later: there will be no job.
                 waiting.pop(requests.get(record["body"].get("request"), ""), None)
             elif kind == "job" and waiting.get(record["id"]) == record["owner"]:
                 _note(record["body"], record["id"], ended, progress)
@@ -45,7 +45,7 @@ def follow(
 
 
 def _records(events: Iterator[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields what the node tells, beginning with nothing: who follows may have all it wants already."""
+    """Yields the events, after an empty one: the jobs may have ended already."""
     yield "", {}
     kind = ""
     for line in events:

@@ -1,4 +1,4 @@
-"""Verbs that list what is known."""
+"""Verbs that list records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _print(
 
 
 def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
-    """Says how old the view of nodes is that are not heard: what is listed of them may have changed since."""
+    """Prints the age of what is known of unreachable nodes."""
     if options.output == "json":
         return
     for one in client.get("/api/v1/fleet")["unseen"]:

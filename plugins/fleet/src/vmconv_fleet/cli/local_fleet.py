@@ -1,4 +1,4 @@
-"""A fleet of real nodes on this machine, for the demo: own directories, own processes, loopback, mutual TLS."""
+"""A fleet of real nodes on this machine, for the demo: own directories and processes, mutual TLS on loopback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FREE = 3
 
 
 class LocalNode(NamedTuple):
-    """A running node: `client` talks to its socket."""
+    """A running node; `client` talks to its socket."""
 
     name: str
     directory: str
@@ -116,7 +116,7 @@ def _vmconv(*arguments: str) -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Returns ports of loopback that nobody listens on."""
+    """Returns unused ports of loopback."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -125,7 +125,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def wait_for(client: NodeClient, look: Callable[[], T | None], seconds: float, what: str) -> T:
-    """Returns what `look` finds as soon as it is something: it looks whenever the node tells of a change."""
+    """Returns the result of `look` as soon as it has one; it is called after each change of the node."""
     import time
 
     until = time.monotonic() + seconds
@@ -141,9 +141,9 @@ def wait_for(client: NodeClient, look: Callable[[], T | None], seconds: float, w
 
 
 def agreement(nodes: list[LocalNode]) -> list[dict[str, Any]] | None:
-    """Returns what each node has, in counts by kind, once all have the very same records; None while they have not.
+    """Returns the number of records on each node once all have the same; None before.
 
-    Heartbeats are left out: there is always a newer one on its way.
+    Heartbeats are left out: a newer one is always on its way.
     """
     seen = []
     for node in nodes:
@@ -169,5 +169,5 @@ def _records(node: LocalNode) -> Iterator[dict[str, Any]]:
 
 
 def wait_until_agreed(nodes: list[LocalNode]) -> list[dict[str, Any]]:
-    """Returns what each node has once all have the same."""
+    """Returns the number of records on each node once all have the same."""
     return wait_for(nodes[0].client, lambda: agreement(nodes), _AGREE_S, "all nodes agree") or []

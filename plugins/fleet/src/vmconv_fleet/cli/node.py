@@ -1,4 +1,4 @@
-"""`vmconv node`: the actions and their arguments; what they do is imported when it is done."""
+"""`vmconv node`: the actions and their arguments; their code is imported on use."""
 
 from __future__ import annotations
 

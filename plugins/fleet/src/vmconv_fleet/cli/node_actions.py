@@ -1,4 +1,4 @@
-"""What `vmconv node` does."""
+"""The actions of `vmconv node`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def join_node(options: argparse.Namespace) -> int:
     with _undone_on_failure(directory):
         keys, node = Keys.generate(), new_node_id()
         addresses = _addresses(options)
-        # The name of the fleet is the authority's to say; it puts it into the certificate.
+        # The authority decides the fleet's name and puts it into the certificate.
         granted = joining.join(invitation, keys.request(node, "joining", addresses))
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
@@ -181,7 +181,7 @@ def _directory(options: argparse.Namespace) -> str:
 
 
 def _fresh_directory(options: argparse.Namespace) -> str:
-    """Makes the directory of a new node, for its own user only."""
+    """Creates the directory of a new node, for its own user only."""
     directory = _directory(options)
     for path in options.datastores:
         if not os.path.isdir(path):
@@ -196,7 +196,7 @@ def _fresh_directory(options: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _undone_on_failure(directory: str) -> Iterator[None]:
-    """Leaves the directory empty when the block fails, so that it can be tried again."""
+    """Empties the directory if the block fails, so that the command can be repeated."""
     try:
         yield
     except BaseException:
@@ -212,7 +212,7 @@ def _undone_on_failure(directory: str) -> Iterator[None]:
 def _addresses(options: argparse.Namespace) -> list[str]:
     from vmconv_fleet.links.addresses import local_addresses
 
-    # Its own administrators come by these.
+    # For administrators on this machine.
     return [*options.address, "127.0.0.1", "localhost"] if options.address else local_addresses()
 
 
@@ -246,7 +246,7 @@ def _config(
 
 
 def _named(paths: list[str]) -> dict[str, str]:
-    """Returns directories by the names of their last parts, numbered where two are the same."""
+    """Returns directories by the last parts of their names, numbered where these are equal."""
     found: dict[str, str] = {}
     for path in map(os.path.abspath, paths):
         base = re.sub("[^A-Za-z0-9._-]", "-", os.path.basename(path)).lstrip("._-") or "disks"

@@ -1,4 +1,4 @@
-"""The web console of a node: pages made on the node, for browsers with or without JavaScript."""
+"""The web console of a node: pages rendered on the node, for browsers with or without JavaScript."""
 
 from __future__ import annotations
 

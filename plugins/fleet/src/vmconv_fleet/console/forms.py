@@ -1,4 +1,4 @@
-"""What the console changes: forms of its pages become the same requests that the API and the command line make."""
+"""Forms of the console: each becomes the same request as in the API and on the command line."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def _logout(request: Request) -> Response:
 
 
 async def _asked(visit: Visit, target: str, verb: str, arguments: dict[str, Any], path: str) -> Response:
-    """Asks for a change and goes back to a page, which says what was answered."""
+    """Sends a request and redirects to a page, which shows the answer."""
     try:
         answer = await ask(visit.state, visit.caller, target, verb, arguments, wait=_WAIT)
     except VmconvError as exc:

@@ -1,4 +1,4 @@
-"""The pages of the console, which change nothing."""
+"""The pages of the console."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def install(app: FastAPI) -> None:
-    """Adds the console to the application; its pages are no part of the API's description."""
+    """Adds the console to the application; its pages are not part of the API's description."""
     routes = [Route(path, _shown(page), methods=["GET"]) for path, page in _PAGES.items()]
     routes += [Route(path, _guarded(form), methods=["POST"]) for path, form in forms.FORMS.items()]
     routes += [
@@ -42,7 +42,7 @@ def install(app: FastAPI) -> None:
 
 
 def _shown(page: Page) -> Endpoint:
-    """Returns what answers with a page; reading the replica takes a thread."""
+    """Returns the endpoint of a page, which reads the replica on a thread."""
 
     async def show(request: Request) -> Response:
         return await run_in_threadpool(lambda: page(visit_of(request)))
@@ -51,7 +51,7 @@ def _shown(page: Page) -> Endpoint:
 
 
 def _guarded(endpoint: Endpoint) -> Endpoint:
-    """Returns what answers with a page also where something is wrong."""
+    """Returns the endpoint with errors shown as pages."""
 
     async def answer(request: Request) -> Response:
         try:

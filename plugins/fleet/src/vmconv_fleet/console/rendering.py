@@ -1,4 +1,4 @@
-"""Templates and what they need: escaping of what strangers wrote, and words for sizes, ages and moments."""
+"""Templates and their filters: escaping of foreign text; sizes, ages and moments in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmconv_fleet.words import age_text
 
 
 class BarSegment(NamedTuple):
-    """One piece of a bar: `x` and `width` are percents of all of it."""
+    """A segment of a bar; `x` and `width` are in percent."""
 
     name: str
     size: int
@@ -24,7 +24,7 @@ class BarSegment(NamedTuple):
 
 
 def parts_of(plan: JobPlan) -> list[BarSegment]:
-    """Returns how much of a result is shared, referenced, copied and written, as pieces of one bar."""
+    """Returns the shared, referenced, copied and written parts of a result as segments of a bar."""
     names = ("shared", "referenced", "copied", "written")
     sizes = [(name, int(getattr(plan, name))) for name in names]
     total = sum(size for _, size in sizes)
@@ -38,12 +38,12 @@ def parts_of(plan: JobPlan) -> list[BarSegment]:
 
 
 def _moment(milliseconds: int | None) -> str:
-    """Returns a moment in this node's time."""
+    """Returns a moment in this node's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000)) if milliseconds else "\N{EN DASH}"
 
 
 def _shown(value: Any) -> Any:
-    """Returns what may be shown: text of strangers without what turns lines around or hides itself."""
+    """Returns foreign text without characters that hide or change the direction of text."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return "\N{EN DASH}" if value is None else value

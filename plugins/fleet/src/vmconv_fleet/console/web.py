@@ -1,4 +1,4 @@
-"""What all pages have in common: who looks at them, what stands around them, and how forms are trusted."""
+"""Session, page layout and CSRF checks shared by all pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_FORM = 64 << 10
 
 
 class Visit(NamedTuple):
-    """One look at a page: who looks, and the fleet as it is now. `form_key` is empty without a session."""
+    """A request for a page: the caller and a snapshot of the fleet. `form_key` is empty without a session."""
 
     request: Request
     state: State
@@ -30,7 +30,7 @@ class Visit(NamedTuple):
     form_key: str
 
     def page(self, template: str, *, title: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """Returns a page with what stands around it."""
+        """Returns a page with its layout."""
         nodes = self.snapshot.nodes()
         around = {
             "title": title,
@@ -55,7 +55,7 @@ class Visit(NamedTuple):
 
 
 def visit_of(request: Request) -> Visit:
-    """Returns the visit; raises `UnknownCallerError` for a browser without a session."""
+    """Returns the visit. Raises UnknownCallerError for a browser without a session."""
     state = state_of(request)
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     caller = of_token(session.token, state) if session else caller_of(request, state)
@@ -64,7 +64,7 @@ def visit_of(request: Request) -> Visit:
 
 
 async def form_of(request: Request) -> Mapping[str, str]:
-    """Returns the fields of a form that was sent."""
+    """Returns the fields of a form."""
     declared = request.headers.get("content-type", "").partition(";")[0]
     if declared != "application/x-www-form-urlencoded":
         raise AccessError(f"a form is not {declared[:80] or 'of no type'}")
@@ -76,7 +76,7 @@ async def form_of(request: Request) -> Mapping[str, str]:
 
 
 def refuse_foreign(request: Request) -> None:
-    """Raises `AccessError` for a form that another site sent: browsers say where it comes from."""
+    """Raises AccessError for a form from another site: browsers state the origin."""
     site = request.headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
         raise AccessError("this form was sent by another site")
@@ -86,7 +86,7 @@ def refuse_foreign(request: Request) -> None:
 
 
 def refuse_forged(visit: Visit, form: Mapping[str, str]) -> None:
-    """Raises `AccessError` for a form that was not made from a page that this visitor was shown."""
+    """Raises AccessError for a form that does not come from a page of this session."""
     import hmac
 
     refuse_foreign(visit.request)
@@ -95,12 +95,12 @@ def refuse_forged(visit: Visit, form: Mapping[str, str]) -> None:
 
 
 def back_to(path: str, said: str) -> RedirectResponse:
-    """Returns the way back to a page, which says what became of the form."""
+    """Returns the redirect to a page that shows the result of a form."""
     return RedirectResponse(f"{path}?said={quote(said[:300])}", 303)
 
 
 async def failed(exc: Exception) -> Response:
-    """Returns the page about an error; without a session that is the way in."""
+    """Returns the page for an error; the login page without a session."""
     if isinstance(exc, UnknownCallerError):
         return RedirectResponse("/login", 303)
     status = 403 if isinstance(exc, AccessError) else 404

@@ -39,7 +39,7 @@ def _note(_context: Context, request: Request) -> Outcome:
 
 
 class _Stuck:
-    """Holds a session, and does not close it."""
+    """A session whose closing never returns."""
 
     def __init__(self, session: object) -> None:
         self._session = session
@@ -89,7 +89,7 @@ class Driver:
         return {"seconds": time.monotonic() - begin, "prefix": prefix}
 
     def ask(self, target: str, count: int = 1, threads: int = 0) -> dict[str, Any]:
-        """Returns the time that each answer took, or with `threads`, which ask at once, that of all together."""
+        """Returns the time of each answer; with `threads`, which ask at once, the time of all."""
         begin, times = time.monotonic(), []
         if threads:
             with ThreadPoolExecutor(threads) as pool:
@@ -171,7 +171,7 @@ class Driver:
         }
 
     def fail(self) -> dict[str, Any]:
-        """Has a thread die of an exception."""
+        """Makes a thread end with an exception."""
 
         def die() -> None:
             raise RuntimeError("told to fail")
@@ -180,7 +180,7 @@ class Driver:
         return {}
 
     def stick(self) -> dict[str, Any]:
-        """Has closing the session of the links never return, as Zenoh was seen to do."""
+        """Makes closing the session of the links hang, as Zenoh was seen to do."""
         self._link._session = _Stuck(self._link._session)  # type: ignore[assignment]
         return {}
 

@@ -1,4 +1,4 @@
-"""The directories of nodes of one fleet, made without a network: the authority signs in this process."""
+"""Directories of the nodes of one fleet, made without a network: the authority signs in this process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vmconv_fleet.trust.authority import NODE_LIFETIME, Authority
 from vmconv_fleet.trust.identity import Keys, new_node_id
 
 PORTS = range(20_000, 32_000)
-"""Below those that the kernel gives to connections, which come and go."""
+"""Below the ports that the kernel gives to connections."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a port that nobody listens on now, and no connection gets by chance."""
+    """Returns an unused port that no connection gets by chance."""
     for _ in range(1000):
         port = random.choice(PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -52,9 +52,9 @@ class Lab:
         api: str = "",
         join: str = "",
     ) -> NodeConfig:
-        """Makes one more node that listens at host:port and connects to `connect` (default: the first node).
+        """Adds a node that listens at host:port and connects to `connect` (default: the first node).
 
-        `founded`: its database is new because the node is; otherwise, as after a loss, it waits for a neighbour.
+        `founded`: the database is new because the node is; otherwise the node waits for a neighbour, as after a loss.
         """
         number = len(self.nodes)
         directory = os.path.join(self.directory, f"node{number}")
@@ -91,6 +91,6 @@ class Lab:
         return config
 
     def introduce(self) -> None:
-        """Lets each node know the certificates of all, also of those that were added after it: as when it had run."""
+        """Stores all certificates on each node, those of later nodes too, as if it had run."""
         for config in self.nodes:
             credentials.keep_members(config.directory, self._certificates)

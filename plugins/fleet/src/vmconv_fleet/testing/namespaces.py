@@ -18,7 +18,7 @@ ADDRESS = "10.77.0.{}"
 
 
 def why_no_namespaces() -> str | None:
-    """Returns why this process cannot make network namespaces, or None when it can."""
+    """Returns why this process cannot create network namespaces; None if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -36,7 +36,7 @@ def why_no_namespaces() -> str | None:
 
 
 class Network:
-    """So many machines, all of them connected; `close` takes it away, whoever still runs in it."""
+    """Connected machines; `close` removes them, whatever still runs there."""
 
     def __init__(self, size: int) -> None:
         self._stem = f"vmfleet{os.getpid()}"
@@ -57,11 +57,11 @@ class Network:
         return ADDRESS.format(number + 1)
 
     def prefix(self, number: int) -> list[str]:
-        """Returns what goes before a command that is to run on this machine."""
+        """Returns the prefix of commands to run on this machine."""
         return ["ip", "netns", "exec", f"{self._stem}n{number}"]
 
     def partition(self, *parts: Sequence[int]) -> None:
-        """Leaves each machine connected with those of its part only."""
+        """Connects each machine with those of its part only."""
         for part, members in enumerate(parts):
             self._part(part)
             for number in members:

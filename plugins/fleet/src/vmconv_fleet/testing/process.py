@@ -1,4 +1,4 @@
-"""A node in a process of its own that does what it is told on standard input, one JSON object a line."""
+"""A node in a process of its own, driven by orders on standard input, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Driven:
         self._answers.put(None)
 
     def tell(self, do: str, **arguments: Any) -> None:
-        """Gives an order whose answer is fetched later, by `answer`."""
+        """Gives an order; `answer` returns its result later."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
 
     def answer(self, timeout: float = TIMEOUT) -> dict[str, Any]:
-        """Returns the next answer; fails with the end of the log when the process has ended or is late."""
+        """Returns the next answer. Fails with the end of the log if the process has ended or is late."""
         try:
             found = self._answers.get(timeout=timeout)
         except queue.Empty:
@@ -68,7 +68,7 @@ class Driven:
             return file.read()
 
     def step_clock(self, milliseconds: int) -> None:
-        """Makes the node's wall clock that much wrong."""
+        """Sets the offset of the node's wall clock."""
         with open(self.clock + ".new", "w", encoding="ascii") as file:
             file.write(str(milliseconds))
         os.replace(self.clock + ".new", self.clock)
@@ -77,12 +77,12 @@ class Driven:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Ends it as a power failure does, if it still runs."""
+        """Kills the node, as a power failure would, if it still runs."""
         self.process.kill()
         self._ended(10)
 
     def end(self, timeout: float = 30) -> int:
-        """Ends it as an administrator does and returns the exit code."""
+        """Stops the node and returns the exit code."""
         if self.process.poll() is None:
             self.process.terminate()
         return self._ended(timeout)
@@ -103,7 +103,7 @@ class Driven:
         return int(line.split()[1]) * 1024
 
     def processor_time(self) -> float:
-        """Returns the seconds of processor time that it has taken."""
+        """Returns the processor time of the node in seconds."""
         with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as file:
             fields = file.read().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

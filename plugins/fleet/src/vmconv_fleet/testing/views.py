@@ -1,4 +1,4 @@
-"""What a node knows, read from its database from outside, whether it runs or not."""
+"""What a node knows, read from its database by another process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def view_of(config: NodeConfig) -> Knowledge:
     if not os.path.exists(config.database):
         return {}
     with closing(sqlite3.connect(f"file:{config.database}?mode=ro", uri=True, timeout=10)) as database:
-        # One transaction: the replica goes on meanwhile.
+        # One transaction: the replica continues meanwhile.
         database.execute("BEGIN")
         owners = database.execute("SELECT number, owner, epoch, seq FROM owners WHERE seq > 0").fetchall()
         found = {}
@@ -38,20 +38,20 @@ def view_of(config: NodeConfig) -> Knowledge:
 
 
 def summaries_of(config: NodeConfig) -> Knowledge:
-    """Returns what the node itself says of each owner: how far it has its records, and their state. Costs little."""
+    """Returns the node's own position and state for each owner; this is fast."""
     with closing(sqlite3.connect(f"file:{config.database}?mode=ro", uri=True, timeout=10)) as database:
         rows = database.execute("SELECT owner, epoch, seq, state FROM owners WHERE seq > 0").fetchall()
     return {owner: (epoch, seq, state) for owner, epoch, seq, state in rows}
 
 
 def agree(configs: Sequence[NodeConfig], view: Callable[[NodeConfig], Knowledge] = view_of) -> bool:
-    """Returns whether all nodes know the same of all, or with `summaries_of`, whether they say so."""
+    """Returns whether all nodes know the same; with `summaries_of`, whether they claim to."""
     first, *others = (view(config) for config in configs)
     return len(first) == len(configs) and all(other == first for other in others)
 
 
 class Ledger(NamedTuple):
-    """What a node knows of requests: how many there are, which have no response, or more than one, and transactions."""
+    """The requests that a node knows: their number, those without or with several responses, and transactions."""
 
     requests: int
     unanswered: list[str]
