@@ -68,7 +68,7 @@ class Wire:
                     one._events.connected(peer.node)
 
     def problems(self) -> list[NodeProblem]:
-        return [NodeProblem("disconnected", "cut off by the administrator")] if self.is_disconnected else []
+        return [NodeProblem("disconnected", "disconnected by the administrator")] if self.is_disconnected else []
 
     def neighbours(self) -> list[str]:
         return [other.node for other in self._reached()]

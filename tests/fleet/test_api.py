@@ -105,12 +105,12 @@ def test_the_owner_refuses_what_the_first_node_let_through(api: Served, pair: Se
     token = api.token("operator")
     other.write(Change("policy", "conversion", {"administrators_of": [other.id]}))
     one.body_when(other.id, "policy", "conversion", lambda _record: True)
-    with pytest.raises(AccessError, match="does not hear administrators"):
+    with pytest.raises(AccessError, match="does not accept administrators"):
         api.local.call("POST", "/api/v1/nodes/n02/scan", {})
     asked = one.service.submit(other.id, "scan", {}, {"node": one.id, "token": f"{one.id}/{token['token'][37:49]}"})
     answer = one.service.response(asked, 30)
     assert answer
-    assert (answer.body["ok"], "does not hear" in answer.body["reason"]) == (False, True)
+    assert (answer.body["ok"], "does not accept" in answer.body["reason"]) == (False, True)
 
 
 @pytest.mark.parametrize(("more", "said"), [({}, "was revoked"), ({"ttl_s": 0.001}, "has expired")])
@@ -383,6 +383,6 @@ def test_no_body_is_too_large_to_refuse(api: Served) -> None:
 def test_the_local_administrator_cuts_a_node_off(api: Served, pair: Sequence[Node]) -> None:
     assert api.local.call("PUT", "/api/v1/link", {"connected": False}).content == {"connected": False}
     fleet = api.local.get("/api/v1/fleet")
-    assert (fleet["cut"], fleet["problems"]) == (True, ["cut off by the administrator"])
+    assert (fleet["cut"], fleet["problems"]) == (True, ["disconnected by the administrator"])
     assert api.local.call("PUT", "/api/v1/link", {"connected": True}).content == {"connected": True}
     assert pair[0].service.neighbours() == [pair[1].id]

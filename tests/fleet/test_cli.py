@@ -224,14 +224,14 @@ def test_export(run: Run, tmp_path: Path) -> None:
 
 
 def test_doctor(run: Run, fleet: Fleet) -> None:
-    assert run("doctor") == "nothing is wrong\n"
+    assert run("doctor") == "no problems\n"
     fleet.other.write(Change("disk", "bad", {"datastore": "ds", "name": "x", "problem": "no signature"}))
     fleet.here.body_when(fleet.other.id, "disk", "bad", lambda _one: True)
-    assert run("doctor") == "note   n02 disk bad: no signature\nnothing is wrong\n"
+    assert run("doctor") == "note   n02 disk bad: no signature\nno problems\n"
     fleet.here.wire.disconnect()
     said = run("doctor", code=1)
-    assert "WRONG  n01: is cut off from the others" in said
-    assert "WRONG  n02: is not heard" in said
+    assert "WRONG  n01: is disconnected from the others" in said
+    assert "WRONG  n02: is unreachable" in said
 
 
 def test_retire(run: Run, fleet: Fleet) -> None:

@@ -175,9 +175,9 @@ def test_a_banner_says_how_old_the_view_of_a_lost_node_is(entered: Desk) -> None
     )
     entered.here.wire.disconnect()
     entered.here.write(Change("vm", "v2", {"datastore": "ds", "file": "y.vmx", "name": "y"}))
-    entered.page.wait_for_selector(".banner:has-text('n02 is not heard')")
+    entered.page.wait_for_selector(".banner:has-text('n02 is unreachable')")
     assert "What you see of n02 is 4 min" in entered.text("#banners")
-    assert "n01 is cut off from the others" in entered.text("#banners")
+    assert "n01 is disconnected from the others" in entered.text("#banners")
 
 
 def test_a_disk_is_converted_from_its_page(entered: Desk) -> None:

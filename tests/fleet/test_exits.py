@@ -117,7 +117,7 @@ def test_a_node_runs_once(lab: Lab, drive: Drive) -> None:
 
 def test_what_is_no_node_is_said_in_one_line(tmp_path: Path) -> None:
     done = run(str(tmp_path))
-    assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"vmconv: {tmp_path}: is no node")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"vmconv: {tmp_path}: is not a node")
 
 
 def test_the_command_line_daemon_says_that_it_runs_and_ends(lab: Lab) -> None:

@@ -129,9 +129,9 @@ def test_paths_are_named_by_the_local_administrator_alone(replica: Replica) -> N
 def test_a_policy_says_whose_administrators_are_heard(replica: Replica) -> None:
     replica.ask("policy-set", administrators_of=[THIRD])
     assert replica.body("policy", "conversion")["administrators_of"] == [THIRD, HERE]
-    with pytest.raises(VmconvError, match="does not hear administrators"):
+    with pytest.raises(VmconvError, match="does not accept administrators"):
         replica.ask("scan", requester=OTHER)
-    with pytest.raises(VmconvError, match="does not hear administrators"):
+    with pytest.raises(VmconvError, match="does not accept administrators"):
         replica.ask("scan", requester=THIRD, by={**replica.token(OTHER, "admin"), "node": THIRD})
     replica.ask("scan", requester=THIRD)
 

@@ -113,8 +113,8 @@ def test_a_dry_run_makes_nothing(node: Node, datastore: Path) -> None:
         ({"target": "a.raw"}, "a.raw: already exists"),
         ({"target": "../b.qcow2"}, "is not the name of a file"),
         ({"options": {"cluster_size": "3"}}, "cluster_size"),
-        ({"disk": "d9"}, "disk d9 is not here any more"),
-        ({"target_datastore": "gone"}, "datastore gone is not here any more"),
+        ({"disk": "d9"}, "disk d9 is gone"),
+        ({"target_datastore": "gone"}, "datastore gone is gone"),
     ],
 )
 def test_a_job_that_cannot_be_done_says_why(node: Node, datastore: Path, more: dict[str, Any], said: str) -> None:

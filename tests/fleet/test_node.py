@@ -136,8 +136,8 @@ def test_the_authority_moves_to_another_node(
 def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp_path: Path) -> None:
     one = machine("one")
     assert "is not a directory" in one.node("init", str(tmp_path / "missing"), code=2)
-    assert "is no name of a fleet" in one.node("init", "--fleet", "a/b", code=2)
-    assert "is no address" in one.node("init", "--listen", "nowhere", code=2)
+    assert "is not the name of a fleet" in one.node("init", "--fleet", "a/b", code=2)
+    assert "is not an address" in one.node("init", "--listen", "nowhere", code=2)
     one.node("init", *LOCAL)
     assert "is not empty" in one.node("init", *LOCAL, code=1)
 
@@ -146,7 +146,7 @@ def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp
 def test_an_action_on_what_is_no_node_is_one_line_and_a_hint(machine: Callable[[str], Machine], action: str) -> None:
     one = machine("nothing")
     assert one.node(action, code=1).splitlines() == [
-        f"vmconv: {one.directory}: is no node",
+        f"vmconv: {one.directory}: is not a node",
         "  hint: vmconv node init founds a fleet, vmconv node join enters one",
     ]
 

@@ -88,7 +88,7 @@ def load(directory: str) -> NodeConfig:
             found = tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError(
-            f"{directory}: is no node", hint="vmconv node init founds a fleet, vmconv node join enters one"
+            f"{directory}: is not a node", hint="vmconv node init founds a fleet, vmconv node join enters one"
         ) from None
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
@@ -140,5 +140,5 @@ def split_address(text: str) -> tuple[str, int]:
     """Returns host and port of HOST:PORT, where an IPv6 address stands in brackets; `UsageError` when it is neither."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535 or not host:
-        raise UsageError(f"{text!r} is no address", hint="write HOST:PORT, an IPv6 address as [::1]:PORT")
+        raise UsageError(f"{text!r} is not an address", hint="write HOST:PORT, an IPv6 address as [::1]:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)

@@ -129,7 +129,7 @@ async def convert(
     return answer.as_response()
 
 
-@router.post("/conversions", summary="Convert all disks that are selected")
+@router.post("/conversions", summary="Convert all selected disks")
 async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
     caller.must_be("operator")
     chosen = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select)))
@@ -152,7 +152,7 @@ async def cancel(owner: str, job: str, state: StateOf, caller: Known, wait: Wait
     return (await ask(state, caller, target, "cancel", {"job": job}, wait=wait)).as_response()
 
 
-@router.post("/nodes/{node}/scan", responses=_ANSWERS, summary="Look at a node's datastores anew")
+@router.post("/nodes/{node}/scan", responses=_ANSWERS, summary="Scan a node's datastores again")
 async def scan(node: str, wish: ScanWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = wish.model_dump(exclude_none=True)
     return (await ask(state, caller, _node(state, node), "scan", arguments, wait=wait)).as_response()
@@ -222,10 +222,10 @@ def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
     return {"join": str(authority.invite(config.load(state.directory), lifetime=wish.ttl_s, host=None))}
 
 
-@router.put("/link", summary="Cut this node off from the others, or let it join them; local administrator only")
+@router.put("/link", summary="Disconnect this node from the others, or reconnect it; local administrator only")
 def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
     if not caller.is_local:
-        raise AccessError("a node is cut off and joined again by its local administrator alone")
+        raise AccessError("only its local administrator disconnects and reconnects a node")
     if state.link is None:
         raise UsageError("this node has no link")
     if wish.connected:

@@ -32,7 +32,7 @@ async def events(
     state: StateOf,
     _caller: KnownOrBrowser,
     kinds: Annotated[str, Query(description="Only these kinds, separated by commas")] = "",
-    last_event_id: Annotated[str, Header(description="Of who comes back and may have missed some")] = "",
+    last_event_id: Annotated[str, Header(description="The last event that a returning listener has seen")] = "",
 ) -> StreamingResponse:
     if state.bus.is_full:
         raise NotReadyError("too many listen to this node already")

@@ -46,7 +46,7 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
     yield (
         "node_lag_records",
         "gauge",
-        "Records that a node had not when it was last heard",
+        "Records that a node lacked at its last heartbeat",
         [({"node": one.name, "id": one.node}, one.lag) for one in others],
     )
     positions = view.positions()

@@ -23,7 +23,9 @@ router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
 MAX_LISTED = 1000
 
-NodeName = Annotated[str | None, Query(description="Only what this node owns: its name, id, or how that begins")]
+NodeName = Annotated[
+    str | None, Query(description="Only records of this node: its name, id, or the beginning of its id")
+]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
 Offset = Annotated[int, Query(ge=0)]
 JobStates = Annotated[str | None, Query(description="Only jobs in one of these states, separated by commas")]
@@ -103,7 +105,7 @@ def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
     return tagged(request, tag_of_positions(positions), content)
 
 
-@router.get("/nodes", summary="The nodes: state, when they were heard last, how far they are behind")
+@router.get("/nodes", summary="The nodes: state, age of the last heartbeat, records behind")
 def nodes(request: Request, state: StateOf, _caller: Known) -> Response:
     found = [plain_node(one) for one in state.snapshot().nodes()]
     stable = [{key: value for key, value in one.items() if key != "age_ms"} for one in found]
@@ -176,7 +178,7 @@ for _path, _kind, _summary, _order in (
     router.add_api_route(_path, _list_of(_kind, _order), methods=["GET"], summary=_summary, name=_kind)
 
 
-@router.get("/requests", summary="Requests and what became of them, the latest first")
+@router.get("/requests", summary="Requests and their responses, the latest first")
 def requests(
     request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -196,7 +198,7 @@ def _answer(request: Record, response: Record | None) -> Answer:
     return answer_of(request.owner, request.id, str(request.body.get("target", "")), response)
 
 
-@router.get("/requests/{owner}/{identifier}", summary="What became of a request; 202 while nothing has")
+@router.get("/requests/{owner}/{identifier}", summary="The response to a request; 202 while there is none")
 def request_(owner: str, identifier: str, state: StateOf, _caller: Known) -> JSONResponse:
     record = record_of(state, owner, "request", identifier)
     return _answer(record, state.snapshot().response_of(record)).as_response()

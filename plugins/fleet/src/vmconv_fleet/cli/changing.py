@@ -97,7 +97,7 @@ def token(options: argparse.Namespace) -> int:
         found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
         one = only(found, options.id, "token")
         reply = client.call("DELETE", f"/api/v1/tokens/{one['owner']}/{one['id']}", query={"wait": options.wait})
-    return _said(options, reply, f"token {options.id} is good for nothing any more")
+    return _said(options, reply, f"token {options.id} revoked")
 
 
 def _create_token(options: argparse.Namespace, client: NodeClient) -> int:

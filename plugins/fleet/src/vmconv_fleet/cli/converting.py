@@ -38,7 +38,7 @@ def moment(text: str, now: datetime) -> datetime:
     if re.fullmatch(r"\d{1,2}:\d{2}", text):
         hour, minute = map(int, text.split(":"))
         if hour > 23 or minute > 59:
-            raise UsageError(f"--at {text}: is no time of day")
+            raise UsageError(f"--at {text}: is not a time of day")
         then = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
         return then if then > now else then + timedelta(days=1)
     try:

@@ -139,7 +139,7 @@ class _Story:
 
     def _cut(self) -> None:
         cut = self._second
-        self._say(f"{cut.name} is cut off from the others")
+        self._say(f"{cut.name} is disconnected from the others")
         cut.client.call("PUT", "/api/v1/link", {"connected": False})
         wait_for(self._first.client, lambda: self._state_of(cut, "silent"), _PATIENCE, "the cut is noticed")
         self._show_nodes(self._first)
@@ -149,7 +149,7 @@ class _Story:
         return any(one["name"] == node.name and one["state"] == state for one in items)
 
     def _work_on_both_sides(self) -> dict[str, Any]:
-        self._say("Reads and writes go on, on both sides")
+        self._say("Reads and writes continue on both sides")
         (one,) = [
             one for one in _disks(self._first) if one["node"] == self._second.name and one["body"]["format"] == "raw"
         ]
@@ -168,7 +168,7 @@ class _Story:
         return late
 
     def _heal(self, late: dict[str, Any]) -> None:
-        self._say(f"{self._second.name} is joined again")
+        self._say(f"{self._second.name} is reconnected")
         began = time.monotonic()
         self._second.client.call("PUT", "/api/v1/link", {"connected": True})
         path = f"/api/v1/requests/{late['requester']}/{late['request']}"

@@ -34,7 +34,7 @@ def doctor(options: argparse.Namespace) -> int:
     else:
         for one in found:
             print(f"{'WRONG' if one.is_wrong else 'note '}  {cell(one.where)}: {cell(one.what)}")
-        print(f"{len(wrong)} things are wrong" if wrong else "nothing is wrong")
+        print(f"{len(wrong)} problems" if wrong else "no problems")
     return 1 if wrong else 0
 
 
@@ -44,7 +44,7 @@ def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     if not fleet["serving"]:
         yield Diagnosis(here, "does not write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
-        yield Diagnosis(here, "is cut off from the others by its administrator")
+        yield Diagnosis(here, "is disconnected from the others by its administrator")
     yield from (Diagnosis(here, text) for text in fleet["problems"])
     nodes = client.get("/api/v1/nodes")["items"]
     yield from _of_nodes(nodes)
@@ -62,7 +62,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
         if one["state"] == "silent":
-            yield Diagnosis(one["name"], f"is not heard: what is known of it is {age_text(one['age_ms'])} old")
+            yield Diagnosis(one["name"], f"is unreachable: what is known of it is {age_text(one['age_ms'])} old")
         elif one["state"] == "up":
             yield from (Diagnosis(one["name"], text) for text in one["problems"])
 

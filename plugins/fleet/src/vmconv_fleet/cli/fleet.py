@@ -60,7 +60,9 @@ def _asking(parser: argparse.ArgumentParser) -> None:
 
 
 def _of_node(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--of", metavar="NODE", help="only what this node owns: its name, id, or how that begins")
+    parser.add_argument(
+        "--of", metavar="NODE", help="only records of this node: its name, id, or the beginning of its id"
+    )
 
 
 def _listing(parser: argparse.ArgumentParser) -> None:
@@ -79,14 +81,16 @@ def _jobs(parser: argparse.ArgumentParser) -> None:
 
 
 def _newest(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="so many, the newest first (default: 20)")
+    parser.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="the number of records, newest first (default: 20)"
+    )
     _listing(parser)
 
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("disk", nargs="?", metavar="DISK", help="a disk of the catalogue: its id, or NODE:NAME")
-    which.add_argument("--select", metavar="SELECTION", help="all disks that are selected")
+    which.add_argument("--select", metavar="SELECTION", help="all selected disks")
     # Named as the fields of the request, and without defaults: an option that is not given is not sent.
     spec = [
         parser.add_argument("--to", dest="format", required=True, metavar="FMT", help="format to convert to"),
@@ -110,18 +114,18 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             const=False,
             help="remove the source afterwards, where the node's policy allows it",
         ),
-        parser.add_argument("--max-parallel", type=int, metavar="N", help="so many of them at a time on each node"),
+        parser.add_argument("--max-parallel", type=int, metavar="N", help="at most N at a time on each node"),
         parser.add_argument("--dry-run", action="store_const", const=True, help="only plan; nothing is made"),
     ]
     parser.set_defaults(spec=tuple(one.dest for one in spec))
-    parser.add_argument("--at", metavar="TIME", help="begin then: HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
-    parser.add_argument("--follow", action="store_true", help="stay until all have ended, and show how far they are")
+    parser.add_argument("--at", metavar="TIME", help="begin at HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
+    parser.add_argument("--follow", action="store_true", help="wait until all have ended, with progress")
     parser.add_argument("--id", metavar="ID", help="id of the request: the same again is the same request")
     _asking(parser)
 
 
 def _job(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("job", metavar="JOB", help="a job's id, or how it begins")
+    parser.add_argument("job", metavar="JOB", help="a job's id, or its beginning")
     _asking(parser)
 
 
@@ -131,7 +135,7 @@ def _watch(parser: argparse.ArgumentParser) -> None:
 
 
 def _retire(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("retired", metavar="NODE", help="its name, id, or how that begins")
+    parser.add_argument("retired", metavar="NODE", help="its name, id, or the beginning of its id")
     parser.add_argument("--reason", default="", metavar="TEXT", help="why")
     parser.add_argument(
         "--authority", metavar="NODE", help="the node that holds the fleet's authority (default: this one)"
@@ -140,9 +144,7 @@ def _retire(parser: argparse.ArgumentParser) -> None:
 
 
 def _scan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "scanned", nargs="?", metavar="NODE", help="the node whose datastores to look at (default: this one)"
-    )
+    parser.add_argument("scanned", nargs="?", metavar="NODE", help="the node to scan (default: this one)")
     parser.add_argument("--datastore", metavar="NAME", help="only this one")
     _asking(parser)
 
@@ -155,37 +157,37 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _datastore(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     add = actions.add_parser("add", help="declare a directory of this node", formatter_class=formatter)
-    add.add_argument("name", metavar="NAME", help="what the datastore is called")
+    add.add_argument("name", metavar="NAME", help="name of the datastore")
     add.add_argument("path", metavar="DIR", help="the directory, on this machine")
     _asking(add)
     remove = actions.add_parser("remove", help="take it out of the catalogue; files stay", formatter_class=formatter)
-    remove.add_argument("name", metavar="NAME", help="what the datastore is called")
+    remove.add_argument("name", metavar="NAME", help="name of the datastore")
     remove.add_argument("--of", metavar="NODE", help="the node that has it (default: this one)")
     _asking(remove)
 
 
 def _token(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
-    create = actions.add_parser("create", help="make a token; it is shown once", formatter_class=formatter)
-    create.add_argument("label", metavar="LABEL", help="whose it is")
+    create = actions.add_parser("create", help="create a token; it is shown once", formatter_class=formatter)
+    create.add_argument("label", metavar="LABEL", help="name of its holder")
     create.add_argument("--role", choices=("viewer", "operator", "admin"), default="viewer", help="(default: viewer)")
-    create.add_argument("--days", type=float, metavar="N", help="how long it is good (default: until it is revoked)")
+    create.add_argument("--days", type=float, metavar="N", help="days until it expires (default: until it is revoked)")
     _asking(create)
-    revoke = actions.add_parser("revoke", help="make it good for nothing", formatter_class=formatter)
+    revoke = actions.add_parser("revoke", help="revoke a token", formatter_class=formatter)
     revoke.add_argument("id", metavar="ID", help="the token's id, as the list has it")
     _asking(revoke)
-    _reading(actions.add_parser("list", help="who may call, and as what", formatter_class=formatter))
+    _reading(actions.add_parser("list", help="list tokens and their roles", formatter_class=formatter))
 
 
 def _policy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ruled", nargs="?", metavar="NODE", help="whose policy (default: this node's)")
-    parser.add_argument("--naming", metavar="TEXT", help="how targets are called: {stem}, {suffix}, {format}, {job}")
+    parser.add_argument("ruled", nargs="?", metavar="NODE", help="the node (default: this one)")
+    parser.add_argument("--naming", metavar="TEXT", help="names of targets, from {stem}, {suffix}, {format}, {job}")
     parser.add_argument("--max-parallel", type=int, metavar="N", help="conversions at a time")
     parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: no conversion copies payload")
     parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may have sources removed")
-    parser.add_argument("--formats", metavar="FMT,FMT", help="what is converted to; all: any format")
+    parser.add_argument("--formats", metavar="FMT,FMT", help="formats that may be written; all: any format")
     parser.add_argument(
-        "--administrators-of", metavar="NODE,NODE", help="whose administrators are heard; all: any node's"
+        "--administrators-of", metavar="NODE,NODE", help="nodes whose administrators may send requests; all: any node"
     )
     _asking(parser)
 
@@ -199,36 +201,36 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
-    "nodes": _Verb("list the nodes: state, when they were heard last, how far behind they are", "listing", _reading),
-    "datastores": _Verb("list the directories whose disks are in the catalogue", "listing", _listing),
+    "nodes": _Verb("list the nodes: state, age of the last heartbeat, records behind", "listing", _reading),
+    "datastores": _Verb("list the datastores", "listing", _listing),
     "disks": _Verb("list disk images", "listing", _disks),
     "vms": _Verb("list virtual machines", "listing", _listing),
     "jobs": _Verb("list conversions", "listing", _jobs),
-    "requests": _Verb("list requests and what became of them", "listing", _newest),
+    "requests": _Verb("list requests and their responses", "listing", _newest),
     "history": _Verb("list the changes that were made, by whom, before and after", "listing", _newest),
-    "convert": _Verb("convert a disk, or all that are selected, wherever they are", "converting", _convert),
+    "convert": _Verb("convert a disk or all selected disks, on any node", "converting", _convert),
     "cancel": _Verb("cancel a conversion", "changing", _job),
-    "scan": _Verb("look at a node's datastores anew", "changing", _scan),
+    "scan": _Verb("scan a node's datastores again", "changing", _scan),
     "datastore": _Verb("declare directories of this node, or take them out of the catalogue", "changing", _datastore),
     "policy": _Verb("show and change how a node converts", "changing", _policy),
-    "token": _Verb("make, list and revoke tokens for people and programs", "changing", _token),
+    "token": _Verb("create, list and revoke tokens for people and programs", "changing", _token),
     "retire": _Verb("take a node out of the fleet for good", "changing", _retire),
     "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
     "export": _Verb("print everything, one record on each line", "watching", _export),
-    "doctor": _Verb("say what is wrong with the fleet, as this node sees it", "doctor", _reading),
-    "demo": _Verb("run a fleet of three nodes on this machine, with a disk, a conversion and a cut", "demo", _demo),
+    "doctor": _Verb("report the problems of the fleet, as this node sees them", "doctor", _reading),
+    "demo": _Verb("run a fleet of three nodes on this machine, with conversions and a partition", "demo", _demo),
 }
 
 COMMAND = Command(
     name="fleet",
-    help="see and change a fleet of nodes",
+    help="show and change a fleet of nodes",
     description="Shows the nodes, disks and conversions of a fleet and asks for changes of them, from any node.",
     configure=_configure,
     run=_run,
     epilog="""exit status:
   0  done, or asked for
   1  refused, failed, or no node is there
-  2  the request makes no sense
+  2  the request is not valid
 
 examples:
   vmconv fleet disks --select 'format=vmdk and size>=10G'

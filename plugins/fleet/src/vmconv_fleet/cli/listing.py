@@ -30,7 +30,7 @@ def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
     if options.output == "json":
         return
     for one in client.get("/api/v1/fleet")["unseen"]:
-        print(f"{cell(one['name'])} is not heard: what is known of it is {age_text(one['age_ms'])} old")
+        print(f"{cell(one['name'])} is unreachable: what is known of it is {age_text(one['age_ms'])} old")
 
 
 def nodes(options: argparse.Namespace) -> int:

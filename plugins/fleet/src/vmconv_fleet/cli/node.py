@@ -15,7 +15,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "datastores", nargs="*", metavar="DIR", help="directories of disk images that this node converts"
     )
-    parser.add_argument("--name", help="what people call the node (default: the host name)")
+    parser.add_argument("--name", help="name of the node (default: the host name)")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where other nodes connect (default: [::]:7447)")
     parser.add_argument(
         "--address",
@@ -34,12 +34,12 @@ def _init(parser: argparse.ArgumentParser) -> None:
 
 
 def _join(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("invitation", metavar="INVITATION", help="what vmconv node invite printed, on another node")
+    parser.add_argument("invitation", metavar="INVITATION", help="the output of vmconv node invite on another node")
     _settings(parser)
 
 
 def _invite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=60, help="how long it is good (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="minutes until it expires (default: %(default)s)")
     parser.add_argument(
         "--address", metavar="HOST", help="where the new node reaches this one (default: the first it has)"
     )
@@ -50,11 +50,11 @@ def _renew(parser: argparse.ArgumentParser) -> None:
 
 
 def _revoke(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("node", metavar="NODE", help="id of the node that nobody is to believe any more")
+    parser.add_argument("node", metavar="NODE", help="id of the node to revoke")
 
 
 def _leave(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="leave even if no authority can be told")
+    parser.add_argument("--force", action="store_true", help="leave even if no authority can be reached")
 
 
 def _authority(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +76,8 @@ ACTIONS: dict[str, tuple[str, Adder]] = {
     "run": ("run the node, in the foreground, until SIGTERM", _nothing),
     "status": ("what this node is, and whether it runs", _status),
     "invite": ("print an invitation for one more node", _invite),
-    "renew": ("get a new certificate; a running node goes on with it", _renew),
-    "revoke": ("make the whole fleet refuse a node", _revoke),
+    "renew": ("get a new certificate; a running node uses it at once", _renew),
+    "revoke": ("revoke a node: the whole fleet refuses it", _revoke),
     "authority": ("copy the fleet's authority to another node, so that it does not depend on one", _authority),
     "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
 }

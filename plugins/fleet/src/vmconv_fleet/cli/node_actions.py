@@ -26,7 +26,7 @@ def init_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust.identity import Keys, new_node_id
 
     if not options.fleet.replace("-", "").isalnum() or len(options.fleet) > 63 or not options.fleet.isascii():
-        raise UsageError(f"{options.fleet!r} is no name of a fleet", hint="letters, digits and -, 63 at most")
+        raise UsageError(f"{options.fleet!r} is not the name of a fleet", hint="letters, digits and -, 63 at most")
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
         authority, keys, node = Authority.found(directory, options.fleet), Keys.generate(), new_node_id()
@@ -148,7 +148,7 @@ def authority_node(options: argparse.Namespace) -> int:
             raise UsageError(f"{options.file}: exists already")
         with os_errors("writing the authority's key", FleetError):
             write_private(options.file, Authority.load(config.directory).export())
-        print(f"{options.file}: the authority of fleet {config.fleet}; whoever has it can let nodes in")
+        print(f"{options.file}: the authority of fleet {config.fleet}; its holder can admit nodes")
         return 0
     with os_errors("reading the authority's key", FleetError), open(options.file, "rb") as file:
         Authority.of_key(config.directory, file.read(MAX_PEM)).adopt()
@@ -172,7 +172,7 @@ def leave_node(options: argparse.Namespace) -> int:
         joining.first_that_answers(config.authorities, lambda address: joining.leave(config, address))
     with os_errors("deleting the node", FleetError):
         shutil.rmtree(config.directory)
-    print(f"node {config.node} has left fleet {config.fleet}; its disks are where they were")
+    print(f"node {config.node} has left fleet {config.fleet}; its disks stay where they are")
     return 0
 
 

@@ -183,10 +183,10 @@ class Run:
         roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
         disk = view.get(node, "disk", job.disk)
         if disk is None:
-            raise Refusal(f"disk {job.disk} is not here any more")
+            raise Refusal(f"disk {job.disk} is gone")
         for name in (disk.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
-                raise Refusal(f"datastore {name} is not here any more")
+                raise Refusal(f"datastore {name} is gone")
         return Task(
             job=self._job,
             root=roots[disk.body["datastore"]],

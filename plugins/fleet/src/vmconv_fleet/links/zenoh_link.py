@@ -171,7 +171,7 @@ class ZenohLink:
     def problems(self) -> list[NodeProblem]:
         found = list(self._problems.values())
         return (
-            [NodeProblem("disconnected", "the links were cut by the administrator"), *found]
+            [NodeProblem("disconnected", "the links were disconnected by the administrator"), *found]
             if self._disconnected
             else found
         )

@@ -135,7 +135,7 @@ def encode(fields: Record) -> bytes:
     try:
         return _encode(head).encode()
     except (TypeError, ValueError, RecursionError) as exc:
-        raise MalformedError(f"{fields.kind}/{fields.id}: body is no JSON: {exc}") from exc
+        raise MalformedError(f"{fields.kind}/{fields.id}: body is not JSON: {exc}") from exc
 
 
 def seal(signature: bytes, payload: bytes) -> bytes:
@@ -156,11 +156,11 @@ def decode(wire: bytes) -> Record:
             raise _misfit(text)
         values, end = _JSON.raw_decode(text)
     except (ValueError, RecursionError) as exc:
-        raise MalformedError(f"record is no JSON: {exc}") from exc
+        raise MalformedError(f"record is not JSON: {exc}") from exc
     if end != len(text) or len(values) != len(Record._fields) or not text.endswith("}]"):
         raise MalformedError(f"record of {len(text)} characters, and its body is not all that follows the state")
     if not text.startswith("{", head.end()):
-        raise MalformedError("body is no object")
+        raise MalformedError("body is not an object")
     record = _made(values, wire)
     _check(record, text)
     return record
@@ -236,7 +236,7 @@ def _finite(text: str) -> float:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 _JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)

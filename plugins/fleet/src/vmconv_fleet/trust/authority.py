@@ -71,7 +71,8 @@ class Invitation(NamedTuple):
         parts = text.removeprefix("vmconv-join://").split("/")
         if not text.startswith("vmconv-join://") or len(parts) != 4 or not is_node_id(parts[1]) or len(parts[2]) != 64:
             raise AuthorityError(
-                "this is no invitation to a fleet", hint="vmconv node invite, on a node with the authority, prints one"
+                "this is not an invitation to a fleet",
+                hint="vmconv node invite, on a node with the authority, prints one",
             )
         return cls(*parts)
 

@@ -109,7 +109,7 @@ def binding(certificate: x509.Certificate, authorities: list[x509.Certificate]) 
         raise IdentityError(f"certificate {certificate.serial_number:x} is not of this fleet's authority")
     node, fleet = (_only(certificate, oid) for oid in (NameOID.COMMON_NAME, NameOID.ORGANIZATION_NAME))
     if not is_node_id(node):
-        raise IdentityError(f"certificate of {node!r}, which is no node id")
+        raise IdentityError(f"certificate of {node!r}, which is not a node id")
     key = _signing_key(certificate.extensions)
     return Binding(node, fleet, key_id_of(key), key, certificate.serial_number, certificate.not_valid_after_utc)
 

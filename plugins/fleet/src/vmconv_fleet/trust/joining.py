@@ -197,13 +197,13 @@ class _Handler(BaseHTTPRequestHandler):
                 raise AuthorityError(f"body of {size} bytes, at most {LIMIT} are read")
             asked = json.loads(self.rfile.read(size))
             if not isinstance(asked, dict):
-                raise AuthorityError("the body is no JSON object")
+                raise AuthorityError("the body is not a JSON object")
             self._answer(200, self.server.service.answer(self.path, asked, self._caller()))
         except VmconvError as exc:
             _log.warning("refused at %s: %s", self.path, exc)
             self._answer(403, {"error": str(exc), "hint": exc.hint})
         except ValueError as exc:
-            self._answer(400, {"error": f"the body is no JSON: {exc}", "hint": None})
+            self._answer(400, {"error": f"the body is not JSON: {exc}", "hint": None})
 
     def _caller(self) -> str | None:
         assert isinstance(self.connection, ssl.SSLSocket)

@@ -91,4 +91,4 @@ def _refuse_strangers(target: str, by: Principal, records: Records) -> None:
         return
     vouching = {by.node, by.token.partition("/")[0] if by.token else by.node}
     if not vouching <= {*heard, target}:
-        raise AccessError(f"the policy of {target} does not hear administrators of {by.node}")
+        raise AccessError(f"the policy of {target} does not accept administrators of {by.node}")
