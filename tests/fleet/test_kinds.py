@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 from pydantic import ValidationError
 
 from vmconv_fleet.catalogue import kinds
+from vmconv_fleet.catalogue.conversion import ConversionSpec
 from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
-from vmconv_fleet.jobs.arguments import ARGUMENTS
+from vmconv_fleet.cli.fleet import COMMAND
+from vmconv_fleet.console.forms import CONVERSION
+from vmconv_fleet.jobs.arguments import ARGUMENTS, Conversion, Convert
+from vmconv_fleet.jobs.worker import Task
 from vmconv_fleet.trust.roles import VERBS
 
 NODE = "a" * 32
@@ -48,6 +54,34 @@ def test_a_body_goes_through_its_model_unchanged() -> None:
 def test_what_is_no_body_of_its_kind_is_refused(kind: str, body: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         KINDS[kind].model_validate(body)
+
+
+@pytest.mark.parametrize("model", [Conversion, Convert, JobBody], ids=lambda model: model.__name__)
+def test_a_conversion_is_defined_once(model: type[ConversionSpec]) -> None:
+    for name, field in ConversionSpec.model_fields.items():
+        assert model.model_fields[name].default == field.default
+        assert model.model_fields[name].annotation == field.annotation
+        assert name not in vars(model).get("__annotations__", {})
+
+
+def test_every_part_of_a_conversion_is_a_field_of_its_definition() -> None:
+    parser = argparse.ArgumentParser()
+    COMMAND.configure(parser)
+    options = parser.parse_args(["convert", "n01:a.raw", "--to", "qcow2"])
+    assert set(options.spec) <= ConversionSpec.model_fields.keys()
+    assert {name: getattr(options, name) for name in options.spec if getattr(options, name)} == {"format": "qcow2"}
+    assert set(CONVERSION) <= ConversionSpec.model_fields.keys()
+    assert {"format", "options", "target", "zero_copy", "dry_run"} == set(
+        Task._fields
+    ) & ConversionSpec.model_fields.keys()
+
+
+def test_an_unset_field_is_not_sent() -> None:
+    assert Convert(disk="d1", format="raw", zero_copy="auto").given() == {
+        "disk": "d1",
+        "format": "raw",
+        "zero_copy": "auto",
+    }
 
 
 def test_each_verb_says_what_it_takes_and_which_role() -> None:

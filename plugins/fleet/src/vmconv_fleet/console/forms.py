@@ -21,7 +21,7 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 _WAIT = 3.0
 
-_CONVERSION = ("format", "target", "zero_copy", "dry_run")
+CONVERSION = ("format", "target", "zero_copy", "dry_run")
 """The fields of a conversion that the form on a disk's page has."""
 
 
@@ -80,7 +80,7 @@ async def _convert(request: Request) -> Response:
     visit, form = visit_of(request), await form_of(request)
     refuse_forged(visit, form)
     owner, disk = request.path_params["owner"], request.path_params["id"]
-    arguments = {name: form[name] for name in _CONVERSION if form.get(name)}
+    arguments = {name: form[name] for name in CONVERSION if form.get(name)}
     return await _asked(visit, owner, "convert", arguments | {"disk": disk}, f"/disks/{owner}/{disk}")
 
 
