@@ -109,7 +109,7 @@ async def ask(
     given = arguments_of(verb, arguments).given()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
     by = caller.by.plain()
-    async with state.bus.listener() as heard:
+    async with state.bus.listener() as listener:
         # The listener starts first, so that the response is not missed between the look and the wait.
         request = await run_in_threadpool(state.service.submit, target, verb, given, by, id=key)
         _audit.info(
@@ -120,7 +120,7 @@ async def ask(
             left = until - time.monotonic()
             if left <= 0:
                 break
-            await heard.take(left)
+            await listener.take(left)
     return answer_of(state.node, request, target, response)
 
 

@@ -45,12 +45,12 @@ async def events(
 
 
 async def _stream(request: Request, state: State, wanted: frozenset[str], *, returned: bool) -> AsyncIterator[str]:
-    async with state.bus.listener() as heard:
+    async with state.bus.listener() as listener:
         yield f"retry: 2000\nevent: here\ndata: {json.dumps({'node': state.node})}\n\n"
         if returned:
             yield _LOST
         while not await request.is_disconnected():
-            records, lost = await heard.take(KEEP_ALIVE)
+            records, lost = await listener.take(KEEP_ALIVE)
             if lost:
                 yield _LOST
             if not records:

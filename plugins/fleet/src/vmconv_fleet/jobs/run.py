@@ -102,7 +102,7 @@ class Run:
         self._lock = threading.Lock()
         self._cancelled = False
         self._node_ends = threading.Event()
-        self._told = 0.0
+        self._last_update = 0.0
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"job {job.id}", daemon=True)
 
@@ -155,7 +155,7 @@ class Run:
         except Refusal as exc:
             self._update(_failed(str(exc), None))
             return
-        said = self._converse(task)
+        said = self._run_worker(task)
         if self._node_ends.is_set() and said is None and not self._journal.made():
             return
         ended = self._update(self._outcome(said))
@@ -211,7 +211,7 @@ class Run:
             for layer in one.body.get("chain", ())
         )
 
-    def _converse(self, task: Task) -> Mapping[str, Any] | None:
+    def _run_worker(self, task: Task) -> Mapping[str, Any] | None:
         """Runs the worker; returns its last event, None if it had none."""
         last: Mapping[str, Any] | None = None
         noise = ""
@@ -228,14 +228,14 @@ class Run:
             if self._cancelled or self._node_ends.is_set():
                 self._stop_child()
             try:
-                self._say(child, json.dumps(task._asdict()))
+                self._send_line(child, json.dumps(task._asdict()))
                 for said in _lines(child):
                     if isinstance(said, str):
                         noise = said
                     elif said["event"] in ("done", "error") or task.dry_run:
                         last = said
                     else:
-                        self._hear(child, said)
+                        self._handle_event(child, said)
             except BaseException:
                 child.kill()
                 raise
@@ -244,24 +244,24 @@ class Run:
             last = {"event": "error", "message": f"the worker ended with {how} {noise}".strip()[:_MAX_TEXT]}
         return last
 
-    def _say(self, child: subprocess.Popen[bytes], line: str) -> None:
+    def _send_line(self, child: subprocess.Popen[bytes], line: str) -> None:
         assert child.stdin
         # A dead worker is noticed by its missing last event.
         with suppress(BrokenPipeError):
             child.stdin.write(line.encode() + b"\n")
             child.stdin.flush()
 
-    def _hear(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
+    def _handle_event(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
         if said["event"] == "plan":
             if self._update(partial(_planned, said)) is None:
                 # The job was cancelled, or its record is gone.
                 self.cancel()
             else:
-                self._say(child, "go")
+                self._send_line(child, "go")
             return
         now = time.monotonic()
-        if now - self._told >= PROGRESS_SECONDS or said["done"] == 0:
-            self._told = now
+        if now - self._last_update >= PROGRESS_SECONDS or said["done"] == 0:
+            self._last_update = now
             progress = {"done": said["done"], "total": said["total"]}
             self._update(lambda body: {**body, "state": "running", "progress": progress})
 

@@ -76,7 +76,7 @@ class Worker:
         self._directory = ""
         self._names: list[str] = []
         self._made: list[int] = []
-        self._said = 0.0
+        self._last_progress = 0.0
 
     def run(self) -> None:
         from vmconv.api import convert
@@ -94,7 +94,7 @@ class Worker:
         if task.dry_run:
             self._plan(source, target, wanted)
             return
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch_input, daemon=True).start()
         result = convert(
             source, target, announce=self._announce, created=self._created, progress=self._progress, **wanted
         )
@@ -106,7 +106,7 @@ class Worker:
 
         with prepared(Request(source, target, **wanted)) as ready:
             self._refuse_elsewhere(ready.plan)
-            self._tell_plan(ready.plan)
+            self._emit_plan(ready.plan)
             refuse_copies(target, self._task.zero_copy, ready.plan)
 
     def _target(self, source: str) -> str:
@@ -131,7 +131,7 @@ class Worker:
             raise PlanError(f"{name}: already exists", hint="name another target")
         return path
 
-    def _listen(self) -> None:
+    def _watch_input(self) -> None:
         """Waits for `go`, then for the end of standard input: the end of the node."""
         if sys.stdin.readline():
             self._go.set()
@@ -143,7 +143,7 @@ class Worker:
 
     def _announce(self, plan: Plan) -> None:
         self._refuse_elsewhere(plan)
-        self._tell_plan(plan)
+        self._emit_plan(plan)
         self._go.wait()
 
     def _refuse_elsewhere(self, plan: Plan) -> None:
@@ -153,9 +153,9 @@ class Worker:
         refuse_outside(plan.directory, plan.files[-1].name, self._roots)
         self._directory, self._names = plan.directory, [file.name for file in plan.files]
 
-    def _tell_plan(self, plan: Plan) -> None:
+    def _emit_plan(self, plan: Plan) -> None:
         copies = [{"reason": one.reason, "bytes": one.bytes, "ranges": one.ranges} for one in plan.copies]
-        _tell(
+        _emit(
             "plan",
             target=os.path.join(plan.directory, plan.files[-1].name),
             plan={
@@ -175,15 +175,15 @@ class Worker:
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == total or now - self._said >= _PROGRESS_SECONDS:
-            self._said = now
-            _tell("progress", done=done, total=total)
+        if done == total or now - self._last_progress >= _PROGRESS_SECONDS:
+            self._last_progress = now
+            _emit("progress", done=done, total=total)
 
     def _finish(self, source: str, result: Result) -> None:
         kept = None
         if self._task.removable:
             kept = _remove(source, result)
-        _tell(
+        _emit(
             "done",
             seconds=round(result.seconds, 3),
             warnings=[printable(text) for text in result.warnings[:_MAX_LISTED]],
@@ -207,7 +207,7 @@ def _remove(source: str, result: Result) -> str | None:
     return None
 
 
-def _tell(event: str, **values: Any) -> None:
+def _emit(event: str, **values: Any) -> None:
     # One write, so that lines of threads do not mix. A dead node does not read them.
     with suppress(BrokenPipeError):
         os.write(1, json.dumps({"event": event, **values}).encode() + b"\n")
@@ -225,7 +225,7 @@ def main() -> int:
     task = Task(**json.loads(sys.stdin.readline()))
     journal = JobJournal(task.journal)
     if not journal.lock():
-        _tell("error", message="another worker is at this job", hint=None)
+        _emit("error", message="another worker is at this job", hint=None)
         return 1
     code = _done(task, journal)
     if code and not journal.made():
@@ -239,13 +239,13 @@ def _done(task: Task, journal: JobJournal) -> int:
     except _Stopped:
         return 143
     except VmconvError as exc:
-        _tell("error", message=str(exc), hint=exc.hint)
+        _emit("error", message=str(exc), hint=exc.hint)
         return 1
     except OSError as exc:
-        _tell("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=None)
+        _emit("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=None)
         return 1
     except Exception as exc:
-        _tell("error", message=printable(f"internal error: {type(exc).__name__}: {exc}"), hint=None)
+        _emit("error", message=printable(f"internal error: {type(exc).__name__}: {exc}"), hint=None)
         return 1
     return 0
 

@@ -43,7 +43,7 @@ MAX_WAITING = 64 << 20
 _log = logging.getLogger("vmconv_fleet.link")
 
 
-class _Ways(NamedTuple):
+class _Publishers(NamedTuple):
     """The publishers for one neighbour, or for all: live messages may be dropped, bulk ones wait for room."""
 
     live: zenoh.Publisher
@@ -102,7 +102,7 @@ class ZenohLink:
         # Each is written by one thread only: the sender's, and the bulk thread.
         self._queued_bytes = 0
         self._taken_bytes = 0
-        self._open: dict[str, _Ways] = {}
+        self._open: dict[str, _Publishers] = {}
         self._watched: dict[str, Any] = {}
         self._connected: frozenset[str] = frozenset()
         self._links: dict[str, set[tuple[str, str]]] = {}
@@ -114,7 +114,7 @@ class ZenohLink:
         self._looking = 0
         self._reopen_at: float | None = None
         self._reopen_by = 0.0
-        self._deaf: dict[str, float] = {}
+        self._not_listening: dict[str, float] = {}
         self._patience = 1
         self._closing: list[_Closing] = []
         self._disconnected = False
@@ -221,7 +221,9 @@ class ZenohLink:
             self._close_session()
 
     def _next_command(self) -> None:
-        due = min([*self._deaf.values(), *([] if self._reopen_at is None else [self._reopen_at])], default=None)
+        due = min(
+            [*self._not_listening.values(), *([] if self._reopen_at is None else [self._reopen_at])], default=None
+        )
         try:
             command = self._commands.get(timeout=None if due is None else max(0.0, due - time.monotonic()))
         except queue.Empty:
@@ -237,12 +239,12 @@ class ZenohLink:
         if self._reopen_at is not None and self._reopen_at <= now:
             self._reopen_now()
             return
-        late = [node for node, due in self._deaf.items() if due <= now]
+        late = [node for node, due in self._not_listening.items() if due <= now]
         if late:
             # Zenoh 1.10 keeps links of a session that closes while others open. The next session of that node then gets
             # no link with the other end until that opens a new session.
             _log.warning("neighbours have a link and do not listen: %s", ", ".join(late))
-            self._deaf.clear()
+            self._not_listening.clear()
             self._patience = min(2 * self._patience, MAX_PATIENCE)
             self._reopen_when_quiet()
 
@@ -288,7 +290,7 @@ class ZenohLink:
                 self._looking = generation
                 self._commands.put(lambda: self._look_at_links(generation))
 
-        self._open[ALL] = _Ways.to(session, link_key(self._config.fleet, me, ALL))
+        self._open[ALL] = _Publishers.to(session, link_key(self._config.fleet, me, ALL))
         remote = zenoh.Locality.REMOTE
         # First the subscription for all: a peer that sees ours may send either.
         keys = [link_key(self._config.fleet, "*", to) for to in (ALL, me)]
@@ -377,14 +379,14 @@ class ZenohLink:
         """Declares the publishers for a neighbour; it counts as connected once it listens."""
         if node in self._open or self._session is None:
             return
-        ways = _Ways.to(self._session, link_key(self._config.fleet, self._config.node, node))
+        ways = _Publishers.to(self._session, link_key(self._config.fleet, self._config.node, node))
 
         def matched(status: Any) -> None:
             listens = bool(status.matching)
             self._commands.put(lambda: self._listens(generation, node, listens))
 
         self._open[node] = ways
-        self._deaf[node] = time.monotonic() + self._patience * 2 * self._longest()
+        self._not_listening[node] = time.monotonic() + self._patience * 2 * self._longest()
         # Not a thread for each neighbour.
         direct: Any = zenoh.handlers.Callback(matched, indirect=False)
         self._watched[node] = ways.live.declare_matching_listener(direct)
@@ -396,8 +398,8 @@ class ZenohLink:
         if generation != self._generation or node not in self._open or listens == (node in self._connected):
             return
         if listens:
-            self._deaf.pop(node, None)
-            self._patience = self._patience if self._deaf else 1
+            self._not_listening.pop(node, None)
+            self._patience = self._patience if self._not_listening else 1
             self._connected |= {node}
             self._events.connected(node)
         else:
@@ -409,7 +411,7 @@ class ZenohLink:
         # Not undeclared: another thread may be in a put.
         if self._open.pop(node, None) is None:
             return
-        self._deaf.pop(node, None)
+        self._not_listening.pop(node, None)
         if node in self._connected:
             self._connected -= {node}
             self._events.disconnected(node)
