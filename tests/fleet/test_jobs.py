@@ -18,6 +18,7 @@ from support.disks import MIB, QemuImg, make_disk
 from vmconv.api import compare
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
+from vmconv_fleet.jobs import run
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.runner import MAX_ATTEMPTS, JobRunner
 from vmconv_fleet.replication.clock import wall_ms
@@ -295,6 +296,22 @@ def test_a_worker_that_dies_fails_its_job(node: Node, datastore: Path) -> None:
     with runner(node, sys.executable, "-c", "import os; print('trouble', flush=True); os.kill(os.getpid(), 9)"):
         body = ended(node, "j1")
     assert (body["state"], body["error"]) == ("failed", "the worker ended with signal 9 trouble")
+
+
+def test_a_worker_that_is_dead_before_it_gets_its_task_fails_its_job(
+    node: Node, datastore: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_line = run.Run._send_line
+
+    def late(self: run.Run, child: subprocess.Popen[bytes], line: str) -> None:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        send_line(self, child, line)
+
+    monkeypatch.setattr(run.Run, "_send_line", late)
+    node.write(Change("job", "j1", job()))
+    with runner(node, sys.executable, "-c", "print('trouble')"):
+        body = ended(node, "j1")
+    assert (body["state"], body["error"]) == ("failed", "the worker ended with code 0 trouble")
 
 
 def killed(tmp_path: Path, datastore: Path, gate: str) -> int:

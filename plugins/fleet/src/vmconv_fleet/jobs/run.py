@@ -247,9 +247,13 @@ class Run:
     def _send_line(self, child: subprocess.Popen[bytes], line: str) -> None:
         assert child.stdin
         # A dead worker is noticed by its missing last event.
-        with suppress(BrokenPipeError):
+        try:
             child.stdin.write(line.encode() + b"\n")
             child.stdin.flush()
+        except BrokenPipeError:
+            # Closing drops what is buffered, which the end of the block would write again.
+            with suppress(BrokenPipeError):
+                child.stdin.close()
 
     def _handle_event(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
         if said["event"] == "plan":
