@@ -162,10 +162,36 @@ def test_placed_rows_are_where_they_are_and_zero_is_between(pieces: list[tuple[i
     assert model(table) == [(Kind.DATA, A, at) if at in covered else (Kind.ZERO, None, 0) for at in range(130)]
 
 
-def test_placed_rows_must_not_overlap() -> None:
-    rows = Columns(np.array([0, 5]), np.full(2, 2, dtype=np.uint8), np.zeros(2, dtype=np.int32), np.array([0, 5]))
-    with pytest.raises(ValueError, match="overlap"):
-        Extents.placed(20, rows, np.array([6, 5]), [A])
+@pytest.mark.parametrize(
+    ("start", "length", "size", "right"),
+    [
+        ([0, 5], [5, 5], 20, True),
+        ([0, 5], [6, 5], 20, False),
+        ([0, 10, 15], [3, 6, 2], 20, False),
+        ([15, 0, 10], [2, 3, 5], 20, True),
+        ([0, 10], [3, 10], 20, True),
+        ([0, 10], [3, 11], 20, False),
+        ([], [], 20, True),
+    ],
+    ids=str,
+)
+def test_placed_rows_must_not_overlap(start: list[int], length: list[int], size: int, right: bool) -> None:
+    kind, source = np.full(len(start), Kind.DATA, dtype=np.uint8), np.zeros(len(start), dtype=np.int32)
+    rows = Columns(np.array(start, dtype=np.int64), kind, source, np.array(start, dtype=np.int64))
+    if right:
+        placed = Extents.placed(size, rows, np.array(length, dtype=np.int64), [A])
+        found = {at for row in placed if row.source for at in range(row.start, row.end)}
+        assert found == {at + n for at, count in zip(start, length, strict=True) for n in range(count)}
+    else:
+        with pytest.raises(ValueError, match="overlap"):
+            Extents.placed(size, rows, np.array(length, dtype=np.int64), [A])
+
+
+@pytest.mark.parametrize(("address", "length"), [(0, 21), (20, 1), (-1, 1), (5, -1), (21, 0)])
+def test_nothing_is_read_outside_of_a_table(address: int, length: int) -> None:
+    with pytest.raises(ValueError, match="lies outside 20 bytes"):
+        list(Extents.filled(20).rows_of(address, length))
+    assert list(Extents.filled(20).rows_of(20, 0)) == []
 
 
 @pytest.mark.parametrize(
