@@ -35,7 +35,7 @@ from vmconv_fleet.replication import anti_entropy, epochs, messages, requests
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.replica import Replica, Timing
-from vmconv_fleet.replication.requests import Context, Outcome, Request, Requests
+from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, Requests
 from vmconv_fleet.replication.store import Store
 
 WALL = 1_700_000_000_000
@@ -488,7 +488,7 @@ class World:
 
     # Handlers of the requests
 
-    def _add(self, context: Context, request: Request) -> Outcome:
+    def _add(self, context: Context, request: IncomingRequest) -> Outcome:
         key = str(request.arguments["key"])
         before = context.get(context.node, "count", key)
         value = before.body["value"] + 1 if before else 1
@@ -551,11 +551,11 @@ class World:
         return self.oracle.unanswered(replicas[0].store, list(expected))
 
 
-def _refuse(context: Context, request: Request) -> Outcome:
+def _refuse(context: Context, request: IncomingRequest) -> Outcome:
     raise Refusal("no")
 
 
-def _break(context: Context, request: Request) -> Outcome:
+def _break(context: Context, request: IncomingRequest) -> Outcome:
     raise ValueError("a mistake in a handler")
 
 

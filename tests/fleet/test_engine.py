@@ -17,7 +17,7 @@ from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
 from vmconv_fleet.errors import ClosedError, MalformedError, NotReadyError, StoreError
 from vmconv_fleet.replication import engine
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.requests import Context, Outcome, Request
+from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView, Store
 from vmconv_fleet.replication.verifier_pool import FEW, VerifierPool
@@ -26,7 +26,7 @@ PATIENCE = 30.0
 BY = {"user": "somebody"}
 
 
-def _set(context: Context, request: Request) -> Outcome:
+def _set(context: Context, request: IncomingRequest) -> Outcome:
     return Outcome([Change("setting", "s", dict(request.arguments))], {"done": True})
 
 

@@ -12,7 +12,7 @@ from vmconv.errors import VmconvError
 from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
 from vmconv_fleet.replication.records import Position, Record
-from vmconv_fleet.replication.requests import Outcome, Request
+from vmconv_fleet.replication.requests import IncomingRequest, Outcome
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import ORDER, VERBS
 
@@ -50,7 +50,7 @@ class Replica:
     ) -> Outcome:
         """Asks as the local administrator of a node, unless `by` is somebody else; carries out what was decided."""
         who = {"node": requester, "user": "root"} if by is None else by
-        asked = Request(request, requester, verb, what, who, 0, False)
+        asked = IncomingRequest(request, requester, verb, what, who, 0, False)
         outcome = make_handlers("/nowhere")[verb](self, asked)
         for change in outcome.changes:
             if change.body is None:
@@ -278,7 +278,7 @@ def test_naming_has_no_path_and_no_attribute(replica: Replica) -> None:
 
 
 def test_only_who_holds_the_authority_revokes(replica: Replica, tmp_path: Path) -> None:
-    asked = Request("r1", HERE, "revoke", {"node": OTHER}, {"node": HERE}, 0, False)
+    asked = IncomingRequest("r1", HERE, "revoke", {"node": OTHER}, {"node": HERE}, 0, False)
     with pytest.raises(VmconvError):
         make_handlers(str(tmp_path))["revoke"](replica, asked)
     for verb in ("revoke", "retire"):
@@ -290,7 +290,7 @@ def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
     from vmconv_fleet.trust.authority import Authority
 
     Authority.found(str(tmp_path), "test")
-    asked = Request("r1", HERE, "retire", {"node": OTHER, "reason": "burnt"}, {"node": HERE}, 0, False)
+    asked = IncomingRequest("r1", HERE, "retire", {"node": OTHER, "reason": "burnt"}, {"node": HERE}, 0, False)
     outcome = make_handlers(str(tmp_path))["retire"](replica, asked)
     assert {change.kind for change in outcome.changes} == {"retirement", "revocation"}
     (retirement,) = [one for one in outcome.changes if one.kind == "retirement"]

@@ -12,7 +12,7 @@ from vmconv_fleet.catalogue.conversion import ConversionSpec
 from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
 from vmconv_fleet.cli.fleet import COMMAND
 from vmconv_fleet.console.forms import CONVERSION
-from vmconv_fleet.jobs.arguments import ARGUMENTS, Conversion, Convert
+from vmconv_fleet.jobs.arguments import ARGUMENTS, Convert, JobRequest
 from vmconv_fleet.jobs.worker import Task
 from vmconv_fleet.trust.roles import VERBS
 
@@ -56,7 +56,7 @@ def test_what_is_no_body_of_its_kind_is_refused(kind: str, body: dict[str, objec
         KINDS[kind].model_validate(body)
 
 
-@pytest.mark.parametrize("model", [Conversion, Convert, JobBody], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [JobRequest, Convert, JobBody], ids=lambda model: model.__name__)
 def test_a_conversion_is_defined_once(model: type[ConversionSpec]) -> None:
     for name, field in ConversionSpec.model_fields.items():
         assert model.model_fields[name].default == field.default

@@ -10,30 +10,30 @@ import pytest
 from fleet.pairs import Fleet, Machine, pair
 from vmconv_fleet.errors import FleetError, MalformedError, Refusal
 from vmconv_fleet.replication.records import MAX_RECORD, Change, Record
-from vmconv_fleet.replication.requests import BURST, KEPT_MS, Context, Outcome, Request, Requests, response_id
+from vmconv_fleet.replication.requests import BURST, KEPT_MS, Context, IncomingRequest, Outcome, Requests, response_id
 
 BY = {"user": "somebody"}
 
 
-def _set(context: Context, request: Request) -> Outcome:
+def _set(context: Context, request: IncomingRequest) -> Outcome:
     before = context.get(context.node, "setting", "s")
     value = [*(before.body["values"] if before else []), request.arguments["value"]]
     return Outcome([Change("setting", "s", {"values": value})], {"count": len(value)})
 
 
-def _refuse(context: Context, request: Request) -> Outcome:
+def _refuse(context: Context, request: IncomingRequest) -> Outcome:
     raise Refusal("not on a Tuesday")
 
 
-def _break(context: Context, request: Request) -> Outcome:
+def _break(context: Context, request: IncomingRequest) -> Outcome:
     raise ZeroDivisionError
 
 
-def _large(context: Context, request: Request) -> Outcome:
+def _large(context: Context, request: IncomingRequest) -> Outcome:
     return Outcome([Change("setting", "s", {"filling": "x" * (MAX_RECORD // 2)})], {"filling": "x" * (MAX_RECORD // 2)})
 
 
-def _forge(context: Context, request: Request) -> Outcome:
+def _forge(context: Context, request: IncomingRequest) -> Outcome:
     return Outcome([Change(request.arguments["kind"], "000000000001", {})])
 
 

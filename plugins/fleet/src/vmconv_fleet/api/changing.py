@@ -19,7 +19,7 @@ from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.conversion import BulkSpec
 from vmconv_fleet.catalogue.fields import Name, Role
 from vmconv_fleet.catalogue.selection import parse
-from vmconv_fleet.jobs.arguments import Conversion, PolicySet
+from vmconv_fleet.jobs.arguments import JobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ async def request(
 async def convert(
     owner: str,
     disk: str,
-    wish: Conversion,
+    wish: JobRequest,
     state: StateOf,
     caller: Known,
     wait: Wait = 0,

@@ -29,7 +29,7 @@ class Arguments(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-class Conversion(ConversionSpec, Arguments):
+class JobRequest(ConversionSpec, Arguments):
     """A conversion. `job` is an id of the caller's choice: the same id again is the same job."""
 
     verb: ClassVar[str] = "convert"
@@ -37,7 +37,7 @@ class Conversion(ConversionSpec, Arguments):
     job: Identifier | None = None
 
 
-class Convert(Conversion):
+class Convert(JobRequest):
     """A conversion of a disk of the catalogue."""
 
     disk: Identifier

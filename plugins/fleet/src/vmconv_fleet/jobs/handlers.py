@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.policy import POLICY, policy_of
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.requests import Context, Handler, Outcome, Request
+from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
 from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ MAX_OPEN_JOBS = 20_000
 
 def make_handlers(directory: str) -> Mapping[str, Handler]:
     """Returns the handler of each verb; `directory` is the node's own, where it may hold the fleet's authority."""
-    deciders: Mapping[str, Callable[[Context, Request, Any], Outcome]] = {
+    deciders: Mapping[str, Callable[[Context, IncomingRequest, Any], Outcome]] = {
         "convert": _convert,
         "cancel": _cancel,
         "scan": _scan,
@@ -56,7 +56,9 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
     return {verb: partial(_handle, decide) for verb, decide in deciders.items()}
 
 
-def _handle(decide: Callable[[Context, Request, Any], Outcome], context: Context, request: Request) -> Outcome:
+def _handle(
+    decide: Callable[[Context, IncomingRequest, Any], Outcome], context: Context, request: IncomingRequest
+) -> Outcome:
     """Checks who asks and the arguments, and lets the handler decide."""
     # The models take memory that a node without requests does not need.
     from vmconv_fleet.catalogue.kinds import Principal
@@ -90,7 +92,7 @@ def _own(context: Context, kind: str, identifier: str) -> Record:
 # Conversions
 
 
-def _convert(context: Context, request: Request, wanted: Convert) -> Outcome:
+def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Outcome:
     from vmconv_fleet.catalogue.kinds import DiskBody, JobBody, Principal
 
     identifier = wanted.job or request.id
@@ -147,7 +149,7 @@ def _ruled(policy: PolicyBody, wanted: Convert) -> dict[str, Any]:
     return {"zero_copy": "require"} if policy.zero_copy == "require" else {}
 
 
-def _cancel(context: Context, _request: Request, wanted: Cancel) -> Outcome:
+def _cancel(context: Context, _request: IncomingRequest, wanted: Cancel) -> Outcome:
     record = _own(context, "job", wanted.job)
     state = record.body["state"]
     ends_itself = state == "planned" and record.body.get("dry_run")
@@ -162,7 +164,7 @@ def _cancel(context: Context, _request: Request, wanted: Cancel) -> Outcome:
 # Datastores
 
 
-def _scan(context: Context, _request: Request, wanted: Scan) -> Outcome:
+def _scan(context: Context, _request: IncomingRequest, wanted: Scan) -> Outcome:
     if wanted.datastore is not None:
         due = [_own(context, "datastore", wanted.datastore)]
     else:
@@ -171,7 +173,7 @@ def _scan(context: Context, _request: Request, wanted: Scan) -> Outcome:
     return Outcome(changes, {"datastores": [one.id for one in due]})
 
 
-def _add_datastore(context: Context, _request: Request, wanted: DatastoreAdd) -> Outcome:
+def _add_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreAdd) -> Outcome:
     if context.get(context.node, "datastore", wanted.name):
         raise Refusal(f"datastore {wanted.name} is there already")
     for other in context.find("datastore", context.node):
@@ -186,7 +188,7 @@ def _overlap(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _remove_datastore(context: Context, _request: Request, wanted: DatastoreRemove) -> Outcome:
+def _remove_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreRemove) -> Outcome:
     _own(context, "datastore", wanted.name)
     for job in context.find("job", context.node):
         if job.body["state"] == "running" and wanted.name in (
@@ -201,7 +203,7 @@ def _remove_datastore(context: Context, _request: Request, wanted: DatastoreRemo
 # Rules, people and nodes
 
 
-def _set_policy(context: Context, _request: Request, wanted: PolicySet) -> Outcome:
+def _set_policy(context: Context, _request: IncomingRequest, wanted: PolicySet) -> Outcome:
     before = context.get(context.node, "policy", POLICY)
     body = {**(before.body if before else {}), **wanted.given()}
     heard = body.get("administrators_of")
@@ -210,7 +212,7 @@ def _set_policy(context: Context, _request: Request, wanted: PolicySet) -> Outco
     return Outcome([Change("policy", POLICY, body)], {"policy": body})
 
 
-def _create_token(context: Context, request: Request, wanted: TokenCreate) -> Outcome:
+def _create_token(context: Context, request: IncomingRequest, wanted: TokenCreate) -> Outcome:
     if context.get(context.node, "token", wanted.id):
         raise Refusal(f"token {wanted.id} is there already")
     body = {
@@ -221,12 +223,12 @@ def _create_token(context: Context, request: Request, wanted: TokenCreate) -> Ou
     return Outcome([Change("token", wanted.id, body)], {"token": wanted.id})
 
 
-def _revoke_token(context: Context, _request: Request, wanted: TokenRevoke) -> Outcome:
+def _revoke_token(context: Context, _request: IncomingRequest, wanted: TokenRevoke) -> Outcome:
     record = _own(context, "token", wanted.id)
     return Outcome([Change("token", wanted.id, {**record.body, "revoked": True})], {"token": wanted.id})
 
 
-def _retire(directory: str, context: Context, _request: Request, wanted: Retire) -> Outcome:
+def _retire(directory: str, context: Context, _request: IncomingRequest, wanted: Retire) -> Outcome:
     """Retires a node: all nodes drop its records and accept none again."""
     if wanted.node == context.node:
         raise Refusal("a node does not retire itself", hint="vmconv node leave, on it")
@@ -238,7 +240,7 @@ def _retire(directory: str, context: Context, _request: Request, wanted: Retire)
     return Outcome([Change("retirement", wanted.node, body), revoked], {"node": wanted.node})
 
 
-def _revoke(directory: str, context: Context, _request: Request, wanted: Revoke) -> Outcome:
+def _revoke(directory: str, context: Context, _request: IncomingRequest, wanted: Revoke) -> Outcome:
     if wanted.key_id is None and wanted.node == context.node:
         raise Refusal("a node does not revoke itself")
     change = _revocation(directory, context, wanted.node, wanted.key_id, retired=False)

@@ -44,7 +44,7 @@ RESERVED = frozenset({"epoch", "request", "response", "transaction"})
 _log = logging.getLogger(__name__)
 
 
-class Request(NamedTuple):
+class IncomingRequest(NamedTuple):
     """A request as its handler sees it. `by` is the requester's word about who asked."""
 
     id: str
@@ -80,7 +80,7 @@ class Context(Protocol):
     def positions(self) -> dict[str, Position]: ...
 
 
-Handler = Callable[[Context, Request], Outcome]
+Handler = Callable[[Context, IncomingRequest], Outcome]
 """A handler decides quickly and without side effects, on the replica's thread. Raises Refusal to change nothing.
 
 Any other VmconvError refuses with its message; any other exception refuses with "internal error" and is logged.
@@ -210,7 +210,7 @@ class Requests:
             return self._respond(record, {"ok": False, "reason": str(exc)[:MAX_REASON], "late": request.late})
         return sends
 
-    def _decide(self, request: Request) -> Outcome:
+    def _decide(self, request: IncomingRequest) -> Outcome:
         handler = self._handlers.get(request.verb)
         if handler is None:
             raise Refusal(f"verb {request.verb!r} is not known to this node")
@@ -226,7 +226,7 @@ class Requests:
                 raise Refusal(f"records of kind {change.kind!r} are not written by handlers")
         return outcome
 
-    def _transact(self, request: Request, outcome: Outcome) -> list[Send]:
+    def _transact(self, request: IncomingRequest, outcome: Outcome) -> list[Send]:
         node, number = self._replica.node, self._next_number()
         before = {change[:2]: self._store.get(node, *change[:2]) for change in outcome.changes}
         changes = [
@@ -286,11 +286,11 @@ def _answers(transaction: Record) -> str:
     return response_id(transaction.body["requester"], transaction.body["request"])
 
 
-def _request(record: Record, late: bool) -> Request:
+def _request(record: Record, late: bool) -> IncomingRequest:
     """Returns the request of a record. Missing or mistyped fields are empty, which handlers refuse."""
     body = record.body
     verb, arguments, by = body.get("verb"), body.get("arguments"), body.get("by")
-    return Request(
+    return IncomingRequest(
         id=record.id,
         requester=record.owner,
         verb=verb if isinstance(verb, str) else "",

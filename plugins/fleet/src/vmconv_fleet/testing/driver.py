@@ -28,12 +28,12 @@ from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.node.daemon import Daemon, run
 from vmconv_fleet.node.logs import configure
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.requests import Context, Outcome, Request
+from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
 
 BY = {"user": "driver"}
 
 
-def _note(_context: Context, request: Request) -> Outcome:
+def _note(_context: Context, request: IncomingRequest) -> Outcome:
     text = request.arguments.get("text", "")
     return Outcome([Change("note", str(request.arguments["id"]), {"text": text, "from": request.requester})], {})
 
