@@ -9,104 +9,28 @@ fails instead of being skipped.
 from __future__ import annotations
 
 import atexit
-import importlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from support.disks import QemuImg
+from support.mounts import Mounts
+from support.requirements import CORPUS, missing, oracle_program
+from support.session import Run
 from support.tried import TRIED
 
 pytest.register_assert_rewrite("vmconv.testing")
 
-REQUIRED = frozenset(filter(None, os.environ.get("VMCONV_REQUIRE", "").split(",")))
-FILESYSTEM_SIZE = 4 << 30
+# Not where pytest removes what earlier sessions left behind, which may include mounts.
+RUN = Run(Path(tempfile.gettempdir()))
+atexit.register(RUN.end)
 # Nothing of the user's own state is read or made.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vmconv-tests-state-")
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
-CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
-
-
-def missing(what: str, reason: str) -> None:
-    """Skips the test, or fails it when this run requires what is missing."""
-    if what in REQUIRED:
-        pytest.fail(f"{reason}, and VMCONV_REQUIRE asks for {what}")
-    pytest.skip(reason)
-
-
-def oracle_module(name: str) -> ModuleType:
-    """Returns a module that we did not write, to ask for a second opinion."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as exc:
-        missing("oracle", f"{name}: {exc}")
-        raise
-
-
-def oracle_program(name: str) -> str:
-    """Returns the path of a program that we did not write, to ask for a second opinion."""
-    program = shutil.which(name)
-    if program is None:
-        missing("oracle", f"{name} is not installed")
-    return str(program)
-
-
-@cache
-def another_user(number: int) -> tuple[str, ...]:
-    """Returns what to put in front of a command to run it as this user; skips where such a user cannot run Python."""
-    prefix = ("setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups")
-    done = subprocess.run([*prefix, sys.executable, "-c", "import vmconv, numpy"], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"other users may not read what is installed below {sys.prefix}")
-    return prefix
-
-
-class Mounts:
-    """Loop-mounted filesystems, made when they are first asked for and kept for the session."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._made: dict[str, Path | str] = {}
-
-    def get(self, kind: str) -> Path:
-        """Returns the mount point of a filesystem of this kind; skips with the reason where none can be had."""
-        if kind not in self._made:
-            self._made[kind] = self._make(kind)
-        made = self._made[kind]
-        if isinstance(made, str):
-            missing("reflink", made)
-        assert isinstance(made, Path)
-        return made
-
-    def _make(self, kind: str) -> Path | str:
-        if os.geteuid() != 0:
-            return "mounting a loop device needs root"
-        maker = f"mkfs.{kind}"
-        if not shutil.which(maker):
-            return f"{maker} is not installed"
-        image, point = self._directory / f"{kind}.img", self._directory / kind
-        point.mkdir()
-        with image.open("wb") as file:
-            file.truncate(FILESYSTEM_SIZE)
-        flags = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
-        for command in ([maker, *flags, str(image)], ["mount", "-o", "loop", str(image), str(point)]):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return f"{' '.join(command)}: {done.stderr.strip()}"
-        return point
-
-    def close(self) -> None:
-        for point in self._made.values():
-            if isinstance(point, Path):
-                subprocess.run(["umount", str(point)], check=True)
+os.environ["XDG_STATE_HOME"] = str(RUN.state)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -117,11 +41,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def mounts() -> Iterator[Mounts]:
-    # Not where pytest removes what earlier sessions left behind: one that was killed leaves its mounts too.
-    with tempfile.TemporaryDirectory(prefix="vmconv-tests-") as directory:
-        made = Mounts(Path(directory))
-        yield made
-        made.close()
+    made = Mounts(RUN.directory)
+    yield made
+    made.close()
 
 
 def _directory(mounts: Mounts, kind: str) -> Iterator[Path]:

@@ -21,9 +21,9 @@ import numpy.typing as npt
 import pytest
 
 import vmconv
-from conftest import missing
-from formats.parallels.test_parallels import bundle
 from support.disks import MIB, QemuImg, make_disk, qemu_io, scribble
+from support.parallels_images import bundle
+from support.requirements import missing
 from vmconv.cli import main as cli
 from vmconv.errors import BackendError, PlanError, UsageError, VerifyError, VmconvError, ZeroCopyError
 from vmconv.io.opener import Opener

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from conftest import missing, oracle_program
 from support.disks import MIB, QemuImg, make_disk
+from support.requirements import missing, oracle_program
 
 
 @pytest.fixture

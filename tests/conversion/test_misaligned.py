@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from formats.parallels.test_parallels import build as build_parallels
 from support.disks import MIB, QemuImg, make_disk
+from support.parallels_images import build as build_parallels
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.layout import Placement
 from vmconv.model.sources import Blob, Source

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.test_extents import SOURCES, A, B
+from support.sources import SOURCES, A, B
 from vmconv.conversion import readback, walk
 from vmconv.conversion.readback import Sides
 from vmconv.conversion.walk import Piece

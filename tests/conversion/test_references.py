@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vmconv
-from conftest import missing
-from formats.shared.test_corpus import ROWS, digest, unpack
+from support.corpus import ROWS, digest, unpack
 from support.disks import MIB, QemuImg, make_disk, process_io, qemu_io, scribble
 from support.qcow2_images import BACKING_FORMAT, extension, image
+from support.requirements import missing
 from support.variants import QEMU_NAMES, Variant, is_compressed, make, self_contained
 from vmconv.cli.main import main
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import vmconv
-from conftest import oracle_program
 from support.disks import QemuImg
+from support.requirements import oracle_program
 from support.stacks import Stack, content, make_stack
 from vmconv.conversion.views import views
 from vmconv.errors import PlanError

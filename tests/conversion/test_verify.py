@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from core.test_extents import A, B
+from support.sources import A, B
 from vmconv.conversion import qemu, readback, verify
 from vmconv.conversion.containers import Container
 from vmconv.conversion.results import Results

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vmconv
-from conftest import oracle_program
-from core.test_extents import SOURCES
 from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.requirements import oracle_program
+from support.sources import SOURCES
 from vmconv.conversion import execute as commit
 from vmconv.conversion import pipeline as conversion
 from vmconv.conversion import qemu, readback, walk

@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.sources import SOURCES, A, B
 from vmconv.model.extents import Columns, Extents, Kind, on_storage
-from vmconv.model.sources import Blob, Source
+from vmconv.model.sources import Source
 from vmconv.testing import patterned, tables
-
-A, B = Blob("a", bytes(range(200))), Blob("b", bytes(range(255, 55, -1)))
-SOURCES = (A, B)
 
 Place = tuple[Kind, Source | None, int]
 

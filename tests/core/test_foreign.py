@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from conftest import oracle_program
 from support import qcow2_images
 from support.disks import MIB, QemuImg, make_disk
+from support.requirements import oracle_program
 from vmconv.cli import main as cli
 from vmconv.errors import AccessError, ImageError, VmconvError
 from vmconv.io.foreign import AS_RAW, FOREIGN

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support import qcow2_images
+from support.holders import PATIENCE, qemu_io
 from vmconv import api
 from vmconv.errors import AccessError
 from vmconv.io.opener import Opener
@@ -22,28 +23,8 @@ from vmconv.io.registry import installed
 # The other tools come with qemu-img.
 pytestmark = pytest.mark.usefixtures("qemu_img")
 
-PATIENCE = 20.0
-"""Seconds that another program may take to start."""
 
 Holder = Callable[..., AbstractContextManager[None]]
-
-
-@contextlib.contextmanager
-def qemu_io(path: Path, format_name: str, *, writing: bool = True) -> Iterator[None]:
-    """Keeps an image open in qemu-io."""
-    mode = [] if writing else ["-r"]
-    command = ["qemu-io", *mode, "-f", format_name, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-        try:
-            process.stdin.write("length\n")
-            process.stdin.flush()
-            # The answer to the first command comes when the image is open; the end of its input ends the program.
-            assert process.stdout.readline()
-            yield
-        finally:
-            process.stdin.close()
 
 
 def _greets(path: Path) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from conftest import missing
 from support.disks import MIB, QemuImg, make_disk
+from support.requirements import missing
 from vmconv.errors import AccessError, PlanError
 from vmconv.io.known import qemu_name
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.test_extents import SOURCES, A
+from support.sources import SOURCES, A
 from vmconv.errors import ImageError
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.planned import PlannedFile

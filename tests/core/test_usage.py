@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.test_extents import A, B
+from support.sources import A, B
 from vmconv.errors import ImageError
 from vmconv.interface import findings
 from vmconv.interface.findings import Findings

@@ -20,9 +20,9 @@ import pytest
 
 import generate
 import vmconv
-from conftest import Mounts
 from support import malformed_page, ways
 from support.disks import QemuImg
+from support.mounts import Mounts
 from vmconv import errors
 from vmconv.cli.parser import make_parser
 from vmconv.cli.stops import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED

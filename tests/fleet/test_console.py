@@ -14,9 +14,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from conftest import missing
 from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
+from support.requirements import missing
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
 

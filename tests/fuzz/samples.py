@@ -6,7 +6,6 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from importlib import import_module
 
 import zstandard
 
@@ -99,7 +98,8 @@ def _of_clusters(image: bytes) -> Sample:
 
 
 def _vhdx() -> Iterator[Sample]:
-    kit = import_module("formats.vhdx.test_vhdx")
+    from support import vhdx_images as kit
+
     places = [(0, 256), (64 * _KIB, 64 * _KIB + 128), (192 * _KIB, 192 * _KIB + 128), (_MIB, _MIB + 256)]
     places += [(_MIB + 4096, _MIB + 4352), (2 * _MIB, 2 * _MIB + 512), (2 * _MIB + 64 * _KIB, 2 * _MIB + 65 * _KIB)]
     places += [(3 * _MIB, 3 * _MIB + 128)]
@@ -117,7 +117,8 @@ def _vhdx() -> Iterator[Sample]:
 
 def seal_log(image: bytearray) -> None:
     """Makes the checksums of a VHDX log's entries right, as far as their lengths make sense."""
-    sealed: Callable[[bytes], bytes] = import_module("formats.vhdx.test_vhdx").sealed
+    from support.vhdx_images import sealed
+
     for at in range(_MIB, 2 * _MIB, 4096):
         if image[at : at + 4] == b"loge":
             (length,) = struct.unpack_from("<I", image, at + 8)

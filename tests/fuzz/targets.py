@@ -16,13 +16,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
-from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import zstandard
 
 from fuzz.samples import extra, seal_log
+from support.kits import kit
 from vmconv.errors import AccessError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
@@ -120,10 +120,7 @@ class FormatTarget(Target):
 
     @cached_property
     def _kit(self) -> FormatTests:
-        kit: FormatTests = getattr(
-            import_module(f"formats.{self._name}.test_{self._name}"), f"Test{self._name.capitalize()}"
-        )()
-        return kit
+        return kit(self._name)
 
     @cached_property
     def _samples(self) -> list[_Prepared]:

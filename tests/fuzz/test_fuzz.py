@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import missing
 from fuzz import run
 from fuzz.targets import targets
+from support.requirements import missing
 from vmconv.testing.malformed import memory_limit, time_limit
 
 SECONDS = 2

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import oracle_program
 from inject.scenarios import SCENARIOS
 from inject.table import ALIASES, FCNTLS, IOCTLS, SEEKS, TABLE
+from support.requirements import oracle_program
 
 HERE = Path(__file__).parent
 SECONDS = 60

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.test_extents import A
+from support.sources import A
 from vmconv.conversion.planner import plan_layout
 from vmconv.errors import AccessError, BackendError, PlanError
 from vmconv.inplace import change, space

@@ -6,7 +6,6 @@ Every single call that changes storage is a place to stop at, as a killed proces
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import random
 import shutil
@@ -20,66 +19,14 @@ import pytest
 
 from support.crash import RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
 from support.disks import MIB, QemuImg, make_disk
+from support.inplace import BACK, SIZE, THERE, UNDOABLE, Contents, Work, contents, copied
 from support.inplace_pairs import Source, Target, pairs, shifted_pairs
 from support.tried import TRIED
-from support.variants import QEMU_NAMES, identified
+from support.variants import QEMU_NAMES
 from vmconv import api
 from vmconv.errors import AccessError
-from vmconv.inplace import recovery, undo
+from vmconv.inplace import recovery
 from vmconv.inplace.calls import Calls
-
-SIZE = MIB + 512
-
-Contents = dict[str, str]
-"""A digest of each file of a directory."""
-
-
-def contents(directory: Path) -> Contents:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
-
-
-def copied(directory: Path, to: Path) -> Path:
-    """Returns a new directory with the same files, times included."""
-    subprocess.run(["cp", "-a", "--sparse=always", directory, to], check=True)
-    return to
-
-
-class Work(NamedTuple):
-    """What is stopped: a conversion in place, or the way back from one; it finds its files in `directory`."""
-
-    directory: Path
-    before: str
-    after: str
-    source: Source
-    target: Target
-    way: str
-    """`there`, `there and undoable`, or `back`."""
-
-    def run(self, calls: Calls, directory: Path) -> None:
-        if self.way == "back":
-            undo.undo(str(directory / self.before), calls=calls)
-            return
-        with pytest.MonkeyPatch.context() as patch:
-            for module in ("stay", "share"):
-                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
-            # Two runs are to write the same undo file.
-            patch.setattr("vmconv.inplace.stay.time.time_ns", lambda: 10**18)
-            self.convert(directory, keep_undo=self.way == UNDOABLE)
-
-    def convert(self, directory: Path, *, keep_undo: bool) -> None:
-        api.convert(
-            str(directory / self.before),
-            str(directory / self.after),
-            source_format=self.source.format,
-            target_format=self.target.format,
-            # Two runs are to make the same image.
-            options={**self.target.options, **identified((self.target.format, ""))},
-            in_place=True,
-            keep_undo=keep_undo,
-        )
-
-
-THERE, UNDOABLE, BACK = "there", "there and undoable", "back"
 
 
 def make_work(pair: tuple[Source, Target], way: str, directory: Path, raw: Path) -> Work:

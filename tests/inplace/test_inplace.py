@@ -21,11 +21,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import another_user
-from inplace.test_crash import Work, contents, copied
 from support import qcow2_images
 from support.crash import Stopped, StoppingCalls
 from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.inplace import (
+    NOBODY,
+    Work,
+    as_nobody,
+    contents,
+    converted,
+    copied,
+    descriptor,
+    in_place,
+    interrupted,
+    names,
+    refused,
+    run_cli,
+)
 from support.inplace_pairs import Places, Source, Target, other_pairs, pairs, shifted_pairs
 from support.variants import QEMU_NAMES
 from vmconv import api
@@ -44,8 +56,6 @@ from vmconv.system import linux
 
 SIZE = 12 * MIB
 BLOCK = 4096
-NOBODY = 54321
-CLI = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit(main())"]
 
 each_pair = pytest.mark.parametrize("pair", list(pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
 
@@ -55,38 +65,6 @@ def any_dir(request: pytest.FixtureRequest) -> Path:
     """An empty directory on each filesystem."""
     directory: Path = request.getfixturevalue(f"{request.param}_dir")
     return directory
-
-
-def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [*CLI, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-
-
-def as_nobody(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs the command line as a user without a home, in this environment."""
-    command = [*another_user(NOBODY), *CLI, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-
-
-def names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
-
-
-def in_place(source: Path, target: Path, **options: Any) -> Plan:
-    """Converts in place and returns the plan of it."""
-    plans: list[Plan] = []
-    api.convert(str(source), str(target), in_place=True, announce=plans.append, **options)
-    return plans[0]
-
-
-def refused(source: Path, target: Path, error: type[VmconvError] = PlanError, **options: Any) -> VmconvError:
-    """Tries a conversion in place that must be refused without a trace, and returns the error."""
-    before = contents(source.parent)
-    with pytest.raises(error) as caught:
-        in_place(source, target, **options)
-    assert contents(source.parent) == before
-    assert caught.value.hint, caught.value
-    return caught.value
 
 
 class PayloadGuard(Calls):
@@ -446,13 +424,6 @@ def data_file(disk: Path) -> Path:
     return disk
 
 
-def descriptor(disk: Path) -> Path:
-    sectors = disk.stat().st_size // 512
-    text = '# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
-    disk.with_name("front.vmdk").write_text(f'{text}RW {sectors} FLAT "{disk.name}" 0\n')
-    return disk
-
-
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -720,17 +691,6 @@ def test_a_layer_that_others_need_is_refused(any_dir: Path, qemu_img: QemuImg) -
 
 
 # Interrupted
-
-
-def interrupted(directory: Path) -> Path:
-    """Returns the name of a disk whose conversion was stopped in the middle."""
-    disk = make_disk(directory / "disk.raw", MIB)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmconv.inplace.stay.Calls", lambda: StoppingCalls(8))
-        with pytest.raises(Stopped):
-            in_place(disk, directory / "new.qcow2")
-    assert names(directory) == {"disk.raw" + JOURNAL, "disk.raw" + WORKING}
-    return disk
 
 
 @pytest.mark.parametrize("command", ["info", "map", "plan", "compare"])
@@ -1069,12 +1029,6 @@ api.convert(source, target, in_place=True)
 
 
 # The way back
-
-
-def converted(directory: Path) -> Path:
-    disk = make_disk(directory / "disk.raw", MIB)
-    in_place(disk, directory / "new.qcow2", keep_undo=True)
-    return directory / "new.qcow2"
 
 
 def written_by_qemu(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from inplace.test_strangers import UNDO_FIELDS, fields_of, journal_of, rows
+from support.journals import UNDO_FIELDS, fields_of, journal_of, rows
 from vmconv.errors import ImageError
 from vmconv.inplace import codec, journal, undofile
 from vmconv.inplace.calls import Calls

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from inplace.test_crash import SIZE, THERE, UNDOABLE, Contents, Work, contents
 from support.crash import OTHERS
 from support.disks import MIB, make_disk
+from support.inplace import SIZE, THERE, UNDOABLE, Contents, Work, contents
 from support.inplace_pairs import Source, Target
 from support.tried import TRIED
 from vmconv.inplace import recovery

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 
-from conftest import another_user
-from formats.vdi.test_vdi import build
-from formats.vdi.test_vdi import chain as vdi_chain
-from inplace.test_crash import contents
-from inplace.test_inplace import NOBODY, as_nobody, descriptor, in_place, interrupted, names, refused, run_cli
 from support import qcow2_images
 from support.crash import OTHERS, Stopped, StoppingCalls
 from support.disks import MIB, QemuImg, make_disk
+from support.inplace import NOBODY, as_nobody, contents, descriptor, in_place, interrupted, names, refused, run_cli
+from support.requirements import another_user
+from support.vdi_images import build
+from support.vdi_images import chain as vdi_chain
 from vmconv import api
 from vmconv.errors import AccessError, BackendError, PlanError
 from vmconv.inplace import neighbours

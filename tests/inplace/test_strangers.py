@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inplace.test_crash import contents
-from inplace.test_inplace import converted, in_place, names, run_cli
 from support.disks import MIB, make_disk
+from support.inplace import contents, converted, in_place, names, run_cli
+from support.journals import UNDO_FIELDS, digest, fields_of, journal_of, rows
 from vmconv import api
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
 from vmconv.inplace import codec, undofile
@@ -29,25 +28,6 @@ from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of other users")
 BOB, ALICE = 1000, 1001
 BITS = stat.S_IMODE
-
-
-def digest(data: bytes) -> bytes:
-    return blake2b(data, digest_size=32).digest()
-
-
-def journal_of(text: bytes, rest: bytes = b"", *, commit: bool = True) -> bytes:
-    """Returns a journal with a right digest around any fields."""
-    body = struct.pack("<Q", len(text)) + text + rest
-    return (
-        MAGIC + struct.pack("<Q32s32s", len(body), digest(body), bytes(32)) + body + (digest(body) if commit else b"")
-    )
-
-
-def fields_of(journal: Journal) -> dict[str, Any]:
-    encoded = journal.encode(lambda _: bytes(32))
-    (length,) = struct.unpack_from("<Q", encoded, 136)
-    found: dict[str, Any] = json.loads(encoded[144 : 144 + length])
-    return found
 
 
 def undo_of(text: bytes, target: Path, rest: bytes = b"", old: bytes = b"") -> bytes:
@@ -220,10 +200,6 @@ def test_a_trusted_journal_may_be_nonsense(ext4_dir: Path, text: bytes) -> None:
     assert contents(ext4_dir) == before
 
 
-def rows(*numbers: int) -> bytes:
-    return struct.pack(f"<{len(numbers)}q", *numbers)
-
-
 @pytest.mark.parametrize(
     ("table", "numbers", "why"),
     [
@@ -286,18 +262,6 @@ def measured(*command: str) -> tuple[int, int]:
 
 
 # -- undo files
-
-
-UNDO_FIELDS = {
-    "source": "old.raw",
-    "target": "disk.vmdk",
-    "source_format": "raw",
-    "size": 65536,
-    "mtime": 1,
-    "siblings": [],
-    "made": [],
-    "tables": [0, 0],
-}
 
 
 def undo_case(directory: Path, rest: bytes = b"", old: bytes = b"", text: bytes | None = None, **more: Any) -> Path:

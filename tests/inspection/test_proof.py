@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import vmconv
-from conftest import missing
 from support.disks import MIB
+from support.requirements import missing
 from vmconv.cli.main import main
 from vmconv.system import linux
 from vmconv.testing import random_bytes

@@ -13,7 +13,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from formats.shared.test_malformed import names, names_with_parents
+from support.kits import kit
+from support.malformed import names, names_with_parents
 from vmconv.testing.malformed import KINDS, LARGE, MUCH_MEMORY, SOON
 
 PAGE = """# Malformed images
@@ -77,8 +78,7 @@ def _first_line(function: Any) -> str:
 
 
 def _variants(name: str) -> Iterator[str]:
-    kit = getattr(import_module(f"formats.{name}.test_{name}"), f"Test{name.capitalize()}")
-    for variant in kit.variants:
+    for variant in kit(name).variants:
         yield f"`{','.join(f'{key}={value}' for key, value in variant.items())}`" if variant else "none"
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from support.disks import MIB
+from support.variants import Variant, title
 
 # `read(offset, length)` is defined by what comes before. Pieces of 1 MiB at their own offsets: dissect 3.21 takes what
 # follows a block of VDI, and a range of a Parallels disk's parent, for more of it when more is asked for at once.
@@ -109,3 +113,40 @@ READERS: dict[str, tuple[Reader, ...]] = {
         _dissect("vmdk", "VMDK", _PATH, unit=8192),
     ),
 }
+
+OTHER_OPTIONS: list[Variant] = [
+    ("parallels", "cluster_size=4K"),
+    ("parallels", "cluster_size=64K"),
+    ("parallels", "cluster_size=8M"),
+    ("qcow2", "cluster_size=512"),
+    ("qcow2", "cluster_size=2M"),
+    ("qcow2", "compat=0.10"),
+    ("qcow2", "refcount_bits=1"),
+    ("vhdx", "block_size=1M"),
+    ("vhdx", "logical_sector_size=4096"),
+    ("vmdk", "zeroed_grain=on"),
+]
+"""Options besides subformats that change where things are in an image.
+
+qcow2's extended_l2 is not among them: libqcow refuses it, and dissect 3.21 fails on QEMU's own images with it.
+"""
+
+Opinion = tuple[Variant, Reader]
+
+
+def opinions(wanted: list[Variant]) -> list[Opinion]:
+    return [(variant, reader) for variant in wanted for reader in READERS.get(variant[0], ())]
+
+
+def opinion_title(one: Opinion) -> str:
+    return f"{title(one[0])}-{one[1].name}"
+
+
+def sum_of(raw: Path, size: int) -> str:
+    """Returns the sha256 of a raw disk with zeros behind it, `size` bytes in all."""
+    digest = hashlib.sha256()
+    with raw.open("rb") as file:
+        while piece := file.read(MIB):
+            digest.update(piece)
+        digest.update(bytes(size - file.tell()))
+    return digest.hexdigest()

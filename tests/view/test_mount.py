@@ -13,8 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,10 @@ from typing import Any
 import pytest
 
 import vmconv
-from conftest import missing
-from core.test_locks import qemu_io as held_by_qemu
 from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.holders import qemu_io as held_by_qemu
+from support.mounting import ERRORS, PATIENCE, mounted
+from support.requirements import missing
 from support.variants import Variant, has_identity, options, qemu_name, variants
 from vmconv.cli.main import main
 from vmconv.io.registry import installed
@@ -32,8 +31,6 @@ from vmconv_view import tree as tree_module
 from vmconv_view.tree import Tree
 
 SIZE = 12 * MIB
-PATIENCE = 30.0
-ERRORS = "vmconv-errors.txt"
 _CONTENT_IDS = re.compile(rb'(?<=\nCID=)[0-9a-f]{8}|(?<=longContentID = ")[0-9a-f]{32}')
 
 
@@ -41,55 +38,6 @@ _CONTENT_IDS = re.compile(rb'(?<=\nCID=)[0-9a-f]{8}|(?<=longContentID = ")[0-9a-
 def fuse() -> None:
     if not (os.path.exists("/dev/fuse") and shutil.which("fusermount3")):
         missing("fuse", "FUSE cannot be used: /dev/fuse or fusermount3 is not there")
-
-
-@pytest.fixture
-def point() -> Iterator[Path]:
-    """An empty directory to mount on, which other users can reach."""
-    directory = Path(tempfile.mkdtemp(prefix="vmconv-mount-"))
-    directory.chmod(0o755)
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
-    directory.rmdir()
-
-
-class Mounted:
-    """A running `vmconv mount`; `said` is what it printed, once it has ended."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.said = ""
-        self.has_ended = False
-
-    def end(self) -> int:
-        self.has_ended = True
-        self.said += self.process.communicate(timeout=PATIENCE)[0]
-        return self.process.returncode
-
-
-@contextlib.contextmanager
-def mounted(directory: Path, point: Path, *flags: str) -> Iterator[Mounted]:
-    command = [sys.executable, "-m", "vmconv", "mount", *flags, str(directory), str(point)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        running = Mounted(process)
-        try:
-            wait_for(point, running)
-            yield running
-        finally:
-            if process.poll() is None and os.path.ismount(point):
-                subprocess.run(["fusermount3", "-u", "-z", str(point)], check=True)
-            if not running.has_ended:
-                assert running.end() == 0, running.said
-
-
-def wait_for(point: Path, running: Mounted) -> None:
-    until = time.monotonic() + PATIENCE
-    while not os.path.ismount(point):
-        if running.process.poll() is not None:
-            running.end()
-            pytest.fail(running.said)
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def digests(directory: Path) -> dict[str, str]:

@@ -18,17 +18,15 @@ from typing import Any
 import pytest
 
 import vmconv
-from conftest import missing
 from support.disks import MIB, QemuImg
-from view.test_mount import ERRORS, mounted, point
+from support.mounting import ERRORS, mounted
+from support.requirements import missing
 from vmconv.errors import BackendError
 from vmconv.io.registry import installed
 from vmconv_view import jobs, rights
 from vmconv_view.jobs import MAX_LATE, Jobs
 from vmconv_view.rights import OWN, Rights, RightsOfEverybody, RightsOfUser, User
 from vmconv_view.tree import Tree
-
-__all__ = ["point"]
 
 ALICE, BOB, STAFF = 41001, 41002, 41003
 SECRET = b"S"

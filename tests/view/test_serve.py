@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmconv
-from conftest import missing
 from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.requirements import missing
 from support.variants import Variant, identified, qemu_name, title, variants
 from vmconv.cli.main import main
 from vmconv.conversion.views import views

@@ -11,39 +11,25 @@ import pytest
 
 import vmconv
 from support.disks import MIB, QemuImg, make_disk, scribble
+from support.kits.qed import OPTIONS, QedKit
 from vmconv.errors import ImageError, PlanError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Placement
-from vmconv.testing import FormatTests, disk_of, image_file, make_in_memory, patterned
+from vmconv.testing import disk_of, image_file, make_in_memory, patterned
 from vmconv.testing.memory import MemoryFile
 from vmconv_qed import Qed, structs
 from vmconv_qed.options import Options
 from vmconv_qed.writer import write
 
-OPTIONS: tuple[dict[str, str], ...] = (
-    {},
-    {"cluster_size": "4K", "table_size": "2"},
-    {"cluster_size": "1M", "table_size": "2"},
-    {"table_size": "16"},
-)
+
+class TestQed(QedKit):
+    """The conformance kit."""
+
+
 SMALL = Options(cluster_size=4096, table_size=2)
-
-
-class TestQed(FormatTests):
-    format = Qed()
-    variants = OPTIONS
-    wrong_options = (
-        {"cluster_size": "2K"},
-        {"cluster_size": "5K"},
-        {"cluster_size": "128M"},
-        {"table_size": "1"},
-        {"table_size": "3"},
-        {"table_size": "32"},
-        {"table_size": "many"},
-    )
 
 
 def read(data: bytes) -> Image:

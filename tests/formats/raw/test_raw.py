@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from vmconv.testing import FormatTests
-from vmconv_raw import Raw
+from support.kits.raw import RawKit
 
 
-class TestRaw(FormatTests):
-    format = Raw()
-    has_signature = False
+class TestRaw(RawKit):
+    """The conformance kit."""

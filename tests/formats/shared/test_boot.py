@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from conftest import missing
 from support.disks import QemuImg
 from support.guest import answer_on, boot, make_guest, run, what_is_missing
+from support.requirements import missing
 from support.variants import Variant, is_compressed, make, qemu_name, self_contained, title
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vmconv
-from formats.shared.test_corpus import ROWS, unpack
+from support.corpus import ROWS, unpack
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.qcow2_images import image
 from vmconv.cli.main import main

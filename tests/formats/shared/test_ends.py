@@ -10,10 +10,9 @@ from typing import NamedTuple
 import pytest
 
 import vmconv
-from conftest import missing
-from formats.shared.test_second_opinions import OTHER_OPTIONS, Opinion, opinion_title, opinions, sum_of
 from support.disks import MIB, QemuImg, qemu_io
-from support.opinions import READERS, Reader
+from support.opinions import OTHER_OPTIONS, READERS, Opinion, Reader, opinion_title, opinions, sum_of
+from support.requirements import missing
 from support.variants import Variant, make, options, qemu_name, self_contained, title
 from vmconv.errors import PlanError, ZeroCopyError
 from vmconv.io.registry import installed

@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import pytest
 
 import vmconv
 from support.disks import MIB, make_disk
+from support.kits import kit as kit_of
+from support.malformed import names, names_with_parents
 from vmconv.errors import VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.layout import Backing, Placement
-from vmconv.testing import FormatTests, disk_of, make_in_memory
+from vmconv.testing import disk_of, make_in_memory
 from vmconv.testing.malformed import KINDS, SOON, Malformed, time_limit
 from vmconv.testing.memory import MemoryFile
 
@@ -63,14 +64,9 @@ print("peak", int(peak) << 10)
 """
 
 
-def names() -> list[str]:
-    """Returns the formats whose images can be malformed: a raw disk may hold anything."""
-    return sorted(set(installed().formats) - {"raw"})
-
-
 def images(name: str) -> Iterator[tuple[str, Malformed]]:
     """Yields some images of each kind and each way to write the format, with their names."""
-    kit: FormatTests = getattr(import_module(f"formats.{name}.test_{name}"), f"Test{name.capitalize()}")()
+    kit = kit_of(name)
     for seed, variant in enumerate(kit.each_variant()):
         sample = kit.sound(variant)
         for kind, maker in KINDS.items():
@@ -99,11 +95,6 @@ def test_no_command_fails_in_another_way_or_takes_much_time_or_memory(xfs_dir: P
     assert {said for _, _, said, _ in results} == {"done", "refused"}
     assert max(float(seconds) for *_, seconds in results) < 2 * SOON
     assert int(last.removeprefix("peak ")) < MUCH_MEMORY
-
-
-def names_with_parents() -> list[str]:
-    """Returns the formats whose images name the file of their parent; a VDI has its parent's UUID: see test_vdi."""
-    return [name for name in names() if installed().formats[name].supports_backing and name != "vdi"]
 
 
 def layer(base: Path, path: Path, name: str, parent: str) -> None:

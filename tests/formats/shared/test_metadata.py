@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 import vmconv
 from support.disks import MIB
+from support.kits import kit as kit_of
 from support.variants import Variant, options, self_contained, title
 from vmconv.cli.main import main
 from vmconv.errors import PlanError
@@ -19,7 +19,7 @@ from vmconv.io.registry import installed
 from vmconv.model.extents import Extents
 from vmconv.model.layout import Layout, Placement
 from vmconv.model.options import parse_options
-from vmconv.testing import FormatTests, disk_of, make_in_memory, patterned
+from vmconv.testing import disk_of, make_in_memory, patterned
 from vmconv.testing.disks import raw_disk
 from vmconv.testing.memory import MemoryFile
 
@@ -28,7 +28,7 @@ NAMES = sorted(installed().formats)
 
 def stated(name: str) -> dict[str, Any]:
     """Returns a value for each field that the format carries."""
-    kit: FormatTests = getattr(import_module(f"formats.{name}.test_{name}"), f"Test{name.capitalize()}")()
+    kit = kit_of(name)
     return dict(kit.metadata)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 from uuid import UUID
 
-import numpy as np
 import pytest
 
 import vmconv
-from conftest import oracle_module
 from support.disks import MIB, QemuImg, make_disk, scribble
+from support.kits.vdi import OPTIONS, VdiKit
+from support.requirements import oracle_module
+from support.vdi_images import IDENTITY, build, chain
 from vmconv.errors import ImageError, PlanError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -21,61 +21,15 @@ from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Placement
-from vmconv.testing import FormatTests, disk_of, image_file, patterned, random_bytes
+from vmconv.testing import disk_of, image_file, patterned, random_bytes
 from vmconv.testing.memory import MemoryFile
 from vmconv_vdi import Vdi, structs
 from vmconv_vdi.options import Options
 from vmconv_vdi.writer import MAX_BLOCKS, write
 
-IDENTITY = UUID("12345678-9abc-4ef0-8234-56789abcdef0")
-OPTIONS: tuple[dict[str, str], ...] = ({}, {"static": "on"})
 
-
-class TestVdi(FormatTests):
-    format = Vdi()
-    sizes_differ = False
-    variants = OPTIONS
-    wrong_options = ({"static": "perhaps"}, {"static": "2"})
-    metadata: ClassVar[Mapping[str, Any]] = {"geometry": Geometry(cylinders=1023, heads=16, sectors=63)}
-    ids = ("identity", "modification-uuid")
-
-
-def build(
-    payload: dict[int, bytes],
-    entries: list[int],
-    *,
-    block: int = MIB,
-    extra: int = 0,
-    data: int = 0x1000,
-    **fields: Any,
-) -> bytes:
-    """Returns an image as VirtualBox may write it: `payload` by the number of the block in the file."""
-    header: dict[str, object] = {
-        "cbHeader": structs.HEADER_LENGTH,
-        "u32Type": structs.NORMAL,
-        "fFlags": 0,
-        "szComment": bytes(256),
-        "offBlocks": 0x200,
-        "offData": data,
-        "LegacyGeometry": {"cCylinders": 0, "cHeads": 0, "cSectors": 0, "cbSector": 512},
-        "u32Dummy": 0,
-        "cbDisk": block * len(entries),
-        "cbBlock": block,
-        "cbBlockExtra": extra,
-        "cBlocks": len(entries),
-        "cBlocksAllocated": len(payload),
-        "uuidCreate": structs.uuid_bytes(IDENTITY),
-        "uuidModify": bytes(16),
-        "uuidLinkage": bytes(16),
-        "uuidParentModify": bytes(16),
-    }
-    pre = {"szFileInfo": b"<<< Oracle VM VirtualBox Disk Image >>>\n".ljust(64, b"\0"), "u32Version": 0x10001}
-    image = bytearray(structs.PreHeader.build(pre) + structs.Header.build(header | fields)).ljust(0x200, b"\0")
-    image += np.array(entries, dtype="<u4").tobytes()
-    for number in range(len(payload)):
-        at = data + number * (extra + block) + extra
-        image = image.ljust(at, b"\xee") + payload[number].ljust(block, b"\0")
-    return bytes(image)
+class TestVdi(VdiKit):
+    """The conformance kit."""
 
 
 def read(data: bytes) -> Image:
@@ -213,23 +167,6 @@ def test_a_block_map_in_a_hole_takes_no_memory() -> None:
 
 
 # -- differencing images
-
-
-def chain(directory: Path, **fields: Any) -> tuple[Path, Path, dict[int, bytes]]:
-    """Writes a parent and an image that differs from it, as VirtualBox names them; returns the paths and payload."""
-    payload = {number: random_bytes(MIB, number) for number in range(4)}
-    parent, child = directory / f"{{{IDENTITY}}}.vdi", directory / "child.vdi"
-    modified = structs.uuid_bytes(UUID(int=7))
-    free = structs.UNALLOCATED
-    parent.write_bytes(build({0: payload[0], 1: payload[1]}, [0, 1, free, free], uuidModify=modified))
-    link: dict[str, Any] = {
-        "u32Type": structs.DIFFERENCING,
-        "uuidCreate": structs.uuid_bytes(UUID(int=5)),
-        "uuidLinkage": structs.uuid_bytes(IDENTITY),
-        "uuidParentModify": modified,
-    }
-    child.write_bytes(build({0: payload[2]}, [free, structs.DISCARDED, 0, free], **(link | fields)))
-    return parent, child, payload
 
 
 def test_a_differencing_image_is_flattened_without_copying(reflink_dir: Path) -> None:

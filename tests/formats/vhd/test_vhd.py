@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 from uuid import UUID
 
 import numpy as np
@@ -22,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vmconv
-from conftest import oracle_program
 from support.disks import MIB, QemuImg, make_disk, scribble
+from support.kits.vhd import VhdKit, sealed
+from support.requirements import oracle_program
 from vmconv.errors import ImageError, PlanError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -31,37 +31,20 @@ from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Placement
-from vmconv.testing import FormatTests, disk_of, disks, image_file, make_in_memory, patterned
+from vmconv.testing import disk_of, disks, image_file, make_in_memory, patterned
 from vmconv.testing.disks import content, raw_disk
 from vmconv.testing.memory import MemoryFile
 from vmconv_vhd import Vhd
 from vmconv_vhd.options import Options
 
+
+class TestVhd(VhdKit):
+    """The conformance kit."""
+
+
 ID = UUID("12345678-9abc-4def-8123-456789abcdef")
 OWN = UUID("87654321-9abc-4def-8123-456789abcdef")
 CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
-
-
-class TestVhd(FormatTests):
-    format = Vhd()
-    sizes_differ = False
-    variants = ({}, {"subformat": "fixed"}, {"subformat": "dynamic", "force_size": "on"})
-    wrong_options = (
-        {"subformat": "differencing"},
-        {"azure": "on"},
-        {"azure": "on", "subformat": "fixed", "force_size": "off"},
-        {"force_size": "perhaps"},
-    )
-    metadata: ClassVar = {
-        "geometry": Geometry(cylinders=99, heads=7, sectors=21),
-        "creator": "qem2",
-    }
-    ids = ("identity",)
-
-    def seal(self, data: bytearray) -> None:
-        for at, length, field in ((0, 512, 64), (512, 1024, 36), (len(data) - 512, 512, 64)):
-            if bytes(data[at : at + 8]) in (b"conectix", b"cxsparse"):
-                data[at : at + length] = sealed(bytes(data[at : at + length]), field)
 
 
 # -- helpers
@@ -76,12 +59,6 @@ def written(image: Image, options: Options | None = None, backing: Backing | Non
 
 def opened(data: bytes) -> Image:
     return Vhd().read(image_file(data, "disk.vhd"), Opener(Registry({"vhd": Vhd()})))
-
-
-def sealed(data: bytes, field: int) -> bytes:
-    """Returns a footer (checksum at 64) or dynamic header (at 36) with the checksum its bytes ask for."""
-    blank = data[:field] + bytes(4) + data[field + 4 :]
-    return blank[:field] + struct.pack(">I", ~sum(blank) & 0xFFFFFFFF) + blank[field + 4 :]
 
 
 def patched(data: bytes, where: str, offset: int, value: bytes) -> bytes:

@@ -13,14 +13,15 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 import vmconv
-from conftest import CORPUS, oracle_program
 from support.disks import MIB, QemuImg, make_disk, qemu_io, scribble
+from support.kits.vmdk import FLAT, GRAIN, SPARSE, STREAM, VmdkKit
+from support.requirements import CORPUS, oracle_program
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -28,67 +29,20 @@ from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, Placement
-from vmconv.model.sources import File
 from vmconv.system.linux import clone_range
-from vmconv.testing import FormatTests, image_file, make_in_memory, patterned, random_bytes
+from vmconv.testing import image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.disks import content, disk_of, raw_disk
 from vmconv.testing.formats import _Siblings
 from vmconv.testing.memory import MemoryFile
 from vmconv_vmdk import Vmdk
 from vmconv_vmdk.options import Options
 
+
+class TestVmdk(VmdkKit):
+    """The conformance kit."""
+
+
 SECTOR = 512
-GRAIN = 65536
-
-SPARSE: tuple[dict[str, str], ...] = (
-    {},
-    {"subformat": "twoGbMaxExtentSparse"},
-    {"zeroed_grain": "on", "hwversion": "17", "toolsversion": "0"},
-)
-FLAT: tuple[dict[str, str], ...] = (
-    {"subformat": "monolithicFlat"},
-    {"subformat": "twoGbMaxExtentFlat"},
-    {"subformat": "vmfs"},
-)
-STREAM = {"subformat": "streamOptimized"}
-REFERENCE = {"subformat": "reference"}
-
-
-class TestVmdk(FormatTests):
-    format = Vmdk()
-    sizes_differ = False
-    variants = (*SPARSE, *FLAT, STREAM, REFERENCE)
-    wrong_options = (
-        {"subformat": "monolithic"},
-        {"adapter_type": "virtio"},
-        {"hwversion": "seven"},
-        {"toolsversion": "-1"},
-        {"subformat": "vmfs", "zeroed_grain": "on"},
-        {"subformat": "streamOptimized", "zeroed_grain": "on"},
-        {"subformat": "reference", "zeroed_grain": "on"},
-        {"zeroed_grain": "perhaps"},
-    )
-    metadata: ClassVar[Mapping[str, Any]] = {
-        "adapter_type": "lsilogic",
-        "geometry": Geometry(cylinders=1000, heads=8, sectors=32),
-    }
-    ids = ("cid", "long-content-id")
-    block = GRAIN
-    siblings: ClassVar[Mapping[str, File]] = {}
-
-    def sample(self, variant: Mapping[str, str]) -> bytes:
-        """As the kit's, but remembers the extents; whole words, as the kit flips bits in words."""
-        source = patterned(3 * MIB, [(0, 4096), (MIB, 70000), (3 * MIB - 8192, 8192)])
-        image = raw_disk(source)
-        layout = self.write(image, variant)
-        _, files = make_in_memory(layout, image)
-        siblings: dict[str, File] = {out.name: f for out, f in zip(layout.files, files, strict=True) if out.name}
-        type(self).siblings = siblings | {reference.name: reference.file for reference in layout.references}
-        data = files[-1].read(0, files[-1].size)
-        return data.ljust(-(-len(data) // 8) * 8, b"\n")
-
-    def open_sample(self, data: bytes) -> Image:
-        return self.format.read(image_file(data), _Siblings(Registry({"vmdk": self.format}), self.siblings))
 
 
 def in_memory(data: bytes, siblings: Mapping[str, bytes] | None = None) -> Image:

@@ -1,0 +1,44 @@
+"""The corpus of real images, and its manifest."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import lzma
+import os
+from pathlib import Path
+
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+
+CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
+
+
+def manifest() -> list[dict[str, str]]:
+    path = CORPUS / "expected.tsv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def unpack(corpus: Path, name: str, directory: Path) -> Path:
+    """Decompresses an image and its siblings, which may be its parents and extents."""
+    folder = (corpus / "images" / name).parent
+    for packed in folder.iterdir():
+        if packed.is_file():
+            (directory / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
+    return directory / Path(name).name
+
+
+def digest(path: Path, format_name: str) -> str:
+    """Returns the sha256 of all that the guest sees."""
+    found = hashlib.sha256()
+    with Opener(installed()) as opener:
+        table = opener.image(str(path), format_name).flat
+        for at in range(0, table.size, 16 << 20):
+            found.update(table.read(at, min(16 << 20, table.size - at)))
+    return found.hexdigest()
+
+
+ROWS = manifest()

@@ -1,0 +1,52 @@
+"""Loop-mounted filesystems."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from support.requirements import missing
+
+FILESYSTEM_SIZE = 4 << 30
+
+
+class Mounts:
+    """Loop-mounted filesystems, made when they are first asked for and kept for the session."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._made: dict[str, Path | str] = {}
+
+    def get(self, kind: str) -> Path:
+        """Returns the mount point of a filesystem of this kind; skips with the reason where none can be had."""
+        if kind not in self._made:
+            self._made[kind] = self._make(kind)
+        made = self._made[kind]
+        if isinstance(made, str):
+            missing("reflink", made)
+        assert isinstance(made, Path)
+        return made
+
+    def _make(self, kind: str) -> Path | str:
+        if os.geteuid() != 0:
+            return "mounting a loop device needs root"
+        maker = f"mkfs.{kind}"
+        if not shutil.which(maker):
+            return f"{maker} is not installed"
+        image, point = self._directory / f"{kind}.img", self._directory / kind
+        point.mkdir()
+        with image.open("wb") as file:
+            file.truncate(FILESYSTEM_SIZE)
+        flags = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
+        for command in ([maker, *flags, str(image)], ["mount", "-o", "loop", str(image), str(point)]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return f"{' '.join(command)}: {done.stderr.strip()}"
+        return point
+
+    def close(self) -> None:
+        for point in self._made.values():
+            if isinstance(point, Path):
+                subprocess.run(["umount", str(point)], check=True)
