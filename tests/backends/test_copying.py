@@ -344,6 +344,7 @@ def test_room_may_not_be_found_beforehand(
         (BLOCK - 1, [], 0),
         (3 * BLOCK, [BLOCK, errno.EINVAL], BLOCK),
         (3 * BLOCK, [2 * BLOCK, -errno.EIO], None),
+        (3 * BLOCK, [2 * BLOCK, -errno.ENOSPC], None),
     ],
 )
 def test_whole_blocks_are_written_as_far_as_storage_takes_them(
@@ -372,6 +373,27 @@ def test_whole_blocks_are_written_as_far_as_storage_takes_them(
             # What storage refused once it is not asked again.
             assert (direct.write(0, part[:0]), direct._refused) == (0, errno.EINVAL in takes)
         assert left == []
+
+
+def test_a_second_descriptor_is_closed_once(place: Path, ext4: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    with output(place, 1) as made:
+        direct = DirectFile(made.descriptor)
+        assert direct.prepare(0, MIB)
+        descriptor = direct._descriptor
+        closed: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "close", noting(closed.append, os.close))
+            direct.close()
+            direct.close()
+        assert closed == [descriptor]
+
+
+def test_room_is_found_for_what_the_kernel_left(place: Path, ext4: Direct, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", Kernel([3 * BLOCK], None))
+    with closing(source_of(place)) as source, output(place, 2 * MIB, kernel=True, durable=True) as made:
+        made.copy(source, 0, 0, 2 * MIB)
+        assert content(made) == PATTERN[: 2 * MIB]
+    assert ext4.allocated == [(3 * BLOCK, 2 * MIB - 3 * BLOCK)]
 
 
 @pytest.mark.parametrize("offset", [0, BLOCK, 512])

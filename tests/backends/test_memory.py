@@ -52,6 +52,13 @@ def test_a_file_reads_what_was_written_and_shared(
     assert file.data_ranges() == file.data_ranges(0, SIZE)
 
 
+def test_neighbouring_blocks_are_one_range() -> None:
+    file = MemoryFile("file", SIZE)
+    for block in (0, 2, 3, 4):
+        file.write(block * BLOCK + 5, b"x")
+    assert file.data_ranges() == [(0, BLOCK), (2 * BLOCK, 5 * BLOCK)]
+
+
 def test_nothing_lies_outside_of_a_file() -> None:
     file = MemoryFile("/tmp/file", 600)
     assert (file.path, file.name, file.size, file.descriptor, file.is_device) == ("/tmp/file", "file", 600, -1, False)
