@@ -44,29 +44,32 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
     "in place is no bool": ({"in_place": "no"}, "argument in_place: 'no' is neither True nor False"),
     "a number for a bool": ({"force": 1}, "argument force: 1 is neither True nor False"),
     "none for a bool": ({"chain": None}, "argument chain: None is neither True nor False"),
-    "a string for a list": ({"allow_external": "/srv"}, "argument allow_external: '/srv' is no list of paths"),
-    "bytes for a list": ({"allow_external": b"/srv"}, "argument allow_external: b'/srv' is no list of paths"),
-    "a path for a list": ({"allow_external": Path("/srv")}, "is no list of paths"),
-    "a list of something else": ({"allow_external": [1]}, "argument allow_external: [1] is no path"),
+    "a string for a list": ({"allow_external": "/srv"}, "argument allow_external: '/srv' is not a list of paths"),
+    "bytes for a list": ({"allow_external": b"/srv"}, "argument allow_external: b'/srv' is not a list of paths"),
+    "a path for a list": ({"allow_external": Path("/srv")}, "is not a list of paths"),
+    "a list of something else": ({"allow_external": [1]}, "argument allow_external: [1] is not a path"),
     "an empty tree": ({"allow_external": [""]}, "argument allow_external: [''] is empty"),
     "a misspelt value": ({"zero_copy": "requier"}, "argument zero_copy: 'requier' is not 'auto' or 'require'"),
     "a bool for a literal": ({"zero_copy": True}, "argument zero_copy: True is not 'auto' or 'require'"),
     "another misspelt value": ({"cache": "none"}, "argument cache: 'none' is not 'writeback' or 'unsafe'"),
-    "a number for a string": ({"source_format": 5}, "argument source_format: 5 is no string"),
-    "bytes for a string": ({"target_format": b"raw"}, "argument target_format: b'raw' is no string"),
-    "a path for a name": ({"snapshot": Path("x")}, "is no string"),
-    "options that are a string": ({"options": "cluster_size=1M"}, "is no mapping"),
-    "options that are pairs": ({"options": [("cluster_size", "1M")]}, "is no mapping"),
-    "options named by numbers": ({"options": {1: 2}}, "is no string"),
-    "an option that is a list": ({"options": {"cluster_size": [1]}}, "argument options.cluster_size: [1] is no string"),
+    "a number for a string": ({"source_format": 5}, "argument source_format: 5 is not a string"),
+    "bytes for a string": ({"target_format": b"raw"}, "argument target_format: b'raw' is not a string"),
+    "a path for a name": ({"snapshot": Path("x")}, "is not a string"),
+    "options that are a string": ({"options": "cluster_size=1M"}, "is not a mapping"),
+    "options that are pairs": ({"options": [("cluster_size", "1M")]}, "is not a mapping"),
+    "options named by numbers": ({"options": {1: 2}}, "is not a string"),
+    "an option that is a list": (
+        {"options": {"cluster_size": [1]}},
+        "argument options.cluster_size: [1] is not a string",
+    ),
     "an option that is a float": ({"options": {"cluster_size": 65536.0}}, "argument options.cluster_size: 65536.0"),
-    "a bool for a size": ({"options": {"cluster_size": True}}, "option cluster_size: True is of another type"),
-    "a number for a flag": ({"options": {"lazy_refcounts": 1}}, "option lazy_refcounts: 1 is of another type"),
+    "a bool for a size": ({"options": {"cluster_size": True}}, "option cluster_size: True has the wrong type"),
+    "a number for a flag": ({"options": {"lazy_refcounts": 1}}, "option lazy_refcounts: 1 has the wrong type"),
     "a negative size": ({"options": {"cluster_size": -65536}}, "cluster_size=-65536"),
-    "a backing file that is none": ({"backing_file": 3}, "argument backing_file: 3 is no path"),
+    "a backing file that is none": ({"backing_file": 3}, "argument backing_file: 3 is not a path"),
     "a verification that is a word": ({"verify": "no"}, "argument verify: 'no'"),
-    "a progress that is none": ({"progress": 5}, "argument progress: 5 cannot be called"),
-    "an announcement that is none": ({"announce": "print"}, "argument announce: 'print' cannot be called"),
+    "a progress that is none": ({"progress": 5}, "argument progress: 5 is not callable"),
+    "an announcement that is none": ({"announce": "print"}, "argument announce: 'print' is not callable"),
     "a misspelt keyword": ({"forse": True}, "there is no argument 'forse'"),
     "an old name": ({"fmt": "raw"}, "there is no argument 'fmt'"),
 }
@@ -123,11 +126,11 @@ BAD_PATHS: dict[str, tuple[Any, str]] = {
     "empty": ("", "is empty"),
     "empty bytes": (b"", "is empty"),
     "a NUL": ("a\0b", "has a NUL byte"),
-    "half a character": ("\ud800", "cannot be the name of a file here"),
-    "a number": (3, "is no path"),
-    "nothing": (None, "is no path"),
-    "a bool": (True, "is no path"),
-    "a list": (["disk.raw"], "is no path"),
+    "half a character": ("\ud800", "cannot be encoded as a file name"),
+    "a number": (3, "is not a path"),
+    "nothing": (None, "is not a path"),
+    "a bool": (True, "is not a path"),
+    "a list": (["disk.raw"], "is not a path"),
 }
 BAD = object()
 GOOD = object()
@@ -213,7 +216,7 @@ def test_paths_of_every_kind_are_taken_everywhere(tmp_path: Path, kind: str) -> 
 
 
 def test_a_string_of_formats_is_no_list_of_formats(disk: Path) -> None:
-    with pytest.raises(vmconv.UsageError, match="argument formats: 'raw' is no list of names"):
+    with pytest.raises(vmconv.UsageError, match="argument formats: 'raw' is not a list of names"):
         vmconv.fanout(disk, "raw", directory=disk.parent)
 
 
@@ -234,7 +237,7 @@ def test_fanout_of_no_format_and_options_for_none_are_refused(disk: Path) -> Non
         vmconv.fanout(disk, [])
     with pytest.raises(vmconv.UsageError, match="options for vdi"):
         vmconv.fanout(disk, ["raw"], options={"vdi": {}})
-    with pytest.raises(vmconv.UsageError, match=r"argument options\.vdi: 'x' is no mapping"):
+    with pytest.raises(vmconv.UsageError, match=r"argument options\.vdi: 'x' is not a mapping"):
         ANY.fanout(disk, ["vdi"], options={"vdi": "x"})
 
 
@@ -262,10 +265,10 @@ def test_a_descriptor_that_cannot_be_written_to_is_refused(disk: Path, closed: i
         (-1, "argument descriptor: -1 is not open"),
         (1 << 70, f"argument descriptor: {1 << 70} is not open"),
         (read_only, f"argument descriptor: {read_only} is not open for writing"),
-        ("1", "argument descriptor: '1' is no integer"),
-        (True, "argument descriptor: True is no integer"),
-        (sys.stdout, "is no integer"),
-        (1.0, "argument descriptor: 1.0 is no integer"),
+        ("1", "argument descriptor: '1' is not an integer"),
+        (True, "argument descriptor: True is not an integer"),
+        (sys.stdout, "is not an integer"),
+        (1.0, "argument descriptor: 1.0 is not an integer"),
     ):
         with pytest.raises(vmconv.UsageError) as caught:
             ANY.stream(disk, descriptor, "qcow2")
@@ -438,7 +441,7 @@ def test_mypy_finds_what_would_be_refused(tmp_path: Path) -> None:
 
 def test_a_mapping_is_no_list(tmp_path: Path) -> None:
     (tmp_path / "disk.raw").write_bytes(b"x" * 512)
-    with pytest.raises(vmconv.UsageError, match="is no list of paths"):
+    with pytest.raises(vmconv.UsageError, match="is not a list of paths"):
         vmconv.info(tmp_path / "disk.raw", allow_external={"/": True})
 
 

@@ -265,7 +265,7 @@ def test_a_block_device_is_refused(tmp_path: Path) -> None:
     device = subprocess.run(attach, capture_output=True, text=True, check=True).stdout.strip()
     try:
         for target in ("vmdk", "qcow2"):
-            with pytest.raises(PlanError, match="is a block device: later changes could not be noticed"):
+            with pytest.raises(PlanError, match="is a block device: later changes could not be detected"):
                 by_reference(Path(device), tmp_path / f"new.{target}", source_format="raw")
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
@@ -374,7 +374,7 @@ def test_names_are_relative_where_the_source_is_in_or_below_the_directory(
         raw.unlink()
         assert vmconv.compare(str(tmp_path / "moved" / source), str(tmp_path / "moved" / f"new.{target}"))
         return
-    assert f"note: {raw} is outside of the target's directory" in noted
+    assert f"note: {raw} is outside the target's directory" in noted
     with pytest.raises(AccessError, match="outside the image's directory"):
         vmconv.compare(str(raw), str(path))
     assert vmconv.compare(str(raw), str(path), allow_external=[str(tmp_path)])
@@ -450,7 +450,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte by mapping": (_map_and_write, "modified"),
     "longer": (lambda path: os.truncate(path, path.stat().st_size + 512), "it has 2097664 bytes, it had 2097152"),
     "shorter": (lambda path: os.truncate(path, MIB), "has 1048576 bytes, 2097152 are referred to"),
-    "exchanged": (_exchange, "first or last 64 KiB are others"),
+    "exchanged": (_exchange, "first or last 64 KiB differ"),
     "touched": (os.utime, "modified"),
     "gone": (Path.unlink, "is missing"),
 }
@@ -507,8 +507,8 @@ def test_what_may_be_no_change_is_a_doubt(any_dir: Path, capsys: pytest.CaptureF
     by_reference(raw, path)
     raw.chmod(0o600)
     assert main(["check", str(path)]) == 0
-    assert "was copied, renamed or given other attributes since" in capsys.readouterr().out
-    assert "given other attributes" in vmconv.info(str(path))["warnings"][0]
+    assert "was copied, renamed or had its attributes changed since" in capsys.readouterr().out
+    assert "had its attributes changed" in vmconv.info(str(path))["warnings"][0]
     # The same for who copies all with its times.
     copy = any_dir / "copy"
     files = [str(file) for file in any_dir.iterdir()]

@@ -140,7 +140,7 @@ def test_a_lease_is_busy_or_not_there(file: File, monkeypatch: pytest.MonkeyPatc
 def test_a_lease_that_fails_is_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = failing(errno.EIO, only=lambda _, command, *__: command == fcntl.F_SETLEASE, real=fcntl.fcntl)
     monkeypatch.setattr(fcntl, "fcntl", lease)
-    with pytest.raises(AccessError, match=r"disk.raw: cannot be asked who has it open: Input/output error$"):
+    with pytest.raises(AccessError, match=r"disk.raw: cannot be checked for writers: Input/output error$"):
         locks.refuse_users(file)
 
 
@@ -211,7 +211,7 @@ def test_places_may_be_unknown(file: File, monkeypatch: pytest.MonkeyPatch, numb
 
 def test_places_that_cannot_be_read_are_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "ioctl", failing(errno.EIO))
-    with pytest.raises(ReadError, match=r"disk.raw: cannot be asked where it lies on storage: Input/output error$"):
+    with pytest.raises(ReadError, match=r"disk.raw: extent map cannot be read: Input/output error$"):
         PhysicalMap().apply(Extents.whole(file))
 
 
@@ -305,7 +305,7 @@ def test_candidates_that_nobody_can_open_are_passed_over(
         if found:
             assert [os.path.basename(path) for path, _ in opener.search(origin, ".vdi")] == ["b.vdi"]
         else:
-            with pytest.raises(AccessError, match=r"a.vdi: cannot be looked at: Too many open files"):
+            with pytest.raises(AccessError, match=r"a.vdi: cannot be opened: Too many open files"):
                 list(opener.search(origin, ".vdi"))
 
 

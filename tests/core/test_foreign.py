@@ -127,20 +127,20 @@ def test_a_fixed_vhd_whose_guest_wrote_an_archive_is_a_vhd(tmp_path: Path) -> No
 def test_a_suffix_that_is_no_disk_s_is_refused_by_name(tmp_path: Path, title: str, suffix: str) -> None:
     path = make_disk(tmp_path / f"disk{suffix}", MIB, pieces=1)
     error = refused(path)
-    assert f"speaks of {title}" in str(error)
+    assert f"its name says {title}" in str(error)
     assert "-f raw" in (error.hint or "")
 
 
 @pytest.mark.parametrize("name", ["disk.E01", "DISK.ISO.GZ", "disk.qcow2.xz", "vm.VMX", "vm.vbox-prev", "disk.raw.zip"])
 def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None:
-    assert "speaks of" in str(refused(make_disk(tmp_path / name, MIB, pieces=1)))
+    assert "its name says" in str(refused(make_disk(tmp_path / name, MIB, pieces=1)))
 
 
 @pytest.mark.parametrize("suffix", [".xyz", ".bak", ".orig", ".img2x", ".snap1"])
 def test_a_suffix_that_nobody_knows_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
     error = refused(make_disk(tmp_path / f"disk{suffix}", MIB, pieces=1))
     assert f"no format has the suffix {suffix}" in str(error)
-    assert error.hint == "if it is a raw disk, say -f raw"
+    assert error.hint == "if it is a raw disk, use -f raw"
 
 
 @pytest.mark.parametrize(
@@ -274,15 +274,15 @@ def test_the_descriptor_is_named_for_its_flat_extent(tmp_path: Path, qemu_img: Q
     raw = make_disk(tmp_path / "disk.raw", MIB)
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=monolithicFlat", raw, tmp_path / "disk.vmdk")
     error = refused(tmp_path / "disk-flat.vmdk")
-    assert error.hint == "it is a part of the disk that disk.vmdk beside it describes: name that"
+    assert error.hint == "it is an extent of the disk disk.vmdk: use that file"
     (tmp_path / "disk.vmdk").unlink()
-    assert refused(tmp_path / "disk-flat.vmdk").hint == "if it is a raw disk, say -f raw"
+    assert refused(tmp_path / "disk-flat.vmdk").hint == "if it is a raw disk, use -f raw"
 
 
 def test_the_descriptor_is_named_for_a_part_of_a_split_disk(tmp_path: Path, qemu_img: QemuImg) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", raw, tmp_path / "disk.vmdk")
-    assert "disk.vmdk beside it" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
+    assert "disk disk.vmdk" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
     (tmp_path / "disk.vmdk").unlink()
     assert "name the file that describes the disk" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
 

@@ -100,7 +100,7 @@ def test_a_filesystem_without_a_map_is_searched_for_holes(tmp_path: Path, monkey
     monkeypatch.setattr(linux, "written_ranges", failing(errno.EOPNOTSUPP, path))
     assert (4 * MIB, MIB, Kind.DATA) in kinds(path)
     monkeypatch.setattr(linux, "written_ranges", failing(errno.EIO, path))
-    with pytest.raises(ReadError, match=r"disk\.raw: cannot be asked what is written in it: Input/output error"):
+    with pytest.raises(ReadError, match=r"disk\.raw: extent map cannot be read: Input/output error"):
         kinds(path)
 
 

@@ -116,14 +116,14 @@ def test_a_parent_that_was_not_brought_along_says_what_to_bring(chain: Path, ref
 
 
 def test_a_foreign_name_that_is_the_image_s_own_is_no_loop(chain: Path) -> None:
-    with pytest.raises(AccessError, match="is not here"):
+    with pytest.raises(AccessError, match="does not exist"):
         vmconv.map_disk(name_parent(chain, r"C:\base\child.vmdk"))
 
 
 @pytest.mark.parametrize("reference", [r"C:\x\secret.vmdk", "/vmfs/volumes/x/secret.vmdk"])
 def test_a_foreign_name_leads_out_of_no_directory(chain: Path, tmp_path: Path, reference: str) -> None:
     (tmp_path / "secret.vmdk").write_bytes((chain.parent / "base.vmdk").read_bytes())
-    with pytest.raises(AccessError, match="is not here"):
+    with pytest.raises(AccessError, match="does not exist"):
         vmconv.map_disk(name_parent(chain, reference))
     (chain.parent / "secret.vmdk").symlink_to(tmp_path / "secret.vmdk")
     with pytest.raises(AccessError, match="lies outside"):
@@ -133,7 +133,7 @@ def test_a_foreign_name_leads_out_of_no_directory(chain: Path, tmp_path: Path, r
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a directory"])
 def test_only_a_regular_file_is_found_by_a_foreign_name(chain: Path, make: Callable[[Path], None]) -> None:
     make(chain.parent / "odd.vmdk")
-    with pytest.raises(AccessError, match="is not here"):
+    with pytest.raises(AccessError, match="does not exist"):
         vmconv.map_disk(name_parent(chain, r"C:\x\odd.vmdk"))
 
 
@@ -163,7 +163,7 @@ def test_an_extent_that_was_brought_along_is_found_with_a_warning(tmp_path: Path
     report = vmconv.check(tmp_path / "flat.vmdk")
     assert report
     assert not report.corruptions
-    assert done.warnings == (f"flat.vmdk: extent {reference!r} is not here: d.raw beside it was taken",)
+    assert done.warnings == (f"flat.vmdk: extent {reference!r} does not exist: using d.raw beside it",)
 
 
 def test_an_extent_named_as_it_is_here_needs_no_warning(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_backing_file_of_another_system_is_taken_with_a_warning(
     overlay.write_bytes(qcow2_images.empty_overlay(r"C:\images\base.raw"))
     vmconv.convert(overlay, tmp_path / "got.raw")
     assert (tmp_path / "got.raw").read_bytes()[:512] == b"\x11" * 512
-    assert "base.raw beside the image was taken" in caplog.text
+    assert "using base.raw beside the image" in caplog.text
 
 
 def test_an_absolute_backing_file_that_is_not_here_is_not_guessed(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_an_absolute_backing_file_that_is_not_here_is_not_guessed(tmp_path: Path
     overlay.write_bytes(qcow2_images.empty_overlay("/no/such/place/base.raw"))
     with pytest.raises(AccessError) as caught:
         vmconv.map_disk(overlay)
-    assert "base.raw lies beside the image" in (caught.value.hint or "")
+    assert "if it is base.raw beside the image" in (caught.value.hint or "")
 
 
 # Relative names of an image that is named by a link
@@ -237,7 +237,7 @@ def test_two_bases_that_differ_are_refused(linked: Path, tmp_path: Path) -> None
     (tmp_path / "links" / "base.raw").write_bytes(b"\x22" * 4096)
     with pytest.raises(AccessError, match="is one file beside the link") as caught:
         vmconv.map_disk(linked)
-    assert caught.value.hint == f"name the image itself: {tmp_path}/real/top.qcow2"
+    assert caught.value.hint == f"use the image's own path: {tmp_path}/real/top.qcow2"
     assert vmconv.map_disk(tmp_path / "real" / "top.qcow2")
 
 

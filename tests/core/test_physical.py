@@ -108,7 +108,7 @@ def test_devices_and_what_is_not_told_keep_their_files(told: Told) -> None:
     told.error = errno.EOPNOTSUPP
     assert rows_of(PhysicalMap().apply(Extents.whole(file))) == [(0, 8, file, 0)]
     told.error = errno.EIO
-    with pytest.raises(ReadError, match="file4: cannot be asked where it lies on storage"):
+    with pytest.raises(ReadError, match="file4: extent map cannot be read"):
         PhysicalMap().apply(Extents.whole(file))
 
 

@@ -114,7 +114,7 @@ BROKEN = {
     ),
     "an interface that is no number": (
         "VMCONV_INTERFACE = '1.0'\n" + GOOD,
-        "VMCONV_INTERFACE is '1.0', which is no version of the interface",
+        "VMCONV_INTERFACE is '1.0', which is not an interface version",
     ),
     "a name that the interface has not": (
         "from vmconv.plugin import Telepathy",
@@ -140,15 +140,15 @@ BROKEN = {
     ),
     "a class instead of a format": (
         PRELUDE + FORMATS + "return [Acme]",
-        "which is no Format",
+        "which is not a Format",
     ),
     "an object that is no format": (
         PRELUDE + FORMATS + "return [42]",
-        "42, which is no Format",
+        "42, which is not a Format",
     ),
     "an object that is no backend": (
         PRELUDE + "@hookimpl\ndef vmconv_register_backends():\n    return ['s3']",
-        "'s3', which is no Backend",
+        "'s3', which is not a Backend",
     ),
     "an object that is no command": (
         PRELUDE
@@ -360,7 +360,7 @@ def test_content_that_two_formats_claim_is_refused(install: Install, tmp_path: P
     (tmp_path / "disk.acme").write_bytes(b"ACME" + bytes(508))
     with pytest.raises(ImageError, match="signatures of acme and acme2") as caught:
         api.map_disk(str(tmp_path / "disk.acme"))
-    assert caught.value.hint == "say -f acme or -f acme2"
+    assert caught.value.hint == "use -f acme or -f acme2"
 
 
 @pytest.mark.parametrize("suffix", ["", ".", "acme", ".ACME", ". acme", ".a/b", "\\n"])
@@ -383,7 +383,7 @@ def test_a_suffix_that_two_claim_speaks_of_neither(install: Install) -> None:
     registry = install(PRELUDE + "Acme.name = 'acme2'\n" + FORMATS + "return [Acme()]", "vmconv-two")
     assert registry.format_by_suffix("disk.acme") is None
     for distribution in ("vmconv-one", "vmconv-two"):
-        assert problem(registry, distribution) == "suffix .acme is claimed by acme and acme2: it speaks of neither"
+        assert problem(registry, distribution) == "suffix .acme is claimed by acme and acme2: neither gets it"
 
 
 def test_of_two_that_claim_a_suffix_the_content_decides(install: Install, tmp_path: Path) -> None:

@@ -82,5 +82,5 @@ def test_other_errors_are_no_answers(file: File, monkeypatch: pytest.MonkeyPatch
 def test_edges_that_lie_behind_are_refused(file: File, monkeypatch: pytest.MonkeyPatch, whence: int) -> None:
     lseek = os.lseek
     monkeypatch.setattr("vmconv.model.sources.os.lseek", lambda fd, at, how: 5 if how == whence else lseek(fd, at, how))
-    with pytest.raises(ReadError, match="finds a hole's edge at 0x5, searched from"):
+    with pytest.raises(ReadError, match=r"search for holes from 0x[0-9a-f]+ returned 0x5"):
         file.data_ranges(MIB + 512)

@@ -151,13 +151,13 @@ def test_zeros_of_a_block_stay_zeros_where_the_file_holds_nothing(held: tuple[in
     [
         (
             [(D, 0), (D, 2), (D, 6), (D, 8), (D, 13), (D, 15)],
-            "guest address 0x4 lies at 0x6, which is no multiple of 4",
+            "guest address 0x4 is at 0x6, not a multiple of 4",
         ),
-        ([(D, 0), (D, 2), (Z, 0), (H, 0), (H, 0), (Z, 0)], "a block of 4 bytes at guest address 0x4 is zero in part"),
-        ([(D, 0), (D, 2), (D, 8), (D, 6), (D, 12), (D, 18)], "around guest address 0x6 is not in one piece"),
-        ([(D, 0), (D, 2), (D, 8), (H, 0), (D, 12), (H, 0)], "around guest address 0x6 is not in one piece"),
+        ([(D, 0), (D, 2), (Z, 0), (H, 0), (H, 0), (Z, 0)], "a block of 4 bytes at guest address 0x4 is partly zero"),
+        ([(D, 0), (D, 2), (D, 8), (D, 6), (D, 12), (D, 18)], "around guest address 0x6 is not contiguous"),
+        ([(D, 0), (D, 2), (D, 8), (H, 0), (D, 12), (H, 0)], "around guest address 0x6 is not contiguous"),
         # In the parent's part the file holds what is used elsewhere.
-        ([(D, 8), (H, 0), (H, 0), (D, 10)], "around guest address 0x2 is not in one piece"),
+        ([(D, 8), (H, 0), (H, 0), (D, 10)], "around guest address 0x2 is not contiguous"),
         ([(D, 0), (D, 2), (D, 12), (D, 14), (D, 8), (D, 10), (D, 12), (D, 14)], "bytes at 0xc belong to two blocks"),
         ([(D, 8), (D, 10), (Z, 0), (Z, 0), (D, 4), (D, 6), (Z, 0), (Z, 0), (D, 8), (D, 10)], "bytes at 0x8 belong to"),
     ],
@@ -201,5 +201,5 @@ def test_blocks_that_touch_the_header_go_behind_the_end() -> None:
 def test_only_a_block_of_the_usual_size_moves(unit: int, most: int) -> None:
     stay = settled((0, 200, 0), unit=unit, end=200 * unit)
     assert stay.cleared(most * unit).end == (200 + most) * unit
-    with pytest.raises(PlanError, match="would have to move out of the way"):
+    with pytest.raises(PlanError, match="would have to move to clear the header"):
         stay.cleared(most * unit + 1)

@@ -708,7 +708,7 @@ def test_a_mark_holds_for_a_digest_and_a_directory(homes: Path) -> None:
             assert found is not None
             assert found.endswith("for this directory") == (directory is not None)
         assert ownership.forged(None, b"digest", ownership.mark(None, b"digest")) is None
-        assert ownership.forged(one, b"digest", None) == "was made by an older vmconv, and has no mark of its maker"
+        assert ownership.forged(one, b"digest", None) == "was made by an older vmconv, without a mark"
     key = homes / "state" / "vmconv" / "journal.key"
     assert [path.name for path in key.parent.iterdir()] == ["journal.key"]
     assert (key.stat().st_mode & 0o777, key.stat().st_size, key.parent.stat().st_mode & 0o777) == (0o600, 32, 0o700)

@@ -1,19 +1,19 @@
-"""What the command line does, from Python: one function for each command, with typed results, for files by path.
+"""The Python API: one function for each command of the command line, with typed results.
 
-Paths are strings, bytes or path objects. Arguments are checked first, strictly: "no" is no bool, and a string is no
-list of strings. All functions raise `VmconvError`: a request that makes no sense is a `UsageError`.
+Paths are strings, bytes or path objects. Arguments are checked first, strictly: "no" is not a bool, and a string is not
+a list of strings. All functions raise `VmconvError`, and `UsageError` for an invalid request.
 
-Keywords that several functions share:
+Keywords of several functions:
 
-`allow_external`: trees of files that images may refer to besides their own directory.
-`force_share`: read what another process has open for writing.
-`verify`: how the result is compared with the source before it gets its name. True is "metadata", False not at all;
-"sample" and "bytes" read payload and call `verifying` with the bytes read and to read, first with none.
-`announce`: called with the plan before anything is written. `progress`: called with bytes done and to do.
-`created`: called with the name and the descriptor of each output before it has its name.
+`allow_external`: directory trees that images may refer to, besides their own directory.
+`force_share`: read files that another process has open for writing.
+`verify`: how the result is compared with the source before it appears under its name. True means "metadata", False
+nothing. "sample" and "bytes" read payload and call `verifying(bytes read, bytes to read)`, first with 0 bytes read.
+`announce`: called with the plan before any write. `progress`: called with `(bytes done, bytes to do)`.
+`created`: called with the name and the descriptor of each output, before it appears under that name.
 
-The other keywords of conversions are the fields of `Request`. Parts of core that our own plugins `view` and `fleet` are
-made of are here, too: they are not stable.
+The other keywords of conversions are the fields of `Request`. The remaining names serve our own plugins `view` and
+`fleet`, and are not stable.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ __all__ = [
 ]
 
 
+# Names that are modules, not attributes of one.
 _MODULES = {"checking", "locks"}
 
 
@@ -137,7 +138,7 @@ _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 def _named(function: Callable[_Arguments, _Returned]) -> Callable[_Arguments, _Returned]:
-    """Makes a misspelt keyword a `UsageError` that says which one was meant."""
+    """Turns an unknown keyword into a `UsageError` that suggests the nearest name."""
     code = function.__code__
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
@@ -180,11 +181,12 @@ def convert(
     verifying: Progress | None = None,
     created: Created | None = None,
 ) -> Result:
-    """Converts the disk in the file `source` into the new file `target` and returns what was done.
+    """Converts the disk image `source` into the new file `target` and returns what was done.
 
-    The target appears complete or not at all; the source is not modified unless `in_place`, which turns it into the
+    The target appears complete or not at all. The source is not modified unless `in_place`, which turns it into the
     target.
     """
+    # locals() has exactly the arguments here, as no other variable exists yet. So below, too.
     return _converted(locals())
 
 
@@ -217,10 +219,10 @@ def fanout(
     verifying: Progress | None = None,
     created: Created | None = None,
 ) -> tuple[Result, ...]:
-    """Makes an image of the disk in the file `source` in each of the formats, and returns what was done for each.
+    """Converts the disk image `source` into each of the formats, and returns what was done for each.
 
-    They are named after the source, in `directory`; all appear, or none does. `options` are those of the writers, by
-    format. All share the blocks of the source, so that any can be deleted without the others noticing.
+    The targets are named after the source, in `directory`, and appear all or none. `options` are writer options by
+    format. All targets share the blocks of the source, so deleting one does not affect the others.
     """
     given = locals()
     from vmconv.conversion import pipeline
@@ -263,9 +265,9 @@ def stream(
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> Result:
-    """Writes what `convert` would make to an open descriptor, such as a pipe's, and returns what was done.
+    """Writes the target of `convert` to an open descriptor, such as a pipe's, and returns what was done.
 
-    The size is in the plan that `announce` is called with. Raises `BrokenPipeError` if the reader has gone.
+    The plan given to `announce` has the size. Raises `BrokenPipeError` if the reader has closed the pipe.
     """
     given = locals()
     from vmconv.conversion.pipeline import STREAM
@@ -300,7 +302,7 @@ def plan(
     source_backing_format: str | None = None,
     mode: int | None = None,
 ) -> Plan:
-    """Returns what `convert` would do with the same arguments; touches nothing."""
+    """Returns the plan of `convert` with the same arguments; writes nothing."""
     given = locals()
     from vmconv.conversion.pipeline import prepared
     from vmconv.conversion.request import Request
@@ -312,7 +314,7 @@ def plan(
 
 
 def _converted(given: dict[str, Any], *, descriptor: int | None = None) -> Result:
-    """Runs one conversion, whose arguments are not checked yet."""
+    """Checks the arguments of one conversion and runs it."""
     from vmconv.conversion import pipeline
     from vmconv.conversion.request import Request
     from vmconv.interface.arguments import Making, checked
@@ -336,10 +338,10 @@ def _refuse_unwritable(descriptor: int) -> None:
 
 @_named
 def recover(path: StrPath, *, trust: bool = False) -> Recovery:
-    """Takes back, or finishes, the interrupted conversion that `path` was part of.
+    """Rolls back or completes the interrupted conversion of the file `path`.
 
-    That is one in place, or one that made several files and had begun to give them their names. The journal of one in
-    place must be this user's, made in this directory; `trust` follows anybody's.
+    That is a conversion in place, or one of several files that was interrupted while it renamed them. A journal in
+    place must be of this user and of this directory; `trust` accepts any.
     """
     from vmconv.inplace.recovery import recover as recover_path
     from vmconv.interface.arguments import Believed, checked
@@ -351,10 +353,10 @@ def recover(path: StrPath, *, trust: bool = False) -> Recovery:
 
 @_named
 def undo(path: StrPath, *, trust: bool = False) -> str:
-    """Turns the target of a conversion in place back into its source, and returns the path of that.
+    """Turns the target of a conversion in place back into its source, and returns the source's path.
 
-    Needs what `keep_undo` kept, and that nobody has written to the target since. That must be this user's, made in this
-    directory; `trust` follows anybody's.
+    Needs the undo file of `keep_undo`, and a target that was not written since. The undo file must be of this user and
+    of this directory; `trust` accepts any.
     """
     from vmconv.inplace.undo import undo as undo_path
     from vmconv.interface.arguments import Believed, checked
@@ -373,7 +375,7 @@ def info(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
 ) -> dict[str, Any]:
-    """Returns the description of an image, with the keys of `qemu-img info --output=json`; reads its header only."""
+    """Returns the description of an image with the keys of `qemu-img info --output=json`; reads only its header."""
     given = locals()
     from vmconv.inspect.description import describe
     from vmconv.inspect.images import opened
@@ -393,7 +395,7 @@ def map_disk(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
 ) -> list[MapRow]:
-    """Returns where each range of the guest's disk lies, all layers of a chain taken together."""
+    """Returns where each range of the guest's disk lies, with all layers of the chain merged."""
     given = locals()
     from vmconv.inspect.images import opened
     from vmconv.inspect.mapping import map_rows
@@ -413,7 +415,7 @@ def check(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
 ) -> CheckReport | None:
-    """Returns what is wrong with an image and the files it refers to; None if its format has nothing to check."""
+    """Returns the defects of an image and of the files it refers to; None if the format has no structure to check."""
     given = locals()
     from vmconv.inspect.checking import check_image
     from vmconv.inspect.images import opened
@@ -436,7 +438,7 @@ def compare(
     force_share: bool = False,
     strict: bool = False,
 ) -> Comparison:
-    """Returns whether a guest sees the same bytes in both; true if it does. Reads only what is not shared."""
+    """Returns the comparison of two disks as guests read them, true if equal. Reads only ranges that are not shared."""
     given = locals()
     from vmconv.inspect.comparison import compare_images
     from vmconv.inspect.images import both
@@ -458,7 +460,7 @@ def prove(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
 ) -> Proof:
-    """Returns the proof, by physical addresses, that two images share their payload; true if all of it is shared."""
+    """Returns the proof, by physical addresses, that two images share payload; true if they share all of it."""
     given = locals()
     from vmconv.inspect.images import both
     from vmconv.inspect.proof import prove_images
@@ -470,12 +472,13 @@ def prove(
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Lets out only errors of vmconv, and that the reader of a pipe has gone."""
+    """Turns errors of the system and of plugins into `VmconvError`; `BrokenPipeError` passes."""
     from vmconv.io.faults import plugin_faults
 
     try:
         with plugin_faults():
             yield
+    # The reader of a pipe may stop at any time; that is no failure of storage.
     except BrokenPipeError:
         raise
     except OSError as exc:

@@ -1,6 +1,6 @@
-"""The errors of vmconv: one root, and the exit code of the command line on each class.
+"""The errors of vmconv: one root class; each class has the exit code of the command line.
 
-A message is one phrase that names the file, the field, its offset and value; what to do about it is the `hint`.
+A message is one phrase with the file, the field, its offset and its value. The `hint` says what to do.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from contextlib import contextmanager
 
 
 def printable(text: str) -> str:
-    """Returns the text with escapes for what no terminal should be sent: names come from images of strangers."""
+    """Returns the text with escapes for unprintable characters."""
+    # File names from an untrusted image could carry terminal control sequences.
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def in_words(value: object) -> str:
-    """Returns a value of `Disk` for people: the fields of a record with their names, truth as JSON has it."""
+    """Returns a field of `Disk` as text: records as "name value" pairs, booleans as in JSON."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {in_words(field)}" for key, field in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class VmconvError(Exception):
-    """Root of every error that vmconv raises on purpose; `exit_code` is what the command line returns for it."""
+    """Base class of all vmconv errors; `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -34,45 +35,45 @@ class VmconvError(Exception):
 
 
 class UsageError(VmconvError):
-    """The request itself makes no sense: an unknown format, option or combination."""
+    """The request is invalid: an unknown format, option or combination."""
 
     exit_code = 2
 
 
 class ImageError(VmconvError):
-    """An image is damaged, contradicts itself, or uses a feature that is refused by name."""
+    """An image is damaged, inconsistent, or uses an unsupported feature, which the message names."""
 
 
 class ReadError(VmconvError):
-    """Storage failed while a file was read. No `ImageError`: it says nothing about what is in the image."""
+    """Storage failed while a file was read. Not an `ImageError`: the image may be sound."""
 
 
 class AccessError(VmconvError):
-    """An image asks for a file that the rules of the `Opener` do not allow, or that somebody else is writing."""
+    """The rules of the `Opener` forbid a file, or another process has it open for writing."""
 
 
 class PlanError(VmconvError):
-    """The conversion cannot be planned: the target cannot hold the disk, or exists, or is the source."""
+    """The conversion cannot be planned: the target cannot hold the disk, exists, or is the source."""
 
 
 class ZeroCopyError(PlanError):
-    """Payload would have to be copied although the caller asked for zero-copy only; nothing was touched."""
+    """The caller requires zero-copy, but payload would have to be copied. Nothing was written."""
 
     exit_code = 3
 
 
 class BackendError(VmconvError):
-    """Storage refused or failed while a conversion was made real; the target was not created."""
+    """Storage refused or failed while the plan was executed. The target was not created."""
 
 
 class VerifyError(BackendError):
-    """The result, read back, is not the source's disk; the target was not created."""
+    """The result, read back, differs from the source's disk. The target was not created."""
 
 
 class PluginError(VmconvError):
-    """A plugin is broken, missing, or claims a name that another one claims.
+    """A plugin is broken, missing, or claims the name of another.
 
-    `format_name` is the format that does not do what the interface promises.
+    `format_name` is the format that breaks the contract of `vmconv.plugin`.
     """
 
     def __init__(self, message: str, *, hint: str | None = None, format_name: str | None = None) -> None:
@@ -81,8 +82,8 @@ class PluginError(VmconvError):
 
 
 def warn(text: str) -> None:
-    """Logs a warning for whoever runs a command; programs decide by the logger "vmconv" what becomes of it."""
-    # Imported for a warning only: its import takes longer than sharing a disk.
+    """Logs a warning to the logger "vmconv"; the command line prints it to standard error."""
+    # Imported late: importing logging takes longer than sharing a disk.
     import logging
 
     logging.getLogger("vmconv").warning("warning: %s", text)
@@ -90,9 +91,9 @@ def warn(text: str) -> None:
 
 @contextmanager
 def os_errors(doing: str, error: type[VmconvError] = BackendError, *, where: str = "") -> Iterator[None]:
-    """Turns an `OSError` of the block into `error`: the one place where the system's errors are wrapped.
+    """Turns an `OSError` of the block into `error`, with a message of path, `doing` and the system's reason.
 
-    `where` is the path to name when the error names none: calls on descriptors do not.
+    `where` is the path for errors without a file name, such as those of calls on descriptors.
     """
     try:
         yield

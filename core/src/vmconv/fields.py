@@ -13,13 +13,14 @@ from vmconv.model.sources import File
 
 
 def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yields `(first table, count, bytes of the tables)` for the offsets of tables of `length` bytes each.
+    """Yields `(index of the first table, count, bytes)` for tables of `length` bytes at the offsets `tables`.
 
-    None stands for tables that are not there (offset 0) or lie in a hole of the file. Tables that lie together are read
-    together, `most` bytes at a time (at least one table), and holes of the file are not read at all.
+    The bytes are None for tables that are not allocated (offset 0) or lie in a hole of the file. Contiguous tables are
+    read at once, up to `most` bytes (at least one table).
     """
     tables = np.where(_in_hole(file, tables, length), 0, tables)
     at_once = max(1, most // length)
+    # A run ends where allocation changes, or where the next table is not contiguous.
     breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != length)) + 1
     edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
     for begin, end in itertools.pairwise(edges):
@@ -32,7 +33,7 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
 
 
 def _in_hole(file: File, tables: Column, length: int) -> npt.NDArray[np.bool_]:
-    """Returns which of the tables lie in holes of the file, all at once: there may be millions."""
+    """Returns a mask of the tables that lie in holes of the file; vectorised, because there may be millions."""
     storage = on_storage(file)
     if not len(storage) or not len(tables):
         return np.zeros(len(tables), dtype=bool)

@@ -1,12 +1,12 @@
-"""The stable interface for plugins: everything that a format, a backend or a command of a third party may import.
+"""The stable interface for plugins: all names that formats, backends and commands of third parties may import.
 
     from vmconv.plugin import Format, hookimpl
 
-All other modules of core may change with any release; a name that is here keeps its meaning for as long as the version
-of the interface stays. A plugin may state the version that it was written for, in the module that its entry point
-names: `VMCONV_INTERFACE = 1`. A plugin whose version this vmconv does not have is listed as broken and not used.
+All other modules of core may change with any release. The names here keep their meaning within one version of the
+interface. A plugin may state its version in the module of its entry point: `VMCONV_INTERFACE = 1`. A plugin with an
+unsupported version is listed as broken and not used.
 
-Names are imported when they are first used: to import this module costs nothing.
+Names are imported on first use (PEP 562), so importing this module is cheap.
 """
 
 from __future__ import annotations
@@ -313,5 +313,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(f"vmconv.{home}")
     found = module if name == "blocks" else getattr(module, name)
+    # Later uses find the name without calling this function.
     globals()[name] = found
     return found

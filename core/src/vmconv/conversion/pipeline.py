@@ -410,7 +410,7 @@ def _target_format(registry: Registry, request: Request) -> str:
     if name is None:
         name = registry.format_by_suffix(request.target)
     if name is None:
-        raise UsageError(f"{request.target}: its name speaks of no format", hint="name the format with -O")
+        raise UsageError(f"{request.target}: its name has no format's suffix", hint="name the format with -O")
     return name
 
 

@@ -1,1 +1,1 @@
-"""What a plugin implements: formats, backends, commands, and the hooks that register them."""
+"""Interfaces for plugins: formats, backends, commands, and the hooks that register them."""

@@ -1,7 +1,7 @@
-"""What callers of the Python API give: its types, and how it is checked before anything is done with it.
+"""Arguments of the Python API: their types and their validation.
 
-The command line makes the same named tuples of what argparse has checked, without pydantic, whose import would take
-longer than a conversion.
+The command line builds the same named tuples from argparse's values, without pydantic, whose import takes longer than a
+conversion.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Created
     from vmconv.model.plan import Plan, Progress
 else:
-    # Importing the classes would import numpy, which a command that reads one header does not need.
+    # Importing the classes would import numpy, which commands that read only a header do not need.
     Plan, Progress, Created = Any, Callable[[int, int], None], Callable[[str, int], None]
 
 StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -29,20 +29,20 @@ StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 if TYPE_CHECKING:
     OptionValue: TypeAlias = str | bytes | int | bool | UUID | None
 else:
-    # UUIDs become text before this is checked; the command line does not import the class.
+    # UUIDs are converted to text before validation; the command line does not import the class.
     OptionValue = str | bytes | int | bool | None
-"""The value of a writer's option: as on the command line, or of the option's own type."""
+"""The value of a writer's option: text as on the command line, or a value of the option's type."""
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
 Verify = Literal["metadata", "sample", "bytes", "qemu"]
-"""What of a result is compared with its source before it gets its name; see the guide."""
+"""How a result is compared with its source before it appears under its name; see the guide."""
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])
 _SHOWN = 80
 
 
 class _Parsed:
-    """Tells pydantic, which is imported by then, to look at a value with a function first."""
+    """Makes pydantic call a function before its own validation. Only pydantic calls it, so it is imported already."""
 
     def __init__(self, parse: Callable[[object], object]) -> None:
         self._parse = parse
@@ -57,7 +57,7 @@ def _path(value: object) -> str:
     try:
         text = os.fsdecode(value)  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError("is no path") from None
+        raise ValueError("is not a path") from None
     if not text:
         raise ValueError("is empty")
     if "\0" in text:
@@ -65,13 +65,13 @@ def _path(value: object) -> str:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise ValueError("cannot be the name of a file here") from None
+        raise ValueError("cannot be encoded as a file name") from None
     return text
 
 
 def _each(value: object, what: str) -> list[object]:
     if isinstance(value, str | bytes | os.PathLike | Mapping) or not isinstance(value, Iterable):
-        raise ValueError(f"is no list of {what}")
+        raise ValueError(f"is not a list of {what}")
     return list(value)
 
 
@@ -85,7 +85,7 @@ def _names(value: object) -> list[object]:
 
 def _mapping(value: object) -> dict[object, object]:
     if not isinstance(value, Mapping):
-        raise ValueError("is no mapping")
+        raise ValueError("is not a mapping")
     from uuid import UUID
 
     return {key: str(each) if isinstance(each, UUID) else each for key, each in value.items()}
@@ -93,13 +93,13 @@ def _mapping(value: object) -> dict[object, object]:
 
 def _mode(value: object) -> object:
     if isinstance(value, int) and not 0 <= value <= 0o777:
-        raise ValueError("is no set of permission bits, 0 to 0o777")
+        raise ValueError("is not a file mode from 0 to 0o777")
     return value
 
 
 Mode = Annotated[int, _Parsed(_mode)]
 FilePath = Annotated[str, _Parsed(_path)]
-"""A path: always a string where it has been checked."""
+"""A path; a string after validation."""
 FilePaths = Annotated[Sequence[str], _Parsed(_paths)]
 Names = Annotated[Sequence[str], _Parsed(_names)]
 WriterOptions = Annotated[Mapping[str, OptionValue], _Parsed(_mapping)]
@@ -107,7 +107,7 @@ OptionsByFormat = Annotated[Mapping[str, WriterOptions], _Parsed(_mapping)]
 
 
 class Making(NamedTuple):
-    """How something is made, besides what the request says."""
+    """Arguments of a conversion besides those of the request: verification and callbacks."""
 
     verify: bool | Verify = True
     announce: Callable[[Plan], None] | None = None
@@ -117,7 +117,7 @@ class Making(NamedTuple):
 
 
 class Fan(NamedTuple):
-    """What fan-out is given besides what all its requests have in common."""
+    """Arguments of fan-out besides those common to all its requests."""
 
     formats: Names
     directory: FilePath
@@ -125,7 +125,7 @@ class Fan(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """An image to look at."""
+    """An image to read."""
 
     path: FilePath
     format_name: str | None = None
@@ -135,7 +135,7 @@ class Reading(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two images of one disk."""
+    """Two images to compare."""
 
     left: FilePath
     right: FilePath
@@ -148,22 +148,22 @@ class Pair(NamedTuple):
 
 
 class Believed(NamedTuple):
-    """A file that is brought back by what lies beside it, and whether that may be anybody's."""
+    """A file to restore from its journal or undo file; `trust` accepts one of any user."""
 
     path: FilePath
     trust: bool = False
 
 
 class Descriptor(NamedTuple):
-    """An open file to write to."""
+    """An open descriptor to write to."""
 
     descriptor: int
 
 
 def checked(kind: type[_Tuple], /, **given: object) -> _Tuple:
-    """Returns `kind` made of what was given; raises `UsageError` naming the first argument that cannot be.
+    """Returns `kind` of the given arguments; raises `UsageError` for the first invalid one.
 
-    Types are strict: "no" is no bool, and a string is no list of strings.
+    Types are strict: "no" is not a bool, and a string is not a list of strings.
     """
     from pydantic import ValidationError
 
@@ -172,12 +172,12 @@ def checked(kind: type[_Tuple], /, **given: object) -> _Tuple:
         found = _model(kind).model_validate(given)
     except ValidationError as exc:
         raise _refused(exc) from exc
-    # What was not given keeps the default of the tuple, which needs no check.
+    # Defaults come from the tuple and need no validation.
     return kind(**{name: getattr(found, name) for name in found.model_fields_set})
 
 
 def refuse_unknown(names: Sequence[str], given: Mapping[str, object]) -> None:
-    """Raises UsageError for an argument that has none of the names, saying which one was meant."""
+    """Raises `UsageError` for an argument with another name; the hint suggests the nearest."""
     for name in given:
         if name not in names:
             from difflib import get_close_matches
@@ -187,6 +187,7 @@ def refuse_unknown(names: Sequence[str], given: Mapping[str, object]) -> None:
             raise UsageError(f"there is no argument {name!r}", hint=hint)
 
 
+# Building a model takes longer than using it.
 _MODELS: dict[type, type[BaseModel]] = {}
 
 
@@ -205,18 +206,18 @@ def _model(kind: type[_Tuple]) -> type[BaseModel]:
 
 _WORDS = {
     "bool_type": "is neither True nor False",
-    "callable_type": "cannot be called",
-    "int_type": "is no integer",
+    "callable_type": "is not callable",
+    "int_type": "is not an integer",
     "missing": "is missing",
-    "string_type": "is no string",
-    "string_unicode": "is no text: it has half a character",
+    "string_type": "is not a string",
+    "string_unicode": "is not valid text: it has a lone surrogate",
 }
 
 
 def _refused(exc: Any) -> UsageError:
-    """Returns the error for what pydantic found first."""
+    """Returns the error for pydantic's first finding."""
     first = exc.errors(include_url=False)[0]
-    # Of the members of a union pydantic gives the name too, behind that of the field.
+    # For a union, pydantic appends the name of the member to that of the field.
     place = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "bool"))
     said = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] == "literal_error":
@@ -227,6 +228,7 @@ def _refused(exc: Any) -> UsageError:
 def _shown(value: object) -> str:
     try:
         text = repr(value)
+    # The repr of a caller's object may raise anything.
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,4 +1,4 @@
-"""The interface of indirection storage: what a backend can do, and the transaction in which it makes outputs real."""
+"""The interface of storage backends: their capabilities, and transactions that create output files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 
 Created = Callable[[str, int], None]
-"""Called with the name that an output will have, and its open descriptor."""
+"""Called with the future name of an output and its open descriptor."""
 
 
 class Capabilities(NamedTuple):
-    """What a backend can do in one directory: share blocks of `unit` bytes, or not and why."""
+    """The capabilities of a backend in one directory; `unit` is the size of shared blocks in bytes.
+
+    `reason` says why it is not usable.
+    """
 
     usable: bool
     shares: bool
@@ -28,16 +31,16 @@ class Capabilities(NamedTuple):
 
 
 class Congruence(Enum):
-    """When payload at an offset of an output needs no copy of the payload at an offset of its source."""
+    """The condition on two offsets, in output and source, for sharing payload."""
 
     MODULO = "both offsets are equal modulo the unit"
     EQUAL = "both offsets are equal: the file itself becomes the output"
 
 
 class Survey(NamedTuple):
-    """What a backend can do with certain sources: `unit` is the block size, bytes, for those it can share.
+    """The sources that a backend can share, in blocks of `unit` bytes.
 
-    `refusals` maps `id(file)` to the reason why that source cannot be shared; it completes "copied because ...".
+    `refusals` maps `id(file)` of the others to a reason that completes "copied because ...".
     """
 
     unit: int = 1
@@ -46,9 +49,9 @@ class Survey(NamedTuple):
 
 
 class Access(NamedTuple):
-    """Who may open new files: nobody who may not open each of `sources`, or those whom `mode` lets, when it is given.
+    """The permissions of new files: at most those of each of `sources`, or `mode` if it is given.
 
-    A file that replaces another one has that one's owner, mode and attributes, and only `mode` changes that.
+    A file that replaces another keeps its owner, mode and attributes; `mode` overrides the mode.
     """
 
     sources: Sequence[File] = ()
@@ -56,88 +59,85 @@ class Access(NamedTuple):
 
 
 DEFAULT_ACCESS = Access()
-"""A new file is as any other in its directory."""
+"""Permissions by umask and default ACL, as for any new file."""
 
 
 class Output(ABC):
-    """One output file while it is being made. Ranges never touched read as zero."""
+    """One output file that is being written. Ranges never written read as zero."""
 
     descriptor = -1
-    """Of the file that is being made, open; -1 where there is none."""
+    """The open descriptor of the file; -1 if there is none."""
     takes_bytes = True
-    """False when this output has all that it needs from the plan: then nothing is written or copied to it."""
+    """False if the output takes its bytes from the plan; then `write` and `copy` are not called."""
 
     @abstractmethod
     def share(self, steps: ShareSteps) -> None:
-        """Makes ranges of this file references to ranges of source files; called once, before any other method."""
+        """Shares ranges of source files with this file; called once, before any other method."""
 
     @abstractmethod
     def write(self, offset: int, data: bytes) -> None:
-        """Writes bytes; called from several threads, for ranges that do not overlap."""
+        """Writes bytes; called from several threads, for disjoint ranges."""
 
     def copy(self, source: Source, source_offset: int, offset: int, length: int) -> None:
-        """Copies bytes of a source; called from several threads, for ranges that do not overlap."""
+        """Copies bytes of a source; called from several threads, for disjoint ranges."""
         self.write(offset, source.read(source_offset, length))
 
     @abstractmethod
     def finish(self) -> File:
-        """Makes all that was written durable, unless the transaction need not be, and returns the file to read it back.
-
-        The transaction closes it.
-        """
+        """Syncs the file, in a durable transaction, and returns it for reading back. The transaction closes it."""
 
 
 class Transaction(ABC):
-    """All output files of one conversion: after `commit` all are there under their names, after `abort` none is."""
+    """All output files of one conversion: they exist under their names after `commit`, and not after `abort`."""
 
     def prepare(self, plan: Plan) -> None:  # noqa: B027 most have nothing to prepare
         """Called with the plan before any write, for backends that save what they overwrite."""
 
     @abstractmethod
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
-        """Returns a new output of `size` bytes that will be `name`; `sources` are the files it will share with."""
+        """Returns a new output of `size` bytes, to be named `name`; `sources` are the files that it will share."""
 
     def deliver(self, progress: Progress | None) -> None:  # noqa: B027 files need no delivery
-        """Called after the result was verified and before `commit`, for what cannot be taken back; may take long."""
+        """Called after verification and before `commit`, for output that cannot be rolled back; may take long."""
 
     @abstractmethod
     def commit(self) -> None:
-        """Makes the outputs appear under their names, in the order they were created."""
+        """Makes the outputs appear under their names, in the order of their creation."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Removes every trace of the outputs; does nothing after `commit`."""
+        """Removes the outputs; does nothing after `commit`."""
 
 
 class Backend(ABC):
-    """One way of making output tables real on storage."""
+    """A way to write planned files to storage."""
 
     name: str
     title: str
     automatic = True
-    """Whether `convert` may choose this backend by itself."""
+    """Whether `--backend auto` may choose this backend."""
 
     @abstractmethod
     def capabilities(self, directory: str) -> Capabilities:
-        """Returns what this backend can do in a directory: asked of the storage, never guessed from its name."""
+        """Returns the capabilities in a directory, found by trying, never by the name of the filesystem."""
 
     @abstractmethod
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        """Returns which of these sources can be shared with files of a directory; changes nothing that is seen."""
+        """Returns which sources can be shared with files of a directory; leaves nothing behind."""
 
     @abstractmethod
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        """Returns a new transaction for files of a directory; `force` lets `commit` replace existing ones.
+        """Returns a new transaction for files of a directory; with `force`, `commit` replaces existing files.
 
-        Where it is not `durable`, nothing waits for storage, and a power cut may leave less than was committed. The
-        directory stays open until the transaction has ended; it may get another path meanwhile.
+        Without `durable` nothing is synced, and a power failure may lose committed files. The directory stays open
+        until the transaction ends, and may be moved meanwhile.
         """
 
 
 class Proposal(NamedTuple):
-    """How output files could be made: by this backend, with what it can do for the sources of the disk.
+    """A backend for a conversion, with its survey of the sources.
 
     In place, `carrier` is the file that keeps its payload and becomes the output.
     """

@@ -1,4 +1,4 @@
-"""What a subcommand is to the command line; plugins make them too."""
+"""Subcommands of the command line, of core and of plugins."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
-    """One subcommand: `help` is a phrase for the list of commands, `configure` adds its arguments to the parser that
-    gets `description` and `epilog`, and `run` does it and returns the exit code.
+    """One subcommand: `help` is a phrase for the list of commands, `configure` adds arguments to the command's parser,
+    and `run` returns the exit status.
 
-    Import what the command needs inside `run`: every start of vmconv makes all commands.
+    Import heavy modules inside `run`: each start of vmconv creates all commands.
     """
 
     name: str

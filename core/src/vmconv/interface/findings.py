@@ -1,4 +1,4 @@
-"""The findings of a structural check: all are counted, the first are put into words."""
+"""The findings of a structural check: all are counted, the first ones are described."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vmconv.model.extents import Column
 from vmconv.model.usage import Usage
 
 SHOWN = 100
-"""Findings of a kind that are put into words."""
+"""Findings of each kind with a text."""
 
 ENOUGH = 1 << 20
-"""Corruptions after which a check may stop."""
+"""Number of corruptions after which a check may stop."""
 
 
 class Findings:
-    """What a check has found so far."""
+    """The findings of a running check."""
 
     def __init__(self) -> None:
         self.corruptions: list[str] = []
@@ -30,17 +30,17 @@ class Findings:
 
     @property
     def enough(self) -> bool:
-        """True when so much is wrong that a check need not go on: an image can claim more than there is time for."""
+        """True if the check may stop: a malformed image can have more corruptions than there is time to count."""
         return self.corruption_count >= ENOUGH
 
     def corrupt(self, text: str, count: int = 1) -> None:
-        """Takes `count` corruptions with one text."""
+        """Adds `count` corruptions with one text."""
         self.corruption_count += count
         if len(self.corruptions) < SHOWN:
             self.corruptions.append(text)
 
     def corrupt_where(self, bad: npt.NDArray[np.bool_], text: Callable[[int], str]) -> None:
-        """Takes one corruption for each true value of the mask; `text` puts the one at an index into words."""
+        """Adds one corruption for each true value of the mask; `text` describes the one at an index."""
         count = int(np.count_nonzero(bad))
         if not count:
             return
@@ -49,30 +49,32 @@ class Findings:
             self.corruptions.append(text(index))
 
     def leak(self, text: str, count: int = 1) -> None:
-        """Takes `count` leaked clusters with one text."""
+        """Adds `count` leaked clusters with one text."""
         self.leak_count += count
         if len(self.leaks) < SHOWN:
             self.leaks.append(text)
 
     def doubt(self, text: str) -> None:
-        """Takes what the check cannot tell."""
+        """Adds a finding that the check cannot decide."""
         if len(self.doubts) < SHOWN:
             self.doubts.append(text)
 
     def overlaps(self, usage: Usage, unit: int) -> None:
-        """Takes the overlaps of a file: one corruption for each `unit` bytes that two use."""
+        """Adds the overlaps of a file: one corruption for each `unit` bytes with two users."""
         found = usage.overlaps()
         if not found:
             return
         self.corrupt_where(np.ones(len(found.offset), dtype=bool), found.text)
+        # corrupt_where has counted one for each overlap.
         self.corruption_count += int((-(-found.length // unit) - 1).sum())
 
     def unused(self, usage: Usage, unit: int, start: int, end: int) -> None:
-        """Takes the units of `[start, end)` that nothing uses as leaked; what is no whole unit is left out."""
+        """Adds the unused whole units of `[start, end)` as leaks."""
         begin, length = usage.unused(start, end)
         count: Column = length // unit
         self.leak_count += int(count.sum())
         for at, units in zip(begin[count > 0][:SHOWN].tolist(), count[count > 0][:SHOWN].tolist(), strict=True):
+            # Counted above.
             self.leak(f"cluster at {at:#x}" if units == 1 else f"{units} clusters from {at:#x} on", 0)
 
     def report(self, *, allocated: int, total: int, end: int) -> CheckReport:

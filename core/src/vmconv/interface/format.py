@@ -1,4 +1,4 @@
-"""The interface of a format plugin: typed calls; the hooks only register instances of it."""
+"""The interface of formats; the hooks only register instances of it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a format that has none."""
+    """The options of a format without options."""
 
 
 class CheckReport(NamedTuple):
-    """What a check found: `corruptions` make wrong reads possible, `leaks` only waste space.
+    """The result of a check: `corruptions` make wrong reads possible, `leaks` only waste space.
 
-    `doubts` are what a check cannot tell, and `errors` what it could not look at: then it is not complete. `image_end`
-    is the end of the last cluster in use, bytes.
+    `doubts` are undecidable findings. `errors` name parts that could not be read, so the check is incomplete.
+    `image_end` is the end of the last cluster in use, in bytes.
     """
 
     corruptions: tuple[str, ...] = ()
@@ -36,59 +36,59 @@ class CheckReport(NamedTuple):
 
 
 class Format:
-    """One hypervisor format. A plugin subclasses it, fills in the names and overrides what the format can do.
+    """One image format. A plugin subclasses it, sets the names and overrides the supported operations.
 
-    Keep the module that defines the subclass cheap to import (every start of vmconv imports it): import the reader
-    and the writer inside the methods.
+    Keep the module of the subclass cheap to import, because each start of vmconv imports it: import the reader and the
+    writer inside the methods.
     """
 
     name: str
     title: str
     suffixes: tuple[str, ...] = ()
-    """File name endings with their dot, lower case; the first is the one new files get."""
+    """Suffixes with their dot, lower case. New files get the first."""
     carries: frozenset[str] = frozenset()
-    """Fields of `Disk`, besides size and identity, that this format's writer stores."""
+    """Fields of `Disk`, besides size and identity, that the writer stores."""
     can_read = True
     can_write = True
     supports_backing = False
-    """True when the writer can keep a parent (`backing`)."""
+    """True if the writer accepts a parent (`backing`)."""
     not_mountable: frozenset[str] = frozenset()
-    """Values of the option `subformat` that no mount offers: to plan one is to read all payload, say, or it is no image
-    without other files."""
+    """Values of the option `subformat` that mounts leave out, because planning reads all payload, for example, or the
+    image needs other files."""
     in_place = False
-    """True when the writer can leave payload wherever it lies in a file (`Placement.carrier`)."""
+    """True if the writer supports `Placement.carrier`: payload stays at its offset in a file."""
 
     def options(self) -> type[Any]:
         """Returns the frozen dataclass of the writer's options; see `vmconv.model.options`."""
         return NoOptions
 
     def probe(self, file: File) -> bool:
-        """True when the content of `file` begins (or ends) as this format's does. Reads little; never raises."""
+        """True if `file` has this format's signature. Reads little; never raises."""
         return False
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         """Returns the image in `file`.
 
-        Checks the header now and the tables when they are asked for; raises `ImageError` for what is wrong, and opens
-        other files only by `opener`. `snapshot` names the internal snapshot to read instead of the present state.
+        Checks the header now and the tables on demand. Opens other files only by `opener`. `snapshot` names an internal
+        snapshot to read instead of the current state. Raises `ImageError` if the image is damaged or not supported.
         """
         raise NotImplementedError(f"{self.name} has no reader")
 
     def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
-        """Returns the layout that holds `image.flat`, or `image.guest` on top of `backing`.
+        """Returns the layout of `image.flat`, or of `image.guest` on top of `backing`.
 
-        A pure function: nothing is opened or written. Raises `PlanError` when the format cannot hold the disk.
+        A pure function: it opens and writes nothing. Raises `PlanError` if the format cannot store the disk.
         """
         raise NotImplementedError(f"{self.name} has no writer")
 
     def keeps_source(self, options: Any) -> bool:
-        """True when these options make an image that holds nothing and has the source itself as its parent."""
+        """True if these options make an empty overlay with the source itself as its backing file."""
         return False
 
     def qemu_incompatibility(self, image: Image) -> str | None:
-        """Returns why QEMU cannot read this layer, or reads another disk in it; None when it reads the same."""
+        """Returns why QEMU cannot read this layer, or reads other bytes; None if it reads the same."""
         return f"QEMU has no driver for {self.name}"
 
     def check(self, image: Image) -> CheckReport | None:
-        """Returns what is wrong with the structure of `image`; None when the format has no structure to check."""
+        """Returns the defects in the structure of `image`; None if the format has no structure to check."""
         return None

@@ -1,7 +1,7 @@
-"""The hooks of vmconv: each only registers things; plain typed calls on what was registered do the work.
+"""The pluggy hooks of vmconv; they only register formats, backends and commands.
 
-A plugin is a distribution with an entry point in the group `vmconv` that names a module; in it, functions marked with
-`hookimpl` and named as below.
+A plugin is a distribution with an entry point in the group `vmconv`. The entry point names a module with functions
+marked `hookimpl` and named as below.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 GROUP = "vmconv"
 
 VMCONV_INTERFACE = 1
-"""The version of `vmconv.plugin`; a plugin states the one that it was written for under this name."""
+"""The version of `vmconv.plugin`; a plugin states the version it was written for under this name."""
 
 OLDEST_INTERFACE = 1
-"""The oldest version whose plugins still work."""
+"""The oldest supported version."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)

@@ -1,7 +1,7 @@
-"""Who may do what with a file: carried from an old file to the one that takes its place, or never more than before.
+"""Permissions of new files: copied from a replaced file, or at most those of the sources.
 
-Both functions are for a file of this process that nobody else can open yet: it was made with the mode 0600 and has not
-got its name. The order keeps it so: the owner first, then the access control list, the mode last.
+`carry` and `confine` are for a new file that nobody else can open: its mode is 0600, and it is not under its name yet.
+Their order keeps it so: first the owner, then the ACL, last the mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vmconv.system import linux
 _ACL = "system.posix_acl_access"
 _DEFAULT_ACL = "system.posix_acl_default"
 _LABELS = ("security.selinux", "security.SMACK64")
-# Not carried: security.capability and security.ima speak of the content, trusted.* of overlays and clusters.
+# Not copied: security.capability and security.ima depend on the content, trusted.* on overlayfs and clusters.
 _USER = "user."
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
@@ -31,22 +31,22 @@ _ENTRY = struct.Struct("<HHI")
 _USER_OBJ, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x04, 0x10, 0x20
 
 _FLAGS = 0x8 | 0x40 | 0x80
-"""Inode flags that stay: written at once (S), not dumped (d), no access times (A). NOCOW is the backends' business."""
+"""Inode flags that are copied: sync (S), nodump (d), noatime (A). NOCOW is handled by the backends."""
 
 
 def can_give(status: os.stat_result) -> bool:
-    """True when this process may give a file of its own the owner and group of another."""
+    """True if this process may chown its own file to the owner and group in `status`."""
     if os.geteuid() == 0:
         return True
     return status.st_uid == os.geteuid() and status.st_gid in (os.getegid(), *os.getgroups())
 
 
 def carry(source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
-    """Gives a file owner, mode, access control list, extended attributes, label and flags of the one that it replaces.
+    """Copies owner, mode, ACL, user attributes, security label and inode flags from `source` to the file replacing it.
 
-    Returns what could not be carried, in words. Nobody gets more access by that: what the missing part would have kept
-    from others, the mode keeps from all but the owner. Set-id and sticky bits are never carried. `others` are files
-    whose content is in the new one, too: nobody gets in whom one of them would not let in.
+    Returns the names of what could not be copied. If owner, label or ACL are missing, only the owner gets access.
+    Set-id and sticky bits are never copied. `others` are further files with content in the new one; nobody gets access
+    whom one of them denies it.
     """
     status = os.fstat(source)
     missing = []
@@ -67,24 +67,24 @@ def carry(source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ..
         mode &= 0o700
     for other in others:
         if not _admits_the_same(other, source):
-            # Who is listed is not known to be let in by the other one.
+            # Users in this ACL may have no access to the other file.
             mode &= 0o700 | (_limit(other, status.st_gid) if _attribute(source, _ACL) is None else 0)
     if not mode & 0o070:
-        # Without effect now, and with one after the next chmod.
+        # Without group bits the ACL has no effect, but a later chmod would enable it.
         _remove(target, _ACL)
     os.fchmod(target, mode)
     return tuple(missing)
 
 
 def _admits_the_same(one: int, other: int) -> bool:
-    """True when two files are alike in whom they let do what."""
+    """True if two files have the same owner, group, mode and ACL."""
     first, second = os.fstat(one), os.fstat(other)
     alike = (first.st_uid, first.st_gid, first.st_mode) == (second.st_uid, second.st_gid, second.st_mode)
     return alike and _attribute(one, _ACL) == _attribute(other, _ACL)
 
 
 def lets_read(source: int, reader: os.stat_result) -> bool:
-    """True when the owner of a file, whose status this is, may read another one, as far as its mode tells."""
+    """True if the owner in `reader` may read the file `source`, as far as its mode tells."""
     status = os.fstat(source)
     if reader.st_uid in (0, status.st_uid):
         return True
@@ -93,48 +93,46 @@ def lets_read(source: int, reader: os.stat_result) -> bool:
 
 
 def confine(directory: int, sources: Iterable[int], target: int) -> None:
-    """Gives a new file the mode of a new file in this directory, but nobody more access than each of the sources gave.
-
-    The umask counts, or the directory's default access control list, as for any new file.
-    """
+    """Gives a new file its mode by umask or default ACL of the directory, restricted to the access of each source."""
     os.fchmod(target, 0o600)
     wished = _wished(directory)
     mode = wished.mode
     for source in sources:
         mode &= 0o600 | _limit(source, os.fstat(target).st_gid)
     if not mode & 0o004:
-        # A default list of the directory may let others in by name.
+        # A default ACL of the directory may name users and groups.
         _remove(target, _ACL)
         mode &= 0o700 | wished.group << 3
     os.fchmod(target, mode)
 
 
 def _limit(source: int, gid: int) -> int:
-    """Returns the bits for group and others that give nobody what this source does not give him."""
+    """Returns the mode bits for group and others that grant no more than this source."""
     if _attribute(source, _ACL) is not None:
-        # The group's bits are a mask then, and who is listed may be denied what others may.
+        # The group bits are the ACL's mask then, and its entries may deny users what others may do.
         return 0
     status = os.fstat(source)
     group, others = status.st_mode >> 3 & 7, status.st_mode & 7
     if status.st_gid != gid:
-        # Who is in one of the two groups may be anybody to the other.
+        # A member of the new file's group may be one of the others for the source, and vice versa.
         group = others = group & others
     return group << 3 | others
 
 
 class _Wished(NamedTuple):
-    """What a directory gives to a new file: its mode, and the group's own part of it."""
+    """The default permissions of new files in a directory: the mode, and the part of the owning group."""
 
     mode: int
     group: int
 
 
 def _wished(directory: int) -> _Wished:
-    """Returns what a new file in a directory gets from a program that asks for 0666."""
+    """Returns the default permissions for open(2) with mode 0666 in a directory."""
     acl = _attribute(directory, _DEFAULT_ACL)
     if acl is None:
         mode = 0o666 & ~_umask()
         return _Wished(mode, mode >> 3 & 7)
+    # Behind a header of 4 bytes. Entries for named users and groups do not count in the mode.
     permissions = {tag: permission for tag, permission, _ in _ENTRY.iter_unpack(acl[4:])}
     group = permissions.get(_GROUP_OBJ, 0)
     mask = permissions.get(_MASK, group)
@@ -143,14 +141,15 @@ def _wished(directory: int) -> _Wished:
 
 
 def _umask() -> int:
-    """Returns the process's umask without changing it, as other threads may make files."""
+    """Returns the process's umask from /proc: umask(2) would change it while other threads create files."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         found = re.search(r"^Umask:\s*([0-7]+)", file.read(), re.MULTILINE)
     return int(found[1], 8) if found else 0o077
 
 
 def _give(target: int, status: os.stat_result) -> bool:
-    """Gives a file another's owner and group as far as this process may; True when both are the same then."""
+    """Changes owner and group of a file as far as this process may; True if both match `status` then."""
+    # A process without privileges may still change the group to one of its own.
     own = os.fstat(target)
     for uid, gid in ((status.st_uid, status.st_gid), (-1, status.st_gid)):
         if (own.st_uid, own.st_gid) == (status.st_uid, status.st_gid):
@@ -166,19 +165,20 @@ def _give(target: int, status: os.stat_result) -> bool:
 
 def _carry_acl(source: int, target: int) -> bool:
     if _attribute(source, _ACL) is None:
-        # One that the directory gave to the new file would let others in.
+        # The directory's default ACL may have given the new file one.
         _remove(target, _ACL)
         return True
     return _carry_attribute(source, target, _ACL)
 
 
 def _carry_attributes(source: int, target: int, names: Iterable[str]) -> bool:
-    """Carries each of the attributes that can be; True when all could."""
+    """Copies attributes; True if all could be copied."""
+    # A list, so that a failure does not end the loop.
     return not [name for name in names if not _carry_attribute(source, target, name)]
 
 
 def _carry_attribute(source: int, target: int, name: str) -> bool:
-    """Gives a file one attribute of another; True when both have the same then."""
+    """Copies an attribute; True if both files have the same value then."""
     value = _attribute(source, name)
     if value is None or value == _attribute(target, name):
         return True
@@ -198,7 +198,7 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
         except OSError as exc:
             if exc.errno != errno.EBADF:
                 raise
-            # A directory that this user may enter and not list is opened by O_PATH.
+            # Descriptors with O_PATH have no fgetxattr; see `Directory.at`.
             return os.getxattr(f"/proc/self/fd/{descriptor}", name)
     except OSError as exc:
         if exc.errno not in (*_ABSENT, errno.EPERM, errno.EACCES):
@@ -224,7 +224,7 @@ def _remove(descriptor: int, name: str) -> None:
 
 
 def _carry_flags(source: int, target: int) -> None:
-    """Gives a file another's flags; that it has none of these lets nobody in."""
+    """Copies inode flags, as far as possible: none of them restricts access."""
     try:
         wanted, own = linux.inode_flags(source) & _FLAGS, linux.inode_flags(target)
         if wanted & ~own:

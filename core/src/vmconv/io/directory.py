@@ -1,7 +1,7 @@
-"""A directory that is named once: everything in it is reached by the descriptor, with plain names.
+"""A directory that is opened once, with operations relative to its descriptor.
 
-The owner of a directory can exchange it, or a link on the way to it, between two openings by path. The descriptor is
-the same directory all the time.
+Between two uses of a path, other users may exchange a directory or a symbolic link in it. A descriptor always leads to
+the same directory.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ NAME_MAX = 255
 
 
 class Directory:
-    """An open directory; owns its descriptor, and is a context manager that closes it.
+    """An open directory, and a context manager that closes its descriptor.
 
-    `path` is for messages only. Methods take plain names: ValueError for any other. They raise `OSError` with the whole
-    path in it. No method follows a symbolic link.
+    `path` is for messages only. Methods take plain names and never follow symbolic links. They raise `OSError` with the
+    whole path, and `ValueError` for a name that is not plain.
     """
 
     def __init__(self, path: str, descriptor: int) -> None:
@@ -37,10 +37,8 @@ class Directory:
 
     @classmethod
     def at(cls, path: str, start: int | None = None) -> Self:
-        """Returns the directory of this path, links on the way followed; a relative path begins at `start`.
-
-        One that may be entered and not listed is opened all the same.
-        """
+        """Opens a directory by path, following symbolic links; a relative path starts at the descriptor `start`."""
+        # O_PATH needs only search permission (x), but does not allow listing and syncing.
         flags = os.O_DIRECTORY | os.O_CLOEXEC
         try:
             return cls(path, os.open(path, flags | os.O_RDONLY, dir_fd=start))
@@ -49,7 +47,7 @@ class Directory:
 
     @classmethod
     def of(cls, file: File) -> Self:
-        """Returns the directory that holds an open file; raises `AccessError` when the file is not there any more."""
+        """Opens the directory of an open file; raises `AccessError` if the file is no longer there."""
         path, name = os.path.split(os.path.realpath(file.path))
         directory = cls.at(path)
         if not directory.holds(name, file.descriptor):
@@ -68,7 +66,7 @@ class Directory:
     def close(self) -> None:
         if self.descriptor >= 0:
             descriptor, self.descriptor = self.descriptor, -1
-            # It is closed whatever is said, and nothing was written by it.
+            # Linux closes the descriptor even if close fails, and nothing was written through it.
             with suppress(OSError):
                 os.close(descriptor)
 
@@ -76,7 +74,7 @@ class Directory:
         """Returns the path of a name, for messages."""
         return os.path.join(self.path, name)
 
-    # -- looking
+    # -- queries
 
     def names(self) -> list[str]:
         """Returns all names, sorted."""
@@ -84,17 +82,17 @@ class Directory:
             return sorted(os.listdir(self.descriptor))
 
     def listed(self) -> list[str]:
-        """Returns all names, sorted; none where the user may not list them: what a run left there cannot be found."""
+        """Returns all names, sorted; none if the user may not list the directory."""
         try:
             return self.names()
         except OSError as exc:
-            # EBADF: a descriptor that was opened for going through the directory only.
+            # EBADF: opened with O_PATH.
             if exc.errno not in (errno.EACCES, errno.EPERM, errno.EBADF):
                 raise
             return []
 
     def status(self, name: str) -> os.stat_result | None:
-        """Returns the status of what has this name, a link's own if it is one; None when nothing has."""
+        """Returns the status of a name, of a symbolic link itself; None if it does not exist."""
         with self._blaming(name):
             try:
                 return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
@@ -102,28 +100,26 @@ class Directory:
                 return None
 
     def has(self, name: str) -> bool:
-        """True when something has this name, be it a dangling link."""
+        """True if the name exists, even as a dangling symbolic link."""
         return self.status(name) is not None
 
     def holds(self, name: str, descriptor: int) -> bool:
-        """True when this name is that of the open file."""
+        """True if the name leads to the open file."""
         found = self.status(name)
         return found is not None and os.path.samestat(found, os.fstat(descriptor))
 
     def is_same(self, path: str) -> bool:
-        """True when the path leads to this directory."""
+        """True if the path leads to this directory."""
         return os.path.samestat(os.stat(path), os.fstat(self.descriptor))
 
     def real(self) -> str:
-        """Returns the path that the directory has now."""
+        """Returns the current path of the directory."""
         return os.readlink(f"/proc/self/fd/{self.descriptor}")
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """Returns a descriptor of what has this name; raises `AccessError` for what is no regular file.
-
-        Never waits: a pipe is refused, too.
-        """
+        """Opens a regular file; raises `AccessError` if it is not one."""
         with self._blaming(name):
+            # Without O_NONBLOCK, opening a FIFO would wait for its other end.
             flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(name, flags, dir_fd=self.descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -131,41 +127,39 @@ class Directory:
             raise AccessError(f"{self.join(name)}: is not a regular file")
         return descriptor
 
-    # -- changing
+    # -- changes
 
     def create(self, name: str, mode: int = 0o600) -> int:
-        """Returns a new, empty file, open for reading and writing; the umask takes nothing of its mode.
-
-        Raises `FileExistsError` when something has the name, be it a dangling link.
-        """
+        """Creates a file of exactly `mode`, open for reading and writing; raises `FileExistsError`."""
         with self._blaming(name):
+            # Others get access only by fchmod, which ignores the umask.
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(name, flags, mode & 0o600, dir_fd=self.descriptor)
             os.fchmod(descriptor, mode)
         return descriptor
 
     def create_unnamed(self) -> int:
-        """Returns a new, empty file of mode 0600 without a name, open for reading and writing."""
+        """Creates a file without a name (O_TMPFILE) of mode 0600, open for reading and writing."""
         with self._blaming(None):
             flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
             descriptor = os.open(".", flags, 0o600, dir_fd=self.descriptor)
-            # The umask may take from the owner, too.
+            # The umask may remove bits of the owner, too.
             os.fchmod(descriptor, 0o600)
         return descriptor
 
     def link_open(self, descriptor: int, name: str) -> None:
-        """Gives an open file a name, also one without any; raises `FileExistsError` when something has that."""
+        """Links an open file, named or not, under a name; raises `FileExistsError` if the name exists."""
         with self._blaming(name):
-            # Follows the link of /proc to the file itself (man 2 open, O_TMPFILE).
+            # linkat through /proc, because AT_EMPTY_PATH needs privileges (man 2 open, O_TMPFILE).
             os.link(f"/proc/self/fd/{descriptor}", name, dst_dir_fd=self.descriptor, follow_symlinks=True)
 
     def link(self, old: str, new: str) -> None:
-        """Gives a file a further name; raises `FileExistsError` when something has that."""
+        """Creates a hard link; raises `FileExistsError` if the new name exists."""
         with self._blaming(old, new):
             os.link(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor, follow_symlinks=False)
 
     def rename(self, old: str, new: str, *, replace: bool) -> None:
-        """Gives a file another name; without `replace` raises `FileExistsError` when something has that."""
+        """Renames a file; without `replace` raises `FileExistsError` if the new name exists."""
         with self._blaming(old, new):
             if replace:
                 os.rename(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
@@ -177,21 +171,21 @@ class Directory:
             os.unlink(name, dir_fd=self.descriptor)
 
     def sync(self) -> None:
-        """Makes the names durable, as far as the filesystem has a call for that."""
+        """Syncs the directory's entries, if the filesystem supports it."""
         with self._blaming(None):
             try:
                 os.fsync(self.descriptor)
             except OSError as exc:
-                # Network and user-space filesystems may have no fsync for directories.
+                # Network filesystems and FUSE may have no fsync for directories.
                 if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL, errno.EBADF}:
                     raise
                 if exc.errno == errno.EBADF:
-                    # Opened without the right to list it, and so without fsync.
+                    # A descriptor with O_PATH has no fsync.
                     os.sync()
 
     @contextmanager
     def _blaming(self, name: str | None, other: str | None = None) -> Iterator[None]:
-        """Completes the errors of the block by the whole path; refuses what is not a plain name."""
+        """Adds whole paths to errors of the block; raises `ValueError` for a name that is not plain."""
         for each in (name, other):
             if each is not None and (each in ("", ".", "..") or "/" in each or "\0" in each):
                 raise ValueError(f"{each!r} is not a plain name")

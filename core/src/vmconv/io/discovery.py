@@ -1,8 +1,7 @@
-"""Finds the entry points of installed distributions, as the packaging specifications lay them down on disk.
+"""Finds entry points of installed distributions.
 
-`importlib.metadata` does this for every purpose and takes 40 ms for it, a quarter of a conversion, half of that for
-importing e-mail and archives. Here only what vmconv needs is read: of each distribution whether it has our group.
-Distributions inside archives are not found. (Specification: PyPA, "Entry points" and "Recording installed projects".)
+`importlib.metadata` takes 40 ms, a quarter of a conversion, half of it to import `email` and `zipfile`. This module
+looks for one group only, and not in archives. Specifications: PyPA, "Entry points", "Recording installed projects".
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import NamedTuple
 
 _METADATA = {".dist-info": "METADATA", ".egg-info": "PKG-INFO"}
 
-# What Python cannot import from either. With any other error plugins would go missing without a word.
+# Python cannot import from such a path either. Any other error is raised: plugins must not be missing silently.
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class Plugin(NamedTuple):
-    """One entry point: the distribution it is from, that one's version, and the module that it names."""
+    """One entry point: its distribution, the distribution's version, and its module."""
 
     distribution: str
     version: str
@@ -27,7 +26,7 @@ class Plugin(NamedTuple):
 
 
 def entry_points(group: str) -> list[Plugin]:
-    """Returns the entry points of a group by distribution; of two of one name the first on `sys.path` counts."""
+    """Returns the entry points of a group, sorted by distribution. The first on `sys.path` hides others of its name."""
     found: dict[str, list[Plugin]] = {}
     for directory in _distributions():
         text = _read(os.path.join(directory, "entry_points.txt"))
@@ -43,7 +42,7 @@ def _distributions() -> Iterator[str]:
         try:
             names = os.listdir(path or ".")
         except _NOT_THERE:
-            # An entry of sys.path may be an archive, or nothing at all.
+            # An entry of sys.path may be an archive, or missing.
             continue
         yield from (os.path.join(path, name) for name in names if name.endswith(tuple(_METADATA)))
 
@@ -57,12 +56,13 @@ def _read(path: str) -> str:
 
 
 def _identity(directory: str) -> tuple[str, str]:
-    """Returns name and version from the header of the distribution's metadata, or else from the directory's name."""
+    """Returns name and version from the distribution's metadata, or else from the name of its directory."""
     stem, suffix = os.path.splitext(os.path.basename(directory))
     name, _, version = stem.partition("-")
     fields = {"Name": name.replace("_", "-"), "Version": version}
     for line in _read(os.path.join(directory, _METADATA[suffix])).splitlines():
         key, colon, value = line.partition(":")
+        # The header ends at an empty line.
         if not colon:
             break
         if key in fields:

@@ -1,4 +1,4 @@
-"""What an exception that comes out of a plugin becomes: one line that names its distribution."""
+"""Turns exceptions of plugins into one line with the plugin's distribution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def plugin_faults() -> Iterator[None]:
-    """Turns an exception of a plugin's code into `PluginError`; those of vmconv, the system and core pass."""
+    """Turns exceptions of a plugin's code into `PluginError`; `VmconvError`, `OSError` and exceptions of core pass."""
     try:
         yield
     except PluginError as exc:
@@ -26,6 +26,7 @@ def plugin_faults() -> Iterator[None]:
         raise PluginError(f"{owner}: format {name!r}: {exc}", hint=_hint(owner)) from exc
     except (VmconvError, OSError):
         raise
+    # A plugin that calls sys.exit must not end a caller of the API.
     except (Exception, SystemExit) as exc:
         found = _owner(exc)
         if found is None:
@@ -48,7 +49,7 @@ def _hint(owner: str) -> str:
 
 
 def _owner(exc: BaseException) -> str | None:
-    """Returns the distribution whose code was called last; None when only that of core was."""
+    """Returns the distribution of the innermost plugin code in the traceback; None if there is none."""
     registry = _registry()
     owners = {_top(plugin.module): plugin.distribution for plugin in registry.plugins}
     owners.pop("vmconv", None)
@@ -56,7 +57,7 @@ def _owner(exc: BaseException) -> str | None:
     for name in _modules(exc.__traceback__):
         found = owners.get(_top(name), found)
     if found is None and isinstance(exc, TypeError):
-        # A method that takes other arguments fails before any code of its own runs.
+        # A method with other parameters fails before any frame of its own exists.
         for name, one in registry.formats.items():
             if str(exc).startswith(f"{type(one).__qualname__}."):
                 return registry.owners.get(("format", name))

@@ -1,7 +1,7 @@
-"""Files that are no disks, by suffix and by content, and what their users should do with them.
+"""Files that are not disks, by suffix and by content, with hints for the user.
 
-Without this table a compressed download, an archive, a forensic or backup image and a configuration file would all be
-taken for raw disks. Magic numbers: the formats' specifications where there are any, else libmagic's database.
+Without this table, compressed downloads, archives, forensic images, backups and configuration files would be taken for
+raw disks. Magic numbers: the formats' specifications, else libmagic's database.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Foreign(NamedTuple):
-    """A kind of file that no guest has as its disk. Magic: bytes at an offset; `hint` is what to do with the file."""
+    """A kind of file that is not a disk. `magic` are bytes at an offset; `hint` says how to get at a disk."""
 
     title: str
     suffixes: tuple[str, ...]
@@ -28,9 +28,9 @@ AS_RAW = (
     | {"fd", "flp", "ima", "iso", "vfd"}
     | {"btrfs", "ext2", "ext3", "ext4", "fat", "squashfs", "swap", "xfs"}
 )
-"""Suffixes that are no format's and that people give raw disks, filesystems and media: lower case, without the dot.
+"""Suffixes of raw disks, filesystems and media that are not a format's; lower case, without the dot.
 
-They are accepted for a file that the user or an image names; they do not make a file of a directory an image.
+A file with one is accepted if the user or an image names it. A scan of a directory does not take it for an image.
 """
 
 _DECOMPRESS = "decompress it first: {}"
@@ -148,21 +148,19 @@ _SUFFIX = re.compile(r"\.([A-Za-z0-9]{1,16}(?:-prev)?)", re.ASCII)
 
 
 def foreign_content(file: File) -> Foreign | None:
-    """Returns the kind of file whose magic number the content begins with; None for what may be a disk."""
+    """Returns the kind of file by its magic number; None for a possible disk."""
     head = file.read(0, min(_HEAD, file.size))
     return next((kind for kind in FOREIGN if any(head.startswith(magic, at) for at, magic in kind.magic)), None)
 
 
 def foreign_suffix(suffix: str) -> Foreign | None:
-    """Returns the kind of file that has this suffix, which is lower case and has its dot."""
+    """Returns the kind of file with this suffix: lower case, with the dot."""
     return next((kind for kind in FOREIGN if suffix in kind.suffixes), None)
 
 
 def suffix_of(path: str) -> str | None:
-    """Returns the suffix of a file name with its dot, in lower case; None where there is none that says anything.
-
-    Numbers (of versions, generations, snapshots) are no suffixes, nor is the random part of a temporary name.
-    """
+    """Returns the suffix of a file name with its dot, in lower case; None if it has none, or one without a meaning."""
+    # Numbers of versions and snapshots, and the random part of a temporary name, have no meaning.
     name = os.path.basename(path)
     stem, dot, last = name.rpartition(".")
     if not stem or name.startswith("tmp."):
@@ -180,9 +178,9 @@ _PART = re.compile(r"(.+?)-(?:flat|delta|sesparse|rdmp?|ctk|[sfp]\d{1,4})\.vmdk"
 
 
 def described_beside(path: str) -> str | None:
-    """Returns a hint for a file that is only a part of a disk, when the file that describes the disk lies beside it."""
+    """Returns a hint for an extent of a VMDK whose descriptor lies beside it; None for any other file."""
     found = _PART.fullmatch(os.path.basename(path))
     name = f"{found[1]}.vmdk" if found else ""
     if not (found and os.path.isfile(os.path.join(os.path.dirname(path), name))):
         return None
-    return f"it is a part of the disk that {name} beside it describes: name that"
+    return f"it is an extent of the disk {name}: use that file"

@@ -1,6 +1,6 @@
-"""Formats that exist whether or not their plugin is installed: the table behind "pip install ..." hints.
+"""Known formats, installed or not, for hints such as "pip install ...".
 
-This is the only place in core that names a format. Magic numbers: QEMU's block drivers, the formats' specifications.
+The only place in core that names formats. Magic numbers: QEMU's block drivers, the formats' specifications.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Known(NamedTuple):
-    """A format by name; `distribution` is None where no plugin exists. Magic: (offset, bytes), from the end if < 0.
+    """A format by name; `distribution` is None if no plugin exists. `magic`: bytes at an offset, from the end if < 0.
 
-    `qemu_name` is what QEMU calls it, where that is another name. `bundle` is the file of a directory with one of the
-    suffixes that describes the disk in it. `hint` says what else makes a disk of it, where no plugin exists.
+    `qemu_name` is QEMU's name for it, if different. `bundle` is the name of the descriptor in a directory with one of
+    the suffixes. `hint` names another converter for formats without a plugin.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Known(NamedTuple):
 
 
 RAW_NAME = "raw"
-"""The format of a file that is none of the others."""
+"""The format of files without a signature."""
 
 KNOWN = (
     Known("raw", "raw disk", "vmconv-raw", (".raw", ".img", ".dd"), ()),
@@ -145,29 +145,29 @@ _BY_NAME = {name: known for known in KNOWN for name in (known.name, known.qemu_n
 
 
 def known_format(name: str) -> Known | None:
-    """Returns the entry of a format by its name, or by QEMU's name for it."""
+    """Returns a format by its name or QEMU's name."""
     return _BY_NAME.get(name)
 
 
 def qemu_name(name: str) -> str:
-    """Returns what QEMU calls a format, for images that QEMU reads."""
+    """Returns QEMU's name of a format, for references in images that QEMU reads."""
     known = known_format(name)
     return (known and known.qemu_name) or name
 
 
 def known_suffix(path: str) -> Known | None:
-    """Returns the format that a file name's ending speaks of."""
+    """Returns the format of a file name's suffix."""
     lower = path.lower()
     return next((known for known in KNOWN if lower.endswith(known.suffixes) or is_bundle(lower, known)), None)
 
 
 def is_bundle(path: str, known: Known) -> bool:
-    """True for the path of the file that describes a disk of this format in its directory."""
+    """True for the path of a bundle's descriptor."""
     return known.bundle is not None and os.path.basename(path).lower() == known.bundle.lower()
 
 
 def known_content(file: File) -> Known | None:
-    """Returns the format whose magic number the content bears."""
+    """Returns the format of the content's magic number."""
     head = file.read(0, min(512, file.size))
     tail = file.read(max(0, file.size - 512), min(512, file.size))
     for known in KNOWN:

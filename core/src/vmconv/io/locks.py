@@ -1,7 +1,7 @@
-"""QEMU's image locks: open file description locks on single bytes that say who uses an image and how.
+"""QEMU's image locks: OFD locks on single bytes of the image (QEMU, block/file-posix.c).
 
-Byte 100 + n is locked by whoever uses permission n, byte 200 + n by whoever does not share it with others; the
-permissions are 0 consistent read, 1 write, 2 write unchanged, 3 resize (QEMU, block/file-posix.c).
+A lock on byte 100 + n means that the process uses permission n, one on byte 200 + n that it does not share permission n
+with others. Permissions: 0 consistent read, 1 write, 2 write unchanged, 3 resize.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ _EVERY = tuple(base + n for base in (_USES, _DOES_NOT_SHARE) for n in range(4))
 _FLOCK = struct.Struct("@hhqqi")
 
 
-# man 2 fcntl, and what network and user-space filesystems say: there are no locks, or none for this file.
+# man 2 fcntl, network filesystems and FUSE: locks are not supported.
 _NO_LOCKS = linux.NOT_SUPPORTED | {errno.EINVAL, errno.ENOLCK}
 _CONFLICT = frozenset({errno.EAGAIN, errno.EACCES})
 
 
 def share(file: File) -> None:
-    """Says, for as long as the file is open, that we read it and that nobody may write; refuses when somebody does.
+    """Locks the image for reading and against writers until the file is closed.
 
-    Raises `AccessError` when QEMU has the image open for writing, and when the filesystem fails to tell. Where it has
-    no such locks, there is nothing that could be asked.
+    Raises `AccessError` if QEMU has it open for writing, or locking fails. Does nothing on filesystems without locks.
     """
+    # Locks before the check, so that a writer that starts in between meets them.
     free = all(_set(file.descriptor, fcntl.F_RDLCK, byte) for byte in _OURS)
     if not free or is_written(file):
         raise AccessError(
             f"{file.name}: is open for writing in another process (QEMU's lock on byte {_USES + _WRITE})",
-            hint="stop the guest, or take a snapshot and convert that; --force-share reads it all the same",
+            hint="stop the guest, or take a snapshot and convert that; --force-share reads it anyway",
         )
 
 
 def is_written(file: File) -> bool:
-    """Returns whether somebody has the file open for writing; takes no lock that others could meet."""
+    """Returns whether QEMU has the file open for writing; takes no lock."""
     return any(_is_locked(file, byte) for byte in (_USES + _WRITE, _DOES_NOT_SHARE + _CONSISTENT_READ))
 
 
 def release(file: File) -> None:
-    """Takes back what `share` said, while the file stays open: others may write to it again."""
-    # A lock that cannot be taken back only keeps others from writing, and goes when the file is closed.
+    """Releases the locks of `share` while the file stays open."""
+    # A lock that remains only keeps others from writing, until the file is closed.
     with suppress(AccessError):
         for byte in _OURS:
             _set(file.descriptor, fcntl.F_UNLCK, byte)
@@ -63,25 +63,25 @@ _IN_PLACE = "close it there; in place, nobody else may use it"
 
 
 def refuse_users(file: File, hint: str = _IN_PLACE) -> None:
-    """Raises `AccessError` when another process uses a file that we read, or has it open for writing."""
+    """Raises `AccessError` if another process has locked the file, or has it open for writing."""
     busy = any(_is_locked(file, byte) for byte in _EVERY)
-    with os_errors("cannot be asked who has it open", AccessError):
+    with os_errors("cannot be checked for writers", AccessError):
         busy = busy or linux.is_open_for_writing(file.descriptor)
     if busy:
         raise _in_use(file.name, hint)
 
 
 def claim(descriptor: int) -> None:
-    """Says, for as long as the descriptor is open, that nobody else may use this file.
+    """Locks the file against all other users until the descriptor is closed.
 
-    Raises `AccessError` when somebody has locked it since `refuse_users`.
+    Raises `AccessError` if another process has locked it since `refuse_users`.
     """
     if not all(_set(descriptor, fcntl.F_RDLCK, byte) for byte in _EVERY):
         raise _in_use(linux.name_of(descriptor), _IN_PLACE)
 
 
 def own(descriptor: int) -> None:
-    """Locks a file of ours for as long as it is open (flock); does nothing where there are no such locks."""
+    """Locks our own file until it is closed (flock); does nothing on filesystems without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as exc:
@@ -89,7 +89,7 @@ def own(descriptor: int) -> None:
 
 
 def may_be_owned(descriptor: int) -> bool:
-    """True when a living run has the file locked, and where there are no locks to tell; locks it if none has."""
+    """True if a running vmconv has locked the file, or locks are not supported; otherwise locks it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -105,7 +105,7 @@ def _in_use(name: str, hint: str) -> AccessError:
 
 
 def _set(descriptor: int, kind: int, byte: int) -> bool:
-    """Locks or unlocks a byte of a file; False when another process has locked it. Does nothing without such locks."""
+    """Locks or unlocks a byte of a file; False if another process has locked it. Ignores missing support."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _lock(kind, byte))
     except OSError as exc:
@@ -117,6 +117,7 @@ def _set(descriptor: int, kind: int, byte: int) -> bool:
 
 def _is_locked(file: File, byte: int) -> bool:
     try:
+        # A write lock would conflict with any lock of another process. F_OFD_GETLK only tests.
         answer = fcntl.fcntl(file.descriptor, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, byte))
     except OSError as exc:
         _refuse_unknown(exc, file.descriptor)
@@ -126,7 +127,7 @@ def _is_locked(file: File, byte: int) -> bool:
 
 
 def _refuse_unknown(exc: OSError, descriptor: int) -> None:
-    """Raises `AccessError` unless the error says that there are no locks."""
+    """Raises `AccessError` unless the error means that locks are not supported."""
     if exc.errno not in _NO_LOCKS:
         raise AccessError(f"{linux.name_of(descriptor)}: cannot be locked: {exc.strerror}") from exc
 

@@ -1,8 +1,8 @@
-"""The only way to a file: opens what the user names, and what images name when the rules allow it.
+"""Opens all files: those that the user names, and those that images name if the rules allow it.
 
-An image that comes from a stranger may name any file of this machine as its parent. So a file that an image names must
-lie in the directory of the file that the user named, or below it, or in a tree that the user allowed; this is decided
-on the file that was really opened, after every symbolic link.
+An untrusted image may name any file of this machine as its parent. So a file that an image names must be in or below
+the directory of the file that the user named, or in a tree that the user allowed. The check is on the opened file, with
+symbolic links resolved.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
 
 MAX_CHAIN_DEPTH = 200
-"""Layers of one chain, as libvirt has it."""
+"""Layers of one chain; libvirt has the same limit."""
 
 MAX_SEARCHED = 1000
-"""Files that are opened to find one by what is in it."""
+"""Files that are opened to find a parent by identity."""
 
 STANDARD_INPUT = "-"
-"""What is no name of a source."""
+"""Not accepted as the name of a source."""
 
 _SHOWN = 3
 
-# A file that has gone, that this user may not read, or that cannot be opened at all: the parent is none of those.
+# The file is gone, not readable for this user, or not openable at all, so it cannot be the parent.
 _NO_CANDIDATE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR, errno.ESTALE}
 )
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _FILE = "file:"
-"""QEMU's protocol of plain files: what follows is their name."""
+"""QEMU's protocol prefix of plain files."""
 
 
 class Opener:
-    """Opens files read-only and keeps them open until `close`; use it as a context manager.
+    """Opens files read-only and keeps them open until `close`; a context manager.
 
-    `allow_external` are directories (or files) that images may refer to besides their own directory. `force_share`
-    reads a file that QEMU has open for writing, which may give a disk that never existed. `backing_format` is the
-    format of backing files where an image does not state it. `format_option` is how the user names the format of the
-    image, for hints; empty where that cannot be said. `acting` surrounds each call that looks a path up, and nothing
-    else: a mount opens with the rights of the user who asks. `settle` is called with the path of each file before it is
-    opened: a command that may repair an interrupted conversion does so there. Without it an opener changes nothing.
+    `allow_external` are directories (or files) that images may refer to, besides their own directory. `force_share`
+    reads files that QEMU has open for writing; their content may be inconsistent. `backing_format` is the format of
+    backing files for images that do not state it. `format_option` is the command line option for the image's format,
+    for hints; empty if there is none. `acting` surrounds path lookups only: a mount opens files with the permissions of
+    the calling user. `settle` is called with the path of each file before it is opened, to recover an interrupted
+    conversion. Without it an opener changes nothing.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class Opener:
         self._force_share = force_share
         self._acting = acting or nullcontext
         self._settle = settle
-        # A misspelt format is found even where no image asks for it.
+        # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
+        # For each opened layer, by id of its file, the identities of it and of all layers above, to detect loops.
         self._depth: dict[int, list[tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
@@ -97,8 +98,12 @@ class Opener:
     def image(
         self, path: str, format_name: str | None = None, *, snapshot: str | None = None, content_decides: bool = False
     ) -> Image:
-        """Returns the image in the file, or the bundle, that the user named; see `Registry.identify` for the format."""
+        """Returns the image in the file or bundle that the user named; see `Registry.identify` for its format.
+
+        `content_decides` accepts content and suffix of different formats, with a warning.
+        """
         file = self._open(self._meant(path))
+        # Images may always refer to files in and below their own directory.
         if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
         self._depth[id(file)] = [_identity(file)]
@@ -112,12 +117,12 @@ class Opener:
         return image
 
     def _meant(self, path: str) -> str:
-        """Returns the file to open for what the user named: of a bundle, the one that describes its disk."""
+        """Returns the path to open for the user's path: the descriptor of a bundle, or the path itself."""
         with self._acting():
             if path == STANDARD_INPUT and not os.path.lexists(path):
                 raise AccessError(
-                    "standard input cannot be converted: a disk is read at any offset",
-                    hint="write it to a file first, and name that",
+                    "standard input cannot be converted: reading a disk needs random access",
+                    hint="write it to a file first",
                 )
             if not os.path.isdir(path):
                 return path
@@ -131,23 +136,24 @@ class Opener:
         )
 
     def _disks_below(self, directory: str) -> Iterator[str]:
-        """Yields what may be disks in a directory and in those in it: virtual machines are kept in such bundles."""
+        """Yields possible disks, by suffix, in a directory and its subdirectories, such as a bundle of a machine."""
         for below, directories, names in islice(os.walk(directory), MAX_SEARCHED):
             for name in sorted(directories) + sorted(names):
                 if self.registry.format_by_suffix(name) is not None:
                     yield os.path.join(below, name)
+            # Limits os.walk to one level.
             if below != directory:
                 directories.clear()
 
     def file(self, path: str) -> File:
-        """Returns a file that the user named, whatever it holds."""
+        """Returns a file that the user named, of any content."""
         return self._open(path)
 
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
-        """Returns the file that `origin` names as its `role`; raises `AccessError` where the rules forbid it.
+        """Returns the file that `origin` names as its `role`; raises `AccessError` if the rules forbid it.
 
-        A path of another system is looked for by its base name, beside the image; with `moved` every absolute path that
-        is not here is, for callers that know the right file when they see it.
+        A path of another system is searched by its base name beside the image. With `moved`, so is each absolute path
+        that does not exist, for callers that verify the file's identity.
         """
         if "\0" in reference or not reference:
             raise ImageError(f"{origin.name}: {role} {reference!r} is not a file name")
@@ -156,21 +162,21 @@ class Opener:
             real = os.path.realpath(path)
         self._allow(origin, real, reference, role)
         file = self._open(path, f"{origin.name}: {role} {reference!r}")
-        # A link may have been changed between the look and the opening: what counts is what was opened.
+        # Checked again on the opened file: a symbolic link may have changed since the first check.
         self._allow(origin, file.real_path(), reference, role)
         if _identity(file) == _identity(origin):
             raise ImageError(f"{origin.name}: {role} {reference!r} is the image itself, a loop")
         return file
 
     def _located(self, origin: File, reference: str, role: str, *, moved: bool) -> str:
-        """Returns the path of what `origin` names: where QEMU looks for it, or by its base name beside the image."""
+        """Returns the path of a reference: as QEMU resolves it, or its base name beside the image."""
         own = os.path.dirname(os.path.realpath(origin.path))
         path = os.path.join(own, reference)
         elsewhere, base = paths.is_foreign(reference), paths.base_of(reference)
         looked = elsewhere or os.path.isabs(reference)
-        # Nothing is imported while acting for another user, who may not be able to read Python's own files.
+        # No imports while acting for another user, who may not be able to read Python's own files.
         with self._acting():
-            # Relative paths of Windows have backslashes, which few names have here.
+            # Backslashes are rare in names here, so they may be of a relative Windows path.
             found = self._as_named(origin, reference, role) or (
                 self._as_named(origin, reference.replace("\\", "/"), role) if "\\" in reference else None
             )
@@ -180,7 +186,7 @@ class Opener:
             near = paths.beside(own, base, os.fstat(origin.descriptor)) if looked else None
         if near and (elsewhere or moved):
             if not moved:
-                warn(f"{origin.name}: {role} {reference!r} is not here: {base} beside the image was taken")
+                warn(f"{origin.name}: {role} {reference!r} does not exist: using {base} beside the image")
             return near
         if _PROTOCOL.match(reference) and not paths.on_windows(reference):
             raise AccessError(
@@ -188,33 +194,33 @@ class Opener:
                 hint="protocols and json: names are never followed",
             )
         if near or elsewhere:
-            what = f"{origin.name}: {role} {reference!r} is not here"
-            hint = f"{base} lies beside the image: if that is the one, name it in the image (qemu-img rebase -u)"
+            what = f"{origin.name}: {role} {reference!r} does not exist"
+            hint = f"if it is {base} beside the image, name that in the image (qemu-img rebase -u)"
             raise AccessError(what, hint=hint if near else f"put {base} beside the image") from FileNotFoundError(path)
         return path
 
     def _as_named(self, origin: File, reference: str, role: str) -> str | None:
-        """Returns the path of what is there under the very name; None when nothing is.
+        """Returns the path of a reference taken literally; None if it does not exist.
 
-        QEMU takes a relative name from the directory of the link by which an image was named, others from that of the
-        image. Raises `AccessError` where that makes a difference.
+        QEMU resolves a relative name from the directory of the symbolic link to the image, others from the directory of
+        the image itself. Raises `AccessError` if the two are different files.
         """
         path = os.path.join(os.path.dirname(os.path.realpath(origin.path)), reference)
         by_link = os.path.join(os.path.dirname(origin.path), reference)
         there, by_link_too = os.path.lexists(path), os.path.lexists(by_link)
         if there and by_link_too and not _same(path, by_link):
             raise AccessError(
-                f"{origin.name}: {role} {reference!r} is one file beside the link {origin.path} and another one beside "
-                f"the image it leads to",
-                hint=f"name the image itself: {os.path.realpath(origin.path)}",
+                f"{origin.name}: {role} {reference!r} is one file beside the link {origin.path} and another beside "
+                f"the image",
+                hint=f"use the image's own path: {os.path.realpath(origin.path)}",
             )
         return path if there else by_link if by_link_too else None
 
     def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
-        """Returns the image that `origin` names as its parent; refuses loops and chains of more than the limit.
+        """Returns the image that `origin` names as its parent; raises `ImageError` for loops and chains over the limit.
 
-        `format_name` is what `origin` states, None where it states nothing. `moved` is for callers that make sure of
-        the parent's identity, see `related`.
+        `format_name` is the format that `origin` states, or None. `moved` is for callers that verify the parent's
+        identity, see `related`.
         """
         file = self.related(origin, reference, "backing file", moved=moved)
         above = self._depth[id(origin)]
@@ -231,15 +237,15 @@ class Opener:
 
         image: Any = found.read(file, self, snapshot=snapshot)
         if not isinstance(image, Image):
-            said = f"its reader returns {type(image).__name__}, which is no Image"
+            said = f"its reader returns {type(image).__name__}, which is not an Image"
             raise PluginError(said, format_name=found.name)
         return image
 
     def search(self, origin: File, suffix: str) -> Iterator[tuple[str, File]]:
-        """Yields files that may be named by something else than their names, each as `(reference, file)`.
+        """Yields `(reference, file)` of candidates for a parent that is known by identity.
 
-        They are those of the origin's directory and of the directories that the user allowed (not below them) whose
-        names end with `suffix`. A file is closed when the next one is asked for; `MAX_SEARCHED` are opened at most.
+        Candidates are files with the suffix in the origin's directory and in the allowed directories, not below them;
+        at most `MAX_SEARCHED`. Each is closed before the next.
         """
         for path in islice(self._candidates(origin, suffix), MAX_SEARCHED):
             try:
@@ -247,7 +253,7 @@ class Opener:
                     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as exc:
                 if exc.errno not in _NO_CANDIDATE:
-                    raise AccessError(f"{path}: cannot be looked at: {exc.strerror}") from exc
+                    raise AccessError(f"{path}: cannot be opened: {exc.strerror}") from exc
                 continue
             file = File(path, descriptor)
             try:
@@ -269,7 +275,7 @@ class Opener:
             yield from (os.path.join(directory, name) for name in names if name.lower().endswith(suffix))
 
     def release(self, file: File) -> None:
-        """Closes a file that was only looked at, before all others."""
+        """Closes a file before the opener."""
         self.files = [other for other in self.files if other is not file]
         file.close()
 
@@ -286,7 +292,7 @@ class Opener:
             self._settle(path)
         doing = "cannot be opened" if said is None else f"cannot be opened as {said}"
         with os_errors(doing, AccessError), self._acting():
-            # Non-blocking, because opening a pipe would wait for its writer; reading files is not affected by it.
+            # Without O_NONBLOCK, opening a FIFO would wait for its writer. Regular files ignore it.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             with os_errors(doing, AccessError, where=path):
@@ -315,10 +321,10 @@ def _identity(file: File) -> tuple[int, int]:
 
 
 def _refuse_protocol_of_files(origin: File, reference: str, role: str) -> None:
-    """Raises `AccessError` for a name that is a file's here and leads QEMU to another file."""
+    """Raises `AccessError` for a file whose name begins with "file:", because QEMU removes that prefix."""
     if reference.startswith(_FILE):
         to_qemu = reference.removeprefix(_FILE)
         raise AccessError(
-            f"{origin.name}: {role} {reference!r} is a file of that name, and {to_qemu!r} to QEMU",
+            f"{origin.name}: {role} {reference!r} is a file of that name, but QEMU opens {to_qemu!r}",
             hint=f"name it ./{reference} in the image (qemu-img rebase -u)",
         )

@@ -1,8 +1,8 @@
-"""Whose a journal or an undo file is: what this user's vmconv wrote here may be acted on, a stranger's may not.
+"""Authentication of journals and undo files.
 
-Such a file says what to write into which file, and what to remove. It may have come with an archive or with a disk, or
-somebody who may write to the directory has put it there. So it is believed only when it belongs to the user who runs
-vmconv, when nobody else may write to it, and when it has a mark that takes the user's key to make.
+A journal or undo file tells vmconv to write and remove files. An attacker may have planted it: in an archive, on a
+disk, or by write access to the directory. So it is trusted only if it belongs to the user who runs vmconv, nobody else
+may write to it, and it has a valid mark: a MAC (keyed BLAKE2b) with the user's key.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vmconv.errors import AccessError
 from vmconv.io.directory import Directory
 
 SIZE = 32
-"""Bytes of a key, and of a mark."""
+"""Bytes of a key and of a mark."""
 
 UNMARKED = bytes(SIZE)
-"""The mark of what was written where there can be no key."""
+"""The mark of a file that was written without a key."""
 
 
 def opened(directory: Directory, name: str, flags: int = os.O_RDONLY) -> int:
-    """Returns a descriptor of a journal or undo file; raises `AccessError` for what is no file with one name."""
+    """Opens a journal or undo file; raises `AccessError` if it is not a regular file with one hard link."""
     descriptor = directory.open(name, flags)
     links = os.fstat(descriptor).st_nlink
     if links > 1:
@@ -36,7 +36,7 @@ def opened(directory: Directory, name: str, flags: int = os.O_RDONLY) -> int:
 
 
 def stranger(descriptor: int) -> str | None:
-    """Returns why a file may be somebody else's, from its status alone; None when it is this user's alone."""
+    """Returns why a file may be of another user, by owner and mode; None if it is this user's."""
     status = os.fstat(descriptor)
     if status.st_uid != os.geteuid():
         return f"belongs to user {status.st_uid}, vmconv runs as {os.geteuid()}"
@@ -46,26 +46,26 @@ def stranger(descriptor: int) -> str | None:
 
 
 def forged(directory: Directory | None, digest: bytes, given: bytes | None) -> str | None:
-    """Returns why a file with this digest and mark was not written by this user's vmconv; None when it was."""
+    """Returns why the mark of a file with this digest is not valid; None if it is."""
     if given is None:
-        return "was made by an older vmconv, and has no mark of its maker"
+        return "was made by an older vmconv, without a mark"
     if any(hmac.compare_digest(_mark(key, directory, digest), given) for key in _keys()):
         return None
     return "has no mark of this user's vmconv" + (" for this directory" if directory else "")
 
 
 def mark(directory: Directory | None, digest: bytes) -> bytes:
-    """Returns the mark of a file with this digest; `UNMARKED` where there can be no key.
+    """Returns the mark of a file with this digest; `UNMARKED` without a key.
 
-    With a directory it holds in that one only. Journals are followed where they are met, so it matters that nobody can
-    bring one to another place; undo files are asked for, and may be moved with their disks.
+    With `directory` the mark is valid in that directory only. That is for journals: vmconv follows any journal that it
+    finds, so moving one must invalidate it. Undo files are used on request, and may be moved with their disks.
     """
     key = _own_key()
     return _mark(key, directory, digest) if key else UNMARKED
 
 
 def can_mark() -> bool:
-    """True when there is a key, or one can be made."""
+    """True if the user has a key, or it can be created."""
     return _own_key() is not None
 
 
@@ -78,9 +78,9 @@ def _mark(key: bytes, directory: Directory | None, digest: bytes) -> bytes:
 
 
 def _homes() -> Iterator[str]:
-    """Yields where the user's state may be kept, the best place first.
+    """Yields directories for the user's state, the preferred first.
 
-    Never below a home that is another user's, as after sudo: its owner could exchange the key.
+    Skips a home of another user, as after sudo, whose owner could exchange the key.
     """
     state = os.environ.get("XDG_STATE_HOME", "")
     if os.path.isabs(state):
@@ -95,7 +95,7 @@ def _homes() -> Iterator[str]:
 
 
 def _places(*, make: bool = False) -> Iterator[Directory]:
-    """Yields directories for the key that are this user's alone, open until the next one is asked for."""
+    """Yields directories for the key that no other user may write to; each is closed before the next."""
     for state in _homes():
         path = os.path.join(state, "vmconv")
         with suppress(OSError):
@@ -107,7 +107,7 @@ def _places(*, make: bool = False) -> Iterator[Directory]:
 
 
 def _make_directories(path: str) -> None:
-    """Makes a directory and those above it, for this user only, whatever the umask takes."""
+    """Creates a directory and its parents with mode 0700, independent of the umask."""
     if os.path.isdir(path):
         return
     _make_directories(os.path.dirname(path))
@@ -120,14 +120,14 @@ _NAME = "journal.key"
 
 
 def _keys() -> Iterator[bytes]:
-    """Yields the user's keys that nobody else can read."""
+    """Yields the user's keys."""
     for place in _places():
         if key := _read(place):
             yield key
 
 
 def _own_key() -> bytes | None:
-    """Returns the user's key, which is made where there is none yet; None where there can be none."""
+    """Returns the user's key, created on first use; None if it cannot be stored."""
     for place in _places(make=True):
         with suppress(OSError):
             if key := _read(place) or _made(place):
@@ -142,6 +142,7 @@ def _read(place: Directory) -> bytes | None:
             status, key = os.fstat(descriptor), os.pread(descriptor, SIZE + 1, 0)
         finally:
             os.close(descriptor)
+        # A key that others could read does not authenticate.
         private = status.st_uid == os.geteuid() and not status.st_mode & 0o077
         return key if private and len(key) == SIZE else None
     return None
@@ -155,7 +156,7 @@ def _made(place: Directory) -> bytes | None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    # Whose key is there first stays: another run may have used it already.
+    # link fails if there is a key, where rename would replace it: another run may have used it already.
     with suppress(FileExistsError):
         place.link(scratch, _NAME)
     place.unlink(scratch)

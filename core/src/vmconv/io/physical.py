@@ -1,4 +1,4 @@
-"""Where bytes lie on storage: tables composed with the filesystem's own map, so that sharing can be seen and proved."""
+"""Physical addresses: tables composed with the filesystem's extent maps, to show and prove sharing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ranges = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class BlockSpace(Source):
-    """The address space of one filesystem's blocks; its bytes are never read, only their addresses compared."""
+    """The physical address space of one filesystem. Only addresses are compared; bytes are never read."""
 
     def __init__(self, identity: bytes) -> None:
         self.name = "storage"
@@ -25,17 +25,17 @@ class BlockSpace(Source):
 
 
 class Encoded(BlockSpace):
-    """The extents that one filesystem stores encoded, as far as files have `length` bytes of them.
+    """The encoded (compressed) extents of one filesystem of which files have `length` bytes.
 
-    An address is that of the extent, spread so that the decoded extents do not overlap, plus the offset in the extent.
-    A file may have a part of an extent, and FIEMAP does not say which: that two files have the same is certain only
-    when they have all of it, and likely when they have as much of it.
+    An address is the extent's address, scaled so that decoded extents do not overlap, plus the offset in the extent. A
+    file may have a part of an extent, and FIEMAP does not tell which. So equal addresses of parts of equal length
+    probably mean equal bytes, but only those of whole extents are certain.
     """
 
     LONGEST = 128 << 10
-    """Bytes of a decoded extent, as Btrfs has them."""
+    """Largest decoded extent of Btrfs, bytes."""
     BLOCK = 4096
-    """Extents begin at multiples of it."""
+    """Alignment of extents, bytes."""
 
     def __init__(self, identity: bytes, length: int) -> None:
         super().__init__(identity)
@@ -43,20 +43,20 @@ class Encoded(BlockSpace):
 
     @classmethod
     def spread(cls, physical: Column) -> Column:
-        """Returns the addresses of extents; there is room between them, so that neighbours do not become one row."""
+        """Returns addresses of extents with gaps between them, so that neighbours are not merged into one row."""
         return physical * (2 * cls.LONGEST // cls.BLOCK)
 
     @classmethod
     def extent(cls, address: int) -> int:
-        """Returns where the extent of an address begins on storage."""
+        """Returns the physical start of the extent of an address."""
         return address // (2 * cls.LONGEST) * cls.BLOCK
 
 
 class PhysicalMap:
-    """Composes tables with the physical addresses of their files; one filesystem is one `BlockSpace` for all of them.
+    """Composes tables with physical addresses, with one `BlockSpace` per filesystem.
 
-    With `encoded`, extents that are stored encoded have windows onto `Encoded`: good for showing, and not certain
-    enough to take bytes for equal without reading them.
+    With `encoded`, encoded extents become windows onto `Encoded`. Those are for display: equal addresses do not prove
+    equal bytes.
     """
 
     def __init__(self, *, encoded: bool = False) -> None:
@@ -64,9 +64,9 @@ class PhysicalMap:
         self._spaces: dict[tuple[bytes, int], BlockSpace] = {}
 
     def apply(self, table: Extents) -> Extents:
-        """Returns the table with windows onto files replaced by windows onto their filesystem's storage.
+        """Returns the table with windows onto files replaced by windows onto their filesystem's address space.
 
-        What has no certain physical address (inline, compressed, on a device) keeps its window onto the file.
+        Ranges without a certain physical address (inline, compressed, on a device) keep their window onto the file.
         """
         for source in table.sources:
             if isinstance(source, File):
@@ -76,7 +76,7 @@ class PhysicalMap:
     def _of_file(self, file: File) -> Extents:
         if file.is_device or file.descriptor < 0:
             return Extents.whole(file)
-        with os_errors("cannot be asked where it lies on storage", ReadError, where=file.name):
+        with os_errors("extent map cannot be read", ReadError, where=file.name):
             try:
                 identity = linux.filesystem_id(file.descriptor)
                 places = [(self._space(identity), linux.physical_ranges(file.descriptor))]
@@ -84,20 +84,20 @@ class PhysicalMap:
                     places += self._encoded_places(identity, linux.encoded_ranges(file.descriptor))
             except OSError as exc:
                 if linux.not_told(exc):
-                    # Nothing is known, so nothing is claimed.
+                    # Without extent maps, nothing counts as shared.
                     return Extents.whole(file)
                 raise
         return _table(file, places)
 
     def _space(self, identity: bytes, length: int = 0) -> BlockSpace:
-        """Returns the storage of a filesystem, or of its encoded extents of a length."""
+        """Returns the address space of a filesystem, or of its encoded extents of a length."""
         key = identity, length
         if key not in self._spaces:
             self._spaces[key] = Encoded(identity, length) if length else BlockSpace(identity)
         return self._spaces[key]
 
     def _encoded_places(self, identity: bytes, ranges: Ranges) -> list[tuple[BlockSpace, Ranges]]:
-        """Returns the encoded extents of each length; neighbours that the filesystem merged are told by theirs."""
+        """Returns the encoded extents by length, without extents that FIEMAP has merged or that are not aligned."""
         ranges = ranges[(ranges[:, 1] <= Encoded.LONGEST) & (ranges[:, 2] % Encoded.BLOCK == 0)]
         found = []
         for length in np.unique(ranges[:, 1]).tolist():
@@ -107,7 +107,7 @@ class PhysicalMap:
 
 
 def _table(file: File, places: list[tuple[BlockSpace, Ranges]]) -> Extents:
-    """Returns the table of a file: ranges `(logical, length, address)` lie on storages, the others stay its own."""
+    """Returns the table of a file with ranges `(logical, length, address)` in address spaces, else in itself."""
     ranges = np.concatenate([rows for _, rows in places])
     number = np.repeat(np.arange(1, len(places) + 1), [len(rows) for _, rows in places])
     order = np.argsort(ranges[:, 0], kind="stable")
@@ -115,6 +115,7 @@ def _table(file: File, places: list[tuple[BlockSpace, Ranges]]) -> Extents:
     inside = ranges[:, 0] < file.size
     ranges, number = ranges[inside], number[inside]
     logical, length = ranges[:, 0], np.minimum(ranges[:, 1], file.size - ranges[:, 0])
+    # Edges alternate: the file itself, a range, the file itself, ...
     edges = np.concatenate([[0], np.stack([logical, logical + length], axis=1).reshape(-1)])
     source = np.zeros(len(edges), dtype=np.int32)
     source[1::2] = number

@@ -1,7 +1,7 @@
-"""What is installed: formats, backends and commands, from which distribution, and which plugins are broken and why.
+"""Installed formats, backends and commands with their distributions, and the problems of broken plugins.
 
-One broken plugin never stops the others: whatever is wrong with it becomes a `Problem`. A name that two plugins claim
-is given to neither, so that nobody's disks are read by whichever happened to load first.
+A broken plugin does not affect the others: its defects become `Problem`s. A name that two plugins claim is given to
+neither, so that the order of loading does not decide which one reads a disk.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _SUFFIX = re.compile(r"\.[a-z0-9][a-z0-9._+-]{0,31}")
 _MAX_ITEMS = 1000
-"""Things that one hook may register."""
+"""Limit of objects that one hook may register."""
 
 
 class Problem(NamedTuple):
-    """A plugin, or a part of one, that cannot be used, and why."""
+    """The reason why a plugin, or a part of it, cannot be used."""
 
     distribution: str
     reason: str
 
 
 class Registry:
-    """Everything that plugins registered, by name; `owners` maps `(kind of thing, name)` to the distribution."""
+    """All registered objects by name; `owners` maps `(kind, name)` to the distribution."""
 
     def __init__(self, formats: Mapping[str, Format] | None = None) -> None:
         self.formats: dict[str, Format] = dict(formats or {})
@@ -56,7 +56,7 @@ class Registry:
             self.add_suffixes(name, one.suffixes)
 
     def add_problem(self, distribution: str, doing: str, exc: BaseException) -> None:
-        """Notes that a plugin failed, in one line."""
+        """Adds the failure of a plugin, in one line."""
         said = " ".join(str(exc).split())
         self._note(distribution, f"{doing}: {type(exc).__name__}: {said}")
 
@@ -66,27 +66,25 @@ class Registry:
             self.problems.append(problem)
 
     def add_suffixes(self, name: str, suffixes: tuple[str, ...]) -> None:
-        """Gives a format its suffixes, but those that are another known format's.
+        """Assigns suffixes to a format, except those of another known format.
 
-        A suffix that two formats claim belongs to neither, unless the content decides.
+        A suffix that two formats claim names neither; the content may still decide.
         """
         distribution = self.owners.get(("format", name), name)
         for suffix in dict.fromkeys(suffixes):
             known = known_suffix(f"x{suffix}")
             if known and known.name != name:
-                self._note(
-                    distribution, f"format {name!r} claims the suffix {suffix} of {known.name}; it is not given it"
-                )
+                self._note(distribution, f"format {name!r} claims the suffix {suffix} of {known.name}: ignored")
                 continue
             claimants = self._suffixes.setdefault(suffix, [])
             claimants.append(name)
             if len(claimants) > 1:
                 for each in claimants:
-                    reason = f"suffix {suffix} is claimed by {' and '.join(claimants)}: it speaks of neither"
+                    reason = f"suffix {suffix} is claimed by {' and '.join(claimants)}: neither gets it"
                     self._note(self.owners.get(("format", each), each), reason)
 
     def format(self, name: str) -> Format:
-        """Returns a format by its name, or by QEMU's; raises `UsageError` saying what to install or what is broken."""
+        """Returns a format by its name or QEMU's name; raises `UsageError` with a hint what to install or repair."""
         known = known_format(name)
         for either in (name, known.name if known else name):
             if either in self.formats:
@@ -105,21 +103,22 @@ class Registry:
         return about + ((known and known.hint) or f"installed formats: {have}")
 
     def _broken(self, name: str) -> str | None:
-        """Returns what is wrong with the plugin that would have brought this name."""
+        """Returns the problem of the plugin that should have registered this name."""
         for problem in self.problems:
+            # The reason quotes the name if the plugin got as far as registering it.
             if repr(name) in problem.reason or problem.distribution.endswith(f"-{name}"):
                 return f"{problem.distribution}: {problem.reason}"
         return None
 
     def backend(self, name: str) -> Backend:
-        """Returns a backend by its name."""
+        """Returns a backend by its name; raises `UsageError`."""
         if name not in self.backends:
             have = ", ".join(sorted(self.backends))
             raise UsageError(f"backend {name!r} is not installed", hint=self._broken(name) or f"installed: {have}")
         return self.backends[name]
 
     def format_by_suffix(self, path: str) -> str | None:
-        """Returns the name of the format that the ending of a file name speaks of, installed or not."""
+        """Returns the name of the format of a file name's suffix, installed or not."""
         claimants = self._claimants(path)
         if claimants:
             return claimants[0] if len(claimants) == 1 else None
@@ -127,13 +126,14 @@ class Registry:
         return known.name if known else None
 
     def _claimants(self, path: str) -> list[str]:
-        """Returns the installed formats that claim the longest ending of a file name."""
+        """Returns the installed formats that claim the longest suffix of a file name."""
         lower = path.lower()
         longest = max((suffix for suffix in self._suffixes if lower.endswith(suffix)), key=len, default="")
         return self._suffixes.get(longest, [])
 
     def stem(self, name: str) -> str:
-        """Returns a file name without the ending that speaks of a format."""
+        """Returns a file name without a format's suffix."""
+        # The longest first, because one suffix may end with another.
         suffixes = {*self._suffixes, *(ending for known in KNOWN for ending in known.suffixes)}
         for ending in sorted(suffixes, key=len, reverse=True):
             if name.lower().endswith(ending) and len(name) > len(ending):
@@ -141,28 +141,29 @@ class Registry:
         return name
 
     def probe(self, file: File) -> str | None:
-        """Returns the name of the format whose signature the content bears; None when it bears none.
+        """Returns the name of the format of the content's signature; None without a signature.
 
-        Raises `ImageError` when two formats claim it.
+        Raises `ImageError` if several formats claim the content.
         """
         claimants = [name for name, one in self.formats.items() if self._claims(one, file)]
+        # Core's own table of magic numbers settles conflicts, and knows formats that are not installed.
         known = known_content(file) if len(claimants) != 1 else None
         if known and (not claimants or known.name in claimants):
             return known.name
         if len(claimants) > 1:
             both = " and ".join(claimants[:2])
             raise ImageError(
-                f"{file.name}: content has the signatures of {both}", hint=f"say -f {' or -f '.join(claimants)}"
+                f"{file.name}: content has the signatures of {both}", hint=f"use -f {' or -f '.join(claimants)}"
             )
         return claimants[0] if claimants else None
 
     def _claims(self, one: Format, file: File) -> bool:
-        """True when a format recognises the content, and does not recognise what is none of its own."""
+        """True if a format recognises the content, and its probe is trusted; see `vmconv.io.trial`."""
         distribution = self.owners.get(("format", one.name), one.name)
         try:
             return bool(one.probe(file)) and self._is_trusted(one, distribution)
         except ReadError:
-            # It is not known what is in there: another format, or raw, would be a guess.
+            # The content is unknown, so any format would be a guess.
             raise
         except (Exception, SystemExit) as exc:
             self.add_problem(distribution, f"probe of {one.name!r}", exc)
@@ -175,11 +176,11 @@ class Registry:
             claimed = overclaimed(one)
             self._trusted[one.name] = claimed is None
             if claimed is not None:
-                self._note(distribution, f"probe of {one.name!r} claims {claimed}: it is not asked any more")
+                self._note(distribution, f"probe of {one.name!r} claims {claimed}: it is disabled")
         return self._trusted[one.name]
 
     def examine(self) -> None:
-        """Looks for faults that show only when a format is used; what is found is among the `problems`."""
+        """Tests the probes of all formats; adds defects to `problems`."""
         for name, one in self.formats.items():
             distribution = self.owners.get(("format", name), name)
             try:
@@ -188,11 +189,11 @@ class Registry:
                 self.add_problem(distribution, f"probe of {name!r}", exc)
 
     def identify(self, file: File, named: str | None = None, *, option: str = "-f") -> Format:
-        """Returns the format to read `file` with: the one `named`, else what suffix and content agree on.
+        """Returns the format of `file`: the one `named`, else the one that both suffix and content indicate.
 
-        Content alone decides nothing: a guest can write any header into the first sector of its raw disk. So a file
-        that bears a signature its name does not speak of is refused until the user names the format. `option` is how
-        the user does that; empty where only the file's name can say it.
+        Content alone does not decide, because a guest can write any header into the first sector of its raw disk.
+        Raises `ImageError` if suffix and content differ. `option` is the command line option that names the format, for
+        hints; empty if there is none.
         """
         if named is not None:
             return self.format(named)
@@ -204,12 +205,12 @@ class Registry:
             _refuse_foreign(file, suffix, option)
             if suffix not in (None, RAW_NAME):
                 raise ImageError(
-                    f"{file.name}: no signature of {suffix}, the format its name speaks of",
+                    f"{file.name}: no signature of {suffix}, the format of its suffix",
                     hint=described_beside(file.path) or f"if it is a raw disk, {_say(option, RAW_NAME)}",
                 )
             return self.format(RAW_NAME)
         if content != suffix:
-            spoken = f"its name speaks of {suffix}" if suffix else "its name speaks of no format"
+            spoken = f"its name says {suffix}" if suffix else "its name has no format's suffix"
             raise ImageError(
                 f"{file.name}: content has the signature of {content} but {spoken}",
                 hint=self._choice(content, option),
@@ -217,37 +218,37 @@ class Registry:
         return self.format(content)
 
     def recognise(self, file: File, *, option: str = "-f") -> tuple[Format, tuple[str, ...]]:
-        """Returns the format of the content, whatever the name speaks of, and warnings: for what nothing depends on."""
+        """Returns the format of the content, and warnings if the suffix differs; for commands that only describe."""
         content, suffix = self.probe(file), self.format_by_suffix(file.path)
         if content is None:
             _refuse_foreign(file, suffix, option)
         found = content or RAW_NAME
         if suffix in (None, found):
             return self.format(found), ()
-        return self.format(found), (f"{file.name}: its name speaks of {suffix}, its content of {found}",)
+        return self.format(found), (f"{file.name}: its name says {suffix}, its content is {found}",)
 
     def _choice(self, content: str, option: str) -> str:
-        """Returns what a user can say of a file whose content has a signature that its name does not speak of."""
+        """Returns the hint for a file whose signature does not match its suffix."""
         if content in self.formats:
-            said = f"{_say(option, content)} or {option} {RAW_NAME}" if option else "let its name speak of its format"
+            said = f"{_say(option, content)} or {option} {RAW_NAME}" if option else "give it the suffix of its format"
             return f"a guest can write such a header into its raw disk: {said}"
         return f"{self._missing(content)}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}"
 
 
 def _say(option: str, name: str) -> str:
-    """Returns what a user can do to name a format."""
-    return f"say {option} {name}" if option else f"convert it by itself and say -f {name}"
+    """Returns how the user names a format."""
+    return f"use {option} {name}" if option else f"convert it alone with -f {name}"
 
 
 def _refuse_foreign(file: File, suffix: str | None, option: str) -> None:
-    """Raises `ImageError` for a file without the signature of a format that is no disk by its content or suffix.
+    """Raises `ImageError` for a file without a format's signature that is not a disk by content or suffix.
 
-    `suffix` is the format that its name speaks of.
+    `suffix` is the format of its suffix.
     """
     kind = foreign_content(file)
     if kind:
         raise ImageError(
-            f"{file.name}: content has the signature of {kind.title}, which is no disk",
+            f"{file.name}: content has the signature of {kind.title}, which is not a disk",
             hint=f"{kind.hint}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}",
         )
     ending = None if suffix or file.is_device else suffix_of(file.path)
@@ -256,15 +257,13 @@ def _refuse_foreign(file: File, suffix: str | None, option: str) -> None:
     by_raw = f"if it is a raw disk, {_say(option, RAW_NAME)}"
     kind = foreign_suffix(ending)
     if kind:
-        raise ImageError(
-            f"{file.name}: its name speaks of {kind.title}, which is no disk", hint=f"{kind.hint}; {by_raw}"
-        )
+        raise ImageError(f"{file.name}: its name says {kind.title}, which is not a disk", hint=f"{kind.hint}; {by_raw}")
     raise ImageError(f"{file.name}: no format has the suffix {ending}, and content has no signature", hint=by_raw)
 
 
 @cache
 def installed() -> Registry:
-    """Returns the registry of this environment; found once per process."""
+    """Returns the registry of this environment; loaded once per process."""
     registry = Registry()
     manager = pluggy.PluginManager(hooks.GROUP)
     manager.add_hookspecs(hooks)
@@ -272,6 +271,7 @@ def installed() -> Registry:
     for entry in entry_points(hooks.GROUP):
         try:
             plugin = import_module(entry.module)
+        # Whatever a plugin raises, or exits with, must not affect the others.
         except (Exception, SystemExit) as exc:
             registry.add_problem(entry.distribution, "cannot be imported", exc)
             continue
@@ -301,6 +301,7 @@ def _register(
     for caller in callers:
         if not caller.has_spec():
             registry.problems.append(Problem(plugin.distribution, _unknown_hook(caller.name)))
+    # pluggy ignores functions without its mark, so a forgotten decorator would go unnoticed.
     unmarked = [
         name for name in vars(module) if name.startswith("vmconv_register_") and callable(getattr(module, name))
     ]
@@ -312,11 +313,11 @@ def _register(
 
 
 def _other_interface(wanted: object) -> str | None:
-    """Returns why a plugin that was written for this version of the interface cannot be used."""
+    """Returns why this vmconv does not support a plugin of the interface version `wanted`; None if it does."""
     newest, oldest = hooks.VMCONV_INTERFACE, hooks.OLDEST_INTERFACE
     have = f"this vmconv has {newest}" if newest == oldest else f"this vmconv has {oldest} to {newest}"
     if not isinstance(wanted, int) or isinstance(wanted, bool):
-        return f"VMCONV_INTERFACE is {wanted!r}, which is no version of the interface; {have}"
+        return f"VMCONV_INTERFACE is {wanted!r}, which is not an interface version; {have}"
     if wanted > newest:
         return f"needs version {wanted} of the plugin interface, {have}: upgrade vmconv"
     if wanted < oldest:
@@ -332,7 +333,7 @@ def _unknown_hook(name: str) -> str:
 
 
 def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str, str], kind: str, base: Any) -> None:
-    """Calls one registering hook of each plugin by itself, so that what goes wrong is known to be that plugin's."""
+    """Calls one hook of each plugin separately, so that a failure is attributed to its plugin."""
     claims: dict[str, list[tuple[str, Any]]] = {}
     for implementation in getattr(manager.hook, f"vmconv_register_{kind}s").get_hookimpls():
         distribution = names[implementation.plugin_name]
@@ -351,10 +352,7 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str,
 
 
 def _give(registry: Registry, kind: str, name: str, claimants: list[tuple[str, Any]]) -> None:
-    """Gives a name to who claims it; of several to nobody.
-
-    What core itself brings is no plugin's to take away: least of all the command that lists the problems.
-    """
+    """Assigns a name to its only claimant; core keeps its own names, such as the command that lists problems."""
     own = [claimant for claimant in claimants if claimant[0] == "vmconv"]
     if len(claimants) == 1 or len(own) == 1:
         registry.owners[kind, name], getattr(registry, f"{kind}s")[name] = (own or claimants)[0]
@@ -365,8 +363,9 @@ def _give(registry: Registry, kind: str, name: str, claimants: list[tuple[str, A
 
 
 def _registered(registry: Registry, distribution: str, hook: Any) -> Iterator[Any]:
-    """Yields what a hook registers, until it fails."""
+    """Yields the objects of a hook until it fails."""
     try:
+        # A hook may be an endless generator.
         yield from islice(hook(), _MAX_ITEMS)
     except (Exception, SystemExit) as exc:
         registry.add_problem(distribution, hook.__name__, exc)
@@ -374,12 +373,12 @@ def _registered(registry: Registry, distribution: str, hook: Any) -> Iterator[An
 
 def _checked(item: Any, kind: str, base: Any) -> None:
     if not isinstance(item, base):
-        raise PluginError(f"registers {item!r}, which is no {base.__name__}")
+        raise PluginError(f"registers {item!r}, which is not a {base.__name__}")
     if not _NAME.fullmatch(getattr(item, "name", "")):
         raise PluginError(f"{kind} name {getattr(item, 'name', None)!r} is not lower case letters, digits, - and _")
     field = "help" if kind == "command" else "title"
     if not isinstance(getattr(item, field, None), str):
-        raise PluginError(f"{kind} {item.name!r} has no {field}, a few words on what it is")
+        raise PluginError(f"{kind} {item.name!r} has no {field}, a short description")
     suffixes = getattr(item, "suffixes", ())
     if not (isinstance(suffixes, tuple) and all(isinstance(suffix, str) for suffix in suffixes)):
         raise PluginError(f"suffixes of {kind} {item.name!r} are not a tuple of strings")

@@ -1,7 +1,6 @@
-"""What no probe may claim: each format is asked about content that is not its own before its word counts.
+"""Tests probes with content of other formats.
 
-A probe that says yes to everything, or to the images of other formats, would otherwise take all disks away from the
-formats they are in.
+A probe that accepts any content, or images of other formats, would otherwise take over the disks of those formats.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _BOOT_SECTOR = b"\x33\xc0\x8e\xd0\xbc\x00\x7c".ljust(510, b"\x90") + b"\x55\xaa"
 
 
 def overclaimed(one: Format) -> str | None:
-    """Returns the content that `one` claims although it is not of its format; None when it claims none such."""
+    """Returns the name of foreign content that the probe of `one` accepts; None if it accepts none."""
     for what, at, data in _samples(one.name):
         file = _file(what, at, data)
         try:
@@ -30,7 +29,7 @@ def overclaimed(one: Format) -> str | None:
 
 
 def _samples(name: str) -> Iterator[tuple[str, int, bytes]]:
-    """Yields what a file has, and the bytes at an offset (from the end if < 0) of a file of zeros that make it so."""
+    """Yields `(name, offset, bytes)` of samples: bytes in a file of zeros, at an offset from the end if < 0."""
     yield "zeros", 0, b""
     yield "noise", 0, os.urandom(4096)
     yield "a boot sector", 0, _BOOT_SECTOR

@@ -1,6 +1,6 @@
-"""The neutral description of a virtual disk: the pydantic schema that formats translate to and from.
+"""The format-independent description of a virtual disk, as a pydantic schema.
 
-Importing pydantic takes longer than converting a disk; only what needs these models should import this module.
+Import this module late: importing pydantic takes longer than converting a disk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vmconv.model.extents import MAX_SIZE
 
 MAX_REFERENCE = 4096
-"""Characters of the name of a parent."""
+"""Longest name of a parent, in characters."""
 
 SectorSize = Literal[512, 4096]
 
@@ -23,7 +23,7 @@ class _Schema(BaseModel):
 
 
 class Geometry(_Schema):
-    """Cylinders, heads and sectors per track that the guest's firmware is told."""
+    """CHS geometry for the guest's firmware: cylinders, heads, sectors per track."""
 
     cylinders: Annotated[int, Field(ge=0, lt=1 << 32)]
     heads: Annotated[int, Field(ge=0, lt=1 << 16)]
@@ -31,7 +31,7 @@ class Geometry(_Schema):
 
 
 class Parent(_Schema):
-    """The layer below, as the image names it: nothing here was checked or opened."""
+    """The parent as the image names it, neither checked nor opened."""
 
     reference: Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
     format: str | None = None
@@ -39,7 +39,7 @@ class Parent(_Schema):
 
 
 class Disk(_Schema):
-    """A virtual disk apart from its bytes. Sizes are bytes; None means that the image does not say."""
+    """A virtual disk without its content. Sizes are bytes; None means that the image does not state the field."""
 
     size: Annotated[int, Field(ge=0, le=MAX_SIZE)]
     logical_sector_size: SectorSize = 512

@@ -1,10 +1,10 @@
-"""The table that everything in vmconv is made of: a sorted, gapless map of an address space.
+"""The central table of vmconv: a sorted, gapless map of an address space.
 
-A row says what an address range is: a HOLE (this layer says nothing), ZERO (reads as zero and hides the parent), or
-DATA (a window onto a source of bytes). Tables are immutable, canonical (no two rows that could be one) and valid by
-construction, so two tables describe the same bytes in the same places exactly when they are equal.
+A row maps an address range to a HOLE (not allocated in this layer), ZERO (reads as zero and hides the parent), or DATA
+(a window onto a source of bytes). Tables are immutable, canonical (neighbours that could be one row are merged) and
+valid by construction. So two tables are equal if and only if they map the same bytes to the same places.
 
-Everything is numpy over whole columns; nothing here loops over rows.
+Operations work on whole numpy columns; nothing here loops over rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Column = npt.NDArray[np.int64]
 Kinds = npt.NDArray[np.uint8]
 
 MAX_SIZE = 1 << 62
-"""Largest address space, bytes: sums of two addresses must stay inside a signed 64-bit integer."""
+"""Largest address space, bytes: the sum of two addresses must fit a signed 64-bit integer."""
 
 
 class Kind(IntEnum):
-    """What a row of an address space is."""
+    """The kind of a row. The order matters: the maximum of kinds decides for a block in which rows meet."""
 
     HOLE = 0
     ZERO = 1
@@ -36,7 +36,7 @@ class Kind(IntEnum):
 
 
 class Row(NamedTuple):
-    """One row, for people and small loops: bytes `[start, start + length)`, and the window of a DATA row."""
+    """One row, for messages and short loops: bytes `[start, start + length)`, and the window of a DATA row."""
 
     start: int
     length: int
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Rows as parallel arrays before they are a table: start, kind, index into the sources (-1: none), offset."""
+    """Unchecked rows as parallel columns: start, kind, index into the sources (-1: none), offset in bytes."""
 
     start: Column
     kind: Kinds
@@ -77,7 +77,7 @@ def _columns(start: object, kind: object, source: object, offset: object) -> Col
 
 
 def _coalesce(rows: Columns) -> Columns:
-    """Merges neighbours that say one thing; a row that is not DATA loses its window."""
+    """Merges neighbours that continue each other; clears source and offset of rows that are not DATA."""
     n = len(rows.start)
     if n == 0:
         return rows
@@ -88,6 +88,7 @@ def _coalesce(rows: Columns) -> Columns:
         offset = np.where(data, offset, 0)
     first = np.empty(n, dtype=bool)
     first[0] = True
+    # DATA continues if its window does. HOLE and ZERO have no window, and always continue.
     run_on = np.where(data[1:], offset[1:] - offset[:-1] == start[1:] - start[:-1], True)
     np.logical_not(run_on & (kind[1:] == kind[:-1]) & (source[1:] == source[:-1]), out=first[1:])
     rows = Columns(start, kind, source, offset)
@@ -95,12 +96,12 @@ def _coalesce(rows: Columns) -> Columns:
 
 
 def _is_one_run(kind: Kinds, offset: Column, unit: int) -> bool:
-    """True for the common case, neighbours that follow each other in their source; told in one pass over each."""
+    """True for the common case of contiguous DATA, detected in one pass over each column."""
     return len(kind) > 0 and int(kind.min()) == Kind.DATA and bool((np.diff(offset) == unit).all())
 
 
 def spread(counts: Column) -> tuple[Column, Column]:
-    """Returns, for groups of the given sizes laid end to end, each element's group and its place in the group."""
+    """Returns, for groups of the given sizes laid end to end, the group of each element and its place in the group."""
     group = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     place = np.arange(len(group), dtype=np.int64)
     place -= np.repeat(np.cumsum(counts) - counts, counts)
@@ -108,7 +109,8 @@ def spread(counts: Column) -> tuple[Column, Column]:
 
 
 def distinct(values: Column) -> Column:
-    """Returns the different values, sorted. (`numpy.unique` imports as much as all the rest of a conversion needs.)"""
+    """Returns the distinct values, sorted."""
+    # numpy.unique imports as many modules as all the rest of a conversion.
     values = np.sort(values)
     return values[np.append(True, values[1:] != values[:-1])] if len(values) else values
 
@@ -116,9 +118,8 @@ def distinct(values: Column) -> Column:
 class Extents:
     """An address space of `size` bytes as parallel columns: `start`, `kind`, `source`, `offset`.
 
-    `source` indexes `sources` (-1 where the row is not DATA); `offset` is the byte offset of the window in its source
-    (0 where the row is not DATA). Raises `ValueError` when the rows are not sorted and gapless from 0, or when a
-    window does not lie inside its source.
+    `source` indexes `sources`, and `offset` is the byte offset of the window in its source; -1 and 0 where the row is
+    not DATA. Raises `ValueError` if the rows are not sorted and gapless from 0, or a window lies outside its source.
     """
 
     __slots__ = ("kind", "offset", "size", "source", "sources", "start")
@@ -136,6 +137,7 @@ class Extents:
         self.size = size
         self.sources = tuple(sources)
         rows = self._checked(_coalesce(rows))
+        # Tables share columns with each other.
         for column in rows:
             column.flags.writeable = False
         self.start, self.kind, self.source, self.offset = rows
@@ -154,6 +156,7 @@ class Extents:
         if data.any():
             if source[data].min() < 0 or source[data].max() >= len(self.sources):
                 raise ValueError("a DATA row names no source")
+            # Rows that are not DATA get the limit of the last source (index -1); `bad` leaves them out.
             limits = np.array([s.size for s in self.sources], dtype=np.int64)[source]
             end = offset + np.diff(start, append=self.size)
             bad = data & ((offset < 0) | (end > limits))
@@ -165,11 +168,11 @@ class Extents:
                 )
         return rows
 
-    # -- making tables
+    # -- constructors
 
     @classmethod
     def of(cls, rows: Iterable[tuple[int, Kind, Source | None, int]], size: int) -> Extents:
-        """Returns the table of a few `(start, kind, source, offset)` rows; for many, use columns."""
+        """Returns the table of `(start, kind, source, offset)` rows; for many rows, use columns."""
         sources: list[Source] = []
         index: dict[int, int] = {}
         listed = list(rows)
@@ -187,7 +190,7 @@ class Extents:
 
     @classmethod
     def whole(cls, source: Source) -> Extents:
-        """Returns the table that is all of one source, from its first byte to its last."""
+        """Returns the table of one source, from its first byte to its last."""
         return cls.of([(0, Kind.DATA, source, 0)] if source.size else [], source.size)
 
     @classmethod
@@ -197,15 +200,16 @@ class Extents:
 
     @classmethod
     def placed(cls, size: int, rows: Columns, length: Column, sources: Sequence[Source]) -> Extents:
-        """Returns the table of an output file: the given rows where they are, and ZERO everywhere else.
+        """Returns the table of an output file: the given rows, and ZERO everywhere else.
 
-        Rows may come in any order; a row that is a HOLE is ZERO too. Raises `ValueError` when two overlap.
+        Rows may come in any order; HOLE rows become ZERO. Raises `ValueError` if two overlap.
         """
         order = np.argsort(rows.start, kind="stable")
         rows, length = rows.take(order), length[order]
         end = rows.start + length
         if (end[:-1] > rows.start[1:]).any() or (len(end) and end[-1] > size):
             raise ValueError("rows overlap or reach past the end")
+        # A gap may begin at 0 and at the end of each row. It is one unless the next row begins there.
         gap = np.concatenate([[0], end])
         gap = gap[np.append(rows.start, size) > gap]
         zero = np.full(len(gap), Kind.ZERO, dtype=np.uint8)
@@ -222,12 +226,12 @@ class Extents:
         slices: Iterable[tuple[Kinds, npt.NDArray[np.int32] | int, Column] | int],
         sources: Sequence[Source],
     ) -> Extents:
-        """Returns the table that a format's allocation table describes, one entry for each `unit` bytes.
+        """Returns the table of a format's allocation table, with one entry for each `unit` bytes.
 
-        `slices` yields `(kind, source, offset)` columns of consecutive entries, in bounded pieces: each is coalesced
-        before the next is asked for. A number stands for that many HOLEs. The last unit may reach past `size`, and past
-        the end of its source: what is missing there reads as zero. Entries that begin past the end of their source are
-        the reader's to refuse.
+        `slices` yields `(kind, source, offset)` columns of consecutive entries; a number stands for that many HOLEs.
+        Each slice is coalesced before the next is requested, so memory is bounded by the slice. The last unit may reach
+        past `size` and past the end of its source; missing bytes read as zero. The caller refuses entries that begin
+        past the end of their source.
         """
         parts: list[Columns] = []
         at = 0
@@ -239,7 +243,7 @@ class Extents:
             kind, source, offset = piece
             n = len(kind)
             if isinstance(source, int) and _is_one_run(kind, offset, unit):
-                # The number, not a view of it: that would keep the whole slice in memory.
+                # A number instead of a view, which would keep the whole slice in memory.
                 parts.append(_columns([at * unit], [Kind.DATA], [source], [int(offset[0])]))
                 at += n
                 continue
@@ -250,10 +254,11 @@ class Extents:
         if at * unit < size:
             raise ValueError(f"{at} units of {unit} bytes do not cover {size} bytes")
         rows = Columns.join(parts)
+        # An allocation table may have more entries than the disk has units.
         rows = rows.take(rows.start < size)
         return cls(size, clip_to_sources(_coalesce(rows), size, sources), sources)
 
-    # -- looking at tables
+    # -- queries
 
     def __len__(self) -> int:
         return len(self.start)
@@ -289,21 +294,21 @@ class Extents:
         return f"<Extents {self.size} bytes, {len(self)} rows: {', '.join(shown)}{'...' if len(self) > 8 else ''}>"
 
     def total(self, kind: Kind) -> int:
-        """Returns how many bytes are of this kind."""
+        """Returns the number of bytes of this kind."""
         return int(self.length[self.kind == kind].sum())
 
     def in_files(self) -> npt.NDArray[np.bool_]:
-        """Returns which rows are windows onto a `File`: those whose bytes lie somewhere on storage as they are."""
-        # The extra last element answers for -1, the index of rows that have no source.
+        """Returns a mask of the rows that are windows onto a `File`."""
+        # The extra last element is for index -1, rows without a source.
         is_file = np.array([isinstance(source, File) for source in self.sources] + [False])
         return is_file[self.source]
 
     def row_at(self, address: int | Column) -> Column:
-        """Returns the index of the row that holds each address."""
+        """Returns the index of the row of each address."""
         return np.searchsorted(self.start, address, side="right") - 1
 
     def __eq__(self, other: object) -> bool:
-        """True when both say the same of every address: the same kinds, and the same windows of the same sources."""
+        """True if both have the same rows: equal kinds, and equal windows onto identical sources."""
         if not isinstance(other, Extents):
             return NotImplemented
         if self.size != other.size or len(self) != len(other):
@@ -319,7 +324,7 @@ class Extents:
     # -- algebra
 
     def window(self, start: int, length: int, beyond: Kind = Kind.HOLE) -> Extents:
-        """Returns the address range as a table of its own; past the end it is `beyond`, a kind that is not DATA."""
+        """Returns an address range as a table of its own; past the end it is `beyond`, a kind other than DATA."""
         inside = max(0, min(length, self.size - start))
         rows = _columns([], [], [], [])
         if inside:
@@ -329,9 +334,9 @@ class Extents:
         return Extents(length, rows, self.sources)
 
     def over(self, parent: Extents) -> Extents:
-        """Returns this layer on top of `parent`: every HOLE is what the parent says there.
+        """Returns this layer on top of `parent`: each HOLE is replaced by the parent's rows.
 
-        Past the end of the parent a guest reads zeros, whatever lies below the parent: there, a HOLE becomes ZERO.
+        Past the end of the parent a HOLE becomes ZERO, because a guest reads zeros there, whatever lies below.
         """
         hole = self.kind == Kind.HOLE
         if not hole.any():
@@ -343,9 +348,9 @@ class Extents:
         return Extents(self.size, rows.take(np.argsort(rows.start, kind="stable")), sources)
 
     def through(self, source: Source, inner: Extents) -> Extents:
-        """Returns this table with every window onto `source` replaced by what `inner` says is at that place.
+        """Returns this table with each window onto `source` replaced by the rows of `inner` at that place.
 
-        `inner` describes the address space of `source`; this is composition, guest -> file -> what the file is of.
+        `inner` is a table of the address space of `source`. This is composition: guest -> file -> parts of the file.
         """
         if not any((self.source == i).any() for i, s in enumerate(self.sources) if s is source):
             return self
@@ -357,7 +362,7 @@ class Extents:
         return Extents(self.size, rows.take(np.argsort(rows.start, kind="stable")), sources)
 
     def replaced(self, other: Extents, start: Column, length: Column) -> Extents:
-        """Returns this table with what `other`, of equal size, says in the given ranges, sorted and apart."""
+        """Returns this table with the rows of `other`, of equal size, in the given ranges: sorted, without overlaps."""
         sources, (mine, theirs) = merge_sources(self, other)
         keep = np.concatenate([[0], start + length])
         keep_length = np.append(start, self.size) - keep
@@ -366,17 +371,17 @@ class Extents:
         return Extents(self.size, rows.take(np.argsort(rows.start, kind="stable")), sources)
 
     def without_holes(self) -> Extents:
-        """Returns the table of a disk that has no parent: what no layer says reads as zero."""
+        """Returns the table of a disk without a parent: each HOLE becomes ZERO."""
         if not (self.kind == Kind.HOLE).any():
             return self
         kind = np.maximum(self.kind, np.uint8(Kind.ZERO))
         return Extents(self.size, self.columns._replace(kind=kind), self.sources)
 
     def units(self, unit: int, first: int, count: int) -> tuple[Kinds, npt.NDArray[np.int32], Column]:
-        """Returns `(kind, source, offset)` of each of `count` units from unit number `first`: an allocation table.
+        """Returns an allocation table: `(kind, source, offset)` columns of `count` units from unit number `first`.
 
-        Raises `ValueError` where a row boundary falls inside a unit. The size counts as a boundary only when units go
-        past it, and units past it are HOLEs.
+        Raises `ValueError` if a row boundary falls inside a unit. The last unit may reach past the size; units beyond
+        it are HOLEs.
         """
         inside = max(0, min(count, -(-self.size // unit) - first))
         low = int(self.row_at(first * unit)) if inside else 0
@@ -409,13 +414,14 @@ class Extents:
         return kind, source, offset
 
     def rows_of(self, address: int, length: int) -> Iterator[Row]:
-        """Yields the rows of an address range, cut to it, without making a table of them: for readers of bytes."""
+        """Yields the rows of an address range, clipped to it; faster than `window` for reads of bytes."""
         if address < 0 or length < 0 or address + length > self.size:
             raise ValueError(f"{address}+{length} lies outside {self.size} bytes")
         if not length:
             return
         low = int(self.start.searchsorted(address, "right")) - 1
         high = int(self.start.searchsorted(address + length, "left"))
+        # As lists: loops over numpy scalars are slow.
         part = slice(low, high)
         starts = self.start[part].tolist()
         ends = [*starts[1:], address + length]
@@ -428,19 +434,20 @@ class Extents:
                 yield Row(begin, end - begin, Kind(kind))
 
     def read(self, address: int, length: int) -> bytes:
-        """Returns the bytes of the address range; what is not DATA reads as zero."""
+        """Returns the bytes of an address range; HOLE and ZERO read as zero."""
         parts = [
             bytes(row.length) if row.source is None else row.source.read(row.offset, row.length)
             for row in self.rows_of(address, length)
         ]
+        # Most reads are inside one row, and need no copy.
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def cut(table: Extents, low: Column, length: Column, to: Column) -> tuple[Columns, Column]:
-    """Returns what `table` says of each window `[low, low + length)`, moved to address `to`, and each row's length.
+    """Returns the rows of `table` in each window `[low, low + length)`, moved to address `to`, and each row's length.
 
-    This is the one primitive under cutting, stacking and composing tables. Rows come in the order of the windows, which
-    must lie inside the table and be longer than nothing.
+    The primitive of slicing, stacking and composition. Rows come in the order of the windows. Windows must lie inside
+    the table and not be empty.
     """
     first = table.row_at(low)
     last = np.searchsorted(table.start, low + length, side="left") - 1
@@ -453,12 +460,13 @@ def cut(table: Extents, low: Column, length: Column, to: Column) -> tuple[Column
 
 
 def gather(table: Extents, low: Column, length: Column, to: Column) -> Columns:
-    """Returns the rows of `cut` where their lengths are not needed."""
+    """Returns the rows of `cut` without their lengths."""
     return cut(table, low, length, to)[0]
 
 
 def merge_sources(*tables: Extents) -> tuple[tuple[Source, ...], list[Extents]]:
-    """Returns one tuple of sources and the tables re-indexed to it; sources are told apart by identity."""
+    """Returns one tuple of sources and the tables re-indexed to it; sources are compared by identity."""
+    # The common case: tables of the same sources.
     if all(len(t.sources) == len(tables[0].sources) for t in tables) and all(
         a is b for t in tables[1:] for a, b in zip(t.sources, tables[0].sources, strict=True)
     ):
@@ -471,18 +479,19 @@ def merge_sources(*tables: Extents) -> tuple[tuple[Source, ...], list[Extents]]:
             if id(source) not in index:
                 index[id(source)] = len(merged)
                 merged.append(source)
-        # The extra last element answers for -1, the index of rows that have no source.
+        # The extra last element is for index -1, rows without a source.
         renumber = np.array([index[id(s)] for s in table.sources] + [-1], dtype=np.int32)
         result.append((table, renumber[table.source]))
     return tuple(merged), [Extents(t.size, t.columns._replace(source=source), merged) for t, source in result]
 
 
 def clip_to_sources(rows: Columns, size: int, sources: Sequence[Source]) -> Columns:
-    """Splits windows that reach past the end of their source: the part that is missing reads as zero."""
+    """Splits windows that reach past the end of their source; the missing part becomes ZERO."""
     if not sources or not len(rows.start):
         return rows
     limits = np.array([s.size for s in sources] + [0], dtype=np.int64)[rows.source]
     length = np.diff(rows.start, append=size)
+    # Windows that begin past the end are left for `Extents` to refuse.
     over = (rows.kind == Kind.DATA) & (rows.offset + length > limits) & (rows.offset < limits)
     if not over.any():
         return rows
@@ -498,10 +507,9 @@ def clip_to_sources(rows: Columns, size: int, sources: Sequence[Source]) -> Colu
 
 
 def on_storage(file: File) -> Extents:
-    """Returns what the filesystem says of a file: DATA, or ZERO where it has a hole or an unwritten range.
+    """Returns the extent map of a file: DATA, and ZERO for holes and unwritten extents.
 
-    Asked once for each file, after making the filesystem settle where its bytes lie. The answer is the same whatever
-    of the file is cached.
+    Syncs the file first, and queries the filesystem once per file. The result does not depend on the page cache.
     """
     if file.on_storage is None:
         file.on_storage = _of_ranges(file, _ranges(file, linux.written_ranges))
@@ -509,13 +517,13 @@ def on_storage(file: File) -> Extents:
 
 
 def allocated(file: File) -> Extents:
-    """Returns where a file takes space on storage: DATA, written or not; ZERO where it has a hole."""
+    """Returns the allocation of a file: DATA for extents, written or not; ZERO for holes."""
     return _of_ranges(file, _ranges(file, linux.allocated_ranges))
 
 
 def _of_ranges(file: File, ranges: Column) -> Extents:
-    """Returns the table of a file that is DATA in the given `(start, end)` ranges."""
-    # Edges alternate: where data begins, where it ends. The first row is a hole unless data begins at 0.
+    """Returns the table of a file with DATA in the given `(start, end)` ranges, and ZERO elsewhere."""
+    # Edges alternate between starts and ends of data. The first row is a hole unless data begins at 0.
     edges = np.concatenate([[0], ranges.reshape(-1)])
     kind = np.full(len(edges), Kind.ZERO, dtype=np.uint8)
     kind[1::2] = Kind.DATA
@@ -525,10 +533,11 @@ def _of_ranges(file: File, ranges: Column) -> Extents:
 
 
 def _ranges(file: File, ask: Callable[[int], Column]) -> Column:
-    """Returns the rows `(start, end)` that FIEMAP gives, clipped to the file; where it is missing, those with data."""
+    """Returns rows `(start, end)` of FIEMAP, clipped to the file; those of SEEK_DATA if FIEMAP is not supported."""
     file.sync()
+    # FIEMAP with FIEMAP_FLAG_SYNC would wait for storage, which a settled file must not.
     if not (file.descriptor < 0 or file.is_device or file.settled):
-        with os_errors("cannot be asked what is written in it", ReadError):
+        with os_errors("extent map cannot be read", ReadError):
             try:
                 return np.minimum(ask(file.descriptor), file.size)
             except OSError as exc:

@@ -1,7 +1,7 @@
 """The ids of new images: UUIDs, GUIDs and content ids.
 
-Two images with one id are taken for one, and an overlay whose parent was exchanged is read on another disk. So every
-image that is made has an identity of its own, random or given by the user, and all its ids are derived from that.
+Hypervisors take two images with one id for the same image, and ids are what reveals an exchanged parent. So each new
+image has an identity of its own, random or given by the user, and all its ids are derived from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vmconv.model.sources import File
 
 SIZE = 16
-"""Bytes of an identity: those of a UUID, the most significant first."""
+"""Bytes of an identity: a UUID in big-endian order."""
 
 _RANDOM, _CUSTOM = 4, 8
 
@@ -26,14 +26,14 @@ def fresh() -> bytes:
 
 
 def derived(identity: bytes, label: str) -> bytes:
-    """Returns the UUID of version 8 that follows from an identity and a label; other labels give other UUIDs."""
+    """Returns the UUID of version 8 (RFC 9562) derived from an identity and a label."""
     from hashlib import blake2b
 
     return _uuid(blake2b(label.encode("utf-8", "surrogateescape"), digest_size=SIZE, key=identity).digest(), _CUSTOM)
 
 
 def of_disk(table: Extents, files: Iterable[File], label: str) -> bytes:
-    """Returns an identity that is always the same for a disk, until one of its files changes."""
+    """Returns an identity for a disk that stays the same until one of its files changes."""
     from hashlib import blake2b
 
     digest = blake2b(digest_size=SIZE)
@@ -45,6 +45,7 @@ def of_disk(table: Extents, files: Iterable[File], label: str) -> bytes:
 
 
 def _uuid(data: bytes, version: int) -> bytes:
+    # RFC 9562: 4 bits of version, 2 bits of variant.
     found = bytearray(data)
     found[6] = found[6] & 0x0F | version << 4
     found[8] = found[8] & 0x3F | 0x80

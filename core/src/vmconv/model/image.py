@@ -1,4 +1,4 @@
-"""What a reader returns: one image, its table of the guest's address space, and what is known of the disk."""
+"""The result of a reader: one image, its table of the guest's address space, and its properties."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ if TYPE_CHECKING:
 
 
 class Image:
-    """One layer of a disk: `size` bytes for the guest, held in `file`, on top of `parent` when there is one.
+    """One layer of a disk: `size` bytes for the guest, stored in `file`, on top of an optional parent.
 
-    What costs time is done when it is asked for: `load_guest` reads the allocation tables, `load_parent` opens the
-    next layer, `load_places` is for formats that set space aside, see `places`. `metadata` are the fields of `Disk`
-    that the image states, besides size and parent: as values that `Disk` accepts (a geometry is a dictionary of its
-    fields), because readers do not import pydantic. `losses` say in words what the image holds that no conversion
-    carries over; `warnings` what its user should know about its health. `details` are the format's own facts, for
-    people and for `info`. `shows_holes` says of a file whether maps show its holes as zeros, as `qemu-img map` does for
-    payload that lies in a file just as the guest sees it; without it, where so much of the file is holes that payload
-    must be too. `dependencies` are other files that this layer is made of, where the image says what they
-    have to be.
+    Expensive work is lazy: `load_guest` reads the allocation tables, `load_parent` opens the next layer, `load_places`
+    is for formats that reserve space, see `places`. `metadata` are the fields of `Disk` that the image states, except
+    size and parent, as plain values (a geometry is a dictionary), because readers do not import pydantic. `losses` are
+    phrases on content that no conversion carries over, `warnings` on the health of the image. `details` are
+    format-specific facts for `info`. `dependencies` are other files of this layer with their expected properties.
+    `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that lies in a
+    file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class Image:
 
     @cached_property
     def guest(self) -> Extents:
-        """The table of this layer alone: a HOLE is where it says nothing. Exactly `size` bytes."""
+        """The table of this layer alone, `size` bytes; HOLE where it is not allocated."""
         table = self._load_guest()
         size = getattr(table, "size", None)
         if size != self.size:
@@ -75,19 +73,19 @@ class Image:
 
     @cached_property
     def places(self) -> Extents:
-        """The table of this layer for maps: windows onto `Reserved` are where space is set aside and not used."""
+        """The table of this layer for maps, with windows onto `Reserved` for space that is reserved and not used."""
         return self._load_places() if self._load_places else self.guest
 
     @cached_property
     def parent(self) -> Image | None:
-        """The next layer, opened under the rules of the `Opener` that this image was read with."""
+        """The parent layer, opened by the `Opener` of this image."""
         return self._load_parent() if self._load_parent else None
 
     @cached_property
     def flat(self) -> Extents:
-        """The disk as the guest sees it: all layers in one table, without a HOLE.
+        """The disk as the guest sees it: all layers merged, without a HOLE.
 
-        What lies in a hole of its file on storage is ZERO: there is nothing there that could be shared or copied.
+        Payload in a hole of its file is ZERO: there are no blocks to share or copy.
         """
         table = self.guest
         for layer in self.chain():
@@ -96,18 +94,19 @@ class Image:
         return _through_storage(table.without_holes())
 
     def payload_files(self) -> list[File]:
-        """Returns the files that payload of any layer lies in."""
+        """Returns the files with payload of any layer."""
         found = {id(source): source for layer in self.chain() for source in layer.guest.sources}
         return [source for source in found.values() if isinstance(source, File)]
 
     def onto(self, base: Image, parent: Image | None = None) -> Image:
-        """Returns this disk, down to the layer `base` of its chain, as one layer on top of `parent` (None: of `base`).
+        """Returns the layers above `base` merged into one layer on top of `parent` (by default `base`).
 
-        As in `flat`, what lies in a hole of its file is ZERO. On top of itself, it says nothing.
+        As in `flat`, payload in a hole of its file is ZERO. If `base` is this image, the layer is all HOLE.
         """
 
         def load_guest() -> Extents:
             if base is self:
+                # An empty window past the end is filled with HOLE.
                 return self.guest.window(self.size, self.size)
             table = self.guest
             for layer in self.chain():
@@ -129,13 +128,12 @@ class Image:
 
     @cached_property
     def disk(self) -> Disk:
-        """The neutral description of the disk, validated."""
+        """The format-independent description of the disk, validated by pydantic."""
         from vmconv.model.disk import MAX_REFERENCE, Disk, Parent
 
         parent = None
         if self.parent_reference is not None:
-            # A file name need not be text, the schema's strings are.
-            # With escapes it may be longer than any name.
+            # File names may not be valid text, and escapes make them longer than the schema allows.
             reference, kind = printable(self.parent_reference)[:MAX_REFERENCE], self.parent_format
             parent = Parent(reference=reference, format=None if kind is None else printable(kind))
         return Disk(size=self.size, parent=parent, **self.metadata)
@@ -145,7 +143,7 @@ class Image:
         return self._details()
 
     def chain(self) -> Iterator[Image]:
-        """Yields this image and every layer below it, opening them one by one."""
+        """Yields this image and each layer below it, opened lazily."""
         layer: Image | None = self
         while layer is not None:
             yield layer
@@ -153,7 +151,7 @@ class Image:
 
 
 def _through_storage(table: Extents) -> Extents:
-    """Returns the table with ZERO where a window lies in a hole of its file."""
+    """Returns the table with ZERO for windows onto holes of their file."""
     from vmconv.model.extents import on_storage
 
     for source in table.sources:

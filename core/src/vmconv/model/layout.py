@@ -1,4 +1,4 @@
-"""What a writer returns: for each output file, the table of its address space; and what a writer is told beforehand."""
+"""The input and output of a writer: placement of the output, tables of its files, backing file, references."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from vmconv.model.sources import File
 
 
+# A default argument has to be a constant. Conversions pass an identity for each image.
 _OF_THIS_PROCESS = fresh()
 
 
 class Placement(NamedTuple):
-    """What a writer is told of its output: where it goes, and which image it is.
+    """The location and the identity of an output, for its writer.
 
-    A payload row can be referenced when its offset in the output is congruent to its offset in the source modulo
-    `modulus` bytes, a power of two; 1 means that any place will do. `target` is the name of the file that the user
-    named, for formats whose further files are named after it, and `directory` where it goes, for formats that can
-    refer to files elsewhere.
+    A payload row can be shared if its offset in the output is congruent to its offset in the source modulo `modulus`
+    bytes, a power of two; with 1 any offset will do. `target` is the file name of the target, for formats that name
+    further files after it. `directory` is the target's directory, for formats that refer to files elsewhere.
 
-    `carrier` is the file that becomes the output itself, when a disk is converted in place. Then payload keeps its very
-    offset, and metadata goes behind the end of the file, or over what is not payload. Where the format wants something
-    of its own at the place of payload, one block of it goes behind the end; see `vmconv.placing.pinning`.
+    `carrier` is the source's file that becomes the output of a conversion in place. Payload keeps its offset in it.
+    Metadata goes behind the end of the file, or over bytes that are not payload. If the format needs an offset that
+    payload occupies, one block of payload moves behind the end; see `vmconv.placing.pinning`.
 
-    `identity` are the 16 bytes of the UUID of this image and of no other; its further ids come from
-    `vmconv.model.identity.derived`. Whoever makes images gives each its own; the default is one for this process.
+    `identity` is the UUID of this image, 16 bytes; other ids are derived by `vmconv.model.identity.derived`. The caller
+    gives each image its own. The default is random per process.
     """
 
     modulus: int = 1
@@ -41,11 +41,11 @@ class Placement(NamedTuple):
 
 
 class OutFile(NamedTuple):
-    """One output file: `table` says what each of its bytes is (DATA of a guest's file, of a `Blob`, ... or ZERO).
+    """One output file: `table` maps its bytes (DATA of a source's file or of a `Blob`, or ZERO).
 
-    `name` is None for the file that the user named, else the file's own name beside it. `reason` is for what an output
-    that refers to other files holds nevertheless; it completes "copied because ...". `slack`: no reader looks at what
-    is ZERO, so it may be left as it is when the file is changed in place.
+    `name` is None for the target itself, else the name of a file beside it. `reason` completes "copied because ..." for
+    payload that cannot be referenced, in an output that refers to other files. `slack`: no reader looks at ZERO ranges,
+    so a conversion in place need not clear them.
     """
 
     table: Extents
@@ -55,7 +55,7 @@ class OutFile(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A file that an output refers to: `length` bytes of payload stay in it; `name` is as the output has it."""
+    """A file that an output refers to: `length` bytes of payload stay in it; `name` is its name in the output."""
 
     name: str
     file: File
@@ -63,9 +63,9 @@ class Reference(NamedTuple):
 
 
 class Backing(NamedTuple):
-    """The parent that an output keeps instead of being flattened: as it is written into the image.
+    """The parent of an output, by the name and the format to write into the image.
 
-    `records` are of the files that the parent is made of, where it must not change.
+    `records` are fingerprints of the parent's files, for a parent that must not change.
     """
 
     reference: str
@@ -73,18 +73,18 @@ class Backing(NamedTuple):
     records: tuple[Record, ...] = ()
 
     def refuse_other_size(self, name: str, size: int, parent: Image) -> None:
-        """Raises `PlanError` unless `parent` has `size` bytes: for formats, by `name`, whose layers are of one size."""
+        """Raises `PlanError` unless `parent` has `size` bytes, for formats whose layers have one size."""
         if parent.size != size:
             raise PlanError(
-                f"a {name} is as large as its parent: {size} bytes, {self.reference} has {parent.size}",
+                f"a {name} must be as large as its parent: {size} bytes, {self.reference} has {parent.size}",
                 hint="flatten the chain, or use a format such as qcow2 whose layers may differ in size",
             )
 
 
 class Layout(NamedTuple):
-    """All files of one output image; the one that the user named comes last, so that it appears when all is there.
+    """All files of one output image; the target itself comes last, so that it appears after the others.
 
-    `references` are the files of the source that it names instead of holding their payload.
+    `losses` are phrases on what the format cannot store. `references` are source files that keep their payload.
     """
 
     files: tuple[OutFile, ...]

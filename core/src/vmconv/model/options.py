@@ -1,4 +1,4 @@
-"""Options of writers: frozen dataclasses whose fields carry their help, validated by pydantic when users set them.
+"""Options of writers: frozen dataclasses with help texts, validated by pydantic.
 
 A plugin writes::
 
@@ -6,8 +6,8 @@ A plugin writes::
     class Options:
         cluster_size: Size = option(65536, "bytes of a cluster, a power of two from 512 to 2M")
 
-and cross-checks fields in `__post_init__`, raising `ValueError`. Making one with its defaults, or with values that are
-right at a glance, needs no pydantic, whose import would take longer than a conversion.
+and checks fields against each other in `__post_init__`, raising `ValueError`. Defaults and simple values do not need
+pydantic, whose import takes longer than a conversion.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _UNITS = {"": 1, "b": 1, **{letter: 1 << (10 * power) for power, letter in enume
 
 
 def parse_size(text: str) -> int:
-    """Returns the bytes that `text` names: digits and one of the suffixes K M G T P E of 1024, as qemu-img has them."""
+    """Returns a number of bytes: digits and an optional suffix K M G T P E (powers of 1024), as in qemu-img.
+
+    Raises `ValueError`.
+    """
     match = re.fullmatch(r"(\d{1,19})\s*([bkmgtpe]?)(?:i?b)?", text.strip().lower())
     if not match:
         raise ValueError(f"{text!r} is not a size such as 512, 64K or 2M")
@@ -37,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 class _SizeSchema:
-    """Tells pydantic to accept sizes with a suffix; pydantic is imported by then, by whoever asks."""
+    """Makes pydantic accept sizes with a suffix. Only pydantic calls it, so it is imported already."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
@@ -53,7 +56,7 @@ Size = Annotated[int, _SizeSchema()]
 
 
 def parse_identity(text: str) -> bytes:
-    """Returns the 16 bytes of a UUID, which may stand in braces, the most significant first."""
+    """Returns the 16 bytes of a UUID in big-endian order; braces are allowed. Raises `ValueError`."""
     plain = text.strip().lower().removeprefix("{").removesuffix("}")
     if not re.fullmatch(r"[0-9a-f]{8}(-?[0-9a-f]{4}){3}-?[0-9a-f]{12}", plain):
         raise ValueError(f"{text!r} is not a UUID such as 01234567-89ab-4cde-8f01-23456789abcd")
@@ -64,7 +67,7 @@ def parse_identity(text: str) -> bytes:
 
 
 class _IdentitySchema:
-    """Tells pydantic to accept UUIDs as text and as `uuid.UUID`."""
+    """Makes pydantic accept UUIDs as text and as `uuid.UUID`."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         from pydantic_core import core_schema
@@ -88,9 +91,9 @@ def option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Identified:
-    """The base of the options of a format whose images have ids (UUID, GUID, CID).
+    """Base class for the options of formats whose images have ids (UUID, GUID, CID).
 
-    `Placement.identity` is what the user gave, or else random.
+    Writers take the identity from `Placement.identity`: the user's, or a random one.
     """
 
     identity: Identity | None = option(None, "UUID of the image; random by default. The same UUID gives the same ids")
@@ -105,15 +108,15 @@ class Described(NamedTuple):
 
 
 def describe(model: type[Any]) -> Iterator[Described]:
-    """Yields the options of a model in the order they were written."""
+    """Yields the options of a dataclass in the order of its fields."""
     for field in dataclasses.fields(model):
         yield Described(field.name, field.default, field.metadata.get("help", ""))
 
 
 def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) -> Any:
-    """Returns the options of a writer, from strings or values; raises `UsageError` naming the option and its value."""
+    """Returns the options of a writer from strings or values; raises `UsageError` with the option and its value."""
     if not dataclasses.is_dataclass(model):
-        raise PluginError(f"its options are {model!r}, which is no dataclass", format_name=format_name)
+        raise PluginError(f"its options are {model!r}, which is not a dataclass", format_name=format_name)
     if not given:
         return model()
     known = [field.name for field in dataclasses.fields(model)]
@@ -124,10 +127,11 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
     hints = get_type_hints(model, include_extras=True)
     for name, value in given.items():
         if not (isinstance(value, str) or _fits(hints[name], value)):
-            raise UsageError(f"{format_name} option {name}: {value!r} is of another type")
+            raise UsageError(f"{format_name} option {name}: {value!r} has the wrong type")
+    # pydantic finds the same errors below, with better messages.
     with suppress(ValueError):
         return model(**{name: _at_a_glance(hints[name], value) for name, value in given.items()})
-    # It finds what is not so plain, and the words for what is wrong.
+    # pydantic handles the other types and words the errors.
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -135,6 +139,7 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
+        # Errors of __post_init__ name no field.
         chosen = [field] if field in given else list(given)
         value = f" {', '.join(f'{name}={given[name]}' for name in chosen)}"
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -144,7 +149,7 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """True when a value that is no string is of the option's type: 1 is no bool, and True is no number."""
+    """True if a value other than a string has the option's type; strictly, so 1 is not a bool and True not an int."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(member, value) for member in get_args(hint))
     if get_origin(hint) is Literal:
@@ -155,7 +160,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _at_a_glance(hint: Any, value: Any) -> Any:
-    """Returns the value of an option as users write it on the command line; ValueError: pydantic has to look at it."""
+    """Returns a value from its usual text on the command line; raises `ValueError` if it takes pydantic."""
     if not isinstance(value, str):
         raise ValueError
     if get_origin(hint) in (Union, UnionType):

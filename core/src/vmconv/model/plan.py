@@ -1,4 +1,4 @@
-"""What has to be done to make output files real: share, copy or write ranges, with a reason for every copied byte."""
+"""The plan of a conversion: ranges of output files to share, copy or write, with a reason for each copied byte."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vmconv.model.layout import Reference
 from vmconv.model.sources import File, Source
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes to do, of what is copied and written."""
+"""Called with `(bytes done, bytes to do)`, counting copied and written bytes."""
 
 
 class Action(IntEnum):
-    """What happens to a range of an output file; ranges without an action read as zero."""
+    """The operation for a range of an output file; ranges without one read as zero."""
 
     SHARE = 0
     COPY = 1
@@ -28,7 +28,7 @@ class Action(IntEnum):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ShareSteps:
-    """Ranges to share: parallel columns of bytes, and the files that `source` indexes."""
+    """Ranges to share, as parallel columns in bytes; `source` indexes `sources`."""
 
     sources: tuple[Source, ...]
     source: npt.NDArray[np.int32]
@@ -57,13 +57,15 @@ class ShareSteps:
         )
 
     def ordered(self, *, by_target: bool) -> ShareSteps:
-        """Returns the ranges sorted by target offset, or by source and its offset: filesystems differ in taste."""
+        """Returns the ranges sorted by target offset, or by source and source offset."""
+        # Which order is faster depends on the filesystem.
         return self.take(
             np.argsort(self.offset, kind="stable") if by_target else np.lexsort((self.source_offset, self.source))
         )
 
     def pack(self) -> bytes:
-        """Returns one struct file_clone_range for each range, end to end."""
+        """Returns an array of struct file_clone_range (linux/fs.h), one for each range."""
+        # Sources that are not files are never shared, but count in the index.
         descriptors = np.array([s.descriptor if isinstance(s, File) else -1 for s in self.sources], dtype=np.int64)
         return np.stack(
             [descriptors[self.source], self.source_offset, self.length, self.offset], axis=1, dtype=np.int64
@@ -72,7 +74,7 @@ class ShareSteps:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steps:
-    """What is done to one output file, sorted by offset: parallel columns; `reason` is -1 unless `action` is COPY."""
+    """The steps of one output file as parallel columns in bytes, sorted by offset; `reason` is -1 except for COPY."""
 
     offset: Column
     length: Column
@@ -85,11 +87,11 @@ class Steps:
         return Steps(*(column[index] for column in self._columns()))
 
     def total(self, action: Action) -> int:
-        """Returns how many bytes this action makes."""
+        """Returns the bytes of all steps with this action."""
         return int(self.length[self.action == action].sum())
 
     def rows(self, action: Action) -> Iterator[tuple[int, int, int, int]]:
-        """Yields `(offset, length, source, source offset)` of each step with this action."""
+        """Yields `(offset, length, source, source offset)` for each step with this action."""
         chosen = self.take(self.action == action)
         columns = (chosen.offset, chosen.length, chosen.source, chosen.source_offset)
         yield from zip(*(column.tolist() for column in columns), strict=True)
@@ -104,7 +106,7 @@ class Steps:
 
 
 class FilePlan(NamedTuple):
-    """One output file: `name` is the file's name in the target's directory, `size` its bytes."""
+    """One output file: `name` in the target's directory, `size` in bytes."""
 
     name: str
     size: int
@@ -119,7 +121,7 @@ class FilePlan(NamedTuple):
 
 
 class CopyReason(NamedTuple):
-    """Why bytes are copied: how many, in how many ranges, and where the first of them is."""
+    """Bytes and ranges that are copied for one reason, with file and offset of the first."""
 
     reason: str
     bytes: int
@@ -128,14 +130,14 @@ class CopyReason(NamedTuple):
     offset: int
 
     def plus(self, other: CopyReason) -> CopyReason:
-        """Returns what both copy for this reason; the first range is the one of this."""
+        """Returns the sum of both, with the first range of this one."""
         return self._replace(bytes=self.bytes + other.bytes, ranges=self.ranges + other.ranges)
 
 
 class Totals(NamedTuple):
-    """Bytes of the output by what is done for them: `zero` bytes are left to read as zero.
+    """Bytes of the output by action; `zero` bytes are not written and read as zero.
 
-    `referenced` bytes are no part of the output: they stay in the source's files, to which it refers.
+    `referenced` bytes are not in the output: they stay in the source's files.
     """
 
     shared: int
@@ -146,7 +148,7 @@ class Totals(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything that will be done, in the order of the files; nothing has been touched yet."""
+    """All steps of a conversion, in the order of the files. Making a plan writes nothing."""
 
     directory: str
     backend: str
@@ -155,7 +157,7 @@ class Plan(NamedTuple):
     losses: tuple[str, ...]
     references: tuple[Reference, ...]
     opened: tuple[str, ...] = ()
-    """Real paths of the source's files, as they were opened."""
+    """Real paths of the source's files when they were opened."""
 
     @property
     def totals(self) -> Totals:
@@ -165,6 +167,6 @@ class Plan(NamedTuple):
 
     @property
     def way(self) -> str:
-        """How payload gets into the result: "reference" when all of it stays where it is, else the backend's name."""
+        """Returns "reference" if all payload stays in the source's files, else the backend's name."""
         totals = self.totals
         return "reference" if self.references and not totals.shared and not totals.copied else self.backend

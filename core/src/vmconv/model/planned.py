@@ -1,4 +1,4 @@
-"""A file of a layout before it is made: a reader can read it as if it lay on storage."""
+"""An output file that does not exist yet, readable like a file on storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmconv.model.sources import File, Stamp
 
 
 class PlannedFile(File):
-    """The bytes that the table of an output file says, computed or read from its sources when they are asked for."""
+    """The bytes of an output file by its table, computed or read from the sources on demand."""
 
     def __init__(self, path: str, table: Extents) -> None:
         self.path = path
@@ -20,6 +20,7 @@ class PlannedFile(File):
         self.descriptor = -1
         self.size = table.size
         self.is_device = False
+        # Unique, because files are compared by device and inode.
         self.stamp = Stamp(0, id(self), table.size, 0, 0)
         self._table = table
 

@@ -1,10 +1,9 @@
-"""Other files that an image is made of: how they are named in it, and whether they are still what they were.
+"""Files that an image refers to: their names in the image, and detection of changes.
 
-An image that refers to another file, instead of holding its bytes, is right only while nobody writes to that file. So
-it keeps a record of each: its name and a fingerprint. A write is noticed by the file's times, which the kernel sets; a
-file that was exchanged by its size, its times and the digest of its two ends. What cannot be noticed: a write after
-which the modification time was set back to the nanosecond (that is a doubt only, by the time of change), one while the
-clock was set back, and one that goes past the filesystem, to its device.
+An image that refers to another file is valid only while that file does not change. So it stores a record of each: its
+name and a fingerprint. mtime and ctime reveal a write; size, times and a digest of both ends reveal an exchanged file.
+Not detected are writes while the clock was set back, and writes to the device below the filesystem. A write after which
+mtime was reset to the nanosecond is only a doubt, by its ctime.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ if TYPE_CHECKING:
     from vmconv.model.layout import Reference
 
 _ENDS = 64 << 10
-"""Bytes of each end of a file that its digest is made of: where formats have their headers."""
+"""Bytes of each end of a file in its digest; formats have their headers there."""
 _TICK = 0.02
-"""Seconds between two times that the kernel gives files, and some more: its clock ticks 100 times a second or more."""
+"""Seconds above the granularity of the kernel's file times: its clock ticks at least 100 times a second."""
 
 MAX_RECORDS = 1024
+"""Records that are read from one image."""
 
 OWN_ROLES = frozenset({"data file", "extent", "image"})
-"""Roles of files that hold payload of the image itself, not of a layer below."""
+"""Roles of files with payload of the image itself, in contrast to layers below."""
 
 _RECORD = re.compile(r"vmconv-1 (.+) (\d{1,19}) (-?\d{1,19}) (-?\d{1,19}) ([0-9a-f]{32})", re.DOTALL)
 
 
 class Fingerprint(NamedTuple):
-    """What a file was: size in bytes, times of modification and change in ns, digest of its ends in hexadecimal."""
+    """Size in bytes, mtime and ctime in ns, BLAKE2b digest of both ends in hexadecimal."""
 
     size: int
     modified: int
@@ -44,7 +44,7 @@ class Fingerprint(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A file as an image keeps it: the name by which the image refers to it, and its fingerprint."""
+    """The record of a file in an image: its name there, and its fingerprint."""
 
     name: str
     fingerprint: Fingerprint
@@ -55,7 +55,7 @@ class Record(NamedTuple):
 
 
 class Dependency(NamedTuple):
-    """A file that an image is made of: `length` is how many bytes it must have, `fingerprint` what it has to be."""
+    """A file that an image refers to, with its minimal `length` in bytes and its expected `fingerprint`."""
 
     role: str
     name: str
@@ -64,7 +64,7 @@ class Dependency(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """How a dependency was found: a `problem` makes wrong reads possible, a `doubt` is what cannot be told."""
+    """The state of a dependency: a `problem` makes wrong reads possible, a `doubt` is undecidable."""
 
     dependency: Dependency
     problem: str | None = None
@@ -75,20 +75,20 @@ class Finding(NamedTuple):
 
 
 def refer(file: File, directory: str) -> Record:
-    """Returns the record of `file` for an image in `directory`: its name is relative when it is in or below that.
+    """Returns the record of `file` for an image in `directory`; reads both ends of the file.
 
-    Raises `PlanError` for what cannot be known again. Reads both ends of the file.
+    Raises `PlanError` for a block device.
     """
     if file.is_device:
         raise PlanError(
-            f"{file.name}: is a block device: later changes could not be noticed",
-            hint="leave the subformat out to copy it, or make a file of it",
+            f"{file.name}: is a block device: later changes could not be detected",
+            hint="omit the subformat to copy it, or copy the device to a file first",
         )
     return Record(name_for(file, directory), _fingerprint(file))
 
 
 def name_for(file: File, directory: str) -> str:
-    """Returns the name of `file` for an image in `directory`: relative when it is in or below that, else absolute."""
+    """Returns the name of `file` for an image in `directory`: relative if it is in or below that, else absolute."""
     real, tree = os.path.realpath(file.path), os.path.realpath(directory)
     if not inside(real, tree):
         return real
@@ -96,7 +96,8 @@ def name_for(file: File, directory: str) -> str:
 
 
 def plain(name: str) -> str:
-    """Returns the name of a file as no reader takes it for a protocol's, as QEMU does what has a colon in front."""
+    """Returns a relative file name that no reader takes for a URL."""
+    # QEMU takes text before a colon for a protocol.
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
 
 
@@ -104,6 +105,7 @@ def _fingerprint(file: File) -> Fingerprint:
     from hashlib import blake2b
 
     digest = blake2b(digest_size=16)
+    # In a short file, both ends overlap.
     length = min(_ENDS, file.size)
     digest.update(file.read(0, length))
     digest.update(file.read(file.size - length, length))
@@ -111,42 +113,43 @@ def _fingerprint(file: File) -> Fingerprint:
 
 
 def confirm(references: Iterable[Reference], directory: str) -> None:
-    """Raises `PlanError` unless each name, seen from `directory`, is the very file that is meant."""
+    """Raises `PlanError` unless each name, relative to `directory`, leads to the same inode as its file."""
     for reference in references:
         path = os.path.join(directory, reference.name)
         try:
             there = stamp_of(os.stat(path))
         except OSError as exc:
             raise PlanError(f"{path}: {exc.strerror}", hint=_RELATIVE) from exc
+        # Device and inode: other names of the file are as good.
         if there[:2] != reference.file.stamp[:2]:
             raise PlanError(f"{path}: is not {reference.file.path}, whose payload is referred to", hint=_RELATIVE)
 
 
 def notes(references: Iterable[Reference], directory: str) -> Iterator[str]:
-    """Yields what must be said of references of an image in `directory` before anybody relies on them."""
+    """Yields warnings about the references of an image in `directory`."""
     for reference in references:
         if os.path.isabs(name_for(reference.file, directory)):
             allowed = f"--allow-external {os.path.dirname(os.path.realpath(reference.file.path))}"
-            yield f"{reference.name} is outside of the target's directory: vmconv reads the target only with {allowed}"
+            yield f"{reference.name} is outside the target's directory: vmconv reads the target only with {allowed}"
 
 
-_RELATIVE = "a relative name is relative to the target's directory; no file is made or changed but the target"
+_RELATIVE = "relative names are relative to the target's directory; vmconv writes no file but the target"
 
 
 def settle(files: Iterable[File]) -> None:
-    """Waits until the next write to any of the files is sure to get another time than the last one had."""
+    """Waits until the next write to any of the files is certain to get a different ctime."""
     newest = max((file.stamp.ctime for file in files), default=0)
     age = time.time() - newest / 1e9
     if age < _TICK:
-        # A time that lies ahead comes from another machine's clock; waiting for that would help nobody.
+        # A time in the future comes from another machine's clock, which is no use to wait for.
         time.sleep(min(_TICK, _TICK - age))
 
 
-# -- looking again
+# -- comparing
 
 
 def read_records(texts: Iterable[str]) -> dict[str, Fingerprint]:
-    """Returns the fingerprints in an image's records, by name; what is no record, or one too many, is left out."""
+    """Returns the fingerprints of an image's records by name; skips malformed records and those past the limit."""
     found: dict[str, Fingerprint] = {}
     for text in texts:
         if len(found) < MAX_RECORDS and (match := _RECORD.fullmatch(text)):
@@ -155,7 +158,7 @@ def read_records(texts: Iterable[str]) -> dict[str, Fingerprint]:
 
 
 def compared(dependency: Dependency, file: File) -> Finding:
-    """Returns how `file`, which is there under the dependency's name, compares with what was referred to."""
+    """Returns the comparison of `file`, found under the dependency's name, with the dependency."""
     if file.size < dependency.length:
         return Finding(dependency, f"has {file.size} bytes, {dependency.length} are referred to")
     was = dependency.fingerprint
@@ -168,9 +171,9 @@ def compared(dependency: Dependency, file: File) -> Finding:
     if now.modified != was.modified:
         return Finding(dependency, f"has changed {since}: modified {_when(now.modified)}, before {_when(was.modified)}")
     if now.digest != was.digest:
-        return Finding(dependency, f"has changed {since}: its first or last {_ENDS >> 10} KiB are others")
+        return Finding(dependency, f"has changed {since}: its first or last {_ENDS >> 10} KiB differ")
     if now.changed != was.changed:
-        doubt = "was copied, renamed or given other attributes since, or was written to and its time set back"
+        doubt = "was copied, renamed or had its attributes changed since, or was written to and its mtime reset"
         return Finding(dependency, None, doubt)
     return Finding(dependency)
 

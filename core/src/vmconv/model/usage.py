@@ -1,7 +1,7 @@
-"""Which ranges of a file are used, and by what: what readers and structural checks of all formats share.
+"""Usage of the ranges of a file, for readers and structural checks of all formats.
 
-A block, cluster or grain that two guest addresses share, or that lies over metadata, has wrong bytes for one of its
-users as soon as the other is written. Ranges are kept as runs: neighbours of one user that follow each other are one.
+A block, cluster or grain that two guest addresses share, or that overlaps metadata, is corrupted for one user when the
+other is written. Contiguous ranges of one user are stored as one run.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from vmconv.model.extents import Column, Extents
 from vmconv.model.sources import File, Source
 
 _LONG = 1 << 62
+"""A unit that no range reaches, bytes: the number of a range's user does not grow inside it."""
 _MANY = 1 << 20
+"""From this many ranges on, counting replaces sorting. Also the units of one chunk."""
 _MOST_UNITS = 1 << 26
+"""Limit of `_overlap_of_many`, which takes two bytes of memory for each unit."""
 _FAR = 1 << 61
-"""No file is as long as this, bytes; twice it is still a signed 64-bit integer."""
+"""Larger than any file, bytes; its double fits a signed 64-bit integer."""
 GUEST = "guest address"
-"""The user of payload in a table."""
+"""The name of the user of payload."""
 
 
 class Overlaps(NamedTuple):
-    """Ranges of a file that two use, in its order: bytes `[offset, offset + length)`; `one` is there before `other`."""
+    """Ranges of a file with two users, sorted: bytes `[offset, offset + length)`; the run of `one` begins first."""
 
     offset: Column
     length: Column
     one: tuple[Column, Column]
-    """The user of each range, as an index of `names`, and which of that name's ranges it is."""
+    """For each range, its user as an index of `names`, and the number of the range of that user."""
     other: tuple[Column, Column]
     names: list[tuple[str, int]]
 
@@ -39,12 +42,12 @@ class Overlaps(NamedTuple):
         return len(self.offset) > 0
 
     def text(self, index: int) -> str:
-        """Returns an overlap in words."""
+        """Returns a phrase for the overlap at an index."""
         users = [self._user(*(int(column[index]) for column in user)) for user in (self.other, self.one)]
         return f"{users[0]} and {users[1]} both lie at {int(self.offset[index]):#x}"
 
     def between_payload(self) -> npt.NDArray[np.bool_]:
-        """Returns which overlaps are of payload with payload."""
+        """Returns a mask of the overlaps of payload with payload."""
         guest = np.array([name == GUEST for name, _ in self.names] or [False])
         both: npt.NDArray[np.bool_] = guest[self.one[0]] & guest[self.other[0]]
         return both
@@ -57,7 +60,7 @@ class Overlaps(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """Ranges of metadata with one name, bytes: `length` of each from `offset` on."""
+    """Ranges of metadata with one name, each of `length` bytes at its `offset`."""
 
     name: str
     offset: Column | list[int]
@@ -65,16 +68,16 @@ class Metadata(NamedTuple):
 
 
 class Usage:
-    """The ranges of one file that are in use; ranges of no bytes are left out."""
+    """The ranges of one file in use. Empty ranges are ignored."""
 
     def __init__(self) -> None:
         self._names: dict[tuple[str, int], int] = {}
         self._parts: list[tuple[int, Column, Column, Column]] = []
 
     def add(self, name: str, offset: Column | list[int], length: int, number: Column | None = None) -> None:
-        """Adds ranges of `length` bytes; `number` says which each is, such as the number of its table entry."""
+        """Adds ranges of `length` bytes; `number` identifies each, such as the index of its table entry."""
         if isinstance(offset, list):
-            # Numbers of a header may be any.
+            # Header fields of a malformed image can be any number.
             offset = np.array([min(at, _FAR) for at in offset], dtype=np.int64)
         begin, length = offset, min(length, _FAR)
         if not len(begin) or length <= 0:
@@ -84,16 +87,16 @@ class Usage:
         first[1:] = (np.diff(begin) != length) | (np.diff(count) != 1)
         starts = np.flatnonzero(first)
         end = begin[starts] + np.diff(starts, append=len(begin)) * length
+        # Unit 0: ranges without numbers are described by their name alone.
         self._take(name, length if number is not None else 0, begin[starts], end, count[starts])
 
     def add_each(self, name: str, offset: Column, length: Column, number: Column) -> None:
-        """Adds ranges of different lengths; `number` says which each is."""
-        # One byte is as good as any number that no range is long enough to reach.
+        """Adds ranges of different lengths; `number` identifies each."""
         self._take(name, _LONG, offset, offset + length, number)
 
     def add_windows(self, table: Extents, source: Source) -> None:
-        """Adds what a table of the guest's disk has in `source`, by guest addresses."""
-        # The extra last element answers for -1, the index of rows that have no source.
+        """Adds the windows of a guest's table onto `source`, identified by guest address."""
+        # The extra last element is for index -1, rows without a source.
         rows = np.array([*(other is source for other in table.sources), False])[table.source]
         offset = table.offset[rows]
         self._take(GUEST, 1, offset, offset + table.length[rows], table.start[rows])
@@ -104,11 +107,11 @@ class Usage:
 
     @property
     def end(self) -> int:
-        """The first byte behind everything that is used."""
+        """The first byte behind all used ranges."""
         return max((int(end.max()) for _, _, end, _ in self._parts if len(end)), default=0)
 
     def overlaps(self) -> Overlaps:
-        """Returns the ranges that are used by more than one."""
+        """Returns the ranges with more than one user."""
         names = list(self._names)
         if not self._overlap():
             nothing = np.empty(0, dtype=np.int64)
@@ -119,11 +122,11 @@ class Usage:
         order = np.argsort(begin, kind="stable")
         begin, end, number, owner = begin[order], end[order], number[order], owner[order]
         reach = np.maximum.accumulate(end)
-        # The range that reaches furthest of all up to each one.
+        # For each range, the one up to it that ends last.
         holder = np.maximum.accumulate(np.where(end == reach, np.arange(len(end)), 0))
         index = np.flatnonzero(begin[1:] < reach[:-1]) + 1
         before, at = holder[index - 1], begin[index]
-        # Which unit of its run lies there.
+        # The run's unit at this offset.
         unit = np.array([max(1, unit) for _, unit in names], dtype=np.int64)
         number_before = number[before] + (at - begin[before]) // unit[owner[before]]
         length = np.minimum(reach[index - 1], end[index]) - at
@@ -131,19 +134,20 @@ class Usage:
         return Overlaps(at, length, *users, names)
 
     def _overlap(self) -> bool:
-        """True when any two ranges overlap: sorted apart, some range begins before the one before it ends."""
+        """True if any two ranges overlap."""
         if not self._parts:
             return False
         begin = np.concatenate([begin for _, begin, _, _ in self._parts])
         end = np.concatenate([end for _, _, end, _ in self._parts])
         if len(begin) >= _MANY and (found := _overlap_of_many(begin, end)) is not None:
             return found
+        # With starts and ends sorted separately, any overlap makes some start precede the previous end.
         begin.sort()
         end.sort()
         return bool((begin[1:] < end[:-1]).any())
 
     def unused(self, start: int, end: int) -> tuple[Column, Column]:
-        """Returns `(begin, length)` of the ranges of `[start, end)` that nothing uses."""
+        """Returns `(begin, length)` of the unused ranges of `[start, end)`."""
         begins = np.concatenate([[start], *(begin for _, begin, _, _ in self._parts), [end]])
         ends = np.concatenate([[start], *(end for _, _, end, _ in self._parts), [end]])
         order = np.argsort(begins, kind="stable")
@@ -155,10 +159,11 @@ class Usage:
 
 
 def _overlap_of_many(begin: Column, end: Column) -> bool | None:
-    """Returns whether any two ranges overlap, without sorting millions of them; None where the file is too long for it.
+    """Returns whether any two of many ranges overlap, in linear time; None if the file has too many units.
 
-    Everything begins and ends at multiples of some unit, of which the file has so many that one byte for each will do.
+    A unit divides all starts and ends. Starts and ends are counted per unit, in one byte each.
     """
+    # The lowest set bit of all numbers is the largest power of two that divides them.
     bits = int(np.bitwise_or.reduce(begin) | np.bitwise_or.reduce(end))
     unit = bits & -bits
     count = int(end.max()) // unit + 1
@@ -172,7 +177,7 @@ def _overlap_of_many(begin: Column, end: Column) -> bool | None:
     begins -= ends
     level = 0
     for first in range(0, count, _MANY):
-        # How many ranges have begun and not ended.
+        # The number of open ranges at each unit.
         levels = np.cumsum(begins[first : first + _MANY], dtype=np.int64) + level
         if int(levels.max()) > 1:
             return True
@@ -183,9 +188,9 @@ def _overlap_of_many(begin: Column, end: Column) -> bool | None:
 def refuse_overlaps(
     table: Extents, file: File, metadata: Iterable[Metadata] = (), source: Source | None = None
 ) -> None:
-    """Raises `ImageError` where payload that a reader found in `file` overlaps other payload, or metadata.
+    """Raises `ImageError` if payload in `file` overlaps other payload, or metadata.
 
-    `source` is what the table's windows are onto, by default the file itself.
+    `source` is the source of the table's windows, by default the file itself.
     """
     found = overlaps(table, file if source is None else source, metadata)
     if found:
@@ -193,7 +198,7 @@ def refuse_overlaps(
 
 
 def overlaps(table: Extents, source: Source, metadata: Iterable[Metadata] = ()) -> Overlaps:
-    """Returns the ranges of `source` that payload shares with other payload, or with metadata."""
+    """Returns the ranges of `source` where payload overlaps other payload, or metadata."""
     usage = Usage()
     for one in metadata:
         usage.add(one.name, one.offset, one.length)

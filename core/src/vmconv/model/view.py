@@ -1,7 +1,7 @@
-"""Planned output files as bytes, before anything is made real: what mounts, exports and pipes read.
+"""Planned output files as readable bytes, for mounts, exports and pipes; nothing is written to storage.
 
-Payload comes straight from the source's file. Metadata and decoded clusters are made when they are read, and kept for
-a while. What is read is what the source was when the view was planned: a source that has changed since is an error.
+Payload comes straight from the source's file. Metadata and decoded clusters are generated on read and cached. A source
+that changed since the view was planned is an error.
 """
 
 from __future__ import annotations
@@ -22,22 +22,28 @@ from vmconv.model.extents import Column, Extents, Kind
 from vmconv.model.sources import Decoded, File, Source
 
 ALIGNMENT = 4096
-"""Payload lies in a view as it does in its source, modulo this: whole pages of one are whole pages of the other."""
+"""Payload in a view is congruent to its source modulo this, so that whole pages of both correspond."""
 
 _PIECE = 128 << 10
+"""Bytes of a cached piece of metadata."""
 _SMALLEST = 4 << 10
+"""Smaller units are not cached, bytes."""
 _KEPT = 16 << 20
+"""Bytes of the cache."""
 _LONG = 32 << 10
+"""Shorter ranges are read into a buffer, longer ones are sent with sendfile, bytes."""
 _BUFFER = 1 << 20
 _ZEROS = memoryview(bytes(_BUFFER))
+# Errors of sendfile that can only come from the target.
 _ONLY_TARGET_FAILS = frozenset({errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 Wait = Callable[[int], None]
+"""Called with a descriptor; returns when it can be written to."""
 
 
 class FilePart(NamedTuple):
-    """A part of a view that lies in one piece in a file of the source."""
+    """A contiguous range of a view in a file of the source."""
 
     file: File
     offset: int
@@ -45,31 +51,31 @@ class FilePart(NamedTuple):
 
 
 class View:
-    """One output file of a layout, readable at any offset; may be used from several threads at once."""
+    """One output file of a layout, readable at any offset; thread-safe."""
 
     def __init__(self, table: Extents) -> None:
         self.table = table
         self.size = table.size
         self._pieces = _Pieces()
-        # Who reads on, or near, is still in the row that was read last: no need to look for it again.
+        # The row of the last read: sequential reads need no search.
         self._latest: tuple[int, int, File | None, int] = (0, 0, None, 0)
-        # Looked up by identity: a chain may have many, and each is asked only when it was read.
+        # By identity of the source. A chain may have many files, and a read checks only those it has read.
         self._files = {id(source): file for source in table.sources if (file := _file_of(source))}
 
     @cached_property
     def data_size(self) -> int:
-        """Bytes that are data; the others read as zero."""
+        """Bytes of DATA; the others read as zero."""
         return self.table.total(Kind.DATA)
 
     @cached_property
     def _edges(self) -> tuple[Column, npt.NDArray[np.bool_]]:
-        """Where data and what reads as zero begin by turns, and whether it is data that begins."""
+        """The alternating starts of data and zeros, and whether each is a start of data."""
         data = self.table.kind == Kind.DATA
         begins = np.append(True, data[1:] != data[:-1])[: len(data)]
         return self.table.start[begins], data[begins]
 
     def spans(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
-        """Yields `(length, is data)` for the given range; what is not data reads as zero. Neighbours differ."""
+        """Yields `(length, is data)` of alternating spans of a range; what is not data reads as zero."""
         begins, is_data = self._edges
         at, end = offset, min(offset + length, self.size)
         row = int(begins.searchsorted(offset, "right")) - 1
@@ -80,21 +86,22 @@ class View:
             at, row = at + step, row + 1
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills the whole buffer; raises `AccessError` when a file that was read is not what it was."""
+        """Fills the buffer from `offset` on; raises `AccessError` if a file that was read has changed."""
         begin, end, file, shift = self._latest
         if file and begin <= offset and offset + len(buffer) <= end:
             file.read_into(offset + shift, buffer)
             refuse_changed(file)
             return
         read = self._read_rows(offset, buffer)
-        # After reading: what was written before was not read, and what is written later does no harm.
+        # Checked after the read: a write that came before is detected, a later one was not read.
         for file in read.values():
             refuse_changed(file)
+        # Assigned as one tuple, so that other threads see a consistent row.
         if len(read) == 1:
             self._latest = self._run_at(offset)
 
     def _read_rows(self, offset: int, buffer: memoryview) -> dict[int, File]:
-        """Fills the whole buffer and returns the files that were read for it."""
+        """Fills the buffer and returns the files that were read."""
         at = 0
         read: dict[int, File] = {}
         for row in self.table.rows_of(offset, len(buffer)):
@@ -112,7 +119,7 @@ class View:
         return read
 
     def _run_at(self, offset: int) -> tuple[int, int, File | None, int]:
-        """Returns the row at an address if it lies in a file: where it begins and ends, and how far away it lies."""
+        """Returns `(begin, end, file, offset in the file - begin)` of the row at an address; no file if it has none."""
         row = int(self.table.start.searchsorted(offset, "right")) - 1
         source = self.table.sources[self.table.source[row]] if self.table.kind[row] == Kind.DATA else None
         if not isinstance(source, File):
@@ -128,11 +135,12 @@ class View:
         return bytes(data)
 
     def parts(self, offset: int, length: int) -> Iterator[FilePart | memoryview]:
-        """Yields the given range as what can be sent one after the other: long ranges of files, or else bytes.
+        """Yields a range as parts to send in order: long ranges of files, and bytes for all else.
 
-        Bytes are good until the next part is asked for. Ranges of files have not been read, so a caller that has sent
-        them asks `refuse_changed` when it is done.
+        Bytes are valid until the next part. Ranges of files have not been read, so the caller calls `refuse_changed`
+        after it has sent them.
         """
+        # Bytes of short rows before the current one, which are read together.
         short = 0
         for row in self.table.rows_of(offset, length):
             if row.length < _LONG or not (row.source is None or isinstance(row.source, File)):
@@ -156,9 +164,9 @@ class View:
             yield part
 
     def send(self, target: int, offset: int, length: int, wait: Wait | None = None) -> None:
-        """Writes the given range to a descriptor (a pipe, a socket, a file) without copying payload where it can.
+        """Writes a range to a descriptor (pipe, socket, file), with sendfile where possible.
 
-        `wait` returns when a descriptor takes more; without it a full one that does not block is an error.
+        `wait` is for non-blocking descriptors; without it, EAGAIN is raised.
         """
         for part in self.parts(offset, length):
             if isinstance(part, FilePart):
@@ -167,17 +175,15 @@ class View:
                 _write(target, part, wait)
 
     def refuse_changed(self) -> None:
-        """Raises `AccessError` when any file of the source is not what it was when the view was planned."""
+        """Raises `AccessError` if any file of the source has changed since the view was planned."""
         for file in {id(file): file for file in self._files.values()}.values():
             refuse_changed(file)
 
 
 def refuse_changed(file: File) -> None:
-    """Raises `AccessError` when the file is not what it was when it was opened."""
+    """Raises `AccessError` if the file has changed since it was opened."""
     if file.changed():
-        raise AccessError(
-            f"{file.name}: changed while it was being viewed", hint="stop who writes to it and view it anew"
-        )
+        raise AccessError(f"{file.name}: changed while it was being viewed", hint="stop the writer and start again")
 
 
 def _file_of(source: Source) -> File | None:
@@ -222,8 +228,8 @@ def _send_file(target: int, part: FilePart, wait: Wait | None) -> None:
                 continue
             if exc.errno in _ONLY_TARGET_FAILS:
                 raise
-            # Not every target takes it, one that is appended to does not, and not every source gives it. Where it is
-            # storage that fails, reading and writing say which of the two.
+            # sendfile does not support all targets (such as O_APPEND) and sources. If storage failed, read and write
+            # below tell which of the two it was.
             break
         if not sent:
             raise ImageError(f"{file.name}: ends at {offset:#x} where {left} bytes more were expected")
@@ -233,15 +239,16 @@ def _send_file(target: int, part: FilePart, wait: Wait | None) -> None:
 
 
 class _Pieces:
-    """What was computed or decoded lately, in pieces; the oldest go when there are too many bytes."""
+    """An LRU cache of generated and decoded pieces."""
 
     def __init__(self) -> None:
+        # By id of the source and number of the piece; sources live as long as the view.
         self._kept: OrderedDict[tuple[int, int], bytes] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def read_into(self, source: Source, offset: int, buffer: memoryview) -> None:
-        # Of decoded data only the units that a row is of can be had: its neighbours may be no such data at all.
+        # Decoded sources are cached by unit: the neighbours of a unit may not be decodable.
         size = source.unit if isinstance(source, Decoded) else _PIECE
         if size < _SMALLEST:
             source.read_into(offset, buffer)
@@ -255,7 +262,7 @@ class _Pieces:
             at += step
 
     def _pieces(self, source: Source, first: int, last: int, size: int) -> Iterator[bytes]:
-        """Yields neighbouring pieces; those that are not there are made together, as far as they lie together."""
+        """Yields contiguous pieces; runs of missing ones are made by one read."""
         number = first
         while number <= last:
             kept = self._look_up(source, number)
@@ -282,6 +289,7 @@ class _Pieces:
     def _keep(self, source: Source, number: int, made: list[bytes]) -> None:
         with self._lock:
             for key, data in (((id(source), number + i), data) for i, data in enumerate(made)):
+                # Another thread may have made the piece, too.
                 if key not in self._kept:
                     self._kept[key] = data
                     self._bytes += len(data)

@@ -1,1 +1,1 @@
-"""What writers of block-allocating formats share: a disk in whole blocks, and where payload is placed."""
+"""Shared parts of block-allocating writers: disks in whole blocks, and the placement of payload."""

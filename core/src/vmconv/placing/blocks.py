@@ -1,4 +1,4 @@
-"""A disk in whole blocks: what every writer of a block-allocating format (clusters, grains, blocks) starts from."""
+"""Disks in whole blocks (clusters, grains), for writers of block-allocating formats."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Runs(NamedTuple):
-    """Blocks in guest order, without a gap: `blocks` blocks from block number `first`.
+    """Runs of blocks in guest order: `blocks` blocks from block number `first`.
 
-    A run that is not `mixed` lies inside one row of the table; a mixed run is one block in which rows meet, and its
-    kind is DATA when any of it is, else ZERO when any of it is.
+    A run lies inside one row of the table. A `mixed` run is one block in which rows meet: its kind is DATA if any row
+    is DATA, else ZERO if any is ZERO.
     """
 
     first: Column
@@ -31,7 +31,7 @@ class Runs(NamedTuple):
         return Runs(self.first[index], self.blocks[index], self.kind[index], self.mixed[index])
 
     def joined(self, other: Runs) -> Runs:
-        """Returns these runs and then the others."""
+        """Returns these runs followed by the others."""
         return Runs(
             np.concatenate([self.first, other.first]),
             np.concatenate([self.blocks, other.blocks]),
@@ -41,32 +41,31 @@ class Runs(NamedTuple):
 
 
 def grown(image: Image, size: int, *, on_parent: bool) -> Extents:
-    """Returns the table of a disk whose format rounds its size up to `size`; with `on_parent`, of its layer alone.
-
-    What is added reads as zero. A parent that is longer than the layer would show there, so it is ZERO above one.
-    """
+    """Returns the table of a disk, grown to `size` bytes of zeros; with `on_parent`, of its layer alone."""
     if not on_parent:
         return image.flat.window(0, size, Kind.ZERO)
+    # A HOLE would show the bytes of a parent that is longer than the layer.
     shown = image.parent is not None and image.parent.size > image.size
     return image.guest.window(0, size, Kind.ZERO if shown else Kind.HOLE)
 
 
 def padded(table: Extents, unit: int) -> Extents:
-    """Returns the table with its size rounded up to whole units.
+    """Returns the table with its size rounded up to whole units; no guest reads the padding.
 
-    What is added is a HOLE where all of the last unit is one, else ZERO: no guest sees it, so nothing of a parent has
-    to be copied for it.
+    The padding is a HOLE if the rest of the last unit is one, else ZERO.
     """
+    # The last unit must not become partly HOLE: the parent's bytes would have to be copied into it.
     silent = len(table) and table.kind[-1] == Kind.HOLE and int(table.start[-1]) <= table.size // unit * unit
     return table.window(0, -(-table.size // unit) * unit, Kind.HOLE if silent else Kind.ZERO)
 
 
 def whole_blocks(table: Extents, unit: int) -> Runs:
-    """Returns the runs of a table whose size is whole units."""
+    """Returns the runs of a table; raises `ValueError` if its size is not a multiple of `unit`."""
     if table.size % unit:
         raise ValueError(f"{table.size} bytes are not whole units of {unit}")
     first, last = -(-table.start // unit), table.end // unit
     full = first < last
+    # Blocks in which a row begins, but not at the block's start.
     inner = table.start[table.start % unit != 0]
     mixed = distinct(inner // unit)
     kind = np.empty(0, dtype=np.uint8)
@@ -83,9 +82,9 @@ def whole_blocks(table: Extents, unit: int) -> Runs:
 
 
 def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
-    """Returns the table with no block that is partly a HOLE: in those, the HOLE is what the parent says there.
+    """Returns the table with the parent's rows in each HOLE that is a part of a block.
 
-    A format that allocates whole blocks cannot leave a part of one to the parent.
+    A format that allocates whole blocks cannot leave a part of a block to the parent.
     """
     runs = whole_blocks(table, unit)
     mixed = runs.first[runs.mixed] * unit
@@ -99,16 +98,16 @@ def fill_partial_holes(table: Extents, parent: Extents, unit: int) -> Extents:
 
 
 def allocated(table: Extents) -> Extents:
-    """Returns where a layer says anything: ZERO there, whatever it says, else HOLE. For bitmaps of sectors.
+    """Returns ZERO where a layer is allocated (DATA or ZERO), else HOLE; for sector bitmaps.
 
-    Payload may end in the middle of a sector; what a layer says does not once partial holes are filled.
+    DATA may end inside a sector. Allocation does not, after `fill_partial_holes`.
     """
     kind = np.minimum(table.kind, np.uint8(Kind.ZERO))
     return Extents(table.size, table.columns._replace(kind=kind))
 
 
 class Placed(NamedTuple):
-    """Where runs of blocks go: `run` indexes the runs in the order of their `offset`, bytes; `end` of all."""
+    """The placement of runs: `run` indexes them, sorted by their `offset` in bytes; `end` is the end of the last."""
 
     run: Column
     offset: Column
@@ -116,9 +115,9 @@ class Placed(NamedTuple):
 
 
 def preferred(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
-    """Returns the source of each run of blocks, and the offset in it where the run begins: where it would like to be.
+    """Returns the source of each run, and the run's offset in it: its preferred offset in the output.
 
-    Of a run in which rows meet, the first row of DATA decides.
+    For a mixed run, its first DATA row decides.
     """
     address = runs.first * unit
     row = np.arange(len(table), dtype=np.int64)
@@ -128,21 +127,22 @@ def preferred(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
 
 
 def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Placed:
-    """Returns places for runs of blocks from offset `base` on, each congruent to its source where blocks allow it.
+    """Returns offsets for runs from `base` on, congruent to their sources modulo `modulus` if `unit` allows it.
 
-    Runs go in the order of their sources, not of the guest: what lies together in a source stays together, so that it
-    can be shared in one piece however the guest's disk is scattered over it. `base` must be a multiple of both `unit`
-    and `modulus`, which are powers of two.
+    Runs are placed in source order instead of guest order: contiguous runs stay contiguous, so a fragmented disk is
+    shared in few ranges. `base` must be a multiple of `unit` and `modulus`, which are powers of two.
     """
     source, wanted = preferred(table, runs, unit)
     order = np.lexsort((wanted, source))
     source, wanted, length = source[order], wanted[order], (runs.blocks * unit)[order]
     if not len(order):
         return Placed(order, order, base)
+    # Groups of runs that are contiguous in their source; each is placed as one.
     begins = np.ones(len(order), dtype=bool)
     begins[1:] = (source[1:] != source[:-1]) | (wanted[1:] != wanted[:-1] + length[:-1])
     group = np.cumsum(begins) - 1
     phase = wanted[begins] % modulus
+    # No block can begin at such a phase; the group is copied.
     phase[phase % unit != 0] = 0
     inside = np.cumsum(length) - length
     inside -= inside[begins][group]
@@ -154,7 +154,7 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
 
 
 class Output(Source):
-    """The address space of an output file that is being planned, for tables that say where in it a block goes."""
+    """The address space of a planned output file, as the source of tables that map blocks to offsets in it."""
 
     name = "output"
 
@@ -168,7 +168,10 @@ class Output(Source):
 def output_table(
     metadata: Sequence[tuple[int, Blob]], guest: Extents, rows: Columns, length: Column, size: int
 ) -> Extents:
-    """Returns the table of an output file of `size` bytes: metadata at its offsets, the rows of `guest` at theirs."""
+    """Returns the table of an output file of `size` bytes: metadata at its offsets, and the given rows of payload.
+
+    `rows` have the sources of `guest`.
+    """
     there = [(offset, blob) for offset, blob in metadata if blob.size]
     first = len(guest.sources)
     made = Columns(

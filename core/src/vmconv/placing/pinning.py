@@ -1,8 +1,8 @@
-"""Payload that stays where it lies: what writers of block-allocating formats need to convert a disk in place.
+"""Pinned payload: block-allocating writers in place.
 
-The file that holds the payload becomes the output. A block of the target can stay when all its payload lies in one
-piece at a place that an entry of the target can name, and when what else it covers reads as zero: a hole of the file.
-Whether that is so depends on the size of the blocks.
+The file with the payload, the carrier, becomes the output. A block can stay in place if its payload is contiguous in
+the carrier, at an offset that the target's tables can express, and if the rest of the block is a hole of the carrier.
+Whether that holds depends on the size of the blocks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vmconv.model.sources import File
 from vmconv.placing import blocks
 
 MOST_MOVED = 2 << 20
-"""Payload that may move out of the way of a header, bytes: one block, of the largest cluster that qcow2 has."""
+"""Limit of payload that moves to make room for a header, bytes: the largest cluster of qcow2."""
 _SMALL_BLOCKS = 65536
-"""So much of it when blocks are small."""
+"""The limit for blocks up to this size, bytes."""
 
 
 class Pinned(NamedTuple):
-    """A disk in blocks of `unit` bytes that stay: `table` in whole blocks, `runs` of blocks with payload and their
-    `offset`s in the file. What is made anew goes behind `end`.
+    """A disk in blocks of `unit` bytes: its `table` in whole blocks, the `runs` of blocks with payload, and their
+    `offset`s in the carrier. New data goes behind `end`.
     """
 
     unit: int
@@ -36,20 +36,20 @@ class Pinned(NamedTuple):
     end: int
 
     def cleared(self, head: int) -> Pinned:
-        """Returns the disk with the blocks that touch the first `head` bytes of the file moved behind its end.
+        """Returns the disk with blocks in the first `head` bytes of the file moved behind its end.
 
-        Raises `PlanError` when that is more than a block of the usual size.
+        Raises `PlanError` if they exceed the limit above.
         """
         pinned, moved = self, 0
         while len(blocking := np.flatnonzero(pinned.offset < head)):
             pinned, moved = pinned._moved(int(blocking[0])), moved + self.unit
             most = min(max(self.unit, _SMALL_BLOCKS), MOST_MOVED)
             if moved > most:
-                raise PlanError(f"in place, more than {most} bytes of payload would have to move out of the way")
+                raise PlanError(f"in place, more than {most} bytes of payload would have to move to clear the header")
         return pinned
 
     def _moved(self, run: int) -> Pinned:
-        """Returns the disk with the first block of a run behind the end."""
+        """Returns the disk with the first block of a run moved behind the end."""
         rest = self.runs.take(np.array([run]))
         rest = rest._replace(first=rest.first + 1, blocks=rest.blocks - 1)
         there = rest.blocks > 0
@@ -61,10 +61,10 @@ class Pinned(NamedTuple):
 
 
 def pin(table: Extents, carrier: File, units: Sequence[int], align: int | None = None) -> Pinned:
-    """Returns the disk in the largest of these blocks, powers of two, in which all its payload can stay in `carrier`.
+    """Returns the disk in the largest of the block sizes `units` (powers of two) that keep all payload in place.
 
-    `align`, at most the size of a block and by default just that, divides the place of each block in the file. Raises
-    `PlanError`, with what is in the way of the smallest blocks, when there are none.
+    Offsets in `carrier` are multiples of `align` bytes, by default the block size and at most that. Raises `PlanError`
+    if no size fits, with the reason for the smallest.
     """
     problem = "no block is small enough"
     for unit in sorted(units, reverse=True):
@@ -95,21 +95,19 @@ def _misplaced(runs: blocks.Runs, offset: Column, unit: int, align: int) -> str 
     if not bad.any():
         return None
     run = int(np.flatnonzero(bad)[0])
-    return (
-        f"guest address {int(runs.first[run]) * unit:#x} lies at {int(offset[run]):#x}, which is no multiple of {align}"
-    )
+    return f"guest address {int(runs.first[run]) * unit:#x} is at {int(offset[run]):#x}, not a multiple of {align}"
 
 
 def _partly_zero(runs: blocks.Runs, unit: int) -> str | None:
-    """Returns where zeros and what the parent says meet in a block: it would take a copy of what the parent says."""
+    """Returns the error for a block of ZERO and HOLE: it would need a copy of the parent's bytes."""
     mixed = runs.first[runs.mixed & (runs.kind == Kind.ZERO)] * unit
     if not len(mixed):
         return None
-    return f"a block of {unit} bytes at guest address {int(mixed[0]):#x} is zero in part and its parent's in part"
+    return f"a block of {unit} bytes at guest address {int(mixed[0]):#x} is partly zero and partly the parent's"
 
 
 def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit: int, size: int) -> str | None:
-    """Returns where a block is not in one piece, or covers bytes of the file that are something else."""
+    """Returns the error for a block that is not contiguous in the carrier, or covers other data of it."""
     mixed = runs.mixed
     if not mixed.any():
         return None
@@ -119,7 +117,7 @@ def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit
     guest = gather(table, address, length, address).start
     data = rows.kind == Kind.DATA
     apart = data & (rows.offset != rows.start)
-    # What lies past the end of the disk is nobody's business.
+    # Bytes past the end of the disk may be anything.
     gap = ~data & (guest < size)
     left = gap & (rows.kind == Kind.HOLE)
     covered = np.zeros(len(gap), dtype=bool)
@@ -129,11 +127,11 @@ def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit
         return None
     row = int(np.flatnonzero(bad)[0])
     where = f"a block of {unit} bytes around guest address {int(guest[row]):#x}"
-    return f"{where} is not in one piece" if apart[row] or left[row] else f"{where} covers bytes that are not zero"
+    return f"{where} is not contiguous" if apart[row] or left[row] else f"{where} covers bytes that are not zero"
 
 
 def _holds_data(file: File, start: Column, length: Column) -> npt.NDArray[np.bool_]:
-    """Returns which ranges of a file have data on storage; what lies past its end has none."""
+    """Returns a mask of the ranges that have data on storage; there is none past the end of the file."""
     found = np.zeros(len(start), dtype=bool)
     inside = np.clip(file.size - start, 0, length)
     chosen = np.flatnonzero(inside > 0)
@@ -142,7 +140,7 @@ def _holds_data(file: File, start: Column, length: Column) -> npt.NDArray[np.boo
         rows: Columns
         rows, row_length = cut(storage, start[chosen], inside[chosen], np.zeros(len(chosen), dtype=np.int64))
         del row_length
-        # Rows of one window begin with one that is moved to address 0.
+        # All windows were moved to address 0, so a row at 0 begins the next window.
         window = np.cumsum(rows.start == 0) - 1
         found[chosen] = np.bincount(window[rows.kind == Kind.DATA], minlength=len(chosen)) > 0
     return found

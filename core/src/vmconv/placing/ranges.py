@@ -1,7 +1,7 @@
-"""The ranges of a disk that lie in files just as the guest sees them: what a format that names other files can name.
+"""Ranges of a disk that lie in files as the guest sees them, for formats that refer to other files.
 
-Reflink asks where blocks can go; here nothing goes anywhere. A range only has to begin and end with a unit, in the disk
-and in its file.
+Unlike for reflink, offsets in the output do not matter. A range must only begin and end at a multiple of the unit, in
+the disk and in its file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vmconv.model.sources import File
 
 
 class Ranges(NamedTuple):
-    """Ranges of the disk in its order, bytes: `length` from `start` on lie at `offset` of the file `source` indexes."""
+    """Sorted ranges of the disk: `length` bytes from `start` on lie at `offset` of the source with index `source`."""
 
     start: Column
     length: Column
@@ -25,22 +25,24 @@ class Ranges(NamedTuple):
 
 
 def joined_over_holes(table: Extents) -> Extents:
-    """Returns the table with ZERO rows as windows onto the file beside them, where that file has a hole just there.
+    """Returns the table with ZERO rows merged into neighbouring windows whose file has a hole there.
 
-    A sparse file is many rows to whoever shares its blocks, and one to whoever names the file: its holes read as zero.
+    For a reference, a sparse file is one range, because its holes read as zero.
     """
     before, after = np.arange(-1, len(table) - 1), np.arange(1, len(table) + 1)
     length = table.length
     places = (before, table.offset[before] + length[before]), (after, table.offset[after % len(table)] - length)
     rows = Columns(table.start, table.kind.copy(), table.source.copy(), table.offset.copy())
+    # First from the row before each ZERO row, then from the row after it.
     for neighbour, place in places if len(table) else ():
         _extend(table, rows, neighbour, place)
     return Extents(table.size, rows, table.sources)
 
 
 def _extend(table: Extents, rows: Columns, neighbour: Column, place: Column) -> None:
-    """Turns rows that are still ZERO into windows of their neighbour's file at `place`, where it has a hole there."""
+    """Turns the remaining ZERO rows into windows onto the neighbour's file at `place`, if it has a hole there."""
     beside = neighbour % len(table)
+    # False for a neighbour outside the table.
     there = (neighbour == beside) & (rows.kind == Kind.ZERO) & (table.kind[beside] == Kind.DATA)
     for index in distinct(table.source[beside[there]].astype(np.int64)).tolist():
         file = table.sources[index]
@@ -52,16 +54,17 @@ def _extend(table: Extents, rows: Columns, neighbour: Column, place: Column) -> 
 
 
 def _in_hole(file: File, offset: Column, length: Column) -> npt.NDArray[np.bool_]:
-    """Returns which of the ranges, none of which is empty, lie inside one hole of the file."""
+    """Returns a mask of the ranges, not empty, that lie inside one hole of the file."""
     storage = on_storage(file)
     inside = (offset >= 0) & (offset + length <= file.size)
+    # Ranges outside the file get row 0; `inside` leaves them out.
     first, last = (storage.row_at(np.where(inside, at, 0)) for at in (offset, offset + length - 1))
     hole: npt.NDArray[np.bool_] = inside & (first == last) & (storage.kind[first] == Kind.ZERO)
     return hole
 
 
 def ranges_in_files(table: Extents, unit: int) -> Ranges:
-    """Returns what of a disk lies in files in whole units, at whole units; sources are those of the table."""
+    """Returns the ranges of a disk in files, clipped to whole units; `source` indexes the sources of the table."""
     start, end = -(-table.start // unit) * unit, table.end // unit * unit
     there = table.in_files() & (start < end)
     there &= (table.offset - table.start) % unit == 0

@@ -1,1 +1,1 @@
-"""What Linux offers and Python does not: system calls, bounded threads, delayed signals; imports only errors."""
+"""Linux system calls that Python lacks, a bounded thread pool, deferred signals; imports only errors."""

@@ -1,4 +1,4 @@
-"""What Linux offers a file besides reading and writing: cloning ranges, freeing them, their places, attribute flags.
+"""Linux file operations: reflink, hole punching, extent maps, inode flags, leases, mounts.
 
 Request numbers and structures: linux/fs.h, linux/falloc.h, linux/fiemap.h, linux/btrfs.h; man 2 ioctl_ficlonerange,
 man 2 renameat2, man 2 fallocate.
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, 524})
-"""What filesystems and kernels without a call answer. 524, ENOTSUPP, is the kernel's own, and some NFS leaks it."""
+"""Errors of calls that kernel or filesystem do not support. 524 is the kernel's ENOTSUPP, which some NFS leaks."""
 
-# Questions are asked with arguments that never change: what is invalid about them is that they are not known. A filter
-# of system calls, or a security module, denies them.
+# The arguments of queries are constant, so EINVAL means that the request is unknown. seccomp or an LSM may deny it.
 _UNKNOWN = NOT_SUPPORTED | {errno.EINVAL}
 _DENIED = frozenset({errno.EPERM, errno.EACCES})
-# man 2 fcntl: what is open for writing is busy; the rest says that this user, or this filesystem, has no leases.
+# man 2 fcntl: EAGAIN means open for writing; these mean that the user or the filesystem has no leases.
 _NO_LEASE = _UNKNOWN | _DENIED | {errno.ENOLCK}
 
 FICLONERANGE = 0x4020940D
@@ -40,8 +39,8 @@ _COMPRESS = 0x4
 
 _FIEMAP_SYNC = 1
 _FIEMAP_LAST = 1
-# Addresses of such extents say nothing about where the bytes are: unknown, delayed, encoded, encrypted, not aligned,
-# inline, packed with others, merged.
+# Flags of extents without a usable physical address: unknown, delayed, encoded, encrypted, not aligned, inline, tail,
+# merged.
 _FIEMAP_VAGUE = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400
 _FIEMAP_DELAYED = 0x2 | 0x4
 _FIEMAP_ENCODED = 0x8
@@ -54,20 +53,18 @@ CLONE = struct.Struct("=qQQQ")
 
 
 def clone_range(source: int, target: int, source_offset: int, length: int, target_offset: int) -> None:
-    """Shares a range of one file with another; raises `OSError` when the filesystem will not."""
+    """Shares a range of one file with another (FICLONERANGE), all numbers in bytes; raises `OSError`."""
     fcntl.ioctl(target, FICLONERANGE, CLONE.pack(source, source_offset, length, target_offset))
 
 
 def not_told(exc: OSError) -> bool:
-    """True when FIEMAP failed because the filesystem, or a filter of system calls, does not tell where bytes lie.
-
-    EBADR is the answer to flags that a filesystem does not know (Documentation/filesystems/fiemap.rst).
-    """
+    """True if FIEMAP failed because the filesystem does not support it or seccomp denies it."""
+    # EBADR: the filesystem does not support the flags (Documentation/filesystems/fiemap.rst).
     return exc.errno in _UNKNOWN | _DENIED | {errno.EBADR}
 
 
 def _ioctl(descriptor: int, request: int, argument: bytes | bytearray) -> bytes | int:
-    """Calls `fcntl.ioctl`; errors name the file."""
+    """Calls `fcntl.ioctl`; errors have the name of the file."""
     try:
         return fcntl.ioctl(descriptor, request, argument)
     except OSError as exc:
@@ -80,15 +77,16 @@ def _named(exc: OSError, descriptor: int) -> OSError:
 
 
 def close(descriptor: int) -> None:
-    """Closes a descriptor of what was only read, or was synced: it is closed whatever is said, and nothing is lost."""
+    """Closes the descriptor of a file that was only read, or was synced; ignores errors."""
     try:
         os.close(descriptor)
     except OSError:
+        # Linux closes the descriptor even if close fails, and no write is pending.
         return
 
 
 def name_of(descriptor: int) -> str:
-    """Returns the name that the file of a descriptor has now, for messages; its number where /proc does not tell."""
+    """Returns the current path of an open file, for messages; the descriptor's number without /proc."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")
     except OSError:
@@ -96,22 +94,23 @@ def name_of(descriptor: int) -> str:
         return f"descriptor {descriptor}"
 
 
+# These ioctls do without fallocate(2), for which Python has no binding.
 # struct space_resv: l_type, l_whence, l_start, l_len, l_sysid, l_pid, l_pad.
 _SPACE = struct.Struct("=hhiqqiI16x")
 
 
 def punch_hole(descriptor: int, offset: int, length: int) -> None:
-    """Makes a range of a file read as zero, and frees its whole blocks; the file's size stays.
+    """Zeroes a range of a file and frees its whole blocks; the file's size does not change.
 
-    FS_IOC_UNRESVSP64, which is fallocate(FALLOC_FL_PUNCH_HOLE) on all filesystems that have it.
+    FS_IOC_UNRESVSP64, the same as fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE).
     """
     _change_space(descriptor, _UNRESERVE, offset, length)
 
 
 def allocate(descriptor: int, offset: int, length: int) -> None:
-    """Finds room for a range of a file, which reads as zero until it is written; the file's size stays.
+    """Allocates a range of a file, unwritten (it reads as zero); the file's size does not change.
 
-    FS_IOC_RESVSP64, which is fallocate(FALLOC_FL_KEEP_SIZE) on all filesystems that have it.
+    FS_IOC_RESVSP64, the same as fallocate(FALLOC_FL_KEEP_SIZE).
     """
     _change_space(descriptor, _RESERVE, offset, length)
 
@@ -124,21 +123,23 @@ _COLLAPSE, _INSERT = 0x08, 0x20
 
 
 def collapse_range(descriptor: int, offset: int, length: int) -> None:
-    """Takes whole blocks out of a file: what lies behind them moves forward, without being copied."""
+    """Removes whole blocks from a file; later extents move down without a copy (FALLOC_FL_COLLAPSE_RANGE)."""
     _fallocate(descriptor, _COLLAPSE, offset, length)
 
 
 def insert_range(descriptor: int, offset: int, length: int) -> None:
-    """Puts a hole of whole blocks into a file: what lies behind its place moves back, without being copied."""
+    """Inserts a hole of whole blocks into a file; later extents move up without a copy (FALLOC_FL_INSERT_RANGE)."""
     _fallocate(descriptor, _INSERT, offset, length)
 
 
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
+    # os.posix_fallocate has no mode.
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
     library.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     while library.fallocate(descriptor, mode, offset, length):
+        # ctypes does not retry interrupted calls as Python does (PEP 475).
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise _named(OSError(number, os.strerror(number)), descriptor)
@@ -149,10 +150,11 @@ _AT_FDCWD = -100
 
 
 def rename_new(old: str, new: str, directory: int = _AT_FDCWD) -> None:
-    """Gives a file another name in one step; raises `FileExistsError` when there is such a file.
+    """Renames a file atomically (RENAME_NOREPLACE); raises `FileExistsError` if the new name exists.
 
-    Both names are relative to an open directory.
+    Both names are relative to the open directory.
     """
+    # os.rename would replace an existing file, and Python has no binding for renameat2(2).
     import ctypes
 
     library = ctypes.CDLL(None, use_errno=True)
@@ -163,10 +165,10 @@ def rename_new(old: str, new: str, directory: int = _AT_FDCWD) -> None:
 
 
 def is_open_for_writing(descriptor: int) -> bool:
-    """True when somebody has the file of this read-only descriptor open for writing, the kernel's loop device too.
+    """True if the file of this read-only descriptor is open for writing elsewhere, including by a loop device.
 
-    Asked by a lease, which is given back at once; False where the filesystem has none, or this user may not. Any other
-    error says nothing, and is raised.
+    Takes a read lease and releases it at once. False if the filesystem has no leases, or this user may not take one.
+    Raises `OSError` for any other error.
     """
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
@@ -179,19 +181,19 @@ def is_open_for_writing(descriptor: int) -> bool:
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as exc:
-        # With a lease that stays, opening the file for writing would end this process with a signal.
+        # With the lease kept, a writer's open would kill this process with SIGIO.
         raise _named(exc, descriptor) from None
     return False
 
 
 def is_nocow(descriptor: int) -> bool:
-    """True for a file that Btrfs does not copy on write (chattr +C); False where there is no such thing."""
+    """True for a file with the attribute NOCOW of Btrfs (chattr +C); False on filesystems without it."""
     answer = _attribute(descriptor, _GETFLAGS, 8)
     return answer is not None and bool(struct.unpack("=q", answer)[0] & _NOCOW)
 
 
 def _attribute(descriptor: int, request: int, size: int) -> bytes | None:
-    """Returns what a file is asked for by an ioctl; None where the filesystem does not know, or may not say."""
+    """Returns the answer of a query ioctl; None if it is not supported or denied."""
     try:
         answer = _ioctl(descriptor, request, bytes(size))
     except OSError as exc:
@@ -202,52 +204,49 @@ def _attribute(descriptor: int, request: int, size: int) -> bytes | None:
 
 
 def set_nocow(descriptor: int, nocow: bool = True) -> None:
-    """Makes an empty file one that Btrfs does not copy on write, or one that it does.
-
-    What is not copied on write is never compressed: the flag that a directory gives to new files for that goes.
-    """
+    """Sets or clears NOCOW on an empty file; setting it clears COMPRESS, which the directory may have passed on."""
     flags: int = struct.unpack("=q", bytes(_ioctl(descriptor, _GETFLAGS, bytes(8))))[0]
     if nocow and flags & _COMPRESS:
-        # Not both in one call.
+        # Btrfs does not accept both changes in one call.
         flags &= ~_COMPRESS
         _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags))
     _ioctl(descriptor, _SETFLAGS, struct.pack("=q", flags | _NOCOW if nocow else flags & ~_NOCOW))
 
 
 def inode_flags(descriptor: int) -> int:
-    """Returns the flags of a file (FS_IOC_GETFLAGS, chattr); raises `OSError` where there are none."""
-    # The request's number says long, and the kernel fills in an int.
+    """Returns the inode flags of a file (FS_IOC_GETFLAGS, chattr); raises `OSError` if it has none."""
+    # The request number encodes a long, but the kernel writes an int.
     flags: int = struct.unpack_from("=I", fcntl.ioctl(descriptor, _GETFLAGS, bytes(8)))[0]
     return flags
 
 
 def set_inode_flags(descriptor: int, flags: int) -> None:
-    """Sets the flags of a file; raises `OSError` where they cannot be set."""
+    """Sets the inode flags of a file (FS_IOC_SETFLAGS); raises `OSError`."""
     fcntl.ioctl(descriptor, _SETFLAGS, struct.pack("=Q", flags))
 
 
 def generation(descriptor: int) -> int | None:
-    """Returns what tells a file from the next one that gets its inode's number; None where the filesystem does not say.
+    """Returns the inode's generation number, which changes when the inode number is reused; None without support.
 
-    FS_IOC_GETVERSION: ext4, XFS and Btrfs have it, tmpfs and NFS do not.
+    FS_IOC_GETVERSION: supported by ext4, XFS and Btrfs, not by tmpfs and NFS.
     """
     answer = _attribute(descriptor, _GETVERSION, 8)
     if answer is None:
         return None
-    # The request's number says long, and the kernel fills in an int.
+    # The request number encodes a long, but the kernel writes an int.
     number: int = struct.unpack_from("=I", answer)[0]
     return number
 
 
 class Mount(NamedTuple):
-    """The filesystem that holds a path: its type and where it is mounted."""
+    """The filesystem of a path: its type and its mount point."""
 
     type: str
     point: str
 
 
 def mount_of(path: str) -> Mount:
-    """Returns the filesystem that holds `path`, from the kernel's table of mounts; it is unknown where /proc is not."""
+    """Returns the mount of `path` from /proc/self/mountinfo; type "unknown filesystem" without /proc."""
     real = os.path.realpath(path)
     best = Mount("unknown filesystem", "/")
     try:
@@ -256,32 +255,33 @@ def mount_of(path: str) -> Mount:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return best
     for line in lines:
-        # man 5 proc: six fields and optional ones, a hyphen, the type; who reads it may be sent anything else.
+        # man 5 proc_pid_mountinfo: six fields, optional ones, a hyphen, the type. Other lines are skipped.
         fields, _, rest = line.partition(b" - ")
         words = fields.split(b" ")
         if len(words) < 6 or not rest:
             continue
         point = os.fsdecode(_unescaped(words[4]))
         inside = real == point or real.startswith(point.rstrip("/") + "/")
-        # Of two mounts on one point, the later line is the one that is seen.
+        # Of two mounts on one point, the later line hides the earlier.
         if inside and len(point) >= len(best.point):
             best = Mount(os.fsdecode(rest.split(b" ", 1)[0]), point)
     return best
 
 
 def _unescaped(field: bytes) -> bytes:
-    """Returns a field of mountinfo, in which space, tab, newline and backslash are octal."""
+    """Returns a field of mountinfo with its octal escapes (space, tab, newline, backslash) decoded."""
     for code in (b"040", b"011", b"012", b"134"):
         field = field.replace(b"\\" + code, bytes([int(code, 8)]))
     return field
 
 
 def filesystem_id(descriptor: int) -> bytes:
-    """Returns what tells one filesystem's blocks from another's.
+    """Returns the identity of the filesystem of an open file: its device number, or the fsid of a Btrfs.
 
-    The device number is not it on Btrfs, where each subvolume has its own. Raises `OSError`, see `not_told`.
+    Raises `OSError`, see `not_told`.
     """
     try:
+        # Each subvolume of a Btrfs has a device number of its own, but all share blocks.
         return bytes(_ioctl(descriptor, _BTRFS_FS_INFO, bytes(1024)))[16:32]
     except OSError as exc:
         if exc.errno not in _UNKNOWN:
@@ -290,10 +290,9 @@ def filesystem_id(descriptor: int) -> bytes:
 
 
 def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
-    """Returns rows `(logical, length, physical)` in bytes for the written extents of a file whose place is certain.
+    """Returns rows `(logical, length, physical)` in bytes, of written extents whose physical address is certain.
 
-    What is missing from the rows has no bytes of its own on storage, or none whose place says which they are (inline,
-    compressed, delayed). Raises `OSError`, see `not_told`, where the filesystem cannot tell.
+    Leaves out inline, compressed and delayed extents. Raises `OSError`, see `not_told`.
     """
     rows, flags = extents(descriptor)
     certain: npt.NDArray[np.int64] = rows[(flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN)) == 0]
@@ -301,9 +300,9 @@ def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
 
 
 def encoded_ranges(descriptor: int) -> npt.NDArray[np.int64]:
-    """Returns rows `(logical, length, physical)` for the extents that are stored encoded: compressed, mostly.
+    """Returns rows `(logical, length, physical)` in bytes, of encoded extents: compressed, mostly.
 
-    `physical` is where the whole extent begins, even where the file has only a part of it. Raises `OSError`, as above.
+    `physical` is the start of the whole extent, even if the file has only a part of it. Raises `OSError`.
     """
     rows, flags = extents(descriptor)
     encoded: npt.NDArray[np.int64] = rows[flags & (_FIEMAP_VAGUE | _FIEMAP_UNWRITTEN) == _FIEMAP_ENCODED]
@@ -311,7 +310,7 @@ def encoded_ranges(descriptor: int) -> npt.NDArray[np.int64]:
 
 
 def settled_ranges(descriptor: int) -> npt.NDArray[np.int64] | None:
-    """Returns rows `(logical, length, physical)` for all extents, unwritten ones too; None where one is uncertain."""
+    """Returns rows `(logical, length, physical)` in bytes, of all extents; None if an address is uncertain."""
     rows, flags = extents(descriptor)
     return None if (flags & _FIEMAP_VAGUE).any() else rows
 
@@ -325,24 +324,23 @@ def shares_blocks(descriptor: int) -> bool:
 
 
 def written_ranges(descriptor: int) -> npt.NDArray[np.int64]:
-    """Returns rows `(start, end)` in bytes for the extents of a file that are written, in order and apart.
+    """Returns rows `(start, end)` in bytes, of the written extents of a file: sorted, without overlaps.
 
-    An unwritten extent reads as zero, whether or not its pages are cached: SEEK_DATA takes it for data where they are.
-    Raises `OSError` where the filesystem cannot tell.
+    Unwritten extents read as zero. (SEEK_DATA reports them as data while their pages are cached.) Raises `OSError`.
     """
     rows, flags = extents(descriptor)
-    # What is delayed has bytes whose place is not known yet.
+    # Delayed extents have data without an address yet.
     unwritten = (flags & _FIEMAP_UNWRITTEN != 0) & (flags & _FIEMAP_DELAYED == 0)
     return _apart(rows[~unwritten])
 
 
 def allocated_ranges(descriptor: int) -> npt.NDArray[np.int64]:
-    """Returns rows `(start, end)` in bytes for all extents of a file, unwritten ones too; see `written_ranges`."""
+    """Returns rows `(start, end)` in bytes, of all extents of a file, unwritten ones too; see `written_ranges`."""
     return _apart(extents(descriptor)[0])
 
 
 def _apart(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns `(start, end)` of extents, of which none overlaps the one before."""
+    """Returns `(start, end)` of extents, with overlaps removed."""
     import numpy as np
 
     end = np.maximum.accumulate(rows[:, 0] + rows[:, 1])
@@ -353,9 +351,10 @@ def _apart(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def extents(descriptor: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Returns rows `(logical, length, physical)` for all extents of a file, in order, and the flags of each."""
+    """Returns rows `(logical, length, physical)` in bytes, of all extents of a file, and the FIEMAP flags of each."""
     import numpy as np
 
+    # struct fiemap_extent
     extent = np.dtype(
         [
             ("logical", "<u8"),
@@ -370,6 +369,7 @@ def extents(descriptor: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
     flags = [np.empty(0, dtype=np.int64)]
     start = 0
     while True:
+        # struct fiemap: fm_start, fm_length, fm_flags, fm_mapped_extents, fm_extent_count, fm_reserved.
         request = bytearray(32 + _FIEMAP_BATCH * extent.itemsize)
         struct.pack_into("=QQIIII", request, 0, start, (1 << 63) - start, _FIEMAP_SYNC, 0, _FIEMAP_BATCH, 0)
         _ioctl(descriptor, _FIEMAP, request)

@@ -1,4 +1,4 @@
-"""Signals that end a run are delayed while files get their names: what was committed is finished first."""
+"""Defers terminating signals while files are renamed, so that a commit is not torn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-"""Signals by which users, terminals and service managers end a program."""
+"""Signals with which users, terminals and service managers terminate a program."""
 
 
 class Stopped(KeyboardInterrupt):
-    """Another signal than SIGINT ended the run; like that one it is no `Exception`, which plugins' code may catch."""
+    """A signal other than SIGINT terminated the run."""
+
+    # A BaseException like KeyboardInterrupt: code of plugins may catch Exception.
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -21,11 +23,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Delays the signals of `ENDING` until the block has ended, and delivers them then: Ctrl-C raises afterwards.
+    """Defers the signals of `ENDING` until the block ends, then delivers them. May be nested.
 
-    Python runs handlers in the main thread only. In any other thread the thread's signal mask is set instead, which
-    keeps signals of the whole process from this thread and not from others. May be nested.
+    Outside the main thread it only blocks them in the calling thread.
     """
+    # Python runs handlers in the main thread only, and lets no other thread install them.
     if threading.current_thread() is not threading.main_thread():
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
@@ -35,14 +37,14 @@ def held() -> Iterator[None]:
         return
     came: list[int] = []
     handlers = {each: signal.getsignal(each) for each in ENDING}
-    # A handler that was not installed from Python is None and cannot be restored.
+    # A handler that was not installed from Python is None and could not be restored.
     delayed = {each: handler for each, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
     for each in delayed:
         signal.signal(each, lambda number, _frame: came.append(number))
     try:
         yield
     finally:
-        # Blocked, because a handler that is restored first would raise before the others are restored.
+        # Blocked, because a handler that is restored early could raise before the others are restored.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         for each, handler in delayed.items():
             signal.signal(each, handler)

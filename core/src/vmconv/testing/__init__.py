@@ -1,4 +1,4 @@
-"""The conformance kit: what every format and every backend has to pass, and generators of disks to test with.
+"""The conformance kit: tests for formats and backends, and generators of disks.
 
 A plugin's test file is mostly one class::
 
@@ -8,8 +8,8 @@ A plugin's test file is mostly one class::
         format = Qcow2()
         variants = ({}, {"cluster_size": "4K"})
 
-It needs pytest and hypothesis: `pip install vmconv[testing]`. For useful failures, put
-`pytest.register_assert_rewrite("vmconv.testing")` into the plugin's conftest.py before importing it.
+It needs pytest and hypothesis: `pip install vmconv[testing]`. For detailed assertion messages, call
+`pytest.register_assert_rewrite("vmconv.testing")` in the plugin's conftest.py before importing it.
 """
 
 from vmconv.testing.backends import BackendTests

@@ -1,4 +1,4 @@
-"""What every storage backend has to pass."""
+"""The conformance tests of storage backends."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ OpenFile = Callable[[str], File]
 
 
 class BackendTests:
-    """Subclass it, make a `backend`, and override the fixture `directory` where it needs a certain filesystem."""
+    """Subclass it, set `backend`, and override the fixture `directory` if the backend needs a certain filesystem."""
 
     backend: ClassVar[Backend]
     shares: ClassVar[bool]
-    """Whether the backend must be able to share in `directory`."""
+    """Whether the backend shares in `directory`."""
 
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Iterator[str]:
-        """An empty directory that the backend can be used in."""
+        """An empty directory in which the backend is usable."""
         yield str(tmp_path)
 
     @pytest.fixture
     def open_file(self) -> Iterator[OpenFile]:
-        """Opens a file by its path, for reading."""
+        """Opens files by path, for reading."""
         with ExitStack() as stack:
 
             def opened(path: str) -> File:
@@ -52,11 +52,11 @@ class BackendTests:
             yield opened
 
     def read_back(self, path: str) -> bytes:
-        """Returns the content of a file that was committed."""
+        """Returns the content of a committed file."""
         return Path(path).read_bytes()
 
     def names(self, directory: str) -> list[str]:
-        """Returns all that a directory holds."""
+        """Returns the names in a directory, sorted."""
         return sorted(os.listdir(directory))
 
     def no_steps(self) -> ShareSteps:
@@ -75,7 +75,7 @@ class BackendTests:
             yield
 
     def begin(self, directory: str, **options: Any) -> Transaction:
-        """Returns a transaction for an open directory, which is closed at the end of the test."""
+        """Returns a transaction in a directory, which is closed at the end of the test."""
         return self.backend.begin(self._stack.enter_context(Directory.at(directory)), **options)
 
     def start(self, transaction: Transaction, name: str, size: int) -> Output:
@@ -92,7 +92,7 @@ class BackendTests:
     def unit(self, directory: str) -> int:
         return max(self.backend.capabilities(directory).unit, 512)
 
-    # -- abilities
+    # -- capabilities
 
     def test_it_says_whether_it_can_be_used_and_shares(self, directory: str) -> None:
         capabilities = self.backend.capabilities(directory)
@@ -253,10 +253,10 @@ class BackendTests:
         self.commit_two(directory, b"new content", force=True)
         assert self.read_back(os.path.join(directory, "two")) == b"new content"
 
-    # -- what is promised whatever happens
+    # -- durability, permissions, crashes
 
     def on_storage(self, directory: str, name: str = "target") -> str:
-        """Returns the path of a file that was committed; skips for a backend that keeps nothing in a directory."""
+        """Returns the path of a committed file; skips the test for a backend that stores nothing in a directory."""
         path = os.path.join(directory, name)
         if not os.path.exists(path):
             pytest.skip("this backend keeps nothing on storage")
@@ -287,7 +287,7 @@ class BackendTests:
             monkeypatch.setattr(os, name, noted(getattr(os, name)))
         self.commit_one(directory)
         path = self.on_storage(directory)
-        assert (os.stat(path).st_ino, False) in synced, "the file was not synced before it got its name"
+        assert (os.stat(path).st_ino, False) in synced, "the file was not synced before it was renamed"
         assert (os.stat(directory).st_ino, True) in synced, "the directory was not synced after that"
 
     def test_who_has_the_replaced_file_open_goes_on_reading_it(self, directory: str) -> None:
@@ -326,7 +326,7 @@ class BackendTests:
     @pytest.mark.parametrize("force", [False, True])
     def test_a_set_whose_process_is_killed_is_there_as_a_whole_or_not_at_all(self, directory: str, force: bool) -> None:
         names = ("one", "two", "three")
-        # Journals are believed by a key of the user's, which the first run makes.
+        # Creates the user's key, with which journals are authenticated.
         self._killed(directory, names, force=force, at=-1)
         self._refuse_halves(directory, names)
         for at in range(_MOST_STEPS):
@@ -339,16 +339,16 @@ class BackendTests:
         raise AssertionError(f"commit takes more than {_MOST_STEPS} steps")
 
     def _refuse_halves(self, directory: str, names: Sequence[str]) -> None:
-        """Fails when only some of the files are there; removes them."""
+        """Fails if only some of the files exist; removes them."""
         there = [name for name in names if name in self.names(directory)]
-        assert there in ([], list(names)), f"only {there} of {names} are there after a kill"
+        assert there in ([], list(names)), f"only {there} of {names} exist after a kill"
         for name in there:
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(directory, name))
-        assert not [name for name in self.names(directory) if name.startswith(PREFIX)], "a killed run has left a file"
+        assert not [name for name in self.names(directory) if name.startswith(PREFIX)], "the killed process left a file"
 
     def _killed(self, directory: str, names: Sequence[str], *, force: bool, at: int) -> bool:
-        """Makes files in a process that is killed at step `at` of the commit; returns whether it came to its end."""
+        """Commits files in a process that is killed at step `at`; returns whether it finished before that."""
         child = os.fork()
         if not child:
             try:
@@ -361,13 +361,14 @@ class BackendTests:
                     sys.addaudithook(_killing(at))
                 transaction.commit()
             finally:
+                # Not pytest's exit handlers, which belong to the parent.
                 os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 _MOST_STEPS = 200
 _STEPS = frozenset({"ctypes.dlsym", "open", "os.link", "os.remove", "os.rename", "os.truncate"})
-"""Events that Python tells of before it changes names (PEP 578); ctypes for system calls that it has not."""
+"""Audit events before changes of names (PEP 578); ctypes is for system calls that Python lacks."""
 
 
 def _killing(at: int) -> Callable[[str, Any], None]:

@@ -1,4 +1,4 @@
-"""Disks without storage: sources in memory, images over them, and layouts made real in memory."""
+"""Disks in memory: sources, images, and layouts that are written to memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTOR = 512
 
 
 def random_bytes(count: int, seed: int = 0) -> bytes:
-    """Returns the same incompressible bytes for the same seed."""
+    """Returns incompressible bytes, the same for the same seed."""
     return random.Random(seed).randbytes(count)
 
 
@@ -32,25 +32,25 @@ def patterned(size: int, pieces: Iterable[tuple[int, int]], seed: int = 0) -> Me
 
 
 def image_file(content: bytes, name: str = "image") -> MemoryFile:
-    """Returns a file in memory with this content."""
+    """Returns a file in memory with the given content."""
     file = MemoryFile(name, len(content))
     file.write(0, content)
     return file
 
 
 def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, **metadata: Any) -> Image:
-    """Returns a disk that is `table`, for writers; `metadata` are fields of `Disk`."""
+    """Returns an image with this table, as input of writers; `metadata` are fields of `Disk`."""
     load_parent = (lambda: parent) if parent else None
     return Image("test", file, table.size, lambda: table, load_parent=load_parent, metadata=metadata)
 
 
 def raw_disk(file: MemoryFile, **metadata: Any) -> Image:
-    """Returns the disk that a file is, byte for byte."""
+    """Returns a file as a raw disk."""
     return disk_of(on_storage(file), file, **metadata)
 
 
 def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[Plan, list[MemoryFile]]:
-    """Returns the plan of a layout and its files made in memory; payload is shared wherever it is congruent."""
+    """Returns the plan of a layout and its files in memory; congruent payload is shared."""
     backend = MemoryBackend()
     sources = [source for source in image.flat.sources if isinstance(source, MemoryFile)]
     plan = plan_layout(layout, name, "", backend.name, backend.survey("", sources))
@@ -59,9 +59,9 @@ def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[P
 
 
 def changed_in_place(out: OutFile, carrier: MemoryFile) -> MemoryFile:
-    """Returns what `carrier` becomes when it is changed into an output; fails where payload would not stay.
+    """Returns the result of converting `carrier` in place; fails if payload inside it moves.
 
-    What no reader may look at keeps the bytes that were there, if there is slack.
+    Ranges of slack keep their old bytes.
     """
     file = MemoryFile("image", out.table.size)
     moved = 0
@@ -78,10 +78,10 @@ def changed_in_place(out: OutFile, carrier: MemoryFile) -> MemoryFile:
 
 
 def content(table: Extents) -> bytes:
-    """Returns what a guest reads."""
+    """Returns the bytes that a guest reads."""
     return table.without_holes().read(0, table.size)
 
 
 def kinds(table: Extents) -> Sequence[Kind]:
-    """Returns the kinds of the rows."""
+    """Returns the kind of each row."""
     return [row.kind for row in table]

@@ -1,4 +1,4 @@
-"""What every format has to pass."""
+"""The conformance tests of formats."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MOST_METADATA = 32 << 20
 
 
 class _Siblings(Opener):
-    """An opener that knows the files of one image made in memory, and no others."""
+    """An opener for the files of one image in memory."""
 
     def __init__(self, registry: Registry, files: Mapping[str, File]) -> None:
         super().__init__(registry)
@@ -62,12 +62,12 @@ class _Siblings(Opener):
 
 
 def _made_by(layout: Layout) -> list[Source]:
-    """Returns the sources of a layout that its writer made."""
+    """Returns the sources of a layout that its writer generated."""
     return [source for out in layout.files for source in out.table.sources if not isinstance(source, File)]
 
 
 def _random_pieces(rng: random.Random, size: int) -> Iterator[tuple[int, int]]:
-    """Yields ranges anywhere in `size` bytes, short and long, many of which begin or end just beside a page."""
+    """Yields short and long ranges in `size` bytes; half of them begin near a page boundary."""
     for _ in range(48 if size else 0):
         start = rng.randrange(size)
         if rng.random() < 0.5:
@@ -77,21 +77,21 @@ def _random_pieces(rng: random.Random, size: int) -> Iterator[tuple[int, int]]:
 
 
 class FormatTests(StackingTests):
-    """Subclass it, say which `format`, and pytest collects the rest; the answers below it may need."""
+    """Subclass it and set `format`; set the other attributes if the format needs them. pytest collects the tests."""
 
     format: ClassVar[Format]
     variants: ClassVar[Sequence[Mapping[str, str]]] = ({},)
-    """Options to write images with, as a user would give them; each test that writes runs for each."""
+    """Options of the writer, as on the command line; each test that writes runs for each."""
     wrong_options: ClassVar[Sequence[Mapping[str, str]]] = ()
     """Options that must be refused."""
     metadata: ClassVar[Mapping[str, Any]] = {}
     """A value for each field of `Disk` that the format carries."""
     block: ClassVar[int] = 512
-    """A payload granularity, bytes, at which every variant can reference payload that is aligned to it."""
+    """Bytes; every variant can share payload that is aligned to this."""
     has_signature: ClassVar[bool] = True
-    """False for a format whose images cannot be told by their content."""
+    """False for a format without a signature."""
 
-    # -- what the tests are made of
+    # -- helpers
 
     def write(self, image: Image, variant: Mapping[str, str], modulus: int = 512) -> Layout:
         options = parse_options(self.format.options(), variant, self.format.name)
@@ -108,11 +108,11 @@ class FormatTests(StackingTests):
         return self.read(files, layout)
 
     def sample(self, variant: Mapping[str, str]) -> bytes:
-        """Returns the bytes of an image with payload, zeros and a hole, in one file."""
+        """Returns the bytes of an image in one file, with payload, zeros and a hole."""
         return self.sound(variant).data
 
     def sound(self, variant: Mapping[str, str]) -> Sample:
-        """Returns the same image, and where in it its metadata is."""
+        """Returns the image of `sample` with the ranges of its metadata."""
         source = patterned(3 * _MIB, [(0, 4096), (_MIB, 70000), (3 * _MIB - 8192, 8192)])
         image = raw_disk(source)
         layout = self.write(image, variant)
@@ -122,7 +122,7 @@ class FormatTests(StackingTests):
         return Sample(files[-1].read(0, files[-1].size), places)
 
     def seal(self, data: bytearray) -> None:
-        """Makes the checksums of an image right after it was changed; override it where the format has them."""
+        """Updates the checksums of a modified image; override it for a format with checksums."""
 
     def open_sample(self, data: bytes) -> Image:
         return self.format.read(image_file(data), _Siblings(Registry({self.format.name: self.format}), {}))
@@ -139,6 +139,7 @@ class FormatTests(StackingTests):
         assert all(re.fullmatch(r"[a-z0-9]*\.[a-z0-9]+", suffix) for suffix in self.format.suffixes)
 
     def test_importing_the_plugin_imports_nothing_heavy(self) -> None:
+        # In a new process, because pytest has imported the heavy modules already.
         module = type(self.format).__module__
         code = f"import sys, {module}; print([m for m in {_HEAVY!r} if m in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -218,7 +219,7 @@ class FormatTests(StackingTests):
 
     def test_payload_stays_in_place_or_is_refused(self) -> None:
         if not self.format.in_place:
-            pytest.skip("this format takes no notice of a carrier")
+            pytest.skip("this format does not support a carrier")
         source = patterned(9 * _MIB, [(0, 4096), (_MIB, 3 * _MIB), (6 * _MIB, 70000)])
         done = 0
         for variant in self.each_variant():
@@ -251,7 +252,7 @@ class FormatTests(StackingTests):
                         assert blob.read(start, length) == whole[start : start + length], (variant, blob.name)
 
     def test_metadata_read_in_random_pieces_is_the_metadata_read_at_once(self) -> None:
-        """Of a disk whose payload lies far apart: tables that are neighbours in the file are of distant addresses."""
+        """With payload far apart, tables that are neighbours in the file map distant addresses."""
         far = [(0, 4096), (_GIB // 2, 70000), (_GIB, 4096), (20 * _GIB, _MIB), (41 * _GIB + 4096, 512)]
         large = patterned(64 * _GIB, far)
         small = patterned(9 * _MIB, [(0, 4096), (_MIB, 5 * _MIB)])
@@ -280,12 +281,12 @@ class FormatTests(StackingTests):
             report = self.format.check(self.open_sample(self.sample(variant)))
             assert report is None or (report.corruption_count, report.leak_count) == (0, 0), (variant, report)
 
-    # -- keeping a parent
+    # -- parents
 
     def each_on_a_parent(self, table: Extents, source: MemoryFile) -> Iterator[tuple[Image, Image]]:
-        """Yields a layer that is `table` and what is read back of it, for each variant that can have a parent."""
+        """Yields a layer with this table and the image read back, for each variant that can have a parent."""
         if not self.format.supports_backing:
-            pytest.skip("this format keeps no parent")
+            pytest.skip("this format has no parents")
         below = patterned(table.size, [(0, table.size)], seed=99)
         parent = self.round_trip(raw_disk(below), self.variants[0])
         backing = Backing(f"base{self.format.suffixes[0]}", self.format.name)
@@ -296,7 +297,7 @@ class FormatTests(StackingTests):
             try:
                 layout = self.format.write(layer, options, Placement(512), backing=backing)
             except PlanError:
-                # Such as a disk that is one flat file; the first variant shows that there are others.
+                # Some variants have no parents, such as flat ones. The first one must.
                 assert made
                 continue
             made += 1
@@ -321,7 +322,7 @@ class FormatTests(StackingTests):
             assert content(result.guest.over(layer.parent.flat)) == content(layer.flat)
             report = self.format.check(result)
             assert report is None or (report.corruption_count, report.leak_count) == (0, 0), report
-            # A layer says no more than blocks make it say, and never less.
+            # Whole blocks may allocate more than the layer, but never less.
             below = layer.guest.total(Kind.HOLE)
             assert below // 4 <= result.guest.total(Kind.HOLE) <= below
 
@@ -373,18 +374,19 @@ class FormatTests(StackingTests):
     # -- hostile input
 
     def outcome(self, file: MemoryFile) -> str:
-        """Reads all of an image; returns "read", or the message of the error, which must be one line that names it.
+        """Reads all of an image; returns "read" or the message of the error, which must be one line.
 
-        What is read has each byte of the file once, or there is a warning; what the check passes can be read.
+        Fails if payload overlaps without a warning, or the check passes tables that the reader refuses.
         """
         try:
             image = self.format.read(file, _Siblings(Registry({self.format.name: self.format}), {}))
             table = image.flat
+            # A malformed image may claim any size.
             for row in table.window(0, min(table.size, 1 << 22)):
                 if row.source is not None and row.offset + row.length <= row.source.size:
                     row.source.read(row.offset, min(row.length, 1 << 16))
             twice = overlaps(image.guest, file)
-            assert image.warnings or not twice, f"{twice.text(0)}, in silence"
+            assert image.warnings or not twice, f"{twice.text(0)}, without a warning"
             self.described(image)
             self.format.check(image)
         except VmconvError as exc:
@@ -396,15 +398,15 @@ class FormatTests(StackingTests):
         return "read"
 
     def described(self, image: Image) -> None:
-        """Makes sure that an image that can be read can be described, whatever else is damaged."""
+        """Fails if an image can be read but not described."""
         try:
             assert image.disk.model_dump(mode="json")
             assert isinstance(image.details, Mapping)
         except VmconvError as exc:
-            raise AssertionError(f"is read and cannot be described: {exc}") from exc
+            raise AssertionError(f"can be read but not described: {exc}") from exc
 
     def found_by_the_check(self, file: MemoryFile, refusal: str) -> None:
-        """Makes sure that the check finds something where the reader refuses the tables of an image it can open."""
+        """Fails if the check passes an image whose tables the reader refuses."""
         try:
             image = self.format.read(file, _Siblings(Registry({self.format.name: self.format}), {}))
             report = self.format.check(image)
@@ -413,15 +415,15 @@ class FormatTests(StackingTests):
         try:
             image.guest  # noqa: B018
         except AccessError:
-            # What an image is made of besides is not there: no structure can tell.
+            # Another file of the image is missing, which its structure cannot show.
             return
         except VmconvError:
-            assert report is None or report.corruption_count, f"the check passes what is refused: {refusal}"
+            assert report is None or report.corruption_count, f"the check passes what the reader refuses: {refusal}"
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_malformed_image_is_read_or_refused_in_one_line(self, kind: str) -> None:
         if not self.has_signature:
-            pytest.skip("anything is an image of this format")
+            pytest.skip("any content is an image of this format")
         outcomes = set()
         for seed, variant in enumerate(self.each_variant()):
             sample = self.sound(variant)

@@ -1,4 +1,4 @@
-"""What every format has to pass whose images have ids: UUIDs, GUIDs, content ids."""
+"""The conformance tests of ids: UUIDs, GUIDs, content ids."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Files = Mapping[str, MemoryFile]
 
 
 class IdentityTests:
-    """The part of `FormatTests` that is about `Placement.identity`."""
+    """The part of `FormatTests` on `Placement.identity`."""
 
     format: ClassVar[Format]
     variants: ClassVar[Sequence[Mapping[str, str]]] = ({},)
     ids: ClassVar[Sequence[str]] = ()
-    """What an image states of itself that no other image may state: "identity", or names of format-specific details."""
+    """Fields that are unique to each image: "identity", or names of format-specific details."""
 
     def made(
         self, image: Image, variant: Mapping[str, str], identity: bytes, name: str, backing: Backing | None = None
     ) -> Files:
-        """Returns the files of an image that holds this disk, by their names; the image itself comes last."""
+        """Returns the files of an image of this disk by name; the image itself comes last."""
         options = parse_options(self.format.options(), variant, self.format.name)
         layout = self.format.write(image, options, Placement(512, name, identity=identity), backing=backing)
         _, files = make_in_memory(layout, image, name)
         return {out.name or name: file for out, file in zip(layout.files, files, strict=True)}
 
     def opened(self, *images: Files) -> Image:
-        """Returns the last of these images; it finds the files of all of them."""
+        """Returns the last of these images, opened with the files of all."""
         results = Results(Registry({self.format.name: self.format}))
         for image in images:
             for name, file in image.items():
@@ -79,7 +79,7 @@ class IdentityTests:
 
     def test_a_layer_on_an_exchanged_parent_is_refused(self) -> None:
         if not (self.format.supports_backing and self.ids):
-            pytest.skip("layers of this format do not say of which content their parent is")
+            pytest.skip("layers of this format do not state the id of their parent")
         name = f"base{self.format.suffixes[0]}"
         bases = [raw_disk(patterned(3 * _MIB, [(0, 3 * _MIB)], seed=seed)) for seed in (1, 2)]
         own, exchanged = (
@@ -94,7 +94,7 @@ class IdentityTests:
             try:
                 top = self.made(layer, variant, derived(_ONE, "top"), "top", Backing(name, self.format.name))
             except PlanError:
-                # Such as a disk that is one flat file.
+                # Some variants have no parents, such as flat ones.
                 continue
             tried += 1
             assert self.opened(own, top).parent is not None

@@ -1,6 +1,6 @@
-"""Malformed images, made from a sound one without knowing its format; and what reading them may cost.
+"""Malformed images, made from a valid one independent of its format, and limits of time and memory for reading them.
 
-The first line of each maker's docstring says what it makes: the documentation quotes it.
+The documentation quotes the first line of each maker's docstring.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from vmconv.testing.disks import random_bytes
 from vmconv.testing.memory import MemoryFile
 
 SOON = 5
-"""Seconds that reading one malformed image may take, on a slow machine too."""
+"""Limit of processor time to read one malformed image, in seconds; generous for slow machines."""
 
 MUCH_MEMORY = 400 << 20
-"""Bytes that may be allocated at once to read a malformed image; Python and numpy themselves take 100 MiB."""
+"""Limit of memory to read one malformed image, in bytes; Python and numpy take 100 MiB."""
 
 LARGE = 1 << 44
-"""Bytes of a file that is mostly a hole: large enough for most of what a damaged header claims."""
+"""Size of a sparse file that contains most offsets of a damaged header, in bytes."""
 
 _CASES = 100
 _HEADER = 256
-"""Bytes at the beginning of a part of metadata that are taken for its header."""
+"""Bytes at the start of each metadata range that count as its header."""
 _ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _ENDS = (0, 1, 7, 8, 71, 72, 103, 104, 511, 512, 1024, 1536, 2048, 4096, 65536, 1 << 17, 1 << 18, 1 << 20)
 _UNITS = (1, 512, 4096, 65536, 1 << 20)
 
 
 class Sample(NamedTuple):
-    """A sound image: its bytes, and the `(start, end)` of each part of it that is metadata."""
+    """A valid image: its bytes, and the `(start, end)` of each range of metadata."""
 
     data: bytes
     metadata: Sequence[tuple[int, int]]
 
     def words(self) -> list[int]:
-        """Returns the places of 4-byte words of metadata: all near the beginning of a part, then those not zero."""
+        """Returns offsets of 4-byte words of metadata: of each range, all in its header, then those not zero."""
         places: list[int] = []
         for start, end in self.metadata:
             first = -(-start // 4) * 4
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """A malformed image: its bytes, and the size of the file when a hole follows them."""
+    """A malformed image: its bytes, and the size of the file if a hole follows them."""
 
     data: bytes
     size: int | None = None
@@ -65,7 +65,7 @@ class Malformed(NamedTuple):
 
 
 class _Content(MemoryFile):
-    """Bytes, and a hole behind them: much faster to make than a file of blocks, of which thousands are needed."""
+    """Bytes and a hole behind them; faster to make than the blocks of `MemoryFile`, because thousands are needed."""
 
     def __init__(self, data: bytes, size: int) -> None:
         super().__init__("image", size)
@@ -78,7 +78,7 @@ class _Content(MemoryFile):
         return piece + bytes(length - len(piece))
 
     def close(self) -> None:
-        # What an image refers to lives until its cycles are found: a hundred images of 8 MiB are much memory.
+        # Reference cycles keep images alive until a garbage collection: a hundred images of 8 MiB.
         self._data = b""
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
@@ -87,7 +87,7 @@ class _Content(MemoryFile):
 
 
 Seal = Callable[[bytearray], None]
-"""Makes the checksums of a changed image right again."""
+"""Updates the checksums of a modified image."""
 
 Maker = Callable[[Sample, random.Random, Seal], Iterator[Malformed]]
 
@@ -115,6 +115,7 @@ def flipped(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malforme
     for number in range(_CASES):
         bits = [(rng.choice(words) + rng.randrange(4), 1 << rng.randrange(8)) for _ in range(rng.choice((1, 1, 2, 4)))]
         changes = [(at, bytes([sample.data[at] ^ bit])) for at, bit in bits]
+        # Each fourth image keeps its checksums wrong, to test the checksums.
         yield Malformed(_changed(sample, seal if number % 4 else _leave, *changes))
 
 
@@ -132,6 +133,7 @@ def absurd(sample: Sample, rng: random.Random, seal: Seal) -> Iterator[Malformed
     values += [n.to_bytes(8, order) for n in (1 << 63, (1 << 64) - 1, 1 << 62, 1 << 42, 1 << 36) for order in _ORDERS]
     words = _beginnings_first(sample, rng)
     for number, at in enumerate(words[:_CASES]):
+        # In a large file, an absurd offset may lie inside.
         data = _changed(sample, seal, (at, rng.choice(values)))
         yield Malformed(data, LARGE if number % 2 else None)
 
@@ -171,7 +173,7 @@ def _word(rng: random.Random, number: int) -> bytes:
 
 
 def _beginnings_first(sample: Sample, rng: random.Random) -> list[int]:
-    """Returns all words of metadata, those near the beginning of a part (where its header is) before the others."""
+    """Returns the offsets of all words of metadata, shuffled, those of headers first."""
     near: list[int] = []
     far: list[int] = []
     for at in sample.words():
@@ -183,22 +185,22 @@ def _beginnings_first(sample: Sample, rng: random.Random) -> list[int]:
 
 
 def _leave(data: bytearray) -> None:
-    """Leaves checksums as they are."""
+    """Leaves checksums unchanged."""
 
 
 _PATIENCE = 20
-"""A block that waits so many times its limit hangs."""
+"""Multiple of the limit after which a block that waits counts as hanging."""
 
 
 class TooSlow(BaseException):
-    """Not an `Exception`, so that nothing between here and the test takes it for one of its own."""
+    """The block exceeded its time. A `BaseException`, so that no code under test catches it."""
 
 
 @contextlib.contextmanager
 def time_limit(seconds: int = SOON) -> Iterator[None]:
-    """Raises `TooSlow` in the main thread when the block takes more processor time, or waits much longer than that.
+    """Raises `TooSlow` in the main thread if the block exceeds a limit of processor time, or hangs.
 
-    Processor time, because other processes on the machine must not decide whether a test passes.
+    Processor time does not depend on other processes of the machine.
     """
 
     def stop(number: int, _frame: object) -> None:
@@ -219,7 +221,7 @@ def time_limit(seconds: int = SOON) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_limit(most: int = MUCH_MEMORY) -> Iterator[None]:
-    """Makes allocations fail with `MemoryError` when what is done needs more, whether it is used or not."""
+    """Makes allocations of the block over a limit fail with `MemoryError`, used or not (RLIMIT_DATA)."""
     with open("/proc/self/status") as status:
         now = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
     before = resource.getrlimit(resource.RLIMIT_DATA)

@@ -1,6 +1,6 @@
-"""A backend without storage, for tests and as a model for third parties: outputs are dictionaries of blocks.
+"""A backend in memory, for tests and as an example for third parties: outputs are dictionaries of blocks.
 
-It shares as storage does: a shared block is a reference to the source's block, and writing to it ends the sharing.
+It shares like a filesystem: a shared block refers to the source's block, and is copied on write.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _UNIT = 512
 
 
 class MemoryFile(File):
-    """A sparse file in memory, as a source like any other."""
+    """A sparse file in memory, usable as a source."""
 
     def __init__(self, name: str, size: int) -> None:
         self.path = name
@@ -57,6 +57,7 @@ class MemoryFile(File):
     def write(self, offset: int, data: bytes) -> None:
         if offset < 0 or offset + len(data) > self.size:
             raise BackendError(f"{self.name}: {offset:#x}+{len(data)} lies outside {self.size:#x}")
+        # Outputs are written from several threads.
         with self._lock:
             at = 0
             while at < len(data):
@@ -68,7 +69,7 @@ class MemoryFile(File):
                 at += step
 
     def reference(self, offset: int, source: Source, source_offset: int, length: int) -> None:
-        """Makes a range a reference; all three numbers in whole blocks, but that a length may end with its source."""
+        """Shares a range, in whole blocks; only the last block of the source may be partial."""
         for at in range(0, length, _UNIT):
             self._shared[(offset + at) // _UNIT] = (source, source_offset + at)
 
@@ -135,7 +136,7 @@ class MemoryTransaction(Transaction):
 
 
 class MemoryBackend(Backend):
-    """Keeps what it makes in `files`, by path, until the process ends."""
+    """Stores outputs in `files`, by path."""
 
     name = "memory"
     title = "keeps the result in memory, for tests"

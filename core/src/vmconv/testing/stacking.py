@@ -1,4 +1,4 @@
-"""What every format has to pass that can have a parent: layers of any size, on top of each other."""
+"""The conformance tests of chains, with layers of different sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIB = 1 << 20
 
 
 class _Layer(NamedTuple):
-    """`size` bytes; `own` are the ranges with payload, `(start, length)`, in order. The layer is silent elsewhere."""
+    """A layer of `size` bytes, with payload in the `(start, length)` ranges `own`, sorted; HOLE elsewhere."""
 
     size: int
     own: Sequence[tuple[int, int]]
@@ -41,11 +41,11 @@ CHAINS: Mapping[str, Sequence[_Layer]] = {
     "the middle is shorter and ends within a sector": [_full(_ALL), _Layer(_ODD, []), _Layer(_ALL, [(0, 512)])],
     "what is added to whole sectors lies before the parent's end": [_full(_ALL), _Layer(_ALL - 100, [(0, 512)])],
 }
-"""Chains by what is special about them, the base first."""
+"""Chains by their special feature, the base first."""
 
 
 def _seen(layers: Sequence[tuple[_Layer, bytes]]) -> bytes:
-    """Returns what a guest reads, with no help of tables: each layer over what is below, cut or filled to its size."""
+    """Returns the bytes that a guest reads, computed without tables: each layer over the one below, at its own size."""
     below = b""
     for layer, payload in layers:
         data = bytearray(below[: layer.size].ljust(layer.size, b"\0"))
@@ -56,21 +56,21 @@ def _seen(layers: Sequence[tuple[_Layer, bytes]]) -> bytes:
 
 
 class StackingTests(IdentityTests):
-    """The part of `FormatTests` that is about layers which differ in size."""
+    """The part of `FormatTests` on layers of different sizes."""
 
     sizes_differ: ClassVar[bool] = True
-    """False for a format whose layers are all as large as their parents: others must be refused."""
+    """False for a format whose layers must be as large as their parents: others must be refused."""
 
     @pytest.mark.parametrize("chain", CHAINS)
     def test_layers_that_differ_in_size_read_as_a_guest_would_or_are_refused(self, chain: str) -> None:
         if not self.format.supports_backing:
-            pytest.skip("this format keeps no parent")
+            pytest.skip("this format has no parents")
         done = 0
         for variant in self.variants:
             try:
                 result, expected = self._stacked(CHAINS[chain], variant)
             except PlanError as exc:
-                # Some variants keep no parent, such as flat ones; the first does.
+                # Some variants have no parents, such as flat ones. The first one must.
                 assert not self.sizes_differ or variant != self.variants[0], exc
                 assert "\n" not in str(exc)
                 continue
@@ -81,7 +81,7 @@ class StackingTests(IdentityTests):
         assert done or not self.sizes_differ
 
     def _stacked(self, chain: Sequence[_Layer], variant: Mapping[str, str]) -> tuple[Image, bytes]:
-        """Returns the top of a chain that was written and read back, and what a guest must read of it."""
+        """Returns the top of a chain, written and read back, and the bytes that a guest must read."""
         images: list[Files] = []
         written: list[tuple[_Layer, bytes]] = []
         for depth, layer in enumerate(chain):

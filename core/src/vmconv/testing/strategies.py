@@ -1,4 +1,4 @@
-"""Hypothesis strategies: tables of extents, and disks whose content is known."""
+"""Hypothesis strategies: tables of extents, and disks with known content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECTORS = 64
 def tables(
     draw: st.DrawFn, sources: tuple[Source, ...], *, size: int | None = None, unit: int = 1, holes: bool = True
 ) -> Extents:
-    """Draws a table of `size` bytes (drawn too by default) with windows onto `sources`, in multiples of `unit`."""
+    """Draws a table of `size` bytes (default: drawn) with windows onto `sources`, in multiples of `unit` bytes."""
     length = draw(st.integers(0, _SECTORS)) * unit if size is None else size
     rows = []
     at = 0
@@ -35,9 +35,9 @@ def tables(
 
 @st.composite
 def disks(draw: st.DrawFn, *, unit: int = SECTOR, holes: bool = False, parent: bool = False) -> object:
-    """Draws a disk (`Image`) of some sectors over random bytes; with `parent`, one layer on top of another.
+    """Draws a disk (`Image`) of random bytes; with `parent`, one layer on top of another.
 
-    Its source is larger than the disk and its rows lie in it in any order, in multiples of `unit` bytes.
+    Its rows lie in a larger source, in any order and in multiples of `unit` bytes.
     """
     file = MemoryFile("source.raw", 2 * _SECTORS * unit)
     file.write(0, random_bytes(file.size, draw(st.integers(0, 3))))

@@ -194,7 +194,7 @@ class _Disk:
         recorded = any(one.name == name and one.fingerprint for one in self.descriptor.dependencies())
         file = self.opener.related(self.file, name, "extent", moved=not recorded)
         if (is_foreign(name) or os.path.isabs(name)) and file.path != name:
-            self._warn(f"{self.file.name}: extent {name!r} is not here: {file.name} beside it was taken")
+            self._warn(f"{self.file.name}: extent {name!r} does not exist: using {file.name} beside it")
         return file
 
     def _flat(self, part: Part, file: File) -> Extents:
