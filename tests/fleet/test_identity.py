@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmconv_fleet.config import NodeConfig
@@ -112,6 +112,7 @@ def test_only_a_retired_node_is_retired(lab: Lab, pair: tuple[NodeConfig, NodeCo
     assert trust.retired(pair[1].node)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         st.sampled_from(["node", "key_id", "upto", "retired", "at", "signature"]),

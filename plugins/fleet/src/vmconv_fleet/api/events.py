@@ -1,4 +1,4 @@
-"""Server-sent events: each record when it is committed here, whoever owns it."""
+"""Server-sent events: each record, of any owner, when it is committed here."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ _log = logging.getLogger("vmconv_fleet.joining")
 
 
 class JoinError(FleetError):
-    """The service for joining cannot be reached, is not whom the invitation names, or refuses."""
+    """The joining service cannot be reached, is not the one of the invitation, or refuses."""
 
 
 class Membership(Protocol):
-    """What the service needs of the running node."""
+    """The joining service's interface to the running node."""
 
     def is_known(self, node: str) -> bool:
-        """Returns whether a node has this id, or ever had."""
+        """Returns whether a node has, or ever had, this id."""
 
     def is_revoked(self, node: str) -> bool:
         """Returns whether the node was revoked."""
@@ -57,14 +57,14 @@ class Membership(Protocol):
         """Returns a certificate of each member."""
 
     def certified(self, certificate: bytes) -> None:
-        """A node got this certificate; returns once that is kept."""
+        """Stores the certificate of a node durably."""
 
     def revoke(self, node: str) -> None:
-        """Revokes the node; returns once that is kept."""
+        """Revokes the node durably."""
 
 
 class JoinService:
-    """The service, on its own threads, from `start` until `close`."""
+    """The joining service, on threads of its own, from `start` to `close`."""
 
     def __init__(self, config: NodeConfig, authority: Authority, membership: Membership) -> None:
         self.config = config
@@ -74,7 +74,7 @@ class JoinService:
         self._thread: threading.Thread | None = None
 
     def start(self) -> int:
-        """Listens and returns the port; `JoinError` when it cannot."""
+        """Listens and returns the port. Raises JoinError if it cannot."""
         host, port = split_address(self.config.join)
         try:
             self._server = _Server(host, port, self)
@@ -91,7 +91,7 @@ class JoinService:
             self._thread.join(TIMEOUT)
 
     def answer(self, path: str, asked: dict[str, Any], caller: str | None) -> dict[str, Any]:
-        """Returns what a question is answered with; `caller` is the node whose certificate the other end has shown."""
+        """Returns the answer to a question; `caller` is the node in the client's certificate, if any."""
         match path:
             case "/join":
                 return self._join(str(asked.get("request")).encode(), str(asked.get("token")))
@@ -112,14 +112,14 @@ class JoinService:
         return caller
 
     def _join(self, request: bytes, token: str) -> dict[str, Any]:
-        # The request is looked at first: a token is not used up by one that is refused anyway.
+        # The request is checked first, so that a refused one does not use up the token.
         certificate = self.authority.issue(request)
         node = binding(read_certificate(certificate), [self.authority.certificate]).node
         if self.membership.is_known(node):
             raise AuthorityError(f"node id {node} is taken")
         self.authority.redeem(token)
         _log.info("node %s joins", node)
-        # All who are members, if they are not too many: the new node hears them from its first session on.
+        # All members, within a limit: the new node accepts them from its first session on.
         return {**self._certified(certificate), "members": _within(MAX_MEMBERS, self.membership.certificates())}
 
     def _certified(self, certificate: bytes) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class JoinService:
 
 
 def _within(limit: int, certificates: list[bytes]) -> str:
-    """Returns so many certificates, one behind the other, as have no more bytes than that."""
+    """Returns as many certificates as fit into `limit` bytes, concatenated."""
     text = ""
     for certificate in certificates:
         if len(text) + len(certificate) > limit:
@@ -146,7 +146,7 @@ def _within(limit: int, certificates: list[bytes]) -> str:
 
 
 class _Server(ThreadingHTTPServer):
-    """HTTPS whose handshakes are on the threads of their connections, of which there are `MAX_CONNECTIONS` at most."""
+    """HTTPS with handshakes on the threads of the connections, at most `MAX_CONNECTIONS` of them."""
 
     daemon_threads = True
     block_on_close = False
@@ -167,7 +167,7 @@ class _Server(ThreadingHTTPServer):
         try:
             with contextlib.suppress(OSError):
                 request.settimeout(TIMEOUT)
-                # A context for each connection: certificates may have been renewed since the last one.
+                # A new context for each connection: certificates may have been renewed.
                 secured = server_context(self.service.config).wrap_socket(request, server_side=True)
                 super().process_request_thread(secured, client_address)
         finally:
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def server_context(config: NodeConfig) -> ssl.SSLContext:
-    """Returns the TLS of a service of this node, to which a node may show its certificate."""
+    """Returns the TLS context of a service of this node; clients may show a certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
@@ -234,7 +234,7 @@ def server_context(config: NodeConfig) -> ssl.SSLContext:
 
 
 class Granted(NamedTuple):
-    """What a node gets from the authority; `members` only when it joins."""
+    """The authority's answer to a node; `members` only when it joins."""
 
     certificate: bytes
     authorities: bytes
@@ -244,7 +244,7 @@ class Granted(NamedTuple):
 
 
 def join(invitation: Invitation, request: bytes) -> Granted:
-    """Asks for a certificate by an invitation."""
+    """Requests a certificate with an invitation."""
     host, _ = split_address(invitation.address)
     context = _client_context(_authority_certificate(invitation))
     with _connected(invitation.address, context) as connection:
@@ -265,20 +265,20 @@ def join(invitation: Invitation, request: bytes) -> Granted:
 
 
 def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
-    """Asks for a new certificate by the one that the node has."""
+    """Requests a new certificate with the present one."""
     with _connected(address, _member_context(config)) as connection:
         found = _post(connection, "/renew", {"request": request.decode()})
     return Granted(found["certificate"].encode(), found["authorities"].encode(), str(found["fleet"]), [])
 
 
 def leave(config: NodeConfig, address: str) -> None:
-    """Asks for the revocation of the node itself."""
+    """Requests the revocation of this node."""
     with _connected(address, _member_context(config)) as connection:
         _post(connection, "/leave", {})
 
 
 def _authority_certificate(invitation: Invitation) -> str:
-    """Returns the certificate with the invitation's fingerprint, from whoever answers at the address."""
+    """Returns the certificate with the invitation's fingerprint, as the server at the address sends it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with _connected(invitation.address, context) as connection:
@@ -299,7 +299,7 @@ def _authority_certificate(invitation: Invitation) -> str:
 def _client_context(authorities: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    # Who is at the other end is told by the node id in its certificate, not by the address.
+    # The node id in the certificate identifies the server, not the address.
     context.check_hostname = False
     context.load_verify_locations(cadata=authorities)
     return context
@@ -314,7 +314,7 @@ def _member_context(config: NodeConfig) -> ssl.SSLContext:
 
 @contextmanager
 def _connected(address: str, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
-    """Gives an open connection; what fails in the block for the network's sake is a `JoinError`."""
+    """Opens a connection; network errors in the block become JoinError."""
     host, port = split_address(address)
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
     try:
@@ -340,7 +340,7 @@ def _post(connection: http.client.HTTPSConnection, path: str, body: dict[str, An
 
 
 def first_that_answers(addresses: list[str], ask: Callable[[str], Any]) -> Any:
-    """Returns the answer of the first authority that can be reached; the last one's error when none can."""
+    """Returns the answer of the first reachable authority; raises the last error if none is reachable."""
     last = JoinError("no authority is known", hint="set authorities in node.toml")
     for address in addresses:
         try:

@@ -1,4 +1,4 @@
-"""What the joining service needs of a running node: who is known, and what the authority signed as records."""
+"""The joining service's access to the node: known nodes, and the authority's signed records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DURABLE_WITHIN = 8.0
 
 
 class Members:
-    """Implements `joining.Membership` on the node's own records: it writes the certificates of those it lets in."""
+    """Implements `joining.Membership` with the node's own records; writes the certificates of joining nodes."""
 
     def __init__(self, service: NodeService, trust: CertificateTrust, changed: Callable[[], None]) -> None:
         self._service = service

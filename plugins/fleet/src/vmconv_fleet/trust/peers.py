@@ -1,4 +1,4 @@
-"""Who is at the other end of a TLS connection of ours."""
+"""The peer of a TLS connection."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def common_name(connection: ssl.SSLSocket) -> str | None:
-    """Returns the node that the other end's verified certificate names, or None when it has shown none."""
-    # Typeshed says less of it than there is: tuples of relative distinguished names, each of pairs.
+    """Returns the node in the peer's verified certificate; None without one."""
+    # Typeshed is less precise: tuples of relative distinguished names, each of pairs.
     certificate: Mapping[str, Any] = connection.getpeercert() or {}
     names = {name: value for pairs in certificate.get("subject", ()) for name, value in pairs}
     return names.get("commonName")

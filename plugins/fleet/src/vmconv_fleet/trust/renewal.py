@@ -1,4 +1,4 @@
-"""Renews the node's certificate when two thirds of its lifetime are over, and goes on trying until it has a new one."""
+"""Renews the node's certificate after two thirds of its lifetime; repeats until it has a new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _log = logging.getLogger("vmconv_fleet.renewal")
 
 
 class Renewal:
-    """Looks now and then, on a thread of its own; `renewed` is called when there is a new certificate."""
+    """Checks periodically on a thread of its own; calls `renewed` after a renewal."""
 
     def __init__(self, config: NodeConfig, due: Callable[[], datetime.datetime], renewed: Callable[[], None]) -> None:
         self._config = config
@@ -35,7 +35,7 @@ class Renewal:
             self._thread.join(15)
 
     def _run(self) -> None:
-        # Not all at once: nodes that were made together would ask together, for ever.
+        # At random, because nodes that were made together would always ask together.
         while not self._ended.wait(self._wait()):
             if datetime.datetime.now(datetime.UTC) < self._due():
                 continue

@@ -33,11 +33,11 @@ VERBS: Mapping[str, Role] = {
 """The role that a verb takes; reading takes `viewer`."""
 
 LOCAL_ONLY = frozenset({"datastore-add"})
-"""Verbs that only the local administrator of a node may ask of it: they name its paths."""
+"""Verbs for the local administrator of the target only: they name its paths."""
 
 
 class Records(Protocol):
-    """What can look up a live record; None where there is none."""
+    """Looks up live records; None if there is none."""
 
     def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
 
@@ -47,7 +47,7 @@ def allows(role: Role, needed: Role) -> bool:
 
 
 def role_of(by: Principal, records: Records, now_ms: int) -> Role:
-    """Returns the role of whoever asked; raises `AccessError` when the token is not, or no longer, good."""
+    """Returns the role of the caller. Raises AccessError if the token is not valid."""
     from vmconv_fleet.catalogue.kinds import TokenBody
 
     if by.token is None:
@@ -60,7 +60,7 @@ def role_of(by: Principal, records: Records, now_ms: int) -> Role:
 
 
 def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
-    """Returns the role that a token gives now; raises `AccessError` when it was revoked or has expired."""
+    """Returns the role of a token. Raises AccessError if it was revoked or has expired."""
     if token.revoked:
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:
@@ -69,7 +69,7 @@ def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
 
 
 def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Records, now_ms: int) -> None:
-    """Raises `AccessError` unless whoever asked may have this done by the node `target`."""
+    """Raises AccessError unless the caller may ask the node `target` for this."""
     needed = VERBS.get(verb)
     if needed is None:
         raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
@@ -82,7 +82,7 @@ def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Record
 
 
 def _refuse_strangers(target: str, by: Principal, records: Records) -> None:
-    """Raises `AccessError` when the target's policy does not hear the administrators of the node they are at."""
+    """Raises AccessError if the target's policy does not accept the administrators of the caller's node."""
     from vmconv_fleet.catalogue.kinds import PolicyBody
 
     record = records.get(target, "policy", "conversion")

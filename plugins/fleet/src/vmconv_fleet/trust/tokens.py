@@ -16,7 +16,7 @@ _TOKEN = re.compile(r"vmf_(?P<owner>[1-9a-f][0-9a-f]{31})_(?P<id>[0-9a-f]{12})_(
 
 
 class NewToken(NamedTuple):
-    """A token that was just made: `text` is for its holder alone, `id` and `hash` for the record."""
+    """A new token: `text` for its holder alone, `id` and `hash` for the record."""
 
     text: str
     id: str
@@ -24,14 +24,14 @@ class NewToken(NamedTuple):
 
 
 def make(owner: str) -> NewToken:
-    """Returns a new token whose record will be the owner's."""
+    """Returns a new token; its record belongs to `owner`."""
     identifier = secrets.token_hex(6)
     text = f"vmf_{owner}_{identifier}_{secrets.token_urlsafe(32)}"
     return NewToken(text, identifier, hashed(text))
 
 
 def reference(text: str) -> tuple[str, str] | None:
-    """Returns the owner and the id of the record that a token refers to; None when the text is no token."""
+    """Returns owner and id of a token's record; None if the text is not a token."""
     match = _TOKEN.fullmatch(text)
     return (match["owner"], match["id"]) if match else None
 
@@ -41,5 +41,5 @@ def hashed(text: str) -> str:
 
 
 def fits(text: str, hash_: str) -> bool:
-    """Returns whether this is the token that was hashed, in a time that tells nothing of either."""
+    """Returns whether the token has this hash, in constant time."""
     return hmac.compare_digest(hashed(text), hash_)
