@@ -321,7 +321,7 @@ def test_a_journal_names_plain_names_only(half: Path, name: str) -> None:
     from vmconv.backends import naming
 
     body = naming.Set((naming.Named(temporary_name("x"), 1, name),), False).encoded()
-    assert naming._parsed(body) is None
+    assert naming._parse(body) is None
 
 
 def test_a_set_that_is_being_named_is_left_to_its_run(half: Path) -> None:

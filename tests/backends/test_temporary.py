@@ -465,7 +465,7 @@ def set_of(place: Path, *targets: str, replace: bool = False) -> Set:
 @pytest.mark.parametrize("replace", [True, False])
 def test_a_set_is_read_as_it_was_written(tmp_path: Path, directory: Directory, replace: bool) -> None:
     wanted = set_of(tmp_path, "a", "\udcff", replace=replace)
-    assert naming._parsed(wanted.encoded()) == wanted
+    assert naming._parse(wanted.encoded()) == wanted
     assert wanted.names == ["a", "\udcff"]
     before = descriptors()
     journal(directory, wanted)
@@ -542,13 +542,13 @@ TEMPORARY = temporary_name("a")[:-12].encode() + b"01234567.tmp"
     ],
 )
 def test_nonsense_is_no_set(body: bytes) -> None:
-    assert naming._parsed(body) is None
+    assert naming._parse(body) is None
 
 
 def test_fields_of_a_set() -> None:
-    found = naming._parsed(b"replace\0" + TEMPORARY + b"\0007\0a\0")
+    found = naming._parse(b"replace\0" + TEMPORARY + b"\0007\0a\0")
     assert found == Set((Named(TEMPORARY.decode(), 7, "a"),), True)
-    assert naming._parsed(b"new\0") == Set((), False)
+    assert naming._parse(b"new\0") == Set((), False)
 
 
 def test_what_went_missing_is_said(tmp_path: Path, directory: Directory) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmconv.conversion import refusals
-from vmconv.conversion.planner import joined, plan_layout
+from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.errors import AccessError, PlanError, ZeroCopyError
 from vmconv.interface.backend import Congruence, Survey
 from vmconv.io.directory import Directory
@@ -135,12 +135,12 @@ def test_plans_joined_keep_their_order_and_add_what_they_copy() -> None:
     survey = Survey(1, {id(one): REFUSED, id(other): REFUSED})
     first = plan_of(one, survey=survey, losses=("an icon",))
     second = plan_of(other, decoded(5), survey=survey, losses=("an icon", "a note"))
-    plan = joined([first, second])
+    plan = merge_plans([first, second])
     assert [file.name for file in plan.files] == ["one.out", "other.out", "letters.out"]
     assert plan.copies == (CopyReason(REFUSED, 30, 2, "one", 0), CopyReason(DECODED, 5, 1, "letters", 0))
     assert plan.losses == ("an icon", "a comment", "a note")
     assert plan.totals == Totals(0, 35, 0, 0)
-    assert joined([first]) is first
+    assert merge_plans([first]) is first
 
 
 def test_what_stays_elsewhere_is_counted_and_names_the_way() -> None:
@@ -247,7 +247,7 @@ def test_what_there_is_no_room_for_is_refused(
 ) -> None:
     space = SimpleNamespace(f_bavail=free, f_frsize=4, f_blocks=blocks)
     monkeypatch.setattr(os, "statvfs", lambda _path: space)
-    plan = joined([disk_plan(64, copied=True), plan_of(Blob("header", bytes(4)), survey=Survey(1))])
+    plan = merge_plans([disk_plan(64, copied=True), plan_of(Blob("header", bytes(4)), survey=Survey(1))])
     refusals.refuse_too_large(disk_plan(64, copied=False))
     if right:
         refusals.refuse_too_large(plan)

@@ -150,11 +150,11 @@ def test_samples_lie_around_edges_and_anywhere(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("random.Random", Drawn)
     one = rows(200, (0, A, 0), (100, None, 1))
     two = rows(200, (0, None, 1), (50, A, 0), (80, None, 1))
-    found = list(readback._sampled(sides([one], [two])))
+    found = list(readback._sample_spans(sides([one], [two])))
     assert found == [(0, 10), (40, 20), (70, 20), (90, 20), (190, 10), (199, 1), (79, 30), (199, 1), (79, 30)]
-    assert list(readback._sampled(sides([one], [rows(0)]))) == []
+    assert list(readback._sample_spans(sides([one], [rows(0)]))) == []
     # A layer may be longer than the disk, and hold payload there.
-    longer = list(readback._sampled(sides([one], [one, rows(300, (0, None, 1), (210, A, 0), (290, None, 1))])))
+    longer = list(readback._sample_spans(sides([one], [one, rows(300, (0, None, 1), (210, A, 0), (290, None, 1))])))
     assert longer[-4:] == [(199, 1)] * 4
     assert readback._random_data(one, Drawn()) == 99
     assert readback._random_data(rows(9, (0, None, 1)), Drawn()) is None
@@ -164,7 +164,7 @@ def test_a_sample_is_as_large_as_the_guide_says() -> None:
     """docs/guide/verifying.md: 1 KiB around each edge, and 4 MiB in 64 blocks."""
     edge, size = 1 << 29, 1 << 30
     table = rows(size, (0, None, 1), (edge, None, 0))
-    found = list(readback._sampled(sides([table], [table])))
+    found = list(readback._sample_spans(sides([table], [table])))
     assert found[:3] == [(0, 512), (edge - 512, 1024), (size - 512, 512)]
     assert len(found) == 3 + 64
     assert all(length == min(65536, size - start) for start, length in found[3:])
@@ -194,7 +194,7 @@ def test_progress_is_what_is_read_of_both_sides(monkeypatch: pytest.MonkeyPatch)
     assert said == [(0, 200), (80, 200), (100, 200), (120, 200), (200, 200)]
     assert readback.bytes_to_read(both) == 200
     assert readback.bytes_to_read(both, (145, 10)) == 10
-    assert list(readback._spans(both)) == [(0, 40), (40, 40), (120, 40), (160, 40)]
+    assert list(readback._data_spans(both)) == [(0, 40), (40, 40), (120, 40), (160, 40)]
 
 
 def test_what_was_just_written_is_read_from_storage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_what_leads_nowhere_is_a_plan_error(disk: Path, path: str) -> None:
 @pytest.mark.parametrize("spelling", ["{0}/x/../t.qcow2", "{0}//./t.qcow2", "{0}/x/./../t.qcow2"])
 def test_a_path_is_resolved_as_the_kernel_does(disk: Path, spelling: str) -> None:
     (disk.parent / "x").mkdir()
-    directory, name = targets.located(spelling.format(disk.parent))
+    directory, name = targets.locate(spelling.format(disk.parent))
     with directory:
         assert (directory.path, name) == (str(disk.parent), "t.qcow2")
 
@@ -304,12 +304,12 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(rea
         with (
             Directory.at(str(shared)) as directory,
             pytest.raises(PlanError, match="sticky"),
-            targets.replaceable(directory, "t.qcow2"),
+            targets.claim_for_replacement(directory, "t.qcow2"),
         ):
             raise AssertionError
 
     as_user(refused)
-    with Directory.at(str(shared)) as directory, targets.replaceable(directory, "t.qcow2"):
+    with Directory.at(str(shared)) as directory, targets.claim_for_replacement(directory, "t.qcow2"):
         pass
 
 
@@ -523,5 +523,5 @@ def test_a_mixed_source_is_explained(btrfs_dir: Path) -> None:
 def test_a_file_that_belongs_to_no_set_is_not_finished(tmp_path: Path, trust: bool) -> None:
     (tmp_path / "disk").write_bytes(b"disk")
     for path in ("disk", "none", "none/disk"):
-        assert not targets.finished(str(tmp_path / path), trust=trust)
+        assert not targets.finish_set(str(tmp_path / path), trust=trust)
     assert os.listdir(tmp_path) == ["disk"]

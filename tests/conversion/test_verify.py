@@ -148,20 +148,20 @@ def test_a_result_is_the_disk_of_the_source() -> None:
     rows = [(0, Kind.DATA, A, 5), (10, Kind.ZERO, None, 0)]
     disk = image_of(Extents.of(rows, 20), memory("source", 8))
     container = container_of(disk, disk.guest)
-    verify._same_disk(container, disk.guest)
+    verify._check_table(container, disk.guest)
     # A format may round the size up, with zeros.
-    verify._same_disk(container, Extents.of(rows, 21))
-    verify._same_disk(container, Extents.of([*rows[:1], (10, Kind.HOLE, None, 0)], 24))
+    verify._check_table(container, Extents.of(rows, 21))
+    verify._check_table(container, Extents.of([*rows[:1], (10, Kind.HOLE, None, 0)], 24))
     with pytest.raises(VerifyError, match="new: the result has 19 bytes for the guest, the source 20"):
-        verify._same_disk(container, Extents.of(rows, 19))
+        verify._check_table(container, Extents.of(rows, 19))
     with pytest.raises(VerifyError, match="new: the result differs from the source at guest address 0x14"):
-        verify._same_disk(container, Extents.of([*rows, (20, Kind.DATA, A, 1)], 21))
+        verify._check_table(container, Extents.of([*rows, (20, Kind.DATA, A, 1)], 21))
     with pytest.raises(VerifyError, match="at guest address 0x3"):
-        verify._same_disk(container, Extents.of([(0, Kind.DATA, A, 5), (3, Kind.DATA, B, 0), *rows[1:]], 20))
+        verify._check_table(container, Extents.of([(0, Kind.DATA, A, 5), (3, Kind.DATA, B, 0), *rows[1:]], 20))
     # What was written is what is compared, whatever the filesystem made of it.
     blank = memory("blank", 20)
     written = image_of(Extents.whole(blank), memory("source", 8))
-    verify._same_disk(container_of(written, written.guest), Extents.filled(20))
+    verify._check_table(container_of(written, written.guest), Extents.filled(20))
 
 
 def test_a_result_shows_its_parent_where_it_says_nothing() -> None:
@@ -173,9 +173,9 @@ def test_a_result_shows_its_parent_where_it_says_nothing() -> None:
         (kept, disk.guest, Extents.of([(0, Kind.DATA, A, 5), (10, Kind.ZERO, None, 0)], 20)),
         (container_of(disk, flat), flat, disk.guest),
     ):
-        verify._same_disk(container, right)
+        verify._check_table(container, right)
         with pytest.raises(VerifyError, match="at guest address 0xa"):
-            verify._same_disk(container, wrong)
+            verify._check_table(container, wrong)
 
 
 # -- reading back
@@ -301,7 +301,7 @@ def test_each_mode_begins_with_the_metadata(monkeypatch: pytest.MonkeyPatch) -> 
     ("asked", "mode"), [(True, "metadata"), (False, None), ("metadata", "metadata"), ("bytes", "bytes")]
 )
 def test_verifying_is_by_metadata_unless_said_otherwise(asked: Any, mode: str | None) -> None:
-    assert verify.chosen(asked) == mode
+    assert verify.verify_mode(asked) == mode
 
 
 @pytest.mark.parametrize("way", ["in place", "stream", "reflink", "reference"])

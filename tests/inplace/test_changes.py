@@ -20,10 +20,10 @@ from vmconv.conversion.planner import plan_layout
 from vmconv.errors import AccessError, BackendError, PlanError
 from vmconv.inplace import change, space
 from vmconv.inplace import moves as shifting
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.interface.backend import Congruence, Survey
 from vmconv.io import ownership
 from vmconv.io.directory import Directory
@@ -42,7 +42,7 @@ def ranges(*rows: tuple[int, ...]) -> Any:
     return np.array(rows, dtype=np.int64).reshape(len(rows), len(rows[0]) if rows else 2)
 
 
-class Noting(Calls):
+class Noting(Syscalls):
     """Notes what is called, and fails before call number `at`."""
 
     def __init__(self, at: int = -1, number: int = errno.EIO) -> None:
@@ -102,7 +102,7 @@ def directory(tmp_path: Path) -> Iterator[Directory]:
 ENTRY, WORK, MADE = beside("disk", JOURNAL), beside("disk", WORKING), beside("extra", WORKING)
 
 
-def begun(directory: Directory, calls: Calls | None = None, **fields: Any) -> Change:
+def begun(directory: Directory, calls: Syscalls | None = None, **fields: Any) -> Change:
     place = Path(directory.path)
     given: dict[str, Any] = {
         "old_size": 16,
@@ -538,9 +538,9 @@ def test_the_carried_file_is_the_one_with_the_payload() -> None:
     carrier, other = carrier_of(20), carrier_of(20)
     one, two = (OutFile(table_of(20, (0, each, 0)), name) for each, name in ((carrier, "one"), (other, "two")))
     plan = plan_layout(Layout((one, two)), "new", "/", "in-place", Survey(1, {}, Congruence.EQUAL))
-    assert space.carried(plan, carrier).name == "one"
-    assert space.carried(plan, other).name == "two"
-    assert space.carried(plan, carrier_of(5)).name == "two"
+    assert space.carrier_plan(plan, carrier).name == "one"
+    assert space.carrier_plan(plan, other).name == "two"
+    assert space.carrier_plan(plan, carrier_of(5)).name == "two"
 
 
 # -- shifting
@@ -569,7 +569,7 @@ def test_overlaps_are_the_common_bytes(data: st.DataObject) -> None:
     )
 
 
-class Shifted(Calls):
+class Shifted(Syscalls):
     """A file as its blocks: which place on storage each has, -1 for a hole."""
 
     def __init__(self, blocks: list[int]) -> None:
@@ -616,7 +616,7 @@ def test_payload_is_shifted_to_where_it_belongs(rows: list[tuple[int, int, int]]
     calls = Shifted(blocks)
     sorted_pieces = ranges(*sorted(pieces)).reshape(-1, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shifting, "_now", lambda _descriptor: calls.now())
+        patch.setattr(shifting, "_current_extents", lambda _descriptor: calls.now())
         patch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))
         shifting.shift(-1, sorted_pieces, calls)
         assert calls.blocks[: len(wanted)] == wanted
@@ -802,14 +802,14 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: ranges((0, 64, 400)))
     monkeypatch.setattr(linux, "shares_blocks", lambda _descriptor: False)
-    assert shifting.placed(once, carrier).tolist() == [[408, 8, 16], [420, 4, 28]]
+    assert shifting.physical_pieces(once, carrier).tolist() == [[408, 8, 16], [420, 4, 28]]
     with pytest.raises(PlanError, match="shifted 2 times, 1 at most"):
-        shifting.placed(twice, carrier)
+        shifting.physical_pieces(twice, carrier)
     with pytest.raises(PlanError, match="in another order"):
-        shifting.placed(back, carrier)
+        shifting.physical_pieces(back, carrier)
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: None)
     with pytest.raises(PlanError, match="does not tell where"):
-        shifting.placed(once, carrier)
+        shifting.physical_pieces(once, carrier)
 
 
 def test_the_disk_is_looked_for_under_its_other_name(

@@ -26,7 +26,7 @@ from support.variants import QEMU_NAMES
 from vmconv import api
 from vmconv.errors import AccessError
 from vmconv.inplace import recovery
-from vmconv.inplace.calls import Calls
+from vmconv.inplace.syscalls import Syscalls
 
 
 def make_work(pair: tuple[Source, Target], way: str, directory: Path, raw: Path) -> Work:
@@ -89,7 +89,7 @@ def finished(work: Work, directory: Path) -> Finished:
     return Finished(calls, before, after, syncs[-1])
 
 
-def recover(folder: Path, work: Work, calls: Calls | None = None, *, trust: bool = False) -> None:
+def recover(folder: Path, work: Work, calls: Syscalls | None = None, *, trust: bool = False) -> None:
     """Recovers by the name that the disk had, or by the one that it got when there is nothing left to recover.
 
     With `trust` what is there was made again in another directory, where marks do not count.

@@ -43,10 +43,10 @@ from support.variants import QEMU_NAMES
 from vmconv import api
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, UsageError, VmconvError
 from vmconv.inplace import undo, undofile
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.journal import Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 from vmconv.inplace.strategies import Share, Unsuitable
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.opener import Opener
 from vmconv.io.physical import BlockSpace, PhysicalMap
 from vmconv.io.registry import installed
@@ -67,7 +67,7 @@ def any_dir(request: pytest.FixtureRequest) -> Path:
     return directory
 
 
-class PayloadGuard(Calls):
+class PayloadGuard(Syscalls):
     """Refuses to let anything be written to, or punched out of, the payload that a plan leaves where it is."""
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ def test_payload_stays_where_it_lies(
         low, high = BLOCK, high // BLOCK * BLOCK
     before = contents(image.parent)
     guard = PayloadGuard()
-    monkeypatch.setattr("vmconv.inplace.stay.Calls", lambda: guard)
+    monkeypatch.setattr("vmconv.inplace.stay.Syscalls", lambda: guard)
     seen: list[tuple[int, int, int]] = []
     ranges: list[tuple[int, int]] = []
     plans: list[Plan] = []
@@ -716,7 +716,7 @@ def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path,
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmconv.inplace.stay.Calls", lambda: Stopping(10**6))
+        patch.setattr("vmconv.inplace.stay.Syscalls", lambda: Stopping(10**6))
         patch.setattr("vmconv.inplace.change.Change.give_up", lambda change: change.close())
         with pytest.raises(Stopped):
             in_place(disk, ext4_dir / "new.qcow2")
@@ -922,7 +922,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
 ) -> None:
     disk = Path(shutil.copy(make_disk(tmp_path / "disk.raw", MIB), ext4_dir / "disk.raw"))
 
-    real = getattr(Calls, call)
+    real = getattr(Syscalls, call)
 
     def failing(*arguments: Any, **more: Any) -> None:
         if call != "rename" or arguments[-1] == "new.qcow2":
@@ -930,7 +930,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
         real(*arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Calls, call, failing)
+        patch.setattr(Syscalls, call, failing)
         with pytest.raises(BackendError, match="is converted, and not finished") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
     assert caught.value.hint == f"vmconv recover {ext4_dir / 'new.qcow2'}"
@@ -947,14 +947,14 @@ def test_storage_that_fails_before_the_commit_leaves_the_source(
 ) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     before = contents(ext4_dir)
-    real, made = getattr(Calls, call), itertools.count()
+    real, made = getattr(Syscalls, call), itertools.count()
 
     def failing(*arguments: Any) -> Any:
         if next(made) == {"create": 0, "write": 2, "sync": 1}[call]:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*arguments)
 
-    monkeypatch.setattr(Calls, call, failing)
+    monkeypatch.setattr(Syscalls, call, failing)
     with pytest.raises(VmconvError):
         in_place(disk, ext4_dir / "new.qcow2")
     assert contents(ext4_dir) == before
@@ -965,10 +965,10 @@ def test_a_signal_takes_everything_back(ext4_dir: Path, number: int) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     before = contents(ext4_dir)
     code = (
-        "import sys, time\nfrom vmconv.inplace.calls import Calls\nfrom vmconv.cli.main import main\n"
-        "real = Calls.write\n"
+        "import sys, time\nfrom vmconv.inplace.syscalls import Syscalls\nfrom vmconv.cli.main import main\n"
+        "real = Syscalls.write\n"
         "def slow(*arguments):\n    print('busy', flush=True)\n    time.sleep(0.3)\n    real(*arguments)\n"
-        "Calls.write = slow\nraise SystemExit(main(sys.argv[1:]))"
+        "Syscalls.write = slow\nraise SystemExit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "convert", "--in-place", str(disk), str(ext4_dir / "new.qcow2")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

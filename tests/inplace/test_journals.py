@@ -14,10 +14,10 @@ import pytest
 from support.journals import UNDO_FIELDS, fields_of, journal_of, rows
 from vmconv.errors import ImageError
 from vmconv.inplace import codec, journal, undofile
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.codec import Fields, Tables, refuse_rows
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.inplace.undofile import Sibling, Stamp, Undo
 from vmconv.io.directory import NAME_MAX
 from vmconv.model.sources import File
@@ -280,7 +280,7 @@ def test_a_journal_is_read_as_it_was_written(
     assert found is not None
     assert found.committed is committed
     assert comparable(found.journal) == comparable(given_journal)
-    assert comparable(journal.parsed(encoded, "j")) == comparable(given_journal)
+    assert comparable(journal.parse(encoded, "j")) == comparable(given_journal)
     with pytest.raises(ImageError, match="has another journal"):
         journal.read(descriptor, "j", head, beside("other", JOURNAL))
     os.close(descriptor)
@@ -468,7 +468,7 @@ def test_an_undo_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pyt
     source = File("source", os.open(tmp_path / "source", os.O_RDWR))
     descriptor = memory(b"")
     head = UNDO.head(lambda _digest: MARK)
-    undofile.write(descriptor, head, [(source, 0, 3), (source, 10, 2), (source, 4, 4)], Calls())
+    undofile.write(descriptor, head, [(source, 0, 3), (source, 10, 2), (source, 4, 4)], Syscalls())
     found = undofile.read_head(descriptor, "u")
     assert (found.offset + found.length, found.mark) == (len(head), MARK)
     undo = undofile.read(descriptor, "u", found, "u")

@@ -19,8 +19,8 @@ from support.inplace import SIZE, THERE, UNDOABLE, Contents, Work, contents
 from support.inplace_pairs import Source, Target
 from support.tried import TRIED
 from vmconv.inplace import recovery
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.strategies import Share, Unsuitable
+from vmconv.inplace.syscalls import Syscalls
 
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SPACE = 320 * MIB
@@ -38,7 +38,7 @@ def mounted(image: Path, kind: str, point: Path) -> Iterator[Path]:
         subprocess.run(["umount", point], check=True)
 
 
-class SnapshotCalls(Calls):
+class SnapshotCalls(Syscalls):
     """Keeps what the block device holds before each call."""
 
     def __init__(self, image: Path, directory: Path) -> None:
@@ -55,7 +55,7 @@ class SnapshotCalls(Calls):
 def _after_a_snapshot(name: str) -> Any:
     def call(self: SnapshotCalls, *arguments: Any, **more: Any) -> Any:
         self.take()
-        return getattr(Calls, name)(self, *arguments, **more)
+        return getattr(Syscalls, name)(self, *arguments, **more)
 
     return call
 

@@ -25,8 +25,8 @@ from support.vdi_images import chain as vdi_chain
 from vmconv import api
 from vmconv.errors import AccessError, BackendError, PlanError
 from vmconv.inplace import neighbours
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING, beside
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import ownership
 from vmconv_vdi import structs as vdi_structs
 
@@ -192,7 +192,7 @@ def test_a_file_of_working_names_is_not_written_over(any_dir: Path) -> None:
 # -- through which directory
 
 
-class ExchangingCalls(Calls):
+class ExchangingCalls(Syscalls):
     """Exchanges the directory for another one before call number `at`, for good."""
 
     def __init__(self, directory: Path, decoy: Path, at: int) -> None:
@@ -216,7 +216,7 @@ def exchange(one: Path, other: Path) -> None:
 def _counted(name: str) -> Callable[..., Any]:
     def call(self: ExchangingCalls, *arguments: Any, **more: Any) -> Any:
         self.step()
-        return getattr(Calls, name)(self, *arguments, **more)
+        return getattr(Syscalls, name)(self, *arguments, **more)
 
     return call
 
@@ -258,7 +258,7 @@ def test_an_exchanged_directory_is_not_touched(any_dir: Path, monkeypatch: pytes
         if way == "there":
             with monkeypatch.context() as patch:
                 for module in ("stay", "share"):
-                    patch.setattr(f"vmconv.inplace.{module}.Calls", lambda calls=calls: calls)
+                    patch.setattr(f"vmconv.inplace.{module}.Syscalls", lambda calls=calls: calls)
                 api.convert(str(disk), str(own / "new.qcow2"), in_place=True)
         elif way == "back":
             from vmconv.inplace import undo
@@ -354,7 +354,7 @@ def test_files_beside_have_the_owner_and_mode_too(any_dir: Path) -> None:
     assert (bits(image), image.stat().st_uid, image.stat().st_gid) == (0o640, BOB, 4321)
 
 
-class WatchingCalls(Calls):
+class WatchingCalls(Syscalls):
     """Notes the modes of all files of a directory before each call."""
 
     def __init__(self, directory: Path) -> None:
@@ -376,7 +376,7 @@ def test_nothing_is_more_readable_in_between(any_dir: Path, monkeypatch: pytest.
     disk.chmod(0o600)
     calls = WatchingCalls(any_dir)
     for module in ("stay", "share"):
-        monkeypatch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
+        monkeypatch.setattr(f"vmconv.inplace.{module}.Syscalls", lambda: calls)
     before = os.umask(mask)
     try:
         in_place(disk, any_dir / "new.vmdk", keep_undo=True)
@@ -553,13 +553,13 @@ SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from support.crash import OTHERS
-from vmconv.inplace.calls import Calls
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.cli.main import main
 
 number, at, made = signal.Signals(int(sys.argv[1])), int(sys.argv[2]), 0
 
 def counted(name):
-    real = getattr(Calls, name)
+    real = getattr(Syscalls, name)
     def call(*arguments, **more):
         global made
         if made == at:
@@ -569,7 +569,7 @@ def counted(name):
     return call
 
 for name in (*OTHERS, "write"):
-    setattr(Calls, name, counted(name))
+    setattr(Syscalls, name, counted(name))
 code = main(sys.argv[4:])
 print(made, file=sys.stdout)
 raise SystemExit(code)
@@ -620,7 +620,7 @@ def test_a_signal_at_any_call_ends_in_the_truth(request: pytest.FixtureRequest, 
     assert seen == {"before", "after"}
 
 
-class FailingCalls(Calls):
+class FailingCalls(Syscalls):
     """Storage that turns read-only at call number `at`."""
 
     def __init__(self, at: int) -> None:
@@ -650,7 +650,7 @@ def test_storage_that_turns_read_only_is_told_where_the_disk_is(
         disk.write_bytes(raw.read_bytes())
         with monkeypatch.context() as patch:
             for module in ("stay", "share"):
-                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda at=at: FailingCalls(at))
+                patch.setattr(f"vmconv.inplace.{module}.Syscalls", lambda at=at: FailingCalls(at))
             try:
                 in_place(disk, folder / "new.qcow2")
             except (BackendError, PlanError) as exc:
@@ -758,7 +758,7 @@ def test_names_may_be_as_long_as_the_filesystem_has_them(any_dir: Path, length: 
     assert contents(any_dir) == before
     with pytest.MonkeyPatch.context() as patch:
         for module in ("stay", "share"):
-            patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: StoppingCalls(4))
+            patch.setattr(f"vmconv.inplace.{module}.Syscalls", lambda: StoppingCalls(4))
         with pytest.raises(Stopped):
             in_place(disk, target)
     assert names(any_dir) != {disk.name}

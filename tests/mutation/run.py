@@ -97,7 +97,7 @@ ROOMS: dict[str, Room] = {
         _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
         _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
         _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace"),
-        _core("inplace/recovery inplace/undo inplace/calls inplace/names", "inplace strangers crash"),
+        _core("inplace/recovery inplace/undo inplace/syscalls inplace/names", "inplace strangers crash"),
     ),
     "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
     "qed": _writer("qed"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vmconv.inplace.calls import Calls
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
 
 SECTOR = 512
@@ -26,7 +26,7 @@ class Stopped(BaseException):
     """The process was killed here."""
 
 
-class StoppingCalls(Calls):
+class StoppingCalls(Syscalls):
     """Ends the run before call number `at`, counted from 0, or, with `half`, in the middle of it when it is a write."""
 
     def __init__(self, at: int, *, half: bool = False) -> None:
@@ -52,7 +52,7 @@ class StoppingCalls(Calls):
 def _counted(name: str) -> Callable[..., Any]:
     def call(self: StoppingCalls, *arguments: Any, **more: Any) -> Any:
         self._step()
-        return getattr(Calls, name)(self, *arguments, **more)
+        return getattr(Syscalls, name)(self, *arguments, **more)
 
     return call
 
@@ -75,7 +75,7 @@ for _name in OTHERS:
     setattr(StoppingCalls, _name, _counted(_name))
 
 
-class TornCalls(Calls):
+class TornCalls(Syscalls):
     """Ends the run in the middle of shift number `at`: what lies before `edge` of the rest is shifted, or not yet.
 
     A filesystem shifts extent by extent, forward from the first, or backward from the last.
@@ -147,7 +147,7 @@ class Action(NamedTuple):
     new: str = ""
 
 
-class RecordingCalls(Calls):
+class RecordingCalls(Syscalls):
     """Makes every call, and keeps a log from which what storage had at any moment can be told."""
 
     def __init__(self, directory: Path) -> None:

@@ -18,8 +18,8 @@ from support.variants import identified
 from vmconv import api
 from vmconv.errors import PlanError, VmconvError
 from vmconv.inplace import undo
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.names import JOURNAL, WORKING
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.model.plan import Plan
 
 Contents = dict[str, str]
@@ -47,13 +47,13 @@ class Work(NamedTuple):
     way: str
     """`there`, `there and undoable`, or `back`."""
 
-    def run(self, calls: Calls, directory: Path) -> None:
+    def run(self, calls: Syscalls, directory: Path) -> None:
         if self.way == "back":
             undo.undo(str(directory / self.before), calls=calls)
             return
         with pytest.MonkeyPatch.context() as patch:
             for module in ("stay", "share"):
-                patch.setattr(f"vmconv.inplace.{module}.Calls", lambda: calls)
+                patch.setattr(f"vmconv.inplace.{module}.Syscalls", lambda: calls)
             # Two runs are to write the same undo file.
             patch.setattr("vmconv.inplace.stay.time.time_ns", lambda: 10**18)
             self.convert(directory, keep_undo=self.way == UNDOABLE)
@@ -121,7 +121,7 @@ def interrupted(directory: Path) -> Path:
     """Returns the name of a disk whose conversion was stopped in the middle."""
     disk = make_disk(directory / "disk.raw", MIB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmconv.inplace.stay.Calls", lambda: StoppingCalls(8))
+        patch.setattr("vmconv.inplace.stay.Syscalls", lambda: StoppingCalls(8))
         with pytest.raises(Stopped):
             in_place(disk, directory / "new.qcow2")
     assert names(directory) == {"disk.raw" + JOURNAL, "disk.raw" + WORKING}

@@ -475,7 +475,7 @@ def test_storage_that_fails_is_no_corruption(
     path = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", str(path), "16M")
 
-    monkeypatch.setattr(checking, "_refused", lambda _: ReadError("disk.qcow2: cannot be read at 0x30000"))
+    monkeypatch.setattr(checking, "_refusal", lambda _: ReadError("disk.qcow2: cannot be read at 0x30000"))
     report = vmconv.check(str(path))
     assert report
     assert (report.errors, report.corruptions) == (("disk.qcow2: cannot be read at 0x30000",), ())

@@ -35,7 +35,7 @@ class DirectFile:
 
         ext4 and XFS let writers go on beside each other only where room was found before.
         """
-        if length < _SHORTEST or offset % _BLOCK or not self._opened():
+        if length < _SHORTEST or offset % _BLOCK or not self._try_open():
             return False
         try:
             linux.allocate(self._descriptor, offset, length)
@@ -46,7 +46,7 @@ class DirectFile:
             self._refused = True
         return not self._refused
 
-    def _opened(self) -> bool:
+    def _try_open(self) -> bool:
         with self._lock:
             if self._descriptor < 0 and not self._refused:
                 # The file itself, whatever its name is; without /proc all goes through the cache.

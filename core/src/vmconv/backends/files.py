@@ -92,7 +92,7 @@ class FileOutput(Output):
             stop = min(end, at // source.unit * source.unit + step)
             parts = source.units(at, stop - at)
             if direct and stop - at <= STEP:
-                self._put(offset + at - source_offset, _gathered(parts, self._buffer()), direct)
+                self._put(offset + at - source_offset, _gather(parts, self._buffer()), direct)
             else:
                 self._write(offset + at - source_offset, parts)
             at = stop
@@ -156,7 +156,7 @@ class FileOutput(Output):
         self.descriptor = -1
 
 
-def _gathered(parts: list[bytes], buffer: memoryview) -> memoryview:
+def _gather(parts: list[bytes], buffer: memoryview) -> memoryview:
     """Returns the parts end to end, in `buffer`."""
     at = 0
     for part in parts:
@@ -178,10 +178,10 @@ def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> 
 
 def _is_named(file: File) -> bool:
     """True when no link of another user says which file this path is."""
-    from vmconv.backends.targets import located
+    from vmconv.backends.targets import locate
 
     try:
-        directory, name = located(file.path)
+        directory, name = locate(file.path)
     except (OSError, AccessError):
         return False
     with directory:
@@ -231,7 +231,7 @@ class FileTransaction(Transaction):
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
-                kept = self._not_the_users() if self.access.mode is None else []
+                kept = self._unnamed_sources() if self.access.mode is None else []
                 refuse_reader(
                     self.directory.join(temporary.target),
                     old,
@@ -249,7 +249,7 @@ class FileTransaction(Transaction):
         if self.access.mode is not None:
             os.fchmod(temporary.descriptor, self.access.mode & 0o777)
 
-    def _not_the_users(self) -> list[File]:
+    def _unnamed_sources(self) -> list[File]:
         """Returns the sources that the user has not named: an image did, or another user's link, and they are others'.
 
         Who wrote those names must not get to read by them what was kept from him.

@@ -130,7 +130,7 @@ def _digest(body: bytes) -> bytes:
 
 def _finish(directory: Directory, wanted: Set, journal: str, *, durable: bool) -> None:
     """Does what is left to be done after the commit; may be stopped and done again."""
-    waiting = [file for file in wanted.files if _is(directory, file.temporary, file)]
+    waiting = [file for file in wanted.files if _is_at(directory, file.temporary, file)]
     if wanted.replace:
         for file in reversed(waiting[1:]):
             if directory.has(file.name):
@@ -145,14 +145,14 @@ def _finish(directory: Directory, wanted: Set, journal: str, *, durable: bool) -
         directory.unlink(journal)
 
 
-def _is(directory: Directory, name: str, file: Named) -> bool:
+def _is_at(directory: Directory, name: str, file: Named) -> bool:
     status = directory.status(name)
     return status is not None and status.st_ino == file.inode
 
 
 def _take_back(directory: Directory, wanted: Set, journal: str, error: OSError) -> None:
     """Takes the names back where nothing was replaced; raises what has become of the set."""
-    if wanted.replace or not _is_taken_back(directory, wanted, journal):
+    if wanted.replace or not _revert(directory, wanted, journal):
         raise _unfinished(directory, wanted, error) from error
     if isinstance(error, FileExistsError):
         taken = next((name for name in wanted.names if directory.has(name)), wanted.names[-1])
@@ -160,11 +160,11 @@ def _take_back(directory: Directory, wanted: Set, journal: str, error: OSError) 
     raise error
 
 
-def _is_taken_back(directory: Directory, wanted: Set, journal: str) -> bool:
+def _revert(directory: Directory, wanted: Set, journal: str) -> bool:
     """Takes the names from the files again, and removes the journal; False where the filesystem fails."""
     try:
         for file in reversed(wanted.files):
-            if _is(directory, file.name, file):
+            if _is_at(directory, file.name, file):
                 rename(directory, file.name, file.temporary, replace=False)
         directory.unlink(journal)
     except OSError:
@@ -177,7 +177,7 @@ def _is_taken_back(directory: Directory, wanted: Set, journal: str) -> bool:
 
 
 def _unfinished(directory: Directory, wanted: Set, error: OSError) -> BackendError:
-    there = [file.name for file in wanted.files if _is(directory, file.name, file)]
+    there = [file.name for file in wanted.files if _is_at(directory, file.name, file)]
     missing = [file.name for file in wanted.files if file.name not in there]
     state = f"{', '.join(there) or 'none'} of the new files has its name, {', '.join(missing) or 'none'} has not"
     return BackendError(
@@ -197,7 +197,7 @@ def finish(directory: Directory, names: Collection[str], *, trust: bool = False)
     """
     done: list[str] = []
     for entry in _journals(directory):
-        descriptor = _opened(directory, entry, trust=trust)
+        descriptor = _open(directory, entry, trust=trust)
         if descriptor is None:
             continue
         try:
@@ -212,7 +212,7 @@ def finish(directory: Directory, names: Collection[str], *, trust: bool = False)
                     f"{directory.join(entry)}: names {first}, and has no mark of this user's vmconv",
                     hint=f"vmconv recover --trust {first}, if you know where it comes from; else remove it",
                 )
-            _go_on(directory, wanted, entry)
+            _finish_interrupted(directory, wanted, entry)
             done += wanted.names
         finally:
             linux.close(descriptor)
@@ -223,7 +223,7 @@ def needed(directory: Directory) -> set[str]:
     """Returns the temporary names that journals of this user know: their sets are not finished yet."""
     found: set[str] = set()
     for entry in _journals(directory):
-        descriptor = _opened(directory, entry, trust=False)
+        descriptor = _open(directory, entry, trust=False)
         if descriptor is not None:
             try:
                 wanted, _ = _read(directory, descriptor, trust=False)
@@ -237,7 +237,7 @@ def _journals(directory: Directory) -> list[str]:
     return [name for name in directory.listed() if _ENTRY.fullmatch(name)]
 
 
-def _opened(directory: Directory, entry: str, *, trust: bool) -> int | None:
+def _open(directory: Directory, entry: str, *, trust: bool) -> int | None:
     """Returns a descriptor of a journal; None when it is somebody else's, or gone."""
     from vmconv.io import ownership
 
@@ -268,10 +268,10 @@ def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | 
     body = data[_HEAD.size :]
     if magic != _MAGIC or digest != _digest(body):
         return None, False
-    return _parsed(body), trust or ownership.forged(directory, digest, mark) is None
+    return _parse(body), trust or ownership.forged(directory, digest, mark) is None
 
 
-def _parsed(body: bytes) -> Set | None:
+def _parse(body: bytes) -> Set | None:
     if body.count(0) > 1 + 3 * _MAX_FILES:
         return None
     fields = [os.fsdecode(field) for field in body.split(b"\0")[:-1]]
@@ -286,7 +286,7 @@ def _parsed(body: bytes) -> Set | None:
     return Set(tuple(files), fields[0] == _REPLACE)
 
 
-def _go_on(directory: Directory, wanted: Set, entry: str) -> None:
+def _finish_interrupted(directory: Directory, wanted: Set, entry: str) -> None:
     with os_errors("cannot be finished"):
         try:
             _finish(directory, wanted, entry, durable=True)

@@ -32,7 +32,7 @@ class ReflinkOutput(FileOutput):
         if on_btrfs and len(steps):
             source = steps.sources[int(steps.source[0])]
             if isinstance(source, File):
-                _make_alike(source, self.descriptor, unit)
+                _match_nocow(source, self.descriptor, unit)
         # A source's last, partial block can only be shared while nothing lies behind it in the target.
         tails = steps.length % unit != 0
         self._clone(steps.take(tails))
@@ -75,9 +75,9 @@ class ReflinkBackend(Backend):
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
         with os_errors("cannot hold files", where=directory), _scratch(directory) as scratch:
             unit = os.fstatvfs(scratch).f_bsize
-            refused = _refused(sources, scratch, unit)
-            if any(_is_unlike(exc) for exc in refused.values()):
-                refused = _refused_least(sources, scratch, unit, refused)
+            refused = _clone_errors(sources, scratch, unit)
+            if any(_is_nocow_mismatch(exc) for exc in refused.values()):
+                refused = _fewest_errors(sources, scratch, unit, refused)
             by_id = {id(source): source for source in sources}
             reasons = {key: _refusal(exc, directory, by_id[key], scratch) for key, exc in refused.items()}
         return Survey(unit, reasons)
@@ -108,7 +108,7 @@ def _scratch(directory: str) -> Iterator[int]:
             os.close(descriptor)
 
 
-def _refused(sources: Sequence[File], scratch: int, unit: int) -> dict[int, OSError]:
+def _clone_errors(sources: Sequence[File], scratch: int, unit: int) -> dict[int, OSError]:
     """Returns the sources of which no block can be shared with the empty file `scratch`, by id, and the error."""
     tried = {id(source): _clone_error(source, scratch, unit) for source in sources}
     return {key: exc for key, exc in tried.items() if exc}
@@ -133,29 +133,29 @@ def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
 # as its directory and the mount say (chattr +C; nodatacow, nodatasum), and can be changed while it is empty.
 
 
-def _is_unlike(exc: OSError) -> bool:
+def _is_nocow_mismatch(exc: OSError) -> bool:
     return exc.errno == errno.EINVAL
 
 
-def _refused_least(sources: Sequence[File], scratch: int, unit: int, refused: dict[int, OSError]) -> dict[int, OSError]:
+def _fewest_errors(sources: Sequence[File], scratch: int, unit: int, refused: dict[int, OSError]) -> dict[int, OSError]:
     """Returns what is refused of the sources in the way that refuses the least; leaves `scratch` in that way."""
     sizes = {id(source): source.size for source in sources}
     best, chosen = refused, linux.is_nocow(scratch)
     for nocow in (False, True):
         if _set_nocow(scratch, nocow):
-            tried = _refused(sources, scratch, unit)
+            tried = _clone_errors(sources, scratch, unit)
             if sum(sizes[key] for key in tried) < sum(sizes[key] for key in best):
                 best, chosen = tried, nocow
     _set_nocow(scratch, chosen)
     return best
 
 
-def _make_alike(source: File, descriptor: int, unit: int) -> None:
+def _match_nocow(source: File, descriptor: int, unit: int) -> None:
     """Makes an empty file one that can share with `source`, if there is a way."""
     for nocow in (None, False, True):
         if nocow is None or _set_nocow(descriptor, nocow):
             exc = _clone_error(source, descriptor, unit)
-            if exc is None or not _is_unlike(exc):
+            if exc is None or not _is_nocow_mismatch(exc):
                 return
 
 
@@ -182,7 +182,7 @@ def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: 
         return f"{mount.type} at {mount.point} cannot share blocks between files"
     if exc.errno == errno.ETXTBSY:
         return f"{name} is in use as swap"
-    if _is_unlike(exc) and source and mount.type == "btrfs":
+    if _is_nocow_mismatch(exc) and source and mount.type == "btrfs":
         nocow = linux.is_nocow(source.descriptor)
         if nocow != linux.is_nocow(scratch):
             kinds = ("copied on write", "not copied on write (chattr +C)")

@@ -22,7 +22,7 @@ _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 _CAP_FOWNER = 3
 
 
-def located(path: str) -> tuple[Directory, str]:
+def locate(path: str) -> tuple[Directory, str]:
     """Returns the directory in which the file of this path is, or will be, and its name there, links followed.
 
     A link in a directory in which anybody may make files is followed only when the user, or the owner of the directory,
@@ -30,15 +30,15 @@ def located(path: str) -> tuple[Directory, str]:
     does not apply it. A link of another user than root leads only to a directory of that other user's: it would decide
     where this user writes. Raises `AccessError` for any other. Raises `OSError` where the directory does not exist.
     """
-    with _blaming(path):
-        return _walked(path)
+    with _whole_path_in_errors(path):
+        return _walk(path)
 
 
-def _walked(path: str) -> tuple[Directory, str]:
+def _walk(path: str) -> tuple[Directory, str]:
     waiting = path.split("/")[::-1]
     links = 0
     strangers: dict[int, str] = {}
-    at = _entered("/" if path.startswith("/") else ".")
+    at = _enter("/" if path.startswith("/") else ".")
     try:
         while True:
             part = waiting.pop()
@@ -56,23 +56,23 @@ def _walked(path: str) -> tuple[Directory, str]:
                 leads = os.readlink(part, dir_fd=at)
                 waiting += leads.split("/")[::-1]
                 if leads.startswith("/"):
-                    at = _entered("/", leave=at)
+                    at = _enter("/", leave=at)
             elif last:
                 _refuse_led_away(at, strangers, path)
                 return _directory(at), part
             else:
-                at = _entered(part, at, leave=at)
+                at = _enter(part, at, leave=at)
     finally:
         os.close(at)
 
 
-def entered(path: str) -> Directory:
+def open_directory(path: str) -> Directory:
     """Returns the directory of this path, under the rules of `located`."""
-    above, name = located(path)
-    with above, _blaming(path):
+    above, name = locate(path)
+    with above, _whole_path_in_errors(path):
         directory = _directory(above.descriptor) if name in ("", ".") else None
         if directory is None:
-            at = _entered(name, above.descriptor)
+            at = _enter(name, above.descriptor)
             try:
                 directory = _directory(at)
             finally:
@@ -82,7 +82,7 @@ def entered(path: str) -> Directory:
 
 
 @contextmanager
-def _blaming(path: str) -> Iterator[None]:
+def _whole_path_in_errors(path: str) -> Iterator[None]:
     """Gives errors of the block the whole path, of which the walk names one part at a time."""
     try:
         yield
@@ -91,7 +91,7 @@ def _blaming(path: str) -> Iterator[None]:
         raise
 
 
-def _entered(path: str, start: int | None = None, *, leave: int = -1) -> int:
+def _enter(path: str, start: int | None = None, *, leave: int = -1) -> int:
     """Returns a descriptor of a directory, and closes the one that is left."""
     descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=start)
     if leave >= 0:
@@ -141,7 +141,7 @@ def _refuse_led_away(directory: int, strangers: dict[int, str], path: str) -> No
 
 
 @contextmanager
-def replaceable(directory: Directory, name: str) -> Iterator[None]:
+def claim_for_replacement(directory: Directory, name: str) -> Iterator[None]:
     """Keeps others from using the file `name` for as long as the block lasts, because it will be replaced.
 
     Raises `AccessError` when somebody uses it, `PlanError` when it cannot be replaced.
@@ -279,7 +279,7 @@ def clean(directory: Directory, names: Sequence[str]) -> None:
     remove_stale(directory, names, naming.needed(directory))
 
 
-def finished(path: str, *, trust: bool) -> bool:
+def finish_set(path: str, *, trust: bool) -> bool:
     """Finishes the set of images that this one belongs to, when a stopped run had committed it; False for any other.
 
     With `trust` also when nothing shows that this user's vmconv made it.

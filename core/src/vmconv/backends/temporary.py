@@ -95,9 +95,9 @@ class Temporary:
         self.known_by = known_by or target
         self.descriptor = -1
         if name is None:
-            self.descriptor = _unnamed(directory)
+            self.descriptor = _create_unnamed(directory)
         if self.descriptor < 0:
-            self.name, self.descriptor = _named(directory, self.known_by, name)
+            self.name, self.descriptor = _create_named(directory, self.known_by, name)
         self.inode = os.fstat(self.descriptor).st_ino
 
     def reopened(self, flags: int) -> int:
@@ -166,7 +166,7 @@ def rename(directory: Directory, old: str, new: str, *, replace: bool) -> None:
     directory.rename(old, new, replace=True)
 
 
-def _unnamed(directory: Directory) -> int:
+def _create_unnamed(directory: Directory) -> int:
     """Returns a new file without a name, -1 where there are none or none could be given a name later."""
     if not os.path.exists("/proc/self/fd"):
         return -1
@@ -184,7 +184,7 @@ def _unnamed(directory: Directory) -> int:
     return descriptor
 
 
-def _named(directory: Directory, target: str, name: str | None) -> tuple[str, int]:
+def _create_named(directory: Directory, target: str, name: str | None) -> tuple[str, int]:
     """Returns the name and descriptor of a new file; the name is `name`, if it is given."""
     while True:
         chosen = name or temporary_name(target)
@@ -192,7 +192,7 @@ def _named(directory: Directory, target: str, name: str | None) -> tuple[str, in
         try:
             locks.own(descriptor)
             if os.fstat(descriptor).st_nlink:
-                return (chosen if name else _moved(directory, target, chosen)), descriptor
+                return (chosen if name else _try_rename(directory, target, chosen)), descriptor
         except BaseException:
             try:
                 # Where this fails, too, an empty file stays.
@@ -205,7 +205,7 @@ def _named(directory: Directory, target: str, name: str | None) -> tuple[str, in
         os.close(descriptor)
 
 
-def _moved(directory: Directory, target: str, name: str) -> str:
+def _try_rename(directory: Directory, target: str, name: str) -> str:
     """Returns another temporary name that the file has now: a trial of what has to be done at the end.
 
     There are directories in which files may be made and not renamed. Raises `OSError` there.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vmconv.cli.options import add_making
-from vmconv.cli.report import reported
+from vmconv.cli.report import run_and_report
 from vmconv.cli.requests import configure_request, request_of
 from vmconv.interface.command import Command
 
@@ -23,7 +23,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if request.target == STREAM:
         return _run_stream(options, request)
-    return reported(options, partial(run, request))
+    return run_and_report(options, partial(run, request))
 
 
 def _run_stream(options: argparse.Namespace, request: Request) -> int:
@@ -40,7 +40,7 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
     if os.isatty(descriptor):
         raise UsageError("standard output is a terminal", hint="pipe it into a program or redirect it to a file")
     with redirect_stdout(sys.stderr):
-        return reported(options, partial(run, request, descriptor=descriptor))
+        return run_and_report(options, partial(run, request, descriptor=descriptor))
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

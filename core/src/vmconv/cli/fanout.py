@@ -16,7 +16,7 @@ from vmconv.cli.options import (
     add_storage,
     source_and_storage,
 )
-from vmconv.cli.report import reported
+from vmconv.cli.report import run_and_report
 from vmconv.interface.command import Command
 
 
@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.conversion.request import Request
 
     common = Request(options.source, options.directory, **source_and_storage(options))
-    return reported(
+    return run_and_report(
         options, partial(run, *requests(common, options.to, options.directory, _by_format(options.options)))
     )
 

@@ -76,7 +76,7 @@ def _report(exc: VmconvError, options: argparse.Namespace) -> int:
     if getattr(options, "output", "human") == "json" and getattr(options, "command", "") in ("convert", "fanout"):
         from vmconv.cli.output import print_json
 
-        with streams.dropped_if_it_fails():
+        with streams.drop_output_on_error():
             print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
     print(f"vmconv: {exc}", file=sys.stderr)
     if exc.hint:

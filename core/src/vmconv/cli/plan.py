@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vmconv.cli.report import kept, plan_json
+from vmconv.cli.report import plan_json, shared_word
 from vmconv.cli.requests import configure_request, request_of
 from vmconv.interface.command import Command
 
@@ -46,7 +46,7 @@ def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence
 
     for name, value in plan.totals._asdict().items():
         if name != "referenced":
-            word = kept(plan.backend) if name == "shared" else name
+            word = shared_word(plan.backend) if name == "shared" else name
             yield f"{word:<8}{size_text(value):>9}  ({value} bytes)"
     for reference in plan.references:
         yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"

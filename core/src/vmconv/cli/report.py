@@ -142,7 +142,7 @@ class _Words(_Silence):
             print(f"{len(results)} images{seconds}")
 
 
-def kept(backend: str) -> str:
+def shared_word(backend: str) -> str:
     """Returns the word for payload of which no byte moves: in place there is nobody to share with."""
     return "kept" if backend == "in-place" else "shared"
 
@@ -154,12 +154,12 @@ def _done(result: Result) -> str:
     referenced = f"referenced {size_text(totals.referenced)}, " if totals.referenced else ""
     return (
         f"{' on '.join([result.target, *result.layers])}: "
-        f"{referenced}{kept(result.backend)} {size_text(totals.shared)}, "
+        f"{referenced}{shared_word(result.backend)} {size_text(totals.shared)}, "
         f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
     )
 
 
-def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
+def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
     """Calls `convert`, printing what will be done, progress and results as the options want it."""
     report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
     if options.output == "json":
@@ -176,7 +176,7 @@ def reported(options: argparse.Namespace, convert: Callable[..., Sequence[Result
         _say_complete(exc, results)
     finally:
         report.close()
-    with streams.dropped_if_it_fails():
+    with streams.drop_output_on_error():
         report.results(*results)
     return 0
 

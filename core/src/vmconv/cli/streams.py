@@ -49,7 +49,7 @@ def drop_output() -> None:
 
 
 @contextmanager
-def dropped_if_it_fails() -> Iterator[None]:
+def drop_output_on_error() -> Iterator[None]:
     """Goes on without standard output when the block cannot write to it, and says so on standard error."""
     try:
         yield

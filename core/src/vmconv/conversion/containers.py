@@ -61,7 +61,7 @@ class Kept(NamedTuple):
     backing: Backing
 
 
-def source_itself(image: Image, registry: Registry, directory: str) -> Kept:
+def keep_source(image: Image, registry: Registry, directory: str) -> Kept:
     """Returns all of the source as what is kept below an image in `directory`, with records of all its files.
 
     Raises `PlanError` when QEMU, for which such images are made, would see another disk in it or none.

@@ -10,13 +10,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.backends.targets import clean, located, refuse_directory, refuse_kept_names
-from vmconv.conversion.containers import Container, Kept, Target, lay_out, new_name, parts_of, source_itself
+from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names
+from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
 from vmconv.conversion.execute import make
-from vmconv.conversion.planner import joined, plan_layout
+from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.conversion.refusals import no_collisions, refuse_changed, refuse_copies, refuse_too_large
 from vmconv.conversion.request import Request, Result
-from vmconv.conversion.verify import chosen, refuse_impossible
+from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
 from vmconv.inspect import checking
@@ -102,7 +102,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 way = _choose(registry, request.backend, directory.path, image.payload_files())
                 backend, own = way.backend, frozenset()
                 conversions = tuple(_conversion(*each, image, way, registry) for each in targets)
-            plan = joined([conversion.plan for conversion in conversions])
+            plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
             with no_collisions(plan, directory, opener.files, force=request.force, but=own):
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
@@ -174,7 +174,7 @@ def run(
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
             refuse_too_large(ready.plan)
-            _refuse_unverifiable(ready, chosen(verify))
+            _refuse_unverifiable(ready, verify_mode(verify))
             if announce:
                 announce(ready.plan)
 
@@ -182,7 +182,7 @@ def run(
                 seconds = time.perf_counter() - began
                 done.extend(_result(conversion, ready, seconds) for conversion in ready.conversions)
 
-            _make(ready, verify=chosen(verify), progress=progress, verifying=verifying, created=created, done=note)
+            _make(ready, verify=verify_mode(verify), progress=progress, verifying=verifying, created=created, done=note)
     except BaseException as exc:
         if not isinstance(exc, Exception):
             vars(exc)["results"] = tuple(done)
@@ -250,7 +250,7 @@ def _in_place(
     """Returns the first strategy's conversion that moves no payload, and the names that it may take over."""
     from vmconv.inplace.strategies import STRATEGIES, Share, Shift, Unsuitable, Wanted, formats_that_hold
 
-    kept = _kept(request, target, image, registry)
+    kept = _kept_layer(request, target, image, registry)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
     refused: list[PlanError] = []
@@ -285,7 +285,7 @@ def _in_place(
 
 def _conversion(request: Request, target: Target, image: Image, way: Proposal, registry: Registry) -> Conversion:
     """Returns what is made for one request, planned for the backend of `way`."""
-    kept = _kept(request, target, image, registry)
+    kept = _kept_layer(request, target, image, registry)
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
     for made in containers:
@@ -295,7 +295,7 @@ def _conversion(request: Request, target: Target, image: Image, way: Proposal, r
             refuse_references(target.format, made.layout)
         references.confirm(made.layout.references, target.directory)
     plans = [_plan(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
-    return Conversion(request, tuple(containers), joined(plans))
+    return Conversion(request, tuple(containers), merge_plans(plans))
 
 
 def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
@@ -337,7 +337,7 @@ def _places(*requests: Request) -> Iterator[list[_Place]]:
             if os.path.isdir(request.target):
                 raise PlanError(f"{request.target}: is a directory", hint="name the file to make in it")
             try:
-                place = located(request.target)
+                place = locate(request.target)
             except (FileNotFoundError, NotADirectoryError) as exc:
                 raise PlanError(f"{request.target}: its directory does not exist") from exc
             except OSError as exc:
@@ -414,7 +414,7 @@ def _target_format(registry: Registry, request: Request) -> str:
     return name
 
 
-def _kept(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
+def _kept_layer(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
     """Returns the layer of the source that becomes the parent of what is made, as it is."""
     if target.format.keeps_source(target.options):
         for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
@@ -422,7 +422,7 @@ def _kept(request: Request, target: Target, image: Image, registry: Registry) ->
                 raise UsageError(
                     f"{what}: the target's backing file would be the source as it is, with nothing above it"
                 )
-        return source_itself(image, registry, target.directory)
+        return keep_source(image, registry, target.directory)
     if request.backing_file is None:
         if request.backing_format is not None:
             raise UsageError(

@@ -17,7 +17,7 @@ from vmconv.model.plan import Action, CopyReason, FilePlan, Plan, Steps
 from vmconv.model.sources import Blob, Decoded, File, Source
 
 
-def joined(plans: Sequence[Plan]) -> Plan:
+def merge_plans(plans: Sequence[Plan]) -> Plan:
     """Returns one plan that does what all of these do, in their order: they are for one directory and one backend."""
     if len(plans) == 1:
         return plans[0]

@@ -40,7 +40,7 @@ def refuse_impossible(made: Sequence[Made], registry: Registry) -> None:
             hint="install it (Debian: qemu-utils), or use --verify=bytes",
         )
     for one in made:
-        for image in (*one.container.source.chain(), one.image, *_kept(one)):
+        for image in (*one.container.source.chain(), one.image, *_kept_layers(one)):
             _refuse_image(image, registry)
         _name(one.container.name)
 
@@ -66,7 +66,7 @@ def compare(made: Sequence[Made]) -> None:
     nodes: dict[str, Node] = {}
     with _links(made) as directory:
         for one in made:
-            below = nodes[one.below.container.name] if one.below else _chain(_kept(one))
+            below = nodes[one.below.container.name] if one.below else _chain(_kept_layers(one))
             file = {"driver": "file", "filename": os.path.join(directory, one.container.name)}
             found = _node(one.image.format_name, file, below)
             nodes[one.container.name] = found
@@ -74,7 +74,7 @@ def compare(made: Sequence[Made]) -> None:
             _run(one, wanted, found, directory)
 
 
-def _kept(one: Made) -> list[Image]:
+def _kept_layers(one: Made) -> list[Image]:
     """Returns the layers of the source that are below the result."""
     container = one.container
     return list(container.disk.parent.chain()) if container.backing and container.disk.parent and not one.below else []

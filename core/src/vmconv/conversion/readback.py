@@ -101,10 +101,10 @@ def _byte(place: Place) -> bytes:
 
 def check_sample(sides: Sides, progress: Progress | None = None) -> None:
     """Raises `VerifyError` unless both sides read the same around every edge between rows, and in random blocks."""
-    _compare(sides, list(_sampled(sides)), progress)
+    _compare(sides, list(_sample_spans(sides)), progress)
 
 
-def _sampled(sides: Sides) -> Iterator[Span]:
+def _sample_spans(sides: Sides) -> Iterator[Span]:
     from random import Random
 
     size = sides.size
@@ -133,10 +133,10 @@ def _random_data(layer: Extents, rng: Random) -> int | None:
 
 def check_bytes(sides: Sides, progress: Progress | None = None) -> None:
     """Raises `VerifyError` unless both sides read the same everywhere."""
-    _compare(sides, list(_spans(sides)), progress)
+    _compare(sides, list(_data_spans(sides)), progress)
 
 
-def _spans(sides: Sides) -> Iterator[Span]:
+def _data_spans(sides: Sides) -> Iterator[Span]:
     """Yields all of the disk but what both sides say is zero."""
     for start in range(0, sides.size, _PIECE):
         end = min(start + _PIECE, sides.size)

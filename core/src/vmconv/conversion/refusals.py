@@ -45,7 +45,7 @@ def no_collisions(
                 )
             if not force:
                 raise PlanError(f"{path}: already exists", hint="--force replaces it")
-            claims.enter_context(targets.replaceable(directory, file.name))
+            claims.enter_context(targets.claim_for_replacement(directory, file.name))
         yield
 
 

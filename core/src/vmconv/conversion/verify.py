@@ -36,7 +36,7 @@ def verify(
     the metadata. `progress` is called, for each image, with how many bytes of payload were read, of both sides, and
     with how many have to be.
     """
-    made = list(_made(containers, files, registry))
+    made = list(_checked(containers, files, registry))
     if mode == "qemu":
         from vmconv.conversion.qemu import compare
 
@@ -49,7 +49,7 @@ def verify(
             check(one.sides, progress)
 
 
-def chosen(verify: bool | Verify) -> Verify | None:
+def verify_mode(verify: bool | Verify) -> Verify | None:
     """Returns how to verify; None where the result is not to be verified."""
     return ("metadata" if verify else None) if isinstance(verify, bool) else verify
 
@@ -102,7 +102,7 @@ def read_back(containers: Sequence[Container], files: Iterable[File], registry: 
             layouts[id(file)] = out.table
         below = made.get(container.backing.reference) if container.backing else None
         image = _image(container, own[-1], results, below)
-        lower = below.sides.found if below else _kept(container)
+        lower = below.sides.found if below else _kept_tables(container)
         wanted = [layer.guest for layer in container.source.chain()]
         sides = Sides(container.name, wanted, [image.guest, *lower], layouts)
         made[container.name] = Made(container, own, image, sides, below)
@@ -122,13 +122,13 @@ def _image(container: Container, file: File, results: Results, below: Made | Non
     return result
 
 
-def _kept(container: Container) -> list[Extents]:
+def _kept_tables(container: Container) -> list[Extents]:
     """Returns the layers of the source that stay below the container."""
     parent = container.disk.parent if container.backing else None
     return [layer.guest for layer in parent.chain()] if parent else []
 
 
-def _made(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
+def _checked(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
     """Yields the containers whose metadata is right."""
     from vmconv.conversion.readback import check_places
 
@@ -138,7 +138,7 @@ def _made(containers: Sequence[Container], files: Iterable[File], registry: Regi
             table = table.through(file, out.table)
         for reference in one.container.layout.references:
             table = table.through(reference.file, on_storage(reference.file))
-        _same_disk(one.container, table)
+        _check_table(one.container, table)
         check_places(one.sides)
         yield one
 
@@ -170,7 +170,7 @@ def _check_reference(container: Container, result: Image) -> None:
         raise VerifyError(f"{container.name}: its parent is {result.parent_reference}, the source was meant")
 
 
-def _same_disk(container: Container, table: Extents) -> None:
+def _check_table(container: Container, table: Extents) -> None:
     disk, below = container.disk, container.below
     table = (table if below is None else table.over(below)).without_holes()
     if table.size < disk.size:

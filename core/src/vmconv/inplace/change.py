@@ -17,9 +17,9 @@ import stat
 from vmconv.errors import BackendError, PlanError, os_errors
 from vmconv.inplace import moves as shifting
 from vmconv.inplace import undofile
-from vmconv.inplace.calls import Calls
-from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record, parsed
+from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record, parse
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import ownership
 from vmconv.io.directory import Directory
 from vmconv.system import linux, signals
@@ -31,7 +31,7 @@ class Change:
     Names are plain names in the directory; `entry` is the journal's.
     """
 
-    def __init__(self, directory: Directory, journal: Journal, calls: Calls, descriptor: int) -> None:
+    def __init__(self, directory: Directory, journal: Journal, calls: Syscalls, descriptor: int) -> None:
         self.directory = directory
         self.journal = journal
         self.calls = calls
@@ -66,7 +66,7 @@ class Change:
         encoded = self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
         if len(encoded) > MAX_SIZE:
             raise PlanError(f"{self.source}: {len(encoded)} bytes would be written over, {MAX_SIZE} at most in place")
-        parsed(encoded, self.source)
+        parse(encoded, self.source)
         self._commit_record, self._commit_offset = commit_record(encoded), len(encoded)
         with signals.held():
             self._refuse_leftovers()
@@ -119,11 +119,11 @@ class Change:
         try:
             if self.record >= 0 and not self.committed:
                 with signals.held():
-                    self._taken_back()
+                    self._take_back()
         finally:
             self.close()
 
-    def _taken_back(self) -> None:
+    def _take_back(self) -> None:
         try:
             self.roll_back()
         except OSError as exc:
@@ -152,19 +152,19 @@ class Change:
         if self.journal.carried:
             self._finish_file()
         for name in self.journal.made:
-            self._name(self.beside(name), name)
+            self._rename(self.beside(name), name)
         if self.journal.carried:
-            self._name(self.working, self.journal.target)
+            self._rename(self.working, self.journal.target)
         for leftover in self.journal.leftovers:
             self._remove(leftover)
         self.calls.sync_directory(self.directory)
-        self._forget()
+        self._remove_journal()
 
     def _finish_file(self) -> None:
         if self.directory.has(self.working):
             self._free()
             if self.journal.undo:
-                self._tell_undo(self.journal.undo)
+                self._stamp_undo(self.journal.undo)
         elif not self.directory.has(self.journal.target):
             raise self._lost(self.working)
 
@@ -183,7 +183,7 @@ class Change:
             self.calls.set_times(self.descriptor, self.journal.mtime)
         self.calls.sync(self.descriptor)
 
-    def _tell_undo(self, name: str) -> None:
+    def _stamp_undo(self, name: str) -> None:
         """Writes into the undo file what the result looks like, so that a later change of it is noticed."""
         entry = self.beside(name)
         entry = entry if self.directory.has(entry) else name
@@ -197,7 +197,7 @@ class Change:
         finally:
             linux.close(descriptor)
 
-    def _name(self, old: str, new: str) -> None:
+    def _rename(self, old: str, new: str) -> None:
         """Gives a file its final name, unless it has it already."""
         status = self.directory.status(old)
         if status is None:
@@ -242,12 +242,12 @@ class Change:
             if self.directory.has(self.beside(name)):
                 self.calls.unlink(self.directory, self.beside(name))
         self.calls.sync_directory(self.directory)
-        self._forget()
+        self._remove_journal()
 
     def _roll_back_file(self) -> None:
         if self.directory.has(self.working):
             self._restore()
-            self._back_to_its_name()
+            self._rename_back()
         elif not self._is_untouched():
             raise self._lost(self.journal.source)
 
@@ -262,7 +262,7 @@ class Change:
         self.calls.set_times(self.descriptor, self.journal.old_mtime)
         self.calls.sync(self.descriptor)
 
-    def _back_to_its_name(self) -> None:
+    def _rename_back(self) -> None:
         try:
             self.calls.rename(self.directory, self.working, self.journal.source, replace=False)
         except FileExistsError as exc:
@@ -287,7 +287,7 @@ class Change:
             f"or, if it is good as it is, remove {self.directory.join(self.entry)}",
         )
 
-    def _forget(self) -> None:
+    def _remove_journal(self) -> None:
         if self.directory.has(self.entry):
             self.calls.unlink(self.directory, self.entry)
             self.calls.sync_directory(self.directory)

@@ -159,7 +159,7 @@ def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
     return Found(journal, commit == head.digest)
 
 
-def parsed(encoded: bytes, path: str) -> Journal:
+def parse(encoded: bytes, path: str) -> Journal:
     """Returns the journal in a file; raises `ImageError` for one that could not be read again."""
     return _parse(memoryview(encoded)[_HEAD.size :], path)
 

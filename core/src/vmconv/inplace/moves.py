@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from vmconv.errors import BackendError, PlanError
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.codec import Ranges
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
 from vmconv.model.extents import Column, Kind, spread
 from vmconv.model.plan import FilePlan
@@ -46,7 +46,7 @@ def supported(directory: Directory) -> bool:
     return True
 
 
-def placed(main: FilePlan, carrier: File) -> Ranges:
+def physical_pieces(main: FilePlan, carrier: File) -> Ranges:
     """Returns the pieces of payload by their places on storage, `(physical, length, offset in the output)`.
 
     Raises `PlanError` when shifting cannot bring them there.
@@ -109,28 +109,28 @@ def _overlaps(low: Column, length: Column, start: Column, size: Column) -> tuple
     return one, other, begin, np.minimum(end[one], stop[other]) - begin
 
 
-def shift(descriptor: int, pieces: Ranges, calls: Calls) -> None:
+def shift(descriptor: int, pieces: Ranges, calls: Syscalls) -> None:
     """Moves each piece of payload to its offset and punches the rest; may be repeated until all is done.
 
     Raises BackendError, before anything is changed, if the file does not have all pieces.
     """
     block = os.fstatvfs(descriptor).f_bsize
-    _refuse_missing(_now(descriptor), pieces, block)
-    for offset, length in _strangers(_now(descriptor), pieces, block):
+    _refuse_missing(_current_extents(descriptor), pieces, block)
+    for offset, length in _foreign_ranges(_current_extents(descriptor), pieces, block):
         calls.punch(descriptor, offset, length)
     moved = 0
-    for offset, wanted in _boundaries(_now(descriptor), pieces, block):
+    for offset, wanted in _boundaries(_current_extents(descriptor), pieces, block):
         step = wanted - offset - moved
         if step > 0:
             calls.insert(descriptor, offset + moved, step)
         elif step < 0:
             calls.collapse(descriptor, wanted, -step)
         moved += step
-    if any(offset != wanted for offset, wanted in _boundaries(_now(descriptor), pieces, block)):
+    if any(offset != wanted for offset, wanted in _boundaries(_current_extents(descriptor), pieces, block)):
         raise BackendError("payload is not where it was shifted to", hint="vmconv recover goes on from here")
 
 
-def _now(descriptor: int) -> Ranges:
+def _current_extents(descriptor: int) -> Ranges:
     """Returns where the file's blocks are, `(logical, length, physical)`."""
     rows = linux.settled_ranges(descriptor)
     if rows is None:
@@ -159,7 +159,7 @@ def _refuse_missing(now: Ranges, pieces: Ranges, block: int) -> None:
         )
 
 
-def _strangers(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
+def _foreign_ranges(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
     """Yields the ranges of the file that are none of the pieces."""
     offset, length, _ = _found(now, pieces, block)
     # Of ranges that lie inside of others, the rest is between the ends of some and the beginnings of the next.

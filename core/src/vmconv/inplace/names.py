@@ -32,7 +32,7 @@ def beside(name: str, suffix: str) -> str:
     return f"{head}~{digest}{suffix}"
 
 
-def interrupted(path: str) -> bool:
+def is_interrupted(path: str) -> bool:
     """True when the file is being changed in place, or was when its run was stopped."""
     directory, name = os.path.split(path)
     return any(os.path.lexists(os.path.join(directory, beside(name, suffix))) for suffix in (JOURNAL, WORKING))

@@ -49,7 +49,7 @@ def look(directory: Directory, own: Sequence[Own], registry: Registry, but: Coll
     for number, name in enumerate(names):
         if time.monotonic() > end:
             return Neighbours(directory.path, None, len(names) - number)
-        found = _referred(directory, name, own, registry)
+        found = _find_reference(directory, name, own, registry)
         if found is not None:
             return Neighbours(directory.path, (name, found), 0)
     return Neighbours(directory.path, None, 0)
@@ -81,7 +81,7 @@ def warn(found: Neighbours) -> None:
         errors.warn(text)
 
 
-def _referred(directory: Directory, name: str, own: Sequence[Own], registry: Registry) -> str | None:
+def _find_reference(directory: Directory, name: str, own: Sequence[Own], registry: Registry) -> str | None:
     """Returns the name of the file that an image refers to; None when it is no image, or refers to none of `own`."""
     try:
         descriptor = directory.open(name)
@@ -120,17 +120,17 @@ class _Names(Opener):
 
     def note(self, origin: File, reference: str, *, moved: bool = False) -> str | None:
         """Returns the name that a reference has in the directory, None when it leads out of it."""
-        name = self._noted(os.path.join(os.path.dirname(origin.path), reference))
+        name = self._note_path(os.path.join(os.path.dirname(origin.path), reference))
         if name is None or not self.directory.has(name):
             # Paths of other systems, and with `moved` all that lead elsewhere, are looked for by their base names.
             base = paths.base_of(reference) if moved or paths.is_foreign(reference) else ""
             for each in self.own:
                 if base.casefold() == each.name.casefold():
                     self.found = each.name
-            return self._noted(os.path.join(os.path.dirname(origin.path), reference.replace("\\", "/"))) or name
+            return self._note_path(os.path.join(os.path.dirname(origin.path), reference.replace("\\", "/"))) or name
         return name
 
-    def _noted(self, path: str) -> str | None:
+    def _note_path(self, path: str) -> str | None:
         folder, name = os.path.split(path)
         if "\0" in path or name in ("", ".", "..") or not self._is_here(folder):
             return None

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from vmconv.backends.targets import entered, finished
+from vmconv.backends.targets import finish_set, open_directory
 from vmconv.errors import AccessError, ImageError, VmconvError, os_errors, warn
 from vmconv.inplace import journal as journals
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Found
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import locks, ownership
 from vmconv.io.directory import Directory
 from vmconv.system import linux
@@ -36,19 +36,19 @@ class _StrangerError(AccessError):
     """A journal that somebody else may have made."""
 
 
-def recover(path: str, *, trust: bool = False, calls: Calls | None = None) -> Recovery:
+def recover(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> Recovery:
     """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets.
 
     So is a set of files that had begun to get their names. With `trust` the journal may be anybody's, as after a backup
     was restored.
     """
-    if finished(path, trust=trust):
+    if finish_set(path, trust=trust):
         return Recovery(path, forward=True)
     folder, name = os.path.split(os.path.abspath(path))
-    with os_errors("cannot be recovered", where=path), entered(folder) as directory:
-        entry = _entry(directory, name, trust=trust)
+    with os_errors("cannot be recovered", where=path), open_directory(folder) as directory:
+        entry = _find(directory, name, trust=trust)
         if entry is not None:
-            return _followed(directory, entry, calls or Calls(), trust=trust)
+            return _follow(directory, entry, calls or Syscalls(), trust=trust)
         if not directory.has(name):
             others = [entry for entry in directory.names() if entry.endswith(JOURNAL)]
             raise AccessError(
@@ -58,7 +58,7 @@ def recover(path: str, *, trust: bool = False, calls: Calls | None = None) -> Re
     return Recovery(path, None)
 
 
-def met(path: str) -> Recovery | None:
+def recover_if_own(path: str) -> Recovery | None:
     """Recovers what a command meets under the name `path`; returns None when that is nothing.
 
     Raises `AccessError` when the file is not there and its run is alive, or its journal may be a stranger's. A file
@@ -74,12 +74,12 @@ def met(path: str) -> Recovery | None:
         entry = beside(name, JOURNAL)
         if not directory.has(entry):
             _refuse_lone(directory, name)
-            found = _known(directory, name)
+            found = _find_own(directory, name)
             if found is None:
                 return None
             entry = found
         try:
-            return _followed(directory, entry, Calls(), trust=False)
+            return _follow(directory, entry, Syscalls(), trust=False)
         except (_StrangerError, ImageError) as exc:
             if not directory.has(name):
                 raise
@@ -87,7 +87,7 @@ def met(path: str) -> Recovery | None:
             return None
 
 
-def _entry(directory: Directory, name: str, *, trust: bool) -> str | None:
+def _find(directory: Directory, name: str, *, trust: bool) -> str | None:
     """Returns the name of the journal that knows `name`, which may be the journal's own."""
     for entry in (name, beside(name, JOURNAL), beside(name.removesuffix(WORKING), JOURNAL)):
         if entry.endswith(JOURNAL) and directory.has(entry):
@@ -105,7 +105,7 @@ def _entry(directory: Directory, name: str, *, trust: bool) -> str | None:
     return None
 
 
-def _known(directory: Directory, name: str) -> str | None:
+def _find_own(directory: Directory, name: str) -> str | None:
     """Returns the name of this user's journal that knows `name`, as far as the directory can be listed."""
     with suppress(OSError):
         for entry, found in _journals(directory, trust=False):
@@ -133,7 +133,7 @@ def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found
     for entry in directory.names():
         if entry.endswith(JOURNAL):
             with suppress(VmconvError, OSError):
-                descriptor = _opened(directory, entry, trust=trust)
+                descriptor = _open(directory, entry, trust=trust)
                 try:
                     found = _read(directory, descriptor, entry, trust=trust)
                 finally:
@@ -159,7 +159,7 @@ def _refuse_stranger(path: str, why: str | None) -> None:
         )
 
 
-def _opened(directory: Directory, entry: str, *, trust: bool) -> int:
+def _open(directory: Directory, entry: str, *, trust: bool) -> int:
     """Returns the descriptor of a journal; raises `_StrangerError` for what this user's vmconv cannot have made."""
     path = directory.join(entry)
     try:
@@ -182,7 +182,7 @@ def _opened(directory: Directory, entry: str, *, trust: bool) -> int:
 @contextmanager
 def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
     """Yields the descriptor of a journal whose run is dead: a living one locks its own."""
-    descriptor = _opened(directory, entry, trust=trust)
+    descriptor = _open(directory, entry, trust=trust)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
@@ -194,17 +194,17 @@ def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
         linux.close(descriptor)
 
 
-def _followed(directory: Directory, entry: str, calls: Calls, *, trust: bool) -> Recovery:
+def _follow(directory: Directory, entry: str, calls: Syscalls, *, trust: bool) -> Recovery:
     with _locked(directory, entry, trust=trust) as record:
         found = _read(directory, record, entry, trust=trust)
         if found is None:
-            return _torn(directory, entry, calls)
+            return _remove_torn(directory, entry, calls)
         # Who trusts a journal trusts it for files that have another owner now, as a restored backup has.
         journal = found.journal._replace(owner=None) if trust else found.journal
-        return _recovered(directory, found._replace(journal=journal), calls)
+        return _apply(directory, found._replace(journal=journal), calls)
 
 
-def _torn(directory: Directory, entry: str, calls: Calls) -> Recovery:
+def _remove_torn(directory: Directory, entry: str, calls: Syscalls) -> Recovery:
     """Removes a journal that was never durable: nothing has been done."""
     name = entry.removesuffix(JOURNAL)
     if directory.has(name + WORKING):
@@ -217,7 +217,7 @@ def _torn(directory: Directory, entry: str, calls: Calls) -> Recovery:
     return Recovery(directory.join(name), False)
 
 
-def _recovered(directory: Directory, found: Found, calls: Calls) -> Recovery:
+def _apply(directory: Directory, found: Found, calls: Syscalls) -> Recovery:
     journal, committed = found
     descriptor = -1
     try:

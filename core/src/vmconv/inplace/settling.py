@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from vmconv.errors import AccessError, warn
-from vmconv.inplace.names import interrupted
+from vmconv.inplace.names import is_interrupted
 
 
 def settle(path: str) -> None:
@@ -16,17 +16,17 @@ def settle(path: str) -> None:
 
     Raises AccessError if the file has another name afterwards.
     """
-    if interrupted(path) or not os.path.lexists(path):
+    if is_interrupted(path) or not os.path.lexists(path):
         _settle(path)
 
 
 def _settle(path: str) -> None:
-    from vmconv.backends.targets import finished
-    from vmconv.inplace.recovery import met
+    from vmconv.backends.targets import finish_set
+    from vmconv.inplace.recovery import recover_if_own
 
-    if not os.path.lexists(path) and finished(path, trust=False):
+    if not os.path.lexists(path) and finish_set(path, trust=False):
         return
-    done = met(path)
+    done = recover_if_own(path)
     if done is None:
         return
     what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'taken back'}"

@@ -10,11 +10,11 @@ from vmconv.backends.reflink import ReflinkBackend, ReflinkOutput, ReflinkTransa
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.errors import warn
 from vmconv.inplace import rules
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import WORKING, beside
 from vmconv.inplace.rules import Own
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Output, Transaction
 from vmconv.io.directory import Directory
 from vmconv.model.plan import Plan
@@ -37,13 +37,13 @@ class ReplacingBackend(ReflinkBackend):
         named: File,
         *,
         owner: int | None,
-        calls: Calls | None = None,
+        calls: Syscalls | None = None,
     ) -> None:
         self.own = own
         self.directory = directory
         self.named = named
         self.owner = owner
-        self.calls = calls or Calls()
+        self.calls = calls or Syscalls()
 
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
@@ -55,7 +55,7 @@ class ReplacingBackend(ReflinkBackend):
 class _Replacement(ReflinkOutput):
     """A new file that gets the owner, mode and attributes of `origin`, and lets nobody in whom `others` did not."""
 
-    calls: Calls
+    calls: Syscalls
     origin: File
     others: Sequence[File]
 

@@ -38,19 +38,19 @@ class ShiftingTransaction(InPlaceTransaction):
 
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE)
-        return self._both_ways(main, others)._replace(
-            pieces=shifting.placed(main, self.carrier),
+        return self._base_journal(main, others)._replace(
+            pieces=shifting.physical_pieces(main, self.carrier),
             later=later,
             # Where filesystems set space aside around what is written later.
             dead=space.unused(main, os.fstatvfs(self.claim.descriptor).f_bsize),
             new=b"".join(main.table.read(offset, length) for offset, length in later.tolist()),
         )
 
-    def _carried(self, change: Change) -> Output:
-        return _Shifted(self._main, self.carrier)
+    def _carrier_output(self, change: Change) -> Output:
+        return _ShiftedOutput(self._main, self.carrier)
 
 
-class _Shifted(PlannedOutput):
+class _ShiftedOutput(PlannedOutput):
     """The file as it will be: payload is shifted after the commit, and the journal has the rest."""
 
     def __init__(self, main: FilePlan, carrier: File) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from vmconv.backends.targets import located
+from vmconv.backends.targets import locate
 from vmconv.errors import AccessError, PlanError, os_errors
 from vmconv.inplace import neighbours, rules
 from vmconv.inplace.rules import Own
@@ -84,7 +84,7 @@ class Site:
     def _refuse_led_away(self) -> None:
         """Raises `AccessError` where another user's link, on the way to the source, says which file it is."""
         with os_errors("cannot be opened", PlanError):
-            directory, name = located(self.source)
+            directory, name = locate(self.source)
         with directory:
             if not directory.holds(name, self.image.file.descriptor):
                 raise AccessError(f"{self.source}: was exchanged while it was being looked at", hint="try again")

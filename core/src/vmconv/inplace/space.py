@@ -10,7 +10,7 @@ from vmconv.model.plan import Action, FilePlan, Plan
 from vmconv.model.sources import File
 
 
-def carried(plan: Plan, carrier: File) -> FilePlan:
+def carrier_plan(plan: Plan, carrier: File) -> FilePlan:
     """Returns the output that `carrier` becomes: the one that has its payload, or else the one that the user named."""
     for file in plan.files:
         shares = file.shares()

@@ -11,12 +11,12 @@ import numpy as np
 
 from vmconv.errors import AccessError, BackendError
 from vmconv.inplace import rules, space, undofile
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.codec import Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside
 from vmconv.inplace.rules import Own
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.interface.backend import (
     DEFAULT_ACCESS,
     Access,
@@ -56,10 +56,10 @@ class InPlaceBackend(Backend):
     title = "changes the source file itself"
     automatic = False
 
-    def __init__(self, claim: Claim, *, keep_undo: bool, calls: Calls | None = None) -> None:
+    def __init__(self, claim: Claim, *, keep_undo: bool, calls: Syscalls | None = None) -> None:
         self.claim = claim
         self.keep_undo = keep_undo
-        self.calls = calls or Calls()
+        self.calls = calls or Syscalls()
 
     def capabilities(self, directory: str) -> Capabilities:
         return Capabilities(usable=True, shares=True)
@@ -96,7 +96,7 @@ class InPlaceTransaction(Transaction):
         """Begins: from here on the file is out of the way, with its journal beside it."""
         if self.carrier.changed():
             raise AccessError(f"{self.carrier.name}: changed while it was being converted")
-        main = space.carried(plan, self.carrier)
+        main = space.carrier_plan(plan, self.carrier)
         self._main = main
         others = tuple(file.name for file in plan.files if file is not main)
         journal = self._journal(main, others, plan.files[-1].name)
@@ -110,7 +110,7 @@ class InPlaceTransaction(Transaction):
         inside = space.clipped(space.written(main, Action.WRITE), 0, carrier.size)
         rules.refuse_too_much(carrier.name, inside)
         undo = beside(named, UNDO) if self.keep_undo else None
-        return self._both_ways(main, (*others, undo) if undo else others)._replace(
+        return self._base_journal(main, (*others, undo) if undo else others)._replace(
             saved=inside,
             old=b"".join(carrier.read(offset, length) for offset, length in inside.tolist()),
             dead=space.dead_ranges(main, carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
@@ -119,7 +119,7 @@ class InPlaceTransaction(Transaction):
             mtime=time.time_ns() if undo else None,
         )
 
-    def _both_ways(self, main: FilePlan, made: tuple[str, ...]) -> Journal:
+    def _base_journal(self, main: FilePlan, made: tuple[str, ...]) -> Journal:
         """Returns what a journal says whatever is done to the file: names, sizes, other files."""
         carrier = self.carrier
         return Journal(
@@ -165,13 +165,13 @@ class InPlaceTransaction(Transaction):
         if self._change is None:
             raise BackendError(f"{name}: a change in place has to be prepared")
         if name == self._main.name:
-            return self._carried(self._change)
-        output = _Beside(self._change, name, size)
+            return self._carrier_output(self._change)
+        output = _SiblingOutput(self._change, name, size)
         self._outputs.append(output)
         return output
 
-    def _carried(self, change: Change) -> Output:
-        output = _Carried(change, self.carrier, self._main.size)
+    def _carrier_output(self, change: Change) -> Output:
+        output = _CarrierOutput(change, self.carrier, self._main.size)
         self._outputs.append(output)
         return output
 
@@ -228,7 +228,7 @@ class _Output(Output):
             self.file.close()
 
 
-class _Carried(_Output):
+class _CarrierOutput(_Output):
     """The file that is changed: what lies behind its old end is written at once, what lies inside last."""
 
     def __init__(self, change: Change, carrier: File, size: int) -> None:
@@ -256,7 +256,7 @@ class _Carried(_Output):
         return file
 
 
-class _Beside(_Output):
+class _SiblingOutput(_Output):
     """A small file that is made beside: a descriptor."""
 
     def __init__(self, change: Change, name: str, size: int) -> None:

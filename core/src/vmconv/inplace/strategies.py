@@ -96,7 +96,7 @@ class _OneFile(Strategy):
     def _own_name(self, plan: Plan) -> frozenset[str]:
         """Returns the name of the file when the target has the same."""
         carrier = self.carrier
-        return frozenset({carrier.name} & {space.carried(plan, carrier.file).name})
+        return frozenset({carrier.name} & {space.carrier_plan(plan, carrier.file).name})
 
     carrier: Own
 
@@ -145,11 +145,11 @@ class Shift(_OneFile):
         return Proposal(backend, self._survey(backend))
 
     def names(self, plan: Plan) -> frozenset[str]:
-        main = space.carried(plan, self.carrier.file)
+        main = space.carrier_plan(plan, self.carrier.file)
         others = [file for file in plan.files if file is not main and len(file.shares())]
         if plan.copies or others or plan.totals.written > moves.MOST_WRITTEN:
             raise Unsuitable("in place, payload cannot be shifted to where the target has it")
-        moves.placed(main, self.carrier.file)
+        moves.physical_pieces(main, self.carrier.file)
         return self._own_name(plan)
 
 
@@ -196,7 +196,7 @@ def _can_hold(site: Site, one: Format, table: Extents) -> bool:
 
 def _refuse_moves(plan: Plan, carrier: File, target: Format) -> None:
     """Raises when more than a block would have to move, or something would be written over what is still needed."""
-    moved = space.written(space.carried(plan, carrier), Action.COPY)
+    moved = space.written(space.carrier_plan(plan, carrier), Action.COPY)
     inside = space.clipped(moved, 0, carrier.size)
     total = plan.totals.copied
     # What goes to another file than the one that stays is moved, too.

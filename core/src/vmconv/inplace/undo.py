@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmconv.backends.targets import entered
+from vmconv.backends.targets import open_directory
 from vmconv.errors import AccessError, ImageError, PlanError, os_errors
 from vmconv.inplace import neighbours, rules, undofile
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.change import Change
 from vmconv.inplace.codec import PIECE, Ranges
 from vmconv.inplace.journal import Journal, Leftover
-from vmconv.inplace.names import UNDO, beside, interrupted
+from vmconv.inplace.names import UNDO, beside, is_interrupted
 from vmconv.inplace.rules import Own
 from vmconv.inplace.settling import settle
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.inplace.undofile import Stamp, Undo
 from vmconv.io import locks, ownership
 from vmconv.io.directory import Directory
@@ -28,7 +28,7 @@ from vmconv.model.sources import File
 from vmconv.system import linux, signals
 
 
-class _Kept(NamedTuple):
+class _UndoFile(NamedTuple):
     """An undo file that may be followed."""
 
     entry: str
@@ -38,7 +38,7 @@ class _Kept(NamedTuple):
     undo: Undo
 
 
-def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
+def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> str:
     """Turns the file `path` back into what it was made of in place, and returns the path of that.
 
     With `trust` the undo file may be anybody's, as after a backup was restored. A signal that comes when all is done is
@@ -46,11 +46,11 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
     """
     # What a killed run left comes first: its undo is taken back, or finished, which is an error that says so.
     disk = path.removesuffix(UNDO)
-    if interrupted(disk):
+    if is_interrupted(disk):
         settle(disk)
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
-        directory = stack.enter_context(entered(folder))
+        directory = stack.enter_context(open_directory(folder))
         entry = name if name.endswith(UNDO) and directory.has(name) else beside(name.removesuffix(UNDO), UNDO)
         if not directory.has(entry):
             raise AccessError(
@@ -71,10 +71,10 @@ def undo(path: str, *, trust: bool = False, calls: Calls | None = None) -> str:
         stack.callback(linux.close, writable)
         rules.refuse_exchanged(directory, own, writable)
         locks.claim(writable)
-        return _undone(own, directory, writable, kept, calls or Calls(), trust=trust)
+        return _restore(own, directory, writable, kept, calls or Syscalls(), trust=trust)
 
 
-def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> _Kept:
+def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> _UndoFile:
     """Returns an undo file; raises `AccessError`, before its body is read, when a stranger may have made it."""
     path = directory.join(entry)
     why = None if trust else ownership.stranger(descriptor)
@@ -84,10 +84,10 @@ def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> 
         why = None if trust else ownership.forged(None, head.digest, head.mark)
     if head is None or why is not None:
         raise AccessError(f"{path}: {why}", hint=f"if you know who made it: vmconv undo --trust {path}")
-    return _Kept(entry, path, descriptor, head, undofile.read(descriptor, path, head, entry))
+    return _UndoFile(entry, path, descriptor, head, undofile.read(descriptor, path, head, entry))
 
 
-def _refuse(own: Own, kept: _Kept, directory: Directory, *, named: str, trust: bool) -> None:
+def _refuse(own: Own, kept: _UndoFile, directory: Directory, *, named: str, trust: bool) -> None:
     """Raises where the disk may not be changed, or is not what the conversion made of it."""
     locks.share(own.file)
     _refuse_changed(own.file, kept.undo, undofile.read_stamp(kept.descriptor, kept.path))
@@ -131,7 +131,7 @@ def _time(ns: int) -> str:
         return f"{seconds}.{rest:09d} s"
 
 
-def _undone(own: Own, directory: Directory, descriptor: int, kept: _Kept, calls: Calls, *, trust: bool) -> str:
+def _restore(own: Own, directory: Directory, descriptor: int, kept: _UndoFile, calls: Syscalls, *, trust: bool) -> str:
     found = kept.undo
     for name in (found.source, *(sibling.name for sibling in found.siblings)):
         if name != own.name and directory.has(name):
@@ -145,7 +145,7 @@ def _undone(own: Own, directory: Directory, descriptor: int, kept: _Kept, calls:
             for offset, length in found.ranges.tolist():
                 _write(calls, descriptor, offset, length, old)
             for sibling in found.siblings:
-                _make(change, descriptor, sibling, old)
+                _recreate(change, descriptor, sibling, old)
         calls.sync(descriptor)
         with signals.held():
             change.complete()
@@ -164,7 +164,7 @@ def _refuse_too_large(directory: Directory, found: Undo) -> None:
         raise PlanError(f"{directory.path}: {found.restored} bytes would have to be written, {free} are free")
 
 
-def _make(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable[[int], bytes]) -> None:
+def _recreate(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable[[int], bytes]) -> None:
     """Makes a file again that was removed with the source, as the carrier's owner's."""
     made = change.make(sibling.name)
     try:
@@ -176,13 +176,13 @@ def _make(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable
         linux.close(made)
 
 
-def _write(calls: Calls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
+def _write(calls: Syscalls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
     """Writes the next bytes of the undo file to a place."""
     for at in range(offset, offset + length, PIECE):
         calls.write(descriptor, old(min(PIECE, offset + length - at)), at)
 
 
-def _journal(own: Own, directory: Directory, kept: _Kept, owner: int | None) -> Journal:
+def _journal(own: Own, directory: Directory, kept: _UndoFile, owner: int | None) -> Journal:
     """Returns the journal of the way back: what it overwrites of the new container are its header, and holes."""
     file, found = own.file, kept.undo
     inside = found.ranges[found.ranges[:, 0] < file.size]

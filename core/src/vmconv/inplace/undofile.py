@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from vmconv.errors import ImageError
 from vmconv.inplace import codec
-from vmconv.inplace.calls import Calls
 from vmconv.inplace.codec import DIGEST, MAX_BODY, PIECE, Fields, Ranges, Tables, digest_of
+from vmconv.inplace.syscalls import Syscalls
 from vmconv.model.sources import File
 
 _OLD_MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
@@ -103,7 +103,7 @@ class Undo(NamedTuple):
         return int(self.ranges[:, 1].sum()) + sum(sibling.size for sibling in self.siblings)
 
 
-def write(descriptor: int, head: bytes, pieces: Iterable[tuple[File, int, int]], calls: Calls) -> None:
+def write(descriptor: int, head: bytes, pieces: Iterable[tuple[File, int, int]], calls: Syscalls) -> None:
     """Writes an undo file without its stamp, and makes it durable; `pieces` are `(file, offset, length)`."""
     import zstandard
 

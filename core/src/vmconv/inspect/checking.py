@@ -21,7 +21,7 @@ def check_image(image: Image, opener: Opener) -> CheckReport | None:
     """
     report = opener.registry.format(image.format_name).check(image)
     alone = report is None and not image.dependencies and image.parent_reference is None
-    if alone and _refused(image) is None:
+    if alone and _refusal(image) is None:
         return None
     found = report or CheckReport(image_end=image.file.size)
     return _with_layers(_readable(_with_files(found, image, opener), image), image)
@@ -50,7 +50,7 @@ def _readable(found: CheckReport, image: Image) -> CheckReport:
     """Returns the report; what the reader refuses, and the check did not find, is a corruption too."""
     if found.corruption_count or found.errors:
         return found
-    refusal = _refused(image)
+    refusal = _refusal(image)
     if refusal is None:
         return found
     if isinstance(refusal, AccessError | ReadError):
@@ -65,14 +65,14 @@ def _with_layers(found: CheckReport, image: Image) -> CheckReport:
     errors: list[str] = []
     try:
         for layer in image.chain():
-            if layer is not image and (refusal := _refused(layer)) is not None:
+            if layer is not image and (refusal := _refusal(layer)) is not None:
                 errors.append(str(refusal))
     except VmconvError as exc:
         errors.append(str(exc))
     return found._replace(errors=(*found.errors, *errors))
 
 
-def _refused(image: Image) -> VmconvError | None:
+def _refusal(image: Image) -> VmconvError | None:
     """Returns why the tables of a layer cannot be read, or None."""
     try:
         image.guest  # noqa: B018

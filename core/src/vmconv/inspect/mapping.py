@@ -59,7 +59,7 @@ class _Layer(Source):
 def map_rows(image: Image) -> Iterator[MapRow]:
     """Yields the rows of the whole disk in order."""
     depths: dict[int, int] = {}
-    holey: dict[int, bool] = {}
+    sparse: dict[int, bool] = {}
     table = Extents.filled(image.size, Kind.HOLE)
     sizes = []
     for depth, layer in enumerate(image.chain()):
@@ -68,7 +68,7 @@ def map_rows(image: Image) -> Iterator[MapRow]:
         for source in marked.sources:
             depths.setdefault(id(source), depth)
             if isinstance(source, File):
-                holey.setdefault(id(source), _shows_holes(layer, source))
+                sparse.setdefault(id(source), _shows_holes(layer, source))
         table = table.over(marked)
     for row in table:
         origin = row.source
@@ -80,7 +80,7 @@ def map_rows(image: Image) -> Iterator[MapRow]:
             yield MapRow(row.start, row.length, depth, True, True, False, None, None)
         elif isinstance(source, Reserved):
             yield MapRow(row.start, row.length, depth, source.hides, True, False, row.offset, source.file.path)
-        elif isinstance(source, File) and holey.get(id(source)):
+        elif isinstance(source, File) and sparse.get(id(source)):
             yield from _file_rows(row, source, depth)
         elif isinstance(source, File):
             yield MapRow(row.start, row.length, depth, True, False, True, row.offset, source.path)
@@ -100,10 +100,10 @@ def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
 def _shows_holes(layer: Image, file: File) -> bool:
     if layer.shows_holes is not None:
         return layer.shows_holes(file)
-    return file is layer.file and _is_holey(file)
+    return file is layer.file and _is_sparse(file)
 
 
-def _is_holey(file: File) -> bool:
+def _is_sparse(file: File) -> bool:
     """True when so much of a file is holes that its payload must be too; QEMU looks no closer at others, nor do we."""
     return not file.is_device and os.fstat(file.descriptor).st_blocks * 512 * 10 // 9 < file.size
 

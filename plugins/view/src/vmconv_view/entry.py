@@ -17,7 +17,7 @@ from vmconv_view.variants import Variant
 ERRORS = "vmconv-errors.txt"
 """The file that stands for what cannot be shown, and says why."""
 
-_ANEW = 2.0
+_RETRY_AFTER = 2.0
 _COST_OF_A_FILE = 20_000
 
 Files = Mapping[str, View]
@@ -54,8 +54,8 @@ class Entry:
             self._opened()
             self._image = image
         except Exception as exc:
-            self._failure = self._explained("", exc)
-            self._until = time.monotonic() + _ANEW
+            self._failure = self._explain("", exc)
+            self._until = time.monotonic() + _RETRY_AFTER
         self._unlock()
 
     def _opened(self) -> None:
@@ -64,7 +64,7 @@ class Entry:
         for file in self._opener.files:
             self.mode &= os.fstat(file.descriptor).st_mode
 
-    def _explained(self, what: str, exc: Exception) -> Files:
+    def _explain(self, what: str, exc: Exception) -> Files:
         if self.rights.explains:
             return _failure(what, exc)
         return text_file(f"{self.name}: {what}not shown, unless everybody may read all files of the image\n")
@@ -108,7 +108,7 @@ class Entry:
         finally:
             with self._lock:
                 self._planning -= 1
-                self._let_go()
+                self._close_if_unused()
 
     def _plan(self, image: Image, variant: Variant) -> Files:
         try:
@@ -118,7 +118,7 @@ class Entry:
             self._opened()
             return made
         except Exception as exc:
-            return self._explained(f"{self.name} as {variant.name}: ", exc)
+            return self._explain(f"{self.name} as {variant.name}: ", exc)
 
     def hold(self) -> bool:
         """Keeps the files of the image open and locked until `release`; False when they are closed already.
@@ -144,15 +144,15 @@ class Entry:
     def release(self) -> None:
         with self._lock:
             self._holders -= 1
-            self._let_go()
+            self._close_if_unused()
 
     def retire(self) -> None:
         """Closes the files of the image as soon as nobody holds it."""
         with self._lock:
             self._retired = True
-            self._let_go()
+            self._close_if_unused()
 
-    def _let_go(self) -> None:
+    def _close_if_unused(self) -> None:
         if not self._holders:
             self._unlock()
             if self._retired and not self._planning:

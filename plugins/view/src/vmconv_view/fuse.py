@@ -152,7 +152,7 @@ def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: boo
     """Mounts the tree and returns when it is unmounted: by fusermount -u, by umount, by SIGINT or SIGTERM."""
     mounted = threading.Event()
 
-    def said_ready() -> None:
+    def note_ready() -> None:
         mounted.set()
         ready()
 
@@ -166,7 +166,7 @@ def mount(tree: Tree, point: str, ready: Callable[[], None], *, allow_other: boo
         options["max_threads"] = MAX_THREADS
     try:
         _Session(
-            Filesystem(tree, said_ready, others=allow_other),
+            Filesystem(tree, note_ready, others=allow_other),
             point,
             foreground=True,
             ro=True,

@@ -78,10 +78,10 @@ class RightsOfUser(Rights):
     def acting(self) -> Iterator[None]:
         before = User(os.geteuid(), os.getegid(), tuple(os.getgroups()))
         try:
-            _become(self._user)
+            _set_rights(self._user)
             yield
         finally:
-            _become(before)
+            _set_rights(before)
 
     def are_current(self, files: Iterable[File]) -> bool:
         # The stamp has the time of the last change of mode or ACL; the way to the file is searched anew.
@@ -103,14 +103,14 @@ class RightsOfEverybody(Rights):
 
     def refuse_directory(self, path: str) -> None:
         status = os.stat(path)
-        if not (_lets_everybody(path, status, _READ | _SEARCH) and _may_be_reached(os.path.realpath(path))):
+        if not (_open_to_everybody(path, status, _READ | _SEARCH) and _reachable_by_everybody(os.path.realpath(path))):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     def refuse_files(self, files: Iterable[File]) -> None:
         for file in files:
             status = os.fstat(file.descriptor)
             real = file.real_path()
-            if not (_lets_everybody(file.descriptor, status, _READ) and _may_be_reached(real)):
+            if not (_open_to_everybody(file.descriptor, status, _READ) and _reachable_by_everybody(real)):
                 raise AccessError(f"{file.name}: not everybody may read it")
 
 
@@ -167,7 +167,7 @@ def _loses_rights() -> bool:
     return not int(effective, 16) & _READS_EVERYTHING
 
 
-def _become(user: User) -> None:
+def _set_rights(user: User) -> None:
     """Gives this thread the rights of a user for files; raises `PermissionError` when the kernel does not."""
     library = _library()
     groups = (ctypes.c_uint32 * len(user.groups))(*user.groups)
@@ -186,7 +186,7 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _lets_everybody(place: str | int, status: os.stat_result, wanted: int) -> bool:
+def _open_to_everybody(place: str | int, status: os.stat_result, wanted: int) -> bool:
     """True when owner, group and others may do this, and no ACL takes it away from anybody."""
     if status.st_mode & wanted != wanted:
         return False
@@ -196,12 +196,12 @@ def _lets_everybody(place: str | int, status: os.stat_result, wanted: int) -> bo
         return exc.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def _may_be_reached(real: str) -> bool:
+def _reachable_by_everybody(real: str) -> bool:
     """True when everybody may search every directory on the way to a real path."""
     directory = os.path.dirname(real)
     while True:
         status = os.stat(directory)
-        if not (stat.S_ISDIR(status.st_mode) and _lets_everybody(directory, status, _SEARCH)):
+        if not (stat.S_ISDIR(status.st_mode) and _open_to_everybody(directory, status, _SEARCH)):
             return False
         above = os.path.dirname(directory)
         if above == directory:

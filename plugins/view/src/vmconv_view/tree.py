@@ -112,11 +112,11 @@ class Tree:
         rights.refuse_directory(self._directory)
         with rights.acting(), os.scandir(self._directory) as found:
             everything = list(found)
-        images = [one for one in everything if self._speaks_of_an_image(one.name)]
+        images = [one for one in everything if self._has_image_suffix(one.name)]
         with rights.acting():
             return sorted(one.name for one in images if _is_file(one))
 
-    def _speaks_of_an_image(self, name: str) -> bool:
+    def _has_image_suffix(self, name: str) -> bool:
         one = self._registry.formats.get(self._registry.format_by_suffix(name) or "")
         return one is not None and one.can_read
 
@@ -124,7 +124,7 @@ class Tree:
         rights.refuse_directory(self._directory)
         with rights.acting():
             status = os.stat(os.path.join(self._directory, name))
-        if not (self._speaks_of_an_image(name) and stat.S_ISREG(status.st_mode)):
+        if not (self._has_image_suffix(name) and stat.S_ISREG(status.st_mode)):
             raise FileNotFoundError(errno.ENOENT, name)
         return status
 
@@ -138,7 +138,7 @@ class Tree:
         while True:
             entry = self._entry(image, rights)
             if entry.failure:
-                return _in(entry, entry.failure, rest), entry
+                return _node_in(entry, entry.failure, rest), entry
             if place not in self._variants:
                 raise FileNotFoundError(errno.ENOENT, rest)
             variant = self._variants[place]
@@ -147,7 +147,7 @@ class Tree:
             )
             if files is not None:
                 self._trim()
-                return _in(entry, files, name), entry
+                return _node_in(entry, files, name), entry
 
     def _entry(self, name: str, rights: Rights) -> Entry:
         """Returns the image, read with these rights, and as it is now."""
@@ -215,7 +215,7 @@ def _is_file(one: os.DirEntry[str]) -> bool:
         return False
 
 
-def _in(entry: Entry, files: Files, name: str) -> Node:
+def _node_in(entry: Entry, files: Files, name: str) -> Node:
     """Returns what is in a directory of files, or the directory itself."""
     if not name:
         return Node(entry.status, entry.mode, files.keys)

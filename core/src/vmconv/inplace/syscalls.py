@@ -11,7 +11,7 @@ from vmconv.io.directory import Directory
 from vmconv.system import linux
 
 
-class Calls:
+class Syscalls:
     """All that a change in place does to storage goes through one of these; reading does not."""
 
     def create(self, directory: Directory, name: str) -> int:
