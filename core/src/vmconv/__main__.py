@@ -1,4 +1,4 @@
-"""The program: `vmconv` and `python -m vmconv`. What makes it start and end quickly is here and not in the library."""
+"""The program: `vmconv` and `python -m vmconv`. Holds the tricks for a fast start and exit, which no library may use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class _NDArray:
-    """Stands for `numpy.typing.NDArray`, which says something to type checkers only."""
+    """Replaces `numpy.typing.NDArray`, which only type checkers use."""
 
     def __class_getitem__(cls, _item: object) -> type[_NDArray]:
         return cls
@@ -19,7 +19,7 @@ class _NDArray:
 _SELDOM_USED: dict[str, dict[str, Any]] = {
     "cmd": {},
     "ctypes": {},
-    # argparse has each of its words translated, of which there are no translations.
+    # argparse looks up a translation of each of its words. There are none.
     "gettext": {
         "gettext": lambda text: text,
         "ngettext": lambda one, many, n: one if n == 1 else many,
@@ -33,15 +33,15 @@ _SELDOM_USED: dict[str, dict[str, Any]] = {
     "tokenize": {},
     "traceback": {},
 }
-"""What numpy, construct, inspect and argparse import at once, for parts of them that hardly any run comes to; with what
-every run asks of it."""
+"""Modules that numpy, construct, inspect and argparse import at once and that few runs need, with the attributes that
+every run reads."""
 
 _DOCSTRINGS = ("numpy._core._add_newdocs", "numpy._core._add_newdocs_scalars")
-"""Give what numpy has written in C its docstrings, which takes a tenth of its import."""
+"""Modules that set the docstrings of numpy's C code, a tenth of numpy's import time."""
 
 
 class _Postponed(ModuleType):
-    """Stands for a module until something of it is asked for; then that is imported."""
+    """A module that is imported when one of its attributes is read."""
 
     def __getattr__(self, name: str) -> Any:
         from importlib import import_module
@@ -55,13 +55,13 @@ class _Postponed(ModuleType):
 
 
 def run() -> NoReturn:
-    """Runs the command that the command line names and ends the process with its exit code."""
-    # What is imported stays: to look through it for garbage, again and again, takes a tenth of the time.
+    """Runs the command of the command line and ends the process with its exit code."""
+    # Imported modules stay alive. Searching them for garbage again and again takes a tenth of the run.
     gc.set_threshold(50_000)
     for name, known in _SELDOM_USED.items():
         if name not in sys.modules:
             sys.modules[name] = _Postponed(name)
-            # Of a module from which names are imported it is asked whether it is a package.
+            # `from module import name` reads `__path__` to see whether the module is a package.
             if known:
                 vars(sys.modules[name]).update(known, __path__=())
     for name in _DOCSTRINGS:
@@ -71,21 +71,21 @@ def run() -> NoReturn:
     try:
         code = main()
     except SystemExit as exc:
-        # From argparse, which has said what there is to say.
+        # argparse has printed the message.
         code = exc.code if isinstance(exc.code, int) else 1
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process at once: taking all modules apart again takes longer than sharing a disk.
+    """Ends the process without interpreter shutdown, which takes longer than sharing a disk.
 
-    What a command makes is closed and durable when it returns, and its threads have ended.
+    Safe because a command's outputs are closed and durable, and its threads ended, when it returns.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            # Who read it has gone.
+            # The reader has closed the pipe.
             code = code or 1
     os._exit(code)
 

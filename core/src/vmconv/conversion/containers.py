@@ -1,7 +1,7 @@
-"""The images that a conversion makes: one of all layers of the source, or with a kept chain one of each.
+"""The images that a conversion makes: one flattened image, or with `chain` one image per layer.
 
-They are laid out from the base upwards. Each is read back from its layout, before anything is made, so that the next
-one finds the identity of its new parent as any image does: in the parent's header.
+They are laid out from the base upwards. Each is read back from its layout, before any file exists, because a child
+takes its parent's identity from the parent's header.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from vmconv.model.sources import File
 
 
 class Target(NamedTuple):
-    """What the user asked for: the file `name` in `directory`, in this format, written with these options.
+    """The requested target: the file `name` in `directory`, its format and its writer's options.
 
-    `identity` is that of its image, as the options give it or random.
+    `identity` comes from the options or is random.
     """
 
     format: Format
@@ -41,30 +41,30 @@ class Target(NamedTuple):
 
     @property
     def has_identity(self) -> bool:
-        """True when images of the format have ids."""
+        """True if images of the format have ids."""
         return hasattr(self.options, "identity")
 
     def identity_of(self, layer: int) -> bytes:
-        """Returns the identity of the image of a layer; 0 is the one that the user named."""
+        """Returns the identity of a layer's image; layer 0 is the user's target."""
         return derived(self.identity, f"layer {layer}") if layer else self.identity
 
 
 def new_name(own: str, target: Format, registry: Registry) -> str:
-    """Returns the name of a file that an image of this name becomes in the target's format."""
+    """Returns the file name `own` with the suffix of the target's format."""
     return registry.stem(own) + next(iter(target.suffixes), f".{target.name}")
 
 
 class Kept(NamedTuple):
-    """A layer of the source that stays as it is, below all that is made, and how the image above it names it."""
+    """A layer of the source that becomes the backing file of the new images, and the reference to it."""
 
     image: Image
     backing: Backing
 
 
 def keep_source(image: Image, registry: Registry, directory: str) -> Kept:
-    """Returns all of the source as what is kept below an image in `directory`, with records of all its files.
+    """Returns the whole source as the backing file of an image in `directory`, with records of all its files.
 
-    Raises `PlanError` when QEMU, for which such images are made, would see another disk in it or none.
+    Raises `PlanError` if QEMU, the reader of such images, would not see the same disk in the source.
     """
     files: dict[int, File] = {}
     for layer in image.chain():
@@ -80,7 +80,7 @@ def keep_source(image: Image, registry: Registry, directory: str) -> Kept:
 
 
 class Part(NamedTuple):
-    """Layers of the source that become one image, the file `name`: those of `image` down to, and without, `base`."""
+    """Layers of the source that become the image `name`: from `image` down to `base`, exclusive."""
 
     image: Image
     base: Image | None
@@ -88,9 +88,9 @@ class Part(NamedTuple):
 
 
 class Container(NamedTuple):
-    """One image that will be made: `disk` is what it holds for a guest, on top of `backing` when it has a parent.
+    """One image to make: `disk` is its guest-visible content, on top of `backing` if it has a parent.
 
-    `has_identity`: images of the format have ids, and this one has new ones.
+    `has_identity`: the image gets new ids.
     """
 
     source: Image
@@ -103,11 +103,11 @@ class Container(NamedTuple):
 
     @property
     def below(self) -> Extents | None:
-        """The table of what lies below."""
+        """The table of the layers below."""
         return self.disk.parent.flat if self.backing and self.disk.parent else None
 
     def losses(self) -> Iterator[str]:
-        """Yields what the source states or holds and this image cannot say."""
+        """Yields properties of the source that this image cannot store."""
         yield from self.source.losses
         for name, value in self.source.metadata.items():
             if name not in self.format.carries and value is not None and not (name == "identity" and self.has_identity):
@@ -115,7 +115,7 @@ class Container(NamedTuple):
 
 
 def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None, *, chain: bool) -> list[Part]:
-    """Returns the parts of the source that become images, the base first; the last is what the user named."""
+    """Returns the parts of the source that become images, the base first and the user's target last."""
     base = kept.image if kept else None
     if not chain:
         return [Part(image, base, target.name)]
@@ -138,10 +138,10 @@ def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None
 
 
 def _name(layer: Image, above: Image, target: Format, registry: Registry, taken: set[str]) -> str:
-    """Returns the name of a layer's new file: its own with another suffix, and a number if it is taken."""
+    """Returns a layer's file name with the target's suffix, and with a number if that is taken."""
     own = layer.file.name
     if layer.file is above.file and above.parent_reference:
-        # Some formats describe a whole chain in one file.
+        # Some formats describe a whole chain in one file, so its name fits no single layer.
         own = os.path.basename(above.parent_reference)
     name, number = new_name(own, target, registry), 1
     while name in taken:
@@ -158,9 +158,9 @@ def lay_out(
     kept: Kept | None,
     carrier: File | None = None,
 ) -> list[Container]:
-    """Returns the containers of the parts, in their order; raises `PlanError` for what the format cannot hold.
+    """Returns the containers of the parts, in their order. Raises `PlanError` if the format cannot hold the disk.
 
-    In place, `carrier` is the file that becomes the only one.
+    In place, `carrier` is the file that becomes the only container.
     """
     made: list[Container] = []
     parent, backing = kept or (None, None)
@@ -178,9 +178,9 @@ def lay_out(
 
 
 def _as_parent(container: Container, target: Target, registry: Registry) -> Image:
-    """Returns the image that will be made as the parent of the next: it states what its own header says of it.
+    """Returns a planned image as the parent of the next, with the metadata of its own planned header.
 
-    Its table leads to the source's payload, which is where a child that needs some of it should share it from.
+    Its table points to the source's payload, because a child shares from the source and not from the new parent.
     """
     from vmconv.model.planned import PlannedFile
 

@@ -1,4 +1,4 @@
-"""Makes a plan real: shares first, then writes and copies, then makes all durable; names come later."""
+"""Executes a plan: shares, then writes and copies, then syncs. The backend's commit names the files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vmconv.model.sources import File, Source
 from vmconv.system.parallel import in_order
 
 _PIECE = 4 << 20
-# Metadata is computed as it is written: in pieces that stay in the processor's cache.
+# Metadata is computed while it is written, in pieces that fit into the processor's cache.
 _METADATA_PIECE = 1 << 20
 
 
 class _Piece(NamedTuple):
-    """A range of an output of bounded size, and where its bytes come from."""
+    """A range of an output, of bounded size, and the source of its bytes."""
 
     output: Output
     source: Source
@@ -26,7 +26,7 @@ class _Piece(NamedTuple):
 
 
 def make(plan: Plan, transaction: Transaction, progress: Progress | None, created: Created | None = None) -> list[File]:
-    """Returns the finished files of the plan, durable but still under temporary names, in the plan's order."""
+    """Returns the finished files in the plan's order: durable, without their final names."""
     transaction.prepare(plan)
     outputs = []
     for file in plan.files:
@@ -45,7 +45,7 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
             steps.add(piece.length)
     if pairs and plan.totals.copied:
         copies = (piece for file, output in pairs for piece in _pieces(file, output, Action.COPY))
-        # A last, partial block needs no threads: to import them takes longer.
+        # Importing the thread pool takes longer than copying a partial last block.
         few = plan.totals.copied <= _PIECE
         for step in map(_copy, _batches(copies)) if few else in_order(_copy, _batches(copies)):
             steps.add(step)
@@ -53,7 +53,7 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
 
 
 class _Steps:
-    """Counts the bytes that are done and says so."""
+    """Counts finished bytes and reports progress."""
 
     def __init__(self, to_do: int, progress: Progress | None) -> None:
         self._done, self._to_do, self._progress = 0, to_do, progress
@@ -73,14 +73,14 @@ def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) 
 
 
 def _copy(pieces: Sequence[_Piece]) -> int:
-    """Copies pieces and returns how many bytes they were; runs in threads."""
+    """Copies pieces and returns their total length; runs in threads."""
     for piece in pieces:
         piece.output.copy(piece.source, piece.source_offset, piece.offset, piece.length)
     return sum(piece.length for piece in pieces)
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
-    """Yields lists of neighbouring pieces of about the size of one: many small ones cost as little as one large."""
+    """Yields lists of consecutive pieces of about `_PIECE` bytes, so that small pieces cost no task each."""
     batch: list[_Piece] = []
     size = 0
     for piece in pieces:

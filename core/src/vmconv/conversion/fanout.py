@@ -1,4 +1,4 @@
-"""The requests of a fan-out: one source, a target in each of several formats."""
+"""The requests of a fan-out: one source, one target per format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmconv.io.registry import installed
 def requests(
     common: Request, formats: Sequence[str], directory: str, options: Mapping[str, Mapping[str, Any]]
 ) -> list[Request]:
-    """Returns a request for each format: `common` with a target named after the source, and that format's options."""
+    """Returns one request per format: `common` with a target named after the source and the format's options."""
     registry = installed()
     wanted = [registry.format(name) for name in formats]
     given = {registry.format(name).name: values for name, values in options.items()}

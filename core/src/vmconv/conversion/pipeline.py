@@ -43,7 +43,7 @@ STREAM = "-"
 
 
 class Conversion(NamedTuple):
-    """What is made for one request: its images, the one that the user named last, and the plan that makes them."""
+    """The plan of one request and its images, the user's target last."""
 
     request: Request
     containers: tuple[Container, ...]
@@ -51,14 +51,14 @@ class Conversion(NamedTuple):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the layers that become images, the top first."""
+        """Warnings about the converted layers, the top first."""
         return tuple(dict.fromkeys(text for made in reversed(self.containers) for text in made.source.warnings))
 
 
 class Prepared(NamedTuple):
-    """Conversions of one source that were planned and can be made real, as one; the source's files are open.
+    """Planned conversions of one source, executed as one transaction; the source's files are open.
 
-    `begin` returns a new transaction that makes the plan.
+    `begin` returns a new transaction for the plan.
     """
 
     image: Image
@@ -70,15 +70,15 @@ class Prepared(NamedTuple):
 
     @property
     def containers(self) -> list[Container]:
-        """All images, in the order in which they appear."""
+        """All images, in the order in which they are named."""
         return [made for conversion in self.conversions for made in conversion.containers]
 
 
 @contextmanager
 def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
-    """Yields the planned conversion: everything has been read and checked, nothing has been touched.
+    """Yields the planned conversion: all is read and checked, nothing is changed.
 
-    With `others`, which want other targets of the same source in the same directory, all of them are one.
+    `others` are requests for other targets of the same source in the same directory; all form one transaction.
     """
     if request.target == STREAM:
         with _prepared_stream(request, -1) as ready:
@@ -92,7 +92,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         directory = _only_directory(places)
         refuse_directory(directory)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
-        # Before the layers below are opened: only files of this image's own are replaced.
+        # Before the lower layers are opened, so that only this image's own files are replaced.
         site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))
         with site.claimed(directory.path) if site else nullcontext():
@@ -120,7 +120,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
 
 @contextmanager
 def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
-    """Yields the planned conversion to a stream; raises `PlanError` if the image would be more than one file."""
+    """Yields the planned conversion to a stream. Raises `PlanError` if the image has more than one file."""
     from vmconv.backends.stream import StreamBackend
     from vmconv.conversion.views import refuse_source_kept
 
@@ -154,12 +154,12 @@ def run(
     created: Created | None = None,
     descriptor: int | None = None,
 ) -> tuple[Result, ...]:
-    """Plans and makes one conversion, or several of one source as one; see `vmconv.api`.
+    """Plans and executes one conversion, or several of one source as one transaction; see `vmconv.api`.
 
-    With a `descriptor` the image is written to it.
+    `descriptor` receives the image of a stream.
 
-    A signal that arrives while the files get their names is delivered afterwards. `KeyboardInterrupt`, and what other
-    handlers raise, has the attribute `results`: what would have been returned, empty when nothing was made.
+    Signals are held while the files are named. `KeyboardInterrupt`, and exceptions of other signal handlers, carry the
+    attribute `results`: the return value, empty if nothing was made.
     """
     began = time.perf_counter()
     done: list[Result] = []
@@ -207,7 +207,7 @@ def _make(
     created: Created | None,
     done: Callable[[], None],
 ) -> None:
-    """Makes all files of the plan appear, or none; calls `done` when they are there."""
+    """Creates all files of the plan, or none; calls `done` after the commit."""
     request = ready.conversions[-1].request
     transaction = ready.begin()
     try:
@@ -215,6 +215,7 @@ def _make(
             files = make(ready.plan, transaction, progress, created)
         if verify:
             verify_result(ready.containers, files, ready.opener.registry, verify, verifying)
+        # The target records ctimes of the source: wait until a later write is sure to get another one.
         if ready.plan.references:
             references.settle(ready.opener.files)
         refuse_changed(ready.opener.files)
@@ -247,7 +248,7 @@ def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
 def _in_place(
     site: Site, request: Request, target: Target, image: Image, registry: Registry
 ) -> tuple[Backend, tuple[Conversion, ...], frozenset[str]]:
-    """Returns the first strategy's conversion that moves no payload, and the names that it may take over."""
+    """Returns the conversion of the first strategy that moves no payload, and the source names it may reuse."""
     from vmconv.inplace.strategies import STRATEGIES, Share, Shift, Unsuitable, Wanted, formats_that_hold
 
     kept = _kept_layer(request, target, image, registry)
@@ -278,13 +279,14 @@ def _in_place(
         second_best = found
     if second_best:
         return second_best
+    # The last strategy that could apply gives the reason.
     *_, why = (exc for exc in refused if not isinstance(exc, Unsuitable))
     why.hint = why.hint or formats_that_hold(site, wanted)
     raise why
 
 
 def _conversion(request: Request, target: Target, image: Image, way: Proposal, registry: Registry) -> Conversion:
-    """Returns what is made for one request, planned for the backend of `way`."""
+    """Returns the conversion of one request, planned for the backend of `way`."""
     kept = _kept_layer(request, target, image, registry)
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
@@ -299,7 +301,7 @@ def _conversion(request: Request, target: Target, image: Image, way: Proposal, r
 
 
 def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
-    """Returns the plan of one image; where there are several, its losses say whose they are."""
+    """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
     losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
     return plan_layout(made.layout, made.name, directory, backend.name, survey, losses)
 
@@ -318,7 +320,7 @@ def _refuse_with_stream(request: Request) -> None:
 
 
 def _stream_target(request: Request, registry: Registry) -> Target:
-    """Returns what is to be made; formats that write down the name of their file are given the likely one."""
+    """Returns the target of a stream. Its name is a guess, for formats that store their own file name."""
     wanted = registry.format(request.target_format or "")
     options = parse_options(wanted.options(), request.options, wanted.name)
     return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
@@ -330,7 +332,7 @@ _Place = tuple[Directory, str]
 
 @contextmanager
 def _places(*requests: Request) -> Iterator[list[_Place]]:
-    """Yields where the targets are or will be; symbolic links are followed, so that they go on naming the files."""
+    """Yields the targets' directories and names. Symbolic links are followed, so that they keep naming the target."""
     with ExitStack() as stack:
         places = []
         for request in requests:
@@ -348,7 +350,7 @@ def _places(*requests: Request) -> Iterator[list[_Place]]:
 
 
 def _target(registry: Registry, request: Request, place: _Place) -> Target:
-    """Returns what is to be made at its place."""
+    """Returns the target of a request. Raises `PlanError` if a special file has its name."""
     wanted = registry.format(_target_format(registry, request))
     options = parse_options(wanted.options(), request.options, wanted.name)
     directory, name = place
@@ -359,7 +361,7 @@ def _target(registry: Registry, request: Request, place: _Place) -> Target:
 
 
 def _only_directory(places: Sequence[_Place]) -> Directory:
-    """Returns the directory of all targets: what appears together appears in one."""
+    """Returns the directory of all targets. Raises `PlanError` if there are several: renames are atomic in one only."""
     directory = places[0][0]
     for other, name in places:
         if not os.path.samestat(os.fstat(other.descriptor), os.fstat(directory.descriptor)):
@@ -371,7 +373,7 @@ def _only_directory(places: Sequence[_Place]) -> Directory:
 
 
 def _site(request: Request, others: Sequence[Request], image: Image, opener: Opener) -> Site | None:
-    """Returns where the conversion happens when it is one in place; refuses what makes no sense with it."""
+    """Returns the site of a conversion in place, else None. Raises `UsageError` for options that exclude each other."""
     if not request.in_place:
         for given, name in ((request.keep_undo, "--keep-undo"), (request.any_owner, "--any-owner")):
             if given:
@@ -415,7 +417,7 @@ def _target_format(registry: Registry, request: Request) -> str:
 
 
 def _kept_layer(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
-    """Returns the layer of the source that becomes the parent of what is made, as it is."""
+    """Returns the layer of the source that stays as the parent of the new images, if any."""
     if target.format.keeps_source(target.options):
         for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
             if asked:
@@ -445,7 +447,7 @@ def _kept_layer(request: Request, target: Target, image: Image, registry: Regist
 
 
 def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -> None:
-    """Raises `UsageError` when a layer is to be stated in another format than it was read in: another disk."""
+    """Raises `UsageError` if the backing format differs from the format in which the layer was read."""
     if stated is not None and registry.format(stated).name != layer.format_name:
         raise UsageError(
             f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be stated as {stated}",
@@ -454,7 +456,7 @@ def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -
 
 
 def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]) -> Proposal:
-    """Returns the backend that shares something, or else the one that copies, with the reasons for copying."""
+    """Returns the first backend that shares something, else the copying one with the reasons for copying."""
     if name != "auto":
         backend = registry.backend(name)
         capabilities = backend.capabilities(directory)

@@ -1,7 +1,7 @@
-"""From the tables of output files to what has to be done: share, copy or write, with a reason for every copied byte.
+"""Turns the tables of output files into steps: share, copy or write, with a reason for every copied byte.
 
-Zero-copy is a property of a row, not a mode: each row is shared when the storage can do it for that source and the
-offsets are congruent, and otherwise copied.
+Zero-copy is a property of a row, not a mode. A row is shared if the storage can share that source and the offsets are
+congruent; otherwise it is copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmconv.model.sources import Blob, Decoded, File, Source
 
 
 def merge_plans(plans: Sequence[Plan]) -> Plan:
-    """Returns one plan that does what all of these do, in their order: they are for one directory and one backend."""
+    """Returns the plans as one, in their order; all have one directory and one backend."""
     if len(plans) == 1:
         return plans[0]
     copies: dict[str, CopyReason] = {}
@@ -34,7 +34,7 @@ def merge_plans(plans: Sequence[Plan]) -> Plan:
 def plan_layout(
     layout: Layout, name: str, directory: str, backend: str, survey: Survey, losses: tuple[str, ...] = ()
 ) -> Plan:
-    """Returns the plan that makes `layout` real as the file `name` in `directory`."""
+    """Returns the plan that writes `layout` as the file `name` in `directory`."""
     reasons = _Reasons()
     files = []
     for out in layout.files:
@@ -47,7 +47,7 @@ def plan_layout(
 
 
 class _Reasons:
-    """Reasons by number."""
+    """Texts of reasons by number, so that a row stores an integer."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -81,7 +81,7 @@ def _steps(table: Extents, survey: Survey, reasons: _Reasons) -> Steps:
 
 
 def _stays(steps: Steps, reasons: _Reasons) -> None:
-    """Turns what is not at its very offset into copies: in place, offsets have to be equal."""
+    """Turns shares at unequal offsets into copies: in place, payload cannot move."""
     moved = (steps.action == Action.SHARE) & (steps.offset != steps.source_offset)
     if moved.any():
         steps.action[moved] = Action.COPY
@@ -89,7 +89,7 @@ def _stays(steps: Steps, reasons: _Reasons) -> None:
 
 
 def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: int, reasons: _Reasons) -> Steps:
-    """Turns what is not whole blocks at congruent offsets into copies; splits rows where only their ends are not."""
+    """Turns shares that are no whole blocks at congruent offsets into copies; splits rows with ragged ends."""
     shared = steps.action == Action.SHARE
     apart = shared & ((steps.offset - steps.source_offset) % unit != 0)
     if apart.any():
@@ -98,7 +98,7 @@ def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: in
         shared &= ~apart
     limits = np.array([s.size for s in sources], dtype=np.int64)[steps.source]
     end = steps.source_offset + steps.length
-    # The end of a file is as good as the end of a block, as long as it becomes the end of a file again.
+    # FICLONERANGE accepts a partial block at the end of the source if it becomes the end of the target.
     to_the_end = (end == limits) & (steps.offset + steps.length == size)
     first = -(-steps.source_offset // unit) * unit
     last = np.where(to_the_end, end, end // unit * unit)
@@ -132,7 +132,7 @@ def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: in
 
 
 def _give_reason(steps: Steps, sources: tuple[Source, ...], reason: int) -> None:
-    """Gives this reason to all copies out of files; what is decoded has its own."""
+    """Sets the reason of all copies from files; decoded payload has its own."""
     is_file = np.array([isinstance(source, File) for source in sources] + [False])
     steps.reason[(steps.action == Action.COPY) & is_file[steps.source]] = reason
 

@@ -1,7 +1,7 @@
-"""Verifies a result by `qemu-img compare`: a reader of images that is not vmconv's.
+"""Verifies a result with `qemu-img compare`, an independent reader.
 
-QEMU gets the files of the result, which have no names yet, under the names that they will have: in a directory of
-links to the open files. Formats and parents are stated, never left to QEMU to find, so that both read the same chain.
+The result's files have no names yet, so QEMU opens them through a directory of links with their final names. Formats
+and parents are passed explicitly, so that QEMU probes nothing and reads the same chain.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 _PROGRAM = "qemu-img"
 _SECONDS = 600
 _SLOWEST = 10 << 20
-"""Bytes a second of the slowest storage that is waited for."""
+"""Bytes per second of the slowest storage that the timeout allows for."""
 
 Node = Mapping[str, Any]
 """A block node as QEMU's JSON file names describe it."""
 
 
 def refuse_impossible(made: Sequence[Made], registry: Registry) -> None:
-    """Raises `UsageError` unless QEMU is here and reads both sides of each of the containers as vmconv does."""
+    """Raises `UsageError` unless qemu-img is installed and reads both sides of each container as vmconv does."""
     if shutil.which(_PROGRAM) is None:
         raise UsageError(
             f"--verify=qemu needs the program {_PROGRAM}, which is not in PATH",
@@ -53,7 +53,7 @@ def _refuse_image(image: Image, registry: Registry) -> None:
 
 
 def _name(path: str) -> str:
-    """Returns a path as QEMU's JSON can state it."""
+    """Returns the path. Raises `UsageError` if it is not UTF-8, which QEMU's JSON needs."""
     try:
         path.encode()
     except UnicodeEncodeError as exc:
@@ -62,7 +62,7 @@ def _name(path: str) -> str:
 
 
 def compare(made: Sequence[Made]) -> None:
-    """Raises `VerifyError` unless QEMU reads the same in each result as in its source."""
+    """Raises `VerifyError` unless QEMU reads the same bytes in each result as in its source."""
     nodes: dict[str, Node] = {}
     with _links(made) as directory:
         for one in made:
@@ -75,7 +75,7 @@ def compare(made: Sequence[Made]) -> None:
 
 
 def _kept_layers(one: Made) -> list[Image]:
-    """Returns the layers of the source that are below the result."""
+    """Returns the source's layers below the result."""
     container = one.container
     return list(container.disk.parent.chain()) if container.backing and container.disk.parent and not one.below else []
 
@@ -96,7 +96,7 @@ def _node(format_name: str, file: Node, below: Node | None) -> Node:
 
 @contextmanager
 def _links(made: Sequence[Made]) -> Iterator[str]:
-    """Yields a directory in which the files of the results, and those they refer to, have their final names."""
+    """Yields a directory of links by final name to the results' files and to those they refer to."""
     with tempfile.TemporaryDirectory(prefix="vmconv-verify-") as directory:
         for one in made:
             for out, file in zip(one.container.layout.files, one.files, strict=True):
@@ -108,7 +108,7 @@ def _links(made: Sequence[Made]) -> Iterator[str]:
 
 
 def _link_reference(directory: str, name: str, path: str) -> None:
-    """Makes a relative name lead to the file of the source that it means."""
+    """Links a relative name of the result to the file of the source."""
     link = os.path.join(directory, os.path.normpath(name))
     if not os.path.isabs(name) and not os.path.lexists(link):
         os.makedirs(os.path.dirname(link), exist_ok=True)
@@ -120,7 +120,7 @@ def _run(one: Made, wanted: Node | None, found: Node, directory: str) -> None:
 
     name = one.container.name
     formats = one.container.source.format_name, one.image.format_name
-    # -U: vmconv holds the locks of these files itself, and looks afterwards whether anybody has changed them.
+    # -U: vmconv holds the locks of these files, and checks for changes afterwards.
     command = [_PROGRAM, "compare", "-U", "-f", qemu_name(formats[0]), "-F", qemu_name(formats[1])]
     command += [f"json:{json.dumps(node)}" for node in (wanted, found)]
     seconds = _SECONDS + bytes_to_read(one.sides) // _SLOWEST

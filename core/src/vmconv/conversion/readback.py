@@ -1,6 +1,6 @@
-"""Verifies what a guest reads: both sides are resolved layer by layer, by `vmconv.conversion.walk`, and compared.
+"""Verifies what a guest reads: resolves both sides layer by layer (`vmconv.conversion.walk`) and compares them.
 
-This shares no code with what stacked the layers of the source and laid out the result.
+Shares no code with the stacking of the source's layers and the layout of the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from random import Random
 
 _POINTS = 1024
-"""Addresses at which the default verification looks."""
+"""Addresses that the default verification compares."""
 _AROUND = 512
 _RANDOM = 64
 _BLOCK = 64 << 10
@@ -30,9 +30,9 @@ _PIECE = 4 << 20
 
 
 class Sides(NamedTuple):
-    """A result by `name`: the layers of the source that it must be, and its own with all that is below them.
+    """The two sides of the result `name`: the source's layers, and its own layers with those below.
 
-    `layouts` are the tables of the output files that the result consists of, by the file's id.
+    `layouts` are the tables of the result's files, by the id of the file object.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Sides(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the disk: a format may have rounded them up."""
+        """Bytes of the result's disk, which a format may round up."""
         return self.found[0].size
 
 
 Span = tuple[int, int]
-"""Where it begins, and how long it is."""
+"""`(start, length)`, bytes."""
 Place = tuple[Source | None, int]
 
 
@@ -55,12 +55,12 @@ Place = tuple[Source | None, int]
 
 
 def check_places(sides: Sides) -> None:
-    """Raises `VerifyError` unless both sides lead to the same places on both sides of edges between rows.
+    """Raises `VerifyError` unless source and result agree at the edges of rows, before and after each edge.
 
-    Reads payload only where they do not.
+    Compares positions, and reads payload only where these differ.
     """
     if len(sides.wanted) == len(sides.found) == 1:
-        # Nothing was stacked.
+        # Nothing was stacked, so this would repeat the check of the tables.
         return
     for address in _points(sides):
         wanted, found = _place(sides.wanted, address, {}), _place(sides.found, address, sides.layouts)
@@ -69,7 +69,7 @@ def check_places(sides: Sides) -> None:
 
 
 def _points(sides: Sides) -> Iterator[int]:
-    """Yields the addresses at edges and right before them; where there are too many, some all over the disk."""
+    """Yields the addresses at edges and right before them; of too many edges every nth."""
     every = walk.edges([*sides.wanted, *sides.found])
     step = -(-len(every) // (_POINTS // 2))
     for edge in every[::step].tolist():
@@ -77,7 +77,7 @@ def _points(sides: Sides) -> Iterator[int]:
 
 
 def _place(layers: Layers, address: int, layouts: Mapping[int, Extents]) -> Place:
-    """Returns where a byte lies in a file of the source; what lies in a hole of the file lies nowhere."""
+    """Returns the position of a byte in a file of the source; None as the source in a hole of the file."""
     source, offset = _at(layers, address)
     if id(source) in layouts:
         source, offset = _at([layouts[id(source)]], offset)
@@ -100,7 +100,7 @@ def _byte(place: Place) -> bytes:
 
 
 def check_sample(sides: Sides, progress: Progress | None = None) -> None:
-    """Raises `VerifyError` unless both sides read the same around every edge between rows, and in random blocks."""
+    """Raises `VerifyError` unless both sides read the same around every edge of rows and in random blocks."""
     _compare(sides, list(_sample_spans(sides)), progress)
 
 
@@ -112,7 +112,7 @@ def _sample_spans(sides: Sides) -> Iterator[Span]:
         low, high = max(0, edge - _AROUND), min(edge + _AROUND, size)
         if low < high:
             yield low, high - low
-    # Each run looks elsewhere.
+    # Unseeded: each run looks elsewhere.
     rng = Random()
     for number in range(_RANDOM if size else 0):
         layer = rng.choice([*sides.wanted, *sides.found])
@@ -123,7 +123,7 @@ def _sample_spans(sides: Sides) -> Iterator[Span]:
 
 
 def _random_data(layer: Extents, rng: Random) -> int | None:
-    """Returns an address in a random row of payload: of a sparse disk, random addresses are mostly holes."""
+    """Returns an address in a random row of payload, because random addresses of a sparse disk are mostly holes."""
     rows = (layer.kind == Kind.DATA).nonzero()[0]
     if not len(rows):
         return None
@@ -137,7 +137,7 @@ def check_bytes(sides: Sides, progress: Progress | None = None) -> None:
 
 
 def _data_spans(sides: Sides) -> Iterator[Span]:
-    """Yields all of the disk but what both sides say is zero."""
+    """Yields the whole disk except for ranges that are zero on both sides."""
     for start in range(0, sides.size, _PIECE):
         end = min(start + _PIECE, sides.size)
         if bytes_to_read(sides, (start, end - start)):
@@ -145,7 +145,7 @@ def _data_spans(sides: Sides) -> Iterator[Span]:
 
 
 def bytes_to_read(sides: Sides, span: Span | None = None) -> int:
-    """Returns how many bytes of both sides are read to compare a span, by default the whole disk."""
+    """Returns the bytes to read, of both sides, to compare a span, by default the whole disk."""
     start, length = span or (0, sides.size)
     return walk.data_bytes(sides.wanted, start, length) + walk.data_bytes(sides.found, start, length)
 
@@ -163,7 +163,7 @@ def _compare(sides: Sides, spans: Sequence[Span], progress: Progress | None) -> 
 
 
 def _look(sides: Sides, span: Span) -> Span:
-    """Returns the span when both sides are equal there; runs in threads."""
+    """Returns the span. Raises `VerifyError` if the sides differ there. Runs in threads."""
     start, length = span
     wanted, found = walk.read(sides.wanted, start, length), walk.read(sides.found, start, length)
     if wanted != found:
@@ -172,11 +172,11 @@ def _look(sides: Sides, span: Span) -> Span:
 
 
 def _drop_cached(sides: Sides) -> None:
-    """Lets the result be read from storage: what was written just now is still cached."""
+    """Drops the result from the page cache, so that it is read from storage."""
     for layer in sides.found:
         for source in layer.sources:
             if id(source) in sides.layouts and isinstance(source, File) and source.descriptor >= 0:
-                # Advice: a filesystem that does not take it reads what is cached.
+                # Only advice: a filesystem may ignore it.
                 with suppress(OSError):
                     os.posix_fadvise(source.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

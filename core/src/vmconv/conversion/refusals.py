@@ -1,4 +1,4 @@
-"""What is refused before anything is written, and what is refused before the results get their names."""
+"""Checks before anything is written, and before the results are named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmconv.model.sources import File
 
 
 def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
-    """Raises `ZeroCopyError` when `zero_copy` is "require" and the plan copies payload."""
+    """Raises `ZeroCopyError` if `zero_copy` is "require" and the plan copies payload."""
     if zero_copy == "require" and plan.copies:
         why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
         raise ZeroCopyError(f"{target}: {why}")
@@ -24,10 +24,10 @@ def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
 def no_collisions(
     plan: Plan, directory: Directory, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()
 ) -> Iterator[None]:
-    """Raises `PlanError` when a file to make is part of the source, is there already, or is to be made twice.
+    """Raises `PlanError` if a target file is part of the source, exists, or is planned twice.
 
-    `but` are names of the source's files that files of the target may have. With `force`, files that are there are
-    replaced: nobody may use them, or begin to, for as long as the block lasts.
+    `but` are names of source files that the target may reuse. With `force`, existing files are replaced: the block
+    holds their locks, and raises `AccessError` if another process uses one.
     """
     made: set[str] = set()
     with ExitStack() as claims:
@@ -54,19 +54,19 @@ def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
 
 
 def refuse_too_large(plan: Plan) -> None:
-    """Raises `PlanError` for what the filesystem would refuse after hours of copying."""
+    """Raises `PlanError` if the filesystem has too little space, instead of failing after hours of copying."""
     need = plan.totals.copied + plan.totals.written
     if not os.path.isdir(plan.directory):
         return
     space = os.statvfs(plan.directory)
     free = space.f_bavail * space.f_frsize
-    # Some user-space filesystems answer nothing but zeros.
+    # Some FUSE filesystems return zeros.
     if space.f_blocks and need > free:
         raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
 
 
 def refuse_changed(files: Sequence[File]) -> None:
-    """Raises `AccessError` when a source is not any more what was read."""
+    """Raises `AccessError` if a source changed since it was read."""
     for file in files:
         if file.changed():
             raise AccessError(

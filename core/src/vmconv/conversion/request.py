@@ -1,4 +1,4 @@
-"""What is asked of a conversion, and what is returned of it."""
+"""The request of a conversion, and its result."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from vmconv.model.plan import CopyReason, Totals
 
 
 class Request(NamedTuple):
-    """What to convert and how; the names are those of the command line's options.
+    """What to convert and how; the fields are named as the command line's options.
 
-    `source_format` and `target_format` override what the file names speak of. `source_backing_format` is the format of
-    the source's backing files where the image above them does not state it. `chain` makes an image of each layer of
-    the source, beside the target. `backing_file` keeps the chain as it is from a layer on: it is the layer that what is
-    made will have as its parent, as it is to be written into the target, with `backing_format`.
-    `zero_copy="require"` refuses to copy a single byte of payload. `cache="unsafe"` does not wait until the target is
-    on storage, as `qemu-img convert` does not. `mode` has the permission bits of what is made; without it nobody may
-    open a new file who may not open each file of the source, and one that `force` replaces keeps its owner, mode and
-    attributes. `in_place` turns the source's own file into the target; `keep_undo` keeps what it takes to turn it back;
-    `any_owner` lets it change files that are not the source's owner's.
+    `source_format` and `target_format` override the suffixes of the names. `source_backing_format` is the format of
+    the source's backing files if the image above does not state it. `chain` makes one image per layer, beside the
+    target. `backing_file` keeps the chain from this layer downwards as the target's backing file; the path is stored
+    as given, with `backing_format`.
+
+    `zero_copy="require"` refuses to copy any payload. `cache="unsafe"` does not sync the target, like `qemu-img
+    convert`. `mode` is the permission bits of new files. Without it a new file is readable only to users with access to
+    all source files, and a file replaced by `force` keeps its owner, mode and attributes.
+
+    `in_place` turns the source's own file into the target. `keep_undo` writes an undo file. `any_owner` allows changes
+    of files whose owner differs from the source's.
     """
 
     source: FilePath
@@ -48,7 +50,7 @@ class Request(NamedTuple):
     mode: Mode | None = None
 
     def opener(self, registry: Registry) -> Opener:
-        """Returns what the source is opened with."""
+        """Returns the opener of the source."""
         return Opener(
             registry,
             allow_external=self.allow_external,
@@ -59,9 +61,9 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was done: bytes by kind, the reason for each copied byte, what was lost, and the seconds it took.
+    """The outcome: bytes by kind, the reason for each copied byte, losses, and seconds.
 
-    `layers` are the files of the images below the target that were made with it, the base last.
+    `layers` are the files of new images below the target, the base last.
     """
 
     source: str

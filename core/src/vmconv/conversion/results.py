@@ -1,4 +1,4 @@
-"""Files of a result as its readers see them: under their final names, before they have them."""
+"""Opens files of a result by their final names before they have them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from vmconv.model.sources import File
 
 
 class Results(Opener):
-    """Gives files of a result, which may still have temporary names, to the reader that asks for their final ones.
-
-    Under the names of its references it finds the source's own files.
-    """
+    """An opener that maps final names to files of the result, and the result's references to files of the source."""
 
     def __init__(self, registry: Registry, references: Iterable[Reference] = ()) -> None:
         super().__init__(registry)
@@ -41,7 +38,7 @@ class Results(Opener):
     def _find(self, origin: File, reference: str, role: str) -> tuple[File, Format]:
         found = self._results.get(os.path.basename(reference))
         if found is None:
-            # As if it had been looked for: some readers look for several names.
+            # As if the file were missing: some readers then try another name.
             cause = FileNotFoundError(reference)
             raise AccessError(f"{origin.name}: {role} {reference!r} is not a file of the result") from cause
         return found

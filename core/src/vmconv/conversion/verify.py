@@ -1,5 +1,5 @@
-"""Verifying is algebra: the result read back (guest -> output file), composed with the layout (output file -> source
-file), must be the source's own table (guest -> source file). No payload is read.
+"""Verification is algebra: the result read back (guest -> output file), composed with the layout (output file -> source
+file), must equal the source's table (guest -> source file). It reads no payload.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ def verify(
     mode: Verify = "metadata",
     progress: Progress | None = None,
 ) -> None:
-    """Raises `VerifyError` unless the finished `files` are the disks of these containers, on top of their parents.
+    """Raises `VerifyError` unless the finished `files` hold the disks of these containers, on top of their parents.
 
-    The files are those of all containers, in their order; the last of each is the image itself. Every mode begins with
-    the metadata. `progress` is called, for each image, with how many bytes of payload were read, of both sides, and
-    with how many have to be.
+    `files` are in the order of the containers; the last of each container is the image itself. Every mode begins with
+    the metadata. For each image, `progress` gets the payload bytes read so far, of both sides, and their total.
     """
     made = list(_checked(containers, files, registry))
     if mode == "qemu":
@@ -50,14 +49,14 @@ def verify(
 
 
 def verify_mode(verify: bool | Verify) -> Verify | None:
-    """Returns how to verify; None where the result is not to be verified."""
+    """Returns the mode of verification, None for no verification."""
     return ("metadata" if verify else None) if isinstance(verify, bool) else verify
 
 
 def refuse_impossible(mode: Verify | None, containers: Sequence[Container], registry: Registry, *, way: str) -> None:
-    """Raises `UsageError` for a mode in which these containers, which are planned, cannot be verified.
+    """Raises `UsageError` if the planned containers cannot be verified in this mode.
 
-    `way` is how they are made: "in place", "stream", or any other.
+    `way` is "in place", "stream", or any other string.
     """
     if mode in ("sample", "bytes", "qemu") and way == "in place":
         raise UsageError(
@@ -78,7 +77,7 @@ def refuse_impossible(mode: Verify | None, containers: Sequence[Container], regi
 
 
 class Made(NamedTuple):
-    """A container that was made and read back; `below` is its parent, when that was made with it."""
+    """A container that was read back; `below` is its parent if the same conversion made it."""
 
     container: Container
     files: tuple[File, ...]
@@ -88,7 +87,7 @@ class Made(NamedTuple):
 
 
 def read_back(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
-    """Yields each container as the reader of its format finds it; raises `VerifyError` for a wrong parent."""
+    """Yields each container as its format's reader sees it. Raises `VerifyError` if it is unreadable."""
     from vmconv.conversion.readback import Sides
 
     results = Results(registry, (reference for container in containers for reference in container.layout.references))
@@ -123,13 +122,13 @@ def _image(container: Container, file: File, results: Results, below: Made | Non
 
 
 def _kept_tables(container: Container) -> list[Extents]:
-    """Returns the layers of the source that stay below the container."""
+    """Returns the tables of the source's layers below the container."""
     parent = container.disk.parent if container.backing else None
     return [layer.guest for layer in parent.chain()] if parent else []
 
 
 def _checked(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:
-    """Yields the containers whose metadata is right."""
+    """Yields the containers. Raises `VerifyError` if a container's metadata is wrong."""
     from vmconv.conversion.readback import check_places
 
     for one in read_back(containers, files, registry):
@@ -144,9 +143,9 @@ def _checked(containers: Sequence[Container], files: Iterable[File], registry: R
 
 
 def _check_parent(container: Container, result: Image) -> None:
-    """Raises `VerifyError` when the result states another parent than it was to have.
+    """Raises `VerifyError` if the result states another parent than planned.
 
-    The reader was given the right file whatever the result says, so what it says is looked at by itself.
+    `Results` returns the right file whatever the result states, so the statement needs its own check.
     """
     backing = container.backing
     if backing is None:
@@ -159,7 +158,7 @@ def _check_parent(container: Container, result: Image) -> None:
 
 
 def _check_reference(container: Container, result: Image) -> None:
-    """Raises `VerifyError` when the result has a parent and refers to others files than that as its own."""
+    """Raises `VerifyError` if the parent that the result names is not the source as planned."""
     named = {reference.name: reference.file for reference in container.layout.references}
     below = container.disk.parent
     if (
@@ -176,7 +175,7 @@ def _check_table(container: Container, table: Extents) -> None:
     if table.size < disk.size:
         raise VerifyError(f"{container.name}: the result has {table.size} bytes for the guest, the source {disk.size}")
     wanted = disk.flat.window(0, table.size).without_holes()
-    # What the filesystem reports otherwise than it was written (a block of zeros as a hole) is settled by reading it.
+    # A filesystem may report a written block of zeros as a hole. Reading settles such differences.
     where = None if table == wanted else first_difference(table, wanted)
     if where is not None:
         raise VerifyError(

@@ -1,4 +1,4 @@
-"""A disk as the files that it would be in another format: what mounts and exports show."""
+"""The files of a disk in another format, without converting it: the content of mounts and exports."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vmconv.model.view import ALIGNMENT, View
 
 
 def views(image: Image, target: Format, options: Mapping[str, Any], name: str) -> dict[str, View]:
-    """Returns the files that the disk of `image` would be in another format, by their names, `name` last.
+    """Returns the files of `image` in another format by name, `name` last.
 
-    They are the bytes that `convert` makes on a filesystem whose blocks are `ALIGNMENT` bytes, but for ids.
+    Except for ids, the bytes equal the output of `convert` on a filesystem with blocks of `ALIGNMENT` bytes.
     """
     parsed = parse_options(target.options(), options, target.name)
     refuse_source_kept(target, parsed)
@@ -30,20 +30,20 @@ def views(image: Image, target: Format, options: Mapping[str, Any], name: str) -
 
 
 def _identity(image: Image, target: Format, options: Mapping[str, Any]) -> bytes:
-    """Returns the identity of a view: another for each variant, and the same until a file of the source changes."""
+    """Returns the identity of a view: unique per variant, stable until a file of the source changes."""
     variant = " ".join([target.name, *(f"{name}={value}" for name, value in sorted(options.items()))])
     layers = [layer.file for layer in image.chain()]
     return of_disk(image.flat, [*layers, *image.payload_files()], variant)
 
 
 def refuse_source_kept(target: Format, options: Any) -> None:
-    """Raises `PlanError` when what is viewed would have the source as its parent."""
+    """Raises `PlanError` if the view would have the source as its backing file."""
     if target.keeps_source(options):
         raise _not_by_itself(target)
 
 
 def refuse_references(target: Format, layout: Layout) -> None:
-    """Raises `PlanError` when what is viewed would name files of the source: it has no place to name them from."""
+    """Raises `PlanError` if the view would name files of the source: it has no directory for relative names."""
     if layout.references:
         raise _not_by_itself(target)
 

@@ -1,7 +1,7 @@
-"""Reads a disk layer by layer: what verifies a conversion must not share the code that it verifies.
+"""Reads a disk layer by layer, for verification, which must not share code with what it verifies.
 
-Nothing here stacks or composes tables (`Extents.over`, `through`, `Image.flat`). For each address the layers are asked
-one after the other, the top first.
+Nothing here stacks or composes tables (`Extents.over`, `through`, `Image.flat`). Each address is looked up in one layer
+after the other, from the top.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Layers = Sequence[Extents]
 
 
 class Piece(NamedTuple):
-    """Guest bytes `[start, start + length)`: they lie at `offset` of a source, or read as zero where there is none."""
+    """Guest bytes `[start, start + length)` at `offset` of a source; zeros if the source is None."""
 
     start: int
     length: int
@@ -28,9 +28,9 @@ class Piece(NamedTuple):
 
 
 def pieces(layers: Layers, start: int, end: int) -> Iterator[Piece]:
-    """Yields where the bytes of `[start, end)` are, in order: in the first layer that says anything of them.
+    """Yields the pieces of `[start, end)`, each from the topmost layer without a hole there.
 
-    Past the end of a layer, and below the last one, they are zero.
+    Bytes past the end of a layer, and holes of the last layer, are zero.
     """
     if not layers:
         yield Piece(start, end - start, None, 0)
@@ -46,7 +46,8 @@ def pieces(layers: Layers, start: int, end: int) -> Iterator[Piece]:
 
 
 def _row(layer: Extents, address: int) -> tuple[int, int, Source | None, int]:
-    """Returns what a layer says from an address on: up to where, of what kind, and the window there."""
+    """Returns a layer's row from an address on: its end, kind, source and offset."""
+    # A shorter layer hides what lies below its end: it reads as zero there, as in QEMU.
     if address >= layer.size:
         return MAX_SIZE, Kind.ZERO, None, 0
     row = int(layer.start.searchsorted(address, "right")) - 1
@@ -58,7 +59,7 @@ def _row(layer: Extents, address: int) -> tuple[int, int, Source | None, int]:
 
 
 def read(layers: Layers, start: int, length: int) -> bytes:
-    """Returns what a guest reads."""
+    """Returns the bytes that a guest reads."""
     return b"".join(
         bytes(piece.length) if piece.source is None else piece.source.read(piece.offset, piece.length)
         for piece in pieces(layers, start, start + length)
@@ -66,10 +67,10 @@ def read(layers: Layers, start: int, length: int) -> bytes:
 
 
 def data_bytes(layers: Layers, start: int, length: int) -> int:
-    """Returns how many bytes `read` reads from sources."""
+    """Returns the number of bytes that `read` reads from sources."""
     return sum(piece.length for piece in pieces(layers, start, start + length) if piece.source is not None)
 
 
 def edges(layers: Layers) -> Column:
-    """Returns the addresses where a row of any layer begins, and where the layers end, sorted."""
+    """Returns the starts of all rows and the ends of all layers, sorted."""
     return distinct(np.concatenate([np.append(layer.start, np.int64(layer.size)) for layer in layers]))
