@@ -1,4 +1,4 @@
-"""The program: `vmconv` and `python -m vmconv`. Holds the tricks for a fast start and exit, which no library may use."""
+"""The program: `vmconv` and `python -m vmconv`. Holds tricks for a fast start and exit that no library may use."""
 
 from __future__ import annotations
 
