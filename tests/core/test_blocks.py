@@ -165,7 +165,3 @@ def test_an_output_is_metadata_and_the_rows_of_the_guest() -> None:
         (40, 3, table, 0),
         (50, 10, A, 5),
     ]
-    output = blocks.Output(9)
-    assert output.size == 9
-    with pytest.raises(NotImplementedError):
-        output.read(0, 1)

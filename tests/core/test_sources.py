@@ -11,7 +11,7 @@ import pytest
 
 from support.disks import MIB
 from vmconv.errors import ReadError
-from vmconv.model.sources import File
+from vmconv.model.sources import File, Placeholder
 from vmconv.testing import random_bytes
 
 SIZE = 3 * MIB
@@ -84,3 +84,10 @@ def test_edges_that_lie_behind_are_refused(file: File, monkeypatch: pytest.Monke
     monkeypatch.setattr("vmconv.model.sources.os.lseek", lambda fd, at, how: 5 if how == whence else lseek(fd, at, how))
     with pytest.raises(ReadError, match=r"search for holes from 0x[0-9a-f]+ returned 0x5"):
         file.data_ranges(MIB + 512)
+
+
+def test_a_placeholder_has_a_size_and_no_bytes() -> None:
+    output = Placeholder("output", 9)
+    assert (output.name, output.size) == ("output", 9)
+    with pytest.raises(NotImplementedError, match="output"):
+        output.read(0, 1)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         printable,
         warn,
     )
-    from vmconv.fields import table_slices
+    from vmconv.fields import Structure, damaged, field_offset, read_part, table_slices
     from vmconv.inspect.images import opened
     from vmconv.interface.arguments import Reading
     from vmconv.interface.backend import (
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
     from vmconv.model.plan import Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
-    from vmconv.model.sources import Blob, Decoded, File, Reserved, Source
+    from vmconv.model.sources import Blob, Decoded, File, Placeholder, Reserved, Source
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
     from vmconv.placing import blocks
     from vmconv.placing.pinning import Pinned, pin
@@ -87,12 +87,6 @@ if TYPE_CHECKING:
     from vmconv.system.parallel import in_order
 
 _HOMES = {
-    "Disk": "model.disk",
-    "Reading": "interface.arguments",
-    "opened": "inspect.images",
-    "Registry": "io.registry",
-    "installed": "io.registry",
-    "table_slices": "fields",
     "Access": "interface.backend",
     "AccessError": "errors",
     "Backend": "interface.backend",
@@ -109,6 +103,7 @@ _HOMES = {
     "Decoded": "model.sources",
     "Dependency": "model.references",
     "Directory": "io.directory",
+    "Disk": "model.disk",
     "Extents": "model.extents",
     "File": "model.sources",
     "Findings": "interface.findings",
@@ -128,6 +123,7 @@ _HOMES = {
     "OutFile": "model.layout",
     "Output": "interface.backend",
     "Pinned": "placing.pinning",
+    "Placeholder": "model.sources",
     "Placement": "model.layout",
     "Plan": "model.plan",
     "PlanError": "errors",
@@ -137,13 +133,16 @@ _HOMES = {
     "RAW_NAME": "io.known",
     "Ranges": "placing.ranges",
     "ReadError": "errors",
+    "Reading": "interface.arguments",
     "Record": "model.references",
     "Reference": "model.layout",
+    "Registry": "io.registry",
     "Reserved": "model.sources",
     "SetOptions": "cli.options",
     "ShareSteps": "model.plan",
     "Size": "model.options",
     "Source": "model.sources",
+    "Structure": "fields",
     "Survey": "interface.backend",
     "Transaction": "interface.backend",
     "Usage": "model.usage",
@@ -159,10 +158,12 @@ _HOMES = {
     "blocks": "placing.blocks",
     "clip_to_sources": "model.extents",
     "cut": "model.extents",
+    "damaged": "fields",
     "derived": "model.identity",
     "describe": "model.options",
     "described_beside": "io.foreign",
     "distinct": "model.extents",
+    "field_offset": "fields",
     "formatter": "cli.options",
     "fresh": "model.identity",
     "from_url": "model.paths",
@@ -171,10 +172,12 @@ _HOMES = {
     "hookimpl": "interface.hooks",
     "in_order": "system.parallel",
     "in_words": "errors",
+    "installed": "io.registry",
     "is_foreign": "model.paths",
     "joined_over_holes": "placing.ranges",
     "named_by": "model.paths",
     "on_storage": "model.extents",
+    "opened": "inspect.images",
     "option": "model.options",
     "os_errors": "errors",
     "overlaps": "model.usage",
@@ -185,11 +188,13 @@ _HOMES = {
     "printable": "errors",
     "qemu_name": "io.known",
     "ranges_in_files": "placing.ranges",
+    "read_part": "fields",
     "read_records": "model.references",
     "refer": "model.references",
     "refuse_overlaps": "model.usage",
     "size_text": "cli.output",
     "spread": "model.extents",
+    "table_slices": "fields",
     "text_of": "model.paths",
     "to_windows": "model.paths",
     "warn": "errors",
@@ -235,6 +240,7 @@ __all__ = [
     "OutFile",
     "Output",
     "Pinned",
+    "Placeholder",
     "Placement",
     "Plan",
     "PlanError",
@@ -252,6 +258,7 @@ __all__ = [
     "ShareSteps",
     "Size",
     "Source",
+    "Structure",
     "Survey",
     "Transaction",
     "Usage",
@@ -267,10 +274,12 @@ __all__ = [
     "blocks",
     "clip_to_sources",
     "cut",
+    "damaged",
     "derived",
     "describe",
     "described_beside",
     "distinct",
+    "field_offset",
     "formatter",
     "fresh",
     "from_url",
@@ -295,6 +304,7 @@ __all__ = [
     "printable",
     "qemu_name",
     "ranges_in_files",
+    "read_part",
     "read_records",
     "refer",
     "refuse_overlaps",

@@ -13,6 +13,7 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, scribble
 from support.kits.qed import OPTIONS, QedKit
 from vmconv.errors import ImageError, PlanError
+from vmconv.fields import field_offset
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
 from vmconv.model.extents import Extents, Kind
@@ -55,7 +56,7 @@ def patched(name: str, value: int) -> bytes:
     """Returns the sample with another value in one field of its header."""
     image = sample()
     length = next(s.sizeof() for s in structs.Header.subcons if s.name == name)
-    at = structs.field_offset(name)
+    at = field_offset(structs.Header, name)
     image[at : at + length] = value.to_bytes(length, "little")
     return bytes(image)
 

@@ -15,6 +15,7 @@ from support.kits.vdi import OPTIONS, VdiKit
 from support.requirements import oracle_module
 from support.vdi_images import IDENTITY, build, chain
 from vmconv.errors import ImageError, PlanError
+from vmconv.fields import field_offset
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
 from vmconv.model.disk import Geometry
@@ -227,7 +228,7 @@ def test_a_parent_in_another_directory_is_found_where_the_user_allows_it(tmp_pat
 def test_of_two_files_with_the_uuid_of_the_parent_the_unchanged_one_is_meant(tmp_path: Path) -> None:
     parent, child, payload = chain(tmp_path)
     content = bytearray(parent.rename(tmp_path / "one.vdi").read_bytes())
-    at = structs.field_offset("uuidModify")
+    at = structs.HEADER_OFFSET + field_offset(structs.Header, "uuidModify")
     content[at : at + 16] = structs.uuid_bytes(UUID(int=9))
     (tmp_path / "another.vdi").write_bytes(content)
     vmconv.convert(str(child), str(tmp_path / "flat.raw"))
@@ -273,7 +274,8 @@ def test_a_link_to_the_parent_will_do(tmp_path: Path) -> None:
 def test_a_parent_with_another_identity_is_refused(tmp_path: Path, field: str, reason: str) -> None:
     parent, child, _ = chain(tmp_path)
     other = structs.uuid_bytes(UUID(int=9))
-    at = structs.field_offset("uuidModify" if field == "uuidParentModify" else field)
+    changed = "uuidModify" if field == "uuidParentModify" else field
+    at = structs.HEADER_OFFSET + field_offset(structs.Header, changed)
     content = bytearray(parent.read_bytes())
     content[at : at + 16] = other
     parent.write_bytes(content)

@@ -241,6 +241,17 @@ class Decoded(Source):
         return units
 
 
+class Placeholder(Source):
+    """An address space without bytes yet, for tables that say where in it something goes: an output being planned."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        raise NotImplementedError(f"{self.name}: has no bytes yet")
+
+
 class Reserved(Source):
     """Space of `file` that is reserved and not used, for maps; reads as zero.
 

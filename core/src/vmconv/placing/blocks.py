@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.model.extents import Column, Columns, Extents, Kind, Kinds, cut, distinct, gather
-from vmconv.model.sources import Blob, Source
+from vmconv.model.sources import Blob
 
 if TYPE_CHECKING:
     from vmconv.model.image import Image
@@ -151,18 +151,6 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     start = base + np.cumsum(span) - span + phase
     offset = start[group] + inside
     return Placed(order, offset, int(offset[-1] + length[-1]))
-
-
-class Output(Source):
-    """The address space of a planned output file, as the source of tables that map blocks to offsets in it."""
-
-    name = "output"
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the output is being planned")
 
 
 def output_table(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vmconv.plugin import CheckReport, Findings, Usage
+from vmconv.plugin import CheckReport, Findings, Structure, Usage
 from vmconv_parallels import structs
 from vmconv_parallels.reader import SLICE, Header
 
@@ -33,9 +33,8 @@ class _Check:
         """Takes what is wrong with one image; returns the end of its last cluster in use."""
         header = self.header
         if header.in_use:
-            self.findings.corrupt(
-                f"{self.name}in_use at {structs.field_offset('in_use'):#x}: {structs.IN_USE:#x}, it was not closed"
-            )
+            place = Structure(header.file, structs.Header).offset_of("in_use")
+            self.findings.corrupt(f"{self.name}in_use at {place:#x}: {structs.IN_USE:#x}, it was not closed")
         bat_end = structs.HEADER_LENGTH + header.clusters * 4
         self.usage.add(f"{self.name}header and BAT", [0], bat_end)
         for first in range(0, header.clusters, SLICE):

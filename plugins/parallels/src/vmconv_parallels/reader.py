@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.plugin import MAX_SIZE, Column, Extents, File, Image, ImageError, Kind, Kinds, refuse_overlaps
+from vmconv.plugin import (
+    MAX_SIZE,
+    Column,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Structure,
+    damaged,
+    refuse_overlaps,
+)
 from vmconv_parallels import structs
 
 SLICE = 1 << 20
@@ -60,12 +72,19 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
 
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
-    raw = _parse(file)
+    head = Structure(file, structs.Header)
+    if not head.is_inside:
+        raise head.refused(f"{head.length} bytes, the file has {file.size}")
+    raw = head.parse()
+    if raw.magic not in (structs.MAGIC_V1, structs.MAGIC_V2):
+        raise head.damaged("magic", "no Parallels signature")
+    if raw.version != structs.VERSION:
+        raise head.damaged("version", f"{raw.version} is not {structs.VERSION}")
     newer = raw.magic == structs.MAGIC_V2
-    _limit(file, "tracks", raw.tracks, 1, structs.MAX_TRACKS)
+    head.limit("tracks", raw.tracks, 1, structs.MAX_TRACKS)
     # The older version has 32 bits for the size, and other writers' remains in the next 32.
     sectors = raw.nb_sectors if newer else raw.nb_sectors & 0xFFFFFFFF
-    _limit(file, "nb_sectors", sectors, 0, MAX_SIZE // structs.SECTOR)
+    head.limit("nb_sectors", sectors, 0, MAX_SIZE // structs.SECTOR)
     cluster = raw.tracks * structs.SECTOR
     header = Header(
         file=file,
@@ -79,33 +98,11 @@ def read_header(file: File) -> Header:
         data_offset=raw.data_off * structs.SECTOR,
     )
     if raw.nb_bat_entries < header.clusters:
-        raise damaged(file, "nb_bat_entries", f"{raw.nb_bat_entries} entries, the disk needs {header.clusters}")
+        raise head.damaged("nb_bat_entries", f"{raw.nb_bat_entries} entries, the disk needs {header.clusters}")
     end = structs.HEADER_LENGTH + header.clusters * 4
     if end > file.size:
-        raise damaged(file, "nb_bat_entries", f"the BAT reaches to {end:#x}, past the end of the file ({file.size:#x})")
+        raise head.damaged("nb_bat_entries", f"the BAT reaches to {end:#x}, past the end of the file ({file.size:#x})")
     return header
-
-
-def damaged(file: File, name: str, problem: str) -> ImageError:
-    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
-    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
-
-
-def _parse(file: File) -> Any:
-    length = structs.HEADER_LENGTH
-    if file.size < length:
-        raise ImageError(f"{file.name}: header at 0x0: {length} bytes, the file has {file.size}")
-    raw = structs.Header.parse(file.read(0, length))
-    if raw.magic not in (structs.MAGIC_V1, structs.MAGIC_V2):
-        raise damaged(file, "magic", "no Parallels signature")
-    _limit(file, "version", raw.version, structs.VERSION, structs.VERSION)
-    return raw
-
-
-def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        allowed = f"in {least}..{most}" if least < most else f"{least}"
-        raise damaged(file, name, f"{value} is not {allowed}")
 
 
 def losses(header: Header) -> Iterator[str]:
@@ -150,9 +147,8 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
         _check(header, offset, first)
         allocated += int(there.sum())
         if allocated > room:
-            raise ImageError(
-                f"{file.name}: BAT at {place:#x}: {allocated} clusters are allocated so far, the file has room for "
-                f"{room}"
+            raise damaged(
+                file, "BAT", place, f"{allocated} clusters are allocated so far, the file has room for {room}"
             )
         yield np.where(there, Kind.DATA, Kind.HOLE).astype(np.uint8), 0, offset
 
@@ -170,7 +166,10 @@ def _check(header: Header, offset: Column, first: int) -> None:
         problem = f"lies before the end of the BAT ({least:#x})"
     elif where >= size:
         problem = f"lies past the end of the file ({size:#x})"
-    raise ImageError(
-        f"{header.file.name}: BAT entry {number} at {structs.HEADER_LENGTH + number * 4:#x} "
-        f"(guest address {number * header.cluster_size:#x}): payload at {where:#x} {problem}"
+    raise damaged(
+        header.file,
+        f"BAT entry {number}",
+        structs.HEADER_LENGTH + number * 4,
+        f"payload at {where:#x} {problem}",
+        guest=number * header.cluster_size,
     )

@@ -42,13 +42,3 @@ EMPTY = 1
 MAX_TRACKS = 0x7FFFFFFF // 513
 MAX_BAT_ENTRIES = 0x7FFFFFFF // 4
 """As QEMU has them."""
-
-
-def field_offset(name: str) -> int:
-    """Returns the byte offset of a header field, for error messages."""
-    at = 0
-    for subcon in Header.subcons:
-        if subcon.name == name:
-            return at
-        at += subcon.sizeof()
-    raise KeyError(name)

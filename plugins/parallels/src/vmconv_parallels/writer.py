@@ -21,6 +21,7 @@ from vmconv.plugin import (
     Kind,
     Layout,
     OutFile,
+    Placeholder,
     Placement,
     PlanError,
     blocks,
@@ -112,7 +113,7 @@ def _bat(size: int, cluster: int, data: blocks.Runs, offset: Column, end: int) -
         np.zeros(n, dtype=np.int32),
         offset[order],
     )
-    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [blocks.Output(end)])
+    host = Extents.placed(size, rows, (data.blocks * cluster)[order], [Placeholder("output", end)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import CheckReport, Column, Findings, Image, ImageError, distinct, table_slices
+from vmconv.plugin import CheckReport, Column, Findings, Image, ImageError, Structure, distinct, table_slices
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import locate
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header, read_snapshots
@@ -65,7 +65,7 @@ class _Check:
         self._count(0, 1)
         needed = -(-size // (self.cluster * header.l2_entries))
         if header.l1_size < needed:
-            place = structs.field_offset("l1_size")
+            place = Structure(self.file, structs.HeaderV2).offset_of("l1_size")
             findings.corrupt(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
         self._count_l1("", header.l1_offset, header.l1_size, stored, active=True)
         self._count_snapshots(stored)
@@ -271,8 +271,9 @@ class _Check:
         header = self.header
         length = header.refcount_table_clusters * self.cluster
         if length > structs.MAX_REFCOUNT_TABLE_BYTES or header.refcount_table_offset + length > self.file.size:
+            place = Structure(self.file, structs.HeaderV2).offset_of("refcount_table_clusters")
             self.findings.corrupt(
-                f"refcount_table_clusters at {structs.field_offset('refcount_table_clusters'):#x}: {length} bytes at "
+                f"refcount_table_clusters at {place:#x}: {length} bytes at "
                 f"{header.refcount_table_offset:#x} are not a table inside the file"
             )
             return Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import Column, Decoded, ImageError
+from vmconv.plugin import Column, Decoded, damaged
 from vmconv_qcow2.header import Header
 
 _SECTOR = 512
@@ -77,11 +77,10 @@ class CompressedClusters:
             data = self._inflate(encoded, self.cluster_size)
         except Exception as exc:
             # The libraries raise errors of their own; what they mean is that these bytes are not what they should be.
-            raise ImageError(f"{self.file.name}: compressed cluster at {place:#x}: {exc}") from exc
+            raise damaged(self.file, "compressed cluster", place, str(exc)) from exc
         if len(data) != self.cluster_size:
-            raise ImageError(
-                f"{self.file.name}: compressed cluster at {place:#x}: yields {len(data)} bytes, not {self.cluster_size}"
-            )
+            problem = f"yields {len(data)} bytes, not {self.cluster_size}"
+            raise damaged(self.file, "compressed cluster", place, problem)
         return data
 
 

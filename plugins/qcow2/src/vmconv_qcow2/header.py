@@ -6,9 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from construct import Construct, ConstructError
-
-from vmconv.plugin import MAX_SIZE, File, ImageError
+from vmconv.plugin import MAX_SIZE, File, ImageError, Structure, damaged, read_part
 from vmconv_qcow2 import structs
 
 
@@ -97,25 +95,23 @@ class Header(NamedTuple):
         return self.cluster_size // (16 if self.extended_l2 else 8)
 
 
-def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
-    """Returns the error for a field: its name, its place in the file, and what is wrong with its value."""
-    return ImageError(f"{file.name}: {what} at {offset:#x}: {problem}")
-
-
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
-    basic = _parse(structs.HeaderV2, file, 0, "header")
-    _limit(file, "version", basic.version, 2, 3)
-    _limit(file, "cluster_bits", basic.cluster_bits, 9, 21)
-    _limit(file, "size", basic.size, 0, MAX_SIZE)
-    _limit(file, "l1_size", basic.l1_size, 0, structs.MAX_L1_BYTES // 8)
+    head = Structure(file, structs.HeaderV2)
+    newer_head = Structure(file, structs.HeaderV3, structs.V2_LENGTH)
+    additional_head = Structure(file, structs.HeaderV3Additional, structs.V3_LENGTH)
+    basic = head.parse("no qcow2 signature")
+    head.limit("version", basic.version, 2, 3)
+    head.limit("cluster_bits", basic.cluster_bits, 9, 21)
+    head.limit("size", basic.size, 0, MAX_SIZE)
+    head.limit("l1_size", basic.l1_size, 0, structs.MAX_L1_BYTES // 8)
     cluster_size = 1 << basic.cluster_bits
     fields: dict[str, Any] = {"incompatible": 0, "compatible": 0, "autoclear": 0, "refcount_order": 4}
     length, compression = structs.V2_LENGTH, 0
     if basic.version == 3:
-        newer = _parse(structs.HeaderV3, file, structs.V2_LENGTH, "header")
-        _limit(file, "header_length", newer.header_length, structs.V3_LENGTH, cluster_size)
-        _limit(file, "refcount_order", newer.refcount_order, 0, 6)
+        newer = newer_head.parse()
+        newer_head.limit("header_length", newer.header_length, structs.V3_LENGTH, cluster_size)
+        newer_head.limit("refcount_order", newer.refcount_order, 0, 6)
         length = newer.header_length
         fields = {
             "incompatible": newer.incompatible_features,
@@ -124,22 +120,18 @@ def read_header(file: File) -> Header:
             "refcount_order": newer.refcount_order,
         }
         if length >= structs.V3_FULL_LENGTH:
-            compression = _parse(structs.HeaderV3Additional, file, structs.V3_LENGTH, "header").compression_type
-    name = _backing_name(file, basic, cluster_size)
+            compression = additional_head.parse().compression_type
+    name = _backing_name(head, basic, cluster_size)
     end = basic.backing_file_offset or cluster_size
     extensions = dict(_extensions(file, length, min(end, file.size)))
-    _refuse_unknown_features(file, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
+    _refuse_unknown_features(newer_head, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
     if basic.crypt_method or structs.ENCRYPTION in extensions:
         method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
-        raise damaged(
-            file, "crypt_method", structs.field_offset("crypt_method"), f"{method} encryption, which is refused"
-        )
+        raise head.damaged("crypt_method", f"{method} encryption, which is refused")
     if compression not in structs.COMPRESSION_TYPES:
-        raise damaged(file, "compression_type", structs.V3_LENGTH, f"{compression} is neither 0 (zlib) nor 1 (zstd)")
+        raise additional_head.damaged("compression_type", f"{compression} is neither 0 (zlib) nor 1 (zstd)")
     if bool(compression) != bool(fields["incompatible"] & structs.COMPRESSION):
-        raise damaged(
-            file, "compression_type", structs.V3_LENGTH, f"{compression} contradicts incompatible feature bit 3"
-        )
+        raise additional_head.damaged("compression_type", f"{compression} contradicts incompatible feature bit 3")
     header = Header(
         file=file,
         version=basic.version,
@@ -160,11 +152,11 @@ def read_header(file: File) -> Header:
         unknown_extensions=tuple(sorted(extensions.keys() - _KNOWN_EXTENSIONS)),
         **fields,
     )
-    _limit(file, "nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)
+    head.limit("nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)
     if header.incompatible & structs.EXTERNAL_DATA and not header.data_file:
-        raise damaged(file, "incompatible_features", 72, "an external data file that no header extension names")
+        raise newer_head.damaged("incompatible_features", "an external data file that no header extension names")
     if header.extended_l2 and cluster_size < 1 << 14:
-        raise damaged(file, "cluster_bits", 20, f"{basic.cluster_bits} is too small for extended L2 entries")
+        raise head.damaged("cluster_bits", f"{basic.cluster_bits} is too small for extended L2 entries")
     return header
 
 
@@ -187,7 +179,7 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
     parse = structs.SnapshotHeader.compile().parse
     for number in range(header.snapshot_count):
         what = f"snapshot {number}"
-        entry = parse(_bytes(file, at, structs.SNAPSHOT_LENGTH, what))
+        entry = parse(read_part(file, what, at, structs.SNAPSHOT_LENGTH))
         if entry.extra_data_size > structs.MAX_SNAPSHOT_EXTRA:
             raise damaged(
                 file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most"
@@ -195,13 +187,13 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
         place = at + structs.SNAPSHOT_LENGTH
         disk_size, vm_state_size, icount = header.size, entry.vm_state_size, None
         if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH:
-            extra = structs.SnapshotExtra.parse(_bytes(file, place, structs.SNAPSHOT_EXTRA_LENGTH, what))
+            extra = structs.SnapshotExtra.parse(read_part(file, what, place, structs.SNAPSHOT_EXTRA_LENGTH))
             disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
         if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH + 8:
-            count = int.from_bytes(_bytes(file, place + structs.SNAPSHOT_EXTRA_LENGTH, 8, what), "big")
+            count = int.from_bytes(read_part(file, what, place + structs.SNAPSHOT_EXTRA_LENGTH, 8), "big")
             icount = None if count == structs.NO_ICOUNT else count
         place += entry.extra_data_size
-        names = _bytes(file, place, entry.id_size + entry.name_size, what)
+        names = read_part(file, what, place, entry.id_size + entry.name_size)
         yield Snapshot(
             id=_decode(names[: entry.id_size]),
             name=_decode(names[entry.id_size :]),
@@ -225,7 +217,7 @@ def read_bitmaps(header: Header) -> Iterator[Bitmap]:
     if header.bitmaps is None:
         return
     file, start, size = header.file, header.bitmaps.directory_offset, header.bitmaps.directory_size
-    data = _bytes(file, start, size, "bitmap directory")
+    data = read_part(file, "bitmap directory", start, size)
     at, fixed, parse = 0, structs.BitmapEntry.sizeof(), structs.BitmapEntry.compile().parse
     for number in range(header.bitmaps.nb_bitmaps):
         if at + fixed > size:
@@ -243,24 +235,6 @@ def read_bitmaps(header: Header) -> Iterator[Bitmap]:
         at = -(-end // 8) * 8
 
 
-def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise damaged(file, name, structs.field_offset(name), f"{value} is not in {least}..{most}")
-
-
-def _parse(struct: Construct[Any, Any], file: File, offset: int, what: str) -> Any:
-    try:
-        return struct.parse(_bytes(file, offset, struct.sizeof(), what))
-    except ConstructError as exc:
-        raise damaged(file, what, offset, "no qcow2 signature") from exc
-
-
-def _bytes(file: File, offset: int, length: int, what: str) -> bytes:
-    if offset + length > file.size:
-        raise damaged(file, what, offset, f"{length} bytes reach past the end of the file ({file.size:#x})")
-    return file.read(offset, length)
-
-
 def _decode(data: bytes) -> str:
     return os.fsdecode(data)
 
@@ -269,13 +243,13 @@ def _text(data: bytes | None) -> str | None:
     return _decode(data.rstrip(b"\0")) if data else None
 
 
-def _backing_name(file: File, basic: Any, cluster_size: int) -> str | None:
+def _backing_name(head: Structure, basic: Any, cluster_size: int) -> str | None:
     offset, length = basic.backing_file_offset, basic.backing_file_size
     if not offset:
         return None
-    _limit(file, "backing_file_size", length, 1, structs.MAX_BACKING_NAME)
-    _limit(file, "backing_file_offset", offset, structs.V2_LENGTH, cluster_size - length)
-    return _decode(_bytes(file, offset, length, "backing file name"))
+    head.limit("backing_file_size", length, 1, structs.MAX_BACKING_NAME)
+    head.limit("backing_file_offset", offset, structs.V2_LENGTH, cluster_size - length)
+    return _decode(read_part(head.file, "backing file name", offset, length))
 
 
 def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -283,7 +257,7 @@ def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
     for _ in range(structs.MAX_EXTENSIONS):
         if at + size > end:
             return
-        extension = _parse(structs.Extension, file, at, "header extension")
+        extension = Structure(file, structs.Extension, at, "header extension").parse()
         if extension.type == structs.END:
             return
         if extension.length > end - at - size:
@@ -298,7 +272,7 @@ def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
     raise damaged(file, "header extensions", at, f"more than {structs.MAX_EXTENSIONS}")
 
 
-def _refuse_unknown_features(file: File, features: int, names: bytes) -> None:
+def _refuse_unknown_features(head: Structure, features: int, names: bytes) -> None:
     unknown = [bit for bit in range(64) if features >> bit & 1 and 1 << bit not in structs.INCOMPATIBLE]
     if not unknown:
         return
@@ -309,7 +283,7 @@ def _refuse_unknown_features(file: File, features: int, names: bytes) -> None:
         if entry.type == 0:
             known[entry.bit] = _text(entry.name)
     said = ", ".join(f"bit {bit} ({known[bit]})" if known.get(bit) else f"bit {bit}" for bit in unknown)
-    raise damaged(file, "incompatible_features", structs.field_offset("incompatible_features"), f"unknown {said}")
+    raise head.damaged("incompatible_features", f"unknown {said}")
 
 
 def _bitmaps(file: File, extensions: dict[int, bytes], autoclear: int) -> Any:

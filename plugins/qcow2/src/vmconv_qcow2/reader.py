@@ -22,14 +22,16 @@ from vmconv.plugin import (
     Opener,
     Reserved,
     Source,
+    Structure,
     Usage,
     UsageError,
+    damaged,
     read_records,
     table_slices,
 )
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
-from vmconv_qcow2.header import Header, Snapshot, damaged, read_bitmaps, read_header, read_snapshots
+from vmconv_qcow2.header import Header, Snapshot, read_bitmaps, read_header, read_snapshots
 
 # L2 tables are read in slices of this many bytes; each entry needs about ten times its size while it is looked at,
 # and an extended one thirty times that.
@@ -166,24 +168,16 @@ def _undamaged(image: Image, facts: Iterator[Mapping[str, Any]]) -> Iterator[Map
 
 def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
     """Returns the first `needed` offsets of L2 tables, 0 where there is none; every one lies inside the file."""
-    file = header.file
+    file, head = header.file, Structure(header.file, structs.HeaderV2)
     if needed * 8 > structs.MAX_L1_BYTES:
-        raise damaged(
-            file,
-            "size",
-            structs.field_offset("size"),
-            f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most",
-        )
+        raise head.damaged("size", f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most")
     if size < needed:
-        raise damaged(file, "l1_size", structs.field_offset("l1_size"), f"{size} entries, the disk needs {needed}")
+        raise head.damaged("l1_size", f"{size} entries, the disk needs {needed}")
     if not needed:
         return np.empty(0, dtype=np.int64)
     if offset % header.cluster_size or offset + needed * 8 > file.size:
-        raise damaged(
-            file,
-            "l1_table_offset",
-            structs.field_offset("l1_table_offset"),
-            f"{offset:#x} is not the place of {needed * 8} bytes in a file of {file.size:#x}",
+        raise head.damaged(
+            "l1_table_offset", f"{offset:#x} is not the place of {needed * 8} bytes in a file of {file.size:#x}"
         )
     raw = np.frombuffer(file.read(offset, needed * 8), dtype=">u8")
     tables = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)

@@ -47,17 +47,6 @@ V3_LENGTH = 104
 V3_FULL_LENGTH = 112
 
 
-def field_offset(name: str) -> int:
-    """Returns the byte offset of a header field, for error messages."""
-    at = 0
-    for part in (HeaderV2, HeaderV3, HeaderV3Additional):
-        for subcon in part.subcons:
-            if subcon.name == name:
-                return at
-            at += subcon.sizeof()
-    raise KeyError(name)
-
-
 DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
 INCOMPATIBLE = {
     DIRTY: "dirty",

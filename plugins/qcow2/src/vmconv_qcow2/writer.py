@@ -27,6 +27,7 @@ from vmconv.plugin import (
     Kind,
     Layout,
     OutFile,
+    Placeholder,
     Placement,
     PlanError,
     Reference,
@@ -237,12 +238,12 @@ class _Writer:
         """Returns the metadata of the file and its places."""
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
-        output = blocks.Output(used_to)
+        output = Placeholder("output", used_to)
         places = np.concatenate([[0, tables.refcount_table], offset])
         length = np.concatenate([[cluster, tables.end - tables.refcount_table], runs.blocks * cluster])
         if self.options.data_file:
             # Its clusters are not counted.
-            places, length, output = places[:2], length[:2], blocks.Output(max(used_to, self.guest.size))
+            places, length, output = places[:2], length[:2], Placeholder("output", max(used_to, self.guest.size))
         used = _windows(places, length, places, output, used_to)
         host = self._host(runs, offset, output)
         l1 = np.zeros(tables.l1_entries, dtype=">u8")
@@ -382,7 +383,7 @@ class _Writer:
             np.zeros(len(runs.first), dtype=np.int32),
             runs.first * self.unit,
         )
-        return Extents(self.guest.size, rows, [blocks.Output(self.guest.size)])
+        return Extents(self.guest.size, rows, [Placeholder("output", self.guest.size)])
 
 
 def _windows(

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from construct import ConstructError
 
 from vmconv.plugin import (
     MAX_SIZE,
@@ -22,6 +21,8 @@ from vmconv.plugin import (
     Kinds,
     Metadata,
     Opener,
+    Structure,
+    damaged,
     refuse_overlaps,
 )
 from vmconv_qed import structs
@@ -97,15 +98,18 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
-    raw = _parse(file)
-    _power(file, "cluster_size", raw.cluster_size, structs.MIN_CLUSTER, structs.MAX_CLUSTER)
-    _power(file, "table_size", raw.table_size, structs.MIN_TABLE, structs.MAX_TABLE)
+    head = Structure(file, structs.Header)
+    if not head.is_inside:
+        raise head.refused(f"{head.length} bytes, the file has {file.size}")
+    raw = head.parse("no QED signature", "magic")
+    head.limit_power("cluster_size", raw.cluster_size, structs.MIN_CLUSTER, structs.MAX_CLUSTER)
+    head.limit_power("table_size", raw.table_size, structs.MIN_TABLE, structs.MAX_TABLE)
     cluster = raw.cluster_size
-    _limit(file, "header_size", raw.header_size, 1, max(1, file.size // cluster))
+    head.limit("header_size", raw.header_size, 1, max(1, file.size // cluster))
     unknown = raw.features & ~structs.FEATURES
     if unknown:
         bits = ", ".join(f"bit {bit}" for bit in range(64) if unknown >> bit & 1)
-        raise damaged(file, "features", f"unknown {bits}")
+        raise head.damaged("features", f"unknown {bits}")
     header = Header(
         file=file,
         cluster_size=cluster,
@@ -114,56 +118,28 @@ def read_header(file: File) -> Header:
         features=raw.features,
         l1_offset=raw.l1_table_offset,
         size=raw.image_size,
-        backing_file=_backing_name(file, raw),
+        backing_file=_backing_name(head, raw),
     )
     # Both tables full of clusters are as much as there can be; the last tables may be longer than an address.
-    _limit(file, "image_size", raw.image_size, 0, min(MAX_SIZE, header.entries**2 * cluster))
+    head.limit("image_size", raw.image_size, 0, min(MAX_SIZE, header.entries**2 * cluster))
     if raw.image_size % structs.SECTOR:
-        raise damaged(file, "image_size", f"{raw.image_size} is not whole sectors")
+        raise head.damaged("image_size", f"{raw.image_size} is not whole sectors")
     offset, end = raw.l1_table_offset, raw.l1_table_offset + header.table_size
     if offset % cluster or offset < header.header_size or end > file.size:
-        raise damaged(
-            file,
-            "l1_table_offset",
-            f"{offset:#x} is not the place of {header.table_size} bytes in a file of {file.size:#x}",
+        raise head.damaged(
+            "l1_table_offset", f"{offset:#x} is not the place of {header.table_size} bytes in a file of {file.size:#x}"
         )
     return header
 
 
-def damaged(file: File, name: str, problem: str) -> ImageError:
-    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
-    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
-
-
-def _parse(file: File) -> Any:
-    length = structs.HEADER_LENGTH
-    if file.size < length:
-        raise ImageError(f"{file.name}: header at 0x0: {length} bytes, the file has {file.size}")
-    try:
-        return structs.Header.parse(file.read(0, length))
-    except ConstructError as exc:
-        raise damaged(file, "magic", "no QED signature") from exc
-
-
-def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise damaged(file, name, f"{value} is not in {least}..{most}")
-
-
-def _power(file: File, name: str, value: int, least: int, most: int) -> None:
-    _limit(file, name, value, least, most)
-    if value & (value - 1):
-        raise damaged(file, name, f"{value} is not a power of two")
-
-
-def _backing_name(file: File, raw: Any) -> str | None:
+def _backing_name(head: Structure, raw: Any) -> str | None:
     if not raw.features & structs.BACKING_FILE:
         return None
     offset, length = raw.backing_filename_offset, raw.backing_filename_size
-    _limit(file, "backing_filename_size", length, 1, structs.MAX_BACKING_NAME)
-    end = min(raw.header_size * raw.cluster_size, file.size)
-    _limit(file, "backing_filename_offset", offset, structs.HEADER_LENGTH, end - length)
-    return os.fsdecode(file.read(offset, length))
+    head.limit("backing_filename_size", length, 1, structs.MAX_BACKING_NAME)
+    end = min(raw.header_size * raw.cluster_size, head.file.size)
+    head.limit("backing_filename_offset", offset, structs.HEADER_LENGTH, end - length)
+    return os.fsdecode(head.file.read(offset, length))
 
 
 def _details(header: Header) -> Mapping[str, Any]:
@@ -238,19 +214,18 @@ def _l1(header: Header) -> Column:
     bad = (raw != 0) & ((raw % cluster != 0) | (raw < header.header_size) | (raw > most))
     if bad.any():
         entry = int(np.flatnonzero(bad)[0])
-        raise ImageError(
-            f"{file.name}: L1 entry {entry} at {header.l1_offset + entry * 8:#x}: L2 table at {int(raw[entry]):#x} is "
-            f"not {header.table_size} bytes of clusters of the file ({file.size:#x})"
-        )
+        problem = f"is not {header.table_size} bytes of clusters of the file ({file.size:#x})"
+        raise _bad_table(header, entry, int(raw[entry]), problem)
     used = np.sort(raw[raw != 0])
     twice = used[1:][used[1:] - used[:-1] < header.table_size]
     if len(twice):
         entry = int(np.flatnonzero(raw == twice[0])[-1])
-        raise ImageError(
-            f"{file.name}: L1 entry {entry} at {header.l1_offset + entry * 8:#x}: L2 table at {int(twice[0]):#x} "
-            "overlaps another one"
-        )
+        raise _bad_table(header, entry, int(twice[0]), "overlaps another one")
     return raw.astype(np.int64)
+
+
+def _bad_table(header: Header, entry: int, table: int, problem: str) -> ImageError:
+    return damaged(header.file, f"L1 entry {entry}", header.l1_offset + entry * 8, f"L2 table at {table:#x} {problem}")
 
 
 def _check(header: Header, raw: npt.NDArray[np.uint64], data: npt.NDArray[np.bool_], first: int, place: int) -> None:
@@ -262,7 +237,10 @@ def _check(header: Header, raw: npt.NDArray[np.uint64], data: npt.NDArray[np.boo
     entry = int(np.flatnonzero(bad)[0])
     where = int(raw[entry])
     problem = f"lies past the end of the file ({size:#x})" if where >= size else f"is no cluster of {cluster:#x} bytes"
-    raise ImageError(
-        f"{header.file.name}: L2 entry at {place + entry * 8:#x} (guest address {(first + entry) * cluster:#x}): "
-        f"payload at {where:#x} {problem}"
+    raise damaged(
+        header.file,
+        "L2 entry",
+        place + entry * 8,
+        f"payload at {where:#x} {problem}",
+        guest=(first + entry) * cluster,
     )

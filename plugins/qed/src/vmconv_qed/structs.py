@@ -48,13 +48,3 @@ MIN_CLUSTER, MAX_CLUSTER = 1 << 12, 1 << 26
 MIN_TABLE, MAX_TABLE = 1, 16
 MAX_BACKING_NAME = 1023
 """As QEMU has it."""
-
-
-def field_offset(name: str) -> int:
-    """Returns the byte offset of a header field, for error messages."""
-    at = 0
-    for subcon in Header.subcons:
-        if subcon.name == name:
-            return at
-        at += subcon.sizeof()
-    raise KeyError(name)

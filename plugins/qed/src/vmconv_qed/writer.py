@@ -22,6 +22,7 @@ from vmconv.plugin import (
     Kind,
     Layout,
     OutFile,
+    Placeholder,
     Placement,
     PlanError,
     Source,
@@ -120,7 +121,7 @@ class _Writer:
         order = np.argsort(first, kind="stable")
         rows = Columns(first * self.cluster, kind, source, where).take(order)
         length = (count * self.cluster)[order]
-        return _with_holes(self.guest.size, rows, length, blocks.Output(size))
+        return _with_holes(self.guest.size, rows, length, Placeholder("output", size))
 
     def _l2(self, host: Extents, tables: Column) -> Blob:
         """Returns all L2 tables, end to end, of the given entries of the L1 table."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from vmconv.plugin import CheckReport, Findings, Image, Usage
 from vmconv_vdi import structs
-from vmconv_vdi.reader import SLICE, Header, read_header
+from vmconv_vdi.reader import SLICE, Header, head_of, read_header
 
 
 def check(image: Image) -> CheckReport:
@@ -18,10 +18,8 @@ def check(image: Image) -> CheckReport:
     findings, usage = Findings(), Usage()
     allocated = sum(_count(header, first, findings, usage) for first in range(0, header.blocks, SLICE))
     if allocated != header.blocks_allocated:
-        findings.corrupt(
-            f"cBlocksAllocated at {structs.field_offset('cBlocksAllocated'):#x}: {header.blocks_allocated}, the block "
-            f"map has {allocated}"
-        )
+        place = head_of(header.file).offset_of("cBlocksAllocated")
+        findings.corrupt(f"cBlocksAllocated at {place:#x}: {header.blocks_allocated}, the block map has {allocated}")
     findings.overlaps(usage, header.stride)
     end = max(usage.end, header.data_offset)
     return findings.report(allocated=allocated, total=header.blocks, end=end)

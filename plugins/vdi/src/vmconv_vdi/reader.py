@@ -8,9 +8,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from construct import ConstructError
 
-from vmconv.plugin import MAX_SIZE, AccessError, Column, Extents, File, Image, ImageError, Kind, Kinds, Opener
+from vmconv.plugin import (
+    MAX_SIZE,
+    AccessError,
+    Column,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Opener,
+    Structure,
+    damaged,
+)
 from vmconv_vdi import structs
 
 SLICE = 1 << 20
@@ -83,35 +95,36 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     )
 
 
-def damaged(file: File, name: str, problem: str) -> ImageError:
-    """Returns the error for a field of the header: its name, its place in the file, and what is wrong with it."""
-    return ImageError(f"{file.name}: {name} at {structs.field_offset(name):#x}: {problem}")
+def head_of(file: File) -> Structure:
+    """Returns where the header is, for errors that name its fields."""
+    return Structure(file, structs.Header, structs.HEADER_OFFSET)
 
 
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
-    raw = _parse(file)
-    _limit(file, "u32Type", raw.u32Type, structs.NORMAL, structs.DIFFERENCING)
-    _limit(file, "cbBlock", raw.cbBlock, structs.MIN_BLOCK, structs.MAX_BLOCK)
-    if raw.cbBlock & (raw.cbBlock - 1):
-        raise damaged(file, "cbBlock", f"{raw.cbBlock} is not a power of two")
-    _limit(file, "cbBlockExtra", raw.cbBlockExtra, 0, raw.cbBlock)
+    _check_version(file)
+    head = head_of(file)
+    raw = head.parse()
+    head.limit("cbHeader", raw.cbHeader, head.length, structs.MAX_HEADER)
+    head.limit("u32Type", raw.u32Type, structs.NORMAL, structs.DIFFERENCING)
+    head.limit_power("cbBlock", raw.cbBlock, structs.MIN_BLOCK, structs.MAX_BLOCK)
+    head.limit("cbBlockExtra", raw.cbBlockExtra, 0, raw.cbBlock)
     # VirtualBox itself has made disks that are not whole sectors; what is missing of the last one reads as zero.
     size = -(-raw.cbDisk // structs.SECTOR) * structs.SECTOR
-    _limit(file, "cbDisk", size, 0, min(MAX_SIZE, raw.cbBlock * structs.MAX_BLOCKS))
+    head.limit("cbDisk", size, 0, min(MAX_SIZE, raw.cbBlock * structs.MAX_BLOCKS))
     blocks = -(-size // raw.cbBlock)
     if raw.cBlocks < blocks:
-        raise damaged(file, "cBlocks", f"{raw.cBlocks} blocks, a disk of {size} bytes has {blocks}")
+        raise head.damaged("cBlocks", f"{raw.cBlocks} blocks, a disk of {size} bytes has {blocks}")
     end = raw.offBlocks + blocks * 4
-    if raw.offBlocks < structs.PreHeader.sizeof() + raw.cbHeader or end > file.size:
-        raise damaged(
-            file, "offBlocks", f"{raw.offBlocks:#x} is not the place of {blocks * 4} bytes in a file of {file.size:#x}"
+    if raw.offBlocks < structs.HEADER_OFFSET + raw.cbHeader or end > file.size:
+        raise head.damaged(
+            "offBlocks", f"{raw.offBlocks:#x} is not the place of {blocks * 4} bytes in a file of {file.size:#x}"
         )
     if raw.offData % structs.SECTOR or raw.offData < end:
-        raise damaged(file, "offData", f"{raw.offData:#x} is not a sector after the block map, which ends at {end:#x}")
+        raise head.damaged("offData", f"{raw.offData:#x} is not a sector after the block map, which ends at {end:#x}")
     differencing = raw.u32Type in (structs.UNDO, structs.DIFFERENCING)
     if differencing and raw.uuidLinkage == structs.NIL_UUID:
-        raise damaged(file, "uuidLinkage", f"{structs.TYPES[raw.u32Type]} image that names no parent")
+        raise head.damaged("uuidLinkage", f"{structs.TYPES[raw.u32Type]} image that names no parent")
     return Header(
         file=file,
         kind=raw.u32Type,
@@ -131,32 +144,21 @@ def read_header(file: File) -> Header:
     )
 
 
-def _parse(file: File) -> Any:
-    start, length = structs.PreHeader.sizeof(), structs.HEADER_LENGTH
-    if file.size < start + length:
-        raise ImageError(f"{file.name}: header at 0x0: {start + length} bytes, the file has {file.size}")
-    try:
-        version = structs.PreHeader.parse(file.read(0, start)).u32Version
-    except ConstructError as exc:
-        raise damaged(file, "u32Signature", "no VDI signature") from exc
+def _check_version(file: File) -> None:
+    head, length = Structure(file, structs.PreHeader), structs.HEADER_OFFSET + structs.HEADER_LENGTH
+    if file.size < length:
+        raise head.refused(f"{length} bytes, the file has {file.size}")
+    version = head.parse("no VDI signature", "u32Signature").u32Version
     if version != structs.VERSION:
-        raise damaged(
-            file, "u32Version", f"{version >> 16}.{version & 0xFFFF} is not {structs.VERSION >> 16}.1, the one known"
+        raise head.damaged(
+            "u32Version", f"{version >> 16}.{version & 0xFFFF} is not {structs.VERSION >> 16}.1, the one known"
         )
-    raw = structs.Header.parse(file.read(start, length))
-    _limit(file, "cbHeader", raw.cbHeader, length, structs.MAX_HEADER)
-    return raw
-
-
-def _limit(file: File, name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise damaged(file, name, f"{value} is not in {least}..{most}")
 
 
 def _geometry(file: File, raw: Any) -> tuple[int, int, int]:
     """Returns cylinders, heads and sectors, 0 where the image does not say: older images say it in another place."""
     geometry = raw.LegacyGeometry
-    at = structs.PreHeader.sizeof() + structs.HEADER_LENGTH
+    at = structs.HEADER_OFFSET + structs.HEADER_LENGTH
     if raw.cbHeader >= structs.LONG_HEADER_LENGTH and file.size >= at + structs.Geometry.sizeof():
         newer = structs.Geometry.parse(file.read(at, structs.Geometry.sizeof()))
         geometry = newer if newer.cCylinders else geometry
@@ -213,9 +215,9 @@ def _parent(header: Header, opener: Opener) -> Image:
     ):
         if wanted not in (structs.NIL_UUID, is_there):
             changed = "was changed after the image was made on it" if name == "uuidParentModify" else "is another disk"
-            raise ImageError(
-                f"{file.name}: {name} at {structs.field_offset(name):#x}: {structs.uuid_text(wanted)} is wanted, "
-                f"{parent.file.name} has {structs.uuid_text(is_there)}",
+            raise head_of(file).damaged(
+                name,
+                f"{structs.uuid_text(wanted)} is wanted, {parent.file.name} has {structs.uuid_text(is_there)}",
                 hint=f"{parent.file.name} {changed}",
             )
     return parent
@@ -224,7 +226,7 @@ def _parent(header: Header, opener: Opener) -> Image:
 def _search(header: Header, opener: Opener) -> str:
     """Returns the only file that has the parent's UUID; VirtualBox itself knows by its registry where it is."""
     file, reference = header.file, header.parent_reference or ""
-    where = f"{file.name}: uuidLinkage at {structs.field_offset('uuidLinkage'):#x}"
+    head = head_of(file)
     found: list[tuple[str, bytes]] = []
     for path, candidate in opener.search(file, ".vdi"):
         try:
@@ -240,12 +242,14 @@ def _search(header: Header, opener: Opener) -> str:
     uuid = structs.uuid_text(header.parent)
     if best:
         names = " and ".join(best[:2])
-        raise ImageError(
-            f"{where}: {names} both have the UUID of the parent, {uuid}",
+        raise head.damaged(
+            "uuidLinkage",
+            f"{names} both have the UUID of the parent, {uuid}",
             hint=f"put the right one, or a link to it, beside the image under the name {reference}",
         )
-    raise ImageError(
-        f"{where}: the parent is named by its UUID {uuid} only, and there is no {reference} beside the image, nor "
+    raise head.damaged(
+        "uuidLinkage",
+        f"the parent is named by its UUID {uuid} only, and there is no {reference} beside the image, nor "
         "another .vdi file with this UUID",
         hint="put the parent beside the image, or name its directory with --allow-external",
     )
@@ -294,7 +298,5 @@ def _taken_twice(blocks: Column, used: npt.NDArray[np.bool_]) -> int | None:
 
 
 def _refuse(header: Header, block: int, problem: str) -> ImageError:
-    return ImageError(
-        f"{header.file.name}: block map entry {block} at {header.map_offset + block * 4:#x} "
-        f"(guest address {block * header.block_size:#x}): {problem}"
-    )
+    place = header.map_offset + block * 4
+    return damaged(header.file, f"block map entry {block}", place, problem, guest=block * header.block_size)

@@ -45,6 +45,7 @@ Header = Struct(
 )
 """What every header of version 1.1 has; longer ones go on with `LCHSGeometry`, as a `Geometry`."""
 
+HEADER_OFFSET = PreHeader.sizeof()
 HEADER_LENGTH = Header.sizeof()
 LONG_HEADER_LENGTH = HEADER_LENGTH + Geometry.sizeof()
 
@@ -60,17 +61,6 @@ UNALLOCATED = 0xFFFFFFFF
 """The block was never written: the parent's, or zero."""
 DISCARDED = 0xFFFFFFFE
 """The block reads as zero, whatever the parent has there."""
-
-
-def field_offset(name: str) -> int:
-    """Returns the byte offset of a field of the file, for error messages."""
-    at = 0
-    for part in (PreHeader, Header):
-        for subcon in part.subcons:
-            if subcon.name == name:
-                return at
-            at += subcon.sizeof()
-    raise KeyError(name)
 
 
 def uuid_text(uuid: bytes) -> str:

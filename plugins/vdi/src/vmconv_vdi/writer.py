@@ -25,6 +25,7 @@ from vmconv.plugin import (
     Kind,
     Layout,
     OutFile,
+    Placeholder,
     Placement,
     PlanError,
     blocks,
@@ -134,7 +135,7 @@ def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:
     """Returns the block map of a disk of `size` bytes, computed when it is read; `hides` is whether zeros must."""
     kind = np.where(found.there, np.uint8(Kind.DATA), found.runs.kind)
     rows = Columns(found.runs.first * BLOCK, kind, np.zeros(len(kind), dtype=np.int32), found.place)
-    host = Extents(size, rows, [blocks.Output(found.used * BLOCK)])
+    host = Extents(size, rows, [Placeholder("output", found.used * BLOCK)])
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)

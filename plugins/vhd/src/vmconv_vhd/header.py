@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from construct import Construct, ConstructError
 
-from vmconv.plugin import Column, File, ImageError, from_url, from_windows, named_by
+from vmconv.plugin import Column, File, Structure, damaged, from_url, from_windows, named_by, read_part
 from vmconv_vhd import structs
 
 
@@ -57,20 +56,13 @@ def bitmap_size(block_size: int) -> int:
     return -(-block_size // structs.SECTOR // 8 // structs.SECTOR) * structs.SECTOR
 
 
-def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
-    """Returns the error for a field: its name, its place in the file, and what is wrong with its value."""
-    return ImageError(f"{file.name}: {what} at {offset:#x}: {problem}")
-
-
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
-    footer, at, end, warnings = _footer(file)
+    footer, where, end, warnings = _footer(file)
     if footer.file_format_version >> 16 != structs.VERSION >> 16:
-        raise _wrong(file, at, "file_format_version", f"{footer.file_format_version:#x}, version 1 is expected")
+        raise where.damaged("file_format_version", f"{footer.file_format_version:#x}, version 1 is expected")
     if footer.disk_type not in structs.DISK_TYPES:
-        raise _wrong(
-            file, at, "disk_type", f"{footer.disk_type} is neither fixed (2), dynamic (3) nor differencing (4)"
-        )
+        raise where.damaged("disk_type", f"{footer.disk_type} is neither fixed (2), dynamic (3) nor differencing (4)")
     geometry = (footer.cylinders, footer.heads, footer.sectors)
     basics = {
         "file": file,
@@ -85,25 +77,24 @@ def read_header(file: File) -> Header:
     }
     size = footer.current_size
     if size % structs.SECTOR:
-        raise _wrong(file, at, "current_size", f"{size} bytes are not whole sectors")
+        raise where.damaged("current_size", f"{size} bytes are not whole sectors")
     if footer.disk_type == structs.FIXED:
         if size > end:
-            raise _wrong(file, at, "current_size", f"{size} bytes, the file has room for {end}")
+            raise where.damaged("current_size", f"{size} bytes, the file has room for {end}")
         return Header(size=_size(footer, end), warnings=warnings, **basics)
-    dynamic = _dynamic_header(file, footer.data_offset, at, differencing=footer.disk_type == structs.DIFFERENCING)
+    dynamic_head = Structure(file, structs.DynamicHeader, footer.data_offset, "dynamic header")
+    if not dynamic_head.is_inside:
+        raise where.damaged(
+            "data_offset", f"{footer.data_offset:#x} is not the place of a header in {file.size:#x} bytes"
+        )
+    dynamic = _dynamic_header(dynamic_head, differencing=footer.disk_type == structs.DIFFERENCING)
     room = dynamic["entries"] * dynamic["block_size"]
     if size > room:
-        raise damaged(
-            file,
+        raise dynamic_head.damaged(
             "max_table_entries",
-            footer.data_offset + structs.field_offset(structs.DynamicHeader, "max_table_entries"),
             f"{dynamic['entries']} blocks of {dynamic['block_size']} bytes for a disk of {size} bytes",
         )
     return Header(size=_size(footer, room), warnings=warnings, **basics, **dynamic)
-
-
-def _wrong(file: File, at: int, name: str, problem: str) -> ImageError:
-    return damaged(file, name, at + structs.field_offset(structs.Footer, name), problem)
 
 
 def _size(footer: Any, room: int) -> int:
@@ -119,7 +110,7 @@ def _size(footer: Any, room: int) -> int:
     return int(footer.current_size)
 
 
-def _footer(file: File) -> tuple[Any, int, int, tuple[str, ...]]:
+def _footer(file: File) -> tuple[Any, Structure, int, tuple[str, ...]]:
     """Returns the footer, its place, where payload must end, and warnings: the last sector, or else its copy."""
     if file.size < structs.OLD_FOOTER_LENGTH:
         raise damaged(file, "footer", 0, f"the file has {file.size} bytes, a footer has 512")
@@ -128,62 +119,52 @@ def _footer(file: File) -> tuple[Any, int, int, tuple[str, ...]]:
         at = file.size - length
         if at < 0 or file.read(at, len(structs.COOKIE)) != structs.COOKIE:
             continue
-        footer, problem = _parse_footer(file, at)
+        where = Structure(file, structs.Footer, at, "footer")
+        footer, problem = _parse_footer(where)
         if footer is not None:
-            return footer, at, at, ()
+            return footer, where, at, ()
     at = max(0, file.size - structs.FOOTER_LENGTH)
     if file.read(0, len(structs.COOKIE)) == structs.COOKIE:
-        footer, copy_problem = _parse_footer(file, 0)
+        where = Structure(file, structs.Footer, 0, "footer")
+        footer, copy_problem = _parse_footer(where)
         # A fixed disk has no copy: what its first sector looks like is the guest's doing.
         if footer is not None and footer.disk_type != structs.FIXED:
-            return footer, 0, file.size, (f"{file.name}: footer at {at:#x}: {problem}; its copy at 0x0 was used",)
+            return footer, where, file.size, (f"{file.name}: footer at {at:#x}: {problem}; its copy at 0x0 was used",)
         problem = f"{problem}, nor is there a copy of one at 0x0 ({copy_problem or 'it is a fixed disk'})"
     raise damaged(file, "footer", at, problem)
 
 
-def _parse_footer(file: File, at: int) -> tuple[Any, str]:
-    data = file.read(at, structs.OLD_FOOTER_LENGTH)
-    footer = _parse(structs.Footer, file, at, data, "footer")
+def _parse_footer(where: Structure) -> tuple[Any, str]:
+    data = where.read()
+    footer = where.parse("no VHD signature", data=data)
     expected = structs.checksum(data, structs.CHECKSUM_OFFSET)
     if footer.checksum != expected:
         return None, f"checksum {footer.checksum:#010x}, its bytes sum up to {expected:#010x}"
     return footer, ""
 
 
-def _parse(struct: Construct[Any, Any], file: File, offset: int, data: bytes, what: str) -> Any:
-    try:
-        return struct.parse(data)
-    except ConstructError as exc:
-        raise damaged(file, what, offset, "no VHD signature") from exc
-
-
-def _dynamic_header(file: File, at: int, footer_at: int, *, differencing: bool) -> dict[str, Any]:
+def _dynamic_header(head: Structure, *, differencing: bool) -> dict[str, Any]:
     """Returns the fields of `Header` that the dynamic header has; those of the parent only if there is to be one."""
-    length = structs.DYNAMIC_HEADER_LENGTH
-    if at + length > file.size:
-        raise _wrong(file, footer_at, "data_offset", f"{at:#x} is not the place of a header in {file.size:#x} bytes")
-    data = file.read(at, length)
-    header = _parse(structs.DynamicHeader, file, at, data, "dynamic header")
-
-    def wrong(name: str, problem: str) -> ImageError:
-        return damaged(file, name, at + structs.field_offset(structs.DynamicHeader, name), problem)
-
+    file, data = head.file, head.read()
+    header = head.parse("no VHD signature", data=data)
     expected = structs.checksum(data, structs.HEADER_CHECKSUM_OFFSET)
     if header.checksum != expected:
-        raise wrong("checksum", f"{header.checksum:#010x}, the bytes of the header sum up to {expected:#010x}")
+        raise head.damaged("checksum", f"{header.checksum:#010x}, the bytes of the header sum up to {expected:#010x}")
     if header.header_version >> 16 != structs.VERSION >> 16:
-        raise wrong("header_version", f"{header.header_version:#x}, version 1 is expected")
+        raise head.damaged("header_version", f"{header.header_version:#x}, version 1 is expected")
     block = header.block_size
     if not structs.SECTOR <= block <= structs.MAX_BLOCK_SIZE or block & (block - 1):
-        raise wrong("block_size", f"{block} is not a power of two from {structs.SECTOR} to {structs.MAX_BLOCK_SIZE}")
+        raise head.damaged(
+            "block_size", f"{block} is not a power of two from {structs.SECTOR} to {structs.MAX_BLOCK_SIZE}"
+        )
     if header.table_offset + header.max_table_entries * 4 > file.size:
-        raise wrong(
+        raise head.damaged(
             "table_offset",
             f"{header.max_table_entries} entries from {header.table_offset:#x} reach past the end of the file "
             f"({file.size:#x})",
         )
     fields = {
-        "header_offset": at,
+        "header_offset": head.offset,
         "table_offset": header.table_offset,
         "entries": header.max_table_entries,
         "block_size": block,
@@ -216,9 +197,7 @@ def _locator(file: File, locator: Any) -> bytes:
     what = f"parent locator {locator.platform_code.decode('ascii', 'replace')}"
     if length > structs.MAX_LOCATOR_LENGTH:
         raise damaged(file, what, at, f"{length} bytes, {structs.MAX_LOCATOR_LENGTH} at most")
-    if at + length > file.size:
-        raise damaged(file, what, at, f"{length} bytes reach past the end of the file ({file.size:#x})")
-    return file.read(at, length)
+    return read_part(file, what, at, length)
 
 
 def _local(name: str) -> Iterator[str]:

@@ -22,9 +22,10 @@ from vmconv.plugin import (
     Opener,
     Usage,
     clip_to_sources,
+    damaged,
 )
 from vmconv_vhd import structs
-from vmconv_vhd.header import Header, damaged, read_header
+from vmconv_vhd.header import Header, read_header
 
 SLICE = 1 << 18
 """Entries of the allocation table that are looked at together; each needs some 50 bytes meanwhile."""

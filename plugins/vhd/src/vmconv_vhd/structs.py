@@ -125,13 +125,3 @@ def geometry_of(sectors: int) -> tuple[int, int, int]:
                 break
             per_track, heads = wider, 16
     return sectors // per_track // heads, heads, per_track
-
-
-def field_offset(struct: Struct, name: str) -> int:
-    """Returns the byte offset of a field, for error messages."""
-    at = 0
-    for subcon in struct.subcons:
-        if subcon.name == name:
-            return at
-        at += int(subcon.sizeof())
-    raise KeyError(name)

@@ -9,11 +9,12 @@ from typing import Any
 from uuid import UUID
 
 import numpy as np
-from construct import Construct, ConstructError
 
-from vmconv.plugin import Column, Extents, File, ImageError
+from vmconv.plugin import Column, Extents, File, ImageError, Structure, damaged
 from vmconv_vhdx import structs
 from vmconv_vhdx.log import Log, replay
+
+_NO_SIGNATURE = "no VHDX signature, or it ends too soon"
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,20 @@ class Header:
         return left
 
 
-def damaged(file: File, what: str, offset: int, problem: str) -> ImageError:
-    """Returns the error for a field: its name, its place in the file, and what is wrong with its value."""
-    return ImageError(f"{file.name}: {what} at {offset:#x}: {problem}")
-
-
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
     end = structs.REGION_TABLE_OFFSETS[1] + structs.REGION_TABLE_LENGTH
     if file.size < end:
         raise damaged(file, "headers", 0, f"the file has {file.size:#x} bytes, they take {end:#x}")
-    identifier = _parse(structs.FileTypeIdentifier, file, 0, file.read(0, structs.FileTypeIdentifier.sizeof()), "file")
-    header, at = _current_header(file)
+    identifier = Structure(file, structs.FileTypeIdentifier, 0, "file").parse(_NO_SIGNATURE)
+    header, head = _current_header(file)
     if header.version != 1:
-        raise damaged(file, "version", at + 66, f"{header.version}, 1 is expected")
+        raise head.damaged("version", f"{header.version}, 1 is expected")
     log = Log(header.log_offset, header.log_length, header.log_guid)
     view = Extents.whole(file)
     if any(header.log_guid):
         if header.log_version != 0:
-            raise damaged(file, "log_version", at + 64, f"{header.log_version}, 0 is expected")
+            raise head.damaged("log_version", f"{header.log_version}, 0 is expected")
         view = replay(file, log)
     regions = _regions(file, view, log)
     items = _items(file, view, regions[structs.METADATA])
@@ -97,18 +93,11 @@ def read_header(file: File) -> Header:
     )
 
 
-def _parse(struct: Construct[Any, Any], file: File, offset: int, data: bytes, what: str) -> Any:
-    try:
-        return struct.parse(data)
-    except ConstructError as exc:
-        raise damaged(file, what, offset, "no VHDX signature, or it ends too soon") from exc
-
-
 def _text(data: bytes) -> str:
     return data[: len(data) // 2 * 2].decode("utf-16-le", "replace").split("\0", maxsplit=1)[0]
 
 
-def _current_header(file: File) -> tuple[Any, int]:
+def _current_header(file: File) -> tuple[Any, Structure]:
     """Returns the valid header with the greater sequence number, and its place."""
     found, problems = [], []
     for at in structs.HEADER_OFFSETS:
@@ -125,11 +114,10 @@ def _current_header(file: File) -> tuple[Any, int]:
         raise damaged(file, "headers", structs.HEADER_OFFSETS[0], f"none is valid: {', '.join(problems)}")
     if len(found) == 2 and found[0][0] == found[1][0] and found[0][3] != found[1][3]:
         # Some tools write both alike; that does no harm as long as it does not matter which one is taken.
-        raise damaged(
-            file, "sequence_number", found[1][1] + 8, f"both headers have {found[1][0]}, but they are not the same"
-        )
+        second = Structure(file, structs.Header, found[1][1])
+        raise second.damaged("sequence_number", f"both headers have {found[1][0]}, but they are not the same")
     _, at, header, _ = max(found, key=lambda one: (one[0], -one[1]))
-    return header, at
+    return header, Structure(file, structs.Header, at)
 
 
 def doubtful_copies(file: File) -> Iterator[str]:
@@ -152,7 +140,8 @@ def _regions(file: File, view: Extents, log: Log) -> dict[UUID, Region]:
     at, data = _region_table(file, view)
     count = structs.RegionTableHeader.parse(data).entry_count
     if count > structs.MAX_ENTRIES:
-        raise damaged(file, "region table entry_count", at + 8, f"{count}, {structs.MAX_ENTRIES} at most")
+        place = Structure(file, structs.RegionTableHeader, at).offset_of("entry_count")
+        raise damaged(file, "region table entry_count", place, f"{count}, {structs.MAX_ENTRIES} at most")
     head, size = structs.RegionTableHeader.sizeof(), structs.RegionTableEntry.sizeof()
     regions: dict[UUID, Region] = {}
     for number in range(count):
@@ -207,12 +196,13 @@ def _items(file: File, view: Extents, region: Region) -> dict[UUID, tuple[int, b
     if region.length < length:
         raise damaged(file, "metadata region", region.offset, f"{region.length} bytes, its table alone has {length}")
     table = view.read(region.offset, length)
-    header = _parse(structs.MetadataTableHeader, file, region.offset, table, "metadata table")
+    table_head = Structure(file, structs.MetadataTableHeader, region.offset, "metadata table")
+    header = table_head.parse(_NO_SIGNATURE, data=table)
     if header.entry_count > structs.MAX_ENTRIES:
         raise damaged(
             file,
             "metadata entry_count",
-            region.offset + 10,
+            table_head.offset_of("entry_count"),
             f"{header.entry_count}, {structs.MAX_ENTRIES} at most",
         )
     head, size = structs.MetadataTableHeader.sizeof(), structs.MetadataTableEntry.sizeof()
@@ -266,7 +256,9 @@ def _metadata(file: File, items: Mapping[UUID, tuple[int, bytes]]) -> dict[str, 
     parameters = structs.FileParameters.parse(data)
     block = parameters.block_size
     if not structs.MIN_BLOCK_SIZE <= block <= structs.MAX_BLOCK_SIZE or block & (block - 1):
-        raise damaged(file, "block_size", at, f"{block} is not a power of two from 1 MiB to 256 MiB")
+        raise Structure(file, structs.FileParameters, at).damaged(
+            "block_size", f"{block} is not a power of two from 1 MiB to 256 MiB"
+        )
     logical = sector(structs.LOGICAL_SECTOR_SIZE, "logical sector size")
     at, data = item(structs.VIRTUAL_DISK_SIZE, "virtual disk size")
     size = int.from_bytes(data[:8], "little")
@@ -301,8 +293,9 @@ def _locator(file: File, at: int, data: bytes) -> dict[str, str]:
     if kind != structs.VHDX_LOCATOR:
         raise damaged(file, "parent locator", at, f"type {kind} is not known")
     if header.key_value_count > structs.MAX_LOCATOR_ENTRIES:
+        place = Structure(file, structs.ParentLocatorHeader, at).offset_of("key_value_count")
         raise damaged(
-            file, "parent locator", at + 18, f"{header.key_value_count} keys, {structs.MAX_LOCATOR_ENTRIES} at most"
+            file, "parent locator", place, f"{header.key_value_count} keys, {structs.MAX_LOCATOR_ENTRIES} at most"
         )
     return dict(_locator_entries(file, at, data, header.key_value_count))
 
@@ -311,7 +304,8 @@ def _locator_entries(file: File, at: int, data: bytes, count: int) -> Iterator[t
     head, size = structs.ParentLocatorHeader.sizeof(), structs.ParentLocatorEntry.sizeof()
     for number in range(count):
         place = head + number * size
-        entry = _parse(structs.ParentLocatorEntry, file, at + place, data[place : place + size], "parent locator")
+        where = Structure(file, structs.ParentLocatorEntry, at + place, "parent locator")
+        entry = where.parse(_NO_SIGNATURE, data=data[place : place + size])
         texts = []
         for begin, length in ((entry.key_offset, entry.key_length), (entry.value_offset, entry.value_length)):
             if begin + length > len(data):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import Blob, Column, Columns, Extents, File, ImageError, Kind, distinct
+from vmconv.plugin import Blob, Column, Columns, Extents, File, Kind, damaged, distinct
 from vmconv_vhdx import structs
 
 _HINT = "open it once with what wrote it, which can repair it, or go back to a backup"
@@ -71,7 +71,7 @@ class _Replay:
         self.data = np.frombuffer(file.read(log.offset, log.length), dtype=np.uint8)
 
     def _refuse(self, problem: str, at: int = 0) -> NoReturn:
-        raise ImageError(f"{self.file.name}: log at {self.log.offset + at:#x}: {problem}", hint=_HINT)
+        raise damaged(self.file, "log", self.log.offset + at, problem, hint=_HINT)
 
     def view(self) -> Extents:
         active = self._active()

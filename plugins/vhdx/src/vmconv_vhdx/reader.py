@@ -20,15 +20,17 @@ from vmconv.plugin import (
     Kind,
     Kinds,
     Opener,
+    Placeholder,
     Source,
     Usage,
     clip_to_sources,
+    damaged,
     distinct,
     from_windows,
     named_by,
 )
 from vmconv_vhdx import structs
-from vmconv_vhdx.header import Header, damaged, is_hole, read_header
+from vmconv_vhdx.header import Header, is_hole, read_header
 
 # Entries of the BAT that are looked at together; each needs some 60 bytes meanwhile.
 _SLICE = 1 << 18
@@ -138,17 +140,6 @@ def _guid(text: str) -> UUID | None:
 _Entries = npt.NDArray[np.uint64]
 
 
-class _Replayed(Source):
-    """The address space of the file after its log was replayed, until it is put together from what it is of."""
-
-    def __init__(self, name: str, size: int) -> None:
-        self.name = name
-        self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError("the log is being replayed")
-
-
 def chunks(header: Header) -> Iterator[tuple[int, _Entries, _Entries]]:
     """Yields `(first block, its entries of the BAT and those that follow, entries of their sector bitmaps)`.
 
@@ -197,7 +188,10 @@ class _Mapper:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.source: Source = _Replayed(header.file.name, header.view.size) if header.replayed else header.file
+        self.source: Source = header.file
+        if header.replayed:
+            # The address space of the replayed file; `table` composes it with where its bytes are.
+            self.source = Placeholder(header.file.name, header.view.size)
         self.blocks = header.blocks
         self.allocated = 0
         self.partial: list[tuple[Column, Column, Column]] = []

@@ -28,6 +28,7 @@ from vmconv.plugin import (
     Layout,
     OutFile,
     Pinned,
+    Placeholder,
     Placement,
     PlanError,
     blocks,
@@ -165,7 +166,9 @@ class _Writer:
         """Returns the table of the guest's blocks whose windows are their places in the output file."""
         kind = np.where(self.allocated, np.uint8(Kind.DATA), self.runs.kind)
         none = np.zeros(len(kind), dtype=np.int32)
-        return Extents(self.guest.size, Columns(self.runs.first * self.block, kind, none, places), [blocks.Output(end)])
+        return Extents(
+            self.guest.size, Columns(self.runs.first * self.block, kind, none, places), [Placeholder("output", end)]
+        )
 
     # -- tables
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import CheckReport, Column, File, Findings, Usage, table_slices
+from vmconv.plugin import CheckReport, Column, File, Findings, Structure, Usage, table_slices
 from vmconv_vmdk import structs
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
@@ -57,7 +57,7 @@ class _Check:
         for name, offset, length in extent.more_metadata():
             self.usage.add(f"{self.name}{name}", [offset], length)
         if isinstance(extent, Hosted) and extent.header.uncleanShutdown:
-            place = structs.field_offset(structs.SparseExtentHeader, "uncleanShutdown")
+            place = Structure(self.file, structs.SparseExtentHeader).offset_of("uncleanShutdown")
             self.findings.doubt(f"{self.name}uncleanShutdown at {place:#x}: was not closed cleanly")
         tables = self._directories()
         for first, _, raw in extent.entries_of(tables):

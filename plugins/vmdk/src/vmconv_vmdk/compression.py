@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.plugin import Column, Decoded, File, ImageError
+from vmconv.plugin import Column, Decoded, File, ImageError, damaged
 from vmconv_vmdk import structs
 
 
@@ -75,7 +75,7 @@ class CompressedGrains:
         return data[structs.GRAIN_MARKER_LENGTH : structs.GRAIN_MARKER_LENGTH + int(size)]
 
     def _damaged(self, place: int, problem: str) -> ImageError:
-        return ImageError(f"{self.file.name}: compressed grain at {place:#x}: {problem}")
+        return damaged(self.file, "compressed grain", place, problem)
 
 
 def _inflate(data: bytes, size: int) -> tuple[bytes, bool]:

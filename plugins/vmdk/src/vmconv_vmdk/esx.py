@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.plugin import MAX_SIZE, Column, Extents, File, ImageError, Kind
+from vmconv.plugin import MAX_SIZE, Column, Extents, File, Kind, Structure
 from vmconv_vmdk import structs
-from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, damaged, parse
+from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, parse
 
 
 class Cowd(Extent):
@@ -20,26 +20,17 @@ class Cowd(Extent):
 
     def __init__(self, file: File) -> None:
         self.file = file
-        header = parse(structs.CowdHeader, file, 0, "header")
+        head = Structure(file, structs.CowdHeader)
+        header = parse(head)
         if header.version != 1:
-            raise damaged(file, structs.CowdHeader, "version", f"{header.version} is not 1")
+            raise head.damaged("version", f"{header.version} is not 1")
         if not 1 <= header.grainSize <= structs.MAX_GRAIN_SECTORS:
-            raise damaged(
-                file,
-                structs.CowdHeader,
-                "grainSize",
-                f"{header.grainSize} sectors are not in 1..{structs.MAX_GRAIN_SECTORS}",
-            )
+            raise head.damaged("grainSize", f"{header.grainSize} sectors are not in 1..{structs.MAX_GRAIN_SECTORS}")
         self.header = header
         self.size = header.numSectors * structs.SECTOR
         self.grain = header.grainSize * structs.SECTOR
         if header.numGDEntries < self.tables_needed:
-            raise damaged(
-                file,
-                structs.CowdHeader,
-                "numGDEntries",
-                f"{header.numGDEntries} tables, the disk needs {self.tables_needed}",
-            )
+            raise head.damaged("numGDEntries", f"{header.numGDEntries} tables, the disk needs {self.tables_needed}")
 
     @property
     def directories(self) -> Sequence[tuple[str, int]]:  # type: ignore[override]
@@ -53,7 +44,7 @@ class Cowd(Extent):
             return Extents.filled(0)
         offset = self.header.gdOffset * structs.SECTOR
         tables = self.places_of_tables(offset)
-        self._check_tables(tables, offset, self.width)
+        self._check_tables(tables, offset)
         return self._mapped(tables, self.file)
 
     def decode(self, raw: RawEntries) -> Grains:
@@ -72,7 +63,8 @@ class SeSparse(Extent):
 
     def __init__(self, file: File) -> None:
         self.file = file
-        header = parse(structs.SeSparseHeader, file, 0, "header")
+        self._head = Structure(file, structs.SeSparseHeader)
+        header = parse(self._head)
         self.header = header
         for field, only in (
             ("version", structs.SE_VERSION),
@@ -81,23 +73,25 @@ class SeSparse(Extent):
             ("grain_table_size", structs.SE_TABLE_SECTORS),
         ):
             if header[field] != only:
-                raise damaged(file, structs.SeSparseHeader, field, f"{header[field]:#x} is not {only:#x}")
+                raise self._head.damaged(field, f"{header[field]:#x} is not {only:#x}")
         # A quarter, so that sums of two places are still numbers of 64 bits.
         most = MAX_SIZE // structs.SECTOR // 4
         for field in ("capacity", "grain_dir_offset", "grain_tables_offset", "grains_offset", "volatile_header_offset"):
             if header[field] > most:
-                raise damaged(file, structs.SeSparseHeader, field, f"{header[field]:#x} sectors, {most:#x} at most")
+                raise self._head.damaged(field, f"{header[field]:#x} sectors, {most:#x} at most")
         self.size = header.capacity * structs.SECTOR
         self._check_journal(header)
 
     def _check_journal(self, header: Any) -> None:
-        place = header.volatile_header_offset * structs.SECTOR
-        volatile = parse(structs.SeSparseVolatile, self.file, place, "volatile header")
+        offset = header.volatile_header_offset * structs.SECTOR
+        head = Structure(self.file, structs.SeSparseVolatile, offset, "volatile header")
+        volatile = parse(head)
         if volatile.magic != structs.SE_VOLATILE_MAGIC:
-            raise ImageError(f"{self.file.name}: volatile header at {place:#x}: has not the signature of one")
+            raise head.refused("has not the signature of one")
         if volatile.replay_journal:
-            raise ImageError(
-                f"{self.file.name}: replay_journal at {place + 24:#x}: the journal was not replayed",
+            raise head.damaged(
+                "replay_journal",
+                "the journal was not replayed",
                 hint="let ESXi open the disk once, or consolidate it there",
             )
 
@@ -108,14 +102,11 @@ class SeSparse(Extent):
         directory = header.grain_dir_offset * structs.SECTOR
         needed = self.tables_needed
         if header.grain_dir_size * structs.SECTOR < needed * 8:
-            raise damaged(
-                self.file,
-                structs.SeSparseHeader,
-                "grain_dir_size",
-                f"{header.grain_dir_size} sectors, the disk needs {needed * 8} bytes",
+            raise self._head.damaged(
+                "grain_dir_size", f"{header.grain_dir_size} sectors, the disk needs {needed * 8} bytes"
             )
         tables = self.places_of_tables(directory)
-        self._check_tables(tables, directory, 8)
+        self._check_tables(tables, directory)
         return self._mapped(tables, self.file)
 
     @property
@@ -127,10 +118,7 @@ class SeSparse(Extent):
         bad = (raw != 0) & (raw & np.uint64(structs.SE_TABLE_KIND) != np.uint64(structs.SE_TABLE_ALLOCATED))
         if bad.any():
             entry = int(np.flatnonzero(bad)[0])
-            raise ImageError(
-                f"{self.file.name}: grain directory entry {entry} at {directory + entry * 8:#x}: "
-                f"{int(raw[entry]):#x} is of no known kind"
-            )
+            raise self._bad_entry(directory, entry, f"{int(raw[entry]):#x} is of no known kind")
         number = (raw & np.uint64(0xFFFFFFFF)).astype(np.int64)
         base = self.header.grain_tables_offset * structs.SECTOR
         return np.where(raw != 0, base + number * structs.SE_TABLE_SECTORS * structs.SECTOR, 0)

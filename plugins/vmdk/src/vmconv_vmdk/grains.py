@@ -23,6 +23,7 @@ from vmconv.plugin import (
     File,
     Kind,
     Pinned,
+    Placeholder,
     PlanError,
     Source,
     blocks,
@@ -163,7 +164,7 @@ class SparseExtent:
 
     def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
         """Returns the table of the extent's grains whose windows are their places in the file."""
-        output = blocks.Output(max(end, self.places.grains))
+        output = Placeholder("output", max(end, self.places.grains))
         start = np.concatenate([runs.first, self.zero.first]) * self.grain
         length = np.concatenate([runs.blocks, self.zero.blocks]) * self.grain
         place = np.concatenate([offset, np.zeros(len(self.zero.first), dtype=np.int64)])

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vmconv.plugin import MAX_SIZE, Column, Extents, File, ImageError, Kind
+from vmconv.plugin import MAX_SIZE, Column, Extents, File, ImageError, Kind, Structure
 from vmconv_vmdk import structs
 from vmconv_vmdk.compression import CompressedGrains
-from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, damaged, parse
+from vmconv_vmdk.sparse import Extent, Grains, RawEntries, Slice, parse
 
 Warn = Callable[[str], None]
 
@@ -23,8 +23,9 @@ class Hosted(Extent):
     def __init__(self, file: File, warn: Warn) -> None:
         self.file = file
         self.warn = warn
-        self._header_offset = 0
-        header = parse(structs.SparseExtentHeader, file, 0, "header")
+        # The header, or its copy in the footer: what counts.
+        self._head = Structure(file, structs.SparseExtentHeader)
+        header = parse(self._head)
         self._check_identity(header)
         if header.gdOffset == structs.GD_AT_END:
             header = self._footer(header)
@@ -38,74 +39,63 @@ class Hosted(Extent):
         if header.uncleanShutdown:
             warn(f"{file.name}: was not closed cleanly; what can be read is converted")
 
-    def _damaged(self, field: str, problem: str) -> ImageError:
-        return damaged(self.file, structs.SparseExtentHeader, field, problem, self._header_offset)
-
     def _check_identity(self, header: Any) -> None:
         """Refuses what this is not an extent of, and features that we do not know."""
-        if not 1 <= header.version <= 3:
-            raise self._damaged("version", f"{header.version} is not in 1..3")
+        self._head.limit("version", header.version, 1, 3)
         unknown = header.flags & ~structs.KNOWN_FLAGS
         if unknown:
-            raise self._damaged("flags", f"unknown features {unknown:#x}")
+            raise self._head.damaged("flags", f"unknown features {unknown:#x}")
         if header.flags & structs.NEWLINE_TEST and header.newlines != structs.NEWLINES:
-            raise self._damaged("newlines", f"{header.newlines.hex()}: the file was damaged by a transfer as text")
+            raise self._head.damaged("newlines", f"{header.newlines.hex()}: the file was damaged by a transfer as text")
         algorithm = header.compressAlgorithm
         if header.flags & structs.COMPRESSED and algorithm != structs.DEFLATE:
-            raise self._damaged("compressAlgorithm", f"{algorithm} is not known, deflate is 1")
+            raise self._head.damaged("compressAlgorithm", f"{algorithm} is not known, deflate is 1")
 
     def _footer(self, header: Any) -> Any:
         """Returns the copy of the header at the end of a stream, which knows where the grain directory is."""
-        place = self.file.size - 3 * structs.SECTOR
-        if place < structs.SECTOR:
-            raise self._damaged("gdOffset", f"speaks of a footer, which a file of {self.file.size:#x} has no room for")
-        marker = parse(structs.Marker, self.file, place, "footer marker")
-        end = parse(structs.Marker, self.file, place + 2 * structs.SECTOR, "end-of-stream marker")
-        if (marker.size, marker.type) != (0, structs.FOOTER) or (end.val, end.size, end.type) != (0, 0, 0):
-            raise ImageError(
-                f"{self.file.name}: footer marker at {place:#x}: is not there, the file may be incomplete",
+        offset = self.file.size - 3 * structs.SECTOR
+        if offset < structs.SECTOR:
+            raise self._head.damaged(
+                "gdOffset", f"speaks of a footer, which a file of {self.file.size:#x} has no room for"
             )
-        footer = parse(structs.SparseExtentHeader, self.file, place + structs.SECTOR, "footer")
-        self._header_offset = place + structs.SECTOR
+        marker_head = Structure(self.file, structs.Marker, offset, "footer marker")
+        marker = parse(marker_head)
+        end = parse(Structure(self.file, structs.Marker, offset + 2 * structs.SECTOR, "end-of-stream marker"))
+        if (marker.size, marker.type) != (0, structs.FOOTER) or (end.val, end.size, end.type) != (0, 0, 0):
+            raise marker_head.refused("is not there, the file may be incomplete")
+        self._head = Structure(self.file, structs.SparseExtentHeader, offset + structs.SECTOR, "footer")
+        footer = parse(self._head)
         self._check_identity(footer)
         for field in ("capacity", "grainSize", "numGTEsPerGT", "flags"):
             if footer[field] != header[field]:
-                raise self._damaged(field, f"{footer[field]:#x} in the footer, {header[field]:#x} in the header")
+                raise self._head.damaged(field, f"{footer[field]:#x} in the footer, {header[field]:#x} in the header")
         return footer
 
     def _check_numbers(self, header: Any) -> None:
         most = MAX_SIZE // structs.SECTOR
         if header.capacity > most:
-            raise self._damaged("capacity", f"{header.capacity} sectors, {most} at most")
+            raise self._head.damaged("capacity", f"{header.capacity} sectors, {most} at most")
         grains = structs.MAX_COMPRESSED_GRAIN_SECTORS if self.compressed else structs.MAX_GRAIN_SECTORS
         if not 1 <= header.grainSize <= grains or header.grainSize & (header.grainSize - 1):
-            raise self._damaged("grainSize", f"{header.grainSize} sectors is not a power of two in 1..{grains}")
-        if not 1 <= header.numGTEsPerGT <= structs.ENTRIES:
-            raise self._damaged("numGTEsPerGT", f"{header.numGTEsPerGT} is not in 1..{structs.ENTRIES}")
+            raise self._head.damaged("grainSize", f"{header.grainSize} sectors is not a power of two in 1..{grains}")
+        self._head.limit("numGTEsPerGT", header.numGTEsPerGT, 1, structs.ENTRIES)
         if self.tables_needed > structs.MAX_DIRECTORY:
-            raise self._damaged(
+            raise self._head.damaged(
                 "capacity", f"needs a grain directory of {self.tables_needed} entries, {structs.MAX_DIRECTORY} at most"
             )
 
     def embedded(self) -> bytes | None:
         """Returns the descriptor inside the extent, None when there is none."""
-        header = structs.SparseExtentHeader.parse(self.file.read(0, structs.SECTOR))
+        head = Structure(self.file, structs.SparseExtentHeader)
+        header = head.parse()
         if not header.descriptorOffset:
             return None
         offset, size = header.descriptorOffset * structs.SECTOR, header.descriptorSize * structs.SECTOR
         if not 0 < size <= structs.MAX_DESCRIPTOR:
-            raise damaged(
-                self.file,
-                structs.SparseExtentHeader,
-                "descriptorSize",
-                f"{size} bytes are not in 1..{structs.MAX_DESCRIPTOR}",
-            )
+            raise head.damaged("descriptorSize", f"{size} bytes are not in 1..{structs.MAX_DESCRIPTOR}")
         if offset + size > self.file.size:
-            raise damaged(
-                self.file,
-                structs.SparseExtentHeader,
-                "descriptorOffset",
-                f"descriptor at {offset:#x} lies past the end of the file ({self.file.size:#x})",
+            raise head.damaged(
+                "descriptorOffset", f"descriptor at {offset:#x} lies past the end of the file ({self.file.size:#x})"
             )
         return self.file.read(offset, size)
 
@@ -128,7 +118,7 @@ class Hosted(Extent):
         if not self.size:
             return Extents.filled(0)
         if sector > self.file.size // structs.SECTOR:
-            raise self._damaged(field, f"sector {sector:#x} lies past the end of the file ({self.file.size:#x})")
+            raise self._head.damaged(field, f"sector {sector:#x} lies past the end of the file ({self.file.size:#x})")
         tables = self._directory(sector * structs.SECTOR)
         if field == "gdOffset" and self.flags & structs.REDUNDANT:
             self._check_missing(tables, sector * structs.SECTOR)
@@ -151,15 +141,15 @@ class Hosted(Extent):
                 min(field * structs.SECTOR, 1 << 62) for field in (header.descriptorOffset, header.descriptorSize)
             )
             yield "descriptor", offset, min(size, structs.MAX_DESCRIPTOR)
-        if self._header_offset:
-            yield "footer", self._header_offset - structs.SECTOR, 3 * structs.SECTOR
+        if self._head.offset:
+            yield "footer", self._head.offset - structs.SECTOR, 3 * structs.SECTOR
 
     def places_of_tables(self, directory: int) -> Column:
         return self._read_directory(directory, self.tables_needed, "<u4").astype(np.int64) * structs.SECTOR
 
     def _directory(self, offset: int) -> Column:
         tables = self.places_of_tables(offset)
-        self._check_tables(tables, offset, self.width)
+        self._check_tables(tables, offset)
         return tables
 
     def _check_missing(self, tables: Column, offset: int) -> None:
@@ -172,10 +162,7 @@ class Hosted(Extent):
         missing = (tables == 0) & (others != 0)
         if missing.any():
             entry = int(np.flatnonzero(missing)[0])
-            raise ImageError(
-                f"{self.file.name}: grain directory entry {entry} at {offset + entry * self.width:#x}: "
-                "0, but the redundant grain directory has a table"
-            )
+            raise self._bad_entry(offset, entry, "0, but the redundant grain directory has a table")
 
     @property
     def _knows_zeroed(self) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from construct import Construct, ConstructError
 
 from vmconv.plugin import (
     Column,
@@ -23,6 +22,8 @@ from vmconv.plugin import (
     Kinds,
     Metadata,
     Source,
+    Structure,
+    damaged,
     refuse_overlaps,
     table_slices,
 )
@@ -43,20 +44,11 @@ class Grains(NamedTuple):
     unknown: npt.NDArray[np.bool_]
 
 
-def damaged(file: File, struct: Construct, field: str, problem: str, base: int = 0) -> ImageError:
-    """Returns the error for a header field: its name, its place in the file, and what is wrong with its value."""
-    return ImageError(f"{file.name}: {field} at {base + structs.field_offset(struct, field):#x}: {problem}")
-
-
-def parse(struct: Construct, file: File, offset: int, what: str) -> Any:
-    """Returns a structure of the file; raises `ImageError` when the file ends before it, or has another one there."""
-    length = struct.sizeof()
-    if offset + length > file.size:
-        raise ImageError(f"{file.name}: {what} at {offset:#x}: {length} bytes in a file of {file.size:#x}")
-    try:
-        return struct.parse(file.read(offset, length))
-    except ConstructError as exc:
-        raise ImageError(f"{file.name}: {what} at {offset:#x}: has not the signature of one") from exc
+def parse(head: Structure) -> Any:
+    """Returns a structure of the file; raises `ImageError` if the file ends before it, or has another one there."""
+    if not head.is_inside:
+        raise head.refused(f"{head.length} bytes in a file of {head.file.size:#x}")
+    return head.parse()
 
 
 class Extent(ABC):
@@ -137,30 +129,26 @@ class Extent(ABC):
                 f"{structs.MAX_DIRECTORY} at most"
             )
         if offset <= 0 or offset + length > self.file.size:
-            raise ImageError(
-                f"{self.file.name}: grain directory at {offset:#x}: {length} bytes do not lie inside the file "
-                f"({self.file.size:#x})"
-            )
+            problem = f"{length} bytes do not lie inside the file ({self.file.size:#x})"
+            raise damaged(self.file, "grain directory", offset, problem)
         return np.frombuffer(self.file.read(offset, length), dtype=dtype).astype(np.uint64)
 
-    def _check_tables(self, tables: Column, directory: int, width: int) -> None:
+    def _check_tables(self, tables: Column, directory: int) -> None:
         """Raises `ImageError` unless the tables lie inside the file, each used once."""
         length = self.entries * self.width
         bad = (tables != 0) & (tables > self.file.size - length)
         if bad.any():
             entry = int(np.flatnonzero(bad)[0])
-            raise ImageError(
-                f"{self.file.name}: grain directory entry {entry} at {directory + entry * width:#x}: "
-                f"table at {tables[entry]:#x} lies past the end of the file ({self.file.size:#x})"
-            )
+            problem = f"table at {tables[entry]:#x} lies past the end of the file ({self.file.size:#x})"
+            raise self._bad_entry(directory, entry, problem)
         used = np.sort(tables[tables != 0])
         twice = used[1:][used[1:] == used[:-1]]
         if len(twice):
             entry = int(np.flatnonzero(tables == twice[0])[1])
-            raise ImageError(
-                f"{self.file.name}: grain directory entry {entry} at {directory + entry * width:#x}: "
-                f"table at {twice[0]:#x} is used twice"
-            )
+            raise self._bad_entry(directory, entry, f"table at {twice[0]:#x} is used twice")
+
+    def _bad_entry(self, directory: int, entry: int, problem: str) -> ImageError:
+        return damaged(self.file, f"grain directory entry {entry}", directory + entry * self.width, problem)
 
     def _refuse(self, entry: int, first: int, problem: str) -> None:
         grain = first + entry

@@ -126,13 +126,3 @@ MAX_DIRECTORY = 4 << 20
 MAX_GRAIN_SECTORS = 1 << 21
 """As QEMU has it."""
 MAX_COMPRESSED_GRAIN_SECTORS = 1 << 13
-
-
-def field_offset(structure: Struct, name: str) -> int:
-    """Returns the byte offset of a field, for error messages."""
-    at = 0
-    for subcon in structure.subcons:
-        if subcon.name == name:
-            return at
-        at += subcon.sizeof()
-    raise KeyError(name)
