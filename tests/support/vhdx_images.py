@@ -12,6 +12,7 @@ from support.disks import MIB
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Placement
 from vmconv.testing import disk_of, image_file, make_in_memory, patterned
@@ -71,13 +72,13 @@ def bat(entry: int, value: int) -> Callable[[bytes], bytes]:
 SOURCE = patterned(5 * MIB, [(0, 4096), (3 * MIB, 70000)])
 
 
-def sample(**fields: object) -> bytes:
+def sample(facts: DiskFacts | None = None) -> bytes:
     """Returns an image with blocks 0 and 3 of 5 allocated."""
-    return written(raw_disk(SOURCE, **fields))
+    return written(raw_disk(SOURCE, facts))
 
 
 def parent_disk(sector: int = 512) -> Image:
-    base = raw_disk(patterned(8 * MIB, [(0, 3 * MIB), (5 * MIB, MIB)]), logical_sector_size=sector)
+    base = raw_disk(patterned(8 * MIB, [(0, 3 * MIB), (5 * MIB, MIB)]), DiskFacts(logical_sector_size=sector))
     return opened(written(base))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout
 from vmconv.model.sources import File
@@ -28,7 +29,7 @@ class Payload(MemoryFile):
         return [(start, self.size if end is None else end)]
 
 
-def disk(pieces: Iterable[Piece], size: int, *, source_size: int = 1 << 40, **metadata: Any) -> Image:
+def disk(pieces: Iterable[Piece], size: int, *, source_size: int = 1 << 40, facts: DiskFacts | None = None) -> Image:
     """Returns a disk of zeros with these pieces of payload."""
     source = Payload("source.raw", source_size)
     rows: list[tuple[int, Kind, File | None, int]] = []
@@ -40,7 +41,7 @@ def disk(pieces: Iterable[Piece], size: int, *, source_size: int = 1 << 40, **me
         at = address + length
     if at < size:
         rows.append((at, Kind.ZERO, None, 0))
-    return disk_of(Extents.of(rows, size), source, **metadata)
+    return disk_of(Extents.of(rows, size), source, facts=facts)
 
 
 def scattered(
@@ -52,7 +53,6 @@ def scattered(
     kinds: Sequence[Kind] = tuple(Kind),
     longest: int = 4,
     parent: Image | None = None,
-    **metadata: Any,
 ) -> Image:
     """Returns a disk of random rows of whole units; payload lies in any order, `shift` bytes after a unit."""
     rng = random.Random(seed)
@@ -66,7 +66,7 @@ def scattered(
         rows.append((at, kind, source if kind == Kind.DATA else None, places.pop() * longest * unit + shift))
         at += rng.randint(1, longest) * unit
     rows = [(at, kind, file, offset if file else 0) for at, kind, file, offset in rows]
-    return disk_of(Extents.of(rows, size), source, parent=parent, **metadata)
+    return disk_of(Extents.of(rows, size), source, parent=parent)
 
 
 def laid_out(layout: Layout) -> list[str]:
@@ -118,7 +118,7 @@ class Said:
         return block.over(self.below.window(address, length)).without_holes()
 
 
-def of_format(name: str, image: Image, facts: Mapping[str, Any], **metadata: Any) -> Image:
+def of_format(name: str, image: Image, data: Mapping[str, Any], facts: DiskFacts | None = None) -> Image:
     """Returns a disk as a reader of that format would, for layers that look at what their parent is."""
-    details = {"format-specific": {"type": name, "data": facts}}
-    return Image(name, image.file, image.size, lambda: image.guest, metadata=metadata, details=lambda: details)
+    details = {"format-specific": {"type": name, "data": data}}
+    return Image(name, image.file, image.size, lambda: image.guest, facts=facts, details=lambda: details)

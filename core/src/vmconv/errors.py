@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def in_words(value: object) -> str:
-    """Returns a field of `Disk` as text: records as "name value" pairs, booleans as in JSON."""
+    """Returns a value as text: records as "name value" pairs, booleans as in JSON."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {in_words(field)}" for key, field in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         on_storage,
         spread,
     )
+    from vmconv.model.facts import DiskFacts, Geometry
     from vmconv.model.identity import derived, fresh
     from vmconv.model.image import Image
     from vmconv.model.layout import Backing, Layout, OutFile, Placement, Reference
@@ -104,11 +105,13 @@ _HOMES = {
     "Dependency": "model.references",
     "Directory": "io.directory",
     "Disk": "model.disk",
+    "DiskFacts": "model.facts",
     "Extents": "model.extents",
     "File": "model.sources",
     "Findings": "interface.findings",
     "Format": "interface.format",
     "GUEST": "model.usage",
+    "Geometry": "model.facts",
     "Identified": "model.options",
     "Image": "model.image",
     "ImageError": "errors",
@@ -224,10 +227,12 @@ __all__ = [
     "Dependency",
     "Directory",
     "Disk",
+    "DiskFacts",
     "Extents",
     "File",
     "Findings",
     "Format",
+    "Geometry",
     "Identified",
     "Image",
     "ImageError",

@@ -20,7 +20,7 @@ from support.requirements import oracle_module
 from vmconv.errors import AccessError, ImageError, PlanError, UsageError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
-from vmconv.model.disk import Geometry
+from vmconv.model.disk import GeometrySchema
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Placement
@@ -269,7 +269,7 @@ def test_what_the_descriptor_says_of_the_disk_is_carried(tmp_path: Path) -> None
     path.write_text(path.read_text().replace("<Padding>", f"{more}<Padding>"))
     with Opener(installed()) as opener:
         disk = opener.image(str(path), "parallels").disk
-    assert disk.geometry == Geometry(cylinders=1, heads=2, sectors=16)
+    assert disk.geometry == GeometrySchema(cylinders=1, heads=2, sectors=16)
     assert disk.identity == UUID("18162a18-c23a-4f90-8a9d-b7c93a4ef2a6")
     assert (disk.logical_sector_size, disk.physical_sector_size) == (512, 4096)
 

@@ -18,8 +18,8 @@ from vmconv.errors import ImageError, PlanError
 from vmconv.fields import field_offset
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
-from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Placement
 from vmconv.testing import disk_of, image_file, patterned, random_bytes
@@ -94,8 +94,8 @@ def test_a_size_that_is_not_whole_sectors_is_rounded_up() -> None:
 def test_the_geometry_of_older_images_is_found() -> None:
     geometry = {"cCylinders": 20, "cHeads": 16, "cSectors": 63, "cbSector": 512}
     image = read(build({}, [structs.UNALLOCATED], LegacyGeometry=geometry))
-    assert image.disk.geometry == Geometry(cylinders=20, heads=16, sectors=63)
-    assert image.disk.identity == IDENTITY
+    assert image.facts.geometry == Geometry(cylinders=20, heads=16, sectors=63)
+    assert image.facts.identity == IDENTITY
 
 
 def test_a_geometry_that_no_firmware_knows_is_not_stated() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from support.written import Said, disk, laid_out, of_format, scattered, unpacked
 from vmconv.errors import PlanError
 from vmconv.model.extents import Kind
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.identity import derived
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
@@ -20,6 +20,7 @@ from vmconv_vdi.writer import write
 MIB, GIB = 1 << 20, 1 << 30
 IDENTITY = bytes(range(16))
 PARENT = "00112233-4455-6677-8899-aabbccddeeff"
+IDENTIFIED = DiskFacts(identity=UUID(PARENT))
 MODIFIED = "12345678-9abc-def0-1234-56789abcdef0"
 MOST = ((1 << 32) - MIB - 512) // 4
 
@@ -68,19 +69,13 @@ def test_each_block_is_where_the_map_says(static: bool) -> None:
 def test_a_layer_says_what_it_has_to_and_nothing_more() -> None:
     for seed, size in enumerate([40 * MIB, 21 * MIB + 512]):
         content = scattered(100 + seed, size, MIB // 2, kinds=(Kind.DATA, Kind.ZERO))
-        below = of_format("vdi", content, {"modification-uuid": MODIFIED}, identity=UUID(PARENT))
+        below = of_format("vdi", content, {"modification-uuid": MODIFIED}, IDENTIFIED)
         image = scattered(seed, size, MIB // 2, parent=below)
         check(image, write(image, Options(), placement(), backing=Backing("b.vdi", "vdi")), kind=4)
 
 
-@pytest.mark.parametrize("form", [dict, object])
-def test_a_geometry_is_carried(form: type) -> None:
-    fields: Any = {"cylinders": 100, "heads": 16, "sectors": 63}
-    if form is object:
-        from types import SimpleNamespace
-
-        fields = SimpleNamespace(**fields)
-    image = disk([], MIB, geometry=fields)
+def test_a_geometry_is_carried() -> None:
+    image = disk([], MIB, facts=DiskFacts(geometry=Geometry(100, 16, 63)))
     check(image, write(image, Options(), placement()), geometry=(100, 16, 63))
 
 
@@ -119,15 +114,15 @@ def test_the_largest_disk_and_what_cannot_be_a_parent() -> None:
         write(image, Options(static=static), placement(), backing=Backing("b.vdi", "vdi"))
 
     facts = {"modification-uuid": MODIFIED}
-    on(of_format("vdi", disk([], MIB), facts, identity=PARENT))
+    on(of_format("vdi", disk([], MIB), facts, IDENTIFIED))
     for below in (
         None,
-        of_format("vhd", disk([], MIB), facts, identity=PARENT),
+        of_format("vhd", disk([], MIB), facts, IDENTIFIED),
         of_format("vdi", disk([], MIB), facts),
     ):
         with pytest.raises(PlanError, match="the parent of a VDI is a VDI with a UUID"):
             on(below)
     with pytest.raises(PlanError, match="a static VDI cannot have a parent"):
-        on(of_format("vdi", disk([], MIB), facts, identity=PARENT), static=True)
+        on(of_format("vdi", disk([], MIB), facts, IDENTIFIED), static=True)
     with pytest.raises(PlanError, match="as large as its parent"):
-        on(of_format("vdi", disk([], 2 * MIB), facts, identity=PARENT))
+        on(of_format("vdi", disk([], 2 * MIB), facts, IDENTIFIED))

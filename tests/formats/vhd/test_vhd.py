@@ -27,8 +27,8 @@ from support.requirements import oracle_program
 from vmconv.errors import ImageError, PlanError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
-from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Placement
 from vmconv.testing import disk_of, disks, image_file, make_in_memory, patterned
@@ -73,8 +73,8 @@ def patched(data: bytes, where: str, offset: int, value: bytes) -> bytes:
     return (new + data[512:-512] if data[:8] == b"conectix" else data[:-512]) + new
 
 
-def sample(size: int = 5 * MIB, **metadata: object) -> bytes:
-    return written(raw_disk(patterned(size, [(0, 4096), (3 * MIB, 70000)]), **metadata))
+def sample(size: int = 5 * MIB) -> bytes:
+    return written(raw_disk(patterned(size, [(0, 4096), (3 * MIB, 70000)])))
 
 
 # -- other tools read our images, and we read theirs
@@ -224,7 +224,7 @@ def test_a_differencing_disk_stays_one_on_its_parent(corpus: Path, xfs_dir: Path
 def test_any_layer_on_a_parent_is_the_same_after_writing_and_reading(image: Image) -> None:
     assert image.parent is not None
     same_size = image.parent.guest.window(0, image.size).without_holes()
-    below = disk_of(same_size, image.parent.file, identity=ID)  # type: ignore[arg-type]
+    below = disk_of(same_size, image.parent.file, facts=DiskFacts(identity=ID))  # type: ignore[arg-type]
     image = disk_of(image.guest, image.file, parent=below)  # type: ignore[arg-type]
     result = opened(written(image, backing=Backing("base.vhd", "vhd")))
     assert result.parent_reference == "base.vhd"
@@ -234,7 +234,7 @@ def test_any_layer_on_a_parent_is_the_same_after_writing_and_reading(image: Imag
 
 
 def test_a_parent_of_another_size_is_refused() -> None:
-    base = raw_disk(patterned(512, []), identity=ID)
+    base = raw_disk(patterned(512, []), DiskFacts(identity=ID))
     layer = disk_of(Extents.filled(MIB, Kind.HOLE), MemoryFile("top", 0), parent=base)
     with pytest.raises(PlanError, match=r"as large as its parent: 1048576 bytes, base\.vhd has 512") as caught:
         written(layer, backing=Backing("base.vhd", "vhd"))
@@ -242,7 +242,7 @@ def test_a_parent_of_another_size_is_refused() -> None:
 
 
 def test_blocks_left_to_the_parent_are_not_allocated() -> None:
-    base = raw_disk(patterned(8 * MIB, [(0, 8 * MIB)]), identity=ID)
+    base = raw_disk(patterned(8 * MIB, [(0, 8 * MIB)]), DiskFacts(identity=ID))
     top = MemoryFile("top.raw", 512)
     rows = [(0, Kind.HOLE, None, 0), (5 * MIB, Kind.DATA, top, 0), (5 * MIB + 512, Kind.HOLE, None, 0)]
     layer = disk_of(Extents.of(rows, 8 * MIB), top, parent=base)
@@ -259,7 +259,7 @@ def test_blocks_left_to_the_parent_are_not_allocated() -> None:
     ],
 )
 def test_a_parent_that_a_vhd_cannot_have_is_refused(backing: Backing, identity: UUID | None, options: Options) -> None:
-    base = raw_disk(patterned(MIB, []), identity=identity)
+    base = raw_disk(patterned(MIB, []), DiskFacts(identity=identity))
     layer = disk_of(Extents.filled(MIB, Kind.HOLE), MemoryFile("top", 0), parent=base)
     with pytest.raises(PlanError):
         Vhd().write(layer, options, Placement(), backing=backing)
@@ -301,14 +301,14 @@ def test_data_is_aligned_as_windows_does_it(modulus: int) -> None:
 
 @pytest.mark.parametrize("creator", ["qemu", "vpc ", "somebody"])
 def test_a_creator_that_would_change_the_size_is_not_carried(creator: str) -> None:
-    image = raw_disk(patterned(5 * MIB, []), creator=creator)
+    image = raw_disk(patterned(5 * MIB, []), DiskFacts(creator=creator))
     layout = Vhd().write(image, Options(), Placement())
     assert [loss for loss in layout.losses if f"creator {creator}" in loss]
     assert opened(written(image)).disk.creator == "win"
 
 
 def test_a_geometry_that_is_too_large_is_a_loss() -> None:
-    image = raw_disk(patterned(MIB, []), geometry=Geometry(cylinders=70000, heads=1, sectors=1))
+    image = raw_disk(patterned(MIB, []), DiskFacts(geometry=Geometry(cylinders=70000, heads=1, sectors=1)))
     assert "geometry 70000/1/1" in Vhd().write(image, Options(), Placement()).losses[0]
 
 

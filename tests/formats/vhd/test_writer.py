@@ -12,6 +12,7 @@ import pytest
 from support.written import Said, disk, laid_out, of_format, same_in_pieces, scattered, unpacked
 from vmconv.errors import PlanError
 from vmconv.model.extents import Kind
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
 from vmconv_vhd.options import Options
@@ -140,7 +141,7 @@ def test_a_block_that_begins_with_zeros_is_placed_by_its_first_payload() -> None
 )
 def test_a_layer_says_what_it_has_to_and_nothing_more(reference: str, code: bytes, path: str) -> None:
     for seed, size in enumerate([12 * MIB, 5 * MIB + 512]):
-        below = of_format("vhd", disk([(0, 0, size)], size), {}, identity=UUID(PARENT))
+        below = of_format("vhd", disk([(0, 0, size)], size), {}, DiskFacts(identity=UUID(PARENT)))
         image = scattered(seed, size, 4096, parent=below, longest=200)
         found = check(image, write(image, Options(), placement(), backing=Backing(reference, "vhd")), kind=4)
         name = path.removeprefix(".\\")
@@ -189,7 +190,7 @@ def test_what_a_vhd_cannot_be_is_refused() -> None:
         plan(2040 * GIB + 512)
     with pytest.raises(PlanError, match="VHD cannot hold 0 bytes, the nearest size it can hold is 512"):
         plan(0)
-    sound = of_format("vhd", disk([], MIB), {}, identity=PARENT)
+    sound = of_format("vhd", disk([], MIB), {}, DiskFacts(identity=UUID(PARENT)))
     plan(MIB, sound)
     # Two bytes a character, and ".\".
     plan(MIB, sound, "a" * 2046)
@@ -214,8 +215,10 @@ def test_what_a_vhd_cannot_be_is_refused() -> None:
 
 
 def test_creator_and_geometry_are_carried_where_they_can_be() -> None:
-    def made(**metadata: Any) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
-        layout = write(disk([], 68 * 512, **metadata), Options(), placement())
+    def made(
+        geometry: Geometry | None = None, creator: str | None = None
+    ) -> tuple[bytes, tuple[int, ...], tuple[str, ...]]:
+        layout = write(disk([], 68 * 512, facts=DiskFacts(geometry=geometry, creator=creator)), Options(), placement())
         file = layout.files[0].table
         return file.read(28, 4), unpacked(file, 56, ">HBB"), layout.losses
 
@@ -223,11 +226,11 @@ def test_creator_and_geometry_are_carried_where_they_can_be() -> None:
     assert made(creator="tap") == (b"tap\0", (1, 4, 17), ())
     assert made(creator="vpc") == (b"vpc ", (1, 4, 17), ())
     assert made(creator="vmconv")[::2] == (b"win ", ("creator vmconv: what VHD has for it has 4 characters",))
-    geometry = {"cylinders": 65535, "heads": 255, "sectors": 255}
+    geometry = Geometry(cylinders=65535, heads=255, sectors=255)
     assert made(geometry=geometry, creator="vpc")[:2] == (b"win ", (65535, 255, 255))
     assert "take the geometry" in made(geometry=geometry, creator="vpc")[2][0]
     for field, most in (("cylinders", 65536), ("heads", 256), ("sectors", 256)):
-        wide = {**geometry, field: most}
-        text = "/".join(str(number) for number in wide.values())
+        wide = geometry._replace(**{field: most})
+        text = "/".join(str(number) for number in wide)
         loss = f"geometry {text}: VHD has 16, 8 and 8 bits for it"
         assert made(geometry=wide)[1:] == ((1, 4, 17), (loss,))

@@ -52,6 +52,7 @@ from vmconv.errors import ImageError, PlanError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Placement
 from vmconv.testing import disk_of, disks, patterned
@@ -149,7 +150,7 @@ def test_the_default_block_sizes_are_those_of_qemu(tmp_path: Path, qemu_img: Qem
 def test_libvhdi_reads_what_the_metadata_says(tmp_path: Path) -> None:
     vhdiinfo = oracle_program("vhdiinfo")
     path = tmp_path / "disk.vhdx"
-    path.write_bytes(sample(logical_sector_size=4096))
+    path.write_bytes(sample(DiskFacts(logical_sector_size=4096)))
     said = subprocess.run([vhdiinfo, str(path)], capture_output=True, text=True, check=True).stdout
     assert re.search(r"Disk type\s*: Dynamic", said)
     assert re.search(r"Bytes per sector\s*: 4096", said)
@@ -259,7 +260,7 @@ def test_sectors_left_to_the_parent_stay_holes(sector: int) -> None:
         (6 * MIB + 12288, Kind.ZERO, None, 0),
         (6 * MIB + 20480, Kind.HOLE, None, 0),
     ]
-    layer = disk_of(Extents.of(rows, 8 * MIB), top, parent=parent_disk(sector), logical_sector_size=sector)
+    layer = disk_of(Extents.of(rows, 8 * MIB), top, parent=parent_disk(sector), facts=DiskFacts(sector))
     table = opened(written(layer, backing=Backing("base.vhdx", "vhdx"))).guest
     assert [(row.start, row.length) for row in table if row.kind == Kind.DATA] == [(6 * MIB + 8192, 12288)]
     assert [(row.start, row.length) for row in table if row.kind == Kind.ZERO] == [(2 * MIB, MIB)]
@@ -276,7 +277,7 @@ def test_a_parent_that_a_vhdx_cannot_have_is_refused(backing: Backing, options: 
 
 
 def test_a_disk_that_is_not_whole_sectors_is_refused_with_the_nearest_sizes() -> None:
-    disk = disk_of(Extents.filled(MIB + 512), MemoryFile("source.raw", 0), logical_sector_size=4096)
+    disk = disk_of(Extents.filled(MIB + 512), MemoryFile("source.raw", 0), facts=DiskFacts(logical_sector_size=4096))
     with pytest.raises(PlanError, match="4096") as caught:
         Vhdx().write(disk, Options(), Placement())
     assert caught.value.hint == f"the nearest sizes are {MIB} and {MIB + 4096}"

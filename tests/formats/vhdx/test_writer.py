@@ -13,6 +13,7 @@ import pytest
 from support.written import Payload, disk, laid_out, of_format, same_in_pieces, scattered, unpacked
 from vmconv.errors import PlanError
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
 from vmconv.testing import disk_of
@@ -22,6 +23,7 @@ from vmconv_vhdx.writer import write
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 IDENTITY = bytes(range(16))
 PARENT = "00112233-4455-6677-8899-aabbccddeeff"
+IDENTIFIED = DiskFacts(identity=UUID(PARENT))
 LINKAGE = "12345678-9abc-def0-1234-56789abcdef0"
 BAT, METADATA = UUID("2dc27766-f623-4200-9d64-115e9bfd4a08"), UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e")
 PARAMETERS, SIZE, PAGE_83, LOGICAL, PHYSICAL, LOCATOR = (
@@ -267,9 +269,9 @@ def test_a_layer_says_what_it_has_to_and_nothing_more() -> None:
         same_in_pieces(layout)
 
 
-def parent(size: int, **metadata: Any) -> Image:
+def parent(size: int, facts: DiskFacts = IDENTIFIED) -> Image:
     content = scattered(100, size, MIB // 4, kinds=(Kind.DATA, Kind.ZERO))
-    return of_format("vhdx", content, {"data-write-guid": LINKAGE}, **{"identity": PARENT, **metadata})
+    return of_format("vhdx", content, {"data-write-guid": LINKAGE}, facts)
 
 
 def test_sectors_that_are_in_part_the_parents_are_whole() -> None:
@@ -404,20 +406,20 @@ def test_blocks_are_larger_in_larger_disks(size: int, block: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "options", "sector", "physical"),
+    ("facts", "options", "sector", "physical"),
     [
-        ({}, {}, 512, 512),
-        ({"logical_sector_size": 4096}, {}, 4096, 4096),
-        ({"physical_sector_size": 4096}, {}, 512, 4096),
-        ({"logical_sector_size": 4096, "physical_sector_size": 512}, {}, 4096, 512),
-        ({"logical_sector_size": 4096}, {"logical_sector_size": 512}, 512, 512),
-        ({"physical_sector_size": 4096}, {"physical_sector_size": 512}, 512, 512),
+        (DiskFacts(), {}, 512, 512),
+        (DiskFacts(logical_sector_size=4096), {}, 4096, 4096),
+        (DiskFacts(physical_sector_size=4096), {}, 512, 4096),
+        (DiskFacts(logical_sector_size=4096, physical_sector_size=512), {}, 4096, 512),
+        (DiskFacts(logical_sector_size=4096), {"logical_sector_size": 512}, 512, 512),
+        (DiskFacts(physical_sector_size=4096), {"physical_sector_size": 512}, 512, 512),
     ],
 )
 def test_sectors_are_those_of_the_source_or_as_asked(
-    metadata: dict[str, Any], options: dict[str, Any], sector: int, physical: int
+    facts: DiskFacts, options: dict[str, Any], sector: int, physical: int
 ) -> None:
-    image = disk([], MIB, **metadata)
+    image = disk([], MIB, facts=facts)
     layout = write(image, Options(block_size=MIB, **options), placement())
     check(image, layout, Wanted(sector=sector, physical=physical))
 
@@ -435,7 +437,7 @@ def test_sectors_are_those_of_the_source_or_as_asked(
     ids=["none", "short", "longest", "too long", "of four bytes each", "no character"],
 )
 def test_a_creator_is_carried_as_far_as_there_is_room(creator: str, kept: str) -> None:
-    image = disk([], MIB, creator=creator)
+    image = disk([], MIB, facts=DiskFacts(creator=creator))
     check(image, write(image, Options(block_size=MIB), placement()), Wanted(creator=kept))
 
 
@@ -447,7 +449,7 @@ def test_a_creator_is_carried_as_far_as_there_is_room(creator: str, kept: str) -
     ],
 )
 def test_the_parent_has_a_path_of_windows_and_its_write_id(reference: str, key: str, path: str) -> None:
-    image = disk_of(Extents.filled(MIB, Kind.HOLE), Payload("top", 0), parent=parent(MIB, identity=None))
+    image = disk_of(Extents.filled(MIB, Kind.HOLE), Payload("top", 0), parent=parent(MIB, DiskFacts()))
     layout = write(image, Options(block_size=MIB), placement(), backing=Backing(reference, "vhdx"))
     found = check(image, layout, Wanted(layer=True))
     assert found == {"parent_linkage": f"{{{LINKAGE}}}", key: path}

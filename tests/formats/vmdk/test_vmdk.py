@@ -25,8 +25,8 @@ from support.requirements import CORPUS, oracle_program
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
-from vmconv.model.disk import Geometry
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, Placement
 from vmconv.system.linux import clone_range
@@ -334,9 +334,9 @@ def test_change_tracking_is_a_loss() -> None:
 def test_a_geometry_that_says_nothing_is_not_carried_on() -> None:
     lines = ['ddb.geometry.cylinders = "16"', 'ddb.geometry.heads = "16"', 'ddb.geometry.sectors = "63"']
     usual = in_memory(descriptor('RW 16384 FLAT "one" 0', "vmfs", *lines))
-    assert usual.disk.geometry is None
+    assert usual.facts.geometry is None
     odd = in_memory(descriptor('RW 20000 FLAT "one" 0', "vmfs", *lines))
-    assert odd.disk.geometry == Geometry(cylinders=16, heads=16, sectors=63)
+    assert odd.facts.geometry == Geometry(cylinders=16, heads=16, sectors=63)
 
 
 @pytest.mark.malformed
@@ -836,7 +836,7 @@ def test_payload_past_what_grain_tables_can_say_is_refused_with_a_hint() -> None
 
 
 def test_an_adapter_that_vmware_does_not_have_is_a_loss() -> None:
-    layout = write(raw_disk(patterned(MIB, []), adapter_type="virtio"))
+    layout = write(raw_disk(patterned(MIB, []), DiskFacts(adapter_type="virtio")))
     assert layout.losses == (
         "adapter type virtio: VMDK knows ide, buslogic, lsilogic, legacyESX, pvscsi, ide is written",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from support.written import Payload, Said, disk, laid_out, of_format, same_in_pieces, scattered, unpacked
 from vmconv.errors import PlanError
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
 from vmconv.model.sources import File
@@ -467,14 +467,13 @@ def test_versions_are_those_that_were_asked_for() -> None:
     ],
 )
 def test_the_adapter_decides_the_heads(source: str | None, asked: Any, written: str, lost: bool) -> None:
-    layout = write(disk([], 10 * GIB, adapter_type=source), Options(adapter_type=asked), placement())
+    layout = write(disk([], 10 * GIB, facts=DiskFacts(adapter_type=source)), Options(adapter_type=asked), placement())
     told(layout, "monolithicSparse", adapterType=written, geometry_heads="16" if written == "ide" else "255")
     loss = "adapter type nvme: VMDK knows ide, buslogic, lsilogic, legacyESX, pvscsi, ide is written"
     assert layout.losses == ((loss,) if lost else ())
 
 
-@pytest.mark.parametrize("form", [dict, SimpleNamespace])
-def test_a_geometry_is_carried(form: Any) -> None:
-    fields = {"cylinders": MIB // 512 // (4 * 63), "heads": 4, "sectors": 63}
-    layout = write(disk([], MIB, geometry=form(**fields)), Options(), placement())
+def test_a_geometry_is_carried() -> None:
+    geometry = Geometry(cylinders=MIB // 512 // (4 * 63), heads=4, sectors=63)
+    layout = write(disk([], MIB, facts=DiskFacts(geometry=geometry)), Options(), placement())
     told(layout, "monolithicSparse", geometry_heads="4")

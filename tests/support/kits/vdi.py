@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from vmconv.model.disk import Geometry
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.testing import FormatTests
 from vmconv_vdi import Vdi
 
@@ -17,5 +16,5 @@ class VdiKit(FormatTests):
     sizes_differ = False
     variants = OPTIONS
     wrong_options = ({"static": "perhaps"}, {"static": "2"})
-    metadata: ClassVar[Mapping[str, Any]] = {"geometry": Geometry(cylinders=1023, heads=16, sectors=63)}
+    facts: ClassVar[DiskFacts] = DiskFacts(geometry=Geometry(cylinders=1023, heads=16, sectors=63))
     ids = ("identity", "modification-uuid")

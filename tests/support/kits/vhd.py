@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import ClassVar
 
-from vmconv.model.disk import Geometry
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.testing import FormatTests
 from vmconv_vhd import Vhd
 
@@ -20,10 +20,7 @@ class VhdKit(FormatTests):
         {"azure": "on", "subformat": "fixed", "force_size": "off"},
         {"force_size": "perhaps"},
     )
-    metadata: ClassVar = {
-        "geometry": Geometry(cylinders=99, heads=7, sectors=21),
-        "creator": "qem2",
-    }
+    facts: ClassVar[DiskFacts] = DiskFacts(geometry=Geometry(cylinders=99, heads=7, sectors=21), creator="qem2")
     ids = ("identity",)
 
     def seal(self, data: bytearray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from support.vhdx_images import KIB, sealed
+from vmconv.model.facts import DiskFacts
 from vmconv.testing import FormatTests
 from vmconv_vhdx import Vhdx
 
@@ -26,11 +27,9 @@ class VhdxKit(FormatTests):
         {"log_size": "1000000"},
         {"logical_sector_size": "1024"},
     )
-    metadata: ClassVar = {
-        "creator": "Somebody Else 1.0",
-        "logical_sector_size": 4096,
-        "physical_sector_size": 4096,
-    }
+    facts: ClassVar[DiskFacts] = DiskFacts(
+        logical_sector_size=4096, physical_sector_size=4096, creator="Somebody Else 1.0"
+    )
     ids = ("identity", "data-write-guid", "file-write-guid")
 
     def seal(self, data: bytearray) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from support.disks import MIB
 from vmconv.io.registry import Registry
-from vmconv.model.disk import Geometry
+from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.sources import File
 from vmconv.testing import FormatTests, image_file, make_in_memory, patterned
@@ -48,10 +48,9 @@ class VmdkKit(FormatTests):
         {"subformat": "reference", "zeroed_grain": "on"},
         {"zeroed_grain": "perhaps"},
     )
-    metadata: ClassVar[Mapping[str, Any]] = {
-        "adapter_type": "lsilogic",
-        "geometry": Geometry(cylinders=1000, heads=8, sectors=32),
-    }
+    facts: ClassVar[DiskFacts] = DiskFacts(
+        geometry=Geometry(cylinders=1000, heads=8, sectors=32), adapter_type="lsilogic"
+    )
     ids = ("cid", "long-content-id")
     block = GRAIN
     siblings: ClassVar[Mapping[str, File]] = {}

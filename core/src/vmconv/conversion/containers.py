@@ -109,8 +109,8 @@ class Container(NamedTuple):
     def losses(self) -> Iterator[str]:
         """Yields properties of the source that this image cannot store."""
         yield from self.source.losses
-        for name, value in self.source.metadata.items():
-            if name not in self.format.carries and value is not None and not (name == "identity" and self.has_identity):
+        for name, value in self.source.facts.stated():
+            if name not in self.format.carries and not (name == "identity" and self.has_identity):
                 yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
 
 
@@ -191,6 +191,6 @@ def _as_parent(container: Container, target: Target, registry: Registry) -> Imag
         file,
         header.size,
         lambda: container.disk.flat.window(0, header.size).without_holes(),
-        metadata=header.metadata,
+        facts=header.facts,
         details=lambda: header.details,
     )

@@ -47,7 +47,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     """Suffixes with their dot, lower case. New files get the first."""
     carries: frozenset[str] = frozenset()
-    """Fields of `Disk`, besides size and identity, that the writer stores."""
+    """Fields of `DiskFacts`, besides the identity, that the writer stores."""
     can_read = True
     can_write = True
     supports_backing = False

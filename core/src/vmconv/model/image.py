@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vmconv.errors import PluginError, printable
+from vmconv.model.facts import DiskFacts
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
@@ -19,12 +20,11 @@ class Image:
     """One layer of a disk: `size` bytes for the guest, stored in `file`, on top of an optional parent.
 
     Expensive work is lazy: `load_guest` reads the allocation tables, `load_parent` opens the next layer, `load_places`
-    is for formats that reserve space, see `places`. `metadata` are the fields of `Disk` that the image states, except
-    size and parent, as plain values (a geometry is a dictionary), because readers do not import pydantic. `losses` are
-    phrases on content that no conversion carries over, `warnings` on the health of the image. `details` are
-    format-specific facts for `info`. `dependencies` are other files of this layer with their expected properties.
-    `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that lies in a
-    file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
+    is for formats that reserve space, see `places`. `facts` are what the image states of the disk, except size and
+    parent. `losses` are phrases on content that no conversion carries over, `warnings` on the health of the image.
+    `details` are format-specific facts for `info`. `dependencies` are other files of this layer with their expected
+    properties. `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that
+    lies in a file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Image:
         load_parent: Callable[[], Image] | None = None,
         parent_reference: str | None = None,
         parent_format: str | None = None,
-        metadata: Mapping[str, Any] | None = None,
+        facts: DiskFacts | None = None,
         losses: tuple[str, ...] = (),
         warnings: tuple[str, ...] = (),
         details: Callable[[], Mapping[str, Any]] = dict,
@@ -48,7 +48,7 @@ class Image:
         self.format_name = format_name
         self.file = file
         self.size = size
-        self.metadata = dict(metadata or {})
+        self.facts = DiskFacts() if facts is None else facts
         self.losses = losses
         self.warnings = warnings
         self.dependencies = dependencies
@@ -122,7 +122,7 @@ class Image:
             self.size,
             load_guest,
             load_parent=lambda: parent or base,
-            metadata=self.metadata,
+            facts=self.facts,
             details=lambda: self.details,
         )
 
@@ -136,7 +136,7 @@ class Image:
             # File names may not be valid text, and escapes make them longer than the schema allows.
             reference, kind = printable(self.parent_reference)[:MAX_REFERENCE], self.parent_format
             parent = Parent(reference=reference, format=None if kind is None else printable(kind))
-        return Disk(size=self.size, parent=parent, **self.metadata)
+        return Disk.of(self.size, self.facts, parent)
 
     @property
     def details(self) -> Mapping[str, Any]:

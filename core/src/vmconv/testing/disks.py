@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from vmconv.conversion.execute import make
 from vmconv.conversion.planner import plan_layout
 from vmconv.io.directory import Directory
 from vmconv.model.extents import Extents, Kind, on_storage
+from vmconv.model.facts import DiskFacts
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, OutFile
 from vmconv.model.plan import Plan
@@ -38,15 +38,15 @@ def image_file(content: bytes, name: str = "image") -> MemoryFile:
     return file
 
 
-def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, **metadata: Any) -> Image:
-    """Returns an image with this table, as input of writers; `metadata` are fields of `Disk`."""
+def disk_of(table: Extents, file: MemoryFile, *, parent: Image | None = None, facts: DiskFacts | None = None) -> Image:
+    """Returns an image with this table, as input of writers."""
     load_parent = (lambda: parent) if parent else None
-    return Image("test", file, table.size, lambda: table, load_parent=load_parent, metadata=metadata)
+    return Image("test", file, table.size, lambda: table, load_parent=load_parent, facts=facts)
 
 
-def raw_disk(file: MemoryFile, **metadata: Any) -> Image:
+def raw_disk(file: MemoryFile, facts: DiskFacts | None = None) -> Image:
     """Returns a file as a raw disk."""
-    return disk_of(on_storage(file), file, **metadata)
+    return disk_of(on_storage(file), file, facts=facts)
 
 
 def make_in_memory(layout: Layout, image: Image, name: str = "image") -> tuple[Plan, list[MemoryFile]]:

@@ -51,7 +51,7 @@ class IdentityTests:
         return self.format.read(list(images[-1].values())[-1], results)
 
     def ids_of(self, image: Image) -> list[Any]:
-        stated = {**image.details.get("format-specific", {}).get("data", {}), **image.metadata}
+        stated = {**image.details.get("format-specific", {}).get("data", {}), **dict(image.facts.stated())}
         return [stated[name] for name in self.ids]
 
     def test_a_format_takes_an_identity_if_its_images_have_ids(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +11,10 @@ from vmconv.plugin import (
     MAX_CHAIN_DEPTH,
     Columns,
     Dependency,
+    DiskFacts,
     Extents,
     File,
+    Geometry,
     Image,
     ImageError,
     Opener,
@@ -23,6 +25,9 @@ from vmconv.plugin import (
 from vmconv_parallels import reader
 from vmconv_parallels.descriptor import NO_GUID, Descriptor, Storage, guid, read_descriptor
 from vmconv_parallels.reader import Header
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 
 class Layer(Image):
@@ -79,7 +84,7 @@ def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str],
         load_parent=(lambda: _layer(file, opener, descriptor, rest, below=True)) if rest else None,
         parent_reference=_image_of(file, descriptor.storages[0], rest[0]) if rest else None,
         parent_format="parallels" if rest else None,
-        metadata=_metadata(descriptor),
+        facts=_facts(descriptor),
         losses=(*(() if below else _losses(descriptor)), *losses),
         warnings=tuple(text for header in headers for text in reader.warnings(header)),
         details=lambda: _details(descriptor, headers),
@@ -130,20 +135,24 @@ def _joined(tables: list[Extents], size: int) -> Extents:
     return Extents(size, Columns.join(parts), sources)
 
 
-def _metadata(descriptor: Descriptor) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
+def _facts(descriptor: Descriptor) -> DiskFacts:
     cylinders, heads, sectors = descriptor.geometry
-    if 0 < cylinders < 1 << 32 and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16:
-        found["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
-    if descriptor.sector_size == 4096:
-        found["logical_sector_size"] = 4096
-    if descriptor.physical_sector_size in (512, 4096):
-        found["physical_sector_size"] = descriptor.physical_sector_size
-    if descriptor.uid != NO_GUID:
-        from uuid import UUID
+    known = 0 < cylinders < 1 << 32 and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16
+    logical, physical = descriptor.sector_size, descriptor.physical_sector_size
+    return DiskFacts(
+        logical_sector_size=logical if logical == 4096 else None,
+        physical_sector_size=physical if physical in (512, 4096) else None,
+        identity=_identity(descriptor),
+        geometry=Geometry(cylinders, heads, sectors) if known else None,
+    )
 
-        found["identity"] = UUID(descriptor.uid)
-    return found
+
+def _identity(descriptor: Descriptor) -> UUID | None:
+    if descriptor.uid == NO_GUID:
+        return None
+    from uuid import UUID
+
+    return UUID(descriptor.uid)
 
 
 def _losses(descriptor: Descriptor) -> Iterator[str]:

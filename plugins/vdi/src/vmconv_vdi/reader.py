@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,10 @@ from vmconv.plugin import (
     MAX_SIZE,
     AccessError,
     Column,
+    DiskFacts,
     Extents,
     File,
+    Geometry,
     Image,
     ImageError,
     Kind,
@@ -24,6 +26,9 @@ from vmconv.plugin import (
     damaged,
 )
 from vmconv_vdi import structs
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 SLICE = 1 << 20
 """Entries of the block map that are looked at together."""
@@ -89,7 +94,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         load_parent=(lambda: _parent(header, opener)) if reference else None,
         parent_reference=reference,
         parent_format="vdi" if reference else None,
-        metadata=_metadata(header),
+        facts=_facts(header),
         losses=(f"comment {header.comment!r}",) if header.comment else (),
         details=lambda: _details(header),
     )
@@ -165,17 +170,22 @@ def _geometry(file: File, raw: Any) -> tuple[int, int, int]:
     return geometry.cCylinders, geometry.cHeads, geometry.cSectors
 
 
-def _metadata(header: Header) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
+def _facts(header: Header) -> DiskFacts:
     cylinders, heads, sectors = header.geometry
     # What no firmware can be told is as good as nothing.
-    if cylinders and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16:
-        found["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
-    if header.uuid != structs.NIL_UUID:
-        from uuid import UUID
+    known = cylinders and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16
+    return DiskFacts(
+        identity=_identity(header.uuid),
+        geometry=Geometry(cylinders, heads, sectors) if known else None,
+    )
 
-        found["identity"] = UUID(bytes_le=header.uuid)
-    return found
+
+def _identity(uuid: bytes) -> UUID | None:
+    if uuid == structs.NIL_UUID:
+        return None
+    from uuid import UUID
+
+    return UUID(bytes_le=uuid)
 
 
 def _details(header: Header) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from vmconv.plugin import (
     Column,
     Columns,
     Extents,
+    Geometry,
     Image,
     Kind,
     Layout,
@@ -94,7 +95,7 @@ def _parent(image: Image, size: int, options: Options, backing: Backing) -> _Par
         raise PlanError("a static VDI cannot have a parent", hint="leave -o static=on out")
     below = image.parent
     facts = below.details.get("format-specific", {}) if below else {}
-    identity = below.metadata.get("identity") if below else None
+    identity = below.facts.identity if below else None
     if below is None or facts.get("type") != "vdi" or identity is None:
         raise PlanError(
             f"the parent of a VDI is a VDI with a UUID, {backing.reference} is none",
@@ -172,16 +173,14 @@ def _header(
         [
             structs.PreHeader.build({"szFileInfo": text, "u32Version": structs.VERSION}),
             structs.Header.build(fields),
-            structs.Geometry.build(_geometry(image.metadata.get("geometry"))),
+            structs.Geometry.build(_geometry(image.facts.geometry)),
         ]
     )
 
 
-def _geometry(geometry: Any) -> dict[str, int]:
+def _geometry(geometry: Geometry | None) -> dict[str, int]:
     """Returns the fields of a geometry, all 0 when there is none; VirtualBox and QEMU want the sector size anyway."""
     fields = {"cCylinders": 0, "cHeads": 0, "cSectors": 0, "cbSector": structs.SECTOR}
     if geometry is not None:
-        # Readers may state it as a model or as its fields.
-        values = geometry if isinstance(geometry, Mapping) else vars(geometry)
-        fields |= {"cCylinders": values["cylinders"], "cHeads": values["heads"], "cSectors": values["sectors"]}
+        fields |= {"cCylinders": geometry.cylinders, "cHeads": geometry.heads, "cSectors": geometry.sectors}
     return fields

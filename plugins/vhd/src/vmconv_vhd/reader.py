@@ -13,8 +13,10 @@ from vmconv.plugin import (
     AccessError,
     Column,
     Columns,
+    DiskFacts,
     Extents,
     File,
+    Geometry,
     Image,
     ImageError,
     Kind,
@@ -58,7 +60,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         load_parent=(lambda: _load_parent(header, opener)) if differencing else None,
         parent_reference=header.parents[0] if differencing else None,
         parent_format="vhd" if differencing else None,
-        metadata=_metadata(header),
+        facts=_facts(header),
         losses=("saved state of a virtual machine",) if header.saved_state else (),
         warnings=header.warnings,
         details=lambda: _details(header),
@@ -78,13 +80,12 @@ def qemu_incompatibility(image: Image) -> str | None:
     return f"QEMU takes the geometry of {size} bytes for the size of a VHD by {header.creator!r}, it has {header.size}"
 
 
-def _metadata(header: Header) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"creator": header.creator} if header.creator else {}
-    if any(header.unique_id):
-        metadata["identity"] = UUID(bytes=header.unique_id)
-    if all(header.geometry):
-        metadata["geometry"] = dict(zip(("cylinders", "heads", "sectors"), header.geometry, strict=True))
-    return metadata
+def _facts(header: Header) -> DiskFacts:
+    return DiskFacts(
+        identity=UUID(bytes=header.unique_id) if any(header.unique_id) else None,
+        geometry=Geometry(*header.geometry) if all(header.geometry) else None,
+        creator=header.creator or None,
+    )
 
 
 def _details(header: Header) -> Mapping[str, Any]:
@@ -109,7 +110,7 @@ def _load_parent(header: Header, opener: Opener) -> Image:
             refused = refused or exc
     if parent is None:
         raise refused or ImageError(f"{header.file.name}: names no parent")
-    found, wanted = parent.metadata.get("identity", UUID(int=0)), UUID(bytes=header.parent_id)
+    found, wanted = parent.facts.identity or UUID(int=0), UUID(bytes=header.parent_id)
     if found != wanted:
         raise ImageError(
             f"{header.file.name}: parent {parent.file.name} has the unique id {found}, {wanted} is expected",

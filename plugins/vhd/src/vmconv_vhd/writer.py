@@ -9,9 +9,7 @@ congruent to the source instead, for each block by itself, so that it can be sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 
@@ -194,10 +192,10 @@ class _Writer:
 
         QEMU takes the geometry for the size where it does not know the creator.
         """
-        said = self.image.metadata.get("creator")
+        said = self.image.facts.creator
         if said is None:
             return _WINDOWS
-        creator = structs.creator_code(str(said))
+        creator = structs.creator_code(said)
         cylinders, heads, sectors = self.geometry
         by_geometry = cylinders * heads * sectors * structs.SECTOR
         if len(creator) == 4 and (creator in structs.SIZED_BY_FOOTER or by_geometry == self.size):
@@ -208,10 +206,8 @@ class _Writer:
 
     def _geometry(self) -> tuple[int, int, int]:
         """Returns the source's geometry, or what the specification computes from the size."""
-        said = self.image.metadata.get("geometry")
-        if said is not None:
-            parts = said if isinstance(said, Mapping) else vars(said)
-            cylinders, heads, sectors = (int(parts[name]) for name in ("cylinders", "heads", "sectors"))
+        if self.image.facts.geometry is not None:
+            cylinders, heads, sectors = self.image.facts.geometry
             if cylinders < 1 << 16 and heads < 1 << 8 and sectors < 1 << 8:
                 return cylinders, heads, sectors
             self.losses.append(f"geometry {cylinders}/{heads}/{sectors}: VHD has 16, 8 and 8 bits for it")
@@ -221,14 +217,14 @@ class _Writer:
 def _parent_id(image: Image, backing: Backing | None) -> bytes:
     if backing is None:
         return bytes(16)
-    identity = image.parent.metadata.get("identity") if image.parent else None
+    identity = image.parent.facts.identity if image.parent else None
     if backing.format != "vhd" or identity is None:
         what = f"one of format {backing.format}" if backing.format != "vhd" else "one without a unique id"
         raise PlanError(
             f"the parent of a VHD is a VHD with a unique id, {backing.reference} is {what}",
             hint="convert the parent to vhd first, or flatten the chain",
         )
-    return UUID(str(identity)).bytes
+    return identity.bytes
 
 
 def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:

@@ -13,6 +13,7 @@ from vmconv.plugin import (
     AccessError,
     Column,
     Columns,
+    DiskFacts,
     Extents,
     File,
     Image,
@@ -59,21 +60,20 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         load_parent=(lambda: _load_parent(header, names, opener)) if header.has_parent else None,
         parent_reference=names[0] if header.has_parent else None,
         parent_format="vhdx" if header.has_parent else None,
-        metadata=_metadata(header),
+        facts=_facts(header),
         warnings=warnings,
         details=lambda: _details(header, names),
     )
 
 
-def _metadata(header: Header) -> dict[str, Any]:
+def _facts(header: Header) -> DiskFacts:
     # 512 is what a disk has that does not say.
-    said = {
-        "creator": header.creator[:_MAX_CREATOR] or None,
-        "identity": header.identity,
-        "logical_sector_size": header.logical_sector_size if header.logical_sector_size != 512 else None,
-        "physical_sector_size": header.physical_sector_size if header.physical_sector_size != 512 else None,
-    }
-    return {name: value for name, value in said.items() if value is not None}
+    return DiskFacts(
+        logical_sector_size=header.logical_sector_size if header.logical_sector_size != 512 else None,
+        physical_sector_size=header.physical_sector_size if header.physical_sector_size != 512 else None,
+        identity=header.identity,
+        creator=header.creator[:_MAX_CREATOR] or None,
+    )
 
 
 def _details(header: Header, names: tuple[str, ...]) -> Mapping[str, Any]:

@@ -78,7 +78,7 @@ class _Writer:
         if backing and self.fixed:
             raise PlanError("a fixed VHDX cannot have a parent", hint="use -o subformat=dynamic")
         self.linkage = _linkage(image, backing) if backing else None
-        self.sector = options.logical_sector_size or int(image.metadata.get("logical_sector_size") or 512)
+        self.sector = options.logical_sector_size or image.facts.logical_sector_size or 512
         self.size = _whole_sectors(image.size, self.sector)
         self.block = self._blocks(options, placement.carrier)
         self.ratio = structs.chunk_ratio(self.block, self.sector)
@@ -258,14 +258,14 @@ class _Writer:
     def _metadata(self) -> bytes:
         flags = structs.LEAVE_BLOCKS_ALLOCATED if self.fixed else structs.HAS_PARENT if self.backing else 0
         virtual = structs.IS_VIRTUAL_DISK
-        physical = self.options.physical_sector_size or self.image.metadata.get("physical_sector_size") or self.sector
+        physical = self.options.physical_sector_size or self.image.facts.physical_sector_size or self.sector
         parameters = structs.FileParameters.build({"block_size": self.block, "flags": flags})
         items = [
             (structs.FILE_PARAMETERS, parameters, 0),
             (structs.VIRTUAL_DISK_SIZE, self.size.to_bytes(8, "little"), virtual),
             (structs.VIRTUAL_DISK_ID, self._disk_id().bytes_le, virtual),
             (structs.LOGICAL_SECTOR_SIZE, self.sector.to_bytes(4, "little"), virtual),
-            (structs.PHYSICAL_SECTOR_SIZE, int(physical).to_bytes(4, "little"), virtual),
+            (structs.PHYSICAL_SECTOR_SIZE, physical.to_bytes(4, "little"), virtual),
         ]
         if self.backing:
             items.append((structs.PARENT_LOCATOR, _locator(self.backing.reference, self.linkage), 0))
@@ -282,14 +282,14 @@ class _Writer:
         return bytes(table.ljust(structs.METADATA_TABLE_LENGTH, b"\0") + content)
 
     def _creator(self) -> str:
-        creator = str(self.image.metadata.get("creator") or _CREATOR)
+        creator = self.image.facts.creator or _CREATOR
         return creator if len(creator.encode("utf-16-le", "replace")) <= 510 else creator[:127]
 
     def _disk_id(self) -> UUID:
         """Returns the id that the guest sees, which all layers of a disk have in common, as in Windows' own chains."""
         parent = self.image.parent if self.backing else None
-        stated = parent.metadata.get("identity") if parent else None
-        return UUID(bytes=self.identity) if stated is None else UUID(str(stated))
+        stated = parent.facts.identity if parent else None
+        return UUID(bytes=self.identity) if stated is None else stated
 
     def _derived(self, what: str) -> UUID:
         return UUID(bytes=derived(self.identity, f"vhdx {what}"))

@@ -12,8 +12,10 @@ import numpy as np
 
 from vmconv.plugin import (
     Columns,
+    DiskFacts,
     Extents,
     File,
+    Geometry,
     Image,
     ImageError,
     Kind,
@@ -30,7 +32,6 @@ from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descript
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
 
-_GEOMETRY = ("cylinders", "heads", "sectors")
 _TYPES_OF_QEMU = frozenset(
     {"monolithicFlat", "vmfs", "vmfsSparse", "seSparse", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"}
 )
@@ -56,7 +57,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         load_parent=disk.parent if described.parent_cid != NO_PARENT else None,
         parent_reference=described.parent if described.parent_cid != NO_PARENT else None,
         parent_format="vmdk" if described.parent_cid != NO_PARENT else None,
-        metadata=_metadata(described),
+        facts=_facts(described),
         losses=tuple(_losses(described)),
         warnings=tuple(disk.warnings),
         details=disk.details,
@@ -305,30 +306,38 @@ def _concatenated(tables: Sequence[Extents]) -> Extents:
     return Extents(at, Columns.join(parts), sources)
 
 
-def _metadata(described: Descriptor) -> dict[str, Any]:
+def _facts(described: Descriptor) -> DiskFacts:
     """Returns what the disk database says of the disk; what makes no sense there is as good as not said."""
-    values = described.values
-    metadata: dict[str, Any] = {}
-    numbers = [values.get(f"ddb.geometry.{name}", "") for name in _GEOMETRY]
-    if all(re.fullmatch(r"\d{1,5}|\d{6,9}", number) for number in numbers):
-        cylinders, heads, sectors = (int(number) for number in numbers)
-        if heads < 1 << 16 and sectors < 1 << 16 and not _follows_from_size(described, cylinders, heads, sectors):
-            metadata["geometry"] = {"cylinders": cylinders, "heads": heads, "sectors": sectors}
-    adapter = values.get("ddb.adaptertype", "")
-    if 0 < len(adapter) <= 64 and adapter.isprintable():
-        metadata["adapter_type"] = adapter
+    adapter = described.values.get("ddb.adaptertype", "")
+    return DiskFacts(
+        identity=_identity(described),
+        geometry=_geometry(described),
+        adapter_type=adapter if 0 < len(adapter) <= 64 and adapter.isprintable() else None,
+    )
+
+
+def _identity(described: Descriptor) -> UUID | None:
     for key in ("ddb.uuid", "ddb.uuid.image"):
-        text = re.sub(r"[\s{}-]", "", values.get(key, ""))
+        text = re.sub(r"[\s{}-]", "", described.values.get(key, ""))
         if re.fullmatch(r"[0-9a-fA-F]{32}", text) and int(text, 16):
-            metadata.setdefault("identity", UUID(text))
-    return metadata
+            return UUID(text)
+    return None
 
 
-def _follows_from_size(described: Descriptor, cylinders: int, heads: int, sectors: int) -> bool:
+def _geometry(described: Descriptor) -> Geometry | None:
+    numbers = [described.values.get(f"ddb.geometry.{name}", "") for name in Geometry._fields]
+    if not all(re.fullmatch(r"\d{1,5}|\d{6,9}", number) for number in numbers):
+        return None
+    found = Geometry(*map(int, numbers))
+    sound = found.heads < 1 << 16 and found.sectors < 1 << 16
+    return found if sound and not _follows_from_size(described, found) else None
+
+
+def _follows_from_size(described: Descriptor, geometry: Geometry) -> bool:
     """True for the geometry that is made for every disk of this size: it says nothing, so nothing is lost with it."""
-    per_cylinder = heads * sectors
+    cylinders, heads, sectors = geometry
     made = (heads, sectors) in ((16, 63), (255, 63))
-    return made and cylinders == described.size // structs.SECTOR // per_cylinder
+    return made and cylinders == described.size // structs.SECTOR // (heads * sectors)
 
 
 def _losses(described: Descriptor) -> Iterator[str]:

@@ -10,10 +10,23 @@ reference              name.vmdk, the descriptor of extents in the source's file
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import get_args
 
-from vmconv.plugin import Backing, Blob, Extents, Image, Layout, OutFile, Placement, PlanError, Record, blocks, derived
+from vmconv.plugin import (
+    Backing,
+    Blob,
+    Extents,
+    Geometry,
+    Image,
+    Layout,
+    OutFile,
+    Placement,
+    PlanError,
+    Record,
+    blocks,
+    derived,
+)
 from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import NO_PARENT, Part, recorded, render
 from vmconv_vmdk.grains import GRAIN, SparseExtent
@@ -173,15 +186,15 @@ class _Writer:
         )
 
     def _database(self, long_content_id: str) -> dict[str, str]:
-        metadata, options = self.image.metadata, self.options
-        adapter = options.adapter_type or self._adapter(metadata.get("adapter_type"))
+        facts, options = self.image.facts, self.options
+        adapter = options.adapter_type or self._adapter(facts.adapter_type)
         database = {"adapterType": adapter}
-        geometry = _geometry(metadata.get("geometry"))
+        geometry = facts.geometry
         if geometry is None:
             # What VMware's own tools make: 16 heads for IDE, else 255.
             heads = 16 if adapter == "ide" else 255
-            geometry = {"cylinders": self.sectors // (heads * 63), "heads": heads, "sectors": 63}
-        database |= {f"geometry.{key}": str(value) for key, value in geometry.items()}
+            geometry = Geometry(self.sectors // (heads * 63), heads, 63)
+        database |= {f"geometry.{key}": str(value) for key, value in geometry._asdict().items()}
         database["longContentID"] = long_content_id
         database["toolsVersion"] = options.toolsversion
         if options.identity:
@@ -197,10 +210,3 @@ class _Writer:
             return wish or "ide"
         self.losses.append(f"adapter type {wish}: VMDK knows {', '.join(known)}, ide is written")
         return "ide"
-
-
-def _geometry(given: Any) -> Mapping[str, int] | None:
-    """Returns a geometry as numbers by name, from either of the shapes that readers give it."""
-    if given is None or isinstance(given, Mapping):
-        return given
-    return {name: getattr(given, name) for name in ("cylinders", "heads", "sectors")}
