@@ -158,7 +158,8 @@ class Runner:
         self.shim.disarm()
         code = os.waitstatus_to_exitcode(status)
         said = err.read_text(errors="backslashreplace")
-        return Ran(code, sent if scenario.pipe else out.read_bytes(), said, state_of(self.directory))
+        broken = case is not None and case.result == "EPIPE"
+        return Ran(code, sent if scenario.pipe else out.read_bytes(), said, state_of(self.directory), broken)
 
     def _child(self, scenario: Scenario, case: Case | None, argv: tuple[str, ...] | None, kill: int) -> None:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -175,6 +175,7 @@ FEW = frozenset({"EIO", "EINTR", "half", "zero"})
 
 ANSWERS = {
     ("stat", "ENOENT"): "means that nothing has the name: a filesystem that says so of a file cannot be found out",
+    ("unlink", "ENOENT"): "means that the name is gone: a filesystem that says so of a name cannot be found out",
     ("lseek:DATA", "ENXIO"): "means that only a hole follows: a filesystem that says so of data cannot be found out",
 }
 """Results that are no failures, each with the reason."""

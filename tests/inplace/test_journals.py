@@ -265,11 +265,7 @@ def comparable(found: NamedTuple) -> list[object]:
 
 @pytest.mark.parametrize("given_journal", [FULL, FULL._replace(mtime=None, owner=None, undo=None, replace=False)])
 @pytest.mark.parametrize("committed", [True, False])
-@pytest.mark.parametrize("piece", [1 << 20, 7])
-def test_a_journal_is_read_as_it_was_written(
-    monkeypatch: pytest.MonkeyPatch, given_journal: Journal, committed: bool, piece: int
-) -> None:
-    monkeypatch.setattr(journal, "PIECE", piece)
+def test_a_journal_is_read_as_it_was_written(given_journal: Journal, committed: bool) -> None:
     encoded = given_journal.encode(lambda digest: digest[::-1])
     record = journal.commit_record(encoded)
     descriptor = memory(encoded + (record if committed else b""))

@@ -70,12 +70,16 @@ class DirectFile:
         done = 0
         while done < whole and done % _BLOCK == 0 and not self._refused:
             try:
-                done += os.pwrite(self._descriptor, part[done:whole], offset + done)
+                step = os.pwrite(self._descriptor, part[done:whole], offset + done)
             except OSError as exc:
                 if exc.errno != errno.EINVAL:
                     raise
                 # Storage with larger blocks than ours.
                 self._refused = True
+                continue
+            if not step:
+                raise OSError(errno.EIO, "nothing was written", linux.name_of(self._descriptor))
+            done += step
         return done
 
     def close(self) -> None:

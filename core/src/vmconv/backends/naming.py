@@ -261,7 +261,7 @@ def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | 
     from vmconv.io import ownership
 
     size = os.fstat(descriptor).st_size
-    data = os.pread(descriptor, size, 0) if size <= _MAX_SIZE else b""
+    data = linux.read_at(descriptor, size, 0) if size <= _MAX_SIZE else b""
     if len(data) < _HEAD.size:
         return None, False
     magic, digest, mark = _HEAD.unpack_from(data)

@@ -147,7 +147,7 @@ def claim_for_replacement(directory: Directory, name: str) -> Iterator[None]:
     Raises `AccessError` when somebody uses it, `PlanError` when it cannot be replaced.
     """
     path = directory.join(name)
-    with os_errors("cannot be replaced", PlanError):
+    with os_errors("cannot be replaced", PlanError, where=path):
         descriptor = directory.open(name)
         try:
             _refuse_mount(directory, descriptor, path)

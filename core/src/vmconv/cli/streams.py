@@ -27,8 +27,12 @@ def prepare() -> None:
             _closed.add(number)
             os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 as long as the program
-    sys.stdout = _stream(1, _Named, sys.stdout, sys.__stdout__)
-    sys.stderr = _stream(2, _Unfailing, sys.stderr, sys.__stderr__)
+    try:
+        sys.stdout = _stream(1, _Named, sys.stdout, sys.__stdout__)
+        sys.stderr = _stream(2, _Unfailing, sys.stderr, sys.__stderr__)
+    except OSError:
+        # Python's own streams stay.
+        return
 
 
 def is_closed(number: int) -> bool:

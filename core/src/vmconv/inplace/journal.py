@@ -8,7 +8,6 @@ commit point: without it everything is taken back. What is read is checked field
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Callable
@@ -18,8 +17,9 @@ import numpy as np
 
 from vmconv.errors import ImageError
 from vmconv.inplace import codec
-from vmconv.inplace.codec import DIGEST, MAX_BODY, PIECE, Fields, Ranges, Tables, digest_of
+from vmconv.inplace.codec import DIGEST, MAX_BODY, Fields, Ranges, Tables, digest_of
 from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.system import linux
 
 MAGIC = b"vmconv: a conversion in place is under way; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64sQ32s32s")
@@ -122,7 +122,7 @@ def read_head(descriptor: int, path: str) -> Head | None:
 
     Raises `ImageError` for a file that is something else.
     """
-    data = os.pread(descriptor, _HEAD.size, 0)
+    data = linux.read_at(descriptor, _HEAD.size, 0)
     # A sector that never reached storage reads as zero.
     if not data[: len(MAGIC)].strip(b"\0"):
         return None
@@ -140,16 +140,11 @@ def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
     """Returns the journal whose file has the name `entry`; None when it was not written to its end."""
     if os.fstat(descriptor).st_size < _HEAD.size + head.length:
         return None
-    body = bytearray(head.length)
-    digest = hashlib.blake2b(digest_size=DIGEST)
-    for at in range(0, head.length, PIECE):
-        piece = memoryview(body)[at : at + PIECE]
-        if os.preadv(descriptor, [piece], _HEAD.size + at) < len(piece):
-            return None
-        digest.update(piece)
-    if digest.digest() != head.digest:
+    body = linux.read_at(descriptor, head.length, _HEAD.size)
+    if len(body) < head.length or digest_of(body) != head.digest:
         return None
-    commit = os.pread(descriptor, DIGEST, _HEAD.size + head.length)
+    # A short read must not make a change that was committed one that was not.
+    commit = linux.read_at(descriptor, DIGEST, _HEAD.size + head.length)
     journal = _parse(memoryview(body), path)
     if beside(journal.source, JOURNAL) != entry:
         raise ImageError(

@@ -22,6 +22,7 @@ from vmconv.inplace import codec
 from vmconv.inplace.codec import DIGEST, MAX_BODY, PIECE, Fields, Ranges, Tables, digest_of
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.model.sources import File
+from vmconv.system import linux
 
 _OLD_MAGIC = b"vmconv: what it takes to undo a conversion in place; vmconv undo\n".ljust(128, b"\0")
 MAGIC = _OLD_MAGIC[:-1] + b"\2"
@@ -50,7 +51,7 @@ class Stamp(NamedTuple):
         found = hashlib.blake2b(digest_size=DIGEST)
         for offset, length in metadata.tolist():
             for at in range(offset, offset + length, PIECE):
-                found.update(os.pread(descriptor, min(PIECE, offset + length - at), at))
+                found.update(linux.read_at(descriptor, min(PIECE, offset + length - at), at))
         status = os.fstat(descriptor)
         return cls(status.st_size, status.st_mtime_ns, found.digest())
 
@@ -141,7 +142,7 @@ class Head(NamedTuple):
 
 def read_head(descriptor: int, path: str) -> Head:
     """Returns the head of an undo file; raises `ImageError` for what is none."""
-    data = os.pread(descriptor, _HEAD_OFFSET + _HEAD.size, 0)
+    data = linux.read_at(descriptor, _HEAD_OFFSET + _HEAD.size, 0)
     mark: bytes | None = None
     if len(data) >= _HEAD_OFFSET + _HEAD.size and data.startswith(MAGIC):
         length, digest, mark = _HEAD.unpack_from(data, _HEAD_OFFSET)
@@ -159,7 +160,7 @@ def read_head(descriptor: int, path: str) -> Head:
 
 def read_stamp(descriptor: int, path: str) -> Stamp:
     """Returns the stamp of an undo file; raises `ImageError` where it is damaged, or was never written."""
-    data = os.pread(descriptor, _STAMP.size, STAMP_OFFSET)
+    data = linux.read_at(descriptor, _STAMP.size, STAMP_OFFSET)
     if len(data) < _STAMP.size or digest_of(data[:-DIGEST]) != data[-DIGEST:]:
         raise ImageError(f"{path}: stamp at {STAMP_OFFSET:#x}: its digest does not fit")
     size, mtime, digest, _ = _STAMP.unpack(data)
@@ -168,7 +169,7 @@ def read_stamp(descriptor: int, path: str) -> Stamp:
 
 def read(descriptor: int, path: str, head: Head, entry: str) -> Undo:
     """Returns what the undo file of the name `entry` says, the stamp apart; raises `ImageError` where it is damaged."""
-    body = os.pread(descriptor, head.length, head.offset)
+    body = linux.read_at(descriptor, head.length, head.offset)
     if len(body) != head.length or digest_of(body) != head.digest:
         raise ImageError(f"{path}: body at {head.offset:#x}: its digest does not fit")
     given, tables = codec.decode(path, memoryview(body), head.offset)

@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from vmconv.errors import AccessError
 from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 SIZE = 32
 """Bytes of a key and of a mark."""
@@ -139,7 +140,7 @@ def _read(place: Directory) -> bytes | None:
     with suppress(OSError, AccessError):
         descriptor = place.open(_NAME)
         try:
-            status, key = os.fstat(descriptor), os.pread(descriptor, SIZE + 1, 0)
+            status, key = os.fstat(descriptor), linux.read_at(descriptor, SIZE + 1, 0)
         finally:
             os.close(descriptor)
         # A key that others could read does not authenticate.

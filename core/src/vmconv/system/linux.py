@@ -85,6 +85,23 @@ def close(descriptor: int) -> None:
         return
 
 
+def read_at(descriptor: int, length: int, offset: int) -> bytes:
+    """Returns `length` bytes of a file from `offset` on; fewer only at its end.
+
+    One call may return fewer bytes than it was asked for. Raises `OSError` if the file goes on where reading ends.
+    """
+    parts = []
+    while length > 0:
+        data = os.pread(descriptor, length, offset)
+        if not data:
+            if os.fstat(descriptor).st_size > offset:
+                raise OSError(errno.EIO, f"nothing was read at {offset:#x}", name_of(descriptor))
+            break
+        parts.append(data)
+        length, offset = length - len(data), offset + len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def name_of(descriptor: int) -> str:
     """Returns the current path of an open file, for messages; the descriptor's number without /proc."""
     try:
