@@ -24,8 +24,6 @@ from support.requirements import CORPUS, missing, oracle_program
 from support.session import Run
 from support.tried import TRIED
 
-pytest.register_assert_rewrite("vmconv.testing")
-
 # Not where pytest removes what earlier sessions left behind, which may include mounts.
 RUN = Run(Path(tempfile.gettempdir()))
 atexit.register(RUN.end)

@@ -25,25 +25,6 @@ OPTIONS: tuple[dict[str, str], ...] = (
 )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_raw_to_qcow2_and_back_shares_all_payload(
-    reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]
-) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.qcow2", "back.raw"))
-    make_disk(raw, 40 * MIB)
-    there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
-    again = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert there.totals.copied == again.totals.copied == 0
-    assert there.totals.shared > 0
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "qcow2", raw, image)
-    assert raw.read_bytes() == back.read_bytes()
-    for result in (image, back):
-        proof = vmconv.prove(str(raw), str(result))
-        assert proof
-        assert proof.shared >= there.totals.shared // 2
-
-
 def test_a_chain_of_three_is_flattened_without_copying(reflink_dir: Path, qemu_img: QemuImg) -> None:
     base = make_disk(reflink_dir / "base.raw", 20 * MIB)
     top, names = base, ("one.qcow2", "two.qcow2", "three.qcow2")

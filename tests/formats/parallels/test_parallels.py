@@ -13,8 +13,9 @@ from uuid import UUID
 import pytest
 
 import vmconv
-from support.disks import MIB, QemuImg, make_disk, scribble
+from support.disks import MIB, QemuImg, make_disk
 from support.kits.parallels import OPTIONS, ParallelsKit
+from support.kits.storage import OnStorage
 from support.parallels_images import BASE, MIDDLE, NONE, TOP, build, bundle, descriptor
 from support.requirements import oracle_module
 from vmconv.errors import AccessError, ImageError, PlanError, UsageError
@@ -35,6 +36,15 @@ class TestParallels(ParallelsKit):
     """The conformance kit."""
 
 
+class TestParallelsOnStorage(OnStorage):
+    format = ParallelsKit.format
+    variants = OPTIONS
+    sizes = (40 * MIB, 40 * MIB + 4096)
+    written_by_qemu = OPTIONS
+    in_place = ({},)
+    made_by_qemu = ({"cluster_size": "1M"}, {"cluster_size": "64K"}, {"cluster_size": "4K"})
+
+
 def read(data: bytes) -> Image:
     return Parallels().read(image_file(data), Opener(Registry()))
 
@@ -45,17 +55,6 @@ def guest(data: bytes) -> bytes:
 
 
 # -- reading
-
-
-@pytest.mark.parametrize("cluster_size", ["1M", "64K", "4K"])
-def test_images_made_by_qemu_are_read_right(reflink_dir: Path, qemu_img: QemuImg, cluster_size: str) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.hds", "back.raw"))
-    make_disk(raw, 20 * MIB)
-    qemu_img("convert", "-O", "parallels", "-o", f"cluster_size={cluster_size}", raw, image)
-    scribble(image, 20 * MIB, 1)
-    result = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert result.totals.shared > 0
-    qemu_img("compare", "-f", "parallels", "-F", "raw", image, back)
 
 
 def test_a_version_1_image_of_63_sectors_is_read() -> None:
@@ -145,40 +144,10 @@ def test_an_image_that_says_it_is_empty_and_is_not_is_refused() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("size", [40 * MIB, 40 * MIB + 4096])
-def test_raw_to_parallels_and_back_shares_all_payload(
-    reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str], size: int
-) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.hds", "back.raw"))
-    make_disk(raw, size)
-    there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
-    again = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert there.totals.copied == again.totals.copied == 0
-    assert there.totals.shared > 0
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "parallels", raw, image)
-    assert raw.read_bytes() == back.read_bytes()
-    for result in (image, back):
-        proof = vmconv.prove(str(raw), str(result))
-        assert proof
-        assert proof.shared >= there.totals.shared // 2
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_file_holds_whole_clusters(tmp_path: Path, options: dict[str, str]) -> None:
     raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB + 512), tmp_path / "disk.hds"
     vmconv.convert(str(raw), str(image), options=options)
     assert image.stat().st_size % vmconv.info(str(image))["cluster-size"] == 0
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_qemu_can_go_on_writing(tmp_path: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
-    raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB, pieces=2), tmp_path / "disk.hds"
-    vmconv.convert(str(raw), str(image), options=options)
-    for disk in (raw, image):
-        scribble(disk, 20 * MIB, 5)
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "parallels", raw, image)
 
 
 def test_a_disk_too_large_for_its_clusters_is_refused_with_a_hint() -> None:

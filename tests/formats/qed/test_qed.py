@@ -12,6 +12,7 @@ import pytest
 import vmconv
 from support.disks import MIB, QemuImg, make_disk, scribble
 from support.kits.qed import OPTIONS, QedKit
+from support.kits.storage import OnStorage
 from vmconv.errors import ImageError, PlanError
 from vmconv.fields import field_offset
 from vmconv.io.opener import Opener
@@ -28,6 +29,18 @@ from vmconv_qed.writer import write
 
 class TestQed(QedKit):
     """The conformance kit."""
+
+
+class TestQedOnStorage(OnStorage):
+    format = QedKit.format
+    variants = OPTIONS
+    sizes = (40 * MIB + 4096,)
+    written_by_qemu = OPTIONS
+    made_by_qemu = (
+        {"cluster_size": "64K"},
+        {"cluster_size": "4K", "table_size": "16"},
+        {"cluster_size": "1M"},
+    )
 
 
 SMALL = Options(cluster_size=4096, table_size=2)
@@ -69,17 +82,6 @@ def with_entry(at: int, value: int) -> bytes:
 
 
 # -- reading
-
-
-@pytest.mark.parametrize("options", ["cluster_size=64K", "cluster_size=4K,table_size=16", "cluster_size=1M"])
-def test_images_made_by_qemu_are_read_right(reflink_dir: Path, qemu_img: QemuImg, options: str) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.qed", "back.raw"))
-    make_disk(raw, 20 * MIB)
-    qemu_img("convert", "-O", "qed", "-o", options, raw, image)
-    scribble(image, 20 * MIB, 1)
-    result = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert result.totals.shared > 0
-    qemu_img("compare", "-f", "qed", "-F", "raw", image, back)
 
 
 @pytest.mark.parametrize("backing", ["raw", "qcow2", "qed"])
@@ -182,33 +184,6 @@ def test_millions_of_tables_in_holes_are_read_at_once(xfs_dir: Path) -> None:
 
 
 # -- writing
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_raw_to_qed_and_back_shares_all_payload(reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.qed", "back.raw"))
-    make_disk(raw, 40 * MIB + 4096)
-    there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
-    again = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert there.totals.copied == again.totals.copied == 0
-    assert there.totals.shared > 0
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "qed", raw, image)
-    assert raw.read_bytes() == back.read_bytes()
-    for result in (image, back):
-        proof = vmconv.prove(str(raw), str(result))
-        assert proof
-        assert proof.shared >= there.totals.shared // 2
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_qemu_can_go_on_writing(tmp_path: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
-    raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB, pieces=2), tmp_path / "disk.qed"
-    vmconv.convert(str(raw), str(image), options=options)
-    for disk in (raw, image):
-        scribble(disk, 20 * MIB, 5)
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "qed", raw, image)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

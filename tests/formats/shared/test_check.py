@@ -239,6 +239,7 @@ def test_payload_over_metadata_is_refused_and_found(tmp_path: Path, qemu_img: Qe
 # -- VHD, which qemu-img does not check
 
 
+@pytest.mark.of_format("vhd")
 @pytest.mark.parametrize(("damage", "code"), [(sound, 0), (same_place_twice, 2), (past_the_end, 2), (forgotten, 3)])
 def test_a_vhd_is_checked(tmp_path: Path, qemu_img: QemuImg, damage: Callable[[Path, Table], None], code: int) -> None:
     path = made(tmp_path, "vpc", qemu_img)
@@ -246,6 +247,7 @@ def test_a_vhd_is_checked(tmp_path: Path, qemu_img: QemuImg, damage: Callable[[P
     assert main(["check", str(path)]) == code
 
 
+@pytest.mark.of_format("vhd")
 def test_a_footer_that_is_not_its_copy_is_found(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = made(tmp_path, "vpc", qemu_img)
     change(path, 40, b"\1")
@@ -259,6 +261,7 @@ def test_a_footer_that_is_not_its_copy_is_found(tmp_path: Path, qemu_img: QemuIm
 # -- streams and split disks
 
 
+@pytest.mark.of_format("vmdk")
 def test_markers_of_a_stream_are_checked(tmp_path: Path) -> None:
     raw, path = make_disk(tmp_path / "disk.raw", 4 * MIB), tmp_path / "disk.vmdk"
     vmconv.convert(str(raw), str(path), options={"subformat": "streamOptimized"})
@@ -273,6 +276,7 @@ def test_markers_of_a_stream_are_checked(tmp_path: Path) -> None:
     assert checked(path).corruption_count == 1
 
 
+@pytest.mark.of_format("vmdk")
 def test_each_extent_of_a_split_disk_is_checked_under_its_name(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = tmp_path / "disk.vmdk"
     qemu_img("create", "-q", "-f", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", path, "3G")
@@ -293,6 +297,7 @@ def test_each_extent_of_a_split_disk_is_checked_under_its_name(tmp_path: Path, q
 # -- qcow2
 
 
+@pytest.mark.of_format("qcow2")
 @pytest.mark.malformed
 def test_an_l1_table_that_is_too_small_is_a_corruption(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = tmp_path / "disk.qcow2"
@@ -302,6 +307,7 @@ def test_an_l1_table_that_is_too_small_is_a_corruption(tmp_path: Path, qemu_img:
     assert "l1_size at 0x24: 1 entries, the disk needs 32" in checked(path).corruptions
 
 
+@pytest.mark.of_format("qcow2")
 @pytest.mark.malformed
 def test_clusters_that_are_used_twice_are_read_with_a_warning(tmp_path: Path, qemu_img: QemuImg) -> None:
     """With a reference count of two it is legal, so the check alone can tell."""
@@ -321,6 +327,7 @@ def test_clusters_that_are_used_twice_are_read_with_a_warning(tmp_path: Path, qe
         vmconv.convert(str(path), str(tmp_path / "more.raw"))
 
 
+@pytest.mark.of_format("qcow2")
 def test_the_image_ends_with_its_last_cluster_in_use(tmp_path: Path, qemu_img: QemuImg) -> None:
     path, packed = tmp_path / "disk.qcow2", tmp_path / "packed.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "64M")
@@ -333,6 +340,7 @@ def test_the_image_ends_with_its_last_cluster_in_use(tmp_path: Path, qemu_img: Q
         assert checked(one).image_end == theirs["image-end-offset"]
 
 
+@pytest.mark.of_format("qcow2")
 @pytest.mark.malformed
 def test_a_damaged_bitmap_directory_is_found_and_hinders_nothing_else(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = tmp_path / "disk.qcow2"
@@ -350,6 +358,7 @@ def test_a_damaged_bitmap_directory_is_found_and_hinders_nothing_else(tmp_path: 
     assert vmconv.convert(str(path), str(tmp_path / "copy.raw")).target
 
 
+@pytest.mark.of_format("qcow2")
 @pytest.mark.malformed
 @pytest.mark.parametrize("field", [{"refcount_table_clusters": 1000}, {"refcount_table_offset": 1 << 40}], ids=str)
 def test_a_refcount_table_outside_the_file_is_a_corruption(tmp_path: Path, field: dict[str, Any]) -> None:
@@ -441,6 +450,7 @@ def test_maps_are_those_of_qemu(
         assert ours == qemu_img("map", "--output=json", "-f", name, path).stdout, write
 
 
+@pytest.mark.of_format("vhdx")
 def test_a_map_of_vhdx_says_more_than_qemu(tmp_path: Path, qemu_img: QemuImg) -> None:
     """QEMU says of each VHDX that all of it is data, and not where."""
     path = made(tmp_path, "vhdx", qemu_img)

@@ -28,6 +28,7 @@ def test_qcow2_images_are_converted_right_or_refused(row: dict[str, str], corpus
             assert vmconv.compare(str(image), str(target))
 
 
+@pytest.mark.of_format("raw")
 @pytest.mark.parametrize("name", ["libvirt/raw"])
 def test_raw_images_are_converted_right(name: str, corpus: Path, xfs_dir: Path) -> None:
     image = unpack(corpus, name, xfs_dir)

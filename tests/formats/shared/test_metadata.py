@@ -70,6 +70,7 @@ def test_each_field_comes_back_or_is_named_as_lost(xfs_dir: Path, name: str) -> 
             assert kept or field not in installed().formats[target[0]].carries or "creator" in field, (target, field)
 
 
+@pytest.mark.of_format("vhdx")
 def test_losses_are_in_what_plan_and_convert_print(xfs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image, target = image_with_metadata("vhdx", xfs_dir / "disk.vhdx"), str(xfs_dir / "new.raw")
     said = "logical sector size 4096: raw has no place for it"

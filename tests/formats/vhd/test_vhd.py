@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vmconv
-from support.disks import MIB, QemuImg, make_disk, scribble
+from support.disks import MIB, QemuImg
+from support.kits.storage import OnStorage
 from support.kits.vhd import VhdKit, sealed
 from support.requirements import oracle_program
 from vmconv.errors import ImageError, PlanError, VmconvError
@@ -40,6 +41,19 @@ from vmconv_vhd.options import Options
 
 class TestVhd(VhdKit):
     """The conformance kit."""
+
+
+class TestVhdOnStorage(OnStorage):
+    format = VhdKit.format
+    qemu_name = "vpc"
+    variants = ({}, {"subformat": "fixed"})
+    made_by_qemu = (
+        {"subformat": "dynamic"},
+        {"subformat": "fixed"},
+        {"subformat": "dynamic", "force_size": "on"},
+    )
+    in_place = ({"subformat": "fixed"},)
+    shares_qemu_s = False
 
 
 ID = UUID("12345678-9abc-4def-8123-456789abcdef")
@@ -78,41 +92,6 @@ def sample(size: int = 5 * MIB) -> bytes:
 
 
 # -- other tools read our images, and we read theirs
-
-
-@pytest.mark.parametrize("options", [{}, {"subformat": "fixed"}], ids=str)
-def test_raw_to_vhd_and_back_shares_all_payload(reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.vhd", "back.raw"))
-    make_disk(raw, 40 * MIB)
-    there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
-    again = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert there.totals.copied == again.totals.copied == 0
-    assert there.totals.shared > 0
-    qemu_img("compare", "-f", "raw", "-F", "vpc", raw, image)
-    assert raw.read_bytes() == back.read_bytes()
-    assert vmconv.prove(str(raw), str(image))
-    assert vmconv.prove(str(raw), str(back))
-
-
-@pytest.mark.parametrize("options", ["subformat=dynamic", "subformat=fixed", "subformat=dynamic,force_size=on"])
-def test_images_of_qemu_are_read(tmp_path: Path, qemu_img: QemuImg, options: str) -> None:
-    image, back, other = (tmp_path / name for name in ("disk.vhd", "back.raw", "other.raw"))
-    qemu_img("create", "-f", "vpc", "-o", options, image, "30M")
-    size = json.loads(qemu_img("info", "-f", "vpc", "--output=json", image).stdout)["virtual-size"]
-    raw = make_disk(tmp_path / "disk.raw", size)
-    qemu_img("convert", "-n", "-f", "raw", "-O", "vpc", raw, image)
-    vmconv.convert(str(image), str(back))
-    qemu_img("convert", "-f", "vpc", "-O", "raw", image, other)
-    assert back.read_bytes() == other.read_bytes() == raw.read_bytes()
-
-
-def test_what_qemu_writes_to_our_image_is_read_back(tmp_path: Path, qemu_img: QemuImg) -> None:
-    raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB), tmp_path / "disk.vhd"
-    vmconv.convert(str(raw), str(image))
-    scribble(image, 20 * MIB, 1)
-    qemu_img("convert", "-f", "vpc", "-O", "raw", image, tmp_path / "theirs.raw")
-    vmconv.convert(str(image), str(tmp_path / "ours.raw"))
-    assert (tmp_path / "ours.raw").read_bytes() == (tmp_path / "theirs.raw").read_bytes()
 
 
 def test_misaligned_blocks_of_qemu_keep_their_phase_in_a_vhd(xfs_dir: Path, qemu_img: QemuImg) -> None:

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import vmconv
-from support.disks import MIB, QemuImg, make_disk, scribble
+from support.disks import MIB, QemuImg
+from support.kits.storage import OnStorage
 from support.kits.vhdx import VhdxKit
 from support.requirements import oracle_module, oracle_program
 from support.vhdx_images import (
@@ -66,6 +67,21 @@ class TestVhdx(VhdxKit):
     """The conformance kit."""
 
 
+class TestVhdxOnStorage(OnStorage):
+    format = VhdxKit.format
+    variants = ({}, {"subformat": "fixed"}, {"block_size": "1M"}, {"log_size": "3M"})
+    written_by_qemu = ({}, {"block_size": "1M"})
+    in_place = ({},)
+    made_by_qemu = (
+        {"subformat": "dynamic"},
+        {"subformat": "fixed"},
+        {"block_size": "1M"},
+        {"block_size": "256M"},
+        {"block_state_zero": "off"},
+        {"log_size": "2M"},
+    )
+
+
 CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
 
 
@@ -84,43 +100,6 @@ def region(offset: int, value: bytes) -> Callable[[bytes], bytes]:
 
 
 # -- other tools read our images, and we read theirs
-
-
-@pytest.mark.parametrize("options", [{}, {"subformat": "fixed"}, {"block_size": "1M"}, {"log_size": "3M"}], ids=str)
-def test_raw_to_vhdx_and_back_shares_all_payload(reflink_dir: Path, qemu_img: QemuImg, options: dict[str, str]) -> None:
-    raw, image, back = (reflink_dir / name for name in ("disk.raw", "disk.vhdx", "back.raw"))
-    make_disk(raw, 40 * MIB)
-    there = vmconv.convert(str(raw), str(image), options=options, zero_copy="require")
-    again = vmconv.convert(str(image), str(back), zero_copy="require")
-    assert there.totals.copied == again.totals.copied == 0
-    assert there.totals.shared > 0
-    qemu_img("check", image)
-    qemu_img("compare", "-f", "raw", "-F", "vhdx", raw, image)
-    assert raw.read_bytes() == back.read_bytes()
-    assert vmconv.prove(str(raw), str(image))
-    assert vmconv.prove(str(raw), str(back))
-
-
-@pytest.mark.parametrize(
-    "options",
-    ["subformat=dynamic", "subformat=fixed", "block_size=1M", "block_size=256M", "block_state_zero=off", "log_size=2M"],
-)
-def test_images_of_qemu_are_read(tmp_path: Path, qemu_img: QemuImg, options: str) -> None:
-    raw, image, back = (tmp_path / name for name in ("disk.raw", "disk.vhdx", "back.raw"))
-    make_disk(raw, 30 * MIB + 512)
-    qemu_img("convert", "-f", "raw", "-O", "vhdx", "-o", options, raw, image)
-    vmconv.convert(str(image), str(back))
-    assert back.read_bytes() == raw.read_bytes()
-
-
-def test_what_qemu_writes_to_our_image_is_read_back(tmp_path: Path, qemu_img: QemuImg) -> None:
-    raw, image = make_disk(tmp_path / "disk.raw", 20 * MIB), tmp_path / "disk.vhdx"
-    vmconv.convert(str(raw), str(image), options={"block_size": "1M"})
-    scribble(image, 20 * MIB, 1)
-    qemu_img("check", image)
-    qemu_img("convert", "-f", "vhdx", "-O", "raw", image, tmp_path / "theirs.raw")
-    vmconv.convert(str(image), str(tmp_path / "ours.raw"))
-    assert (tmp_path / "ours.raw").read_bytes() == (tmp_path / "theirs.raw").read_bytes()
 
 
 @pytest.mark.parametrize(("block_size", "gib"), [("256M", 5), ("1M", 5), ("0", 2)])

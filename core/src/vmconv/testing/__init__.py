@@ -16,6 +16,7 @@ from vmconv.testing.backends import BackendTests
 from vmconv.testing.disks import disk_of, image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.formats import FormatTests
 from vmconv.testing.malformed import KINDS, Malformed, Sample
+from vmconv.testing.storage import StorageFormatTests
 from vmconv.testing.strategies import disks, tables
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FormatTests",
     "Malformed",
     "Sample",
+    "StorageFormatTests",
     "disk_of",
     "disks",
     "image_file",

@@ -1,0 +1,50 @@
+"""`pytest tests/formats/qcow2` runs all tests of qcow2: also those in `shared` that run for each format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.variants import QEMU_NAMES
+
+FORMATS = Path(__file__).parent
+SHARED = FORMATS / "shared"
+NAMES = {qemu: name for name, qemu in QEMU_NAMES.items()}
+
+
+def _chosen(config: pytest.Config) -> set[str]:
+    """Returns the formats whose folders are named on the command line."""
+    named = [(config.invocation_params.dir / argument).resolve() for argument in config.args]
+    return {path.name for path in named if path.parent == FORMATS and path != SHARED and path.is_dir()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _chosen(config) and str(SHARED) not in config.args:
+        config.args.append(str(SHARED))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = _chosen(config)
+    if not chosen or SHARED in [config.invocation_params.dir / argument for argument in config.invocation_params.args]:
+        return
+    others = [item for item in items if SHARED in item.path.parents and format_of(item) not in chosen]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+def format_of(item: pytest.Item) -> str | None:
+    """Returns the format that a shared test is about: by its mark, or by what it is parametrised with."""
+    mark = item.get_closest_marker("of_format")
+    if mark:
+        return str(mark.args[0])
+    given: dict[str, Any] = getattr(item, "callspec", None) and item.callspec.params or {}  # type: ignore[attr-defined]
+    if "row" in given:
+        return str(given["row"]["format"]).split("-")[0]
+    if "opinion" in given:
+        return str(given["opinion"][0][0])
+    if "variant" in given:
+        return str(given["variant"][0])
+    name = given.get("name")
+    return NAMES.get(name, name) if name else None
