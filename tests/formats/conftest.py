@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,12 +38,11 @@ def format_of(item: pytest.Item) -> str | None:
     mark = item.get_closest_marker("of_format")
     if mark:
         return str(mark.args[0])
-    given: dict[str, Any] = getattr(item, "callspec", None) and item.callspec.params or {}  # type: ignore[attr-defined]
-    if "row" in given:
-        return str(given["row"]["format"]).split("-")[0]
-    if "opinion" in given:
-        return str(given["opinion"][0][0])
-    if "variant" in given:
-        return str(given["variant"][0])
-    name = given.get("name")
-    return NAMES.get(name, name) if name else None
+    match getattr(item, "callspec", None) and item.callspec.params:  # type: ignore[attr-defined]
+        case {"row": {"format": str(name)}}:
+            return name.split("-")[0]
+        case {"opinion": ((str(name), _), _)} | {"variant": (str(name), _)}:
+            return name
+        case {"name": str(name)}:
+            return NAMES.get(name, name)
+    return None
