@@ -272,7 +272,7 @@ def test_storage_that_fails_after_the_commit_says_where_the_disk_is(
     one.begin()
     os.close(one.make("extra"))
     calls.at = len(calls.log) + after
-    with pytest.raises(BackendError, match="is converted, and not finished: somewhere: ") as caught:
+    with pytest.raises(BackendError, match="the conversion is committed and not finished: somewhere: ") as caught:
         one.complete()
     assert one.committed
     where = WORK if after in {3, 11} else now
@@ -295,7 +295,7 @@ def test_storage_that_fails_while_it_is_taken_back_says_where_the_disk_is(
     one = begun(directory, calls)
     one.begin()
     calls.at = len(calls.log)
-    with pytest.raises(BackendError, match="cannot be taken back: somewhere: ") as caught:
+    with pytest.raises(BackendError, match="cannot be rolled back: somewhere: ") as caught:
         one.give_up()
     assert f"the disk is {tmp_path / WORK} now" in str(caught.value)
     assert one.record == -1

@@ -1,4 +1,4 @@
-"""A change in place that is stopped anywhere is taken back or finished: never neither.
+"""A change in place stopped anywhere is rolled back or completed.
 
 Every single call that changes storage is a place to stop at, as a killed process and as a power cut.
 """

@@ -699,7 +699,7 @@ def test_a_command_that_meets_an_interrupted_conversion_takes_it_back(ext4_dir: 
     more = {"plan": [ext4_dir / "other.qcow2"], "compare": [disk]}.get(command, [])
     done = run_cli(command, disk, *more)
     assert done.returncode == 0, done.stderr
-    assert f"{disk}: a conversion in place was interrupted, and has been taken back" in done.stderr
+    assert f"{disk}: a conversion in place was interrupted, and has been rolled back" in done.stderr
     assert names(ext4_dir) == {"disk.raw"}
     assert disk.read_bytes() == make_disk(ext4_dir / "again.raw", MIB).read_bytes()
 
@@ -931,7 +931,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(Syscalls, call, failing)
-        with pytest.raises(BackendError, match="is converted, and not finished") as caught:
+        with pytest.raises(BackendError, match="the conversion is committed and not finished") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
     assert caught.value.hint == f"vmconv recover {ext4_dir / 'new.qcow2'}"
     now = str(caught.value).partition("; the disk is ")[2].removesuffix(" now")

@@ -543,7 +543,7 @@ def test_what_was_not_looked_at_is_said(any_dir: Path, monkeypatch: pytest.Monke
     disk = make_disk(any_dir / "disk.raw", MIB)
     (any_dir / "zz.qcow2").write_bytes(qcow2_images.empty_overlay("other.raw"))
     result = api.convert(str(disk), str(any_dir / "new.qcow2"), in_place=True)
-    assert "1 files were not looked at" in "\n".join(result.warnings)
+    assert "1 files were not searched" in "\n".join(result.warnings)
 
 
 # -- what is said at the end

@@ -1,1 +1,1 @@
-"""Converting a disk inside its own file: payload stays where it lies, only the metadata around it is exchanged."""
+"""Converting a disk inside its own file: payload stays in place, only the metadata around it is replaced."""

@@ -1,11 +1,11 @@
-"""One file becoming another in place: forward or back as a whole, from wherever it is stopped.
+"""A change of one file in place: rolled forward or back as a whole, wherever it is interrupted.
 
-    journal durable -> file out of the way -> new bytes written, durable -> verified -> COMMIT, durable
-    -> dead space freed, durable -> names, durable -> no journal
+    journal durable -> working name -> new bytes written, durable -> verified -> COMMIT, durable
+    -> dead space freed, durable -> final names, durable -> journal removed
 
-Before the commit everything can be taken back, after it everything can be finished; both may be stopped and done again.
-While the file is neither one nor the other it has a working name, so nobody opens it by the name that it had or will
-have. What must not overtake something else is kept apart by making that durable: no order is asked of the filesystem.
+Before the commit a change is rolled back, after it a change is completed. Both may be interrupted and repeated. In
+between the file has a working name, so that nothing opens it under its old or new name. Each step is synced before the
+next one: no write order is assumed of the filesystem.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vmconv.system import linux, signals
 class Change:
     """A change of the file `journal.source` of a directory. `descriptor` is the file, open for writing.
 
-    Names are plain names in the directory; `entry` is the journal's.
+    Names are names in the directory, without slashes; `entry` is the journal's.
     """
 
     def __init__(self, directory: Directory, journal: Journal, calls: Syscalls, descriptor: int) -> None:
@@ -38,34 +38,35 @@ class Change:
         self.descriptor = descriptor
         self.entry = beside(journal.source, JOURNAL)
         self.working = beside(journal.source, WORKING)
-        """The name of the file while it is changed."""
+        """The file's name during the change."""
         self.record = -1
-        """Descriptor of the journal; it is locked as long as this run lives."""
+        """Descriptor of the journal; its lock shows others that this run is alive."""
         self.committed = False
         self._commit_record = b""
         self._commit_offset = 0
 
     @property
     def source(self) -> str:
-        """The path that the file had, for messages."""
+        """The file's old path, for messages."""
         return self.directory.join(self.journal.source)
 
     @property
     def target(self) -> str:
-        """The path that the file gets, for messages."""
+        """The file's new path, for messages."""
         return self.directory.join(self.journal.target)
 
     def beside(self, name: str) -> str:
-        """The name of one of `journal.made` until it gets its own."""
+        """The working name of one of `journal.made`."""
         return beside(name, WORKING)
 
     # -- before the commit
 
     def begin(self) -> None:
-        """Makes the journal durable, and then moves the file out of the way; only then may anything be written."""
+        """Syncs the journal, then gives the file its working name. Nothing may be written to the file before."""
         encoded = self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
         if len(encoded) > MAX_SIZE:
             raise PlanError(f"{self.source}: {len(encoded)} bytes would be written over, {MAX_SIZE} at most in place")
+        # A journal that cannot be read back must fail now, not during recovery.
         parse(encoded, self.source)
         self._commit_record, self._commit_offset = commit_record(encoded), len(encoded)
         with signals.held():
@@ -73,7 +74,7 @@ class Change:
             self.record = self.calls.create(self.directory, self.entry)
             fcntl.flock(self.record, fcntl.LOCK_EX)
             if not os.fstat(self.record).st_nlink:
-                # Between the two, somebody took it for the journal of a dead run.
+                # Before it was locked, another process took it for the journal of a dead run and removed it.
                 self.close()
                 raise BackendError(f"{self.source}: was being recovered by another process", hint="try again")
             self.calls.write(self.record, encoded, 0)
@@ -84,7 +85,7 @@ class Change:
                 self.calls.sync_directory(self.directory)
 
     def _refuse_leftovers(self) -> None:
-        """Raises `PlanError` where one of the names is taken that files have in between."""
+        """Raises `PlanError` if one of the working names exists."""
         for name in (self.entry, self.working, *map(self.beside, self.journal.made)):
             if self.directory.has(name):
                 raise PlanError(
@@ -93,11 +94,11 @@ class Change:
                 )
 
     def make(self, name: str) -> int:
-        """Returns a new file of mode 0600 that gets its name with the target; it is one of `journal.made`."""
+        """Creates one of `journal.made`, mode 0600; the commit renames it to its final name. Returns its descriptor."""
         return self.calls.create(self.directory, self.beside(name))
 
     def complete(self) -> None:
-        """Commits, when all that was written is durable, and does what is left to be done."""
+        """Commits and finishes the change. The caller has synced all that was written."""
         with signals.held():
             with os_errors("cannot be committed", where=self.target):
                 if self.journal.made:
@@ -109,13 +110,13 @@ class Change:
                 self.finish()
             except OSError as exc:
                 raise BackendError(
-                    f"{self.target}: is converted, and not finished: {_where(exc)}{exc.strerror}; "
+                    f"{self.target}: the conversion is committed and not finished: {_where(exc)}{exc.strerror}; "
                     f"{self._whereabouts()}",
                     hint=f"vmconv recover {self.target}",
                 ) from exc
 
     def give_up(self) -> None:
-        """Takes everything back, unless it is committed or was never begun."""
+        """Rolls the change back, unless it is committed or was never begun."""
         try:
             if self.record >= 0 and not self.committed:
                 with signals.held():
@@ -128,12 +129,12 @@ class Change:
             self.roll_back()
         except OSError as exc:
             raise BackendError(
-                f"{self.source}: cannot be taken back: {_where(exc)}{exc.strerror}; {self._whereabouts()}",
+                f"{self.source}: cannot be rolled back: {_where(exc)}{exc.strerror}; {self._whereabouts()}",
                 hint=f"vmconv recover {self.source}",
             ) from exc
 
     def _whereabouts(self) -> str:
-        """Returns under which name the disk is now, in words."""
+        """Returns the disk's current name, as the end of a message."""
         names = [self.journal.source]
         if self.journal.carried:
             names = [self.working, self.journal.target] if self.committed else [self.working, *names]
@@ -148,7 +149,7 @@ class Change:
     # -- forward
 
     def finish(self) -> None:
-        """Does what is left to be done after the commit."""
+        """Completes a committed change; may be repeated."""
         if self.journal.carried:
             self._finish_file()
         for name in self.journal.made:
@@ -169,7 +170,7 @@ class Change:
             raise self._lost(self.working)
 
     def _free(self) -> None:
-        """Gives dead space back, and makes that durable while nobody else can find the file."""
+        """Frees dead space and syncs, while the file still has its working name."""
         if len(self.journal.pieces):
             shifting.shift(self.descriptor, self.journal.pieces, self.calls)
         self.calls.truncate(self.descriptor, self.journal.new_size)
@@ -184,7 +185,8 @@ class Change:
         self.calls.sync(self.descriptor)
 
     def _stamp_undo(self, name: str) -> None:
-        """Writes into the undo file what the result looks like, so that a later change of it is noticed."""
+        """Writes the stamp of the result into the undo file, so that undo notices later writes to the result."""
+        # A repeated run may find the undo file under its final name.
         entry = self.beside(name)
         entry = entry if self.directory.has(entry) else name
         path = self.directory.join(entry)
@@ -198,7 +200,7 @@ class Change:
             linux.close(descriptor)
 
     def _rename(self, old: str, new: str) -> None:
-        """Gives a file its final name, unless it has it already."""
+        """Renames a file to its final name, unless an earlier run did."""
         status = self.directory.status(old)
         if status is None:
             return
@@ -212,7 +214,7 @@ class Change:
             ) from exc
 
     def _refuse_foreign(self, name: str, status: os.stat_result) -> None:
-        """Raises `BackendError` for a file that cannot be one of the change: somebody has exchanged it."""
+        """Raises `BackendError` if the file under a working name was replaced by somebody else."""
         owner = self.journal.owner
         known = stat.S_ISREG(status.st_mode) and (owner is None or status.st_uid in (owner, os.geteuid()))
         if name == self.working and self.descriptor >= 0:
@@ -224,18 +226,18 @@ class Change:
             )
 
     def _remove(self, leftover: Leftover) -> None:
-        """Removes a file that belongs to the source, unless it has changed or is somebody else's."""
+        """Removes a file of the source, unless it was changed or belongs to another user."""
         status = self.directory.status(leftover.name)
         if status is None or Leftover.of(leftover.name, status) != leftover:
             return
-        # An undo file is its maker's, whosever the disk is.
+        # Root's undo file of a user's disk belongs to root.
         if self.journal.owner is None or status.st_uid in (self.journal.owner, os.geteuid()):
             self.calls.unlink(self.directory, leftover.name)
 
     # -- back
 
     def roll_back(self) -> None:
-        """Makes the file what it was, under its old name."""
+        """Restores the file under its old name; may be repeated."""
         if self.journal.carried:
             self._roll_back_file()
         for name in self.journal.made:
@@ -272,7 +274,7 @@ class Change:
             ) from exc
 
     def _is_untouched(self) -> bool:
-        """True when the file was never moved out of the way, or is back, and is as it was: nothing was done to it."""
+        """True if the file has its old name, size and mtime: never renamed, or already restored."""
         status = self.directory.status(self.journal.source)
         if status is None:
             return False
@@ -294,7 +296,7 @@ class Change:
         self.close()
 
     def close(self) -> None:
-        """Gives up the journal's lock, whatever has become of the change."""
+        """Releases the journal's lock."""
         if self.record >= 0:
             linux.close(self.record)
             self.record = -1

@@ -1,7 +1,7 @@
 """The codec of the journal and the undo file: fields as JSON, then tables of 64-bit numbers, with a digest.
 
-What is read may be a stranger's: every field is bounded and checked before anything is done with it. All errors are
-`ImageError`; they name the file, the field, its offset, the value found, and what is allowed.
+Input is untrusted: every field is bounded and checked before use. All errors are `ImageError` with the file, the field,
+its offset, the value found and the values allowed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Ranges = npt.NDArray[np.int64]
 """Rows `(offset, length)`, bytes."""
 
 MAX_BODY = 64 << 20
-"""Bytes of fields and tables: they are held in memory."""
+"""Bytes of fields and tables, which are held in memory."""
 MAX_TEXT = 8 << 20
 """Bytes of fields."""
 MAX_NAMES = 16384
@@ -36,7 +36,7 @@ MAX_OWNER = (1 << 32) - 1
 DIGEST = 32
 """Bytes of a digest."""
 PIECE = 1 << 20
-"""Bytes that are read at a time."""
+"""Bytes of one read."""
 
 _LENGTH = struct.Struct("<Q")
 _FORMAT = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
@@ -49,16 +49,16 @@ def digest_of(body: bytes) -> bytes:
 
 
 def encode(values: Mapping[str, Any], tables: Iterable[Ranges]) -> bytes:
-    """Returns a body: the fields, and behind them the tables."""
+    """Returns a body: the fields, then the tables."""
     import json
 
-    # Names of files need not be text: JSON escapes what stands for their bytes.
+    # File names need not be Unicode: JSON escapes the surrogates of such bytes.
     text = json.dumps(values).encode("ascii")
     return b"".join([_LENGTH.pack(len(text)), text, *(table.astype("<i8").tobytes() for table in tables)])
 
 
 def decode(path: str, body: memoryview, offset: int) -> tuple[Fields, Tables]:
-    """Returns the fields and the tables of a body that lies at `offset` of the file `path`."""
+    """Returns the fields and tables of a body at `offset` of the file `path`."""
     length = _LENGTH.unpack_from(body)[0] if len(body) >= _LENGTH.size else 0
     most = max(0, min(MAX_TEXT, len(body) - _LENGTH.size))
     if not 0 < length <= most:
@@ -68,7 +68,7 @@ def decode(path: str, body: memoryview, offset: int) -> tuple[Fields, Tables]:
 
 
 class Fields:
-    """The fields of a JSON object that lies at `offset` of the file `path`; each is taken once."""
+    """The fields of a JSON object at `offset` of the file `path`; each is taken once."""
 
     def __init__(self, path: str, text: bytes | memoryview, offset: int) -> None:
         import json
@@ -96,7 +96,7 @@ class Fields:
         return name in self._left
 
     def end(self) -> None:
-        """Refuses what was not taken."""
+        """Raises `ImageError` if a field was not taken."""
         if self._left:
             raise ImageError(f"{self.path}: fields at {self.offset:#x}: {_shown(next(iter(self._left)))} is unknown")
 
@@ -104,7 +104,7 @@ class Fields:
         return self.checked_number(name, self.take(name), most, least)
 
     def checked_number(self, name: str, value: object, most: int, least: int = 0) -> int:
-        # A boolean is an int to Python.
+        # A bool is an int in Python.
         if type(value) is not int or not least <= value <= most:
             self.refuse(name, value, f"a number from {least} to {most}")
         return value
@@ -134,13 +134,13 @@ class Fields:
         return self.apart(name, [self.checked_name(name, each, but) for each in self.items(name)])
 
     def apart(self, name: str, names: list[str]) -> tuple[str, ...]:
-        """Returns names that are all different."""
+        """Returns the names. Raises `ImageError` if two are equal."""
         if len(set(names)) < len(names):
             self.refuse(name, names, "a list of different names")
         return tuple(names)
 
     def checked_name(self, name: str, value: object, but: Collection[str]) -> str:
-        """Returns the name of a file in the same directory that is none of `but`."""
+        """Returns the name. Raises `ImageError` unless it is a plain file name and none of `but`."""
         if not isinstance(value, str) or not _is_plain(value):
             self.refuse(name, value, "the name of a file in the same directory")
         if value in but:
@@ -148,7 +148,7 @@ class Fields:
         return value
 
     def counts(self, name: str, columns: Mapping[str, int]) -> dict[str, int]:
-        """Returns the rows of each table, in the order in which the tables lie; `columns` are all there must be."""
+        """Returns the number of rows of each table, in file order; `columns` are all the tables there must be."""
         value = self.take(name)
         if not isinstance(value, dict) or value.keys() != columns.keys():
             self.refuse(name, value, f"the shapes of {', '.join(columns)}")
@@ -161,7 +161,7 @@ class Fields:
 
 
 class Tables:
-    """Tables of 64-bit numbers, and what follows them, from `at` on in `body`, which lies at `offset` of the file."""
+    """Tables of 64-bit numbers and the bytes after them: from `at` in `body`, which is at `offset` of the file."""
 
     def __init__(self, path: str, body: memoryview, at: int, offset: int) -> None:
         self.path = path
@@ -170,7 +170,7 @@ class Tables:
         self.offset = offset
 
     def table(self, name: str, rows: int, columns: int) -> Ranges:
-        """Returns the next table; a number that does not fit its bounds is found by `refuse_rows`."""
+        """Returns the next table; `refuse_rows` checks the bounds of its numbers."""
         need, left = 8 * rows * columns, len(self.body) - self.at
         if need > left:
             raise ImageError(
@@ -182,7 +182,7 @@ class Tables:
         return found.astype(np.int64, copy=False)
 
     def ranges(self, name: str, rows: int, most: int) -> Ranges:
-        """Returns the next table of ranges: none beyond `most` bytes, none over another."""
+        """Returns the next table of ranges. Raises `ImageError` if one ends beyond `most` or two overlap."""
         begin = self.offset + self.at
         found = self.table(name, rows, 2)
         refuse_rows(f"{self.path}: {name}", begin, found, found[:, 0], found[:, 1], most)
@@ -198,8 +198,8 @@ class Tables:
 
 
 def refuse_rows(what: str, begin: int, table: Ranges, start: Ranges, length: Ranges, most: int) -> None:
-    """Raises unless each row's range begins at 0 or later, is not empty, and ends at `most` at the latest."""
-    # In this order nothing overflows.
+    """Raises `ImageError` unless each row's range is not empty and inside `[0, most)`."""
+    # The order of these checks avoids overflow.
     bad = (start < 0) | (length <= 0) | (start > most) | (length > most - np.clip(start, 0, most))
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
@@ -217,6 +217,6 @@ def _is_plain(name: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """Returns a value for a message, not more than a line of it."""
+    """Returns a value for a message, cut to `_SHOWN` characters."""
     text = repr(value) if isinstance(value, str | int | float | bool) or value is None else f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

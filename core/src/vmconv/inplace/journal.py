@@ -1,9 +1,9 @@
-"""The journal of a change in place: what it takes to go back, and what is left to do when it is to go forward.
+"""The journal of a change in place: the data to roll it back, and the steps left after the commit.
 
-    magic | length of the body, its digest, whose it is | body: JSON, ranges, old bytes | the digest, once committed
+    magic | length of the body, its digest, a mark | body: JSON, ranges, old bytes | the digest, once committed
 
-It is durable before anything changes, and it is removed when nothing is left to be done. The second digest is the
-commit point: without it everything is taken back. What is read is checked field by field (`vmconv.inplace.codec`).
+It is durable before anything changes, and is removed last. The second digest is the commit record: without it recovery
+rolls back. Every field is checked when read (`vmconv.inplace.codec`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ MAX_SIZE = _HEAD.size + MAX_BODY + DIGEST
 """Bytes of a journal."""
 
 _TABLES = {"saved": 2, "holes": 2, "dead": 2, "pieces": 3, "later": 2}
-"""The tables of a body, and the columns of each."""
+"""The tables of a body and their columns."""
 
 NOTHING: Ranges = np.empty((0, 2), dtype=np.int64)
 NOTHING_PLACED: Ranges = np.empty((0, 3), dtype=np.int64)
 
 
 class Leftover(NamedTuple):
-    """A file that belongs to the source and goes with it; only this one, not another of its name."""
+    """A file of the source to remove with it. Size and mtime tell it from a later file of that name."""
 
     name: str
     size: int
@@ -46,17 +46,18 @@ class Leftover(NamedTuple):
 
 
 class Journal(NamedTuple):
-    """A change of one file; all names are of one directory.
+    """A change of one file; all names are in one directory.
 
-    `source` is the name it had, `target` the one it gets. Back: `saved` ranges get their `old` bytes, end to end,
-    `holes` are punched, the size is `old_size` and the time of the last change `old_mtime`. Forward: `dead` ranges are
-    punched, the size is `new_size`, files that were `made` get their names, `leftovers` go, and `mtime` is set when it
-    is known. `undo` is one of the made files, which learns what the result looked like. `replace`: files of those
-    names may be there already. Not `carried`: the target is one of the made files, and the source only goes. `owner` is
-    whose all these files are; None where the journal does not say, and where that does not matter.
+    `source` is the old name, `target` the new one. Back: `saved` ranges get their `old` bytes (concatenated), `holes`
+    are punched, size and mtime become `old_size` and `old_mtime`. Forward: `dead` ranges are punched, the size becomes
+    `new_size`, `made` files are renamed to their final names, `leftovers` are removed, and `mtime` is set if given.
 
-    `pieces` are for a file whose payload has to be shifted forward: rows `(physical, length, offset)`, where each piece
-    lies on storage and where in the file it has to be. Then `later` ranges get their `new` bytes, end to end.
+    `undo` is one of `made` and receives the stamp of the result. `replace`: existing files of these names are replaced.
+    Unless `carried`, the target is one of `made` and the source is only removed. `owner` is the user ID of all these
+    files; None in old journals, and if any owner is allowed.
+
+    `pieces` are the rows `(physical, length, offset)` of payload to shift: its place on storage and its new offset in
+    the file. Afterwards `later` ranges get their `new` bytes (concatenated).
     """
 
     source: str
@@ -81,11 +82,11 @@ class Journal(NamedTuple):
 
     @property
     def names(self) -> set[str]:
-        """Names under which somebody may look for the file."""
+        """Names by which recovery finds this journal."""
         return {self.source, self.target, *self.made, *(leftover.name for leftover in self.leftovers)}
 
     def encode(self, mark: Callable[[bytes], bytes]) -> bytes:
-        """Returns the journal as a file; `mark` makes of its digest what says whose it is, 32 bytes."""
+        """Returns the bytes of the journal; `mark` turns its digest into the owner's mark, 32 bytes."""
         values: dict[str, Any] = {
             name: value for name, value in self._asdict().items() if name not in (*_TABLES, "old", "new")
         }
@@ -97,13 +98,13 @@ class Journal(NamedTuple):
 
 
 def commit_record(encoded: bytes) -> bytes:
-    """Returns what is written behind an encoded journal to commit it."""
+    """Returns the bytes that commit an encoded journal when appended."""
     digest: bytes = _HEAD.unpack_from(encoded)[2]
     return digest
 
 
 class Head(NamedTuple):
-    """The beginning of a journal; `digest` and `mark` tell whose it is."""
+    """The header of a journal; `digest` and `mark` authenticate it."""
 
     length: int
     digest: bytes
@@ -111,16 +112,16 @@ class Head(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A journal as it was found."""
+    """A journal that was read."""
 
     journal: Journal
     committed: bool
 
 
 def read_head(descriptor: int, path: str) -> Head | None:
-    """Returns the head of a journal; None when it was not written to its end.
+    """Returns the head of a journal, None if it is torn.
 
-    Raises `ImageError` for a file that is something else.
+    Raises `ImageError` if the file is no journal.
     """
     data = linux.read_at(descriptor, _HEAD.size, 0)
     # A sector that never reached storage reads as zero.
@@ -137,7 +138,7 @@ def read_head(descriptor: int, path: str) -> Head | None:
 
 
 def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
-    """Returns the journal whose file has the name `entry`; None when it was not written to its end."""
+    """Returns the journal in the file named `entry`, None if it is torn."""
     if os.fstat(descriptor).st_size < _HEAD.size + head.length:
         return None
     body = linux.read_at(descriptor, head.length, _HEAD.size)
@@ -155,7 +156,7 @@ def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
 
 
 def parse(encoded: bytes, path: str) -> Journal:
-    """Returns the journal in a file; raises `ImageError` for one that could not be read again."""
+    """Returns an encoded journal as recovery would read it. Raises `ImageError` if that fails."""
     return _parse(memoryview(encoded)[_HEAD.size :], path)
 
 
@@ -185,7 +186,7 @@ def _pieces(tables: Tables, rows: int, most: int) -> Ranges:
 
 
 def _files(given: Fields) -> dict[str, Any]:
-    """Returns the names of a journal: of files beside it, and none that is its own."""
+    """Returns the names of a journal. Raises `ImageError` if one leaves the directory or is the journal's own."""
     source = given.name("source", ())
     own = {beside(source, JOURNAL), beside(source, WORKING)}
     made = given.names("made", own)
@@ -221,9 +222,9 @@ def _leftover(given: Fields, value: object, own: set[str]) -> Leftover:
 
 
 def _times(given: Fields) -> dict[str, Any]:
-    """Returns the rest of the fields of a journal."""
+    """Returns times and owner, the last fields of a journal."""
     mtime = given.take("mtime")
-    # Older journals do not say whose the files are.
+    # Older journals have no owner.
     owner = given.take("owner") if given.has("owner") else None
     found = {
         "old_mtime": given.number("old_mtime", codec.MAX_TIME, -codec.MAX_TIME),
@@ -235,7 +236,7 @@ def _times(given: Fields) -> dict[str, Any]:
 
 
 def _with_bytes(journal: Journal, tables: Tables) -> Journal:
-    """Returns the journal with what lies behind its tables: the bytes of two of them."""
+    """Returns the journal with the bytes behind its tables: `old`, then `new`."""
     old, new = int(journal.saved[:, 1].sum()), int(journal.later[:, 1].sum())
     left = len(tables.body) - tables.at
     if old + new != left:

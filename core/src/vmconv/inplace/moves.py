@@ -1,8 +1,7 @@
-"""Payload that is shifted inside its file, by taking blocks out of it and putting holes into it (ext4, XFS).
+"""Shifts payload inside its file, by collapsing and inserting ranges (ext4, XFS).
 
-Neither is atomic: a power cut may leave a part of the payload shifted and the rest not. Blocks know no names, but each
-has its place on storage, which shifting does not change. So where a block has to be is told by where it lies, and
-whatever the state, it is clear what is left to be done.
+Neither is atomic: a power failure may leave a part of the payload shifted. But shifting never changes a block's
+physical address. The journal maps physical addresses to file offsets, so the remaining work follows from any state.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from vmconv.model.sources import File
 from vmconv.system import linux
 
 MOST_WRITTEN = 16 << 20
-"""Metadata of a target whose payload is shifted, bytes: the journal has it."""
+"""Metadata of a target with shifted payload, bytes: the journal holds it."""
 
 MOST_SHIFTS = 1024
-"""Times that all that follows is shifted: each takes as long as the file has extents."""
+"""Shifts of the rest of the file: each takes time in proportion to the file's extents."""
 
 
 def supported(directory: Directory) -> bool:
-    """True when files of a directory can be shifted: asked of a file without a name."""
+    """True if the filesystem of a directory can shift blocks; tries it on a file without a name."""
     try:
         scratch = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory.descriptor)
     except OSError:
@@ -47,9 +46,9 @@ def supported(directory: Directory) -> bool:
 
 
 def physical_pieces(main: FilePlan, carrier: File) -> Ranges:
-    """Returns the pieces of payload by their places on storage, `(physical, length, offset in the output)`.
+    """Returns the pieces of payload by physical address: `(physical, length, offset in the output)`.
 
-    Raises `PlanError` when shifting cannot bring them there.
+    Raises `PlanError` if shifting cannot reach these offsets.
     """
     rows = _rows(main, carrier)
     _refuse_torn_blocks(rows, main, os.fstatvfs(carrier.descriptor).f_bsize)
@@ -77,7 +76,7 @@ def _rows(main: FilePlan, carrier: File) -> Ranges:
 
 
 def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
-    """Raises where payload is not whole blocks: but the last one, when nothing is to be zero in the rest of it."""
+    """Raises `PlanError` unless payload is whole blocks; the last may be partial if its rest need not be zero."""
     end = rows[:, 2] + rows[:, 1]
     torn = (rows[:, 0] % block != 0) | (rows[:, 2] % block != 0)
     torn[:-1] |= end[:-1] % block != 0
@@ -88,7 +87,7 @@ def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
 
 
 def _on_storage(rows: Ranges, extents: Ranges) -> Ranges:
-    """Returns the parts of rows that have a place on storage, with it instead of the offset."""
+    """Returns the allocated parts of rows, with the physical address instead of the offset."""
     row, extent, begin, length = _overlaps(rows[:, 0], rows[:, 1], extents[:, 0], extents[:, 1])
     physical = extents[extent, 2] + begin - extents[extent, 0]
     pieces: Ranges = np.stack([physical, length, rows[row, 2] + begin - rows[row, 0]], axis=1)
@@ -99,7 +98,7 @@ def _on_storage(rows: Ranges, extents: Ranges) -> Ranges:
 
 
 def _overlaps(low: Column, length: Column, start: Column, size: Column) -> tuple[Column, Column, Column, Column]:
-    """Returns `(range, other, begin, length)` for each overlap of ranges with others, which are sorted and apart."""
+    """Returns `(range, other, begin, length)` of each overlap of ranges with others; those are sorted and disjoint."""
     end, stop = low + length, start + size
     first = np.searchsorted(stop, low, side="right")
     count = np.searchsorted(start, end, side="left") - first
@@ -131,15 +130,15 @@ def shift(descriptor: int, pieces: Ranges, calls: Syscalls) -> None:
 
 
 def _current_extents(descriptor: int) -> Ranges:
-    """Returns where the file's blocks are, `(logical, length, physical)`."""
+    """Returns the file's extents, `(logical, length, physical)`."""
     rows = linux.settled_ranges(descriptor)
     if rows is None:
-        raise BackendError("the filesystem does not tell any more where the payload lies")
+        raise BackendError("the filesystem no longer reports physical addresses of the payload")
     return rows
 
 
 def _found(now: Ranges, pieces: Ranges, block: int) -> tuple[Column, Column, Column]:
-    """Returns where parts of the pieces are, how long they are, and where they have to be, in the order of the file."""
+    """Returns offset, length and wanted offset of the parts of the pieces, in the order of the file."""
     length = -(-pieces[:, 1] // block) * block
     extent, piece, physical, part = _overlaps(now[:, 2], now[:, 1], pieces[:, 0], length)
     offset = now[extent, 0] + physical - now[extent, 2]
@@ -160,9 +159,9 @@ def _refuse_missing(now: Ranges, pieces: Ranges, block: int) -> None:
 
 
 def _foreign_ranges(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
-    """Yields the ranges of the file that are none of the pieces."""
+    """Yields the file's ranges outside of all pieces."""
     offset, length, _ = _found(now, pieces, block)
-    # Of ranges that lie inside of others, the rest is between the ends of some and the beginnings of the next.
+    # The pieces lie inside the extents, so the gaps are between sorted ends and the next starts.
     begin = np.sort(np.concatenate([now[:, 0], offset + length]))
     end = np.sort(np.concatenate([offset, now[:, 0] + now[:, 1]]))
     there = end > begin
@@ -170,7 +169,7 @@ def _foreign_ranges(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[i
 
 
 def _boundaries(now: Ranges, pieces: Ranges, block: int) -> Iterator[tuple[int, int]]:
-    """Yields where the parts begin that have to be shifted by one distance, and where each has to be."""
+    """Yields `(offset, wanted offset)` of the first part of each run with one distance."""
     offset, _, wanted = _found(now, pieces, block)
     distance = wanted - offset
     first = np.append(True, distance[1:] != distance[:-1]) if len(offset) else np.empty(0, dtype=bool)

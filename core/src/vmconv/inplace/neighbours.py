@@ -1,7 +1,7 @@
-"""Other images of the directory, which a conversion in place must not leave without their parent or payload.
+"""Finds images of the directory that would lose their parent or payload by a conversion in place.
 
-Only names count: those that a neighbour's header states, or the identity by which it knows its parent, compared with
-the files concerned. Nothing outside the directory is opened, whatever a neighbour names, and nothing is locked.
+Compares the names in a neighbour's header, or the identity of its parent, with the files to be changed. Opens nothing
+outside the directory, whatever a neighbour names, and locks nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
 
 MOST_SECONDS = 20.0
-"""Time that looking at the files of a directory may take; what is not looked at then is said."""
+"""Time limit of the search. A warning counts the files that were not searched."""
 
 
 class Neighbours(NamedTuple):
-    """What was found: the file that refers, and the one that it refers to; how many files were not looked at."""
+    """The outcome: `refers` is `(neighbour, file that it refers to)`, `unseen` the number of files not searched."""
 
     directory: str
     refers: tuple[str, str] | None
@@ -37,13 +37,13 @@ class Neighbours(NamedTuple):
 
 
 def look(directory: Directory, own: Sequence[Own], registry: Registry, but: Collection[str] = ()) -> Neighbours:
-    """Looks for an image of the directory that refers to one of `own`: as its parent, or for its payload.
+    """Searches the directory for an image that refers to one of `own` as its parent or payload.
 
-    `but` are files that may, as they go with them.
+    `but` are files that may refer to them, because they are removed with them.
     """
     passed = {*but, *(each.name for each in own)}
     names = [name for name in directory.names() if name not in passed]
-    # What is called an image first, for where there is no time for all.
+    # Files named like images come first, in case the time runs out.
     names.sort(key=lambda name: registry.format_by_suffix(name) is None)
     end = time.monotonic() + MOST_SECONDS
     for number, name in enumerate(names):
@@ -56,43 +56,43 @@ def look(directory: Directory, own: Sequence[Own], registry: Registry, but: Coll
 
 
 def refuse(found: Neighbours) -> None:
-    """Raises `PlanError` when another image refers to one of the files."""
+    """Raises `PlanError` if another image refers to one of the files."""
     if found.refers:
         name, own = found.refers
         raise PlanError(
-            f"{name}: refers to {own}, which would be another disk image then",
+            f"{name}: refers to {own}, which this would replace",
             hint=f"convert {name} first, flattening it, or rebase it",
         )
 
 
 def warning(found: Neighbours) -> str | None:
-    """Returns what must be said when not all could be looked at."""
+    """Returns a warning if files were not searched."""
     if not found.unseen:
         return None
     return (
-        f"{found.directory}: {found.unseen} files were not looked at: an image among them that refers to the source "
-        "cannot be read any more afterwards"
+        f"{found.directory}: {found.unseen} files were not searched: an image among them that refers to the source "
+        "will be unreadable"
     )
 
 
 def warn(found: Neighbours) -> None:
-    """Says it, where nothing else does."""
+    """Emits the warning, for callers without a list of warnings."""
     if text := warning(found):
         errors.warn(text)
 
 
 def _find_reference(directory: Directory, name: str, own: Sequence[Own], registry: Registry) -> str | None:
-    """Returns the name of the file that an image refers to; None when it is no image, or refers to none of `own`."""
+    """Returns the one of `own` that an image refers to; None if there is none, or the file is no image."""
     try:
         descriptor = directory.open(name)
     except (OSError, VmconvError):
-        # What cannot be read refers to nothing that could be found out.
+        # An unreadable file cannot be searched for references.
         return None
     file = File(os.path.join(directory.path, name), descriptor)
     with _Names(directory, own, registry) as names:
         names.files.append(file)
         kind = registry.probe(file)
-        # The fields of a header may make no sense; what was named until then counts.
+        # A damaged header may fail halfway; names read before count.
         with suppress(VmconvError):
             if kind in registry.formats:
                 _ask(registry.formats[kind].read(file, names), names)
@@ -110,7 +110,7 @@ def _ask(image: Image, names: _Names) -> None:
 
 
 class _Names(Opener):
-    """Notes which of the files concerned a reader asks for, and gives it none that lies in another directory."""
+    """An opener that notes requests for one of `own` and opens nothing outside the directory."""
 
     def __init__(self, directory: Directory, own: Sequence[Own], registry: Registry) -> None:
         super().__init__(registry)
@@ -119,10 +119,10 @@ class _Names(Opener):
         self.found: str | None = None
 
     def note(self, origin: File, reference: str, *, moved: bool = False) -> str | None:
-        """Returns the name that a reference has in the directory, None when it leads out of it."""
+        """Returns a reference's name in the directory, None if it leads out of the directory."""
         name = self._note_path(os.path.join(os.path.dirname(origin.path), reference))
         if name is None or not self.directory.has(name):
-            # Paths of other systems, and with `moved` all that lead elsewhere, are looked for by their base names.
+            # Readers look up paths of other systems, and with `moved` all paths, by their base names.
             base = paths.base_of(reference) if moved or paths.is_foreign(reference) else ""
             for each in self.own:
                 if base.casefold() == each.name.casefold():
@@ -135,7 +135,7 @@ class _Names(Opener):
         if "\0" in path or name in ("", ".", "..") or not self._is_here(folder):
             return None
         with suppress(OSError):
-            # A link of this directory may lead to one of the files.
+            # A symbolic link of this directory may point to one of the files.
             there = os.stat(name, dir_fd=self.directory.descriptor)
             for each in self.own:
                 if _identity(there) == each.file.stamp[:2]:
@@ -171,7 +171,7 @@ class _Names(Opener):
 
 
 def _missing(origin: File, reference: str, role: str) -> AccessError:
-    """Returns the error for what is not to be opened: as if it were not there, as some readers look for several."""
+    """Returns the error of a missing file, after which some readers try another name."""
     error = AccessError(f"{origin.name}: {role} {reference!r} is not looked at")
     error.__cause__ = FileNotFoundError(reference)
     return error

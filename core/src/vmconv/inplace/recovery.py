@@ -1,7 +1,7 @@
-"""A change in place that was stopped is taken back, or finished when it had been committed.
+"""Recovery of an interrupted change in place: rollback, or completion after the commit.
 
-`vmconv recover` does that, and any command that meets such a file does so, too. Both only follow a journal that this
-user's vmconv wrote here (`vmconv.io.ownership`); `vmconv recover --trust` follows any.
+`vmconv recover` recovers, and so does any command that opens such a file. Both follow only journals that this user's
+vmconv wrote on this machine (`vmconv.io.ownership`); `vmconv recover --trust` follows any.
 """
 
 from __future__ import annotations
@@ -26,21 +26,20 @@ from vmconv.system import linux
 
 
 class Recovery(NamedTuple):
-    """What was done: `path` is the complete file that there is now, `forward` None when there was nothing to do."""
+    """The outcome: `path` is the complete file; `forward` is False after a rollback, None if nothing was to do."""
 
     path: str
     forward: bool | None
 
 
 class _StrangerError(AccessError):
-    """A journal that somebody else may have made."""
+    """The journal may be another user's."""
 
 
 def recover(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> Recovery:
-    """Finishes or takes back the change in place that a file was in; `path` is any name that it had, has or gets.
+    """Completes or rolls back the interrupted change of a file; `path` is its old, working or new name.
 
-    So is a set of files that had begun to get their names. With `trust` the journal may be anybody's, as after a backup
-    was restored.
+    Also completes an interrupted set of renames. With `trust` follows any user's journal, as after restoring a backup.
     """
     if finish_set(path, trust=trust):
         return Recovery(path, forward=True)
@@ -59,16 +58,16 @@ def recover(path: str, *, trust: bool = False, calls: Syscalls | None = None) ->
 
 
 def recover_if_own(path: str) -> Recovery | None:
-    """Recovers what a command meets under the name `path`; returns None when that is nothing.
+    """Recovers the file `path` if its journal is this user's; returns None if there is nothing to recover.
 
-    Raises `AccessError` when the file is not there and its run is alive, or its journal may be a stranger's. A file
-    that is there in spite of such a journal may be read: it is whole at every moment when it has its name.
+    Raises `AccessError` if the file is missing and its conversion is running or its journal may be another user's. If
+    the file exists it may be read in spite of such a journal: a file under its own name is always complete.
     """
     folder, name = os.path.split(os.path.abspath(path))
     try:
         opened = Directory.at(folder)
     except OSError:
-        # What is wrong with it, or with the path, is for whoever opens the file to say.
+        # Opening the file will fail too, with a better message.
         return None
     with os_errors("cannot be recovered", AccessError, where=path), opened as directory:
         entry = beside(name, JOURNAL)
@@ -88,7 +87,7 @@ def recover_if_own(path: str) -> Recovery | None:
 
 
 def _find(directory: Directory, name: str, *, trust: bool) -> str | None:
-    """Returns the name of the journal that knows `name`, which may be the journal's own."""
+    """Returns the journal that knows `name`, which may be the journal's own name."""
     for entry in (name, beside(name, JOURNAL), beside(name.removesuffix(WORKING), JOURNAL)):
         if entry.endswith(JOURNAL) and directory.has(entry):
             return entry
@@ -99,14 +98,14 @@ def _find(directory: Directory, name: str, *, trust: bool) -> str | None:
         elif name in found.journal.names or name == beside(found.journal.source, WORKING):
             return entry
     if torn is not None:
-        # Nobody knows which file it is about, and nothing was done: it may go.
+        # A torn journal names no file, and its run changed nothing. Following it removes it.
         return torn
     _refuse_lone(directory, name)
     return None
 
 
 def _find_own(directory: Directory, name: str) -> str | None:
-    """Returns the name of this user's journal that knows `name`, as far as the directory can be listed."""
+    """Returns this user's journal that knows `name`; None also if the directory cannot be listed."""
     with suppress(OSError):
         for entry, found in _journals(directory, trust=False):
             if found is not None and name in found.journal.names:
@@ -115,20 +114,20 @@ def _find_own(directory: Directory, name: str) -> str | None:
 
 
 def _refuse_lone(directory: Directory, name: str) -> None:
-    """Raises where a file is out of the way with nothing to say what had been done to it."""
+    """Raises `AccessError` if a file has its working name and no journal."""
     working = name if name.endswith(WORKING) else beside(name, WORKING)
     entry = beside(name.removesuffix(WORKING), JOURNAL)
     if directory.has(working) and not directory.has(entry) and not (working != name and directory.has(name)):
         raise AccessError(
             f"{directory.join(working)}: its journal {entry} is gone",
-            hint="without it nobody can say what state the file is in",
+            hint="without it the state of the file is unknown",
         )
 
 
 def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found | None]]:
-    """Yields the journals of a directory that are this user's, or with `trust` all; None for those that are torn.
+    """Yields this user's journals in a directory, or with `trust` all; None for a torn journal.
 
-    What is no journal, or cannot be opened, is passed over: it is about another file.
+    Skips files that are no journals or cannot be opened, because one of them must not block all others.
     """
     for entry in directory.names():
         if entry.endswith(JOURNAL):
@@ -142,7 +141,7 @@ def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found
 
 
 def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> Found | None:
-    """Returns a journal, None when it is torn; before its body is read, raises `_StrangerError` if it may be forged."""
+    """Returns a journal, None if it is torn. Raises `_StrangerError`, before parsing the body, if it may be forged."""
     path = directory.join(entry)
     head = journals.read_head(descriptor, path)
     if head is None:
@@ -160,7 +159,7 @@ def _refuse_stranger(path: str, why: str | None) -> None:
 
 
 def _open(directory: Directory, entry: str, *, trust: bool) -> int:
-    """Returns the descriptor of a journal; raises `_StrangerError` for what this user's vmconv cannot have made."""
+    """Returns the descriptor of a journal. Raises `_StrangerError` if this user's vmconv cannot have made it."""
     path = directory.join(entry)
     try:
         descriptor = ownership.opened(directory, entry)
@@ -181,7 +180,7 @@ def _open(directory: Directory, entry: str, *, trust: bool) -> int:
 
 @contextmanager
 def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
-    """Yields the descriptor of a journal whose run is dead: a living one locks its own."""
+    """Yields the locked descriptor of a journal. Raises `AccessError` if its run is alive, which holds the lock."""
     descriptor = _open(directory, entry, trust=trust)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,18 +198,18 @@ def _follow(directory: Directory, entry: str, calls: Syscalls, *, trust: bool) -
         found = _read(directory, record, entry, trust=trust)
         if found is None:
             return _remove_torn(directory, entry, calls)
-        # Who trusts a journal trusts it for files that have another owner now, as a restored backup has.
+        # Files of a restored backup may have another owner than the journal says.
         journal = found.journal._replace(owner=None) if trust else found.journal
         return _apply(directory, found._replace(journal=journal), calls)
 
 
 def _remove_torn(directory: Directory, entry: str, calls: Syscalls) -> Recovery:
-    """Removes a journal that was never durable: nothing has been done."""
+    """Removes a journal that was never durable, so its run changed nothing."""
     name = entry.removesuffix(JOURNAL)
     if directory.has(name + WORKING):
         raise ImageError(
             f"{directory.join(entry)}: is damaged",
-            hint=f"nobody can say what state {directory.join(name + WORKING)} is in",
+            hint=f"the state of {directory.join(name + WORKING)} is unknown",
         )
     calls.unlink(directory, entry)
     calls.sync_directory(directory)
@@ -239,7 +238,7 @@ def _apply(directory: Directory, found: Found, calls: Syscalls) -> Recovery:
 
 
 def _refuse_exchanged(path: str, descriptor: int, owner: int | None) -> None:
-    """Raises `AccessError` when a file is not the one whose change was interrupted, but another user's."""
+    """Raises `AccessError` if the file under the working name belongs to another user than the journal says."""
     uid = os.fstat(descriptor).st_uid
     if owner is not None and uid != owner:
         raise AccessError(f"{path}: belongs to user {uid}, the file that was being converted to {owner}")

@@ -1,4 +1,4 @@
-"""What may be changed in place: refusals before anything is touched."""
+"""Preconditions of a change in place, checked before any write."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from vmconv.model.image import Image
 from vmconv.model.sources import File
 from vmconv.system import linux
 
-# What has to be promised cannot be tried out: that what was synced survives a power cut, names included, and that other
-# machines do not write. These filesystems are made for it.
+# Filesystems that keep synced data and names after a power failure, and that no other machine writes to. Neither can be
+# tested at run time.
 DURABLE = ("ext4", "xfs", "btrfs", "f2fs", "bcachefs")
 
 
 class Own(NamedTuple):
-    """A file of the image that is to be changed, and its name in the directory in which all of them are."""
+    """A file of the image to change, and its name in the common directory."""
 
     file: File
     name: str
 
 
 def own_name(file: File) -> str:
-    """Returns the name of an open file, links followed; that it is still its name is for `refuse_places` to see."""
+    """Returns the name of an open file, links followed; `refuse_places` checks that it still is."""
     return os.path.basename(os.path.realpath(file.path))
 
 
 def refuse_links(source: str) -> None:
-    """Raises `PlanError` when the source is named by a symbolic link."""
+    """Raises `PlanError` if the source path is a symbolic link."""
     if os.path.islink(source):
         raise PlanError(
             f"{source}: is a symbolic link; in place, the file itself is renamed",
@@ -43,7 +43,7 @@ def refuse_links(source: str) -> None:
 
 
 def refuse_places(own: Iterable[Own], directory: Directory) -> None:
-    """Raises `PlanError` unless all files are ordinary files of this directory, each with one name."""
+    """Raises `PlanError` unless all are regular files of this directory with one link each."""
     for file, name in own:
         status = os.fstat(file.descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -68,15 +68,15 @@ def _refuse_filesystem(directory: str) -> None:
     kind = linux.mount_of(directory).type
     if kind not in DURABLE:
         raise PlanError(
-            f"{directory}: is on {kind}, which is not known to keep what in place promises about power cuts",
+            f"{directory}: is on {kind}, which is not known to survive power failures as in place needs it",
             hint=f"these are: {', '.join(DURABLE)}; convert to another file",
         )
 
 
 def refuse_other_owners(directory: Directory, named: str, names: Iterable[str], option: str) -> None:
-    """Raises `PlanError` when one of these files is not the one's who owns the file that the user named.
+    """Raises `PlanError` if a file and the file `named` by the user have different owners.
 
-    An image says which files it consists of, so its owner could have others' files changed; `option` allows that.
+    An image names its own files, so its author could direct vmconv at files of others. `option` allows that.
     """
     status = directory.status(named)
     owner = status.st_uid if status else -1
@@ -90,7 +90,7 @@ def refuse_other_owners(directory: Directory, named: str, names: Iterable[str], 
 
 
 def refuse_exchanged(directory: Directory, own: Own, descriptor: int) -> None:
-    """Raises `AccessError` when a descriptor, opened by name, is not of the file that was read."""
+    """Raises `AccessError` if a descriptor, opened by name, is not the file that was read."""
     if not os.path.samestat(os.fstat(descriptor), os.fstat(own.file.descriptor)):
         raise AccessError(
             f"{directory.join(own.name)}: was exchanged while it was being looked at", hint="find out by whom"
@@ -98,7 +98,7 @@ def refuse_exchanged(directory: Directory, own: Own, descriptor: int) -> None:
 
 
 def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
-    """Raises `PlanError` when a journal or a working name is in the way, ours or a stranger's."""
+    """Raises `PlanError` if a journal or a working name exists, whoever made it."""
     for _, name in own:
         for other in (beside(name, JOURNAL), beside(name, WORKING)):
             if directory.has(other):
@@ -109,14 +109,14 @@ def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
 
 
 def refuse_too_much(name: str, saved: Ranges) -> None:
-    """Raises `PlanError` when more would be written over than a journal can hold, before it is read."""
+    """Raises `PlanError` if the ranges to overwrite exceed a journal, before reading them into memory."""
     total = int(saved[:, 1].sum())
     if total > MAX_BODY:
         raise PlanError(f"{name}: {total} bytes would be written over, {MAX_BODY} at most in place")
 
 
 def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Registry) -> None:
-    """Raises when payload lies in a file that is a disk of its own, to which a layer only refers."""
+    """Raises `PlanError` if payload is in another disk image, to which a layer only refers."""
     own = [layer.file for layer in layers]
     recorded = {os.path.basename(each.name) for layer in layers for each in layer.dependencies if each.fingerprint}
     for file in files:
@@ -128,7 +128,7 @@ def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Reg
 
 
 def refuse_losses(losses: Sequence[str], *, keep_undo: bool) -> None:
-    """Raises when something that the source holds would be destroyed, with no way back."""
+    """Raises `PlanError` if properties of the source would be lost without an undo file."""
     if losses and not keep_undo:
         raise PlanError(
             f"in place, this would be destroyed: {'; '.join(losses)}",

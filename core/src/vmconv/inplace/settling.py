@@ -1,6 +1,6 @@
-"""Settles what an interrupted conversion has left of a file, before a command opens it.
+"""Recovers a file after an interrupted conversion, before a command opens it.
 
-The edge of a command decides whether that happens: it gives `settle` to the openers that it makes.
+A command opts in by passing `settle` to its openers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vmconv.inplace.names import is_interrupted
 
 
 def settle(path: str) -> None:
-    """Takes back or finishes the conversion that has left `path` incomplete; does nothing for any other file.
+    """Rolls back or completes an interrupted conversion of `path`; does nothing for other files.
 
     Raises AccessError if the file has another name afterwards.
     """
@@ -29,8 +29,8 @@ def _settle(path: str) -> None:
     done = recover_if_own(path)
     if done is None:
         return
-    what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'taken back'}"
+    what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'rolled back'}"
     if not os.path.lexists(path):
         raise AccessError(f"{path}: is {done.path} now: {what}")
-    # Not a property of the image: the command that met the file says it.
+    # A warning of the command and not of the image, which is fine now.
     warn(f"{path}: {what}")

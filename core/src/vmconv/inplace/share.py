@@ -1,4 +1,4 @@
-"""Sharing blocks with a source that goes when the target is there: in place, for filesystems that can share."""
+"""In place on filesystems that share blocks: new files share the source's payload, then replace the source."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vmconv.model.sources import File
 
 
 class ReplacingBackend(ReflinkBackend):
-    """Replaces certain files, those of a source; made for them, and so registered nowhere.
+    """Replaces the files of one source; made per conversion, so not registered.
 
-    `own` are in `directory`, and belong to `owner`, or to anybody where that is None. What is made carries the
-    attributes of the file whose payload it shares, or else of `named`, which is one of them.
+    `own` are in `directory` and belong to `owner`; None allows any. A new file gets the attributes of the file whose
+    payload it shares, or else of `named`, one of `own`.
     """
 
     automatic = False
@@ -48,19 +48,19 @@ class ReplacingBackend(ReflinkBackend):
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        # The own directory is the one that was open when the source was looked at.
+        # `self.directory` is used: it was open when the source was checked.
         return ReplacingTransaction(self, force=force)
 
 
 class _Replacement(ReflinkOutput):
-    """A new file that gets the owner, mode and attributes of `origin`, and lets nobody in whom `others` did not."""
+    """A new file with the owner, mode and attributes of `origin`, readable to no user whom `others` exclude."""
 
     calls: Syscalls
     origin: File
     others: Sequence[File]
 
     def finish(self) -> File:
-        # Before the file is synced, so that all of it is durable before the old one goes.
+        # Before the sync, so that attributes are durable before the old file is removed.
         missing = self.calls.carry(self.origin.descriptor, self.descriptor, [other.descriptor for other in self.others])
         if missing:
             warn(f"{self.origin.name}: not carried over to what replaces it: {', '.join(missing)}")
@@ -68,7 +68,7 @@ class _Replacement(ReflinkOutput):
 
 
 class ReplacingTransaction(ReflinkTransaction):
-    """New files, and old ones that go with the commit; stopped anywhere, it is recovered as a change in place is."""
+    """Creates new files and removes the old ones with the commit; recovered like any change in place."""
 
     output = _Replacement
 
@@ -108,7 +108,7 @@ class ReplacingTransaction(ReflinkTransaction):
         return output
 
     def _give_access(self, temporary: Temporary) -> None:
-        """Does nothing: the file is this user's alone until it is finished."""
+        """Does nothing: the file stays mode 0600 until `finish` carries the attributes over."""
 
     def temporary_name(self, name: str) -> str:
         return beside(name, WORKING)

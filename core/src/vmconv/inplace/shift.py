@@ -1,4 +1,4 @@
-"""The source file becomes the target, with its payload shifted to where a flat disk has it; see `vmconv.inplace`."""
+"""In place to a flat disk: the source file becomes the target, its payload is shifted to the flat disk's offsets."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vmconv.model.sources import File, stamp_of
 
 
 class ShiftingBackend(InPlaceBackend):
-    """Changes the file of one claim, whose blocks it shifts."""
+    """Changes the file of one claim by shifting its blocks."""
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        # Which blocks can be shifted is for the plan as a whole to say.
+        # Any offset is fine for a single row; `moves` checks the plan as a whole.
         return Survey(1, self._elsewhere(sources))
 
     def begin(
@@ -31,9 +31,9 @@ class ShiftingBackend(InPlaceBackend):
 
 
 class ShiftingTransaction(InPlaceTransaction):
-    """One file whose payload is shifted after the commit: there is no way back from the middle, only the one forward.
+    """One file whose payload is shifted after the commit, because a partial shift can only be completed.
 
-    So nothing is written to it before, and what is verified is what the file will be.
+    Nothing is written to the file before the commit. Verification reads the planned file.
     """
 
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
@@ -41,7 +41,7 @@ class ShiftingTransaction(InPlaceTransaction):
         return self._base_journal(main, others)._replace(
             pieces=shifting.physical_pieces(main, self.carrier),
             later=later,
-            # Where filesystems set space aside around what is written later.
+            # Filesystems may preallocate blocks around later writes.
             dead=space.unused(main, os.fstatvfs(self.claim.descriptor).f_bsize),
             new=b"".join(main.table.read(offset, length) for offset, length in later.tolist()),
         )
@@ -51,13 +51,13 @@ class ShiftingTransaction(InPlaceTransaction):
 
 
 class _ShiftedOutput(PlannedOutput):
-    """The file as it will be: payload is shifted after the commit, and the journal has the rest."""
+    """The planned file: payload is shifted after the commit, the journal holds the rest."""
 
     def __init__(self, main: FilePlan, carrier: File) -> None:
         super().__init__(main)
         self.carrier = carrier
 
     def finish(self) -> File:
-        # Only its name has changed.
+        # The rename to the working name changed the ctime.
         self.carrier.stamp = stamp_of(os.fstat(self.carrier.descriptor))
         return super().finish()

@@ -1,4 +1,4 @@
-"""The site of a conversion in place: the files that become others, whether they may, and the locks on them."""
+"""The site of a conversion in place: the source's files, the checks on them, and their locks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _UNMARKED = (
 
 
 class Site:
-    """The image that is converted in place, and the files that become others, without those below it.
+    """The source image of a conversion in place, and its own files without those of lower layers.
 
-    With `chain` all layers do, down to and without the one in the file `base`.
+    With `chain` the files of all layers, down to the layer in the file `base`, exclusive.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Site:
         for layer in image.chain():
             if below and os.path.samestat(below, os.fstat(layer.file.descriptor)):
                 break
-            # The table names the files with the payload; those of the layers below are not open yet.
+            # Reading the table opens the payload files of this layer. Those of lower layers are not open yet.
             layer.guest  # noqa: B018 opens them
             self.layers.append(layer)
             files = tuple(opener.files)
@@ -65,7 +65,7 @@ class Site:
 
     @contextmanager
     def claimed(self, directory: str) -> Iterator[None]:
-        """Holds the files, in the directory of the target, while the conversion is planned and made.
+        """Locks the files, in the target's directory, during planning and execution.
 
         Raises `PlanError` or `AccessError` if they may not be changed in place.
         """
@@ -73,7 +73,7 @@ class Site:
         rules.refuse_losses(losses, keep_undo=self.keep_undo)
         rules.refuse_links(self.source)
         with ExitStack() as claims:
-            # From here on the directory is reached by its descriptor: its owner might exchange it.
+            # From here on by descriptor, because the directory's owner might replace it.
             with os_errors("cannot be opened", PlanError):
                 self.directory = claims.enter_context(Directory.at(directory))
             self._refuse_led_away()
@@ -82,7 +82,7 @@ class Site:
             yield
 
     def _refuse_led_away(self) -> None:
-        """Raises `AccessError` where another user's link, on the way to the source, says which file it is."""
+        """Raises `AccessError` if a symbolic link of another user leads to the source."""
         with os_errors("cannot be opened", PlanError):
             directory, name = locate(self.source)
         with directory:
@@ -102,7 +102,7 @@ class Site:
         self.image.warnings += tuple(text for text in (neighbours.warning(found), unmarked) if text)
 
     def _claim(self, own: Own, claims: ExitStack) -> int:
-        """Returns a descriptor to write to a file that nobody else uses, and may not use from now on."""
+        """Returns a writable descriptor of a file, locked. Raises `AccessError` if another process uses it."""
         locks.refuse_users(own.file)
         with os_errors("cannot be changed", PlanError):
             descriptor = self.directory.open(own.name, os.O_RDWR)
@@ -113,16 +113,16 @@ class Site:
 
     @property
     def owner(self) -> int | None:
-        """The user that all files belong to; None when they may be anybody's."""
+        """The user ID of all files' owner; None if any owner is allowed."""
         return None if self.any_owner else os.fstat(self.image.file.descriptor).st_uid
 
     def refuse_plan(self, plan: Plan) -> None:
-        """Raises `PlanError` if the result would refer to what is gone then, or replace files of others."""
+        """Raises `PlanError` if the result would refer to the removed source, or replace files of other users."""
         if plan.references:
             raise PlanError(
                 "in place, the target cannot refer to the source, which is gone then", hint="leave --in-place out"
             )
         if not self.any_owner:
-            # With --force existing files are replaced. They are no more the image's business than its own.
+            # --force replaces existing files, and the image chooses some of the names.
             made = [file.name for file in plan.files]
             rules.refuse_other_owners(self.directory, rules.own_name(self.image.file), made, "--any-owner")

@@ -1,4 +1,4 @@
-"""Which bytes of a file stay, which are written over, and which are dead once it has become another."""
+"""Which bytes of a file stay, are overwritten, or are dead after a change in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmconv.model.sources import File
 
 
 def carrier_plan(plan: Plan, carrier: File) -> FilePlan:
-    """Returns the output that `carrier` becomes: the one that has its payload, or else the one that the user named."""
+    """Returns the plan of the file that `carrier` becomes: the one with its payload, else the user's target."""
     for file in plan.files:
         shares = file.shares()
         if any(file.sources[index] is carrier for index in set(shares.source.tolist())):
@@ -20,13 +20,13 @@ def carrier_plan(plan: Plan, carrier: File) -> FilePlan:
 
 
 def written(file: FilePlan, *actions: Action) -> Ranges:
-    """Returns the ranges of an output that these actions make."""
+    """Returns the ranges of an output with these actions."""
     chosen = np.isin(file.steps.action, actions)
     return _joined(file.steps.offset[chosen], file.steps.length[chosen])
 
 
 def clipped(ranges: Ranges, low: int, high: int) -> Ranges:
-    """Returns the parts of ranges that lie between two offsets."""
+    """Returns the parts of ranges inside `[low, high)`."""
     begin, end = np.clip(ranges[:, 0], low, high), np.clip(ranges[:, 0] + ranges[:, 1], low, high)
     there = end > begin
     inside: Ranges = np.stack([begin, end - begin], axis=1)[there]
@@ -34,10 +34,10 @@ def clipped(ranges: Ranges, low: int, high: int) -> Ranges:
 
 
 def dead_ranges(file: FilePlan, carrier: File, block: int) -> Ranges:
-    """Returns the ranges that take space on storage and are nothing in the output that `carrier` becomes.
+    """Returns the allocated ranges of `carrier` that the output does not use.
 
-    Where the output has slack, whole blocks only: nothing else can be freed, and nobody looks at it. Behind the end of
-    `carrier` too: XFS sets space aside behind what is written, and keeps it when more is written later.
+    If the output has slack, only whole blocks: partial ones cannot be freed, and slack need not be zero. Includes
+    ranges behind the end of `carrier`: XFS preallocates space there and keeps it when the file grows.
     """
     shared = min(carrier.size, file.size)
     start, length = _unused(file.table.window(0, shared))
@@ -47,13 +47,13 @@ def dead_ranges(file: FilePlan, carrier: File, block: int) -> Ranges:
     if not file.slack:
         return found
     behind, gap = _unused(file.table.window(shared, file.size - shared))
-    # The last block of the file may end in the middle of one on storage: with what is behind it, it is whole.
+    # A dead range that ends inside the last block of the file is whole together with the range behind it.
     both = np.concatenate([found, np.stack([behind + shared, gap], axis=1)])
     return _whole(_joined(both[:, 0], both[:, 1]), block)
 
 
 def unused(file: FilePlan, block: int) -> Ranges:
-    """Returns the whole blocks of an output that are nothing."""
+    """Returns the whole blocks of an output that hold no data."""
     return _whole(_joined(*_unused(file.table)), block)
 
 

@@ -1,4 +1,4 @@
-"""The source file itself becomes the target: payload stays, what is around it is exchanged; see `vmconv.inplace`."""
+"""In place with payload that stays: the source file becomes the target, only the metadata around it is replaced."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from vmconv.system import linux
 
 
 class Claim(NamedTuple):
-    """A file that nobody else uses and that may be changed: `descriptor` is `carrier`, open for writing.
+    """A checked and locked file to change: `descriptor` is `carrier`, open for writing.
 
-    `leftovers` are the other files of the source image, which go with it; `format_name` is what it was read as. All are
-    in `directory`, and belong to `owner`, or to anybody where that is None.
+    `leftovers` are the other files of the source image, which the commit removes; `format_name` is its format. All are
+    in `directory` and belong to `owner`; None allows any.
     """
 
     carrier: Own
@@ -50,7 +50,7 @@ class Claim(NamedTuple):
 
 
 class InPlaceBackend(Backend):
-    """Changes the file of one claim; made for it, and so registered nowhere."""
+    """Changes the file of one claim; made per conversion, so not registered."""
 
     name = "in-place"
     title = "changes the source file itself"
@@ -68,18 +68,18 @@ class InPlaceBackend(Backend):
         return Survey(1, self._elsewhere(sources), Congruence.EQUAL)
 
     def _elsewhere(self, sources: Sequence[File]) -> dict[int, str]:
-        """Returns why payload of other files than the one that stays is copied: it is not there yet."""
+        """Returns the reason of copies from files other than the carrier."""
         return {id(file): "it lies in another file" for file in sources if file is not self.claim.carrier.file}
 
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        # The claim has the directory that was open when the source was looked at.
+        # The claim's directory is used: it was open when the source was checked.
         return InPlaceTransaction(self, force=force)
 
 
 class InPlaceTransaction(Transaction):
-    """One file that is changed, and small ones that are made beside it."""
+    """Changes one file, and creates small ones beside it."""
 
     def __init__(self, backend: InPlaceBackend, *, force: bool) -> None:
         self.claim = backend.claim
@@ -93,7 +93,7 @@ class InPlaceTransaction(Transaction):
         self._outputs: list[_Output] = []
 
     def prepare(self, plan: Plan) -> None:
-        """Begins: from here on the file is out of the way, with its journal beside it."""
+        """Begins the change: writes the journal and gives the file its working name."""
         if self.carrier.changed():
             raise AccessError(f"{self.carrier.name}: changed while it was being converted")
         main = space.carrier_plan(plan, self.carrier)
@@ -115,12 +115,12 @@ class InPlaceTransaction(Transaction):
             old=b"".join(carrier.read(offset, length) for offset, length in inside.tolist()),
             dead=space.dead_ranges(main, carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
             undo=undo,
-            # A time of our own: whoever writes to the result gives it another one, however soon.
+            # An explicit mtime: any later write changes it, even within one tick of the clock.
             mtime=time.time_ns() if undo else None,
         )
 
     def _base_journal(self, main: FilePlan, made: tuple[str, ...]) -> Journal:
-        """Returns what a journal says whatever is done to the file: names, sizes, other files."""
+        """Returns the part of the journal that all strategies share: names, sizes, other files."""
         carrier = self.carrier
         return Journal(
             source=self.claim.carrier.name,
@@ -135,7 +135,7 @@ class InPlaceTransaction(Transaction):
         )
 
     def _write_undo(self, change: Change, name: str, main: FilePlan) -> None:
-        """Writes what will be lost of the old container, before any of it is."""
+        """Writes the undo file, before anything of the old container is overwritten."""
         journal, carrier, leftovers = change.journal, self.carrier, self.claim.leftovers
         kept = min(journal.new_size, carrier.size)
         cut_off: Ranges = np.array([(kept, carrier.size - kept)], dtype=np.int64)
@@ -154,7 +154,7 @@ class InPlaceTransaction(Transaction):
         pieces = [(carrier, offset, length) for offset, length in lost.tolist()]
         pieces += [(own.file, 0, own.file.size) for own in leftovers]
         head = undo.head(lambda digest: ownership.mark(None, digest))
-        # It stays this user's alone: it holds what the source held, and only its maker's undo files are believed.
+        # It stays mode 0600 and this user's: it holds data of the source, and undo trusts only the user's own files.
         descriptor = change.make(name)
         try:
             undofile.write(descriptor, head, pieces, self.calls)
@@ -199,7 +199,7 @@ class InPlaceTransaction(Transaction):
 
 
 class _Output(Output):
-    """A file of the change while it is written."""
+    """A file of the change during writing."""
 
     descriptor: int
     name: str
@@ -210,10 +210,10 @@ class _Output(Output):
         self.file: File | None = None
 
     def share(self, steps: ShareSteps) -> None:
-        """Does nothing: what stays is there."""
+        """Does nothing: the payload is in place."""
 
     def finish(self) -> File:
-        # The size counts: what is behind it is cut off only after the commit.
+        # Grow only: the old end is cut off after the commit, because a rollback needs it.
         if os.fstat(self.descriptor).st_size < self.size:
             self.change.calls.truncate(self.descriptor, self.size)
         self.change.calls.sync(self.descriptor)
@@ -229,7 +229,7 @@ class _Output(Output):
 
 
 class _CarrierOutput(_Output):
-    """The file that is changed: what lies behind its old end is written at once, what lies inside last."""
+    """The changed file: writes behind its old end happen at once, writes inside it last."""
 
     def __init__(self, change: Change, carrier: File, size: int) -> None:
         super().__init__(change, size)
@@ -241,7 +241,7 @@ class _CarrierOutput(_Output):
     def write(self, offset: int, data: bytes) -> None:
         old_end = max(0, min(len(data), self.carrier.size - offset))
         if old_end:
-            # Payload that has to move lies there, and may not have been copied yet.
+            # Payload to copy may still be there.
             self._inside.append((offset, data[:old_end]))
         if old_end < len(data):
             self.change.calls.write(self.descriptor, data[old_end:], offset + old_end)
@@ -251,13 +251,13 @@ class _CarrierOutput(_Output):
             self.change.calls.write(self.descriptor, data, offset)
         self._inside.clear()
         file = super().finish()
-        # From here on it is this that must not change.
+        # Restamp: `changed()` now guards the modified file.
         self.carrier.stamp = stamp_of(os.fstat(self.descriptor))
         return file
 
 
 class _SiblingOutput(_Output):
-    """A small file that is made beside: a descriptor."""
+    """A small new file beside the changed one, such as a VMDK descriptor."""
 
     def __init__(self, change: Change, name: str, size: int) -> None:
         super().__init__(change, size)

@@ -1,7 +1,7 @@
-"""The ways to convert in place: share, stay and shift.
+"""The strategies of a conversion in place: share, stay and shift.
 
-Each strategy answers what it proposes, or why it cannot be used, before anything is laid out. The plan of a proposal is
-then checked against what the strategy promises: no payload moves.
+A strategy returns a proposal, or the reason against it, before anything is laid out. Then it checks the plan of its
+proposal: payload must not move.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vmconv.placing.pinning import MOST_MOVED
 
 
 class Wanted(NamedTuple):
-    """What a conversion in place is to make: the table of the disk, the target's directory and format."""
+    """The goal of a conversion in place: the disk's table, the target's directory and format."""
 
     table: Extents
     directory: str
@@ -38,11 +38,11 @@ class Wanted(NamedTuple):
 
 
 class Unsuitable(PlanError):  # noqa: N818 an answer of a strategy, raised for its callers in here only
-    """This strategy is not for this conversion: what another one says is why it cannot be in place."""
+    """The strategy does not apply here; another strategy gives the reason for the user."""
 
 
 class Strategy(ABC):
-    """One way to convert in place at a site."""
+    """One way to convert in place."""
 
     def __init__(self, site: Site, wanted: Wanted) -> None:
         self.site = site
@@ -50,11 +50,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def propose(self) -> Proposal | PlanError:
-        """Returns how this strategy would convert, or why it cannot; lays nothing out."""
+        """Returns the strategy's proposal, or the error that explains why there is none; lays nothing out."""
 
     @abstractmethod
     def names(self, plan: Plan) -> frozenset[str]:
-        """Returns the names of the source's files that files of the target may have.
+        """Returns the names of source files that the target may reuse.
 
         Raises `PlanError` if the plan moves payload.
         """
@@ -64,12 +64,12 @@ class Strategy(ABC):
 
 
 class Share(Strategy):
-    """New files share the payload of the source and then replace it: for filesystems that share blocks."""
+    """New files share the source's payload, then replace the source; needs a filesystem that shares blocks."""
 
     def propose(self) -> Proposal | PlanError:
         site = self.site
         if site.keep_undo:
-            # Only the file itself still holds the payload at the places that the old container needs.
+            # Undo needs the payload at its old offsets, which only the old file has.
             return Unsuitable("in place, an undo file needs the payload where it lies")
         if not all(attributes.can_give(os.fstat(file.descriptor)) for file in site.files):
             return Unsuitable("in place, the new file would be another user's, or another group's")
@@ -84,7 +84,7 @@ class Share(Strategy):
 
 
 class _OneFile(Strategy):
-    """What the strategies have in common that change the one file which holds all payload."""
+    """Base of strategies that change the one file with all payload."""
 
     def _claim(self) -> Claim:
         site, file = self.site, carrier_of(self.site, self.wanted.table)
@@ -94,7 +94,7 @@ class _OneFile(Strategy):
         return Claim(own, descriptor, leftovers, site.image.format_name, site.directory, site.owner)
 
     def _own_name(self, plan: Plan) -> frozenset[str]:
-        """Returns the name of the file when the target has the same."""
+        """Returns the carrier's name if the target has the same."""
         carrier = self.carrier
         return frozenset({carrier.name} & {space.carrier_plan(plan, carrier.file).name})
 
@@ -102,7 +102,7 @@ class _OneFile(Strategy):
 
 
 class Stay(_OneFile):
-    """The file that holds the payload becomes the target: what is around the payload is exchanged."""
+    """The file with the payload becomes the target: only the metadata around the payload is replaced."""
 
     def propose(self) -> Proposal | PlanError:
         if self.site.chain:
@@ -128,7 +128,7 @@ class Stay(_OneFile):
 
 
 class Shift(_OneFile):
-    """The file becomes a flat disk: its payload is shifted to where that has it."""
+    """The file becomes a flat disk: its payload is shifted to the flat disk's offsets."""
 
     def propose(self) -> Proposal | PlanError:
         site = self.site
@@ -158,7 +158,7 @@ STRATEGIES: tuple[type[Strategy], ...] = (Share, Stay, Shift)
 
 
 def carrier_of(site: Site, table: Extents) -> File:
-    """Returns the one file that holds all payload; raises `PlanError` if there are several, or payload is encoded."""
+    """Returns the one file with all payload. Raises `PlanError` if there are several, or payload is encoded."""
     used = [table.sources[index] for index in distinct(table.source[table.kind == Kind.DATA]).tolist()]
     for source in used:
         if isinstance(source, Decoded):
@@ -177,7 +177,7 @@ def carrier_of(site: Site, table: Extents) -> File:
 
 
 def formats_that_hold(site: Site, wanted: Wanted) -> str:
-    """Returns a hint on which other formats can hold the payload where it lies: those that can lay it out."""
+    """Returns a hint that lists the other formats whose writers can lay out the payload in place."""
     every: Sequence[Format] = list(site.opener.registry.formats.values())
     names = " or ".join(
         one.name for one in every if one.in_place and one is not wanted.format and _can_hold(site, one, wanted.table)
@@ -195,10 +195,10 @@ def _can_hold(site: Site, one: Format, table: Extents) -> bool:
 
 
 def _refuse_moves(plan: Plan, carrier: File, target: Format) -> None:
-    """Raises when more than a block would have to move, or something would be written over what is still needed."""
+    """Raises `PlanError` if more than `MOST_MOVED` bytes would move, or a copy would overwrite old content."""
     moved = space.written(space.carrier_plan(plan, carrier), Action.COPY)
     inside = space.clipped(moved, 0, carrier.size)
     total = plan.totals.copied
-    # What goes to another file than the one that stays is moved, too.
+    # Copies into other files than the carrier count as moves.
     if total > MOST_MOVED or len(inside) or total != int(moved[:, 1].sum()):
         raise PlanError(f"in place, payload cannot stay where it lies: {target.name} would have to move {total} bytes")

@@ -1,4 +1,4 @@
-"""The system calls by which files are changed in place, one method for each: tests stop a run at every single one."""
+"""The system calls of changes in place, one method each, so that tests can stop a run at every call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vmconv.system import linux
 
 
 class Syscalls:
-    """All that a change in place does to storage goes through one of these; reading does not."""
+    """All writes of a change in place go through these methods; reads do not."""
 
     def create(self, directory: Directory, name: str) -> int:
-        """Returns a new, empty file of mode 0600; raises `FileExistsError` when there is one."""
+        """Returns a new, empty file of mode 0600. Raises `FileExistsError` if the name exists."""
         return directory.create(name)
 
     def write(self, descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -27,22 +27,22 @@ class Syscalls:
             view, offset = view[done:], offset + done
 
     def punch(self, descriptor: int, offset: int, length: int) -> None:
-        """Makes a range read as zero and gives its whole blocks back to the filesystem."""
+        """Punches a hole: the range reads as zero, its whole blocks are freed."""
         linux.punch_hole(descriptor, offset, length)
 
     def collapse(self, descriptor: int, offset: int, length: int) -> None:
-        """Takes whole blocks out of a file."""
+        """Removes whole blocks from a file (FALLOC_FL_COLLAPSE_RANGE)."""
         linux.collapse_range(descriptor, offset, length)
 
     def insert(self, descriptor: int, offset: int, length: int) -> None:
-        """Puts a hole of whole blocks into a file."""
+        """Inserts a hole of whole blocks into a file (FALLOC_FL_INSERT_RANGE)."""
         linux.insert_range(descriptor, offset, length)
 
     def truncate(self, descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
     def set_times(self, descriptor: int, mtime: int) -> None:
-        """Sets the time of the last change, ns."""
+        """Sets the mtime, ns."""
         os.utime(descriptor, ns=(os.fstat(descriptor).st_atime_ns, mtime))
 
     def carry(self, source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Syscalls:
         os.fsync(descriptor)
 
     def rename(self, directory: Directory, old: str, new: str, *, replace: bool) -> None:
-        """Gives a file another name; without `replace` raises `FileExistsError` when there is such a file."""
+        """Renames a file. Without `replace` raises `FileExistsError` if the new name exists."""
         directory.rename(old, new, replace=replace)
 
     def unlink(self, directory: Directory, name: str) -> None:

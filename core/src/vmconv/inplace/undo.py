@@ -1,4 +1,4 @@
-"""`vmconv undo`: the old container again, byte for byte, as long as nobody has written to the new one."""
+"""`vmconv undo`: restores the old container byte for byte, unless the new one was written to."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vmconv.system import linux, signals
 
 
 class _UndoFile(NamedTuple):
-    """An undo file that may be followed."""
+    """An open undo file that may be followed."""
 
     entry: str
     path: str
@@ -39,12 +39,12 @@ class _UndoFile(NamedTuple):
 
 
 def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> str:
-    """Turns the file `path` back into what it was made of in place, and returns the path of that.
+    """Restores the source of the file `path`, which was converted in place; returns the source's path.
 
-    With `trust` the undo file may be anybody's, as after a backup was restored. A signal that comes when all is done is
-    delivered afterwards: what its handler raises has the attribute `results`, the path in a tuple.
+    With `trust` follows any user's undo file, as after restoring a backup. A signal that arrives after the commit is
+    delivered afterwards: its exception carries the attribute `results`, a tuple with the path.
     """
-    # What a killed run left comes first: its undo is taken back, or finished, which is an error that says so.
+    # An interrupted undo is recovered first. If that completes it, `settle` raises.
     disk = path.removesuffix(UNDO)
     if is_interrupted(disk):
         settle(disk)
@@ -60,7 +60,7 @@ def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> st
         descriptor = ownership.opened(directory, entry)
         stack.callback(linux.close, descriptor)
         kept = _read(directory, descriptor, entry, trust=trust)
-        # A descriptor is named by the user, what it describes was changed; and names may have changed since.
+        # The user may name a descriptor file, while its extent was changed; or the target was renamed since.
         carrier = kept.undo.target if directory.has(kept.undo.target) else name
         file = File(directory.join(carrier), directory.open(carrier))
         stack.callback(file.close)
@@ -75,7 +75,7 @@ def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> st
 
 
 def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> _UndoFile:
-    """Returns an undo file; raises `AccessError`, before its body is read, when a stranger may have made it."""
+    """Returns an undo file. Raises `AccessError`, before parsing the body, if another user may have made it."""
     path = directory.join(entry)
     why = None if trust else ownership.stranger(descriptor)
     head = None
@@ -88,7 +88,7 @@ def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> 
 
 
 def _refuse(own: Own, kept: _UndoFile, directory: Directory, *, named: str, trust: bool) -> None:
-    """Raises where the disk may not be changed, or is not what the conversion made of it."""
+    """Raises an error if the disk may not be changed, or changed since the conversion."""
     locks.share(own.file)
     _refuse_changed(own.file, kept.undo, undofile.read_stamp(kept.descriptor, kept.path))
     rules.refuse_places([own], directory)
@@ -101,7 +101,7 @@ def _refuse(own: Own, kept: _UndoFile, directory: Directory, *, named: str, trus
 
 
 def _refuse_changed(file: File, found: Undo, stamp: Stamp) -> None:
-    """Raises, with what it is that changed, unless the new container is as the conversion left it."""
+    """Raises `PlanError` with the difference if the new container changed since the conversion."""
     ends = found.metadata.sum(axis=1)
     if file.size == stamp.size and len(ends) and int(ends.max()) > file.size:
         raise ImageError(f"{file.path}: its undo file speaks of metadata up to {int(ends.max())}, it has {file.size}")
@@ -127,7 +127,7 @@ def _time(ns: int) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) + f".{rest:09d}"
     except (OverflowError, ValueError, OSError):
-        # A year that no calendar has.
+        # Undo files may hold times beyond year 9999.
         return f"{seconds}.{rest:09d} s"
 
 
@@ -165,7 +165,7 @@ def _refuse_too_large(directory: Directory, found: Undo) -> None:
 
 
 def _recreate(change: Change, carrier: int, sibling: undofile.Sibling, old: Callable[[int], bytes]) -> None:
-    """Makes a file again that was removed with the source, as the carrier's owner's."""
+    """Recreates a file that was removed with the source, with the carrier's owner."""
     made = change.make(sibling.name)
     try:
         _write(change.calls, made, 0, sibling.size, old)
@@ -177,13 +177,13 @@ def _recreate(change: Change, carrier: int, sibling: undofile.Sibling, old: Call
 
 
 def _write(calls: Syscalls, descriptor: int, offset: int, length: int, old: Callable[[int], bytes]) -> None:
-    """Writes the next bytes of the undo file to a place."""
+    """Writes the next old bytes of the undo file to a range."""
     for at in range(offset, offset + length, PIECE):
         calls.write(descriptor, old(min(PIECE, offset + length - at)), at)
 
 
 def _journal(own: Own, directory: Directory, kept: _UndoFile, owner: int | None) -> Journal:
-    """Returns the journal of the way back: what it overwrites of the new container are its header, and holes."""
+    """Returns the journal of the undo, which saves the new container's metadata that the undo overwrites."""
     file, found = own.file, kept.undo
     inside = found.ranges[found.ranges[:, 0] < file.size]
     start = inside[:, 0]
