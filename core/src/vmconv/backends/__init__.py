@@ -1,4 +1,4 @@
-"""The backends that come with vmconv, registered by an entry point of core as those of plugins are."""
+"""The backends of core, registered by an entry point as a plugin's are."""
 
 from __future__ import annotations
 

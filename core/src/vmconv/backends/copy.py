@@ -1,4 +1,4 @@
-"""Copying: for storage that cannot share. Sparse and parallel; never chosen without saying so."""
+"""Copies payload, for storage that cannot share. Sparse and parallel; always announced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CopyBackend(Backend):
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
-        # Who asks for copies wants copies: where the kernel would share instead, bytes are read and written.
+        # The user asked for copies, but copy_file_range may share blocks. Then bytes are read and written instead.
         place = directory.real()
         remote = linux.mount_of(place).type in _COPIED_BY_THE_SERVER
         kernel_copies = remote and not ReflinkBackend().capabilities(place).shares

@@ -1,4 +1,4 @@
-"""Writing past the page cache (man 2 open, O_DIRECT): payload that has to be durable, and is not read soon."""
+"""Writes around the page cache (man 2 open, O_DIRECT), for payload that must be durable and is not read soon."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from contextlib import suppress
 from vmconv.system import linux
 
 STEP = 4 << 20
-"""Bytes that are read and written at a time: at least so many keep storage busy from a few threads."""
+"""Bytes of one read and write. Smaller steps do not keep storage busy with few threads."""
 
 _SHORTEST = 1 << 20
 _BLOCK = 4096
-# Btrfs writes what has checksums through the page cache all the same, and nothing says so.
+# Btrfs silently writes data with checksums through the page cache.
 _FILESYSTEMS = frozenset({"ext4", "xfs"})
 
 
 class DirectFile:
-    """A second way into a file that is being written. May be used from several threads at once.
+    """A second descriptor of a file being written, with O_DIRECT. Thread-safe.
 
-    Where the filesystem cannot, and for what is not whole blocks, `write` leaves bytes to the caller.
+    `write` leaves partial blocks to the caller, and everything if the filesystem refuses.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -31,16 +31,16 @@ class DirectFile:
         self._refused = False
 
     def prepare(self, offset: int, length: int) -> bool:
-        """Returns whether the given range is to be written by `write`, and has the filesystem find room for it.
+        """Allocates the range and returns whether the caller should use `write` for it.
 
-        ext4 and XFS let writers go on beside each other only where room was found before.
+        ext4 and XFS run direct writes in parallel only into allocated space.
         """
         if length < _SHORTEST or offset % _BLOCK or not self._try_open():
             return False
         try:
             linux.allocate(self._descriptor, offset, length)
         except OSError as exc:
-            # A filter of system calls may deny it. Where there is no room, writing would find that out too late.
+            # EPERM: a seccomp filter. ENOSPC is raised now, before any payload is copied.
             if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL, errno.EPERM}:
                 raise
             self._refused = True
@@ -49,7 +49,7 @@ class DirectFile:
     def _try_open(self) -> bool:
         with self._lock:
             if self._descriptor < 0 and not self._refused:
-                # The file itself, whatever its name is; without /proc all goes through the cache.
+                # The file may have no name. Without /proc everything goes through the cache.
                 path = f"/proc/self/fd/{self._through_cache}"
                 self._refused = linux.mount_of(os.path.dirname(os.path.realpath(path))).type not in _FILESYSTEMS
                 if not self._refused:
@@ -65,7 +65,7 @@ class DirectFile:
             self._refused = True
 
     def write(self, offset: int, part: memoryview) -> int:
-        """Writes whole blocks from the beginning of `part`, which begins at a page; returns how many bytes."""
+        """Writes the whole blocks of `part`, which is page-aligned in memory; returns the bytes written."""
         whole = len(part) // _BLOCK * _BLOCK
         done = 0
         while done < whole and done % _BLOCK == 0 and not self._refused:
@@ -74,7 +74,7 @@ class DirectFile:
             except OSError as exc:
                 if exc.errno != errno.EINVAL:
                     raise
-                # Storage with larger blocks than ours.
+                # The storage has larger blocks than `_BLOCK`.
                 self._refused = True
                 continue
             if not step:
@@ -85,6 +85,6 @@ class DirectFile:
     def close(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            # It is closed whatever is said; what could not be written, fsync has said.
+            # Linux closes the descriptor even on errors, and fsync has reported failed writes.
             with suppress(OSError):
                 os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Outputs that are files: written without their names, made durable, and then given their names together."""
+"""Outputs that are files: written without names or under temporary ones, synced, then named together."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vmconv.model.sources import Decoded, File, Source
 if TYPE_CHECKING:
     from vmconv.model.plan import Plan, ShareSteps
 
-# Bytes that are read and written at a time through the page cache: they stay in the processor's cache. With pieces of
-# 4 MiB, and with copy_file_range too, ext4 took three times the system time.
+# Bytes of one read and write through the page cache; they fit into the processor's cache. Pieces of 4 MiB, and
+# copy_file_range, took three times the system time on ext4.
 _STEP = 256 << 10
 
 
 class FileOutput(Output):
-    """A file without its name that will become the target.
+    """A future target file before it is named.
 
-    `kernel_copies` leaves copying to copy_file_range, for filesystems whose server can do it. Elsewhere that is slower
-    than reading and writing, or shares blocks where copies were asked for. `durable` makes `finish` wait for storage,
-    and copies go there at once.
+    `kernel_copies` uses copy_file_range, for filesystems with copies on the server. Elsewhere that is slower than
+    reading and writing, or shares blocks although copies were requested. With `durable`, `finish` syncs and copies
+    start writeback at once.
     """
 
     def __init__(self, temporary: Temporary, size: int, *, kernel_copies: bool, durable: bool) -> None:
@@ -54,7 +54,7 @@ class FileOutput(Output):
         self._write(offset, [data])
 
     def _write(self, offset: int, parts: list[bytes] | list[memoryview]) -> None:
-        """Writes the parts end to end; the kernel takes less than all of them when storage is nearly full."""
+        """Writes the concatenated parts. pwritev may write less when storage is nearly full."""
         done = os.pwritev(self.descriptor, parts, offset)
         for part in parts:
             view = memoryview(part)[done:]
@@ -78,8 +78,8 @@ class FileOutput(Output):
         else:
             self._copy_bytes(source, source_offset + done, offset + done, length - done, direct)
         if self.durable and not direct:
-            # Begins writing back what nobody will read soon, so that little is left for the final fsync, and so that
-            # the kernel need not hold writers back later.
+            # Starts writeback of pages that are not read soon. This shortens the final fsync, and avoids the kernel's
+            # throttling of writers.
             with suppress(OSError):
                 os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
@@ -107,13 +107,13 @@ class FileOutput(Output):
             self._put(offset + at, part, direct)
 
     def _put(self, offset: int, part: memoryview, direct: DirectFile | None) -> None:
-        """Writes a part that lies in `_buffer`, as far as it can be past the page cache."""
+        """Writes a part of `_buffer`, directly as far as possible."""
         done = direct.write(offset, part) if direct else 0
         if done < len(part):
             self._write(offset + done, [part[done:]])
 
     def _buffer(self) -> memoryview:
-        """Returns `STEP` bytes of this thread's own, which begin at a page."""
+        """Returns this thread's buffer of `STEP` bytes, page-aligned for O_DIRECT."""
         buffer: memoryview | None = getattr(self._buffers, "own", None)
         if buffer is None:
             import mmap
@@ -122,7 +122,7 @@ class FileOutput(Output):
         return buffer
 
     def _copy_in_kernel(self, source: File, source_offset: int, offset: int, length: int) -> int:
-        """Returns how many bytes the kernel copied; it may refuse (another filesystem) at any point."""
+        """Returns the number of bytes copied by the kernel, which may refuse at any point (EXDEV)."""
         done = 0
         while done < length:
             places = source_offset + done, offset + done
@@ -141,7 +141,7 @@ class FileOutput(Output):
         if self.durable:
             os.fsync(self.descriptor)
         else:
-            # Network filesystems tell what they could not write when a descriptor is closed (man 2 close).
+            # Network filesystems report failed writes when a descriptor is closed (man 2 close).
             os.close(os.dup(self.descriptor))
         self.file = File(self.path, os.dup(self.descriptor))
         self.file.settled = True
@@ -157,7 +157,7 @@ class FileOutput(Output):
 
 
 def _gather(parts: list[bytes], buffer: memoryview) -> memoryview:
-    """Returns the parts end to end, in `buffer`."""
+    """Returns the concatenated parts, in `buffer`."""
     at = 0
     for part in parts:
         buffer[at : at + len(part)] = part
@@ -166,18 +166,18 @@ def _gather(parts: list[bytes], buffer: memoryview) -> memoryview:
 
 
 def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> None:
-    """Raises `AccessError` when the owner of the file that is replaced may not read one of the sources."""
+    """Raises `AccessError` if the owner of the replaced file `old` may not read one of the sources."""
     status = os.fstat(old)
     for file in sources:
         if not attributes.lets_read(file.descriptor, status):
             raise AccessError(
-                f"{target}: belongs to user {status.st_uid}, who may not read {file.path}, which would be in it",
+                f"{target}: belongs to user {status.st_uid}, who may not read {file.path}, a part of the new content",
                 hint=hint,
             )
 
 
 def _is_named(file: File) -> bool:
-    """True when no link of another user says which file this path is."""
+    """True if the path leads to the file without a symbolic link of another user."""
     from vmconv.backends.targets import locate
 
     try:
@@ -189,7 +189,7 @@ def _is_named(file: File) -> bool:
 
 
 class FileTransaction(Transaction):
-    """Files of one directory that get their names together."""
+    """Files of one directory that are named together."""
 
     output: type[FileOutput] = FileOutput
 
@@ -223,11 +223,11 @@ class FileTransaction(Transaction):
         return self._outputs[-1]
 
     def temporary_name(self, name: str) -> str | None:
-        """Returns the name that a file has until it gets its own; None where it needs none, or any will do."""
+        """Returns a fixed temporary name for a file; None if any will do, or none."""
         return None
 
     def _give_access(self, temporary: Temporary) -> None:
-        """Lets those open the new file who may open the one that it replaces, or else every source."""
+        """Gives the new file the access rights of the replaced one, or else those that all sources allow."""
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
@@ -250,9 +250,9 @@ class FileTransaction(Transaction):
             os.fchmod(temporary.descriptor, self.access.mode & 0o777)
 
     def _unnamed_sources(self) -> list[File]:
-        """Returns the sources that the user has not named: an image did, or another user's link, and they are others'.
+        """Returns other users' sources that an image or another user's link named, and not the user.
 
-        Who wrote those names must not get to read by them what was kept from him.
+        The author of such a name must not gain read access to a file by it.
         """
         if not self.access.sources:
             return []
@@ -263,7 +263,7 @@ class FileTransaction(Transaction):
         return [file for file in rest if os.fstat(file.descriptor).st_uid != owner]
 
     def _replaced(self, name: str) -> int:
-        """Returns a descriptor of the file that this one replaces, -1 where there is none."""
+        """Returns a descriptor of the file to replace, -1 if there is none."""
         if not self.force or not self.directory.has(name):
             return -1
         return self.directory.open(name)
@@ -292,7 +292,7 @@ class FileTransaction(Transaction):
                 self.directory.sync()
         except OSError:
             if not self.force:
-                # Nobody knows whether the name survives: then there is no target.
+                # Whether the name is durable is unknown: remove it, so that an error means no target.
                 self.directory.unlink(file.target)
             raise
 

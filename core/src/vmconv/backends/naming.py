@@ -1,13 +1,13 @@
-"""Several files that get their names as one: all of them, or none, whatever stops the run.
+"""Names several files atomically: all of them or none, whatever interrupts the run.
 
-    temporary names -> journal with all names, durable -> old files go, the last first -> names, durable -> no journal
+    temporary names -> journal, durable -> old files removed, last one first -> renames, durable -> no journal
 
-The journal is complete when it gets its name, which is the commit. From then on the set can only be finished: by this
-run, by the next run for one of the targets, or by `vmconv recover`. An old image goes before a new one appears below
-it, because a top layer must not be seen on another base than its own.
+The journal is complete when it is linked under its name: that is the commit. Afterwards the set can only be completed:
+by this run, by the next run for one of the targets, or by `vmconv recover`. An old image is removed before its new base
+is named, because a top layer must never be seen on another base than its own.
 
-The journal is a header and fields that end with a zero byte: "new" or "replace", then for each file its temporary name,
-its inode and its name. It is believed when the user who runs vmconv made it (`vmconv.io.ownership`).
+The journal is a header and zero-terminated fields: "new" or "replace", then for each file its temporary name, its inode
+and its name. vmconv trusts only journals of its own user (`vmconv.io.ownership`).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MAGIC = b"vmconv: names of several files; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64s32s32s")
 _ENTRY = re.compile(r"\.vmconv-[0-9a-f]{16}\.names")
 _MAX_FILES = 1 << 16
-"""Files of a set: twice the pieces of 2 GiB that a 64 TiB disk has."""
+"""Files of a set: twice the 2 GiB pieces of a 64 TiB disk."""
 _MAX_SIZE = 24 << 20
-"""Bytes of a journal, which is held in memory: enough for so many files with the longest names."""
+"""Bytes of a journal, which is held in memory: enough for `_MAX_FILES` files with the longest names."""
 _NEW, _REPLACE = "new", "replace"
 
 
 class Named(NamedTuple):
-    """A file that has a temporary name until it has its own; `inode` tells it from another one of that name."""
+    """A file with its temporary and its final name; `inode` tells it from a later file of the same name."""
 
     temporary: str
     inode: int
@@ -45,7 +45,7 @@ class Named(NamedTuple):
 
 
 class Set(NamedTuple):
-    """Files of one directory, in the order in which they get their names; `replace`: others may have them now."""
+    """Files of one directory in the order of naming; with `replace`, existing files are replaced."""
 
     files: tuple[Named, ...]
     replace: bool
@@ -55,7 +55,7 @@ class Set(NamedTuple):
         return [file.name for file in self.files]
 
     def encoded(self) -> bytes:
-        """Returns what the fields of the journal are."""
+        """Returns the fields of the journal."""
         fields = [_REPLACE if self.replace else _NEW]
         for file in self.files:
             fields += [file.temporary, str(file.inode), file.name]
@@ -63,10 +63,10 @@ class Set(NamedTuple):
 
 
 def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, durable: bool) -> None:
-    """Gives all of the files their names, or none.
+    """Names all of the files, or none.
 
-    Raises `BackendError` when another file has one of the names and is not to be replaced. After any other error the
-    message says which names are there, and the hint how to finish.
+    Raises `BackendError` if a name exists and `replace` is false. After other errors the message lists the names that
+    exist, and the hint says how to complete the set.
     """
     if len(files) > _MAX_FILES:
         raise BackendError(f"{directory.path}: {len(files)} files would get their names as one, {_MAX_FILES} at most")
@@ -75,7 +75,7 @@ def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, d
             raise already_exists(directory, file.target)
     wanted = Set(tuple(Named(file.named(), file.inode, file.target) for file in files), replace)
     with _journal(directory, wanted, durable=durable) as journal:
-        # From here on they belong to the journal.
+        # From here on recovery needs the temporary names: an abort must not remove them.
         for file in files:
             file.leave()
         try:
@@ -86,7 +86,7 @@ def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, d
 
 @contextmanager
 def _journal(directory: Directory, wanted: Set, *, durable: bool) -> Iterator[str]:
-    """Yields the name of the journal, which is complete, locked as long as it is there, and durable."""
+    """Yields the name of a complete journal; it is durable, and locked during the block."""
     name = f".vmconv-{os.urandom(8).hex()}.names"
     file = Temporary(directory, name, known_by=wanted.names[-1])
     try:
@@ -129,7 +129,7 @@ def _digest(body: bytes) -> bytes:
 
 
 def _finish(directory: Directory, wanted: Set, journal: str, *, durable: bool) -> None:
-    """Does what is left to be done after the commit; may be stopped and done again."""
+    """Completes a committed set; may be interrupted and repeated."""
     waiting = [file for file in wanted.files if _is_at(directory, file.temporary, file)]
     if wanted.replace:
         for file in reversed(waiting[1:]):
@@ -151,7 +151,7 @@ def _is_at(directory: Directory, name: str, file: Named) -> bool:
 
 
 def _take_back(directory: Directory, wanted: Set, journal: str, error: OSError) -> None:
-    """Takes the names back where nothing was replaced; raises what has become of the set."""
+    """Reverts the renames if nothing was replaced; always raises the error that describes the outcome."""
     if wanted.replace or not _revert(directory, wanted, journal):
         raise _unfinished(directory, wanted, error) from error
     if isinstance(error, FileExistsError):
@@ -161,7 +161,7 @@ def _take_back(directory: Directory, wanted: Set, journal: str, error: OSError) 
 
 
 def _revert(directory: Directory, wanted: Set, journal: str) -> bool:
-    """Takes the names from the files again, and removes the journal; False where the filesystem fails."""
+    """Reverts the renames and removes the journal; returns False if the filesystem fails."""
     try:
         for file in reversed(wanted.files):
             if _is_at(directory, file.name, file):
@@ -169,7 +169,7 @@ def _revert(directory: Directory, wanted: Set, journal: str) -> bool:
         directory.unlink(journal)
     except OSError:
         return False
-    # Without the journal they are leftovers of a run that failed.
+    # Without the journal the temporary files are mere leftovers.
     for file in wanted.files:
         with suppress(OSError):
             directory.unlink(file.temporary)
@@ -190,10 +190,10 @@ def _unfinished(directory: Directory, wanted: Set, error: OSError) -> BackendErr
 
 
 def finish(directory: Directory, names: Collection[str], *, trust: bool = False) -> list[str]:
-    """Finishes the sets with one of these names that a stopped run had committed; returns the names of their files.
+    """Completes the committed sets of interrupted runs that hold one of these names; returns the names of their files.
 
-    Raises `AccessError` when the run is alive, or when the user's own journal has no mark of this user. The journals of
-    other users are not looked at, unless there is `trust`.
+    Raises `AccessError` if the run is alive, or if the user's own journal lacks this user's mark. Ignores journals of
+    other users unless `trust`.
     """
     done: list[str] = []
     for entry in _journals(directory):
@@ -220,7 +220,7 @@ def finish(directory: Directory, names: Collection[str], *, trust: bool = False)
 
 
 def needed(directory: Directory) -> set[str]:
-    """Returns the temporary names that journals of this user know: their sets are not finished yet."""
+    """Returns the temporary names in this user's journals: their sets are not complete yet."""
     found: set[str] = set()
     for entry in _journals(directory):
         descriptor = _open(directory, entry, trust=False)
@@ -238,7 +238,7 @@ def _journals(directory: Directory) -> list[str]:
 
 
 def _open(directory: Directory, entry: str, *, trust: bool) -> int | None:
-    """Returns a descriptor of a journal; None when it is somebody else's, or gone."""
+    """Returns a descriptor of a journal; None if it is another user's, or removed meanwhile."""
     from vmconv.io import ownership
 
     try:
@@ -246,7 +246,7 @@ def _open(directory: Directory, entry: str, *, trust: bool) -> int | None:
     except (FileNotFoundError, PermissionError, AccessError):
         return None
     except OSError as exc:
-        # A link is somebody else's. What fails otherwise may be ours, and say which files are still needed.
+        # vmconv makes no links and no sockets. A journal that fails otherwise may be ours and list files still needed.
         if exc.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         return None
@@ -257,7 +257,7 @@ def _open(directory: Directory, entry: str, *, trust: bool) -> int | None:
 
 
 def _read(directory: Directory, descriptor: int, *, trust: bool) -> tuple[Set | None, bool]:
-    """Returns the set of a journal, and whether the mark is this user's; None for what is no journal."""
+    """Returns the set of a journal, None if the file is no journal, and whether its mark is this user's."""
     from vmconv.io import ownership
 
     size = os.fstat(descriptor).st_size

@@ -1,4 +1,4 @@
-"""An output that is not made while the plan is executed: its table says what it will be."""
+"""An output that the execution does not write: it is read back from its planned table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmconv.model.sources import File
 
 
 class PlannedOutput(Output):
-    """Takes nothing, and is read back from the plan."""
+    """Accepts no bytes; its file is read from the plan."""
 
     takes_bytes = False
 

@@ -1,4 +1,4 @@
-"""Sharing blocks between files by FICLONERANGE: XFS, Btrfs and whatever else answers it."""
+"""Shares blocks between files by FICLONERANGE: XFS, Btrfs and any other filesystem that supports it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmconv.io.directory import Directory
     from vmconv.model.plan import ShareSteps
 
-# One call is not interrupted by ^C and reports no progress; more, shorter calls cost nothing.
+# A call cannot be interrupted and reports no progress. More, shorter calls cost nothing.
 _LONGEST_CALL = 1 << 30
 
 
@@ -33,7 +33,7 @@ class ReflinkOutput(FileOutput):
             source = steps.sources[int(steps.source[0])]
             if isinstance(source, File):
                 _match_nocow(source, self.descriptor, unit)
-        # A source's last, partial block can only be shared while nothing lies behind it in the target.
+        # The kernel shares a partial last block only at the end of the target, so this comes before ftruncate.
         tails = steps.length % unit != 0
         self._clone(steps.take(tails))
         os.ftruncate(self.descriptor, self.size)
@@ -90,7 +90,7 @@ class ReflinkBackend(Backend):
 
 @contextmanager
 def _scratch(directory: str) -> Iterator[int]:
-    """Yields an empty file of the filesystem that holds `directory`, without a name wherever it can be had so."""
+    """Yields an empty file on the filesystem of `directory`, without a name if O_TMPFILE works there."""
     try:
         descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -103,22 +103,22 @@ def _scratch(directory: str) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        # It has gone whatever is said, and nothing in it is needed.
+        # Linux closes it even on errors, and its content is not needed.
         with suppress(OSError):
             os.close(descriptor)
 
 
 def _clone_errors(sources: Sequence[File], scratch: int, unit: int) -> dict[int, OSError]:
-    """Returns the sources of which no block can be shared with the empty file `scratch`, by id, and the error."""
+    """Returns the errors of sources that cannot share with the empty file `scratch`, by the source's id."""
     tried = {id(source): _clone_error(source, scratch, unit) for source in sources}
     return {key: exc for key, exc in tried.items() if exc}
 
 
 def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
-    """Returns why no block of `source` can be shared with the empty file `scratch`, None when one could."""
+    """Returns the error of sharing a block of `source` with the empty file `scratch`, None on success."""
     if source.is_device:
         return OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
-    # Any block will do, the last one too: what is asked is whether these two files can share at all.
+    # Any block will do, the last one too (length 0: all): only the pair of files matters.
     length = unit if source.size >= unit else 0
     try:
         linux.clone_range(source.descriptor, scratch, 0, length, 0)
@@ -129,8 +129,8 @@ def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
     return None
 
 
-# -- Btrfs shares only between files that are alike: both copied on write and with checksums, or both not. A new file is
-# as its directory and the mount say (chattr +C; nodatacow, nodatasum), and can be changed while it is empty.
+# -- Btrfs shares only between files that both have copy-on-write and checksums, or both have not. A new file inherits
+# this from its directory and the mount (chattr +C; nodatacow, nodatasum), and can be changed while it is empty.
 
 
 def _is_nocow_mismatch(exc: OSError) -> bool:
@@ -138,7 +138,7 @@ def _is_nocow_mismatch(exc: OSError) -> bool:
 
 
 def _fewest_errors(sources: Sequence[File], scratch: int, unit: int, refused: dict[int, OSError]) -> dict[int, OSError]:
-    """Returns what is refused of the sources in the way that refuses the least; leaves `scratch` in that way."""
+    """Returns the errors of the sources with the NOCOW flag that refuses fewest bytes; leaves `scratch` with it."""
     sizes = {id(source): source.size for source in sources}
     best, chosen = refused, linux.is_nocow(scratch)
     for nocow in (False, True):
@@ -151,7 +151,7 @@ def _fewest_errors(sources: Sequence[File], scratch: int, unit: int, refused: di
 
 
 def _match_nocow(source: File, descriptor: int, unit: int) -> None:
-    """Makes an empty file one that can share with `source`, if there is a way."""
+    """Sets the NOCOW flag of an empty file so that it can share with `source`, if possible."""
     for nocow in (None, False, True):
         if nocow is None or _set_nocow(descriptor, nocow):
             exc = _clone_error(source, descriptor, unit)
@@ -160,7 +160,7 @@ def _match_nocow(source: File, descriptor: int, unit: int) -> None:
 
 
 def _set_nocow(descriptor: int, nocow: bool) -> bool:
-    """Sets or clears the flag of an empty file; False where the filesystem refuses."""
+    """Sets or clears the NOCOW flag of an empty file; returns False if the filesystem refuses."""
     try:
         linux.set_nocow(descriptor, nocow)
     except OSError as exc:
@@ -171,7 +171,7 @@ def _set_nocow(descriptor: int, nocow: bool) -> bool:
 
 
 def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: int = -1) -> str:
-    """Returns why nothing can be shared, as the end of "copied because ..."."""
+    """Returns the reason against sharing, as the end of "copied because ..."."""
     mount = linux.mount_of(directory)
     name = source.name if source else "a file"
     if exc.errno == errno.ENOTBLK:

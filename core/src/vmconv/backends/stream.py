@@ -1,7 +1,7 @@
 """An output that is a pipe: the one file of an image, from its first byte to its last.
 
-Nothing is written while the plan is executed. The result is verified from its table, which has its metadata and says
-where its payload lies; then it is sent. What was sent cannot be looked at any more.
+Bytes cannot be read back from a pipe. So the execution writes nothing, the result is verified by its planned table,
+and then it is sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LOOK_EVERY = 10
 
 
 class StreamBackend(Backend):
-    """Writes to one open descriptor; made for it, and so registered nowhere."""
+    """Writes to one open descriptor; made per conversion, so not registered."""
 
     name = "stream"
     title = "writes to a pipe"
@@ -48,12 +48,12 @@ class StreamBackend(Backend):
         return self.send(access.sources)
 
     def send(self, sources: Sequence[File]) -> Transaction:
-        """Returns a new transaction; `sources` must not change until all is sent."""
+        """Returns a new transaction, which checks that `sources` do not change until all is sent."""
         return StreamTransaction(self.descriptor, sources)
 
 
 class StreamTransaction(Transaction):
-    """One file that is sent when it was verified."""
+    """Sends one file after its verification."""
 
     def __init__(self, descriptor: int, sources: Sequence[File]) -> None:
         self.descriptor = descriptor
@@ -66,9 +66,9 @@ class StreamTransaction(Transaction):
         return PlannedOutput(self._file)
 
     def deliver(self, progress: Progress | None) -> None:
-        """Sends the file; raises `BrokenPipeError` if the reader has gone.
+        """Sends the file. Raises `BrokenPipeError` if the reader has closed the pipe.
 
-        When it returns, the reader of a pipe has all bytes, and no source had changed before that.
+        On return, the reader of a pipe has read all bytes, and no source had changed until then.
         """
         _send(View(self._file.table), self.descriptor, progress)
         _wait_until_read(self.descriptor)
@@ -76,10 +76,10 @@ class StreamTransaction(Transaction):
             refuse_changed(file)
 
     def commit(self) -> None:
-        """Does nothing: all was sent."""
+        """Does nothing: all bytes are sent."""
 
     def abort(self) -> None:
-        """Does nothing: what was sent is out of reach."""
+        """Does nothing: sent bytes cannot be recalled."""
 
 
 def _send(view: View, descriptor: int, progress: Progress | None) -> None:
@@ -91,12 +91,12 @@ def _send(view: View, descriptor: int, progress: Progress | None) -> None:
         if progress:
             progress(min(at + _STEP, view.size), view.size)
     with _written():
-        # Network filesystems write when any descriptor of a file is closed, and say only then that there is no room.
+        # Network filesystems write when a descriptor is closed, and only then report a full disk.
         os.close(os.dup(descriptor))
 
 
 def _enlarge(descriptor: int) -> None:
-    """Makes a pipe larger; not everything is a pipe, and not everybody may have one of this size."""
+    """Enlarges a pipe. Ignores other descriptors, and refusals: the size is limited per user."""
     import fcntl
 
     try:
@@ -108,7 +108,7 @@ def _enlarge(descriptor: int) -> None:
 
 @contextmanager
 def _written() -> Iterator[None]:
-    """Turns the errors of writing into `BackendError`, but for that of a pipe whose reader has gone."""
+    """Turns write errors into `BackendError`, except for `BrokenPipeError`."""
     try:
         yield
     except BrokenPipeError:
@@ -124,7 +124,7 @@ def _wait_for_room(descriptor: int) -> None:
 
 
 def _wait_until_read(descriptor: int) -> None:
-    """Returns when a pipe is empty: until then it may hold pages of the source's file, not copies of them."""
+    """Waits until a pipe is empty: sendfile puts the source's pages into it and no copies, so changes would show."""
     if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
         return
     from fcntl import ioctl
@@ -138,5 +138,5 @@ def _wait_until_read(descriptor: int) -> None:
                 break
         else:
             return
-    # Nobody is left to read what is in it.
+    # The reader has gone and has not read everything.
     raise BrokenPipeError

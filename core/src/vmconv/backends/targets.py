@@ -1,4 +1,4 @@
-"""Where a target goes: its directory is opened once, and what cannot be made there is refused before any work."""
+"""The place of a target: its directory is opened once, and checked before any work."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vmconv.model.sources import File
 from vmconv.system import linux
 
 _MAX_LINKS = 40
-"""Symbolic links of one path, as the kernel has it."""
+"""Symbolic links in one path: the kernel's limit."""
 
 _IMMUTABLE, _APPEND_ONLY = 0x10, 0x20
 _CAP_FOWNER = 3
 
 
 def locate(path: str) -> tuple[Directory, str]:
-    """Returns the directory in which the file of this path is, or will be, and its name there, links followed.
+    """Returns the directory of this path, open, and the file's name there, links followed; the file need not exist.
 
-    A link in a directory in which anybody may make files is followed only when the user, or the owner of the directory,
-    has made it: the rule of the kernel (fs.protected_symlinks), here for each link of the path and wherever the kernel
-    does not apply it. A link of another user than root leads only to a directory of that other user's: it would decide
-    where this user writes. Raises `AccessError` for any other. Raises `OSError` where the directory does not exist.
+    Applies the kernel's rule for symbolic links (fs.protected_symlinks) to each link of the path, even if the kernel
+    does not: in a sticky world-writable directory, the link must be the user's or the directory owner's. In addition,
+    a link of another user, except root, may lead only to a directory of that user, because it decides where this user
+    writes. Raises `AccessError` for any other link, `OSError` if the directory does not exist.
     """
     with _whole_path_in_errors(path):
         return _walk(path)
@@ -83,7 +83,7 @@ def open_directory(path: str) -> Directory:
 
 @contextmanager
 def _whole_path_in_errors(path: str) -> Iterator[None]:
-    """Gives errors of the block the whole path, of which the walk names one part at a time."""
+    """Sets the whole path in errors of the block, because the walk opens one component at a time."""
     try:
         yield
     except OSError as exc:
@@ -92,7 +92,7 @@ def _whole_path_in_errors(path: str) -> Iterator[None]:
 
 
 def _enter(path: str, start: int | None = None, *, leave: int = -1) -> int:
-    """Returns a descriptor of a directory, and closes the one that is left."""
+    """Returns a descriptor of a directory, and closes the descriptor `leave`."""
     descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=start)
     if leave >= 0:
         os.close(leave)
@@ -100,7 +100,7 @@ def _enter(path: str, start: int | None = None, *, leave: int = -1) -> int:
 
 
 def _status(directory: int, name: str, *, missing: bool) -> os.stat_result | None:
-    """Returns the status of a name, a link's own; None when nothing has it, and it may be `missing`."""
+    """Returns the status of a name, links not followed; None if it does not exist and may be `missing`."""
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def _status(directory: int, name: str, *, missing: bool) -> os.stat_result | Non
 
 
 def _directory(descriptor: int) -> Directory:
-    """Returns an open directory, which the kernel says the path of."""
+    """Returns an open directory with its path from the kernel."""
     directory = Directory.at(".", descriptor)
     directory.path = directory.real()
     return directory
@@ -127,7 +127,7 @@ def _refuse_strangers_link(directory: int, name: str, link: os.stat_result, path
 
 
 def _refuse_led_away(directory: int, strangers: dict[int, str], path: str) -> None:
-    """Raises `AccessError` where links of other users lead to a directory that is not theirs."""
+    """Raises `AccessError` if a link of another user led to a directory that is not that user's."""
     owner = os.fstat(directory).st_uid
     for user, name in strangers.items():
         if user != owner:
@@ -142,9 +142,9 @@ def _refuse_led_away(directory: int, strangers: dict[int, str], path: str) -> No
 
 @contextmanager
 def claim_for_replacement(directory: Directory, name: str) -> Iterator[None]:
-    """Keeps others from using the file `name` for as long as the block lasts, because it will be replaced.
+    """Locks the file `name`, which will be replaced, against other processes during the block.
 
-    Raises `AccessError` when somebody uses it, `PlanError` when it cannot be replaced.
+    Raises `AccessError` if another process uses it, `PlanError` if it cannot be replaced.
     """
     path = directory.join(name)
     with os_errors("cannot be replaced", PlanError, where=path):
@@ -165,7 +165,7 @@ def _refuse_mount(directory: Directory, descriptor: int, path: str) -> None:
 
 
 def _mount(descriptor: int) -> bytes:
-    """Returns the number of the mount that a descriptor was opened through, nothing where /proc does not tell."""
+    """Returns the line with the mount ID of a descriptor, empty without /proc."""
     try:
         with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
             return next((line for line in file if line.startswith(b"mnt_id:")), b"")
@@ -186,7 +186,7 @@ def _flags(descriptor: int) -> int:
     try:
         return linux.inode_flags(descriptor)
     except OSError:
-        # No flags in this filesystem, or none for this user to see: what cannot be told is found out later.
+        # The filesystem has no flags, or hides them from this user. Then a rename fails later.
         return 0
 
 
@@ -218,7 +218,7 @@ def _refuse_in_use(descriptor: int, path: str) -> None:
 
 
 def _loop_device(status: os.stat_result) -> str | None:
-    """Returns the loop device of a file; needed where this user has no lease, and for devices that are read-only."""
+    """Returns the loop device of a file. Locks miss read-only devices, and any device if this user gets no lease."""
     try:
         with os.scandir("/sys/block") as entries:
             loops = [entry.name for entry in entries if entry.name.startswith("loop")]
@@ -230,7 +230,7 @@ def _loop_device(status: os.stat_result) -> str | None:
 
 
 def _swap(status: os.stat_result) -> str | None:
-    """Says that a file is swap space; replacing one fails only at the end."""
+    """Returns "swap" if the file is swap space, whose replacement would fail only at the end."""
     areas = _text("/proc/swaps").splitlines()[1:]
     return "swap" if any(_leads_to(area.split(" ")[0].replace("\\040", " "), status) for area in areas) else None
 
@@ -251,13 +251,13 @@ def _leads_to(path: str, status: os.stat_result) -> bool:
 
 
 def refuse_directory(directory: Directory) -> None:
-    """Raises `PlanError` where no files can be made."""
+    """Raises `PlanError` if no file can be created in the directory."""
     if _flags(directory.descriptor) & _IMMUTABLE:
         raise PlanError(f"{directory.path}: is immutable (chattr +i), no file can be made in it")
 
 
 def refuse_kept_names(directory: Directory) -> None:
-    """Raises `PlanError` where files can be made, and not renamed: a single new image needs no more, all else does."""
+    """Raises `PlanError` if files can be created and not renamed, which only a single new image does not need."""
     if _flags(directory.descriptor) & _APPEND_ONLY:
         raise PlanError(
             f"{directory.path}: is append-only (chattr +a), names in it cannot be changed",
@@ -265,11 +265,11 @@ def refuse_kept_names(directory: Directory) -> None:
         )
 
 
-# -- what stopped runs have left
+# -- leftovers of interrupted runs
 
 
 def clean(directory: Directory, names: Sequence[str]) -> None:
-    """Finishes what a stopped run of the same targets had committed, and removes what it had not."""
+    """Completes what an interrupted run of the same targets had committed, and removes its other files."""
     if not any(name.startswith(PREFIX) for name in directory.listed()):
         return
     from vmconv.backends import naming

@@ -1,8 +1,8 @@
-"""A new file before it has its name: without any where the filesystem can do that, else with a temporary one.
+"""A new file before it is named: without a name if the filesystem supports that, else with a temporary one.
 
-A run that is killed leaves nothing of a file without a name. Temporary names are short, whatever the target is called.
-They begin with a checksum of the target's name: the next run that makes the same target removes those that no living
-run has locked.
+A killed run leaves no trace of a file without a name. Temporary names are short, however long the target's name is.
+They contain a checksum of the target's name: the next run for the same target removes those that no living run has
+locked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vmconv.io.directory import Directory
 from vmconv.system import linux
 
 PREFIX = ".vmconv-"
-"""What the names of all files begin with that vmconv makes for the time of a run."""
+"""The prefix of all temporary files of vmconv."""
 
 _PATTERN = re.compile(r"\.vmconv-([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 
-# man 2 open: no O_TMPFILE in this filesystem or kernel; it is O_DIRECTORY and a flag then, or O_CREAT of a directory.
+# man 2 open: no O_TMPFILE in this filesystem or kernel. Old kernels take it for O_DIRECTORY, or O_CREAT of a directory.
 _NO_UNNAMED = linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT, errno.EINVAL}
 # man 2 rename: no RENAME_NOREPLACE. man 2 link: no hard links, or no more of them.
 _NO_NEW_NAME = linux.NOT_SUPPORTED | {errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV}
@@ -36,12 +36,12 @@ def temporary_name(name: str) -> str:
 
 
 def is_temporary(name: str) -> bool:
-    """True for what `temporary_name` returns, for whatever file."""
+    """True for any name from `temporary_name`."""
     return _PATTERN.fullmatch(name) is not None
 
 
 def is_unnamed(path: str) -> bool:
-    """True for a path in /proc/self/fd of a file that has no name, or a temporary one."""
+    """True if a path read from /proc/self/fd is that of a file without a name, or with a temporary one."""
     name = os.path.basename(path)
     return is_temporary(name) or re.fullmatch(r"#\d+ \(deleted\)", name) is not None
 
@@ -51,16 +51,16 @@ def _checksum(name: str) -> str:
 
 
 def remove_stale(directory: Directory, names: Collection[str], but: Collection[str] = ()) -> list[str]:
-    """Removes temporary files of files `names` whose run is dead (a living one locks its own), and returns them.
+    """Removes the temporary files of targets `names` that no living run has locked; returns the removed names.
 
-    `but` are those that are still needed. Does nothing in a directory that cannot be listed.
+    `but` are temporary names still needed. Does nothing if the directory cannot be listed.
     """
     wanted = {_checksum(name) for name in names}
     removed = []
     for entry in directory.listed():
         match = _PATTERN.fullmatch(entry)
         if match and match[1] in wanted and entry not in but and _is_dead(directory, entry):
-            # Another run may be doing the same.
+            # Another run may remove it at the same time.
             with suppress(FileNotFoundError):
                 directory.unlink(entry)
                 removed.append(entry)
@@ -71,7 +71,7 @@ def _is_dead(directory: Directory, name: str) -> bool:
     try:
         descriptor = directory.open(name)
     except (OSError, AccessError):
-        # Somebody else's, or no file at all: not ours to remove.
+        # Another user's, or no regular file: not ours to remove.
         return False
     try:
         return not locks.may_be_owned(descriptor)
@@ -80,10 +80,10 @@ def _is_dead(directory: Directory, name: str) -> bool:
 
 
 class Temporary:
-    """A new, empty file of mode 0600 that will become the file `target` of a directory; it is locked.
+    """A new, empty, locked file of mode 0600 that will become the file `target` of a directory.
 
-    `descriptor` is open for reading and writing, `name` its temporary name, None while it has none. The next run that
-    makes the file `known_by`, mostly the target itself, removes it.
+    `descriptor` is open for reading and writing. `name` is its temporary name, None without one. If this run dies, the
+    next run for the target `known_by` (default: `target`) removes the file.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Temporary:
         self.inode = os.fstat(self.descriptor).st_ino
 
     def reopened(self, flags: int) -> int:
-        """Returns another descriptor of the file, with flags of its own; raises `OSError` where /proc is missing."""
+        """Returns another descriptor of the file with its own flags. Raises `OSError` without /proc."""
         return os.open(f"/proc/self/fd/{self.descriptor}", flags | os.O_CLOEXEC)
 
     def named(self) -> str:
@@ -113,7 +113,7 @@ class Temporary:
         return self.name
 
     def appear(self, *, replace: bool) -> None:
-        """Gives the file its name; without `replace` raises `FileExistsError` when something has that."""
+        """Gives the file its final name. Without `replace` raises `FileExistsError` if the name exists."""
         if self.name is None and not replace:
             self.directory.link_open(self.descriptor, self.target)
             return
@@ -128,21 +128,21 @@ class Temporary:
         self.name = None
 
     def leave(self) -> None:
-        """Leaves the temporary name where it is."""
+        """Keeps the temporary name on disk: `remove` no longer removes it."""
         self.name = None
 
     def close(self) -> None:
         if self.descriptor >= 0:
             descriptor, self.descriptor = self.descriptor, -1
-            # It is closed whatever is said; what could not be written has been said when the file was finished.
+            # Linux closes the descriptor even on errors, and `finish` has reported failed writes.
             with suppress(OSError):
                 os.close(descriptor)
 
 
 def rename(directory: Directory, old: str, new: str, *, replace: bool) -> None:
-    """Gives a file another name; without `replace` raises `FileExistsError` when something has that.
+    """Renames a file. Without `replace` raises `FileExistsError` if the new name exists.
 
-    Where the filesystem cannot do that in one step, a hard link does it, or a look before.
+    Without RENAME_NOREPLACE, uses a hard link; without hard links, a check before the rename, which may race.
     """
     if replace:
         directory.rename(old, new, replace=True)
@@ -167,7 +167,7 @@ def rename(directory: Directory, old: str, new: str, *, replace: bool) -> None:
 
 
 def _create_unnamed(directory: Directory) -> int:
-    """Returns a new file without a name, -1 where there are none or none could be given a name later."""
+    """Returns a new file without a name; -1 if the filesystem has none, or without /proc, which naming it needs."""
     if not os.path.exists("/proc/self/fd"):
         return -1
     try:
@@ -185,7 +185,7 @@ def _create_unnamed(directory: Directory) -> int:
 
 
 def _create_named(directory: Directory, target: str, name: str | None) -> tuple[str, int]:
-    """Returns the name and descriptor of a new file; the name is `name`, if it is given."""
+    """Returns the name and descriptor of a new file; the name is `name` if given."""
     while True:
         chosen = name or temporary_name(target)
         descriptor = directory.create(chosen)
@@ -195,20 +195,20 @@ def _create_named(directory: Directory, target: str, name: str | None) -> tuple[
                 return (chosen if name else _try_rename(directory, target, chosen)), descriptor
         except BaseException:
             try:
-                # Where this fails, too, an empty file stays.
+                # If this fails too, an empty file stays.
                 with suppress(OSError):
                     directory.unlink(chosen)
             finally:
                 os.close(descriptor)
             raise
-        # Before it was locked, another run has taken it for a dead one's and removed it.
+        # Another run removed it as stale before it was locked.
         os.close(descriptor)
 
 
 def _try_rename(directory: Directory, target: str, name: str) -> str:
-    """Returns another temporary name that the file has now: a trial of what has to be done at the end.
+    """Renames the file to another temporary name and returns that, as a trial of the final rename.
 
-    There are directories in which files may be made and not renamed. Raises `OSError` there.
+    Raises `OSError` in directories where files can be created and not renamed.
     """
     other = temporary_name(target)
     directory.rename(name, other, replace=True)
@@ -216,5 +216,5 @@ def _try_rename(directory: Directory, target: str, name: str) -> str:
 
 
 def already_exists(directory: Directory, name: str) -> BackendError:
-    """Returns the error for a target that somebody else has made meanwhile."""
+    """Returns the error of a target that another process created meanwhile."""
     return BackendError(f"{directory.join(name)}: already exists", hint="--force replaces it")
