@@ -133,7 +133,7 @@ def test_where_nothing_is_told_all_is_unknown(
     assert "NOT SHARED" not in out
     assert out.splitlines()[-1] == (
         "not known whether all payload is shared: 0 B at the same physical addresses, 0 B not, 1 MiB unknown: the"
-        " filesystem does not tell"
+        " filesystem does not report it"
     )
 
 

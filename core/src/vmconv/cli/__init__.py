@@ -1,1 +1,1 @@
-"""The command line: one module for each verb, named as the verb. It calls the same functions as `vmconv.api`."""
+"""The command line: one module per verb, named as the verb. It calls the same functions as `vmconv.api`."""

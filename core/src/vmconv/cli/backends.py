@@ -48,7 +48,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 COMMAND = Command(
     "backends",
     "show what each storage backend can do in a directory",
-    "Asks the filesystem of a directory, by trying it on a file without a name, what each backend can do there.",
+    "Shows what each backend can do on the filesystem of a directory, after trying it on a file without a name.",
     _configure,
     _run,
 )

@@ -22,7 +22,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser)
     add_output(parser)
     add_access(parser)
-    # 2 and 3 say what was found, so a check that could not be done has a code of its own.
+    # As in qemu-img check, 2 and 3 are findings, so a check that failed needs another code.
     parser.set_defaults(error_code=_CHECK_NOT_DONE)
 
 

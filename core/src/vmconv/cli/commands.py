@@ -1,4 +1,4 @@
-"""The commands that come with vmconv, registered by an entry point of core as those of plugins are."""
+"""The commands of core, registered by an entry point as a plugin's are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def vmconv_register_commands() -> Iterable[Command]:
         fanout,
         formats,
         info,
-        map,  # noqa: A004 each module has the name of its verb
+        map,  # noqa: A004 modules are named as verbs
         plan,
         prove,
         recover,

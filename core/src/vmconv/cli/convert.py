@@ -27,7 +27,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_stream(options: argparse.Namespace, request: Request) -> int:
-    """Writes the image to standard output; what is said of it goes to standard error."""
+    """Writes the image to standard output, and messages to standard error."""
     from contextlib import redirect_stdout
 
     from vmconv.cli import streams
@@ -66,7 +66,7 @@ COMMAND = Command(
     "convert a disk to another format",
     "Converts a disk without copying its payload wherever storage allows it. What must be copied is announced\n"
     "with the reason before anything is written. The result is read back and compared with the source by its\n"
-    "metadata before it gets its name.",
+    "metadata before it appears under its name.",
     _configure,
     _run,
     _EXIT_STATUS,

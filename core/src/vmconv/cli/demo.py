@@ -1,4 +1,4 @@
-"""`vmconv demo`: the whole of it on a real disk image, on whatever filesystem the directory lies."""
+"""`vmconv demo`: converts a real disk image to every format and back, in any directory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _demonstrate(directory: str, size: int) -> int:
 
 
 def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
-    """Returns whether a guest sees the same bytes, and the proof by physical addresses in words."""
+    """Returns whether a guest sees the same bytes, and the shared bytes as text."""
     from vmconv.cli.output import size_text
     from vmconv.inspect.comparison import compare_images
     from vmconv.inspect.proof import prove_images
@@ -88,7 +88,7 @@ def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
 
 
 def _make_disk(path: str, size: int) -> None:
-    """Writes a sparse disk, every second part of which is payload, with a boot sector's signature at its beginning."""
+    """Writes a sparse disk with payload in every second part, and a boot sector's signature."""
     part = 4 << 20
     with open(path, "wb") as file:
         file.truncate(size)

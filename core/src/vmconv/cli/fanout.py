@@ -39,7 +39,7 @@ def _by_format(given: Mapping[str, str]) -> dict[str, dict[str, str]]:
     for name, value in given.items():
         format_name, dot, option = name.partition(".")
         if not dot:
-            raise UsageError(f"option {name!r} does not say whose it is", hint=f"write FORMAT.{name}={value}")
+            raise UsageError(f"option {name!r} names no format", hint=f"write FORMAT.{name}={value}")
         found.setdefault(format_name, {})[option] = value
     return found
 
@@ -67,9 +67,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 COMMAND = Command(
     "fanout",
     "make images of one disk in several formats",
-    "Makes an image of a disk in each of several formats, named after it. All of them share the blocks of the\n"
-    "disk where storage allows it, so that together they take the space of one, and any of them can be deleted\n"
-    "without the others noticing. All appear, or none does.",
+    "Makes an image of a disk in each of several formats, named after it. All share the blocks of the disk where\n"
+    "storage allows it: together they take the space of one, and deleting one does not affect the others. All\n"
+    "appear, or none does.",
     _configure,
     _run,
     """exit status:

@@ -89,8 +89,8 @@ def _value(default: object) -> str:
 COMMAND = Command(
     "formats",
     "list the formats that are installed, and those that could be",
-    "Lists each format that is installed: whether it is read and written, the options of its writer, and the\n"
-    "distribution it comes from. Then the formats that a pip install would add, and plugins that are broken.",
+    "Lists each installed format: whether it is read and written, its writer's options and its distribution.\n"
+    "Then the formats that a pip install would add, and broken plugins.",
     add_output,
     _run,
 )

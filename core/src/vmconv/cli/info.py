@@ -53,7 +53,7 @@ def _print_info(facts: dict[str, Any]) -> None:
 
 
 def _snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields the snapshots as qemu-img lists them."""
+    """Yields the lines of qemu-img's list of snapshots."""
     from vmconv.cli.output import size_text, table_lines
 
     rows = [["ID", "TAG", "VM SIZE", "DATE", "VM CLOCK"]]
@@ -68,14 +68,14 @@ def _snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _fact_lines(facts: Mapping[str, Any] | Sequence[Any], depth: int) -> Iterator[str]:
-    """Yields facts as qemu-img prints them: each on a line, what is inside of one below it."""
+    """Yields facts as qemu-img prints them: one per line, nested ones indented."""
     indent = "    " * depth
     pairs = facts.items() if isinstance(facts, Mapping) else ((f"[{n}]", fact) for n, fact in enumerate(facts))
     for number, (key, value) in enumerate(pairs):
         if number == _LISTED:
             yield f"{indent}... {len(facts)} in all (--output json has them)"
             return
-        # GUIDs are keys too, of Parallels' snapshots.
+        # Keys of Parallels' snapshots are GUIDs, whose dashes must stay.
         title = key.replace("-", " ") if len(key) < _GUID else key
         if isinstance(value, (Mapping, list, tuple)) and value:
             yield f"{indent}{title}:"
@@ -86,7 +86,7 @@ def _fact_lines(facts: Mapping[str, Any] | Sequence[Any], depth: int) -> Iterato
 
 _GUID = 36
 _LISTED = 50
-"""Members of a list that are shown to people."""
+"""Members of a list in human output."""
 
 _INFO_TITLES = {
     "cluster-size": "cluster size",

@@ -16,27 +16,27 @@ from vmconv.system.signals import Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; the errors of vmconv become one line, with a hint below it."""
+    """Runs one command and returns its exit code. Prints errors of vmconv as one line, with a hint below it."""
     import gc
 
-    # A run is short: collecting garbage while modules are imported costs more than it frees.
+    # A run is short: garbage collection during imports costs more than it frees.
     gc.disable()
-    # Nothing here is linear algebra: without this numpy starts a thread for each processor when it is imported.
+    # Otherwise OpenBLAS starts a thread per processor when numpy is imported. vmconv uses no linear algebra.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     streams.prepare()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup, and shells for programs in the background, start a program with a signal ignored.
+        # nohup, and shells for background jobs, start programs with ignored signals.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     try:
         return _guarded(arguments)
     except KeyboardInterrupt as exc:
-        # A second signal, while what the first one had stopped was being reported.
+        # A second signal arrived while the first one was reported.
         return code_for(exc)
 
 
 def _guarded(arguments: Sequence[str] | None) -> int:
-    """Parses and runs a command; whatever stops it is reported here."""
+    """Parses and runs a command; reports its errors and signals."""
     import gc
 
     from vmconv.errors import VmconvError
@@ -59,7 +59,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         print(f"vmconv: {word_for(exc)}{left_by(exc)}", file=sys.stderr)
         return code_for(exc)
     except BrokenPipeError:
-        # Whoever read our output has gone and knows it.
+        # The reader of our output closed the pipe, as `head` does: no message.
         streams.drop_output()
         return 1
     except OSError as exc:
@@ -67,7 +67,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         named = (getattr(options, name, None) for name in ("source", "file", "path", "left"))
         where = exc.filename or next(filter(None, named), None)
         print(f"vmconv: {printable(f'{where}: ' if where else '')}{exc.strerror or exc}", file=sys.stderr)
-        # Of commands whose exit code 1 is an answer, this is none.
+        # For some commands exit code 1 is an answer. An error needs another code there.
         return getattr(options, "error_code", None) or 1
 
 

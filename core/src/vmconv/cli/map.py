@@ -29,7 +29,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print_map(rows: Any) -> None:
-    """Prints the rows as qemu-img does, so that the two can be compared line by line."""
+    """Prints the rows in the layout of qemu-img, so that outputs can be compared line by line."""
     import json
 
     before = "["

@@ -1,4 +1,4 @@
-"""Arguments that several commands share; their names are those of qemu-img."""
+"""Arguments of several commands, named as in qemu-img."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
-    """Help of one width wherever it is shown, with descriptions as they were written."""
+    """Help of at most 100 columns; keeps the line breaks of descriptions."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=min(_columns(), 100))
 
 
 def _columns() -> int:
-    """Returns the columns of the terminal, as `shutil` does, whose import takes longer than the rest of the parser."""
+    """Returns the columns of the terminal, without `shutil`, whose import takes longer than the rest of the parser."""
     try:
         return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 100
     except (OSError, ValueError):
@@ -61,7 +61,7 @@ def add_access(parser: argparse.ArgumentParser) -> None:
 
 
 def access(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of an `Opener` that `add_access` gives values to."""
+    """Returns the arguments of an `Opener` from the options of `add_access`."""
     return {
         "allow_external": options.allow_external,
         "force_share": options.force_share,
@@ -73,13 +73,13 @@ def add_trust(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help=f"follow {what} that another user, another machine or an older vmconv made, as after a backup was\n"
-        "restored: it says which files of the directory are written over, renamed and removed",
+        help=f"follow {what} of another user, another machine or an older vmconv, as after restoring a backup:\n"
+        "it decides which files of the directory are overwritten, renamed and removed",
     )
 
 
 def as_named(given: str, path: str) -> str:
-    """Returns a path in the directory of what the user named, as the user named that."""
+    """Returns a path with the directory as the user spelled it."""
     return os.path.join(os.path.dirname(given), os.path.basename(path))
 
 
@@ -101,12 +101,12 @@ def add_snapshot(parser: argparse.ArgumentParser) -> None:
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that say how bytes get where they belong."""
+    """Adds the arguments on sharing, copying and access rights."""
     parser.add_argument(
         "--zero-copy",
         choices=("auto", "require"),
         default="auto",
-        help="require: fail, touching nothing, rather than copy a byte of payload (default: auto, copies what must be)",
+        help="require: fail before any change rather than copy payload (default: auto, copy what cannot be shared)",
     )
     parser.add_argument(
         "--backend", default="auto", metavar="NAME", help="auto, or one that vmconv backends lists (default: auto)"
@@ -116,21 +116,21 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
         dest="cache",
         choices=("writeback", "unsafe"),
         default="writeback",
-        help="writeback: what is made is on storage before it gets its name; unsafe: do not wait for storage, as\n"
-        "qemu-img convert does unless told otherwise: a power cut may leave damaged images (default: writeback)",
+        help="writeback: sync new files before they are named; unsafe: do not sync, like qemu-img convert by default:\n"
+        "a power failure may leave damaged images (default: writeback)",
     )
 
     parser.add_argument(
         "--mode",
         type=_mode,
         metavar="OCTAL",
-        help="permission bits of what is made, such as 0640 (default: those of new files, less what a file of SOURCE\n"
-        "does not allow; what --force replaces keeps its owner, mode and attributes)",
+        help="permission bits of new files, such as 0640 (default: as for any new file, less what a file of SOURCE\n"
+        "does not allow; a file replaced by --force keeps its owner, mode and attributes)",
     )
 
 
 def _mode(text: str) -> int:
-    """Returns permission bits; raises `ValueError`, of which argparse makes a message."""
+    """Returns permission bits. Raises `ValueError`, which argparse turns into a message."""
     mode = int(text, 8)
     if not 0 <= mode <= 0o777:
         raise ValueError
@@ -138,15 +138,15 @@ def _mode(text: str) -> int:
 
 
 def add_making(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of what is not only planned but made."""
+    """Adds the arguments of commands that make images, unlike `plan`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     parser.add_argument(
         "--verify",
         choices=("metadata", "sample", "bytes", "qemu"),
         default="metadata",
-        help="how the result is compared with SOURCE before it gets its name. metadata: no payload is read; sample:\n"
-        "payload around each edge of a range, and random blocks; bytes: all of it; qemu: by qemu-img compare\n"
+        help="how to compare the result with SOURCE before it is named. metadata: read no payload; sample: payload\n"
+        "around each edge of a range, and random blocks; bytes: all payload; qemu: by qemu-img compare\n"
         "(default: metadata)",
     )
     parser.add_argument(
@@ -154,12 +154,12 @@ def add_making(parser: argparse.ArgumentParser) -> None:
         dest="verify",
         action="store_const",
         const=False,
-        help="do not read the result's metadata back and check it",
+        help="do not read back and check the result's metadata",
     )
 
 
 def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of a `Request` that `-f`, `-l`, `add_storage`, `--force` and `add_access` give values to."""
+    """Returns the fields of a `Request` from `-f`, `-l`, `add_storage`, `--force` and `add_access`."""
     return {
         "source_format": options.format_f,
         "source_backing_format": options.source_backing_format,
@@ -194,14 +194,14 @@ class SetOptions(argparse.Action):
 
 
 def reading(options: argparse.Namespace) -> Reading:
-    """Returns the image that FILE, `-f` and `add_access` name."""
+    """Returns the arguments FILE, `-f` and those of `add_access`."""
     from vmconv.interface.arguments import Reading
 
     return Reading(options.file, options.format_f, **access(options))
 
 
 def pair(options: argparse.Namespace) -> Pair:
-    """Returns the images that FILE1, FILE2, `-f`, `-F` and `add_access` name."""
+    """Returns the arguments FILE1, FILE2, `-f`, `-F` and those of `add_access`."""
     from vmconv.interface.arguments import Pair
 
     return Pair(options.left, options.right, options.format_f, options.format_F, **access(options))

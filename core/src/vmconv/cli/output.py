@@ -18,17 +18,17 @@ def size_text(size: int) -> str:
 
 
 def as_plain(value: Any) -> Any:
-    """Returns a result as what JSON knows: records as dictionaries by their fields' names."""
+    """Returns a result in JSON's types: named tuples become dictionaries."""
     if hasattr(value, "_asdict"):
         return {name: as_plain(field) for name, field in value._asdict().items()}
     return [as_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """Prints one JSON document; without `indent` on one line."""
+    """Prints one JSON document, on one line without `indent`."""
     import json
 
-    # File names need not be Unicode; what is not is printed as escapes.
+    # File names need not be Unicode: JSON escapes the surrogates of such bytes.
     print(json.dumps(value, indent=indent, default=str), flush=True)
 
 
@@ -46,7 +46,7 @@ def table_lines(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str
 
 
 class ProgressBar:
-    """A bar on a terminal that is redrawn at most ten times a second; `close` ends its line."""
+    """A progress bar on a terminal, redrawn at most ten times a second; `close` ends its line."""
 
     _WIDTH = 30
 

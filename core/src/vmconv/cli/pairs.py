@@ -21,5 +21,5 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser, "-F", "FILE2")
     add_output(parser)
     add_access(parser)
-    # Different is not an error: the codes of errors begin after it, as qemu-img has them.
+    # As in qemu-img compare, 1 means different, so errors are 2.
     parser.set_defaults(error_code=CANNOT_OPEN)

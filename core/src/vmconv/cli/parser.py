@@ -1,4 +1,4 @@
-"""The parser of the whole command line, made of the commands that are installed."""
+"""The parser of the whole command line, built from the installed commands."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
 
 
 def _broken(name: str, distribution: str) -> Callable[[argparse.Namespace], int]:
-    """Returns what runs instead of a command whose arguments could not be set up."""
+    """Returns the function of a command whose arguments could not be set up; it raises `PluginError`."""
     from vmconv.errors import PluginError
 
     def run(_options: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def _broken(name: str, distribution: str) -> Callable[[argparse.Namespace], int]
 
 
 class _Version(str):
-    """The version, looked up only when it is asked for."""
+    """The version, looked up on use only."""
 
     def __new__(cls) -> Self:
         return super().__new__(cls, "%(prog)s")

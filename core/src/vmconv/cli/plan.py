@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _layer(made: Container) -> dict[str, str]:
-    """Returns what becomes of a layer below the one that the user named."""
+    """Returns a lower layer and its new image."""
     return {"source": made.source.file.name, "source_format": made.source.format_name, "name": made.name}
 
 
@@ -65,9 +65,9 @@ def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence
 COMMAND = Command(
     "plan",
     "show what a conversion would share, copy and write",
-    "Shows what convert would do with the same arguments: what is shared, copied and written, and why each copied\n"
-    "byte must be. Touches nothing.",
+    "Shows what convert would do with the same arguments: the bytes shared, copied and written, and a reason for\n"
+    "each copied byte. Changes nothing.",
     configure_request,
     _run,
-    "exit status: as vmconv convert would return, as far as that can be known beforehand",
+    "exit status: that of vmconv convert, as far as it can be known beforehand",
 )

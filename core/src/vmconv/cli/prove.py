@@ -35,7 +35,7 @@ def _run(options: argparse.Namespace) -> int:
     print_table(table)
     if hidden:
         print(f"... and {hidden} more ranges, --rows shows them")
-    unknown = f", {size_text(proof.unknown)} unknown: the filesystem does not tell" if proof.unknown else ""
+    unknown = f", {size_text(proof.unknown)} unknown: the filesystem does not report it" if proof.unknown else ""
     shared, apart = size_text(proof.shared), size_text(proof.apart)
     print(f"{_verdict(proof)}: {shared} at the same physical addresses, {apart} not{unknown}")
     return 0 if proof else DIFFERENT

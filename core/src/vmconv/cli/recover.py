@@ -18,7 +18,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.system import signals
 
     what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}
-    # A signal would only make another recovery necessary.
+    # A signal in the middle would only require another recovery.
     with signals.held():
         done = recover(options.path, trust=options.trust)
         print(f"{as_named(options.path, done.path)}: {what[done.forward]}")
@@ -27,13 +27,13 @@ def _run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "recover",
-    "take back or finish a conversion in place that was interrupted",
-    "Brings the disk back after a conversion in place was killed or the power failed: as it was before, or, when\n"
-    "the conversion had got that far, as the complete target.",
+    "roll back or complete an interrupted conversion in place",
+    "Restores the disk after a conversion in place was killed or the power failed: to its old state, or, after the\n"
+    "commit, to the complete target.",
     _configure,
     _run,
     """exit status:
   0  the disk is complete
-  1  it could not be brought back; the message says why
+  1  the disk could not be restored; the message says why
   2  the request makes no sense""",
 )

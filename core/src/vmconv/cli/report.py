@@ -1,4 +1,4 @@
-"""What a command that makes images says of it: what will be done, how far it is, and what was done."""
+"""Reports of commands that make images: plan, progress and results, for people or as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Returns a plan as what JSON knows."""
+    """Returns a plan in JSON's types."""
     return {
         "backend": plan.backend,
         **plan.totals._asdict(),
@@ -38,7 +38,7 @@ _ESTIMATE_AFTER = 1.0
 
 
 class _Silence:
-    """What `--quiet` prints."""
+    """Prints nothing, for `--quiet`."""
 
     def announce(self, plan: Plan) -> None:
         pass
@@ -57,7 +57,7 @@ class _Silence:
 
 
 class _Events(_Silence):
-    """One JSON document on each line: the plan, progress, the result."""
+    """Prints one JSON document per line: plan, progress, result."""
 
     def announce(self, plan: Plan) -> None:
         self._print("plan", plan_json(plan))
@@ -90,7 +90,7 @@ class _Events(_Silence):
 
 
 class _Words(_Silence):
-    """What people read: what will be copied and why, a bar, and what was done."""
+    """Prints text: copies and their reasons, a progress bar, results."""
 
     def __init__(self, *, bar: bool) -> None:
         from vmconv.cli.output import ProgressBar
@@ -143,7 +143,7 @@ class _Words(_Silence):
 
 
 def shared_word(backend: str) -> str:
-    """Returns the word for payload of which no byte moves: in place there is nobody to share with."""
+    """Returns the word for payload that is not copied; in place it is kept, because no second file shares it."""
     return "kept" if backend == "in-place" else "shared"
 
 
@@ -160,7 +160,7 @@ def _done(result: Result) -> str:
 
 
 def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
-    """Calls `convert`, printing what will be done, progress and results as the options want it."""
+    """Calls `convert` and prints its plan, progress and results in the style of the options."""
     report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
     if options.output == "json":
         report = _Events()
@@ -172,7 +172,7 @@ def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[
         results = getattr(exc, "results", ())
         if not results:
             raise
-        # The signal came when everything was made: to fail now would be no help to anybody.
+        # The signal arrived after the commit: the run succeeded.
         _say_complete(exc, results)
     finally:
         report.close()
@@ -189,12 +189,12 @@ def _say_complete(exc: KeyboardInterrupt, results: Sequence[Result]) -> None:
 
 
 def left_by(exc: BaseException) -> str:
-    """Returns the end of the message on a run that was stopped, where it is known what the run has left."""
+    """Returns the end of the message on an interrupted run: what it left, if known."""
     from vmconv.errors import VmconvError
 
     failed = exc.__context__
     if isinstance(failed, VmconvError):
-        # What had been committed could not be finished, and then the signal was delivered.
+        # The run failed after the commit, and then the held signal was delivered.
         return f": {failed}" + (f"\n  hint: {failed.hint}" if failed.hint else "")
     if left := getattr(exc, "left", None):
         return f", {left}"

@@ -1,4 +1,4 @@
-"""The arguments of `convert` and `plan`, and the request that they make."""
+"""The arguments of `convert` and `plan`, and their request."""
 
 from __future__ import annotations
 
@@ -31,44 +31,44 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chain",
         action="store_true",
-        help="make an image of each layer of SOURCE, beside TARGET and named after the layer, instead of flattening\n"
-        "them; all appear together",
+        help="make one image per layer of SOURCE, beside TARGET and named after the layer, instead of flattening;\n"
+        "all appear together",
     )
     parser.add_argument(
         "-B",
         dest="backing_file",
         metavar="FILE",
         help="keep the chain from this layer of SOURCE downwards as TARGET's backing file, instead of flattening it;\n"
-        "written as given, relative to TARGET's directory",
+        "stored as given, relative to TARGET's directory",
     )
     parser.add_argument(
-        "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: as SOURCE has it)"
+        "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: that in SOURCE)"
     )
     add_storage(parser)
     parser.add_argument(
-        "--force", action="store_true", help="replace TARGET, and what is made beside it, where it exists"
+        "--force", action="store_true", help="replace TARGET, and the files made beside it, if they exist"
     )
     parser.add_argument(
         "--in-place",
         action="store_true",
-        help="turn SOURCE's own file into TARGET: payload stays where it lies, SOURCE is gone afterwards",
+        help="turn SOURCE's own file into TARGET: payload stays in place, SOURCE no longer exists afterwards",
     )
     parser.add_argument(
         "--keep-undo",
         action="store_true",
-        help="with --in-place: keep what it takes to go back, in TARGET.vmconv-undo; see vmconv undo",
+        help="with --in-place: write an undo file, TARGET.vmconv-undo; see vmconv undo",
     )
     parser.add_argument(
         "--any-owner",
         action="store_true",
-        help="with --in-place: change and remove files of SOURCE that belong to others than SOURCE itself does",
+        help="with --in-place: also change and remove files of SOURCE with another owner than SOURCE",
     )
     add_output(parser)
     add_access(parser)
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """Returns the request that the arguments of `configure_request` make."""
+    """Returns the request from the arguments of `configure_request`."""
     from vmconv.conversion.request import Request
 
     return Request(

@@ -12,7 +12,7 @@ EXIT_HUNG_UP = 128 + signal.SIGHUP
 
 
 _STOPS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
-"""Signals that end a run after it has cleaned up, and the word for each."""
+"""Signals that end a run after its cleanup, and the word for each."""
 
 
 def _number(exc: KeyboardInterrupt) -> int:
@@ -20,10 +20,10 @@ def _number(exc: KeyboardInterrupt) -> int:
 
 
 def word_for(exc: KeyboardInterrupt) -> str:
-    """Returns what a signal did, in one word."""
+    """Returns the effect of a signal in one word."""
     return _STOPS.get(_number(exc), "stopped")
 
 
 def code_for(exc: KeyboardInterrupt) -> int:
-    """Returns the exit code that shells have for a program that a signal ended."""
+    """Returns the exit code that shells report for a program killed by the signal."""
     return 128 + _number(exc)

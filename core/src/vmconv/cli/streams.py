@@ -1,4 +1,4 @@
-"""The standard streams of the program: all three exist, and a failure to write names standard output or is ignored."""
+"""The standard streams: all three exist, write errors name standard output, and those of standard error are ignored."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _closed: set[int] = set()
 def prepare() -> None:
     """Makes the three standard streams usable, however the program was started.
 
-    A descriptor that is closed becomes /dev/null: otherwise the next file that is opened gets its number, and messages
-    are written into an image.
+    A closed descriptor becomes /dev/null. Otherwise the next opened file would get its number, and messages would be
+    written into an image.
     """
     for number in range(3):
         try:
@@ -36,17 +36,17 @@ def prepare() -> None:
 
 
 def is_closed(number: int) -> bool:
-    """True when the program was started without this standard descriptor."""
+    """True if the program was started without this standard descriptor."""
     return number in _closed
 
 
 def drop_output() -> None:
-    """Sends what is still buffered for standard output to /dev/null, so that it does not fail again at the exit."""
+    """Sends buffered standard output to /dev/null, so that it does not fail again at exit."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.dup2(null, sys.stdout.fileno())
     except (OSError, ValueError):
-        # A double of standard output without a descriptor.
+        # A replacement of standard output without a descriptor, as in tests.
         pass
     finally:
         os.close(null)
@@ -54,7 +54,7 @@ def drop_output() -> None:
 
 @contextmanager
 def drop_output_on_error() -> Iterator[None]:
-    """Goes on without standard output when the block cannot write to it, and says so on standard error."""
+    """Continues without standard output if the block cannot write to it, with a message on standard error."""
     try:
         yield
         sys.stdout.flush()
@@ -64,10 +64,10 @@ def drop_output_on_error() -> Iterator[None]:
 
 
 class _Named(io.FileIO):
-    """Standard output; its errors have its name where those of a file have the file's."""
+    """Standard output, with its name as the file name of errors."""
 
     def seekable(self) -> bool:
-        """Says that nobody will seek, so that nobody asks for the position, which not every file tells."""
+        """Returns False, so that Python does not ask for the position, which fails for some files."""
         return False
 
     def write(self, data: Any) -> Any:
@@ -79,7 +79,7 @@ class _Named(io.FileIO):
 
 
 class _Unfailing(io.FileIO):
-    """Standard error: a message that cannot be written must not end a conversion."""
+    """Standard error without errors: a lost message must not end a conversion."""
 
     def seekable(self) -> bool:
         return False
@@ -92,12 +92,12 @@ class _Unfailing(io.FileIO):
 
 
 def _stream(number: int, kind: type[io.FileIO], present: TextIO | None, original: TextIO | None) -> TextIO:
-    """Returns a text stream that writes to the descriptor by `kind`; one that a caller has put there stays."""
+    """Returns a text stream that writes to the descriptor by `kind`; keeps a stream that a caller has replaced."""
     encoding, line_buffering = "utf-8", True
     if isinstance(present, io.TextIOWrapper):
-        # File names need not be text in the encoding of the stream.
+        # The encoding of the stream may not have all characters of file names.
         with suppress(OSError):
-            # Asks for the position in a file that standard output was redirected to; nothing here needs it.
+            # Asks a redirected file for its position, which may fail and does not matter here.
             present.reconfigure(errors="backslashreplace")
         encoding, line_buffering = present.encoding, present.line_buffering or present.write_through
     if present is not None:

@@ -23,7 +23,7 @@ def _run(options: argparse.Namespace) -> int:
         if not results:
             vars(exc)["left"] = "nothing was changed"
             raise
-        # The signal came when everything was done.
+        # The signal arrived after the commit.
         path = results[0]
     print(f"{as_named(options.file, path)}: is as it was before the conversion")
     return 0
@@ -32,12 +32,12 @@ def _run(options: argparse.Namespace) -> int:
 COMMAND = Command(
     "undo",
     "turn a disk back into what it was converted from in place",
-    "Brings the old container back, byte for byte, when it was converted with --keep-undo and nobody has\n"
-    "written to the new one since. Payload is not touched.",
+    "Restores the old container byte for byte, if it was converted with --keep-undo and the new one was not\n"
+    "written to since. Leaves payload in place.",
     _configure,
     _run,
     """exit status:
-  0  the disk is what it was
+  0  the disk is restored
   1  it cannot be undone; the message says why, and nothing was changed
   2  the request makes no sense""",
 )

@@ -1,1 +1,1 @@
-"""What reads images and makes none: info, map, check, compare, prove."""
+"""Functions that only read images: info, map, check, compare, prove."""

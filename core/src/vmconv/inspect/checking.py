@@ -1,4 +1,4 @@
-"""What is wrong with an image: with its structure, which its format knows, and with the files that it refers to."""
+"""Checks an image: its structure, by its format, and the files that it refers to."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MISSING = "is missing"
 
 
 def check_image(image: Image, opener: Opener) -> CheckReport | None:
-    """Returns what was found; None when the format has no structure to check and the image refers to no file.
+    """Returns the report; None if the format has no structure to check and the image refers to no file.
 
-    What an image cannot be read without belongs to it: its own files, and the layers below. Layers below are read as a
-    conversion reads them, their structure is not checked.
+    Covers all that reading the image needs: its own files and the layers below. The tables of lower layers are read as
+    in a conversion; their structure is not checked.
     """
     report = opener.registry.format(image.format_name).check(image)
     alone = report is None and not image.dependencies and image.parent_reference is None
@@ -28,7 +28,7 @@ def check_image(image: Image, opener: Opener) -> CheckReport | None:
 
 
 def _with_files(found: CheckReport, image: Image, opener: Opener) -> CheckReport:
-    """Returns the report with what is wrong with the other files that the image is made of."""
+    """Returns the report with problems of the image's other files."""
     problems, doubts, errors = [], [], []
     for dependency in image.dependencies:
         try:
@@ -47,7 +47,7 @@ def _with_files(found: CheckReport, image: Image, opener: Opener) -> CheckReport
 
 
 def _readable(found: CheckReport, image: Image) -> CheckReport:
-    """Returns the report; what the reader refuses, and the check did not find, is a corruption too."""
+    """Returns the report, with the reader's refusal as a corruption if the check found nothing."""
     if found.corruption_count or found.errors:
         return found
     refusal = _refusal(image)
@@ -59,7 +59,7 @@ def _readable(found: CheckReport, image: Image) -> CheckReport:
 
 
 def _with_layers(found: CheckReport, image: Image) -> CheckReport:
-    """Returns the report with what keeps a layer below from being read."""
+    """Returns the report with errors of reading lower layers."""
     if f"backing file {image.parent_reference} {_MISSING}" in found.corruptions:
         return found
     errors: list[str] = []
@@ -73,7 +73,7 @@ def _with_layers(found: CheckReport, image: Image) -> CheckReport:
 
 
 def _refusal(image: Image) -> VmconvError | None:
-    """Returns why the tables of a layer cannot be read, or None."""
+    """Returns the error of reading a layer's tables, None on success."""
     try:
         image.guest  # noqa: B018
     except VmconvError as exc:
@@ -96,7 +96,7 @@ def _look_at(dependency: Dependency, image: Image, opener: Opener) -> Finding:
 
 
 def remarks(image: Image, opener: Opener) -> Iterator[str]:
-    """Yields what there is to say of the files that `image` is made of, and which of them may not be looked at."""
+    """Yields problems and doubts of the image's files, and the files that may not be opened."""
     for dependency in image.dependencies:
         try:
             finding = _look_at(dependency, image, opener)
@@ -108,7 +108,7 @@ def remarks(image: Image, opener: Opener) -> Iterator[str]:
 
 
 def warnings(image: Image, opener: Opener) -> Iterator[str]:
-    """Yields the remarks on `image` and on the layers below it, where they have recorded what files were."""
+    """Yields the remarks on `image` and its lower layers, for layers with records of their files."""
     for layer in image.chain():
         if any(dependency.fingerprint for dependency in layer.dependencies):
             yield from remarks(layer, opener)

@@ -1,4 +1,4 @@
-"""Guest-visible equality of two disks: what shares storage is equal by algebra, only the rest is read."""
+"""Guest-visible equality of two disks: ranges that share storage are equal by algebra, only the rest is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = 4 << 20
 
 
 class Comparison(NamedTuple):
-    """The outcome: `first_difference` is a guest offset in bytes, the other figures are bytes of the guest's disk."""
+    """The outcome, in bytes of the guest's disk: `first_difference` is an offset, the others are amounts."""
 
     identical: bool
     first_difference: int | None
@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
 
 
 def unproved(a: Extents, b: Extents) -> tuple[Column, Column]:
-    """Returns `(start, length)` of the ranges that the two tables, of equal size, do not show to be equal."""
+    """Returns `(start, length)` of the ranges that two tables of equal size do not prove equal."""
     _, (a, b) = merge_sources(a, b)
     cuts = distinct(np.concatenate([a.start, b.start]))
     length = np.diff(cuts, append=a.size)
@@ -43,7 +43,7 @@ def unproved(a: Extents, b: Extents) -> tuple[Column, Column]:
 def compare_images(a: Image, b: Image, *, strict: bool = False) -> Comparison:
     """Returns whether a guest sees the same bytes in both.
 
-    Where one is longer, the rest must read as zero, or with `strict` sizes must be equal, as qemu-img has it.
+    As in qemu-img, the rest of the longer disk must read as zero; with `strict` the sizes must be equal.
     """
     sizes = (a.size, b.size)
     if strict and a.size != b.size:
@@ -58,7 +58,7 @@ def compare_images(a: Image, b: Image, *, strict: bool = False) -> Comparison:
 
 
 def _differences(a: Extents, b: Extents, start: Column, length: Column) -> Iterator[int]:
-    """Yields the addresses of the first byte that differs in each piece where one does, in order."""
+    """Yields the address of the first different byte of each piece, in order."""
     from vmconv.system.parallel import in_order
 
     def look(piece: tuple[int, int]) -> int | None:
@@ -78,5 +78,5 @@ def _differences(a: Extents, b: Extents, start: Column, length: Column) -> Itera
 
 
 def first_difference(a: Extents, b: Extents) -> int | None:
-    """Returns the first address where two tables of equal size read differently; reads what they do not prove."""
+    """Returns the first address where two tables of equal size read differently; reads only unproved ranges."""
     return next(_differences(a, b, *unproved(a, b)), None)

@@ -1,4 +1,4 @@
-"""The description of one image, with the keys that `qemu-img info --output=json` has, and more."""
+"""The description of one image, with the keys of `qemu-img info --output=json` and more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmconv.model.references import OWN_ROLES
 
 
 def describe(image: Image, opener: Opener) -> dict[str, Any]:
-    """Returns what is known of the image without opening its parent; sizes are bytes."""
+    """Returns the description of an image without opening its parent; sizes are bytes."""
     facts: dict[str, Any] = {
         "filename": image.file.path,
         "format": image.format_name,
@@ -38,7 +38,7 @@ def describe(image: Image, opener: Opener) -> dict[str, Any]:
             }
             for dependency in image.dependencies
         ]
-    # What the image says of itself may be damaged where no reading needs it: that is found by now.
+    # Last: damage in fields that reading does not need is found only by now.
     facts["disk"] = image.disk.model_dump(mode="json", exclude_none=True)
     facts["losses"] = list(image.losses)
     facts["warnings"] = [*image.warnings, *remarks(image, opener)]
@@ -46,12 +46,12 @@ def describe(image: Image, opener: Opener) -> dict[str, Any]:
 
 
 def _disk_size(image: Image, opener: Opener) -> int:
-    """Returns the bytes that all files of the image take on storage, those of its parents left out."""
+    """Returns the allocated bytes of the image's own files, without its parents."""
     files = {(image.file.stamp.device, image.file.stamp.inode): os.fstat(image.file.descriptor).st_blocks}
     for dependency in image.dependencies:
         if dependency.role not in OWN_ROLES:
             continue
-        # What cannot be opened is in the warnings.
+        # `remarks` reports files that cannot be opened.
         with suppress(VmconvError):
             file = opener.related(image.file, dependency.name, dependency.role)
             files[file.stamp.device, file.stamp.inode] = os.fstat(file.descriptor).st_blocks

@@ -1,4 +1,4 @@
-"""Images that a command looks at: opened under the rules that its user gave, and closed afterwards."""
+"""Opens images for commands, with the access options of the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[I
 @contextmanager
 def both(asked: Pair) -> Iterator[tuple[Image, Image]]:
     """Yields two images."""
-    # An opener for each: what one image may refer to, the other may not.
+    # One opener each: a file that one image may refer to is off limits to the other.
     with _opener(asked) as left, _opener(asked, "-F") as right:
         yield left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
 

@@ -1,4 +1,4 @@
-"""The map of a disk as `qemu-img map` has it: what each range is, in which layer, and where in which file."""
+"""The map of a disk, as from `qemu-img map`: kind, layer, file and offset of each range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmconv.model.sources import Decoded, File, Reserved, Source
 class MapRow(NamedTuple):
     """Guest bytes `[start, start + length)`: `depth` counts layers from the top; `offset` is in `file`, if any.
 
-    `present` is whether a layer says anything; `data` whether bytes are stored; `zero` whether they read as zero.
+    `present`: a layer allocates the range. `data`: bytes are stored. `zero`: they read as zero.
     """
 
     start: int
@@ -30,7 +30,7 @@ class MapRow(NamedTuple):
     file: str | None
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the keys of qemu-img, in its order."""
+        """Returns the row with qemu-img's keys, in its order."""
         row: dict[str, Any] = {
             "start": self.start,
             "length": self.length,
@@ -45,7 +45,7 @@ class MapRow(NamedTuple):
 
 
 class _Layer(Source):
-    """Stands for "this layer says zero" in a table of all layers."""
+    """Marks zeros of one layer in the table of all layers."""
 
     def __init__(self, depth: int, size: int) -> None:
         self.name = f"layer {depth}"
@@ -90,7 +90,7 @@ def map_rows(image: Image) -> Iterator[MapRow]:
 
 
 def _absent_rows(row: Row, sizes: list[int]) -> Iterator[MapRow]:
-    """Yields what no layer says anything of; it is found missing in the last layer that is long enough to be asked."""
+    """Yields ranges that no layer allocates; as in QEMU, their depth is that of the last layer that is long enough."""
     edges = sorted({row.start, row.end, *(size for size in sizes if row.start < size < row.end)})
     for start, end in itertools.pairwise(edges):
         depth = len(list(itertools.takewhile(lambda size, start=start: size > start, sizes))) - 1  # type: ignore[misc]
@@ -104,7 +104,7 @@ def _shows_holes(layer: Image, file: File) -> bool:
 
 
 def _is_sparse(file: File) -> bool:
-    """True when so much of a file is holes that its payload must be too; QEMU looks no closer at others, nor do we."""
+    """True if more than a tenth of a file is holes. As QEMU, vmconv looks for holes only in such files."""
     return not file.is_device and os.fstat(file.descriptor).st_blocks * 512 * 10 // 9 < file.size
 
 
@@ -116,9 +116,9 @@ def _file_rows(row: Row, file: File, depth: int) -> Iterator[MapRow]:
 
 
 def _with_marks(layer: Image, depth: int) -> Extents:
-    """Returns the layer's table of places with its ZERO rows as windows onto a mark, which stacking keeps.
+    """Returns the layer's table of places with its ZERO rows as windows onto a mark, which survives stacking.
 
-    In the last layer, space set aside for nothing is a place too; above, what the parent says there is what counts.
+    Reserved space without content counts in the last layer only. In others the parent's content shows through.
     """
     table = layer.places
     mark = _Layer(depth, table.size)

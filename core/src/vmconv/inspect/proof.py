@@ -1,4 +1,4 @@
-"""The proof that two images share their payload: the physical addresses of both, from the filesystem itself."""
+"""The proof that two images share their payload: the physical addresses of both, from FIEMAP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmconv.model.image import Image
 
 
 class Place(NamedTuple):
-    """Where payload lies: the address of the block, or, when it is `encoded`, of the extent and the offset in it."""
+    """The place of payload: the address of the block; if `encoded`, of the extent with the offset in it."""
 
     storage: BlockSpace
     address: int
@@ -24,14 +24,14 @@ class Place(NamedTuple):
 
     @property
     def physical(self) -> int:
-        """The physical address that the filesystem tells."""
+        """The physical address that the filesystem reports."""
         return Encoded.extent(self.address) if self.encoded else self.address
 
 
 class ProofRow(NamedTuple):
-    """One range of the guest's disk, bytes; `has_` is whether that image has payload there.
+    """One range of the guest's disk, bytes; `has_left` and `has_right`: that image has payload there.
 
-    The places are None where there is no payload, and where the filesystem does not tell.
+    A place is None without payload, or if the filesystem does not report it.
     """
 
     start: int
@@ -43,19 +43,19 @@ class ProofRow(NamedTuple):
 
     @property
     def left(self) -> int | None:
-        """Physical address in the left image; that of the whole extent when it is stored encoded."""
+        """Physical address in the left image; that of the whole extent if it is encoded."""
         return self.left_place.physical if self.left_place else None
 
     @property
     def right(self) -> int | None:
-        """Physical address in the right image; that of the whole extent when it is stored encoded."""
+        """Physical address in the right image; that of the whole extent if it is encoded."""
         return self.right_place.physical if self.right_place else None
 
     @property
     def same(self) -> bool | None:
-        """Whether both images have the very same bytes of storage there; None when that cannot be known."""
+        """Whether both images have the same bytes of storage there; None if unknown."""
         if not (self.has_left and self.has_right):
-            # What is not told to be data may be a hole that the filesystem does not tell.
+            # If the place is unknown, this may be a hole that the filesystem does not report.
             known = self.left_place if self.has_left else self.right_place
             return None if known is None else False
         left, right = self.left_place, self.right_place
@@ -63,15 +63,15 @@ class ProofRow(NamedTuple):
             return None
         if left == right:
             return True
-        # Of one encoded extent the filesystem does not say which part a file has.
+        # FIEMAP does not tell which part of an encoded extent a file uses.
         part_unknown = left.encoded and right.encoded and left.physical == right.physical
         return None if part_unknown and left.storage.identity == right.storage.identity else False
 
 
 class Proof(NamedTuple):
-    """`shared` bytes of payload lie at the same physical addresses in both images, and `apart` bytes do not.
+    """`shared` bytes of payload have the same physical addresses in both images, `apart` bytes have not.
 
-    Of `unknown` bytes the filesystem does not tell it.
+    For `unknown` bytes the filesystem does not report it.
     """
 
     shared: int
