@@ -1,4 +1,4 @@
-"""Views for vmconv: conversions that can be read before, or instead of, being made."""
+"""Views for vmconv: images in other formats that can be read without converting them."""
 
 from __future__ import annotations
 

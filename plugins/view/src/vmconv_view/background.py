@@ -1,4 +1,4 @@
-"""Going to the background, as `--fork` asks for: the command ends when what it started is ready."""
+"""Daemonizing for `--fork`: the command exits when its child is ready."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 
 def fork() -> Callable[[], None]:
-    """Goes on in a child process and returns there what tells the parent that all is ready.
+    """Forks, and returns in the child a function that reports readiness to the parent.
 
-    The parent never returns: it exits with 0 then, or with the code of a child that ended before. A child that is
-    ready has no terminal any more.
+    The parent never returns: it exits with 0 once the child is ready, or with the exit code of a child that ended
+    before. Reporting readiness also detaches the child from the terminal.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,7 +44,7 @@ def _exit_code(child: int) -> int:
 
 @contextmanager
 def ended_by_signals(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[None]:
-    """Lets SIGINT and SIGTERM call `handler` meanwhile: they are how a view ends, not how it fails."""
+    """Handles SIGINT and SIGTERM with `handler` during the block: they end a view normally."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,8 +1,7 @@
-"""Who is connected to the NBD server, and who has to go when there are too many.
+"""The clients of the NBD server, and the choice of those to disconnect if there are too many.
 
-A connection that has not negotiated yet proves nothing: a port scan makes such connections, and so does somebody who
-wants to lock others out. So it never keeps a place that a newcomer needs. A client that negotiated and has asked for
-nothing in a while keeps its place until the places run out.
+Port scans and denial of service open connections that never negotiate. Such a connection loses its place as soon as a
+new one needs it. An idle client that has negotiated keeps its place until all places are taken.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ IDLE = 10.0
 
 
 class Client:
-    """A connection; `negotiated` once it has chosen an export, `active` when it last completed something."""
+    """A connection: `negotiated` if it has chosen an export, `active` at its last completed request."""
 
     def __init__(self, connection: socket.socket, peer: Any) -> None:
         self.socket = connection
@@ -36,13 +35,13 @@ class Client:
         self.active = time.monotonic()
 
     def disconnect(self) -> None:
-        """Ends the connection under its thread, which then ends too."""
+        """Shuts the connection down, which ends its thread."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
 def address_of(connection: socket.socket, peer: Any) -> bytes:
-    """Returns what the connections of one host have in common."""
+    """Returns a key of the peer: its IPv4 address, its IPv6 /64 network, or nothing for a Unix socket."""
     if connection.family == socket.AF_INET:
         return socket.inet_aton(peer[0])
     if connection.family == socket.AF_INET6:
@@ -51,7 +50,7 @@ def address_of(connection: socket.socket, peer: Any) -> bytes:
 
 
 class Clients:
-    """The connections that have a place, and those that lost it and whose threads have not ended yet."""
+    """The connections with a place, and disconnected ones with threads that have not ended yet."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -59,8 +58,9 @@ class Clients:
         self._leaving: set[Client] = set()
 
     def add(self, client: Client) -> bool:
-        """Gives the client a place, of another one's if need be; False when there is none."""
+        """Gives the client a place, that of another client if necessary; returns False if there is none."""
         with self._lock:
+            # Disconnected clients hold a thread and a descriptor until they notice.
             if len(self._placed) + len(self._leaving) >= 2 * MAX_CLIENTS:
                 return False
             same = [other for other in self._placed if other.address == client.address]
@@ -76,7 +76,7 @@ class Clients:
             return True
 
     def _disconnect_one(self, crowd: list[Client]) -> bool:
-        """Disconnects one of the crowd: who has not negotiated, or else who is idle, of the address that has most."""
+        """Disconnects one of the crowd: first without negotiation, then idle; first from the most frequent address."""
         dispensable = [one for one in crowd if not one.negotiated or time.monotonic() - one.active >= IDLE]
         if not dispensable:
             return False
@@ -88,12 +88,12 @@ class Clients:
         return True
 
     def drop_one(self) -> bool:
-        """Disconnects one client that can be spared, whatever the limits; False when all are in use."""
+        """Disconnects one client that is idle or has not negotiated; returns False if all are in use."""
         with self._lock:
             return self._disconnect_one(list(self._placed))
 
     def remove(self, client: Client) -> None:
-        """Takes note that the thread of a client has ended."""
+        """Forgets a client after its thread has ended."""
         with self._lock:
             self._placed.discard(client)
             self._leaving.discard(client)

@@ -1,7 +1,7 @@
-"""One NBD client: its negotiation, then its requests, one after the other.
+"""One NBD client: negotiation, then requests, one after the other.
 
-Each phase has a time limit, except the wait for a request: an idle disk is normal. The negotiation as a whole ends by a
-deadline, so does each piece of a request, and a reply fails when the client reads nothing.
+Each phase has a time limit, except the wait for a request, because an idle disk is normal. The whole negotiation and
+each piece of a request have deadlines. A reply fails if the client does not read.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ NEGOTIATION_TIME = 15.0
 """Seconds from connecting to the end of the negotiation."""
 
 PIECE_TIME = 30.0
-"""Seconds for the rest of a request's header, for each piece of its payload, and for a reply that makes no progress."""
+"""Seconds for the rest of a request's header, for each piece of its payload, and for a stalled reply."""
 
 _PIECE = 64 << 10
 
 _ANSWERED_AT_ONCE = 64 << 10
-"""Reads of at most so many bytes are one simple chunk, checked before any of it is sent."""
+"""Reads up to this size are answered with one chunk, which is read completely before it is sent."""
 
 
 class Connection:
-    """Talks to one client about `exports`: views by name; the last is the default, which has no name.
+    """Serves one client `exports`: views by name; the last one is the default, which clients request by "".
 
-    `serve` returns when the client has gone or is too slow; it raises `ProtocolError`, or `AccessError` when the source
-    has changed. `progressed` is called when the negotiation succeeds, and after each request.
+    `serve` returns if the client disconnects or is too slow. It raises `ProtocolError`, or `AccessError` if the source
+    has changed. `progressed` is called after the negotiation and after each request.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Connection:
         except (ConnectionError, TimeoutError, BlockingIOError):
             pass
         if self._view:
-            # What was sent may have been read after a change that nobody could know of then.
+            # Sent bytes may have been read after a change that was not visible yet.
             self._view.refuse_changed()
 
     def _transmit(self, view: View) -> None:
-        # Blocking, for sendfile; the kernel ends calls that make no progress with EAGAIN.
+        # Blocking, for sendfile. With these options the kernel ends stalled calls with EAGAIN.
         self._transmits = True
         self._client.settimeout(None)
         limit = struct.pack("@ll", int(PIECE_TIME), int(PIECE_TIME % 1 * 1e6))
@@ -84,7 +84,7 @@ class Connection:
             pass
 
     def _option(self, *, zeroes: bool) -> bool:
-        """Answers one option; returns whether more will follow."""
+        """Answers one option; returns whether more may follow."""
         magic, option, length = nbd.OPTION.unpack(self._receive(nbd.OPTION.size))
         if magic != nbd.OPTION_MAGIC:
             raise ProtocolError(f"option magic {magic:#x} is not {nbd.OPTION_MAGIC:#x}")
@@ -105,7 +105,7 @@ class Connection:
             return True
 
     def _refuse_big(self, option: int, length: int) -> None:
-        """Skips data that is too long and says so; raises `ProtocolError` when there is too much of it."""
+        """Skips data that is too long and answers with an error. Raises `ProtocolError` beyond `MAX_REQUEST`."""
         if length > nbd.MAX_REQUEST or option == Opt.EXPORT_NAME:
             raise ProtocolError(f"option {option} with {length} bytes of data, {nbd.MAX_OPTION} at most")
         self._skip(length)
@@ -137,7 +137,7 @@ class Connection:
     def _begin_at_once(self, name: bytes, *, zeroes: bool) -> None:
         self._view = self._export(name)
         if self._view is None:
-            raise ProtocolError(f"the client asks for export {name!r}, which is not there")
+            raise ProtocolError(f"the client requests export {name!r}, which does not exist")
         self._send(nbd.EXPORT.pack(self._view.size, nbd.EXPORT_FLAGS) + bytes(124 if zeroes else 0))
 
     def _inform(self, option: int, name: bytes) -> bool:
@@ -171,7 +171,7 @@ class Connection:
     # -- requests
 
     def _request(self, view: View) -> bool:
-        """Answers one request; returns whether more will follow."""
+        """Answers one request; returns whether more may follow."""
         header = self._request_header()
         magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(header)
         if magic != nbd.REQUEST_MAGIC:
@@ -194,7 +194,7 @@ class Connection:
         return True
 
     def _request_header(self) -> bytes:
-        """Waits for a request as long as it takes, and for the rest of its header as long as it may."""
+        """Waits for the first byte without limit, then for the rest of the header up to `PIECE_TIME`."""
         self._deadline = None
         first = self._receive(1)
         self._deadline = time.monotonic() + PIECE_TIME
@@ -211,7 +211,7 @@ class Connection:
         self._client.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error or 0, cookie))
 
     def _refuse_read(self, cookie: int, error: Error, text: bytes) -> None:
-        """Answers READ or BLOCK_STATUS with an error: a chunk, once structured replies are negotiated."""
+        """Answers READ or BLOCK_STATUS with an error, as a chunk if structured replies are negotiated."""
         if not self._structured:
             self._reply(cookie, error)
             return
@@ -235,7 +235,7 @@ class Connection:
             self._client.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie) + data)
 
     def _read_much(self, view: View, cookie: int, offset: int, length: int) -> None:
-        """Answers a read without copying payload; what goes wrong in the middle of it ends the connection."""
+        """Answers a read with sendfile. An error inside announced data can only end the connection."""
         if not self._structured:
             self._client.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie))
             view.send(self._client.fileno(), offset, length)
@@ -263,7 +263,7 @@ class Connection:
         self._client.sendall(self._chunk(cookie, Chunk.BLOCK_STATUS, len(data), done=True) + data)
 
     def _fail(self, cookie: int, exc: VmconvError) -> None:
-        """Says that a read failed, and why; raises `exc` when the source has changed: that ends the server."""
+        """Answers with EIO and the reason. Raises `exc` if the source has changed, which ends the server."""
         self._refuse_read(cookie, Error.EIO, str(exc).encode(errors="backslashreplace")[: nbd.MAX_NAME])
         if isinstance(exc, AccessError):
             raise exc
@@ -272,7 +272,7 @@ class Connection:
         return nbd.CHUNK.pack(nbd.STRUCTURED_REPLY_MAGIC, nbd.DONE if done else 0, kind, cookie, length)
 
     def _receive(self, length: int) -> bytes:
-        """Returns exactly `length` bytes; raises `TimeoutError` when they are not there by the deadline."""
+        """Returns exactly `length` bytes. Raises `TimeoutError` after the deadline."""
         data = bytearray(length)
         left = memoryview(data)
         while left:
@@ -292,7 +292,7 @@ class Connection:
         self._client.sendall(data)
 
     def _limit(self) -> None:
-        """Raises `TimeoutError` when the deadline has passed; in the negotiation no call may last beyond it."""
+        """Raises `TimeoutError` after the deadline; in the negotiation also limits the next call to the rest."""
         if self._deadline is None:
             return
         left = self._deadline - time.monotonic()

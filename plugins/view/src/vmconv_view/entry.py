@@ -1,4 +1,4 @@
-"""One image of a mounted directory: read when it is first looked at, planned in each variant when that is."""
+"""One image of a mounted directory: read on first access, and planned per variant on first access to that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmconv_view.rights import Rights
 from vmconv_view.variants import Variant
 
 ERRORS = "vmconv-errors.txt"
-"""The file that stands for what cannot be shown, and says why."""
+"""The file with the reason, shown in place of an unreadable image."""
 
 _RETRY_AFTER = 2.0
 _COST_OF_A_FILE = 20_000
@@ -24,9 +24,9 @@ Files = Mapping[str, View]
 
 
 class Entry:
-    """An image, open with somebody's rights, with its planned views. May be used from several threads.
+    """An image, opened with a user's rights, and its planned views. Thread-safe.
 
-    While nobody `hold`s it, others may open the image for writing; a view is then planned anew.
+    Unless it is held (`hold`), other processes may open the image for writing. Then its views are planned again.
     """
 
     def __init__(self, name: str, status: os.stat_result, opener: Opener, rights: Rights, *, force_share: bool) -> None:
@@ -47,7 +47,7 @@ class Entry:
         self._one_plan = threading.Lock()
 
     def read(self, path: str, trees: Sequence[str]) -> None:
-        """Reads the header of the image, which must really lie in one of `trees`; what fails becomes a file."""
+        """Reads the image's header; its real path must be in one of `trees`. Turns errors into a file."""
         try:
             image = self._opener.image(path)
             _refuse_outside(image, trees)
@@ -59,7 +59,7 @@ class Entry:
         self._unlock()
 
     def _opened(self) -> None:
-        """Refuses what may not be shown, and takes note of the mode that all files have in common."""
+        """Raises `AccessError` if a file may not be shown, and reduces the mode to the bits common to all files."""
         self.rights.refuse_files(self._opener.files)
         for file in self._opener.files:
             self.mode &= os.fstat(file.descriptor).st_mode
@@ -70,22 +70,22 @@ class Entry:
         return text_file(f"{self.name}: {what}not shown, unless everybody may read all files of the image\n")
 
     def is_current(self, status: os.stat_result) -> bool:
-        """True while what was read and planned is still true of the file, which has `status` now."""
+        """True if the file, which has `status` now, is unchanged since it was read."""
         if self._failure and time.monotonic() > self._until:
             return False
         try:
             return stamp_of(status) == stamp_of(self.status) and self.rights.are_current(list(self._opener.files))
         except (OSError, ReadError):
-            # Another thread has retired this and closed its files, or a file has gone.
+            # Another thread has retired this and closed its files, or a file was removed.
             return False
 
     @property
     def failure(self) -> Files | None:
-        """What is shown instead of the image when it cannot be read."""
+        """The files shown instead of an unreadable image."""
         return self._failure
 
     def planned(self, variant: Variant) -> Files | None:
-        """Returns the files of the image in this variant, by name, if they are planned."""
+        """Returns the files of the image in this variant by name, None if they are not planned."""
         with self._lock:
             if self._retired or variant.name not in self._plans:
                 return None
@@ -93,7 +93,7 @@ class Entry:
             return self._plans[variant.name]
 
     def plan(self, variant: Variant) -> Files | None:
-        """Plans the files of the image in this variant, and returns them by name; None when retired."""
+        """Plans the files of the image in this variant and returns them by name, None if retired."""
         with self._lock:
             if self._retired or self._image is None:
                 return None
@@ -114,16 +114,16 @@ class Entry:
         try:
             name = new_name(self.name, variant.format, self._opener.registry)
             made = views(image, variant.format, variant.options, name)
-            # A writer may have opened more of the chain.
+            # The format's writer may have opened more files of the chain.
             self._opened()
             return made
         except Exception as exc:
             return self._explain(f"{self.name} as {variant.name}: ", exc)
 
     def hold(self) -> bool:
-        """Keeps the files of the image open and locked until `release`; False when they are closed already.
+        """Keeps the image's files open and locked until `release`; returns False if they are already closed.
 
-        Raises `AccessError` when somebody is writing to one of them.
+        Raises `AccessError` if a process is writing to one of them.
         """
         with self._lock:
             if self._retired:
@@ -147,7 +147,7 @@ class Entry:
             self._close_if_unused()
 
     def retire(self) -> None:
-        """Closes the files of the image as soon as nobody holds it."""
+        """Closes the image's files once it is no longer held."""
         with self._lock:
             self._retired = True
             self._close_if_unused()
@@ -168,25 +168,25 @@ class Entry:
         return self._holders > 0
 
     def cost(self) -> int:
-        """Returns what keeping this takes, in rows of tables."""
+        """Returns the memory cost in rows of tables; an open file counts as many."""
         rows = sum(len(view.table) for files in list(self._plans.values()) for view in files.values())
         return rows + _COST_OF_A_FILE * len(self._opener.files)
 
     def forget(self) -> None:
-        """Drops all plans but the latest one: those in use live on with who uses them."""
+        """Drops all plans but the latest one. Open files keep their views."""
         with self._lock:
             while len(self._plans) > 1:
                 self._plans.popitem(last=False)
 
 
 def text_file(text: str) -> Files:
-    """Returns what can be read instead of an image."""
+    """Returns a text as the file `ERRORS`."""
     return {ERRORS: View(Extents.whole(Blob(ERRORS, text.encode(errors="surrogateescape"))))}
 
 
 def _failure(what: str, exc: Exception) -> Files:
     if not isinstance(exc, VmconvError):
-        # A defect of a reader or a writer must not take the other images with it.
+        # A defect of a reader or a writer must not affect other images.
         return text_file(printable(f"{what}defect of vmconv or of a plugin: {type(exc).__name__}: {exc}") + "\n")
     hint = f"  hint: {exc.hint}\n" if exc.hint else ""
     return text_file(f"{what}{exc}\n{hint}")

@@ -1,8 +1,7 @@
-"""Work on an image that may take long, or never end: nobody waits for it longer than a limit.
+"""Work on an image that may take long or never end, with a limit on the wait.
 
-A mount has few threads, and an image is whatever somebody put into the directory. So images are read and planned in
-threads of their own. A request waits for the result; once it takes too long, this request and later ones fail at once,
-until the result is there.
+A mount has few threads and its images are untrusted. So each image is read and planned in a thread of its own. A
+request waits for the result up to a limit, then fails. Later requests fail at once, until there is a result.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ PATIENCE = 10.0
 """Seconds that a request waits for a job."""
 
 MAX_LATE = 8
-"""Jobs of one owner that may be late; while so many are, no others are begun for that owner."""
+"""Late jobs of one owner. At this number no other job is started for the owner."""
 
 T = TypeVar("T")
 
@@ -39,14 +38,14 @@ class _Job:
 
 
 class Jobs:
-    """Runs jobs by key, each once at a time, whoever asks for its result."""
+    """Runs jobs by key; requests for a running job share its result."""
 
     def __init__(self) -> None:
         self._jobs: dict[Hashable, _Job] = {}
         self._lock = threading.Lock()
 
     def result(self, key: Hashable, owner: Hashable, name: str, work: Callable[[], T]) -> T:
-        """Returns what `work` returns, or raises what it raises; raises `BackendError` when that takes too long."""
+        """Returns the result of `work`, or raises its exception. Raises `BackendError` if it takes too long."""
         job = self._job(key, owner, name, work)
         if job.is_late or not job.done.wait(PATIENCE):
             job.is_late = not job.done.is_set()

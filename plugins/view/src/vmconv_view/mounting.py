@@ -15,7 +15,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-other",
         action="store_true",
-        help="let other users in too, as far as they could open the files themselves (a hypervisor often is one)",
+        help="let other users, such as that of a hypervisor, read the images that they could open themselves",
     )
     add_access(parser)
 
@@ -33,7 +33,7 @@ def _run(options: argparse.Namespace) -> int:
     tree = Tree(installed(), options.directory, **access(options))
     ready = background.fork() if options.fork else lambda: None
     try:
-        # What libfuse finds at its default it takes over, and then unmounts before it ends.
+        # libfuse handles signals only if they have their default action; then it unmounts before it exits.
         with background.ended_by_signals(signal.SIG_DFL):
             mount(tree, options.mountpoint, ready, allow_other=options.allow_other)
     finally:
@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _refuse(directory: str, point: str, external: list[str]) -> None:
-    """Refuses mounts that cannot be, and those in which reading an image would come back to the mount itself."""
+    """Raises `UsageError` for missing directories, and for mounts in which reading an image would read the mount."""
     from vmconv.api import inside
     from vmconv.plugin import UsageError
 
@@ -53,7 +53,7 @@ def _refuse(directory: str, point: str, external: list[str]) -> None:
     for tree in (directory, *external):
         above = os.path.realpath(tree)
         if inside(real, above) or inside(above, real):
-            raise UsageError(f"{point}: would hide {tree}, or lie in it", hint="mount outside of what is shown")
+            raise UsageError(f"{point}: would hide {tree}, or lie in it", hint="mount outside of the shown directories")
 
 
 def _allow_many_files() -> None:
@@ -67,7 +67,7 @@ COMMAND = Command(
     "mount",
     "show the images of a directory in every format, as files",
     "Shows each image of DIR in every installed format as ordinary read-only files: MOUNTPOINT/IMAGE/FORMAT/FILE.\n"
-    "Nothing is converted: what is read comes from the image. Goes on until it is unmounted.",
+    "Nothing is converted: reads are served from the image. Runs until it is unmounted.",
     _configure,
     _run,
     "end it with fusermount3 -u MOUNTPOINT, umount, ^C or SIGTERM\n\n"

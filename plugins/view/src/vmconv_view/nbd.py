@@ -1,4 +1,4 @@
-"""The NBD protocol, as far as a read-only server speaks it (NetworkBlockDevice/nbd, doc/proto.md).
+"""The NBD protocol of a read-only server (NetworkBlockDevice/nbd, doc/proto.md).
 
 Fixed newstyle negotiation, without TLS; simple and structured replies; block status in the context base:allocation.
 """
@@ -39,7 +39,7 @@ MAX_NAME = 4096
 MAX_REQUEST = 32 << 20
 """Bytes of a read, as the protocol recommends."""
 MAX_SPANS = 4096
-"""Ranges of one answer to a request for block status; what is missing is asked for again."""
+"""Ranges of one reply to BLOCK_STATUS; clients request the rest again."""
 
 CONTEXT = b"base:allocation"
 CONTEXT_ID = 1
@@ -94,7 +94,7 @@ class Cmd(IntEnum):
 
 
 REQ_ONE = 8
-"""Flag of BLOCK_STATUS: one range is enough."""
+"""Flag of BLOCK_STATUS: the client wants one range."""
 
 
 class Chunk(IntEnum):
@@ -109,7 +109,7 @@ DONE = 1
 """Flag of the last chunk of a reply."""
 
 HOLE_AND_ZERO = 3
-"""Block status of what is not stored and reads as zero; 0 is data."""
+"""Block status of unallocated zeros; 0 is data."""
 
 
 class Error(IntEnum):
@@ -122,7 +122,7 @@ EXPORT_FLAGS = Transmission.HAS_FLAGS | Transmission.READ_ONLY | Transmission.CA
 
 
 class ProtocolError(VmconvError):
-    """The client does not speak the protocol, or went away in the middle of it."""
+    """The client violates the protocol."""
 
 
 def parse_export_request(data: bytes) -> bytes:
@@ -140,7 +140,7 @@ def parse_context_request(data: bytes) -> tuple[bytes, list[bytes]]:
     (count,) = _unpack(">I", rest)
     rest = rest[4:]
     queries = []
-    # Each query has at least its length: a wrong count ends with the data.
+    # Each query takes at least 4 bytes, so a wrong count ends with the data.
     for _ in range(count):
         query, rest = _name(rest)
         queries.append(query)
@@ -148,7 +148,7 @@ def parse_context_request(data: bytes) -> tuple[bytes, list[bytes]]:
 
 
 def _name(data: bytes) -> tuple[bytes, bytes]:
-    """Returns a string behind its length, and what follows it."""
+    """Returns a length-prefixed string and the rest of the data."""
     (length,) = _unpack(">I", data)
     if length > MAX_NAME:
         raise ProtocolError(f"a string of {length} bytes, {MAX_NAME} at most")
@@ -165,5 +165,5 @@ def _unpack(layout: str, data: bytes) -> tuple[int, ...]:
 
 
 def is_asked_for(queries: list[bytes], *, listing: bool) -> bool:
-    """True when a client that lists or chooses contexts means base:allocation, the only one there is."""
+    """True if the queries of a client include base:allocation, the only context of this server."""
     return any(q == CONTEXT or (listing and q == b"base:") for q in queries) or (listing and not queries)

@@ -1,9 +1,9 @@
-"""With whose rights a mount opens files: those of the user who mounted, or of the user who asks.
+"""The rights with which a mount opens files: those of the mounting user, or of the requesting user.
 
-What a mount shows to another user is opened as that user would open it, so the kernel decides about owner, mode, ACL
-and the search permission of every directory on the way. Root can do this in one thread (credentials(7): the filesystem
-user ID decides about files, and each thread has its own). Whoever is not root cannot; others then see only what lies
-open to everybody.
+Files shown to another user are opened with that user's rights, so the kernel checks owner, mode, ACL and the search
+permission of every directory in the path. Root can do this per thread (credentials(7): access to files depends on the
+filesystem user ID, which each thread has). Other users cannot. On their mounts, others see only files that are readable
+to everybody.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SEARCH = 0o111
 # The C library's setgroups changes all threads; the kernel's changes one. Numbers: asm/unistd.h.
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "loongarch64": 159}
 
-# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of linux/capability.h: who has these may read everything.
+# CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of linux/capability.h: either allows to read everything.
 _READS_EVERYTHING = 1 << 1 | 1 << 2
 
 
 class User(NamedTuple):
-    """What the kernel looks at when a process opens a file."""
+    """The credentials that the kernel checks when a process opens a file."""
 
     uid: int
     gid: int
@@ -42,28 +42,28 @@ class User(NamedTuple):
 
 
 class Rights:
-    """The rights of the user who mounted. Instances that are equal may share what was read."""
+    """The rights of the mounting user. Equal instances share opened images."""
 
     explains = True
-    """False when the reason why an image cannot be read would itself say what the user may not know."""
+    """False if the reason of an error could disclose what the user may not know."""
 
     def acting(self) -> AbstractContextManager[object]:
-        """Surrounds calls that look paths up."""
+        """Returns a context in which paths are looked up with these rights."""
         return nullcontext()
 
     def refuse_directory(self, path: str) -> None:
-        """Raises `PermissionError` when the directory may not be listed, as far as `acting` does not see to it."""
+        """Raises `PermissionError` if the directory may not be listed and `acting` does not enforce that."""
 
     def refuse_files(self, files: Iterable[File]) -> None:
-        """Raises `AccessError` when an open file may not be shown, as far as `acting` does not see to it."""
+        """Raises `AccessError` if an open file may not be shown and `acting` does not enforce that."""
 
     def are_current(self, files: Iterable[File]) -> bool:
-        """True while the open files are what their paths lead to, and unchanged; raises `OSError` for closed ones."""
+        """True if the paths still lead to the open files and these are unchanged. Raises `OSError` if one is closed."""
         return not any(file.changed() for file in files)
 
 
 class RightsOfUser(Rights):
-    """The rights of another user, which root takes on in a thread."""
+    """The rights of another user, which a thread of root assumes."""
 
     def __init__(self, user: User) -> None:
         self._user = user
@@ -84,14 +84,14 @@ class RightsOfUser(Rights):
             _set_rights(before)
 
     def are_current(self, files: Iterable[File]) -> bool:
-        # The stamp has the time of the last change of mode or ACL; the way to the file is searched anew.
+        # The stamp's ctime covers changes of mode and ACL; stat checks the search permission of the path again.
         opened = list(files)
         with self.acting():
             return all(stamp_of(os.stat(file.path)) == file.stamp for file in opened)
 
 
 class RightsOfEverybody(Rights):
-    """What every user may read, whoever asks."""
+    """The rights that every user has."""
 
     explains = False
 
@@ -119,7 +119,7 @@ _EVERYBODY = RightsOfEverybody()
 
 
 def rights_of(uid: int, gid: int, process: int) -> Rights:
-    """Returns the rights with which a request of a process is answered."""
+    """Returns the rights for a request of a process."""
     if uid in (0, os.geteuid()):
         return OWN
     if not can_act():
@@ -128,7 +128,7 @@ def rights_of(uid: int, gid: int, process: int) -> Rights:
 
 
 def groups_of(uid: int, gid: int, process: int) -> tuple[int, ...]:
-    """Returns the supplementary groups of a process; none when it has gone, or is one of another user by now."""
+    """Returns the supplementary groups of a process; none if it has ended or its ID is another user's by now."""
     fields = {}
     try:
         with open(f"/proc/{process}/status", encoding="utf-8", errors="replace") as status:
@@ -143,11 +143,11 @@ def groups_of(uid: int, gid: int, process: int) -> tuple[int, ...]:
 
 @cache
 def can_act() -> bool:
-    """True when this process can take on the rights of any other user in a thread, and loses root's by it."""
+    """True if a thread of this process can assume the rights of any user, and loses root's by that."""
     if os.geteuid() != 0 or os.uname().machine not in _SYS_SETGROUPS or sys.maxsize < 1 << 32:
         return False
     found: list[bool] = []
-    # In a thread that ends: whatever goes wrong, no other thread is left with wrong rights.
+    # In a thread that ends, so that a failure leaves no other thread with wrong rights.
     tried = threading.Thread(target=lambda: found.append(_loses_rights()))
     tried.start()
     tried.join()
@@ -157,7 +157,7 @@ def can_act() -> bool:
 def _loses_rights() -> bool:
     try:
         with RightsOfUser(User(_NOBODY, _NOBODY)).acting():
-            # Nothing is imported while acting, not even a codec: Python itself may lie where that user may not look.
+            # No imports here, not even of a codec: Python's own files may be unreadable to that user.
             descriptor = os.open("/proc/thread-self/status", os.O_RDONLY)
             status = os.read(descriptor, 1 << 16)
             os.close(descriptor)
@@ -168,7 +168,7 @@ def _loses_rights() -> bool:
 
 
 def _set_rights(user: User) -> None:
-    """Gives this thread the rights of a user for files; raises `PermissionError` when the kernel does not."""
+    """Gives this thread a user's rights to files. Raises `PermissionError` if the kernel refuses."""
     library = _library()
     groups = (ctypes.c_uint32 * len(user.groups))(*user.groups)
     number = _SYS_SETGROUPS[os.uname().machine]
@@ -176,7 +176,7 @@ def _set_rights(user: User) -> None:
         raise PermissionError(errno.EACCES, f"groups of user {user.uid} cannot be taken on")
     for change, wanted in ((library.setfsgid, user.gid), (library.setfsuid, user.uid)):
         change(ctypes.c_uint32(wanted))
-        # These report no errors. An impossible ID changes nothing and returns the one in force.
+        # These calls report no errors. With an invalid ID they change nothing and return the current one.
         if ctypes.c_uint32(change(ctypes.c_uint32(0xFFFFFFFF))).value != wanted:
             raise PermissionError(errno.EACCES, f"rights of user {user.uid} cannot be taken on")
 
@@ -187,7 +187,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _open_to_everybody(place: str | int, status: os.stat_result, wanted: int) -> bool:
-    """True when owner, group and others may do this, and no ACL takes it away from anybody."""
+    """True if owner, group and others have the permissions `wanted`, and there is no ACL."""
     if status.st_mode & wanted != wanted:
         return False
     try:
@@ -197,7 +197,7 @@ def _open_to_everybody(place: str | int, status: os.stat_result, wanted: int) ->
 
 
 def _reachable_by_everybody(real: str) -> bool:
-    """True when everybody may search every directory on the way to a real path."""
+    """True if everybody may search every directory of a real path."""
     directory = os.path.dirname(real)
     while True:
         status = os.stat(directory)

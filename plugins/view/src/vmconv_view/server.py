@@ -1,4 +1,4 @@
-"""The NBD server: where it listens, its clients, and how it ends."""
+"""The NBD server: its listener, its clients and its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST_REPORT = 500
 
 
 def listen_on_socket(path: str) -> socket.socket:
-    """Returns a socket that listens at `path`, where nothing may be; only its owner may connect."""
+    """Returns a socket that listens at `path`, which must not exist; only its owner may connect."""
     listener = socket.socket(socket.AF_UNIX)
     before = os.umask(0o177)
     try:
@@ -40,7 +40,7 @@ def listen_on_socket(path: str) -> socket.socket:
 
 
 def listen_on_port(address: str, port: int) -> socket.socket:
-    """Returns a socket that listens on a TCP port; 0 is any that is free."""
+    """Returns a socket that listens on a TCP port; port 0 is any free one."""
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         return socket.create_server((address, port), family=family, backlog=MAX_CLIENTS)
@@ -63,9 +63,9 @@ class Server:
         self._woken, self._waker = socket.socketpair()
 
     def run(self) -> None:
-        """Returns when the last client has gone, unless persistent; raises `AccessError` when the source changed.
+        """Returns when the last client has disconnected, unless persistent. Raises `AccessError` if the source changed.
 
-        Only who chose an export is a client: a connection that never negotiates neither begins nor ends anything.
+        Only connections that chose an export count as clients: a port scan must not end the server.
         """
         with selectors.DefaultSelector() as ready, self._listener, self._woken, self._waker:
             self._listener.setblocking(False)
@@ -83,7 +83,7 @@ class Server:
         return bool(self._failure) or (self._served and not self._persistent and not self._clients.any_negotiated)
 
     def _wait(self, ready: selectors.BaseSelector) -> None:
-        """Handles the next connections, or the end of a client; leaves the listener alone while it must rest."""
+        """Handles new connections and the end of clients; ignores the listener during a pause."""
         rest = self._accepts_from - time.monotonic()
         listens = self._listener in ready.get_map()
         if rest <= 0 and not listens:
@@ -100,7 +100,7 @@ class Server:
         try:
             connection, peer = self._listener.accept()
         except OSError as exc:
-            # Anything else is about a connection that has gone again.
+            # Other errors concern a connection that was closed again.
             if exc.errno in _EXHAUSTED:
                 self._rest(f"no connection can be accepted: {exc.strerror}")
             return
@@ -123,7 +123,7 @@ class Server:
             self._rest(f"no client can be served: {exc}")
 
     def _rest(self, reason: str) -> None:
-        """Accepts nothing for a moment: what is exhausted would be so again at once."""
+        """Pauses accepting: an exhausted resource would be exhausted again at once."""
         self._reports.say(reason)
         self._accepts_from = time.monotonic() + (_SHORT_REST if self._clients.drop_one() else _REST)
 
@@ -135,19 +135,19 @@ class Server:
         try:
             Connection(client.socket, self._exports, progressed).serve()
         except AccessError as exc:
-            # Nothing that is said from now on would be true.
+            # The source changed, so all further replies would be wrong.
             self._failure = exc
         except VmconvError as exc:
             self._reports.say(str(exc))
         except OSError:
-            # The client has gone, or the server ends.
+            # The client has disconnected, or the server ends.
             pass
         except Exception as exc:
             self._reports.say(f"defect of vmconv or of a plugin: {type(exc).__name__}: {exc}")
         finally:
             self._clients.remove(client)
             client.socket.close()
-            # Full: it will wake up. Closed: the server has ended.
+            # If the pipe is full, the server wakes up anyway. If it is closed, the server has ended.
             with suppress(OSError):
                 self._waker.send(b"+")
 
@@ -158,14 +158,14 @@ def _configure(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT)
         return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # A host that vanished says nothing, and an idle client need not say anything.
+    # Only keepalive tells a host that vanished from an idle client.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, seconds in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4)):
         connection.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
 class Reports:
-    """What is said on standard error: each thing once, and not more than strangers may fill a log with."""
+    """Messages on standard error: each once, and a limited number, because clients can provoke them."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()

@@ -30,16 +30,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "that format")
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="export this internal snapshot (id or name)")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("-k", "--socket", metavar="PATH", help="listen on a Unix socket, which is made and removed")
+    where.add_argument("-k", "--socket", metavar="PATH", help="listen on a new Unix socket, removed at exit")
     where.add_argument("-p", "--port", type=int, metavar="PORT", help="listen on this TCP port (default: 10809)")
     parser.add_argument(
         "-b",
         "--bind",
         metavar="ADDRESS",
         default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1; there is neither encryption nor authentication)",
+        help="address to listen on (default: 127.0.0.1; no encryption, no authentication)",
     )
-    parser.add_argument("-t", "--persistent", action="store_true", help="go on when the last client has gone")
+    parser.add_argument("-t", "--persistent", action="store_true", help="keep running after the last client")
     parser.add_argument("--fork", action="store_true", help="go to the background once clients can connect")
     add_access(parser)
 
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
 
     with (
         Opener(installed(), **access(options), settle=settle) as opener,
-        # An interruption is how this ends.
+        # Signals end the command normally.
         suppress(KeyboardInterrupt),
         ended_by_signals(_end),
     ):
@@ -64,7 +64,7 @@ def _end(_number: int, _frame: object) -> NoReturn:
 
 
 def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
-    """Returns the files to export by their names; planned now, so that all that is wrong is said now."""
+    """Returns the files to export by name; plans them now, so that errors come before the first client."""
     from vmconv.api import checking, new_name, views
 
     image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
@@ -94,7 +94,7 @@ def _serve(options: argparse.Namespace, exports: dict[bytes, View]) -> None:
 
 
 def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
-    """Returns the socket that listens, and the URI of its default export."""
+    """Returns the listening socket and the URI of its default export."""
     from vmconv_view import nbd, server
 
     if options.socket:
@@ -106,7 +106,7 @@ def _listener(options: argparse.Namespace) -> tuple[socket.socket, str]:
 
 
 def _identity(path: str | None) -> tuple[int, int] | None:
-    """Returns what tells a socket from another one that somebody has put in its place since."""
+    """Returns device and inode, to tell our socket from a later one at the same path."""
     if path is None:
         return None
     with suppress(OSError):
@@ -116,7 +116,7 @@ def _identity(path: str | None) -> tuple[int, int] | None:
 
 
 def _uri(place: str, name: bytes, exports: dict[bytes, View]) -> str:
-    """Returns the URI of an export; the last one is the default, which needs no name."""
+    """Returns the URI of an export; that of the default, the last one, has no name."""
     from urllib.parse import quote
 
     if name == next(reversed(exports)):
@@ -128,8 +128,8 @@ def _uri(place: str, name: bytes, exports: dict[bytes, View]) -> str:
 COMMAND = Command(
     "serve",
     "export an image in another format over the network (NBD)",
-    "Exports, read-only and over NBD, the file that FILE would be in another format, or the guest's disk. Nothing is\n"
-    "converted: what is read comes from FILE. Ends when the last client has gone, unless --persistent.",
+    "Exports, read-only over NBD, FILE in another format, or the guest's disk. Nothing is converted: reads are\n"
+    "served from FILE. Ends after the last client has disconnected, unless --persistent.",
     _configure,
     _run,
     "end it with ^C or SIGTERM\n\n"

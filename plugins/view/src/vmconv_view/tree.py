@@ -1,13 +1,13 @@
-"""What a mount shows: a directory for each image of DIR, in it one for each variant, in that the files.
+"""The tree of a mount: a directory per image of DIR, in it one per variant, in that the files.
 
     DISK.vmdk/              named as the image
         qcow2/DISK.qcow2
         vmdk-monolithicFlat/DISK-flat.vmdk, DISK.vmdk
         ...
-        vmconv-errors.txt   only, when the image cannot be read
+        vmconv-errors.txt   alone, if the image cannot be read
 
-Nothing is read before somebody looks into its directory, and what was looked at longest ago is forgotten when there is
-too much. Each user's requests are answered from what was opened with that user's rights.
+An image is read on the first access to its directory. The least recently used images are dropped if all cost too much.
+Each user's requests are answered from images opened with that user's rights.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from vmconv_view.rights import OWN, Rights
 from vmconv_view.variants import Variant, variants
 
 MAX_COST = 4_000_000
-"""Rows of tables that are kept for what nobody reads: about 200 MB, or 200 files."""
+"""Rows of tables cached for images that are not open: about 200 MB, or 200 files."""
 
 
 class Node(NamedTuple):
-    """One thing in the tree: a file with its `view`, or a directory with `names`.
+    """A node of the tree: a file with its `view`, or a directory with `names`.
 
-    `status` is that of the image; `mode` says who may read all files that the image consists of.
+    `status` is that of the image; `mode` has the permissions common to all files of the image.
     """
 
     status: os.stat_result
@@ -45,7 +45,7 @@ class Node(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A file that somebody has open."""
+    """An open file of the mount."""
 
     node: Node
     view: View
@@ -57,7 +57,7 @@ class Held(NamedTuple):
 
 
 class Tree:
-    """The directories and files that a mount of `directory` shows; paths are relative, "" is the root."""
+    """The directories and files of a mount of `directory`; paths are relative, "" is the root."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Tree:
         self._lock = threading.Lock()
 
     def node(self, path: str, rights: Rights = OWN) -> Node:
-        """Returns what is at a path; raises `FileNotFoundError` where nothing is, or `PermissionError`."""
+        """Returns the node at a path. Raises `FileNotFoundError` or `PermissionError`."""
         image, _, rest = path.partition("/")
         if not image:
             with rights.acting():
@@ -92,7 +92,7 @@ class Tree:
         return self._find(image, rest, rights)[0]
 
     def open(self, path: str, rights: Rights = OWN) -> Held:
-        """Returns a file for reading; it stays what it is until it is released, or its source changes."""
+        """Opens a file for reading; its content is stable until `release`, or until its source changes."""
         image, _, rest = path.partition("/")
         while rest:
             node, entry = self._find(image, rest, rights)
@@ -105,9 +105,9 @@ class Tree:
         raise IsADirectoryError(errno.EISDIR, path)
 
     def _images(self, rights: Rights) -> list[str]:
-        """Returns the names of regular files (or links to such) whose suffix is that of a format that can be read.
+        """Returns the names of regular files, or links to such, with the suffix of a readable format.
 
-        What cannot be looked at (a link that leads to itself, or to where this user may not go) is left out.
+        Leaves out links that cannot be followed (loops, missing rights).
         """
         rights.refuse_directory(self._directory)
         with rights.acting(), os.scandir(self._directory) as found:
@@ -150,13 +150,13 @@ class Tree:
                 return _node_in(entry, files, name), entry
 
     def _entry(self, name: str, rights: Rights) -> Entry:
-        """Returns the image, read with these rights, and as it is now."""
+        """Returns the current image, read with these rights."""
         status = self._status(name, rights)
         with self._lock:
             entry = self._entries.get((rights, name))
             if entry:
                 self._entries.move_to_end((rights, name))
-        # Not under the lock: the storage may not answer.
+        # Not under the lock: storage that hangs must not block other images.
         if entry and entry.is_current(status):
             return entry
         return self._jobs.result((rights, name), rights, name, lambda: self._read(name, status, rights))
@@ -169,7 +169,7 @@ class Tree:
             backing_format=self._backing_format,
             format_option="",
             acting=None if rights is OWN else rights.acting,
-            # A conversion that was interrupted is not settled for another user.
+            # Another user's access must not trigger recovery of an interrupted conversion.
             settle=settle if rights is OWN else None,
         )
         made = Entry(name, status, opener, rights, force_share=self._force_share)
@@ -183,7 +183,7 @@ class Tree:
         return made
 
     def _trim(self) -> None:
-        """Forgets what was looked at longest ago, as far as nobody holds it, until the rest is cheap enough."""
+        """Drops the least recently used images that are not held, until the rest is below `MAX_COST`."""
         with self._lock:
             entries = list(self._entries.items())
             left = sum(entry.cost() for _, entry in entries)
@@ -200,7 +200,7 @@ class Tree:
             entries[-1][1].forget()
 
     def close(self) -> None:
-        """Closes every image; what is still held is closed when it is released."""
+        """Closes every image; held ones are closed on release."""
         with self._lock:
             entries = list(self._entries.values())
             self._entries.clear()
@@ -216,7 +216,7 @@ def _is_file(one: os.DirEntry[str]) -> bool:
 
 
 def _node_in(entry: Entry, files: Files, name: str) -> Node:
-    """Returns what is in a directory of files, or the directory itself."""
+    """Returns the node of a file in a directory of files, or of the directory itself for an empty name."""
     if not name:
         return Node(entry.status, entry.mode, files.keys)
     if name not in files:

@@ -1,4 +1,4 @@
-"""What an image can be shown as: each installed format, in each of its subformats."""
+"""The variants in which an image is shown: each installed format, in each of its subformats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmconv.plugin import Format
 
 
 class Variant(NamedTuple):
-    """A format with the options to write it with; `name` is the format's name, with the subformat unless default."""
+    """A format with options of its writer; `name` is that of the format, with the subformat unless default."""
 
     name: str
     format: Format
@@ -18,7 +18,7 @@ class Variant(NamedTuple):
 
 
 def variants(registry: Registry) -> dict[str, Variant]:
-    """Returns everything that images are shown as, by name, in order."""
+    """Returns all variants by name, in order."""
     found = [
         Variant(name if value is None else f"{name}-{value}", one, {} if value is None else {"subformat": value})
         for name, one in sorted(registry.formats.items())
@@ -29,7 +29,7 @@ def variants(registry: Registry) -> dict[str, Variant]:
 
 
 def _subformats(one: Format) -> list[str | None]:
-    """Returns None for the default, and the other subformats that can be viewed."""
+    """Returns None for the default subformat, then the other mountable subformats."""
     model = one.options()
     hint: Any = get_type_hints(model).get("subformat")
     values = get_args(hint) if get_origin(hint) is Literal else ()
