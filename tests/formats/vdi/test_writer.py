@@ -92,6 +92,8 @@ def test_the_data_area_has_the_phase_of_most_payload() -> None:
     check(image, write(image, Options(), placement(1)), phase=0)
     image = disk([(0, 100, MIB)], MIB)
     check(image, write(image, Options(), placement(4096)))
+    image = disk([(1024, 4 * MIB + 2560, MIB), (4 * MIB + 1536, 8 * MIB + 3072, MIB)], 8 * MIB)
+    check(image, write(image, Options(), placement(4096)), phase=1536)
 
 
 def test_the_map_reads_the_same_in_pieces() -> None:

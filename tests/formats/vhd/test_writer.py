@@ -123,6 +123,12 @@ def test_places_are_congruent_where_sectors_allow_it() -> None:
     ]
 
 
+def test_the_first_block_is_as_near_as_it_can_be() -> None:
+    """The BAT of 384 blocks ends at 0xc00: there is just room for a footer's sector and a bitmap."""
+    image = disk([(0, 0, BLOCK)], 384 * BLOCK)
+    assert laid_out(write(image, Options(), placement(4096)))[3:5] == ["0xe00 bitmaps", "0x1000 payload 0x0+0x200000"]
+
+
 def test_a_block_that_begins_with_zeros_is_placed_by_its_first_payload() -> None:
     image = disk([(4 * MIB + 1536, 16 * MIB + 3584, 4096), (4 * MIB + 8192, 20 * MIB + 512, 4096)], 10 * MIB)
     table = write(image, Options(), placement(4096)).files[0].table
