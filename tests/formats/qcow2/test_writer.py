@@ -201,6 +201,34 @@ def test_many_refcount_blocks_and_two_clusters_of_their_table() -> None:
     assert check(image, layout).counting_clusters == 2
 
 
+def test_a_run_that_begins_in_one_table_and_ends_in_the_next_but_one() -> None:
+    image = disk([(32 * KIB + 512, 0, 64 * KIB)], MIB)
+    assert [bool(table) for table in check(image, write(image, options(cluster_size=512), Placement())).tables] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "written"),
+    [
+        (0, {}, 8),
+        (65536, {}, 16),
+        (4 * 65536, {}, 24),
+        (65536, {"refcount_bits": 1}, 8),
+        (512 * 64, {"cluster_size": 512, "refcount_bits": 64}, 512 + 6 * 8),
+    ],
+    ids=str,
+)
+def test_counts_are_written_up_to_the_last_that_is_not_zero(size: int, fields: dict[str, Any], written: int) -> None:
+    """In whole words: with little payload, the header, two clusters that count, L1 and L2 table are counted too."""
+    image = disk([(0, 0, size)] if size else [], MIB)
+    file = write(image, options(**fields), Placement()).files[0].table
+    assert [row.length for row in file if row.source and row.source.name == "refcount blocks"] == [written]
+
+
 def test_tables_of_distant_addresses_are_neighbours_in_the_file() -> None:
     image = disk([(0, 0, 512), (MIB, MIB, 512), (3 * MIB, 512, 512)], 4 * MIB)
     layout = write(image, options(cluster_size=512), Placement(512))

@@ -89,6 +89,11 @@ def test_a_layer_says_what_it_has_to_and_nothing_more(variant: dict[str, Any], b
         assert found == {"features": 5 if base == "raw" else 1, "name": b"b.img", "name_at": 64}
 
 
+def test_a_run_that_begins_in_one_table_and_ends_in_the_next_but_one() -> None:
+    image = disk([(4 * MIB + 4096, 0, 8 * MIB)], 32 * MIB)
+    check(image, write(image, Options(cluster_size=4096, table_size=2), Placement()))
+
+
 def test_tables_of_distant_addresses_are_neighbours_in_the_file() -> None:
     image = disk([(0, 0, 4096), (4 * MIB - 4096, MIB, 8192), (12 * MIB, 512 * KIB, 4096)], 12 * MIB + 4096)
     layout = write(image, Options(cluster_size=4096, table_size=2), Placement())

@@ -161,18 +161,18 @@ def test_a_layer_of_zeros_and_one_of_nothing() -> None:
 
 
 def test_a_table_without_an_entry_takes_no_space() -> None:
-    """A table speaks for 32 MiB: the first, fifth and sixth of seven say something."""
-    image = disk([(MIB, 0, MIB), (160 * MIB - GRAIN, MIB, 2 * GRAIN)], 200 * MIB)
+    """A table speaks for 32 MiB: the first and the last two of seven say something."""
+    image = disk([(MIB, 0, MIB), (192 * MIB - GRAIN, MIB, 2 * GRAIN)], 200 * MIB)
     layout = write(image, Options(), placement())
     check(image, layout.files[0].table)
     assert laid_out(layout) == [
         "0x0 header",
         "0x2a00 redundant grain directory",
         "0x2c00 grain tables",
-        "0x4c00 grain tables 0x2000",
+        "0x5400 grain tables 0x2800",
         "0x6400 grain directory",
         "0x6600 grain tables",
-        "0x8600 grain tables 0x2000",
+        "0x8e00 grain tables 0x2800",
         "0x10000 payload 0x0+0x120000",
         "0x130000 end",
     ]
