@@ -798,6 +798,8 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
     once = plan_of(table_of(32, (0, None, 0), (16, carrier, 8), (24, None, 0), (28, carrier, 20)))
     twice = plan_of(table_of(36, (0, None, 0), (16, carrier, 8), (24, None, 0), (32, carrier, 20)))
     back = plan_of(table_of(32, (0, None, 0), (16, carrier, 20), (20, None, 0), (24, carrier, 8)))
+    # As the guide to conversions in place has it.
+    assert (shifting.MOST_WRITTEN, shifting.MOST_SHIFTS) == (16 << 20, 1024)
     monkeypatch.setattr(shifting, "MOST_SHIFTS", 1)
     monkeypatch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: ranges((0, 64, 400)))

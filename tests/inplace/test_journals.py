@@ -440,6 +440,8 @@ def test_the_length_of_the_fields_is_bounded(length: int) -> None:
         journal._parse(memoryview(struct.pack("<Q", length) + bytes(12)), "j")
     with pytest.raises(ImageError, match="0 bytes, 0 at most"):
         journal._parse(memoryview(b"short"), "j")
+    with pytest.raises(ImageError, match="5 bytes, 0 at most"):
+        journal._parse(memoryview(struct.pack("<Q", 5)), "j")
 
 
 # -- undo files
