@@ -612,7 +612,8 @@ def test_payload_is_shifted_to_where_it_belongs(rows: list[tuple[int, int, int]]
         at += gap
         pieces.append((place * 4, count * 4 - (number == len(rows) - 1), at * 4))
         at += count
-    blocks += [900000 + n for n in range(tail)]
+    # What follows lies behind the last piece on storage too.
+    blocks += [(blocks[-1] if rows else 900000) + 1 + n for n in range(tail)]
     calls = Shifted(blocks)
     sorted_pieces = ranges(*sorted(pieces)).reshape(-1, 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -798,7 +799,7 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
     once = plan_of(table_of(32, (0, None, 0), (16, carrier, 8), (24, None, 0), (28, carrier, 20)))
     twice = plan_of(table_of(36, (0, None, 0), (16, carrier, 8), (24, None, 0), (32, carrier, 20)))
     back = plan_of(table_of(32, (0, None, 0), (16, carrier, 20), (20, None, 0), (24, carrier, 8)))
-    # As the guide to conversions in place has it.
+    # The guide to conversions in place names the second.
     assert (shifting.MOST_WRITTEN, shifting.MOST_SHIFTS) == (16 << 20, 1024)
     monkeypatch.setattr(shifting, "MOST_SHIFTS", 1)
     monkeypatch.setattr(os, "fstatvfs", lambda _descriptor: type("", (), {"f_bsize": 4}))

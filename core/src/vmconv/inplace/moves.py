@@ -81,7 +81,8 @@ def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
     torn = (rows[:, 0] % block != 0) | (rows[:, 2] % block != 0)
     torn[:-1] |= end[:-1] % block != 0
     last = int(end[-1]) if len(end) else 0
-    rest = main.table.window(last, min(-last % block, main.size - last))
+    # What is behind the end is a HOLE.
+    rest = main.table.window(last, -last % block)
     if torn.any() or (rest.total(Kind.ZERO) and not main.slack):
         raise PlanError(f"in place, payload cannot be shifted: it is not whole blocks of {block} bytes in the file")
 
