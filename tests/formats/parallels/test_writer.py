@@ -48,7 +48,7 @@ def check(image: Image, layout: Layout, *, tight: bool = True) -> None:
 @pytest.mark.parametrize("cluster", [512, 4096, 65536, MIB])
 @pytest.mark.parametrize("seed", range(2))
 def test_each_cluster_is_where_its_entry_says(cluster: int, seed: int) -> None:
-    for size in (150 * cluster, 21 * cluster + 512, cluster, 700, 0):
+    for size in (150 * cluster, 112 * cluster, 21 * cluster + 512, cluster, 700, 0):
         image = scattered(seed, size, max(512, cluster // 2))
         check(image, write(image, Options(cluster_size=cluster), Placement()))
 

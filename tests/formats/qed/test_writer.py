@@ -140,6 +140,11 @@ def test_a_disk_that_is_flattened_has_no_parent() -> None:
     assert check(image, write(image, Options(), Placement()))["name"] == b""
 
 
+def test_a_disk_of_zeros_is_a_header_and_room_for_a_table() -> None:
+    layout = write(disk([], MIB), Options(cluster_size=4096, table_size=2), Placement())
+    assert laid_out(layout) == ["0x0 header", "0x3000 end"]
+
+
 def test_the_largest_disk_and_the_longest_name() -> None:
     def plan(size: int, name: str = "", **fields: Any) -> None:
         image = disk_of(Extents.filled(size, Kind.HOLE), MemoryFile("top", 0), parent=disk([], size))

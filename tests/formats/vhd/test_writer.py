@@ -9,12 +9,13 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from support.written import Said, disk, laid_out, of_format, same_in_pieces, scattered, unpacked
+from support.written import Payload, Said, disk, laid_out, of_format, same_in_pieces, scattered, unpacked
 from vmconv.errors import PlanError
-from vmconv.model.extents import Kind
+from vmconv.model.extents import Extents, Kind
 from vmconv.model.facts import DiskFacts, Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
+from vmconv.testing import disk_of
 from vmconv_vhd.options import Options
 from vmconv_vhd.writer import write
 
@@ -153,6 +154,20 @@ def test_a_layer_says_what_it_has_to_and_nothing_more(reference: str, code: byte
         name = path.removeprefix(".\\")
         assert found == {"code": code, "length": len(path) * 2, "name": name[-255:], "path": path}
         same_in_pieces(write(image, Options(), placement(), backing=Backing(reference, "vhd")))
+
+
+def test_a_sector_that_is_in_part_the_parents_is_whole() -> None:
+    below = of_format("vhd", disk([(0, MIB, BLOCK)], BLOCK), {}, identity=UUID(PARENT))
+    top = disk([(512, 5120, 700)], BLOCK)
+    holes = [(0, Kind.HOLE, None, 0), (512, Kind.DATA, top.flat.sources[0], 5120), (1212, Kind.HOLE, None, 0)]
+    image = disk_of(Extents.of(holes, BLOCK), Payload("top", 0), parent=below)
+    file = write(image, Options(), placement(), backing=Backing("b.vhd", "vhd")).files[0].table
+    (entry,) = unpacked(file, unpacked(file, 512 + 16, ">Q")[0], ">I")
+    assert file.read(entry * 512, 2) == bytes([0b01100000, 0])
+    found = file.window(entry * 512 + 512, 2048)
+    wanted = [(0, Kind.ZERO, None, 0), (512, Kind.DATA, top.flat.sources[0], 5120)]
+    wanted += [(1212, Kind.DATA, below.flat.sources[0], MIB + 1212), (1536, Kind.ZERO, None, 0)]
+    assert found == Extents.of(wanted, 2048)
 
 
 def test_a_disk_that_is_flattened_has_no_parent() -> None:
