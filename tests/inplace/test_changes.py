@@ -810,6 +810,9 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
         shifting.physical_pieces(twice, carrier)
     with pytest.raises(PlanError, match="in another order"):
         shifting.physical_pieces(back, carrier)
+    over = plan_of(table_of(16, (0, carrier, 8), (4, carrier, 20), (12, carrier, 24)))
+    with pytest.raises(PlanError, match="in another order"):
+        shifting.physical_pieces(over, carrier)
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: None)
     with pytest.raises(PlanError, match="does not tell where"):
         shifting.physical_pieces(once, carrier)

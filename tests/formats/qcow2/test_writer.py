@@ -382,6 +382,13 @@ def test_payload_stays_in_the_largest_clusters_that_it_can_stay_in(shift: int, c
     assert layout.files[0].slack
 
 
+def test_the_header_is_counted_where_nothing_else_is_near() -> None:
+    """A block of refcounts speaks for 2 GiB."""
+    image = disk([(0, 4 * GIB, 65536)], MIB, source_size=5 * GIB)
+    found = check(image, in_place(image, cluster_size=65536), tight=False)
+    assert [bool(block) for block in found.blocks] == [True, False, True]
+
+
 def test_what_lay_where_the_header_is_goes_behind_the_end() -> None:
     image = disk([(0, 0, 196608)], MIB, source_size=196608)
     layout = in_place(image)
