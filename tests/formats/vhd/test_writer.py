@@ -157,7 +157,7 @@ def test_a_layer_says_what_it_has_to_and_nothing_more(reference: str, code: byte
 
 
 def test_a_sector_that_is_in_part_the_parents_is_whole() -> None:
-    below = of_format("vhd", disk([(0, MIB, BLOCK)], BLOCK), {}, identity=UUID(PARENT))
+    below = of_format("vhd", disk([(0, MIB, BLOCK)], BLOCK), {}, DiskFacts(identity=UUID(PARENT)))
     top = disk([(512, 5120, 700)], BLOCK)
     holes = [(0, Kind.HOLE, None, 0), (512, Kind.DATA, top.flat.sources[0], 5120), (1212, Kind.HOLE, None, 0)]
     image = disk_of(Extents.of(holes, BLOCK), Payload("top", 0), parent=below)
