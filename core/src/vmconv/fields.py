@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ class Structure(NamedTuple):
 
     @property
     def length(self) -> int:
-        return int(self.layout.sizeof())
+        return _length(self.layout)
 
     @property
     def is_inside(self) -> bool:
@@ -115,6 +116,12 @@ class Structure(NamedTuple):
         self.limit(field, value, least, most)
         if value & (value - 1):
             raise self.damaged(field, f"{value} is not a power of two")
+
+
+@cache
+def _length(layout: Construct) -> int:
+    # Layouts are constants of modules, and construct adds up their fields each time.
+    return int(layout.sizeof())
 
 
 def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator[tuple[int, int, bytes | None]]:
