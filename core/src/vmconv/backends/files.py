@@ -89,6 +89,7 @@ class FileOutput(Output):
         at, end = source_offset, source_offset + length
         step = max(1, source.step // source.unit) * source.unit
         while at < end:
+            # Whole units, so that none is decoded twice.
             stop = min(end, at // source.unit * source.unit + step)
             parts = source.units(at, stop - at)
             if direct and stop - at <= STEP:

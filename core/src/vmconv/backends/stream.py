@@ -131,6 +131,7 @@ def _wait_until_read(descriptor: int) -> None:
     from termios import FIONREAD
 
     poll = select.poll()
+    # Errors only: POLLERR tells that the reader has closed the pipe.
     poll.register(descriptor, 0)
     with os_errors("standard output: cannot be asked what was read of it"):
         while int.from_bytes(ioctl(descriptor, FIONREAD, bytes(4)), "little"):

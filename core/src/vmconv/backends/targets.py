@@ -35,6 +35,7 @@ def locate(path: str) -> tuple[Directory, str]:
 
 
 def _walk(path: str) -> tuple[Directory, str]:
+    # A stack of components. The target of a link is pushed onto it.
     waiting = path.split("/")[::-1]
     links = 0
     strangers: dict[int, str] = {}
@@ -93,6 +94,7 @@ def _whole_path_in_errors(path: str) -> Iterator[None]:
 
 def _enter(path: str, start: int | None = None, *, leave: int = -1) -> int:
     """Returns a descriptor of a directory, and closes the descriptor `leave`."""
+    # O_PATH: directories on the way need search permission only, not read.
     descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=start)
     if leave >= 0:
         os.close(leave)

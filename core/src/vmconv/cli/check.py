@@ -61,6 +61,7 @@ def _report_json(report: CheckReport) -> dict[str, Any]:
 
 
 def _print_report(report: CheckReport) -> None:
+    # The wording of qemu-img check.
     for title, texts in (
         ("Not checked: ", report.errors),
         ("ERROR ", report.corruptions),

@@ -19,6 +19,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.output == "json":
         print_json(as_plain(found), indent=4)
     elif not options.quiet:
+        # The wording of qemu-img compare.
         if found.sizes[0] != found.sizes[1]:
             print(f"{'Image' if options.strict else 'Warning: Image'} size mismatch!")
         if found.identical:

@@ -39,6 +39,7 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
     descriptor = sys.stdout.fileno()
     if os.isatty(descriptor):
         raise UsageError("standard output is a terminal", hint="pipe it into a program or redirect it to a file")
+    # Messages must not mix with the image.
     with redirect_stdout(sys.stderr):
         return run_and_report(options, partial(run, request, descriptor=descriptor))
 

@@ -39,6 +39,7 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
         try:
             command.configure(sub)
             sub.set_defaults(run=command.run)
+        # A broken plugin must not break other commands. argparse exits on some mistakes.
         except (Exception, SystemExit) as exc:
             distribution = registry.owners["command", command.name]
             registry.add_problem(distribution, f"command {command.name!r}", exc)

@@ -25,6 +25,7 @@ def prepare() -> None:
             os.fstat(number)
         except OSError:
             _closed.add(number)
+            # Child processes need the three descriptors too.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
     sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 as long as the program
     try:

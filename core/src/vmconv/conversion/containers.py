@@ -110,6 +110,7 @@ class Container(NamedTuple):
         """Yields properties of the source that this image cannot store."""
         yield from self.source.losses
         for name, value in self.source.facts.stated():
+            # New ids replace the source's, so those are not lost.
             if name not in self.format.carries and not (name == "identity" and self.has_identity):
                 yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
 
@@ -164,9 +165,11 @@ def lay_out(
     """
     made: list[Container] = []
     parent, backing = kept or (None, None)
+    # Parts begin with the base; layers are numbered from the user's target, 0, downwards.
     for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
         placement = Placement(modulus, part.name, target.directory, carrier, target.identity_of(layer))
+        # Writers are plugins: a wrong result must name its plugin, not fail somewhere else.
         layout: Any = target.format.write(disk, target.options, placement, backing=backing)
         if not isinstance(layout, Layout):
             said = f"its writer returns {type(layout).__name__}, which is no Layout"

@@ -32,12 +32,14 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
     for file in plan.files:
         sources = [source for source in file.sources if isinstance(source, File)]
         output = transaction.create(file.name, file.size, sources)
+        # Sharing is quick and may fail, so it comes before hours of copying.
         output.share(file.shares())
         outputs.append(output)
     if created:
         for file, output in zip(plan.files, outputs, strict=True):
             created(file.name, output.descriptor)
     pairs = [pair for pair in zip(plan.files, outputs, strict=True) if pair[1].takes_bytes]
+    # Planned outputs take no bytes here, so there is no progress to report.
     steps = _Steps(plan.totals.copied + plan.totals.written, progress if pairs or not outputs else None)
     for file, output in pairs:
         for piece in _pieces(file, output, Action.WRITE, _METADATA_PIECE):

@@ -105,6 +105,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
             with no_collisions(plan, directory, opener.files, force=request.force, but=own):
+                # A single new file is linked. All else is renamed, which an append-only directory refuses.
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
                 if not (site or single):
                     refuse_kept_names(directory)
@@ -166,6 +167,7 @@ def run(
     try:
         if descriptor is None:
             with _places(request, *others) as places:
+                # Before planning: completing an interrupted run changes which files exist.
                 clean(_only_directory(places), [name for _, name in places])
             preparing = prepared(request, *others)
         else:
@@ -185,6 +187,7 @@ def run(
             _make(ready, verify=verify_mode(verify), progress=progress, verifying=verifying, created=created, done=note)
     except BaseException as exc:
         if not isinstance(exc, Exception):
+            # For signals only, which may arrive after the commit.
             vars(exc)["results"] = tuple(done)
         raise
     return tuple(done)
@@ -225,6 +228,7 @@ def _make(
             done()
     finally:
         with signals.held():
+            # After the commit this only closes files.
             transaction.abort()
 
 
@@ -469,5 +473,6 @@ def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]
             survey = backend.survey(directory, files)
             if len(survey.refusals) < len(files) or not files:
                 return Proposal(backend, survey)
+            # The first backend's reason counts.
             refusals = {**survey.refusals, **refusals}
     return Proposal(registry.backend("copy"), Survey(1, refusals))

@@ -59,6 +59,7 @@ class _Reasons:
 
 
 def _steps(table: Extents, survey: Survey, reasons: _Reasons) -> Steps:
+    # Holes and zeros need no step.
     data = table.kind == Kind.DATA
     offset, length = table.start[data], table.length[data]
     source, source_offset = table.source[data], table.offset[data]

@@ -131,6 +131,7 @@ def _run(one: Made, wanted: Node | None, found: Node, directory: str) -> None:
             capture_output=True,
             timeout=seconds,
             cwd=directory,
+            # Our message quotes the output.
             env={**os.environ, "LC_ALL": "C"},
             check=False,
         )

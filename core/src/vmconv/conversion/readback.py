@@ -116,6 +116,7 @@ def _sample_spans(sides: Sides) -> Iterator[Span]:
     rng = Random()
     for number in range(_RANDOM if size else 0):
         layer = rng.choice([*sides.wanted, *sides.found])
+        # Half of the blocks lie in payload, half anywhere.
         start = _random_data(layer, rng) if number % 2 else None
         if start is None or start >= size:
             start = rng.randrange(size)

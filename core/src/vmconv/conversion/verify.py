@@ -70,6 +70,7 @@ def refuse_impossible(mode: Verify | None, containers: Sequence[Container], regi
     from vmconv.conversion.qemu import refuse_impossible as refuse
     from vmconv.model.planned import PlannedFile
 
+    # No file exists yet, so the images are read from their plans.
     planned = [
         PlannedFile(out.name or container.name, out.table) for container in containers for out in container.layout.files
     ]
@@ -90,6 +91,7 @@ def read_back(containers: Sequence[Container], files: Iterable[File], registry: 
     """Yields each container as its format's reader sees it. Raises `VerifyError` if it is unreadable."""
     from vmconv.conversion.readback import Sides
 
+    # One opener for all containers, so that a child finds its parent among the results.
     results = Results(registry, (reference for container in containers for reference in container.layout.references))
     finished = iter(files)
     made: dict[str, Made] = {}

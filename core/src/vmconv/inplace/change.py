@@ -79,6 +79,7 @@ class Change:
                 raise BackendError(f"{self.source}: was being recovered by another process", hint="try again")
             self.calls.write(self.record, encoded, 0)
             self.calls.sync(self.record)
+            # The journal's name must be durable before the file is renamed.
             self.calls.sync_directory(self.directory)
             if self.journal.carried:
                 self.calls.rename(self.directory, self.journal.source, self.working, replace=False)
@@ -101,6 +102,7 @@ class Change:
         """Commits and finishes the change. The caller has synced all that was written."""
         with signals.held():
             with os_errors("cannot be committed", where=self.target):
+                # The commit promises the new files, so their names must be durable.
                 if self.journal.made:
                     self.calls.sync_directory(self.directory)
                 self.calls.write(self.record, self._commit_record, self._commit_offset)
@@ -152,6 +154,7 @@ class Change:
         """Completes a committed change; may be repeated."""
         if self.journal.carried:
             self._finish_file()
+        # The target must not appear before the files that it refers to.
         for name in self.journal.made:
             self._rename(self.beside(name), name)
         if self.journal.carried:
@@ -180,6 +183,7 @@ class Change:
             at += length
         for offset, length in self.journal.dead.tolist():
             self.calls.punch(self.descriptor, offset, length)
+        # Last, because each write changes the mtime.
         if self.journal.mtime is not None:
             self.calls.set_times(self.descriptor, self.journal.mtime)
         self.calls.sync(self.descriptor)
@@ -261,6 +265,7 @@ class Change:
         for offset, length in self.journal.holes.tolist():
             self.calls.punch(self.descriptor, offset, length)
         self.calls.truncate(self.descriptor, self.journal.old_size)
+        # The old mtime marks the file as restored: see `_is_untouched`.
         self.calls.set_times(self.descriptor, self.journal.old_mtime)
         self.calls.sync(self.descriptor)
 

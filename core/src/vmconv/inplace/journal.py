@@ -173,6 +173,7 @@ def _parse(body: memoryview, path: str) -> Journal:
 def _table(tables: Tables, name: str, rows: int, most: int, old_size: int) -> Ranges:
     if name == "pieces":
         return _pieces(tables, rows, most)
+    # Dead ranges may lie behind the new end.
     return tables.ranges(name, rows, max(most, old_size) if name == "dead" else most)
 
 

@@ -184,6 +184,7 @@ def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
     descriptor = _open(directory, entry, trust=trust)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another recovery removed the journal before we had its lock.
         if not os.fstat(descriptor).st_nlink:
             raise BlockingIOError
         yield descriptor

@@ -89,6 +89,7 @@ class ReplacingTransaction(ReflinkTransaction):
             target=made[-1],
             made=made,
             leftovers=tuple(old),
+            # The target may reuse a name of the source.
             replace=self.force or any(leftover.name in made for leftover in old),
             carried=False,
             owner=self.owner,

@@ -219,6 +219,7 @@ class _Output(Output):
         self.change.calls.sync(self.descriptor)
         directory = self.change.directory
         self.file = File(directory.join(self.name), directory.open(self.name))
+        # The old end is still there, and verification must not see it.
         self.file.size = self.size
         rules.refuse_exchanged(directory, Own(self.file, self.name), self.descriptor)
         return self.file

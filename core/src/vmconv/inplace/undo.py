@@ -185,6 +185,7 @@ def _write(calls: Syscalls, descriptor: int, offset: int, length: int, old: Call
 def _journal(own: Own, directory: Directory, kept: _UndoFile, owner: int | None) -> Journal:
     """Returns the journal of the undo, which saves the new container's metadata that the undo overwrites."""
     file, found = own.file, kept.undo
+    # A rollback need not save ranges behind the present end: it truncates them.
     inside = found.ranges[found.ranges[:, 0] < file.size]
     start = inside[:, 0]
     length = np.minimum(inside[:, 1], file.size - start)

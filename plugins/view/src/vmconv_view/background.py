@@ -21,6 +21,7 @@ def fork() -> Callable[[], None]:
     child = os.fork()
     if child:
         os.close(writer)
+        # No byte means that the child has ended.
         os._exit(0 if os.read(reader, 1) else _exit_code(child))
     os.close(reader)
     os.setsid()

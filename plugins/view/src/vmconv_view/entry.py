@@ -56,6 +56,7 @@ class Entry:
         except Exception as exc:
             self._failure = self._explain("", exc)
             self._until = time.monotonic() + _RETRY_AFTER
+        # The opener has locked the files. Locks are held only while a view is open.
         self._unlock()
 
     def _opened(self) -> None:

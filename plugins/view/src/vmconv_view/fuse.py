@@ -53,6 +53,7 @@ class Filesystem(mfusepy.Operations):  # type: ignore[misc]
         self._tree = tree
         self._ready = ready
         self._others = others
+        # Not from 0, which `getattr` takes for no handle.
         self._numbers = count(1)
         self._said: set[str] = set()
         self._lock = threading.Lock()
@@ -197,6 +198,7 @@ def _attributes(node: Node) -> dict[str, int]:
     }
     if stat.S_ISDIR(status.st_mode):
         return {**found, "st_mode": stat.S_IFDIR | node.mode & 0o555, "st_nlink": 2}
+    # A directory needs search permission (1) where its files have read permission (4).
     if node.view is None:
         return {**found, "st_mode": stat.S_IFDIR | mode | mode >> 2, "st_nlink": 2}
     return {

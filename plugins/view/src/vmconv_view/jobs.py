@@ -64,6 +64,7 @@ class Jobs:
                     raise BackendError(f"{name}: {MAX_LATE} others take too long", hint="look again later")
                 job = self._jobs[key] = _Job(owner, work)
                 try:
+                    # A daemon, because a job may hang in the kernel and must not block the exit.
                     threading.Thread(target=self._run, args=(key, job), daemon=True).start()
                 except RuntimeError as exc:
                     del self._jobs[key]
