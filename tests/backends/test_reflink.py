@@ -336,9 +336,9 @@ def test_a_source_that_shares_in_no_way_is_tried_no_longer(btrfs: Btrfs, files: 
     source, target = files("source", UNIT), files("target", 0)
     descriptor = os.open(target.path, os.O_RDWR)
     btrfs.refusals[btrfs.inode(source.descriptor)] = errno.EXDEV
-    reflink._make_alike(source, descriptor, UNIT)
+    reflink._match_nocow(source, descriptor, UNIT)
     assert btrfs.sets == []
     btrfs.refusals[btrfs.inode(source.descriptor)] = errno.EINVAL
-    reflink._make_alike(source, descriptor, UNIT)
+    reflink._match_nocow(source, descriptor, UNIT)
     assert btrfs.sets == [False, True]
     os.close(descriptor)

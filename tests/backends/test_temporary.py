@@ -638,9 +638,9 @@ def test_sources_that_the_user_did_not_name_are_others(
     transaction = FileTransaction(directory, force=True, durable=False, access=Access(tuple(files)))
     # Of an image that the user named, all is his that has the same owner.
     others = ["foreign"] if os.geteuid() == 0 else []
-    found = [file.name for file in transaction._not_the_users()]
+    found = [file.name for file in transaction._unnamed_sources()]
     assert found == (["top", "base", "foreign"] if why else others)
-    assert FileTransaction(directory, force=True, durable=False)._not_the_users() == []
+    assert FileTransaction(directory, force=True, durable=False)._unnamed_sources() == []
     for file in files:
         file.close()
 
