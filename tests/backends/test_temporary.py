@@ -634,7 +634,7 @@ def test_sources_that_the_user_did_not_name_are_others(
     if isinstance(why, str):
         os.rename(tmp_path / "base", tmp_path / "top")
     elif why:
-        monkeypatch.setattr(targets, "located", raising(why))
+        monkeypatch.setattr(targets, "locate", raising(why))
     transaction = FileTransaction(directory, force=True, durable=False, access=Access(tuple(files)))
     # Of an image that the user named, all is his that has the same owner.
     others = ["foreign"] if os.geteuid() == 0 else []

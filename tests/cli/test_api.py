@@ -469,3 +469,10 @@ def test_the_plan_names_the_files_that_were_opened(disk: Path) -> None:
     overlay = disk.with_name("overlay.qcow2")
     vmconv.convert(disk, overlay, options={})
     assert vmconv.plan(overlay, disk.with_name("x.raw")).opened == (str(overlay.resolve()),)
+
+
+def test_a_target_of_the_api_is_always_a_file(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(disk.parent)
+    assert vmconv.plan(disk, "-", target_format="qcow2").files[0].name == "-"
+    vmconv.convert(disk, "-", target_format="qcow2")
+    assert names(disk.parent) == ["-", "disk.raw"]

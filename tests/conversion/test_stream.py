@@ -215,3 +215,15 @@ def test_a_writer_that_gets_it_wrong_is_found_out_before_a_byte_is_sent(
     os.close(writer)
     assert os.read(reader, 1) == b""
     os.close(reader)
+
+
+def test_nobody_claims_that_an_interrupted_stream_created_nothing(xfs_dir: Path) -> None:
+    disk = make_disk(xfs_dir / "disk.raw", MIB)
+
+    def interrupt(_done: int, _to_do: int) -> None:
+        raise KeyboardInterrupt
+
+    with (xfs_dir / "out").open("wb") as out, pytest.raises(KeyboardInterrupt) as caught:
+        vmconv.stream(str(disk), out.fileno(), "raw", progress=interrupt)
+    assert not hasattr(caught.value, "results")
+    assert (xfs_dir / "out").stat().st_size

@@ -112,6 +112,11 @@ BROKEN = {
         "VMCONV_INTERFACE = 0\n" + GOOD,
         "was written for version 0 of the plugin interface, this vmconv has 1: upgrade the plugin",
     ),
+    "an interface that cannot be printed": ("VMCONV_INTERFACE = 10**5000\n" + GOOD, "VMCONV_INTERFACE: ValueError"),
+    "an interface that cannot be asked for": (
+        GOOD + "\ndef __getattr__(name):\n    raise RuntimeError(name)\n",
+        "VMCONV_INTERFACE: RuntimeError",
+    ),
     "an interface that is no number": (
         "VMCONV_INTERFACE = '1.0'\n" + GOOD,
         "VMCONV_INTERFACE is '1.0', which is not an interface version",

@@ -10,7 +10,7 @@ Keywords of several functions:
 `verify`: how the result is compared with the source before it appears under its name. True means "metadata", False
 nothing. "sample" and "bytes" read payload and call `verifying(bytes read, bytes to read)`, first with 0 bytes read.
 `announce`: called with the plan before any write. `progress`: called with `(bytes done, bytes to do)`.
-`created`: called with the name and the descriptor of each output, before it appears under that name.
+`created`: called with the name and the descriptor of each output that is a new file, before it has that name.
 
 The other keywords of conversions are the fields of `Request`. The remaining names serve our own plugins `view` and
 `fleet`, and are not stable.
@@ -308,7 +308,7 @@ def plan(
     from vmconv.conversion.request import Request
     from vmconv.interface.arguments import checked
 
-    request = checked(Request, **given)
+    request = _to_file(checked(Request, **given))
     with _errors(), prepared(request) as ready:
         return ready.plan
 
@@ -321,8 +321,15 @@ def _converted(given: dict[str, Any], *, descriptor: int | None = None) -> Resul
 
     how = checked(Making, **{name: given.pop(name) for name in Making._fields if name in given})
     request = checked(Request, **given)
+    if descriptor is None:
+        request = _to_file(request)
     with _errors():
         return pipeline.run(request, descriptor=descriptor, **how._asdict())[0]
+
+
+def _to_file(request: Request) -> Request:
+    """Returns the request for a file: the command line alone takes `-` for standard output."""
+    return request._replace(target="./-") if request.target == "-" else request
 
 
 def _refuse_unwritable(descriptor: int) -> None:

@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
     from vmconv.model.plan import Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
-    from vmconv.model.sources import Blob, Decoded, File, Placeholder, Reserved, Source
+    from vmconv.model.sources import Blob, Decoded, File, Placeholder, Reserved, Source, Stamp
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
     from vmconv.placing import blocks
     from vmconv.placing.pinning import Pinned, pin
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from vmconv.system.parallel import in_order
 
 _HOMES = {
+    "Stamp": "model.sources",
     "Access": "interface.backend",
     "AccessError": "errors",
     "Backend": "interface.backend",
@@ -263,6 +264,7 @@ __all__ = [
     "ShareSteps",
     "Size",
     "Source",
+    "Stamp",
     "Structure",
     "Survey",
     "Transaction",

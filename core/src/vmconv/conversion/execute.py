@@ -37,7 +37,8 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
         outputs.append(output)
     if created:
         for file, output in zip(plan.files, outputs, strict=True):
-            created(file.name, output.descriptor)
+            if output.descriptor >= 0:
+                created(file.name, output.descriptor)
     pairs = [pair for pair in zip(plan.files, outputs, strict=True) if pair[1].takes_bytes]
     # Planned outputs take no bytes here, so there is no progress to report.
     steps = _Steps(plan.totals.copied + plan.totals.written, progress if pairs or not outputs else None)

@@ -186,8 +186,8 @@ def run(
 
             _make(ready, verify=verify_mode(verify), progress=progress, verifying=verifying, created=created, done=note)
     except BaseException as exc:
-        if not isinstance(exc, Exception):
-            # For signals only, which may arrive after the commit.
+        # For signals only, which may arrive after the commit. How much of a stream its reader has, nobody knows.
+        if not isinstance(exc, Exception) and descriptor is None:
             vars(exc)["results"] = tuple(done)
         raise
     return tuple(done)
@@ -391,7 +391,6 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
         (request.mode is not None, "--mode"),
         (request.backend != "auto", f"--backend {request.backend}"),
         (request.cache == "unsafe", "-t unsafe"),
-        (request.mode is not None, "--mode"),
     ):
         if wrong:
             raise UsageError(f"{name} and --in-place exclude each other")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Created = Callable[[str, int], None]
-"""Called with the future name of an output and its open descriptor."""
+"""Called with the future name and the open descriptor of each output that is a new file."""
 
 
 class Capabilities(NamedTuple):

@@ -291,10 +291,16 @@ def _register(
     except (pluggy.PluginValidationError, ValueError) as exc:
         registry.problems.append(Problem(plugin.distribution, str(exc).splitlines()[-1]))
         return
-    refusal = _other_interface(getattr(module, "VMCONV_INTERFACE", hooks.VMCONV_INTERFACE))
-    if refusal:
+    try:
+        refusal = _other_interface(getattr(module, "VMCONV_INTERFACE", hooks.VMCONV_INTERFACE))
+    except (Exception, SystemExit) as exc:
+        # A number may be too long to print, and a module may have attributes of its own making.
+        registry.add_problem(plugin.distribution, "VMCONV_INTERFACE", exc)
+        refusal = ""
+    if refusal is not None:
         manager.unregister(name=key)
-        registry.problems.append(Problem(plugin.distribution, refusal))
+        if refusal:
+            registry.problems.append(Problem(plugin.distribution, refusal))
         return
     registry.plugins.append(plugin)
     callers = manager.get_hookcallers(module) or ()
