@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.disks import QemuImg
 from support.mounts import Mounts
@@ -29,6 +30,12 @@ RUN = Run(Path(tempfile.gettempdir()))
 atexit.register(RUN.end)
 # Nothing of the user's own state is read or made.
 os.environ["XDG_STATE_HOME"] = str(RUN.state)
+
+
+# No test depends on how busy the machine is.
+_PROFILE = settings.get_profile("ci" if os.environ.get("CI") else "default")
+settings.register_profile("vmconv", _PROFILE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vmconv")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

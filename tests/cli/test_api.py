@@ -432,7 +432,7 @@ def test_mypy_finds_what_would_be_refused(tmp_path: Path) -> None:
         str(tmp_path / "c"),
     ]
     files = [f"snippet{number}.py" for number in range(len(SNIPPETS))]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
+    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False, cwd=tmp_path, timeout=600)
     for number, (case, (_, words)) in enumerate(SNIPPETS.items()):
         found = [line for line in done.stdout.splitlines() if line.startswith(f"snippet{number}.py")]
         assert bool(found) == (words is not None), (case, done.stdout, done.stderr)

@@ -35,7 +35,7 @@ def run(*arguments: str | Path, closed: tuple[int, ...] = (), **more: Any) -> su
     """Runs the program without some of its standard descriptors."""
     streams: dict[str, Any] = dict.fromkeys(STREAMS[1:], subprocess.PIPE) | more
     command = [*CLI, *map(str, arguments)]
-    return subprocess.run(command, preexec_fn=closing(*closed), check=False, timeout=60, text=False, **streams)
+    return subprocess.run(command, preexec_fn=closing(*closed), check=False, timeout=600, text=False, **streams)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_names_of_any_bytes_are_printed_in_any_locale(disk: Path) -> None:
     command = [*map(os.fsencode, CLI), b"convert", b"--output", b"json", os.fsencode(disk), name]
     for locale in ("C", "POSIX", "C.UTF-8", "en_US.ISO-8859-1"):
         environment = {**os.environ, "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=600)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["event"] == "result"
         os.unlink(name)
@@ -141,7 +141,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def stop(place: str, number: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs a conversion that gets a signal at the beginning of a function of its."""
     command = [sys.executable, "-c", STOPPED, place, str(int(number)), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -196,7 +196,7 @@ def test_a_file_size_limit_leaves_nothing(disk: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
 
     command = [*CLI, "convert", str(disk), str(disk.with_name("target.qcow2"))]
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert [path.name for path in disk.parent.iterdir()] == ["disk.raw"]

@@ -204,7 +204,7 @@ def test_each_stream_has_ids_of_its_own_unless_said(tmp_path: Path) -> None:
 
     def streamed(*flags: str) -> bytes:
         command = [sys.executable, "-m", "vmconv", "convert", "-q", "-O", "vdi", *flags, str(raw), "-"]
-        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, check=True, timeout=600).stdout
 
     assert streamed() != streamed()
     assert streamed("-o", f"identity={IDENTITY}") == streamed("-o", f"identity={{{IDENTITY.upper()}}}")

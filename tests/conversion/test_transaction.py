@@ -126,7 +126,7 @@ def kill_at(place: str, when: str, source: Path, target: Path, unnamed: str = "y
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
@@ -173,7 +173,7 @@ def test_a_run_killed_while_replacing_leaves_the_old_target(xfs_dir: Path) -> No
     target.write_bytes(OLD)
     script = KILLED.replace("api.convert(source, target)", "api.convert(source, target, force=True)")
     command = [sys.executable, "-c", script, "os:rename", "before", str(source), str(target), "yes"]
-    assert subprocess.run(command, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(command, check=False, timeout=600).returncode == -signal.SIGKILL
     assert target.read_bytes() == OLD
 
 
@@ -546,7 +546,7 @@ def test_a_plan_touches_nothing(ext4_dir: Path) -> None:
 
 def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [*CLI, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_required_zero_copy_has_an_exit_code_of_its_own(ext4_dir: Path) -> None:
@@ -589,7 +589,9 @@ from vmconv.cli.main import main
 
 def slow(*arguments):
     print("busy", flush=True)
-    time.sleep(0.2)
+    # Until the signal comes.
+    for _ in range(6000):
+        time.sleep(0.1)
 
 setattr(FileOutput, sys.argv[1], slow)
 raise SystemExit(main(sys.argv[2:]))
@@ -611,7 +613,7 @@ def test_a_signal_cleans_up_and_gives_its_exit_code(ext4_dir: Path, number: int,
         assert process.stdout
         assert process.stdout.readline() == "busy\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == code
     assert "Traceback" not in errors
     assert names(ext4_dir) == {source.name, target.name}

@@ -342,6 +342,6 @@ def test_who_is_not_root_gives_only_what_is_his(tmp_path: Path) -> None:
         paths[-1].write_bytes(b"")
         os.chown(paths[-1], uid, gid)
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.split() == ["True", "True", "False", "False"]

@@ -107,7 +107,7 @@ def test_what_real_packers_write_is_recognised(tmp_path: Path, title: str) -> No
 @pytest.mark.parametrize(("program", "title"), [("zstd", "Zstandard"), ("lz4", "LZ4"), ("lzop", "lzop")])
 def test_what_other_packers_write_is_recognised(tmp_path: Path, program: str, title: str) -> None:
     packed = tmp_path / "disk.img"
-    done = subprocess.run([oracle_program(program), "-c"], input=PLAIN, capture_output=True, check=True, timeout=60)
+    done = subprocess.run([oracle_program(program), "-c"], input=PLAIN, capture_output=True, check=True, timeout=600)
     packed.write_bytes(done.stdout)
     assert f"signature of {title}" in str(refused(packed))
 

@@ -26,7 +26,7 @@ def latin(directory: Path) -> Mapping[str, str]:
     made = directory / "en_US.ISO-8859-1"
     command = ["localedef", "-f", "ISO-8859-1", "-i", "en_US", str(made)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     except OSError as exc:
         missing("oracle", f"localedef: {exc}")
     if not made.exists():
@@ -47,7 +47,7 @@ def locale(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def run(locale: Mapping[str, str], cwd: Path, *arguments: bytes | str) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
     command = [sys.executable, "-m", "vmconv", *arguments]
-    done = subprocess.run(command, env={**kept, **locale}, cwd=cwd, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(command, env={**kept, **locale}, cwd=cwd, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode(errors="surrogateescape")
 
@@ -69,7 +69,7 @@ def test_a_chain_has_the_names_of_its_files_whatever_the_locale(
     base, top = (os.fsencode(f"{name}.{what}.qcow2") for what in ("base", "top"))
     run(USUAL, sources, "convert", "-q", "../disk.raw", base)
     qemu: list[str | bytes] = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top]
-    subprocess.run(qemu, cwd=sources, check=True, timeout=60)
+    subprocess.run(qemu, cwd=sources, check=True, timeout=600)
     made = [os.fsencode(f"{name}.{what}.{format_name}") for what in ("base", "top")]
     for maker, reader in ((locale, USUAL), (USUAL, locale)):
         run(maker, tmp_path, "convert", "-q", "--force", "--chain", b"sources/" + top, made[1])
@@ -99,7 +99,7 @@ def test_no_home_makes_no_directory_of_that_name(tmp_path: Path) -> None:
     environment = {"LC_ALL": "C.utf8", "PATH": os.environ["PATH"]}
     for home in ({}, {"HOME": ""}, {"HOME": "~"}):
         command = [sys.executable, "-m", "vmconv", "convert", "-q", "--force", "disk.raw", "disk.qcow2"]
-        subprocess.run(command, env={**environment, **home}, cwd=tmp_path, check=True, timeout=60)
+        subprocess.run(command, env={**environment, **home}, cwd=tmp_path, check=True, timeout=600)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.qcow2", "disk.raw"]
 
 

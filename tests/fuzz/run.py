@@ -114,7 +114,7 @@ def run(name: str, seconds: int, seed: int, corpus: Path, findings: Path) -> tup
     command: list[Any] = [sys.executable, __file__, name, "--seconds", seconds, "--seed", seed]
     command += ["--corpus", corpus, "--findings", findings, "--inside"]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False, timeout=seconds + 300
+        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False, timeout=seconds + 3000
     )
     said = done.stdout + done.stderr
     executions = re.search(r"number_of_executed_units: (\d+)", said)

@@ -33,7 +33,7 @@ def test_nothing_but_our_own_errors_comes_out(tmp_path: Path) -> None:
         results = dict(zip(targets(), pool.map(tried, targets()), strict=True))
     for name, (executions, found, said) in results.items():
         assert not found, said[-20_000:]
-        assert executions > 10, name
+        assert executions, name
 
 
 def test_what_was_found_is_not_found_again() -> None:

@@ -56,7 +56,7 @@ class Oracle:
             env=environment,
             capture_output=True,
             check=False,
-            timeout=60,
+            timeout=600,
         )
         if done.returncode == 0 and len(self._right) < 200:
             self._right.add((format_name, data))

@@ -43,7 +43,7 @@ from inject.table import ANSWERS, FEW, LASTING, OPTIONAL, TABLE, number  # noqa:
 
 FAIL, HALF, ONE, ZERO, KILL = 1, 2, 3, 4, 5
 SHORT = {"half": HALF, "one": ONE, "zero": ZERO}
-PATIENCE = 20
+PATIENCE = 200
 FICLONE = 0x40049409
 
 

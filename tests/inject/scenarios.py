@@ -150,7 +150,7 @@ def serve(at: Path) -> int:
 
 def _read_by_nbd(path: str, over: threading.Event) -> bytes | None:
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(10)
+    client.settimeout(100)
     while True:
         try:
             client.connect(path)

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from vmconv.inplace import neighbours
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING, beside
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import ownership
+from vmconv.testing.malformed import time_limit
 from vmconv_vdi import structs as vdi_structs
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of other users")
@@ -139,7 +139,7 @@ def test_an_undo_that_was_killed_can_be_asked_for_again(ext4_dir: Path, named: s
         "def rename(*a, **k): real(*a, **k); os.kill(os.getpid(), signal.SIGKILL)\n"
         f"D.rename = rename; from vmconv import api; api.undo({str(ext4_dir / 'new.qcow2')!r})"
     )
-    killed = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    killed = subprocess.run([sys.executable, "-c", program], timeout=600, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (ext4_dir / "new.qcow2").exists()
     api.undo(str(ext4_dir / named))
@@ -524,9 +524,8 @@ def test_hundreds_of_differencing_neighbours_take_no_time(ext4_dir: Path) -> Non
         identity = number.to_bytes(16, "little")
         link: dict[str, Any] = {"u32Type": vdi_structs.DIFFERENCING, "uuidCreate": identity, "uuidLinkage": b"\1" * 16}
         (ext4_dir / f"{number}.vdi").write_bytes(build({}, [vdi_structs.UNALLOCATED], **link))
-    began = time.perf_counter()
-    in_place(disk, ext4_dir / "new.qcow2")
-    assert time.perf_counter() - began < 5
+    with time_limit():
+        in_place(disk, ext4_dir / "new.qcow2")
 
 
 def test_overlays_are_seen_in_large_directories(any_dir: Path) -> None:
@@ -580,7 +579,7 @@ def signalled(number: int, at: int, *arguments: str | Path) -> subprocess.Comple
     """Runs a command to which a signal is sent before call number `at`; the last line says how many there were."""
     own = [str(number), str(at), str(Path(__file__).parents[1]), *map(str, arguments)]
     return subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *own], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", SIGNALLED, *own], capture_output=True, text=True, check=False, timeout=600
     )
 
 
@@ -700,7 +699,7 @@ def test_a_umask_locks_nobody_out_of_a_journal(ext4_dir: Path, tmp_path: Path, m
         ext4_dir / "new.qcow2",
     ]
     environment = {"HOME": str(home)}
-    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
     assert killed.returncode == 9, killed.stderr
     assert not disk.exists()
     done = as_nobody("recover", disk, environment=environment)

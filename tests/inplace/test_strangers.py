@@ -9,7 +9,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
 from vmconv.inplace import codec, undofile
 from vmconv.inplace.journal import MAGIC, Journal, Leftover, commit_record
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
+from vmconv.testing.malformed import time_limit
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of other users")
 BOB, ALICE = 1000, 1001
@@ -255,7 +255,7 @@ def measured(*command: str) -> tuple[int, int]:
         "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", starter, *command], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", starter, *command], capture_output=True, text=True, check=True, timeout=600
     )
     code, used = map(int, done.stdout.split())
     return code, used
@@ -307,11 +307,9 @@ def undo_case(directory: Path, rest: bytes = b"", old: bytes = b"", text: bytes 
 def test_a_trusted_undo_file_may_be_nonsense(ext4_dir: Path, case: dict[str, Any]) -> None:
     disk = undo_case(ext4_dir, **case)
     before = contents(ext4_dir)
-    began = time.perf_counter()
-    with pytest.raises(ImageError) as caught:
+    with time_limit(), pytest.raises(ImageError) as caught:
         api.undo(str(disk), trust=True)
     assert "\n" not in str(caught.value)
-    assert time.perf_counter() - began < 5
     assert contents(ext4_dir) == before
 
 

@@ -26,7 +26,7 @@ FAT, DATA, SIZE = MIB, 33 * MIB, 128 * MIB
 BOOT_RECORD = Path("/usr/lib/SYSLINUX/mbr.bin")
 BUSYBOX = Path("/bin/busybox")
 PROGRAMS = ("qemu-system-x86_64", "syslinux", "mformat", "mcopy", "mke2fs", "e2fsck", "debugfs", "cpio")
-TIMEOUT = 300
+TIMEOUT = 600
 """Seconds that a guest may take; it takes about four where nothing else runs."""
 
 INIT = """#!/bin/busybox sh

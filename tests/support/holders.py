@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-PATIENCE = 20.0
+PATIENCE = 600.0
 """Seconds that another program may take to start."""
 
 

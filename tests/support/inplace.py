@@ -80,13 +80,13 @@ CLI = [sys.executable, "-c", "from vmconv.cli.main import main; raise SystemExit
 
 def run_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [*CLI, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def as_nobody(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Runs the command line as a user without a home, in this environment."""
     command = [*another_user(NOBODY), *CLI, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
 def names(directory: Path) -> set[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 30.0
+PATIENCE = 600.0
 
 ERRORS = "vmconv-errors.txt"
 

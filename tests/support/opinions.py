@@ -79,7 +79,7 @@ class Reader(NamedTuple):
     def sums_of(self, images: Sequence[Path]) -> list[tuple[int, str] | str]:
         """Returns for each image what `sum_of` does, or what the reader says instead."""
         command = [self.python, "-c", _EACH, self.program + _SUM, *map(str, images)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert done.returncode == 0, f"{self.name}: {done.stderr}"
         lines = [line.partition(" ")[2] for line in done.stdout.splitlines()]
         return [(int(line.split()[0]), line.split()[1]) if line[0].isdigit() else line for line in lines]

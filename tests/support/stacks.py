@@ -132,7 +132,7 @@ def _resize(rng: random.Random, stack: Stack) -> None:
     size, own = stack.layers[0]
     wanted = rng.randint(1, LARGEST) * UNIT
     arguments = ["qemu-img", "resize", "-q", "-f", stack.formats[0], "--shrink", str(stack.files[0]), str(wanted)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         # QED cannot shrink, nor grow over a longer parent.
         assert stack.formats[0] == "qed", done.stderr
@@ -144,5 +144,5 @@ def _resize(rng: random.Random, stack: Stack) -> None:
 
 
 def _run(*command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0 and "failed" not in done.stdout + done.stderr, (command, done.stdout, done.stderr)

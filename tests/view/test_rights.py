@@ -410,7 +410,7 @@ def fuse() -> None:
 def asked(command: list[Any], *groups: int) -> tuple[int, bytes]:
     """Runs a command as bob."""
     done = subprocess.run(
-        list(map(str, command)), user=BOB, group=BOB, extra_groups=groups, capture_output=True, check=False, timeout=60
+        list(map(str, command)), user=BOB, group=BOB, extra_groups=groups, capture_output=True, check=False, timeout=600
     )
     return done.returncode, done.stdout
 
@@ -429,21 +429,21 @@ def test_an_image_that_is_never_read_keeps_nobody_from_the_others(
 
     def waits(self: Any, file: Any, opener: Any, **options: Any) -> Any:
         if file.name == "slow.raw":
-            free.wait(30)
+            free.wait(600)
         return read(self, file, opener, **options)
 
     monkeypatch.setattr(kind, "read", waits)
     with pytest.raises(BackendError, match=r"slow.raw: takes longer than 0.3 seconds"):
         tree.open("slow.raw/raw/slow.raw")
-    began = time.monotonic()
+    # It would wait until the image can be read, if it waited at all.
+    monkeypatch.setattr(jobs, "PATIENCE", 600)
     with pytest.raises(BackendError, match="takes longer"):
         tree.open("slow.raw/vhd/slow.vhd")
-    assert time.monotonic() - began < 0.2
     assert list(tree.node("").names()) == ["good.raw", "slow.raw"]
     assert tree.node("slow.raw").status.st_size == SIZE
     assert shown(tree, "good.raw/raw/good.raw", OWN) == SECRET * 4
     free.set()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 600
     while True:
         with contextlib.suppress(BackendError):
             assert shown(tree, "slow.raw/raw/slow.raw", OWN) == SECRET * 4
@@ -457,9 +457,9 @@ def test_one_owner_does_not_begin_ever_more_that_takes_too_long(monkeypatch: pyt
     running, free = Jobs(), threading.Event()
     for number in range(MAX_LATE):
         with pytest.raises(BackendError, match="takes longer"):
-            running.result(number, "bob", "slow", lambda: free.wait(30))
+            running.result(number, "bob", "slow", lambda: free.wait(600))
     with pytest.raises(BackendError, match="8 others take too long"):
         running.result("more", "bob", "slow", lambda: 1)
-    monkeypatch.setattr(jobs, "PATIENCE", 20)
+    monkeypatch.setattr(jobs, "PATIENCE", 600)
     assert running.result("more", "alice", "quick", lambda: 1) == 1
     free.set()
