@@ -63,7 +63,7 @@ def physical_pieces(main: FilePlan, carrier: File) -> Ranges:
         raise PlanError("in place, payload cannot be shifted: the filesystem does not tell where all of it lies")
     if linux.shares_blocks(carrier.descriptor):
         # Such a block gets another place when its file is cut or written, and its place is all that is known of it.
-        raise PlanError("in place, payload cannot be shifted: other files share its blocks")
+        raise PlanError(f"{carrier.name}: in place, payload cannot be shifted: other files share its blocks")
     return _on_storage(rows, extents)
 
 
