@@ -115,8 +115,9 @@ def shift(descriptor: int, pieces: Ranges, calls: Syscalls) -> None:
     Raises BackendError, before anything is changed, if the file does not have all pieces.
     """
     block = os.fstatvfs(descriptor).f_bsize
-    _refuse_missing(_current_extents(descriptor), pieces, block)
-    for offset, length in _foreign_ranges(_current_extents(descriptor), pieces, block):
+    now = _current_extents(descriptor)
+    _refuse_missing(now, pieces, block)
+    for offset, length in _foreign_ranges(now, pieces, block):
         calls.punch(descriptor, offset, length)
     moved = 0
     for offset, wanted in _boundaries(_current_extents(descriptor), pieces, block):
