@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import hashlib
 import lzma
-import os
 from pathlib import Path
 
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 
-CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
+from .requirements import CORPUS, REQUIRED
 
 
-def manifest() -> list[dict[str, str]]:
+def _manifest() -> list[dict[str, str]]:
+    """Returns the rows of the manifest; none where there is no corpus, unless this run requires one."""
     path = CORPUS / "expected.tsv"
-    if not path.exists():
+    if not path.exists() and "corpus" not in REQUIRED:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
+
+
+def rows(format_name: str) -> list[dict[str, str]]:
+    """Returns the rows of images of a format and of its kinds, such as `vhd` and `vhd-fixed`."""
+    return [row for row in ROWS if row["format"].partition("-")[0] == format_name]
 
 
 def unpack(corpus: Path, name: str, directory: Path) -> Path:
@@ -41,4 +46,4 @@ def digest(path: Path, format_name: str) -> str:
     return found.hexdigest()
 
 
-ROWS = manifest()
+ROWS = _manifest()

@@ -15,7 +15,7 @@ import pytest
 
 REQUIRED = frozenset(filter(None, os.environ.get("VMCONV_REQUIRE", "").split(",")))
 
-CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[2] / "shared" / "corpus"))
+CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[3] / "shared" / "corpus"))
 
 
 def missing(what: str, reason: str) -> None:

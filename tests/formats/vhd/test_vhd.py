@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import lzma
 import os
 import re
 import struct
@@ -20,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vmconv
+from support.corpus import rows, unpack
 from support.disks import MIB, QemuImg
 from support.kits.storage import OnStorage
 from support.kits.vhd import VhdKit, sealed
@@ -58,7 +57,6 @@ class TestVhdOnStorage(OnStorage):
 
 ID = UUID("12345678-9abc-4def-8123-456789abcdef")
 OWN = UUID("87654321-9abc-4def-8123-456789abcdef")
-CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
 
 
 # -- helpers
@@ -125,21 +123,6 @@ def test_the_footer_says_what_libvhdi_reads(tmp_path: Path) -> None:
 # -- the corpus
 
 
-def manifest() -> list[dict[str, str]]:
-    path = CORPUS / "expected.tsv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file, delimiter="\t") if re.fullmatch(r"vhd(-\w+)?", row["format"])]
-
-
-def unpack(corpus: Path, name: str, directory: Path) -> Path:
-    """Decompresses an image and its siblings, which may be its parents."""
-    for packed in (corpus / "images" / name).parent.glob("*.vhd.xz"):
-        (directory / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    return directory / Path(name).name
-
-
 def digests(table: Extents) -> tuple[str, str]:
     """Returns the sha256 of what the guest sees, and the manifest's digest of the chunks that are not zero."""
     whole, chunks = hashlib.sha256(), hashlib.sha256()
@@ -153,7 +136,7 @@ def digests(table: Extents) -> tuple[str, str]:
     return whole.hexdigest(), chunks.hexdigest()
 
 
-@pytest.mark.parametrize("row", manifest(), ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", rows("vhd"), ids=lambda row: row["name"])
 def test_images_of_the_corpus_are_converted_right(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
     image = unpack(corpus, row["name"], xfs_dir)
     target = xfs_dir / "target.vhd"

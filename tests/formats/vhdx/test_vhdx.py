@@ -4,9 +4,7 @@ should be.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import lzma
 import os
 import re
 import struct
@@ -20,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import vmconv
+from support.corpus import rows, unpack
 from support.disks import MIB, QemuImg
 from support.kits.storage import OnStorage
 from support.kits.vhdx import VhdxKit
@@ -82,9 +81,6 @@ class TestVhdxOnStorage(OnStorage):
     )
 
 
-CORPUS = Path(os.environ.get("VMCONV_CORPUS", Path(__file__).parents[4] / "shared" / "corpus"))
-
-
 # -- helpers
 
 
@@ -139,21 +135,6 @@ def test_libvhdi_reads_what_the_metadata_says(tmp_path: Path) -> None:
 # -- the corpus
 
 
-def manifest() -> list[dict[str, str]]:
-    path = CORPUS / "expected.tsv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file, delimiter="\t") if row["format"].startswith("vhdx")]
-
-
-def unpack(corpus: Path, name: str, directory: Path) -> Path:
-    """Decompresses an image and its siblings, which may be its parents."""
-    for packed in (corpus / "images" / name).parent.glob("*.vhdx.xz"):
-        (directory / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    return directory / Path(name).name
-
-
 def digest(table: Extents) -> str:
     """Returns the manifest's digest of the chunks that are not zero."""
     found = hashlib.sha256()
@@ -167,7 +148,7 @@ def digest(table: Extents) -> str:
     return found.hexdigest()
 
 
-@pytest.mark.parametrize("row", manifest(), ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", rows("vhdx"), ids=lambda row: row["name"])
 def test_images_of_the_corpus_are_converted_right(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
     image, target = unpack(corpus, row["name"], xfs_dir), xfs_dir / "target.vhdx"
     before = hashlib.sha256(image.read_bytes()).digest()
@@ -204,7 +185,7 @@ def test_dissect_reads_our_differencing_disk_on_its_parent(corpus: Path, xfs_dir
     vhdx = oracle_module("dissect.hypervisor.disk.vhdx")
     child, target = unpack(corpus, "dfvfs/fat-differential.vhdx", xfs_dir), xfs_dir / "target.vhdx"
     vmconv.convert(str(child), str(target), backing_file="fat-parent.vhdx")
-    (wanted,) = (row["expect"] for row in manifest() if row["name"] == "dfvfs/fat-differential.vhdx")
+    (wanted,) = (row["expect"] for row in rows("vhdx") if row["name"] == "dfvfs/fat-differential.vhdx")
     disk = vhdx.VHDX(target)
     try:
         assert hashlib.sha256(disk.read(disk.size)).hexdigest() == wanted

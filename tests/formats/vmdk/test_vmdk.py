@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import lzma
 import os
 import struct
 import subprocess
@@ -19,10 +17,11 @@ from uuid import UUID
 import pytest
 
 import vmconv
+from support.corpus import ROWS, unpack
 from support.disks import MIB, QemuImg, make_disk, qemu_io, scribble
 from support.kits.storage import OnStorage
 from support.kits.vmdk import FLAT, GRAIN, SPARSE, STREAM, VmdkKit
-from support.requirements import CORPUS, oracle_program
+from support.requirements import oracle_program
 from vmconv.errors import AccessError, ImageError, PlanError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
@@ -850,22 +849,11 @@ def test_names_that_a_descriptor_cannot_hold_are_refused(name: str) -> None:
 # -- real images
 
 
-def _rows() -> list[dict[str, str]]:
-    path = CORPUS / "expected.tsv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file, delimiter="\t") if row["name"].endswith(".vmdk")]
-
-
-@pytest.mark.parametrize("row", _rows(), ids=lambda row: row["name"])
+@pytest.mark.parametrize("row", [row for row in ROWS if row["name"].endswith(".vmdk")], ids=lambda row: row["name"])
 def test_images_of_the_corpus_are_converted_right_or_refused(row: dict[str, str], corpus: Path, xfs_dir: Path) -> None:
     if row["expect"] == "aux":
         pytest.skip("is an extent of another image")
-    for packed in (corpus / "images" / row["name"]).parent.iterdir():
-        if packed.is_file():
-            (xfs_dir / packed.stem).write_bytes(lzma.decompress(packed.read_bytes()))
-    image, target = xfs_dir / Path(row["name"]).name, xfs_dir / "target.raw"
+    image, target = unpack(corpus, row["name"], xfs_dir), xfs_dir / "target.raw"
     if row["expect"] == "must-refuse":
         with pytest.raises(VmconvError) as caught:
             vmconv.convert(str(image), str(target))
