@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,6 +164,41 @@ def test_progress_is_shown_as_it_arrives(entered: Desk) -> None:
     entered.page.wait_for_selector(".state.done")
     shared, copied = (entered.page.locator(f"svg.bar rect.{name}").first for name in ("shared", "copied"))
     assert (shared.get_attribute("width"), copied.get_attribute("width")) == ("75.0", "25.0")
+
+
+def test_what_changes_before_the_page_listens_is_shown(entered: Desk) -> None:
+    def late(route: Any) -> None:
+        progress(entered, 75)
+        route.continue_()
+
+    entered.page.route("**/api/v1/events*", late)
+    entered.go(f"/jobs/{entered.other.id}/j1")
+    entered.page.wait_for_selector("text=75 %")
+
+
+def test_what_changes_while_the_page_is_fetched_is_shown(entered: Desk) -> None:
+    def late(route: Any) -> None:
+        if route.request.resource_type != "fetch" or answers:
+            route.continue_()
+            return
+        answers.append(route.fetch())
+        progress(entered, 75)
+        # The event of the change arrives during the fetch: it may do so later on a busy machine, which is no harm.
+        time.sleep(1)
+        route.fulfill(response=answers[0])
+
+    answers: list[Any] = []
+    entered.page.route(f"**/jobs/{entered.other.id}/j1", late)
+    entered.go(f"/jobs/{entered.other.id}/j1")
+    entered.page.wait_for_selector("text=75 %")
+    assert "25 %" in answers[0].text()
+
+
+def progress(desk: Desk, done: int) -> None:
+    """Changes the progress of the job, and waits until the node that is looked at has it."""
+    body = {**JOB, "progress": {"done": done, "total": 100}}
+    desk.other.write(Change("job", "j1", body))
+    desk.here.body_when(desk.other.id, "job", "j1", lambda one: one.body["progress"]["done"] == done)
 
 
 def test_a_banner_says_how_old_the_view_of_a_lost_node_is(entered: Desk) -> None:

@@ -1,23 +1,25 @@
-// Keeps a page as new as the node's replica: when something that it shows has changed, it is asked for again, and the
-// parts of it that are live take the place of the old ones. Without this script the page is what it was when it came.
+// Keeps a page up to date: when a record of a kind that it shows has changed, the page is fetched again and its live
+// parts are replaced. Without this script the page stays as it was loaded.
 "use strict";
 
 (() => {
-  const LEAST = 700; // milliseconds between two looks
+  const LEAST = 700; // milliseconds between two fetches
   const kinds = document.body.dataset.events;
   if (!kinds || !window.EventSource) return;
   let waiting = null;
   let busy = false;
+  let missed = false; // a change arrived during a fetch, whose answer may not have it
   let last = 0;
 
   function soon() {
-    if (waiting !== null) return;
+    if (busy) missed = true;
+    if (busy || waiting !== null) return;
     waiting = setTimeout(look, Math.max(0, last + LEAST - Date.now()));
   }
 
   async function look() {
     waiting = null;
-    if (busy || document.hidden) return;
+    if (document.hidden) return;
     busy = true;
     last = Date.now();
     try {
@@ -27,6 +29,8 @@
       // The node has gone, or the session has ended: the page stays, and what it says of its age is true.
     } finally {
       busy = false;
+      if (missed) soon();
+      missed = false;
     }
   }
 
@@ -45,6 +49,7 @@
   }
 
   const events = new EventSource(`/api/v1/events?kinds=${encodeURIComponent(kinds)}`);
-  for (const kind of [...kinds.split(","), "lost"]) events.addEventListener(kind, soon);
+  // "here" is the first event of a connection: what changed between loading the page and listening is shown, too.
+  for (const kind of [...kinds.split(","), "here", "lost"]) events.addEventListener(kind, soon);
   document.addEventListener("visibilitychange", () => document.hidden || soon());
 })();
