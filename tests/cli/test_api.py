@@ -67,7 +67,10 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
     "a number for a flag": ({"options": {"lazy_refcounts": 1}}, "option lazy_refcounts: 1 has the wrong type"),
     "a negative size": ({"options": {"cluster_size": -65536}}, "cluster_size=-65536"),
     "a backing file that is none": ({"backing_file": 3}, "argument backing_file: 3 is not a path"),
-    "a verification that is a word": ({"verify": "no"}, "argument verify: 'no'"),
+    "a verification that is a word": (
+        {"verify": "no"},
+        "argument verify: 'no' is not True, False, 'metadata', 'sample', 'bytes' or 'qemu'",
+    ),
     "a progress that is none": ({"progress": 5}, "argument progress: 5 is not callable"),
     "an announcement that is none": ({"announce": "print"}, "argument announce: 'print' is not callable"),
     "a misspelt keyword": ({"forse": True}, "there is no argument 'forse'"),
@@ -377,10 +380,10 @@ def keywords_of(function: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "kinds", "besides"),
     [
-        ("convert", (Request, arguments.Making), set()),
-        ("plan", (Request,), set()),
-        ("stream", (Request, arguments.Making), {"target_format", "created"}),
-        ("fanout", (Request, arguments.Making), {"target_format"}),
+        ("convert", (Request, arguments.Making), {"descriptor"}),
+        ("plan", (Request,), {"descriptor"}),
+        ("stream", (Request, arguments.Making), {"target_format", "created", "descriptor"}),
+        ("fanout", (Request, arguments.Making), {"target_format", "descriptor"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("check", (arguments.Reading,), set()),

@@ -10,6 +10,7 @@ import pytest
 from support.sources import A, B
 from vmconv.conversion import qemu, readback, verify
 from vmconv.conversion.containers import Container
+from vmconv.conversion.request import Request
 from vmconv.conversion.results import Results
 from vmconv.errors import AccessError, ImageError, UsageError, VerifyError
 from vmconv.model.extents import Extents, Kind
@@ -304,7 +305,7 @@ def test_verifying_is_by_metadata_unless_said_otherwise(asked: Any, mode: str | 
     assert verify.verify_mode(asked) == mode
 
 
-@pytest.mark.parametrize("way", ["in place", "stream", "reflink", "reference"])
+@pytest.mark.parametrize("way", ["in place", "stream", "files"])
 @pytest.mark.parametrize("mode", [None, "metadata", "sample", "bytes", "qemu"])
 def test_a_mode_is_refused_where_it_has_nothing_to_compare(
     monkeypatch: pytest.MonkeyPatch, mode: Any, way: str
@@ -318,11 +319,12 @@ def test_a_mode_is_refused_where_it_has_nothing_to_compare(
         ("in place", "qemu"): "exclude each other",
         ("stream", "qemu"): "a stream is no file",
     }.get((way, mode))
+    request = Request("source", "target", in_place=way == "in place", descriptor=1 if way == "stream" else None)
     if words:
         with pytest.raises(UsageError, match=words):
-            verify.refuse_impossible(mode, containers[:1], ANY, way=way)
+            verify.refuse_impossible(mode, containers[:1], ANY, request)
     else:
-        verify.refuse_impossible(mode, containers[:1], ANY, way=way)
+        verify.refuse_impossible(mode, containers[:1], ANY, request)
     assert [one.container for one in asked] == (containers[:1] if mode == "qemu" and not words else [])
     if asked:
         assert [file.name for file in asked[0].files] == ["below.0", "below"]

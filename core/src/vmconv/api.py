@@ -270,12 +270,10 @@ def stream(
     The plan given to `announce` has the size. Raises `BrokenPipeError` if the reader has closed the pipe.
     """
     given = locals()
-    from vmconv.conversion.pipeline import STREAM
     from vmconv.interface.arguments import Descriptor, checked
 
-    to = checked(Descriptor, descriptor=given.pop("descriptor")).descriptor
-    _refuse_unwritable(to)
-    return _converted({**given, "target": STREAM}, descriptor=to)
+    _refuse_unwritable(checked(Descriptor, descriptor=descriptor).descriptor)
+    return _converted({**given, "target": "-"})
 
 
 @_named
@@ -308,12 +306,12 @@ def plan(
     from vmconv.conversion.request import Request
     from vmconv.interface.arguments import checked
 
-    request = _to_file(checked(Request, **given))
+    request = checked(Request, **given)
     with _errors(), prepared(request) as ready:
         return ready.plan
 
 
-def _converted(given: dict[str, Any], *, descriptor: int | None = None) -> Result:
+def _converted(given: dict[str, Any]) -> Result:
     """Checks the arguments of one conversion and runs it."""
     from vmconv.conversion import pipeline
     from vmconv.conversion.request import Request
@@ -321,15 +319,8 @@ def _converted(given: dict[str, Any], *, descriptor: int | None = None) -> Resul
 
     how = checked(Making, **{name: given.pop(name) for name in Making._fields if name in given})
     request = checked(Request, **given)
-    if descriptor is None:
-        request = _to_file(request)
     with _errors():
-        return pipeline.run(request, descriptor=descriptor, **how._asdict())[0]
-
-
-def _to_file(request: Request) -> Request:
-    """Returns the request for a file: the command line alone takes `-` for standard output."""
-    return request._replace(target="./-") if request.target == "-" else request
+        return pipeline.run(request, **how._asdict())[0]
 
 
 def _refuse_unwritable(descriptor: int) -> None:

@@ -32,6 +32,7 @@ class StreamBackend(Backend):
     name = "stream"
     title = "writes to a pipe"
     automatic = False
+    destination = "stream"
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 def _run(options: argparse.Namespace) -> int:
     request = request_of(options)
-    from vmconv.conversion.pipeline import STREAM, run
+    from vmconv.conversion.pipeline import run
 
-    if request.target == STREAM:
+    if request.descriptor is not None:
         return _run_stream(options, request)
     return run_and_report(options, partial(run, request))
 
@@ -41,7 +41,7 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
         raise UsageError("standard output is a terminal", hint="pipe it into a program or redirect it to a file")
     # Messages must not mix with the image.
     with redirect_stdout(sys.stderr):
-        return run_and_report(options, partial(run, request, descriptor=descriptor))
+        return run_and_report(options, partial(run, request._replace(descriptor=descriptor)))
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

@@ -46,7 +46,7 @@ def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence
 
     for name, value in plan.totals._asdict().items():
         if name != "referenced":
-            word = shared_word(plan.backend) if name == "shared" else name
+            word = shared_word(plan) if name == "shared" else name
             yield f"{word:<8}{size_text(value):>9}  ({value} bytes)"
     for reference in plan.references:
         yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"

@@ -97,12 +97,14 @@ class _Words(_Silence):
 
         self._bar = ProgressBar() if bar else None
         self._began, self._estimated = 0.0, False
+        self._shared = "shared"
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
         from vmconv.model.references import notes
 
-        if plan.backend == "stream":
+        self._shared = shared_word(plan)
+        if plan.destination == "stream":
             print(f"{plan.files[0].name}: {plan.files[0].size} bytes", file=sys.stderr)
         for copy in plan.copies:
             print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
@@ -137,24 +139,24 @@ class _Words(_Silence):
             print(f"warning: {warning}", file=sys.stderr)
         seconds = f" in {results[0].seconds:.3f} s"
         for result in results:
-            print(f"{_done(result)}{seconds if len(results) == 1 else ''}")
+            print(f"{_done(result, self._shared)}{seconds if len(results) == 1 else ''}")
         if len(results) > 1:
             print(f"{len(results)} images{seconds}")
 
 
-def shared_word(backend: str) -> str:
+def shared_word(plan: Plan) -> str:
     """Returns the word for payload that is not copied; in place it is kept, because no second file shares it."""
-    return "kept" if backend == "in-place" else "shared"
+    return "kept" if plan.destination == "source" else "shared"
 
 
-def _done(result: Result) -> str:
+def _done(result: Result, shared: str) -> str:
     from vmconv.cli.output import size_text
 
     totals = result.totals
     referenced = f"referenced {size_text(totals.referenced)}, " if totals.referenced else ""
     return (
         f"{' on '.join([result.target, *result.layers])}: "
-        f"{referenced}{shared_word(result.backend)} {size_text(totals.shared)}, "
+        f"{referenced}{shared} {size_text(totals.shared)}, "
         f"copied {size_text(totals.copied)}, written {size_text(totals.written)}"
     )
 

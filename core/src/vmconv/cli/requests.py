@@ -18,6 +18,8 @@ from vmconv.cli.options import (
 if TYPE_CHECKING:
     from vmconv.conversion.request import Request
 
+_STANDARD_OUTPUT = 1
+
 
 def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed without --in-place")
@@ -82,5 +84,6 @@ def request_of(options: argparse.Namespace) -> Request:
         in_place=options.in_place,
         keep_undo=options.keep_undo,
         any_owner=options.any_owner,
+        descriptor=_STANDARD_OUTPUT if options.target == "-" else None,
         **source_and_storage(options),
     )

@@ -38,10 +38,6 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Created
 
 
-STREAM = "-"
-"""Standard output as a target."""
-
-
 class Conversion(NamedTuple):
     """The plan of one request and its images, the user's target last."""
 
@@ -80,8 +76,8 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
 
     `others` are requests for other targets of the same source in the same directory; all form one transaction.
     """
-    if request.target == STREAM:
-        with _prepared_stream(request, -1) as ready:
+    if request.descriptor is not None:
+        with _prepared_stream(request, request.descriptor) as ready:
             yield ready
         return
     registry = installed()
@@ -153,11 +149,8 @@ def run(
     progress: Progress | None = None,
     verifying: Progress | None = None,
     created: Created | None = None,
-    descriptor: int | None = None,
 ) -> tuple[Result, ...]:
     """Plans and executes one conversion, or several of one source as one transaction; see `vmconv.api`.
-
-    `descriptor` receives the image of a stream.
 
     Signals are held while the files are named. `KeyboardInterrupt`, and exceptions of other signal handlers, carry the
     attribute `results`: the return value, empty if nothing was made.
@@ -165,14 +158,11 @@ def run(
     began = time.perf_counter()
     done: list[Result] = []
     try:
-        if descriptor is None:
+        if request.descriptor is None:
             with _places(request, *others) as places:
                 # Before planning: completing an interrupted run changes which files exist.
                 clean(_only_directory(places), [name for _, name in places])
-            preparing = prepared(request, *others)
-        else:
-            preparing = _prepared_stream(request, descriptor)
-        with preparing as ready:
+        with prepared(request, *others) as ready:
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
             refuse_too_large(ready.plan)
@@ -186,8 +176,8 @@ def run(
 
             _make(ready, verify=verify_mode(verify), progress=progress, verifying=verifying, created=created, done=note)
     except BaseException as exc:
-        # For signals only, which may arrive after the commit. How much of a stream its reader has, nobody knows.
-        if not isinstance(exc, Exception) and descriptor is None:
+        # For signals only, which may arrive after the commit. How much of a stream was read is unknown.
+        if not isinstance(exc, Exception) and request.descriptor is None:
             vars(exc)["results"] = tuple(done)
         raise
     return tuple(done)
@@ -197,8 +187,7 @@ def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
     request = ready.conversions[0].request
     if mode == "qemu" and request.snapshot is not None:
         raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
-    way = "stream" if request.target == STREAM else "in place" if request.in_place else "files"
-    refuse_impossible(mode, ready.containers, ready.opener.registry, way=way)
+    refuse_impossible(mode, ready.containers, ready.opener.registry, request)
 
 
 def _make(
@@ -295,7 +284,7 @@ def _conversion(request: Request, target: Target, image: Image, way: Proposal, r
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
     for made in containers:
-        if request.target == STREAM:
+        if request.descriptor is not None:
             from vmconv.conversion.views import refuse_references
 
             refuse_references(target.format, made.layout)
@@ -307,7 +296,7 @@ def _conversion(request: Request, target: Target, image: Image, way: Proposal, r
 def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
     """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
     losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
-    return plan_layout(made.layout, made.name, directory, backend.name, survey, losses)
+    return plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)
 
 
 def _refuse_with_stream(request: Request) -> None:

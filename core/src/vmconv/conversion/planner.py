@@ -13,7 +13,7 @@ import numpy as np
 from vmconv.interface.backend import Congruence, Survey
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.layout import Layout
-from vmconv.model.plan import Action, CopyReason, FilePlan, Plan, Steps
+from vmconv.model.plan import Action, CopyReason, Destination, FilePlan, Plan, Steps
 from vmconv.model.sources import Blob, Decoded, File, Source
 
 
@@ -32,7 +32,14 @@ def merge_plans(plans: Sequence[Plan]) -> Plan:
 
 
 def plan_layout(
-    layout: Layout, name: str, directory: str, backend: str, survey: Survey, losses: tuple[str, ...] = ()
+    layout: Layout,
+    name: str,
+    directory: str,
+    backend: str,
+    survey: Survey,
+    losses: tuple[str, ...] = (),
+    *,
+    destination: Destination = "files",
 ) -> Plan:
     """Returns the plan that writes `layout` as the file `name` in `directory`."""
     reasons = _Reasons()
@@ -43,7 +50,7 @@ def plan_layout(
             _give_reason(steps, out.table.sources, reasons.number(out.reason))
         files.append(FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table, out.slack))
     copies = tuple(_copy_reasons(files, reasons.texts))
-    return Plan(directory, backend, tuple(files), copies, losses + layout.losses, layout.references)
+    return Plan(directory, backend, tuple(files), copies, losses + layout.losses, layout.references, destination)
 
 
 class _Reasons:

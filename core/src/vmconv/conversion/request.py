@@ -26,6 +26,8 @@ class Request(NamedTuple):
 
     `in_place` turns the source's own file into the target. `keep_undo` writes an undo file. `any_owner` allows changes
     of files whose owner differs from the source's.
+
+    `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
 
     source: FilePath
@@ -48,6 +50,7 @@ class Request(NamedTuple):
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
     mode: Mode | None = None
+    descriptor: int | None = None
 
     def opener(self, registry: Registry) -> Opener:
         """Returns the opener of the source."""

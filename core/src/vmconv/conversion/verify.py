@@ -18,6 +18,7 @@ from vmconv.model.sources import File
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
     from vmconv.conversion.readback import Sides
+    from vmconv.conversion.request import Request
     from vmconv.interface.arguments import Verify
     from vmconv.io.registry import Registry
     from vmconv.model.plan import Progress
@@ -53,19 +54,18 @@ def verify_mode(verify: bool | Verify) -> Verify | None:
     return ("metadata" if verify else None) if isinstance(verify, bool) else verify
 
 
-def refuse_impossible(mode: Verify | None, containers: Sequence[Container], registry: Registry, *, way: str) -> None:
-    """Raises `UsageError` if the planned containers cannot be verified in this mode.
-
-    `way` is "in place", "stream", or any other string.
-    """
-    if mode in ("sample", "bytes", "qemu") and way == "in place":
+def refuse_impossible(
+    mode: Verify | None, containers: Sequence[Container], registry: Registry, request: Request
+) -> None:
+    """Raises `UsageError` if the planned containers of a request cannot be verified in this mode."""
+    if mode in ("sample", "bytes", "qemu") and request.in_place:
         raise UsageError(
             f"--verify={mode} and --in-place exclude each other: there is no source any more to compare with",
             hint="what is kept stays where it lies; compare a copy, made with --keep-undo, afterwards",
         )
     if mode != "qemu":
         return
-    if way == "stream":
+    if request.descriptor is not None:
         raise UsageError("--verify=qemu: a stream is no file that QEMU could read", hint="use --verify=bytes")
     from vmconv.conversion.qemu import refuse_impossible as refuse
     from vmconv.model.planned import PlannedFile

@@ -55,6 +55,7 @@ class InPlaceBackend(Backend):
     name = "in-place"
     title = "changes the source file itself"
     automatic = False
+    destination = "source"
 
     def __init__(self, claim: Claim, *, keep_undo: bool, calls: Syscalls | None = None) -> None:
         self.claim = claim

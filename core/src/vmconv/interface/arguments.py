@@ -216,12 +216,15 @@ _WORDS = {
 
 def _refused(exc: Any) -> UsageError:
     """Returns the error for pydantic's first finding."""
-    first = exc.errors(include_url=False)[0]
+    found = exc.errors(include_url=False)
+    first = found[0]
     # For a union, pydantic appends the name of the member to that of the field.
     place = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "bool"))
     said = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-    if first["type"] == "literal_error":
-        said = f"is not {first['ctx']['expected']}"
+    # Of a union, too: the members' findings follow each other.
+    words = [one["ctx"]["expected"] for one in found if one["type"] == "literal_error" and one["loc"][0] == place]
+    if words:
+        said = f"is not {'True, False, ' if first['type'] == 'bool_type' else ''}{words[0]}"
     return UsageError(f"argument {place}: {_shown(first['input'])} {said[:1].lower()}{said[1:]}")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.io.directory import Directory
-    from vmconv.model.plan import Plan, Progress, ShareSteps
+    from vmconv.model.plan import Destination, Plan, Progress, ShareSteps
     from vmconv.model.sources import File, Source
 
 
@@ -116,6 +116,7 @@ class Backend(ABC):
     title: str
     automatic = True
     """Whether `--backend auto` may choose this backend."""
+    destination: Destination = "files"
 
     @abstractmethod
     def capabilities(self, directory: str) -> Capabilities:

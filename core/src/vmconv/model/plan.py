@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,10 @@ class Steps:
         return joined.take(np.argsort(joined.offset, kind="stable"))
 
 
+Destination = Literal["files", "source", "stream"]
+"""Where a backend writes: to new files, into the source's own file, or into a stream."""
+
+
 class FilePlan(NamedTuple):
     """One output file: `name` in the target's directory, `size` in bytes."""
 
@@ -156,6 +160,7 @@ class Plan(NamedTuple):
     copies: tuple[CopyReason, ...]
     losses: tuple[str, ...]
     references: tuple[Reference, ...]
+    destination: Destination = "files"
     opened: tuple[str, ...] = ()
     """Real paths of the source's files when they were opened."""
 
