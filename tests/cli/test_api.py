@@ -380,17 +380,17 @@ def keywords_of(function: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "kinds", "besides"),
     [
-        ("convert", (Request, arguments.Making), {"descriptor"}),
+        ("convert", (Request, arguments.RunOptions), {"descriptor"}),
         ("plan", (Request,), {"descriptor"}),
-        ("stream", (Request, arguments.Making), {"target_format", "created", "descriptor"}),
-        ("fanout", (Request, arguments.Making), {"target_format", "descriptor"}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor"}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("check", (arguments.Reading,), set()),
-        ("compare", (arguments.Pair,), set()),
-        ("prove", (arguments.Pair,), {"strict"}),
-        ("recover", (arguments.Believed,), set()),
-        ("undo", (arguments.Believed,), set()),
+        ("compare", (arguments.ImagePair,), set()),
+        ("prove", (arguments.ImagePair,), {"strict"}),
+        ("recover", (arguments.RestoreOptions,), set()),
+        ("undo", (arguments.RestoreOptions,), set()),
     ],
 )
 def test_the_keywords_and_their_defaults_are_the_fields_of_what_is_asked(

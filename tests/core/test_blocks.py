@@ -111,7 +111,7 @@ def test_places_are_those_of_the_first_payload_of_each_run(data: st.DataObject) 
     runs = runs.take(runs.kind == Kind.DATA)
     rows = [row for row in table if row.source]
     for first, source, wish in zip(
-        runs.first.tolist(), *(c.tolist() for c in blocks.preferred(table, runs, UNIT)), strict=True
+        runs.first.tolist(), *(c.tolist() for c in blocks.preferred(table, runs.first * UNIT)), strict=True
     ):
         row = next(row for row in rows if row.end > first * UNIT)
         assert table.sources[source] is row.source

@@ -228,10 +228,10 @@ def fanout(
     from vmconv.conversion import pipeline
     from vmconv.conversion.fanout import requests
     from vmconv.conversion.request import Request
-    from vmconv.interface.arguments import Fan, Making, checked
+    from vmconv.interface.arguments import FanoutTargets, RunOptions, checked
 
-    how = checked(Making, **{name: given.pop(name) for name in Making._fields})
-    fan = checked(Fan, **{name: given.pop(name) for name in Fan._fields})
+    how = checked(RunOptions, **{name: given.pop(name) for name in RunOptions._fields})
+    fan = checked(FanoutTargets, **{name: given.pop(name) for name in FanoutTargets._fields})
     common = checked(Request, target=fan.directory, **given)
     with _errors():
         return pipeline.run(*requests(common, *fan), **how._asdict())
@@ -315,9 +315,9 @@ def _converted(given: dict[str, Any]) -> Result:
     """Checks the arguments of one conversion and runs it."""
     from vmconv.conversion import pipeline
     from vmconv.conversion.request import Request
-    from vmconv.interface.arguments import Making, checked
+    from vmconv.interface.arguments import RunOptions, checked
 
-    how = checked(Making, **{name: given.pop(name) for name in Making._fields if name in given})
+    how = checked(RunOptions, **{name: given.pop(name) for name in RunOptions._fields if name in given})
     request = checked(Request, **given)
     with _errors():
         return pipeline.run(request, **how._asdict())[0]
@@ -342,9 +342,9 @@ def recover(path: StrPath, *, trust: bool = False) -> Recovery:
     place must be of this user and of this directory; `trust` accepts any.
     """
     from vmconv.inplace.recovery import recover as recover_path
-    from vmconv.interface.arguments import Believed, checked
+    from vmconv.interface.arguments import RestoreOptions, checked
 
-    journal = checked(Believed, path=path, trust=trust)
+    journal = checked(RestoreOptions, path=path, trust=trust)
     with _errors():
         return recover_path(journal.path, trust=journal.trust)
 
@@ -357,9 +357,9 @@ def undo(path: StrPath, *, trust: bool = False) -> str:
     of this directory; `trust` accepts any.
     """
     from vmconv.inplace.undo import undo as undo_path
-    from vmconv.interface.arguments import Believed, checked
+    from vmconv.interface.arguments import RestoreOptions, checked
 
-    kept = checked(Believed, path=path, trust=trust)
+    kept = checked(RestoreOptions, path=path, trust=trust)
     with _errors():
         return undo_path(kept.path, trust=kept.trust)
 
@@ -440,9 +440,9 @@ def compare(
     given = locals()
     from vmconv.inspect.comparison import compare_images
     from vmconv.inspect.images import both
-    from vmconv.interface.arguments import Pair, checked
+    from vmconv.interface.arguments import ImagePair, checked
 
-    pair = checked(Pair, **given)
+    pair = checked(ImagePair, **given)
     with _errors(), both(pair) as (one, other):
         return compare_images(one, other, strict=pair.strict)
 
@@ -462,9 +462,9 @@ def prove(
     given = locals()
     from vmconv.inspect.images import both
     from vmconv.inspect.proof import prove_images
-    from vmconv.interface.arguments import Pair, checked
+    from vmconv.interface.arguments import ImagePair, checked
 
-    with _errors(), both(checked(Pair, **given)) as (one, other):
+    with _errors(), both(checked(ImagePair, **given)) as (one, other):
         return prove_images(one, other)
 
 

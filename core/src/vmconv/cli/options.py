@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmconv.interface.arguments import Pair, Reading
+    from vmconv.interface.arguments import ImagePair, Reading
 
 
 class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
@@ -200,8 +200,8 @@ def reading(options: argparse.Namespace) -> Reading:
     return Reading(options.file, options.format_f, **access(options))
 
 
-def pair(options: argparse.Namespace) -> Pair:
+def pair(options: argparse.Namespace) -> ImagePair:
     """Returns the arguments FILE1, FILE2, `-f`, `-F` and those of `add_access`."""
-    from vmconv.interface.arguments import Pair
+    from vmconv.interface.arguments import ImagePair
 
-    return Pair(options.left, options.right, options.format_f, options.format_F, **access(options))
+    return ImagePair(options.left, options.right, options.format_f, options.format_F, **access(options))

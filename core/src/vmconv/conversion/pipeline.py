@@ -97,7 +97,10 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             else:
                 way = _choose(registry, request.backend, directory.path, image.payload_files())
                 backend, own = way.backend, frozenset()
-                conversions = tuple(_conversion(*each, image, way, registry) for each in targets)
+                conversions = tuple(
+                    _conversion(request, target, image, way, registry, _kept_layer(request, target, image, registry))
+                    for request, target in targets
+                )
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
             with no_collisions(plan, directory, opener.files, force=request.force, but=own):
@@ -130,7 +133,8 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
-        conversion = _conversion(request, target, image, way, registry)
+        kept = _kept_layer(request, target, image, registry)
+        conversion = _conversion(request, target, image, way, registry, kept)
         files = len(conversion.plan.files)
         if files > 1:
             raise PlanError(
@@ -242,14 +246,14 @@ def _in_place(
     site: Site, request: Request, target: Target, image: Image, registry: Registry
 ) -> tuple[Backend, tuple[Conversion, ...], frozenset[str]]:
     """Returns the conversion of the first strategy that moves no payload, and the source names it may reuse."""
-    from vmconv.inplace.strategies import STRATEGIES, Share, Shift, Unsuitable, Wanted, formats_that_hold
+    from vmconv.inplace.strategies import STRATEGIES, Unsuitable, Wanted, formats_that_hold
 
     kept = _kept_layer(request, target, image, registry)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
     refused: list[PlanError] = []
     for kind in STRATEGIES:
-        if kind is Shift and second_best:
+        if kind.is_last_resort and second_best:
             break
         strategy = kind(site, wanted)
         proposal = strategy.propose()
@@ -257,18 +261,16 @@ def _in_place(
             refused.append(proposal)
             continue
         try:
-            conversion = _conversion(request, target, image, proposal, registry)
+            conversion = _conversion(request, target, image, proposal, registry, kept)
             found = proposal.backend, (conversion,), strategy.names(conversion.plan)
             site.refuse_plan(conversion.plan)
         except PlanError as exc:
-            if kind is Share:
-                # The format cannot hold the disk, wherever its payload lies.
+            if kind.refusal_is_final:
                 raise
             refused.append(exc)
             continue
         if site.chain or not conversion.plan.copies or proposal.carrier:
             return found
-        # New files that copy a little are better than shifting, which has no way back.
         second_best = found
     if second_best:
         return second_best
@@ -278,9 +280,10 @@ def _in_place(
     raise why
 
 
-def _conversion(request: Request, target: Target, image: Image, way: Proposal, registry: Registry) -> Conversion:
+def _conversion(
+    request: Request, target: Target, image: Image, way: Proposal, registry: Registry, kept: Kept | None
+) -> Conversion:
     """Returns the conversion of one request, planned for the backend of `way`."""
-    kept = _kept_layer(request, target, image, registry)
     parts = parts_of(image, target, registry, kept, chain=request.chain)
     containers = lay_out(parts, target, way.survey.unit, registry, kept, way.carrier)
     for made in containers:

@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 
 from vmconv.backends.planned import PlannedOutput
-from vmconv.inplace import moves as shifting
-from vmconv.inplace import space
+from vmconv.inplace import moves, space
 from vmconv.inplace.change import Change
 from vmconv.inplace.journal import Journal
 from vmconv.inplace.stay import InPlaceBackend, InPlaceTransaction
@@ -39,7 +38,7 @@ class ShiftingTransaction(InPlaceTransaction):
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE)
         return self._base_journal(main, others)._replace(
-            pieces=shifting.physical_pieces(main, self.carrier),
+            pieces=moves.physical_pieces(main, self.carrier),
             later=later,
             # Filesystems may preallocate blocks around later writes.
             dead=space.unused(main, os.fstatvfs(self.claim.descriptor).f_bsize),

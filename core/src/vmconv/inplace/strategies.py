@@ -44,6 +44,11 @@ class Unsuitable(PlanError):  # noqa: N818 an answer of a strategy, raised for i
 class Strategy(ABC):
     """One way to convert in place."""
 
+    refusal_is_final = False
+    """True if no other strategy can lay out a disk that this one cannot."""
+    is_last_resort = False
+    """True if any plan of another strategy is better."""
+
     def __init__(self, site: Site, wanted: Wanted) -> None:
         self.site = site
         self.wanted = wanted
@@ -65,6 +70,9 @@ class Strategy(ABC):
 
 class Share(Strategy):
     """New files share the source's payload, then replace the source; needs a filesystem that shares blocks."""
+
+    # Payload may lie anywhere here, so the format cannot hold the disk at all.
+    refusal_is_final = True
 
     def propose(self) -> Proposal | PlanError:
         site = self.site
@@ -130,6 +138,9 @@ class Stay(_OneFile):
 class Shift(_OneFile):
     """The file becomes a flat disk: its payload is shifted to the flat disk's offsets."""
 
+    # New files that copy a little are better: shifting cannot be rolled back.
+    is_last_resort = True
+
     def propose(self) -> Proposal | PlanError:
         site = self.site
         if site.chain or site.keep_undo:
@@ -149,6 +160,7 @@ class Shift(_OneFile):
         others = [file for file in plan.files if file is not main and len(file.shares())]
         if plan.copies or others or plan.totals.written > moves.MOST_WRITTEN:
             raise Unsuitable("in place, payload cannot be shifted to where the target has it")
+        # Only the refusal counts. The transaction asks again: the filesystem may have moved blocks since.
         moves.physical_pieces(main, self.carrier.file)
         return self._own_name(plan)
 

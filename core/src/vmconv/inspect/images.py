@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vmconv.inplace.settling import settle
-from vmconv.interface.arguments import Pair, Reading
+from vmconv.interface.arguments import ImagePair, Reading
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.image import Image
@@ -20,14 +20,14 @@ def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[I
 
 
 @contextmanager
-def both(asked: Pair) -> Iterator[tuple[Image, Image]]:
+def both(asked: ImagePair) -> Iterator[tuple[Image, Image]]:
     """Yields two images."""
     # One opener each: a file that one image may refer to is off limits to the other.
     with _opener(asked) as left, _opener(asked, "-F") as right:
         yield left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
 
 
-def _opener(asked: Reading | Pair, format_option: str = "-f") -> Opener:
+def _opener(asked: Reading | ImagePair, format_option: str = "-f") -> Opener:
     return Opener(
         installed(),
         allow_external=asked.allow_external,

@@ -106,7 +106,7 @@ WriterOptions = Annotated[Mapping[str, OptionValue], _Parsed(_mapping)]
 OptionsByFormat = Annotated[Mapping[str, WriterOptions], _Parsed(_mapping)]
 
 
-class Making(NamedTuple):
+class RunOptions(NamedTuple):
     """Arguments of a conversion besides those of the request: verification and callbacks."""
 
     verify: bool | Verify = True
@@ -116,7 +116,7 @@ class Making(NamedTuple):
     created: Created | None = None
 
 
-class Fan(NamedTuple):
+class FanoutTargets(NamedTuple):
     """Arguments of fan-out besides those common to all its requests."""
 
     formats: Names
@@ -134,7 +134,7 @@ class Reading(NamedTuple):
     force_share: bool = False
 
 
-class Pair(NamedTuple):
+class ImagePair(NamedTuple):
     """Two images to compare."""
 
     left: FilePath
@@ -147,7 +147,7 @@ class Pair(NamedTuple):
     strict: bool = False
 
 
-class Believed(NamedTuple):
+class RestoreOptions(NamedTuple):
     """A file to restore from its journal or undo file; `trust` accepts one of any user."""
 
     path: FilePath

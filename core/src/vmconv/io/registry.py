@@ -291,16 +291,8 @@ def _register(
     except (pluggy.PluginValidationError, ValueError) as exc:
         registry.problems.append(Problem(plugin.distribution, str(exc).splitlines()[-1]))
         return
-    try:
-        refusal = _other_interface(getattr(module, "VMCONV_INTERFACE", hooks.VMCONV_INTERFACE))
-    except (Exception, SystemExit) as exc:
-        # A number may be too long to print, and a module may have attributes of its own making.
-        registry.add_problem(plugin.distribution, "VMCONV_INTERFACE", exc)
-        refusal = ""
-    if refusal is not None:
+    if not _supports(registry, plugin.distribution, module):
         manager.unregister(name=key)
-        if refusal:
-            registry.problems.append(Problem(plugin.distribution, refusal))
         return
     registry.plugins.append(plugin)
     callers = manager.get_hookcallers(module) or ()
@@ -316,6 +308,19 @@ def _register(
         registry.problems.append(Problem(plugin.distribution, what))
     if not callers and not unmarked:
         registry.problems.append(Problem(plugin.distribution, f"{plugin.module} registers nothing"))
+
+
+def _supports(registry: Registry, distribution: str, module: Any) -> bool:
+    """Returns whether this vmconv supports the plugin's interface version; else adds a problem."""
+    try:
+        refusal = _other_interface(getattr(module, "VMCONV_INTERFACE", hooks.VMCONV_INTERFACE))
+    except (Exception, SystemExit) as exc:
+        # A number may be too long to print, and a module may compute its attributes.
+        registry.add_problem(distribution, "VMCONV_INTERFACE", exc)
+        return False
+    if refusal is not None:
+        registry.problems.append(Problem(distribution, refusal))
+    return refusal is None
 
 
 def _other_interface(wanted: object) -> str | None:

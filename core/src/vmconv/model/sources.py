@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import ImageError, ReadError
+from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.model.extents import Extents
@@ -90,22 +91,14 @@ class File(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         try:
-            data = os.pread(self.descriptor, length, offset)
-            if len(data) == length:
-                return data
-            # A read may be short: Linux transfers at most 0x7ffff000 bytes at once (man 2 read).
-            parts, have = [data], len(data)
-            while data and have < length:
-                data = os.pread(self.descriptor, length - have, offset + have)
-                parts.append(data)
-                have += len(data)
+            data = linux.read_at(self.descriptor, length, offset)
         except OSError as exc:
             raise ReadError(f"{self.name}: cannot be read at {offset:#x}: {exc.strerror}") from exc
-        if have < length:
+        if len(data) < length:
             raise ImageError(
-                f"{self.name}: ends at {offset + have:#x} where {length} bytes from {offset:#x} were expected"
+                f"{self.name}: ends at {offset + len(data):#x} where {length} bytes from {offset:#x} were expected"
             )
-        return b"".join(parts)
+        return data
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         done = 0

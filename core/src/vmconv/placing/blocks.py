@@ -114,12 +114,11 @@ class Placed(NamedTuple):
     end: int
 
 
-def preferred(table: Extents, runs: Runs, unit: int) -> tuple[Column, Column]:
-    """Returns the source of each run, and the run's offset in it: its preferred offset in the output.
+def preferred(table: Extents, address: Column) -> tuple[Column, Column]:
+    """Returns the source of each block at `address`, and the block's offset in it: its preferred offset in the output.
 
-    For a mixed run, its first DATA row decides.
+    For a block in which rows meet, its first DATA row decides.
     """
-    address = runs.first * unit
     row = np.arange(len(table), dtype=np.int64)
     next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
     lead = next_data[table.row_at(address)]
@@ -132,7 +131,7 @@ def place(table: Extents, runs: Runs, unit: int, base: int, modulus: int) -> Pla
     Runs are placed in source order instead of guest order: contiguous runs stay contiguous, so a fragmented disk is
     shared in few ranges. `base` must be a multiple of `unit` and `modulus`, which are powers of two.
     """
-    source, wanted = preferred(table, runs, unit)
+    source, wanted = preferred(table, runs.first * unit)
     order = np.lexsort((wanted, source))
     source, wanted, length = source[order], wanted[order], (runs.blocks * unit)[order]
     if not len(order):

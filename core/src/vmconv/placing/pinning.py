@@ -80,7 +80,7 @@ def _settled(table: Extents, carrier: File, unit: int, align: int) -> tuple[Pinn
     if problem := _partly_zero(runs, unit):
         return None, problem
     runs = runs.take(runs.kind == Kind.DATA)
-    _, offset = blocks.preferred(whole, runs, unit)
+    _, offset = blocks.preferred(whole, runs.first * unit)
     length = runs.blocks * unit
     problem = _misplaced(runs, offset, unit, align) or _torn(whole, runs, offset, carrier, unit, table.size)
     problem = problem or _twice(offset, length)

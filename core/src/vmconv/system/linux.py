@@ -88,18 +88,20 @@ def close(descriptor: int) -> None:
 def read_at(descriptor: int, length: int, offset: int) -> bytes:
     """Returns `length` bytes of a file from `offset` on; fewer only at its end.
 
-    One call may return fewer bytes than it was asked for. Raises `OSError` if the file goes on where reading ends.
+    Raises `OSError` if nothing can be read before the end of the file.
     """
-    parts = []
-    while length > 0:
-        data = os.pread(descriptor, length, offset)
-        if not data:
-            if os.fstat(descriptor).st_size > offset:
-                raise OSError(errno.EIO, f"nothing was read at {offset:#x}", name_of(descriptor))
-            break
-        parts.append(data)
+    data = os.pread(descriptor, length, offset)
+    if len(data) == length:
+        return data
+    # A read may be short: Linux transfers at most 0x7ffff000 bytes at once (man 2 read).
+    parts = [data]
+    while data and length > len(data):
         length, offset = length - len(data), offset + len(data)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        data = os.pread(descriptor, length, offset)
+        parts.append(data)
+    if not data and os.fstat(descriptor).st_size > offset:
+        raise OSError(errno.EIO, f"nothing was read at {offset:#x}", name_of(descriptor))
+    return b"".join(parts)
 
 
 def name_of(descriptor: int) -> str:

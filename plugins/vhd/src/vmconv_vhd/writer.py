@@ -283,13 +283,9 @@ def _places(table: Extents, block: Column, base: int, modulus: int) -> tuple[Col
     if not len(block):
         return block, block
     unit = structs.BLOCK_SIZE
-    address = block * unit
-    row = np.arange(len(table), dtype=np.int64)
-    next_data = np.minimum.accumulate(np.where(table.kind == Kind.DATA, row, len(table) - 1)[::-1])[::-1]
-    lead = next_data[table.row_at(address)]
-    source, wish = table.source[lead], table.offset[lead] - (table.start[lead] - address)
-    order = np.lexsort((wish, source))
-    phase = wish[order] % modulus
+    source, wanted = blocks.preferred(table, block * unit)
+    order = np.lexsort((wanted, source))
+    phase = wanted[order] % modulus
     phase[phase % structs.SECTOR != 0] = 0
     align = max(modulus, _PAGE)
     stride = -(-(unit + align) // align) * align

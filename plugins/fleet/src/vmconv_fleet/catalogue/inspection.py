@@ -177,7 +177,7 @@ class _Inspection:
                 "virtual_size": image.size,
                 "in_use": locks.is_written(image.file),
             }
-            if (identity := image.disk.identity) is not None:
+            if (identity := image.facts.identity) is not None:
                 body["identity"] = str(identity)
             said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
             if image.file.size <= _DESCRIPTOR:
