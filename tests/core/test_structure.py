@@ -95,7 +95,7 @@ def test_no_module_imports_itself_by_any_way(package: str) -> None:
     assert cycles(graph) == []
 
 
-FACADE = {"vmconv.plugin", "vmconv.testing"}
+FACADE = {"vmconv.plugin", "vmconv.testing", "vmconv.machine"}
 
 
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name.startswith("vmconv_")])

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vmconv.interface.findings import Findings
     from vmconv.interface.format import CheckReport, Format, NoOptions
     from vmconv.interface.hooks import hookimpl
+    from vmconv.interface.machines import Adapted, ConfigFile, MachineFormat, Member, Substitution
     from vmconv.io.directory import Directory
     from vmconv.io.foreign import described_beside
     from vmconv.io.known import RAW_NAME, qemu_name
@@ -88,6 +89,11 @@ if TYPE_CHECKING:
     from vmconv.system.parallel import in_order
 
 _HOMES = {
+    "Substitution": "interface.machines",
+    "Member": "interface.machines",
+    "MachineFormat": "interface.machines",
+    "ConfigFile": "interface.machines",
+    "Adapted": "interface.machines",
     "Stamp": "model.sources",
     "Access": "interface.backend",
     "AccessError": "errors",
@@ -214,6 +220,7 @@ __all__ = [
     "VMCONV_INTERFACE",
     "Access",
     "AccessError",
+    "Adapted",
     "Backend",
     "BackendError",
     "Backing",
@@ -223,6 +230,7 @@ __all__ = [
     "Column",
     "Columns",
     "Command",
+    "ConfigFile",
     "Congruence",
     "Decoded",
     "Dependency",
@@ -240,6 +248,8 @@ __all__ = [
     "Kind",
     "Kinds",
     "Layout",
+    "MachineFormat",
+    "Member",
     "Metadata",
     "NoOptions",
     "Opener",
@@ -266,6 +276,7 @@ __all__ = [
     "Source",
     "Stamp",
     "Structure",
+    "Substitution",
     "Survey",
     "Transaction",
     "Usage",

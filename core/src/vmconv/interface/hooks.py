@@ -1,4 +1,4 @@
-"""The pluggy hooks of vmconv; they only register formats, backends and commands.
+"""The pluggy hooks of vmconv; they only register formats, backends, commands and machine formats.
 
 A plugin is a distribution with an entry point in the group `vmconv`. The entry point names a module with functions
 marked `hookimpl` and named as below.
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Backend
     from vmconv.interface.command import Command
     from vmconv.interface.format import Format
+    from vmconv.interface.machines import MachineFormat
 
 GROUP = "vmconv"
+MACHINE_GROUP = "vmconv.machines"
+"""The entry points of plugins with machine formats, which commands for disks do not load."""
 
 VMCONV_INTERFACE = 1
 """The version of `vmconv.plugin`; a plugin states the version it was written for under this name."""
@@ -43,4 +46,10 @@ def vmconv_register_backends() -> Iterable[Backend]:
 @hookspec
 def vmconv_register_commands() -> Iterable[Command]:
     """Returns the subcommands that this plugin adds to the command line."""
+    raise NotImplementedError
+
+
+@hookspec
+def vmconv_register_machines() -> Iterable[MachineFormat]:
+    """Returns the machine formats that this plugin adds. Its entry point is in the group `vmconv.machines`."""
     raise NotImplementedError

@@ -20,6 +20,7 @@ from vmconv.interface import hooks
 from vmconv.interface.backend import Backend
 from vmconv.interface.command import Command
 from vmconv.interface.format import Format
+from vmconv.interface.machines import MachineFormat
 from vmconv.io.discovery import Plugin, entry_points
 from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, suffix_of
 from vmconv.io.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
@@ -47,6 +48,7 @@ class Registry:
         self.formats: dict[str, Format] = dict(formats or {})
         self.backends: dict[str, Backend] = {}
         self.commands: dict[str, Command] = {}
+        self.machines: dict[str, MachineFormat] = {}
         self.owners: dict[tuple[str, str], str] = {}
         self.plugins: list[Plugin] = []
         self.problems: list[Problem] = []
@@ -261,14 +263,33 @@ def _refuse_foreign(file: File, suffix: str | None, option: str) -> None:
     raise ImageError(f"{file.name}: no format has the suffix {ending}, and content has no signature", hint=by_raw)
 
 
+_KINDS: tuple[tuple[str, Any], ...] = (
+    ("format", Format),
+    ("backend", Backend),
+    ("command", Command),
+    ("machine", MachineFormat),
+)
+
+
 @cache
 def installed() -> Registry:
-    """Returns the registry of this environment; loaded once per process."""
+    """Returns the registry of this environment without machine formats; loaded once per process."""
+    return _loaded(hooks.GROUP)
+
+
+@cache
+def installed_machines() -> Registry:
+    """Returns the registry of the plugins with machine formats; loaded once per process."""
+    return _loaded(hooks.MACHINE_GROUP)
+
+
+def _loaded(group: str) -> Registry:
+    """Returns what the plugins of one group of entry points register."""
     registry = Registry()
     manager = pluggy.PluginManager(hooks.GROUP)
     manager.add_hookspecs(hooks)
     names: dict[str, str] = {}
-    for entry in entry_points(hooks.GROUP):
+    for entry in entry_points(group):
         try:
             plugin = import_module(entry.module)
         # Whatever a plugin raises, or exits with, must not affect the others.
@@ -276,7 +297,7 @@ def installed() -> Registry:
             registry.add_problem(entry.distribution, "cannot be imported", exc)
             continue
         _register(registry, manager, names, entry, plugin)
-    for kind, base in (("format", Format), ("backend", Backend), ("command", Command)):
+    for kind, base in _KINDS:
         _collect(registry, manager, names, kind, base)
     return registry
 

@@ -1,4 +1,4 @@
-"""The conformance kit: tests for formats and backends, and generators of disks.
+"""The conformance kit: tests for formats, machine formats and backends, and generators of disks and machines.
 
 A plugin's test file is mostly one class::
 
@@ -15,6 +15,7 @@ It needs pytest and hypothesis: `pip install vmconv[testing]`. For detailed asse
 from vmconv.testing.backends import BackendTests
 from vmconv.testing.disks import disk_of, image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.formats import FormatTests
+from vmconv.testing.machines import MachineTests, machines
 from vmconv.testing.malformed import KINDS, Malformed, Sample
 from vmconv.testing.storage import StorageFormatTests
 from vmconv.testing.strategies import disks, tables
@@ -23,12 +24,14 @@ __all__ = [
     "KINDS",
     "BackendTests",
     "FormatTests",
+    "MachineTests",
     "Malformed",
     "Sample",
     "StorageFormatTests",
     "disk_of",
     "disks",
     "image_file",
+    "machines",
     "make_in_memory",
     "patterned",
     "random_bytes",

@@ -1,0 +1,130 @@
+"""The interface of machine formats: configurations of virtual machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.interface.format import NoOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmconv.io.opener import Opener
+    from vmconv.machine.model import Machine
+    from vmconv.model.extents import Extents
+    from vmconv.model.sources import File
+
+
+class Substitution(NamedTuple):
+    """A field whose value the target's format cannot express: `path` as in `vmconv.machine.paths`.
+
+    `before` and `after` are the values in words; `after` is empty if the field is dropped for the given reason.
+    """
+
+    path: str
+    before: str
+    after: str
+    reason: str
+
+
+class Adapted(NamedTuple):
+    """A machine in the terms of a format, and the differences to the original machine."""
+
+    machine: Machine
+    substitutions: tuple[Substitution, ...] = ()
+
+
+class ConfigFile(NamedTuple):
+    """A small file of a new machine, beside its disks."""
+
+    name: str
+    content: bytes
+
+
+class Member(NamedTuple):
+    """A file in a package: `table` maps its bytes to the package's file, or to `Blob`s of a new package."""
+
+    name: str
+    table: Extents
+
+
+class MachineFormat:
+    """One format of machine configurations. A plugin subclasses it and overrides the supported operations.
+
+    Keep the module of the subclass cheap to import. Import the model, the reader and the writer inside the methods.
+    """
+
+    name: str
+    title: str
+    suffixes: tuple[str, ...] = ()
+    """Suffixes of configurations with their dot, lower case. New configurations get the first."""
+    carries: frozenset[str] = frozenset()
+    """Paths of the machine's fields that `write` stores and `read` returns; see `vmconv.machine.paths`.
+
+    `disks.file`, `removables.file` and `firmware.nvram` are among them if the configuration names such files.
+    """
+    disk_format = "raw"
+    """The format of the disks of new machines, unless the user names another."""
+    disk_formats: frozenset[str] = frozenset()
+    """All disk formats that the platform accepts; empty if it does not matter."""
+    nvram_kind: str | None = None
+    """The kind of variable store that new machines get; None if the platform takes none."""
+    can_read = True
+    can_write = True
+    is_package = False
+    """True if one file holds the configuration and the disks, as an OVA does; see `members` and `pack`."""
+
+    def options(self) -> type[Any]:
+        """Returns the frozen dataclass of the writer's options; see `vmconv.model.options`."""
+        return NoOptions
+
+    def probe(self, file: File) -> bool:
+        """True if the content is of this format. Reads little; never raises."""
+        return False
+
+    def read(self, file: File, opener: Opener) -> Machine:
+        """Returns the machine of a configuration.
+
+        Disks and other files stay references: nothing is opened but further parts of the configuration, by `opener`.
+        Raises `ImageError` with the element and the value if the configuration is damaged or not supported.
+        """
+        raise NotImplementedError(f"{self.name} has no reader")
+
+    def members(self, file: File) -> Sequence[Member]:
+        """Returns the files in a package, which the machine's disks refer to by name."""
+        return ()
+
+    def adapt(self, machine: Machine, options: Any) -> Adapted:
+        """Returns the machine in terms that this format can express, with a reason for each changed field.
+
+        A field that is not in `carries` needs no substitution: it is reported as lost. Raises `PlanError` if the
+        machine cannot exist on the platform.
+        """
+        return Adapted(machine)
+
+    def directory(self, machine: Machine, options: Any) -> str:
+        """Returns the subdirectory of the target directory for all files of an adapted machine, or an empty string."""
+        return ""
+
+    def disk_name(self, machine: Machine, number: int, suffix: str, options: Any) -> str:
+        """Returns the file name of disk `number`, counted from 0, with the suffix of its format."""
+        return f"{machine.name or 'machine'}-disk{number + 1}{suffix}"
+
+    def config_name(self, machine: Machine, options: Any) -> str:
+        """Returns the file name of the configuration if the user names only a directory."""
+        return f"{machine.name or 'machine'}{self.suffixes[0]}"
+
+    def write(self, machine: Machine, options: Any) -> tuple[ConfigFile, ...]:
+        """Returns the files that configure an adapted machine; the configuration comes last, with an empty name.
+
+        A pure function. The disks have their new names, formats and sizes. Every string is escaped for the format.
+        `read` of the result returns the machine restricted to `carries`.
+        """
+        raise NotImplementedError(f"{self.name} has no writer")
+
+    def pack(self, configs: Sequence[ConfigFile], members: Sequence[Member], modulus: int, options: Any) -> Extents:
+        """Returns the table of a package with these files.
+
+        Each of `members` begins at a multiple of `modulus` bytes, so that its payload can be shared.
+        """
+        raise NotImplementedError(f"{self.name} is no package")
