@@ -214,14 +214,19 @@ class PolicyBody(ConversionPolicy, Body):
     """The policy of a node, id `conversion`."""
 
 
-class TokenBody(Body):
-    """A person's token. The id is a part of the token; `hash` is the SHA-256 of all of it."""
+class TokenSpec(BaseModel):
+    """A person's token, without the token itself: `hash` is its SHA-256."""
 
     label: Name
     role: Role
     hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    created_ms: Milliseconds = 0
     expires_ms: Milliseconds | None = None
+
+
+class TokenBody(TokenSpec, Body):
+    """A person's token. The id is a part of the token."""
+
+    created_ms: Milliseconds = 0
     revoked: bool = False
     by: Principal | None = None
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec
-from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, Milliseconds, Name, NodeId, Role
+from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, NodeId, TokenId
+from vmconv_fleet.catalogue.kinds import TokenSpec
 
 
 def _absolute(path: str) -> str:
@@ -78,22 +79,18 @@ class PolicySet(ConversionPolicy, Arguments):
     verb: ClassVar[str] = "policy-set"
 
 
-class TokenCreate(Arguments):
-    """A token that was made elsewhere: only its hash is sent."""
+class TokenCreate(TokenSpec, Arguments):
+    """A token of the requesting node: only its hash is sent."""
 
     verb: ClassVar[str] = "token-create"
 
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
-    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    label: Name
-    role: Role
-    expires_ms: Milliseconds | None = None
+    id: TokenId
 
 
 class TokenRevoke(Arguments):
     verb: ClassVar[str] = "token-revoke"
 
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+    id: TokenId
 
 
 class Retire(Arguments):

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.errors import FleetError, Refusal
+from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.worker import Task
 from vmconv_fleet.replication.clock import wall_ms
@@ -34,48 +35,7 @@ PROGRESS_SECONDS = 0.5
 
 _PATIENCE = 10.0
 _LONGEST_LINE = 1 << 20
-_MAX_TEXT = 500
-
-
-class Job(NamedTuple):
-    """A job's record, as the scheduler sees it."""
-
-    id: str
-    body: Mapping[str, Any]
-
-    @property
-    def state(self) -> str:
-        return str(self.body.get("state", ""))
-
-    @property
-    def cancel(self) -> bool:
-        return bool(self.body.get("cancel"))
-
-    @property
-    def is_over(self) -> bool:
-        return self.state in ("done", "failed", "cancelled") or (
-            self.state == "planned" and bool(self.body.get("dry_run"))
-        )
-
-    @property
-    def was_begun(self) -> bool:
-        return self.state in ("planned", "running") or self.body.get("started_ms") is not None
-
-    @property
-    def at_ms(self) -> int:
-        return int(self.body.get("at_ms") or 0)
-
-    @property
-    def batch(self) -> str | None:
-        return self.body.get("batch")
-
-    @property
-    def max_parallel(self) -> int | None:
-        return self.body.get("max_parallel")
-
-    def order(self) -> tuple[int, int, str]:
-        """Returns the place in the queue: by due time, then by creation."""
-        return self.at_ms, int(self.body.get("created_ms", 0)), self.id
+_MAX_NOISE = 500
 
 
 class Run:
@@ -147,13 +107,13 @@ class Run:
             self._over()
 
     def _work(self) -> None:
-        body = self._update(_begun)
+        body = self._update(Job.begun)
         if body is None:
             return
         try:
             task = self._task(body)
         except Refusal as exc:
-            self._update(_failed(str(exc), None))
+            self._update(partial(Job.failed, message=str(exc)))
             return
         said = self._run_worker(task)
         if self._node_ends.is_set() and said is None and not self._journal.made():
@@ -241,7 +201,7 @@ class Run:
                 raise
         if last is None and not (self._cancelled or self._node_ends.is_set()):
             how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
-            last = {"event": "error", "message": f"the worker ended with {how} {noise}".strip()[:_MAX_TEXT]}
+            last = {"event": "error", "message": f"the worker ended with {how} {noise}".strip()[:_MAX_NOISE]}
         return last
 
     def _send_line(self, child: subprocess.Popen[bytes], line: str) -> None:
@@ -257,7 +217,7 @@ class Run:
 
     def _handle_event(self, child: subprocess.Popen[bytes], said: Mapping[str, Any]) -> None:
         if said["event"] == "plan":
-            if self._update(partial(_planned, said)) is None:
+            if self._update(partial(Job.planned, event=said)) is None:
                 # The job was cancelled, or its record is gone.
                 self.cancel()
             else:
@@ -266,27 +226,27 @@ class Run:
         now = time.monotonic()
         if now - self._last_update >= PROGRESS_SECONDS or said["done"] == 0:
             self._last_update = now
-            progress = {"done": said["done"], "total": said["total"]}
-            self._update(lambda body: {**body, "state": "running", "progress": progress})
+            self._update(partial(Job.running, done=said["done"], total=said["total"]))
 
-    def _outcome(self, said: Mapping[str, Any] | None) -> Callable[[Mapping[str, Any]], Any]:
+    def _outcome(self, said: Mapping[str, Any] | None) -> Callable[[Job], Mapping[str, Any]]:
         """Returns the change of the record at the end. A cancellation after the target was made is ignored."""
         if said is not None and said["event"] == "error" and not self._cancelled:
-            return _failed(said["message"], said.get("hint"))
+            return partial(Job.failed, message=said["message"], hint=said.get("hint"))
         if said is not None and said["event"] == "plan":
-            return lambda body: {**_planned(said, body), "ended_ms": wall_ms()}
+            return partial(Job.planned, event=said, ended=True)
         if (said is not None and said["event"] == "done") or self._journal.made():
-            return lambda body: _done(body, said or {})
-        return lambda body: {**body, "state": "cancelled", "ended_ms": wall_ms()}
+            return partial(Job.done, event=said or {})
+        return Job.cancelled
 
-    def _update(self, change: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    def _update(self, change: Callable[[Job], Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
         """Changes the current record of the job and waits until that is durable; returns the new body."""
 
         def decide(view: ReplicaView) -> list[Change]:
             record = view.get(self._service.node, "job", self._job)
-            if record is None or Job(self._job, record.body).is_over:
+            job = Job(self._job, record.body) if record else None
+            if job is None or job.is_over:
                 return []
-            body = change(record.body)
+            body = change(job)
             return [] if body is None else [Change("job", self._job, body)]
 
         records = settled(self._service.update(decide), self._node_ends)
@@ -304,35 +264,6 @@ def _checked(body: Mapping[str, Any]) -> JobBody:
         return JobBody.model_validate(body)
     except ValidationError as exc:
         raise Refusal(complaint(exc)) from exc
-
-
-def _begun(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    if body["state"] != "queued":
-        return None
-    return {**body, "started_ms": wall_ms(), "attempts": body.get("attempts", 0) + 1}
-
-
-def _planned(said: Mapping[str, Any], body: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**body, "state": "planned", "plan": said["plan"], "file": os.path.basename(said["target"])}
-
-
-def _done(body: Mapping[str, Any], said: Mapping[str, Any]) -> Mapping[str, Any]:
-    changed: dict[str, Any] = {**body, "state": "done", "ended_ms": wall_ms()}
-    if progress := body.get("progress"):
-        changed["progress"] = {"done": progress["total"], "total": progress["total"]}
-    warnings = list(said.get("warnings", ()))
-    if said.get("source_kept"):
-        warnings.append(f"the source was kept: {said['source_kept']}")
-    if warnings:
-        changed["warnings"] = warnings
-    if "seconds" in said:
-        changed["seconds"] = said["seconds"]
-    return changed
-
-
-def _failed(message: str, hint: str | None) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    why = {"error": message[:_MAX_TEXT]} | ({"hint": hint[:_MAX_TEXT]} if hint else {})
-    return lambda body: {**body, "state": "failed", "ended_ms": wall_ms(), **why}
 
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any] | str]:

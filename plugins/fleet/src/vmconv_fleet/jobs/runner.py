@@ -16,9 +16,10 @@ from contextlib import suppress
 from functools import partial
 
 from vmconv_fleet.errors import ClosedError, FleetError
+from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.policy import policy_of
-from vmconv_fleet.jobs.run import WORKER, Job, Run
+from vmconv_fleet.jobs.run import WORKER, Run
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import ReplicaView
