@@ -95,6 +95,13 @@ def test_no_module_imports_itself_by_any_way(package: str) -> None:
     assert cycles(graph) == []
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_no_plugin_but_itself(package: str) -> None:
+    plugins = set(PACKAGES) - {"vmconv", package}
+    paths = modules_of(PACKAGES[package]).values()
+    assert not plugins & {one.module.split(".")[0] for path in paths for one in imports_of(path, set())}
+
+
 FACADE = {"vmconv.plugin", "vmconv.testing", "vmconv.machine"}
 
 
