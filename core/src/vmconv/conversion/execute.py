@@ -1,13 +1,17 @@
-"""Executes a plan: shares, then writes and copies, then syncs. The backend's commit names the files."""
+"""Executes a plan: shares, then writes and copies, then syncs, verifies, and lets the backend name the files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from vmconv.conversion.refusals import refuse_changed
+from vmconv.errors import os_errors
 from vmconv.interface.backend import Created, Output, Transaction
+from vmconv.model import references
 from vmconv.model.plan import Action, FilePlan, Plan, Progress
 from vmconv.model.sources import File, Source
+from vmconv.system import signals
 from vmconv.system.parallel import in_order
 
 _PIECE = 4 << 20
@@ -23,6 +27,39 @@ class _Piece(NamedTuple):
     source_offset: int
     offset: int
     length: int
+
+
+def carry_out(
+    plan: Plan,
+    transaction: Transaction,
+    sources: Sequence[File],
+    target: str,
+    *,
+    verify: Callable[[list[File]], None],
+    progress: Progress | None,
+    created: Created | None,
+    done: Callable[[], None],
+) -> None:
+    """Creates all files of the plan, or none. `verify` gets the unnamed files; `done` is called after the commit.
+
+    Raises `AccessError` if one of the `sources` changed meanwhile. `target` is the user's name of the result.
+    """
+    try:
+        with os_errors("cannot be written", where=target):
+            files = make(plan, transaction, progress, created)
+        verify(files)
+        # The target records ctimes of the source: wait until a later write is sure to get another one.
+        if plan.references:
+            references.settle(sources)
+        refuse_changed(sources)
+        transaction.deliver(progress)
+        with signals.held():
+            transaction.commit()
+            done()
+    finally:
+        with signals.held():
+            # After the commit this only closes files.
+            transaction.abort()
 
 
 def make(plan: Plan, transaction: Transaction, progress: Progress | None, created: Created | None = None) -> list[File]:

@@ -11,10 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names
+from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
-from vmconv.conversion.execute import make
+from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans, plan_layout
-from vmconv.conversion.refusals import no_collisions, refuse_changed, refuse_copies, refuse_too_large
+from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
@@ -31,7 +32,6 @@ from vmconv.model.layout import Backing
 from vmconv.model.options import parse_options
 from vmconv.model.plan import Plan, Progress
 from vmconv.model.sources import File
-from vmconv.system import signals
 
 if TYPE_CHECKING:
     from vmconv.inplace.site import Site
@@ -95,7 +95,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             if site:
                 backend, conversions, own = _in_place(site, *targets[0], image, registry)
             else:
-                way = _choose(registry, request.backend, directory.path, image.payload_files())
+                way = choose_backend(registry, request.backend, directory.path, image.payload_files())
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
                     _conversion(request, target, image, way, registry, _kept_layer(request, target, image, registry))
@@ -204,25 +204,21 @@ def _make(
     done: Callable[[], None],
 ) -> None:
     """Creates all files of the plan, or none; calls `done` after the commit."""
-    request = ready.conversions[-1].request
-    transaction = ready.begin()
-    try:
-        with os_errors("cannot be written", where=request.target):
-            files = make(ready.plan, transaction, progress, created)
+
+    def check(files: list[File]) -> None:
         if verify:
             verify_result(ready.containers, files, ready.opener.registry, verify, verifying)
-        # The target records ctimes of the source: wait until a later write is sure to get another one.
-        if ready.plan.references:
-            references.settle(ready.opener.files)
-        refuse_changed(ready.opener.files)
-        transaction.deliver(progress)
-        with signals.held():
-            transaction.commit()
-            done()
-    finally:
-        with signals.held():
-            # After the commit this only closes files.
-            transaction.abort()
+
+    carry_out(
+        ready.plan,
+        ready.begin(),
+        ready.opener.files,
+        ready.conversions[-1].request.target,
+        verify=check,
+        progress=progress,
+        created=created,
+        done=done,
+    )
 
 
 def _result(conversion: Conversion, ready: Prepared, seconds: float) -> Result:
@@ -448,22 +444,3 @@ def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -
             f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be stated as {stated}",
             hint=f"leave the backing format out, or give it as {layer.format_name}",
         )
-
-
-def _choose(registry: Registry, name: str, directory: str, files: Sequence[File]) -> Proposal:
-    """Returns the first backend that shares something, else the copying one with the reasons for copying."""
-    if name != "auto":
-        backend = registry.backend(name)
-        capabilities = backend.capabilities(directory)
-        if not capabilities.usable:
-            raise PlanError(f"backend {name} cannot be used in {directory}: {capabilities.reason}")
-        return Proposal(backend, backend.survey(directory, files))
-    refusals: dict[int, str] = {}
-    for backend in registry.backends.values():
-        if backend.automatic and backend.name != "copy":
-            survey = backend.survey(directory, files)
-            if len(survey.refusals) < len(files) or not files:
-                return Proposal(backend, survey)
-            # The first backend's reason counts.
-            refusals = {**survey.refusals, **refusals}
-    return Proposal(registry.backend("copy"), Survey(1, refusals))

@@ -102,10 +102,7 @@ class Opener:
 
         `content_decides` accepts content and suffix of different formats, with a warning.
         """
-        file = self._open(self._meant(path))
-        # Images may always refer to files in and below their own directory.
-        if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
-            self._trees.append(os.path.dirname(os.path.realpath(file.path)))
+        file = self.referring(self._meant(path))
         self._depth[id(file)] = [_identity(file)]
         warnings: tuple[str, ...] = ()
         if content_decides and format_name is None:
@@ -148,6 +145,19 @@ class Opener:
     def file(self, path: str) -> File:
         """Returns a file that the user named, of any content."""
         return self._open(path)
+
+    def referring(self, path: str) -> File:
+        """Returns a file that the user named. It may refer to files in and below its own directory."""
+        file = self._open(path)
+        if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
+            self._trees.append(os.path.dirname(os.path.realpath(file.path)))
+        return file
+
+    def disk(self, origin: File, reference: str, format_name: str | None) -> Image:
+        """Returns the disk image that the configuration `origin` names; `format_name` is the format that it states."""
+        file = self.related(origin, reference, "disk", moved=True)
+        self._depth[id(file)] = [_identity(file)]
+        return self._read(self.registry.identify(file, format_name, option=""), file)
 
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         """Returns the file that `origin` names as its `role`; raises `AccessError` if the rules forbid it.
