@@ -6,6 +6,7 @@ These names are stable for plugins, like those of `vmconv.plugin`. Import this p
 needs, takes longer to import than a disk to convert.
 """
 
+from vmconv.machine.guests import guest, name_in
 from vmconv.machine.model import (
     CONTROLLER_MODELS,
     MAX_DEVICES,
@@ -64,7 +65,9 @@ __all__ = [
     "carried",
     "config_bytes",
     "config_text",
+    "guest",
     "mac_address",
+    "name_in",
     "number",
     "parse_xml",
     "part",
