@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from vmconv.interface.format import CheckReport
     from vmconv.io import locks
     from vmconv.io.registry import Registry, installed
+    from vmconv.machine.model import Machine
+    from vmconv.machine.request import MachinePlan, MachineResult, Uuid
     from vmconv.model.plan import Plan, Progress
     from vmconv.model.sources import inside, stamp_of
     from vmconv.model.view import View
@@ -54,6 +56,9 @@ _HOMES = {
     "Cache": "interface.arguments",
     "CheckReport": "interface.format",
     "Comparison": "inspect.comparison",
+    "Machine": "machine.model",
+    "MachinePlan": "machine.request",
+    "MachineResult": "machine.request",
     "MapRow": "inspect.mapping",
     "OptionValue": "interface.arguments",
     "Plan": "model.plan",
@@ -83,6 +88,9 @@ __all__ = [
     "Cache",
     "CheckReport",
     "Comparison",
+    "Machine",
+    "MachinePlan",
+    "MachineResult",
     "MapRow",
     "OptionValue",
     "Plan",
@@ -104,6 +112,9 @@ __all__ = [
     "inside",
     "installed",
     "locks",
+    "machine_convert",
+    "machine_info",
+    "machine_plan",
     "map_disk",
     "mount_of",
     "new_name",
@@ -321,6 +332,108 @@ def _converted(given: dict[str, Any]) -> Result:
     request = checked(Request, **given)
     with _errors():
         return pipeline.run(request, **how._asdict())[0]
+
+
+@_named
+def machine_info(
+    source: StrPath,
+    *,
+    source_format: str | None = None,
+    allow_external: Iterable[StrPath] = (),
+    force_share: bool = False,
+) -> Machine:
+    """Returns what the configuration `source` states of its machine. Disks are named, not opened."""
+    given = locals()
+    from vmconv.interface.arguments import Reading, checked
+    from vmconv.machine.source import opened
+
+    asked = checked(Reading, path=given.pop("source"), format_name=given.pop("source_format"), **given)
+    with (
+        _errors(),
+        opened(
+            asked.path,
+            asked.format_name,
+            allow_external=tuple(asked.allow_external),
+            force_share=asked.force_share,
+        ) as source_machine,
+    ):
+        return source_machine.machine
+
+
+@_named
+def machine_plan(
+    source: StrPath,
+    target: StrPath,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    disk_format: str | None = None,
+    disk_options: Mapping[str, OptionValue] = _EMPTY,
+    uuid: Uuid = "guest",
+    new_identity: bool = False,
+    strict: bool = False,
+    keep: Iterable[str] = (),
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    mode: int | None = None,
+) -> MachinePlan:
+    """Returns what `machine_convert` would do with these arguments: carried, changed and lost settings, and disks."""
+    given = locals()
+    from vmconv.interface.arguments import checked
+    from vmconv.machine import pipeline
+    from vmconv.machine.request import MachineRequest
+
+    request = checked(MachineRequest, **given)
+    with _errors():
+        return pipeline.plan(request)
+
+
+@_named
+def machine_convert(
+    source: StrPath,
+    target: StrPath,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    disk_format: str | None = None,
+    disk_options: Mapping[str, OptionValue] = _EMPTY,
+    uuid: Uuid = "guest",
+    new_identity: bool = False,
+    strict: bool = False,
+    keep: Iterable[str] = (),
+    backend: str = "auto",
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    mode: int | None = None,
+    verify: bool | Verify = True,
+    announce: Callable[[MachinePlan], None] | None = None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+    created: Created | None = None,
+) -> MachineResult:
+    """Converts the machine of the configuration `source`: configuration, firmware variables and disks.
+
+    `target` is the new configuration, or with `target_format` the directory to make the machine in. All files of the
+    machine appear, the configuration last, or none does.
+    """
+    given = locals()
+    from vmconv.interface.arguments import RunOptions, checked
+    from vmconv.machine import pipeline
+    from vmconv.machine.request import MachineRequest
+
+    how = checked(RunOptions, **{name: given.pop(name) for name in RunOptions._fields})
+    request = checked(MachineRequest, **given)
+    with _errors():
+        return pipeline.run(request, **how._asdict())
 
 
 def _refuse_unwritable(descriptor: int) -> None:

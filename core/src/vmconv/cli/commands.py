@@ -23,6 +23,7 @@ def vmconv_register_commands() -> Iterable[Command]:
         fanout,
         formats,
         info,
+        machine,
         map,  # noqa: A004 modules are named as verbs
         plan,
         prove,
@@ -43,6 +44,7 @@ def vmconv_register_commands() -> Iterable[Command]:
         undo,
         compare,
         prove,
+        machine,
         demo,
         completion,
     )

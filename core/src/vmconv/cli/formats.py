@@ -70,13 +70,28 @@ def _print_formats(report: dict[str, Any]) -> None:
         distribution = f"{one['distribution']} {one['version']}"
         rows.append([one["name"], reads, writes, " ".join(one["suffixes"]), distribution, one["title"]])
     print_table(rows)
-    for one in report["formats"]:
+    print_options(report["formats"])
+    print_rest(report)
+
+
+def print_options(formats: list[dict[str, Any]]) -> None:
+    """Prints the options of each format that has any."""
+    from vmconv.cli.output import print_table
+
+    for one in formats:
         if one["options"]:
             print(f"\nOptions of {one['name']} (-o NAME=VALUE):")
             print_table([[f"{o['name']}={_value(o['default'])}", o["help"]] for o in one["options"]], "  ")
+
+
+def print_rest(report: dict[str, Any]) -> None:
+    """Prints the formats that could be installed, and the problems of plugins."""
+    from vmconv.cli.output import print_table
+
     if report["installable"]:
         print("\nNot installed:")
-        print_table([[m["name"], f"pip install {m['distribution']}", m["title"]] for m in report["installable"]], "  ")
+        rows = [[m["name"], f"pip install {m['distribution']}", m.get("title", "")] for m in report["installable"]]
+        print_table(rows, "  ")
     if report["problems"]:
         print("\nProblems:")
         print_table([[p["distribution"], p["reason"]] for p in report["problems"]], "  ")

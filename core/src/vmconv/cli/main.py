@@ -73,7 +73,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
 
 def _report(exc: VmconvError, options: argparse.Namespace) -> int:
     code: int = getattr(options, "error_code", None) or exc.exit_code
-    if getattr(options, "output", "human") == "json" and getattr(options, "command", "") in ("convert", "fanout"):
+    if getattr(options, "output", "human") == "json" and _makes_images(options):
         from vmconv.cli.output import print_json
 
         with streams.drop_output_on_error():
@@ -82,6 +82,11 @@ def _report(exc: VmconvError, options: argparse.Namespace) -> int:
     if exc.hint:
         print(f"  hint: {exc.hint}", file=sys.stderr)
     return code
+
+
+def _makes_images(options: argparse.Namespace) -> bool:
+    """True if the command prints events, and so its error as one."""
+    return getattr(options, "verb", None) == "convert" or getattr(options, "command", "") in ("convert", "fanout")
 
 
 def _stop(number: int, _frame: object) -> None:

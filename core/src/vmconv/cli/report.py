@@ -161,11 +161,16 @@ def _done(result: Result, shared: str) -> str:
     )
 
 
+def report_of(options: argparse.Namespace) -> _Silence:
+    """Returns the report in the style of the options."""
+    if options.output == "json":
+        return _Events()
+    return _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
+
+
 def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:
     """Calls `convert` and prints its plan, progress and results in the style of the options."""
-    report = _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
-    if options.output == "json":
-        report = _Events()
+    report = report_of(options)
     try:
         results = convert(
             verify=options.verify, announce=report.announce, progress=report.progress, verifying=report.verifying

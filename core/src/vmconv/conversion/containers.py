@@ -90,7 +90,7 @@ class Part(NamedTuple):
 class Container(NamedTuple):
     """One image to make: `disk` is its guest-visible content, on top of `backing` if it has a parent.
 
-    `has_identity`: the image gets new ids.
+    `identity` is the image's own, None if the format has no ids.
     """
 
     source: Image
@@ -99,7 +99,7 @@ class Container(NamedTuple):
     name: str
     backing: Backing | None
     layout: Layout
-    has_identity: bool = False
+    identity: bytes | None = None
 
     @property
     def below(self) -> Extents | None:
@@ -111,7 +111,7 @@ class Container(NamedTuple):
         yield from self.source.losses
         for name, value in self.source.facts.stated():
             # New ids replace the source's, so those are not lost.
-            if name not in self.format.carries and not (name == "identity" and self.has_identity):
+            if name not in self.format.carries and not (name == "identity" and self.identity is not None):
                 yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
 
 
@@ -174,7 +174,8 @@ def lay_out(
         if not isinstance(layout, Layout):
             said = f"its writer returns {type(layout).__name__}, which is no Layout"
             raise PluginError(said, format_name=target.format.name)
-        made.append(Container(part.image, disk, target.format, part.name, backing, layout, target.has_identity))
+        identity = placement.identity if target.has_identity else None
+        made.append(Container(part.image, disk, target.format, part.name, backing, layout, identity))
         if part is not parts[-1]:
             parent, backing = _as_parent(made[-1], target, registry), Backing(plain(part.name), target.format.name)
     return made

@@ -166,6 +166,22 @@ class Directory:
             else:
                 linux.rename_new(old, new, self.descriptor)
 
+    def make(self, name: str) -> None:
+        """Creates a directory, with the mode that the umask leaves; raises `FileExistsError`."""
+        with self._blaming(name):
+            os.mkdir(name, dir_fd=self.descriptor)
+
+    def inner(self, name: str) -> Directory:
+        """Opens a directory in this one."""
+        with self._blaming(name):
+            flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_RDONLY
+            return Directory(self.join(name), os.open(name, flags, dir_fd=self.descriptor))
+
+    def remove(self, name: str) -> None:
+        """Removes an empty directory."""
+        with self._blaming(name):
+            os.rmdir(name, dir_fd=self.descriptor)
+
     def unlink(self, name: str) -> None:
         with self._blaming(name):
             os.unlink(name, dir_fd=self.descriptor)

@@ -36,7 +36,7 @@ A file with one is accepted if the user or an image names it. A scan of a direct
 _DECOMPRESS = "decompress it first: {}"
 _UNPACK = "unpack it first: {}; then convert the disk that was in it"
 _RESTORE = "restore it to a raw disk first: {}"
-_CONFIGURATION = "vmconv converts disks: name the disk that this file refers to"
+_CONFIGURATION = "vmconv machine convert converts the machine; vmconv convert converts a disk that this file names"
 _MEMORY = "vmconv converts disks: name the disk of the machine, not its memory or state"
 _TEXT = "download the disk itself"
 

@@ -137,7 +137,7 @@ KNOWN = (
         None,
         (".ova",),
         (),
-        hint="unpack it first: tar -xf; then convert the disks that were in it",
+        hint="vmconv machine convert converts its machine; tar -xf unpacks its disks",
     ),
 )
 

@@ -5,34 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmconv.errors import ImageError, PluginError, ReadError, UsageError
+from vmconv.io.known_machines import DISTRIBUTIONS, SUFFIXES
 from vmconv.io.registry import installed_machines
 
 if TYPE_CHECKING:
     from vmconv.interface.machines import MachineFormat
     from vmconv.model.sources import File
-
-_DISTRIBUTIONS = {
-    "vmx": "vmconv-vmx",
-    "ovf": "vmconv-ovf",
-    "ova": "vmconv-ovf",
-    "libvirt": "vmconv-libvirt",
-    "hyperv": "vmconv-hyperv",
-    "vbox": "vmconv-vbox",
-    "proxmox": "vmconv-proxmox",
-    "kubevirt": "vmconv-kubevirt",
-}
-_SUFFIXES = {
-    ".vmx": "vmx",
-    ".ovf": "ovf",
-    ".ova": "ova",
-    ".xml": "libvirt",
-    ".vmcx": "hyperv",
-    ".ps1": "hyperv",
-    ".vbox": "vbox",
-    ".conf": "proxmox",
-    ".yaml": "kubevirt",
-}
-"""Suffixes of our own plugins, for hints what to install."""
 
 
 def machine_format(name: str) -> MachineFormat:
@@ -41,12 +19,12 @@ def machine_format(name: str) -> MachineFormat:
     if name in registry.machines:
         return registry.machines[name]
     for problem in registry.problems:
-        if problem.distribution == _DISTRIBUTIONS.get(name) or repr(name) in problem.reason:
+        if problem.distribution == DISTRIBUTIONS.get(name) or repr(name) in problem.reason:
             raise UsageError(
                 f"machine format {name!r} cannot be used", hint=f"{problem.distribution}: {problem.reason}"
             )
     have = ", ".join(sorted(registry.machines)) or "none"
-    hint = f"pip install {_DISTRIBUTIONS[name]}" if name in _DISTRIBUTIONS else f"installed: {have}"
+    hint = f"pip install {DISTRIBUTIONS[name]}" if name in DISTRIBUTIONS else f"installed: {have}"
     raise UsageError(f"machine format {name!r} is not installed", hint=hint)
 
 
@@ -54,8 +32,8 @@ def format_by_suffix(path: str) -> str | None:
     """Returns the name of the machine format of a file name's suffix, installed or not; None if there is none."""
     lower = path.lower()
     claims = {suffix: one.name for one in installed_machines().machines.values() for suffix in one.suffixes}
-    found = max((suffix for suffix in {**_SUFFIXES, **claims} if lower.endswith(suffix)), key=len, default=None)
-    return None if found is None else claims.get(found) or _SUFFIXES[found]
+    found = max((suffix for suffix in {**SUFFIXES, **claims} if lower.endswith(suffix)), key=len, default=None)
+    return None if found is None else claims.get(found) or SUFFIXES[found]
 
 
 def identify(file: File, named: str | None) -> MachineFormat:

@@ -1,0 +1,45 @@
+"""Plans of machines as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmconv.machine.request import DiskPlan, MachinePlan
+
+
+def plan_lines(plan: MachinePlan) -> Iterator[str]:
+    """Yields what becomes of each disk and of each setting that changes, and the new files."""
+    yield from (_disk(disk) for disk in plan.disks)
+    for copy in plan.copies:
+        yield f"copied because {copy.reason}: {_size(copy.bytes)}"
+    yield from change_lines(plan)
+    yield from (f"file {name}" for name in plan.files)
+    yield from (f"warning: {warning}" for warning in plan.warnings)
+
+
+def change_lines(plan: MachinePlan) -> Iterator[str]:
+    """Yields the settings that the new machine has with another value, or not at all."""
+    yield f"{len(plan.carried)} settings are carried over"
+    for one in plan.substitutions:
+        yield f"changed: {one.path} {one.before} -> {one.after}: {one.reason}"
+    for loss in plan.losses:
+        yield f"not carried over: {loss.path} {loss.value}: {loss.reason}"
+    for disk in plan.disks:
+        yield from (f"not carried over: {loss}" for loss in disk.losses)
+
+
+def _disk(disk: DiskPlan) -> str:
+    totals = disk.totals
+    return (
+        f"disk {disk.source} ({disk.source_format}) -> {disk.target} ({disk.target_format}): "
+        f"shared {_size(totals.shared)}, copied {_size(totals.copied)}, written {_size(totals.written)}"
+    )
+
+
+def _size(size: int) -> str:
+    from vmconv.cli.output import size_text
+
+    return size_text(size)

@@ -1,0 +1,24 @@
+"""Our own machine formats, for hints what to install."""
+
+DISTRIBUTIONS = {
+    "hyperv": "vmconv-hyperv",
+    "kubevirt": "vmconv-kubevirt",
+    "libvirt": "vmconv-libvirt",
+    "ova": "vmconv-ovf",
+    "ovf": "vmconv-ovf",
+    "proxmox": "vmconv-proxmox",
+    "vbox": "vmconv-vbox",
+    "vmx": "vmconv-vmx",
+}
+SUFFIXES = {
+    ".conf": "proxmox",
+    ".ova": "ova",
+    ".ovf": "ovf",
+    ".ps1": "hyperv",
+    ".vbox": "vbox",
+    ".vmcx": "hyperv",
+    ".vmx": "vmx",
+    ".xml": "libvirt",
+    ".yaml": "kubevirt",
+}
+"""Format names by the suffixes of configurations."""

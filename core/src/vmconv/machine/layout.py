@@ -1,0 +1,140 @@
+"""The files of a new machine: its disks, its configuration and its firmware's variables, laid out before any exists."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.conversion.containers import Container, lay_out, parts_of
+from vmconv.conversion.containers import Target as DiskTarget
+from vmconv.conversion.planner import merge_plans, plan_layout
+from vmconv.errors import PlanError, PluginError, UsageError
+from vmconv.interface.machines import ConfigFile, Member
+from vmconv.machine.model import Disk, Machine, Nvram
+from vmconv.machine.places import file_name
+from vmconv.model import references
+from vmconv.model.extents import Extents
+from vmconv.model.layout import Layout, OutFile
+from vmconv.model.options import parse_options
+from vmconv.model.sources import Blob
+
+if TYPE_CHECKING:
+    from vmconv.interface.backend import Proposal
+    from vmconv.io.registry import Registry
+    from vmconv.machine.request import MachineRequest
+    from vmconv.machine.target import Target
+    from vmconv.model.image import Image
+    from vmconv.model.plan import Plan
+
+
+class NewDisk(NamedTuple):
+    """A disk of the new machine: its number in the machine, its container, and the plan of its files."""
+
+    number: int
+    container: Container
+    plan: Plan
+
+
+class NewMachine(NamedTuple):
+    """A machine that is laid out: `configs` are its small files, the configuration last, with its name.
+
+    `package` is the table of the only file, if the format is one.
+    """
+
+    machine: Machine
+    disks: tuple[NewDisk, ...]
+    configs: tuple[ConfigFile, ...]
+    package: Extents | None
+    plan: Plan
+
+
+def lay_out_machine(
+    target: Target,
+    images: Sequence[Image | None],
+    store: ConfigFile | None,
+    request: MachineRequest,
+    way: Proposal,
+    registry: Registry,
+) -> NewMachine:
+    """Returns the new machine with all its files.
+
+    `images` has one entry for each disk of the machine, None for a physical device. `store` are the firmware's
+    variables.
+    """
+    disks = tuple(
+        _disk(number, image, target, request, way, registry) for number, image in enumerate(images) if image is not None
+    )
+    machine = _with_files(target.adapted.machine, disks, store, target)
+    written = target.format.write(machine, target.options)
+    configs = _named(written, store, target)
+    if target.format.is_package:
+        table = target.format.pack(configs, [_member(disk) for disk in disks], max(way.survey.unit, 1), target.options)
+        if not isinstance(table, Extents):
+            raise PluginError(f"its pack returns {type(table).__name__}, not Extents", format_name=target.format.name)
+        losses = tuple(loss for disk in disks for loss in disk.plan.losses)
+        files = (OutFile(table),)
+        plan = plan_layout(Layout(files, losses), target.name, target.directory, way.backend.name, way.survey)
+        return NewMachine(machine, disks, configs, table, plan)
+    layouts = (OutFile(Extents.whole(Blob(config.name, config.content)), config.name) for config in configs)
+    small = plan_layout(Layout(tuple(layouts)), target.name, target.directory, way.backend.name, way.survey)
+    return NewMachine(machine, disks, configs, None, merge_plans([*(disk.plan for disk in disks), small]))
+
+
+def _disk(
+    number: int, image: Image, target: Target, request: MachineRequest, way: Proposal, registry: Registry
+) -> NewDisk:
+    wanted = registry.format(request.disk_format or target.format.disk_format)
+    accepted = target.format.disk_formats
+    if accepted and wanted.name not in accepted:
+        hint = f"--disk-format may be {', '.join(sorted(accepted))}"
+        raise UsageError(f"{target.format.name}: machines have no {wanted.name} disks", hint=hint)
+    options = parse_options(wanted.options(), request.disk_options, wanted.name)
+    if wanted.keeps_source(options):
+        raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
+    suffix = next(iter(wanted.suffixes), f".{wanted.name}")
+    place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix))
+    (part,) = parts_of(image, place, registry, None, chain=False)
+    (made,) = lay_out([part], place, way.survey.unit, registry, None)
+    references.confirm(made.layout.references, target.directory)
+    if target.format.is_package and len(made.layout.files) > 1:
+        raise PlanError(f"{made.name}: is {len(made.layout.files)} files, and a package takes one for each disk")
+    losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
+    plan = plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses)
+    return NewDisk(number, made, plan)
+
+
+def _member(disk: NewDisk) -> Member:
+    return Member(disk.container.name, disk.container.layout.files[-1].table)
+
+
+def _with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | None, target: Target) -> Machine:
+    """Returns the machine with the names, formats and sizes of the new files."""
+    devices = list(machine.disks)
+    for number, made, _ in disks:
+        devices[number] = devices[number].model_copy(update=_facts(made))
+    nvram = Nvram(file=store.name, kind=target.format.nvram_kind) if store else None
+    firmware = machine.firmware.model_copy(update={"nvram": nvram})
+    return machine.model_copy(update={"disks": tuple(devices), "firmware": firmware})
+
+
+def _facts(made: Container) -> dict[str, object]:
+    """Returns what a configuration may say of a disk's new file."""
+    facts: dict[str, object] = {
+        "file": made.name,
+        "format": made.format.name,
+        "capacity": made.disk.size,
+        "file_size": made.layout.files[-1].table.size,
+    }
+    if "image_uuid" in Disk.model_fields and made.identity is not None:
+        facts["image_uuid"] = uuid.UUID(bytes=made.identity)
+    return facts
+
+
+def _named(written: Sequence[ConfigFile], store: ConfigFile | None, target: Target) -> tuple[ConfigFile, ...]:
+    """Returns all small files of the machine with their names, the configuration last."""
+    if not written or written[-1].name:
+        raise PluginError("its writer returns no configuration", format_name=target.format.name)
+    extra = tuple(config._replace(name=file_name(config.name)) for config in written[:-1])
+    stored = (store,) if store else ()
+    return (*extra, *stored, written[-1]._replace(name=target.name))

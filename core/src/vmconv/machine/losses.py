@@ -1,0 +1,73 @@
+"""What becomes of each setting: carried, substituted or lost, computed from the machine and the format's `carries`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vmconv.errors import PlanError, PluginError, in_words
+from vmconv.machine.paths import carried, plain, stated
+from vmconv.machine.request import Loss
+
+if TYPE_CHECKING:
+    from vmconv.interface.machines import Adapted, MachineFormat, Substitution
+    from vmconv.machine.model import Machine
+
+
+class Fate(NamedTuple):
+    """The paths that are carried, the substitutions with a new value, and the losses."""
+
+    carried: tuple[str, ...]
+    substitutions: tuple[Substitution, ...]
+    losses: tuple[Loss, ...]
+
+
+def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
+    """Returns what becomes of each field that `machine` states.
+
+    Raises `PluginError` if the target changes a field that it carries, and gives no reason.
+    """
+    after = dict(stated(adapted.machine))
+    kept, losses = [], []
+    for path, value in stated(machine):
+        substitution = _about(path, adapted.substitutions)
+        if substitution is not None:
+            continue
+        if not carried(path, target.carries):
+            losses.append(Loss(path, words(value), f"{target.name} has no place for it"))
+        elif after.get(path) != value:
+            raise PluginError(f"changes {path} from {value!r} without a reason", format_name=target.name)
+        else:
+            kept.append(path)
+    losses += [Loss(each.path, each.before, each.reason) for each in adapted.substitutions if not each.after]
+    changed = tuple(each for each in adapted.substitutions if each.after)
+    return Fate(tuple(kept), changed, tuple(losses))
+
+
+def _about(path: str, substitutions: Iterable[Substitution]) -> Substitution | None:
+    """Returns the substitution of a field, of the same field of all devices, or of the part that has the field."""
+    for each in substitutions:
+        if any(at == each.path or at.startswith((f"{each.path}.", f"{each.path}[")) for at in (path, plain(path))):
+            return each
+    return None
+
+
+def words(value: Any) -> str:
+    """Returns a value of a field for people: settings of a vendor by their number."""
+    if isinstance(value, dict):
+        return f"{len(value)} {'setting' if len(value) == 1 else 'settings'}"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return in_words(value)
+
+
+def refuse(losses: Iterable[Loss], *, strict: bool, keep: Collection[str]) -> None:
+    """Raises `PlanError` for losses: all with `strict`, else of fields in or below `keep`."""
+    refused = [loss for loss in losses if strict or carried(loss.path, keep) or loss.path in keep]
+    if refused:
+        raise PlanError("; ".join(_lines(refused)), hint="vmconv machine plan lists what becomes of each setting")
+
+
+def _lines(losses: Iterable[Loss]) -> Iterator[str]:
+    for loss in losses:
+        yield f"{loss.path} {loss.value} would be lost: {loss.reason}"

@@ -1,0 +1,175 @@
+"""The conversion of a whole machine: configuration, firmware variables and disks as one transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.backends.targets import clean, refuse_directory
+from vmconv.conversion.choice import choose_backend
+from vmconv.conversion.execute import carry_out
+from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
+from vmconv.conversion.verify import verify_mode
+from vmconv.interface.backend import Access
+from vmconv.io.registry import installed
+from vmconv.machine import losses
+from vmconv.machine.layout import NewDisk, NewMachine, lay_out_machine
+from vmconv.machine.places import directory_at, existing_parent
+from vmconv.machine.request import DiskPlan, MachinePlan, MachineRequest, MachineResult
+from vmconv.machine.source import Source, opened
+from vmconv.machine.target import Target, target_of
+from vmconv.machine.verify import verify as verify_machine
+from vmconv.model.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.interface.arguments import Verify
+    from vmconv.interface.backend import Created, Proposal
+    from vmconv.io.directory import Directory
+    from vmconv.model.image import Image
+    from vmconv.model.plan import Progress
+
+
+class Prepared(NamedTuple):
+    """A planned conversion; the source's files are open."""
+
+    source: Source
+    target: Target
+    made: NewMachine
+    plan: MachinePlan
+    way: Proposal
+
+
+def plan(request: MachineRequest) -> MachinePlan:
+    """Returns what becomes of each setting and of each disk. Changes nothing."""
+    with _source(request) as source:
+        target = target_of(request, source.machine)
+        # The directory may be made by the conversion. Storage is the same as above it.
+        return _prepared(request, source, target, existing_parent(target.directory)).plan
+
+
+def run(
+    request: MachineRequest,
+    *,
+    verify: bool | Verify = True,
+    announce: Callable[[MachinePlan], None] | None = None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+    created: Created | None = None,
+) -> MachineResult:
+    """Converts a machine: all its files appear under their names, the configuration last, or none does."""
+    began = time.perf_counter()
+    done: list[MachineResult] = []
+    with _source(request) as source:
+        target = target_of(request, source.machine)
+        with directory_at(target.directory) as directory:
+            refuse_directory(directory)
+            ready = _prepared(request, source, target, target.directory)
+            with _checked(request, ready, directory):
+                if announce:
+                    announce(ready.plan)
+                _make(request, ready, directory, verify_mode(verify), (progress, verifying, created), done, began)
+    return done[0]
+
+
+def _source(request: MachineRequest) -> AbstractContextManager[Source]:
+    return opened(
+        request.source,
+        request.source_format,
+        allow_external=tuple(request.allow_external),
+        force_share=request.force_share,
+    )
+
+
+def _prepared(request: MachineRequest, source: Source, target: Target, directory: str) -> Prepared:
+    """Returns the planned conversion, with the storage of an existing `directory`."""
+    registry = installed()
+    images = [source.image(disk) for disk in source.machine.disks]
+    payload = [file for image in images if image is not None for file in _payload(image)]
+    way = choose_backend(registry, request.backend, directory, payload)
+    made = lay_out_machine(target, images, None, request, way, registry)
+    found = _plan(source, target, made, images)
+    losses.refuse(found.losses, strict=request.strict, keep=request.keep)
+    return Prepared(source, target, made, found, way)
+
+
+def _payload(image: Image) -> list[File]:
+    """Returns the files with payload of the disk as the guest sees it."""
+    return [each for each in image.flat.sources if isinstance(each, File)]
+
+
+def _plan(source: Source, target: Target, made: NewMachine, images: Sequence[Image | None]) -> MachinePlan:
+    fate = losses.fate(source.machine, target.adapted, target.format)
+    warnings = [text for image in images if image is not None for text in image.warnings]
+    return MachinePlan(
+        source.format.name,
+        target.format.name,
+        target.directory,
+        fate.carried,
+        fate.substitutions,
+        fate.losses,
+        tuple(_disk_plan(disk, source) for disk in made.disks),
+        tuple(file.name for file in made.plan.files),
+        made.plan.backend,
+        made.plan.totals,
+        made.plan.copies,
+        tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _disk_plan(disk: NewDisk, source: Source) -> DiskPlan:
+    container = disk.container
+    return DiskPlan(
+        source.machine.disks[disk.number].file or "",
+        container.source.format_name,
+        container.name,
+        container.format.name,
+        disk.plan.totals,
+        disk.plan.losses,
+    )
+
+
+@contextmanager
+def _checked(request: MachineRequest, ready: Prepared, directory: Directory) -> Iterator[None]:
+    """Refuses what the plan does not allow; during the block, files that will be replaced are locked."""
+    clean(directory, [file.name for file in ready.made.plan.files])
+    refuse_copies(request.target, request.zero_copy, ready.made.plan)
+    refuse_too_large(ready.made.plan)
+    with no_collisions(ready.made.plan, directory, ready.source.opener.files, force=request.force):
+        yield
+
+
+def _make(
+    request: MachineRequest,
+    ready: Prepared,
+    directory: Directory,
+    mode: Verify | None,
+    callbacks: tuple[Progress | None, Progress | None, Created | None],
+    done: list[MachineResult],
+    began: float,
+) -> None:
+    progress, verifying, created = callbacks
+    target, opener = ready.target, ready.source.opener
+
+    def check(files: list[File]) -> None:
+        if mode:
+            verify_machine(ready.made, files, target, installed(), mode, verifying)
+
+    def note() -> None:
+        configuration = directory.join(target.name)
+        done.append(MachineResult(request.source, configuration, ready.plan, time.perf_counter() - began))
+
+    transaction = ready.way.backend.begin(
+        directory, force=request.force, durable=request.cache != "unsafe", access=Access(opener.files, request.mode)
+    )
+    carry_out(
+        ready.made.plan,
+        transaction,
+        opener.files,
+        request.target,
+        verify=check,
+        progress=progress,
+        created=created,
+        done=note,
+    )

@@ -1,0 +1,73 @@
+"""The source of a machine's conversion: its configuration, and the images of its disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.errors import PlanError, UsageError
+from vmconv.inplace.settling import settle
+from vmconv.inspect import checking
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+from vmconv.machine.formats import identify, refuse_result
+from vmconv.machine.members import Members
+from vmconv.machine.model import Disk, Machine
+
+if TYPE_CHECKING:
+    from vmconv.interface.machines import MachineFormat
+    from vmconv.model.image import Image
+    from vmconv.model.sources import File
+
+
+class Source(NamedTuple):
+    """A machine that was read. `disks` opens the images of its disks; `opener` has opened all files."""
+
+    machine: Machine
+    format: MachineFormat
+    file: File
+    opener: Opener
+    disks: Opener
+
+    def image(self, disk: Disk) -> Image | None:
+        """Returns the image of a disk; None for a physical device, which is only named."""
+        if disk.file is not None:
+            image = self.disks.disk(self.file, disk.file, disk.format)
+            image.warnings += tuple(checking.warnings(image, self.opener))
+            return image
+        if disk.device is not None:
+            return None
+        if disk.capacity is None:
+            raise PlanError(f"{self.file.name}: a disk has neither a file nor a size")
+        return _empty(self.file, disk.capacity)
+
+
+def _empty(file: File, capacity: int) -> Image:
+    """Returns an image without content, for a disk that the configuration only describes."""
+    from vmconv.model.extents import Extents
+    from vmconv.model.image import Image
+    from vmconv.model.planned import PlannedFile
+
+    table = Extents.filled(capacity)
+    return Image("raw", PlannedFile(f"{file.path}: empty disk", table), capacity, lambda: table)
+
+
+@contextmanager
+def opened(
+    path: str, format_name: str | None = None, *, allow_external: tuple[str, ...] = (), force_share: bool = False
+) -> Iterator[Source]:
+    """Yields the machine of a configuration; its files are open until the block ends.
+
+    Raises `UsageError` if the format has no reader, `ImageError` if the configuration is damaged.
+    """
+    registry = installed()
+    with Opener(registry, allow_external=allow_external, force_share=force_share, settle=settle) as opener:
+        file = opener.referring(path)
+        found = identify(file, format_name)
+        if not found.can_read:
+            raise UsageError(f"{found.name}: machines of this format cannot be read, only written")
+        machine = found.read(file, opener)
+        refuse_result(machine, Machine, found.name, "reader")
+        disks = Members(registry, file, found.members(file)) if found.is_package else opener
+        yield Source(machine, found, file, opener, disks)

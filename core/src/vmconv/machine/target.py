@@ -1,0 +1,137 @@
+"""The target of a machine's conversion: its format, the machine in the format's terms, and the names of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
+
+from vmconv.errors import PluginError, UsageError
+from vmconv.interface.machines import Adapted, Substitution
+from vmconv.machine.formats import format_by_suffix, machine_format, refuse_result
+from vmconv.machine.model import Identity, Machine
+from vmconv.machine.places import file_name
+from vmconv.model.options import parse_options
+
+if TYPE_CHECKING:
+    from vmconv.interface.machines import MachineFormat
+    from vmconv.machine.request import MachineRequest
+
+
+class Target(NamedTuple):
+    """A format with its options, the adapted machine, and the directory and the name of its configuration."""
+
+    format: MachineFormat
+    options: Any
+    adapted: Adapted
+    directory: str
+    name: str
+
+    def disk_name(self, number: int, suffix: str) -> str:
+        """Returns the file name of a disk; disks are counted from 0."""
+        return file_name(self.format.disk_name(self.adapted.machine, number, suffix, self.options))
+
+    @property
+    def stem(self) -> str:
+        return os.path.splitext(self.name)[0]
+
+
+def target_of(request: MachineRequest, machine: Machine) -> Target:
+    """Returns the target of a request. Raises `PlanError` if the machine cannot exist on the platform."""
+    found = machine_format(request.target_format or _named(request.target))
+    if not found.can_write:
+        raise UsageError(f"{found.name}: machines of this format cannot be written, only read")
+    options = parse_options(found.options(), request.options, found.name)
+    left = _without_what_stays(_identified(machine, request))
+    adapted: Any = found.adapt(left.machine, options)
+    refuse_result(adapted, Adapted, found.name, "adapt")
+    _refuse_other_disks(left.machine, adapted.machine, found.name)
+    both = Adapted(adapted.machine, left.substitutions + tuple(adapted.substitutions))
+    directory, name = _place(request, found, both.machine, options)
+    if "directory" in _fields(options) and not options.directory:
+        # Some platforms need absolute paths in their configurations.
+        options = dataclasses.replace(options, directory=os.path.realpath(directory))
+    return Target(found, options, both, directory, name)
+
+
+def _named(path: str) -> str:
+    name = format_by_suffix(path)
+    if name is None:
+        raise UsageError(f"{path}: its name has no machine format's suffix", hint="name the format with -O")
+    return name
+
+
+def _fields(options: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(options)}
+
+
+def _place(request: MachineRequest, found: MachineFormat, machine: Machine, options: Any) -> tuple[str, str]:
+    """Returns the directory and the name of the configuration."""
+    path = request.target
+    is_directory = path.endswith("/") or os.path.isdir(path)
+    if not is_directory and path.lower().endswith(found.suffixes):
+        return os.path.dirname(path) or ".", os.path.basename(path)
+    below = found.directory(machine, options)
+    return os.path.normpath(os.path.join(path, below)), file_name(found.config_name(machine, options))
+
+
+def _refuse_other_disks(before: Machine, after: Machine, format_name: str) -> None:
+    """Raises `PluginError` if adapting changed which disks the machine has."""
+    if [(disk.file, disk.device) for disk in before.disks] != [(disk.file, disk.device) for disk in after.disks]:
+        raise PluginError("its adapt changes which disks the machine has", format_name=format_name)
+
+
+def _identified(machine: Machine, request: MachineRequest) -> Adapted:
+    """Returns the machine with the identity that the request asks for."""
+    identity = machine.identity
+    if request.uuid == "text" and identity.uuid_text:
+        identity = identity.model_copy(update={"uuid": identity.uuid_text})
+    identity = identity.model_copy(update={"uuid_text": None})
+    if not request.new_identity:
+        return Adapted(machine.model_copy(update={"identity": identity}))
+    return _cloned(machine, identity)
+
+
+def _cloned(machine: Machine, identity: Identity) -> Adapted:
+    """Returns the machine with new ids, and without its MAC addresses: the platform generates others."""
+    reason = "a clone has an identity of its own"
+    found = []
+    fresh = {"uuid": uuid4(), "generation_id": uuid4() if identity.generation_id else None}
+    for name in ("uuid", "generation_id", "instance_uuid", "serial"):
+        before, after = getattr(identity, name), fresh.get(name)
+        if before is not None:
+            found.append(Substitution(f"identity.{name}", str(before), str(after or "none"), reason))
+    nics = []
+    for number, nic in enumerate(machine.nics):
+        if nic.mac is not None:
+            found.append(Substitution(f"nics[{number}].mac", nic.mac, "generated", reason))
+        nics.append(nic.model_copy(update={"mac": None, "mac_origin": None}))
+    identity = identity.model_copy(update={**fresh, "instance_uuid": None, "serial": None})
+    return Adapted(machine.model_copy(update={"identity": identity, "nics": tuple(nics)}), tuple(found))
+
+
+def _without_what_stays(identified: Adapted) -> Adapted:
+    """Returns the machine without files that belong to the source's host: media, memory, and the TPM's secrets."""
+    machine, found = identified.machine, list(identified.substitutions)
+    removables = []
+    for number, drive in enumerate(machine.removables):
+        for field in ("file", "device"):
+            if value := getattr(drive, field):
+                reason = "media stay on the source's host; insert it again"
+                found.append(Substitution(f"removables[{number}].{field}", value, "", reason))
+        removables.append(drive.model_copy(update={"file": None, "device": None}))
+    changes: dict[str, Any] = {"removables": tuple(removables)}
+    if machine.memory_state:
+        reason = "the machine starts from its disks; resume and shut it down first"
+        found.append(Substitution("memory_state", machine.memory_state, "", reason))
+        changes["memory_state"] = None
+    if machine.tpm and machine.tpm.state:
+        reason = "the secrets of a TPM cannot be moved; suspend BitLocker in the guest first"
+        found.append(Substitution("tpm.state", machine.tpm.state, "", reason))
+        changes["tpm"] = machine.tpm.model_copy(update={"state": None})
+    if machine.snapshots:
+        reason = "a conversion takes the current state"
+        found.append(Substitution("snapshots", ", ".join(machine.snapshots), "", reason))
+        changes["snapshots"] = ()
+    return Adapted(machine.model_copy(update=changes), tuple(found))

@@ -1,0 +1,81 @@
+"""Verifies a new machine before its files are named: disks by their tables, the configuration by reading it back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vmconv.conversion.verify import verify as verify_disks
+from vmconv.errors import VerifyError, VmconvError
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry
+from vmconv.machine.paths import restricted, stated
+from vmconv.model.planned import PlannedFile
+from vmconv.model.sources import File
+
+if TYPE_CHECKING:
+    from vmconv.interface.arguments import Verify
+    from vmconv.interface.machines import ConfigFile
+    from vmconv.machine.layout import NewMachine
+    from vmconv.machine.target import Target
+    from vmconv.model.plan import Progress
+
+
+def verify(
+    made: NewMachine, files: Sequence[File], target: Target, registry: Registry, mode: Verify, progress: Progress | None
+) -> None:
+    """Raises `VerifyError` unless the finished files hold the machine.
+
+    `files` are in the order of the plan: each disk's files, then the small files, the configuration last.
+    """
+    if made.package is None:
+        disks, small = files[: len(files) - len(made.configs)], files[len(files) - len(made.configs) :]
+    else:
+        disks, small = _members(made, files[-1], target)
+    for config, file in zip(made.configs, small, strict=True):
+        _check_bytes(config, file)
+    _check_machine(made, files[-1], target)
+    verify_disks([disk.container for disk in made.disks], disks, registry, mode, progress)
+
+
+def _members(made: NewMachine, package: File, target: Target) -> tuple[list[File], list[File]]:
+    """Returns the disks and the small files of a package, as its reader finds them in the finished file."""
+    found = {}
+    for member in target.format.members(package):
+        found[member.name] = PlannedFile(os.path.join(package.path, member.name), member.table)
+    config = next(iter(found.values()), None)
+    if config is None:
+        raise VerifyError(f"{package.name}: has no members")
+    try:
+        disks: list[File] = [found[disk.container.name] for disk in made.disks]
+        small: list[File] = [found[each.name] for each in made.configs[:-1]]
+    except KeyError as exc:
+        raise VerifyError(f"{package.name}: has no member {exc}") from exc
+    # The configuration comes first in a package, and its reader finds it there.
+    return disks, [*small, config]
+
+
+def _check_bytes(config: ConfigFile, file: File) -> None:
+    # A package pads its configuration with white space.
+    content = file.read(0, file.size) if file.size <= 2 * len(config.content) + (1 << 20) else b""
+    if not content.startswith(config.content) or content[len(config.content) :].strip():
+        raise VerifyError(f"{config.name}: the result has other bytes than were written")
+
+
+def _check_machine(made: NewMachine, file: File, target: Target) -> None:
+    """Raises `VerifyError` if the configuration is read as another machine, on platforms whose reader reads it."""
+    if not (target.format.can_read and target.format.probe(file)):
+        return
+    try:
+        found = target.format.read(file, Opener(Registry()))
+    except VmconvError as exc:
+        raise VerifyError(f"the configuration cannot be read back: {exc}") from exc
+    wanted = restricted(made.machine, target.format.carries)
+    if restricted(found, target.format.carries) != wanted:
+        there = dict(stated(found))
+        path = next((path for path, value in stated(wanted) if there.get(path) != value), "")
+        raise VerifyError(
+            f"{file.name}: {path or 'a device'} is read back as {there.get(path)!r}",
+            hint="this is a defect of vmconv or of the plugin, please report it; nothing was created",
+        )

@@ -1,0 +1,74 @@
+"""The verbs of `vmconv machine` as people and scripts see them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from machine.test_pipeline import machine
+from vmconv.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def test_a_machine_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = machine(tmp_path, nics=[{"mac": "00:50:56:00:00:01"}], description="two\nlines")
+    assert main(["machine", "info", str(config)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "machine: web (toy machines)"
+    assert "  cpu: count 2" in said
+    assert "  memory: size 1 GiB" in said
+    assert "  description: two / lines" in said
+    assert "  nics[0]: mac 00:50:56:00:00:01" in said
+    assert main(["machine", "info", "--output", "json", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["cpu"]) == ("toy", {"count": 2})
+
+
+def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = machine(tmp_path / "old", nics=[{"model": "e1000"}], sound="hda")
+    assert main(["machine", "plan", "-O", "toy", str(config), str(tmp_path / "new")]) == 0
+    said = capsys.readouterr().out
+    assert "changed: nics[0].model e1000 -> virtio: toys have virtio only" in said
+    assert "not carried over: sound hda: toy has no place for it" in said
+    assert "disk data.qcow2 (qcow2) -> web-disk2.raw (raw): shared" in said
+    assert main(["machine", "plan", "-O", "toy", "--output", "json", str(config), str(tmp_path / "new")]) == 0
+    assert json.loads(capsys.readouterr().out)["losses"][0]["path"] == "sound"
+
+
+def test_a_conversion_reports_losses_before_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = machine(tmp_path / "old", sound="hda")
+    assert main(["machine", "convert", "-O", "toy", str(config), str(tmp_path / "new")]) == 0
+    captured = capsys.readouterr()
+    assert "not carried over: sound hda" in captured.err
+    assert captured.out.startswith(f"{tmp_path}/new/web.toy: 3 disks, ")
+    assert main(["machine", "convert", "-q", "--force", "-O", "toy", str(config), str(tmp_path / "new")]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_events_are_printed_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = machine(tmp_path / "old", sound="hda")
+    given = ["machine", "convert", "--output", "json", "-O", "toy", str(config), str(tmp_path / "new")]
+    assert main(given) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events if event["event"] != "progress"] == ["plan", "result"]
+    assert events[-1]["plan"]["totals"] == events[0]["totals"]
+    assert main(given) == 1
+    (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (event["event"], event["exit-code"]) == ("error", 1)
+
+
+def test_formats_are_listed_with_those_that_could_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["machine", "formats"]) == 0
+    assert any(line.split()[:4] == ["toy", "yes", "yes", ".toy"] for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["web.vmx", "web.ovf", "web.vbox", "web.xml"])
+def test_a_configuration_given_as_a_disk_names_the_other_command(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("something")
+    assert main(["convert", str(tmp_path / name), str(tmp_path / "web.qcow2")]) == 1
+    assert "vmconv machine convert" in capsys.readouterr().err

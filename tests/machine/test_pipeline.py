@@ -1,0 +1,228 @@
+"""A whole machine is converted as one: its settings, its disks, all of its files or none."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmconv
+from machine.toy import Toy
+from support.disks import MIB, make_disk
+from vmconv.errors import AccessError, BackendError, ImageError, PlanError, PluginError, UsageError, ZeroCopyError
+from vmconv.interface.machines import Adapted
+from vmconv.io.registry import Registry
+from vmconv.machine import Machine
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def machine(directory: Path, **changes: Any) -> Path:
+    """Makes a machine with three disks in three formats, and returns its configuration."""
+    directory.mkdir(parents=True, exist_ok=True)
+    raw = make_disk(directory / "system.raw", 4 * MIB)
+    for name in ("data.qcow2", "old.vmdk"):
+        vmconv.convert(raw, directory / name)
+    disks = [{"file": name} for name in ("system.raw", "data.qcow2", "old.vmdk")]
+    toy = {"name": "web", "cpu": {"count": 2}, "memory": {"size": 1 << 30}, "disks": disks, **changes}
+    config = directory / "web.toy"
+    config.write_text(json.dumps({"toy": toy}))
+    return config
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_all_disks_share_the_blocks_of_the_source(reflink_dir: Path) -> None:
+    config = machine(reflink_dir / "old")
+    result = vmconv.machine_convert(config, reflink_dir / "new", target_format="toy", disk_format="qcow2")
+    assert result.target == str(reflink_dir / "new/web.toy")
+    assert names(reflink_dir / "new") == ["web-disk1.qcow2", "web-disk2.qcow2", "web-disk3.qcow2", "web.toy"]
+    assert result.plan.totals.copied == 0
+    assert result.plan.totals.shared > 0
+    for before, after in zip(("system.raw", "data.qcow2", "old.vmdk"), names(reflink_dir / "new"), strict=False):
+        assert vmconv.compare(reflink_dir / "old" / before, reflink_dir / "new" / after)
+        assert vmconv.prove(reflink_dir / "old" / before, reflink_dir / "new" / after)
+    found = vmconv.machine_info(result.target)
+    assert found.name == "web"
+    assert [(disk.file, disk.format, disk.capacity) for disk in found.disks] == [
+        (f"web-disk{number}.qcow2", "qcow2", 4 * MIB) for number in (1, 2, 3)
+    ]
+
+
+def test_the_target_may_name_the_configuration(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    result = vmconv.machine_convert(config, tmp_path / "new/other.toy")
+    assert result.target == str(tmp_path / "new/other.toy")
+    assert names(tmp_path / "new") == ["other.toy", "web-disk1.raw", "web-disk2.raw", "web-disk3.raw"]
+
+
+def test_a_plan_says_what_becomes_of_each_setting_and_changes_nothing(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", nics=[{"model": "e1000"}], sound="hda", extra={"vmx": {"a": "b", "c": "d"}})
+    plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+    assert names(tmp_path) == ["old"]
+    assert {"name", "cpu.count", "memory.size"} <= set(plan.carried)
+    assert [(one.path, one.before, one.after) for one in plan.substitutions] == [("nics[0].model", "e1000", "virtio")]
+    assert [(loss.path, loss.value) for loss in plan.losses] == [("sound", "hda"), ("extra.vmx", "2 settings")]
+    assert [(disk.source, disk.target) for disk in plan.disks] == [
+        ("system.raw", "web-disk1.raw"),
+        ("data.qcow2", "web-disk2.raw"),
+        ("old.vmdk", "web-disk3.raw"),
+    ]
+
+
+@pytest.mark.parametrize("wanted", [{"strict": True}, {"keep": ["sound"]}], ids=["strict", "keep"])
+def test_losses_are_refused_on_request(wanted: dict[str, Any], tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", sound="hda")
+    with pytest.raises(PlanError, match="sound hda would be lost"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="toy", **wanted)
+    assert names(tmp_path) == ["old"]
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy", keep=["nics.mac"])
+
+
+def test_media_memory_and_secrets_stay_with_the_source(tmp_path: Path) -> None:
+    config = machine(
+        tmp_path / "old",
+        removables=[{"kind": "cdrom", "file": "/srv/install.iso"}],
+        memory_state="web.vmss",
+        tpm={"version": "2.0", "state": "tpm"},
+        snapshots=["before"],
+    )
+    plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+    reasons = {loss.path: loss.reason for loss in plan.losses}
+    assert "insert it again" in reasons["removables[0].file"]
+    assert "BitLocker" in reasons["tpm.state"]
+    assert {"memory_state", "snapshots"} <= reasons.keys()
+
+
+def test_a_clone_gets_a_new_identity(tmp_path: Path, toys: Registry) -> None:
+    toys.machines["toy"].carries = Toy.carries | {"identity"}
+    before = "12345678-1234-1234-1234-123456789abc"
+    config = machine(tmp_path / "old", identity={"uuid": before}, nics=[{"mac": "00:50:56:00:00:01"}])
+    kept = vmconv.machine_convert(config, tmp_path / "kept", target_format="toy")
+    assert str(vmconv.machine_info(kept.target).identity.uuid) == before
+    clone = vmconv.machine_convert(config, tmp_path / "clone", target_format="toy", new_identity=True)
+    found = vmconv.machine_info(clone.target)
+    assert str(found.identity.uuid) not in (before, "None")
+    assert found.nics[0].mac is None
+    assert [one.path for one in clone.plan.substitutions] == ["identity.uuid", "nics[0].mac"]
+
+
+def test_files_that_exist_are_replaced_on_request_only(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    before = {name: (tmp_path / "new" / name).stat().st_ino for name in names(tmp_path / "new")}
+    with pytest.raises(PlanError, match="already exists"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert {name: (tmp_path / "new" / name).stat().st_ino for name in names(tmp_path / "new")} == before
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy", force=True)
+    assert names(tmp_path / "new") == sorted(before)
+
+
+def test_a_machine_is_not_made_over_its_own_source(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    with pytest.raises(PlanError, match="is part of the source"):
+        vmconv.machine_convert(config, tmp_path / "old", target_format="toy", force=True)
+
+
+def test_nothing_is_left_when_a_disk_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = machine(tmp_path / "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwritev", fail)
+    with pytest.raises(BackendError, match="No space left"):
+        vmconv.machine_convert(config, tmp_path / "new/images/101", target_format="toy")
+    assert names(tmp_path) == ["old"]
+
+
+def test_a_configuration_that_is_read_back_wrong_is_not_named(
+    tmp_path: Path, toys: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = machine(tmp_path / "old")
+    write = Toy.write
+
+    def forgetful(self: Toy, machine: Machine, options: Any) -> Any:
+        return write(self, machine.model_copy(update={"name": "other"}), options)
+
+    monkeypatch.setattr(Toy, "write", forgetful)
+    with pytest.raises(vmconv.VerifyError, match="name is read back as 'other'"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert names(tmp_path) == ["old"]
+
+
+@pytest.mark.parametrize("reference", ["../../secret.raw", "/etc/shadow"], ids=["above", "absolute"])
+def test_a_configuration_does_not_lead_out_of_its_directory(reference: str, tmp_path: Path) -> None:
+    make_disk(tmp_path / "secret.raw", MIB)
+    config = machine(tmp_path / "old/machine", disks=[{"file": reference, "format": "raw"}])
+    with pytest.raises(AccessError, match="lies outside"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_physical_disk_is_named_and_not_opened(tmp_path: Path, toys: Registry) -> None:
+    config = machine(tmp_path / "old", disks=[{"device": "/dev/sda"}])
+    plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+    assert plan.disks == ()
+    assert [(loss.path, loss.value) for loss in plan.losses] == [("disks[0].device", "/dev/sda")]
+
+
+def test_an_empty_disk_is_made_with_its_size(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", disks=[{"capacity": 3 * MIB}])
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert (tmp_path / "new/web-disk1.raw").stat().st_size == 3 * MIB
+
+
+def test_copies_are_refused_where_zero_copy_is_required(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    with pytest.raises(ZeroCopyError):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="toy", zero_copy="require", backend="copy")
+    assert names(tmp_path) == ["old"]
+
+
+def test_names_of_machines_become_plain_file_names(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", name="../../etc/x", disks=[])
+    result = vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert result.target == str(tmp_path / "new/_.-..-etc-x.toy")
+    config = machine(tmp_path / "long", name="x" * 500, disks=[])
+    result = vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert len(Path(result.target).name) == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"target": "new/web.nonsense"}, "no machine format's suffix"),
+        ({"target": "new", "target_format": "nonsense"}, "is not installed"),
+        ({"target": "new", "target_format": "toy", "disk_format": "nonsense"}, "is not installed"),
+        ({"target": "new", "target_format": "toy", "options": {"x": "y"}}, "x"),
+    ],
+    ids=["suffix", "format", "disk format", "option"],
+)
+def test_requests_that_make_no_sense_are_refused(given: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    target = tmp_path / given.pop("target")
+    with pytest.raises(UsageError, match=problem):
+        vmconv.machine_convert(config, target, **given)
+    assert names(tmp_path) == ["old"]
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", MIB)
+    with pytest.raises(ImageError, match="not a configuration"):
+        vmconv.machine_info(disk)
+
+
+def test_a_plugin_that_changes_a_setting_without_a_reason_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = machine(tmp_path / "old")
+    monkeypatch.setattr(Toy, "adapt", lambda _self, one, _: Adapted(one.model_copy(update={"name": "other"})))
+    with pytest.raises(PluginError, match="changes name from 'web' without a reason"):
+        vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
