@@ -36,7 +36,8 @@ def oracle_module(name: str) -> ModuleType:
 
 def oracle_program(name: str) -> str:
     """Returns the path of a program that we did not write, to ask for a second opinion."""
-    program = shutil.which(name)
+    # Programs of Python packages lie beside the interpreter.
+    program = shutil.which(name, path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
     if program is None:
         missing("oracle", f"{name} is not installed")
     return str(program)
