@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vmconv.interface.format import NoOptions
 
@@ -67,8 +67,8 @@ class MachineFormat:
     """The format of the disks of new machines, unless the user names another."""
     disk_formats: frozenset[str] = frozenset()
     """All disk formats that the platform accepts; empty if it does not matter."""
-    nvram_kind: str | None = None
-    """The kind of variable store that new machines get; None if the platform takes none."""
+    nvram_kind: Literal["ovmf", "virtualbox"] | None = None
+    """The kind of variable store that new UEFI machines get; None if the platform takes none that can be made."""
     can_read = True
     can_write = True
     is_package = False
@@ -109,6 +109,10 @@ class MachineFormat:
     def disk_name(self, machine: Machine, number: int, suffix: str, options: Any) -> str:
         """Returns the file name of disk `number`, counted from 0, with the suffix of its format."""
         return f"{machine.name or 'machine'}-disk{number + 1}{suffix}"
+
+    def nvram_name(self, machine: Machine, options: Any) -> str:
+        """Returns the file name of the variable store of an adapted machine."""
+        return f"{machine.name or 'machine'}{'_VARS.fd' if self.nvram_kind == 'ovmf' else '.nvram'}"
 
     def config_name(self, machine: Machine, options: Any) -> str:
         """Returns the file name of the configuration if the user names only a directory."""

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from vmconv.machine.model import Machine
 
 
+_BY_CORE = frozenset(
+    {*(f"disks.{name}" for name in ("file", "format", "capacity", "file_size", "image_uuid")), "identity.uuid_text"}
+    | {"firmware.nvram.file", "firmware.nvram.kind"}
+)
+"""Fields that a conversion sets itself, or reports in another way."""
+
+
 class Fate(NamedTuple):
     """The paths that are carried, the substitutions with a new value, and the losses."""
 
@@ -31,7 +38,7 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
     kept, losses = [], []
     for path, value in stated(machine):
         substitution = _about(path, adapted.substitutions)
-        if substitution is not None:
+        if substitution is not None or plain(path) in _BY_CORE or (path == "os.source_id" and machine.os.id):
             continue
         if not carried(path, target.carries):
             losses.append(Loss(path, words(value), f"{target.name} has no place for it"))

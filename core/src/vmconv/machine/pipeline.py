@@ -15,6 +15,7 @@ from vmconv.conversion.verify import verify_mode
 from vmconv.interface.backend import Access
 from vmconv.io.registry import installed
 from vmconv.machine import losses
+from vmconv.machine.firmware import Variables, variables
 from vmconv.machine.layout import NewDisk, NewMachine, lay_out_machine
 from vmconv.machine.places import directory_at, existing_parent
 from vmconv.machine.request import DiskPlan, MachinePlan, MachineRequest, MachineResult
@@ -88,8 +89,9 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     images = [source.image(disk) for disk in source.machine.disks]
     payload = [file for image in images if image is not None for file in _payload(image)]
     way = choose_backend(registry, request.backend, directory, payload)
-    made = lay_out_machine(target, images, None, request, way, registry)
-    found = _plan(source, target, made, images)
+    firmware = variables(source, target)
+    made = lay_out_machine(target, images, firmware.store, request, way, registry)
+    found = _plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Prepared(source, target, made, found, way)
 
@@ -99,7 +101,9 @@ def _payload(image: Image) -> list[File]:
     return [each for each in image.flat.sources if isinstance(each, File)]
 
 
-def _plan(source: Source, target: Target, made: NewMachine, images: Sequence[Image | None]) -> MachinePlan:
+def _plan(
+    source: Source, target: Target, made: NewMachine, images: Sequence[Image | None], firmware: Variables
+) -> MachinePlan:
     fate = losses.fate(source.machine, target.adapted, target.format)
     warnings = [text for image in images if image is not None for text in image.warnings]
     return MachinePlan(
@@ -108,13 +112,14 @@ def _plan(source: Source, target: Target, made: NewMachine, images: Sequence[Ima
         target.directory,
         fate.carried,
         fate.substitutions,
-        fate.losses,
+        fate.losses + firmware.losses,
         tuple(_disk_plan(disk, source) for disk in made.disks),
         tuple(file.name for file in made.plan.files),
         made.plan.backend,
         made.plan.totals,
         made.plan.copies,
         tuple(dict.fromkeys(warnings)),
+        firmware.notes,
     )
 
 

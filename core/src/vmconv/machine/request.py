@@ -71,6 +71,7 @@ class MachinePlan(NamedTuple):
     totals: Totals
     copies: tuple[CopyReason, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class DiskPlan(NamedTuple):

@@ -17,6 +17,7 @@ def plan_lines(plan: MachinePlan) -> Iterator[str]:
         yield f"copied because {copy.reason}: {_size(copy.bytes)}"
     yield from change_lines(plan)
     yield from (f"file {name}" for name in plan.files)
+    yield from (f"note: {note}" for note in plan.notes)
     yield from (f"warning: {warning}" for warning in plan.warnings)
 
 

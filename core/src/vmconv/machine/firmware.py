@@ -1,0 +1,51 @@
+"""The firmware's variables of a machine that is converted: read from the source's store, written to a new one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmconv.errors import AccessError, ImageError, PlanError
+from vmconv.interface.machines import ConfigFile
+from vmconv.machine.places import file_name
+from vmconv.machine.request import Loss
+
+if TYPE_CHECKING:
+    from vmconv.machine.source import Source
+    from vmconv.machine.target import Target
+
+
+class Variables(NamedTuple):
+    """The new variable store, None without one; the loss of the source's store; and a note on each dropped variable."""
+
+    store: ConfigFile | None = None
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def variables(source: Source, target: Target) -> Variables:
+    """Returns the variables for the new machine.
+
+    A store that cannot be carried over is a loss with its reason, not an error: a machine without it starts with the
+    defaults of its firmware.
+    """
+    firmware = source.machine.firmware
+    if firmware.nvram is None:
+        return Variables()
+    if firmware.kind == "bios":
+        return _lost(firmware.nvram.file, "a BIOS has no variables that another firmware could use")
+    if target.format.nvram_kind is None:
+        return _lost(firmware.nvram.file, f"{target.format.name} takes no store that could be made")
+    from vmconv.machine import nvram
+
+    try:
+        file = source.disks.related(source.file, firmware.nvram.file, "store of firmware variables", moved=True)
+        read = nvram.read(file, file.name)
+        data, dropped = nvram.converted(read, target.format.nvram_kind, secure_boot=firmware.secure_boot)
+    except (AccessError, ImageError, PlanError) as exc:
+        return _lost(firmware.nvram.file, str(exc))
+    name = file_name(target.format.nvram_name(target.adapted.machine, target.options))
+    return Variables(ConfigFile(name, data), (), tuple(f"firmware variable {line}" for line in dropped))
+
+
+def _lost(file: str, reason: str) -> Variables:
+    return Variables(losses=(Loss("firmware.nvram", file, reason),))
