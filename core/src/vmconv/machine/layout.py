@@ -21,6 +21,7 @@ from vmconv.model.sources import Blob
 
 if TYPE_CHECKING:
     from vmconv.interface.backend import Proposal
+    from vmconv.interface.format import Format
     from vmconv.io.registry import Registry
     from vmconv.machine.request import MachineRequest
     from vmconv.machine.target import Target
@@ -65,9 +66,9 @@ def lay_out_machine(
     disks = tuple(
         _disk(number, image, target, request, way, registry) for number, image in enumerate(images) if image is not None
     )
-    machine = _with_files(target.adapted.machine, disks, store, target)
+    machine = with_files(target.adapted.machine, disks, store, target)
     written = target.format.write(machine, target.options)
-    configs = _named(written, store, target)
+    configs = named(written, store, target)
     if target.format.is_package:
         table = target.format.pack(configs, [_member(disk) for disk in disks], max(way.survey.unit, 1), target.options)
         if not isinstance(table, Extents):
@@ -76,24 +77,24 @@ def lay_out_machine(
         files = (OutFile(table),)
         plan = plan_layout(Layout(files, losses), target.name, target.directory, way.backend.name, way.survey)
         return NewMachine(machine, disks, configs, table, plan)
-    layouts = (OutFile(Extents.whole(Blob(config.name, config.content)), config.name) for config in configs)
-    small = plan_layout(Layout(tuple(layouts)), target.name, target.directory, way.backend.name, way.survey)
+    small = plan_of_configs(configs, target, way)
     return NewMachine(machine, disks, configs, None, merge_plans([*(disk.plan for disk in disks), small]))
+
+
+def plan_of_configs(configs: Sequence[ConfigFile], target: Target, way: Proposal) -> Plan:
+    """Returns the plan that writes the small files of a machine."""
+    layouts = (OutFile(Extents.whole(Blob(config.name, config.content)), config.name) for config in configs)
+    return plan_layout(Layout(tuple(layouts)), target.name, target.directory, way.backend.name, way.survey)
 
 
 def _disk(
     number: int, image: Image, target: Target, request: MachineRequest, way: Proposal, registry: Registry
 ) -> NewDisk:
-    wanted = registry.format(request.disk_format or target.format.disk_format)
-    accepted = target.format.disk_formats
-    if accepted and wanted.name not in accepted:
-        hint = f"--disk-format may be {', '.join(sorted(accepted))}"
-        raise UsageError(f"{target.format.name}: machines have no {wanted.name} disks", hint=hint)
+    wanted = disk_format(target, request, registry)
     options = parse_options(wanted.options(), request.disk_options, wanted.name)
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
-    suffix = next(iter(wanted.suffixes), f".{wanted.name}")
-    place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix))
+    place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))
     (part,) = parts_of(image, place, registry, None, chain=False)
     (made,) = lay_out([part], place, way.survey.unit, registry, None)
     references.confirm(made.layout.references, target.directory)
@@ -104,11 +105,26 @@ def _disk(
     return NewDisk(number, made, plan)
 
 
+def disk_format(target: Target, request: MachineRequest, registry: Registry) -> Format:
+    """Returns the format of the new disks; raises `UsageError` if the platform does not have it."""
+    wanted = registry.format(request.disk_format or target.format.disk_format)
+    accepted = target.format.disk_formats
+    if accepted and wanted.name not in accepted:
+        hint = f"--disk-format may be {', '.join(sorted(accepted))}"
+        raise UsageError(f"{target.format.name}: machines have no {wanted.name} disks", hint=hint)
+    return wanted
+
+
+def suffix_of(wanted: Format) -> str:
+    """Returns the suffix of new files of a format."""
+    return next(iter(wanted.suffixes), f".{wanted.name}")
+
+
 def _member(disk: NewDisk) -> Member:
     return Member(disk.container.name, disk.container.layout.files[-1].table)
 
 
-def _with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | None, target: Target) -> Machine:
+def with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | None, target: Target) -> Machine:
     """Returns the machine with the names, formats and sizes of the new files."""
     devices = list(machine.disks)
     for number, made, _ in disks:
@@ -131,7 +147,7 @@ def _facts(made: Container) -> dict[str, object]:
     return facts
 
 
-def _named(written: Sequence[ConfigFile], store: ConfigFile | None, target: Target) -> tuple[ConfigFile, ...]:
+def named(written: Sequence[ConfigFile], store: ConfigFile | None, target: Target) -> tuple[ConfigFile, ...]:
     """Returns all small files of the machine with their names, the configuration last."""
     if not written or written[-1].name:
         raise PluginError("its writer returns no configuration", format_name=target.format.name)

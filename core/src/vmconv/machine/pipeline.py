@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import clean, refuse_directory
@@ -12,14 +12,17 @@ from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.execute import carry_out
 from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
 from vmconv.conversion.verify import verify_mode
+from vmconv.errors import UsageError
 from vmconv.interface.backend import Access
 from vmconv.io.registry import installed
 from vmconv.machine import losses
-from vmconv.machine.firmware import Variables, variables
-from vmconv.machine.layout import NewDisk, NewMachine, lay_out_machine
+from vmconv.machine.firmware import variables
+from vmconv.machine.in_place import planned_in_place, run_in_place
+from vmconv.machine.layout import NewMachine, lay_out_machine
 from vmconv.machine.places import directory_at, existing_parent
-from vmconv.machine.request import DiskPlan, MachinePlan, MachineRequest, MachineResult
-from vmconv.machine.source import Source, opened
+from vmconv.machine.plans import machine_plan
+from vmconv.machine.request import MachinePlan, MachineRequest, MachineResult
+from vmconv.machine.source import Source, source_of
 from vmconv.machine.target import Target, target_of
 from vmconv.machine.verify import verify as verify_machine
 from vmconv.model.sources import File
@@ -44,8 +47,10 @@ class Prepared(NamedTuple):
 
 def plan(request: MachineRequest) -> MachinePlan:
     """Returns what becomes of each setting and of each disk. Changes nothing."""
-    with _source(request) as source:
+    with source_of(request) as source:
         target = target_of(request, source.machine)
+        if request.in_place:
+            return planned_in_place(request, source, target).plan
         # The directory may be made by the conversion. Storage is the same as above it.
         return _prepared(request, source, target, existing_parent(target.directory)).plan
 
@@ -60,9 +65,13 @@ def run(
     created: Created | None = None,
 ) -> MachineResult:
     """Converts a machine: all its files appear under their names, the configuration last, or none does."""
+    if request.in_place:
+        return run_in_place(request, verify=verify, announce=announce, progress=progress, created=created)
+    if request.keep_undo:
+        raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
     began = time.perf_counter()
     done: list[MachineResult] = []
-    with _source(request) as source:
+    with source_of(request) as source:
         target = target_of(request, source.machine)
         with directory_at(target.directory) as directory:
             refuse_directory(directory)
@@ -74,15 +83,6 @@ def run(
     return done[0]
 
 
-def _source(request: MachineRequest) -> AbstractContextManager[Source]:
-    return opened(
-        request.source,
-        request.source_format,
-        allow_external=tuple(request.allow_external),
-        force_share=request.force_share,
-    )
-
-
 def _prepared(request: MachineRequest, source: Source, target: Target, directory: str) -> Prepared:
     """Returns the planned conversion, with the storage of an existing `directory`."""
     registry = installed()
@@ -91,7 +91,7 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     way = choose_backend(registry, request.backend, directory, payload)
     firmware = variables(source, target)
     made = lay_out_machine(target, images, firmware.store, request, way, registry)
-    found = _plan(source, target, made, images, firmware)
+    found = machine_plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Prepared(source, target, made, found, way)
 
@@ -99,40 +99,6 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
 def _payload(image: Image) -> list[File]:
     """Returns the files with payload of the disk as the guest sees it."""
     return [each for each in image.flat.sources if isinstance(each, File)]
-
-
-def _plan(
-    source: Source, target: Target, made: NewMachine, images: Sequence[Image | None], firmware: Variables
-) -> MachinePlan:
-    fate = losses.fate(source.machine, target.adapted, target.format)
-    warnings = [text for image in images if image is not None for text in image.warnings]
-    return MachinePlan(
-        source.format.name,
-        target.format.name,
-        target.directory,
-        fate.carried,
-        fate.substitutions,
-        fate.losses + firmware.losses,
-        tuple(_disk_plan(disk, source) for disk in made.disks),
-        tuple(file.name for file in made.plan.files),
-        made.plan.backend,
-        made.plan.totals,
-        made.plan.copies,
-        tuple(dict.fromkeys(warnings)),
-        firmware.notes,
-    )
-
-
-def _disk_plan(disk: NewDisk, source: Source) -> DiskPlan:
-    container = disk.container
-    return DiskPlan(
-        source.machine.disks[disk.number].file or "",
-        container.source.format_name,
-        container.name,
-        container.format.name,
-        disk.plan.totals,
-        disk.plan.losses,
-    )
 
 
 @contextmanager

@@ -20,6 +20,9 @@ class MachineRequest(NamedTuple):
     `source` is a configuration, `target` the new configuration, or with `target_format` its directory. `options` are
     those of the machine format's writer, `disk_options` those of the disk format's.
 
+    `in_place` turns the source's own disks into the target's; their configuration stays. `keep_undo` keeps an undo file
+    for each disk.
+
     `uuid` chooses between the UUID that the guest sees and the one that the source shows, where they differ.
     `new_identity` gives the machine a new UUID and new MAC addresses, for a clone. `strict` refuses any loss, `keep`
     losses of these fields.
@@ -34,6 +37,8 @@ class MachineRequest(NamedTuple):
     disk_options: WriterOptions = MappingProxyType({})
     uuid: Uuid = "guest"
     new_identity: bool = False
+    in_place: bool = False
+    keep_undo: bool = False
     strict: bool = False
     keep: Names = ()
     backend: str = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import PlanError, UsageError
@@ -17,6 +17,7 @@ from vmconv.machine.model import Disk, Machine
 
 if TYPE_CHECKING:
     from vmconv.interface.machines import MachineFormat
+    from vmconv.machine.request import MachineRequest
     from vmconv.model.image import Image
     from vmconv.model.sources import File
 
@@ -71,3 +72,13 @@ def opened(
         refuse_result(machine, Machine, found.name, "reader")
         disks = Members(registry, file, found.members(file)) if found.is_package else opener
         yield Source(machine, found, file, opener, disks)
+
+
+def source_of(request: MachineRequest) -> AbstractContextManager[Source]:
+    """Returns the context of the source of a request."""
+    return opened(
+        request.source,
+        request.source_format,
+        allow_external=tuple(request.allow_external),
+        force_share=request.force_share,
+    )

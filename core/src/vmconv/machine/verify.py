@@ -33,10 +33,15 @@ def verify(
         disks, small = files[: len(files) - len(made.configs)], files[len(files) - len(made.configs) :]
     else:
         disks, small = _members(made, files[-1], target)
-    for config, file in zip(made.configs, small, strict=True):
-        _check_bytes(config, file)
-    _check_machine(made, files[-1], target)
+    verify_configs(made, small, target, files[-1])
     verify_disks([disk.container for disk in made.disks], disks, registry, mode, progress)
+
+
+def verify_configs(made: NewMachine, small: Sequence[File], target: Target, config: File) -> None:
+    """Raises `VerifyError` unless the small files have the planned bytes, and `config` is read as planned."""
+    for planned, file in zip(made.configs, small, strict=True):
+        _check_bytes(planned, file)
+    _check_machine(made, config, target)
 
 
 def _members(made: NewMachine, package: File, target: Target) -> tuple[list[File], list[File]]:

@@ -37,6 +37,12 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-identity", action="store_true", help="give the machine a new UUID and new MAC addresses, for a clone"
     )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="turn CONFIG's own disks into the new ones, also where storage cannot share; CONFIG itself is kept",
+    )
+    parser.add_argument("--keep-undo", action="store_true", help="with --in-place: keep an undo file for each disk")
     parser.add_argument("--strict", action="store_true", help="fail before any change rather than lose a setting")
     parser.add_argument(
         "--keep",
@@ -74,6 +80,8 @@ def request_of(options: argparse.Namespace) -> MachineRequest:
         disk_options=options.disk_options,
         uuid=options.uuid,
         new_identity=options.new_identity,
+        in_place=options.in_place,
+        keep_undo=options.keep_undo,
         strict=options.strict,
         keep=tuple(options.keep),
         backend=options.backend,

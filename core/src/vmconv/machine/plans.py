@@ -1,0 +1,51 @@
+"""The plan of a machine's conversion, from what was laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vmconv.machine import losses
+from vmconv.machine.request import DiskPlan, MachinePlan
+
+if TYPE_CHECKING:
+    from vmconv.machine.firmware import Variables
+    from vmconv.machine.layout import NewDisk, NewMachine
+    from vmconv.machine.source import Source
+    from vmconv.machine.target import Target
+    from vmconv.model.image import Image
+
+
+def machine_plan(
+    source: Source, target: Target, made: NewMachine, images: Sequence[Image | None], firmware: Variables
+) -> MachinePlan:
+    """Returns what becomes of each setting and of each disk."""
+    fate = losses.fate(source.machine, target.adapted, target.format)
+    warnings = [text for image in images if image is not None for text in image.warnings]
+    return MachinePlan(
+        source.format.name,
+        target.format.name,
+        target.directory,
+        fate.carried,
+        fate.substitutions,
+        fate.losses + firmware.losses,
+        tuple(_disk_plan(disk, source) for disk in made.disks),
+        tuple(file.name for file in made.plan.files),
+        made.plan.backend,
+        made.plan.totals,
+        made.plan.copies,
+        tuple(dict.fromkeys(warnings)),
+        firmware.notes,
+    )
+
+
+def _disk_plan(disk: NewDisk, source: Source) -> DiskPlan:
+    container = disk.container
+    return DiskPlan(
+        source.machine.disks[disk.number].file or "",
+        container.source.format_name,
+        container.name,
+        container.format.name,
+        disk.plan.totals,
+        disk.plan.losses,
+    )
