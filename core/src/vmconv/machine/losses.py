@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import PlanError, PluginError, in_words
-from vmconv.machine.paths import carried, plain, stated
+from vmconv.machine.paths import carried, plain, stated, still_states
 from vmconv.machine.request import Loss
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
             continue
         if not carried(path, target.carries):
             losses.append(Loss(path, words(value), f"{target.name} has no place for it"))
-        elif after.get(path) != value:
+        elif not still_states(after, path, value):
             raise PluginError(f"changes {path} from {value!r} without a reason", format_name=target.name)
         else:
             kept.append(path)

@@ -7,7 +7,7 @@ path if its set `carries` has the path without indexes, or a path above it: `cpu
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -50,6 +50,13 @@ def _values(value: Any, path: str, *, optional: bool) -> Iterator[tuple[str, Any
 
 def _device(part: BaseModel, path: str) -> Iterator[tuple[str, Any]]:
     yield from list(_fields(part, f"{path}.")) or [(path, "present")]
+
+
+def still_states(after: Mapping[str, Any], path: str, value: Any) -> bool:
+    """True if the fields `after` hold a value that `stated` yielded before. A present device may have gained fields."""
+    if value == "present" and path not in after:
+        return any(other.startswith(f"{path}.") for other in after)
+    return bool(after.get(path) == value)
 
 
 def plain(path: str) -> str:

@@ -140,7 +140,7 @@ def mac_address(file: File, element: str, text: str) -> str:
     return ":".join(digits[at : at + 2] for at in range(0, 12, 2))
 
 
-def part(file: File, element: str, kind: type[Part], **values: Any) -> Part:
+def part(file: File, element: str, kind: type[Part], /, **values: Any) -> Part:
     """Returns a part of the model; raises `ImageError` with the field and the value that the model refuses."""
     try:
         return kind(**values)

@@ -1,4 +1,4 @@
-"""The header of a qcow2 image, checked and bounded, for the reader and the check."""
+"""The header of a qcow2 image, read and bounded: what the reader and the check start from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
     clock: int
     icount: int | None
     end: int
-    """End of its entry in the snapshot table."""
+    """Where its entry in the snapshot table ends."""
 
     def facts(self) -> dict[str, Any]:
         """Returns the keys of QEMU's SnapshotInfo, and the size of the disk."""
@@ -57,7 +57,7 @@ class Bitmap(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A header, checked against the file and the format's limits."""
+    """A header whose numbers were all checked against the file and the format's limits."""
 
     file: File
     version: int
@@ -96,7 +96,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
+    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
     head = Structure(file, structs.HeaderV2)
     newer_head = Structure(file, structs.HeaderV3, structs.V2_LENGTH)
     additional_head = Structure(file, structs.HeaderV3Additional, structs.V3_LENGTH)
@@ -127,7 +127,7 @@ def read_header(file: File) -> Header:
     _refuse_unknown_features(newer_head, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
     if basic.crypt_method or structs.ENCRYPTION in extensions:
         method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
-        raise head.damaged("crypt_method", f"{method} encryption is not supported")
+        raise head.damaged("crypt_method", f"{method} encryption, which is refused")
     if compression not in structs.COMPRESSION_TYPES:
         raise additional_head.damaged("compression_type", f"{compression} is neither 0 (zlib) nor 1 (zstd)")
     if bool(compression) != bool(fields["incompatible"] & structs.COMPRESSION):
@@ -175,7 +175,7 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
     file, at = header.file, header.snapshots_offset
     if not header.snapshot_count:
         return
-    # There may be 65536 snapshots.
+    # There may be 65536 of them.
     parse = structs.SnapshotHeader.compile().parse
     for number in range(header.snapshot_count):
         what = f"snapshot {number}"
@@ -213,7 +213,7 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
 
 
 def read_bitmaps(header: Header) -> Iterator[Bitmap]:
-    """Yields the persistent bitmaps in the order of their directory. Raises `ImageError` if that is damaged."""
+    """Yields the persistent bitmaps in the order of their directory; raises `ImageError` where that is damaged."""
     if header.bitmaps is None:
         return
     file, start, size = header.file, header.bitmaps.directory_offset, header.bitmaps.directory_size
@@ -287,7 +287,7 @@ def _refuse_unknown_features(head: Structure, features: int, names: bytes) -> No
 
 
 def _bitmaps(file: File, extensions: dict[int, bytes], autoclear: int) -> Any:
-    """Returns the bitmaps extension if it is valid: writers that do not know bitmaps clear its autoclear bit."""
+    """Returns the bitmaps extension when it counts: without its autoclear bit, others have changed the image since."""
     data = extensions.get(structs.BITMAPS)
     if data is None or not autoclear & structs.BITMAPS_CONSISTENT:
         return None

@@ -6,5 +6,5 @@ from vmconv.plugin import Image, Layout, OutFile
 
 
 def write(image: Image) -> Layout:
-    """Returns the layout whose only file is the disk; offsets are the guest's, so the placement has no effect."""
+    """Returns the layout whose only file is the disk; offsets are the guest's, so every placement is kept."""
     return Layout((OutFile(image.flat),))

@@ -9,6 +9,6 @@ from vmconv.plugin import Identified, option
 
 @dataclass(frozen=True)
 class Options(Identified):
-    """The options of the VDI writer."""
+    """How a VDI image is written."""
 
     static: bool = option(False, "on: every block has its place from the beginning, in the guest's order")

@@ -1,0 +1,10 @@
+"""The libvirt plugin."""
+
+from __future__ import annotations
+
+from vmconv.testing import MachineTests
+from vmconv_libvirt import Libvirt
+
+
+class TestLibvirt(MachineTests):
+    format = Libvirt()
