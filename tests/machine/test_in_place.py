@@ -15,6 +15,7 @@ from support.disks import MIB, make_disk
 from vmconv.conversion import pipeline
 from vmconv.errors import PlanError, UsageError, VmconvError
 from vmconv.interface.machines import ConfigFile
+from vmconv.machine.layout import plan_of_configs
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -71,11 +72,9 @@ def test_a_failure_turns_all_disks_back(fails: str, directory: Path, monkeypatch
 
         monkeypatch.setattr(pipeline, "run", failing)
     else:
-        from vmconv.machine import in_place
-
-        made = in_place.plan_of_configs
         monkeypatch.setattr(
-            in_place, "plan_of_configs", lambda configs, *given: made([*configs[:-1], _wrong(configs[-1])], *given)
+            "vmconv.machine.in_place.plan_of_configs",
+            lambda configs, *given: plan_of_configs([*configs[:-1], _wrong(configs[-1])], *given),
         )
     with pytest.raises(VmconvError):
         vmconv.machine_convert(config, directory / "new.toy", disk_format="qcow2", in_place=True)

@@ -39,6 +39,21 @@ class Target(NamedTuple):
 
 def target_of(request: MachineRequest, machine: Machine) -> Target:
     """Returns the target of a request. Raises `PlanError` if the machine cannot exist on the platform."""
+    found, options, both = _adapted(request, machine)
+    directory, name = _place(request, found, both.machine, options)
+    if "directory" in _fields(options) and not options.directory:
+        # Some platforms need absolute paths in their configurations.
+        options = dataclasses.replace(options, directory=os.path.realpath(directory))
+    return Target(found, options, both, directory, name)
+
+
+def adapted_to(request: MachineRequest, machine: Machine) -> Machine:
+    """Returns the machine in the terms of the request's target format."""
+    return _adapted(request, machine)[2].machine
+
+
+def _adapted(request: MachineRequest, machine: Machine) -> tuple[MachineFormat, Any, Adapted]:
+    """Returns the target's format, its options, and the adapted machine."""
     found = machine_format(request.target_format or _named(request.target))
     if not found.can_write:
         raise UsageError(f"{found.name}: machines of this format cannot be written, only read")
@@ -48,11 +63,7 @@ def target_of(request: MachineRequest, machine: Machine) -> Target:
     refuse_result(adapted, Adapted, found.name, "adapt")
     _refuse_other_disks(left.machine, adapted.machine, found.name)
     both = Adapted(adapted.machine, left.substitutions + tuple(adapted.substitutions))
-    directory, name = _place(request, found, both.machine, options)
-    if "directory" in _fields(options) and not options.directory:
-        # Some platforms need absolute paths in their configurations.
-        options = dataclasses.replace(options, directory=os.path.realpath(directory))
-    return Target(found, options, both, directory, name)
+    return found, options, both
 
 
 def _named(path: str) -> str:

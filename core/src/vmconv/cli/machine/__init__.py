@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def _verbs() -> Iterator[Command]:
-    from vmconv.cli.machine import convert, formats, info, plan
+    from vmconv.cli.machine import check, convert, formats, info, plan
 
-    yield from (module.COMMAND for module in (info, plan, convert, formats))
+    yield from (module.COMMAND for module in (info, check, plan, convert, formats))
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

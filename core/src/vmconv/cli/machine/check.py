@@ -1,0 +1,87 @@
+"""`vmconv machine check`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vmconv.cli.options import add_options, add_output
+from vmconv.interface.command import Command
+
+if TYPE_CHECKING:
+    from vmconv.machine.check import Finding
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vmconv.cli.output import as_plain, print_json
+    from vmconv.errors import printable
+    from vmconv.machine.check import check
+    from vmconv.machine.request import MachineRequest
+    from vmconv.machine.source import source_of
+    from vmconv.machine.target import adapted_to
+
+    request = MachineRequest(
+        options.source,
+        ".",
+        source_format=options.format_f,
+        target_format=options.format_O,
+        options=options.options,
+        allow_external=tuple(options.allow_external),
+        force_share=options.force_share,
+    )
+    with source_of(request) as source:
+        machine = adapted_to(request, source.machine) if request.target_format else source.machine
+        findings = check(source, machine, request.target_format)
+    if options.output == "json":
+        print_json([as_plain(one) for one in findings], indent=4)
+    else:
+        for one in findings:
+            print(printable(_line(one)))
+        print(_END if findings else f"No reason was found why it would not start. {_END}")
+    return 1 if any(one.level == "error" for one in findings) else 0
+
+
+def _line(one: Finding) -> str:
+    return f"{one.level}: {one.path}: {one.text}" + (f" ({one.hint})" if one.hint else "")
+
+
+_END = (
+    "The filesystems inside were not looked at. For drivers and fstab: virt-v2v-in-place, on the new machine's disks,\n"
+    "never on the source."
+)
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="CONFIG", help="configuration of the machine; nothing is changed")
+    parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
+    parser.add_argument("-O", dest="format_O", metavar="FMT", help="check the machine as it would be on this platform")
+    add_options(parser, "the machine format")
+    parser.add_argument(
+        "--allow-external",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="let the configuration refer to files in this tree besides its own directory; may be repeated",
+    )
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
+    )
+    add_output(parser)
+
+
+COMMAND = Command(
+    "check",
+    "find out whether a machine will start",
+    "Compares the disks with the firmware and the controllers, of CONFIG or with -O of the machine that convert would\n"
+    "make: partition tables, EFI system partition, boot code, encryption. Reads a few kilobytes of each disk.",
+    _configure,
+    _run,
+    """exit status:
+  0  no reason was found why the machine would not start
+  1  it would not start, or it could not be read
+  2  the request makes no sense
+
+examples:
+  vmconv machine check web.vmx
+  vmconv machine check -O proxmox web.vmx""",
+)
