@@ -1,14 +1,15 @@
-"""A backend in memory, for tests and as an example for third parties: outputs are dictionaries of blocks.
+"""A backend in memory, for tests and as an example for third parties: outputs are lists of pieces.
 
-It shares like a filesystem: a shared block refers to the source's block, and is copied on write.
+It shares like a filesystem: a shared piece refers to the source's bytes, until it is overwritten.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import BackendError
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Output, Survey, Transaction
@@ -21,6 +22,33 @@ if TYPE_CHECKING:
 _UNIT = 512
 
 
+class _Piece(NamedTuple):
+    """A range of a file: bytes of `content` from `offset`, zeros past its end."""
+
+    start: int
+    end: int
+    content: bytes | Source
+    offset: int
+
+    def cut(self, start: int, end: int) -> _Piece:
+        return _Piece(start, end, self.content, self.offset + start - self.start)
+
+    def read(self) -> bytes:
+        length = self.end - self.start
+        if isinstance(self.content, bytes):
+            return self.content[self.offset : self.offset + length]
+        there = max(0, min(length, self.content.size - self.offset))
+        return self.content.read(self.offset, there) + bytes(length - there)
+
+
+def _start(piece: _Piece) -> int:
+    return piece.start
+
+
+def _end(piece: _Piece) -> int:
+    return piece.end
+
+
 class MemoryFile(File):
     """A sparse file in memory, usable as a source."""
 
@@ -31,47 +59,51 @@ class MemoryFile(File):
         self.descriptor = -1
         self.is_device = False
         self.stamp = Stamp(0, id(self), size, 0, 0)
-        self._blocks: dict[int, bytes] = {}
-        self._shared: dict[int, tuple[Source, int]] = {}
+        self._pieces: list[_Piece] = []
         self._lock = threading.Lock()
 
     def read(self, offset: int, length: int) -> bytes:
         if offset < 0 or offset + length > self.size:
             raise BackendError(f"{self.name}: {offset:#x}+{length} lies outside {self.size:#x}")
-        parts = []
         end = offset + length
-        while offset < end:
-            number, skip = divmod(offset, _UNIT)
-            step = min(_UNIT - skip, end - offset)
-            parts.append(self._block(number)[skip : skip + step])
-            offset += step
-        return b"".join(parts)
+        with self._lock:
+            first, last = self._within(offset, end)
+            pieces = self._pieces[first:last]
+        parts = []
+        at = offset
+        for piece in pieces:
+            begin, stop = max(at, piece.start), min(end, piece.end)
+            parts += [bytes(begin - at), piece.cut(begin, stop).read()]
+            at = stop
+        return b"".join([*parts, bytes(end - at)])
 
-    def _block(self, number: int) -> bytes:
-        if number in self._shared:
-            source, offset = self._shared[number]
-            length = min(_UNIT, source.size - offset)
-            return source.read(offset, length) + bytes(_UNIT - length)
-        return self._blocks.get(number, bytes(_UNIT))
+    def _within(self, start: int, end: int) -> tuple[int, int]:
+        """Returns the slice of the pieces that overlap a range."""
+        return bisect_right(self._pieces, start, key=_end), bisect_left(self._pieces, end, key=_start)
 
     def write(self, offset: int, data: bytes) -> None:
         if offset < 0 or offset + len(data) > self.size:
             raise BackendError(f"{self.name}: {offset:#x}+{len(data)} lies outside {self.size:#x}")
-        # Outputs are written from several threads.
-        with self._lock:
-            at = 0
-            while at < len(data):
-                number, skip = divmod(offset + at, _UNIT)
-                step = min(_UNIT - skip, len(data) - at)
-                old = self._block(number)
-                self._shared.pop(number, None)
-                self._blocks[number] = old[:skip] + data[at : at + step] + old[skip + step :]
-                at += step
+        self._put(_Piece(offset, offset + len(data), bytes(data), 0))
 
     def reference(self, offset: int, source: Source, source_offset: int, length: int) -> None:
         """Shares a range, in whole blocks; only the last block of the source may be partial."""
-        for at in range(0, length, _UNIT):
-            self._shared[(offset + at) // _UNIT] = (source, source_offset + at)
+        self._put(_Piece(offset, offset + -(-length // _UNIT) * _UNIT, source, source_offset))
+
+    def _put(self, piece: _Piece) -> None:
+        if piece.start == piece.end:
+            return
+        # Outputs are written from several threads.
+        with self._lock:
+            first, last = self._within(piece.start, piece.end)
+            new = [piece]
+            if first < last:
+                before, after = self._pieces[first], self._pieces[last - 1]
+                if before.start < piece.start:
+                    new.insert(0, before.cut(before.start, piece.start))
+                if piece.end < after.end:
+                    new.append(after.cut(piece.end, after.end))
+            self._pieces[first:last] = new
 
     def sync(self) -> None:
         pass
@@ -79,11 +111,11 @@ class MemoryFile(File):
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         limit = self.size if end is None else min(end, self.size)
         ranges: list[tuple[int, int]] = []
-        for number in sorted(self._blocks.keys() | self._shared.keys()):
-            low, high = max(start, number * _UNIT), min(limit, (number + 1) * _UNIT)
+        for piece in self._pieces:
+            low, high = max(start, piece.start // _UNIT * _UNIT), min(limit, -(-piece.end // _UNIT) * _UNIT)
             if low >= high:
                 continue
-            if ranges and ranges[-1][1] == low:
+            if ranges and ranges[-1][1] >= low:
                 ranges[-1] = (ranges[-1][0], high)
             else:
                 ranges.append((low, high))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import pytest
@@ -85,7 +86,7 @@ class StackingTests(IdentityTests):
         images: list[Files] = []
         written: list[tuple[_Layer, bytes]] = []
         for depth, layer in enumerate(chain):
-            source = patterned(_ALL, [(0, _ALL)], seed=depth)
+            source = _source(depth)
             name = f"layer{depth}{self.format.suffixes[0]}"
             backing = Backing(f"layer{depth - 1}{self.format.suffixes[0]}", self.format.name) if images else None
             disk = disk_of(_table(layer, source), source, parent=self.opened(*images) if images else None)
@@ -93,6 +94,11 @@ class StackingTests(IdentityTests):
             images.append(self.made(disk, options, derived(b"stack", str(depth)), name, backing))
             written.append((layer, source.read(0, _ALL)))
         return self.opened(*images), _seen(written)
+
+
+@cache
+def _source(depth: int) -> MemoryFile:
+    return patterned(_ALL, [(0, _ALL)], seed=depth)
 
 
 def _table(layer: _Layer, source: MemoryFile) -> Extents:
