@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
+
+from construct import Struct
 
 from vmconv.plugin import MAX_SIZE, File, ImageError, Structure, damaged, read_part
 from vmconv_qcow2 import structs
@@ -170,39 +174,43 @@ _KNOWN_EXTENSIONS = {
 }
 
 
+@cache
+def _unpacker(layout: Struct) -> Callable[[bytes], tuple[Any, ...]]:
+    """Returns what reads a structure of numbers: for tables of up to 65536 entries, for which construct is slow."""
+    return struct.Struct(">" + "".join(field.subcon.fmtstr[1:] for field in layout.subcons)).unpack
+
+
 def read_snapshots(header: Header) -> Iterator[Snapshot]:
     """Yields the internal snapshots in the order of their table."""
     file, at = header.file, header.snapshots_offset
     if not header.snapshot_count:
         return
-    # There may be 65536 of them.
-    parse = structs.SnapshotHeader.compile().parse
+    unpack = _unpacker(structs.SnapshotHeader)
     for number in range(header.snapshot_count):
         what = f"snapshot {number}"
-        entry = parse(read_part(file, what, at, structs.SNAPSHOT_LENGTH))
-        if entry.extra_data_size > structs.MAX_SNAPSHOT_EXTRA:
-            raise damaged(
-                file, what, at, f"{entry.extra_data_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most"
-            )
+        entry = unpack(read_part(file, what, at, structs.SNAPSHOT_LENGTH))
+        l1_offset, l1_size, id_size, name_size, seconds, nanoseconds, clock, vm_state_size, extra_size = entry
+        if extra_size > structs.MAX_SNAPSHOT_EXTRA:
+            raise damaged(file, what, at, f"{extra_size} bytes of extra data, {structs.MAX_SNAPSHOT_EXTRA} at most")
         place = at + structs.SNAPSHOT_LENGTH
-        disk_size, vm_state_size, icount = header.size, entry.vm_state_size, None
-        if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH:
+        disk_size, icount = header.size, None
+        if extra_size >= structs.SNAPSHOT_EXTRA_LENGTH:
             extra = structs.SnapshotExtra.parse(read_part(file, what, place, structs.SNAPSHOT_EXTRA_LENGTH))
             disk_size, vm_state_size = extra.disk_size, extra.vm_state_size
-        if entry.extra_data_size >= structs.SNAPSHOT_EXTRA_LENGTH + 8:
+        if extra_size >= structs.SNAPSHOT_EXTRA_LENGTH + 8:
             count = int.from_bytes(read_part(file, what, place + structs.SNAPSHOT_EXTRA_LENGTH, 8), "big")
             icount = None if count == structs.NO_ICOUNT else count
-        place += entry.extra_data_size
-        names = read_part(file, what, place, entry.id_size + entry.name_size)
+        place += extra_size
+        names = read_part(file, what, place, id_size + name_size)
         yield Snapshot(
-            id=_decode(names[: entry.id_size]),
-            name=_decode(names[entry.id_size :]),
-            l1_offset=entry.l1_table_offset,
-            l1_size=entry.l1_size,
+            id=_decode(names[:id_size]),
+            name=_decode(names[id_size:]),
+            l1_offset=l1_offset,
+            l1_size=l1_size,
             disk_size=disk_size,
             vm_state_size=vm_state_size,
-            date=(entry.date_sec, entry.date_nsec),
-            clock=entry.vm_clock_nsec,
+            date=(seconds, nanoseconds),
+            clock=clock,
             icount=icount,
             end=place + len(names),
         )
@@ -218,20 +226,19 @@ def read_bitmaps(header: Header) -> Iterator[Bitmap]:
         return
     file, start, size = header.file, header.bitmaps.directory_offset, header.bitmaps.directory_size
     data = read_part(file, "bitmap directory", start, size)
-    at, fixed, parse = 0, structs.BitmapEntry.sizeof(), structs.BitmapEntry.compile().parse
+    at, fixed, unpack = 0, structs.BitmapEntry.sizeof(), _unpacker(structs.BitmapEntry)
     for number in range(header.bitmaps.nb_bitmaps):
         if at + fixed > size:
             raise damaged(file, f"bitmap {number}", start + at, f"its entry reaches past the directory ({size} bytes)")
-        entry = parse(data[at : at + fixed])
-        name = at + fixed + entry.extra_data_size
-        end = name + entry.name_size
+        table_offset, table_size, flags, _, granularity_bits, name_size, extra_size = unpack(data[at : at + fixed])
+        name = at + fixed + extra_size
+        end = name + name_size
         if end > size:
             raise damaged(file, f"bitmap {number}", start + at, f"its name reaches past the directory ({size} bytes)")
-        if entry.granularity_bits > structs.MAX_GRANULARITY_BITS:
-            problem = f"granularity_bits {entry.granularity_bits}, {structs.MAX_GRANULARITY_BITS} at most"
+        if granularity_bits > structs.MAX_GRANULARITY_BITS:
+            problem = f"granularity_bits {granularity_bits}, {structs.MAX_GRANULARITY_BITS} at most"
             raise damaged(file, f"bitmap {number}", start + at, problem)
-        place, length = entry.table_offset, entry.table_size
-        yield Bitmap(_decode(data[name:end]), entry.granularity_bits, entry.flags, place, length)
+        yield Bitmap(_decode(data[name:end]), granularity_bits, flags, table_offset, table_size)
         at = -(-end // 8) * 8
 
 
