@@ -30,10 +30,7 @@ TOO_LONG = 3.0
 HANGS = 60
 MUCH_MEMORY = 600 << 20
 LONGEST = 16 << 10
-PACKAGES = [
-    "vmconv",
-    *(f"vmconv_{name}" for name in ("parallels", "qcow2", "qed", "raw", "vdi", "vhd", "vhdx", "view", "vmdk")),
-]
+PACKAGES = ["vmconv", *sorted(path.name for path in ROOT.glob("plugins/*/src/*"))]
 
 
 class Findings:
