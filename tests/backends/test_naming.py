@@ -330,7 +330,7 @@ def test_a_set_that_is_being_named_is_left_to_its_run(half: Path) -> None:
     with journal(half).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         before = names(half)
-        with pytest.raises(AccessError, match="being made by another process"):
+        with pytest.raises(AccessError, match="another process is writing it"):
             api.fanout(str(half / "disk.raw"), ["qcow2", "vmdk", "vdi"], directory=str(half))
         assert names(half) == before
 

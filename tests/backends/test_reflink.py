@@ -106,7 +106,9 @@ def test_the_way_of_most_payload_is_the_way_of_the_file(
     assert btrfs.sets == sets
     for reason in survey.refusals.values():
         mine, most = ("copied on write", "not copied on write (chattr +C)")[:: -1 if refused == ["unlike"] else 1]
-        assert reason == f"{refused[0]} is {mine} and most payload is {most}, which Btrfs does not mix in a file"
+        assert (
+            reason == f"{refused[0]} is {mine} and most payload is {most}, and Btrfs does not mix the two in one file"
+        )
 
 
 def test_what_is_refused_for_another_reason_changes_no_flag(tmp_path: Path, btrfs: Btrfs, files: Any) -> None:
@@ -181,9 +183,8 @@ def test_reasons_end_a_sentence(
     source, scratch = files("a", UNIT), files("scratch", 0)
     assert reflink._refusal(error(number), "/there", source, scratch.descriptor) == said
     btrfs.nocow.add(btrfs.inode(source.descriptor))
-    mixed = (
-        "a is not copied on write (chattr +C) and most payload is copied on write, which Btrfs does not mix in a file"
-    )
+    mixed = "a is not copied on write (chattr +C) and most payload is copied on write"
+    mixed += ", and Btrfs does not mix the two in one file"
     unlike = (number, kind) == (errno.EINVAL, "btrfs")
     assert reflink._refusal(error(number), "/there", source, scratch.descriptor) == (mixed if unlike else said)
     assert reflink._refusal(error(number), "/there") == said.replace("a is", "a file is").replace(

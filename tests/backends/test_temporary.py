@@ -382,7 +382,9 @@ def test_a_set_that_fails_is_taken_back_or_can_be_finished(
     files = made(directory, *"abc")
     monkeypatch.setattr(naming, "rename", renamed)
     if replace or number == errno.EEXIST:
-        with pytest.raises(BackendError, match="of the new files has its name" if replace else "c: already exists"):
+        with pytest.raises(
+            BackendError, match="new files under their final names: " if replace else "c: already exists"
+        ):
             naming.commit(directory, files, replace=replace, durable=False)
     else:
         with pytest.raises(OSError, match="error"):
@@ -416,7 +418,7 @@ def test_what_cannot_be_taken_back_can_be_finished(
 
     files = made(directory, *"ab")
     monkeypatch.setattr(naming, "rename", renamed)
-    with pytest.raises(BackendError, match="a of the new files has its name, b has not: broken"):
+    with pytest.raises(BackendError, match="new files under their final names: a, missing: b: broken"):
         naming.commit(directory, files, replace=False, durable=False)
     monkeypatch.undo()
     for file in files:
@@ -486,7 +488,7 @@ def test_what_is_no_journal_is_left_alone(tmp_path: Path, directory: Directory, 
 
 def test_a_journal_without_the_user_s_mark_has_to_be_trusted(tmp_path: Path, directory: Directory) -> None:
     journal(directory, set_of(tmp_path, "a"), mark=b"?")
-    with pytest.raises(AccessError, match="has no mark of this user's vmconv"):
+    with pytest.raises(AccessError, match="lacks the mark of this user's vmconv"):
         naming.finish(directory, ["a"])
     assert naming.finish(directory, ["b"]) == []
     assert naming.finish(directory, ["a"], trust=True) == ["a"]
@@ -508,7 +510,7 @@ def test_a_set_that_is_being_made_is_waited_for(tmp_path: Path, directory: Direc
     path = journal(directory, set_of(tmp_path, "a"))
     descriptor = os.open(path, os.O_RDWR)
     locks.own(descriptor)
-    with pytest.raises(AccessError, match="is being made by another process"):
+    with pytest.raises(AccessError, match="another process is writing it"):
         naming.finish(directory, ["a"])
     os.close(descriptor)
 
@@ -571,7 +573,7 @@ def test_an_exchanged_file_gets_no_name(tmp_path: Path, directory: Directory) ->
 def test_what_appeared_meanwhile_is_kept(tmp_path: Path, directory: Directory) -> None:
     journal(directory, set_of(tmp_path, "a", "b"))
     (tmp_path / "b").write_bytes(b"old")
-    with pytest.raises(BackendError, match="b: appeared while"):
+    with pytest.raises(BackendError, match="b: was created before"):
         naming.finish(directory, ["a"])
     assert (tmp_path / "b").read_bytes() == b"old"
 
@@ -679,7 +681,7 @@ def test_a_name_that_may_not_survive_is_taken_back(
     monkeypatch.setattr(Directory, "sync", failing(errno.EIO))
     transaction = FileTransaction(directory, force=force, durable=True)
     transaction.create("disk", 5, [])
-    with pytest.raises(BackendError, match="cannot be given its name"):
+    with pytest.raises(BackendError, match="cannot be renamed to its final name"):
         transaction.commit()
     assert names(tmp_path) == (["disk"] if force else [])
     transaction = FileTransaction(directory, force=force, durable=False)

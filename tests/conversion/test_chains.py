@@ -468,7 +468,7 @@ def test_a_failure_while_the_files_get_their_names_leaves_none(top: Path, monkey
 
     monkeypatch.setattr(os, "link", failing)
     monkeypatch.setattr(os, "rename", failing_rename)
-    refused(top, top.with_name("new.vmdk"), BackendError, "cannot be given its name")
+    refused(top, top.with_name("new.vmdk"), BackendError, "cannot be renamed to its final name")
 
 
 def failing_rename(*arguments: Any) -> None:

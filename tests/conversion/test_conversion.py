@@ -233,7 +233,7 @@ def test_a_kept_layer_is_stated_in_the_format_it_was_read_in(
     vmconv.convert(make_disk(tmp_path / "disk.raw", MIB), tmp_path / "base.qcow2")
     qemu_img("create", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", tmp_path / "top.qcow2")
     target = tmp_path / f"kept.{target_format}"
-    words = "not installed" if stated == "qcow3" else f"cannot be stated as {stated}"
+    words = "not installed" if stated == "qcow3" else f"cannot be declared as {stated}"
     with pytest.raises(UsageError, match=words):
         vmconv.convert(tmp_path / "top.qcow2", target, backing_file="base.qcow2", backing_format=stated)
     assert not target.exists()

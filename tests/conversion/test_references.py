@@ -326,7 +326,7 @@ def test_a_backing_file_or_a_snapshot_is_another_request(tmp_path: Path, qemu_im
         ("--snapshot", {"snapshot": "one"}),
         ("--chain", {"chain": True}),
     ):
-        with pytest.raises(UsageError, match=f"{option}: the target's backing file would be the source as it is"):
+        with pytest.raises(UsageError, match=f"{option}: the target's backing file would be the unchanged source"):
             by_reference(tmp_path / "disk.qcow2", tmp_path / "new.qcow2", **asked)
     with pytest.raises(PlanError, match="reference cannot have a backing file"):
         qemu_img("create", "-q", "-f", "qcow2", "-b", "disk.qcow2", "-F", "qcow2", tmp_path / "top.qcow2")

@@ -166,14 +166,14 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        ([], UsageError, "no name that speaks of a format"),
+        ([], UsageError, "no suffix that names a format"),
         (["-O", "vmdk", "-o", "subformat=monolithicFlat"], PlanError, "vmdk would be 2 files, and a stream is one"),
         (["-O", "vmdk", "-o", "subformat=reference"], PlanError, "vmdk would refer to the source's files"),
         (["-O", "qcow2", "-o", "subformat=reference"], PlanError, "qcow2 would refer to the source's files"),
         (["-O", "qcow2", "-o", "data_file=disk.raw"], PlanError, "qcow2 would refer to the source's files"),
-        (["-O", "qcow2", "-B", "base.qcow2"], UsageError, "a backing file makes no sense"),
-        (["-O", "qcow2", "--chain"], UsageError, "a chain makes no sense"),
-        (["-O", "qcow2", "--backend", "copy"], UsageError, "the backend copy makes no sense"),
+        (["-O", "qcow2", "-B", "base.qcow2"], UsageError, "a backing file does not apply"),
+        (["-O", "qcow2", "--chain"], UsageError, "a chain does not apply"),
+        (["-O", "qcow2", "--backend", "copy"], UsageError, "the backend copy does not apply"),
         (["-O", "qcow2", "--zero-copy=require"], ZeroCopyError, "a stream cannot share blocks with files"),
     ],
     ids=["format", "files", "extents", "parent", "data-file", "backing", "chain", "backend", "zero-copy"],

@@ -317,7 +317,7 @@ def test_a_mode_is_refused_where_it_has_nothing_to_compare(
         ("in place", "sample"): "exclude each other",
         ("in place", "bytes"): "exclude each other",
         ("in place", "qemu"): "exclude each other",
-        ("stream", "qemu"): "a stream is no file",
+        ("stream", "qemu"): "QEMU cannot read a stream",
     }.get((way, mode))
     request = Request("source", "target", in_place=way == "in place", descriptor=1 if way == "stream" else None)
     if words:

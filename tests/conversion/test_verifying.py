@@ -268,7 +268,7 @@ def test_what_qemu_does_not_read_is_refused_by_name(chain: Path, qemu_img: QemuI
 
 
 def test_qemu_reads_no_stream(chain: Path, tmp_path: Path) -> None:
-    with (tmp_path / "sent.raw").open("wb") as file, pytest.raises(UsageError, match="a stream is no file"):
+    with (tmp_path / "sent.raw").open("wb") as file, pytest.raises(UsageError, match="QEMU cannot read a stream"):
         vmconv.stream(str(chain), file.fileno(), "raw", verify="qemu")
 
 

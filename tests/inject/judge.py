@@ -119,7 +119,7 @@ class Judge:
         after = self.again(None)
         if self.scenario.kind == "make" and there:
             return
-        if after.code and "the interrupted run that made it has been finished" not in after.err:
+        if after.code and "its interrupted conversion has been completed" not in after.err:
             yield f"the next run returns {after.code}: {after.err.strip()}"
         yield from self._targets(after.state, "the next run")
         yield from self._leftovers(after.state, "the next run")

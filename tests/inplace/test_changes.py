@@ -239,7 +239,7 @@ def test_a_journal_is_not_larger_than_one_that_is_read(
     one = begun(directory)
     size = len(one.journal.encode(lambda _digest: bytes(32)))
     monkeypatch.setattr(change, "MAX_SIZE", size - 1)
-    with pytest.raises(PlanError, match=f"{size} bytes would be written over, {size - 1} at most"):
+    with pytest.raises(PlanError, match=f"{size} bytes would be overwritten, {size - 1} at most"):
         one.begin()
     assert names(tmp_path) == ["disk", "gone"]
     monkeypatch.setattr(change, "MAX_SIZE", size)
@@ -272,7 +272,7 @@ def test_storage_that_fails_after_the_commit_says_where_the_disk_is(
     one.begin()
     os.close(one.make("extra"))
     calls.at = len(calls.log) + after
-    with pytest.raises(BackendError, match="the conversion is committed and not finished: somewhere: ") as caught:
+    with pytest.raises(BackendError, match="the conversion is committed and not complete: somewhere: ") as caught:
         one.complete()
     assert one.committed
     where = WORK if after in {3, 11} else now
@@ -325,7 +325,7 @@ def test_a_name_that_appeared_is_replaced_only_when_asked(tmp_path: Path, direct
         one.complete()
         assert (tmp_path / "new").read_bytes()[:2] == b"0X"
         return
-    with pytest.raises(BackendError, match="new: appeared meanwhile; the conversion is committed, the disk is"):
+    with pytest.raises(BackendError, match="new: was created during the conversion, which is committed; the disk is"):
         one.complete()
     assert (tmp_path / "new").read_bytes() == b"somebody's"
     one.close()
@@ -335,7 +335,7 @@ def test_a_source_that_appeared_is_kept(tmp_path: Path, directory: Directory) ->
     one = begun(directory)
     one.begin()
     (tmp_path / "disk").write_bytes(b"somebody's")
-    with pytest.raises(BackendError, match="disk: appeared meanwhile"):
+    with pytest.raises(BackendError, match="disk: was created during"):
         one.give_up()
     assert (tmp_path / "disk").read_bytes() == b"somebody's"
 
@@ -366,7 +366,7 @@ def test_files_of_a_change_are_its_owner_s_or_this_user_s(
     if own in (1, None):
         one._refuse_foreign("gone", status)
     else:
-        with pytest.raises(BackendError, match="somebody has exchanged it"):
+        with pytest.raises(BackendError, match="another process replaced it"):
             one._refuse_foreign("gone", status)
     one._refuse_foreign("disk", (tmp_path / "disk").stat())
     with pytest.raises(BackendError):
@@ -408,19 +408,19 @@ def test_a_file_that_never_had_its_working_name_must_be_as_it_was(
         one.roll_back()
         assert disk.read_bytes() == BEFORE
     else:
-        with pytest.raises(BackendError, match="is not what the interrupted conversion left behind"):
+        with pytest.raises(BackendError, match="is not the file of the interrupted conversion"):
             one.roll_back()
 
 
 def test_a_committed_file_that_is_nowhere_is_said_to_be_lost(tmp_path: Path, directory: Directory) -> None:
     one = begun(directory)
-    with pytest.raises(BackendError, match=f"{WORK}: is not what the interrupted"):
+    with pytest.raises(BackendError, match=f"{WORK}: is not the file of the interrupted"):
         one.finish()
     (tmp_path / "disk").rename(tmp_path / "new")
     one.finish()
     assert (tmp_path / "new").read_bytes() == BEFORE
     (tmp_path / "new").unlink()
-    assert one._whereabouts() == f"{tmp_path / WORK} and {tmp_path / 'disk'} cannot be looked at"
+    assert one._whereabouts() == f"{tmp_path / WORK} and {tmp_path / 'disk'} cannot be examined"
 
 
 def test_a_change_that_carries_nothing_only_names_and_removes(tmp_path: Path, directory: Directory) -> None:
@@ -629,12 +629,12 @@ def test_payload_is_shifted_to_where_it_belongs(rows: list[tuple[int, int, int]]
             patch.setattr(calls, "insert", lambda *_arguments: None)
             patch.setattr(calls, "collapse", lambda *_arguments: None)
             calls.blocks.insert(0, -1)
-            with pytest.raises(BackendError, match="payload is not where it was shifted to"):
+            with pytest.raises(BackendError, match="payload is not at its new offsets"):
                 shifting.shift(-1, sorted_pieces, calls)
             calls.made.clear()
             lost = max(n for n, block in enumerate(calls.blocks) if block == max(wanted))
             calls.blocks[lost] = 900001
-            with pytest.raises(BackendError, match="4 bytes of payload do not lie on storage"):
+            with pytest.raises(BackendError, match="4 bytes of payload are not at the physical addresses"):
                 shifting.shift(-1, sorted_pieces, calls)
             assert calls.made == []
 
@@ -814,7 +814,7 @@ def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(PlanError, match="in another order"):
         shifting.physical_pieces(over, carrier)
     monkeypatch.setattr(linux, "settled_ranges", lambda _descriptor: None)
-    with pytest.raises(PlanError, match="does not tell where"):
+    with pytest.raises(PlanError, match="does not report all"):
         shifting.physical_pieces(once, carrier)
 
 

@@ -286,7 +286,7 @@ def test_what_cannot_stay_is_refused(ext4_dir: Path, tmp_path: Path, pair: tuple
     )
     assert "in place" in str(error)
     # What a hint recommends is not refused in its turn.
-    named, _, _ = str(error.hint).rpartition(" can hold it where it lies")
+    named, _, _ = str(error.hint).rpartition(" can hold it in place")
     for name in filter(None, named.split(" or ")):
         there = image.with_name(f"other.{name}")
         assert api.plan(str(image), str(there), source_format=source.format, target_format=name, in_place=True)
@@ -552,7 +552,7 @@ def test_a_stream_is_not_in_place(ext4_dir: Path) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     done = run_cli("convert", "--in-place", "-O", "vhd", "-o", "subformat=fixed", disk, "-")
     assert done.returncode == 2
-    assert "in place makes no sense" in done.stderr
+    assert "in place does not apply" in done.stderr
     assert names(ext4_dir) == {"disk.raw"}
 
 
@@ -725,7 +725,7 @@ def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path,
     assert names(ext4_dir) == {"new.qcow2"}
     if name == "new.qcow2":
         assert done.returncode == 0, done.stderr
-        assert "interrupted, and has been finished" in done.stderr
+        assert "interrupted, and has been completed" in done.stderr
     else:
         assert done.returncode == 1
         assert f"{disk}: is {ext4_dir / 'new.qcow2'} now" in done.stderr
@@ -756,7 +756,7 @@ def test_a_journal_that_is_not_our_own_is_followed_only_when_it_is_trusted(
         assert done.returncode == 1
         assert done.stderr.splitlines() == [
             f"vmconv: {journal}: has no mark of this user's vmconv for this directory",
-            f"  hint: if you know who made it, vmconv recover --trust {journal}; else remove it",
+            f"  hint: if you know its origin, vmconv recover --trust {journal}; else remove it",
         ]
         assert contents(disk.parent) == before
     assert run_cli("recover", "--trust", journal).returncode == 0
@@ -785,7 +785,7 @@ def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path) -> None:
         parent.chmod(parent.stat().st_mode | 0o011)
     done = as_nobody("convert", "--in-place", disk, ext4_dir / "new.qcow2", environment={"HOME": "/"})
     assert done.returncode == 0, done.stderr
-    assert "only vmconv recover --trust brings the disk back" in done.stderr
+    assert "only vmconv recover --trust restores the disk" in done.stderr
     assert names(ext4_dir) == {"new.qcow2"}
 
 
@@ -828,7 +828,7 @@ def test_a_name_that_was_taken_meanwhile_is_not_overwritten(ext4_dir: Path) -> N
     disk.write_bytes(b"somebody's")
     done = run_cli("recover", disk)
     assert done.returncode == 1
-    assert "appeared meanwhile" in done.stderr
+    assert "was created during" in done.stderr
     assert disk.read_bytes() == b"somebody's"
     disk.unlink()
     assert run_cli("recover", disk).returncode == 0
@@ -891,7 +891,7 @@ def test_a_file_that_is_no_journal_is_left_alone(ext4_dir: Path) -> None:
     assert "magic at 0x0: b'a diary' is not that of a journal" in done.stderr
     done = run_cli("info", disk)
     assert done.returncode == 0
-    assert "nothing is done about it" in done.stderr
+    assert "it is ignored" in done.stderr
 
 
 def test_a_full_filesystem_changes_nothing(tmp_path: Path) -> None:
@@ -931,7 +931,7 @@ def test_storage_that_fails_after_the_commit_leaves_what_can_be_finished(
 
     with monkeypatch.context() as patch:
         patch.setattr(Syscalls, call, failing)
-        with pytest.raises(BackendError, match="the conversion is committed and not finished") as caught:
+        with pytest.raises(BackendError, match="the conversion is committed and not complete") as caught:
             in_place(disk, ext4_dir / "new.qcow2")
     assert caught.value.hint == f"vmconv recover {ext4_dir / 'new.qcow2'}"
     now = str(caught.value).partition("; the disk is ")[2].removesuffix(" now")
@@ -1052,10 +1052,10 @@ def grown(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (written_by_qemu, "it was written to at"),
-        (Path.touch, "it was written to at"),
-        (written_behind_the_clock, "its metadata is not what the conversion wrote"),
-        (grown, "its size is"),
+        (written_by_qemu, "and modified at"),
+        (Path.touch, "and modified at"),
+        (written_behind_the_clock, "its metadata differs from the conversion's"),
+        (grown, "its size was"),
     ],
     ids=["written", "touched", "hidden", "grown"],
 )

@@ -309,7 +309,7 @@ def test_a_file_that_is_exchanged_is_not_opened_for_writing(any_dir: Path, monke
         return found
 
     monkeypatch.setattr(neighbours, "look", looked)
-    with pytest.raises(AccessError, match="was exchanged"):
+    with pytest.raises(AccessError, match="was replaced"):
         in_place(disk, any_dir / "new.qcow2")
     assert disk.read_bytes() == b"victim"
 

@@ -320,7 +320,7 @@ def test_an_undo_file_without_a_mark_is_followed_only_when_it_is_trusted(ext4_di
     kept = ext4_dir / ("disk.vmdk" + UNDO)
     assert done.stderr.splitlines() == [
         f"vmconv: {kept}: has no mark of this user's vmconv",
-        f"  hint: if you know who made it: vmconv undo --trust {kept}",
+        f"  hint: if you know its origin: vmconv undo --trust {kept}",
     ]
     assert contents(ext4_dir) == before
     done = run_cli("undo", "--trust", kept)

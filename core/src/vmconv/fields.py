@@ -53,7 +53,7 @@ def field_offset(layout: Struct, field: str) -> int:
 class Structure(NamedTuple):
     """A structure of fixed length in a file: `layout` is construct's, `name` is what errors call it.
 
-    It is only the place. `parse` returns the values, which the caller checks, field by field, before it uses them:
+    It reads nothing itself. `parse` returns the values, which the caller checks, field by field, before it uses them:
 
         head = Structure(file, structs.Header)
         header = head.parse("no toy signature", "magic")

@@ -136,7 +136,7 @@ def test_a_bat_that_cannot_be_is_refused(magic: bytes, bat: list[int], message: 
 @pytest.mark.malformed
 def test_an_image_that_says_it_is_empty_and_is_not_is_refused() -> None:
     assert read(build({}, [0], flags=1)).flat.total(Kind.DATA) == 0
-    with pytest.raises(ImageError, match="whose flags say that it is empty"):
+    with pytest.raises(ImageError, match="with the flag `empty`"):
         _ = read(build({4096: bytes(4096)}, [1], flags=1)).guest
 
 
@@ -288,7 +288,7 @@ BROKEN: dict[str, tuple[str, str]] = {
         "a at line 2: is not Parallels",
     ),
     "guid": (descriptor([(0, 32, [("me", "Plain", "x")])], [(TOP, NONE)]), "GUID at line 4: 'me' is not a GUID"),
-    "no top": (descriptor(ONE, [(TOP, NONE)], top=None), "the present state 5fbaabe3-.* is not one of 1 snapshots"),
+    "no top": (descriptor(ONE, [(TOP, NONE)], top=None), "the current state 5fbaabe3-.* is not one of 1 snapshots"),
     "no parent": (descriptor(ONE, [(TOP, BASE)]), "ParentGUID of 0+-.*3: there is no snapshot 0+-.*1"),
     "loop": (descriptor(ONE, [(TOP, BASE), (BASE, TOP)]), "ParentGUID of 0+-.*1: 0+-.*3 is above it, a loop"),
 }

@@ -428,11 +428,11 @@ def test_in_place_nothing_may_refer_to_the_source_or_hide_the_parent_with_cluste
     backing = Backing("base.img", "raw")
     carrier = Placement(1, "image", carrier=image.flat.sources[0])  # type: ignore[arg-type]
     check(image, write(image, options(), carrier, backing=backing), on_parent=True, tight=False)
-    with pytest.raises(PlanError, match="version 2 cannot hide what its parent says"):
+    with pytest.raises(PlanError, match="version 2 cannot hide its parent's content"):
         write(image, options(compat="0.10"), carrier, backing=backing)
     with pytest.raises(PlanError, match="in place, an image cannot refer to its source"):
         write(image, options(subformat="reference"), carrier, backing=backing)
-    with pytest.raises(PlanError, match="subformat=reference has its source as backing file, there is none"):
+    with pytest.raises(PlanError, match="subformat=reference needs its source as backing file"):
         write(image, options(subformat="reference"), Placement())
 
 

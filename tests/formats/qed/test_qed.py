@@ -118,9 +118,9 @@ WRONG: dict[str, tuple[str, int, str]] = {
     "no header": ("header_size", 0, "header_size at 0xc: 0 is not in"),
     "huge header": ("header_size", 0xFFFFFFFF, "header_size at 0xc: 4294967295 is not in"),
     "unknown features": ("features", 0x8000000000000008, "features at 0x10: unknown bit 3, bit 63"),
-    "L1 in header": ("l1_table_offset", 0, "l1_table_offset at 0x28: 0x0 is not the place of 8192 bytes"),
-    "L1 unaligned": ("l1_table_offset", 0x1008, "l1_table_offset at 0x28: 0x1008 is not the place"),
-    "L1 past end": ("l1_table_offset", 1 << 40, "l1_table_offset at 0x28: 0x10000000000 is not the place"),
+    "L1 in header": ("l1_table_offset", 0, "l1_table_offset at 0x28: 0x0 is not a valid offset of 8192 bytes"),
+    "L1 unaligned": ("l1_table_offset", 0x1008, "l1_table_offset at 0x28: 0x1008 is not a valid offset"),
+    "L1 past end": ("l1_table_offset", 1 << 40, "l1_table_offset at 0x28: 0x10000000000 is not a valid offset"),
     "huge disk": ("image_size", (1 << 32) + 512, r"image_size at 0x30: 4294967808 is not in 0\.\.4294967296"),
     "odd disk": ("image_size", 1000, "image_size at 0x30: 1000 is not whole sectors"),
     "backing without name": ("features", 1, "backing_filename_size at 0x3c: 0 is not in"),
@@ -248,7 +248,7 @@ def test_a_real_image_with_a_raw_parent_is_read_right(corpus: Path, tmp_path: Pa
 def test_a_real_header_without_tables_is_refused(corpus: Path, tmp_path: Path) -> None:
     packed = corpus / "images" / "file-tests" / "qed.img.xz"
     (tmp_path / "disk.qed").write_bytes(lzma.decompress(packed.read_bytes()))
-    with pytest.raises(ImageError, match="l1_table_offset at 0x28: 0x10000 is not the place of 262144 bytes"):
+    with pytest.raises(ImageError, match="l1_table_offset at 0x28: 0x10000 is not a valid offset of 262144 bytes"):
         vmconv.convert(str(tmp_path / "disk.qed"), str(tmp_path / "target.raw"))
     assert not (tmp_path / "target.raw").exists()
 

@@ -251,7 +251,9 @@ def test_a_vhd_is_checked(tmp_path: Path, qemu_img: QemuImg, damage: Callable[[P
 def test_a_footer_that_is_not_its_copy_is_found(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = made(tmp_path, "vpc", qemu_img)
     change(path, 40, b"\1")
-    assert checked(path).corruptions == (f"footer copy at 0x0: is not the footer at {path.stat().st_size - 512:#x}",)
+    assert checked(path).corruptions == (
+        f"footer copy at 0x0: differs from the footer at {path.stat().st_size - 512:#x}",
+    )
     change(path, 40, b"\0")
     assert not checked(path).corruptions
     change(path, path.stat().st_size - 480, b"\1")

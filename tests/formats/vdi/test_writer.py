@@ -122,7 +122,7 @@ def test_the_largest_disk_and_what_cannot_be_a_parent() -> None:
         of_format("vhd", disk([], MIB), facts, IDENTIFIED),
         of_format("vdi", disk([], MIB), facts),
     ):
-        with pytest.raises(PlanError, match="the parent of a VDI is a VDI with a UUID"):
+        with pytest.raises(PlanError, match="the parent of a VDI must be a VDI with a UUID"):
             on(below)
     with pytest.raises(PlanError, match="a static VDI cannot have a parent"):
         on(of_format("vdi", disk([], MIB), facts, IDENTIFIED), static=True)

@@ -332,7 +332,7 @@ HOSTILE: tuple[tuple[Callable[[bytes], bytes], str], ...] = (
     (lambda data: patched(data, "footer", 48, struct.pack(">Q", 1000)), "current_size at .*1000 bytes"),
     (lambda data: patched(data, "footer", 48, b"\x7f"), "max_table_entries at .*3 blocks"),
     (lambda data: patched(data, "footer", 60, b"\0\0\0\2")[2 * MIB :], "current_size at .*room"),
-    (lambda data: patched(data, "footer", 16, b"\xff" * 8), "data_offset at .*not the place of a header"),
+    (lambda data: patched(data, "footer", 16, b"\xff" * 8), "data_offset at .*not a valid offset of a header"),
     (lambda data: patched(data, "footer", 16, struct.pack(">Q", 1536)), "dynamic header at 0x600"),
     (lambda data: data[:520] + b"\7" + data[521:], "checksum at 0x224"),
     (lambda data: patched(data, "header", 24, b"\0\2\0\0"), "header_version"),

@@ -228,7 +228,7 @@ def test_what_a_vhd_cannot_be_is_refused() -> None:
     with pytest.raises(PlanError, match=r"b is one of format raw"):
         write(scattered(1, MIB, MIB, parent=sound), Options(), placement(), backing=Backing("b", "raw"))
     image = disk([], MIB)
-    with pytest.raises(PlanError, match="a dynamic VHD has a bitmap before each block"):
+    with pytest.raises(PlanError, match="a dynamic VHD needs space for a bitmap before each block"):
         write(image, Options(), Placement(1, carrier=image.file))
     assert write(image, Options(subformat="fixed"), Placement(1, carrier=image.file))
     with pytest.raises(PlanError, match="blocks aligned to 1073741824: its file ends at 2T"):
@@ -246,7 +246,7 @@ def test_creator_and_geometry_are_carried_where_they_can_be() -> None:
     assert made() == (b"win ", (1, 4, 17), ())
     assert made(creator="tap") == (b"tap\0", (1, 4, 17), ())
     assert made(creator="vpc") == (b"vpc ", (1, 4, 17), ())
-    assert made(creator="vmconv")[::2] == (b"win ", ("creator vmconv: what VHD has for it has 4 characters",))
+    assert made(creator="vmconv")[::2] == (b"win ", ("creator vmconv: its VHD code has 4 characters",))
     geometry = Geometry(cylinders=65535, heads=255, sectors=255)
     assert made(geometry=geometry, creator="vpc")[:2] == (b"win ", (65535, 255, 255))
     assert "take the geometry" in made(geometry=geometry, creator="vpc")[2][0]

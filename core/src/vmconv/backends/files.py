@@ -237,7 +237,7 @@ class FileTransaction(Transaction):
                     self.directory.join(temporary.target),
                     old,
                     kept,
-                    "remove it first, or say by --mode who may read the new one",
+                    "remove it first, or set the new file's permissions with --mode",
                 )
                 missing = attributes.carry(old, temporary.descriptor, [file.descriptor for file in kept])
                 if missing:
@@ -272,7 +272,7 @@ class FileTransaction(Transaction):
     def commit(self) -> None:
         temporaries = [output.temporary for output in self._outputs]
         try:
-            with os_errors("cannot be given its name", where=self.directory.path):
+            with os_errors("cannot be renamed to its final name", where=self.directory.path):
                 if len(temporaries) > 1:
                     from vmconv.backends import naming
 

@@ -69,7 +69,7 @@ def commit(directory: Directory, files: Sequence[Temporary], *, replace: bool, d
     exist, and the hint says how to complete the set.
     """
     if len(files) > _MAX_FILES:
-        raise BackendError(f"{directory.path}: {len(files)} files would get their names as one, {_MAX_FILES} at most")
+        raise BackendError(f"{directory.path}: {len(files)} files to rename as one set, {_MAX_FILES} at most")
     for file in files:
         if not replace and directory.has(file.target):
             raise already_exists(directory, file.target)
@@ -180,10 +180,10 @@ def _revert(directory: Directory, wanted: Set, journal: str) -> bool:
 def _unfinished(directory: Directory, wanted: Set, error: OSError) -> BackendError:
     there = [file.name for file in wanted.files if _is_at(directory, file.name, file)]
     missing = [file.name for file in wanted.files if file.name not in there]
-    state = f"{', '.join(there) or 'none'} of the new files has its name, {', '.join(missing) or 'none'} has not"
+    state = f"new files under their final names: {', '.join(there) or 'none'}, missing: {', '.join(missing) or 'none'}"
     return BackendError(
         f"{directory.path}: {state}: {error.strerror}",
-        hint=f"vmconv recover {directory.join(wanted.names[-1])} finishes it",
+        hint=f"vmconv recover {directory.join(wanted.names[-1])} completes it",
     )
 
 
@@ -207,11 +207,11 @@ def finish(directory: Directory, names: Collection[str], *, trust: bool = False)
                 continue
             first = directory.join(wanted.names[-1])
             if locks.may_be_owned(descriptor):
-                raise AccessError(f"{first}: is being made by another process", hint="wait until it has ended")
+                raise AccessError(f"{first}: another process is writing it", hint="wait until it has ended")
             if not believed:
                 raise AccessError(
-                    f"{directory.join(entry)}: names {first}, and has no mark of this user's vmconv",
-                    hint=f"vmconv recover --trust {first}, if you know where it comes from; else remove it",
+                    f"{directory.join(entry)}: names {first}, and lacks the mark of this user's vmconv",
+                    hint=f"vmconv recover --trust {first}, if you know its origin; else remove it",
                 )
             _finish_interrupted(directory, wanted, entry)
             done += wanted.names
@@ -239,7 +239,7 @@ def _journals(directory: Directory) -> list[str]:
 
 
 def _open(directory: Directory, entry: str, *, trust: bool) -> int | None:
-    """Returns a descriptor of a journal; None if it is another user's, or removed meanwhile."""
+    """Returns a descriptor of a journal; None if it is another user's or no longer exists."""
     from vmconv.io import ownership
 
     try:
@@ -288,12 +288,12 @@ def _parse(body: bytes) -> Set | None:
 
 
 def _finish_interrupted(directory: Directory, wanted: Set, entry: str) -> None:
-    with os_errors("cannot be finished"):
+    with os_errors("cannot be completed"):
         try:
             _finish(directory, wanted, entry, durable=True)
         except FileExistsError as exc:
             raise BackendError(
-                f"{exc.filename2 or exc.filename}: appeared while an interrupted conversion was not finished",
+                f"{exc.filename2 or exc.filename}: was created before the interrupted conversion was complete",
                 hint=f"move it away, then vmconv recover {directory.join(wanted.names[-1])}",
             ) from exc
     gone = [name for name in wanted.names if not directory.has(name)]

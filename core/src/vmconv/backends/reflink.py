@@ -130,7 +130,7 @@ def _clone_error(source: File, scratch: int, unit: int) -> OSError | None:
     return None
 
 
-# -- Btrfs shares only between files that both have copy-on-write and checksums, or both have not. A new file inherits
+# -- Btrfs shares only between two files with copy-on-write and checksums, or two without. A new file inherits
 # this from its directory and the mount (chattr +C; nodatacow, nodatasum), and can be changed while it is empty.
 
 
@@ -188,6 +188,7 @@ def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: 
         if nocow != linux.is_nocow(scratch):
             kinds = ("copied on write", "not copied on write (chattr +C)")
             return (
-                f"{name} is {kinds[nocow]} and most payload is {kinds[not nocow]}, which Btrfs does not mix in a file"
+                f"{name} is {kinds[nocow]} and most payload is {kinds[not nocow]}, and Btrfs does not mix the "
+                "two in one file"
             )
     return f"{mount.type} at {mount.point} refuses to share with {name}: {exc.strerror}"

@@ -134,11 +134,11 @@ def _wait_until_read(descriptor: int) -> None:
     poll = select.poll()
     # Errors only: POLLERR tells that the reader has closed the pipe.
     poll.register(descriptor, 0)
-    with os_errors("standard output: cannot be asked what was read of it"):
+    with os_errors("standard output: its unread bytes cannot be counted"):
         while int.from_bytes(ioctl(descriptor, FIONREAD, bytes(4)), "little"):
             if poll.poll(_LOOK_EVERY):
                 break
         else:
             return
-    # The reader has gone and has not read everything.
+    # The reader closed the pipe before the end.
     raise BrokenPipeError

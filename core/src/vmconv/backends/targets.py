@@ -123,7 +123,7 @@ def _refuse_strangers_link(directory: int, name: str, link: os.stat_result, path
     shared = place.st_mode & stat.S_ISVTX and place.st_mode & stat.S_IWOTH
     if shared and link.st_uid not in (os.geteuid(), place.st_uid):
         raise AccessError(
-            f"{path}: {name} is a symbolic link of user {link.st_uid} in a directory in which anybody may make files",
+            f"{path}: {name} is a symbolic link of user {link.st_uid} in a world-writable directory",
             hint="name the file that it leads to",
         )
 
@@ -197,7 +197,7 @@ def _refuse_sticky(directory: Directory, descriptor: int, path: str) -> None:
     own = os.geteuid() in (place.st_uid, status.st_uid)
     if place.st_mode & stat.S_ISVTX and not own and not _has_capability(_CAP_FOWNER):
         raise PlanError(
-            f"{path}: belongs to user {status.st_uid}, and its directory is sticky: only its owner replaces it"
+            f"{path}: belongs to user {status.st_uid}, and its directory is sticky: only the owner may replace it"
         )
 
 
@@ -211,7 +211,7 @@ def _has_capability(number: int) -> bool:
 
 
 def _refuse_in_use(descriptor: int, path: str) -> None:
-    locks.refuse_users(File(path, descriptor), hint="close it there; an image in use is not replaced, -U or not")
+    locks.refuse_users(File(path, descriptor), hint="close it there; an image in use is not replaced, even with -U")
     own = os.fstat(descriptor)
     for user in (_loop_device(own), _swap(own)):
         if user:
@@ -255,15 +255,15 @@ def _leads_to(path: str, status: os.stat_result) -> bool:
 def refuse_directory(directory: Directory) -> None:
     """Raises `PlanError` if no file can be created in the directory."""
     if _flags(directory.descriptor) & _IMMUTABLE:
-        raise PlanError(f"{directory.path}: is immutable (chattr +i), no file can be made in it")
+        raise PlanError(f"{directory.path}: is immutable (chattr +i), no file can be created in it")
 
 
 def refuse_kept_names(directory: Directory) -> None:
-    """Raises `PlanError` if files can be created and not renamed, which only a single new image does not need."""
+    """Raises `PlanError` if files can be created and not renamed; a single new image needs no rename."""
     if _flags(directory.descriptor) & _APPEND_ONLY:
         raise PlanError(
             f"{directory.path}: is append-only (chattr +a), names in it cannot be changed",
-            hint="make a single new image in it, or another directory",
+            hint="make a single new image in it, or choose another directory",
         )
 
 
@@ -277,14 +277,14 @@ def clean(directory: Directory, names: Sequence[str]) -> None:
     from vmconv.backends import naming
 
     for name in naming.finish(directory, names):
-        warn(f"{directory.join(name)}: the interrupted run that made it has been finished")
+        warn(f"{directory.join(name)}: its interrupted conversion has been completed")
     remove_stale(directory, names, naming.needed(directory))
 
 
 def finish_set(path: str, *, trust: bool) -> bool:
-    """Finishes the set of images that this one belongs to, when a stopped run had committed it; False for any other.
+    """Completes the set of images with this one, if an interrupted run committed it; returns False for any other.
 
-    With `trust` also when nothing shows that this user's vmconv made it.
+    With `trust` also if its journal lacks this user's mark.
     """
     place, name = os.path.split(os.path.abspath(path))
     try:

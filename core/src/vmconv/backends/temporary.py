@@ -216,5 +216,5 @@ def _try_rename(directory: Directory, target: str, name: str) -> str:
 
 
 def already_exists(directory: Directory, name: str) -> BackendError:
-    """Returns the error of a target that another process created meanwhile."""
+    """Returns the error of a target that another process created during the run."""
     return BackendError(f"{directory.join(name)}: already exists", hint="--force replaces it")

@@ -90,13 +90,13 @@ COMMAND = Command(
     "check",
     "check the structure of an image",
     "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts; and\n"
-    "whether the files it refers to are there and unchanged since. Changes nothing.",
+    "whether the files it refers to exist and are unchanged. Changes nothing.",
     _configure,
     _run,
     "exit status (as qemu-img check):\n"
     "  0   no errors\n"
-    "  1   the check could not be done\n"
-    "  2   the image is corrupt, or a file that it refers to is not what it was\n"
+    "  1   the check failed\n"
+    "  2   the image is corrupt, or a file that it refers to has changed\n"
     "  3   clusters are leaked, nothing is corrupt\n"
     "  63  the format has no structure to check",
 )

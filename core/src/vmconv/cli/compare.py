@@ -33,14 +33,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     configure(parser)
-    parser.add_argument("-s", "--strict", action="store_true", help="images of different size are different")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing, the exit status says it")
+    parser.add_argument("-s", "--strict", action="store_true", help="treat images of different size as different")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing; the exit status is the answer")
 
 
 COMMAND = Command(
     "compare",
     "compare what a guest sees of two disks",
-    "Compares what a guest sees of two disks, whatever their formats. Ranges that share storage are equal without\n"
+    "Compares what a guest sees of two disks, of any formats. Ranges that share storage are equal without\n"
     "being read; only the rest is read.",
     _configure,
     _run,

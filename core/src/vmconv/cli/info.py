@@ -109,6 +109,6 @@ COMMAND = Command(
     "Describes an image: format, sizes, features, parent, identity and health. Reads the header only.",
     _configure,
     _run,
-    "The format is taken from the content when -f is not given, as qemu-img info does: nothing depends on it\n"
-    "here. All other commands want name and content to agree, or -f.",
+    "The format is taken from the content when -f is not given, as qemu-img info does: this command\n"
+    "only describes. All other commands need a name and content that agree, or -f.",
 )

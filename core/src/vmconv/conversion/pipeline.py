@@ -300,7 +300,7 @@ def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, 
 
 def _refuse_with_stream(request: Request) -> None:
     if request.target_format is None:
-        raise UsageError("a stream has no name that speaks of a format", hint="name the format with -O")
+        raise UsageError("a stream has no suffix that names a format", hint="name the format with -O")
     for given, what in (
         (request.chain, "a chain"),
         (request.in_place or request.keep_undo, "in place"),
@@ -308,7 +308,7 @@ def _refuse_with_stream(request: Request) -> None:
         (request.backend != "auto", f"the backend {request.backend}"),
     ):
         if given:
-            raise UsageError(f"a stream is one image by itself: {what} makes no sense for it")
+            raise UsageError(f"a stream is a single image: {what} does not apply")
 
 
 def _stream_target(request: Request, registry: Registry) -> Target:
@@ -358,7 +358,7 @@ def _only_directory(places: Sequence[_Place]) -> Directory:
     for other, name in places:
         if not os.path.samestat(os.fstat(other.descriptor), os.fstat(directory.descriptor)):
             raise PlanError(
-                f"{other.join(name)}: is in another directory than the other targets",
+                f"{other.join(name)}: is not in the directory of the other targets",
                 hint="a symbolic link is followed: remove it",
             )
     return directory
@@ -413,7 +413,7 @@ def _kept_layer(request: Request, target: Target, image: Image, registry: Regist
         for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
             if asked:
                 raise UsageError(
-                    f"{what}: the target's backing file would be the source as it is, with nothing above it"
+                    f"{what}: the target's backing file would be the unchanged source, and the target is an empty layer"
                 )
         return keep_source(image, registry, target.directory)
     if request.backing_file is None:
@@ -441,6 +441,6 @@ def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -
     """Raises `UsageError` if the backing format differs from the format in which the layer was read."""
     if stated is not None and registry.format(stated).name != layer.format_name:
         raise UsageError(
-            f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be stated as {stated}",
-            hint=f"leave the backing format out, or give it as {layer.format_name}",
+            f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be declared as {stated}",
+            hint=f"omit the backing format, or give {layer.format_name}",
         )

@@ -93,7 +93,7 @@ def _stays(steps: Steps, reasons: _Reasons) -> None:
     moved = (steps.action == Action.SHARE) & (steps.offset != steps.source_offset)
     if moved.any():
         steps.action[moved] = Action.COPY
-        steps.reason[moved] = reasons.number("the header of the target has to lie in their place")
+        steps.reason[moved] = reasons.number("the header of the target takes their place")
 
 
 def _whole_blocks(steps: Steps, size: int, sources: tuple[Source, ...], unit: int, reasons: _Reasons) -> Steps:

@@ -57,7 +57,7 @@ def _name(path: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"--verify=qemu: {path!r} is not UTF-8, which QEMU cannot be told") from exc
+        raise UsageError(f"--verify=qemu: {path!r} is not UTF-8, which QEMU's JSON needs") from exc
     return path
 
 

@@ -60,13 +60,13 @@ def refuse_impossible(
     """Raises `UsageError` if the planned containers of a request cannot be verified in this mode."""
     if mode in ("sample", "bytes", "qemu") and request.in_place:
         raise UsageError(
-            f"--verify={mode} and --in-place exclude each other: there is no source any more to compare with",
-            hint="what is kept stays where it lies; compare a copy, made with --keep-undo, afterwards",
+            f"--verify={mode} and --in-place exclude each other: the source no longer exists",
+            hint="kept payload stays in place; with --keep-undo, compare a copy of the source afterwards",
         )
     if mode != "qemu":
         return
     if request.descriptor is not None:
-        raise UsageError("--verify=qemu: a stream is no file that QEMU could read", hint="use --verify=bytes")
+        raise UsageError("--verify=qemu: QEMU cannot read a stream", hint="use --verify=bytes")
     from vmconv.conversion.qemu import refuse_impossible as refuse
     from vmconv.model.planned import PlannedFile
 

@@ -65,7 +65,7 @@ class Change:
         """Syncs the journal, then gives the file its working name. Nothing may be written to the file before."""
         encoded = self.journal.encode(lambda digest: ownership.mark(self.directory, digest))
         if len(encoded) > MAX_SIZE:
-            raise PlanError(f"{self.source}: {len(encoded)} bytes would be written over, {MAX_SIZE} at most in place")
+            raise PlanError(f"{self.source}: {len(encoded)} bytes would be overwritten, {MAX_SIZE} at most in place")
         # A journal that cannot be read back must fail now, not during recovery.
         parse(encoded, self.source)
         self._commit_record, self._commit_offset = commit_record(encoded), len(encoded)
@@ -91,7 +91,7 @@ class Change:
             if self.directory.has(name):
                 raise PlanError(
                     f"{self.directory.join(name)}: is in the way of a conversion in place",
-                    hint=f"vmconv recover {self.source}, when a conversion was interrupted; else move it away",
+                    hint=f"if a conversion was interrupted: vmconv recover {self.source}; else move it away",
                 )
 
     def make(self, name: str) -> int:
@@ -112,7 +112,7 @@ class Change:
                 self.finish()
             except OSError as exc:
                 raise BackendError(
-                    f"{self.target}: the conversion is committed and not finished: {_where(exc)}{exc.strerror}; "
+                    f"{self.target}: the conversion is committed and not complete: {_where(exc)}{exc.strerror}; "
                     f"{self._whereabouts()}",
                     hint=f"vmconv recover {self.target}",
                 ) from exc
@@ -146,7 +146,7 @@ class Change:
                     return f"the disk is {self.directory.join(name)} now"
             except OSError:
                 continue
-        return f"{' and '.join(map(self.directory.join, names))} cannot be looked at"
+        return f"{' and '.join(map(self.directory.join, names))} cannot be examined"
 
     # -- forward
 
@@ -213,20 +213,21 @@ class Change:
             self.calls.rename(self.directory, old, new, replace=self.journal.replace)
         except FileExistsError as exc:
             raise BackendError(
-                f"{self.directory.join(new)}: appeared meanwhile; the conversion is committed, {self._whereabouts()}",
+                f"{self.directory.join(new)}: was created during the conversion, which is committed; "
+                f"{self._whereabouts()}",
                 hint=f"move it away, then vmconv recover {self.source}",
             ) from exc
 
     def _refuse_foreign(self, name: str, status: os.stat_result) -> None:
-        """Raises `BackendError` if the file under a working name was replaced by somebody else."""
+        """Raises `BackendError` if another process replaced the file under a working name."""
         owner = self.journal.owner
         known = stat.S_ISREG(status.st_mode) and (owner is None or status.st_uid in (owner, os.geteuid()))
         if name == self.working and self.descriptor >= 0:
             known = known and os.path.samestat(status, os.fstat(self.descriptor))
         if not known:
             raise BackendError(
-                f"{self.directory.join(name)}: is not the file that the conversion made, somebody has exchanged it",
-                hint=f"find the file and give it this name again, then vmconv recover {self.source}",
+                f"{self.directory.join(name)}: is not the file that the conversion made; another process replaced it",
+                hint=f"find the original file, give it this name again, then vmconv recover {self.source}",
             )
 
     def _remove(self, leftover: Leftover) -> None:
@@ -274,7 +275,7 @@ class Change:
             self.calls.rename(self.directory, self.working, self.journal.source, replace=False)
         except FileExistsError as exc:
             raise BackendError(
-                f"{self.source}: appeared meanwhile",
+                f"{self.source}: was created during the conversion",
                 hint=f"move it away, then vmconv recover {self.directory.join(self.working)}",
             ) from exc
 
@@ -289,7 +290,7 @@ class Change:
 
     def _lost(self, name: str) -> BackendError:
         return BackendError(
-            f"{self.directory.join(name)}: is not what the interrupted conversion left behind",
+            f"{self.directory.join(name)}: is not the file of the interrupted conversion",
             hint=f"give the file its working name again, {self.directory.join(self.working)}; "
             f"or, if it is good as it is, remove {self.directory.join(self.entry)}",
         )

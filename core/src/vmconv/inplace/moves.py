@@ -60,9 +60,10 @@ def physical_pieces(main: FilePlan, carrier: File) -> Ranges:
         raise PlanError(f"in place, payload would have to be shifted {shifts} times, {MOST_SHIFTS} at most")
     extents = linux.settled_ranges(carrier.descriptor)
     if extents is None:
-        raise PlanError("in place, payload cannot be shifted: the filesystem does not tell where all of it lies")
+        raise PlanError("in place, payload cannot be shifted: the filesystem does not report all physical addresses")
     if linux.shares_blocks(carrier.descriptor):
-        # Such a block gets another place when its file is cut or written, and its place is all that is known of it.
+        # A shared block moves when its file is truncated or written, and the journal knows blocks by their address
+        # only.
         raise PlanError(f"{carrier.name}: in place, payload cannot be shifted: other files share its blocks")
     return _on_storage(rows, extents)
 
@@ -81,7 +82,7 @@ def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
     torn = (rows[:, 0] % block != 0) | (rows[:, 2] % block != 0)
     torn[:-1] |= end[:-1] % block != 0
     last = int(end[-1]) if len(end) else 0
-    # What is behind the end is a HOLE.
+    # Past its end the table is a HOLE.
     rest = main.table.window(last, -last % block)
     if torn.any() or (rest.total(Kind.ZERO) and not main.slack):
         raise PlanError(f"in place, payload cannot be shifted: it is not whole blocks of {block} bytes in the file")
@@ -128,7 +129,7 @@ def shift(descriptor: int, pieces: Ranges, calls: Syscalls) -> None:
             calls.collapse(descriptor, wanted, -step)
         moved += step
     if any(offset != wanted for offset, wanted in _boundaries(_current_extents(descriptor), pieces, block)):
-        raise BackendError("payload is not where it was shifted to", hint="vmconv recover goes on from here")
+        raise BackendError("payload is not at its new offsets", hint="vmconv recover continues")
 
 
 def _current_extents(descriptor: int) -> Ranges:
@@ -150,13 +151,13 @@ def _found(now: Ranges, pieces: Ranges, block: int) -> tuple[Column, Column, Col
 
 
 def _refuse_missing(now: Ranges, pieces: Ranges, block: int) -> None:
-    """Raises `BackendError` if a piece does not lie where it lay: then nothing tells it from what is to be punched."""
+    """Raises `BackendError` if a piece is not at its physical address: dead space would look the same."""
     there = int(_found(now, pieces, block)[1].sum())
     wanted = int((-(-pieces[:, 1] // block) * block).sum())
     if there != wanted:
         raise BackendError(
-            f"{wanted - there} bytes of payload do not lie on storage where the journal has them",
-            hint="another program has written to the file, or moved it; it is as it was found",
+            f"{wanted - there} bytes of payload are not at the physical addresses in the journal",
+            hint="another program wrote to the file or moved its blocks; nothing was changed",
         )
 
 

@@ -172,7 +172,7 @@ class _Names(Opener):
 
 def _missing(origin: File, reference: str, role: str) -> AccessError:
     """Returns the error of a missing file, after which some readers try another name."""
-    error = AccessError(f"{origin.name}: {role} {reference!r} is not looked at")
+    error = AccessError(f"{origin.name}: {role} {reference!r} is not opened")
     error.__cause__ = FileNotFoundError(reference)
     return error
 

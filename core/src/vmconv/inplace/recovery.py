@@ -82,7 +82,7 @@ def recover_if_own(path: str) -> Recovery | None:
         except (_StrangerError, ImageError) as exc:
             if not directory.has(name):
                 raise
-            warn(f"{exc}; nothing is done about it")
+            warn(f"{exc}; it is ignored")
             return None
 
 
@@ -119,7 +119,7 @@ def _refuse_lone(directory: Directory, name: str) -> None:
     entry = beside(name.removesuffix(WORKING), JOURNAL)
     if directory.has(working) and not directory.has(entry) and not (working != name and directory.has(name)):
         raise AccessError(
-            f"{directory.join(working)}: its journal {entry} is gone",
+            f"{directory.join(working)}: its journal {entry} is missing",
             hint="without it the state of the file is unknown",
         )
 
@@ -154,7 +154,7 @@ def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> 
 def _refuse_stranger(path: str, why: str | None) -> None:
     if why is not None:
         raise _StrangerError(
-            f"{path}: {why}", hint=f"if you know who made it, vmconv recover --trust {path}; else remove it"
+            f"{path}: {why}", hint=f"if you know its origin, vmconv recover --trust {path}; else remove it"
         )
 
 

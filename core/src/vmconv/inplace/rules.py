@@ -54,11 +54,11 @@ def refuse_places(own: Iterable[Own], directory: Directory) -> None:
         if not directory.holds(name, file.descriptor):
             raise PlanError(
                 f"{file.path}: lies in another directory than the target, {directory.path}",
-                hint="in place, the target lies where the source does",
+                hint="in place, the target is in the directory of the source",
             )
         if status.st_nlink > 1:
             raise PlanError(
-                f"{file.path}: has {status.st_nlink} names (hard links), the others would be changed too",
+                f"{file.path}: has {status.st_nlink} names (hard links), all of them would change",
                 hint="remove them, or convert to another file",
             )
     _refuse_filesystem(directory.path)
@@ -85,7 +85,7 @@ def refuse_other_owners(directory: Directory, named: str, names: Iterable[str], 
         if found is not None and found.st_uid != owner:
             raise PlanError(
                 f"{directory.join(name)}: belongs to user {found.st_uid}, {named} to user {owner}",
-                hint=f"{option} changes it all the same; or convert to another file",
+                hint=f"{option} allows it; or convert to another file",
             )
 
 
@@ -93,12 +93,13 @@ def refuse_exchanged(directory: Directory, own: Own, descriptor: int) -> None:
     """Raises `AccessError` if a descriptor, opened by name, is not the file that was read."""
     if not os.path.samestat(os.fstat(descriptor), os.fstat(own.file.descriptor)):
         raise AccessError(
-            f"{directory.join(own.name)}: was exchanged while it was being looked at", hint="find out by whom"
+            f"{directory.join(own.name)}: was replaced while it was being examined",
+            hint="find the program that replaces it",
         )
 
 
 def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
-    """Raises `PlanError` if a journal or a working name exists, whoever made it."""
+    """Raises `PlanError` if a journal or a working name exists, of any user."""
     for _, name in own:
         for other in (beside(name, JOURNAL), beside(name, WORKING)):
             if directory.has(other):
@@ -112,7 +113,7 @@ def refuse_too_much(name: str, saved: Ranges) -> None:
     """Raises `PlanError` if the ranges to overwrite exceed a journal, before reading them into memory."""
     total = int(saved[:, 1].sum())
     if total > MAX_BODY:
-        raise PlanError(f"{name}: {total} bytes would be written over, {MAX_BODY} at most in place")
+        raise PlanError(f"{name}: {total} bytes would be overwritten, {MAX_BODY} at most in place")
 
 
 def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Registry) -> None:
@@ -131,6 +132,6 @@ def refuse_losses(losses: Sequence[str], *, keep_undo: bool) -> None:
     """Raises `PlanError` if properties of the source would be lost without an undo file."""
     if losses and not keep_undo:
         raise PlanError(
-            f"in place, this would be destroyed: {'; '.join(losses)}",
-            hint="--keep-undo keeps it, or convert to another file",
+            f"in place, these properties would be lost: {'; '.join(losses)}",
+            hint="--keep-undo keeps them, or convert to another file",
         )

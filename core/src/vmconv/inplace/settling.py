@@ -29,7 +29,7 @@ def _settle(path: str) -> None:
     done = recover_if_own(path)
     if done is None:
         return
-    what = f"a conversion in place was interrupted, and has been {'finished' if done.forward else 'rolled back'}"
+    what = f"a conversion in place was interrupted, and has been {'completed' if done.forward else 'rolled back'}"
     if not os.path.lexists(path):
         raise AccessError(f"{path}: is {done.path} now: {what}")
     # A warning of the command and not of the image, which is fine now.

@@ -63,7 +63,7 @@ class _Replacement(ReflinkOutput):
         # Before the sync, so that attributes are durable before the old file is removed.
         missing = self.calls.carry(self.origin.descriptor, self.descriptor, [other.descriptor for other in self.others])
         if missing:
-            warn(f"{self.origin.name}: not carried over to what replaces it: {', '.join(missing)}")
+            warn(f"{self.origin.name}: not carried over to its replacement: {', '.join(missing)}")
         return super().finish()
 
 
@@ -105,7 +105,7 @@ class ReplacingTransaction(ReflinkTransaction):
             output.origin = next((file for file in sources if file in files), self.named)
             output.others = [file for file in (*sources, *files) if file is not output.origin]
             if self.owner is not None:
-                refuse_reader(output.path, output.origin.descriptor, output.others, "--any-owner makes it all the same")
+                refuse_reader(output.path, output.origin.descriptor, output.others, "--any-owner allows it")
         return output
 
     def _give_access(self, temporary: Temporary) -> None:

@@ -18,9 +18,7 @@ from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 from vmconv.system import linux
 
-_UNMARKED = (
-    "there is no home to keep a key in: if this is interrupted, only vmconv recover --trust brings the disk back"
-)
+_UNMARKED = "no home directory for a key: after an interruption, only vmconv recover --trust restores the disk"
 
 
 class Site:
@@ -87,7 +85,7 @@ class Site:
             directory, name = locate(self.source)
         with directory:
             if not directory.holds(name, self.image.file.descriptor):
-                raise AccessError(f"{self.source}: was exchanged while it was being looked at", hint="try again")
+                raise AccessError(f"{self.source}: was replaced while it was being examined", hint="try again")
 
     def _refuse(self) -> None:
         rules.refuse_places(self.own, self.directory)
@@ -120,7 +118,8 @@ class Site:
         """Raises `PlanError` if the result would refer to the removed source, or replace files of other users."""
         if plan.references:
             raise PlanError(
-                "in place, the target cannot refer to the source, which is gone then", hint="leave --in-place out"
+                "in place, the target cannot refer to the source, which no longer exists afterwards",
+                hint="omit --in-place",
             )
         if not self.any_owner:
             # --force replaces existing files, and the image chooses some of the names.

@@ -164,7 +164,7 @@ class InPlaceTransaction(Transaction):
 
     def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
         if self._change is None:
-            raise BackendError(f"{name}: a change in place has to be prepared")
+            raise BackendError(f"{name}: the change in place is not prepared")
         if name == self._main.name:
             return self._carrier_output(self._change)
         output = _SiblingOutput(self._change, name, size)

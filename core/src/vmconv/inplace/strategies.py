@@ -115,7 +115,7 @@ class Stay(_OneFile):
     def propose(self) -> Proposal | PlanError:
         if self.site.chain:
             return PlanError(
-                "in place, several layers take a filesystem that shares blocks, and have no undo",
+                "in place, several layers need a filesystem that shares blocks, and have no undo",
                 hint="convert the top alone, with -B",
             )
         try:
@@ -131,7 +131,7 @@ class Stay(_OneFile):
         undo = beside(plan.files[-1].name, UNDO)
         if self.site.keep_undo and self.site.directory.has(undo):
             path = self.site.directory.join(undo)
-            raise PlanError(f"{path}: already exists", hint="remove it, when it is not needed any more")
+            raise PlanError(f"{path}: already exists", hint="remove it, if it is no longer needed")
         return self._own_name(plan)
 
 
@@ -159,7 +159,7 @@ class Shift(_OneFile):
         main = space.carrier_plan(plan, self.carrier.file)
         others = [file for file in plan.files if file is not main and len(file.shares())]
         if plan.copies or others or plan.totals.written > moves.MOST_WRITTEN:
-            raise Unsuitable("in place, payload cannot be shifted to where the target has it")
+            raise Unsuitable("in place, payload cannot be shifted to the target's offsets")
         # Only the refusal counts. The transaction asks again: the filesystem may have moved blocks since.
         moves.physical_pieces(main, self.carrier.file)
         return self._own_name(plan)
@@ -175,14 +175,14 @@ def carrier_of(site: Site, table: Extents) -> File:
     for source in used:
         if isinstance(source, Decoded):
             raise PlanError(
-                f"{source.file.name}: {source.reason}: in place, payload has to stay as it is",
+                f"{source.file.name}: {source.reason}: in place, payload cannot be decoded",
                 hint="convert to another file",
             )
     carriers = [file for file in site.files if file in used] or [site.files[-1]]
     if len(used) > 1 or used not in ([], carriers):
         names = ", ".join(source.name for source in used)
         raise PlanError(
-            f"{site.source}: its payload lies in {names}; in place, it has to lie in one file of its own",
+            f"{site.source}: its payload lies in {names}; in place, it must lie in one file of the image itself",
             hint="-B keeps the layers below" if site.image.parent_reference else "convert to another file",
         )
     return carriers[0]
@@ -194,7 +194,7 @@ def formats_that_hold(site: Site, wanted: Wanted) -> str:
     names = " or ".join(
         one.name for one in every if one.in_place and one is not wanted.format and _can_hold(site, one, wanted.table)
     )
-    return f"{names} can hold it where it lies; or convert to another file" if names else "convert to another file"
+    return f"{names} can hold it in place; or convert to another file" if names else "convert to another file"
 
 
 def _can_hold(site: Site, one: Format, table: Extents) -> bool:

@@ -55,7 +55,7 @@ def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> st
         if not directory.has(entry):
             raise AccessError(
                 f"{path}: there is no {directory.join(entry)}",
-                hint="only --keep-undo makes one, when something is converted",
+                hint="only a conversion with --keep-undo makes one",
             )
         descriptor = ownership.opened(directory, entry)
         stack.callback(linux.close, descriptor)
@@ -83,7 +83,7 @@ def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> 
         head = undofile.read_head(descriptor, path)
         why = None if trust else ownership.forged(None, head.digest, head.mark)
     if head is None or why is not None:
-        raise AccessError(f"{path}: {why}", hint=f"if you know who made it: vmconv undo --trust {path}")
+        raise AccessError(f"{path}: {why}", hint=f"if you know its origin: vmconv undo --trust {path}")
     return _UndoFile(entry, path, descriptor, head, undofile.read(descriptor, path, head, entry))
 
 
@@ -104,15 +104,17 @@ def _refuse_changed(file: File, found: Undo, stamp: Stamp) -> None:
     """Raises `PlanError` with the difference if the new container changed since the conversion."""
     ends = found.metadata.sum(axis=1)
     if file.size == stamp.size and len(ends) and int(ends.max()) > file.size:
-        raise ImageError(f"{file.path}: its undo file speaks of metadata up to {int(ends.max())}, it has {file.size}")
+        raise ImageError(
+            f"{file.path}: its undo file has metadata up to {int(ends.max())}, the file has {file.size} bytes"
+        )
     now = Stamp.of(file.descriptor, found.metadata) if file.size == stamp.size else None
     problem = None
     if now is None:
-        problem = f"its size is {file.size}, it was {stamp.size}"
+        problem = f"its size was {stamp.size} and is {file.size}"
     elif now.mtime != stamp.mtime:
-        problem = f"it was written to at {_time(now.mtime)}, and was made at {_time(stamp.mtime)}"
+        problem = f"it was made at {_time(stamp.mtime)} and modified at {_time(now.mtime)}"
     elif now.digest != stamp.digest:
-        problem = "its metadata is not what the conversion wrote"
+        problem = "its metadata differs from the conversion's"
     if problem:
         raise PlanError(
             f"{file.path}: cannot be undone: {problem}",

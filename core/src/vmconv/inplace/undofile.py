@@ -1,10 +1,10 @@
-"""The undo file: the old container without its payload, which is where it was as long as nobody writes to the new one.
+"""The undo file: the old container without its payload, which stays in place until a write to the new container.
 
-    magic | stamp of the new container | length of the body, its digest, whose it is | body: JSON, ranges
+    magic | stamp of the new container | length of the body, its digest, a mark | body: JSON, ranges
     | zstandard: old bytes
 
-The stamp is known last, when nothing more is done to the file, so it has a place and a digest of its own. Files of
-vmconv 0.1 have another magic, and do not say whose they are. What is read is checked (`vmconv.inplace.codec`).
+The stamp is written last, after all other changes of the new container, so it has its own place and digest. Files of
+vmconv 0.1 have another magic and no mark. Every field is checked when read (`vmconv.inplace.codec`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,11 @@ _HEAD = struct.Struct("<Q32s32s")
 _OLD_HEAD = struct.Struct("<Q32s")
 
 _MAX_WINDOW = 8 << 20
-"""Bytes that the decompressor may need: four times what is needed for what vmconv writes."""
+"""Limit of the decompressor's window, bytes: four times that of files of vmconv."""
 
 
 class Stamp(NamedTuple):
-    """What tells whether somebody wrote to the new container: its size, when it was changed last, ns, and a digest of
-    its metadata.
-    """
+    """The state of the new container, to detect writes: its size, its mtime in ns, and a digest of its metadata."""
 
     size: int
     mtime: int
@@ -47,7 +45,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, descriptor: int, metadata: Ranges) -> Stamp:
-        """Returns the stamp of a file as it is; reads these ranges of it."""
+        """Returns the stamp of a file; reads its ranges `metadata`."""
         found = hashlib.blake2b(digest_size=DIGEST)
         for offset, length in metadata.tolist():
             for at in range(offset, offset + length, PIECE):
@@ -56,13 +54,13 @@ class Stamp(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, found.digest())
 
     def encode(self) -> bytes:
-        """Returns the stamp as it is written at `STAMP_OFFSET`."""
+        """Returns the bytes for `STAMP_OFFSET`."""
         body = struct.pack("<QQ32s", *self)
         return body + digest_of(body)
 
 
 class Sibling(NamedTuple):
-    """A small file that was removed with the source: a descriptor."""
+    """A small file that was removed with the source, such as a descriptor."""
 
     name: str
     mode: int
@@ -74,7 +72,7 @@ class Sibling(NamedTuple):
 
 
 class Undo(NamedTuple):
-    """How to make the file `source` of the file `target`.
+    """The data to restore the file `source` from the file `target`.
 
     The old bytes are those of `ranges`, then those of the `siblings`. `made` are files that came with the target.
     `metadata` are the ranges of the target that were written.
@@ -91,7 +89,7 @@ class Undo(NamedTuple):
     metadata: Ranges
 
     def head(self, mark: Callable[[bytes], bytes]) -> bytes:
-        """Returns the file up to the old bytes, with room for the stamp; `mark` says of a digest whose it is."""
+        """Returns the file up to the old bytes, with room for the stamp; `mark` makes the owner's mark of a digest."""
         values = {name: value for name, value in self._asdict().items() if name not in ("ranges", "metadata")}
         tables = (self.ranges, self.metadata)
         body = codec.encode({**values, "tables": [len(table) for table in tables]}, tables)
@@ -100,7 +98,7 @@ class Undo(NamedTuple):
 
     @property
     def restored(self) -> int:
-        """The bytes that are written to make the old container again."""
+        """The number of bytes to write to restore the old container."""
         return int(self.ranges[:, 1].sum()) + sum(sibling.size for sibling in self.siblings)
 
 
@@ -132,7 +130,7 @@ def _read(pieces: Iterable[tuple[File, int, int]]) -> Iterator[bytes]:
 
 
 class Head(NamedTuple):
-    """The beginning of an undo file: its body lies at `offset`; `mark` is None for one of vmconv 0.1."""
+    """The header of an undo file: its body lies at `offset`; `mark` is None for a file of vmconv 0.1."""
 
     offset: int
     length: int
@@ -141,7 +139,7 @@ class Head(NamedTuple):
 
 
 def read_head(descriptor: int, path: str) -> Head:
-    """Returns the head of an undo file; raises `ImageError` for what is none."""
+    """Returns the head of an undo file. Raises `ImageError` for any other file."""
     data = linux.read_at(descriptor, _HEAD_OFFSET + _HEAD.size, 0)
     mark: bytes | None = None
     if len(data) >= _HEAD_OFFSET + _HEAD.size and data.startswith(MAGIC):
@@ -159,19 +157,19 @@ def read_head(descriptor: int, path: str) -> Head:
 
 
 def read_stamp(descriptor: int, path: str) -> Stamp:
-    """Returns the stamp of an undo file; raises `ImageError` where it is damaged, or was never written."""
+    """Returns the stamp of an undo file. Raises `ImageError` if it is damaged or was never written."""
     data = linux.read_at(descriptor, _STAMP.size, STAMP_OFFSET)
     if len(data) < _STAMP.size or digest_of(data[:-DIGEST]) != data[-DIGEST:]:
-        raise ImageError(f"{path}: stamp at {STAMP_OFFSET:#x}: its digest does not fit")
+        raise ImageError(f"{path}: stamp at {STAMP_OFFSET:#x}: its digest does not match")
     size, mtime, digest, _ = _STAMP.unpack(data)
     return Stamp(size, mtime, digest)
 
 
 def read(descriptor: int, path: str, head: Head, entry: str) -> Undo:
-    """Returns what the undo file of the name `entry` says, the stamp apart; raises `ImageError` where it is damaged."""
+    """Returns the undo file named `entry`, without its stamp. Raises `ImageError` if it is damaged."""
     body = linux.read_at(descriptor, head.length, head.offset)
     if len(body) != head.length or digest_of(body) != head.digest:
-        raise ImageError(f"{path}: body at {head.offset:#x}: its digest does not fit")
+        raise ImageError(f"{path}: body at {head.offset:#x}: its digest does not match")
     given, tables = codec.decode(path, memoryview(body), head.offset)
     return _parse(given, tables, entry)
 
@@ -213,10 +211,13 @@ def _sibling(given: Fields, value: object, own: set[str]) -> Sibling:
 
 @contextmanager
 def unpacked(descriptor: int, path: str, head: Head) -> Iterator[Callable[[int], bytes]]:
-    """Yields what returns the next so many old bytes; raises `ImageError`, at the end at the latest, for other ones."""
+    """Yields a function that returns the next `count` old bytes.
+
+    Raises `ImageError`, at the latest at the end of the block, if the old bytes are damaged.
+    """
     import zstandard
 
-    # Of a file it asks no more than to be read.
+    # The decompressor calls only `read`.
     source: Any = _Bytes(descriptor, head.offset + head.length)
     stream = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(source)
 
@@ -233,13 +234,13 @@ def unpacked(descriptor: int, path: str, head: Head) -> Iterator[Callable[[int],
         yield following
         # The digest of the stream is at its end.
         if stream.read(1):
-            raise ImageError(f"{path}: old bytes: there are more than its ranges hold")
+            raise ImageError(f"{path}: old bytes: are longer than the ranges")
     except zstandard.ZstdError as exc:
         raise ImageError(f"{path}: old bytes: {exc}") from exc
 
 
 class _Bytes:
-    """Reads a file from an offset on, as a decompressor asks; every error is raised, EAGAIN too."""
+    """Reads a file from an offset on, for the decompressor; raises every error, including EAGAIN."""
 
     def __init__(self, descriptor: int, offset: int) -> None:
         self._descriptor = descriptor

@@ -1,7 +1,7 @@
 """Permissions of new files: copied from a replaced file, or at most those of the sources.
 
-`carry` and `confine` are for a new file that nobody else can open: its mode is 0600, and it is not under its name yet.
-Their order keeps it so: first the owner, then the ACL, last the mode.
+`carry` and `confine` are for a new file of mode 0600 without its final name, which no other user can open. Their order
+keeps it so: first the owner, then the ACL, last the mode.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def carry(source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ..
     """Copies owner, mode, ACL, user attributes, security label and inode flags from `source` to the file replacing it.
 
     Returns the names of what could not be copied. If owner, label or ACL are missing, only the owner gets access.
-    Set-id and sticky bits are never copied. `others` are further files with content in the new one; nobody gets access
-    whom one of them denies it.
+    Set-id and sticky bits are never copied. `others` are further files with content in the new one; a user
+    denied by one of them gets no access.
     """
     status = os.fstat(source)
     missing = []

@@ -1,6 +1,6 @@
 """A directory that is opened once, with operations relative to its descriptor.
 
-Between two uses of a path, other users may exchange a directory or a symbolic link in it. A descriptor always leads to
+Between two uses of a path, other users may replace a directory or a symbolic link in it. A descriptor always leads to
 the same directory.
 """
 

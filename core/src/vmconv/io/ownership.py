@@ -1,7 +1,7 @@
 """Authentication of journals and undo files.
 
 A journal or undo file tells vmconv to write and remove files. An attacker may have planted it: in an archive, on a
-disk, or by write access to the directory. So it is trusted only if it belongs to the user who runs vmconv, nobody else
+disk, or by write access to the directory. So vmconv trusts it only if it belongs to the user of vmconv, no other user
 may write to it, and it has a valid mark: a MAC (keyed BLAKE2b) with the user's key.
 """
 
@@ -37,7 +37,7 @@ def opened(directory: Directory, name: str, flags: int = os.O_RDONLY) -> int:
 
 
 def stranger(descriptor: int) -> str | None:
-    """Returns why a file may be of another user, by owner and mode; None if it is this user's."""
+    """Returns why a file may be another user's, by owner and mode; None if it is this user's."""
     status = os.fstat(descriptor)
     if status.st_uid != os.geteuid():
         return f"belongs to user {status.st_uid}, vmconv runs as {os.geteuid()}"

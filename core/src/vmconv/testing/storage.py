@@ -1,4 +1,4 @@
-"""What every format has to pass on real storage, with QEMU as the judge."""
+"""The conformance tests of formats on real storage, with QEMU as the oracle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_disk(path: Path, size: int, pieces: int = 20, unit: int = 4096, seed: i
 
 
 def qemu_io(image: Path, *commands: str, format_name: str | None = None) -> None:
-    """Lets QEMU write to an image."""
+    """Writes to an image with QEMU."""
     named = ["-f", format_name] if format_name else []
     arguments = [argument for command in commands for argument in ("-c", command)]
     done = subprocess.run(["qemu-io", *named, *arguments, str(image)], capture_output=True, text=True, check=True)
@@ -43,7 +43,7 @@ def qemu_io(image: Path, *commands: str, format_name: str | None = None) -> None
 def scribble(
     image: Path, size: int, seed: int, count: int = 20, unit: int = 512, format_name: str | None = None
 ) -> None:
-    """Lets QEMU write, zero and discard at random places of an image."""
+    """Writes, zeroes and discards random ranges of an image with QEMU."""
     rng = random.Random(seed)
     commands = []
     for _ in range(count):
@@ -65,16 +65,16 @@ def title(options: Mapping[str, str]) -> str:
 
 
 class StorageFormatTests:
-    """Subclass it, say which `format`, and override the fixture `directory` with one on a filesystem with reflinks.
+    """Subclass it, set `format`, and override the fixture `directory` with one on a filesystem with reflinks.
 
-    The images are made from raw disks by `vmconv.api`, so the plugin has to be installed, and the one for raw disks.
+    The images are made from raw disks by `vmconv.api`, so the plugins of the format and of raw must be installed.
     """
 
     format: ClassVar[Format]
     qemu_name: ClassVar[str] = ""
-    """What QEMU calls the format, if that is another name."""
+    """QEMU's name of the format, if different."""
     variants: ClassVar[Sequence[Mapping[str, str]]] = ({},)
-    """Options to write images with whose payload can be shared."""
+    """Options of images that share all payload with a raw disk."""
     sizes: ClassVar[Sequence[int]] = (40 * MIB,)
     written_by_qemu: ClassVar[Sequence[Mapping[str, str]]] = ({},)
     """Options of images that QEMU can write to."""
@@ -83,7 +83,7 @@ class StorageFormatTests:
     in_place: ClassVar[Sequence[Mapping[str, str]]] = ()
     """Options of images that a raw disk can become in place."""
     shares_qemu_s: ClassVar[bool] = True
-    """Whether all payload of QEMU's images lies at places that a raw disk can share."""
+    """Whether a raw disk can share all payload of QEMU's images."""
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         for name in ("variants", "written_by_qemu", "made_by_qemu", "in_place"):
@@ -121,7 +121,7 @@ class StorageFormatTests:
         return api.convert(str(source), str(target), **arguments)
 
     def _same(self, qemu_img: QemuImg, raw: Path, image: Path) -> None:
-        """QEMU sees the same disk, and finds nothing wrong if it has a check for the format."""
+        """Fails unless QEMU reads the same disk in both, and its check, if it has one, finds no errors."""
         qemu_img("compare", "-f", "raw", "-F", self._qemu_s, raw, image)
         qemu_img("check", "-f", self._qemu_s, image, ok=(0, 63))
 
@@ -132,7 +132,7 @@ class StorageFormatTests:
         named: dict[str, Any] = {"target_format": self.format.name, "options": variants_options}
         there = self._convert(raw, image, zero_copy="require", **named)
         again = self._convert(image, back, source_format=self.format.name, zero_copy="require")
-        # The odd end of a disk in whole blocks may be copied.
+        # A partial last block may be copied.
         assert there.totals.copied < 4096
         assert again.totals.copied < 4096
         assert there.totals.shared > 0
@@ -144,7 +144,7 @@ class StorageFormatTests:
             assert proof
             assert proof.shared >= there.totals.shared // 2
 
-    def test_qemu_goes_on_writing(
+    def test_qemu_can_write_to_the_image(
         self, directory: Path, qemu_img: QemuImg, written_by_qemu_options: Mapping[str, str]
     ) -> None:
         raw, image = make_disk(directory / "disk.raw", 20 * MIB, pieces=2), self._image(directory)

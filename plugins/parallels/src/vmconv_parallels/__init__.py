@@ -52,7 +52,7 @@ class Parallels(Format):
 
 
 def is_descriptor(head: bytes) -> bool:
-    """True when these are the first bytes of a DiskDescriptor.xml."""
+    """True if these are the first bytes of a DiskDescriptor.xml."""
     return b"<Parallels_disk_image" in head and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 

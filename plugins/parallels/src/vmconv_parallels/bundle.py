@@ -1,4 +1,4 @@
-"""Reads a Parallels disk by its descriptor: each snapshot is a layer, on top of the layer of its parent."""
+"""Reads a Parallels disk by its descriptor: each snapshot is a layer on top of its parent's."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
 
 class Layer(Image):
-    """A layer of a disk with a descriptor: `headers` are those of its images, but for plain ones, which have none."""
+    """A layer of a disk with a descriptor: `headers` are those of its images; plain images have none."""
 
     headers: tuple[Header, ...] = ()
 
 
 def headers_of(image: Image) -> tuple[Header, ...]:
-    """Returns the headers of the images that a layer is made of."""
+    """Returns the headers of a layer's images."""
     return image.headers if isinstance(image, Layer) else (reader.read_header(image.file),)
 
 
 def read_bundle(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
-    """Returns the disk that the descriptor in `file` describes, or its snapshot of that GUID."""
+    """Returns the disk of the descriptor in `file`, or its snapshot with this GUID."""
     descriptor = read_descriptor(file)
     return _layer(file, opener, descriptor, _chain(file, descriptor, snapshot))
 
 
 def _chain(file: File, descriptor: Descriptor, snapshot: str | None) -> list[str]:
-    """Returns the snapshot and those below it, down to the root."""
+    """Returns the GUIDs of the snapshot and its ancestors, down to the root."""
     shots = descriptor.shots
     chosen = descriptor.top if snapshot is None else guid(snapshot)
     if chosen is None or chosen not in shots:
@@ -67,14 +67,14 @@ def _chain(file: File, descriptor: Descriptor, snapshot: str | None) -> list[str
 
 
 def _layer(file: File, opener: Opener, descriptor: Descriptor, chain: list[str], *, below: bool = False) -> Image:
-    """Returns the first layer of `chain`; the one below is opened when it is asked for."""
+    """Returns the first layer of `chain`. The layer below is opened on first use."""
     parts = [_Part(file, opener, storage, chain[0]) for storage in descriptor.storages]
     if len({part.file.stamp[:2] for part in parts}) < len(parts):
         raise ImageError(f"{file.name}: snapshot {chain[0]}: two of its {len(parts)} storages have one image")
     rest = chain[1:]
     headers = [part.header for part in parts if part.header]
     losses = [text for header in headers for text in reader.losses(header)]
-    # Only a root in one piece is an image by itself, which others may keep as their parent.
+    # Only a root in one storage is an image of its own, and can be kept as a parent.
     alone = below and not rest and len(parts) == 1
     layer = Layer(
         "parallels",
@@ -123,7 +123,7 @@ class _Part:
 
 
 def _joined(tables: list[Extents], size: int) -> Extents:
-    """Returns the table of the storages laid end to end."""
+    """Returns the concatenated tables of the storages."""
     parts: list[Columns] = []
     sources: list[Source] = []
     at = 0

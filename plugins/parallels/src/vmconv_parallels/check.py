@@ -1,4 +1,4 @@
-"""The structural check of a Parallels image: where its BAT leads, and what lies behind the last cluster in use."""
+"""The structural check of a Parallels image: the offsets in its BAT, and unused space behind the last cluster."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vmconv_parallels.reader import SLICE, Header
 
 
 def check(headers: Sequence[Header]) -> CheckReport:
-    """Returns what is wrong with the images that a layer of the disk is made of."""
+    """Returns the report on the images of one layer of the disk."""
     findings = Findings()
-    # Names tell the images of a disk apart; one alone needs none.
+    # A single image needs no name in its findings.
     checks = [_Check(header, findings, f"{header.file.name}: " if len(headers) > 1 else "") for header in headers]
     ends = [one.run() for one in checks]
     allocated, total = sum(one.allocated for one in checks), sum(header.clusters for header in headers)
@@ -30,11 +30,11 @@ class _Check:
         self.allocated = 0
 
     def run(self) -> int:
-        """Takes what is wrong with one image; returns the end of its last cluster in use."""
+        """Checks one image; returns the end of its last cluster in use."""
         header = self.header
         if header.in_use:
             place = Structure(header.file, structs.Header).offset_of("in_use")
-            self.findings.corrupt(f"{self.name}in_use at {place:#x}: {structs.IN_USE:#x}, it was not closed")
+            self.findings.corrupt(f"{self.name}in_use at {place:#x}: {structs.IN_USE:#x}, the image was not closed")
         bat_end = structs.HEADER_LENGTH + header.clusters * 4
         self.usage.add(f"{self.name}header and BAT", [0], bat_end)
         for first in range(0, header.clusters, SLICE):
@@ -65,7 +65,7 @@ class _Check:
                 f"{self.name}BAT entry {first + entry} at {place + entry * 4:#x}: cluster at {int(offset[entry]):#x}"
             )
             if header.empty:
-                return f"{where} in an image whose flags say that it is empty"
+                return f"{where} in an image with the flag `empty`"
             return f"{where} does not lie between the BAT and the end of the file ({file.size:#x})"
 
         self.findings.corrupt_where(bad, problem)

@@ -1,12 +1,12 @@
-"""DiskDescriptor.xml: which files make a Parallels disk and its snapshots (QEMU, docs/interop/prl-xml.txt).
+"""DiskDescriptor.xml: the files of a Parallels disk and its snapshots (QEMU, docs/interop/prl-xml.txt).
 
     Parallels_disk_image
-        Disk_Parameters     Disk_size, Cylinders, Heads, Sectors, Padding, and more that is optional
+        Disk_Parameters     Disk_size, Cylinders, Heads, Sectors, Padding, and optional elements
         StorageData         Storage: Start, End, one Image (GUID, Type, File) for each snapshot
         Snapshots           TopGUID, one Shot (GUID, ParentGUID) for each snapshot
 
-The text comes from a stranger: its length, depth and number of elements are bounded and a document type, the only place
-where entities can be declared, is refused.
+The text is untrusted: its length, depth and number of elements are bounded. A document type, the only place that can
+declare entities, is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_NAME = 4096
 
 NO_GUID = "00000000-0000-0000-0000-000000000000"
 TOP_GUID = "5fbaabe3-6958-40ff-92a7-860e329aab41"
-"""The present state of the disk, where the descriptor does not say otherwise."""
+"""The GUID of the current state, if the descriptor names no other."""
 
 _GUID = re.compile(r"\{?([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})\}?")
 _NUMBER = re.compile(r"[0-9]{1,19}")
@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"[0-9]{1,19}")
 
 @dataclass
 class Element:
-    """One element of the document: its text without the space around it, and the line where it begins."""
+    """One element of the document: its stripped text, and the line of its start."""
 
     name: str
     line: int
@@ -52,7 +52,7 @@ class Element:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A file that holds one snapshot of one storage."""
+    """The file of one snapshot of one storage."""
 
     plain: bool
     file: str
@@ -69,7 +69,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A whole descriptor, checked: storages lie end to end, sizes are bytes, `shots` maps snapshots to parents."""
+    """A checked descriptor: storages are contiguous, sizes are bytes, `shots` maps snapshots to their parents."""
 
     size: int
     geometry: tuple[int, int, int]
@@ -82,13 +82,13 @@ class Descriptor:
 
 
 def guid(text: str) -> str | None:
-    """Returns a GUID in lower case without its braces; None when `text` is none."""
+    """Returns a GUID in lower case without its braces; None for any other text."""
     match = _GUID.fullmatch(text.strip().lower())
     return match[1] if match else None
 
 
 def read_descriptor(file: File) -> Descriptor:
-    """Returns the descriptor in `file`; raises `ImageError` naming the element that cannot be, and its line."""
+    """Returns the descriptor in `file`. Raises `ImageError` with the invalid element and its line."""
     if file.size > MAX_LENGTH:
         raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {MAX_LENGTH} at most")
     return _Reader(file, _parse(file)).descriptor()
@@ -131,7 +131,7 @@ def _parse(file: File) -> Element:
 
 
 class _Reader:
-    """Turns the elements of one document into what they say."""
+    """Parses the elements of one document."""
 
     def __init__(self, file: File, root: Element) -> None:
         self.file = file
@@ -144,7 +144,7 @@ class _Reader:
         self._refuse_encryption(parameters)
         padding = parameters.first("Padding")
         if padding is not None and self._value(padding):
-            self._refuse(padding, f"{padding.text} is not 0, and what it means is not documented")
+            self._refuse(padding, f"{padding.text} is not 0, an undocumented value")
         size = self._number(parameters, "Disk_size") * SECTOR
         storages = self._storages(size)
         shots, top = self._shots(storages)
@@ -194,13 +194,13 @@ class _Reader:
         encryption = parameters.first("Encryption")
         engine = encryption.first("Engine") if encryption else None
         if engine is not None and engine.text and self._guid(engine) != NO_GUID:
-            self._refuse(engine, f"encryption by {engine.text}, which is refused")
+            self._refuse(engine, f"encryption by {engine.text} is not supported")
 
     def _storages(self, size: int) -> tuple[Storage, ...]:
         data = self._need(self.root, "StorageData")
         elements = data.all("Storage")
         if not 0 < len(elements) <= MAX_STORAGES:
-            self._refuse(data, f"{len(elements)} storages, 1..{MAX_STORAGES} can be")
+            self._refuse(data, f"{len(elements)} storages, not in 1..{MAX_STORAGES}")
         found = sorted((self._storage(element) for element in elements), key=lambda storage: storage.start)
         at = 0
         for storage in found:
@@ -220,7 +220,7 @@ class _Reader:
             if kind.text not in ("Plain", "Compressed"):
                 self._refuse(kind, f"{kind.text[:40]!r} is neither Plain nor Compressed")
             if not 0 < len(name.text) <= MAX_NAME:
-                self._refuse(name, f"a name of {len(name.text)} characters, 1..{MAX_NAME} can be")
+                self._refuse(name, f"a name of {len(name.text)} characters, not in 1..{MAX_NAME}")
             if key in images:
                 self._refuse(image, f"a second image of {key}")
             images[key] = StoredImage(kind.text == "Plain", name.text)
@@ -230,7 +230,7 @@ class _Reader:
     def _shots(self, storages: tuple[Storage, ...]) -> tuple[Mapping[str, str], str]:
         snapshots = self.root.first("Snapshots")
         if snapshots is None:
-            # A disk that never had a snapshot has one image and needs no tree.
+            # A disk without snapshots has one image and needs no tree.
             only = next(iter(storages[0].images), TOP_GUID)
             return {only: NO_GUID}, only
         shots = {}
@@ -242,5 +242,5 @@ class _Reader:
         top = snapshots.first("TopGUID")
         key = self._guid(top) if top else TOP_GUID
         if key not in shots:
-            self._refuse(snapshots, f"the present state {key} is not one of {len(shots)} snapshots")
+            self._refuse(snapshots, f"the current state {key} is not one of {len(shots)} snapshots")
         return shots, key

@@ -9,7 +9,7 @@ from vmconv.plugin import Size, option
 
 @dataclass(frozen=True)
 class Options:
-    """How a Parallels image is written; raises `ValueError` for what the format cannot be."""
+    """The options of the Parallels writer. Raises `ValueError` for values that the format does not allow."""
 
     cluster_size: Size = option(1 << 20, "bytes of a cluster: a power of two from 512 to 1G")
 

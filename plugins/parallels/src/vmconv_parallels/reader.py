@@ -24,34 +24,34 @@ from vmconv.plugin import (
 from vmconv_parallels import structs
 
 SLICE = 1 << 20
-"""Entries of the BAT that are looked at together."""
+"""Entries of the BAT in one slice."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+    """A header, checked against the file and the format's limits; sizes are bytes."""
 
     file: File
     version: int
     cluster_size: int
     entry_unit: int
-    """What the entries of the BAT count."""
+    """The unit of BAT entries, in bytes."""
     size: int
     in_use: bool
     empty: bool
     extension: int
-    """Where the format extension is, in sectors; 0 when there is none."""
+    """Offset of the format extension in sectors; 0 if there is none."""
     data_offset: int
-    """Where the data area begins; 0 when the image does not say."""
+    """Offset of the data area; 0 if the image does not state it."""
 
     @property
     def clusters(self) -> int:
-        """Clusters of the disk, the last of which may be longer than what is left of the disk."""
+        """Clusters of the disk; the last one may reach past the disk's end."""
         return -(-self.size // self.cluster_size)
 
 
 def read(file: File, *, snapshot: str | None = None) -> Image:
-    """Returns the image in `file`; a disk with snapshots has an image for each, and a descriptor that names them."""
+    """Returns the image in `file`. A disk with snapshots has one image for each, and a descriptor of all."""
     if snapshot is not None:
         raise ImageError(
             f"{file.name}: no snapshots inside, {snapshot!r} was asked for",
@@ -71,7 +71,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     head = Structure(file, structs.Header)
     if not head.is_inside:
         raise head.refused(f"{head.length} bytes, the file has {file.size}")
@@ -82,7 +82,7 @@ def read_header(file: File) -> Header:
         raise head.damaged("version", f"{raw.version} is not {structs.VERSION}")
     newer = raw.magic == structs.MAGIC_V2
     head.limit("tracks", raw.tracks, 1, structs.MAX_TRACKS)
-    # The older version has 32 bits for the size, and other writers' remains in the next 32.
+    # The older version has a size of 32 bits; the next 32 may hold anything.
     sectors = raw.nb_sectors if newer else raw.nb_sectors & 0xFFFFFFFF
     head.limit("nb_sectors", sectors, 0, MAX_SIZE // structs.SECTOR)
     cluster = raw.tracks * structs.SECTOR
@@ -106,15 +106,15 @@ def read_header(file: File) -> Header:
 
 
 def losses(header: Header) -> Iterator[str]:
-    """Yields what the image holds that no conversion carries over."""
+    """Yields properties of the image that are not converted."""
     if header.extension:
         yield f"{header.file.name}: format extension (dirty bitmaps)"
 
 
 def warnings(header: Header) -> Iterator[str]:
-    """Yields what users should know about the health of the image."""
+    """Yields warnings about the health of the image."""
     if header.in_use:
-        yield f"{header.file.name}: is marked as open, so it was not closed cleanly; what it holds is converted"
+        yield f"{header.file.name}: is marked as open, so it was not closed cleanly; its present content is converted"
 
 
 def _details(header: Header) -> Mapping[str, Any]:
@@ -126,7 +126,7 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 
 def read_table(header: Header) -> Extents:
-    """Returns the table of the image: a HOLE where a cluster was never written."""
+    """Returns the table of the image, with a HOLE for each cluster that was never written."""
     table = Extents.from_units(header.cluster_size, header.size, _slices(header), [header.file])
     refuse_overlaps(table, header.file)
     return table
@@ -154,14 +154,14 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
 
 
 def _check(header: Header, offset: Column, first: int) -> None:
-    """Raises `ImageError` unless all clusters that have a place begin after the BAT and inside the file."""
+    """Raises `ImageError` unless all allocated clusters begin after the BAT and inside the file."""
     size, least = header.file.size, structs.HEADER_LENGTH + header.clusters * 4
     bad = (offset != 0) & ((offset < least) | (offset >= size) | header.empty)
     if not bad.any():
         return
     entry = int(np.flatnonzero(bad)[0])
     where, number = int(offset[entry]), first + entry
-    problem = "in an image whose flags say that it is empty"
+    problem = "in an image with the flag `empty`"
     if where < least:
         problem = f"lies before the end of the BAT ({least:#x})"
     elif where >= size:

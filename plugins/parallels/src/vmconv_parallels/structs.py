@@ -1,10 +1,10 @@
 """The structures of a Parallels expandable image, in the order of QEMU's docs/interop/parallels.txt.
 
     0               Header
-    64              BAT: for each cluster of the disk its place in the file, in sectors (version 1) or clusters
-    data_off        data area: clusters, and the Format Extension when there is one
+    64              BAT: the offset of each cluster in the file, in sectors (version 1) or clusters
+    data_off        data area: clusters, and optionally the Format Extension
 
-All numbers are little-endian. The BAT is numpy's business, see the reader and the writer.
+All numbers are little-endian. Reader and writer handle the BAT with numpy.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ HEADER_LENGTH = Header.sizeof()
 SECTOR = 512
 
 IN_USE = 0x746F6E59
-"""An image that somebody has open for writing. All other values have been seen in images that nobody had open."""
+"""The image is open for writing. Closed images have been seen with all other values."""
 CLOSED = 0x312E3276
 
 EMPTY = 1
-"""Flag: the image is to be taken for a clear disk, whatever its BAT says."""
+"""Flag: the disk reads as zero, and the BAT is ignored."""
 
 MAX_TRACKS = 0x7FFFFFFF // 513
 MAX_BAT_ENTRIES = 0x7FFFFFFF // 4
-"""As QEMU has them."""
+"""QEMU's limits."""

@@ -1,11 +1,11 @@
 """Writes Parallels images of version 2: a pure function from the guest's table to the table of the output file.
 
     header | BAT | slack | clusters
-    header | BAT | clusters, where they are | the cluster that lay where the BAT is      (in place)
+    header | BAT | clusters, unmoved | the cluster moved to clear the BAT      (in place)
 
-Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The BAT is
-computed when it is written. The last cluster is whole even where the disk ends inside it: QEMU (8.1 and later) takes a
-cluster that reaches past the end of the file for damage, and drops it when it repairs.
+Payload is placed so that it can be shared: in the order of its sources, each run congruent to its source. The BAT is
+computed on writing. The last cluster is whole even if the disk ends inside it: QEMU (8.1 and later) reports a cluster
+past the end of the file as damage, and drops it in a repair.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vmconv_parallels import structs
 from vmconv_parallels.options import Options
 
 _HEADS, _SECTORS = 16, 32
-"""The geometry that QEMU and Parallels give to new disks."""
+"""The geometry of new disks of QEMU and Parallels."""
 
 
 def write(image: Image, options: Options, placement: Placement) -> Layout:
-    """Returns the layout of a Parallels image; raises `PlanError` when the disk is too large for its clusters."""
+    """Returns the layout of a Parallels image; raises `PlanError` if the disk is too large for its clusters."""
     cluster = options.cluster_size
     size = -(-image.size // structs.SECTOR) * structs.SECTOR
     _refuse_too_large(size, cluster)
     guest = blocks.padded(image.flat, cluster)
     head = structs.HEADER_LENGTH + guest.size // cluster * 4
-    # Only where the storage shares in larger pieces than clusters are there clusters that nothing uses.
+    # Clusters stay unused only if the storage's blocks are larger than clusters.
     align = max(cluster, placement.modulus)
     base = -(-head // align) * align
     data, offset = _placed(image.flat, guest, cluster, base, placement)
@@ -60,7 +60,7 @@ def write(image: Image, options: Options, placement: Placement) -> Layout:
 
 
 def _placed(disk: Extents, guest: Extents, cluster: int, base: int, placement: Placement) -> tuple[blocks.Runs, Column]:
-    """Returns the runs of clusters with payload, and the places that they get, or have when it is in place."""
+    """Returns the runs of clusters with payload, and their offsets; in place, those they have already."""
     if placement.carrier:
         from vmconv.plugin import pin
 
@@ -104,7 +104,7 @@ def _header(size: int, cluster: int, base: int) -> bytes:
 
 
 def _bat(size: int, cluster: int, data: blocks.Runs, offset: Column, end: int) -> Blob:
-    """Returns the BAT of a disk of `size` bytes, computed when it is read."""
+    """Returns the BAT of a disk of `size` bytes, computed on reading."""
     order = np.argsort(data.first, kind="stable")
     n = len(order)
     rows = Columns(
@@ -117,7 +117,7 @@ def _bat(size: int, cluster: int, data: blocks.Runs, offset: Column, end: int) -
 
     def compute(offset: int, length: int) -> bytes:
         first, last = offset // 4, -(-(offset + length) // 4)
-        # What is not DATA has offset 0, which stands for "not allocated" here too.
+        # All other rows have offset 0, which means "not allocated" in a BAT.
         _, _, where = host.units(cluster, first, last - first)
         return (where // cluster).astype("<u4").tobytes()[offset - first * 4 :][:length]
 

@@ -1,4 +1,4 @@
-"""The structural check of a qcow2 image: what is referenced, counted, and compared with the stored reference counts.
+"""The structural check of a qcow2 image: counts all references and compares them with the stored reference counts.
 
 Both are step functions over the clusters of the file, kept as runs, so that memory follows fragmentation, not size.
 """
@@ -18,11 +18,11 @@ from vmconv_qcow2.compression import locate
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header, read_snapshots
 
 _RESERVED = "has reserved bits set"
-_NO_CLUSTER = "is not the place of a cluster of the file"
+_NO_CLUSTER = "is not the offset of a cluster of the file"
 
 
 class Steps(NamedTuple):
-    """A step function: `value[i]` from cluster `start[i]` on, until the next one; the first start is 0."""
+    """A step function: `value[i]` from cluster `start[i]` to the next start; the first start is 0."""
 
     start: Column
     value: Column
@@ -32,14 +32,14 @@ class Steps(NamedTuple):
 
 
 def check(image: Image) -> CheckReport:
-    """Returns what is wrong with the structure of the image's file; its parents are not looked at."""
+    """Returns the report on the structure of the image's file, without its parents."""
     return _Check(read_header(image.file)).report(image.size)
 
 
 def is_preallocated(header: Header) -> bool:
-    """True when so many clusters are counted that storage does not have that payload must lie in holes of the file.
+    """True if storage has so many fewer clusters than are counted that payload must lie in holes of the file.
 
-    It is then, as in QEMU, that maps show which clusters are holes.
+    As in QEMU, only then maps show which clusters are holes.
     """
     counts = _Check(header).stored_counts()
     clusters = -(-header.file.size // header.cluster_size)
@@ -78,7 +78,7 @@ class _Check:
         for at, end, used, count in _rows(low, high, references, counts, ~missing):
             findings.leak(f"{_clusters(at, end)} refcount={count} reference={used}", end - at)
         if header.incompatible & structs.CORRUPT:
-            findings.doubt("is marked corrupt: QEMU found it damaged, and opens it for reading only")
+            findings.doubt("is marked corrupt: QEMU found damage, and opens it read-only")
         if header.incompatible & structs.DIRTY:
             findings.doubt("is marked dirty: it was not closed cleanly, and its reference counts may be wrong")
         return findings.report(
@@ -86,10 +86,10 @@ class _Check:
         )
 
     def _end(self, counted: Steps, stored: Steps) -> int:
-        """Returns the number of the first cluster behind all that are referenced, or counted as such."""
+        """Returns the number of the first cluster behind all referenced or counted ones."""
         end = 0
         for steps in (counted, stored):
-            # What is said of clusters past the end of the file says nothing of its end.
+            # Counts of clusters past the end of the file do not move its end.
             used = np.flatnonzero((steps.value != 0) & (steps.start < self.clusters))
             if len(used):
                 end = max(end, int(np.append(steps.start, self.clusters)[used[-1] + 1]))
@@ -100,13 +100,13 @@ class _Check:
     def _corrupt_where(
         self, bad: npt.NDArray[np.bool_], what: str, values: npt.NDArray[np.uint64], problem: str, first: int = 0
     ) -> None:
-        """Reports the bad ones of entries numbered from `first`."""
+        """Reports the bad entries; `first` is the number of the first entry."""
         self.findings.corrupt_where(bad, lambda entry: f"{what} {first + entry}: {int(values[entry]):#x} {problem}")
 
     def _take(self, damage: ImageError) -> None:
         self.findings.corrupt(str(damage).removeprefix(f"{self.file.name}: "))
 
-    # -- what is referenced
+    # -- references
 
     def _count(self, offset: int, length: int) -> None:
         """Counts a reference to each cluster that the byte range touches."""
@@ -114,7 +114,7 @@ class _Check:
         self.runs.append((np.array([first]), np.array([end - first])))
 
     def _place(self, what: str, offset: int, length: int) -> bool:
-        """Counts the clusters of a table; reports it when it cannot be where it is said to be."""
+        """Counts the clusters of a table; reports an invalid offset."""
         if offset % self.cluster or offset + length > -(-self.file.size // self.cluster) * self.cluster or not offset:
             self.findings.corrupt(f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
             return False
@@ -125,7 +125,7 @@ class _Check:
     def _count_clusters(
         self, what: str, raw: npt.NDArray[np.uint64], reserved: int, mask: int = structs.OFFSET_MASK
     ) -> Column:
-        """Counts the clusters that table entries point to; returns their offsets, 0 for none and for bad ones."""
+        """Counts the clusters of table entries; returns their offsets, 0 for empty and bad entries."""
         self._corrupt_where((raw & np.uint64(reserved)) != 0, what, raw, _RESERVED)
         wide = raw & np.uint64(mask)
         bad = (wide % np.uint64(self.cluster) != 0) | (wide > np.uint64(max(0, self.file.size - self.cluster)))
@@ -180,7 +180,7 @@ class _Check:
         packed = (raw & np.uint64(structs.COMPRESSED)) != 0
         offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
         external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
-        # The last cluster of the file may be incomplete; what was set aside for zeros may lie past its end.
+        # The last cluster of the file may be incomplete. Clusters preallocated for zeros may lie past its end.
         zero = (raw & np.uint64(structs.ZERO)) != 0
         if bitmap is not None:
             zero = (bitmap & np.uint64(0xFFFFFFFF)) == 0
@@ -193,7 +193,7 @@ class _Check:
         self._corrupt_where(bad, what, raw, _NO_CLUSTER, first_cluster)
         if bitmap is not None:
             wrong = self._wrong_bitmaps(bitmap, packed, offset != 0)
-            self._corrupt_where(wrong, what, raw, "has a subcluster bitmap that contradicts it", first_cluster)
+            self._corrupt_where(wrong, what, raw, "contradicts its subcluster bitmap", first_cluster)
         plain = ~packed & ~bad & (offset != 0)
         if external:
             plain |= (raw & np.uint64(structs.COPIED)) != 0
@@ -220,7 +220,7 @@ class _Check:
     def _wrong_bitmaps(
         self, bitmap: npt.NDArray[np.uint64], packed: npt.NDArray[np.bool_], there: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.bool_]:
-        """Returns which subcluster bitmaps contradict themselves or their entry."""
+        """Returns a mask of the subcluster bitmaps that contradict themselves or their entry."""
         allocated, zero = bitmap & np.uint64(0xFFFFFFFF), bitmap >> np.uint64(32)
         bad = np.where(packed, bitmap != 0, (allocated & zero) != 0)
         external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
@@ -236,7 +236,7 @@ class _Check:
         stored: Steps,
         first: int = 0,
     ) -> None:
-        """Reports entries whose COPIED flag does not say whether their cluster is referenced once."""
+        """Reports entries with COPIED flags that contradict the number of references."""
         flag = (raw & np.uint64(structs.COPIED)) != 0
         once = np.zeros(len(raw), dtype=bool)
         once[chosen] = stored.at(offset[chosen] // self.cluster) == 1
@@ -264,10 +264,10 @@ class _Check:
             raw = np.frombuffer(self.file.read(bitmap.table_offset, length), dtype=">u8").astype(np.uint64)
             self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
 
-    # -- what is stored
+    # -- stored counts
 
     def stored_counts(self) -> Steps:
-        """Returns the reference counts of the file, and counts the clusters of the structures that hold them."""
+        """Returns the stored reference counts, and counts the clusters of their structures."""
         header = self.header
         length = header.refcount_table_clusters * self.cluster
         if length > structs.MAX_REFCOUNT_TABLE_BYTES or header.refcount_table_offset + length > self.file.size:
@@ -312,7 +312,7 @@ def _decode_counts(data: bytes, order: int) -> Column:
 
 
 def _settled(start: Column, value: Column) -> Steps:
-    """Returns the steps without those that change nothing; of two at one place, the later one counts."""
+    """Returns the steps without redundant ones; of two at one start, the later one counts."""
     last = np.append(start[1:] != start[:-1], True)
     start, value = start[last], value[last]
     changes = np.ones(len(start), dtype=bool)
@@ -321,7 +321,7 @@ def _settled(start: Column, value: Column) -> Steps:
 
 
 def _steps(runs: list[tuple[Column, Column]]) -> Steps:
-    """Returns how many of the runs `(first, count)` cover each cluster.
+    """Returns the number of runs `(first, count)` that cover each cluster.
 
     Each run is two edges, kept as one number: the cluster, and in the lowest bit whether the run begins or ends there.
     There may be millions, so they are sorted in place.
@@ -331,7 +331,7 @@ def _steps(runs: list[tuple[Column, Column]]) -> Steps:
     del ends
     edges.sort()
     change = (edges & 1).astype(np.int8) * np.int8(2) - np.int8(1)
-    # The first edge of all only says that counting begins at cluster 0.
+    # Counting begins at cluster 0.
     change[0] = 0
     edges >>= 1
     return _settled(edges, np.cumsum(change, dtype=np.int64))
@@ -340,7 +340,7 @@ def _steps(runs: list[tuple[Column, Column]]) -> Steps:
 def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
     """Returns `(first, end, references, stored count)` of the runs of clusters where the two differ."""
     cuts = distinct(np.concatenate([counted.start, stored.start, [clusters]]))
-    # What is stored for clusters past the end of the file means nothing; a reference to one does.
+    # Past the end of the file, stored counts do not matter, but references do.
     references, counts = counted.at(cuts), np.where(cuts < clusters, stored.at(cuts), 0)
     end = np.append(cuts[1:], cuts[-1] + 1)
     differ = references != counts
@@ -348,7 +348,7 @@ def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, 
 
 
 def _rows(*columns: npt.NDArray[np.generic]) -> Iterator[tuple[int, ...]]:
-    """Yields the first rows of the columns where the last one, a mask, is true."""
+    """Yields the first rows of the columns for which the last one, a mask, is true."""
     chosen = np.flatnonzero(columns[-1])
     yield from zip(*(column[chosen].tolist() for column in columns[:-1]), strict=True)
 

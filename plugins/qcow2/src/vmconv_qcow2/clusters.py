@@ -1,7 +1,7 @@
-"""How large clusters are when the user does not say: 64K, or less where only smaller ones let payload be shared.
+"""The default cluster size: 64K, or less if only smaller clusters can share the payload.
 
-Small clusters have their price: large tables, of which QEMU caches a smaller part of the disk, and a smaller largest
-disk. So they are for a disk of which most would have to be copied otherwise, as long as the tables stay small.
+Small clusters have a price: large tables, of which QEMU's cache covers a smaller part of the disk, and a smaller
+maximum size. So they are chosen only if most of the disk would be copied otherwise, and the tables stay small.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from vmconv_qcow2 import structs
 DEFAULT = 65536
 SMALLEST = 512
 LARGEST_TABLES = 0.025
-"""How many bytes of tables small clusters may need for each byte of payload."""
+"""Limit of table bytes per byte of payload for small clusters."""
 
 
 def cluster_size(table: Extents, modulus: int, refcount_bits: int) -> int:
-    """Returns the bytes of a cluster for this disk: 64K, or the largest that shares nearly all that any can share."""
+    """Returns the cluster size in bytes: 64K, or the largest that shares nearly as much as any size."""
     payload = _Payload.of(table, modulus)
     if payload.shared_in(DEFAULT) * 2 >= payload.bytes:
         return DEFAULT
@@ -33,7 +33,7 @@ def cluster_size(table: Extents, modulus: int, refcount_bits: int) -> int:
 
 
 class _Payload(NamedTuple):
-    """What could be shared of a disk: for each row the whole blocks in it, bytes, and how it is shifted."""
+    """The shareable parts of a disk: for each row its whole blocks, in bytes, and its shift."""
 
     modulus: int
     bytes: int
@@ -48,12 +48,12 @@ class _Payload(NamedTuple):
         return cls(modulus, int(length.sum()), offset - table.start[rows], np.maximum(whole, 0) * modulus)
 
     def shared_in(self, unit: int) -> int:
-        """Returns the bytes that clusters of `unit` bytes can share: those they can put at a congruent place."""
+        """Returns the bytes that clusters of `unit` bytes can place at congruent offsets, and so share."""
         return int(self.whole[self.shift % min(unit, self.modulus) == 0].sum())
 
 
 def _tables(table: Extents, unit: int, refcount_bits: int) -> float:
-    """Returns the bytes of all tables for clusters of `unit` bytes; infinite when the format has no room for them."""
+    """Returns the bytes of all tables for clusters of `unit` bytes; infinite if the format has no room for them."""
     data = table.kind == Kind.DATA
     start, end = table.start[data], table.start[data] + table.length[data]
     span = unit // 8 * unit
@@ -64,6 +64,6 @@ def _tables(table: Extents, unit: int, refcount_bits: int) -> float:
     clusters = (int((-(-end // unit) - start // unit).sum()) * unit + l2 + l1) // unit
     refcounts = clusters * refcount_bits // 8
     refcount_table = -(-refcounts // unit) * 8
-    # A little is left for what rounding up adds.
+    # A margin for rounding up.
     fits = l1 <= structs.MAX_L1_BYTES and refcount_table * 1.01 <= structs.MAX_REFCOUNT_TABLE_BYTES
     return l1 + l2 + refcounts + refcount_table if fits else float("inf")

@@ -1,4 +1,4 @@
-"""Compressed clusters: the part of a qcow2 image that cannot be referenced and is decompressed by who reads it."""
+"""Compressed clusters: the part of a qcow2 image that cannot be referenced and is decompressed on reading."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vmconv.plugin import Column, Decoded, damaged
 from vmconv_qcow2.header import Header
 
 _SECTOR = 512
-# Neighbouring clusters are read in one piece when that is at most so many times what they hold.
+# Neighbouring clusters are read in one piece if it is at most this many times as long as they are.
 _SPREAD = 2
-# QEMU compresses with windows of a cluster at most; a frame that wants more memory than this is not from there.
+# QEMU's windows are at most a cluster. Frames that need more memory than this are not from QEMU.
 _ZSTD_MAX_WINDOW = 32 << 20
 
 
 class CompressedClusters:
-    """Where the compressed clusters of one disk lie; `source` is their content at the guest's own addresses."""
+    """The compressed clusters of one disk; `source` is their content at guest addresses."""
 
     def __init__(self, header: Header, size: int) -> None:
         self.file = header.file
@@ -37,7 +37,7 @@ class CompressedClusters:
         )
 
     def add(self, guest: Column, raw: npt.NDArray[np.uint64]) -> int | None:
-        """Takes L2 entries of guest clusters, in order; returns the first that begins past the end of the file."""
+        """Adds L2 entries of guest clusters, in order; returns the first one past the end of the file."""
         offset, length = locate(raw, self._offset_bits)
         bad = offset >= self.file.size
         if bad.any():
@@ -47,14 +47,14 @@ class CompressedClusters:
         return None
 
     def places(self) -> tuple[Column, Column]:
-        """Returns the guest addresses of all compressed clusters, and where their data begins."""
+        """Returns the guest addresses of all compressed clusters, and the offsets of their data."""
         if not self._parts:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         guest, offset, _ = (np.concatenate(column) for column in zip(*self._parts, strict=True))
         return guest * self.cluster_size, offset
 
     def _decode(self, first: int, count: int) -> list[bytes]:
-        """Returns the content of neighbouring clusters, all of which are compressed."""
+        """Returns the content of neighbouring compressed clusters."""
         if self._columns is None:
             guest, offset, length = (np.concatenate(column) for column in zip(*self._parts, strict=True))
             self._columns = guest, offset, length
@@ -63,7 +63,7 @@ class CompressedClusters:
         places, lengths = offset[row : row + count], length[row : row + count]
         begin, end = int(places.min()), int((places + lengths).max())
         if end - begin > _SPREAD * int(lengths.sum()):
-            # Clusters that others wrote later lie elsewhere: what is between is not worth reading.
+            # Clusters written later lie elsewhere, and the gap is not worth reading.
             return [
                 self._inflated(self.file.read(at, n), at)
                 for at, n in zip(places.tolist(), lengths.tolist(), strict=True)
@@ -76,7 +76,7 @@ class CompressedClusters:
         try:
             data = self._inflate(encoded, self.cluster_size)
         except Exception as exc:
-            # The libraries raise errors of their own; what they mean is that these bytes are not what they should be.
+            # Any error of the libraries means that the data is damaged.
             raise damaged(self.file, "compressed cluster", place, str(exc)) from exc
         if len(data) != self.cluster_size:
             problem = f"yields {len(data)} bytes, not {self.cluster_size}"
@@ -87,7 +87,7 @@ class CompressedClusters:
 def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Column]:
     """Returns offset and length in bytes of the data that entries of compressed clusters point to.
 
-    The length is what the entry's count of sectors allows; the data may end before.
+    The length is the entry's count of sectors; the data may be shorter.
     """
     offset = (raw & np.uint64((1 << offset_bits) - 1)).astype(np.int64)
     sectors = ((raw & np.uint64((1 << 62) - 1)) >> np.uint64(offset_bits)).astype(np.int64) + 1
@@ -97,20 +97,20 @@ def locate(raw: npt.NDArray[np.uint64], offset_bits: int) -> tuple[Column, Colum
 def _inflate_zlib(data: bytes | memoryview, size: int) -> bytes:
     from isal import igzip_lib
 
-    # A window of 12 bits is what QEMU writes; the largest one reads all others too. What follows the stream is padding.
+    # QEMU writes windows of 12 bits; the largest window reads all. Bytes after the stream are padding.
     inflater = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_DEFLATE, hist_bits=15)
     result: bytes = inflater.decompress(data, size)
     return result
 
 
-# A decompressor is expensive to make and cannot be shared between threads.
+# A decompressor is expensive to create, and not thread-safe.
 _zstd = threading.local()
 
 
 def _inflate_zstd(data: bytes | memoryview, size: int) -> bytes:
     import zstandard
 
-    # A frame's header may announce any size, which the library would allocate: it has to be looked at before.
+    # A frame's header may announce any size, and the library would allocate it: check first.
     frame = zstandard.get_frame_parameters(data)
     announced = 0 if frame.content_size == zstandard.CONTENTSIZE_UNKNOWN else frame.content_size
     if announced > size or frame.window_size > _ZSTD_MAX_WINDOW:

@@ -1,4 +1,4 @@
-"""The header of a qcow2 image, read and bounded: what the reader and the check start from."""
+"""The header of a qcow2 image, checked and bounded, for the reader and the check."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Snapshot(NamedTuple):
     clock: int
     icount: int | None
     end: int
-    """Where its entry in the snapshot table ends."""
+    """End of its entry in the snapshot table."""
 
     def facts(self) -> dict[str, Any]:
         """Returns the keys of QEMU's SnapshotInfo, and the size of the disk."""
@@ -61,7 +61,7 @@ class Bitmap(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A header whose numbers were all checked against the file and the format's limits."""
+    """A header, checked against the file and the format's limits."""
 
     file: File
     version: int
@@ -100,7 +100,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     head = Structure(file, structs.HeaderV2)
     newer_head = Structure(file, structs.HeaderV3, structs.V2_LENGTH)
     additional_head = Structure(file, structs.HeaderV3Additional, structs.V3_LENGTH)
@@ -131,7 +131,7 @@ def read_header(file: File) -> Header:
     _refuse_unknown_features(newer_head, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
     if basic.crypt_method or structs.ENCRYPTION in extensions:
         method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
-        raise head.damaged("crypt_method", f"{method} encryption, which is refused")
+        raise head.damaged("crypt_method", f"{method} encryption is not supported")
     if compression not in structs.COMPRESSION_TYPES:
         raise additional_head.damaged("compression_type", f"{compression} is neither 0 (zlib) nor 1 (zstd)")
     if bool(compression) != bool(fields["incompatible"] & structs.COMPRESSION):
@@ -221,7 +221,7 @@ def read_snapshots(header: Header) -> Iterator[Snapshot]:
 
 
 def read_bitmaps(header: Header) -> Iterator[Bitmap]:
-    """Yields the persistent bitmaps in the order of their directory; raises `ImageError` where that is damaged."""
+    """Yields the persistent bitmaps in the order of their directory. Raises `ImageError` if that is damaged."""
     if header.bitmaps is None:
         return
     file, start, size = header.file, header.bitmaps.directory_offset, header.bitmaps.directory_size
@@ -294,7 +294,7 @@ def _refuse_unknown_features(head: Structure, features: int, names: bytes) -> No
 
 
 def _bitmaps(file: File, extensions: dict[int, bytes], autoclear: int) -> Any:
-    """Returns the bitmaps extension when it counts: without its autoclear bit, others have changed the image since."""
+    """Returns the bitmaps extension if it is valid: writers that do not know bitmaps clear its autoclear bit."""
     data = extensions.get(structs.BITMAPS)
     if data is None or not autoclear & structs.BITMAPS_CONSISTENT:
         return None

@@ -13,7 +13,7 @@ Compat = Literal["1.1", "0.10", "v3", "v2"]
 
 @dataclass(frozen=True)
 class Options:
-    """How a qcow2 image is written; raises `ValueError` for what the format cannot be."""
+    """The options of the qcow2 writer. Raises `ValueError` for values that the format does not allow."""
 
     cluster_size: Size | None = option(
         None, "bytes of a cluster, a power of two from 512 to 2M; by default 64K, or less to share misaligned payload"
@@ -38,7 +38,7 @@ class Options:
         if self.data_file_raw and not self.data_file:
             raise ValueError("data_file_raw needs data_file")
         if self.data_file and self.subformat == "reference":
-            raise ValueError("data_file and subformat=reference are two ways, one is enough")
+            raise ValueError("data_file and subformat=reference exclude each other")
         if self.version == 2:
             newer = [name for name in ("extended_l2", "lazy_refcounts", "data_file") if getattr(self, name)]
             newer += ["refcount_bits"] if self.refcount_bits != 16 else []

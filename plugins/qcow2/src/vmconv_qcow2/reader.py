@@ -33,8 +33,7 @@ from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
 from vmconv_qcow2.header import Header, Snapshot, read_bitmaps, read_header, read_snapshots
 
-# L2 tables are read in slices of this many bytes; each entry needs about ten times its size while it is looked at,
-# and an extended one thirty times that.
+# L2 tables are read in slices of this many bytes. Parsing needs about ten times that, thirty for extended entries.
 _SLICE = 1 << 20
 _EXTENDED_SLICE = 128 << 10
 
@@ -42,7 +41,7 @@ _Slice = tuple[Kinds, "npt.NDArray[np.int32] | int", Column]
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
-    """Returns the image in `file`, or its internal snapshot of that id or name."""
+    """Returns the image in `file`, or its internal snapshot with this id or name."""
     header = read_header(file)
     size, l1_offset, l1_size = header.size, header.l1_offset, header.l1_size
     if snapshot is not None:
@@ -89,7 +88,7 @@ def _is_preallocated(header: Header) -> bool:
 
 
 def _dependencies(header: Header) -> Iterator[Dependency]:
-    """Yields the data file, and the files below that were recorded: they hold while the parent is the one of then."""
+    """Yields the data file, and the recorded files below, valid as long as the parent is unchanged."""
     if header.data_file:
         yield Dependency("data file", header.data_file)
     known = read_records(header.records)
@@ -99,7 +98,7 @@ def _dependencies(header: Header) -> Iterator[Dependency]:
 
 
 def qemu_incompatibility(image: Image) -> str | None:
-    """Returns why QEMU cannot read this image, or reads another disk in it."""
+    """Returns why QEMU cannot read this image, or reads another disk; None if it reads the same."""
     data_file = image.details["format-specific"]["data"].get("data-file")
     if data_file and not os.path.isabs(data_file):
         return f"QEMU looks for the data file {data_file!r} in its working directory"
@@ -107,7 +106,7 @@ def qemu_incompatibility(image: Image) -> str | None:
 
 
 def _snapshot(header: Header, wanted: str) -> Snapshot:
-    """Returns the snapshot of that id, or else of that name, as qemu-img looks for it."""
+    """Returns the snapshot with this id, or else this name, as in qemu-img."""
     snapshots = list(read_snapshots(header))
     for found in [s for s in snapshots if s.id == wanted] + [s for s in snapshots if s.name == wanted]:
         return found
@@ -128,15 +127,15 @@ def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
 def _warnings(header: Header) -> Iterator[str]:
     name = header.file.name
     if header.incompatible & structs.CORRUPT:
-        yield f"{name}: marked corrupt by QEMU; what can be read is converted"
+        yield f"{name}: marked corrupt by QEMU; its readable content is converted"
     if header.incompatible & structs.DIRTY:
         yield f"{name}: was not closed cleanly; its reference counts may be wrong, its content is not affected"
 
 
 def _details(image: Image, header: Header) -> Mapping[str, Any]:
-    """Returns the facts that qemu-img lists as format specific, under its names.
+    """Returns qemu-img's format-specific facts, under its names.
 
-    A damaged list of snapshots or bitmaps ends where it is damaged, with a warning: no reading needs it.
+    A damaged list of snapshots or bitmaps ends at the damage, with a warning, because reading does not need it.
     """
     facts: dict[str, Any] = {"compat": "1.1" if header.version == 3 else "0.10"}
     facts["compression-type"] = header.compression
@@ -159,7 +158,7 @@ def _details(image: Image, header: Header) -> Mapping[str, Any]:
 
 
 def _undamaged(image: Image, facts: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yields what can be read of a list, and warns of the rest."""
+    """Yields the readable part of a list, and warns about the rest."""
     try:
         yield from facts
     except ImageError as damage:
@@ -167,7 +166,10 @@ def _undamaged(image: Image, facts: Iterator[Mapping[str, Any]]) -> Iterator[Map
 
 
 def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
-    """Returns the first `needed` offsets of L2 tables, 0 where there is none; every one lies inside the file."""
+    """Returns the first `needed` offsets of L2 tables, 0 for missing ones.
+
+    Raises `ImageError` if one is outside the file.
+    """
     file, head = header.file, Structure(header.file, structs.HeaderV2)
     if needed * 8 > structs.MAX_L1_BYTES:
         raise head.damaged("size", f"needs an L1 table of {needed * 8} bytes, {structs.MAX_L1_BYTES} at most")
@@ -177,7 +179,7 @@ def read_l1(header: Header, offset: int, size: int, needed: int) -> Column:
         return np.empty(0, dtype=np.int64)
     if offset % header.cluster_size or offset + needed * 8 > file.size:
         raise head.damaged(
-            "l1_table_offset", f"{offset:#x} is not the place of {needed * 8} bytes in a file of {file.size:#x}"
+            "l1_table_offset", f"{offset:#x} is not a valid offset of {needed * 8} bytes in a file of {file.size:#x}"
         )
     raw = np.frombuffer(file.read(offset, needed * 8), dtype=">u8")
     tables = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
@@ -210,13 +212,13 @@ def _check_tables(header: Header, tables: Column, l1_offset: int) -> None:
 
 
 _COMPRESSED, _ZEROED, _IDLE = 1, 2, 3
-"""Sources of a table, after the file of the payload: compressed clusters, and space set aside, for maps."""
+"""Sources of a table, after the file of the payload: compressed clusters, and reserved space, for maps."""
 
 
 class _Mapper:
-    """Turns the L2 tables under one L1 table into the table of the guest's address space.
+    """Turns the L2 tables of one L1 table into the table of the guest's address space.
 
-    With `places`, clusters that are allocated but not used are windows onto `Reserved`.
+    With `places`, allocated but unused clusters are windows onto `Reserved`.
     """
 
     def __init__(self, header: Header, payload: File, size: int, *, places: bool = False) -> None:
@@ -240,7 +242,10 @@ class _Mapper:
         return Extents.from_units(unit, self.size, self._slices(tables, cluster // unit), sources)
 
     def shared(self, table: Extents, l1_offset: int) -> Iterator[str]:
-        """Yields a warning where payload is used twice, which reference counts allow; refuses it over metadata."""
+        """Yields a warning if payload is used twice, which reference counts allow.
+
+        Raises `ImageError` if it overlaps metadata.
+        """
         header, usage = self.header, Usage()
         if not self.in_data_file:
             usage.add("header", [0], header.cluster_size)
@@ -257,7 +262,7 @@ class _Mapper:
         legal = found.between_payload()
         if not legal.all():
             raise ImageError(f"{self.payload.name}: {found.text(int(np.flatnonzero(~legal)[0]))}")
-        yield f"{self.payload.name}: {found.text(0)}; the check says whether the reference counts allow it"
+        yield f"{self.payload.name}: {found.text(0)}; vmconv check shows whether the reference counts allow it"
 
     def _slices(self, tables: Column, parts: int) -> Iterator[_Slice | int]:
         entries = self.header.l2_entries
@@ -266,7 +271,7 @@ class _Mapper:
             if data is None:
                 yield count * entries * parts
                 continue
-            # What lies past the end of the disk is not part of it, whatever the table says.
+            # Entries past the end of the disk do not count.
             wanted = min(count * entries, -(-self.size // self.header.cluster_size) - first * entries)
             raw = np.frombuffer(data, dtype=">u8").astype(np.uint64)
             if self.header.extended_l2:
@@ -275,7 +280,7 @@ class _Mapper:
                 yield self._standard(raw[:wanted], first * entries)
 
     def _standard(self, raw: npt.NDArray[np.uint64], first: int) -> _Slice:
-        """Returns the columns of entries without subclusters, the first of which is guest cluster `first`."""
+        """Returns the columns of entries without subclusters, from guest cluster `first` on."""
         offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
         special = raw & np.uint64(structs.COMPRESSED | structs.ZERO)
         if not special.any() and offset.min() > 0:
@@ -297,7 +302,7 @@ class _Mapper:
         return kind, source, offset
 
     def _extended(self, raw: npt.NDArray[np.uint64], bitmap: npt.NDArray[np.uint64], first: int) -> _Slice:
-        """Returns the columns of extended entries, one for each subcluster."""
+        """Returns the columns of extended entries, one row per subcluster."""
         offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
         packed = (raw & np.uint64(structs.COMPRESSED)) != 0
         bits = np.unpackbits(bitmap.astype("<u8").view(np.uint8), bitorder="little").reshape(-1, 2, structs.SUBCLUSTERS)
@@ -315,7 +320,7 @@ class _Mapper:
             kind[packed], source[packed] = Kind.DATA, _COMPRESSED
             offset[packed] = self._add_compressed(raw, packed, first)
         place = offset[:, np.newaxis] + np.arange(structs.SUBCLUSTERS, dtype=np.int64) * unit
-        # The last subclusters of the file may be missing from it: they were never written.
+        # The file may end before its last subclusters, if they were never written.
         limit = self.payload.size
         kind[(kind == Kind.DATA) & (source == 0) & (place >= limit)] = Kind.ZERO
         if self.places:
@@ -326,7 +331,7 @@ class _Mapper:
         return kind.reshape(-1), source.reshape(-1), place.reshape(-1)
 
     def _is_there(self, raw: npt.NDArray[np.uint64], offset: Column) -> npt.NDArray[np.bool_]:
-        """True where a cluster is allocated: in a data file, offset 0 is a place like any other."""
+        """Returns a mask of the allocated clusters; in a data file, offset 0 is valid."""
         there: npt.NDArray[np.bool_] = offset != 0
         if self.in_data_file:
             there |= (raw & np.uint64(structs.COPIED)) != 0

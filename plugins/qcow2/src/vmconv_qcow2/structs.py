@@ -1,11 +1,11 @@
 """The structures of a qcow2 image, in the order of the specification (QEMU, docs/interop/qcow2.txt).
 
     cluster 0       Header, header extensions, backing file name
-    anywhere        refcount table -> refcount blocks: how often each cluster of the file is used
+    anywhere        refcount table -> refcount blocks: the number of references to each cluster of the file
     anywhere        L1 table -> L2 tables: guest cluster -> cluster of the file
     anywhere        snapshot table, bitmap directory, data clusters
 
-All numbers are big-endian. Tables are numpy's business, see the reader and the writer.
+All numbers are big-endian. Reader and writer handle tables with numpy.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ BITMAPS = 0x23852875
 ENCRYPTION = 0x0537BE77
 DATA_FILE_NAME = 0x44415441
 RECORDS = 0x766D6372
-"""Ours ("vmcr"): records of the files that the image refers to, with a NUL between them; QEMU keeps it as it is."""
+"""vmconv's ("vmcr"): records of the files that the image refers to, separated by NUL; QEMU preserves it."""
 
 FeatureName = Struct("type" / Int8ub, "bit" / Int8ub, "name" / Bytes(46))
 
@@ -125,7 +125,7 @@ BitmapEntry = Struct(
 
 BITMAP_FLAGS = {1: "in-use", 2: "auto"}
 
-# Limits that QEMU has too: no number of an image decides alone how much memory is used.
+# QEMU's limits: they bound the memory that the numbers of an image can demand.
 
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20

@@ -1,11 +1,11 @@
 """Writes qcow2 images: a pure function from the guest's table to the table of the output file.
 
     header | refcount table | refcount blocks | L1 table | L2 tables | payload
-    header | payload, where it is | what lay where the header is | refcount table | ... | L2 tables        (in place)
+    header | payload, unmoved | payload moved to clear the header | refcount table | ... | L2 tables     (in place)
 
-Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. In place it
-stays where it is, in clusters small enough for that. The large tables (L2, refcounts) are computed when they are
-written, a slice at a time.
+Payload is placed so that it can be shared: in the order of its sources, each run congruent to its source. In place it
+stays where it is, in clusters small enough for that. The large tables (L2, refcounts) are computed on writing, a slice
+at a time.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from vmconv_qcow2 import clusters, structs
 from vmconv_qcow2.options import Options
 
 _PAGE = 4096
-"""Smaller clusters may not need too much metadata in place."""
+"""Limit of metadata for small clusters in place."""
 _NO_MATTER = 1 << 20
-"""Bytes of metadata that are too few to be refused, however little payload there is."""
+"""Bytes of metadata that are never refused, even for little payload."""
 
 
 class _Tables(NamedTuple):
-    """Sizes and places of the metadata, bytes: each begins at a cluster.
+    """Sizes and offsets of the metadata, bytes; each begins at a cluster.
 
-    `l2_tables` and `refcount_blocks` are the numbers of those that say anything.
+    `l2_tables` and `refcount_blocks` are the numbers of those with entries.
     """
 
     l1_entries: int
@@ -64,16 +64,16 @@ class _Tables(NamedTuple):
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of a qcow2 image; raises `PlanError` when the disk is too large for its cluster size."""
+    """Returns the layout of a qcow2 image; raises `PlanError` if the disk is too large for its cluster size."""
     return _Writer(image, options, placement, backing).layout()
 
 
 def _references(image: Image, options: Options, backing: Backing | None) -> Iterator[Reference]:
-    """Yields what the image refers to instead of holding it."""
+    """Yields the image's references to other files."""
     if options.data_file:
         if backing:
             raise PlanError(
-                "a qcow2 image with a data file has no backing file here: the data file has all of the disk"
+                "a qcow2 image with a data file has no backing file here: the data file holds the whole disk"
             )
         from vmconv_qcow2.data_file import disk_itself
 
@@ -81,7 +81,7 @@ def _references(image: Image, options: Options, backing: Backing | None) -> Iter
         yield Reference(options.data_file, file, image.flat.total(Kind.DATA))
     if options.subformat == "reference":
         if not backing or not image.parent:
-            raise PlanError("a qcow2 image with subformat=reference has its source as backing file, there is none")
+            raise PlanError("a qcow2 image with subformat=reference needs its source as backing file")
         yield Reference(backing.reference, image.parent.file, image.parent.flat.total(Kind.DATA))
 
 
@@ -108,18 +108,18 @@ class _Writer:
         self.guest = table
         self.runs = blocks.whole_blocks(table, self.cluster)
         self.allocated = self.runs.kind == Kind.DATA
-        # Version 2 has no clusters that read as zero: hiding the parent takes real ones, which are holes in the file.
+        # Version 2 has no zero clusters: hiding the parent takes allocated ones, which are holes in the file.
         if backing and options.version == 2:
             self.allocated |= self.runs.kind == Kind.ZERO
         mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
         self.l2_tables = _touched(self.runs.first[mapped], self.runs.blocks[mapped], self.entries)
 
     def _pin(self, table: Extents, carrier: File) -> None:
-        """Leaves payload where it is, in clusters as the options say, or else in the largest ones that can stay."""
+        """Leaves payload in place, in clusters of the requested size, or else the largest possible."""
         from vmconv.plugin import pin
 
         if self.references:
-            raise PlanError("in place, an image cannot refer to its source, which is gone then")
+            raise PlanError("in place, an image cannot refer to its source, which no longer exists afterwards")
         smallest = 1 << 14 if self.options.extended_l2 else clusters.SMALLEST
         units = [1 << bits for bits in range(smallest.bit_length() - 1, clusters.DEFAULT.bit_length())]
         self.pinned = pin(table, carrier, [self.options.cluster_size] if self.options.cluster_size else units)
@@ -127,7 +127,7 @@ class _Writer:
         self.pinned = self.pinned.cleared(self.cluster)
 
     def _default_cluster(self, table: Extents) -> int:
-        # Extended entries are for large clusters.
+        # Extended entries need large clusters.
         if self.options.extended_l2:
             return clusters.DEFAULT
         return clusters.cluster_size(table, self.modulus, self.options.refcount_bits)
@@ -139,7 +139,7 @@ class _Writer:
         end = max(tables.end, payload_end)
         rows, row_length = cut(self.guest, runs.first * self.cluster, length, offset)
         if self.options.data_file:
-            # Payload stays there; what its clusters' entries say is the same.
+            # Payload stays there, and the entries of its clusters are the same.
             rows, row_length = rows.take(row_length < 0), row_length[:0]
         file = self._file(tables, runs, offset, end)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
@@ -153,13 +153,13 @@ class _Writer:
         )
         blob_length = np.array([blob.size for _, blob in metadata], dtype=np.int64)
         both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
-        # The last cluster is whole even where it ends in zeros: only QEMU reads one that is not.
+        # The last cluster is whole even if it ends in zeros: only QEMU reads a partial one.
         return Layout((OutFile(Extents.placed(end, both, both_length, sources), slack=True),), (), self.references)
 
-    # -- where everything goes
+    # -- placement
 
     def _arrange(self) -> tuple[_Tables, blocks.Runs, Column]:
-        """Returns places for metadata and payload; how many refcounts there are depends on both, and they on it."""
+        """Returns the offsets of metadata and payload, which depend on the number of refcounts, and that on them."""
         payload = self.runs.take(self.allocated)
         align = max(self.cluster, self.modulus)
         needed = np.empty(0, dtype=np.int64)
@@ -179,10 +179,10 @@ class _Writer:
         return blocks.place(self.guest, payload, self.cluster, base, self.modulus)
 
     def _arrange_in_place(self) -> tuple[_Tables, blocks.Runs, Column]:
-        """Returns places for metadata behind payload that stays; clusters in holes of the file are not counted."""
+        """Returns the offsets of metadata behind pinned payload. Clusters in holes of the file have no refcounts."""
         if (self.allocated != (self.runs.kind == Kind.DATA)).any():
-            raise PlanError("in place, qcow2 of version 2 cannot hide what its parent says", hint="use -o compat=1.1")
-        # A disk of no bytes leaves no room for the header.
+            raise PlanError("in place, qcow2 of version 2 cannot hide its parent's content", hint="use -o compat=1.1")
+        # A disk of 0 bytes leaves no room for the header.
         runs, offset, start = self.pinned.runs, self.pinned.offset, max(self.pinned.end, self.cluster)
         needed = np.empty(0, dtype=np.int64)
         while True:
@@ -208,9 +208,9 @@ class _Writer:
         return self.cluster * 8 // self.options.refcount_bits
 
     def _tables(self, start: int, refcount_blocks: Column) -> _Tables:
-        """Returns the places of all tables from `start` on."""
+        """Returns the offsets of all tables from `start` on."""
         cluster = self.cluster
-        # One even for a disk of no bytes: libqcow refuses an L1 table of none.
+        # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
         l1_entries = max(1, -(-self.guest.size // (cluster * self.entries)))
         if l1_entries * 8 > structs.MAX_L1_BYTES:
             most = structs.MAX_L1_BYTES // 8 * cluster * self.entries
@@ -229,20 +229,20 @@ class _Writer:
             f"qcow2 with clusters of {self.cluster} bytes cannot hold {self.size} bytes: needs {problem}",
             hint=f"use larger clusters, such as -o cluster_size={min(self.cluster * 16, 2 << 20)}"
             if not self.carrier
-            else "in place, payload can stay only in clusters as small as this",
+            else "in place, payload can stay only in clusters of this size",
         )
 
-    # -- what the metadata says
+    # -- metadata
 
     def _file(self, tables: _Tables, runs: blocks.Runs, offset: Column, end: int) -> list[tuple[int, Blob]]:
-        """Returns the metadata of the file and its places."""
+        """Returns the metadata of the file and its offsets."""
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
         output = Placeholder("output", used_to)
         places = np.concatenate([[0, tables.refcount_table], offset])
         length = np.concatenate([[cluster, tables.end - tables.refcount_table], runs.blocks * cluster])
         if self.options.data_file:
-            # Its clusters are not counted.
+            # Clusters of a data file have no refcounts.
             places, length, output = places[:2], length[:2], Placeholder("output", max(used_to, self.guest.size))
         used = _windows(places, length, places, output, used_to)
         host = self._host(runs, offset, output)
@@ -255,13 +255,13 @@ class _Writer:
             (0, Blob("header", self._header(tables))),
             (tables.refcount_table, Blob("refcount table", counting.tobytes())),
             (tables.first_block, self._refcounts(used, tables.refcount_blocks)),
-            # A table of nothing is a hole.
+            # An empty table is a hole.
             (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
             (tables.l2, self._l2(host, tables.l2_tables)),
         ]
 
     def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
-        """Returns the table of the guest's clusters whose windows are their places in the output file."""
+        """Returns the table from guest clusters to the output file."""
         length = runs.blocks * self.cluster
         host = _windows(runs.first * self.cluster, length, offset, output, self.guest.size, Kind.HOLE)
         if not self.backing:
@@ -324,7 +324,7 @@ class _Writer:
         return extended | (structs.EXTERNAL_DATA if self.options.data_file else 0)
 
     def _refcounts(self, used: Extents, numbers: Column) -> Blob:
-        """Returns the refcount blocks of these numbers, end to end: 1 for each cluster of the file that is used."""
+        """Returns the concatenated refcount blocks of these numbers: 1 for each used cluster of the file."""
         bits, cluster, each = self.options.refcount_bits, self.cluster, self._counts_in_a_block()
 
         def compute(first: int, count: int) -> bytes:
@@ -336,14 +336,14 @@ class _Writer:
             single[:, 0] = ones
             return bytes(np.packbits(single, bitorder="little"))
 
-        # The counts of clusters past the end of the file are zero, as is what is not written.
+        # Counts of clusters past the end of the file are zero, and so are unwritten bytes.
         last = -(-used.size // cluster) - int(numbers[-1]) * each
         size = (len(numbers) - 1) * cluster + -(-last * bits // 64) * 8
         read = _by_words(_tables_of(numbers, cluster, each, compute))
         return Blob("refcount blocks", read, min(size, len(numbers) * cluster))
 
     def _l2(self, host: Extents, indices: Column) -> Blob:
-        """Returns all L2 tables, end to end, of the given entries of the L1 table."""
+        """Returns the concatenated L2 tables of the given L1 entries."""
         shape = self._shape() if self.options.extended_l2 else None
 
         def compute(first: int, count: int) -> bytes:
@@ -367,7 +367,7 @@ class _Writer:
         kinds, _, _ = shape.units(self.unit, first * n, count * n)
         bits = np.stack([kinds.reshape(-1, n) == Kind.DATA, kinds.reshape(-1, n) == Kind.ZERO], axis=1)
         if not self.backing:
-            # Nothing lies below that would have to be hidden.
+            # No parent has to be hidden.
             bits[:, 1] = False
         bitmap = np.packbits(bits.reshape(count, -1), axis=1, bitorder="little").view("<u8").reshape(-1)
         both = np.empty((count, 2), dtype=">u8")
@@ -375,7 +375,7 @@ class _Writer:
         return both.tobytes()
 
     def _shape(self) -> Extents:
-        """Returns the table of subclusters: which are DATA, ZERO or left to the parent."""
+        """Returns the table of subclusters: DATA, ZERO or HOLE."""
         runs = blocks.whole_blocks(self.guest, self.unit)
         rows = Columns(
             runs.first * self.unit,
@@ -404,7 +404,7 @@ def _windows(
 
 
 def _touched(first: Column, count: Column, entries: int) -> Column:
-    """Returns the numbers of the tables, of so many entries each, in which these runs of entries lie."""
+    """Returns the numbers of the tables that hold these runs of entries."""
     there = count > 0
     low, high = first[there] // entries, (first + count - 1)[there] // entries
     run, place = spread(high - low + 1)
@@ -414,7 +414,9 @@ def _touched(first: Column, count: Column, entries: int) -> Column:
 def _tables_of(
     numbers: Column, size: int, entries: int, compute: Callable[[int, int], bytes]
 ) -> Callable[[int, int], bytes]:
-    """Returns a reader of the tables of these numbers, end to end, each `size` bytes; it computes runs of entries."""
+    """Returns a function that reads the concatenated tables of these numbers, `size` bytes each, by computing runs of
+    entries.
+    """
 
     def read(offset: int, length: int) -> bytes:
         parts = []
@@ -433,7 +435,7 @@ def _tables_of(
 
 
 def _neighbours(indices: Column, first: int, most: int) -> int:
-    """Returns how many of the numbers from place `first` on follow each other, `most` at most."""
+    """Returns the length of the run of consecutive numbers from index `first` on, at most `most`."""
     some = indices[first : first + most]
     gaps = np.flatnonzero(np.diff(some) != 1)
     return int(gaps[0]) + 1 if len(gaps) else len(some)
@@ -445,7 +447,7 @@ def _extension(kind: int, data: bytes) -> bytes:
 
 
 def _by_words(compute: Callable[[int, int], bytes], word: int = 8) -> Callable[[int, int], bytes]:
-    """Returns a blob's reader for ranges that need not begin and end with a word of the table."""
+    """Returns a blob's function for ranges at any byte, from one for whole words."""
 
     def read(offset: int, length: int) -> bytes:
         low, high = offset // word * word, -(-(offset + length) // word) * word

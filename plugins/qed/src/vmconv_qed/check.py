@@ -1,4 +1,4 @@
-"""The structural check of a QED image: which clusters its tables use, how often, and which nothing uses."""
+"""The structural check of a QED image: clusters used by its tables, once or more often, and unused ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _Raw = npt.NDArray[np.uint64]
 
 
 def check(image: Image) -> CheckReport:
-    """Returns what is wrong with the structure of the image's file; its backing file is not looked at.
+    """Returns the report on the structure of the image's file, without its backing file.
 
-    The flag that asks for a check is no error by itself: what it asks for is done here.
+    The flag that requests a check is no error.
     """
     return _Check(read_header(image.file)).report()
 
@@ -41,13 +41,13 @@ class _Check:
         self.findings.overlaps(self.usage, cluster)
         self.findings.unused(self.usage, cluster, 0, header.file.size // cluster * cluster)
         if header.features & structs.NEED_CHECK:
-            self.findings.doubt("was not closed cleanly: the header asks for this check")
+            self.findings.doubt("was not closed cleanly: the header requests this check")
         return self.findings.report(allocated=self.allocated, total=header.clusters, end=self.usage.end)
 
     def _tables(self) -> Column:
-        """Returns the offsets of the L2 tables, 0 where there is none or where it cannot be."""
+        """Returns the offsets of the L2 tables, 0 for missing and invalid ones."""
         header = self.header
-        # A table may have a gigabyte; what lies past the end of the disk is not part of it.
+        # A table may have a gigabyte. Entries past the end of the disk do not count.
         needed = -(-header.clusters // header.entries)
         raw = np.frombuffer(header.file.read(header.l1_offset, needed * 8), dtype="<u8")
         bad = self._outside(raw, header.table_size)
@@ -61,7 +61,7 @@ class _Check:
         there = np.flatnonzero((raw != structs.UNALLOCATED) & ~bad)
         tables = np.zeros(len(raw), dtype=np.int64)
         tables[there] = raw[there].astype(np.int64)
-        # One table that two entries use is an overlap, and is looked at once.
+        # A table with two entries is an overlap, and is checked once.
         self.usage.add("L2 table", tables[there], header.table_size, there)
         order = there[np.argsort(tables[there], kind="stable")]
         again = order[1:][np.diff(tables[order]) == 0]
@@ -69,7 +69,7 @@ class _Check:
         return tables
 
     def _entries(self, first: int, place: int) -> None:
-        """Takes a slice of an L2 table, whose entry for guest cluster `first` is at `place`."""
+        """Checks a slice of an L2 table; the entry of guest cluster `first` is at `place`."""
         header, cluster = self.header, self.header.cluster_size
         count = min(SLICE, header.entries)
         if not header.file.data_ranges(place, place + count * 8):
@@ -89,7 +89,7 @@ class _Check:
         self.usage.add("guest cluster", raw[good].astype(np.int64), cluster, first + good)
 
     def _outside(self, raw: _Raw, length: int) -> npt.NDArray[np.bool_]:
-        """Returns which offsets, 0 left out, are not those of clusters that lie in the file from end to end."""
+        """Returns a mask of the nonzero offsets without a whole cluster of the file."""
         header = self.header
         most = header.file.size - length
         outside: npt.NDArray[np.bool_] = raw % np.uint64(header.cluster_size) != 0

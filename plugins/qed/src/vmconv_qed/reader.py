@@ -28,12 +28,12 @@ from vmconv.plugin import (
 from vmconv_qed import structs
 
 SLICE = 1 << 19
-"""Entries of an L2 table that are looked at together."""
+"""Entries of an L2 table in one slice."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+    """A header, checked against the file and the format's limits; sizes are bytes."""
 
     file: File
     cluster_size: int
@@ -51,7 +51,7 @@ class Header:
 
     @property
     def clusters(self) -> int:
-        """Clusters of the disk, the last of which may be longer than what is left of the disk."""
+        """Clusters of the disk; the last one may reach past the disk's end."""
         return -(-self.size // self.cluster_size)
 
 
@@ -60,7 +60,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     if snapshot is not None:
         raise ImageError(f"{file.name}: QED images have no snapshots, {snapshot!r} was asked for")
     header = read_header(file)
-    # The format knows two cases: the parent is raw, or it is for its content to say what it is.
+    # A parent is raw, or its format is determined by its content.
     parent_format = "raw" if header.features & structs.BACKING_FORMAT_NO_PROBE else None
 
     def load_guest() -> Extents:
@@ -97,7 +97,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     head = Structure(file, structs.Header)
     if not head.is_inside:
         raise head.refused(f"{head.length} bytes, the file has {file.size}")
@@ -120,14 +120,15 @@ def read_header(file: File) -> Header:
         size=raw.image_size,
         backing_file=_backing_name(head, raw),
     )
-    # Both tables full of clusters are as much as there can be; the last tables may be longer than an address.
+    # Full tables are the limit, and they may cover more than 64 bits of addresses.
     head.limit("image_size", raw.image_size, 0, min(MAX_SIZE, header.entries**2 * cluster))
     if raw.image_size % structs.SECTOR:
         raise head.damaged("image_size", f"{raw.image_size} is not whole sectors")
     offset, end = raw.l1_table_offset, raw.l1_table_offset + header.table_size
     if offset % cluster or offset < header.header_size or end > file.size:
         raise head.damaged(
-            "l1_table_offset", f"{offset:#x} is not the place of {header.table_size} bytes in a file of {file.size:#x}"
+            "l1_table_offset",
+            f"{offset:#x} is not a valid offset of {header.table_size} bytes in a file of {file.size:#x}",
         )
     return header
 
@@ -151,7 +152,7 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 
 def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
-    """Yields the columns of the L2 tables, and the number of clusters where there are none."""
+    """Yields the columns of the L2 tables, or the number of clusters of missing ones."""
     room = -(-header.file.size // header.cluster_size)
     allocated = at = 0
     for first, place, count in _pieces(header):
@@ -171,7 +172,7 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column] | int]:
 
 
 def _pieces(header: Header) -> Iterator[tuple[int, int, int]]:
-    """Yields `(first cluster, place of its entry, entries)` of L2 tables in bounded pieces; not what lies in holes."""
+    """Yields `(first cluster, offset of its entry, entries)` of L2 tables in bounded pieces, not in holes."""
     tables = _l1(header)
     for number in written(header, tables).tolist():
         begin, table = number * header.entries, int(tables[number])
@@ -184,20 +185,23 @@ def _pieces(header: Header) -> Iterator[tuple[int, int, int]]:
 
 
 def written(header: Header, tables: Column) -> Column:
-    """Returns the L1 entries whose L2 tables hold data; the file is asked once, not for each of millions of tables."""
+    """Returns the L1 entries whose L2 tables hold data.
+
+    Asks for all data at once, because there may be millions of tables.
+    """
     there = np.flatnonzero(tables)
     if not len(there):
         return there
     begin = tables[there]
     ranges = header.file.data_ranges(int(begin.min()), int(begin.max()) + header.table_size)
     edges = np.array(ranges, dtype=np.int64).reshape(-1, 2)
-    # The first range that ends behind the table's beginning, if any, must begin before the table's end.
+    # The first range that ends behind the table's start must begin before the table's end.
     following = np.append(edges[:, 0], MAX_SIZE)[np.searchsorted(edges[:, 1], begin, side="right")]
     return there[following < begin + header.table_size]
 
 
 def _columns(header: Header, first: int, place: int, count: int) -> tuple[Kinds, Column]:
-    """Returns kind and offset of the clusters from number `first` on, whose entries are at `place`."""
+    """Returns kind and offset of the clusters from number `first` on; their entries are at `place`."""
     raw = np.frombuffer(header.file.read(place, count * 8), dtype="<u8")
     kind = np.where(raw > structs.ZERO, Kind.DATA, np.where(raw == structs.ZERO, Kind.ZERO, Kind.HOLE))
     data = kind == Kind.DATA
@@ -206,7 +210,10 @@ def _columns(header: Header, first: int, place: int, count: int) -> tuple[Kinds,
 
 
 def _l1(header: Header) -> Column:
-    """Returns the offsets of the L2 tables of the disk, 0 where there is none; every table lies inside the file."""
+    """Returns the offsets of the disk's L2 tables, 0 for missing ones.
+
+    Raises `ImageError` if one is not inside the file.
+    """
     file, cluster = header.file, header.cluster_size
     needed = -(-header.clusters // header.entries)
     raw = np.frombuffer(file.read(header.l1_offset, needed * 8), dtype="<u8")

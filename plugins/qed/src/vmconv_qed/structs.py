@@ -5,7 +5,7 @@
     anywhere        L2 tables: table_size clusters of offsets of data clusters
     anywhere        data clusters
 
-All numbers are little-endian. Tables are numpy's business, see the reader and the writer.
+All numbers are little-endian. Reader and writer handle tables with numpy.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SECTOR = 512
 # L2 entries: offsets of data clusters, and
 
 UNALLOCATED = 0
-"""The cluster was never written: the backing file's, or zero. In an L1 table: there is no L2 table."""
+"""The cluster was never written: it reads as in the backing file, or as zero. In an L1 table: no L2 table."""
 ZERO = 1
-"""The cluster reads as zero, whatever the backing file has there."""
+"""The cluster reads as zero and hides the backing file."""
 
 # Limits of the specification
 
 MIN_CLUSTER, MAX_CLUSTER = 1 << 12, 1 << 26
 MIN_TABLE, MAX_TABLE = 1, 16
 MAX_BACKING_NAME = 1023
-"""As QEMU has it."""
+"""QEMU's limit."""

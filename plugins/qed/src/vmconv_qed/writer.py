@@ -2,8 +2,8 @@
 
     header | L1 table | L2 tables | payload
 
-Payload goes where it can be shared: in the order of its sources, each run congruent to where it comes from. The L2
-tables are computed when they are written, a slice at a time.
+Payload is placed so that it can be shared: in the order of its sources, each run congruent to its source. The L2
+tables are computed on writing, a slice at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vmconv_qed.options import Options
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of a QED image; raises `PlanError` when the disk is too large for its tables."""
+    """Returns the layout of a QED image; raises `PlanError` if the disk is too large for its tables."""
     return _Writer(image, options, backing).layout(placement.modulus)
 
 
@@ -67,12 +67,12 @@ class _Writer:
     def layout(self, modulus: int) -> Layout:
         runs = blocks.whole_blocks(self.guest, self.cluster)
         data = runs.take(runs.kind == Kind.DATA)
-        # Without a parent there is nothing to hide: what is zero needs no entry.
+        # Without a parent nothing must be hidden, and zeros need no entry.
         zero = runs.take((runs.kind == Kind.ZERO) & bool(self.backing))
         tables = _l1_indices([data, zero], self.entries)
         l1, l2 = self.cluster, self.cluster + self.table_bytes
         end = l2 + len(tables) * self.table_bytes
-        # Only where the storage shares in larger pieces than clusters are there clusters that nothing uses.
+        # Clusters stay unused only if the storage's blocks are larger than clusters.
         align = max(self.cluster, modulus)
         placed = blocks.place(self.guest, data, self.cluster, -(-end // align) * align, modulus)
         size = placed.end if len(placed.run) else end
@@ -86,7 +86,7 @@ class _Writer:
         name, features = b"", 0
         if self.backing:
             name, features = os.fsencode(self.backing.reference), structs.BACKING_FILE
-            # Any other format is for the content of the parent to say.
+            # Other formats are determined by the parent's content.
             features |= structs.BACKING_FORMAT_NO_PROBE if self.backing.format == "raw" else 0
         if len(name) > structs.MAX_BACKING_NAME:
             raise PlanError(f"qed: backing file name of {len(name)} bytes, {structs.MAX_BACKING_NAME} at most")
@@ -112,7 +112,7 @@ class _Writer:
         return Blob("L1 table", entries.tobytes())
 
     def _host(self, data: blocks.Runs, offset: Column, zero: blocks.Runs, size: int) -> Extents:
-        """Returns the table of the guest's clusters whose windows are their places in the output file."""
+        """Returns the table from guest clusters to the output file."""
         first = np.concatenate([data.first, zero.first])
         count = np.concatenate([data.blocks, zero.blocks])
         kind = np.concatenate([data.kind, zero.kind])
@@ -124,7 +124,7 @@ class _Writer:
         return _with_holes(self.guest.size, rows, length, Placeholder("output", size))
 
     def _l2(self, host: Extents, tables: Column) -> Blob:
-        """Returns all L2 tables, end to end, of the given entries of the L1 table."""
+        """Returns the concatenated L2 tables of the given L1 entries."""
 
         def compute(offset: int, length: int) -> bytes:
             first, end = offset // 8, -(-(offset + length) // 8)

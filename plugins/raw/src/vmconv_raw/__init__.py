@@ -1,4 +1,4 @@
-"""Raw disks for vmconv: a file that is the disk, byte for byte, with holes where it reads as zero."""
+"""Raw disks for vmconv: the file is the disk, byte for byte, and its holes read as zero."""
 
 from __future__ import annotations
 

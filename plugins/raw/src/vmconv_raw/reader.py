@@ -1,4 +1,4 @@
-"""Reads a raw disk: its holes are what the filesystem says they are."""
+"""Reads a raw disk: its holes are those of the file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ SECTOR = 512
 
 
 def read(file: File, *, snapshot: str | None = None) -> Image:
-    """Returns the disk in `file`; a size that is not whole sectors is rounded up with zeros, as QEMU does."""
+    """Returns the disk in `file`. A partial last sector is filled with zeros, as in QEMU."""
     if snapshot is not None:
-        raise UsageError(f"{file.name}: raw disks have no snapshots, {snapshot!r} was asked for")
+        raise UsageError(f"{file.name}: raw disks have no snapshots, {snapshot!r} was requested")
     size = -(-file.size // SECTOR) * SECTOR
 
     def load_guest() -> Extents:
         return on_storage(file).window(0, size).without_holes()
 
     def load_places() -> Extents:
-        # In a raw disk a hole has its place like everything else.
+        # In a raw disk, holes have offsets like payload.
         table = load_guest()
         hole = table.kind == Kind.ZERO
         source = np.where(hole, 1, table.source).astype(np.int32)

@@ -6,5 +6,5 @@ from vmconv.plugin import Image, Layout, OutFile
 
 
 def write(image: Image) -> Layout:
-    """Returns the layout whose only file is the disk; offsets are the guest's, so every placement is kept."""
+    """Returns the layout whose only file is the disk; offsets are the guest's, so the placement has no effect."""
     return Layout((OutFile(image.flat),))

@@ -1,4 +1,4 @@
-"""The structural check of a VDI image: what its block map says of the data area."""
+"""The structural check of a VDI image: the entries of its block map, and the data area."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from vmconv_vdi.reader import SLICE, Header, head_of, read_header
 
 
 def check(image: Image) -> CheckReport:
-    """Returns what is wrong with the structure of the image's file; its parent is not looked at.
+    """Returns the report on the structure of the image's file, without its parent.
 
-    The format knows no leaks: what lies behind the last block is given to the next one.
+    The format has no leaks: space behind the last block is used for the next one.
     """
     header = read_header(image.file)
     findings, usage = Findings(), Usage()
@@ -26,12 +26,12 @@ def check(image: Image) -> CheckReport:
 
 
 def _count(header: Header, first: int, findings: Findings, usage: Usage) -> int:
-    """Takes a slice of the block map; returns how many of its blocks are allocated."""
+    """Checks a slice of the block map; returns the number of allocated blocks."""
     file, count = header.file, min(SLICE, header.blocks - first)
     raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
     number = np.flatnonzero(raw < structs.DISCARDED)
     place = header.data_offset + raw[number] * header.stride
-    # As far as the disk reaches: nobody needs the rest of its last block.
+    # Up to the end of the disk: the rest of its last block is not needed.
     left = np.minimum(header.size - (first + number) * header.block_size, header.block_size)
     bad = place + header.block_extra + left > file.size
     bad |= raw[number] >= header.entries

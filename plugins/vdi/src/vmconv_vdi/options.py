@@ -9,6 +9,6 @@ from vmconv.plugin import Identified, option
 
 @dataclass(frozen=True)
 class Options(Identified):
-    """How a VDI image is written."""
+    """The options of the VDI writer."""
 
     static: bool = option(False, "on: every block has its place from the beginning, in the guest's order")

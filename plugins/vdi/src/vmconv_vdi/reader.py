@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 SLICE = 1 << 20
-"""Entries of the block map that are looked at together."""
+"""Entries of the block map in one slice."""
 
 _QEMU_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header whose numbers were all checked against the file and the format's limits; sizes are bytes."""
+    """A header, checked against the file and the format's limits; sizes are bytes."""
 
     file: File
     kind: int
@@ -48,7 +48,7 @@ class Header:
     map_offset: int
     data_offset: int
     entries: int
-    """Entries of the block map, some of which may lie past the end of the disk."""
+    """Entries of the block map; some may lie past the end of the disk."""
     blocks_allocated: int
     geometry: tuple[int, int, int]
     comment: str
@@ -59,22 +59,22 @@ class Header:
 
     @property
     def stride(self) -> int:
-        """From the beginning of one block of the data area to that of the next."""
+        """Distance of blocks in the data area, bytes."""
         return self.block_extra + self.block_size
 
     @property
     def blocks(self) -> int:
-        """Blocks of the disk, the last of which may be longer than what is left of the disk."""
+        """Blocks of the disk; the last one may reach past the disk's end."""
         return -(-self.size // self.block_size)
 
     @property
     def parent_reference(self) -> str | None:
-        """The name under which the parent is looked for; VirtualBox gives such names to differencing images."""
+        """The name to search for the parent; VirtualBox gives such names to differencing images."""
         return f"{{{structs.uuid_text(self.parent)}}}.vdi" if self.parent != structs.NIL_UUID else None
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
-    """Returns the image in `file`; snapshots of VirtualBox are images of their own."""
+    """Returns the image in `file`. Snapshots of VirtualBox are separate images."""
     if snapshot is not None:
         raise ImageError(f"{file.name}: VDI images have no snapshots inside, {snapshot!r} was asked for")
     header = read_header(file)
@@ -88,7 +88,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         header.size,
         load_guest,
-        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        # Without a parent, QEMU's maps call zeros present.
         load_places=None if reference else lambda: load_guest().without_holes(),
         shows_holes=lambda _: header.kind == structs.FIXED,
         load_parent=(lambda: _parent(header, opener)) if reference else None,
@@ -101,12 +101,12 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 
 def head_of(file: File) -> Structure:
-    """Returns where the header is, for errors that name its fields."""
+    """Returns the header's structure, for errors about its fields."""
     return Structure(file, structs.Header, structs.HEADER_OFFSET)
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     _check_version(file)
     head = head_of(file)
     raw = head.parse()
@@ -114,7 +114,7 @@ def read_header(file: File) -> Header:
     head.limit("u32Type", raw.u32Type, structs.NORMAL, structs.DIFFERENCING)
     head.limit_power("cbBlock", raw.cbBlock, structs.MIN_BLOCK, structs.MAX_BLOCK)
     head.limit("cbBlockExtra", raw.cbBlockExtra, 0, raw.cbBlock)
-    # VirtualBox itself has made disks that are not whole sectors; what is missing of the last one reads as zero.
+    # VirtualBox has made disks with a partial last sector; the missing part reads as zero.
     size = -(-raw.cbDisk // structs.SECTOR) * structs.SECTOR
     head.limit("cbDisk", size, 0, min(MAX_SIZE, raw.cbBlock * structs.MAX_BLOCKS))
     blocks = -(-size // raw.cbBlock)
@@ -123,7 +123,7 @@ def read_header(file: File) -> Header:
     end = raw.offBlocks + blocks * 4
     if raw.offBlocks < structs.HEADER_OFFSET + raw.cbHeader or end > file.size:
         raise head.damaged(
-            "offBlocks", f"{raw.offBlocks:#x} is not the place of {blocks * 4} bytes in a file of {file.size:#x}"
+            "offBlocks", f"{raw.offBlocks:#x} is not a valid offset of {blocks * 4} bytes in a file of {file.size:#x}"
         )
     if raw.offData % structs.SECTOR or raw.offData < end:
         raise head.damaged("offData", f"{raw.offData:#x} is not a sector after the block map, which ends at {end:#x}")
@@ -161,7 +161,7 @@ def _check_version(file: File) -> None:
 
 
 def _geometry(file: File, raw: Any) -> tuple[int, int, int]:
-    """Returns cylinders, heads and sectors, 0 where the image does not say: older images say it in another place."""
+    """Returns cylinders, heads and sectors, 0 if not stated. Older images state them in another field."""
     geometry = raw.LegacyGeometry
     at = structs.HEADER_OFFSET + structs.HEADER_LENGTH
     if raw.cbHeader >= structs.LONG_HEADER_LENGTH and file.size >= at + structs.Geometry.sizeof():
@@ -172,7 +172,7 @@ def _geometry(file: File, raw: Any) -> tuple[int, int, int]:
 
 def _facts(header: Header) -> DiskFacts:
     cylinders, heads, sectors = header.geometry
-    # What no firmware can be told is as good as nothing.
+    # A geometry that no firmware accepts does not count.
     known = cylinders and 0 < heads < 1 << 16 and 0 < sectors < 1 << 16
     return DiskFacts(
         identity=_identity(header.uuid),
@@ -200,7 +200,7 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 
 def qemu_incompatibility(image: Image) -> str | None:
-    """Returns why QEMU does not read this image."""
+    """Returns why QEMU does not read this image; None if it does."""
     header = read_header(image.file)
     if header.parent_reference:
         return "QEMU refuses differencing VDI images"
@@ -210,7 +210,7 @@ def qemu_incompatibility(image: Image) -> str | None:
 
 
 def _parent(header: Header, opener: Opener) -> Image:
-    """Returns the parent, after making sure that it is the one this image was made on."""
+    """Returns the parent. Raises `ImageError` unless it is the unchanged parent of this image."""
     file, reference = header.file, header.parent_reference or ""
     try:
         parent = opener.parent(file, reference, "vdi")
@@ -227,14 +227,14 @@ def _parent(header: Header, opener: Opener) -> Image:
             changed = "was changed after the image was made on it" if name == "uuidParentModify" else "is another disk"
             raise head_of(file).damaged(
                 name,
-                f"{structs.uuid_text(wanted)} is wanted, {parent.file.name} has {structs.uuid_text(is_there)}",
+                f"{structs.uuid_text(wanted)} is required, {parent.file.name} has {structs.uuid_text(is_there)}",
                 hint=f"{parent.file.name} {changed}",
             )
     return parent
 
 
 def _search(header: Header, opener: Opener) -> str:
-    """Returns the only file that has the parent's UUID; VirtualBox itself knows by its registry where it is."""
+    """Returns the only file with the parent's UUID. VirtualBox itself finds it in its registry."""
     file, reference = header.file, header.parent_reference or ""
     head = head_of(file)
     found: list[tuple[str, bytes]] = []
@@ -245,7 +245,7 @@ def _search(header: Header, opener: Opener) -> str:
             continue
         if other.uuid == header.parent:
             found.append((path, other.modified))
-    # One that is as it was when this image was made on it is better than one that is not.
+    # A file unchanged since this image was made is preferred.
     best = [path for path, modified in found if modified == header.parent_modified] or [path for path, _ in found]
     if len(best) == 1:
         return best[0]
@@ -255,7 +255,7 @@ def _search(header: Header, opener: Opener) -> str:
         raise head.damaged(
             "uuidLinkage",
             f"{names} both have the UUID of the parent, {uuid}",
-            hint=f"put the right one, or a link to it, beside the image under the name {reference}",
+            hint=f"put the right file, or a link to it, beside the image as {reference}",
         )
     raise head.damaged(
         "uuidLinkage",
@@ -266,10 +266,13 @@ def _search(header: Header, opener: Opener) -> str:
 
 
 def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
-    """Yields the columns of the block map; each block of the data area belongs to one block of the disk."""
+    """Yields the columns of the block map.
+
+    Raises `ImageError` if two blocks of the disk have one block of the data area.
+    """
     file = header.file
     room = min(max(0, -(-(file.size - header.data_offset) // header.stride)), structs.DISCARDED)
-    # One byte for each block of the file, touched (and so taken from memory) only where blocks are used.
+    # One byte per block of the file; memory is taken only for touched pages.
     used = np.zeros(room, dtype=bool)
     for first in range(0, header.blocks, SLICE):
         count = min(SLICE, header.blocks - first)
@@ -296,7 +299,7 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
 
 
 def _taken_twice(blocks: Column, used: npt.NDArray[np.bool_]) -> int | None:
-    """Returns the index of a block that is in `used`, or that comes a second time."""
+    """Returns the index of a block that is in `used` or repeated."""
     before = used[blocks]
     if before.any():
         return int(np.flatnonzero(before)[0])

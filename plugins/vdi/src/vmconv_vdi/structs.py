@@ -1,10 +1,10 @@
 """The structures of a VDI image, in the order of VirtualBox's VDICore.h.
 
     0               PreHeader, Header (version 1.1)
-    offBlocks       block map: for each block of the disk its number in the data area, or what it is without one
-    offData         data area: blocks of cbBlockExtra + cbBlock bytes, one after the other
+    offBlocks       block map: for each block of the disk its number in the data area, or a code
+    offData         data area: blocks of cbBlockExtra + cbBlock bytes, contiguous
 
-All numbers are little-endian, UUIDs have their first three fields little-endian too. The block map is numpy's business.
+All numbers are little-endian, in UUIDs the first three fields too. Reader and writer handle the block map with numpy.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Header = Struct(
     "uuidLinkage" / Bytes(16),
     "uuidParentModify" / Bytes(16),
 )
-"""What every header of version 1.1 has; longer ones go on with `LCHSGeometry`, as a `Geometry`."""
+"""The common part of headers of version 1.1; longer ones continue with `LCHSGeometry`, a `Geometry`."""
 
 HEADER_OFFSET = PreHeader.sizeof()
 HEADER_LENGTH = Header.sizeof()
@@ -58,13 +58,13 @@ NIL_UUID = bytes(16)
 # Block map entries: numbers of blocks below DISCARDED, and
 
 UNALLOCATED = 0xFFFFFFFF
-"""The block was never written: the parent's, or zero."""
+"""The block was never written: it reads as in the parent, or as zero."""
 DISCARDED = 0xFFFFFFFE
-"""The block reads as zero, whatever the parent has there."""
+"""The block reads as zero and hides the parent."""
 
 
 def uuid_text(uuid: bytes) -> str:
-    """Returns a UUID as people write it."""
+    """Returns a UUID as text."""
     first, second, third = Int32ul.parse(uuid[:4]), Int16ul.parse(uuid[4:6]), Int16ul.parse(uuid[6:8])
     return f"{first:08x}-{second:04x}-{third:04x}-{uuid[8:10].hex()}-{uuid[10:].hex()}"
 
@@ -75,10 +75,10 @@ def uuid_bytes(uuid: Any) -> bytes:
     return plain[3::-1] + plain[5:3:-1] + plain[7:5:-1] + plain[8:]
 
 
-# Limits: no number of an image decides alone how much memory is used.
+# Limits of the memory that the numbers of an image can demand.
 
 MAX_HEADER = 4096
 MIN_BLOCK = 512
 MAX_BLOCK = 1 << 30
 MAX_BLOCKS = 0x3FFFFFFF
-"""As many as QEMU takes."""
+"""QEMU's limit."""

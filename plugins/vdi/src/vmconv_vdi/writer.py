@@ -2,9 +2,9 @@
 
     header | block map | slack | blocks, 1 MiB each
 
-Blocks may come in any order but follow each other without a gap, since VirtualBox and QEMU put the next new block right
-after as many as there are. So all of them have one phase modulo the filesystem's block; the beginning of the data area,
-which may be at any sector, is chosen to give them the phase that most of the payload has in its source.
+Blocks may be in any order, but without gaps, because VirtualBox and QEMU compute the offset of a new block from the
+number of blocks. So all blocks have one phase modulo the filesystem's block. The data area may begin at any sector: the
+writer chooses the phase of most of the payload in its source.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ BLOCK = 1 << 20
 
 MAP_OFFSET = 512
 MAX_BLOCKS = ((1 << 32) - BLOCK - MAP_OFFSET) // 4
-"""Blocks whose map leaves the data area a place that 32 bits can say."""
+"""Limit of blocks: the data area must begin at an offset of 32 bits."""
 
 
 class _Parent(NamedTuple):
-    """The disk below: its table, and what the image says of it, as the format stores it."""
+    """The parent: its table, and its identity as the format stores it."""
 
     disk: Extents
     identity: bytes
@@ -53,7 +53,7 @@ class _Parent(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """The blocks of the disk without a gap, in runs: `there` are those that have a `place` in the data area, bytes."""
+    """The blocks of the disk in contiguous runs; those `there` have an offset `place` in the data area, bytes."""
 
     runs: blocks.Runs
     there: npt.NDArray[np.bool_]
@@ -65,7 +65,7 @@ class _Blocks(NamedTuple):
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of a VDI image; raises `PlanError` when the disk or its parent is not what VDI can hold."""
+    """Returns the layout of a VDI image; raises `PlanError` if VDI cannot hold the disk or its parent."""
     size = -(-image.size // structs.SECTOR) * structs.SECTOR
     count = -(-size // BLOCK)
     if count > MAX_BLOCKS:
@@ -79,7 +79,7 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
         guest = blocks.fill_partial_holes(guest, parent.disk.window(0, guest.size), BLOCK)
     found = _arrange(guest, options)
     data = -(-(MAP_OFFSET + count * 4) // BLOCK) * BLOCK + _phase(guest, min(placement.modulus, BLOCK))
-    # The last block is whole even where the disk ends inside it, as in VirtualBox's own images: the disk may grow.
+    # The last block is whole even if the disk ends inside it, as in VirtualBox's own images: the disk may grow.
     end = data + found.used * BLOCK
     numbers = {"offData": data, "cbDisk": size, "cBlocks": count, "cBlocksAllocated": found.used}
     header = _header(image, options, parent, numbers, placement.identity)
@@ -92,13 +92,13 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
 
 def _parent(image: Image, size: int, options: Options, backing: Backing) -> _Parent:
     if options.static:
-        raise PlanError("a static VDI cannot have a parent", hint="leave -o static=on out")
+        raise PlanError("a static VDI cannot have a parent", hint="omit -o static=on")
     below = image.parent
     facts = below.details.get("format-specific", {}) if below else {}
     identity = below.facts.identity if below else None
     if below is None or facts.get("type") != "vdi" or identity is None:
         raise PlanError(
-            f"the parent of a VDI is a VDI with a UUID, {backing.reference} is none",
+            f"the parent of a VDI must be a VDI with a UUID, {backing.reference} is not",
             hint="convert the parent to vdi first, or flatten the chain",
         )
     backing.refuse_other_size("VDI", size, below)
@@ -123,7 +123,7 @@ def _arrange(guest: Extents, options: Options) -> _Blocks:
 
 
 def _phase(guest: Extents, modulus: int) -> int:
-    """Returns the offset modulo `modulus` at which the data area begins when most payload can be referenced."""
+    """Returns the offset of the data area modulo `modulus` for which most payload can be referenced."""
     phase = (guest.offset - guest.start) % modulus
     chosen = guest.in_files() & (phase % structs.SECTOR == 0)
     if not chosen.any():
@@ -133,7 +133,7 @@ def _phase(guest: Extents, modulus: int) -> int:
 
 
 def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:
-    """Returns the block map of a disk of `size` bytes, computed when it is read; `hides` is whether zeros must."""
+    """Returns the block map of a disk of `size` bytes, computed on reading; `hides`: zeros must hide the parent."""
     kind = np.where(found.there, np.uint8(Kind.DATA), found.runs.kind)
     rows = Columns(found.runs.first * BLOCK, kind, np.zeros(len(kind), dtype=np.int32), found.place)
     host = Extents(size, rows, [Placeholder("output", found.used * BLOCK)])
@@ -179,7 +179,9 @@ def _header(
 
 
 def _geometry(geometry: Geometry | None) -> dict[str, int]:
-    """Returns the fields of a geometry, all 0 when there is none; VirtualBox and QEMU want the sector size anyway."""
+    """Returns the fields of a geometry, all 0 if there is none, except for the sector size: VirtualBox and QEMU need
+    it.
+    """
     fields = {"cCylinders": 0, "cHeads": 0, "cSectors": 0, "cbSector": structs.SECTOR}
     if geometry is not None:
         fields |= {"cCylinders": geometry.cylinders, "cHeads": geometry.heads, "cSectors": geometry.sectors}

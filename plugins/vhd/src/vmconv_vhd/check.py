@@ -1,4 +1,4 @@
-"""The structural check of a VHD image: its footers, and what its block allocation table says of the file."""
+"""The structural check of a VHD image: its footers and its block allocation table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmconv_vhd.reader import SLICE, add_blocks, add_metadata
 
 
 def check(image: Image) -> CheckReport:
-    """Returns what is wrong with the structure of the image's file; its parent is not looked at."""
+    """Returns the report on the structure of the image's file, without its parent."""
     header = read_header(image.file)
     findings, usage = Findings(), Usage()
     for warning in header.warnings:
@@ -30,22 +30,22 @@ def check(image: Image) -> CheckReport:
             break
     stride = header.bitmap_size + header.block_size
     findings.overlaps(usage, stride)
-    # Between blocks there may be slack; a whole block that nothing refers to is lost.
+    # There may be slack between blocks. A whole unreferenced block is a leak.
     findings.unused(usage, stride, 0, header.end)
     return findings.report(allocated=allocated, total=blocks, end=usage.end)
 
 
 def _compare_footers(header: Header, findings: Findings) -> None:
-    """Takes a copy of the footer, at the beginning of the file, that is not the footer."""
+    """Reports a copy of the footer, at the start of the file, that differs from the footer."""
     if header.end == header.file.size:
         return
     length = min(structs.OLD_FOOTER_LENGTH, header.file.size - header.end)
     if header.file.read(0, length) != header.file.read(header.end, length):
-        findings.corrupt(f"footer copy at 0x0: is not the footer at {header.end:#x}")
+        findings.corrupt(f"footer copy at 0x0: differs from the footer at {header.end:#x}")
 
 
 def _count(header: Header, first: int, count: int, findings: Findings, usage: Usage) -> int:
-    """Takes a slice of the BAT; returns how many of its blocks are allocated."""
+    """Checks a slice of the BAT; returns the number of allocated blocks."""
     raw = np.frombuffer(header.file.read(header.table_offset + first * 4, count * 4), dtype=">u4")
     number = np.flatnonzero(raw != structs.UNUSED)
     place: Column = raw[number].astype(np.int64) * structs.SECTOR

@@ -1,4 +1,4 @@
-"""Footer and dynamic header of a VHD image, read, checked and bounded: what the reader starts from."""
+"""Footer and dynamic header of a VHD image, checked and bounded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from vmconv_vhd import structs
 
 @dataclass(frozen=True)
 class Header:
-    """What footer and dynamic header say; sizes are bytes, `end` is where payload must end: at the footer.
+    """The values of footer and dynamic header; sizes are bytes. `end` is the offset of the footer, the limit of
+    payload.
 
     The fields of the dynamic header are 0 in a fixed disk. `parents` are the file names of the parent, the most
-    trusted first.
+    reliable first.
     """
 
     file: File
@@ -46,18 +47,18 @@ class Header:
         return bitmap_size(self.block_size)
 
     def needed(self, block: Column) -> Column:
-        """Returns the bytes that these blocks have with their bitmap: of the last one as much as the disk needs."""
+        """Returns the bytes of these blocks with their bitmaps; the last block only up to the end of the disk."""
         left: Column = np.minimum(self.size - block * self.block_size, self.block_size)
         return self.bitmap_size + left
 
 
 def bitmap_size(block_size: int) -> int:
-    """Returns the bytes that the bitmap of a block takes."""
+    """Returns the bytes of a block's bitmap."""
     return -(-block_size // structs.SECTOR // 8 // structs.SECTOR) * structs.SECTOR
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     footer, where, end, warnings = _footer(file)
     if footer.file_format_version >> 16 != structs.VERSION >> 16:
         raise where.damaged("file_format_version", f"{footer.file_format_version:#x}, version 1 is expected")
@@ -85,7 +86,7 @@ def read_header(file: File) -> Header:
     dynamic_head = Structure(file, structs.DynamicHeader, footer.data_offset, "dynamic header")
     if not dynamic_head.is_inside:
         raise where.damaged(
-            "data_offset", f"{footer.data_offset:#x} is not the place of a header in {file.size:#x} bytes"
+            "data_offset", f"{footer.data_offset:#x} is not a valid offset of a header in {file.size:#x} bytes"
         )
     dynamic = _dynamic_header(dynamic_head, differencing=footer.disk_type == structs.DIFFERENCING)
     room = dynamic["entries"] * dynamic["block_size"]
@@ -98,10 +99,10 @@ def read_header(file: File) -> Header:
 
 
 def _size(footer: Any, room: int) -> int:
-    """Returns the size of the disk, bytes: the footer's current size, whatever its geometry says.
+    """Returns the size of the disk, bytes: the footer's current size, not that of its geometry.
 
-    Only where QEMU ("qemu", not "qem2") made the image did its guest see what the geometry says: QEMU reads those by
-    cylinders, heads and sectors unless the geometry is the largest there is.
+    The exception are images made by QEMU with the creator "qemu" (not "qem2"): QEMU takes their size from the geometry,
+    unless it is the largest geometry.
     """
     geometry = (footer.cylinders, footer.heads, footer.sectors)
     by_geometry = int(footer.cylinders * footer.heads * footer.sectors) * structs.SECTOR
@@ -111,7 +112,7 @@ def _size(footer: Any, room: int) -> int:
 
 
 def _footer(file: File) -> tuple[Any, Structure, int, tuple[str, ...]]:
-    """Returns the footer, its place, where payload must end, and warnings: the last sector, or else its copy."""
+    """Returns the footer (the last sector, or else its copy), its offset, the limit of payload, and warnings."""
     if file.size < structs.OLD_FOOTER_LENGTH:
         raise damaged(file, "footer", 0, f"the file has {file.size} bytes, a footer has 512")
     problem = "no footer"
@@ -127,7 +128,7 @@ def _footer(file: File) -> tuple[Any, Structure, int, tuple[str, ...]]:
     if file.read(0, len(structs.COOKIE)) == structs.COOKIE:
         where = Structure(file, structs.Footer, 0, "footer")
         footer, copy_problem = _parse_footer(where)
-        # A fixed disk has no copy: what its first sector looks like is the guest's doing.
+        # A fixed disk has no copy: the guest controls its first sector.
         if footer is not None and footer.disk_type != structs.FIXED:
             return footer, where, file.size, (f"{file.name}: footer at {at:#x}: {problem}; its copy at 0x0 was used",)
         problem = f"{problem}, nor is there a copy of one at 0x0 ({copy_problem or 'it is a fixed disk'})"
@@ -144,7 +145,7 @@ def _parse_footer(where: Structure) -> tuple[Any, str]:
 
 
 def _dynamic_header(head: Structure, *, differencing: bool) -> dict[str, Any]:
-    """Returns the fields of `Header` that the dynamic header has; those of the parent only if there is to be one."""
+    """Returns the fields of `Header` from the dynamic header; those of the parent only for a differencing disk."""
     file, data = head.file, head.read()
     header = head.parse("no VHD signature", data=data)
     expected = structs.checksum(data, structs.HEADER_CHECKSUM_OFFSET)
@@ -201,7 +202,7 @@ def _locator(file: File, locator: Any) -> bytes:
 
 
 def _local(name: str) -> Iterator[str]:
-    """Yields a name as a path of this system; the parent's identity decides whether it is the right one."""
+    """Yields a name as a path of this system. The caller verifies the parent's identity."""
     path = named_by(from_windows(from_url(name.split("\0", maxsplit=1)[0])))
     if path:
         yield path

@@ -10,7 +10,7 @@ from vmconv.plugin import Identified, option
 
 @dataclass(frozen=True)
 class Options(Identified):
-    """How a VHD image is written; raises `ValueError` for what the format cannot be."""
+    """The options of the VHD writer. Raises `ValueError` for values that the format does not allow."""
 
     subformat: Literal["dynamic", "fixed"] = option("dynamic", "dynamic (grows as it is written) or fixed")
     force_size: bool = option(True, "off: round the size up to whole cylinders, as Virtual PC needs it")

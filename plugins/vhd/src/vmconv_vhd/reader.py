@@ -30,8 +30,8 @@ from vmconv_vhd import structs
 from vmconv_vhd.header import Header, read_header
 
 SLICE = 1 << 18
-"""Entries of the allocation table that are looked at together; each needs some 50 bytes meanwhile."""
-# Bytes of sector bitmaps that are looked at together; each bit needs some 20 bytes meanwhile.
+"""Entries of the allocation table in one slice; parsing needs about 50 bytes for each."""
+# Bytes of sector bitmaps in one slice; parsing needs about 20 bytes for each bit.
 _BITMAPS = 128 << 10
 
 
@@ -54,7 +54,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         header.size,
         load_guest,
-        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        # Without a parent, QEMU's maps call zeros present.
         load_places=None if differencing else lambda: load_guest().without_holes(),
         shows_holes=lambda _: header.kind == structs.FIXED,
         load_parent=(lambda: _load_parent(header, opener)) if differencing else None,
@@ -68,7 +68,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 
 def qemu_incompatibility(image: Image) -> str | None:
-    """Returns why QEMU reads another disk in this image."""
+    """Returns why QEMU reads another disk in this image; None if it reads the same."""
     header = read_header(image.file)
     if header.kind == structs.DIFFERENCING:
         return "QEMU reads a differencing VHD as if it had no parent"
@@ -100,7 +100,7 @@ def _details(header: Header) -> Mapping[str, Any]:
 
 
 def _load_parent(header: Header, opener: Opener) -> Image:
-    """Returns the parent under the first of its names that can be opened; raises `ImageError` if it is another disk."""
+    """Returns the parent by the first of its names that can be opened. Raises `ImageError` if it is another disk."""
     parent, refused = None, None
     for name in header.parents:
         try:
@@ -114,13 +114,13 @@ def _load_parent(header: Header, opener: Opener) -> Image:
     if found != wanted:
         raise ImageError(
             f"{header.file.name}: parent {parent.file.name} has the unique id {found}, {wanted} is expected",
-            hint="the parent was exchanged, or made anew: find the disk that this one was made on",
+            hint="the parent was replaced or recreated: find the disk that this image was made on",
         )
     return parent
 
 
 def add_metadata(usage: Usage, header: Header) -> None:
-    """Adds the places of the structures that are not at the end of the file."""
+    """Adds the ranges of the structures, except for the footer."""
     usage.add("footer copy", [0], structs.FOOTER_LENGTH)
     usage.add("dynamic header", [header.header_offset], structs.DYNAMIC_HEADER_LENGTH)
     usage.add("BAT", [header.table_offset], header.entries * 4)
@@ -129,7 +129,7 @@ def add_metadata(usage: Usage, header: Header) -> None:
 
 
 def add_blocks(usage: Usage, header: Header, block: Column, place: Column) -> None:
-    """Adds blocks with their bitmaps; of the last one of the disk only what the disk needs."""
+    """Adds blocks with their bitmaps; the last block only up to the end of the disk."""
     whole = (block + 1) * header.block_size <= header.size
     usage.add("BAT entry", place[whole], header.bitmap_size + header.block_size, block[whole])
     usage.add_each("BAT entry", place[~whole], header.needed(block[~whole]), block[~whole])
@@ -195,14 +195,14 @@ class _Mapper:
             )
 
     def _partial(self, block: Column, place: Column) -> Iterator[tuple[Columns, Column]]:
-        """Yields the rows of blocks whose bitmap is not all ones, in bounded slices, and the blocks' addresses."""
+        """Yields the rows of blocks with zeros in their bitmaps, in bounded slices, and the blocks' addresses."""
         header = self.header
         sectors = header.block_size // structs.SECTOR
         length = header.bitmap_size
         step = max(1, _BITMAPS // length)
         for first in range(0, len(block), step):
             some, at = block[first : first + step], place[first : first + step]
-            # The bitmaps lie apart, one before each block.
+            # The bitmaps are not contiguous: one lies before each block.
             raw = b"".join(header.file.read(offset, length) for offset in at.tolist())
             packed = np.frombuffer(raw, dtype=np.uint8).reshape(len(some), length)[:, : -(-sectors // 8)]
             partial = (packed != 0xFF).any(axis=1)
@@ -214,7 +214,7 @@ class _Mapper:
 
 
 def _bit_runs(bits: npt.NDArray[np.uint8], address: Column, place: Column) -> Columns:
-    """Returns a row for each run of equal bits: 1 is DATA at its place in the file, 0 a HOLE; bits are sectors."""
+    """Returns a row for each run of equal bits: 1 is DATA at its offset in the file, 0 a HOLE; bits are sectors."""
     begins = np.ones(bits.shape, dtype=bool)
     begins[:, 1:] = bits[:, 1:] != bits[:, :-1]
     block, sector = np.nonzero(begins)
@@ -224,15 +224,15 @@ def _bit_runs(bits: npt.NDArray[np.uint8], address: Column, place: Column) -> Co
 
 
 def _detailed(blocks: Extents, parts: list[tuple[Columns, Column]], header: Header) -> Extents:
-    """Returns the table of blocks with the rows of some of them in place of what it says of those blocks."""
+    """Returns the table of blocks, with the given rows for some blocks."""
     if not parts:
         return blocks
     rows = Columns.join([rows for rows, _ in parts])
     start = np.concatenate([address for _, address in parts])
     end = np.minimum(start + header.block_size, header.size)
-    # What is missing from the end of the file was never written.
+    # A part past the end of the file was never written.
     rows.kind[(rows.kind == Kind.DATA) & (rows.offset >= header.file.size)] = Kind.ZERO
-    # Between those blocks a HOLE; it gives way to the rows of a block that begins there.
+    # A HOLE between those blocks; rows of a block that begins there replace it.
     apart = np.append(0, end)
     holes = Columns(apart, np.zeros(len(apart), np.uint8), np.full(len(apart), -1, np.int32), np.zeros_like(apart))
     both = Columns.join([rows, holes])

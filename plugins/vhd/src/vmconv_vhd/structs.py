@@ -85,23 +85,23 @@ RELATIVE, ABSOLUTE, MAC = b"W2ru", b"W2ku", b"MacX"
 UNUSED = 0xFFFFFFFF
 BLOCK_SIZE = 2 << 20
 
-# Limits: no number of an image decides alone how much memory is used.
+# Limits of the memory that the numbers of an image can demand.
 
 MAX_BLOCK_SIZE = 256 << 20
 MAX_LOCATOR_LENGTH = 4096
 MAX_SIZE = 2040 << 30
-"""Largest disk, bytes: what Hyper-V and QEMU take, and what 32-bit sector numbers can address with some room."""
+"""Largest disk, bytes: the limit of Hyper-V and QEMU, below that of 32-bit sector numbers."""
 
 # Geometry, appendix "CHS Calculation"
 
 MAX_GEOMETRY = (65535, 16, 255)
 
 SIZED_BY_FOOTER = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
-"""Creators whose disks every reader takes to be as large as the footer says, not as the geometry does: QEMU's list."""
+"""Creators for which every reader takes the size from the footer and not from the geometry: QEMU's list."""
 
 
 def creator_code(name: str) -> bytes:
-    """Returns the field of a creator; most pad it with spaces."""
+    """Returns the field of a creator, padded with spaces."""
     code = name.encode("ascii", "replace")
     return next((known for known in SIZED_BY_FOOTER if known.rstrip(b"\0 ") == code), code.ljust(4))
 
@@ -112,7 +112,7 @@ def checksum(data: bytes, field: int) -> int:
 
 
 def geometry_of(sectors: int) -> tuple[int, int, int]:
-    """Returns the cylinders, heads and sectors per track of the largest geometry inside a disk of so many sectors."""
+    """Returns the cylinders, heads and sectors per track of the largest geometry inside a disk of this many sectors."""
     most_cylinders, most_heads, most_sectors = MAX_GEOMETRY
     sectors = min(sectors, most_cylinders * most_heads * most_sectors)
     if sectors >= most_cylinders * most_heads * 63:

@@ -3,8 +3,8 @@
     fixed                   payload | footer
     dynamic, differencing   footer copy | dynamic header | parent locator | BAT | {slack, bitmap, block} ... | footer
 
-A block's data would begin 512 bytes, its bitmap, after whatever precedes it. Slack before the bitmap makes the data
-congruent to the source instead, for each block by itself, so that it can be shared.
+Without slack, a block's data would begin 512 bytes, its bitmap, behind the previous block. Slack before the bitmap
+makes the data congruent to its source, block by block, so that it can be shared.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CREATOR_VERSION = 0x000A0000
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of a VHD image; raises `PlanError` when the disk is too large or the parent is no VHD."""
+    """Returns the layout of a VHD image; raises `PlanError` if the disk is too large or the parent is no VHD."""
     return _Writer(image, options, placement, backing).layout()
 
 
@@ -54,7 +54,7 @@ class _Writer:
         self.losses: list[str] = []
         if placement.carrier and not self.fixed:
             raise PlanError(
-                "a dynamic VHD has a bitmap before each block, for which there is no place; in place, "
+                "a dynamic VHD needs space for a bitmap before each block; in place, "
                 "a raw disk can become a VHD of subformat=fixed"
             )
         if backing and self.fixed:
@@ -78,7 +78,7 @@ class _Writer:
         return self._fixed() if self.fixed else self._dynamic()
 
     def _rounded(self, options: Options) -> int:
-        """Returns the size of the disk, bytes: the image's, or what the options round it up to."""
+        """Returns the size of the disk, bytes, rounded up as the options demand."""
         # A disk is whole sectors.
         size = -(-self.image.size // structs.SECTOR) * structs.SECTOR
         rounded = size
@@ -139,7 +139,7 @@ class _Writer:
         return Layout((OutFile(Extents.placed(end + len(footer), both, both_length, sources)),), tuple(self.losses))
 
     def _head(self, entries: int) -> tuple[bytes, int]:
-        """Returns dynamic header and parent locator, which follow the footer's copy, and where the BAT is."""
+        """Returns dynamic header and parent locator, to follow the footer's copy, and the offset of the BAT."""
         at = structs.FOOTER_LENGTH + structs.DYNAMIC_HEADER_LENGTH
         name, title, locator = b"", b"", structs.ParentLocator.parse(bytes(24))
         if self.backing:
@@ -160,7 +160,7 @@ class _Writer:
         fields["checksum"] = structs.checksum(structs.DynamicHeader.build(fields), structs.HEADER_CHECKSUM_OFFSET)
         return structs.DynamicHeader.build(fields) + name, at + len(name)
 
-    # -- what the footer says
+    # -- footer
 
     def _footer(self, kind: int) -> bytes:
         cylinders, heads, sectors = self.geometry
@@ -188,9 +188,9 @@ class _Writer:
         return bytes(structs.Footer.build(fields)).ljust(structs.FOOTER_LENGTH, b"\0")
 
     def _creator(self) -> bytes:
-        """Returns the source's creator when it has one that fits and does not change what the size is, or Windows'.
+        """Returns the source's creator, or Windows' if that does not fit or would change the size.
 
-        QEMU takes the geometry for the size where it does not know the creator.
+        QEMU takes the size from the geometry for creators that it does not know.
         """
         said = self.image.facts.creator
         if said is None:
@@ -201,11 +201,11 @@ class _Writer:
         if len(creator) == 4 and (creator in structs.SIZED_BY_FOOTER or by_geometry == self.size):
             return creator
         why = "has 4 characters" if len(creator) > 4 else "would make readers take the geometry for the size"
-        self.losses.append(f"creator {said}: what VHD has for it {why}")
+        self.losses.append(f"creator {said}: its VHD code {why}")
         return _WINDOWS
 
     def _geometry(self) -> tuple[int, int, int]:
-        """Returns the source's geometry, or what the specification computes from the size."""
+        """Returns the source's geometry, or the specification's for the size."""
         if self.image.facts.geometry is not None:
             cylinders, heads, sectors = self.image.facts.geometry
             if cylinders < 1 << 16 and heads < 1 << 8 and sectors < 1 << 8:
@@ -221,7 +221,7 @@ def _parent_id(image: Image, backing: Backing | None) -> bytes:
     if backing.format != "vhd" or identity is None:
         what = f"one of format {backing.format}" if backing.format != "vhd" else "one without a unique id"
         raise PlanError(
-            f"the parent of a VHD is a VHD with a unique id, {backing.reference} is {what}",
+            f"the parent of a VHD must be a VHD with a unique id, {backing.reference} is {what}",
             hint="convert the parent to vhd first, or flatten the chain",
         )
     return identity.bytes
@@ -245,7 +245,7 @@ def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
 
 
 def _whole_cylinders(sectors: int) -> int:
-    """Returns the sectors of the smallest geometry that holds so many, or just these where none does."""
+    """Returns the sectors of the smallest geometry that holds this many, or `sectors` if none does."""
     wanted = sectors
     while True:
         cylinders, heads, per_track = structs.geometry_of(wanted)
@@ -266,19 +266,19 @@ def _blob_row(offset: int, source: int) -> Columns:
 
 
 def _allocated(table: Extents, *, differencing: bool) -> tuple[Column, int]:
-    """Returns the numbers of the blocks that need a place, and how many blocks there are in all."""
+    """Returns the numbers of the blocks to allocate, and the total number of blocks."""
     runs = blocks.whole_blocks(table, structs.BLOCK_SIZE)
     kind = np.repeat(runs.kind, runs.blocks)
-    # A VHD cannot say that a block is zero: hiding the parent takes a real one, which is a hole in the file.
+    # VHD has no zero blocks: hiding the parent takes an allocated one, which is a hole in the file.
     least = Kind.ZERO if differencing else Kind.DATA
     return np.flatnonzero(kind >= least).astype(np.int64), len(kind)
 
 
 def _places(table: Extents, block: Column, base: int, modulus: int) -> tuple[Column, Column]:
-    """Returns the blocks in the order of their sources, and where the data of each goes, congruent to its source.
+    """Returns the blocks in the order of their sources, and the offset of each one's data, congruent to its source.
 
-    Blocks stand apart by the modulus, 4 KiB at least, so whatever the phases of two neighbours are, the bitmap fits
-    between them. Where the source does not care the data is aligned to 4 KiB and its bitmap at 3584, as Windows does.
+    Blocks are apart by the modulus, at least 4 KiB, so the bitmap fits between two neighbours of any phases. Data
+    without a phase in the source is aligned to 4 KiB, with its bitmap at 3584, as in Windows.
     """
     if not len(block):
         return block, block
@@ -289,7 +289,7 @@ def _places(table: Extents, block: Column, base: int, modulus: int) -> tuple[Col
     phase[phase % structs.SECTOR != 0] = 0
     align = max(modulus, _PAGE)
     stride = -(-(unit + align) // align) * align
-    # The BAT ends with whole sectors.
+    # The BAT is whole sectors.
     first = -(-(base + structs.SECTOR + _BITMAP) // align) * align
     return block[order], first + np.arange(len(block), dtype=np.int64) * stride + phase
 
@@ -302,7 +302,7 @@ def _table(entries: int, block: Column, place: Column) -> bytes:
 
 
 def _bitmaps(table: Extents, block: Column, *, differencing: bool) -> Blob:
-    """Returns the bitmaps of these blocks, end to end: all ones, or zeros for what is left to the parent."""
+    """Returns the concatenated bitmaps of these blocks: ones, and zeros for sectors of the parent."""
     if not differencing:
         return Blob("bitmaps", lambda _, length: b"\xff" * length, len(block) * _BITMAP)
     sectors = structs.BLOCK_SIZE // structs.SECTOR
