@@ -44,7 +44,7 @@ class Libvirt(MachineFormat):
         import re
 
         start = file.read(0, min(file.size, 4096))
-        prolog = rb"(?:\xef\xbb\xbf)?(?:\s+|<\?[^>]*\?>|<!--(?:[^-]|-[^-])*-->)*"
+        prolog = rb"(?:\xef\xbb\xbf)?(?:\s|<\?[^>]*\?>|<!--(?:[^-]|-[^-])*-->)*"
         return re.match(prolog + rb"<domain[\s>]", start) is not None
 
     def read(self, file: File, opener: Opener) -> Machine:
