@@ -32,6 +32,7 @@ def directory_at(path: str) -> Iterator[Directory]:
                 at.make(name)
                 made.append((at, name))
                 at = stack.enter_context(at.inner(name))
+            at.path = path
             yield at
         except BaseException as exc:
             for directory, name in reversed(made):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmconv.conversion.verify import verify as verify_disks
 from vmconv.errors import VerifyError, VmconvError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmconv.interface.arguments import Verify
     from vmconv.interface.machines import ConfigFile
     from vmconv.machine.layout import NewMachine
+    from vmconv.machine.model import Machine
     from vmconv.machine.target import Target
     from vmconv.model.plan import Progress
 
@@ -73,7 +74,7 @@ def _check_machine(made: NewMachine, file: File, target: Target) -> None:
     if not (target.format.can_read and target.format.probe(file)):
         return
     try:
-        found = target.format.read(file, Opener(Registry()))
+        found = _without_directory(target.format.read(file, Opener(Registry())), target)
     except VmconvError as exc:
         raise VerifyError(f"the configuration cannot be read back: {exc}") from exc
     wanted = restricted(made.machine, target.format.carries)
@@ -84,3 +85,17 @@ def _check_machine(made: NewMachine, file: File, target: Target) -> None:
             f"{file.name}: {path or 'a device'} is read back as {there.get(path)!r}",
             hint="this is a defect of vmconv or of the plugin, please report it; nothing was created",
         )
+
+
+def _without_directory(machine: Machine, target: Target) -> Machine:
+    """Returns the machine with plain names for files of the target's directory, for platforms with absolute paths."""
+    directory = os.path.realpath(target.directory)
+
+    def plain(part: Any) -> Any:
+        inside = part.file is not None and os.path.dirname(part.file) == directory
+        return part.model_copy(update={"file": os.path.basename(part.file)}) if inside else part
+
+    firmware = machine.firmware
+    if firmware.nvram is not None:
+        firmware = firmware.model_copy(update={"nvram": plain(firmware.nvram)})
+    return machine.model_copy(update={"disks": tuple(map(plain, machine.disks)), "firmware": firmware})
