@@ -24,7 +24,7 @@ class Vmx(MachineFormat):
             *("name", "description", "os", "display", "sound", "serials", "usb", "extra.vmx"),
             *(f"cpu.{field}" for field in ("count", "sockets", "cores", "threads", "hot_add")),
             *("memory.size", "memory.hot_add", "board.hardware_version", "board.clock"),
-            *(f"firmware.{field}" for field in ("kind", "secure_boot", "nvram", "boot_order")),
+            *(f"firmware.{field}" for field in ("kind", "secure_boot", "boot_order")),
             *(f"identity.{field}" for field in ("uuid", "uuid_text", "instance_uuid", "generation_id")),
             *("identity.serial", "identity.asset_tag", "controllers"),
             *(f"disks.{field}" for field in ("bus", "controller", "unit", "boot_index", "file", "format", "device")),
@@ -36,7 +36,6 @@ class Vmx(MachineFormat):
     )
     disk_format = "vmdk"
     disk_formats = frozenset({"vmdk"})
-    nvram_kind = "vmware"
 
     def options(self) -> type[Any]:
         from vmconv_vmx.options import Options

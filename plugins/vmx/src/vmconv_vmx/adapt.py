@@ -124,9 +124,6 @@ def _firmware(machine: Machine, changes: Changes) -> Machine:
     firmware: Firmware = machine.firmware.model_copy(update={"kind": machine.firmware.kind or "bios"})
     if firmware.kind == "bios" and firmware.secure_boot:
         firmware = changes.set(firmware, "firmware.", "a BIOS has no Secure Boot", secure_boot=False)
-    if firmware.nvram and (firmware.kind == "bios" or firmware.nvram.kind != "vmware"):
-        reason = "VMware makes its own NVRAM: it does not read that of other platforms, nor variables of a BIOS"
-        firmware = changes.set(firmware, "firmware.", reason, nvram=None)
     return _with(machine, "firmware", firmware)
 
 

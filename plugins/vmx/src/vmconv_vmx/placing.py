@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from vmconv_vmx.adapt import Changes
 
 Place = tuple[str, int, int]
-Device = TypeVar("Device", Disk, Removable)
 
 _UNITS: dict[str, tuple[int, Sequence[int]]] = {
     "ide": (2, range(2)),

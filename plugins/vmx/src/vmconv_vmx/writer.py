@@ -102,7 +102,6 @@ def _firmware(machine: Machine) -> Pairs:
     firmware = machine.firmware
     yield "firmware", "efi" if firmware.kind == "uefi" else None
     yield "uefi.secureBoot.enabled", firmware.secure_boot
-    yield "nvram", firmware.nvram and firmware.nvram.file
     yield "bios.bootOrder", ",".join(_BOOT[word] for word in firmware.boot_order) or None
     started = sorted(machine.disks, key=lambda disk: disk.boot_index is None)
     if started != sorted(machine.disks, key=by_place):
