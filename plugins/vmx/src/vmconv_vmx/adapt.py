@@ -21,6 +21,7 @@ MAX_NICS = 10
 HARDWARE = 19
 """The hardware version of new machines: ESXi 7.0 U2 and Workstation 16 have it."""
 
+_OLD_NICS = ("rtl8139", "ne2k", "hyperv-legacy")
 _MIB = 1 << 20
 _ALIGNMENT = 4 * _MIB
 """VMware refuses a memory size that is no multiple of it."""
@@ -171,14 +172,16 @@ def _boot(machine: Machine, changes: Changes) -> Machine:
 def _nics(machine: Machine, changes: Changes) -> Machine:
     if len(machine.nics) > MAX_NICS:
         raise PlanError(f"the machine has {len(machine.nics)} network cards, VMware has at most {MAX_NICS}")
-    return _with(machine, "nics", tuple(_nic(nic, f"nics[{at}].", changes) for at, nic in enumerate(machine.nics)))
+    return _with(
+        machine, "nics", tuple(_nic(nic, machine, f"nics[{at}].", changes) for at, nic in enumerate(machine.nics))
+    )
 
 
-def _nic(nic: Nic, prefix: str, changes: Changes) -> Nic:
+def _nic(nic: Nic, machine: Machine, prefix: str, changes: Changes) -> Nic:
     if nic.model and nic.model not in (*names.NICS.values(), "vmxnet2", "vmxnet", "sriov"):
-        old = nic.model in ("rtl8139", "ne2k", "hyperv-legacy")
-        reason = f"VMware has no {nic.model}; systems of its time have a driver for this card"
-        nic = changes.set(nic, prefix, reason, model="e1000" if old else "e1000e")
+        windows = names.is_windows(machine.os.source_id)
+        model = "e1000" if nic.model in _OLD_NICS else names.WINDOWS_NIC if windows else names.OTHER_NIC
+        nic = changes.set(nic, prefix, f"VMware has no {nic.model}", model=model)
     if nic.network_kind in ("internal", "none"):
         after = "host-only" if nic.network_kind == "internal" else None
         reason = "VMware's networks are bridged, NAT, host-only or named"

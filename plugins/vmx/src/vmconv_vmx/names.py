@@ -54,6 +54,19 @@ PLATFORM = {
 """What each machine of VMware has. Without root ports there are no slots for vmxnet3, pvscsi and NVMe."""
 
 
+WINDOWS_SCSI, WINDOWS_NIC = "lsisas1068", "e1000e"
+OTHER_SCSI, OTHER_NIC = "pvscsi", "vmxnet3"
+"""Devices in place of virtio: Windows brings drivers for the first two, and Linux for the others.
+
+Kernels for clouds, such as Debian's, have no others: no AHCI, no LSI, no e1000.
+"""
+
+
+def is_windows(name: str | None) -> bool:
+    """True if a `guestOS` is a Windows."""
+    return (name or "").lower().startswith(("win", "longhorn"))
+
+
 def is_vpx(mac: str) -> bool:
     """True if vCenter generates such addresses."""
     return mac.startswith("00:50:56:") and 0x80 <= int(mac[9:11], 16) <= 0xBF

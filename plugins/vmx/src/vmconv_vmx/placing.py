@@ -28,8 +28,8 @@ _WIDE = range(64)
 
 OWN_SLOTS = "VMware numbers PCI slots in its own way"
 _ELSEWHERE = {
-    "virtio": "VMware has no virtio; each system has a driver for AHCI",
-    "usb": "VMware has no USB disks; each system has a driver for AHCI",
+    "virtio": "VMware has no virtio",
+    "usb": "VMware has no USB disks",
     "floppy": "a disk is not a floppy",
     "nvme": "NVMe has no CD drives",
 }
@@ -64,7 +64,7 @@ def _disk(disk: Disk, prefix: str, changes: Changes) -> Disk:
     if disk.format not in (None, "vmdk"):
         disk = changes.set(disk, prefix, "VMware reads VMDK", format="vmdk")
     if disk.bus in _ELSEWHERE and disk.bus != "nvme":
-        return changes.set(disk, prefix, _ELSEWHERE[disk.bus], bus="sata", controller=None, unit=None)
+        return changes.set(disk, prefix, _ELSEWHERE[disk.bus], bus="scsi", controller=None, unit=None)
     return disk if disk.bus else disk.model_copy(update={"bus": "scsi"})
 
 
@@ -138,8 +138,8 @@ def _controller(one: Controller, machine: Machine, at: int, changes: Changes) ->
         return changes.set(one, prefix, "VMware's IDE is a PIIX4", model="piix4")
     new = one not in machine.controllers and one.model is None
     if one.bus == "scsi" and ((one.model and one.model not in names.SCSI_MODELS) or new):
-        windows = (machine.os.id or "").startswith("win")
-        model = "lsisas1068" if windows else "pvscsi"
+        windows = names.is_windows(machine.os.source_id)
+        model = names.WINDOWS_SCSI if windows else names.OTHER_SCSI
         reason = f"VMware has no {one.model}; {'Windows' if windows else 'Linux'} has a driver for {model}"
         return changes.set(one, prefix, reason, model=model)
     if one.bus in ("sata", "nvme") and one.model:
