@@ -5,9 +5,9 @@
     python tests/mutation/run.py extents --all        every position of a room, one mistake each
 
 cosmic-ray makes the mistakes. They are made in a copy of the tree, which each worker has to itself. A mistake counts as
-noticed when a test fails, or when the tests take ten times as long as without it. Mistakes that change no code are left
-out: those in annotations, in docstrings and in messages of errors. A surviving mistake that makes no difference is
-listed in `equivalent.txt`, with the reason.
+noticed when a test fails, or when the tests take five times as long as without it; a run of pytest that ends otherwise
+has noticed nothing. Mistakes that change no code are left out: those in annotations, in docstrings and in messages of
+errors. A surviving mistake that makes no difference is listed in `equivalent.txt`, with the reason.
 
 Exit status: 0 if the share of noticed mistakes is at least `--least`, else 1.
 """
@@ -16,30 +16,36 @@ from __future__ import annotations
 
 import argparse
 import ast
-import compileall
+import contextlib
+import fnmatch
+import multiprocessing
 import os
 import random
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
+import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from mutation import trials  # noqa: E402
+
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+# To sync a filesystem in memory takes no time.
+_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 CORE = "core/src/vmconv"
 
 
-class Part(NamedTuple):
+class Room(NamedTuple):
     """Modules, as patterns, and the tests that have to notice mistakes in them, the quickest first."""
 
     modules: tuple[str, ...]
@@ -49,13 +55,22 @@ class Part(NamedTuple):
 PARSED = {"qcow2", "qed", "vdi", "vhd", "vhdx", "vmdk", "parallels"}
 """Formats whose writers are tested against a parser of the tests' own: in memory, so in seconds."""
 
-Room = tuple[Part, ...]
-"""Parts by the tests that notice mistakes in them: so that a mistake costs seconds."""
+CRASHES = (
+    "test_a_torn_shift_is_finished[vhd-vmconv-raw]",
+    "test_a_torn_shift_is_finished[qed-qemu-vhd-fixed]",
+    "test_what_is_killed_is_taken_back_or_finished[raw-cp-qcow2-back]",
+    "test_what_is_killed_is_taken_back_or_finished[raw-cp-vmdk-monolithicFlat-there and undoable]",
+    "test_what_is_killed_is_taken_back_or_finished[vhd-vmconv-qcow2-there]",
+    "test_what_is_killed_while_it_is_shifted_is_taken_back_or_finished[vhd-vmconv-raw]",
+    "test_what_loses_power_is_taken_back_or_finished[qcow2-qemu-vmdk-back]",
+    "test_the_finished_conversion_is_the_disk[qed-qemu-qcow2]",
+)
+"""Of the conversions in place that are stopped everywhere, one of each way: all take minutes."""
 
 
-def _core(modules: str, tests: str) -> Part:
+def _core(modules: str, tests: str, *more: str) -> Room:
     paths = tuple(f"{CORE}/{module}.py" for module in modules.split())
-    return Part(paths, tuple(map(_test, tests.split())))
+    return Room(paths, (*map(_test, tests.split()), *more))
 
 
 def _test(name: str) -> str:
@@ -67,37 +82,39 @@ def _test(name: str) -> str:
 def _writer(name: str, *tests: str) -> Room:
     modules = tuple(f"plugins/{name}/src/vmconv_{name}/{part}.py" for part in ("writer", "clusters", "grains"))
     quick = [f"tests/formats/{name}/test_writer.py"] if name in PARSED else []
-    return (Part(modules, (*quick, f"tests/formats/{name}/test_{name}.py", *tests)),)
+    return Room(modules, (*quick, f"tests/formats/{name}/test_{name}.py", *tests))
 
+
+_CRASHES = tuple(f"tests/inplace/test_crash.py::{name}" for name in CRASHES)
 
 ROOMS: dict[str, Room] = {
-    "extents": (_core("model/extents placing/ranges", "extents ranges"),),
-    "blocks": (_core("placing/blocks", "blocks"), _core("placing/pinning", "staying")),
-    "planner": (_core("conversion/planner model/plan model/planned model/layout", "planner planned conversion"),),
-    "places": (
-        _core(
-            "conversion/refusals backends/targets model/paths io/directory io/attributes",
-            "attributes directory targets paths planner conversion",
-        ),
-        _core("model/identity model/usage interface/findings", "usage check identity"),
+    "extents": _core("model/extents placing/ranges", "extents ranges"),
+    "blocks": _core("placing/blocks", "blocks"),
+    "pinning": _core("placing/pinning", "pinning"),
+    "planner": _core("conversion/planner model/plan model/planned model/layout", "planner planned conversion"),
+    "places": _core(
+        "conversion/refusals backends/targets model/paths io/directory io/attributes",
+        "attributes directory targets paths planner conversion",
     ),
-    "verify": (
-        _core("conversion/walk conversion/readback inspect/comparison", "readback verifying comparison"),
-        _core("io/physical", "physical proof"),
-        _core("conversion/verify conversion/results", "verify verifying conversion"),
+    "usage": _core("model/identity model/usage interface/findings", "usage check identity"),
+    "reading": _core("conversion/walk conversion/readback inspect/comparison", "readback verifying comparison"),
+    "physical": _core("io/physical", "physical proof"),
+    "verify": _core("conversion/verify conversion/results", "verify verifying conversion"),
+    "files": _core("conversion/execute backends/files backends/direct backends/copy", "copying temporary backends"),
+    "stream": _core("backends/stream backends/planned", "stream"),
+    "naming": _core("backends/temporary backends/naming", "temporary naming"),
+    "reflink": _core("backends/reflink", "reflink backends conversion"),
+    "memory": _core("testing/memory", "memory planner backends"),
+    "staying": _core("inplace/stay inplace/share inplace/shift", "inplace safety", *_CRASHES),
+    "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
+    "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
+    "strategies": _core(
+        "inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace", *_CRASHES[:1]
     ),
-    "backends": (
-        _core("conversion/execute backends/files backends/direct backends/copy", "copying temporary backends"),
-        _core("backends/temporary backends/naming", "temporary naming"),
-        _core("backends/reflink", "reflink backends conversion"),
-        _core("testing/memory", "memory planner backends"),
-        _core("inplace/stay inplace/share inplace/shift", "inplace safety crash"),
-    ),
-    "inplace": (
-        _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
-        _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
-        _core("inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace"),
-        _core("inplace/recovery inplace/undo inplace/syscalls inplace/names", "inplace strangers crash"),
+    "recovery": _core(
+        "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
+        "strangers inplace safety",
+        *_CRASHES,
     ),
     "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
     "qed": _writer("qed"),
@@ -114,11 +131,11 @@ class Mistake(NamedTuple):
     """One change of one module: `line` counts from 1."""
 
     room: str
-    part: Part
     module: str
     line: int
     before: str
     after: str
+    operator: str
     code: str
 
     def __str__(self) -> str:
@@ -167,14 +184,13 @@ def _bare(code: str) -> str | None:
 
 def mistakes(room: str, rng: random.Random) -> Iterator[Mistake]:
     """Yields one mistake for each position of the room's modules, in random order, chosen from all that fit there."""
-    positions: list[tuple[Part, str, list[tuple[str, int]]]] = []
-    for part in ROOMS[room]:
-        for path in sorted(path for pattern in part.modules for path in ROOT.glob(pattern)):
-            positions += [(part, str(path.relative_to(ROOT)), found) for found in _positions(path).values()]
+    positions: list[tuple[str, list[tuple[str, int]]]] = []
+    for path in sorted(path for pattern in ROOMS[room].modules for path in ROOT.glob(pattern)):
+        positions += [(str(path.relative_to(ROOT)), found) for found in _positions(path).values()]
     rng.shuffle(positions)
-    for part, module, choices in positions:
+    for module, choices in positions:
         rng.shuffle(choices)
-        made = next(filter(None, (_made(room, part, module, *choice) for choice in choices)), None)
+        made = next(filter(None, (_made(room, module, *choice) for choice in choices)), None)
         if made:
             yield made
 
@@ -196,7 +212,7 @@ def _positions(path: Path) -> dict[object, list[tuple[str, int]]]:
     return found
 
 
-def _made(room: str, part: Part, module: str, operator: str, occurrence: int) -> Mistake | None:
+def _made(room: str, module: str, operator: str, occurrence: int) -> Mistake | None:
     """Returns a mistake; None when it changes nothing that runs."""
     code = (ROOT / module).read_text()
     changed = mutate_code(code, get_operator(operator)(), occurrence)
@@ -205,87 +221,106 @@ def _made(room: str, part: Part, module: str, operator: str, occurrence: int) ->
         return None
     lines = zip(code.splitlines(), changed.splitlines(), strict=False)
     number, (before, after) = next((i, pair) for i, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return Mistake(room, part, module, number, before.strip(), after.strip(), changed)
+    name = operator.removeprefix("core/").removeprefix("ReplaceBinaryOperator_")
+    return Mistake(room, module, number, before.strip(), after.strip(), name, changed)
 
 
-class Worker:
-    """A copy of the tree in which one mistake after the other is made."""
+class Explained(NamedTuple):
+    """Mistakes that make no difference; `module` is a pattern, and `*` stands for any line or any change."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        ignored = shutil.ignore_patterns(".*", "__pycache__", "results")
-        for name in ("core", "plugins", "tests", "pyproject.toml", "docs", "README.md"):
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, directory / name, ignore=ignored)
-            else:
-                shutil.copy(source, directory / name)
-        sources = [directory / "core/src", *directory.glob("plugins/*/src")]
-        for source in sources:
-            # Once for all mistakes. A changed module is newer than its bytecode.
-            compileall.compile_dir(source, quiet=1)
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": ":".join(map(str, [*sources, directory / "tests/mutation"])),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "VMCONV_REQUIRE": "",
-        }
+    module: str
+    before: str
+    after: str
+    reason: str
 
-    def seconds(self, part: Part) -> float:
-        """Returns how long the tests of a part take; ends the run when they fail without a mistake."""
-        began = time.monotonic()
-        done = self._run(part, timeout=1200)
-        if done is None or done.returncode:
-            sys.exit(f"{' '.join(part.tests)}: the tests fail as they are:\n{done.stdout if done else 'too slow'}")
-        return time.monotonic() - began
-
-    def notices(self, mistake: Mistake, timeout: float) -> bool:
-        path = self.directory / mistake.module
-        whole = path.read_text()
-        path.write_text(mistake.code)
-        try:
-            done = self._run(mistake.part, timeout)
-        finally:
-            path.write_text(whole)
-        return done is None or done.returncode in {1, 2}
-
-    def _run(self, part: Part, timeout: float) -> subprocess.CompletedProcess[str] | None:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
-        # Without deadlines, which a busy machine misses: nothing of that was noticed by a test.
-        command += ["-p", "unshrunk", "--hypothesis-profile=unshrunk"]
-        try:
-            return subprocess.run(
-                [*command, *part.tests],
-                cwd=self.directory,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return None
+    def covers(self, made: Mistake) -> bool:
+        return (
+            fnmatch.fnmatchcase(made.module, self.module)
+            and self.before in ("*", made.before)
+            and self.after in ("*", made.after, made.operator)
+        )
 
 
-def _equivalent() -> set[tuple[str, str, str]]:
-    """Returns the mistakes that make no difference: `MODULE | BEFORE | AFTER | REASON` on each line."""
-    lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.exists() else []
-    fields = [[field.strip() for field in line.split(" ¦ ")] for line in lines if line and not line.startswith("#")]
-    return {(module, before, after) for module, before, after, _ in fields}
+def _explained() -> list[Explained]:
+    lines = [line for line in EQUIVALENT.read_text().splitlines() if line and not line.startswith("#")]
+    return [Explained(*(field.strip() for field in line.split(" ¦ "))) for line in lines]
 
 
 def _chosen(rooms: Sequence[str], count: int | None, rng: random.Random) -> list[Mistake]:
-    known = _equivalent()
+    known = _explained()
     chosen: list[Mistake] = []
     for index, room in enumerate(rooms):
         share = None if count is None else count * (index + 1) // len(rooms) - count * index // len(rooms)
         for made in mistakes(room, rng):
             if share == 0:
                 break
-            if (made.module, made.before, made.after) not in known:
+            if not any(explained.covers(made) for explained in known):
                 chosen.append(made)
                 share = None if share is None else share - 1
     return chosen
+
+
+class Outcome(NamedTuple):
+    """What became of a mistake: the exit status of pytest, None when its time was over."""
+
+    made: Mistake
+    status: int | None
+    seconds: float
+
+    @property
+    def is_noticed(self) -> bool:
+        # A module that cannot be imported any more interrupts pytest.
+        return self.status in (None, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+
+    def __str__(self) -> str:
+        how = {None: "too slow", 0: "survives", 1: "noticed", 2: "noticed"}.get(self.status, f"ends with {self.status}")
+        return f"{how:10}{self.seconds:4.0f} s  {self.made}"
+
+
+class Worker:
+    """Tries mistakes in a tree of its own."""
+
+    tree: trials.Tree
+
+    @classmethod
+    def begin(cls, original: Path, *parents: Path) -> None:
+        cls.tree = trials.Tree(original, *(parent / str(os.getpid()) for parent in parents))
+
+    @classmethod
+    def outcome(cls, task: tuple[Mistake, float]) -> Outcome:
+        made, timeout = task
+        began = time.monotonic()
+        with cls.tree.changed(made.module, made.code):
+            status = cls.tree.test(ROOMS[made.room].tests, timeout)
+        return Outcome(made, status, time.monotonic() - began)
+
+
+def _limit(tree: trials.Tree, tests: Sequence[str]) -> float:
+    """Returns after how many seconds these tests are too slow; ends the run when they fail as they are."""
+    began = time.monotonic()
+    status = tree.test(tests, 1200, as_it_is=True)
+    if status != 0:
+        sys.exit(f"{' '.join(tests)}: the tests fail as they are ({status}):\n{tree.output.read_text()}")
+    return 10 + 5 * (time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _directory(parent: Path | None = None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vmconv-mutation-", dir=parent) as name:
+        # Some tests run the program as another user.
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def _outcomes(chosen: Sequence[Mistake], workers: int) -> Iterator[Outcome]:
+    with _directory() as directory, _directory(_MEMORY) as mounted:
+        trials.preload()
+        first = trials.Tree(ROOT, directory / "first", mounted / "first")
+        limits = {room: _limit(first, ROOMS[room].tests) for room in dict.fromkeys(made.room for made in chosen)}
+        print(", ".join(f"{room}: at most {limit:.0f} s" for room, limit in limits.items()), flush=True)
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(workers, Worker.begin, (first.directory, directory, mounted)) as pool:
+            yield from pool.imap_unordered(Worker.outcome, [(made, limits[made.room]) for made in chosen])
 
 
 def main() -> int:
@@ -296,34 +331,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--least", type=float, default=0.95, help="share that has to be noticed (%(default)s)")
+    parser.add_argument("--verbose", action="store_true", help="say of each mistake what became of it")
     options = parser.parse_args()
     chosen = _chosen(options.rooms, None if options.all else options.count, random.Random(options.seed))
-    with tempfile.TemporaryDirectory(prefix="vmconv-mutation-") as directory:
-        workers: SimpleQueue[Worker] = SimpleQueue()
-        for number in range(options.workers):
-            workers.put(Worker(Path(directory, str(number))))
-        first = workers.get()
-        limits = {part: 10 + 10 * first.seconds(part) for part in {made.part for made in chosen}}
-        workers.put(first)
-
-        def noticed(made: Mistake) -> bool:
-            worker = workers.get()
-            try:
-                found = worker.notices(made, limits[made.part])
-            finally:
-                workers.put(worker)
-            if not found:
-                print(f"survives  {made}", flush=True)
-            return found
-
-        with ThreadPoolExecutor(options.workers) as pool:
-            results = list(pool.map(noticed, chosen))
-    share = sum(results) / len(results) if results else 1.0
-    for room in options.rooms:
-        own = [found for made, found in zip(chosen, results, strict=True) if made.room == room]
-        if own:
-            print(f"{room:10} {sum(own):4} of {len(own):4} noticed")
-    print(f"{sum(results)} of {len(results)} mistakes noticed, {share:.1%}")
+    tried, noticed = Counter[str](), Counter[str]()
+    for outcome in _outcomes(chosen, options.workers):
+        tried[outcome.made.room] += 1
+        noticed[outcome.made.room] += outcome.is_noticed
+        if options.verbose or not outcome.is_noticed:
+            print(outcome, flush=True)
+    for room in tried:
+        print(f"{room:10} {noticed[room]:4} of {tried[room]:4} noticed")
+    share = noticed.total() / tried.total() if tried else 1.0
+    print(f"{noticed.total()} of {tried.total()} mistakes noticed, {share:.1%}")
     return 0 if share >= options.least else 1
 
 
