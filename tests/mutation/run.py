@@ -87,6 +87,21 @@ def _writer(name: str, *tests: str) -> Room:
 
 _CRASHES = tuple(f"tests/inplace/test_crash.py::{name}" for name in CRASHES)
 
+_LONG = tuple(
+    f"--deselect=tests/inplace/test_{name}"
+    for name in (
+        "inplace.py::test_a_process_that_is_killed_at_any_moment_loses_nothing",
+        "inplace.py::test_payload_stays_where_it_lies[btrfs",
+        "inplace.py::test_payload_stays_where_it_lies[xfs",
+        "inplace.py::test_where_blocks_can_be_shared_the_source_is_replaced[btrfs",
+        "safety.py::test_a_signal_at_any_call_ends_in_the_truth",
+        "safety.py::test_names_may_be_as_long_as_the_filesystem_has_them[btrfs",
+        "safety.py::test_names_may_be_as_long_as_the_filesystem_has_them[xfs",
+        "strangers.py::test_a_planted_journal_does_not_stop_other_commands",
+    )
+)
+"""What takes half of the time of these tests, and is done once more on another filesystem or at random."""
+
 ROOMS: dict[str, Room] = {
     "extents": _core("model/extents placing/ranges", "extents ranges"),
     "blocks": _core("placing/blocks", "blocks"),
@@ -105,15 +120,16 @@ ROOMS: dict[str, Room] = {
     "naming": _core("backends/temporary backends/naming", "temporary naming"),
     "reflink": _core("backends/reflink", "reflink backends conversion"),
     "memory": _core("testing/memory", "memory planner backends"),
-    "staying": _core("inplace/stay inplace/share inplace/shift", "inplace safety", *_CRASHES),
-    "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers"),
-    "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers"),
+    "staying": _core("inplace/stay inplace/share inplace/shift", "inplace safety", *_LONG, *_CRASHES),
+    "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers", *_LONG),
+    "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers", *_LONG),
     "strategies": _core(
-        "inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace", *_CRASHES[:1]
+        "inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace", *_LONG, *_CRASHES[:1]
     ),
     "recovery": _core(
         "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
-        "strangers inplace safety",
+        "recovery strangers inplace safety",
+        *_LONG,
         *_CRASHES,
     ),
     "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
