@@ -115,7 +115,9 @@ ROOMS: dict[str, Room] = {
     "reading": _core("conversion/walk conversion/readback inspect/comparison", "readback verifying comparison"),
     "physical": _core("io/physical", "physical proof"),
     "verify": _core("conversion/verify conversion/results", "verify verifying conversion"),
-    "files": _core("conversion/execute backends/files backends/direct backends/copy", "copying temporary backends"),
+    "files": _core(
+        "conversion/execute backends/files backends/direct backends/copy", "copying temporary targets backends"
+    ),
     "stream": _core("backends/stream backends/planned", "stream"),
     "naming": _core("backends/temporary backends/naming", "temporary naming"),
     "reflink": _core("backends/reflink", "reflink backends conversion"),
@@ -124,7 +126,10 @@ ROOMS: dict[str, Room] = {
     "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers", *_LONG),
     "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers", *_LONG),
     "strategies": _core(
-        "inplace/neighbours inplace/rules inplace/strategies inplace/site", "safety inplace", *_LONG, *_CRASHES[:1]
+        "inplace/neighbours inplace/rules inplace/strategies inplace/site",
+        "strategies safety inplace",
+        *_LONG,
+        *_CRASHES[:1],
     ),
     "recovery": _core(
         "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
