@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.disable()
     # Otherwise OpenBLAS starts a thread per processor when numpy is imported. vmconv uses no linear algebra.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Otherwise pydantic imports importlib.metadata to look for plugins, which takes a quarter of its own import.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     streams.prepare()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # nohup, and shells for background jobs, start programs with ignored signals.

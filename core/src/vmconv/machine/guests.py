@@ -8,8 +8,8 @@ The table `guests.tsv` joins facts that no single source has: libosinfo has no n
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from importlib import resources
 from typing import Literal, NamedTuple, get_args
 
 from vmconv.machine.model import GuestOS
@@ -46,7 +46,9 @@ class _Row(NamedTuple):
 @cache
 def rows() -> tuple[_Row, ...]:
     """Returns the table, general rows before special ones and x86_64 before other architectures."""
-    lines = resources.files(__package__).joinpath("guests.tsv").read_text("utf-8").splitlines()
+    # importlib.resources would import zipfile and take longer than reading the table.
+    with open(os.path.join(os.path.dirname(__file__), "guests.tsv"), encoding="utf-8") as file:
+        lines = file.read().splitlines()
     head, *table = (line.split("\t") for line in lines if not line.startswith("#"))
     kinds = head[3:]
     return tuple(

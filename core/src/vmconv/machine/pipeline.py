@@ -17,7 +17,6 @@ from vmconv.interface.backend import Access
 from vmconv.io.registry import installed
 from vmconv.machine import losses
 from vmconv.machine.firmware import variables
-from vmconv.machine.in_place import planned_in_place, run_in_place
 from vmconv.machine.layout import NewMachine, lay_out_machine
 from vmconv.machine.places import directory_at, existing_parent
 from vmconv.machine.plans import machine_plan
@@ -50,6 +49,8 @@ def plan(request: MachineRequest) -> MachinePlan:
     with source_of(request) as source:
         target = target_of(request, source.machine)
         if request.in_place:
+            from vmconv.machine.in_place import planned_in_place
+
             return planned_in_place(request, source, target).plan
         # The directory may be made by the conversion. Storage is the same as above it.
         return _prepared(request, source, target, existing_parent(target.directory)).plan
@@ -66,6 +67,8 @@ def run(
 ) -> MachineResult:
     """Converts a machine: all its files appear under their names, the configuration last, or none does."""
     if request.in_place:
+        from vmconv.machine.in_place import run_in_place
+
         return run_in_place(request, verify=verify, announce=announce, progress=progress, created=created)
     if request.keep_undo:
         raise UsageError("--keep-undo is for conversions in place", hint="without --in-place, the source is kept")
