@@ -308,9 +308,17 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(rea
         ):
             raise AssertionError
 
+    def claimed() -> None:
+        with Directory.at(str(shared)) as directory, targets.claim_for_replacement(directory, "t.qcow2"):
+            pass
+
     as_user(refused)
-    with Directory.at(str(shared)) as directory, targets.claim_for_replacement(directory, "t.qcow2"):
-        pass
+    claimed()
+    shared.chmod(0o777)
+    as_user(claimed)
+    shared.chmod(0o1777)
+    os.chown(shared / "t.qcow2", STRANGER, STRANGER)
+    as_user(claimed)
 
 
 def test_a_directory_that_may_not_be_listed_gets_images(reachable: Path) -> None:

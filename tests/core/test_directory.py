@@ -345,3 +345,15 @@ def test_who_is_not_root_gives_only_what_is_his(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.split() == ["True", "True", "False", "False"]
+
+
+def test_a_directory_is_closed_once(tmp_path: Path) -> None:
+    """Closed again it closes nothing that got its number meanwhile, and no standard stream."""
+    directory = Directory.at(str(tmp_path))
+    number = directory.descriptor
+    directory.close()
+    assert directory.descriptor < 0
+    with opened(Path("/dev/null")) as other:
+        assert other == number
+        directory.close()
+        assert os.fstat(other).st_rdev
