@@ -4,7 +4,8 @@
     python docs/generate.py --release 0.2.0 --date 2026-12-01
 
 The first writes `commands.md`, `formats.md` and `machines.md` in `docs/reference`, and `CHANGELOG.md`. The second turns
-the unreleased changes into a release and removes their fragments. A test compares the pages with what this module renders.
+the unreleased changes into a release and removes their fragments. A test compares the pages with what this module
+renders.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def page(formats: list[MachineFormat]) -> str:
         "knows are kept in conversions to the same format.",
         "\n".join(_table(["field", *(one.name for one in formats)], _fields(formats))),
         "## Models that change",
-        "For a Linux machine with a BIOS; an empty cell means that the model stays as it is. `vmconv machine plan` prints the reason for each change.",
+        "For a Linux machine with a BIOS. An empty cell means that the model stays as it is. `vmconv machine plan`\n"
+        "prints the reason for each change.",
         "\n".join(_table(["network card", *_writers(formats)], _models(formats, NIC_MODELS, _nic))),
         "\n".join(_table(["controller", *_writers(formats)], _models(formats, CONTROLLER_MODELS, _controller))),
     ]
