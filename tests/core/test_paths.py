@@ -281,3 +281,19 @@ def test_a_name_that_windows_would_read_otherwise_is_no_path_of_windows(name: st
 @pytest.mark.parametrize("name", ["größe.vhd", "\U0001f4be.vhd", "\ue000.vhd"])
 def test_other_names_are_paths_of_windows(name: str) -> None:
     assert paths.to_windows(f"a/{name}") == f"a\\{name}"
+
+
+@pytest.mark.parametrize(
+    ("windows", "path"),
+    [
+        (r".\a.vhd", "a.vhd"),
+        (r".\.\a\b.vhd", "a/b.vhd"),
+        ("./a.vhd", "a.vhd"),
+        (r"..\a.vhd", "../a.vhd"),
+        (".a.vhd", ".a.vhd"),
+        (r"C:\a\b.vhd", "b.vhd"),
+        (r"\\host\a\b.vhd", "b.vhd"),
+    ],
+)
+def test_a_path_of_windows_is_one_of_this_system(windows: str, path: str) -> None:
+    assert paths.from_windows(windows) == path
