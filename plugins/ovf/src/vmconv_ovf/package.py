@@ -1,0 +1,213 @@
+"""OVA packages: an OVF descriptor and its files in one tar archive.
+
+A new package is laid out so that each disk begins at a multiple of the target's block size:
+
+    +--------+-------------------+--------+-------+--------+------------------+--------+---------- - -
+    | header | descriptor, white | header | NVRAM | header | disk 1, zeros    | header | disk 2
+    |        | space at its end  |        |       |        | behind its end   |        |
+    +--------+-------------------+--------+-------+--------+------------------+--------+---------- - -
+    0        512                                           n * modulus                 m * modulus
+
+A header has 512 bytes, so a disk that another follows ends 512 bytes before a multiple. Readers of sparse VMDK do not
+look behind its last grain. VirtualBox 7.2 refuses pax headers that would do the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from vmconv.plugin import Blob, Columns, Extents, ImageError, PlanError
+from vmconv_ovf.names import decoded
+from vmconv_ovf.tar import BLOCK, Header, headers, members
+
+if TYPE_CHECKING:
+    from vmconv.machine import Disk, Machine, Removable
+    from vmconv.plugin import ConfigFile, File, Member
+    from vmconv_ovf.options import PackageOptions
+
+Named = TypeVar("Named", "Disk", "Removable")
+
+_ALIGNMENT = 4096
+"""Smallest multiple at which disks begin: block sizes of common filesystems."""
+
+_END = 2 * BLOCK
+_OCTAL_LIMIT = 8**11
+_CHUNK = 4 << 20
+
+
+def read(file: File) -> Machine:
+    """Returns the machine of a package. Raises `ImageError` if it refers to files that the package lacks."""
+    from vmconv.machine import MAX_CONFIG
+    from vmconv_ovf.reader import read as read_descriptor
+
+    found = [header for header in headers(file) if not header.is_directory]
+    descriptors = [header for header in found if header.name.lower().endswith(".ovf")]
+    if len(descriptors) != 1:
+        names = ", ".join(repr(header.name) for header in descriptors[:8]) or "none"
+        raise ImageError(f"{file.name}: a package has one member that ends in .ovf, this one has {names}")
+    _, _, start, size, _ = descriptor = descriptors[0]
+    if size > MAX_CONFIG:
+        raise ImageError(f"{file.name}: {descriptor.name} at {start:#x} has {size} bytes, the limit is {MAX_CONFIG}")
+    machine = read_descriptor(file, file.read(start, size))
+    return _Names(file, descriptor, {member.name: member.table.size for member in members(file)}).resolved(machine)
+
+
+class _Names(NamedTuple):
+    """The members of a package and their sizes, for references from its descriptor."""
+
+    file: File
+    descriptor: Header
+    sizes: dict[str, int]
+
+    def of(self, reference: str) -> str:
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(self.descriptor.name), reference))
+        # VirtualBox writes and reads references without encoding.
+        found = name if name in self.sizes else next((each for each in self.sizes if decoded(each) == name), None)
+        if found is None:
+            raise ImageError(f"{self.file.name}: the descriptor refers to {reference!r}, which is not in the package")
+        return found
+
+    def resolved(self, machine: Machine) -> Machine:
+        """Returns the machine with names of members in place of references."""
+        nvram = machine.firmware.nvram
+        nvram = nvram and nvram.model_copy(update={"file": self.of(nvram.file)})
+        changes = {
+            "disks": tuple(self._disk(each) for each in machine.disks),
+            "removables": tuple(_named(each, each.file and self.of(each.file)) for each in machine.removables),
+            "firmware": machine.firmware.model_copy(update={"nvram": nvram}),
+        }
+        return machine.model_copy(update=changes)
+
+    def _disk(self, disk: Disk) -> Disk:
+        if disk.file is None:
+            return disk
+        name = self.of(disk.file)
+        if disk.file_size not in (None, self.sizes[name]):
+            raise ImageError(
+                f"{self.file.name}: the descriptor has {disk.file_size} bytes for {disk.file!r}, "
+                f"and the member has {self.sizes[name]}"
+            )
+        return _named(disk, name)
+
+
+def _named(device: Named, name: str | None) -> Named:
+    return device.model_copy(update={"file": name})
+
+
+# -- writing
+
+
+class _Part(NamedTuple):
+    """A member and the bytes of zeros behind it that count as its content."""
+
+    name: str
+    table: Extents
+    slack: int = 0
+
+
+def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, options: PackageOptions) -> Extents:
+    """Returns the table of a package: the last of `configs` first, as its descriptor, then other files and disks.
+
+    Disks begin at multiples of `modulus`, but for streamOptimized ones, which are written anew in any case and whose
+    readers look for the end marker at the end of the file.
+    """
+    *others, last = configs
+    descriptor = last._replace(name=f"{posixpath.splitext(last.name)[0]}.ovf")
+    small = [_Part(each.name, Extents.whole(Blob(each.name, each.content))) for each in others]
+    small += [_Part(each.name, each.table) for each in disks if each.name.lower().endswith(".nvram")]
+    large = [_Part(each.name, each.table) for each in disks if not each.name.lower().endswith(".nvram")]
+    content = descriptor.content
+    if large and options.disk_format != "streamOptimized":
+        step = max(modulus, _ALIGNMENT)
+        before = BLOCK + sum(BLOCK + _padded(each.table.size) for each in small) + BLOCK
+        content += b"\n" * (-(before + len(content)) % step)
+        large = [*(each._replace(slack=-(each.table.size + BLOCK) % step) for each in large[:-1]), large[-1]]
+    parts = [_Part(descriptor.name, Extents.whole(Blob(descriptor.name, content))), *small, *large]
+    if options.manifest == "sha256":
+        parts.append(_manifest(descriptor.name, tuple(parts)))
+    _refuse_names(parts)
+    return _joined(parts)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _refuse_names(parts: Sequence[_Part]) -> None:
+    names = [part.name for part in parts]
+    for name in names:
+        if len(name.encode()) > 100:
+            raise PlanError(f"{name!r} is too long for a package, whose names have at most 100 bytes")
+        if names.count(name) > 1:
+            raise PlanError(f"two files of the package would be called {name!r}")
+
+
+def _joined(parts: Sequence[_Part]) -> Extents:
+    """Returns the archive of the parts, with their headers and two blocks of zeros at its end."""
+    tables, places, at = [], [], 0
+    for part in parts:
+        size = part.table.size + part.slack
+        header = Extents.whole(Blob(f"header of {part.name}", _header(part.name, size)))
+        tables += [header, part.table]
+        places += [at, at + BLOCK]
+        at += BLOCK + _padded(size)
+    return _placed(at + _END, places, tables)
+
+
+def _placed(size: int, places: Sequence[int], tables: Sequence[Extents]) -> Extents:
+    """Returns the table of a file with other tables at the given offsets, and zeros between them."""
+    sources = [source for table in tables for source in table.sources]
+    rows, lengths, first = [], [], 0
+    for place, table in zip(places, tables, strict=True):
+        start, kind, source, offset = table.columns
+        rows.append(Columns(start + place, kind, np.where(source < 0, source, source + first).astype(np.int32), offset))
+        lengths.append(table.length)
+        first += len(table.sources)
+    return Extents.placed(size, Columns.join(rows), np.concatenate(lengths), sources)
+
+
+def _header(name: str, size: int) -> bytes:
+    """Returns a USTAR header; sizes from 8 GiB on are in base 256, as GNU tar and VirtualBox write them."""
+    octal = b"%011o\0" % size if size < _OCTAL_LIMIT else b"\x80" + size.to_bytes(11, "big")
+    # Mode, owner, group, size and a constant time, so that equal packages have equal bytes.
+    front = name.encode().ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + octal + b"%011o\0" % 0
+    back = (b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2).ljust(BLOCK - 156, b"\0")
+    checksum = sum(front) + 8 * ord(" ") + sum(back)
+    return front + b"%06o\0 " % checksum + back
+
+
+def _manifest(descriptor: str, parts: Sequence[_Part]) -> _Part:
+    """Returns the manifest; reading it reads all parts once."""
+    name = posixpath.splitext(descriptor)[0] + ".mf"
+    size = sum(len(_line(part.name, "0" * 64)) for part in parts)
+    lines: list[bytes] = []
+
+    def content(offset: int, length: int) -> bytes:
+        if not lines:
+            lines.append(b"".join(_line(part.name, _digest(part)) for part in parts))
+        return lines[0][offset : offset + length]
+
+    return _Part(name, Extents.whole(Blob(name, content, size)))
+
+
+def _line(name: str, digest: str) -> bytes:
+    return f"SHA256({name})= {digest}\n".encode()
+
+
+def _digest(part: _Part) -> str:
+    found = hashlib.sha256()
+    for chunk in _chunks(part.table):
+        found.update(chunk)
+    for at in range(0, part.slack, _CHUNK):
+        found.update(bytes(min(_CHUNK, part.slack - at)))
+    return found.hexdigest()
+
+
+def _chunks(table: Extents) -> Iterator[bytes]:
+    for at in range(0, table.size, _CHUNK):
+        yield table.read(at, min(_CHUNK, table.size - at))

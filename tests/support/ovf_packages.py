@@ -1,0 +1,60 @@
+"""Packages of the tests: a small descriptor, and OVAs made by the writer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmconv.machine import Machine
+from vmconv.model.options import parse_options
+from vmconv.plugin import ConfigFile, Extents, Kind, Member
+from vmconv_ovf import Ova
+
+_SPACES = (
+    'xmlns="http://schemas.dmtf.org/ovf/envelope/1" xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1" '
+    'xmlns:vmw="http://www.vmware.com/schema/ovf" xmlns:vbox="http://www.virtualbox.org/ovf/machine" '
+    'xmlns:rasd="http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_ResourceAllocationSettingData" '
+    'xmlns:vssd="http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_VirtualSystemSettingData"'
+)
+
+FILE = '<File ovf:href="disk1.vmdk" ovf:id="file1"/>'
+DISK = '<Disk ovf:capacity="8" ovf:capacityAllocationUnits="byte * 2^30" ovf:diskId="d1" ovf:fileRef="file1"/>'
+
+
+def item(key: object, kind: int, inside: str = "", **values: object) -> str:
+    """Returns an Item with this InstanceID and ResourceType."""
+    stated = {"InstanceID": key, "ResourceType": kind, **values}
+    texts = "".join(f"<rasd:{name}>{value}</rasd:{name}>" for name, value in stated.items())
+    return f"<Item>{texts}{inside}</Item>"
+
+
+CONTROLLER = item(3, 6, Address=0, ResourceSubType="lsilogic")
+ATTACHED = item(4, 17, Parent=3, AddressOnParent=0, HostResource="ovf:/disk/d1")
+
+
+def descriptor(
+    items: str = "", *, files: str = "", disks: str = "", envelope: str = "", system: str = "", settings: str = ""
+) -> bytes:
+    """Returns a descriptor of one machine with these parts."""
+    return (
+        f"<Envelope {_SPACES}><References>{files}</References><DiskSection><Info/>{disks}</DiskSection>{envelope}"
+        f'<VirtualSystem ovf:id="web"><Info/>{system}<VirtualHardwareSection><Info/>'
+        f"<System><vssd:VirtualSystemType>vmx-13</vssd:VirtualSystemType></System>{items}{settings}"
+        "</VirtualHardwareSection></VirtualSystem></Envelope>"
+    ).encode()
+
+
+def with_disk(items: str = CONTROLLER + ATTACHED, *, files: str = FILE, disks: str = DISK, **parts: str) -> bytes:
+    return descriptor(items, files=files, disks=disks, **parts)
+
+
+def package(machine: Machine, tables: dict[str, Extents], modulus: int = 1, **options: Any) -> Extents:
+    """Returns the OVA of an adapted machine; files without a table have a block of zeros."""
+    ova = Ova()
+    parsed = parse_options(ova.options(), options, "ova")
+    nvram = machine.firmware.nvram
+    names = [nvram.file] if nvram else []
+    names += [disk.file for disk in machine.disks if disk.file]
+    names += [drive.file for drive in machine.removables if drive.file]
+    configs = [each._replace(name=each.name or "machine.ova") for each in ova.write(machine, parsed)]
+    members = [Member(name, tables.get(name, Extents.filled(512, Kind.ZERO))) for name in dict.fromkeys(names)]
+    return ova.pack([ConfigFile(*each) for each in configs], members, modulus, parsed)
