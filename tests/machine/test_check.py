@@ -18,8 +18,8 @@ from support.requirements import oracle_program
 from vmconv.cli.main import main
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
-from vmconv.machine.guest import partitions
-from vmconv.machine.guest.contents import content_of
+from vmconv.machine.boot import partitions
+from vmconv.machine.boot.contents import content_of
 from vmconv.model.extents import Extents
 from vmconv.testing import image_file
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from vmconv.machine.guest import partitions
-from vmconv.machine.guest.contents import content_of
+from vmconv.machine.boot import partitions
+from vmconv.machine.boot.contents import content_of
 
 if TYPE_CHECKING:
     from vmconv.machine.model import Disk, Machine

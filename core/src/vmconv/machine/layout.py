@@ -95,6 +95,7 @@ def _disk(
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
     place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))
+    image.facts = image.facts._replace(adapter_type=_adapter(target.adapted.machine, number, wanted))
     (part,) = parts_of(image, place, registry, None, chain=False)
     (made,) = lay_out([part], place, way.survey.unit, registry, None)
     references.confirm(made.layout.references, target.directory)
@@ -103,6 +104,18 @@ def _disk(
     losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
     plan = plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses)
     return NewDisk(number, made, plan)
+
+
+def _adapter(machine: Machine, number: int, wanted: Format) -> str | None:
+    """Returns the adapter type for disk formats that state one: the family of the controller in the new machine."""
+    disk = machine.disks[number]
+    if "adapter_type" not in wanted.carries or disk.bus is None:
+        return None
+    if disk.bus != "scsi":
+        return "ide"
+    place = (disk.bus, disk.controller or 0)
+    model = next((one.model for one in machine.controllers if (one.bus, one.index) == place), None)
+    return "buslogic" if model == "buslogic" else "lsilogic"
 
 
 def disk_format(target: Target, request: MachineRequest, registry: Registry) -> Format:
