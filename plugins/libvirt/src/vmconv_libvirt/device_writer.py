@@ -43,7 +43,11 @@ def add_devices(domain: Element, machine: Machine, kept: dict[str, str], options
 
 def _names() -> dict[str, Iterator[str]]:
     """Returns the names of disks for each prefix: hda, hdb, ... Addresses say where they are."""
-    return {prefix: (prefix + _letters(at) for at in range(1 << 16)) for prefix in set(PREFIXES.values())}
+    return {prefix: _names_with(prefix) for prefix in PREFIXES.values()}
+
+
+def _names_with(prefix: str) -> Iterator[str]:
+    return (prefix + _letters(at) for at in range(1 << 16))
 
 
 def _letters(number: int) -> str:
