@@ -74,8 +74,9 @@ def _core(modules: str, tests: str, *more: str) -> Room:
 
 
 def _test(name: str) -> str:
-    """Returns the path of a module of tests in any room but the fleet's, which has modules of the same names."""
-    (path,) = (path for path in ROOT.glob(f"tests/**/test_{name}.py") if path.parent.name != "fleet")
+    """Returns the path of a module of tests, of another plugin than those that have modules of the same names."""
+    found = ROOT.glob(f"tests/**/test_{name}.py")
+    (path,) = (path for path in found if path.parent.name not in ("fleet", "machine"))
     return str(path.relative_to(ROOT))
 
 
