@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 
+from support.crash import Stopped, StoppingCalls
 from support.disks import MIB, make_disk
-from support.inplace import NOBODY, interrupted, names
+from support.inplace import NOBODY, in_place, interrupted, names
 from vmconv import api
 from vmconv.errors import AccessError, ImageError, VmconvError
 from vmconv.inplace.names import JOURNAL, WORKING
@@ -94,3 +96,17 @@ def test_a_restored_change_may_have_another_owner(ext4_dir: Path) -> None:
         api.recover(str(disk))
     assert api.recover(str(disk), trust=True) == (str(disk), False)
     assert names(ext4_dir) == {"disk.raw"}
+
+
+def test_what_was_finished_has_the_name_that_was_asked_for(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of an extent: on XFS new files take the place of the old one."""
+    disk = make_disk(xfs_dir / "disk.raw", MIB)
+    for at in itertools.count():
+        monkeypatch.setattr("vmconv.inplace.share.Syscalls", lambda at=at: StoppingCalls(at))
+        with pytest.raises(Stopped):
+            in_place(disk, xfs_dir / "new.vmdk", options={"subformat": "monolithicFlat"})
+        done = api.recover(str(disk))
+        if done.forward:
+            break
+    assert done.path == str(xfs_dir / "new.vmdk")
+    assert names(xfs_dir) == {"new.vmdk", "new-flat.vmdk"}
