@@ -33,14 +33,3 @@ def test_a_file_of_a_working_name_is_told_with_what_to_do(ext4_dir: Path, name: 
     error = refused(ext4_dir / "front.vmdk", ext4_dir / "new.qcow2")
     assert f"{name}{suffix}: is in the way of a conversion in place" in str(error)
     assert f"vmconv recover {ext4_dir / name};" in str(error.hint)
-
-
-@pytest.mark.parametrize("name", ["new.vmdk", "new", "~new"])
-def test_the_file_with_the_payload_stays_whatever_its_name_is(ext4_dir: Path, name: str) -> None:
-    """Before or behind the names of the files that are made beside it."""
-    disk = make_disk(ext4_dir / "disk.raw", MIB)
-    payload = disk.stat().st_ino
-    in_place(disk, ext4_dir / name, target_format="vmdk", options={"subformat": "monolithicFlat"})
-    (extent,) = names(ext4_dir) - {name}
-    assert (ext4_dir / extent).stat().st_ino == payload
-    assert extent.encode() in (ext4_dir / name).read_bytes()

@@ -1,16 +1,18 @@
-"""The corpus of real images, and its manifest."""
+"""The corpus of real images, with its manifest, and of configurations of machines."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import lzma
+import tarfile
+from functools import cache
 from pathlib import Path
 
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 
-from .requirements import CORPUS, REQUIRED
+from .requirements import CORPUS, REQUIRED, missing
 
 
 def _manifest() -> list[dict[str, str]]:
@@ -44,6 +46,18 @@ def digest(path: Path, format_name: str) -> str:
         for at in range(0, table.size, 16 << 20):
             found.update(table.read(at, min(16 << 20, table.size - at)))
     return found.hexdigest()
+
+
+@cache
+def configurations(suffix: str) -> dict[str, bytes]:
+    """Returns the configurations of machines whose names have a suffix, by their paths in the corpus."""
+    path = CORPUS / "configs.tar.xz"
+    if not path.exists():
+        missing("corpus", f"{path} does not exist")
+    with tarfile.open(path) as archive:
+        members = [member for member in archive if member.isfile() and member.name.endswith(suffix)]
+        files = {member.name.partition("/")[2]: archive.extractfile(member) for member in members}
+        return {name: file.read() for name, file in sorted(files.items()) if file is not None}
 
 
 ROWS = _manifest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,7 +131,7 @@ def _make(
             verify_machine(ready.made, files, target, installed(), mode, verifying)
 
     def note() -> None:
-        configuration = os.path.normpath(directory.join(target.name))
+        configuration = directory.join(target.name)
         done.append(MachineResult(request.source, configuration, ready.plan, time.perf_counter() - began))
 
     transaction = ready.way.backend.begin(

@@ -99,6 +99,9 @@ def _firmware(machine: Machine, changes: Changes) -> Machine:
     secure = firmware.secure_boot
     if kind == "bios":
         secure = changes.set("firmware.secure_boot", secure, None, "a BIOS has no Secure Boot")
+    elif secure is None:
+        # libvirt would choose the firmware, and often one with Secure Boot on.
+        secure = False
     tpm = machine.tpm
     if tpm is not None:
         tpm = _updated(tpm, version=tpm.version or "2.0")
@@ -135,11 +138,11 @@ def _display(machine: Machine, changes: Changes) -> Display:
     found = machine.display or Display()
     arm = machine.os.architecture == "aarch64"
     model, memory, heads = found.model or "vga", found.memory, found.heads
-    if model not in DISPLAYS or (arm and model not in ("virtio", "ramfb")):
+    if model not in DISPLAYS or (arm and model != "virtio"):
         model = changes.set("display.model", found.model, "virtio" if arm else "vga", "QEMU has no such graphics card")
     if memory is not None and (memory < 1 << 20 or memory % 1024 or memory > 1 << 29 or memory & (memory - 1)):
         memory = changes.set("display.memory", memory, None, "it is not a power of two from 1 to 512 MiB")
-    if model in ("virtio", "ramfb", "cirrus", "bochs"):
+    if model in ("virtio", "cirrus", "bochs"):
         memory = changes.set("display.memory", memory, None, "the graphics card has no such setting")
     if heads is not None and (heads < 1 or (heads > 1 and model not in ("qxl", "virtio")) or heads > 16):
         heads = changes.set("display.heads", heads, None, "the graphics card has one head")

@@ -156,7 +156,7 @@ def _pci(element: Element, slot: str | None) -> None:
 
 def _nic(devices: Element, nic: Nic, kept: dict[str, str], prefix: str) -> None:
     direct = kept_element(kept, f"{prefix}source")
-    kind = {"bridged": "bridge", "nat": "user", "none": "null"}.get(nic.network_kind or "", "network")
+    kind = {"bridged": "bridge", "nat": "user"}.get(nic.network_kind or "", "network")
     element = SubElement(devices, "interface", type="direct" if direct is not None else kind)
     if nic.mac:
         SubElement(element, "mac", address=nic.mac)

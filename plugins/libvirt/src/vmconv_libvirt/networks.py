@@ -33,7 +33,11 @@ def _nic(nic: Nic, path: str, options: Options, changes: Changes) -> Nic:
     if slot and not _PCI.fullmatch(slot):
         slot = changes.set(f"{path}.pci_slot", slot, None, "libvirt counts PCI slots in its own way")
     kind, network, reason = _network(nic, options)
+    connected = nic.connected
+    if nic.network_kind == "none":
+        connected = changes.set(f"{path}.connected", connected, False, reason)
     values = {
+        "connected": connected,
         "network_kind": changes.set(f"{path}.network_kind", nic.network_kind, kind, reason),
         "network": changes.set(f"{path}.network", nic.network, network, reason),
     }
@@ -48,7 +52,8 @@ def _network(nic: Nic, options: Options) -> tuple[str | None, str | None, str]:
     if options.bridge is not None:
         return "bridged", options.bridge, "asked for with bridge="
     if kind == "none":
-        return "none", None, "the card is connected to nothing"
+        # libvirt 9.0 crashes on interfaces of type null.
+        return "nat", None, "the card's link is down instead"
     if kind == "bridged" and name and _INTERFACE.fullmatch(name):
         return "bridged", name, ""
     if kind == "nat" and name is None:

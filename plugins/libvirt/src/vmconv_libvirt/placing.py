@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Device = TypeVar("Device", Disk, Removable)
 
 _CONTROLLERS = {"ide": 2, "sata": 16, "scsi": 16, "floppy": 1, "virtio": 1}
-_NARROW = {"lsi53c895a": 7, "lsisas1068": 8, "am53c974": 7, "dc390": 7}
+_NARROW = {"lsi53c895a": 7, "lsisas1068": 8, "am53c974": 7}
 _UNITS = {"ide": 2, "sata": 6, "floppy": 2, "virtio": 1024}
 
 _FULL = "the place is taken, or QEMU's controller has no such place"

@@ -45,7 +45,7 @@ _SYSINFO = {
     ("chassis", "serial"): "chassis_serial",
     ("chassis", "asset"): "asset_tag",
 }
-_UNITS = {"": 1, **{letter: power for power, letter in enumerate("kmgtpe", start=1)}}
+_POWERS = {"": 0, **{letter: power for power, letter in enumerate("kmgtpe", start=1)}}
 
 
 def read(file: File) -> Machine:
@@ -156,7 +156,7 @@ class _Domain:
         if not found or (found[2] == "ib" and not found[1]):
             raise refused(self.file, f"{name}@unit", f"{quoted(unit)} is not a unit of memory")
         base = 1000 if found[1] and found[2] == "b" else 1024
-        return int(number(self.file, name, element.text or "", 0, 1 << 50) * base ** (_UNITS[found[1] or ""]))
+        return int(number(self.file, name, element.text or "", 0, 1 << 50) * base ** (_POWERS[found[1] or ""]))
 
     def _firmware(self) -> Firmware:
         system = self.root.find("os")

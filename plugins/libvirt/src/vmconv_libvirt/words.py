@@ -21,7 +21,6 @@ SCSI = {
     "virtio-transitional": "virtio-transitional",
     "am53c974": "am53c974",
     "virtio-non-transitional": "virtio-non-transitional",
-    "dc390": "dc390",
 }
 """SCSI controllers that QEMU has on PCs. libvirt's `lsilogic` is a 53C895A, VMware's and VirtualBox's a 53C1030."""
 
@@ -35,7 +34,6 @@ NICS = {
     "ne2k": "ne2k_pci",
     "igb": "igb",
     "tulip": "tulip",
-    "usb-net": "usb-net",
     "virtio-transitional": "virtio-transitional",
     "virtio-non-transitional": "virtio-non-transitional",
 }
@@ -47,7 +45,6 @@ DISPLAYS = {
     "qxl": "qxl",
     "virtio": "virtio",
     "bochs": "bochs",
-    "ramfb": "ramfb",
 }
 
 SOUNDS = {
@@ -55,13 +52,11 @@ SOUNDS = {
     "ac97": "ac97",
     "sb16": "sb16",
     "es1370": "es1370",
-    "ich7": "ich7",
     "ich9": "ich9",
     "usb": "usb",
-    "pcspk": "pcspk",
 }
 
-WATCHDOGS = ("i6300esb", "ib700", "diag288", "itco")
+WATCHDOGS = ("i6300esb", "ib700")
 
 USB = {"uhci": "piix3-uhci", "ehci": "ich9-ehci1", "xhci": "qemu-xhci"}
 
