@@ -3,8 +3,9 @@
     python docs/generate.py
     python docs/generate.py --release 0.2.0 --date 2026-12-01
 
-The first writes `docs/reference/commands.md`, `docs/reference/formats.md` and `CHANGELOG.md`. The second turns the
-unreleased changes into a release and removes their fragments. A test compares the pages with what this module renders.
+The first writes `commands.md`, `formats.md` and `machines.md` in `docs/reference`, and `CHANGELOG.md`. The second turns
+the unreleased changes into a release and removes their fragments. A test compares the pages with what this module
+renders.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine_tables
 from vmconv.cli import parser as cli
 from vmconv.io.registry import installed
 from vmconv.model.options import describe
@@ -23,6 +25,7 @@ from vmconv.model.options import describe
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "docs/reference/commands.md"
 FORMATS = ROOT / "docs/reference/formats.md"
+MACHINES = ROOT / "docs/reference/machines.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 FRAGMENTS = ROOT / "changelog.d"
 
@@ -184,6 +187,15 @@ def _default(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
+# Machine formats
+
+
+def machines_page() -> str:
+    """Returns the reference of the machine formats of this repository."""
+    distributions = {f"vmconv-{path.name}" for path in (ROOT / "plugins").iterdir() if path.is_dir()}
+    return machine_tables.page(machine_tables.shipped(distributions))
+
+
 # The changelog
 
 
@@ -240,6 +252,7 @@ def main() -> None:
         _release(given.release, given.date)
     COMMANDS.write_text(commands_page())
     FORMATS.write_text(formats_page())
+    MACHINES.write_text(machines_page())
     CHANGELOG.write_text(changelog(CHANGELOG.read_text() if CHANGELOG.exists() else ""))
 
 

@@ -146,6 +146,7 @@ def test_whoever_can_do_something_is_stopped_by_a_rule() -> None:
 GENERATED = {
     "commands.md": (generate.COMMANDS, generate.commands_page),
     "formats.md": (generate.FORMATS, generate.formats_page),
+    "machines.md": (generate.MACHINES, generate.machines_page),
     "CHANGELOG.md": (generate.CHANGELOG, lambda: generate.changelog(generate.CHANGELOG.read_text())),
 }
 
