@@ -15,6 +15,7 @@ from correct import same_as, samples_of, some_offsets
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
 from inplace_cases import in_place
+from machine_case import machines
 from measure import Contender, Measured
 from reference_case import reference
 from view_case import views
@@ -286,5 +287,6 @@ CASES = (
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),
     Case("streams", ("xfs", "ext4"), streams),
+    Case("machines", ("xfs", "btrfs"), machines),
     Case("views", ("xfs", "ext4"), views),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -140,7 +141,9 @@ def flush(path: str) -> None:
 
 
 def remove(path: str | None) -> None:
-    if path and os.path.lexists(path):
+    if path and os.path.isdir(path):
+        shutil.rmtree(path)
+    elif path and os.path.lexists(path):
         os.unlink(path)
 
 
