@@ -51,10 +51,10 @@ def package(machine: Machine, tables: dict[str, Extents], modulus: int = 1, **op
     """Returns the OVA of an adapted machine; files without a table have a block of zeros."""
     ova = Ova()
     parsed = parse_options(ova.options(), options, "ova")
-    nvram = machine.firmware.nvram
-    names = [nvram.file] if nvram else []
-    names += [disk.file for disk in machine.disks if disk.file]
+    names = [disk.file for disk in machine.disks if disk.file]
     names += [drive.file for drive in machine.removables if drive.file]
-    configs = [each._replace(name=each.name or "machine.ova") for each in ova.write(machine, parsed)]
+    nvram = machine.firmware.nvram
+    configs = [ConfigFile(nvram.file, tables[nvram.file].read(0, tables[nvram.file].size))] if nvram else []
+    configs += [each._replace(name=each.name or "machine.ova") for each in ova.write(machine, parsed)]
     members = [Member(name, tables.get(name, Extents.filled(512, Kind.ZERO))) for name in dict.fromkeys(names)]
-    return ova.pack([ConfigFile(*each) for each in configs], members, modulus, parsed)
+    return ova.pack(configs, members, modulus, parsed)

@@ -163,7 +163,9 @@ def test_the_uuid_is_what_the_guest_of_the_hardware_family_sees() -> None:
     assert new.uuid == UUID("5c241f42-a87f-fa60-0001-020304050607")
     assert new.uuid_text == UUID("421f245c-7fa8-60fa-0001-020304050607")
     old = read(descriptor(settings=settings).replace(b"vmx-13", b"vmx-10")).identity
-    assert old == Identity(uuid=UUID("421f245c-7fa8-60fa-0001-020304050607"))
+    serial = "VMware-42 1f 24 5c 7f a8 60 fa-00 01 02 03 04 05 06 07"
+    assert old == Identity(uuid=UUID("421f245c-7fa8-60fa-0001-020304050607"), serial=serial)
+    assert new.serial == serial
 
 
 def test_vmware_names_its_variables_in_a_setting() -> None:
@@ -389,7 +391,8 @@ def test_what_vmware_lacks_is_substituted_with_a_reason() -> None:
             Disk(bus="ide", controller=0, unit=5),
         ),
         controllers=(Controller(bus="virtio"), Controller(bus="scsi", model="virtio-scsi")),
-        nics=(Nic(model="virtio", boot_index=3),),
+        nics=(Nic(model="virtio", boot_index=3, mac="52:54:00:01:02:03", mac_origin="generated"),),
+        identity=Identity(serial="ABC"),
         display=Display(memory=1025),
         sound="ac97",
     )
@@ -404,6 +407,8 @@ def test_what_vmware_lacks_is_substituted_with_a_reason() -> None:
         "controllers[1].model": ("virtio-scsi", "lsisas1068"),
         "nics[0].model": ("virtio", "e1000"),
         "nics[0].boot_index": ("3", "0"),
+        "nics[0].mac_origin": ("generated", "static"),
+        "identity.serial": ("ABC", ""),
         "display.memory": ("1025", "2048"),
         "sound": ("ac97", "hda"),
     }

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from vmconv.interface.format import NoOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vmconv.io.opener import Opener
     from vmconv.machine.model import Machine
@@ -73,6 +73,10 @@ class MachineFormat:
     can_write = True
     is_package = False
     """True if one file holds the configuration and the disks, as an OVA does; see `members` and `pack`."""
+
+    def disk_options(self, options: Any) -> Mapping[str, Any]:
+        """Returns options for the writer of `disk_format`; the user's options come on top of them."""
+        return {}
 
     def options(self) -> type[Any]:
         """Returns the frozen dataclass of the writer's options; see `vmconv.model.options`."""

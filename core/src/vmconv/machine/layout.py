@@ -91,7 +91,8 @@ def _disk(
     number: int, image: Image, target: Target, request: MachineRequest, way: Proposal, registry: Registry
 ) -> NewDisk:
     wanted = disk_format(target, request, registry)
-    options = parse_options(wanted.options(), request.disk_options, wanted.name)
+    usual = target.format.disk_options(target.options) if wanted.name == target.format.disk_format else {}
+    options = parse_options(wanted.options(), {**usual, **request.disk_options}, wanted.name)
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
     place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))

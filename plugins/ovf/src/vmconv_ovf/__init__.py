@@ -22,13 +22,14 @@ _CARRIES = frozenset(
         *("name", "description", "os.id", "os.architecture"),
         *("cpu.count", "cpu.sockets", "cpu.cores", "cpu.threads", "cpu.hot_add", "memory.size", "memory.hot_add"),
         *("firmware.kind", "firmware.secure_boot", "firmware.nvram", "firmware.boot_order"),
-        *("tpm.version", "identity.uuid", "board.hardware_version"),
+        *("tpm.version", "identity.uuid", "identity.serial", "board.hardware_version"),
         *("controllers.bus", "controllers.index", "controllers.model", "controllers.pci_slot"),
         *("disks.file", "disks.capacity", "disks.file_size"),
         *("disks.bus", "disks.controller", "disks.unit", "disks.boot_index"),
         *("removables.kind", "removables.file", "removables.connected"),
         *("removables.bus", "removables.controller", "removables.unit", "removables.boot_index"),
-        *("nics.mac", "nics.model", "nics.network", "nics.connected", "nics.pci_slot", "nics.boot_index"),
+        *("nics.mac", "nics.mac_origin", "nics.model", "nics.network", "nics.connected", "nics.pci_slot"),
+        "nics.boot_index",
         *("display.memory", "display.heads", "sound", "usb", "properties", "extra.ovf"),
     }
 )
@@ -72,6 +73,9 @@ class Ovf(MachineFormat):
         from vmconv_ovf.names import plain_name
 
         return f"{plain_name(machine.name)}.nvram"
+
+    def disk_options(self, options: Any) -> dict[str, Any]:
+        return {"subformat": "streamOptimized"} if options.disk_format == "streamOptimized" else {}
 
     def config_name(self, machine: Machine, options: Any) -> str:
         from vmconv_ovf.names import plain_name

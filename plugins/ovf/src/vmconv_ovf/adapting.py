@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Adapted, PlanError, Substitution
 from vmconv_ovf import keys
 from vmconv_ovf.guest import guest_of, written
-from vmconv_ovf.hardware import family
+from vmconv_ovf.hardware import family, serial_of, uuid_seen
 from vmconv_ovf.places import settled
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def adapt(machine: Machine, options: Options) -> Adapted:
     for step in (_name, _os, _cpu, _memory, _tpm, _nvram, settled, _nics, _boot, _rest):
         step(changes)
     _hardware(changes, options)
+    _identity(changes)
     return Adapted(changes.machine, tuple(changes.substitutions))
 
 
@@ -123,7 +124,13 @@ def _nics(changes: Changes) -> None:
         model = nic.model if nic.model is None or nic.model in keys.WRITTEN_NIC else "e1000"
         if model != nic.model:
             changes.say(f"nics[{number}].model", nic.model, model, f"VMware has no {nic.model}")
-        nics.append(nic.model_copy(update={"model": model}))
+        origin = "static" if nic.mac else None
+        if nic.mac_origin not in (None, origin):
+            reason = (
+                "an address in OVF stays as it is" if nic.mac else "importers generate an address that is not stated"
+            )
+            changes.say(f"nics[{number}].mac_origin", nic.mac_origin, origin, reason)
+        nics.append(nic.model_copy(update={"model": model, "mac_origin": origin}))
     changes.set(nics=tuple(nics))
 
 
@@ -170,3 +177,12 @@ def _hardware(changes: Changes, options: Options) -> None:
         reason = "chosen by the option" if options.hardware else "VMware's importers take one of their own families"
         changes.say("board.hardware_version", board.hardware_version, new, reason)
     changes.set(board=board.model_copy(update={"hardware_version": new}))
+
+
+def _identity(changes: Changes) -> None:
+    machine = changes.machine
+    uuid = machine.identity.uuid
+    serial = uuid and serial_of(uuid_seen(uuid, family(machine.board.hardware_version)))
+    if machine.identity.serial not in (None, serial):
+        changes.say("identity.serial", machine.identity.serial, serial, "VMware forms the serial number of the UUID")
+    changes.set(identity=machine.identity.model_copy(update={"serial": serial}))

@@ -171,6 +171,8 @@ class Devices:
             item.where,
             Nic,
             mac=address and mac_address(self.envelope.file, f"{item.where} Address", address),
+            # Importers generate an address unless the item states one.
+            mac_origin="static" if address else None,
             model=known[0] if known else model,
             network=item.get("Connection"),
             connected=self.flag(item, "AutomaticAllocation"),

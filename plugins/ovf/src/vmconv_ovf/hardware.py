@@ -15,6 +15,11 @@ def family(hardware_version: str | None) -> int | None:
     return max(map(int, found), default=None)
 
 
+def serial_of(stated: UUID) -> str:
+    """Returns the serial number in SMBIOS, which VMware forms of the configured UUID."""
+    return f"VMware-{stated.bytes[:8].hex(' ')}-{stated.bytes[8:].hex(' ')}"
+
+
 def uuid_seen(stated: UUID, number: int | None) -> UUID:
     """Returns the UUID that the guest reads in SMBIOS for a configured one; its own inverse."""
     swapped = number is not None and number >= _LITTLE_ENDIAN_SINCE

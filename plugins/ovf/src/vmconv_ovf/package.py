@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -38,6 +39,8 @@ _ALIGNMENT = 4096
 _END = 2 * BLOCK
 _OCTAL_LIMIT = 8**11
 _CHUNK = 4 << 20
+_COMPRESSED = 1 << 16
+"""Flag of a sparse extent's header; VMware, "Virtual Disk Format 5.0"."""
 
 
 def read(file: File) -> Machine:
@@ -117,21 +120,29 @@ def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, o
     readers look for the end marker at the end of the file.
     """
     *others, last = configs
-    descriptor = last._replace(name=f"{posixpath.splitext(last.name)[0]}.ovf")
+    name, content = f"{posixpath.splitext(last.name)[0]}.ovf", last.content
     small = [_Part(each.name, Extents.whole(Blob(each.name, each.content))) for each in others]
-    small += [_Part(each.name, each.table) for each in disks if each.name.lower().endswith(".nvram")]
-    large = [_Part(each.name, each.table) for each in disks if not each.name.lower().endswith(".nvram")]
-    content = descriptor.content
-    if large and options.disk_format != "streamOptimized":
+    large = [_Part(each.name, each.table) for each in disks]
+    _refuse_other_disks(large, options)
+    if large and options.disk_format == "sparse":
         step = max(modulus, _ALIGNMENT)
         before = BLOCK + sum(BLOCK + _padded(each.table.size) for each in small) + BLOCK
         content += b"\n" * (-(before + len(content)) % step)
         large = [*(each._replace(slack=-(each.table.size + BLOCK) % step) for each in large[:-1]), large[-1]]
-    parts = [_Part(descriptor.name, Extents.whole(Blob(descriptor.name, content))), *small, *large]
+    parts = [_Part(name, Extents.whole(Blob(name, content))), *small, *large]
     if options.manifest == "sha256":
-        parts.append(_manifest(descriptor.name, tuple(parts)))
+        parts.append(_manifest(name, tuple(parts)))
     _refuse_names(parts)
     return _joined(parts)
+
+
+def _refuse_other_disks(disks: Sequence[_Part], options: PackageOptions) -> None:
+    """Raises `PlanError` for disks of another kind than the descriptor states."""
+    for disk in disks:
+        magic, _, flags = struct.unpack("<4sII", disk.table.read(0, 12)) if disk.table.size >= 12 else (b"", 0, 0)
+        if magic == b"KDMV" and bool(flags & _COMPRESSED) != (options.disk_format == "streamOptimized"):
+            kind = "streamOptimized" if flags & _COMPRESSED else "sparse"
+            raise PlanError(f"{disk.name}: is {kind}, and the package is for {options.disk_format} disks")
 
 
 def _padded(size: int) -> int:

@@ -12,7 +12,7 @@ from vmconv_ovf import keys
 from vmconv_ovf.devices import Devices, flag
 from vmconv_ovf.envelope import Envelope, configs
 from vmconv_ovf.guest import Kind, guest_of, surplus
-from vmconv_ovf.hardware import family, uuid_seen
+from vmconv_ovf.hardware import family, serial_of, uuid_seen
 from vmconv_ovf.items import Item, items_of
 from vmconv_ovf.units import bytes_of
 
@@ -208,8 +208,10 @@ class _Reader:
             stated = UUID(text)
         except ValueError:
             raise self.envelope.refused("Config uuid", f"{quoted(text)} is not a UUID") from None
-        seen = uuid_seen(stated, family(board.hardware_version))
-        return Identity(uuid=seen, uuid_text=stated if stated != seen else None)
+        number = family(board.hardware_version)
+        seen = uuid_seen(stated, number)
+        serial = None if number is None else serial_of(stated)
+        return Identity(uuid=seen, uuid_text=stated if stated != seen else None, serial=serial)
 
     # -- firmware
 
