@@ -284,7 +284,7 @@ def test_the_descriptor_is_named_for_a_part_of_a_split_disk(tmp_path: Path, qemu
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", raw, tmp_path / "disk.vmdk")
     assert "disk disk.vmdk" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
     (tmp_path / "disk.vmdk").unlink()
-    assert "name the file that describes the disk" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
+    assert "name the disk's descriptor" in (refused(tmp_path / "disk-s001.vmdk").hint or "")
 
 
 # Directories, and standard input

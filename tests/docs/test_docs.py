@@ -135,8 +135,8 @@ def test_each_rule_of_the_threat_model_has_tests_that_exist() -> None:
             assert name in names_of_tests(ROOT / path), f"{path} has no {name}"
 
 
-def test_whoever_can_do_something_is_stopped_by_a_rule() -> None:
-    for row in cells(section(THREATS, "Who"))[1:]:
+def test_each_attacker_is_stopped_by_a_rule() -> None:
+    for row in cells(section(THREATS, "Attackers"))[1:]:
         assert re.search(r"\]\(|the same", row[3]), row[0]
 
 

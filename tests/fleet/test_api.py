@@ -96,7 +96,7 @@ def test_roles(api: Served, role: str, method: str, path: str, body: object, all
         if allowed:
             assert client.call(method, path, body).status in (200, 202)
         else:
-            with pytest.raises(AccessError, match=r"takes the role|local administrator"):
+            with pytest.raises(AccessError, match=r"needs the role|local administrator"):
                 client.call(method, path, body)
 
 
@@ -173,7 +173,11 @@ def test_a_response_is_waited_for(api: Served) -> None:
 def test_a_refusal_is_a_conflict(api: Served) -> None:
     wish = {"target": "n02", "verb": "cancel", "arguments": {"job": "none"}}
     reply = api.local.call("POST", "/api/v1/requests", wish, query={"wait": 30})
-    assert (reply.status, reply.content["ok"], reply.content["reason"]) == (409, False, "job none is not here")
+    assert (reply.status, reply.content["ok"], reply.content["reason"]) == (
+        409,
+        False,
+        "job none does not exist on this node",
+    )
 
 
 def test_the_same_key_is_the_same_request(api: Served) -> None:

@@ -153,7 +153,7 @@ def test_a_copy_of_the_authority_signs_what_the_first_one_would(authority: Autho
 def test_an_authority_of_another_fleet_is_not_adopted(authority: Authority, lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     stranger = Authority.found(str(tmp_path / "other"), "other")
-    with pytest.raises(AuthorityError, match="not the one of this fleet"):
+    with pytest.raises(AuthorityError, match="not that of this fleet"):
         Authority.of_key(lab.nodes[0].directory, stranger.export())
 
 
@@ -296,7 +296,7 @@ def test_nothing_is_sent_to_an_authority_with_another_fingerprint(
     invite: Callable[[], Invitation], authority: Authority
 ) -> None:
     invitation = invite()
-    with pytest.raises(JoinError, match="not of the fleet") as caught:
+    with pytest.raises(JoinError, match="not of the invitation's fleet") as caught:
         joining.join(invitation._replace(fingerprint="0" * 64), csr(Keys.generate(), new_node_id()))
     assert caught.value.hint is not None
     authority.redeem(invitation.token)
@@ -306,7 +306,7 @@ def test_a_member_that_is_not_the_one_of_the_invitation_gets_no_token(
     invite: Callable[[], Invitation], authority: Authority
 ) -> None:
     invitation = invite()
-    with pytest.raises(JoinError, match="the invitation is of"):
+    with pytest.raises(JoinError, match="the invitation names"):
         joining.join(invitation._replace(node=new_node_id()), csr(Keys.generate(), new_node_id()))
     authority.redeem(invitation.token)
 
@@ -337,7 +337,10 @@ def test_a_node_cannot_renew_for_another(lab: Lab, invite: Callable[[], Invitati
 def test_without_a_certificate_nothing_is_renewed(invite: Callable[[], Invitation], authority: Authority) -> None:
     invitation = invite()
     context = joining._client_context(joining._authority_certificate(invitation))
-    with joining._connected(invitation.address, context) as connection, pytest.raises(JoinError, match="show"):
+    with (
+        joining._connected(invitation.address, context) as connection,
+        pytest.raises(JoinError, match="client certificate"),
+    ):
         joining._post(connection, "/renew", {"request": csr(Keys.generate(), new_node_id()).decode()})
 
 

@@ -43,7 +43,7 @@ def test_an_exception_in_a_thread_ends_it_with_failure(lab: Lab, drive: Drive) -
     node, _ = pair(lab, drive)
     node.tell("fail")
     assert node.process.wait(HANG) == 1, node.log()
-    assert "told to fail" in node.log()
+    assert "failure on command" in node.log()
 
 
 def test_it_ends_while_it_writes_and_is_written_to(lab: Lab, drive: Drive) -> None:
@@ -111,7 +111,7 @@ def test_a_node_runs_once(lab: Lab, drive: Drive) -> None:
     assert running(node.config) == node.process.pid
     done = run(node.config.directory)
     assert done.returncode == 1
-    assert f"the node is running already, as process {node.process.pid}" in done.stderr
+    assert f"the node is already running, as process {node.process.pid}" in done.stderr
     assert node.ask("state")["serving"] or node.process.poll() is None
 
 

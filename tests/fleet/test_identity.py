@@ -215,7 +215,7 @@ def test_credentials_of_another_node_or_for_other_keys_are_refused(pair: tuple[N
     with pytest.raises(IdentityError, match="the settings are of node"):
         credentials.load(dataclasses.replace(pair[0], node=new_node_id()))
     Keys.generate().save(pair[0].path("identity"))
-    with pytest.raises(IdentityError, match="not for the signing key"):
+    with pytest.raises(IdentityError, match="does not match the signing key"):
         credentials.load(pair[0])
 
 

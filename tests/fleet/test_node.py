@@ -82,7 +82,7 @@ def founder(machine: Callable[[str], Machine], tmp_path: Path) -> Machine:
 def test_a_node_joins_is_seen_renews_and_leaves(founder: Machine, machine: Callable[[str], Machine]) -> None:
     second = machine("second")
     invitation = founder.node("invite", "--address", "127.0.0.1").strip()
-    assert "joins fleet house" in second.node("join", invitation, *ports("listen"), *LOCAL, "--name", "second")
+    assert "joined fleet house" in second.node("join", invitation, *ports("listen"), *LOCAL, "--name", "second")
     second.run()
     nodes = founder.status()["node"], second.status()["node"]
     wait_until(lambda: founder.status()["neighbours"] == [nodes[1]], 60, "the first one has a neighbour")
@@ -147,7 +147,7 @@ def test_an_action_on_what_is_no_node_is_one_line_and_a_hint(machine: Callable[[
     one = machine("nothing")
     assert one.node(action, code=1).splitlines() == [
         f"vmconv: {one.directory}: is not a node",
-        "  hint: vmconv node init founds a fleet, vmconv node join enters one",
+        "  hint: vmconv node init creates a fleet, vmconv node join joins one",
     ]
 
 

@@ -116,9 +116,9 @@ def test_a_request_to_oneself_goes_the_same_way() -> None:
     ("verb", "reason"),
     [
         ("refuse", "not on a Tuesday"),
-        ("break", "internal error: the node's log has it"),
+        ("break", "internal error: see the node's log"),
         ("large", "record of"),
-        ("unheard-of", "verb 'unheard-of' is not known to this node"),
+        ("unheard-of", "verb 'unheard-of' is unknown to this node"),
         ("x" * 100_000, "verb 'xxx"),
     ],
     ids=["refusal", "mistake", "large", "unknown", "long"],

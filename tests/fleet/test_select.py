@@ -78,8 +78,8 @@ def test_a_disk_is_selected(text: str, selected: bool) -> None:
         ("format=vmdk)", "')' at character 12 where 'and', 'or' or the end was expected"),
         ("format=vmdk node=n01", "'node' at character 13"),
         ("format=vmdk and", "the end where a field"),
-        ("name='open", "means nothing here"),
-        ("name=a!b", "means nothing here"),
+        ("name='open", "is not valid here"),
+        ("name=a!b", "is not valid here"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(text: str, said: str) -> None:

@@ -381,7 +381,7 @@ def test_in_place_only_what_lies_where_the_headers_are_moves() -> None:
 def test_a_fixed_disk_cannot_be_made_in_place() -> None:
     image = disk([(0, 0, MIB)], MIB, source_size=MIB)
     carrier = Placement(1, "image", carrier=image.flat.sources[0])  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="payload cannot have a fixed place in a VHDX"):
+    with pytest.raises(PlanError, match="a VHDX cannot be fixed"):
         write(image, Options(subformat="fixed"), carrier)
 
 
@@ -478,9 +478,9 @@ def test_what_a_vhdx_cannot_be_is_refused() -> None:
         of_format("vhdx", disk([], MIB), {}),
         of_format("vhd", disk([], MIB), {"data-write-guid": LINKAGE}),
     ):
-        with pytest.raises(PlanError, match=r"the parent of a VHDX is a VHDX, b\.vhdx is none"):
+        with pytest.raises(PlanError, match=r"the parent of a VHDX must be a VHDX, b\.vhdx is not"):
             plan(MIB, below)
-    with pytest.raises(PlanError, match=r"the parent of a VHDX is a VHDX, b\.vhdx is none"):
+    with pytest.raises(PlanError, match=r"the parent of a VHDX must be a VHDX, b\.vhdx is not"):
         write(disk([], MIB), Options(), placement(), backing=Backing("b.vhdx", "vhdx"))
-    with pytest.raises(PlanError, match="the parent of a VHDX is a VHDX, b is none"):
+    with pytest.raises(PlanError, match="the parent of a VHDX must be a VHDX, b is not"):
         write(scattered(1, MIB, MIB, parent=sound), Options(), placement(), backing=Backing("b", "raw"))

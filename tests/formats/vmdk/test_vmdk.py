@@ -373,7 +373,7 @@ def test_bad_descriptors_are_refused_in_one_line(
     [
         (b"CID=12345678", b"CID=123456789", "CID '123456789' is not a number"),
         (b"parentCID=ffffffff", b"parentCID=none", "parentCID 'none' is not a number"),
-        (b"parentCID=ffffffff", b"parentCID=00000001", "parentCID 00000001 speaks of a parent, but no line"),
+        (b"parentCID=ffffffff", b"parentCID=00000001", "parentCID 00000001 states a parent, but no line"),
         (b"# Disk DescriptorFile", b"A story", "neither a descriptor nor an extent"),
         (b"# Extent", b"#" * (1 << 20), "descriptor of 1048[0-9]* bytes, 1048576 at most"),
     ],
@@ -394,7 +394,7 @@ def test_an_extent_without_its_descriptor_is_refused_with_a_hint() -> None:
     for data in (sparse_extent(), cowd_extent([0], []), se_extent([])):
         with pytest.raises(ImageError, match="an extent of a disk, without its descriptor") as caught:
             in_memory(data)
-        assert "describes the disk" in str(caught.value.hint)
+        assert "the disk's descriptor" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

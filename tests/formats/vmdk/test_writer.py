@@ -338,7 +338,7 @@ def test_in_place_zeros_over_a_parent_take_an_entry() -> None:
     layout = write(image, Options(zeroed_grain=True), carrier, backing=backing)
     (first,) = unpacked(layout.files[0].table, 56, "<Q")
     assert unpacked(layout.files[0].table, first * 512 + 512, "<III") == (0, 2 * GRAIN // 512, 1)
-    with pytest.raises(PlanError, match="zeros that hide the parent take an entry"):
+    with pytest.raises(PlanError, match="zeros that hide the parent need zeroed grains"):
         write(image, Options(), carrier, backing=backing)
     image = disk_of(Extents.of(rows[:2], 2 * GRAIN), source, parent=parent(2 * GRAIN))
     assert write(image, Options(), carrier, backing=backing)

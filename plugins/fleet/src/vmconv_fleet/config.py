@@ -1,9 +1,9 @@
-"""A node's directory: what is in it, and the settings in `node.toml`.
+"""A node's directory, and the settings in `node.toml`.
 
 node.toml      settings, written by `init` and `join`, edited by administrators
 identity/      the node's certificate and keys; ca.pem is the certificate of the fleet's authority
-members.pem    certificates of the members of the fleet that the node joined
-authority/     the authority itself, on nodes that hold it
+members.pem    certificates of the members of the fleet at the time of joining
+authority/     the authority, on nodes that hold it
 store.sqlite   the replica
 api.sock       where the local administrator connects
 lock           held by the running node, with its process id
@@ -28,7 +28,7 @@ _TEXTS = ("api", "fleet", "join", "name", "node")
 
 
 class ConfigError(FleetError):
-    """The settings of a node are missing or make no sense."""
+    """The settings of a node are missing or not valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class NodeConfig:
     """The settings of a node.
 
     `listen` and `connect` are HOST:PORT of the links between nodes, `api` that of HTTPS, `join` that of the service for
-    nodes that join (only where the authority is); an empty text switches it off. `authorities` are the join services
+    nodes that join (only where the authority is); an empty text disables it. `authorities` are the join services
     that renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
     """
 
@@ -69,26 +69,26 @@ class NodeConfig:
 
 
 def default_directory() -> str:
-    """Returns the directory that `--directory` stands for when it is not given."""
+    """Returns the default of `--directory`."""
     named = os.environ.get("VMCONV_NODE")
     if named:
         return named
     state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
     if not os.path.isabs(state):
-        # Without a home, "~" stands for itself: a directory of that name would be made here.
-        raise ConfigError("there is no home directory for the node's state", hint="name the node with --directory")
+        # Without a home, "~" would be a directory of that name.
+        raise ConfigError("no home directory for the node's state", hint="name the node with --directory")
     return os.path.join(state, "vmconv", "node")
 
 
 def load(directory: str) -> NodeConfig:
-    """Returns the settings of the node in this directory; `ConfigError` when they are missing or make no sense."""
+    """Returns the settings of the node in this directory. Raises ConfigError if they are missing or not valid."""
     path = os.path.join(directory, "node.toml")
     try:
         with open(path, "rb") as file:
             found = tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError(
-            f"{directory}: is not a node", hint="vmconv node init founds a fleet, vmconv node join enters one"
+            f"{directory}: is not a node", hint="vmconv node init creates a fleet, vmconv node join joins one"
         ) from None
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path}: {exc}") from exc
@@ -116,7 +116,7 @@ def _is_of_its_kind(name: str, value: object) -> bool:
 
 
 def save(config: NodeConfig) -> None:
-    """Writes the settings; the text is TOML that a person can edit."""
+    """Writes the settings as TOML, for editing by hand."""
     lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
     for name in (*_LISTS, "api", "join", "gossip"):
         lines.append(f"{name} = {_text(getattr(config, name))}")
@@ -127,7 +127,7 @@ def save(config: NodeConfig) -> None:
 
 
 def _text(value: object) -> str:
-    """Returns the value in TOML, which for texts, lists of texts and booleans is what it is in JSON."""
+    """Returns the value in TOML; strings, lists of strings and booleans are written as in JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -137,7 +137,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Returns host and port of HOST:PORT, where an IPv6 address stands in brackets; `UsageError` when it is neither."""
+    """Returns host and port of HOST:PORT, with an IPv6 address in brackets. Raises UsageError for anything else."""
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65535 or not host:
         raise UsageError(f"{text!r} is not an address", hint="write HOST:PORT, an IPv6 address as [::1]:PORT")

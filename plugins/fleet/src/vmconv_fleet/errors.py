@@ -1,4 +1,4 @@
-"""What goes wrong in a fleet and is said to a user in one line."""
+"""The errors of a fleet; each is one line for the user."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ class FleetError(VmconvError):
 
 
 class MalformedError(FleetError):
-    """A record, a message or a change is not as it has to be."""
+    """A record, a message or a change is not valid."""
 
     kind = "malformed"
 
 
 class NotOwnerError(FleetError):
-    """A node was asked to write what another one owns."""
+    """A node was told to write a record of another owner."""
 
 
 class NotReadyError(FleetError):
-    """The node has just started and still recovers its own records: it does not write yet."""
+    """The node cannot write yet: it still recovers its own records after its start."""
 
 
 class StoreError(FleetError):
@@ -28,8 +28,8 @@ class StoreError(FleetError):
 
 
 class ClosedError(FleetError):
-    """The engine has ended, or has not begun."""
+    """The engine has ended or not started."""
 
 
 class Refusal(FleetError):  # noqa: N818 - what a handler says, no failure
-    """A handler's no: the phrase becomes the response's `reason`."""
+    """A handler refuses a request; the message becomes the response's `reason`."""

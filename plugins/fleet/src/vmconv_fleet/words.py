@@ -1,4 +1,4 @@
-"""How a fleet is spoken of: ages, moments, plans, progress, and what strangers wrote."""
+"""Text for people: ages, moments, plans, progress, and untrusted names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def time_text(milliseconds: int | None) -> str:
 
 
 def cell(text: object) -> str:
-    """Returns a cell of a table: names come from strangers, and terminals obey."""
+    """Returns a cell of a table, escaped: untrusted names could control the terminal."""
     return printable(str(text)) if text not in (None, "") else "-"
 
 
@@ -42,7 +42,7 @@ def plan_text(plan: Mapping[str, Any] | None) -> str:
 
 
 def progress_text(job: Mapping[str, Any]) -> str:
-    """Returns how far a job is."""
+    """Returns the progress of a job."""
     progress = job.get("progress")
     if job.get("state") == "running" and progress and progress["total"]:
         return f"{progress['done'] / progress['total']:.0%}"

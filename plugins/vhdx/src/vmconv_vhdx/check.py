@@ -1,4 +1,4 @@
-"""The structural check of a VHDX image: headers, region tables, log, and where the BAT leads."""
+"""The structural check of a VHDX image: headers, region tables, log, and the offsets in its BAT."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vmconv_vhdx.reader import KINDS, UNKNOWN, add_blocks, add_metadata, chunks,
 
 
 def check(image: Image) -> CheckReport:
-    """Returns what is wrong with the structure of the image's file; its parent is not looked at.
+    """Returns the report on the structure of the image's file, without its parent.
 
-    The format knows no leaks: what no block uses is there for later ones.
+    The format has no leaks: unused space is available for later blocks.
     """
     return _Check(read_header(image.file)).report()
 

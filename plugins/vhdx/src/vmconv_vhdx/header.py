@@ -1,4 +1,4 @@
-"""Headers, regions and metadata of a VHDX image, read, checked and bounded: what the reader starts from."""
+"""Headers, regions and metadata of a VHDX image, checked and bounded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vmconv.plugin import Column, Extents, File, ImageError, Structure, damaged
 from vmconv_vhdx import structs
 from vmconv_vhdx.log import Log, replay
 
-_NO_SIGNATURE = "no VHDX signature, or it ends too soon"
+_NO_SIGNATURE = "no VHDX signature, or the file is too short"
 
 
 @dataclass(frozen=True)
 class Region:
-    """A part of the file that the region table names; bytes."""
+    """A range of the region table; bytes."""
 
     offset: int
     length: int
@@ -27,7 +27,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Header:
-    """What headers and metadata say, all of it checked. `view` is the file as it is after its log was replayed."""
+    """The checked values of headers and metadata. `view` is the file after the replay of its log."""
 
     file: File
     view: Extents
@@ -53,17 +53,17 @@ class Header:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the disk, the last of which may be longer than what is left of the disk."""
+        """Blocks of the disk; the last one may reach past the disk's end."""
         return -(-self.size // self.block_size)
 
     def needed(self, block: Column) -> Column:
-        """Returns how many bytes of these blocks the disk needs."""
+        """Returns the bytes of these blocks up to the end of the disk."""
         left: Column = np.minimum(self.size - block * self.block_size, self.block_size)
         return left
 
 
 def read_header(file: File) -> Header:
-    """Returns the header of the image in `file`; raises `ImageError` naming the field that cannot be."""
+    """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     end = structs.REGION_TABLE_OFFSETS[1] + structs.REGION_TABLE_LENGTH
     if file.size < end:
         raise damaged(file, "headers", 0, f"the file has {file.size:#x} bytes, they take {end:#x}")
@@ -98,7 +98,7 @@ def _text(data: bytes) -> str:
 
 
 def _current_header(file: File) -> tuple[Any, Structure]:
-    """Returns the valid header with the greater sequence number, and its place."""
+    """Returns the valid header with the greater sequence number, and its offset."""
     found, problems = [], []
     for at in structs.HEADER_OFFSETS:
         data = file.read(at, structs.HEADER_LENGTH)
@@ -113,15 +113,15 @@ def _current_header(file: File) -> tuple[Any, Structure]:
     if not found:
         raise damaged(file, "headers", structs.HEADER_OFFSETS[0], f"none is valid: {', '.join(problems)}")
     if len(found) == 2 and found[0][0] == found[1][0] and found[0][3] != found[1][3]:
-        # Some tools write both alike; that does no harm as long as it does not matter which one is taken.
+        # Some tools write two headers with one number. That is harmless if both are equal.
         second = Structure(file, structs.Header, found[1][1])
-        raise second.damaged("sequence_number", f"both headers have {found[1][0]}, but they are not the same")
+        raise second.damaged("sequence_number", f"both headers have {found[1][0]}, but differ")
     _, at, header, _ = max(found, key=lambda one: (one[0], -one[1]))
     return header, Structure(file, structs.Header, at)
 
 
 def doubtful_copies(file: File) -> Iterator[str]:
-    """Yields which of the structures that are there twice is not as it should be; the other one serves."""
+    """Yields the damaged one of each pair of structures; the other one is used."""
     for name, places, length, signature in (
         ("header", structs.HEADER_OFFSETS, structs.HEADER_LENGTH, b"head"),
         ("region table", structs.REGION_TABLE_OFFSETS, structs.REGION_TABLE_LENGTH, b"regi"),
@@ -129,14 +129,14 @@ def doubtful_copies(file: File) -> Iterator[str]:
         for at in places:
             data = file.read(at, length)
             if data[:4] != signature or int.from_bytes(data[4:8], "little") != structs.checksum(data):
-                yield f"{name} at {at:#x}: has not its signature and checksum, the other one is used"
+                yield f"{name} at {at:#x}: wrong signature or checksum, the other one is used"
 
 
 # -- regions
 
 
 def _regions(file: File, view: Extents, log: Log) -> dict[UUID, Region]:
-    """Returns BAT and metadata; raises `ImageError` for regions that overlap, and for required ones we do not know."""
+    """Returns BAT and metadata. Raises `ImageError` for overlapping regions, and unknown required ones."""
     at, data = _region_table(file, view)
     count = structs.RegionTableHeader.parse(data).entry_count
     if count > structs.MAX_ENTRIES:
@@ -172,7 +172,7 @@ def _region_table(file: File, view: Extents) -> tuple[int, bytes]:
         data = view.read(at, structs.REGION_TABLE_LENGTH)
         if data[:4] == b"regi" and int.from_bytes(data[4:8], "little") == structs.checksum(data):
             return at, data
-    raise damaged(file, "region tables", structs.REGION_TABLE_OFFSETS[0], "neither has its signature and checksum")
+    raise damaged(file, "region tables", structs.REGION_TABLE_OFFSETS[0], "neither has a valid signature and checksum")
 
 
 def _refuse_overlap(file: File, at: int, regions: Mapping[Any, Region]) -> None:
@@ -183,7 +183,7 @@ def _refuse_overlap(file: File, at: int, regions: Mapping[Any, Region]) -> None:
                 file,
                 "region table",
                 at,
-                f"{one.length} bytes from {one.offset:#x} overlap what begins at {other.offset:#x}",
+                f"{one.length} bytes from {one.offset:#x} overlap those at {other.offset:#x}",
             )
 
 
@@ -191,7 +191,7 @@ def _refuse_overlap(file: File, at: int, regions: Mapping[Any, Region]) -> None:
 
 
 def _items(file: File, view: Extents, region: Region) -> dict[UUID, tuple[int, bytes]]:
-    """Returns the places and bytes of the metadata items we know, all of them the system's."""
+    """Returns the offsets and bytes of the known metadata items, all of them system items."""
     length = structs.METADATA_TABLE_LENGTH
     if region.length < length:
         raise damaged(file, "metadata region", region.offset, f"{region.length} bytes, its table alone has {length}")
@@ -233,7 +233,7 @@ _KNOWN_ITEMS = {
     structs.PHYSICAL_SECTOR_SIZE: 4,
     structs.PARENT_LOCATOR: 20,
 }
-"""Bytes that each has at least."""
+"""Minimum length of each in bytes."""
 
 
 def _metadata(file: File, items: Mapping[UUID, tuple[int, bytes]]) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _locator_entries(file: File, at: int, data: bytes, count: int) -> Iterator[t
 
 
 def is_hole(header: Header, offset: int, length: int) -> bool:
-    """True where the file has a hole that no log entry writes to: nothing has to be read there."""
+    """True if the range is a hole of the file without log entries, so that it need not be read."""
     row = header.view.row_at(np.array([offset, offset + length - 1]))
     whole = row[0] == row[1] and header.view.source[row[0]] >= 0
     if not whole or header.view.sources[header.view.source[row[0]]] is not header.file:

@@ -1,8 +1,8 @@
 """The log of a VHDX image that was not closed cleanly, replayed in memory; [MS-VHDX] section 2.3.
 
 The log is a ring of entries, each of whole 4 KiB sectors: a header, descriptors, and a data sector for each data
-descriptor. Entries that follow each other in place and number are a sequence. The active one has the greatest number;
-it is replayed from its tail to its head. The file itself is never changed: replaying gives a view of it.
+descriptor. Contiguous entries with consecutive numbers are a sequence. The active sequence has the greatest number and
+is replayed from its tail to its head. The file itself is never changed: a replay returns a view of it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy.typing as npt
 from vmconv.plugin import Blob, Column, Columns, Extents, File, Kind, damaged, distinct
 from vmconv_vhdx import structs
 
-_HINT = "open it once with what wrote it, which can repair it, or go back to a backup"
+_HINT = "open it once with the program that wrote it, which can repair it, or restore a backup"
 _SECTOR = structs.LOG_SECTOR
 _MOST = 1 << 61
-"""Largest offset of a file that is believed, bytes: twice it is still a signed 64-bit integer."""
+"""Largest accepted offset of a file, bytes: its double still fits into a signed 64-bit integer."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """Where the log is, bytes, and the GUID that its entries must bear; all zeros when there is nothing to replay."""
+    """The range of the log, bytes, and the GUID of its entries; zeros if the log is empty."""
 
     offset: int
     length: int
@@ -34,7 +34,7 @@ class Log:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A log entry whose own numbers make sense; `start` is its place in the log, bytes."""
+    """A log entry with valid numbers; `start` is its offset in the log, bytes."""
 
     start: int
     length: int
@@ -47,7 +47,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Patches:
-    """What the entries write, in their order: ranges of the file, and the sector of `data` (-1: zeros)."""
+    """The writes of the entries, in order: ranges of the file, and the sector of `data` (-1: zeros)."""
 
     start: Column
     length: Column
@@ -56,7 +56,7 @@ class _Patches:
 
 
 def replay(file: File, log: Log) -> Extents:
-    """Returns the file as it is after its log was replayed; raises `ImageError` where the log cannot be trusted."""
+    """Returns the view of the file after the replay of its log. Raises `ImageError` if the log is not valid."""
     return _Replay(file, log).view()
 
 
@@ -89,11 +89,11 @@ class _Replay:
         if len(beyond):
             at = int(patches.start[beyond[0]])
             self._refuse(f"writes to {at:#x}, past the end of the file ({size:#x})", head.start)
-        # What the log says was added to the file is zero until the log writes it.
+        # The part by which the log extends the file is zero until the log writes it.
         base = Extents.whole(self.file).window(0, size).without_holes()
         return _painted(base, patches)
 
-    # -- which entries count
+    # -- active entries
 
     def _active(self) -> list[_Entry]:
         """Returns the entries to replay, oldest first."""
@@ -109,12 +109,12 @@ class _Replay:
         if newest is None:
             self._refuse("the image was not closed cleanly, but its log has no entry")
         if not best or newest.sequence > best[-1].sequence:
-            problem = self._problem(newest) or "entries that it builds on are missing"
+            problem = self._problem(newest) or "entries before it are missing"
             self._refuse(f"is torn: entry {newest.sequence} cannot be replayed: {problem}", newest.start)
         return best
 
     def _entries(self) -> Iterator[_Entry]:
-        """Yields everything that bears the log's GUID and lengths that can be, whether the rest is sound or not."""
+        """Yields all entries with the log's GUID and possible lengths, valid or not."""
         ring, sectors = self.log.length, self.data.reshape(-1, _SECTOR)
         size = structs.LogEntryHeader.itemsize
         headers = np.ascontiguousarray(sectors[:, :size]).view(structs.LogEntryHeader).reshape(-1)
@@ -133,7 +133,7 @@ class _Replay:
             yield _Entry(index * _SECTOR, length, tail, sequence, descriptors, flushed, last)
 
     def _sequences(self, valid: dict[int, _Entry]) -> Iterator[list[_Entry]]:
-        """Yields each run of entries that follow each other in the ring and by their numbers."""
+        """Yields each run of entries that are contiguous in the ring and have consecutive numbers."""
 
         def following(entry: _Entry) -> _Entry | None:
             after = valid.get((entry.start + entry.length) % self.log.length)
@@ -149,13 +149,13 @@ class _Replay:
                 yield sequence
 
     def _bytes(self, start: int, length: int) -> npt.NDArray[np.uint8]:
-        """Returns bytes of the ring, which goes on at its beginning."""
+        """Returns bytes of the ring, which wraps around."""
         start %= self.log.length
         part = self.data[start : start + length]
         return part if len(part) == length else np.concatenate([part, self.data[: length - len(part)]])
 
     def _problem(self, entry: _Entry) -> str | None:
-        """Returns what makes an entry invalid, or None."""
+        """Returns why an entry is invalid; None if it is valid."""
         data = self._bytes(entry.start, entry.length).tobytes()
         stated = int.from_bytes(data[4:8], "little")
         found = structs.checksum(data)
@@ -188,7 +188,7 @@ class _Replay:
         descriptors = data[head : head + entry.descriptors * size]
         return descriptors.view(structs.LogDescriptor), data[front:].view(structs.LogDataSector)
 
-    # -- what they write
+    # -- writes
 
     def _patches(self, entry: _Entry) -> _Patches:
         descriptors, sectors = self._parts(entry)
@@ -196,8 +196,9 @@ class _Replay:
         limit = np.uint64(_MOST)
         length = np.where(is_data, np.uint64(_SECTOR), descriptors["leading"])
         if (descriptors["file_offset"] > limit).any() or (length > limit).any():
-            self._refuse("writes past the end of what a file can be", entry.start)
-        # The first 8 and the last 4 bytes of a sector are in its descriptor: in the log they make room for its number.
+            self._refuse("writes past the largest possible file", entry.start)
+        # The first 8 and the last 4 bytes of a sector are in its descriptor, because the log has a number in their
+        # place.
         content = sectors.copy().view(np.uint8).reshape(-1, _SECTOR)
         chosen = descriptors[is_data]
         content[:, :8] = np.ascontiguousarray(chosen["leading"]).view(np.uint8).reshape(-1, 8)
@@ -220,7 +221,7 @@ def _joined(parts: list[_Patches]) -> _Patches:
 
 
 def _painted(base: Extents, patches: _Patches) -> Extents:
-    """Returns the table with all patches written over it, each over those before."""
+    """Returns the table with all patches applied, in order."""
     end = patches.start + patches.length
     edges = distinct(np.concatenate([patches.start, end]))
     owner = np.full(len(edges), -1, dtype=np.int32)

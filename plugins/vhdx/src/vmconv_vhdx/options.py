@@ -12,7 +12,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Options(Identified):
-    """How a VHDX image is written; raises `ValueError` for what the format cannot be."""
+    """The options of the VHDX writer. Raises `ValueError` for values that the format does not allow."""
 
     subformat: Literal["dynamic", "fixed"] = option("dynamic", "dynamic (grows as it is written) or fixed")
     block_size: Size = option(0, "bytes of a block: a power of two from 1M to 256M; 0: 8M to 64M by the disk's size")

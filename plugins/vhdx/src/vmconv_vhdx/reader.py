@@ -33,15 +33,15 @@ from vmconv.plugin import (
 from vmconv_vhdx import structs
 from vmconv_vhdx.header import Header, is_hole, read_header
 
-# Entries of the BAT that are looked at together; each needs some 60 bytes meanwhile.
+# Entries of the BAT in one slice; parsing needs about 60 bytes for each.
 _SLICE = 1 << 18
-# Bytes of sector bitmaps that are looked at together; each bit needs some 20 bytes meanwhile.
+# Bytes of sector bitmaps in one slice; parsing needs about 20 bytes for each bit.
 _BITMAPS = 128 << 10
 _MAX_CREATOR = 64
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
-    """Returns the image in `file`; a log that was left behind is replayed in memory."""
+    """Returns the image in `file`. An unreplayed log is replayed in memory."""
     if snapshot is not None:
         raise ImageError(f"{file.name}: VHDX images have no snapshots, {snapshot!r} was asked for")
     header = read_header(file)
@@ -54,7 +54,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         file,
         header.size,
         lambda: _Mapper(header).table(),
-        # A disk without a parent leaves nothing to another layer: QEMU's maps call its zeros present.
+        # Without a parent, QEMU's maps call zeros present.
         load_places=None if header.has_parent else lambda: _Mapper(header).table().without_holes(),
         shows_holes=lambda _: header.fixed,
         load_parent=(lambda: _load_parent(header, names, opener)) if header.has_parent else None,
@@ -67,7 +67,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 
 def _facts(header: Header) -> DiskFacts:
-    # 512 is what a disk has that does not say.
+    # 512 is the default.
     return DiskFacts(
         logical_sector_size=header.logical_sector_size if header.logical_sector_size != 512 else None,
         physical_sector_size=header.physical_sector_size if header.physical_sector_size != 512 else None,
@@ -99,14 +99,14 @@ def _details(header: Header, names: tuple[str, ...]) -> Mapping[str, Any]:
 def _parents(locator: Mapping[str, str]) -> Iterator[str]:
     """Yields the parent's names as paths of this system, in the order that [MS-VHDX] 2.6.2.6.3 gives.
 
-    The parent's GUID decides whether a file is the right one.
+    The caller verifies the parent's GUID.
     """
     keys = ("relative_path", "volume_path", "absolute_win32_path")
     yield from dict.fromkeys(filter(None, (named_by(from_windows(locator.get(key, ""))) for key in keys)))
 
 
 def _load_parent(header: Header, names: tuple[str, ...], opener: Opener) -> Image:
-    """Returns the parent under the first of its names that can be opened; raises `ImageError` if it is another disk."""
+    """Returns the parent by the first of its names that can be opened. Raises `ImageError` if it is another disk."""
     parent, refused = None, None
     for name in names:
         try:
@@ -143,7 +143,7 @@ _Entries = npt.NDArray[np.uint64]
 def chunks(header: Header) -> Iterator[tuple[int, _Entries, _Entries]]:
     """Yields `(first block, its entries of the BAT and those that follow, entries of their sector bitmaps)`.
 
-    The entry of a sector bitmap follows those of its chunk. What lies in a hole of the file is left out.
+    The entry of a sector bitmap follows those of its chunk. Entries in holes of the file are skipped.
     """
     ratio, blocks = header.chunk_ratio, header.blocks
     together = max(1, _SLICE // (ratio + 1))
@@ -160,7 +160,7 @@ def chunks(header: Header) -> Iterator[tuple[int, _Entries, _Entries]]:
 
 
 def missing_room(header: Header) -> str | None:
-    """Returns what is wrong with a BAT that has too few entries for the disk, or None."""
+    """Returns the error of a BAT with too few entries for the disk; None if it has enough."""
     ratio, blocks = header.chunk_ratio, header.blocks
     last = -(-blocks // ratio) * (ratio + 1) if header.has_parent else blocks + (blocks - 1) // ratio
     if not blocks or last * 8 <= header.bat.length:
@@ -170,14 +170,14 @@ def missing_room(header: Header) -> str | None:
 
 
 def add_metadata(usage: Usage, header: Header) -> None:
-    """Adds the places of headers, log, BAT and metadata."""
+    """Adds the ranges of headers, log, BAT and metadata."""
     usage.add("header section", [0], structs.HEADER_SECTION)
     for name, region in (("log", header.log), ("BAT", header.bat), ("metadata region", header.metadata)):
         usage.add(name, [region.offset], region.length)
 
 
 def add_blocks(usage: Usage, header: Header, block: Column, place: Column) -> None:
-    """Adds payload blocks; of the last one of the disk only what the disk needs."""
+    """Adds payload blocks; the last one only up to the end of the disk."""
     whole = (block + 1) * header.block_size <= header.size
     usage.add("payload block", place[whole], header.block_size, block[whole])
     usage.add_each("payload block", place[~whole], header.needed(block[~whole]), block[~whole])
@@ -190,7 +190,7 @@ class _Mapper:
         self.header = header
         self.source: Source = header.file
         if header.replayed:
-            # The address space of the replayed file; `table` composes it with where its bytes are.
+            # Offsets of the replayed file; `table` composes them with its view.
             self.source = Placeholder(header.file.name, header.view.size)
         self.blocks = header.blocks
         self.allocated = 0
@@ -212,7 +212,7 @@ class _Mapper:
         return table.through(self.source, header.view) if header.replayed else table
 
     def _slices(self) -> Iterator[tuple[Kinds, int, Column] | int]:
-        """Yields the columns of payload entries, and the number of blocks that have none."""
+        """Yields the columns of payload entries, or the number of blocks without entries."""
         at = 0
         for first, raw, bitmaps in chunks(self.header):
             if first > at:
@@ -239,7 +239,7 @@ class _Mapper:
         return kind, 0, place
 
     def _check(self, place: Column, there: npt.NDArray[np.bool_], first: int) -> None:
-        """Raises `ImageError` unless every payload lies inside the file, as far as the disk reaches."""
+        """Raises `ImageError` unless every payload lies inside the file, up to the end of the disk."""
         header = self.header
         end = place + header.needed(np.arange(first, first + len(place), dtype=np.int64))
         bad = there & ((place < structs.HEADER_SECTION) | (end > header.view.size))
@@ -264,12 +264,12 @@ class _Mapper:
         entry = block + block // header.chunk_ratio
         raise damaged(header.file, f"BAT entry {entry}", header.bat.offset + entry * 8, problem)
 
-    # -- blocks that are the disk's own in part
+    # -- partially present blocks
 
     def _add_partial(
         self, partial: npt.NDArray[np.bool_], place: Column, bitmaps: npt.NDArray[np.uint64], first: int
     ) -> None:
-        """Notes blocks, their places and the places of their bits; their chunk has to have a bitmap for them."""
+        """Adds blocks, their offsets and those of their bits. Raises `ImageError` if their chunk has no bitmap."""
         header = self.header
         chosen = np.flatnonzero(partial)
         if not header.has_parent:
@@ -289,7 +289,7 @@ class _Mapper:
 
     @property
     def _bitmap_size(self) -> int:
-        """Bytes of the sector bitmap that speak for one block."""
+        """Bytes of the sector bitmap for one block."""
         return self.header.block_size // self.header.logical_sector_size // 8
 
     def _bits(self, block: Column, place: Column, bitmap: Column) -> Iterator[tuple[Columns, Column]]:
@@ -298,19 +298,19 @@ class _Mapper:
         step = max(1, _BITMAPS // size)
         for first in range(0, len(block), step):
             some = slice(first, first + step)
-            # What lies together is not worth looking for: bitmaps of such blocks are small and few.
+            # No search for contiguous bitmaps: those of such blocks are small and few.
             raw = b"".join(self.header.view.read(at, size) for at in bitmap[some].tolist())
             bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8).reshape(-1, size), axis=1, bitorder="little")
             address = block[some] * self.header.block_size
             yield _bit_runs(bits, self.header.logical_sector_size, address, place[some]), address
 
     def _detailed(self, blocks: Extents, parts: list[tuple[Columns, Column]]) -> Extents:
-        """Returns the table of blocks with the rows of some of them in place of what it says of those blocks."""
+        """Returns the table of blocks, with the given rows for some blocks."""
         size = self.header.size
         rows = Columns.join([rows for rows, _ in parts])
         start = np.concatenate([address for _, address in parts])
         end = np.minimum(start + self.header.block_size, size)
-        # Between those blocks a HOLE; it gives way to the rows of a block that begins there.
+        # A HOLE between those blocks; rows of a block that begins there replace it.
         apart = np.append(0, end)
         holes = Columns(apart, np.zeros(len(apart), np.uint8), np.full(len(apart), -1, np.int32), np.zeros_like(apart))
         both = Columns.join([rows, holes])
@@ -321,7 +321,7 @@ class _Mapper:
 
 
 def _bit_runs(bits: npt.NDArray[np.uint8], unit: int, address: Column, place: Column) -> Columns:
-    """Returns a row for each run of equal bits: 1 is DATA at its place in the file, 0 a HOLE; bits are sectors."""
+    """Returns a row for each run of equal bits: 1 is DATA at its offset in the file, 0 a HOLE; bits are sectors."""
     begins = np.ones(bits.shape, dtype=bool)
     begins[:, 1:] = bits[:, 1:] != bits[:, :-1]
     block, sector = np.nonzero(begins)
@@ -331,8 +331,8 @@ def _bit_runs(bits: npt.NDArray[np.uint8], unit: int, address: Column, place: Co
 
 
 UNKNOWN = 255
-# What the guest reads by the state of a block: what is undefined or unmapped reads as zero here, as in QEMU, and never
-# as what the parent says.
+# The content of a block by its state: undefined and unmapped blocks read as zero, as in QEMU, and never as in the
+# parent.
 KINDS = np.full(8, UNKNOWN, dtype=np.uint8)
 KINDS[structs.NOT_PRESENT] = Kind.HOLE
 KINDS[[structs.UNDEFINED, structs.ZERO, structs.UNMAPPED, structs.UNMAPPED_V095]] = Kind.ZERO

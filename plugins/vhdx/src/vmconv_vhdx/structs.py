@@ -1,11 +1,11 @@
 """The structures of a VHDX image, in the order of Microsoft's [MS-VHDX], section 2.
 
     0           FileTypeIdentifier
-    64 KiB      Header, 128 KiB a second one: the one with the greater sequence number counts
+    64 KiB      Header, 128 KiB a second one: the one with the greater sequence number is valid
     192 KiB     RegionTable, 256 KiB a copy
     1 MiB ...   in any order, each at whole MiB: log, BAT, metadata, payload blocks, sector bitmap blocks
 
-All numbers are little-endian. The log, the BAT and the table of metadata are numpy's business.
+All numbers are little-endian. Log, BAT and metadata table are handled with numpy.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ LogEntryHeader = np.dtype(
     ]
 )
 
-# What is `trailing` in a data descriptor is reserved in a zero descriptor; `leading` is its length.
+# In a zero descriptor `trailing` is reserved, and `leading` is the length.
 LogDescriptor = np.dtype(
     [("signature", "S4"), ("trailing", "V4"), ("leading", "<u8"), ("file_offset", "<u8"), ("sequence_number", "<u8")]
 )
@@ -91,7 +91,7 @@ STATE_MASK = 7
 OFFSET_MASK = 0xFFFFFFFFFFF00000
 NOT_PRESENT, UNDEFINED, ZERO, UNMAPPED = 0, 1, 2, 3
 UNMAPPED_V095 = 5
-"""What UNMAPPED was before version 1.0 of the format; QEMU reads it too."""
+"""UNMAPPED before version 1.0 of the format; QEMU reads it too."""
 FULLY_PRESENT, PARTIALLY_PRESENT = 6, 7
 BITMAP_PRESENT = 6
 CHUNK_SECTORS = 1 << 23
@@ -127,7 +127,7 @@ ParentLocatorEntry = Struct(
 
 VHDX_LOCATOR = UUID("b04aefb7-d19e-4a81-b789-25b8e9445913")
 
-# Limits: those of the format, and of what is held in memory because an image says so.
+# Limits of the format, and of the memory that the numbers of an image can demand.
 
 MAX_SIZE = 64 << 40
 MIN_BLOCK_SIZE, MAX_BLOCK_SIZE = MIB, 256 * MIB
@@ -138,11 +138,11 @@ MAX_LOCATOR_ENTRIES = 64
 
 
 def checksum(data: bytes, field: int = 4) -> int:
-    """Returns the CRC-32C of a structure in which the checksum at offset `field` counts as zero."""
+    """Returns the CRC-32C of a structure, with zeros for the checksum at offset `field`."""
     head = google_crc32c.value(data[:field] + bytes(4))
     return int(google_crc32c.extend(head, data[field + 4 :]))
 
 
 def chunk_ratio(block_size: int, sector_size: int) -> int:
-    """Returns how many payload blocks one sector bitmap block speaks for; its BAT entry follows theirs."""
+    """Returns the number of payload blocks per sector bitmap block; its BAT entry follows theirs."""
     return CHUNK_SECTORS * sector_size // block_size

@@ -1,10 +1,10 @@
 """Writes VHDX images: a pure function from the guest's table to the table of the output file.
 
     file type, headers, region tables | log | metadata | BAT | sector bitmap blocks | payload blocks
-    file type, headers, region tables | payload blocks, where they are | log | metadata | BAT | ...      (in place)
+    file type, headers, region tables | payload blocks, unmoved | log | metadata | BAT | ...             (in place)
 
-All parts lie at whole MiB, and so do payload blocks: what is aligned in the source is aligned here. The BAT and the
-sector bitmaps are computed when they are written, a slice at a time.
+All parts and payload blocks lie at whole MiB, so payload aligned in the source is aligned here. BAT and sector bitmaps
+are computed on writing, a slice at a time.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from vmconv_vhdx import structs
 from vmconv_vhdx.options import Options
 
 _CREATOR = "vmconv"
-# Units of a bitmap that are computed together; each needs some 20 bytes meanwhile.
+# Units of a bitmap in one slice; computing needs about 20 bytes for each.
 _BITS = 1 << 19
-# QEMU's block sizes for disks larger than so many bytes.
+# QEMU's block sizes, by the size of the disk in bytes.
 _BLOCK_SIZES = ((32 << 40, 64 << 20), (100 << 30, 32 << 20), (1 << 30, 16 << 20))
 _SMALL_BLOCK = 8 << 20
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Where the parts of the file are, bytes."""
+    """Offsets of the parts of the file, bytes."""
 
     log: int
     log_length: int
@@ -63,7 +63,7 @@ class _Parts:
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of a VHDX image; raises `PlanError` when the disk or its parent is not what VHDX can hold."""
+    """Returns the layout of a VHDX image; raises `PlanError` if VHDX cannot hold the disk or its parent."""
     return _Writer(image, options, placement, backing).layout()
 
 
@@ -98,15 +98,15 @@ class _Writer:
         self.chunks = distinct(self.partial // self.ratio)
 
     def _blocks(self, options: Options, carrier: File | None) -> int:
-        """Returns the bytes of a block; in place, the smallest there are, because the first one may have to move."""
+        """Returns the bytes of a block; in place the smallest, because the first block may have to move."""
         if carrier is None:
             return options.block_size or next((b for limit, b in _BLOCK_SIZES if self.size > limit), _SMALL_BLOCK)
         if self.fixed:
-            raise PlanError("in place, payload cannot have a fixed place in a VHDX", hint="use -o subformat=dynamic")
+            raise PlanError("in place, a VHDX cannot be fixed", hint="use -o subformat=dynamic")
         return structs.MIB
 
     def _pin(self, carrier: File) -> None:
-        """Leaves payload where it is, but for what lies in the place of the headers."""
+        """Leaves payload in place, except for the part that must clear the headers."""
         from vmconv.plugin import pin
 
         self.pinned = pin(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
@@ -126,7 +126,7 @@ class _Writer:
         table = blocks.output_table(metadata, self.guest, rows, length, end)
         return Layout((OutFile(table, slack=True),))
 
-    # -- where everything goes
+    # -- placement
 
     def _parts(self) -> _Parts:
         log = self.pinned.end if self.pinned else structs.HEADER_SECTION
@@ -138,7 +138,7 @@ class _Writer:
         return _Parts(log, self.options.log_size, metadata, bat, bat_length, bitmaps, end)
 
     def _place(self, payload: blocks.Runs, base: int) -> tuple[Column, Column, int]:
-        """Returns runs of blocks and their places; a fixed disk has them in the order of the guest."""
+        """Returns runs of blocks and their offsets; a fixed disk has them in guest order."""
         align = max(structs.MIB, self.modulus)
         base = -(-base // align) * align
         if self.fixed:
@@ -147,13 +147,13 @@ class _Writer:
         return placed.run, placed.offset, placed.end
 
     def _stay(self, payload: blocks.Runs, end: int) -> tuple[Column, Column, int]:
-        """Returns runs of blocks and the places in which they are."""
+        """Returns runs of blocks and their present offsets."""
         assert self.pinned
         offset = self.pinned.offset[np.argsort(self.pinned.runs.first, kind="stable")]
         return np.arange(len(payload.first)), offset, end
 
     def _partial(self) -> Column:
-        """Returns the numbers of blocks that are left to the parent in part."""
+        """Returns the numbers of blocks that are partly the parent's."""
         mixed = self.runs.first[self.runs.mixed]
         if not self.backing or not len(mixed):
             return mixed[:0]
@@ -163,7 +163,7 @@ class _Writer:
         return partial
 
     def _host(self, places: Column, end: int) -> Extents:
-        """Returns the table of the guest's blocks whose windows are their places in the output file."""
+        """Returns the table from guest blocks to the output file."""
         kind = np.where(self.allocated, np.uint8(Kind.DATA), self.runs.kind)
         none = np.zeros(len(kind), dtype=np.int32)
         return Extents(
@@ -190,7 +190,7 @@ class _Writer:
         return Blob("BAT", compute, self._entries() * 8)
 
     def _entries(self) -> int:
-        """Returns the entries of the BAT: there is one for a bitmap behind each chunk, or only between chunks."""
+        """Returns the number of BAT entries: with one for a bitmap behind each chunk, or only between chunks."""
         total = self.guest.size // self.block
         return -(-total // self.ratio) * (self.ratio + 1) if self.backing else total + (total - 1) // self.ratio
 
@@ -208,7 +208,7 @@ class _Writer:
         return np.where(there, parts.bitmaps + at * structs.BITMAP_BLOCK | structs.BITMAP_PRESENT, 0)
 
     def _bitmaps(self) -> Blob:
-        """Returns the sector bitmap blocks, end to end: a bit for each sector, 0 where it is left to the parent."""
+        """Returns the concatenated sector bitmap blocks: one bit per sector, 0 for sectors of the parent."""
         allocated = blocks.allocated(self.guest)
 
         def compute(offset: int, length: int) -> bytes:
@@ -286,7 +286,7 @@ class _Writer:
         return creator if len(creator.encode("utf-16-le", "replace")) <= 510 else creator[:127]
 
     def _disk_id(self) -> UUID:
-        """Returns the id that the guest sees, which all layers of a disk have in common, as in Windows' own chains."""
+        """Returns the id that the guest sees, shared by all layers of a disk, as in Windows' own chains."""
         parent = self.image.parent if self.backing else None
         stated = parent.facts.identity if parent else None
         return UUID(bytes=self.identity) if stated is None else stated
@@ -296,7 +296,7 @@ class _Writer:
 
 
 def _among(values: Column, few: Column) -> npt.NDArray[np.bool_]:
-    """True where a value is one of `few`, which are sorted."""
+    """Returns a mask of the values that are in `few`, which are sorted."""
     return np.searchsorted(few, values, side="right") > np.searchsorted(few, values, side="left")
 
 
@@ -306,7 +306,10 @@ def _sealed(data: bytes) -> bytes:
 
 
 def _whole_sectors(size: int, sector: int) -> int:
-    """Returns the size of the disk, bytes; raises `PlanError` for what VHDX cannot hold, with the nearest it can."""
+    """Returns the size of the disk, bytes.
+
+    Raises `PlanError` with the nearest possible sizes if VHDX cannot hold it.
+    """
     size = -(-size // 512) * 512
     if size > structs.MAX_SIZE:
         raise PlanError(f"VHDX cannot hold {size} bytes: {structs.MAX_SIZE} bytes (64 TiB) at most")
@@ -321,12 +324,12 @@ def _whole_sectors(size: int, sector: int) -> int:
 
 
 def _linkage(image: Image, backing: Backing) -> UUID:
-    """Returns the data write GUID of the parent, by which a differencing disk knows it."""
+    """Returns the parent's data write GUID, which identifies it."""
     facts = image.parent.details.get("format-specific", {}) if image.parent else {}
     guid = facts.get("data", {}).get("data-write-guid") if facts.get("type") == "vhdx" else None
     if backing.format != "vhdx" or guid is None:
         raise PlanError(
-            f"the parent of a VHDX is a VHDX, {backing.reference} is none",
+            f"the parent of a VHDX must be a VHDX, {backing.reference} is not",
             hint="convert the parent to vhdx first, or flatten the chain",
         )
     return UUID(guid)

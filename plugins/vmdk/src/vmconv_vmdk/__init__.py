@@ -22,7 +22,7 @@ class Vmdk(Format):
     carries = frozenset({"adapter_type", "geometry"})
     supports_backing = True
     in_place = True
-    # Where a compressed grain lies is known when all before it are compressed.
+    # The offset of a compressed grain depends on all grains before it.
     not_mountable = frozenset({"reference", "streamOptimized"})
 
     def options(self) -> type[Any]:

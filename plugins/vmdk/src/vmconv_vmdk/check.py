@@ -1,4 +1,4 @@
-"""The structural check of a VMDK: what the grain directories and grain tables of each sparse extent say of its file."""
+"""The structural check of a VMDK: the grain directories and grain tables of each sparse extent."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vmconv_vmdk.hosted import Hosted
 from vmconv_vmdk.sparse import SLICE, RawEntries
 
 _WINDOW = 4 << 20
-"""Bytes of a file that are read at once to look at the markers in it."""
+"""Bytes of a file that are read at once for its markers."""
 
 Sparse = Hosted | Cowd | SeSparse
 
 
 def check(extents: Sequence[Sparse], image_end: int) -> CheckReport:
-    """Returns what is wrong with the sparse extents of a disk; flat ones have no structure.
+    """Returns the report on the sparse extents of a disk; flat ones have no structure.
 
-    The format knows no leaks: what no table refers to is not given back by anybody. `image_end` is where the image's
-    own file ends when it is no extent itself.
+    The format has no leaks: no writer reuses unreferenced space. `image_end` is the end of the image's own file if that
+    is no extent.
     """
     findings = Findings()
-    # Names tell the extents of a disk apart; one alone needs none.
+    # A single extent needs no name in its findings.
     checks = [_Check(extent, findings, f"{extent.file.name}: " if len(extents) > 1 else "") for extent in extents]
     for one in checks:
         one.run()
@@ -70,7 +70,7 @@ class _Check:
     # -- directories and tables
 
     def _directories(self) -> Column:
-        """Returns the places of the grain tables that the reader uses, each once, 0 where none can be."""
+        """Returns the offsets of the grain tables for the reader, each once, 0 for invalid ones."""
         found: list[Column] = []
         length = self.extent.entries * self.extent.width
         for name, offset in self.extent.directories:
@@ -98,7 +98,7 @@ class _Check:
         )
 
     def _compare(self, tables: Column, others: Column) -> None:
-        """Takes redundant tables that say something else; the reader heeds the first ones."""
+        """Reports redundant tables that differ; the reader uses the first ones."""
         missing = (tables == 0) & (others != 0)
         self.findings.corrupt_where(
             missing, lambda entry: f"{self.name}grain directory entry {entry}: 0, the redundant one has a table"
@@ -132,18 +132,16 @@ class _Check:
         if isinstance(extent, Hosted) and extent.compressed:
             self._compressed(extent, first + number, offset[number])
             return
-        # As far as the disk reaches: nobody needs the rest of its last grain.
+        # Up to the end of the disk: the rest of its last grain is not needed.
         left = np.minimum(extent.size - (first + number) * extent.grain, extent.grain)
         cut = offset[number] + left > self.file.size
         if cut.any():
             index = int(number[np.flatnonzero(cut)[0]])
-            self.findings.doubt(
-                f"{self._where(first + index)}: the file ends inside the grain; what is missing is zero"
-            )
+            self.findings.doubt(f"{self._where(first + index)}: the file ends inside the grain; the rest reads as zero")
         self.usage.add(f"{self.name}grain", offset[number], extent.grain, first + number)
 
     def _compressed(self, extent: Hosted, number: Column, offset: Column) -> None:
-        """Takes compressed grains: their markers have to name them, and say how long they are."""
+        """Checks compressed grains: their markers must state their sectors and lengths."""
         if not extent.flags & structs.MARKERS:
             self.usage.add(f"{self.name}grain", offset, 1, number)
             return
@@ -171,7 +169,7 @@ class _Check:
 
 
 def _tables(file: File, tables: Column, length: int) -> npt.NDArray[np.uint8]:
-    """Returns the bytes of grain tables one after the other, zeros for those that are not there."""
+    """Returns the concatenated grain tables, zeros for missing ones."""
     parts = [
         np.zeros(count * length, dtype=np.uint8) if data is None else np.frombuffer(data, dtype=np.uint8)
         for _, count, data in table_slices(file, tables, length, SLICE)
@@ -180,7 +178,7 @@ def _tables(file: File, tables: Column, length: int) -> npt.NDArray[np.uint8]:
 
 
 def _pieces(file: File, offset: Column, length: int) -> npt.NDArray[np.uint8]:
-    """Returns `length` bytes from each offset; what lies together is read together."""
+    """Returns `length` bytes from each offset; neighbours are read together."""
     pieces = np.zeros((len(offset), length), dtype=np.uint8)
     order = np.argsort(offset, kind="stable")
     places = offset[order]

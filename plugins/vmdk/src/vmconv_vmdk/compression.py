@@ -1,4 +1,4 @@
-"""Compressed grains: the part of a VMDK that cannot be referenced and is decompressed by who reads it."""
+"""Compressed grains: the part of a VMDK that cannot be referenced and is decompressed on reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmconv_vmdk import structs
 
 
 class CompressedGrains:
-    """Where the compressed grains of one extent lie; `source` is their content at the extent's own addresses."""
+    """The compressed grains of one extent; `source` is their content at the extent's addresses."""
 
     def __init__(self, file: File, grain: int, size: int, *, markers: bool) -> None:
         self.file = file
@@ -28,17 +28,17 @@ class CompressedGrains:
         )
 
     def add(self, guest: Column, offset: Column) -> None:
-        """Takes the numbers of grains and the offsets of their data, which begin inside the file."""
+        """Adds the numbers of grains and the offsets of their data, which begin inside the file."""
         self._parts.append((guest, offset))
         self._columns = None
 
     def _located(self) -> tuple[Column, Column, Column]:
-        """Returns number, offset and room of each grain: none can be longer than up to where the next one begins."""
+        """Returns number, offset and limit of length of each grain: at most up to the start of the next one."""
         if self._columns is None:
             guest, offset = (np.concatenate(column) for column in zip(*self._parts, strict=True))
             places = np.append(np.sort(offset), self.file.size)
             room = places[np.searchsorted(places, offset, side="right")] - offset
-            # QEMU allows for data that grew by compressing it, up to twice its size.
+            # QEMU allows compressed data of up to twice the grain's size.
             self._columns = guest, offset, np.minimum(room, 2 * self.grain + structs.GRAIN_MARKER_LENGTH)
         return self._columns
 
@@ -51,7 +51,7 @@ class CompressedGrains:
         try:
             data, whole = _inflate(encoded, self.grain)
         except Exception as exc:
-            # The library raises errors of its own; what they mean is that these bytes are not what they should be.
+            # Any error of the library means that the data is damaged.
             raise self._damaged(place, str(exc)) from exc
         if not needed <= len(data) <= self.grain:
             raise self._damaged(place, f"yields {len(data)} bytes, not {self.grain}")
@@ -60,7 +60,7 @@ class CompressedGrains:
         return data if len(data) == self.grain else data.ljust(self.grain, b"\0")
 
     def _encoded(self, data: bytes, index: int, place: int) -> bytes:
-        """Returns the compressed data behind the grain marker, which must be that of the grain `index`."""
+        """Returns the compressed data behind the marker of the grain `index`."""
         if not self.markers:
             return data
         if len(data) < structs.GRAIN_MARKER_LENGTH:
@@ -79,7 +79,7 @@ class CompressedGrains:
 
 
 def _inflate(data: bytes, size: int) -> tuple[bytes, bool]:
-    """Returns the data, one byte more than `size` at most, and whether it ended there, with the right checksum."""
+    """Returns the data, at most one byte more than `size`, and whether it ended with the right checksum."""
     from isal import isal_zlib
 
     stream = isal_zlib.decompressobj()

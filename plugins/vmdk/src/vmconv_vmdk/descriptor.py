@@ -1,6 +1,6 @@
-"""The text that describes a disk: what it is made of and what is below it (Virtual Disk Format 5.0, "The Descriptor
-File"). Read leniently, as it is edited by hand: names are not case-sensitive, spaces do not matter, lines come in any
-order.
+"""The text that describes a disk: its extents and its parent (Virtual Disk Format 5.0, "The Descriptor File").
+
+It may be edited by hand, so the parser ignores case, spaces and the order of lines.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _KNOWN_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class Part:
-    """One extent of a disk, as a line of the descriptor has it: `offset` is sectors into the file `name`."""
+    """One extent of a disk, from a line of the descriptor: `offset` is in sectors of the file `name`."""
 
     access: str
     sectors: int
@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A descriptor whose numbers were checked; `values` are by lower-case name."""
+    """A checked descriptor; `values` are by lower-case name."""
 
     values: Mapping[str, str]
     parts: tuple[Part, ...]
@@ -90,12 +90,12 @@ class Descriptor:
         return sum(part.size for part in self.parts)
 
     def dependencies(self) -> Iterator[Dependency]:
-        """Yields the files of extents, with what was recorded of those of flat ones when the disk was made."""
+        """Yields the files of extents, with the records of flat ones from the making of the disk."""
         ends: dict[str, int] = {}
         for part in self.parts:
             if part.kind == "ZERO" or part.access == "NOACCESS" or not part.name:
                 continue
-            # How long the file of a sparse extent has to be, only its tables say.
+            # Only the tables of a sparse extent determine the length of its file.
             end = part.offset * structs.SECTOR + part.size if part.kind in FLAT_KINDS else 0
             ends[part.name] = max(ends.get(part.name, 0), end)
         known = read_records(named_by(text) for name, text in self.values.items() if name.startswith(_RECORD))
@@ -104,12 +104,12 @@ class Descriptor:
 
 
 def recorded(records: Sequence[Record]) -> dict[str, str]:
-    """Returns the lines of "ddb" that keep what is known of the source's files; other readers ignore them."""
+    """Returns the lines of "ddb" with the records of the source's files; other readers ignore them."""
     return {f"{_RECORD.removeprefix('ddb.')}{number}": text_of(str(record)) for number, record in enumerate(records)}
 
 
 def parse(data: bytes, name: str) -> Descriptor:
-    """Returns the descriptor in `data`, which may be padded with zeros; raises `ImageError` naming what cannot be."""
+    """Returns the descriptor in `data`, which may be padded with zeros. Raises `ImageError` with the invalid part."""
     text, encoding = _decode(data.split(b"\0", 1)[0], name)
     values: dict[str, str] = {}
     parts: list[Part] = []
@@ -121,7 +121,7 @@ def parse(data: bytes, name: str) -> Descriptor:
             parts.append(_part(found, f"{name}: line {number}"))
         elif found := _VALUE.fullmatch(line):
             key, quoted = found[1].lower(), found[2]
-            # Names of files may begin and end with spaces.
+            # File names may begin and end with spaces.
             values.setdefault(
                 key, quoted if quoted is not None and key == _PARENT else (quoted or found[3] or "").strip()
             )
@@ -144,7 +144,7 @@ def _decode(data: bytes, name: str) -> tuple[str, str | None]:
     data = data.removeprefix(codecs.BOM_UTF8)
     found = _ENCODING.search(data)
     if not found:
-        # File names are bytes: what is not UTF-8 still names its file.
+        # File names are bytes, and need not be UTF-8.
         return data.decode("utf-8", "surrogateescape"), None
     encoding = found[1].decode("ascii", "replace")
     try:
@@ -199,13 +199,11 @@ def _check(descriptor: Descriptor, name: str) -> None:
     if descriptor.size > MAX_SIZE:
         raise ImageError(f"{name}: extents of {descriptor.size} bytes together, {MAX_SIZE} at most")
     if descriptor.parent_cid != NO_PARENT and not descriptor.parent:
-        raise ImageError(
-            f"{name}: parentCID {descriptor.parent_cid:08x} speaks of a parent, but no line names its file"
-        )
+        raise ImageError(f"{name}: parentCID {descriptor.parent_cid:08x} states a parent, but no line names its file")
 
 
 def separate(file: File) -> Descriptor:
-    """Returns the descriptor that a file consists of."""
+    """Returns the descriptor in a file of its own."""
     if file.size > structs.MAX_DESCRIPTOR:
         raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {structs.MAX_DESCRIPTOR} at most")
     data = file.read(0, file.size)
@@ -226,7 +224,7 @@ def render(
     """Returns the text of a descriptor: `database` are the lines of "ddb", by name."""
     lines = [
         "# Disk DescriptorFile",
-        # QEMU wants the version to be the first line that is not a comment.
+        # QEMU requires the version in the first line that is no comment.
         "version=1",
         'encoding="UTF-8"',
         f"CID={cid:08x}",

@@ -74,7 +74,7 @@ class SeSparse(Extent):
         ):
             if header[field] != only:
                 raise self._head.damaged(field, f"{header[field]:#x} is not {only:#x}")
-        # A quarter, so that sums of two places are still numbers of 64 bits.
+        # A quarter, so that sums of two offsets fit into 64 bits.
         most = MAX_SIZE // structs.SECTOR // 4
         for field in ("capacity", "grain_dir_offset", "grain_tables_offset", "grains_offset", "volatile_header_offset"):
             if header[field] > most:
@@ -92,7 +92,7 @@ class SeSparse(Extent):
             raise head.damaged(
                 "replay_journal",
                 "the journal was not replayed",
-                hint="let ESXi open the disk once, or consolidate it there",
+                hint="open the disk once in ESXi, or consolidate it there",
             )
 
     def table(self) -> Extents:
@@ -124,7 +124,10 @@ class SeSparse(Extent):
         return np.where(raw != 0, base + number * structs.SE_TABLE_SECTORS * structs.SECTOR, 0)
 
     def decode(self, raw: RawEntries) -> Grains:
-        """Returns what entries say: a kind in the top nibble; a grain's number has its low bits on top."""
+        """Returns kinds and grain numbers of entries.
+
+        The kind is in the top nibble, and a number has its low bits on top.
+        """
         what = raw & np.uint64(structs.SE_KIND)
         unknown = (what > np.uint64(structs.SE_ALLOCATED)) | ((what == 0) & (raw != 0))
         data = what == np.uint64(structs.SE_ALLOCATED)

@@ -1,10 +1,10 @@
-"""Lays out a hosted sparse extent: grains wherever they can be shared, and the tables that say where.
+"""Lays out a hosted sparse extent: grains at offsets that can be shared, and their tables.
 
     header | descriptor | redundant grain directory, grain tables | grain directory, grain tables | grains
-    header | descriptor | grains, where they are | the grain that lay where the header is | tables       (in place)
+    header | descriptor | grains, unmoved | the grain moved to clear the header | tables                 (in place)
 
 A grain may begin at any sector, so each run of grains goes to an offset congruent to its source. In place it stays
-where it is, if need be in smaller grains. The grain tables are computed when they are written, a slice at a time.
+where it is, if necessary in smaller grains. The grain tables are computed on writing, a slice at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vmconv_vmdk import structs
 GRAIN = 65536
 GRAIN_SECTORS = GRAIN // structs.SECTOR
 SMALLEST_GRAIN = 8192
-"""The specification asks for more than 4 KiB."""
+"""The specification requires more than 4 KiB."""
 
 TABLE = structs.ENTRIES * 4
 """Bytes of a grain table."""
@@ -51,14 +51,14 @@ def directory_bytes(tables: int) -> int:
 
 
 def directory(first_table: int, tables: int) -> bytes:
-    """Returns the entries of a grain directory whose tables lie one after the other."""
+    """Returns the entries of a grain directory with contiguous tables."""
     places = (first_table + np.arange(tables, dtype=np.int64) * TABLE) // structs.SECTOR
     return places.astype("<u4").tobytes()
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the metadata goes, bytes."""
+    """Offsets of the metadata, bytes."""
 
     redundant_directory: int
     redundant_tables: int
@@ -68,10 +68,10 @@ class _Places:
 
 
 class SparseExtent:
-    """One extent: `guest` is its table, `size` its capacity in bytes, `carrier` the file that it becomes in place.
+    """One extent: `guest` is its table, `size` its capacity in bytes, `carrier` the file that becomes it in place.
 
-    In a `delta`, a HOLE is left to the parent and zeros hide it: with `zeroed_grains` by an entry that says so, else by
-    a grain that is a hole in the file.
+    In a `delta`, a HOLE shows the parent and zeros hide it: with `zeroed_grains` by an entry, else by a grain that is a
+    hole in the file.
     """
 
     def __init__(
@@ -101,18 +101,18 @@ class SparseExtent:
         self.zero = runs.take(zero)
         self.payload = runs.take(allocated)
         if self.pinned and (allocated != (runs.kind == Kind.DATA)).any():
-            raise PlanError("in place, zeros that hide the parent take an entry", hint="use -o zeroed_grain=on")
+            raise PlanError("in place, zeros that hide the parent need zeroed grains", hint="use -o zeroed_grain=on")
         self.table_count = -(-size // (self.grain * structs.ENTRIES))
         self.places = self._places()
 
     def _pin(self, guest: Extents, carrier: File) -> Pinned:
-        """Chooses the largest grains, up to the usual ones, in which payload can stay where it is."""
+        """Chooses the largest grains, up to the default, in which payload can stay in place."""
         from vmconv.plugin import pin
 
         units = [1 << bits for bits in range(SMALLEST_GRAIN.bit_length() - 1, GRAIN.bit_length())]
         found = pin(guest, carrier, units, structs.SECTOR)
         self.grain = found.unit
-        # QEMU looks for the descriptor in the second sector, whatever the header says.
+        # QEMU reads the descriptor from the second sector and ignores the header's offset.
         return found.cleared(structs.SECTOR + len(self.descriptor))
 
     def _places(self) -> _Places:
@@ -128,7 +128,7 @@ class SparseExtent:
         return _Places(first, first + step, second, second + step, grains)
 
     def file(self) -> Extents:
-        """Returns the table of the file; raises `PlanError` when its grains lie past what an entry can say."""
+        """Returns the table of the file; raises `PlanError` if its grains lie past the largest offset of an entry."""
         runs, offset = (self.pinned.runs, self.pinned.offset) if self.pinned else self._placed()
         length = runs.blocks * self.grain
         end = int((offset + length).max(initial=self.places.tables + self._tables_size()))
@@ -143,12 +143,12 @@ class SparseExtent:
             rows, row_length = _whole_blocks(rows, row_length, self.guest.sources, self.places.grains, self.modulus)
         blobs, blob_rows, blob_length = self._metadata(self._host(runs, offset, end))
         both, both_length = Columns.join([blob_rows, rows]), np.concatenate([blob_length, row_length])
-        # The last grain is whole even where the disk ends inside it: libvmdk cannot read one that is not.
+        # The last grain is whole even if the disk ends inside it: libvmdk cannot read a partial one.
         size = end if self.pinned else max(self.places.grains, int((both.start + both_length).max()))
         return Extents.placed(size, both, both_length, (*self.guest.sources, *blobs))
 
     def _larger(self) -> str:
-        """Returns what can hold more payload: in place and on a parent, there is only one file."""
+        """Returns a hint for more payload: in place and on a parent there is only one file."""
         if self.pinned:
             return "convert to another file"
         if self.delta:
@@ -156,14 +156,14 @@ class SparseExtent:
         return "use -o subformat=twoGbMaxExtentSparse or a flat subformat"
 
     def _placed(self) -> tuple[blocks.Runs, Column]:
-        """Returns the grains with payload, and places for them: by sectors, that is the freedom that grains have."""
+        """Returns the grains with payload, and their offsets, which may be any sectors."""
         sectors = self.grain // structs.SECTOR
         by_sector = self.payload._replace(first=self.payload.first * sectors, blocks=self.payload.blocks * sectors)
         placed = blocks.place(self.guest, by_sector, structs.SECTOR, self.places.grains, self.modulus)
         return self.payload.take(placed.run), placed.offset
 
     def _host(self, runs: blocks.Runs, offset: Column, end: int) -> Extents:
-        """Returns the table of the extent's grains whose windows are their places in the file."""
+        """Returns the table from the extent's grains to the file."""
         output = Placeholder("output", max(end, self.places.grains))
         start = np.concatenate([runs.first, self.zero.first]) * self.grain
         length = np.concatenate([runs.blocks, self.zero.blocks]) * self.grain
@@ -178,13 +178,13 @@ class SparseExtent:
         start, length = start[order], length[order]
         rows = Columns(start, kind[order], source[order], place[order])
         table = Extents.placed(self.guest.size, rows, length, [output])
-        # `placed` fills what is between the rows with ZERO; here it is a HOLE, an entry of 0.
+        # `placed` fills gaps between rows with ZERO; here they are HOLEs, entries of 0.
         return gaps.replaced(table, start, length)
 
     # -- metadata
 
     def _metadata(self, host: Extents) -> tuple[list[Blob], Columns, Column]:
-        """Returns the blobs, and the rows that place them, their sources numbered after those of the guest."""
+        """Returns the blobs and their rows, with sources numbered after those of the guest."""
         places = self.places
         tables = Blob("grain tables", lambda offset, length: self._entries(host, offset, length), self._tables_size())
         blobs = [
@@ -208,7 +208,7 @@ class SparseExtent:
         return self.table_count * TABLE
 
     def _used_tables(self) -> tuple[Column, Column]:
-        """Returns the runs of grain tables that say something: number of the first, and how many."""
+        """Returns the runs of grain tables with entries: number of the first, and count."""
         first = np.concatenate([self.payload.first, self.zero.first])
         last = first + np.concatenate([self.payload.blocks, self.zero.blocks]) - 1
         low, high = first // structs.ENTRIES, last // structs.ENTRIES
@@ -250,10 +250,10 @@ class SparseExtent:
 def _whole_blocks(
     rows: Columns, length: Column, sources: Sequence[Source], base: int, modulus: int
 ) -> tuple[Columns, Column]:
-    """Returns rows of payload grown to whole blocks of `modulus` bytes, where nothing else is in the way.
+    """Returns rows of payload, extended to whole blocks of `modulus` bytes if the space is free.
 
-    Between grains there is space that no reader looks at. With the rest of its first and last block, which is what the
-    source's file has there, a row that begins in the middle of a block can be shared like any other.
+    No reader uses the space between grains. A row that begins in the middle of a block can be shared together with the
+    rest of its first and last block, which have the bytes of the source's file.
     """
     order = np.argsort(rows.start, kind="stable")
     rows, length = rows.take(order), length[order]
@@ -262,7 +262,7 @@ def _whole_blocks(
     limit = size[rows.source]
     head, tail = start % modulus, -end % modulus
     can = (rows.kind == Kind.DATA) & (limit >= 0) & ((start - rows.offset) % modulus == 0)
-    # What lies before in the file, zeros inside of a grain included, and what comes after.
+    # The end of the row before, including zeros inside a grain, and the start of the next one.
     before = np.concatenate([[base], end[:-1]])
     after = np.append(start[1:], np.int64(MAX_FILE))
     head[~can | (start - head < before)] = 0
@@ -271,9 +271,9 @@ def _whole_blocks(
 
 
 def _sectors(host: Extents, grain: int, first: int, count: int) -> npt.NDArray[np.uint32]:
-    """Returns grain table entries: sectors, `ZEROED`, or 0 for grains that are not there.
+    """Returns grain table entries: sectors, `ZEROED`, or 0 for missing grains.
 
-    All in 32 bits, where what overflows in between comes out right in the end: there are sixteen million for a TiB.
+    Computed in 32 bits, with harmless overflows: there are sixteen million entries per TiB.
     """
     entries = np.zeros(count, dtype="<u4")
     sectors = grain // structs.SECTOR
@@ -282,7 +282,7 @@ def _sectors(host: Extents, grain: int, first: int, count: int) -> npt.NDArray[n
         return entries
     low, high = int(host.row_at(first * grain)), int(host.row_at((first + inside) * grain - 1)) + 1
     begins = host.start[low:high] // grain - first
-    # Where grain `first` would be if the row began there.
+    # The offset of grain `first` if the row began there.
     base = (host.offset[low:high] // structs.SECTOR - begins * sectors).astype(np.uint32)
     begins[0] = 0
     counts = np.diff(begins, append=inside)

@@ -23,7 +23,7 @@ class Hosted(Extent):
     def __init__(self, file: File, warn: Warn) -> None:
         self.file = file
         self.warn = warn
-        # The header, or its copy in the footer: what counts.
+        # The valid one: the header, or its copy in the footer.
         self._head = Structure(file, structs.SparseExtentHeader)
         header = parse(self._head)
         self._check_identity(header)
@@ -37,10 +37,10 @@ class Hosted(Extent):
         self.entries = header.numGTEsPerGT
         self._check_numbers(header)
         if header.uncleanShutdown:
-            warn(f"{file.name}: was not closed cleanly; what can be read is converted")
+            warn(f"{file.name}: was not closed cleanly; its readable content is converted")
 
     def _check_identity(self, header: Any) -> None:
-        """Refuses what this is not an extent of, and features that we do not know."""
+        """Raises `ImageError` for other versions, and unknown features."""
         self._head.limit("version", header.version, 1, 3)
         unknown = header.flags & ~structs.KNOWN_FLAGS
         if unknown:
@@ -52,17 +52,17 @@ class Hosted(Extent):
             raise self._head.damaged("compressAlgorithm", f"{algorithm} is not known, deflate is 1")
 
     def _footer(self, header: Any) -> Any:
-        """Returns the copy of the header at the end of a stream, which knows where the grain directory is."""
+        """Returns the copy of the header at the end of a stream, which has the offset of the grain directory."""
         offset = self.file.size - 3 * structs.SECTOR
         if offset < structs.SECTOR:
             raise self._head.damaged(
-                "gdOffset", f"speaks of a footer, which a file of {self.file.size:#x} has no room for"
+                "gdOffset", f"announces a footer, which does not fit into a file of {self.file.size:#x}"
             )
         marker_head = Structure(self.file, structs.Marker, offset, "footer marker")
         marker = parse(marker_head)
         end = parse(Structure(self.file, structs.Marker, offset + 2 * structs.SECTOR, "end-of-stream marker"))
         if (marker.size, marker.type) != (0, structs.FOOTER) or (end.val, end.size, end.type) != (0, 0, 0):
-            raise marker_head.refused("is not there, the file may be incomplete")
+            raise marker_head.refused("is missing, the file may be incomplete")
         self._head = Structure(self.file, structs.SparseExtentHeader, offset + structs.SECTOR, "footer")
         footer = parse(self._head)
         self._check_identity(footer)
@@ -85,7 +85,7 @@ class Hosted(Extent):
             )
 
     def embedded(self) -> bytes | None:
-        """Returns the descriptor inside the extent, None when there is none."""
+        """Returns the descriptor inside the extent; None if there is none."""
         head = Structure(self.file, structs.SparseExtentHeader)
         header = head.parse()
         if not header.descriptorOffset:
@@ -100,7 +100,7 @@ class Hosted(Extent):
         return self.file.read(offset, size)
 
     def table(self) -> Extents:
-        """Returns the table by the grain directory, or, where that is damaged, by the redundant one."""
+        """Returns the table by the grain directory, or by the redundant one if the first is damaged."""
         redundant = bool(self.flags & structs.REDUNDANT)
         try:
             return self._table(self.header.gdOffset, "gdOffset")
@@ -136,7 +136,7 @@ class Hosted(Extent):
     def more_metadata(self) -> Iterator[tuple[str, int, int]]:
         header = structs.SparseExtentHeader.parse(self.file.read(0, structs.SECTOR))
         if header.descriptorOffset:
-            # What an absurd header claims has been refused where the descriptor was read.
+            # Absurd headers were refused when the descriptor was read.
             offset, size = (
                 min(field * structs.SECTOR, 1 << 62) for field in (header.descriptorOffset, header.descriptorSize)
             )
@@ -153,7 +153,7 @@ class Hosted(Extent):
         return tables
 
     def _check_missing(self, tables: Column, offset: int) -> None:
-        """Raises `ImageError` where only the redundant directory, if it is sound, has a table."""
+        """Raises `ImageError` if only the redundant directory has a table, and is valid."""
         try:
             others = self._directory(self.header.rgdOffset * structs.SECTOR)
         except ImageError as damage:
@@ -177,7 +177,7 @@ class Hosted(Extent):
         kind, source, offset = self._columns(raw, zero, first)
         data = kind == Kind.DATA
         self.allocated += int(np.count_nonzero(data))
-        # A compressed grain has a sector of its own at least, any other one its whole size (the last may be cut).
+        # A compressed grain takes at least one sector, any other its whole size (the last may be partial).
         room = self.file.size // (structs.SECTOR if self.compressed else self.grain) + 1
         if self.allocated > room:
             raise ImageError(

@@ -20,22 +20,22 @@ Subformat = Literal[
 AdapterType = Literal["ide", "buslogic", "lsilogic", "legacyESX", "pvscsi"]
 
 FLAT = {"monolithicFlat": "FLAT", "twoGbMaxExtentFlat": "FLAT", "vmfs": "VMFS"}
-"""Subformats whose extents are the disk itself, with the kind of extent that their descriptor names."""
+"""Subformats with flat extents, and the kind of extent in their descriptors."""
 
 REFERENCE = "reference"
-"""The subformat whose extents are ranges of the source's own files; a word of ours."""
+"""The subformat with extents in the source's own files; a name of vmconv's own."""
 
 SPLIT = frozenset({"twoGbMaxExtentSparse", "twoGbMaxExtentFlat"})
 
 
 @dataclass(frozen=True)
 class Options(Identified):
-    """How a VMDK is written; raises `ValueError` for what the format cannot be."""
+    """The options of the VMDK writer. Raises `ValueError` for values that the format does not allow."""
 
     subformat: Subformat = option(
         "monolithicSparse", "how extents are stored; streamOptimized compresses, reference leaves payload in SOURCE"
     )
-    adapter_type: AdapterType | None = option(None, "virtual adapter; by default what the source says, or ide")
+    adapter_type: AdapterType | None = option(None, "virtual adapter; by default the source's, or ide")
     hwversion: str = option("4", "version of the virtual hardware")
     toolsversion: str = option("2147483647", "version of VMware's guest tools")
     zeroed_grain: bool = option(False, "on: zeros that hide the parent take no space (not for old readers)")
@@ -53,7 +53,7 @@ class Options(Identified):
 
     @property
     def create_type(self) -> str:
-        """The subformat as descriptors have it."""
+        """The subformat as in descriptors."""
         return "twoGbMaxExtentFlat" if self.subformat == REFERENCE else self.subformat
 
     @property

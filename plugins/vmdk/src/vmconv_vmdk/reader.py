@@ -1,4 +1,4 @@
-"""Reads VMDK images: the descriptor says of which extents the disk is made, one after the other, and what is below."""
+"""Reads VMDK images: the descriptor lists the extents of the disk, in order, and the parent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TYPES_OF_QEMU = frozenset(
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
-    """Returns the image whose descriptor, or whose only extent, is `file`; other extents are opened with the table."""
+    """Returns the image whose descriptor or only extent is `file`. Other extents are opened with the table."""
     if snapshot is not None:
         raise UsageError(f"{file.name}: VMDK has no internal snapshots, {snapshot!r} was asked for")
     disk = _Disk(file, opener)
@@ -69,13 +69,13 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
 
 
 class VmdkImage(Image):
-    """A VMDK that knows its extents, for the check."""
+    """A VMDK with access to its extents, for the check."""
 
     disk_of_extents: _Disk
 
     @property
     def is_extent(self) -> bool:
-        """True when the image's file holds the disk, not only its description."""
+        """True if the image's file holds the disk, not only its descriptor."""
         return self.disk_of_extents.whole is not None
 
     def extents(self) -> list[Hosted | Cowd | SeSparse]:
@@ -84,7 +84,7 @@ class VmdkImage(Image):
 
 
 def content_id(image: Image) -> int | None:
-    """Returns the CID of a VMDK image, which is that of its content; None for other images."""
+    """Returns the content id (CID) of a VMDK; None for other images."""
     if image.format_name != "vmdk":
         return None
     data = image.details.get("format-specific", {}).get("data", {})
@@ -93,15 +93,15 @@ def content_id(image: Image) -> int | None:
 
 
 def qemu_incompatibility(image: Image) -> str | None:
-    """Returns why QEMU cannot read this VMDK, or reads another disk in it."""
+    """Returns why QEMU cannot read this VMDK, or reads another disk; None if it reads the same."""
     data = image.details["format-specific"]["data"]
     extents = data["extents"]
-    # Of a descriptor inside the only extent, QEMU heeds neither the type nor the lines of extents.
+    # QEMU ignores the type and the extent lines of a descriptor inside the only extent.
     separate = "cluster-size" not in image.details
     if separate and data["create-type"] not in _TYPES_OF_QEMU:
         return f"QEMU does not read descriptors of createType {data['create-type'] or 'nothing'}"
     if separate and any(extent["format"] == "ZERO" for extent in extents):
-        return "QEMU reads extents of kind ZERO as what the extent before them has"
+        return "QEMU reads extents of kind ZERO as the extent before them"
     if separate and any(extent["access"] != "RW" for extent in extents):
         return "QEMU leaves out extents whose access is not RW"
     parent = image.parent_reference
@@ -118,14 +118,14 @@ def _is_moved(name: str) -> bool:
 
 
 class _Disk:
-    """A descriptor and the extents that it names."""
+    """A descriptor and its extents."""
 
     def __init__(self, file: File, opener: Opener) -> None:
         self.file = file
         self.opener = opener
         self.warnings: list[str] = []
         self.flat_files: list[File] = []
-        # The extent is there when it holds the descriptor and all of the disk.
+        # The extent, if it holds the descriptor and the whole disk.
         self.descriptor, self.whole = self._described()
         self.size = self.whole.size if self.whole else self.descriptor.size
 
@@ -138,23 +138,23 @@ class _Disk:
             return descriptors.separate(self.file), None
         if head.startswith(structs.SPARSE_MAGIC):
             extent = Hosted(self.file, self._warn)
-            # QEMU leaves room for a descriptor in each part of a split disk, and leaves it empty.
+            # QEMU reserves space for a descriptor in each part of a split disk, and leaves it empty.
             text = (extent.embedded() or b"").split(b"\0", 1)[0]
             if text.strip():
                 return self._embedded(extent, descriptors.parse(text, self.file.name))
-        # What is below such an extent, and beside it, only the descriptor knows.
+        # Only the descriptor names the parent of such an extent, and the other extents.
         raise ImageError(
             f"{self.file.name}: is an extent of a disk, without its descriptor",
-            hint=described_beside(self.file.path) or "name the file that describes the disk, a small text",
+            hint=described_beside(self.file.path) or "name the disk's descriptor, a small text file",
         )
 
     def _embedded(self, extent: Hosted, described: Descriptor) -> tuple[Descriptor, Hosted | None]:
         if not extent.size:
-            # A header without a capacity only carries the descriptor of a disk in other files.
+            # A header without a capacity only holds the descriptor of a disk in other files.
             return described, None
         if len(described.parts) > 1:
             raise ImageError(
-                f"{self.file.name}: embedded descriptor names {len(described.parts)} extents, it can only be in one"
+                f"{self.file.name}: embedded descriptor names {len(described.parts)} extents, only one is possible"
             )
         return described, extent
 
@@ -185,13 +185,13 @@ class _Disk:
             tables.append(self._flat(part, files[name]) if part.kind in FLAT_KINDS else self._sparse(part, files[name]))
         table = _concatenated(tables)
         for file in self.flat_files:
-            # Reading it is no doubt: any range of a file may be named. Writing to it would change both.
+            # Reading is safe: extents may name any range of a file. Writing would change both.
             if found := overlaps(table, file):
                 self._warn(f"{file.name}: {found.text(0)}")
         return table
 
     def _opened(self, name: str) -> File:
-        """Returns the file of an extent; no identity proves it where it was looked for beside the descriptor."""
+        """Returns the file of an extent. If it was found beside the descriptor, no identity verifies it."""
         recorded = any(one.name == name and one.fingerprint for one in self.descriptor.dependencies())
         file = self.opener.related(self.file, name, "extent", moved=not recorded)
         if (is_foreign(name) or os.path.isabs(name)) and file.path != name:
@@ -228,7 +228,7 @@ class _Disk:
         raise ImageError(f"{file.name}: magic at 0x0: {magic[:4].hex()} is not that of a {part.kind} extent")
 
     def sparse_extents(self) -> list[Hosted | Cowd | SeSparse]:
-        """Returns the sparse extents; raises the error of the first one that cannot be opened."""
+        """Returns the sparse extents. Raises the error of the first one that cannot be opened."""
         if self.whole:
             return [self.whole]
         found: list[Hosted | Cowd | SeSparse] = []
@@ -240,7 +240,7 @@ class _Disk:
     # -- the parent
 
     def parent(self) -> Image:
-        """Returns the layer below; raises `ImageError` when it is not as it was when this one was made."""
+        """Returns the layer below. Raises `ImageError` if it has changed since this layer was made."""
         described = self.descriptor
         parent = self.opener.parent(self.file, described.parent or "", "vmdk", moved=True)
         found = content_id(parent)
@@ -255,7 +255,7 @@ class _Disk:
     # -- facts
 
     def details(self) -> Mapping[str, Any]:
-        """Returns the facts that qemu-img lists as format specific, under its names."""
+        """Returns qemu-img's format-specific facts, under its names."""
         described = self.descriptor
         facts: dict[str, Any] = {
             "cid": described.cid,
@@ -289,7 +289,7 @@ class _Disk:
 
 
 def _concatenated(tables: Sequence[Extents]) -> Extents:
-    """Returns the tables one after the other as one."""
+    """Returns the concatenated tables."""
     sources: list[Source] = []
     index: dict[int, int] = {}
     parts = []
@@ -299,7 +299,7 @@ def _concatenated(tables: Sequence[Extents]) -> Extents:
             if id(source) not in index:
                 index[id(source)] = len(sources)
                 sources.append(source)
-        # The extra last element answers for -1, the index of rows that have no source.
+        # The extra last element is for -1, the index of rows without a source.
         renumber = np.array([index[id(source)] for source in table.sources] + [-1], dtype=np.int32)
         parts.append(Columns(table.start + at, table.kind, renumber[table.source], table.offset))
         at += table.size
@@ -307,7 +307,7 @@ def _concatenated(tables: Sequence[Extents]) -> Extents:
 
 
 def _facts(described: Descriptor) -> DiskFacts:
-    """Returns what the disk database says of the disk; what makes no sense there is as good as not said."""
+    """Returns the facts in the disk database; invalid values are ignored."""
     adapter = described.values.get("ddb.adaptertype", "")
     return DiskFacts(
         identity=_identity(described),
@@ -334,7 +334,7 @@ def _geometry(described: Descriptor) -> Geometry | None:
 
 
 def _follows_from_size(described: Descriptor, geometry: Geometry) -> bool:
-    """True for the geometry that is made for every disk of this size: it says nothing, so nothing is lost with it."""
+    """True for the default geometry of disks of this size, which carries no information."""
     cylinders, heads, sectors = geometry
     made = (heads, sectors) in ((16, 63), (255, 63))
     return made and cylinders == described.size // structs.SECTOR // (heads * sectors)

@@ -1,10 +1,10 @@
 """A disk whose payload stays in the files of its source: the descriptor names ranges of them as flat extents.
 
     name.vmdk        the descriptor: RW sectors FLAT "file of the source" sector
-    name-rest.vmdk   zeros, and what cannot be named because it is not whole sectors, each at the guest's own address
+    name-rest.vmdk   zeros, and parts that are not whole sectors, at guest addresses
 
-QEMU 7.2 reads extents of kind ZERO as what the extent before them has, so zeros are a hole of a file. Every address has
-its own place there: who writes to the disk never writes to two addresses at once.
+QEMU 7.2 reads extents of kind ZERO as the extent before them, so zeros are a hole of a file. Every address has its own
+offset there, so a write never changes two addresses.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from vmconv_vmdk.descriptor import Part
 from vmconv_vmdk.structs import SECTOR
 
 MAX_PARTS = 512
-"""Extents of a disk: QEMU opens a file for each, and a process may have 1024 open unless it was given more."""
+"""Limit of extents: QEMU opens a file for each, and the default limit of a process is 1024."""
 
 MAX_NAME = 511
-"""Bytes of a file name in a descriptor that QEMU reads."""
+"""Limit of a file name in a descriptor, in QEMU, bytes."""
 
 _REASON = "an extent of a VMDK is whole sectors of 512 bytes, in its file as in the disk"
 
 
 class Referring(NamedTuple):
-    """The extents as the descriptor has them, what they refer to, and the file of what is left, if anything is."""
+    """The extents for the descriptor, their references, and the file of the rest, if there is any."""
 
     parts: list[Part]
     references: tuple[Reference, ...]
@@ -53,7 +53,7 @@ class Referring(NamedTuple):
 
 
 def refer_to_source(guest: Extents, rest_name: str, placement: Placement) -> Referring:
-    """Returns how a disk of whole sectors is made of its source's files; raises `PlanError` for one too scattered."""
+    """Returns the parts of a disk of whole sectors in its source's files. Raises `PlanError` if there are too many."""
     ranges = ranges_in_files(joined_over_holes(guest), SECTOR)
     gap, gap_length = _gaps(ranges, guest.size)
     _refuse_scattered(len(ranges.start) + len(gap))
@@ -72,7 +72,7 @@ def refer_to_source(guest: Extents, rest_name: str, placement: Placement) -> Ref
 
 
 def _gaps(ranges: Ranges, size: int) -> tuple[Column, Column]:
-    """Returns `(start, length)` of what of the disk is in no range."""
+    """Returns `(start, length)` of the parts of the disk outside all ranges."""
     start = np.append(0, ranges.start + ranges.length)
     length = np.append(ranges.start, size) - start
     return start[length > 0], length[length > 0]
@@ -81,20 +81,20 @@ def _gaps(ranges: Ranges, size: int) -> tuple[Column, Column]:
 def _refuse_scattered(count: int) -> None:
     if count > MAX_PARTS:
         raise PlanError(
-            f"the disk lies in {count} ranges of its files, {MAX_PARTS} extents are as many as QEMU opens",
+            f"the disk lies in {count} ranges of its files, QEMU opens {MAX_PARTS} extents at most",
             hint="a qcow2 image with subformat=reference names the source as a whole, if QEMU reads it",
         )
 
 
 def _payload(table: Extents) -> Mapping[int, int]:
-    """Returns how many bytes of payload lie in each source, by its identity."""
+    """Returns the bytes of payload in each source, by `id`."""
     data = table.kind == Kind.DATA
     lengths = np.bincount(table.source[data], table.length[data], len(table.sources))
     return {id(source): int(length) for source, length in zip(table.sources, lengths, strict=True)}
 
 
 def _parts(ranges: Ranges, names: Mapping[int, str], gap: Column, gap_length: Column, rest_name: str) -> list[Part]:
-    """Returns the extents in the disk's order; what is in no range has its own address as its place in the rest."""
+    """Returns the extents in the disk's order. Parts outside all ranges are in the rest, at guest addresses."""
     rows = [
         (int(start), int(length), names[int(source)], int(offset))
         for start, length, source, offset in zip(*ranges, strict=True)
@@ -114,9 +114,9 @@ def _refuse_name(name: str) -> None:
 
 
 def _guarded(parts: list[Part]) -> list[Part]:
-    """Returns the extents with a file named twice, when there is none: QEMU's locks then forbid it to write to any.
+    """Returns the extents with at least one file named twice: then QEMU's locks prevent writes to all of them.
 
-    A disk that is one file from its beginning is left alone: readers that ignore where an extent begins read it too.
+    A disk that is one file from its first byte stays as it is, for readers that ignore the offset of an extent.
     """
     names = [part.name for part in parts]
     first = parts[0]

@@ -1,7 +1,7 @@
-"""What all sparse extents have in common: grain directories and grain tables into the table of an address space.
+"""The common part of sparse extents: grain directories and grain tables into the table of an address space.
 
-Three kinds, one shape: a directory of the places of grain tables, each with the places of grains. They differ in the
-width of entries and in what an entry that is not a place says: see hosted.py and esx.py.
+All three kinds have a directory of offsets of grain tables, and tables of offsets of grains. They differ in the width
+of entries and in the special entries: see hosted.py and esx.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Slice = tuple[Kinds, int, Column]
 
 
 class Grains(NamedTuple):
-    """What grain table entries say: which have a grain, where it is, and which entries nobody knows."""
+    """Parsed grain table entries: a mask of grains, their offsets, and a mask of unknown entries."""
 
     there: npt.NDArray[np.bool_]
     offset: Column
@@ -45,7 +45,7 @@ class Grains(NamedTuple):
 
 
 def parse(head: Structure) -> Any:
-    """Returns a structure of the file; raises `ImageError` if the file ends before it, or has another one there."""
+    """Returns a structure of the file. Raises `ImageError` if the file ends before it, or it is another one."""
     if not head.is_inside:
         raise head.refused(f"{head.length} bytes in a file of {head.file.size:#x}")
     return head.parse()
@@ -63,31 +63,31 @@ class Extent(ABC):
     """Bytes of an entry."""
 
     directories: Sequence[tuple[str, int]]
-    """Name and place of each grain directory; the first one counts."""
+    """Name and offset of each grain directory; the first one is used."""
 
     @abstractmethod
     def table(self) -> Extents:
-        """Returns the table of the extent; HOLE is what it leaves to the parent."""
+        """Returns the table of the extent; a HOLE shows the parent."""
 
     @abstractmethod
     def _slice(self, raw: RawEntries, first: int) -> Slice:
-        """Returns the columns of grain table entries, the first of which is grain number `first`."""
+        """Returns the columns of grain table entries, from grain number `first` on."""
 
     @abstractmethod
     def places_of_tables(self, directory: int) -> Column:
-        """Returns where the grain tables of the directory at this offset are, 0 where there is none."""
+        """Returns the offsets of the grain tables in the directory at this offset, 0 for missing ones."""
 
     @abstractmethod
     def decode(self, raw: RawEntries) -> Grains:
-        """Returns what grain table entries say."""
+        """Returns the parsed grain table entries."""
 
     def more_metadata(self) -> Iterator[tuple[str, int, int]]:
-        """Yields name, place and length of what is neither header nor directory nor table."""
+        """Yields name, offset and length of other metadata than header, directory and tables."""
         yield from ()
 
     @property
     def headers_end(self) -> int:
-        """Where the first thing that is no header can be."""
+        """The end of the header."""
         return structs.SECTOR
 
     @property
@@ -104,17 +104,17 @@ class Extent(ABC):
             yield count if raw is None else self._slice(raw, first)
 
     def entries_of(self, tables: Column) -> Iterator[tuple[int, int, RawEntries | None]]:
-        """Yields `(first grain, count, their entries)`, None for tables that are not there."""
+        """Yields `(first grain, count, their entries)`, None for missing tables."""
         length = self.entries * self.width
         grains = -(-self.size // self.grain)
         for first, count, data in table_slices(self.file, tables, length, SLICE):
-            # What lies past the end of the disk is not part of it, whatever the table says.
+            # Entries past the end of the disk do not count.
             wanted = min(count * self.entries, grains - first * self.entries)
             raw = None if data is None else np.frombuffer(data, dtype=f"<u{self.width}")[:wanted]
             yield first * self.entries, wanted, raw
 
     def metadata(self, tables: Column) -> Iterator[Metadata]:
-        """Yields the places of header, directory and tables."""
+        """Yields the ranges of header, directory and tables."""
         yield Metadata("header", [0], self.headers_end)
         for name, offset, length in self.more_metadata():
             yield Metadata(name, [offset], length)
@@ -170,7 +170,7 @@ class Extent(ABC):
             )
 
     def _columns(self, raw: RawEntries, zero: npt.NDArray[np.bool_] | None, first: int) -> Slice:
-        """Returns the columns of entries that are sectors, 0 where there is no grain; `zero` is where they are not."""
+        """Returns the columns of entries that are sectors, 0 for missing grains; `zero` is a mask of zeroed ones."""
         offset = raw.astype(np.int64)
         offset *= structs.SECTOR
         if int(raw.min()) > structs.ZEROED:

@@ -2,9 +2,9 @@
 
     header | descriptor | 512 times { grain marker, grain }, grain table | ... | grain directory | footer | end
 
-Where a grain goes depends on how well those before it compress. So everything is compressed twice: once to know the
-sizes, while the layout is made, and once more when it is written; what lies between is two numbers for each grain, not
-the compressed disk. Both times several grains are compressed at once.
+The offset of a grain depends on the compressed sizes of those before it. So everything is compressed twice: for the
+sizes, while the layout is made, and again on writing. Between the two only two numbers per grain are kept, not the
+compressed disk. Both times, several grains are compressed in parallel.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _Numbers = npt.NDArray[np.uint32]
 def stream(guest: Extents, file: File, size: int, descriptor: bytes) -> Extents:
     """Returns the table of the output file; reads all payload of `guest`, a table in whole grains.
 
-    `file` is what the image is in, for whoever asks where its compressed payload comes from.
+    `file` is the image's file, the origin of its compressed payload.
     """
     numbers, sectors = _measured(guest)
     places = _Places.of(numbers, sectors, size)
@@ -55,7 +55,7 @@ def stream(guest: Extents, file: File, size: int, descriptor: bytes) -> Extents:
 
 
 def _measured(guest: Extents) -> tuple[_Numbers, _Numbers]:
-    """Returns the numbers of the grains that are not all zeros, in order, and the sectors each takes."""
+    """Returns the numbers of the nonzero grains, in order, and the sectors of each."""
     numbers: list[_Numbers] = []
     sectors: list[_Numbers] = []
 
@@ -76,7 +76,7 @@ def _measured(guest: Extents) -> tuple[_Numbers, _Numbers]:
 
 
 def _pieces(guest: Extents) -> Iterator[tuple[int, int]]:
-    """Yields number and count of the grains with payload, some that lie together at a time."""
+    """Yields number and count of runs of grains with payload."""
     runs = blocks.whole_blocks(guest, GRAIN)
     runs = runs.take(runs.kind == Kind.DATA)
     run, piece = spread(-(-runs.blocks // _TOGETHER))
@@ -87,7 +87,7 @@ def _pieces(guest: Extents) -> Iterator[tuple[int, int]]:
 
 
 def _packed(data: bytes, place: int) -> bytes:
-    """Returns the compressed data of one grain of `data`, nothing when it is all zeros."""
+    """Returns the compressed data of one grain of `data`, empty if it is all zeros."""
     from isal import isal_zlib
 
     grain = data[place * GRAIN : (place + 1) * GRAIN]
@@ -96,16 +96,16 @@ def _packed(data: bytes, place: int) -> bytes:
 
 
 class _Places(NamedTuple):
-    """Where everything goes, bytes. Grains and tables are in groups: the grains of a grain table, then the table."""
+    """Offsets of all parts, bytes. Grains and tables are in groups: the grains of a grain table, then the table."""
 
     tables: Column
-    """Number of each grain table that has grains."""
+    """Number of each grain table with grains."""
     group_first: Column
     """Index of the first grain of each group."""
     group_stream: Column
-    """Where in the stream of compressed grains each group begins, and where the last ends."""
+    """Offset of each group in the stream of compressed grains, and the end of the last one."""
     group_offset: Column
-    """Where in the file each group begins."""
+    """Offset of each group in the file."""
     directory: int
     table_count: int
     end: int
@@ -127,9 +127,9 @@ class _Places(NamedTuple):
 
 
 class _Stream(Decoded):
-    """The compressed grains one after the other, each behind its marker and padded to sectors: made when it is read."""
+    """The concatenated compressed grains, each behind its marker and padded to sectors; computed on reading."""
 
-    # Where a piece begins or ends inside a grain, that one is compressed twice.
+    # A grain across the edge of two pieces is compressed twice.
     step = 4 << 20
 
     def __init__(
@@ -154,7 +154,7 @@ class _Stream(Decoded):
         self.descriptor = descriptor
         self.numbers = numbers
         self.places = places
-        # Where each grain begins in the stream, in sectors.
+        # The offset of each grain in the stream, in sectors.
         self.begins = (np.cumsum(sectors, dtype=np.int64) - sectors).astype(np.uint32)
 
     def units(self, offset: int, length: int) -> list[bytes]:
@@ -213,7 +213,7 @@ class _Stream(Decoded):
         return Extents.placed(places.end, rows, length.astype(np.int64), [head, tail, self, records])
 
     def _table_records(self, offset: int, length: int) -> bytes:
-        """Returns a piece of all grain tables one after the other, each behind its marker."""
+        """Returns a piece of the concatenated grain tables, each behind its marker."""
         low, high = offset // _TABLE_RECORD, -(-(offset + length) // _TABLE_RECORD)
         data = b"".join(self._table_record(group) for group in range(low, high))
         return data[offset - low * _TABLE_RECORD : offset - low * _TABLE_RECORD + length]
@@ -222,7 +222,7 @@ class _Stream(Decoded):
         places = self.places
         first = int(places.group_first[group])
         last = int(places.group_first[group + 1]) if group + 1 < len(places.tables) else len(self.numbers)
-        # From a place in the stream to one in the file: groups are moved as a whole.
+        # From offsets in the stream to offsets in the file: groups are moved as a whole.
         moved = (int(places.group_offset[group]) - int(places.group_stream[group])) // structs.SECTOR
         entries = np.zeros(structs.ENTRIES, dtype="<u4")
         entries[self.numbers[first:last] % structs.ENTRIES] = self.begins[first:last].astype(np.int64) + moved

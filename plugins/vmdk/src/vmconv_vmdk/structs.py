@@ -5,7 +5,7 @@
     COWD (ESX)               header | directory | tables, grains
     seSparse (ESX)           header | volatile header | journal | directory | tables | ... | grains
 
-All numbers are little-endian, places are sectors of 512 bytes. Tables are numpy's business, see the reader.
+All numbers are little-endian, offsets are in sectors of 512 bytes. Tables are handled with numpy.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ ENTRIES = 512
 Marker = Struct("val" / Int64ul, "size" / Int32ul, "type" / Int32ul, Padding(496))
 END_OF_STREAM, GRAIN_TABLE, GRAIN_DIRECTORY, FOOTER = range(4)
 
-# There is one for each grain: lba and size, in the faster notation.
+# One per grain: lba and size; struct is faster than construct.
 GrainMarker = struct.Struct("<QI")
 GRAIN_MARKER_LENGTH = 12
 
@@ -75,7 +75,7 @@ CowdHeader = Struct(
 )
 COWD_ENTRIES = 4096
 
-# seSparse extents: the constant and the volatile header (QEMU, block/vmdk.c, which found out what they mean)
+# seSparse extents: the constant and the volatile header (as documented in QEMU, block/vmdk.c)
 
 SE_MAGIC = b"\xbe\xba\xfe\xca\0\0\0\0"
 SE_VERSION = 0x0000000200000001
@@ -118,11 +118,11 @@ SE_UNMAPPED, SE_ZEROED, SE_ALLOCATED = (kind << 60 for kind in (1, 2, 3))
 SE_TABLE_KIND = 0xFFFFFFFF00000000
 SE_TABLE_ALLOCATED = 0x1000000000000000
 
-# Limits: no number of an image decides alone how much memory is used.
+# Limits of the memory that the numbers of an image can demand.
 
 MAX_DESCRIPTOR = 1 << 20
 MAX_DIRECTORY = 4 << 20
 """Entries of a grain directory: 64 TiB in the smallest tables that are in use, those of seSparse."""
 MAX_GRAIN_SECTORS = 1 << 21
-"""As QEMU has it."""
+"""QEMU's limit."""
 MAX_COMPRESSED_GRAIN_SECTORS = 1 << 13

@@ -1,4 +1,4 @@
-"""How a descriptor begins: cheap to import, because every probe asks."""
+"""The beginning of a descriptor. Cheap to import, because every probe uses it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _VERSION = re.compile(rb"version\s*=\s*\d+", re.IGNORECASE)
 
 
 def is_descriptor(head: bytes) -> bool:
-    """True when these are the first bytes of a descriptor: its title, or blank lines, comments and then a version.
+    """True if these are the first bytes of a descriptor: its title, or blank lines, comments and then a version.
 
-    QEMU wants the version and no title, VirtualBox the title; each writes what some of the others' readers refuse.
+    QEMU requires the version and no title, VirtualBox the title, so each writes descriptors that others refuse.
     """
     for line in map(bytes.strip, head.removeprefix(b"\xef\xbb\xbf").splitlines()):
         if _TITLE.match(line):

@@ -34,10 +34,10 @@ from vmconv_vmdk.options import FLAT, REFERENCE, AdapterType, Options
 from vmconv_vmdk.reader import content_id
 
 SPLIT_SECTORS = 4192256
-"""Sectors of each extent of a split disk but the last: 2047 MiB, as VMware has it."""
+"""Sectors of each extent of a split disk except the last: 2047 MiB, as in VMware."""
 
 DESCRIPTOR_SECTORS = 20
-"""Room for an embedded descriptor, as VMware and QEMU have it."""
+"""Space for an embedded descriptor, as in VMware and QEMU."""
 
 MAX_SECTORS = 1 << 37
 """64 TiB: a directory of 2 Mi grain tables."""
@@ -47,7 +47,7 @@ _EXTENT_NAMES["twoGbMaxExtentFlat"] = "-f{:03d}"
 
 
 def write(image: Image, options: Options, placement: Placement, *, backing: Backing | None = None) -> Layout:
-    """Returns the layout of the VMDK `placement.target`; raises `PlanError` for what the subformat cannot hold."""
+    """Returns the layout of the VMDK `placement.target`; raises `PlanError` if the subformat cannot hold the disk."""
     return _Writer(image, options, placement, backing).layout()
 
 
@@ -94,7 +94,7 @@ class _Writer:
             return blocks.grown(self.image, self.size, on_parent=False)
         table = blocks.grown(self.image, self.size, on_parent=self.backing is not None)
         if self.carrier:
-            # The size of its grains is not known yet.
+            # The size of grains is not known yet.
             return table
         table = blocks.padded(table, GRAIN)
         if self.backing and self.image.parent:
@@ -133,7 +133,7 @@ class _Writer:
         return Layout(files, tuple(self.losses), found.references)
 
     def _parts(self) -> list[Part]:
-        """Returns the extents as the descriptor names them."""
+        """Returns the extents for the descriptor."""
         options, stem = self.options, self.name.removesuffix(".vmdk")
         kind = FLAT.get(options.subformat, "SPARSE")
         pattern = _EXTENT_NAMES.get(options.subformat)
@@ -166,7 +166,7 @@ class _Writer:
         return text.ljust(room, b"\0")
 
     def _descriptor(self, parts: Sequence[Part], records: Sequence[Record] = ()) -> bytes:
-        """Returns the descriptor; what identifies its content is that of no other image."""
+        """Returns the descriptor, with a unique content id."""
         content = derived(self.placement.identity, "vmdk content")
         # 0, fffffffe and ffffffff have a meaning of their own.
         cid = int.from_bytes(content[:4], "big") % 0xFFFFFFFD + 1
@@ -191,14 +191,14 @@ class _Writer:
         database = {"adapterType": adapter}
         geometry = facts.geometry
         if geometry is None:
-            # What VMware's own tools make: 16 heads for IDE, else 255.
+            # As by VMware's own tools: 16 heads for IDE, else 255.
             heads = 16 if adapter == "ide" else 255
             geometry = Geometry(self.sectors // (heads * 63), heads, 63)
         database |= {f"geometry.{key}": str(value) for key, value in geometry._asdict().items()}
         database["longContentID"] = long_content_id
         database["toolsVersion"] = options.toolsversion
         if options.identity:
-            # Without one, the first product of VMware that uses the disk gives it a UUID of its own kind.
+            # Without one, the first VMware product that uses the disk adds a UUID of its own form.
             digits = self.placement.identity.hex(" ")
             database["uuid"] = f"{digits[:23]}-{digits[24:]}"
         database["virtualHWVersion"] = options.hwversion

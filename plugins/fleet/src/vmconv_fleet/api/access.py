@@ -21,7 +21,7 @@ COOKIE = "__Host-vmconv"
 
 
 class UnknownCallerError(AccessError):
-    """The caller has no token, or none that is valid."""
+    """The caller has no valid token."""
 
 
 class Caller(NamedTuple):
@@ -34,7 +34,7 @@ class Caller(NamedTuple):
     def must_be(self, role: Role) -> None:
         """Raises AccessError unless the caller has at least this role."""
         if not allows(self.role, role):
-            raise AccessError(f"this takes the role {role}, {self.by.user} has {self.role}")
+            raise AccessError(f"this needs the role {role}, {self.by.user} has {self.role}")
 
 
 def as_local(app: ASGIApp) -> ASGIApp:
@@ -89,11 +89,11 @@ def _browser(request: Request, state: StateOf) -> Caller:
 
 
 Known = Annotated[Caller, Depends(_caller)]
-"""A caller who may at least read."""
+"""A caller with at least the role viewer."""
 
 KnownOrBrowser = Annotated[Caller, Depends(_browser)]
 
 UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
-    401: {"description": "No token, or none that is good"},
+    401: {"description": "No valid token"},
     403: {"description": "The role of the token does not allow it"},
 }

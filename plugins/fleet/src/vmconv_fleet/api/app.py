@@ -49,9 +49,9 @@ _STATUS: tuple[tuple[type[VmconvError], int], ...] = (
 )
 
 _DESCRIPTION = """
-Reads are answered from this node's replica, connected or not. A change is made by the owner of what is to change: what
-this node owns is changed at once; for all else the answer is 202 with the request's id, and the owner's response is
-waited for with `?wait=SECONDS`. Each answer that reads has an ETag made of positions of owners; `If-None-Match` works.
+Reads are answered from this node's replica, connected or not. The owner of a record makes its changes: own records are
+changed at once; for others the answer is 202 with the request's id, and `?wait=SECONDS` waits for the owner's response.
+Answers to reads have an ETag made of positions of owners; `If-None-Match` works.
 """
 
 
@@ -62,7 +62,7 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
         version="1",
         description=_DESCRIPTION,
         openapi_url="/api/v1/openapi.json",
-        # Their scripts come from other sites.
+        # These pages load scripts from other sites.
         docs_url=None,
         redoc_url=None,
     )

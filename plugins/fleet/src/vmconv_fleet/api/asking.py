@@ -25,22 +25,20 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 MAX_WAIT = 300.0
 _OWN_WAIT = 15.0
-"""Seconds to wait for changes by this node itself."""
+"""Seconds to wait for changes of own records."""
 
-Wait = Annotated[
-    float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait for the owner's response, where it is not this node")
-]
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait for the response of another owner")]
 IdempotencyKey = Annotated[
     str | None,
     Header(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{7,63}$",
-        description="An id of your choice: the same again is the same request, and nothing is done twice",
+        description="An id of your choice: the same id again is the same request, which is executed once",
     ),
 ]
 
 
 class NotHereError(VmconvError):
-    """This node's replica does not have it."""
+    """This node's replica has no such record."""
 
 
 class Answer(BaseModel):
@@ -102,15 +100,15 @@ async def ask(
     wait: float = 0,
     key: str | None = None,
 ) -> Answer:
-    """Asks the owner `target` for a change in the caller's name, and waits up to `wait` seconds for the response.
+    """Submits a request to the owner `target` for the caller, and waits up to `wait` seconds for the response.
 
-    Raises AccessError at once if the caller may not: the owner would refuse it as well.
+    Raises AccessError at once if the caller lacks the role: the owner would refuse it as well.
     """
     given = arguments_of(verb, arguments).given()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
     by = caller.by.plain()
     async with state.bus.listener() as listener:
-        # The listener starts first, so that the response is not missed between the look and the wait.
+        # The listener starts before the check, so that no response is missed in between.
         request = await run_in_threadpool(state.service.submit, target, verb, given, by, id=key)
         _audit.info(
             "request", extra={"fields": {"request": request, "verb": verb, "target": target, "by": by, "with": given}}
@@ -127,7 +125,7 @@ async def ask(
 async def ask_many(
     state: State, caller: Caller, wishes: Sequence[tuple[str, str, Mapping[str, Any]]], *, wait: float
 ) -> list[Answer]:
-    """Asks for many changes at once, as `ask` does for one; a refusal does not stop the others."""
+    """Submits many requests at once, like `ask`. A refusal does not stop the others."""
     gate = asyncio.Semaphore(16)
 
     async def one(target: str, verb: str, arguments: Mapping[str, Any]) -> Answer:

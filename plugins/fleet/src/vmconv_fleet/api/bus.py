@@ -10,7 +10,7 @@ from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.service import NodeService
 
 MAX_WAITING = 2000
-"""The most records that wait for a listener; if it is further behind, it is told that records are lost."""
+"""Limit of records that wait for a listener; beyond it they are dropped, with the event `lost`."""
 
 MAX_LISTENERS = 256
 

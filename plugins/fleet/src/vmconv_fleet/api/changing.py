@@ -1,4 +1,4 @@
-"""Routes that change something: 200 when done, 409 when refused, 202 when the owner has not answered yet."""
+"""Routes for changes: 200 if executed, 409 if refused, 202 if the owner has not answered yet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmconv_fleet.trust import tokens
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "Done"},
-    202: {"model": Answer, "description": "Asked for; the owner has not answered yet"},
+    202: {"model": Answer, "description": "Requested; the owner has not answered yet"},
     409: {"model": Answer, "description": "Refused by the owner"},
 }
 
@@ -78,7 +78,7 @@ class TokenWish(_Wish):
 
 
 class TokenMade(Answer):
-    """`token` is shown only now: only its hash is kept."""
+    """`token` is shown only once: the fleet stores its hash."""
 
     token: str | None = None
 
@@ -103,7 +103,7 @@ class LinkWish(_Wish):
     connected: bool
 
 
-@router.post("/requests", responses=_ANSWERS, summary="Ask a node for anything that it has a verb for")
+@router.post("/requests", responses=_ANSWERS, summary="Request any verb of a node")
 async def request(
     wish: AnyRequest, state: StateOf, caller: Known, wait: Wait = 0, idempotency_key: IdempotencyKey = None
 ) -> JSONResponse:
@@ -134,7 +134,7 @@ async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait
     caller.must_be("operator")
     chosen = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select)))
     if len(chosen) > MAX_SELECTED:
-        raise UsageError(f"{len(chosen)} disks are selected, {MAX_SELECTED} at most at a time")
+        raise UsageError(f"{len(chosen)} disks are selected, {MAX_SELECTED} at most")
     common = wish.model_dump(mode="json", exclude_unset=True, exclude={"select"})
     batch = f"batch-{time.time_ns():x}"
     wishes = [(one.owner, "convert", {**common, "disk": one.id, "batch": batch}) for one in chosen]
@@ -152,7 +152,7 @@ async def cancel(owner: str, job: str, state: StateOf, caller: Known, wait: Wait
     return (await ask(state, caller, target, "cancel", {"job": job}, wait=wait)).as_response()
 
 
-@router.post("/nodes/{node}/scan", responses=_ANSWERS, summary="Scan a node's datastores again")
+@router.post("/nodes/{node}/scan", responses=_ANSWERS, summary="Scan a node's datastores")
 async def scan(node: str, wish: ScanWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = wish.model_dump(exclude_none=True)
     return (await ask(state, caller, _node(state, node), "scan", arguments, wait=wait)).as_response()
@@ -169,7 +169,7 @@ async def add_datastore(wish: DatastoreWish, state: StateOf, caller: Known) -> J
     return answer.as_response()
 
 
-@router.delete("/datastores/{owner}/{name}", responses=_ANSWERS, summary="Take a datastore out of the catalogue")
+@router.delete("/datastores/{owner}/{name}", responses=_ANSWERS, summary="Remove a datastore from the catalogue")
 async def remove_datastore(owner: str, name: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     target = _node(state, owner)
     return (await ask(state, caller, target, "datastore-remove", {"name": name}, wait=wait)).as_response()
@@ -180,7 +180,7 @@ async def set_policy(node: str, wish: PolicySet, state: StateOf, caller: Known, 
     return (await ask(state, caller, _node(state, node), wish.verb, wish.given(), wait=wait)).as_response()
 
 
-@router.post("/tokens", summary="Make a token; it is shown in the answer and never again")
+@router.post("/tokens", summary="Create a token; only this answer shows it")
 async def create_token(wish: TokenWish, state: StateOf, caller: Known) -> TokenMade:
     new = tokens.make(state.node)
     arguments: dict[str, Any] = {"id": new.id, "hash": new.hash, "label": wish.label, "role": wish.role}
@@ -203,16 +203,14 @@ async def revoke(node: str, wish: RevokeWish, state: StateOf, caller: Known, wai
     return (await ask(state, caller, authority, "revoke", arguments, wait=wait)).as_response()
 
 
-@router.post("/nodes/{node}/retire", responses=_ANSWERS, summary="Take a node out of the fleet for good")
+@router.post("/nodes/{node}/retire", responses=_ANSWERS, summary="Remove a node from the fleet permanently")
 async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node), "reason": wish.reason}
     authority = _node(state, wish.authority or state.node)
     return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
 
 
-@router.post(
-    "/join-tokens", summary="Make a one-time token with which a new node joins, where the fleet's authority is"
-)
+@router.post("/join-tokens", summary="Create an invitation for a new node, on a node with the fleet's authority")
 def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
     caller.must_be("admin")
     from vmconv_fleet import config

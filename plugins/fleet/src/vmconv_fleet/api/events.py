@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
 KEEP_ALIVE = 15.0
 _LOST = "event: lost\ndata: {}\n\n"
-"""Some records may be missing. The replica has them: read again."""
+"""Some records may be missing. The replica has them: read it again."""
 
 
 @router.get(
@@ -32,10 +32,10 @@ async def events(
     state: StateOf,
     _caller: KnownOrBrowser,
     kinds: Annotated[str, Query(description="Only these kinds, separated by commas")] = "",
-    last_event_id: Annotated[str, Header(description="The last event that a returning listener has seen")] = "",
+    last_event_id: Annotated[str, Header(description="The last event before a reconnect")] = "",
 ) -> StreamingResponse:
     if state.bus.is_full:
-        raise NotReadyError("too many listen to this node already")
+        raise NotReadyError("too many listeners on this node")
     wanted = frozenset(filter(None, kinds.split(",")))
     return StreamingResponse(
         _stream(request, state, wanted, returned=bool(last_event_id)),

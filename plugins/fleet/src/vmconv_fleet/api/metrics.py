@@ -26,7 +26,7 @@ def metrics(state: StateOf, _caller: Known) -> PlainTextResponse:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-@router.get("/healthz", summary="Whether the node serves; the only thing that anybody may ask")
+@router.get("/healthz", summary="Whether the node serves; needs no token")
 def health(state: StateOf) -> dict[str, bool]:
     return {"serving": state.service.serving}
 
@@ -40,7 +40,7 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
     yield (
         "node_age_seconds",
         "gauge",
-        "Age of what is known of a node",
+        "Age of the records of a node",
         [({"node": one.name, "id": one.node}, (one.age_ms or 0) / 1000) for one in others],
     )
     yield (
@@ -63,7 +63,7 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "Conversions by node and state",
         [({"node": node, "state": key}, n) for (node, key), n in jobs.items()],
     )
-    yield "job_bytes", "gauge", "Bytes of finished conversions, by what was done for them", _bytes(snapshot)
+    yield "job_bytes", "gauge", "Bytes of finished conversions, by action", _bytes(snapshot)
     disks = Counter(
         (snapshot.name(one.owner), str(one.body.get("format") or "unknown")) for one in snapshot.find("disk")
     )
@@ -93,18 +93,18 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "Requests whose owner has not answered, as seen here",
         [({}, waiting)],
     )
-    yield "problems", "gauge", "Things an administrator has to know of this node", [({}, len(state.problems()))]
+    yield "problems", "gauge", "Problems of this node", [({}, len(state.problems()))]
     yield "neighbours", "gauge", "Nodes with a direct link", [({}, len(state.service.neighbours()))]
     yield (
         "cut",
         "gauge",
-        "1 while the administrator has cut this node off",
+        "1 while the administrator has disconnected this node",
         [({}, float(bool(state.link and state.link.is_disconnected)))],
     )
     yield (
         "events_total",
         "counter",
-        "What the replica has counted since it was started",
+        "Counters of the replica since its start",
         [({"event": name}, n) for name, n in sorted(state.service.counters().items())],
     )
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -140,5 +140,5 @@ def _labels(labels: Labels) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Returns the value of a label, escaped: names come from strangers and must not end it or the line."""
+    """Returns the value of a label, escaped: untrusted names must not end it or the line."""
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n").replace("\r", " ")

@@ -32,7 +32,7 @@ JobStates = Annotated[str | None, Query(description="Only jobs in one of these s
 
 
 def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns a record as JSON. Records hold no secrets; the hashes of tokens are left out all the same."""
+    """Returns a record as JSON. Records hold no secrets, but hashes of tokens are omitted."""
     body = {key: value for key, value in record.body.items() if (record.kind, key) != ("token", "hash")}
     return {
         "owner": record.owner,
@@ -86,7 +86,7 @@ def _listed(request: Request, snapshot: Snapshot, records: list[Record], limit: 
     )
 
 
-@router.get("/fleet", summary="This node, and how much it knows")
+@router.get("/fleet", summary="This node and its replica")
 def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
     snapshot = state.snapshot()
     nodes = snapshot.nodes()
@@ -172,8 +172,8 @@ for _path, _kind, _summary, _order in (
     ("/datastores", "datastore", "Directories whose disks are in the catalogue", lambda one: (one.owner, one.id)),
     ("/vms", "vm", "Virtual machines, as files in datastores define them", lambda one: (one.body["name"], one.id)),
     ("/policies", "policy", "How nodes convert", lambda one: one.owner),
-    ("/tokens", "token", "Who may call, and as what", lambda one: (one.body["label"], one.id)),
-    ("/transactions", "transaction", "Changes that were made: by whom, before and after; the latest first", None),
+    ("/tokens", "token", "Tokens: holders and roles", lambda one: (one.body["label"], one.id)),
+    ("/transactions", "transaction", "Executed transactions: caller, records before and after; the latest first", None),
 ):
     router.add_api_route(_path, _list_of(_kind, _order), methods=["GET"], summary=_summary, name=_kind)
 
@@ -204,7 +204,7 @@ def request_(owner: str, identifier: str, state: StateOf, _caller: Known) -> JSO
     return _answer(record, state.snapshot().response_of(record)).as_response()
 
 
-@router.get("/records/{kind}", summary="All records of a kind, also of one that this node does not know")
+@router.get("/records/{kind}", summary="All records of a kind, known or unknown to this node")
 def records(
     request: Request,
     kind: str,

@@ -1,4 +1,4 @@
-"""Sessions of browsers: after a login a cookie stands for the token, as long as that is valid."""
+"""Sessions of browsers: after a login a cookie stands for the token, as long as the token is valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_SESSIONS = 1000
 
 
 class BrowserSession(NamedTuple):
-    """A browser's session. Its forms carry `form_key`, so that only a reader of its pages can send them."""
+    """A browser's session. Its forms carry `form_key`, so that only its own pages can submit them."""
 
     token: str
     form_key: str

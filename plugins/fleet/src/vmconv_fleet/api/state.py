@@ -1,4 +1,4 @@
-"""What all routes share: the node, its commits, the sessions of browsers."""
+"""The state shared by all routes: the node, its commits, the sessions of browsers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class State:
         return Snapshot(self.view(), self.node, self.now_ms(), self.service.neighbours())
 
     def problems(self) -> list[str]:
-        """Returns the node's own problems, in words."""
+        """Returns the node's own problems as text."""
         found = [problem.text for problem in self.service.problems()]
         if self.link:
             found += [problem.text for problem in self.link.problems()]

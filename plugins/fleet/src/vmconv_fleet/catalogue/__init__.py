@@ -1,1 +1,1 @@
-"""What a fleet consists of: record bodies, scans of datastores, selections and snapshots."""
+"""Record bodies, scans of datastores, selections and snapshots."""

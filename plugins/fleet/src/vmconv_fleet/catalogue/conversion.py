@@ -43,7 +43,7 @@ class ConversionSpec(BulkSpec):
     """A conversion of one disk.
 
     `target` is the name of the file to make; without it the node's policy makes the name. The file goes to
-    `target_datastore`, by default into the directory of the source. Jobs that were asked for together share `batch`.
+    `target_datastore`, by default into the directory of the source. Jobs of one call share `batch`.
     """
 
     target: FileName | None = None
@@ -51,7 +51,7 @@ class ConversionSpec(BulkSpec):
     batch: Identifier | None = None
 
     def spec(self) -> dict[str, Any]:
-        """Returns the fields of this class, whatever a subclass adds."""
+        """Returns the fields of this class, without those of a subclass."""
         return {name: getattr(self, name) for name in ConversionSpec.model_fields}
 
 

@@ -1,4 +1,4 @@
-"""Types of fields that records, requests and the API share: what a name, an id, a size or a moment may be."""
+"""Types of fields of records, requests and the API: names, ids, sizes and times, with their limits."""
 
 from __future__ import annotations
 

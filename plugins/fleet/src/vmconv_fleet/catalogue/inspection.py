@@ -1,9 +1,9 @@
-"""What is in datastores: a program that the scanner starts, so that no image can harm the node or make it grow.
+"""Inspects datastores, as a separate program: no image can crash the node or use up its memory.
 
     python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}}
 
-It prints one JSON document on each line: `{"kind", "id", "body"}` for each record, as the catalogue has them. All of
-them are bounded: files that are looked at, how deep, how long an image may take, how much is said of it.
+It prints one JSON document per line, `{"kind", "id", "body"}`, for each record of the catalogue. The number of files,
+the depth of directories, the time per image and the length of texts are bounded.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Inspection:
             for entry in entries:
                 seen += 1
                 if seen > MAX_FILES:
-                    remarks.append(f"more than {MAX_FILES} files: the rest is not looked at")
+                    remarks.append(f"more than {MAX_FILES} files: the rest is ignored")
                     return
                 name = os.path.join(below, entry.name)
                 if entry.is_dir(follow_symlinks=False):
@@ -181,7 +181,7 @@ class _Inspection:
                 body["identity"] = str(identity)
             said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
             if image.file.size <= _DESCRIPTOR:
-                # A small file only describes where payload lies: reading its table opens the other files.
+                # A small file may be a descriptor: reading its table opens the other files.
                 _ = image.guest
             parts |= {os.path.realpath(file.path) for file in opener.files if file is not image.file}
             try:

@@ -1,8 +1,8 @@
-"""What is in the bodies of records, kind by kind: the schema that all nodes of a fleet share.
+"""The bodies of records by kind: the schema shared by all nodes of a fleet.
 
-A body is checked by whoever writes it. A reader takes what it knows and keeps the rest: fields that a newer node wrote
-are preserved, and a kind that is not here is replicated all the same. So a field is never renamed or given another
-meaning; `SCHEMA` goes up when one is added, and says in a transaction which revision the owner had.
+The writer of a body checks it. Readers preserve unknown fields of newer nodes, and replicate unknown kinds. So a field
+is never renamed and never changes its meaning. A new field increments `SCHEMA`; a transaction states its owner's
+revision.
 
 Times are milliseconds since 1970 and their names end with `_ms`; sizes are bytes.
 """
@@ -148,7 +148,7 @@ class VmBody(Body):
 
 
 class Principal(Body):
-    """Who sent a request: the holder of a token, or the local administrator of a node (`token` None) named `user`."""
+    """The caller of a request: a token's holder, or the local administrator of a node (`token` None) named `user`."""
 
     node: NodeId
     token: str | None = None
@@ -183,9 +183,9 @@ class Progress(Body):
 
 
 class JobBody(ConversionSpec, Body):
-    """A conversion that was asked for once and is done once.
+    """A requested conversion, executed once.
 
-    `disk`, `source` and `datastore` name what is converted. `cancel` asks for the job's end. A dry run ends in the
+    `disk`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
     state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
     is the name of the target.
     """
@@ -282,7 +282,7 @@ class CertificateBody(Body):
 
 
 class RetirementBody(Body):
-    """A node that has left for good; its records are history."""
+    """A node that has left permanently; its records are dropped."""
 
     node: NodeId
     name: str = ""
@@ -291,7 +291,7 @@ class RetirementBody(Body):
 
 
 class RevocationBody(Body):
-    """The keys of a node (`key_id` None: all of them) do not count beyond a position."""
+    """Revokes the keys of a node (`key_id` None: all) for records beyond a position."""
 
     node: NodeId
     key_id: str | None = None

@@ -28,7 +28,7 @@ def place_of(root: str, name: str, roots: Iterable[str]) -> str:
 
 
 def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
-    """Raises AccessError unless the real path `path`, asked for as `said`, lies in a datastore."""
+    """Raises AccessError unless the real path `path`, requested as `said`, lies in a datastore."""
     if not any(inside(path, os.path.realpath(root)) for root in roots):
         raise AccessError(
             f"{said}: lies outside the datastores of this node, at {path}",

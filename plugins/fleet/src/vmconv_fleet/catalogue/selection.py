@@ -5,8 +5,8 @@
     term        = "not" term / "(" selection ")" / field [ operator value ]
     operator    = "=" / "!=" / "<" / "<=" / ">" / ">="
 
-A value is a word, or anything in quotes. `=` and `!=` take `*`, `?` and `[...]` in it, as file names do in a shell, and
-do not look at the case of letters. A field alone is true when it says yes. Sizes take qemu-img's suffixes.
+A value is a word, or anything in quotes. `=` and `!=` take `*`, `?` and `[...]` in it, as in file names of a shell, and
+ignore case. A field alone is true if its value is yes. Sizes take qemu-img's suffixes.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from vmconv.plugin import UsageError, parse_size
 
 Value = str | int | bool | tuple[str, ...]
 Facts = Mapping[str, Value]
-"""The fields of one disk for selections; a tuple has several names of one thing."""
+"""The fields of one disk for selections; a tuple has several names of one object."""
 
 Selection = Callable[[Facts], bool]
 
 FIELDS: Mapping[str, str] = {
-    "actual-size": "bytes that its file takes on storage",
-    "datastore": "the datastore that it lies in",
-    "depth": "images that it needs below itself",
+    "actual-size": "bytes on storage",
+    "datastore": "its datastore",
+    "depth": "images below it",
     "format": "its format",
     "id": "its id in the catalogue",
     "identity": "the UUID in the image",
-    "in-use": "whether somebody has it open for writing",
+    "in-use": "whether it is open for writing",
     "name": "its path below the datastore",
     "node": "its owner's name or id",
     "problem": "whether it cannot be read",
-    "size": "bytes that a guest sees",
+    "size": "bytes of the guest's disk",
 }
 
 _NUMBERS = frozenset({"actual-size", "depth", "size"})
@@ -68,7 +68,7 @@ class _Token(NamedTuple):
 
 
 def parse(text: str) -> Selection:
-    """Returns the predicate of a selection. Raises UsageError with the place of a mistake."""
+    """Returns the predicate of a selection. Raises UsageError with the position of a syntax error."""
     if len(text) > MAX_LENGTH:
         raise UsageError(f"selection of {len(text)} characters, {MAX_LENGTH} at most")
     parser = _Parser(text)
@@ -155,7 +155,7 @@ def _tokens(text: str) -> list[_Token]:
         kind = str(match.lastgroup)
         found, start = match[kind], match.start(kind)
         if kind == "bad":
-            raise UsageError(f"selection {text!r}: {found!r} at character {start + 1} means nothing here")
+            raise UsageError(f"selection {text!r}: {found!r} at character {start + 1} is not valid here")
         quoted = kind == "quoted"
         tokens.append(_Token("" if quoted else found, found[1:-1] if quoted else found, start))
         at = match.end()

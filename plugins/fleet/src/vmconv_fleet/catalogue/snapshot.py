@@ -27,7 +27,7 @@ MAX_NAME = 80
 
 
 class NodeView(NamedTuple):
-    """A node as seen from here. `age_ms` is the age of what is known; None if the node was never heard from.
+    """A node as seen from here. `age_ms` is the age of its last heartbeat; None without one.
 
     `lag`: records this node has that the other lacked when last heard from.
     """
@@ -154,7 +154,7 @@ class Snapshot:
         return max(0, self.now_ms - moment_ms)
 
     def describe_by(self, by: Mapping[str, Any] | None) -> str:
-        """Returns in words who sent a request."""
+        """Returns the caller of a request as text."""
         if not by:
             return ""
         who = str(by.get("user") or "somebody")[:MAX_NAME]

@@ -20,7 +20,7 @@ def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
     elif content.get("ok"):
         print(f"{done} (transaction {content.get('transaction')})")
     else:
-        print(f"asked for: request {content['request']}; its owner has not answered yet")
+        print(f"requested: request {content['request']}; its owner has not answered yet")
     return 0
 
 
@@ -51,7 +51,7 @@ def datastore(options: argparse.Namespace) -> int:
             return _said(options, reply, f"datastore {options.name} is {path}")
         owner = options.of or _own(client)
         reply = client.call("DELETE", f"/api/v1/datastores/{owner}/{options.name}", query={"wait": options.wait})
-    return _said(options, reply, f"datastore {options.name} is out of the catalogue; its files stay")
+    return _said(options, reply, f"datastore {options.name} is removed from the catalogue; its files stay")
 
 
 def policy(options: argparse.Namespace) -> int:
@@ -97,14 +97,14 @@ def token(options: argparse.Namespace) -> int:
         found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
         one = only(found, options.id, "token")
         reply = client.call("DELETE", f"/api/v1/tokens/{one['owner']}/{one['id']}", query={"wait": options.wait})
-    return _said(options, reply, f"token {options.id} revoked")
+    return _said(options, reply, f"token {options.id} is revoked")
 
 
 def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     wish = {"label": options.label, "role": options.role}
     if options.days is not None:
         if options.days <= 0:
-            raise UsageError(f"--days {options.days:g}: a token is good for more than no time")
+            raise UsageError(f"--days {options.days:g}: must be more than 0")
         wish["ttl_s"] = options.days * 86400
     content = refuse_refused(client.call("POST", "/api/v1/tokens", wish))
     if options.output == "json":
@@ -134,4 +134,4 @@ def retire(options: argparse.Namespace) -> int:
     body = {"reason": options.reason} | ({"authority": options.authority} if options.authority else {})
     with connected(options) as client:
         reply = client.call("POST", f"/api/v1/nodes/{options.retired}/retire", body, query={"wait": options.wait})
-    return _said(options, reply, f"{options.retired} is out of the fleet")
+    return _said(options, reply, f"{options.retired} is retired")

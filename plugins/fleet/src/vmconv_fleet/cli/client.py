@@ -121,7 +121,7 @@ class NodeClient:
                 f"{self.where}: no node runs here", hint="vmconv node run starts it; --node names another one"
             ) from exc
         except PermissionError as exc:
-            raise AccessError(f"{self.where}: its socket is for the user who runs the node") from exc
+            raise AccessError(f"{self.where}: only the node's own user can open its socket") from exc
         except (OSError, http.client.HTTPException) as exc:
             raise UnreachableError(f"{self.where}: {exc}") from exc
 

@@ -52,7 +52,7 @@ def moment(text: str, now: datetime) -> datetime:
 
 
 def _stays(options: argparse.Namespace) -> bool:
-    """Returns whether the command waits for the jobs: a plan comes soon, a conversion may take long."""
+    """Returns whether the command waits for the jobs: plans are quick, conversions may take long."""
     return bool(options.follow or options.dry_run)
 
 
@@ -64,7 +64,7 @@ def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
 
 def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> Asked:
     disk = disk_named(client, options.disk)
-    # The caller chooses the job's id, to follow the job before its owner knows of it.
+    # The caller chooses the job's id, to follow the job before its owner has received it.
     wish = _wish(options, at) | {"job": options.id or f"job-{secrets.token_hex(6)}"}
     path = f"/api/v1/disks/{disk['owner']}/{disk['id']}/convert"
     reply = client.call("POST", path, wish, query={"wait": options.wait})
@@ -75,7 +75,7 @@ def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -
 def _many(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> list[Asked]:
     for name in ("target", "target_datastore", "id"):
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} is for one disk, and --select chooses many")
+            raise UsageError(f"--{name.replace('_', '-')} applies to one disk, and --select chooses many")
     wish = _wish(options, at) | {"select": options.select}
     answers = client.call("POST", "/api/v1/conversions", wish, query={"wait": options.wait}).content
     return [one | {"job": one["answer"].get("body", {}).get("job") or one["answer"]["request"]} for one in answers]

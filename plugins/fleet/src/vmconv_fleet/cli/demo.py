@@ -106,7 +106,7 @@ class _Story:
         print_table(rows, "   ")
 
     def _catalogue(self) -> None:
-        self._say(f"Each has a disk of {size_text(self._size)}; {self._first.name} knows them all")
+        self._say(f"Each has a disk of {size_text(self._size)}; {self._first.name} lists them all")
         for node in self._nodes:
             node.client.call("POST", f"/api/v1/nodes/{node.id()}/scan", {})
         wait_for(self._first.client, self._knows_all_disks, _PATIENCE, "disks are known")
@@ -122,7 +122,7 @@ class _Story:
 
     def _convert_elsewhere(self) -> None:
         owner, asked = self._second, self._first
-        self._say(f"{asked.name} is asked to convert the disk of {owner.name}: a request to its owner")
+        self._say(f"{asked.name} requests a conversion of the disk of {owner.name}, its owner")
         began = time.monotonic()
         answer = _ask(asked, owner, self._targets[0], wait=30)
         milliseconds = (time.monotonic() - began) * 1000
@@ -141,7 +141,7 @@ class _Story:
         cut = self._second
         self._say(f"{cut.name} is disconnected from the others")
         cut.client.call("PUT", "/api/v1/link", {"connected": False})
-        wait_for(self._first.client, lambda: self._state_of(cut, "silent"), _PATIENCE, "the cut is noticed")
+        wait_for(self._first.client, lambda: self._state_of(cut, "silent"), _PATIENCE, "the disconnection is noticed")
         self._show_nodes(self._first)
 
     def _state_of(self, node: LocalNode, state: str) -> bool:
@@ -175,7 +175,7 @@ class _Story:
         answer = wait_for(
             self._first.client, lambda: _answered(self._first, path), _PATIENCE, "the request is answered"
         )
-        print(f"   after {time.monotonic() - began:.1f} s the request that waited is answered: {_words(answer)}")
+        print(f"   after {time.monotonic() - began:.1f} s the queued request is answered: {_words(answer)}")
         self._show_end(self._first, self._second, answer["body"]["job"])
 
     def _agree(self) -> int:
@@ -212,7 +212,7 @@ def _ask(asked: LocalNode, owner: LocalNode, target: str, *, wait: float) -> dic
 
 def _words(answer: dict[str, Any]) -> str:
     if answer.get("ok") is None:
-        return "its request waits"
+        return "its request is queued"
     return f"transaction {answer['transaction']}" if answer["ok"] else f"refused, {answer['reason']}"
 
 

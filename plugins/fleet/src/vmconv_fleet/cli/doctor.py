@@ -42,7 +42,7 @@ def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     fleet = client.get("/api/v1/fleet")
     here = fleet["name"]
     if not fleet["serving"]:
-        yield Diagnosis(here, "does not write yet: it recovers its own records from its neighbours")
+        yield Diagnosis(here, "cannot write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
         yield Diagnosis(here, "is disconnected from the others by its administrator")
     yield from (Diagnosis(here, text) for text in fleet["problems"])
@@ -62,7 +62,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
         if one["state"] == "silent":
-            yield Diagnosis(one["name"], f"is unreachable: what is known of it is {age_text(one['age_ms'])} old")
+            yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
         elif one["state"] == "up":
             yield from (Diagnosis(one["name"], text) for text in one["problems"])
 

@@ -41,7 +41,7 @@ def _reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--node",
         metavar="WHERE",
-        help="the node to talk to: its directory on this machine, or https://HOST:7449 with a token\n"
+        help="the node to connect to: its directory on this machine, or https://HOST:7449 with a token\n"
         "(default: $VMCONV_NODE, or below the state directory)",
     )
     parser.add_argument(
@@ -55,7 +55,7 @@ def _asking(parser: argparse.ArgumentParser) -> None:
     """Adds the options of all verbs that request a change."""
     _reading(parser)
     parser.add_argument(
-        "--wait", type=float, default=10, metavar="SECONDS", help="wait so long for the owner's answer (default: 10)"
+        "--wait", type=float, default=10, metavar="SECONDS", help="seconds to wait for the owner's answer (default: 10)"
     )
 
 
@@ -103,24 +103,26 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             help="options of that format, separated by commas; vmconv formats lists them",
         ),
         parser.add_argument(
-            "--target", metavar="NAME", help="name of the file to make (default: as the node's policy has it)"
+            "--target", metavar="NAME", help="name of the file to make (default: by the node's policy)"
         ),
-        parser.add_argument("--target-datastore", metavar="NAME", help="make it there (default: beside the source)"),
-        parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: fail rather than copy"),
+        parser.add_argument(
+            "--target-datastore", metavar="NAME", help="datastore of the target (default: beside the source)"
+        ),
+        parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: fail instead of copying"),
         parser.add_argument(
             "--remove-source",
             dest="keep_source",
             action="store_const",
             const=False,
-            help="remove the source afterwards, where the node's policy allows it",
+            help="remove the source afterwards, if the node's policy allows it",
         ),
-        parser.add_argument("--max-parallel", type=int, metavar="N", help="at most N at a time on each node"),
-        parser.add_argument("--dry-run", action="store_const", const=True, help="only plan; nothing is made"),
+        parser.add_argument("--max-parallel", type=int, metavar="N", help="limit of parallel conversions on each node"),
+        parser.add_argument("--dry-run", action="store_const", const=True, help="only plan, make nothing"),
     ]
     parser.set_defaults(spec=tuple(one.dest for one in spec))
     parser.add_argument("--at", metavar="TIME", help="begin at HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
     parser.add_argument("--follow", action="store_true", help="wait until all have ended, with progress")
-    parser.add_argument("--id", metavar="ID", help="id of the request: the same again is the same request")
+    parser.add_argument("--id", metavar="ID", help="id of the request: the same id again is the same request")
     _asking(parser)
 
 
@@ -150,19 +152,21 @@ def _scan(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", metavar="FILE", help="where to write it (default: standard output)")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="file to write (default: standard output)")
     _reading(parser)
 
 
 def _datastore(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
-    add = actions.add_parser("add", help="declare a directory of this node", formatter_class=formatter)
+    add = actions.add_parser("add", help="declare a directory of this node as a datastore", formatter_class=formatter)
     add.add_argument("name", metavar="NAME", help="name of the datastore")
     add.add_argument("path", metavar="DIR", help="the directory, on this machine")
     _asking(add)
-    remove = actions.add_parser("remove", help="take it out of the catalogue; files stay", formatter_class=formatter)
+    remove = actions.add_parser(
+        "remove", help="remove a datastore from the catalogue; its files stay", formatter_class=formatter
+    )
     remove.add_argument("name", metavar="NAME", help="name of the datastore")
-    remove.add_argument("--of", metavar="NODE", help="the node that has it (default: this one)")
+    remove.add_argument("--of", metavar="NODE", help="the datastore's node (default: this one)")
     _asking(remove)
 
 
@@ -174,7 +178,7 @@ def _token(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--days", type=float, metavar="N", help="days until it expires (default: until it is revoked)")
     _asking(create)
     revoke = actions.add_parser("revoke", help="revoke a token", formatter_class=formatter)
-    revoke.add_argument("id", metavar="ID", help="the token's id, as the list has it")
+    revoke.add_argument("id", metavar="ID", help="the token's id, as listed")
     _asking(revoke)
     _reading(actions.add_parser("list", help="list tokens and their roles", formatter_class=formatter))
 
@@ -182,9 +186,9 @@ def _token(parser: argparse.ArgumentParser) -> None:
 def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ruled", nargs="?", metavar="NODE", help="the node (default: this one)")
     parser.add_argument("--naming", metavar="TEXT", help="names of targets, from {stem}, {suffix}, {format}, {job}")
-    parser.add_argument("--max-parallel", type=int, metavar="N", help="conversions at a time")
+    parser.add_argument("--max-parallel", type=int, metavar="N", help="limit of parallel conversions")
     parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: no conversion copies payload")
-    parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may have sources removed")
+    parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may remove sources")
     parser.add_argument("--formats", metavar="FMT,FMT", help="formats that may be written; all: any format")
     parser.add_argument(
         "--administrators-of", metavar="NODE,NODE", help="nodes whose administrators may send requests; all: any node"
@@ -207,16 +211,16 @@ VERBS = {
     "vms": _Verb("list virtual machines", "listing", _listing),
     "jobs": _Verb("list conversions", "listing", _jobs),
     "requests": _Verb("list requests and their responses", "listing", _newest),
-    "history": _Verb("list the changes that were made, by whom, before and after", "listing", _newest),
+    "history": _Verb("list executed transactions: caller, records before and after", "listing", _newest),
     "convert": _Verb("convert a disk or all selected disks, on any node", "converting", _convert),
     "cancel": _Verb("cancel a conversion", "changing", _job),
-    "scan": _Verb("scan a node's datastores again", "changing", _scan),
-    "datastore": _Verb("declare directories of this node, or take them out of the catalogue", "changing", _datastore),
+    "scan": _Verb("scan a node's datastores", "changing", _scan),
+    "datastore": _Verb("declare datastores of this node, or remove them from the catalogue", "changing", _datastore),
     "policy": _Verb("show and change how a node converts", "changing", _policy),
     "token": _Verb("create, list and revoke tokens for people and programs", "changing", _token),
-    "retire": _Verb("take a node out of the fleet for good", "changing", _retire),
+    "retire": _Verb("remove a node from the fleet permanently", "changing", _retire),
     "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
-    "export": _Verb("print everything, one record on each line", "watching", _export),
+    "export": _Verb("print all records, one on each line", "watching", _export),
     "doctor": _Verb("report the problems of the fleet, as this node sees them", "doctor", _reading),
     "demo": _Verb("run a fleet of three nodes on this machine, with conversions and a partition", "demo", _demo),
 }
@@ -224,12 +228,12 @@ VERBS = {
 COMMAND = Command(
     name="fleet",
     help="show and change a fleet of nodes",
-    description="Shows the nodes, disks and conversions of a fleet and asks for changes of them, from any node.",
+    description="Shows the nodes, disks and conversions of a fleet, and requests changes of them, from any node.",
     configure=_configure,
     run=_run,
     epilog="""exit status:
-  0  done, or asked for
-  1  refused, failed, or no node is there
+  0  done, or requested
+  1  refused, failed, or no node is reachable
   2  the request is not valid
 
 examples:

@@ -26,11 +26,11 @@ def _print(
 
 
 def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
-    """Prints the age of what is known of unreachable nodes."""
+    """Prints the age of the records of unreachable nodes."""
     if options.output == "json":
         return
     for one in client.get("/api/v1/fleet")["unseen"]:
-        print(f"{cell(one['name'])} is unreachable: what is known of it is {age_text(one['age_ms'])} old")
+        print(f"{cell(one['name'])} is unreachable: its records are {age_text(one['age_ms'])} old")
 
 
 def nodes(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
         "--address",
         action="append",
         metavar="HOST",
-        help="name or address under which others reach this node, for its certificate (default: all that it has)",
+        help="name or address of this node for others, for its certificate (default: all of this machine)",
     )
     parser.add_argument("--api", metavar="HOST:PORT", help="where administrators connect (default: 127.0.0.1:7449)")
     parser.add_argument("--no-api", action="store_true", help="no HTTPS; the Unix socket stays")
@@ -30,7 +30,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
 def _init(parser: argparse.ArgumentParser) -> None:
     _settings(parser)
     parser.add_argument("--fleet", default="fleet", help="the name of the fleet (default: %(default)s)")
-    parser.add_argument("--join", metavar="HOST:PORT", help="where nodes that join connect (default: [::]:7448)")
+    parser.add_argument("--join", metavar="HOST:PORT", help="where new nodes connect to join (default: [::]:7448)")
 
 
 def _join(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def _join(parser: argparse.ArgumentParser) -> None:
 def _invite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=60, help="minutes until it expires (default: %(default)s)")
     parser.add_argument(
-        "--address", metavar="HOST", help="where the new node reaches this one (default: the first it has)"
+        "--address", metavar="HOST", help="address of this node for the new one (default: the first of this machine)"
     )
 
 
@@ -58,8 +58,8 @@ def _leave(parser: argparse.ArgumentParser) -> None:
 
 
 def _authority(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("direction", choices=("export", "import"), help="out of this node, or into it")
-    parser.add_argument("file", metavar="FILE", help="the authority's private key: keep it as secret as can be")
+    parser.add_argument("direction", choices=("export", "import"), help="export it from this node, or import it")
+    parser.add_argument("file", metavar="FILE", help="file of the authority's private key: keep it secret")
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
@@ -71,14 +71,14 @@ def _nothing(_parser: argparse.ArgumentParser) -> None:
 
 
 ACTIONS: dict[str, tuple[str, Adder]] = {
-    "init": ("found a fleet: this machine becomes its first node and holds its authority", _init),
-    "join": ("enter a fleet by an invitation", _join),
+    "init": ("create a fleet: this machine becomes its first node and holds its authority", _init),
+    "join": ("join a fleet by an invitation", _join),
     "run": ("run the node, in the foreground, until SIGTERM", _nothing),
-    "status": ("what this node is, and whether it runs", _status),
-    "invite": ("print an invitation for one more node", _invite),
+    "status": ("show this node's settings, and whether it runs", _status),
+    "invite": ("print an invitation for one new node", _invite),
     "renew": ("get a new certificate; a running node uses it at once", _renew),
     "revoke": ("revoke a node: the whole fleet refuses it", _revoke),
-    "authority": ("copy the fleet's authority to another node, so that it does not depend on one", _authority),
+    "authority": ("copy the fleet's authority to another node", _authority),
     "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
 }
 
@@ -107,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
 COMMAND = Command(
     name="node",
     help="make this machine a node of a fleet, and run it",
-    description="Makes a directory a node of a fleet, and runs it. Each node has a directory of its own.",
+    description="Turns a directory into a node of a fleet, and runs it. Each node has a directory of its own.",
     configure=_configure,
     run=_run,
 )

@@ -35,7 +35,7 @@ def init_node(options: argparse.Namespace) -> int:
         settings.save(config)
         with open(config.path(FOUNDED), "w", encoding="ascii"):
             pass
-    print(f"node {node} ({config.name}) founds fleet {options.fleet} in {directory}")
+    print(f"node {node} ({config.name}) created fleet {options.fleet} in {directory}")
     print(f"  next: vmconv node run --directory {directory}")
     return 0
 
@@ -58,7 +58,7 @@ def join_node(options: argparse.Namespace) -> int:
         credentials.install(directory, keys, granted.certificate)
         credentials.load(config)
         settings.save(config)
-    print(f"node {node} ({config.name}) joins fleet {granted.fleet} in {directory}")
+    print(f"node {node} ({config.name}) joined fleet {granted.fleet} in {directory}")
     print(f"  next: vmconv node run --directory {directory}")
     return 0
 
@@ -108,7 +108,7 @@ def invite_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust.authority import Authority
 
     if not options.minutes > 0:
-        raise UsageError(f"--minutes {options.minutes:g} is not more than 0")
+        raise UsageError(f"--minutes {options.minutes:g} must be more than 0")
     config = settings.load(_directory(options))
     print(Authority.load(config.directory).invite(config, lifetime=options.minutes * 60, host=options.address))
     return 0
@@ -145,14 +145,14 @@ def authority_node(options: argparse.Namespace) -> int:
     config = settings.load(_directory(options))
     if options.direction == "export":
         if os.path.exists(options.file):
-            raise UsageError(f"{options.file}: exists already")
+            raise UsageError(f"{options.file}: already exists")
         with os_errors("writing the authority's key", FleetError):
             write_private(options.file, Authority.load(config.directory).export())
         print(f"{options.file}: the authority of fleet {config.fleet}; its holder can admit nodes")
         return 0
     with os_errors("reading the authority's key", FleetError), open(options.file, "rb") as file:
         Authority.of_key(config.directory, file.read(MAX_PEM)).adopt()
-    print(f"node {config.node} holds the authority of fleet {config.fleet}; it lets nodes in after its next start")
+    print(f"node {config.node} holds the authority of fleet {config.fleet}; it admits nodes after its next start")
     return 0
 
 
@@ -162,7 +162,7 @@ def leave_node(options: argparse.Namespace) -> int:
 
     config = settings.load(_directory(options))
     if running(config) is not None:
-        raise FleetError(f"{config.directory}: the node is running", hint="end it first")
+        raise FleetError(f"{config.directory}: the node is running", hint="stop it first")
     if os.path.exists(config.path(os.path.join("authority", "ca.key"))) and not options.force:
         raise FleetError(
             f"{config.directory}: holds the fleet's authority",
@@ -172,7 +172,7 @@ def leave_node(options: argparse.Namespace) -> int:
         joining.first_that_answers(config.authorities, lambda address: joining.leave(config, address))
     with os_errors("deleting the node", FleetError):
         shutil.rmtree(config.directory)
-    print(f"node {config.node} has left fleet {config.fleet}; its disks stay where they are")
+    print(f"node {config.node} has left fleet {config.fleet}; its disks are unchanged")
     return 0
 
 

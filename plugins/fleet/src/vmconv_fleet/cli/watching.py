@@ -13,7 +13,7 @@ from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import cell, progress_text, time_text
 
 _NOISE = frozenset({"heartbeat", "epoch"})
-"""Kinds that are printed on request only: they show just that a node is up."""
+"""Kinds that are printed only on request, because they only show that a node is up."""
 
 
 def watch(options: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 _WAIT = 3.0
 
 CONVERSION = ("format", "target", "zero_copy", "dry_run")
-"""The fields of a conversion that the form on a disk's page has."""
+"""The fields of a conversion in the form on a disk's page."""
 
 
 async def login_page(_request: Request) -> Response:
@@ -66,13 +66,13 @@ async def _asked(visit: Visit, target: str, verb: str, arguments: dict[str, Any]
     try:
         answer = await ask(visit.state, visit.caller, target, verb, arguments, wait=_WAIT)
     except VmconvError as exc:
-        return back_to(path, f"Not asked for: {exc}")
+        return back_to(path, f"Not requested: {exc}")
     return back_to(path, _words(answer))
 
 
 def _words(answer: Answer) -> str:
     if answer.ok is None:
-        return f"Asked for, request {answer.request}: its owner has not answered yet"
+        return f"Requested, request {answer.request}: its owner has not answered yet"
     return f"Done, transaction {answer.transaction}" if answer.ok else f"Refused: {answer.reason}"
 
 

@@ -67,7 +67,7 @@ async def form_of(request: Request) -> Mapping[str, str]:
     """Returns the fields of a form."""
     declared = request.headers.get("content-type", "").partition(";")[0]
     if declared != "application/x-www-form-urlencoded":
-        raise AccessError(f"a form is not {declared[:80] or 'of no type'}")
+        raise AccessError(f"form with content type {declared[:80] or 'none'}")
     body = await request.body()
     if len(body) > MAX_FORM:
         raise AccessError(f"a form of {len(body)} bytes, {MAX_FORM} at most")

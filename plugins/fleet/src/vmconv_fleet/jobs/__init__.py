@@ -1,1 +1,1 @@
-"""What an owner does on request: the verbs, and the conversions that run on a node."""
+"""The verbs of requests, and the conversions that run on a node."""

@@ -19,7 +19,7 @@ def _absolute(path: str) -> str:
 
 
 class Arguments(BaseModel):
-    """The arguments of `verb`. Unknown fields are refused, so that a misspelt one is not ignored."""
+    """The arguments of `verb`. Raises ValidationError for unknown fields, which may be misspelt."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +31,7 @@ class Arguments(BaseModel):
 
 
 class JobRequest(ConversionSpec, Arguments):
-    """A conversion. `job` is an id of the caller's choice: the same id again is the same job."""
+    """A conversion. `job` is an id chosen by the caller; the same id again is the same job."""
 
     verb: ClassVar[str] = "convert"
 
@@ -127,7 +127,7 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
 
 
 def complaint(exc: ValidationError) -> str:
-    """Returns the first thing that is wrong, in one line."""
+    """Returns the first error, in one line."""
     first = exc.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -59,14 +59,14 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
 def _handle(
     decide: Callable[[Context, IncomingRequest, Any], Outcome], context: Context, request: IncomingRequest
 ) -> Outcome:
-    """Checks who asks and the arguments, and lets the handler decide."""
+    """Checks the caller and the arguments, and calls the handler."""
     # The models take memory that a node without requests does not need.
     from vmconv_fleet.catalogue.kinds import Principal
     from vmconv_fleet.jobs.arguments import ARGUMENTS
 
     by = _checked(Principal, request.by, "by")
     if by.node != request.requester:
-        raise Refusal(f"{request.requester} asks in the name of somebody at {by.node}")
+        raise Refusal(f"{request.requester} states a caller of another node, {by.node}")
     refuse_unless_allowed(request.verb, context.node, by, context, context.now)
     return decide(context, request, _checked(ARGUMENTS[request.verb], request.arguments, request.verb))
 
@@ -85,7 +85,7 @@ def _checked(model: type[M], given: Mapping[str, Any], what: str) -> M:
 def _own(context: Context, kind: str, identifier: str) -> Record:
     record = context.get(context.node, kind, identifier)
     if record is None:
-        raise Refusal(f"{kind} {identifier} is not here")
+        raise Refusal(f"{kind} {identifier} does not exist on this node")
     return record
 
 
@@ -108,7 +108,7 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
     policy = policy_of(context.node, context)
     _refuse_format(context, policy, wanted.format)
     if len(context.find("job", context.node)) >= MAX_OPEN_JOBS:
-        raise Refusal(f"this node has {MAX_OPEN_JOBS} jobs already")
+        raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs")
     body = JobBody(
         state="queued",
         disk=wanted.disk,
@@ -122,10 +122,10 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
 
 
 def _again(before: Record, wanted: Convert) -> Outcome:
-    """Returns the outcome for an id that is in use: the same job, which is not made twice."""
+    """Returns the outcome for a known id: the existing job."""
     same = (before.body["disk"], before.body["format"]) == (wanted.disk, wanted.format)
     if not same:
-        raise Refusal(f"job {before.id} is another conversion already")
+        raise Refusal(f"job {before.id} is a different conversion")
     return Outcome((), {"job": before.id, "state": before.body["state"]})
 
 
@@ -139,11 +139,11 @@ def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
         return
     writable = sorted(key for key, one in CapabilitiesBody.model_validate(known.body).formats.items() if one.writes)
     if name not in writable:
-        raise Refusal(f"this node cannot write {name}, but {', '.join(writable)}")
+        raise Refusal(f"this node cannot write {name}; it writes {', '.join(writable)}")
 
 
 def _ruled(policy: PolicyBody, wanted: Convert) -> dict[str, Any]:
-    """Returns the fields of a job that the policy decides."""
+    """Returns the fields of a job from the policy."""
     if not wanted.keep_source and not policy.may_remove_source:
         raise Refusal("the policy of this node keeps sources")
     return {"zero_copy": "require"} if policy.zero_copy == "require" else {}
@@ -154,7 +154,7 @@ def _cancel(context: Context, _request: IncomingRequest, wanted: Cancel) -> Outc
     state = record.body["state"]
     ends_itself = state == "planned" and record.body.get("dry_run")
     if ends_itself or state in ("done", "failed", "cancelled"):
-        raise Refusal(f"job {wanted.job} is {state} already")
+        raise Refusal(f"job {wanted.job} is already {state}")
     changed = {**record.body, "cancel": True}
     if state == "queued":
         changed |= {"state": "cancelled", "ended_ms": context.now}
@@ -175,10 +175,10 @@ def _scan(context: Context, _request: IncomingRequest, wanted: Scan) -> Outcome:
 
 def _add_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreAdd) -> Outcome:
     if context.get(context.node, "datastore", wanted.name):
-        raise Refusal(f"datastore {wanted.name} is there already")
+        raise Refusal(f"datastore {wanted.name} already exists")
     for other in context.find("datastore", context.node):
         if _overlap(other.body["path"], wanted.path):
-            raise Refusal(f"{wanted.path} and {other.body['path']} of datastore {other.id} are not apart")
+            raise Refusal(f"{wanted.path} and {other.body['path']} of datastore {other.id} overlap")
     body = {"path": wanted.path, "scan_asked_ms": context.now, "scanned_ms": 0}
     return Outcome([Change("datastore", wanted.name, body)], {"datastore": wanted.name})
 
@@ -214,7 +214,7 @@ def _set_policy(context: Context, _request: IncomingRequest, wanted: PolicySet) 
 
 def _create_token(context: Context, request: IncomingRequest, wanted: TokenCreate) -> Outcome:
     if context.get(context.node, "token", wanted.id):
-        raise Refusal(f"token {wanted.id} is there already")
+        raise Refusal(f"token {wanted.id} already exists")
     body = {
         **wanted.model_dump(mode="json", exclude_none=True, exclude={"id"}),
         "created_ms": context.now,
@@ -231,7 +231,7 @@ def _revoke_token(context: Context, _request: IncomingRequest, wanted: TokenRevo
 def _retire(directory: str, context: Context, _request: IncomingRequest, wanted: Retire) -> Outcome:
     """Retires a node: all nodes drop its records and accept none again."""
     if wanted.node == context.node:
-        raise Refusal("a node does not retire itself", hint="vmconv node leave, on it")
+        raise Refusal("a node cannot retire itself", hint="vmconv node leave, on it")
     record = context.get(wanted.node, "node", wanted.node)
     body = {"node": wanted.node, "reason": wanted.reason, "at_ms": context.now}
     if record:
@@ -242,7 +242,7 @@ def _retire(directory: str, context: Context, _request: IncomingRequest, wanted:
 
 def _revoke(directory: str, context: Context, _request: IncomingRequest, wanted: Revoke) -> Outcome:
     if wanted.key_id is None and wanted.node == context.node:
-        raise Refusal("a node does not revoke itself")
+        raise Refusal("a node cannot revoke itself")
     change = _revocation(directory, context, wanted.node, wanted.key_id, retired=False)
     return Outcome([change], {"node": wanted.node, "key_id": wanted.key_id})
 

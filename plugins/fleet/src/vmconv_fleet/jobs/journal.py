@@ -1,8 +1,8 @@
 """The journal of a conversion: it tells a restarted node whether a target is its own.
 
-A file gets its name by a link, which keeps its device, inode and generation; the next file with that inode number has
-another generation. The journal lists these of the files being made, durably, before they are named. Afterwards a target
-is the job's own exactly if it is one of them.
+Linking a file under its name keeps its device, inode and generation. A later file with that inode number has another
+generation. The journal lists these of the files being made, durably, before they are named. Afterwards a target
+belongs to the job if and only if it is one of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class JobJournal:
     def lock(self) -> bool:
         """Locks the job until `unlock` or the end of this process; returns False if another process has it.
 
-        The worker of a killed node may live a moment longer, and may even finish.
+        The worker of a killed node may run a moment longer, and may even finish.
         """
         self._lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -71,7 +71,7 @@ class JobJournal:
             os.close(target)
 
     def remove(self) -> None:
-        """Removes the journal, once the job's record says everything."""
+        """Removes the journal, once the job's record is final."""
         for path in (self.path, f"{self.path}.lock"):
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -74,7 +74,7 @@ class Run:
         return self._is_over.is_set()
 
     def cancel(self) -> None:
-        """Cancels the job for good."""
+        """Cancels the job permanently."""
         self._cancelled = True
         self._stop_child()
 
@@ -99,7 +99,7 @@ class Run:
         try:
             self._work()
         except FleetError as exc:
-            _log.info("job %s stays where it is: %s", self._job, exc)
+            _log.info("job %s keeps its state: %s", self._job, exc)
         except Exception:
             _log.exception("job %s", self._job)
         finally:
@@ -125,7 +125,7 @@ class Run:
         _log.info("job ended", extra={"fields": {"job": self._job, "outcome": (said or {}).get("event", "ended")}})
 
     def _ask_for_scan(self, datastores: set[str | None]) -> None:
-        """Asks for a scan of the datastores, which have a new file."""
+        """Requests a scan of the datastores, which have a new file."""
 
         def decide(view: ReplicaView) -> list[Change]:
             found = [view.get(self._service.node, "datastore", name) for name in datastores if name is not None]
@@ -143,10 +143,10 @@ class Run:
         roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
         disk = view.get(node, "disk", job.disk)
         if disk is None:
-            raise Refusal(f"disk {job.disk} is gone")
+            raise Refusal(f"disk {job.disk} no longer exists")
         for name in (disk.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
-                raise Refusal(f"datastore {name} is gone")
+                raise Refusal(f"datastore {name} no longer exists")
         return Task(
             job=self._job,
             root=roots[disk.body["datastore"]],

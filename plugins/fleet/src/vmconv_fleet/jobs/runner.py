@@ -1,8 +1,8 @@
-"""The job runner: runs the conversions that job records ask for, each in a process of its own.
+"""The job runner: runs the conversions of job records, each in a process of its own.
 
 A job's record goes queued -> planned -> running -> done, failed or cancelled. Only this module advances it; handlers
-create it and ask for its end. When a node dies the record stays as it is. At the next start the journal tells whether
-the job is done; otherwise it begins again.
+create it and request its end. If a node dies, the record stays as it is. At the next start the journal tells whether
+the job is done; otherwise it restarts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vmconv_fleet.replication.writing import Writes, settled
 _log = logging.getLogger("vmconv_fleet.jobs")
 
 MAX_ATTEMPTS = 3
-"""How often a job may bring its node down."""
+"""Limit of attempts of a job that end with the node."""
 
 _LOOK_AT_CLOCK = 30.0
 _WORKER_STEP = 0.05
@@ -54,7 +54,7 @@ class JobRunner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops running jobs, which the next start begins again; returns when nothing runs."""
+        """Stops running jobs, which the next start restarts; returns when nothing runs."""
         self._ending.set()
         self._unsubscribe()
         self._events.put(None)
@@ -84,7 +84,7 @@ class JobRunner:
                 run.end()
 
     def _recover(self) -> None:
-        """Settles the jobs that the last process left: done, cancelled, to be repeated, or given up."""
+        """Settles the jobs of the last process: done, cancelled, restarted, or failed."""
         node = self._service.node
         # Before the node serves, it may lack its own latest records.
         settled(self._service.update(lambda _view: ()), self._ending)
@@ -175,6 +175,6 @@ def _left_over(node: str, identifier: str, made: str | None, view: ReplicaView) 
     if record.body.get("cancel"):
         return [Change("job", identifier, {**body, "state": "cancelled", "ended_ms": wall_ms()})]
     if record.body.get("attempts", 0) >= MAX_ATTEMPTS:
-        error = f"given up: the node ended in the middle of it {MAX_ATTEMPTS} times"
+        error = f"failed: the node ended during the job {MAX_ATTEMPTS} times"
         return [Change("job", identifier, {**body, "state": "failed", "error": error, "ended_ms": wall_ms()})]
     return [Change("job", identifier, {**body, "state": "queued"})]

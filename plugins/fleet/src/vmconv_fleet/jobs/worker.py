@@ -2,16 +2,16 @@
 
     python -m vmconv_fleet.jobs.worker
 
-The first line of standard input is the `Task`, as JSON. What happens is told on standard output, one JSON document on
-each line, with the key `event`:
+The first line of standard input is the `Task`, as JSON. It reports events on standard output, one JSON document per
+line, with the key `event`:
 
-    plan      what will be shared, copied and written; then it waits until standard input says `go`
+    plan      bytes to share, copy and write; then it waits for `go` on standard input
     progress  bytes done and to do
-    done      the target is there
-    error     one line on what went wrong, and a hint; nothing was created
+    done      the target exists
+    error     one line and a hint; nothing was created
 
-It ends as well, leaving nothing behind, at SIGTERM and when standard input ends: so does a conversion whose node was
-killed. Before the target gets its name, the journal says which file that will be.
+It also ends, and leaves nothing behind, on SIGTERM and at the end of standard input, so if its node is killed. Before
+the target is renamed into place, the journal identifies its file.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
 
 class _Stopped(BaseException):
-    """The conversion has to stop. Not an `Exception`, which readers and writers catch."""
+    """The conversion must stop. Not an `Exception`, which readers and writers catch."""
 
 
 class Worker:
@@ -225,7 +225,7 @@ def main() -> int:
     task = Task(**json.loads(sys.stdin.readline()))
     journal = JobJournal(task.journal)
     if not journal.lock():
-        _emit("error", message="another worker is at this job", hint=None)
+        _emit("error", message="another worker runs this job", hint=None)
         return 1
     code = _done(task, journal)
     if code and not journal.made():

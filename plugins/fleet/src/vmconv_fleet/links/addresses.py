@@ -15,7 +15,7 @@ MAX_ADDRESSES = 32
 def local_addresses() -> list[str]:
     """Returns the addresses of this machine's interfaces and its host name, at most `MAX_ADDRESSES`.
 
-    Link-local addresses are left out: they mean nothing without an interface.
+    Link-local addresses are omitted: they are valid on one interface only.
     """
     found = ["127.0.0.1", "::1", "localhost", socket.gethostname(), *_ipv4(), *_ipv6()]
     return list(dict.fromkeys(name for name in found if name))[:MAX_ADDRESSES]

@@ -1,4 +1,4 @@
-"""Probes an address without a link: Zenoh does not report refused handshakes, so this makes one to see why."""
+"""Probes an address without a link: Zenoh does not report refused handshakes, so this makes one to find the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmconv_fleet.trust.peers import common_name
 
 TIMEOUT = 2.0
 _REFUSAL_WAIT = 0.5
-"""How long the other end may take to refuse: in TLS 1.3 it checks our certificate after our handshake has ended."""
+"""Time for the other end to refuse: in TLS 1.3 it checks our certificate after our handshake has ended."""
 
 
 class Probe(NamedTuple):
@@ -25,7 +25,7 @@ class Probe(NamedTuple):
 
 
 def probe(config: NodeConfig, address: str) -> Probe:
-    """Returns who is at the address and whether TLS works, within a few seconds."""
+    """Returns the node at the address and the state of TLS, within a few seconds."""
     host, port = split_address(address)
     try:
         context = ssl.create_default_context(cafile=config.path("ca.pem"))
@@ -48,10 +48,10 @@ def _handshake(context: ssl.SSLContext, plain: socket.socket, host: str, address
             None,
             "untrusted",
             f"{address}: its certificate is not accepted: {exc.verify_message}",
-            "is that node of this fleet, its certificate not expired, and this address among its addresses?",
+            "check that the node is of this fleet, its certificate is not expired, and lists this address",
         )
     except ssl.SSLError as exc:
-        return Probe(None, "no-tls", f"{address}: does not speak TLS as nodes do: {_reason(exc)}")
+        return Probe(None, "no-tls", f"{address}: does not speak TLS like a node: {_reason(exc)}")
     except OSError as exc:
         return Probe(None, "no-tls", f"{address}: ends the connection instead of a TLS handshake: {exc}")
     node = common_name(secured)
@@ -67,7 +67,7 @@ def _handshake(context: ssl.SSLContext, plain: socket.socket, host: str, address
             "vmconv node renew gets a new one, unless this node was revoked",
         )
     except OSError:
-        # Closed without an alert: not how a refusal looks.
+        # Closed without an alert, unlike a refusal.
         pass
     finally:
         secured.close()

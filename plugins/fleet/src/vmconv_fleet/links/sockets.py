@@ -13,9 +13,9 @@ _OPEN = "/proc/self/fd"
 
 
 def give_up_after(connections: Collection[tuple[str, str]], milliseconds: int) -> int:
-    """Makes the kernel end connections whose sent data is not acknowledged for so long (RFC 5482).
+    """Makes the kernel end connections whose sent data is not acknowledged within a time (RFC 5482).
 
-    Each is (near, far), HOST:PORT in numbers. Returns how many were found.
+    Each is (near, far), HOST:PORT in numbers. Returns the number of connections found.
     """
     found = 0
     for name in os.listdir(_OPEN):

@@ -1,4 +1,4 @@
-"""Watches for what Zenoh does not report: addresses without a link, expiring certificates, our own revocation."""
+"""Watches what Zenoh does not report: addresses without a link, expiring certificates, our own revocation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmconv_fleet.trust.identity import Binding
 INTERVAL = 5.0
 WARNING = datetime.timedelta(days=14)
 _PATIENCE = 3
-"""How often a probe may succeed without a link before that is a problem: Zenoh tries once a second."""
+"""Number of successful probes without a link that count as a problem: Zenoh tries once a second."""
 
 
 class Watch:
@@ -60,8 +60,8 @@ class Watch:
                 self._link.report(name, self._judge(address))
 
     def _judge(self, address: str) -> NodeProblem | None:
-        """Returns what is wrong at an address without a known neighbour."""
-        # TLS in Python takes memory that a node whose links are all there does not need.
+        """Returns the problem of an address without a known neighbour."""
+        # TLS in Python takes memory that a node with all links does not need.
         from vmconv_fleet.links.probing import probe
 
         found = probe(self._config, address)
@@ -85,7 +85,7 @@ class Watch:
         left = self._bound().not_after - datetime.datetime.now(datetime.UTC)
         problem = None
         if self._is_revoked():
-            problem = NodeProblem("revoked", "this node was revoked: no other node takes anything from it")
+            problem = NodeProblem("revoked", "this node was revoked: other nodes refuse its messages")
         elif left < datetime.timedelta():
             problem = NodeProblem(
                 "expired", f"the certificate of this node expired on {self._bound().not_after:%Y-%m-%d}"

@@ -1,7 +1,7 @@
-"""How Zenoh is set up: peers that speak nothing but mutual TLS, and may put on their own key only.
+"""The configuration of Zenoh: peers with mutual TLS only, which can put only on their own key.
 
-vmconv/FLEET/link/FROM/TO    the key of what FROM tells TO, who are neighbours: Zenoh carries it over one link
-vmconv/FLEET/link/FROM/all   what FROM tells all its neighbours: one put, however many there are
+vmconv/FLEET/link/FROM/TO    messages of FROM to its neighbour TO, over one link
+vmconv/FLEET/link/FROM/all   messages of FROM to all its neighbours, by a single put
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
 
 
 def lease_ms(size: int) -> int:
-    """Returns after how much silence a link ends, in a fleet with so many other nodes."""
+    """Returns the silence after which a link ends, in a fleet with this many other nodes."""
     return _patience(LEASE_MS, size)
 
 

@@ -29,9 +29,9 @@ from vmconv_fleet.trust.identity import is_node_id
 QUIET = 0.3
 """Seconds without a change of links before a session is reopened, which interrupts all its links for a moment."""
 SPREAD = 0.1
-"""Seconds a member by which that is lengthened at random, so that nodes reopen one after the other."""
+"""Seconds per member that are added at random, so that nodes reopen one after the other."""
 LONGEST = 1.0
-"""The longest wait for other changes, in seconds a member."""
+"""The longest wait for other changes, in seconds per member."""
 URGENT = 1.0
 """Seconds within which, at random, the link with a revoked node ends."""
 MAX_PATIENCE = 64
@@ -186,7 +186,7 @@ class ZenohLink:
         self._reopen()
 
     def reconnect(self) -> None:
-        """Makes links again after `disconnect`."""
+        """Reconnects after `disconnect`."""
         self._disconnected = False
         self._reopen()
 
@@ -313,7 +313,7 @@ class ZenohLink:
             closing = _Closing(session)
             self._closing = [closing, *(one for one in self._closing if not one.closed)]
             closing.start()
-            # Whatever happens, the keeper continues.
+            # The keeper survives any error.
             closing.join(CLOSE_WITHIN)
             if closing.is_alive():
                 _log.warning("a session did not close within %g s", CLOSE_WITHIN)
@@ -348,7 +348,7 @@ class ZenohLink:
                 text = f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"
                 self.report(f"name {zid}", NodeProblem("impostor", text))
             elif self._is_revoked(node):
-                text = f"{link.dst}: node {node} was revoked, nothing is taken from it"
+                text = f"{link.dst}: node {node} was revoked, its messages are refused"
                 self.report(f"revoked {node}", NodeProblem("revoked", text))
             else:
                 ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
@@ -432,7 +432,7 @@ class ZenohLink:
         except Exception:
             # Zenoh would swallow it.
             self.counters["callback_errors"] += 1
-            _log.exception("a message could not be taken")
+            _log.exception("a message could not be queued")
 
     def _put(self, peer: str, message: bytes) -> None:
         ways = self._open.get(peer)

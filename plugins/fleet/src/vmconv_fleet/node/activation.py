@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
 
 GRACE_S = 2
-"""How long open requests may continue when the daemon stops."""
+"""Time for open requests to end when the daemon stops."""
 _log = logging.getLogger("vmconv_fleet.api")
 
 

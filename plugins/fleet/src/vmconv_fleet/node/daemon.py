@@ -34,7 +34,7 @@ from vmconv_fleet.trust.renewal import Renewal
 
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
-"""What still runs so long after the request to stop is abandoned."""
+"""Threads that still run this long after the request to stop are abandoned."""
 FOUNDED = "founded"
 """A file in a node's directory: the node is new, so no neighbour can have newer records of it than its database."""
 _log = logging.getLogger("vmconv_fleet.daemon")
@@ -77,7 +77,7 @@ class Daemon:
         self._start_work()
 
     def close(self) -> None:
-        """Stops everything, the last started first. Always returns, whatever failed before."""
+        """Stops everything, the last started first. Always returns, even after failures."""
         self._parts.close()
 
     def renew(self) -> None:
@@ -87,7 +87,7 @@ class Daemon:
         self.service.update(lambda _view: self._use(found)).result(PATIENCE_MS / 1000)
         self.api.renew()
         self.link.renew()
-        _log.info("certificate renewed, good until %s", found.bound.not_after)
+        _log.info("certificate renewed, valid until %s", found.bound.not_after)
 
     def _use(self, found: credentials.Credentials) -> list[Change]:
         """Signs with the key of these credentials from now on; on the replica's thread."""
@@ -186,7 +186,7 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
                 told.has_ended()
         code = 1 if told.failed else 0
     if daemon.link.hangs:
-        # Zenoh's threads call Python, so the interpreter would wait for them at exit, without end. All of ours is
+        # Zenoh's threads call Python, so the interpreter would wait for them forever at exit. All of ours is
         # closed and durable.
         _log.warning("the process ends with a session of the links open")
         logging.shutdown()
@@ -199,7 +199,7 @@ def _renew(daemon: Daemon) -> None:
     try:
         daemon.renew()
     except (VmconvError, TimeoutError) as exc:
-        _log.error("certificate and keys stay what they were: %s", exc)
+        _log.error("certificate and keys are unchanged: %s", exc)
 
 
 class _Signals:
@@ -258,7 +258,7 @@ def _locked(config: NodeConfig) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FleetError(f"{config.directory}: the node is running already, as process {_pid(config)}") from None
+            raise FleetError(f"{config.directory}: the node is already running, as process {_pid(config)}") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -1,8 +1,8 @@
-"""Structured logs: one JSON document on each line, for whatever collects them.
+"""Structured logs: one JSON document per line, for log collectors.
 
     {"at": "2026-11-24T18:03:11.042Z", "level": "info", "logger": "vmconv_fleet.jobs", "message": "...", ...fields}
 
-What a message has to say besides its words is given as `extra={"fields": {...}}`.
+Fields of a message are given as `extra={"fields": {...}}`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Lines(logging.Formatter):
 
 
 def configure(stream: TextIO, *, level: int = logging.INFO) -> None:
-    """Lets everything that is logged go to `stream`, from `level` on; replaces what was there before."""
+    """Sends log messages from `level` on to `stream`; replaces earlier handlers."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines())
     logging.basicConfig(handlers=[handler], level=level, force=True)

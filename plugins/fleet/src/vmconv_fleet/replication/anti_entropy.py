@@ -1,4 +1,4 @@
-"""Anti-entropy: pulls the records that are missing of an owner from a neighbour, page by page.
+"""Anti-entropy: pulls missing records of an owner from a neighbour, page by page.
 
 Pages are kept aside until the answer is complete. The answer is then applied in one transaction, so that no reader sees
 a state that the owner never had.
@@ -170,7 +170,7 @@ class AntiEntropy:
         if not page.more:
             return records
         if not records:
-            raise MalformedError("page without records says that there are more")
+            raise MalformedError("page without records announces more pages")
         self._keep(session, records)
         session.after = records[-1].position
         session.seen = page.seen
@@ -195,7 +195,7 @@ class AntiEntropy:
                 count = self._extend(session, records)
             if not sound(store, owner):
                 at = tuple(store.position(owner))
-                raise TornError(f"records of {owner} up to {at} are no state that it was in")
+                raise TornError(f"records of {owner} up to {at} are not a state of the owner")
             store.purge(owner, store.history(owner).floor)
         return count
 

@@ -153,8 +153,8 @@ class Engine:
             try:
                 self._step(self._wait())
             except Exception:
-                _log.exception("the replica's thread goes on after a mistake")
-                self._replica.problems.report("internal", "the replica's thread went on after a mistake")
+                _log.exception("the replica's thread continues after an internal error")
+                self._replica.problems.report("internal", "the replica's thread continued after an internal error")
                 self._closed.wait(FAILURE_PAUSE_S)
 
     def _wait(self) -> list[_Work]:

@@ -33,7 +33,7 @@ class History(NamedTuple):
         return position.seq >= self.floor and self._passed(position)
 
     def follows(self, position: Position) -> bool:
-        """Returns whether this history continues from the position, as far as it is remembered."""
+        """Returns whether this history continues from the position, as far as it is recorded."""
         forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
         return forgotten or self._passed(position)
 

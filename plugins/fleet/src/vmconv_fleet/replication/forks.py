@@ -21,7 +21,7 @@ class Forks:
         self._examined: set[tuple[str, str, Summary]] = set()
 
     def unexamined(self, peer: str, owner: str, theirs: Summary) -> bool:
-        """Returns whether this question is new."""
+        """Returns whether this pair was not checked before."""
         if len(self._examined) >= _KNOWN:
             self._examined.clear()
         before = len(self._examined)

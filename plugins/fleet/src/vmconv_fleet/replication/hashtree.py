@@ -3,7 +3,7 @@
 proof of a record = number of its leaf (2 bytes) + the sibling on each level, from the leaf up (HASH bytes each)
 
 Leaves and inner nodes are hashed with different prefixes, so that neither can stand for the other. The leaves are
-filled up with zeros to a power of two.
+padded with zeros to a power of two.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def root_of(leaves: Sequence[tuple[bytes, bytes]]) -> bytes | None:
 
 
 def _followed(leaves: Iterable[tuple[bytes, bytes]]) -> bytes | None:
-    """Returns the same for any leaves of a tree.
+    """Returns the common root of any leaves of a tree; None if a proof is invalid.
 
     Each proof is followed only to the node that it shares with the one before; above, both must be equal.
     """

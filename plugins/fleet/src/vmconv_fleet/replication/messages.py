@@ -1,17 +1,17 @@
-"""What replicas say to each other: the bytes of a message, and what has to be true of them.
+"""The messages of replicas: their encoding and their validation.
 
     message = kind (1 byte) + length of the header (4 bytes, big-endian) + header (JSON) + wires
-    wire    = length (4 bytes) + a record as it is stored
+    wire    = length (4 bytes) + a stored record
 
-| kind | says |
+| kind | content |
 | --- | --- |
-| LIVE | what an owner has just written, or what a neighbour has just taken of it |
-| DIGEST | how far the sender has each owner's records, and who its neighbours are |
-| PULL | what comes after this position of this owner? |
-| PAGE | the answer, in part |
-| NOTICE | revocations: they outlive the log of whoever wrote them |
+| LIVE | records that an owner has just written, or a neighbour has just applied |
+| DIGEST | the sender's position for each owner, and its neighbours |
+| PULL | a request for an owner's records after a position |
+| PAGE | a part of the answer |
+| NOTICE | revocations, which outlive the log of their writer |
 
-Only LIVE may be dropped at will; pages are small and asked for one at a time.
+Only LIVE may be dropped; pages are small and requested one at a time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ PAGE_BYTES = 192 << 10
 """A page or a live message ends with the record that exceeds this."""
 
 WINDOW = 4
-"""The number of pages that are sent before the receiver has to ask for the next."""
+"""The number of pages that are sent before the receiver must request the next."""
 
 _SUM = 16
 _LIVE_HEAD = 7
 
 
 class Summary(NamedTuple):
-    """How far a replica has an owner's records. Equal positions have equal `state` (16 hex digits) unless there is a
-    fork.
+    """The position of a replica in an owner's records. Equal positions have equal `state` (16 hex digits), except after
+    a fork.
     """
 
     position: Position
@@ -85,9 +85,9 @@ class Pull(NamedTuple):
 class Page(NamedTuple):
     """Records in the order of their positions, after the first `certificates` ones, which help to verify them.
 
-    `base`: what all pages of the answer follow; START where what was asked for is no part of the owner's past, to begin
-    anew. `seen`: how far the answerer is; `since`: as it was asked, or `seen` where the answer begins anew, so that
-    the pages of two are not put together. `more`: it is not the last page; `ask`: the next one has to be asked for.
+    `base`: the position that all pages of the answer follow; START if the requested position is not in the owner's
+    history. `seen`: the answerer's position; `since`: as requested, or `seen` if the answer restarts, so that pages of
+    two answers are not combined. `more`: further pages follow; `ask`: the next page must be requested.
     """
 
     owner: str
@@ -198,7 +198,7 @@ def decode(data: bytes) -> Message:
 
 
 def live(records: Sequence[Record]) -> bytes | None:
-    """Returns the live message of these records; None if they are too many and have to be pulled."""
+    """Returns the live message of these records; None if they are too many and must be pulled."""
     if sum(len(record.wire) for record in records) > PAGE_BYTES:
         return None
     return encode(Live([record.wire for record in records]))

@@ -1,4 +1,4 @@
-"""The neighbours of a replica: which are connected, who their neighbours are, and how far each one is."""
+"""The neighbours of a replica: the connected nodes, their neighbours, and their positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmconv_fleet.replication.messages import Summary
 from vmconv_fleet.replication.records import START, Position
 
 MAX_OWNERS = 4096
-"""Positions of more owners than this are not remembered of a neighbour."""
+"""Limit of positions stored for a neighbour."""
 
 
 class Neighbour:

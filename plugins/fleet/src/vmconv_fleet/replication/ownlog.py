@@ -44,7 +44,7 @@ class OwnLog:
         return self._write(changes, self._store.position(self._signer.owner), now, txn)
 
     def begin_epoch(self, now: int, beyond: int) -> list[Record]:
-        """Begins an epoch later than all known ones of this node and different from all that it ever had.
+        """Begins an epoch later than all known ones of this node and different from all earlier ones.
 
         The clock alone cannot ensure that: it may go back, and the database may be lost. So a random part is added.
         """

@@ -13,19 +13,19 @@ _log = logging.getLogger(__name__)
 
 
 class NodeProblem(NamedTuple):
-    """Something an administrator has to know.
+    """A problem for the administrator.
 
-    | kind | what has happened |
+    | kind | meaning |
     | --- | --- |
     | fork | an owner has signed two records for one position: both are kept, see `ReplicaView.forks` |
-    | cloned | somebody else writes as this node, or its clock has gone back and its database was lost |
-    | lost | neighbours have records of this node that its database has not; they are superseded |
-    | forged | a neighbour sent a record that its owner has not signed, or not so |
-    | torn | a neighbour sent records that together are no state their owner was in |
-    | malformed | a neighbour sent what is no message or no record |
+    | cloned | another process writes as this node, or its clock was set back and its database lost |
+    | lost | neighbours have records of this node that its database lacks; they are superseded |
+    | forged | a neighbour sent a record without a valid signature of its owner |
+    | torn | a neighbour sent records that do not form a state of their owner |
+    | malformed | a neighbour sent an invalid message or record |
     | clock | an owner's clock is far ahead of this node's |
     | retired | this node has been retired by the fleet's authority |
-    | internal | vmconv has a mistake; details are in the log |
+    | internal | a defect of vmconv; details are in the log |
     """
 
     kind: str
@@ -47,7 +47,7 @@ class ProblemLog:
         self.counters[name] += 1
 
     def report(self, kind: str, text: str) -> None:
-        """Counts a problem and reports it unless it is known; a frequent kind is reported ever less often."""
+        """Counts a problem and reports it unless it is known; frequent kinds are reported less and less often."""
         self.counters[kind] += 1
         problem, count = NodeProblem(kind, text), self.counters[kind]
         if problem in self._last:

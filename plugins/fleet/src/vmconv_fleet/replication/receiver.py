@@ -100,7 +100,7 @@ class Receiver:
             with context.store.atomic():
                 context.store.extend(owner, fresh)
                 if promised(fresh[-1]) != context.store.state(owner):
-                    raise TornError(f"live records of {owner} do not follow what is here")
+                    raise TornError(f"live records of {owner} do not follow the local ones")
                 if any(record.kind == epochs.KIND for record in fresh):
                     context.store.purge(owner, context.store.history(owner).floor)
         except TornError:

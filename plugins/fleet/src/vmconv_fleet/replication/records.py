@@ -1,4 +1,4 @@
-"""The one thing that is replicated: a record, written and signed by its owner, and never changed on its way.
+"""A record, the unit of replication: written and signed by its owner, and forwarded unchanged.
 
     wire    = length of the signature (1 byte) + signature + payload
     payload = JSON array, UTF-8:
@@ -43,7 +43,7 @@ _HEAD = (
     ("key_id", f'"{_ID}"'),
     ("state", '"[0-9a-f]{32}"'),
 )
-"""The fields before the body, each followed by a comma. There is only one way to write them."""
+"""The fields before the body, each followed by a comma; the encoding is canonical."""
 
 _owner = re.compile(_OWNER).fullmatch
 _head = re.compile("".join(f"{pattern}," for _, pattern in _HEAD)).match
@@ -158,7 +158,7 @@ def decode(wire: bytes) -> Record:
     except (ValueError, RecursionError) as exc:
         raise MalformedError(f"record is not JSON: {exc}") from exc
     if end != len(text) or len(values) != len(Record._fields) or not text.endswith("}]"):
-        raise MalformedError(f"record of {len(text)} characters, and its body is not all that follows the state")
+        raise MalformedError(f"record of {len(text)} characters, and its body does not end with it")
     if not text.startswith("{", head.end()):
         raise MalformedError("body is not an object")
     record = _made(values, wire)
@@ -179,13 +179,13 @@ def _made(values: list[Any], wire: bytes) -> Record:
 
 
 def _misfit(text: str) -> MalformedError:
-    """Returns what is wrong with the head of a record."""
+    """Returns the error in the head of a record."""
     at, pattern = 0, ""
     for name, part in _HEAD:
         pattern += f"{part},"
         found = re.match(pattern, text)
         if found is None:
-            return MalformedError(f"{name} {text[at:].partition(',')[0][:64]} is not what one looks like")
+            return MalformedError(f"{name} {text[at:].partition(',')[0][:64]} has another form")
         at = found.end()
     raise AssertionError("the head is as it should be")
 

@@ -141,7 +141,7 @@ class Replica:
         """
         if not self.serving:
             raise NotReadyError(
-                "node does not write: it has just started and still recovers its own records, or it was retired"
+                "node cannot write: it still recovers its own records after its start, or it was retired"
             )
         with self.batch():
             records = self._own.append(changes, self._context.now(), txn)
@@ -180,8 +180,8 @@ class Replica:
             except (StoreError, sqlite3.Error):
                 raise
             except Exception:
-                _log.exception("a message of kind %r from %s could not be taken", message[:1], peer)
-                self.problems.report("internal", f"a message from {peer} could not be taken")
+                _log.exception("a message of kind %r from %s could not be handled", message[:1], peer)
+                self.problems.report("internal", f"a message from {peer} could not be handled")
         return []
 
     def due(self) -> int:
@@ -231,7 +231,7 @@ class Replica:
     def _drop_retired(self) -> None:
         if self._context.trust.retired(self.node):
             self.problems.report(
-                "retired", "this node has been retired by the fleet's authority: it does not write any more"
+                "retired", "this node has been retired by the fleet's authority: it can no longer write"
             )
         for owner in self.store.positions():
             if owner != self.node and self._context.trust.retired(owner):

@@ -1,15 +1,15 @@
-"""Requests and responses, on nothing but the replica.
+"""Requests and responses, as records of the replica.
 
-A request is a record of the requester, a response one of the owner that was asked. Between them stands the transaction:
-its number is dense, and it, the records that it changed and the response are written as one.
+A request is a record of the requester, a response a record of the target. A request that is executed becomes a
+transaction, with a number without gaps. Transaction, changed records and response are written as one.
 
     kind         id                     body, see `catalogue.kinds`
-    request      as the requester likes  target, verb, arguments, by
+    request      chosen by the requester target, verb, arguments, by
     transaction  its number, 12 digits   number, request, requester, verb, by, at_ms, late, changes (before and after)
     response     request.requester       request, requester, ok, reason | body, transaction, late
 
-A request has been answered when its response exists. If only the transaction exists, it is answered again, and never
-executed again.
+A request is answered once its response exists. If only the transaction exists, the response is written again, and the
+request is not executed again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BURST = 64
 """The most requests that are executed in a row."""
 
 KEPT_MS = 7 * 24 * 3600 * 1000
-"""How long a request is kept after its response, and the response after the request."""
+"""The time for which a request is kept after its response, and the response after the request."""
 
 CLEANED = 256
 MAX_REASON = 1000
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class IncomingRequest(NamedTuple):
-    """A request as its handler sees it. `by` is the requester's word about who asked."""
+    """A request as its handler sees it. `by` is the caller as the requester states it."""
 
     id: str
     requester: str
@@ -213,14 +213,14 @@ class Requests:
     def _decide(self, request: IncomingRequest) -> Outcome:
         handler = self._handlers.get(request.verb)
         if handler is None:
-            raise Refusal(f"verb {request.verb!r} is not known to this node")
+            raise Refusal(f"verb {request.verb!r} is unknown to this node")
         try:
             outcome = handler(_Context(self._store, self._now()), request)
         except VmconvError:
             raise
         except Exception as exc:
             _log.exception("handler of %r failed", request.verb)
-            raise Refusal("internal error: the node's log has it") from exc
+            raise Refusal("internal error: see the node's log") from exc
         for change in outcome.changes:
             if change.kind in RESERVED:
                 raise Refusal(f"records of kind {change.kind!r} are not written by handlers")

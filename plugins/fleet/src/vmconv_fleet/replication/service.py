@@ -105,7 +105,7 @@ class NodeService:
         id: str | None = None,
         timeout: float | None = 10,
     ) -> str:
-        """Asks an owner for a change; returns the request's id once the request is durable here.
+        """Requests a change from an owner; returns the request's id once the request is durable here.
 
         The same `id` again is the same request. Raises NotReadyError if it is not durable within `timeout` seconds.
         """
@@ -160,7 +160,7 @@ class NodeService:
 def _telemetry(changes: Sequence[Change]) -> Sequence[Change]:
     for change in changes:
         if change.kind in RESERVED:
-            raise MalformedError(f"records of kind {change.kind!r} are written by requests only")
+            raise MalformedError(f"only requests write records of kind {change.kind!r}")
     return changes
 
 

@@ -30,20 +30,20 @@ class Signer(Protocol):
 
 
 class Trust(Protocol):
-    """Whose signatures count. Runs on the replica's thread, except `verify`, which runs on several threads."""
+    """The accepted keys. Runs on the replica's thread, except `verify`, which runs on several threads."""
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         """Returns whether the owner's key signed all payloads and counts at this position.
 
-        False for an unknown key. Certificates are not judged by the wall clock.
+        False for an unknown key. The expiry of certificates is not checked.
         """
 
     def learn(self, record: Record) -> bool:
-        """Takes a `certificate` or `revocation` record; returns whether the fleet's authority signed its body.
+        """Learns a `certificate` or `revocation` record; returns whether the fleet's authority signed its body.
 
         Called before the record's own signature is verified, at each start for all stored records, and again for known
         ones: the authority's signature in the body decides, not the sender.
         """
 
     def retired(self, owner: str) -> bool:
-        """Returns whether the node has left for good: its records are dropped everywhere."""
+        """Returns whether the node was retired: its records are dropped everywhere."""

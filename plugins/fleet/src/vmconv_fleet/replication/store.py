@@ -106,7 +106,7 @@ class Store(ReplicaView):
 
     def reader(self) -> Reader:
         if self._path is None:
-            raise StoreError("database has no file that others could read")
+            raise StoreError("database is not in a file, which readers need")
         return Reader(open_reader(self._path))
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Store(ReplicaView):
         return wires, seq
 
     def certificates(self, owner: str) -> list[bytes]:
-        """Returns certificates that help to verify the owner's records, whoever wrote them."""
+        """Returns certificates that help to verify the owner's records, by any writer."""
         known = self._owners.get(owner)
         if known is None:
             return []
@@ -322,7 +322,7 @@ class Store(ReplicaView):
         self._owners[owner] = known
 
     def _shares(self, number: int, names: Iterable[tuple[str, str]], below: int) -> dict[tuple[str, str], int]:
-        """Returns the same of records below a seq."""
+        """Returns the shares of records below a seq."""
         kinds: dict[str, list[str]] = {}
         for kind, id in names:
             kinds.setdefault(kind, []).append(id)

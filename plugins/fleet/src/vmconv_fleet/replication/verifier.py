@@ -1,4 +1,4 @@
-"""The verifier of records: all records of others pass it."""
+"""The verifier: checks all records of other owners."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Verifier:
         return self._trust.retired(owner)
 
     def learn_stored(self) -> None:
-        """Teaches the trust the stored certificates and revocations."""
+        """Loads the stored certificates and revocations into the trust."""
         for wire in self._store.notices():
             self._trust.learn(decode(wire))
         for kind in sorted(_SELF_EVIDENT):
@@ -73,7 +73,7 @@ class Verifier:
             if not genuine:
                 first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
                 where = f"{first.owner}/{first.kind}/{first.id} at {tuple(first.position)}{more}"
-                raise ForgedError(f"{where}: signature by key {first.key_id} does not count")
+                raise ForgedError(f"{where}: signature by key {first.key_id} is not accepted")
         if records and not self._clock.observe(max(record.clock for record in records), now):
             self._problems.report("clock", f"clock of {records[0].owner} is far ahead of this node's")
             for record in records:

@@ -1,9 +1,9 @@
-"""The process of `Driven`: the daemon as it is, with one verb more and orders on standard input.
+"""The process of `Driven`: the daemon with one more verb, and commands on standard input.
 
 {"do": "write", "count", "size", "batch"}   records `note` of its own, without transactions
 {"do": "ask", "target", "count", "threads"} requests with the verb `note`, one after the other, or many at once
 {"do": "request", "target", "verb", ...}     any other request, and its response
-{"do": "work", "every"}                     writes and asks everybody in turn until
+{"do": "work", "every"}                     writes, and sends requests to all nodes in turn, until
 {"do": "rest"}
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
 {"do": "fail"}                              an exception that ends a thread
@@ -49,7 +49,7 @@ class _Stuck:
 
 
 class Driver:
-    """Carries out orders on a running node."""
+    """Executes commands on a running node."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._service = daemon.service
@@ -89,7 +89,7 @@ class Driver:
         return {"seconds": time.monotonic() - begin, "prefix": prefix}
 
     def ask(self, target: str, count: int = 1, threads: int = 0) -> dict[str, Any]:
-        """Returns the time of each answer; with `threads`, which ask at once, the time of all."""
+        """Returns the time of each answer; with several `threads`, the time of all."""
         begin, times = time.monotonic(), []
         if threads:
             with ThreadPoolExecutor(threads) as pool:
@@ -174,18 +174,18 @@ class Driver:
         """Makes a thread end with an exception."""
 
         def die() -> None:
-            raise RuntimeError("told to fail")
+            raise RuntimeError("failure on command")
 
         threading.Thread(target=die, name="failing").start()
         return {}
 
     def stick(self) -> dict[str, Any]:
-        """Makes closing the session of the links hang, as Zenoh was seen to do."""
+        """Makes closing the session of the links hang, as seen with Zenoh."""
         self._link._session = _Stuck(self._link._session)  # type: ignore[assignment]
         return {}
 
     def forge(self, peer: str, message: str) -> dict[str, Any]:
-        """Sends bytes to a neighbour that no replica has made."""
+        """Sends bytes of the test to a neighbour."""
         self._link.send(peer, bytes.fromhex(message))
         return {}
 

@@ -1,8 +1,8 @@
-"""Machines of a network on this one: a network namespace for each, joined by bridges that can be taken apart.
+"""Machines of a network on this one: a network namespace for each, connected by bridges that can be separated.
 
  namespace HUB:   bridge part0   bridge part1   ...
                     |    |          |
- namespaces:       n0    n1         n2            one cable each, plugged into the bridge of its part
+ namespaces:       n0    n1         n2            one cable each, connected to the bridge of its part
 
 A partition moves cables to other bridges; nothing is sent to addresses outside of these namespaces.
 """
@@ -36,7 +36,7 @@ def why_no_namespaces() -> str | None:
 
 
 class Network:
-    """Connected machines; `close` removes them, whatever still runs there."""
+    """Connected machines; `close` removes them, even with running processes."""
 
     def __init__(self, size: int) -> None:
         self._stem = f"vmfleet{os.getpid()}"

@@ -1,4 +1,4 @@
-"""A node in a process of its own, driven by orders on standard input, one JSON object a line."""
+"""A node in a process of its own, driven by commands on standard input, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Driven:
         self._answers.put(None)
 
     def tell(self, do: str, **arguments: Any) -> None:
-        """Gives an order; `answer` returns its result later."""
+        """Sends a command; `answer` returns its result later."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()

@@ -1,4 +1,4 @@
-"""What a node knows, read from its database by another process."""
+"""The records of a node, read from its database by another process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Knowledge = dict[str, tuple[int, int, str]]
 
 
 def view_of(config: NodeConfig) -> Knowledge:
-    """Returns for each owner how far the node has its records, and a hash of all that are live."""
+    """Returns for each owner the node's position, and a hash of all live records."""
     if not os.path.exists(config.database):
         return {}
     with closing(sqlite3.connect(f"file:{config.database}?mode=ro", uri=True, timeout=10)) as database:
@@ -45,13 +45,13 @@ def summaries_of(config: NodeConfig) -> Knowledge:
 
 
 def agree(configs: Sequence[NodeConfig], view: Callable[[NodeConfig], Knowledge] = view_of) -> bool:
-    """Returns whether all nodes know the same; with `summaries_of`, whether they claim to."""
+    """Returns whether all nodes have the same records; with `summaries_of`, whether their summaries are equal."""
     first, *others = (view(config) for config in configs)
     return len(first) == len(configs) and all(other == first for other in others)
 
 
 class Ledger(NamedTuple):
-    """The requests that a node knows: their number, those without or with several responses, and transactions."""
+    """The requests in a node's database: their number, those without or with several responses, and transactions."""
 
     requests: int
     unanswered: list[str]

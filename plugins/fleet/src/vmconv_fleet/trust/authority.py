@@ -1,10 +1,10 @@
-"""The fleet's authority: it certifies nodes, lets new ones join by one-time tokens, and revokes.
+"""The fleet's authority: certifies nodes, admits new ones by one-time tokens, and revokes.
 
-Its key lies in the directory `authority` of the node that founded the fleet. Any other node may get a copy (`vmconv
-node authority export` and `import`), so none of them has to live for ever; what one of them signs is good everywhere.
+Its key lies in the directory `authority` of the node that founded the fleet. Any other node can get a copy (`vmconv
+node authority export` and `import`), so no single node is indispensable. The signatures of all copies are valid.
 
  authority/ca.key        P-256, PKCS #8
- authority/tokens.json   {SHA-256 of a join token: when it expires}
+ authority/tokens.json   {SHA-256 of a join token: time of expiry}
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ AUTHORITY_LIFETIME = datetime.timedelta(days=20 * 365)
 TOKEN_LIFETIME = 3600.0
 MAX_NAMES = 64
 _CLOCKS_DIFFER = datetime.timedelta(hours=1)
-"""How far a certificate is backdated, for nodes whose clock is behind."""
+"""The time by which a certificate is backdated, for nodes with a slow clock."""
 _REVOCATION_CONTEXT = b"vmconv fleet revocation\0"
 
 
 class AuthorityError(IdentityError):
-    """This node does not hold the authority, or the authority refuses."""
+    """The node does not hold the authority, or the authority refuses."""
 
 
 class Invitation(NamedTuple):
@@ -124,7 +124,7 @@ class Authority:
         for certificate in certificates:
             if isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certificate.public_key():
                 return cls(directory, key, certificate)
-        raise AuthorityError(f"{directory}: the key is not the one of this fleet's authority")
+        raise AuthorityError(f"{directory}: the key is not that of this fleet's authority")
 
     @property
     def fingerprint(self) -> str:
@@ -179,7 +179,7 @@ class Authority:
     def revocation(
         self, node: str, *, key_id: str | None = None, upto: list[int] | None = None, retired: bool = False
     ) -> dict[str, Any]:
-        """Returns the body of a revocation: of one signing key of a node, or of all its present and future keys.
+        """Returns the body of a revocation: for one signing key of a node, or for all its present and future keys.
 
         `upto` is the owner's position (epoch, seq) that is known now. Records up to it stay valid, so that all replicas
         agree; later ones are refused. `retired`: the node's records are dropped as well.
@@ -208,13 +208,13 @@ class Authority:
         with self._tokens() as tokens:
             expires = tokens.pop(_hashed(token), None)
         if expires is None:
-            raise AuthorityError("the token is unknown or was used before", hint="each invitation lets one node in")
+            raise AuthorityError("the token is unknown or was used before", hint="each invitation admits one node")
         if expires < (time.time() if now is None else now):
             raise AuthorityError("the token has expired", hint="vmconv node invite makes a new one")
 
     @contextmanager
     def _tokens(self) -> Iterator[dict[str, float]]:
-        """Locks the unused tokens and stores what the block leaves of them."""
+        """Locks the unused tokens and stores those that the block keeps."""
         path = os.path.join(self._directory, "authority", "tokens.json")
         with open(path + ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

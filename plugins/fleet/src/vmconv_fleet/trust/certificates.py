@@ -44,7 +44,7 @@ class CertificateTrust:
         self._retired: set[str] = set()
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
-        """Returns whether the owner signed all of it with a key that is not revoked at this position."""
+        """Returns whether the owner signed all payloads with a key that is not revoked at this position."""
         key = self._keys.get((owner, key_id))
         if key is None or self.is_revoked(owner, key_id, (position.epoch, position.seq)):
             return False
@@ -57,7 +57,7 @@ class CertificateTrust:
         return record.kind == "revocation" and self.learn_revocation(record.body)
 
     def retired(self, owner: str) -> bool:
-        """Returns whether the node has left for good."""
+        """Returns whether the node was retired."""
         return owner in self._retired
 
     def learn_certificate(self, pem: bytes) -> Binding | None:
@@ -80,7 +80,7 @@ class CertificateTrust:
         return bound
 
     def learn_revocation(self, body: Mapping[str, Any]) -> bool:
-        """Returns whether the authority signed it. The earliest of several for one key counts."""
+        """Returns whether the authority signed the revocation. Of several for one key, the earliest counts."""
         if not is_revocation(body, self._authorities):
             return False
         epoch, seq = body["upto"]

@@ -2,7 +2,7 @@
 
 identity -> identity.SERIAL   node.pem, tls.key, signing.key
 ca.pem                        the fleet's authority
-members.pem                   certificates of those who were members when this node joined
+members.pem                   certificates of the members at the time of joining
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def load(config: NodeConfig) -> Credentials:
             f"the settings are of node {config.node} in {config.fleet!r}"
         )
     if bound.key.public_bytes_raw() != keys.signing.public_key().public_bytes_raw():
-        raise IdentityError(f"{config.directory}: the certificate is not for the signing key")
+        raise IdentityError(f"{config.directory}: the certificate does not match the signing key")
     if parsed.public_key() != keys.tls.public_key():
-        raise IdentityError(f"{config.directory}: the certificate is not for the TLS key")
+        raise IdentityError(f"{config.directory}: the certificate does not match the TLS key")
     begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
     return Credentials(keys, certificate, bound, begin + (end - begin) * RENEW_AT)
 

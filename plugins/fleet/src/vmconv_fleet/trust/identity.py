@@ -1,8 +1,8 @@
-"""Who a node is: its id, its two keys, and the certificate of the fleet's authority that binds them together.
+"""The identity of a node: its id, its two keys, and the authority's certificate that binds them.
 
-A node signs its records with an Ed25519 key and speaks TLS with a P-256 key: browsers, which are to see its console,
-take no Ed25519 certificates. One certificate holds both: the TLS key is its subject's, the signing key stands among its
-subject's alternative names as `vmconv:ed25519:HEX`. So there is one serial number to revoke and one thing to renew.
+A node signs its records with an Ed25519 key and speaks TLS with a P-256 key: browsers, which open its console,
+do not accept Ed25519 certificates. One certificate holds both: its subject key is the TLS key, and one of its
+alternative names is the signing key, `vmconv:ed25519:HEX`. So there is one serial number to revoke and to renew.
 
  node.pem      CN = node id, O = fleet, subject key P-256, names: addresses of the node and the URI of the signing key
  tls.key       P-256, PKCS #8
@@ -125,7 +125,7 @@ def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bo
 def _only(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
     found = certificate.subject.get_attributes_for_oid(oid)
     if len(found) != 1 or not isinstance(found[0].value, str):
-        raise IdentityError(f"certificate with {len(found)} of {oid._name} in its subject, it has to be one")
+        raise IdentityError(f"certificate with {len(found)} of {oid._name} in its subject, exactly 1 is allowed")
     return found[0].value
 
 
@@ -134,7 +134,7 @@ def _signing_key(extensions: x509.Extensions) -> Ed25519PublicKey:
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         found = [n for n in names.get_values_for_type(x509.UniformResourceIdentifier) if n.startswith(SIGNING_NAME)]
         if len(found) != 1:
-            raise IdentityError(f"certificate with {len(found)} signing keys, it has to be one")
+            raise IdentityError(f"certificate with {len(found)} signing keys, exactly 1 is allowed")
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(found[0].removeprefix(SIGNING_NAME)))
     except (x509.ExtensionNotFound, ValueError) as exc:
         raise IdentityError(f"certificate without a signing key: {exc}") from exc

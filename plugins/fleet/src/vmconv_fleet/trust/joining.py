@@ -1,13 +1,14 @@
-"""Joining a fleet, and renewing what one got: HTTPS between a node and one that holds the authority.
+"""Joining a fleet and renewing certificates: HTTPS between a node and a node with the authority.
 
-The service answers three questions, each a POST of JSON, and gives the authority's certificate to anybody (GET /ca):
+The service answers three requests, each a POST of JSON, and returns the authority's certificate without
+authentication (GET /ca):
 
- /join    by a token of an invitation: a certificate for a node id that nobody has, and those of the members
- /renew   by the certificate that the node has, for the same node id: a new one, for the same keys or others
- /leave   by the certificate that the node has: the revocation of this node
+ /join    with a token of an invitation: a certificate for an unused node id, and those of the members
+ /renew   with the node's certificate: a new one for the same node id, for the same or new keys
+ /leave   with the node's certificate: the revocation of this node
 
-A node that joins believes the certificate at the other end only if the authority has the fingerprint of the invitation
-and the other end is the node that it names; the token is sent after that.
+A joining node accepts the server's certificate only if the authority has the fingerprint of the invitation and the
+server is the node that the invitation names. Then it sends the token.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _log = logging.getLogger("vmconv_fleet.joining")
 
 
 class JoinError(FleetError):
-    """The joining service cannot be reached, is not the one of the invitation, or refuses."""
+    """The joining service is unreachable, is not that of the invitation, or refuses."""
 
 
 class Membership(Protocol):
@@ -106,7 +107,7 @@ class JoinService:
 
     def _member(self, caller: str | None) -> str:
         if caller is None:
-            raise AuthorityError("only for nodes that show their certificate")
+            raise AuthorityError("only for nodes with a client certificate")
         if self.membership.is_revoked(caller):
             raise AuthorityError(f"node {caller} was revoked")
         return caller
@@ -251,7 +252,7 @@ def join(invitation: Invitation, request: bytes) -> Granted:
         assert isinstance(connection.sock, ssl.SSLSocket)
         name = common_name(connection.sock)
         if name != invitation.node:
-            raise JoinError(f"{invitation.address}: is node {name}, the invitation is of {invitation.node}")
+            raise JoinError(f"{invitation.address}: is node {name}, the invitation names {invitation.node}")
         found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token})
     link = join_address(host, int(found["link_port"]))
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))
@@ -290,8 +291,8 @@ def _authority_certificate(invitation: Invitation) -> str:
         found = []
     if not found:
         raise JoinError(
-            f"{invitation.address}: is not of the fleet that the invitation is of",
-            hint="nothing secret was sent; somebody may be between you and the fleet",
+            f"{invitation.address}: is not of the invitation's fleet",
+            hint="no secret was sent; the connection may be intercepted",
         )
     return found[0].public_bytes(serialization.Encoding.PEM).decode()
 

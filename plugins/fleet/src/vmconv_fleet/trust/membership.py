@@ -43,7 +43,7 @@ class Members:
     def certified(self, certificate: bytes) -> None:
         bound = self._trust.learn_certificate(certificate)
         if bound is None:
-            raise FleetError(f"certificate {read_certificate(certificate).serial_number:x} is none of this fleet's")
+            raise FleetError(f"certificate {read_certificate(certificate).serial_number:x} is not of this fleet")
         change = Change("certificate", bound.key_id, {"pem": certificate.decode(), "node": bound.node})
         try:
             self._service.write([change]).result(DURABLE_WITHIN)

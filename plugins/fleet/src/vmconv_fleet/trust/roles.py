@@ -1,7 +1,7 @@
-"""Who may do what: three roles, each of which may do what the one before it may, and the role that each verb takes.
+"""Authorisation: three roles, each with the rights of the one before it, and the role that each verb needs.
 
-It is checked twice, by the same function: by the node that an administrator is connected to, so that the refusal comes
-at once, and by the owner of what is to change, against its own replica of the token, because it trusts nobody's word.
+The same function checks it twice: on the caller's node, for an early refusal, and on the owner of the records, against
+its own replica of the token, because the owner does not trust the caller's node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERBS: Mapping[str, Role] = {
     "token-create": "admin",
     "token-revoke": "admin",
 }
-"""The role that a verb takes; reading takes `viewer`."""
+"""The role that a verb needs; reading needs `viewer`."""
 
 LOCAL_ONLY = frozenset({"datastore-add"})
 """Verbs for the local administrator of the target only: they name its paths."""
@@ -55,7 +55,7 @@ def role_of(by: Principal, records: Records, now_ms: int) -> Role:
     owner, _, identifier = by.token.partition("/")
     record = records.get(owner, "token", identifier)
     if record is None:
-        raise AccessError(f"token {identifier} is not known here")
+        raise AccessError(f"token {identifier} is unknown here")
     return role_of_token(identifier, TokenBody.model_validate(record.body), now_ms)
 
 
@@ -69,14 +69,14 @@ def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
 
 
 def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Records, now_ms: int) -> None:
-    """Raises AccessError unless the caller may ask the node `target` for this."""
+    """Raises AccessError unless the caller may send this verb to the node `target`."""
     needed = VERBS.get(verb)
     if needed is None:
         raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
     _refuse_strangers(target, by, records)
     role = role_of(by, records, now_ms)
     if not allows(role, needed):
-        raise AccessError(f"{verb} takes the role {needed}, {by.user or by.token} has {role}")
+        raise AccessError(f"{verb} needs the role {needed}, {by.user or by.token} has {role}")
     if verb in LOCAL_ONLY and not (by.token is None and by.node == target):
         raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
 

@@ -1,7 +1,7 @@
 """Tokens of people: made once, shown once, kept as a hash, and known on every node of the fleet.
 
-A token is `vmf_<owner>_<id>_<secret>`: it says which record to look at, so that a look-up is one read. The secret has
-256 bits of randomness, which no list of likely passwords holds: one SHA-256 is what hashing it takes.
+A token is `vmf_<owner>_<id>_<secret>`: owner and id name its record, so a lookup is one read. The secret has 256 random
+bits, which cannot be guessed, so a single SHA-256 is enough.
 """
 
 from __future__ import annotations
