@@ -677,12 +677,12 @@ def drip(connection: Client, data: bytes, seconds: float) -> None:
 
 @pytest.mark.parametrize("phase", ["greeting", "option", "option data", "header", "payload", "reply"])
 def test_each_phase_has_a_time_limit(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch, phase: str) -> None:
-    monkeypatch.setattr(connection_module, "NEGOTIATION_TIME", 2.0)
-    monkeypatch.setattr(connection_module, "PIECE_TIME", 2.0)
+    limit = "NEGOTIATION_TIME" if phase in ("greeting", "option", "option data") else "PIECE_TIME"
+    monkeypatch.setattr(connection_module, limit, 2.0)
     raw = xfs_dir / "disk.raw"
     raw.write_bytes(os.urandom(33 * MIB))
     with in_process(raw) as (_, path), connected(path) as slow:
-        if phase in ("greeting", "option", "option data"):
+        if limit == "NEGOTIATION_TIME":
             slow.receive(18) if phase == "greeting" else slow.greet()
             said = {"greeting": bytes(4), "option": b"IHAVEOPT" + bytes(8)}.get(phase)
             drip(slow, said or b"IHAVEOPT" + struct.pack(">II", GO, 60_000) + bytes(100), 4)
@@ -702,6 +702,8 @@ def test_each_phase_has_a_time_limit(xfs_dir: Path, monkeypatch: pytest.MonkeyPa
             time.sleep(5)
         with pytest.raises((EOFError, ConnectionError)):
             slow.receive(33 * MIB)
+        # A busy machine may need more time.
+        monkeypatch.undo()
         with connected(path) as another:
             another.negotiate()
             assert another.read(0, 512) == raw.read_bytes()[:512]
