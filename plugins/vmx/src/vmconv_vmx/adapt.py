@@ -51,6 +51,13 @@ def words(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def setting(machine: Machine, key: str) -> str:
+    """Returns a setting without a field in the model, lower case; empty if there is none."""
+    return next(
+        (value.lower() for each, value in machine.extra.get("vmx", {}).items() if each.lower() == key.lower()), ""
+    )
+
+
 def adapt(machine: Machine, options: Options) -> Adapted:
     """Returns the machine as VMware can have it; raises `PlanError` for more devices than it has places."""
     changes = Changes()
@@ -90,7 +97,7 @@ def _os(machine: Machine, changes: Changes) -> Machine:
     """Names the system as VMware does. A name that is VMware's own already is kept."""
     os = machine.os
     known = os == guest("vmx", os.source_id or "") and (os.id or os.architecture)
-    own = os.source_id and machine.extra.get("vmx", {}).get("guestOS") == os.source_id
+    own = os.source_id and setting(machine, "guestOS") == os.source_id.lower()
     name = None if known or own else name_in("vmx", os)
     if name is None:
         return machine
@@ -107,6 +114,7 @@ def _cpu(machine: Machine, changes: Changes) -> Machine:
     count = (cpu.sockets or 0) * (cpu.cores or 0)
     if count and cpu.count in (None, count):
         return _with(machine, "cpu", cpu.model_copy(update={"count": count, "threads": 1}))
+    cpu = cpu.model_copy(update={"count": cpu.count or 1})
     reason = "VMware needs sockets x cores to be the number of processors"
     return _with(machine, "cpu", changes.set(cpu, "cpu.", reason, sockets=None, cores=None, threads=None))
 
@@ -135,7 +143,7 @@ def _identity(machine: Machine, changes: Changes) -> Machine:
     text = shown if shown != identity.uuid else None
     identity = changes.set(identity, "identity.", "VMware writes the UUID in another order", uuid_text=text)
     if identity.serial or shown:
-        reflected = machine.extra.get("vmx", {}).get("smbios.reflectHost", "").lower() == "true"
+        reflected = setting(machine, "SMBIOS.reflectHost") in ("true", "yes", "1")
         serial = serial_of(shown) if shown and not reflected else None
         identity = changes.set(identity, "identity.", "VMware forms the serial number of the UUID", serial=serial)
     return _with(machine, "identity", identity)

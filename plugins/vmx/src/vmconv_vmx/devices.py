@@ -59,7 +59,9 @@ def place_of(device: Disk | Removable) -> str:
 
 def _attached(settings: Settings, found: dict[str, Any], bus: str, index: int, unit: int) -> None:
     node, place = _name(bus, index, unit), {"bus": bus, "controller": index, "unit": unit}
-    kind = (settings.take(f"{node}.deviceType") or "disk").lower()
+    kind = settings.look(f"{node}.deviceType") or "disk"
+    if kind != names.CD_EMULATED:
+        settings.take(f"{node}.deviceType")
     if kind == names.CD_IMAGE or kind in names.CD_DEVICES:
         found["removables"].append(_cdrom(settings, node, kind, place))
     elif kind in names.DISKS or kind in names.RAW_DISKS:

@@ -23,12 +23,16 @@ SERIAL = {"file": "file", "pipe": "pipe", "network": "network", "device": "devic
 MODES = ("persistent", "independent-persistent", "independent-nonpersistent")
 
 CD_IMAGE = "cdrom-image"
-CD_DEVICES = ("cdrom-raw", "atapi-cdrom")
+CD_EMULATED = "atapi-cdrom"
+CD_DEVICES = ("cdrom-raw", CD_EMULATED)
 DISKS = ("scsi-harddisk", "ata-harddisk", "harddisk", "disk", "plaindisk")
 RAW_DISKS = ("rawdisk", "scsi-passthru-rdm", "scsi-nonpassthru-rdm", "scsi-passthrough", "genericscsi")
 """`deviceType` of disks, and of physical disks and LUNs of the host."""
 
-EMPTY = ("", "emptybackingstring", "auto detect", "vmware-null-remote-floppy", "vmware-null-remote-cdrom")
+AUTO = "auto detect"
+"""`fileName` of a drive that is whichever the host has."""
+
+EMPTY = ("", "emptybackingstring", "vmware-null-remote-floppy", "vmware-null-remote-cdrom")
 """`fileName` of a drive without a medium, in lower case."""
 
 GENERATED = "00:0c:29:"

@@ -57,9 +57,9 @@ def read(file: File) -> Machine:
         "board": _board(settings),
         "os": _os(settings),
         "tpm": _tpm(settings),
-        "name": settings.take("displayName"),
-        "description": settings.take("annotation"),
-        "memory_state": settings.take("checkpoint.vmState"),
+        "name": _checked(settings, "displayName", "name"),
+        "description": _checked(settings, "annotation", "description"),
+        "memory_state": _checked(settings, "checkpoint.vmState", "memory_state"),
         "display": _display(settings),
         "usb": _usb(settings),
     }
@@ -71,11 +71,20 @@ def read(file: File) -> Machine:
     return part(file, "machine", Machine, **found)
 
 
+def _checked(settings: Settings, key: str, field: str) -> str | None:
+    """Returns a text of the machine; raises `ImageError` with its key if the model refuses it."""
+    text: str | None = getattr(part(settings.file, key, Machine, **{field: settings.take(key)}), field)
+    return text
+
+
 def _cpu(settings: Settings) -> Cpu:
-    """Returns the processors. A virtual processor of VMware is a core: there are no threads."""
-    count = settings.count("numvcpus", 1, 4096)
+    """Returns the processors. A virtual processor of VMware is a core: there are no threads.
+
+    VMware writes the count only if there are several.
+    """
+    count = settings.count("numvcpus", 1, 4096) or 1
     cores = settings.count("cpuid.coresPerSocket", 0, 4096)
-    if not count or not cores:
+    if not cores:
         topology = {}
     elif count % cores:
         raise refused(settings.file, "cpuid.coresPerSocket", f"{cores} does not divide numvcpus, which is {count}")

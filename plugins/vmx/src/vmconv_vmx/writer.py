@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vmconv.machine import Controller, Disk, Machine, Nic, Removable
 from vmconv.plugin import ConfigFile, PlanError
 from vmconv_vmx import names
-from vmconv_vmx.adapt import shown_uuid
+from vmconv_vmx.adapt import setting, shown_uuid
 from vmconv_vmx.devices import by_place, place_of
 from vmconv_vmx.reader import spaced
 from vmconv_vmx.settings import text_of
@@ -69,7 +69,7 @@ def _all(machine: Machine) -> Pairs:
         # VMware has a floppy drive unless the VMX denies it.
         yield "floppy0.present", False
     for drive in machine.removables:
-        yield from _floppy(drive) if drive.kind == "floppy" else _cdrom(drive)
+        yield from _floppy(drive) if drive.kind == "floppy" else _cdrom(drive, machine)
     for number, nic in enumerate(machine.nics):
         yield from _nic(nic, f"ethernet{number}")
 
@@ -135,16 +135,18 @@ def _disk(disk: Disk, number: int, machine: Machine) -> Pairs:
     yield f"{node}.deviceType", "rawDisk" if disk.device else _DISK_TYPES.get(str(disk.bus), "disk")
     yield f"{node}.fileName", disk.device or disk.file
     yield f"{node}.mode", disk.mode
-    shared_bus = machine.extra.get("vmx", {}).get(f"{disk.bus}{disk.controller}.sharedBus", "none").lower()
+    shared_bus = setting(machine, f"{disk.bus}{disk.controller}.sharedBus") or "none"
     if shared_bus == "none" and disk.shared is not None:
         yield f"{node}.sharing", "multi-writer" if disk.shared else "none"
 
 
-def _cdrom(drive: Removable) -> Pairs:
+def _cdrom(drive: Removable, machine: Machine) -> Pairs:
     node = place_of(drive)
+    emulated = setting(machine, f"{node}.deviceType") == names.CD_EMULATED
     yield f"{node}.present", True
-    yield f"{node}.deviceType", names.CD_IMAGE if drive.file else "cdrom-raw"
+    yield f"{node}.deviceType", names.CD_IMAGE if drive.file else names.CD_EMULATED if emulated else "cdrom-raw"
     yield f"{node}.fileName", drive.file or drive.device or "emptyBackingString"
+    yield f"{node}.autodetect", True if drive.device == names.AUTO else None
     yield f"{node}.clientDevice", None if drive.file or drive.device else True
     yield f"{node}.startConnected", drive.connected
 
