@@ -15,14 +15,8 @@ from vmconv.machine.guests import Kind, rows
 KINDS = get_args(Kind)
 
 NEWER = {
-    "win2k25",
-    "debian12",
-    "debian13",
-    "rhel10-unknown",
-    "centos-stream10",
-    "almalinux10",
-    "ubuntu24.04",
-    "ubuntu24.10",
+    *("win2k25", "debian12", "debian13", "rhel10-unknown", "centos-stream10", "almalinux10"),
+    *("ubuntu23.04", "ubuntu23.10", "ubuntu24.04", "ubuntu24.10"),
 }
 """Ids of systems that are newer than the libosinfo of Debian 12."""
 
@@ -57,7 +51,7 @@ def test_each_id_is_one_of_libosinfo(osinfo: dict[str, str]) -> None:
     ids = {row.id for row in rows() if not row.id.endswith("*")} - {""}
     assert ids - set(osinfo) - NEWER == set()
     assert {row.stem for row in rows() if not any(each.startswith(row.stem) for each in osinfo)} - NEWER == {
-        *("freebsd14", "freebsd15", "rhel10", "rocky10", "ol9", "ol10", "sle16", "ubuntu23"),
+        *("freebsd14", "freebsd15", "rhel10", "rocky10", "ol9", "ol10", "sle16", "ubuntu25"),
     }
 
 
@@ -123,7 +117,7 @@ def test_an_unknown_name_is_kept() -> None:
     ("os", "names"),
     [
         (GuestOS(id="rhel9.2"), ("rhel9-64", "rhel9_64Guest", "80", "RedHat9_64", "l26")),
-        (GuestOS(id="rhel10.1"), ("rhel10-64", "rhel10_64Guest", "80", "RedHat_64", "l26")),
+        (GuestOS(id="rhel10.1"), ("rhel10-64", "rhel10_64Guest", "80", "RedHat10_64", "l26")),
         (GuestOS(id="win11"), ("windows11-64", "windows11_64Guest", "120", "Windows11_64", "win11")),
         (GuestOS(id="win12"), ("windows9-64", "windows9_64Guest", "120", "WindowsNT_64", "win10")),
         (
@@ -132,6 +126,10 @@ def test_an_unknown_name_is_kept() -> None:
         ),
         (
             GuestOS(id="rhel8.4", architecture="aarch64"),
+            ("arm-other6xlinux-64", "rhel8_64Guest", "80", "RedHat8_arm64", "l26"),
+        ),
+        (
+            GuestOS(id="gentoo", architecture="aarch64"),
             ("arm-other6xlinux-64", "other6xLinux64Guest", "101", "Other_arm64", "l26"),
         ),
         (GuestOS(source_id="ubuntu-64"), ("ubuntu-64", "ubuntu64Guest", "94", "Ubuntu_64", "l26")),

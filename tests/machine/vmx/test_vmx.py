@@ -267,6 +267,13 @@ def test_the_first_place_starts_unless_a_list_says_otherwise(
     assert [(disk.file, disk.boot_index) for disk in machine.disks] == started
 
 
+def test_nothing_is_known_about_the_order_of_buses() -> None:
+    nodes = ("scsi0:0", "sata0:0", "ide0:0")
+    machine = read("".join(f'{node}.present = "TRUE"\n{node}.fileName = "{node[:4]}.vmdk"\n' for node in nodes))
+    assert [(disk.bus, disk.boot_index) for disk in machine.disks] == [("scsi", None), ("sata", None), ("ide", None)]
+    assert "bios.hddOrder" not in written(machine)
+
+
 def test_other_parts_of_a_machine() -> None:
     machine = read(
         'firmware = "efi"\nuefi.secureBoot.enabled = "TRUE"\nnvram = "web.nvram"\nvtpm.present = "TRUE"\n'

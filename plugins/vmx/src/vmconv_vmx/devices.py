@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from vmconv.machine import MAX_DEVICES, Controller, Disk, Nic, Removable, Serial, mac_address, part, quoted, refused
@@ -170,9 +171,10 @@ def _slot(settings: Settings, node: str) -> str | None:
     return None if number in (None, -1) else str(number)
 
 
-def by_place(disk: Disk) -> tuple[str, int, int]:
-    """Orders disks as VMware starts them without `bios.hddOrder`, within a bus."""
-    return disk.bus or "", disk.controller or 0, disk.unit or 0
+def by_place(disks: Sequence[Disk]) -> list[Disk]:
+    """Orders the disks of each bus by their places, as VMware starts them without `bios.hddOrder`."""
+    buses = list(dict.fromkeys(disk.bus for disk in disks))
+    return sorted(disks, key=lambda disk: (buses.index(disk.bus), disk.controller or 0, disk.unit or 0))
 
 
 def _started(settings: Settings, disks: list[Disk], starts_with_disk: bool) -> list[Disk]:
@@ -186,7 +188,7 @@ def _started(settings: Settings, disks: list[Disk], starts_with_disk: bool) -> l
     listed = [places[word] for word in dict.fromkeys(words) if word in places]
     if len(listed) == len(words):
         settings.take("bios.hddOrder")
-    order = listed + sorted((disk for disk in disks if disk not in listed), key=by_place)
+    order = listed + [disk for disk in by_place(disks) if disk not in listed]
     if not disks or order[0] == disks[0]:
         return disks
     if starts_with_disk:

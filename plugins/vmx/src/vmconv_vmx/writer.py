@@ -104,7 +104,7 @@ def _firmware(machine: Machine) -> Pairs:
     yield "uefi.secureBoot.enabled", firmware.secure_boot
     yield "bios.bootOrder", ",".join(_BOOT[word] for word in firmware.boot_order) or None
     started = sorted(machine.disks, key=lambda disk: disk.boot_index is None)
-    if started != sorted(machine.disks, key=by_place):
+    if started != by_place(machine.disks):
         yield "bios.hddOrder", ",".join(map(place_of, started))
 
 
