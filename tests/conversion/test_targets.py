@@ -308,9 +308,31 @@ def test_another_users_file_in_a_sticky_directory_is_refused_before_any_work(rea
         ):
             raise AssertionError
 
+    def claimed() -> None:
+        with Directory.at(str(shared)) as directory, targets.claim_for_replacement(directory, "t.qcow2"):
+            pass
+
     as_user(refused)
-    with Directory.at(str(shared)) as directory, targets.claim_for_replacement(directory, "t.qcow2"):
-        pass
+    claimed()
+    shared.chmod(0o777)
+    as_user(claimed)
+    shared.chmod(0o1777)
+    os.chown(shared / "t.qcow2", STRANGER, STRANGER)
+    as_user(claimed)
+
+
+def test_a_directory_without_standard_input_is_left_behind(tmp_path: Path) -> None:
+    """It may have any number, that of a closed stream too."""
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        assert os.open(tmp_path, os.O_PATH) == 0
+        os.close(targets._enter(".", 0, leave=0))
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(0)
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
 
 
 def test_a_directory_that_may_not_be_listed_gets_images(reachable: Path) -> None:

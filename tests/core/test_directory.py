@@ -345,3 +345,30 @@ def test_who_is_not_root_gives_only_what_is_his(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.split() == ["True", "True", "False", "False"]
+
+
+def test_a_directory_is_closed_once(tmp_path: Path) -> None:
+    """Closed again it closes nothing that got its number meanwhile, and no standard stream."""
+    directory = Directory.at(str(tmp_path))
+    number = directory.descriptor
+    directory.close()
+    assert directory.descriptor < 0
+    with opened(Path("/dev/null")) as other:
+        assert other == number
+        directory.close()
+        assert os.fstat(other).st_rdev
+
+
+@pytest.mark.parametrize(("value", "missing"), [(b"1", ()), (b"2", ("extended attributes",))])
+def test_what_is_equal_already_needs_no_right_to_set_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes, missing: tuple[str, ...]
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for name, content in (("source", value), ("target", b"1")):
+        (tmp_path / name).touch()
+        os.setxattr(tmp_path / name, "user.origin", content)
+    monkeypatch.setattr(os, "setxattr", refuse)
+    with opened(tmp_path / "source") as source, opened(tmp_path / "target") as target:
+        assert attributes.carry(source, target) == missing

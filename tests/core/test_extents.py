@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.sources import SOURCES, A, B
-from vmconv.model.extents import Columns, Extents, Kind, on_storage
+from vmconv.model.extents import Columns, Extents, Kind, Row, on_storage
 from vmconv.model.sources import Source
 from vmconv.testing import patterned, tables
 
@@ -227,3 +227,48 @@ def test_the_map_of_a_file_says_where_its_holes_are() -> None:
         (1536, Kind.ZERO),
         (9 * 512, Kind.DATA),
     ]
+
+
+def test_tables_are_equal_when_all_their_windows_are() -> None:
+    def table(source: Source, offset: int, kind: Kind = Kind.DATA) -> Extents:
+        return Extents.of([(0, kind, source if kind == Kind.DATA else None, offset)], 10)
+
+    assert table(A, 5) == table(A, 5)
+    others = [table(B, 5), table(A, 6), table(B, 6), table(A, 0, Kind.ZERO), table(A, 0, Kind.HOLE), Extents.filled(11)]
+    for one, other in itertools.combinations([table(A, 5), *others], 2):
+        assert one != other
+
+
+def test_a_row_without_payload_has_no_window() -> None:
+    assert list(Extents.filled(30)) == [Row(0, 30, Kind.ZERO)]
+    assert list(Extents.of([(0, Kind.ZERO, None, 7), (10, Kind.HOLE, None, 7)], 30)) == [
+        Row(0, 10, Kind.ZERO),
+        Row(10, 20, Kind.HOLE),
+    ]
+
+
+@pytest.mark.parametrize("starts", [(-1,), (1,), (0, 0), (0, 5, 4), (0, 10), (0, 11)])
+def test_rows_that_do_not_begin_one_behind_the_other_are_refused(starts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="not sorted and gapless"):
+        Extents.of([(start, Kind(at % 2), None, 0) for at, start in enumerate(starts)], 10)
+
+
+def test_a_slice_of_no_units_is_left_out() -> None:
+    kinds, offsets = np.array([Kind.DATA, Kind.ZERO], dtype=np.uint8), np.array([20, 0])
+    slices = [(kinds[:0], 0, offsets[:0]), (kinds, 0, offsets), 0, 1]
+    table = Extents.from_units(10, 30, slices, SOURCES)
+    assert table == Extents.of([(0, Kind.DATA, A, 20), (10, Kind.ZERO, None, 0), (20, Kind.HOLE, None, 0)], 30)
+
+
+@pytest.mark.parametrize(("one", "other"), [(A, B), (B, A)])
+def test_windows_onto_two_sources_are_two_rows_even_if_their_offsets_go_on(one: Source, other: Source) -> None:
+    table = Extents.of(
+        [(0, Kind.DATA, A, 0), (5, Kind.DATA, B, 5), (10, Kind.DATA, one, 10), (15, Kind.DATA, other, 15)], 20
+    )
+    assert [row.source for row in table][-2:] == [one, other]
+    assert table.read(0, 20) == A.read(0, 5) + B.read(5, 5) + one.read(10, 5) + other.read(15, 5)
+
+
+@pytest.mark.parametrize(("one", "other"), [(Kind.HOLE, Kind.ZERO), (Kind.ZERO, Kind.HOLE)])
+def test_holes_and_zeros_are_two_rows(one: Kind, other: Kind) -> None:
+    assert [row.kind for row in Extents.of([(0, one, None, 0), (5, other, None, 0)], 10)] == [one, other]

@@ -11,7 +11,7 @@ import pytest
 import vmconv
 from support import qcow2_images
 from support.disks import MIB, QemuImg, make_disk, qemu_io
-from vmconv.errors import AccessError, ImageError
+from vmconv.errors import AccessError, ImageError, PlanError
 from vmconv.model import paths
 
 FOREIGN = {
@@ -270,3 +270,30 @@ def test_a_disk_that_a_neighbour_names_by_a_foreign_path_stays(chain: Path) -> N
     with pytest.raises(vmconv.VmconvError, match=r"child\.vmdk"):
         vmconv.convert(chain.with_name("base.vmdk"), chain.with_name("new.qcow2"), in_place=True)
     assert is_right(chain)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "latin-\udce9", "\udc80", "\udcff", "a\\\udcff"])
+def test_a_name_that_windows_would_read_otherwise_is_no_path_of_windows(name: str) -> None:
+    with pytest.raises(PlanError, match="cannot be a Windows path"):
+        paths.to_windows(name)
+
+
+@pytest.mark.parametrize("name", ["größe.vhd", "\U0001f4be.vhd", "\ue000.vhd"])
+def test_other_names_are_paths_of_windows(name: str) -> None:
+    assert paths.to_windows(f"a/{name}") == f"a\\{name}"
+
+
+@pytest.mark.parametrize(
+    ("windows", "path"),
+    [
+        (r".\a.vhd", "a.vhd"),
+        (r".\.\a\b.vhd", "a/b.vhd"),
+        ("./a.vhd", "a.vhd"),
+        (r"..\a.vhd", "../a.vhd"),
+        (".a.vhd", ".a.vhd"),
+        (r"C:\a\b.vhd", "b.vhd"),
+        (r"\\host\a\b.vhd", "b.vhd"),
+    ],
+)
+def test_a_path_of_windows_is_one_of_this_system(windows: str, path: str) -> None:
+    assert paths.from_windows(windows) == path

@@ -31,7 +31,7 @@ def test_a_planned_file_reads_as_its_table_says_and_no_further() -> None:
     file = PlannedFile("/tmp/disk.raw", Extents.of([(0, Kind.DATA, A, 5), (10, Kind.ZERO, None, 0)], 30))
     assert file.read(0, 30) == A.read(5, 10) + bytes(20)
     assert file.read(30, 0) == b""
-    for offset, length in ((0, 31), (30, 1), (-1, 1)):
+    for offset, length in ((0, 31), (30, 1), (-1, 1), (20, 12)):
         with pytest.raises(ImageError, match=r"disk.raw: ends at 0x1e"):
             file.read(offset, length)
 

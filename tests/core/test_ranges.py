@@ -101,3 +101,19 @@ def test_ranges_are_whole_units_in_disk_and_file_and_there_are_no_more_of_them(t
             assert inner.all()
         else:
             assert not covered[row.start : row.end].any()
+
+
+def test_a_range_of_whole_units_is_taken_from_its_first_byte_to_its_last() -> None:
+    rows = [
+        (0, Kind.ZERO, None, 0),
+        (512, Kind.DATA, ONE, 1024),
+        (1536, Kind.DATA, OTHER, 0),
+        (2560, Kind.DATA, ONE, 512),
+    ]
+    ranges = ranges_in_files(Extents.of(rows, 2660), SECTOR)
+    assert [column.tolist() for column in ranges] == [[512, 1536], [1024, 1024], [0, 1], [1024, 0]]
+
+
+def test_a_range_inside_units_is_cut_to_the_whole_ones() -> None:
+    inner = ranges_in_files(Extents.of([(0, Kind.ZERO, None, 0), (100, Kind.DATA, ONE, 612)], 2000), SECTOR)
+    assert [column.tolist() for column in inner] == [[512], [1024], [0], [1024]]

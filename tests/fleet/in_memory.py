@@ -15,10 +15,9 @@ from vmconv_fleet.replication.engine import Events
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record
 from vmconv_fleet.replication.service import NodeService
+from vmconv_fleet.testing import PATIENCE
 
 T = TypeVar("T")
-PATIENCE = 30.0
-"""Seconds after which what a test waits for will not come."""
 
 
 class TrustsAll(PlainTrust):

@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fastapi import FastAPI
 
-from fleet.in_memory import PATIENCE, Node
+from fleet.in_memory import Node
 from vmconv_fleet import console
 from vmconv_fleet.api import as_local, create_app
 from vmconv_fleet.cli.client import NodeClient
+from vmconv_fleet.testing import PATIENCE
 
 
 class Served(NamedTuple):

@@ -20,6 +20,7 @@ from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
+from vmconv_fleet.testing import PATIENCE
 from vmconv_fleet.trust.roles import VERBS
 
 
@@ -44,7 +45,7 @@ def api(pair: Sequence[Node]) -> Iterator[Served]:
 def raw(api: Served, method: str, path: str, body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
     """Returns a bare answer over TLS."""
     context = ssl.create_default_context(cafile=api.ca)
-    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=30, context=context)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
     connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     response = connection.getresponse()
     response.read()
@@ -324,7 +325,7 @@ def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> N
 
 def test_who_comes_back_to_the_events_is_told_to_read_anew(api: Served) -> None:
     context = ssl.create_default_context(cafile=api.ca)
-    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=30, context=context)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
     headers = {"Authorization": f"Bearer {api.token('viewer')['token']}", "Last-Event-ID": "x.1.2"}
     with closing(connection):
         connection.request("GET", "/api/v1/events?kinds=disk", headers=headers)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fleet.in_memory import PATIENCE, Node, nodes
+from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
 from support.disks import MIB, make_disk
 from vmconv.cli import main as cli
@@ -27,6 +27,7 @@ from vmconv_fleet.cli.converting import moment
 from vmconv_fleet.cli.fleet import COMMAND, VERBS
 from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change
+from vmconv_fleet.testing import PATIENCE
 from vmconv_fleet.words import age_text
 
 Run = Callable[..., str]

@@ -21,8 +21,8 @@ from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView, Store
 from vmconv_fleet.replication.verifier_pool import FEW, VerifierPool
+from vmconv_fleet.testing import PATIENCE
 
-PATIENCE = 30.0
 BY = {"user": "somebody"}
 
 

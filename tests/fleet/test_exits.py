@@ -1,4 +1,7 @@
-"""The daemon ends when it is told to, whatever it is doing; how often that has to go well is for benchmarks/fleet."""
+"""The daemon ends when it is told to, whatever it is doing; how often that has to go well is for benchmarks/fleet.
+
+A daemon that hangs gives up after 20 s, with another exit code.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,7 @@ import pytest
 
 from vmconv_fleet import config as settings
 from vmconv_fleet.node.daemon import running
-from vmconv_fleet.testing import Driven, Lab
-from vmconv_fleet.testing.process import wait_until
-
-HANG = 15
-"""Seconds after which an exit counts as a hang; the daemon gives up by itself, and with another exit code, after 20."""
+from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 Drive = Callable[..., Driven]
 
@@ -27,7 +26,7 @@ Drive = Callable[..., Driven]
 def pair(lab: Lab, drive: Drive) -> tuple[Driven, Driven]:
     """Returns two nodes that are neighbours."""
     first, second = drive(lab.add()), drive(lab.add())
-    wait_until(lambda: first.ask("state")["neighbours"] and second.ask("state")["neighbours"], 20, "neighbours")
+    wait_until(lambda: first.ask("state")["neighbours"] and second.ask("state")["neighbours"], PATIENCE, "neighbours")
     return first, second
 
 
@@ -35,14 +34,14 @@ def pair(lab: Lab, drive: Drive) -> tuple[Driven, Driven]:
 def test_a_signal_ends_it_with_success(lab: Lab, drive: Drive, number: int) -> None:
     node, _ = pair(lab, drive)
     node.signal(number)
-    assert node.process.wait(HANG) == 0, node.log()
+    assert node.process.wait(PATIENCE) == 0, node.log()
     assert running(node.config) is None
 
 
 def test_an_exception_in_a_thread_ends_it_with_failure(lab: Lab, drive: Drive) -> None:
     node, _ = pair(lab, drive)
     node.tell("fail")
-    assert node.process.wait(HANG) == 1, node.log()
+    assert node.process.wait(PATIENCE) == 1, node.log()
     assert "failure on command" in node.log()
 
 
@@ -50,9 +49,9 @@ def test_it_ends_while_it_writes_and_is_written_to(lab: Lab, drive: Drive) -> No
     one, other = pair(lab, drive)
     for node in (one, other):
         node.ask("work", every=0.0, targets=[one.config.node, other.config.node])
-    wait_until(lambda: one.ask("state")["requests"] > 20, 20, "work goes on")
+    wait_until(lambda: one.ask("state")["requests"] > 20, PATIENCE, "work goes on")
     one.signal(signal.SIGTERM)
-    assert one.process.wait(HANG) == 0, one.log()
+    assert one.process.wait(PATIENCE) == 0, one.log()
 
 
 def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
@@ -60,7 +59,7 @@ def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
     other.signal(signal.SIGSTOP)
     one.tell("write", count=2000, size=2000, batch=10)
     one.signal(signal.SIGTERM)
-    assert one.process.wait(HANG) == 0, one.log()
+    assert one.process.wait(PATIENCE) == 0, one.log()
 
 
 def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive: Drive) -> None:
@@ -69,7 +68,7 @@ def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive:
     node = drive(lab.add(founded=False))
     assert not node.ask("state")["serving"]
     node.signal(signal.SIGTERM)
-    assert node.process.wait(HANG) == 0, node.log()
+    assert node.process.wait(PATIENCE) == 0, node.log()
 
 
 @pytest.mark.parametrize(("order", "code"), [("signal", 0), ("fail", 1)])
@@ -80,7 +79,7 @@ def test_it_ends_though_the_session_of_its_links_does_not_close(lab: Lab, drive:
         node.signal(signal.SIGTERM)
     else:
         node.tell("fail")
-    assert node.process.wait(HANG) == code, node.log()
+    assert node.process.wait(PATIENCE) == code, node.log()
     assert "a session of the links open" in node.log()
 
 
@@ -88,12 +87,12 @@ def test_it_ends_at_once_after_it_began(lab: Lab, drive: Drive) -> None:
     node = drive(lab.add())
     node.signal(signal.SIGTERM)
     node.signal(signal.SIGTERM)
-    assert node.process.wait(HANG) == 0, node.log()
+    assert node.process.wait(PATIENCE) == 0, node.log()
 
 
 def run(directory: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vmconv", "node", "run", "--directory", directory]
-    return subprocess.run(command, capture_output=True, text=True, timeout=HANG * 2, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_a_start_that_fails_ends_it_with_one_line(lab: Lab) -> None:
@@ -128,6 +127,6 @@ def test_the_command_line_daemon_says_that_it_runs_and_ends(lab: Lab) -> None:
         try:
             assert process.stdout.readline() == f"node {config.node} runs\n"
             os.kill(process.pid, signal.SIGTERM)
-            assert process.wait(HANG) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()

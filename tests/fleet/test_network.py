@@ -15,13 +15,10 @@ from typing import Any
 
 import pytest
 
-from vmconv_fleet.testing import Driven, Lab, Network, agree, ledger_of, view_of, wait_until
+from vmconv_fleet.testing import PATIENCE, Driven, Lab, Network, agree, ledger_of, view_of, wait_until
 
 Drive = Callable[..., Driven]
 Connections = Sequence[Sequence[int]]
-
-SETTLE = 60.0
-"""Seconds within which the views have to be the same once all is well again: only whether, not how soon, is tested."""
 
 TOPOLOGIES: dict[str, Connections] = {
     "mesh": [(), (0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)],
@@ -82,7 +79,7 @@ def test_whatever_happens_all_is_answered_once_and_all_agree(
     five = fleet(TOPOLOGIES[topology])
     for number in range(5):
         five.work(number)
-    wait_until(lambda: five.rows(3), SETTLE, "everybody answers everybody")
+    wait_until(lambda: five.rows(3), PATIENCE, "everybody answers everybody")
 
     five.nodes[1].step_clock(DAY_MS)
     five.network.partition([0, 1], [2, 3, 4])
@@ -92,7 +89,7 @@ def test_whatever_happens_all_is_answered_once_and_all_agree(
             max(view[1] for view in view_of(config).values()) > before
             for config, before in zip(five.configs, lonely, strict=True)
         ),
-        SETTLE,
+        PATIENCE,
         "both sides go on",
     )
     five.nodes[4].step_clock(-DAY_MS)
@@ -107,12 +104,12 @@ def test_whatever_happens_all_is_answered_once_and_all_agree(
     five.restart(0)
     five.work(0)
     before = min(len(found) for found in ledger_of(five.configs[2]).transactions.values())
-    wait_until(lambda: five.rows(before + 3), SETTLE, "everybody answers everybody again")
+    wait_until(lambda: five.rows(before + 3), PATIENCE, "everybody answers everybody again")
 
     for node in five.nodes:
         node.ask("rest")
-    wait_until(lambda: not ledger_of(five.configs[0]).unanswered, SETTLE, "all is answered")
-    wait_until(five.agree, SETTLE, "all views are the same")
+    wait_until(lambda: not ledger_of(five.configs[0]).unanswered, PATIENCE, "all is answered")
+    wait_until(five.agree, PATIENCE, "all views are the same")
     for config in five.configs:
         ledger = ledger_of(config)
         assert ledger.requests > 100
@@ -128,18 +125,20 @@ def test_records_of_a_dead_node_reach_those_who_never_met_it(fleet: Callable[[Co
     three.nodes[0].ask("write", count=300, batch=10)
     owner = three.ids[0]
     wait_until(
-        lambda: view_of(three.configs[1]).get(owner) == view_of(three.configs[0])[owner], SETTLE, "the ferry is loaded"
+        lambda: view_of(three.configs[1]).get(owner) == view_of(three.configs[0])[owner],
+        PATIENCE,
+        "the ferry is loaded",
     )
     three.nodes[0].kill()
     last = view_of(three.configs[1])[owner]
     three.network.partition([0], [1, 2])
-    wait_until(lambda: view_of(three.configs[2]).get(owner) == last, SETTLE, "the last one has them too")
+    wait_until(lambda: view_of(three.configs[2]).get(owner) == last, PATIENCE, "the last one has them too")
 
 
 def test_a_node_whose_database_is_lost_goes_on_where_it_was(fleet: Callable[[Connections], Fleet]) -> None:
     two = fleet([(), (0,)])
     two.nodes[1].ask("write", count=50)
-    wait_until(two.agree, SETTLE, "the other one has it")
+    wait_until(two.agree, PATIENCE, "the other one has it")
     before = view_of(two.configs[0])[two.ids[1]]
     two.network.partition([0], [1])
     two.nodes[1].kill()
@@ -149,7 +148,7 @@ def test_a_node_whose_database_is_lost_goes_on_where_it_was(fleet: Callable[[Con
     assert not two.nodes[1].ask("state")["serving"]
     two.network.heal()
     two.nodes[1].ask("write", count=1)
-    wait_until(two.agree, SETTLE, "they agree")
+    wait_until(two.agree, PATIENCE, "they agree")
     after = view_of(two.configs[0])[two.ids[1]]
     assert after[:2] > before[:2]
     assert two.nodes[0].ask("state")["kinds"] == []
@@ -157,8 +156,8 @@ def test_a_node_whose_database_is_lost_goes_on_where_it_was(fleet: Callable[[Con
 
 def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:
     two = fleet([(), (0,)])
-    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], SETTLE, "neighbours")
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], PATIENCE, "neighbours")
     two.network.partition([0], [1])
-    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [], SETTLE, "the loss is noticed")
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [], PATIENCE, "the loss is noticed")
     two.network.heal()
-    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], SETTLE, "neighbours again")
+    wait_until(lambda: two.nodes[0].ask("state")["neighbours"] == [two.ids[1]], PATIENCE, "neighbours again")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmconv_fleet.testing import free_port, wait_until
+from vmconv_fleet.testing import PATIENCE, free_port, wait_until
 
 
 class Machine:
@@ -23,7 +23,7 @@ class Machine:
     def node(self, action: str, *arguments: str, code: int = 0) -> str:
         """Runs `vmconv node ACTION` and returns what it printed, on the stream that goes with the exit code."""
         command = [sys.executable, "-m", "vmconv", "node", action, "--directory", str(self.directory), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stderr if code else done.stdout
 
@@ -85,20 +85,20 @@ def test_a_node_joins_is_seen_renews_and_leaves(founder: Machine, machine: Calla
     assert "joined fleet house" in second.node("join", invitation, *ports("listen"), *LOCAL, "--name", "second")
     second.run()
     nodes = founder.status()["node"], second.status()["node"]
-    wait_until(lambda: founder.status()["neighbours"] == [nodes[1]], 60, "the first one has a neighbour")
-    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], 60, "and the second")
+    wait_until(lambda: founder.status()["neighbours"] == [nodes[1]], PATIENCE, "the first one has a neighbour")
+    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], PATIENCE, "and the second")
     assert second.status()["problems"] == []
 
     until = second.status()["certificate-until"]
     second.node("renew", "--new-keys")
     assert str(second.status()["certificate-until"]) >= str(until)
-    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], 60, "neighbours with new keys")
+    wait_until(lambda: second.status()["neighbours"] == [nodes[0]], PATIENCE, "neighbours with new keys")
 
     assert "is running" in second.node("leave", code=1)
     second.end()
     assert "has left" in second.node("leave")
     assert not second.directory.exists()
-    wait_until(lambda: founder.status()["neighbours"] == [], 60, "it has gone")
+    wait_until(lambda: founder.status()["neighbours"] == [], PATIENCE, "it has gone")
 
 
 @pytest.mark.slow
@@ -125,12 +125,12 @@ def test_the_authority_moves_to_another_node(
     toml = second.directory / "node.toml"
     toml.write_text(toml.read_text().replace('join = "[::]:7448"', f'join = "127.0.0.1:{free_port()}"'))
     second.run()
-    wait_until(lambda: second.status()["neighbours"], 60, "the second one is in")
+    wait_until(lambda: second.status()["neighbours"], PATIENCE, "the second one is in")
     founder.end()
     invitation = second.node("invite", "--address", "127.0.0.1").strip()
     third.node("join", invitation, *ports("listen"), *LOCAL)
     third.run()
-    wait_until(lambda: third.status()["neighbours"], 60, "the third one is in")
+    wait_until(lambda: third.status()["neighbours"], PATIENCE, "the third one is in")
 
 
 def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fuzzes one target with atheris: `python tests/fuzz/run.py TARGET --seconds N [--corpus DIR]`.
+"""Fuzzes one target with atheris: `python tests/fuzz/run.py TARGET (--seconds N | --runs N) [--corpus DIR]`.
 
 Guided by the coverage of vmconv's own code. What comes out of a target and is no error of vmconv's, what takes too long
 or too much memory, is a finding: printed once for each place in the code, and kept as a file. Exit code 1 when there is
@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from fuzz.targets import Target
@@ -30,7 +31,14 @@ TOO_LONG = 3.0
 HANGS = 60
 MUCH_MEMORY = 600 << 20
 LONGEST = 16 << 10
-PACKAGES = ["vmconv", *sorted(path.name for path in ROOT.glob("plugins/*/src/*"))]
+PACKAGES = ["vmconv", *sorted(path.name for path in ROOT.glob("plugins/*/src/*") if find_spec(path.name))]
+
+
+class Limit(NamedTuple):
+    """How long to fuzz, as libFuzzer counts: 0 seconds and -1 executions are no limits."""
+
+    seconds: int = 0
+    runs: int = -1
 
 
 class Findings:
@@ -62,7 +70,7 @@ class TooLongError(Exception):
     """An input that took more time than any image may."""
 
 
-def fuzz(name: str, seconds: int, seed: int, corpus: Path, findings: Findings) -> None:
+def fuzz(name: str, limit: Limit, seed: int, corpus: Path, findings: Findings) -> None:
     """Runs libFuzzer in this process, which ends with it."""
     import atheris
 
@@ -92,7 +100,8 @@ def fuzz(name: str, seconds: int, seed: int, corpus: Path, findings: Findings) -
             findings.add(name, data, exc)
 
     options = {
-        "max_total_time": seconds,
+        "max_total_time": limit.seconds,
+        "runs": limit.runs,
         "seed": seed,
         "timeout": HANGS,
         "rss_limit_mb": 4096,
@@ -106,12 +115,27 @@ def fuzz(name: str, seconds: int, seed: int, corpus: Path, findings: Findings) -
     atheris.Fuzz()
 
 
-def run(name: str, seconds: int, seed: int, corpus: Path, findings: Path) -> tuple[int, int, str]:
+def run(name: str, limit: Limit, seed: int, corpus: Path, findings: Path) -> tuple[int, int, str]:
     """Runs a target in a process of its own; returns the executions, the findings, and what was printed."""
-    command: list[Any] = [sys.executable, __file__, name, "--seconds", seconds, "--seed", seed]
+    command: list[Any] = [
+        sys.executable,
+        __file__,
+        name,
+        "--seconds",
+        limit.seconds,
+        "--runs",
+        limit.runs,
+        "--seed",
+        seed,
+    ]
     command += ["--corpus", corpus, "--findings", findings, "--inside"]
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, errors="replace", check=False, timeout=seconds + 3000
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=limit.seconds + 3000,
     )
     said = done.stdout + done.stderr
     executions = re.search(r"number_of_executed_units: (\d+)", said)
@@ -124,7 +148,8 @@ def run(name: str, seconds: int, seed: int, corpus: Path, findings: Path) -> tup
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?")
-    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--seconds", type=int, default=0, help="limit of time; 0 for none")
+    parser.add_argument("--runs", type=int, default=-1, help="limit of executions; -1 for none")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus", type=Path, help="directory with inputs to begin with; new ones are added")
     parser.add_argument("--findings", type=Path, default=Path("findings"))
@@ -134,11 +159,14 @@ def main() -> int:
     if options.target is None:
         print(*importlib.import_module("fuzz.targets").targets(), sep="\n")
         return 0
+    limit = Limit(options.seconds, options.runs)
+    if not options.seconds and options.runs < 0:
+        limit = Limit(seconds=60)
     if options.inside:
-        fuzz(options.target, options.seconds, options.seed, options.corpus, Findings(options.findings))
+        fuzz(options.target, limit, options.seed, options.corpus, Findings(options.findings))
     with tempfile.TemporaryDirectory(prefix="vmconv-fuzz-") as scratch:
         corpus = options.corpus or Path(scratch)
-        executions, found, said = run(options.target, options.seconds, options.seed, corpus, options.findings)
+        executions, found, said = run(options.target, limit, options.seed, corpus, options.findings)
     if found:
         print(said[-20_000:])
     print(f"{options.target}: {executions} executions, {found} findings")

@@ -9,6 +9,7 @@ import pytest
 
 from support.disks import MIB, make_disk
 from support.inplace import descriptor, in_place, names, refused
+from vmconv.errors import VmconvError
 from vmconv.inplace.names import JOURNAL, WORKING
 
 
@@ -33,3 +34,28 @@ def test_a_file_of_a_working_name_is_told_with_what_to_do(ext4_dir: Path, name: 
     error = refused(ext4_dir / "front.vmdk", ext4_dir / "new.qcow2")
     assert f"{name}{suffix}: is in the way of a conversion in place" in str(error)
     assert f"vmconv recover {ext4_dir / name};" in str(error.hint)
+
+
+@pytest.mark.parametrize("name", ["new.vmdk", "new", "~new"])
+def test_the_file_with_the_payload_stays_whatever_its_name_is(ext4_dir: Path, name: str) -> None:
+    """Before or behind the names of the files that are made beside it."""
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    payload = disk.stat().st_ino
+    in_place(disk, ext4_dir / name, target_format="vmdk", options={"subformat": "monolithicFlat"})
+    (extent,) = names(ext4_dir) - {name}
+    assert (ext4_dir / extent).stat().st_ino == payload
+    assert extent.encode() in (ext4_dir / name).read_bytes()
+
+
+def test_a_name_that_is_taken_meanwhile_leaves_the_disk(any_dir: Path) -> None:
+    disk, target = make_disk(any_dir / "disk.raw", MIB), any_dir / "new.qcow2"
+    before = disk.read_bytes()
+
+    def take(done: int, to_do: int) -> None:
+        target.write_bytes(b"somebody's")
+
+    with pytest.raises(VmconvError, match=r"new\.qcow2: already exists") as caught:
+        in_place(disk, target, progress=take)
+    assert caught.value.hint
+    assert (disk.read_bytes(), target.read_bytes()) == (before, b"somebody's")
+    assert names(any_dir) == {"disk.raw", "new.qcow2"}

@@ -21,6 +21,7 @@ import fnmatch
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mutation import trials  # noqa: E402
+from support.session import Run  # noqa: E402
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 # To sync a filesystem in memory takes no time.
@@ -68,14 +70,15 @@ CRASHES = (
 """Of the conversions in place that are stopped everywhere, one of each way: all take minutes."""
 
 
-def _core(modules: str, tests: str, *more: str) -> Room:
+def _core(modules: str, tests: str, *more: str, first: Sequence[str] = ()) -> Room:
     paths = tuple(f"{CORE}/{module}.py" for module in modules.split())
-    return Room(paths, (*map(_test, tests.split()), *more))
+    return Room(paths, (*first, *map(_test, tests.split()), *more))
 
 
 def _test(name: str) -> str:
-    """Returns the path of a module of tests in any room but the fleet's, which has modules of the same names."""
-    (path,) = (path for path in ROOT.glob(f"tests/**/test_{name}.py") if path.parent.name != "fleet")
+    """Returns the path of a module of tests, of another plugin than those that have modules of the same names."""
+    found = ROOT.glob(f"tests/**/test_{name}.py")
+    (path,) = (path for path in found if not {"fleet", "machine"} & {*path.parts})
     return str(path.relative_to(ROOT))
 
 
@@ -122,7 +125,7 @@ ROOMS: dict[str, Room] = {
     "naming": _core("backends/temporary backends/naming", "temporary naming"),
     "reflink": _core("backends/reflink", "reflink backends conversion"),
     "memory": _core("testing/memory", "memory planner backends"),
-    "staying": _core("inplace/stay inplace/share inplace/shift", "inplace safety", *_LONG, *_CRASHES),
+    "staying": _core("inplace/stay inplace/share inplace/shift", "strategies inplace safety", *_LONG, first=_CRASHES),
     "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers", *_LONG),
     "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers", *_LONG),
     "strategies": _core(
@@ -135,7 +138,7 @@ ROOMS: dict[str, Room] = {
         "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
         "recovery strangers inplace safety",
         *_LONG,
-        *_CRASHES,
+        first=_CRASHES,
     ),
     "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
     "qed": _writer("qed"),
@@ -305,6 +308,7 @@ class Worker:
 
     @classmethod
     def begin(cls, original: Path, *parents: Path) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         cls.tree = trials.Tree(original, *(parent / str(os.getpid()) for parent in parents))
 
     @classmethod
@@ -328,9 +332,14 @@ def _limit(tree: trials.Tree, tests: Sequence[str]) -> float:
 @contextlib.contextmanager
 def _directory(parent: Path | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vmconv-mutation-", dir=parent) as name:
+        directory = Path(name)
         # Some tests run the program as another user.
-        Path(name).chmod(0o755)
-        yield Path(name)
+        directory.chmod(0o755)
+        try:
+            yield directory
+        finally:
+            for left in directory.iterdir():
+                Run(left).end()
 
 
 def _outcomes(chosen: Sequence[Mistake], workers: int) -> Iterator[Outcome]:
@@ -354,6 +363,8 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=0.95, help="share that has to be noticed (%(default)s)")
     parser.add_argument("--verbose", action="store_true", help="say of each mistake what became of it")
     options = parser.parse_args()
+    # Ended, it still unmounts and removes what it has made.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     chosen = _chosen(options.rooms, None if options.all else options.count, random.Random(options.seed))
     tried, noticed = Counter[str](), Counter[str]()
     for outcome in _outcomes(chosen, options.workers):

@@ -107,7 +107,7 @@ def run_in_place(
     if not request.keep_undo:
         for target in done:
             os.unlink(os.path.join(os.path.dirname(target), beside(os.path.basename(target), UNDO)))
-    path = os.path.join(planned.target.directory, planned.target.name)
+    path = os.path.normpath(os.path.join(planned.target.directory, planned.target.name))
     return MachineResult(request.source, path, planned.plan, time.perf_counter() - began)
 
 

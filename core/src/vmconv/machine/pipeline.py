@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def _make(
             verify_machine(ready.made, files, target, installed(), mode, verifying)
 
     def note() -> None:
-        configuration = directory.join(target.name)
+        configuration = os.path.normpath(directory.join(target.name))
         done.append(MachineResult(request.source, configuration, ready.plan, time.perf_counter() - began))
 
     transaction = ready.way.backend.begin(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from vmconv_fleet.testing.lab import Lab, free_port
 from vmconv_fleet.testing.namespaces import Network, why_no_namespaces
-from vmconv_fleet.testing.process import Driven, wait_until
+from vmconv_fleet.testing.process import PATIENCE, Driven, wait_until
 from vmconv_fleet.testing.views import agree, ledger_of, summaries_of, view_of
 
 __all__ = [
+    "PATIENCE",
     "Driven",
     "Lab",
     "Network",

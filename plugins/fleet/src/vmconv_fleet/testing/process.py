@@ -16,7 +16,8 @@ from typing import Any
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.replication.clock import OFFSET_FILE
 
-TIMEOUT = 60.0
+PATIENCE = 600.0
+"""Seconds that a test waits for an event that comes within seconds on an idle machine."""
 
 
 class Driven:
@@ -49,7 +50,7 @@ class Driven:
         self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
 
-    def answer(self, timeout: float = TIMEOUT) -> dict[str, Any]:
+    def answer(self, timeout: float = PATIENCE) -> dict[str, Any]:
         """Returns the next answer. Fails with the end of the log if the process has ended or is late."""
         try:
             found = self._answers.get(timeout=timeout)
@@ -59,7 +60,7 @@ class Driven:
             raise AssertionError(f"{self.config.name}: {found or 'no answer'}\n{self.log()[-3000:]}")
         return found
 
-    def ask(self, do: str, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
+    def ask(self, do: str, timeout: float = PATIENCE, **arguments: Any) -> dict[str, Any]:
         self.tell(do, **arguments)
         return self.answer(timeout)
 
@@ -81,7 +82,7 @@ class Driven:
         self.process.kill()
         self._ended(10)
 
-    def end(self, timeout: float = 30) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """Stops the node and returns the exit code."""
         if self.process.poll() is None:
             self.process.terminate()
