@@ -226,6 +226,15 @@ def test_devices_without_a_neutral_meaning_are_kept() -> None:
     assert again.extra == found.extra
 
 
+def test_long_licences_come_back_whole() -> None:
+    licence = "\n\n".join(f"Clause {number} of the licence." for number in range(5000))
+    section = f"<EulaSection><Info/><License>{licence}</License></EulaSection>"
+    found = read(descriptor(system=section))
+    assert list(found.extra["ovf"]) == ["eula.0", "eula.1", "eula.2"]
+    again = read(written(found).encode())
+    assert again.extra == found.extra
+
+
 def test_virtualbox_states_the_rest_in_its_own_element() -> None:
     vbox = (
         '<vbox:Machine ovf:required="false"><ExtraData>'

@@ -17,9 +17,10 @@ from support.requirements import CORPUS, missing
 from vmconv.errors import ImageError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
-from vmconv.machine import Machine
+from vmconv.machine import Machine, restricted
 from vmconv.testing import image_file
 from vmconv_ovf import Ova, Ovf
+from vmconv_ovf.options import Options
 
 OPENER = Opener(Registry())
 
@@ -213,6 +214,15 @@ def test_vmware_settings_are_what_a_second_reader_finds() -> None:
             firmware[each.firmware.kind] += 1
     assert firmware["uefi"] > 10
     assert firmware["bios"] > 10
+
+
+def test_read_machines_come_back_from_their_own_writer() -> None:
+    ovf, options = Ovf(), Options()
+    for name, each in found().items():
+        if not isinstance(each, str):
+            adapted = ovf.adapt(each, options).machine
+            again = ovf.read(image_file(ovf.write(adapted, options)[-1].content, "web.ovf"), OPENER)
+            assert restricted(again, ovf.carries) == restricted(adapted, ovf.carries), name
 
 
 # -- packages

@@ -57,7 +57,8 @@ def read(file: File) -> Machine:
     if size > MAX_CONFIG:
         raise ImageError(f"{file.name}: {descriptor.name} at {start:#x} has {size} bytes, the limit is {MAX_CONFIG}")
     machine = read_descriptor(file, file.read(start, size))
-    return _Names(file, descriptor, {member.name: member.table.size for member in members(file)}).resolved(machine)
+    sizes = {member.name: member.table.size for member in members(file)}
+    return _Names(file, descriptor, sizes, {decoded(name): name for name in sizes}).resolved(machine)
 
 
 class _Names(NamedTuple):
@@ -66,11 +67,12 @@ class _Names(NamedTuple):
     file: File
     descriptor: Header
     sizes: dict[str, int]
+    encoded: dict[str, str]
+    """Names by what they stand for if they are encoded, as VirtualBox reads and writes them."""
 
     def of(self, reference: str) -> str:
         name = posixpath.normpath(posixpath.join(posixpath.dirname(self.descriptor.name), reference))
-        # VirtualBox writes and reads references without encoding.
-        found = name if name in self.sizes else next((each for each in self.sizes if decoded(each) == name), None)
+        found = name if name in self.sizes else self.encoded.get(name)
         if found is None:
             raise ImageError(f"{self.file.name}: the descriptor refers to {reference!r}, which is not in the package")
         return found
@@ -150,12 +152,13 @@ def _padded(size: int) -> int:
 
 
 def _refuse_names(parts: Sequence[_Part]) -> None:
-    names = [part.name for part in parts]
-    for name in names:
+    seen: set[str] = set()
+    for name in (part.name for part in parts):
         if len(name.encode()) > 100:
             raise PlanError(f"{name!r} is too long for a package, whose names have at most 100 bytes")
-        if names.count(name) > 1:
+        if name in seen:
             raise PlanError(f"two files of the package would be called {name!r}")
+        seen.add(name)
 
 
 def _joined(parts: Sequence[_Part]) -> Extents:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
-from xml.etree.ElementTree import Element
 
-from vmconv.machine import Board, Cpu, Firmware, GuestOS, Identity, Machine, Memory, Nvram, Property, Tpm, part, quoted
-from vmconv_ovf import keys
+from vmconv.machine import Board, Cpu, Firmware, GuestOS, Identity, Machine, Memory, Nvram, Tpm, part, quoted
+from vmconv_ovf import keys, sections
 from vmconv_ovf.devices import Devices, flag
 from vmconv_ovf.envelope import Envelope, configs
 from vmconv_ovf.guest import Kind, guest_of, surplus
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from vmconv.plugin import File
 
 MAX_SETTINGS = 4096
-_CHUNK = 60_000
-"""Characters of a part of a licence text."""
 
 
 def read(file: File, data: bytes | None = None) -> Machine:
@@ -34,55 +30,14 @@ class _Reader:
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
-        self.extra: dict[str, str] = {}
-        self.holders, self.system = self._only_system()
-        for element in (*self.holders, self.system):
-            self._refuse_unknown_sections(element)
-        self.properties = tuple(self._properties())
+        self.system = sections.only_system(envelope)
+        self.properties, self.extra = sections.properties(self.system)
+        self.hardware = sections.hardware(self.system)
         values = {each.key: each.value or "" for each in self.properties}
-        self.hardware = self._hardware()
         items = items_of(envelope, self.hardware)
-        self.devices = Devices(envelope, items, self._boot(), values)
+        self.devices = Devices(envelope, items, sections.boot_order(self.system), values)
         self.settings = dict(configs(self.hardware))
         self.more = dict(configs(self.hardware, "ExtraConfig"))
-
-    # -- the system
-
-    def _only_system(self) -> tuple[list[Element], Element]:
-        """Returns the virtual system and the elements around it; raises `ImageError` if there is not just one."""
-        found = list(_systems(self.envelope, self.envelope.root, [self.envelope.root]))
-        if not found:
-            raise self.envelope.refused("Envelope", "has no VirtualSystem")
-        if len(found) > 1:
-            names = [quoted(self.envelope.get(system, "id") or "") for _, system in found]
-            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise self.envelope.refused(
-                "VirtualSystemCollection",
-                f"has {len(names)} virtual systems: {shown}",
-                hint="keep one VirtualSystem in the descriptor for each conversion",
-            )
-        return found[0]
-
-    def _refuse_unknown_sections(self, element: Element) -> None:
-        """Raises `ImageError` for sections that must be understood and are not (DSP0243, 9)."""
-        for child in element:
-            kind = self.envelope.kind(child)
-            known = kind in keys.KNOWN_SECTIONS or kind in _SYSTEMS or kind.startswith(keys.KNOWN_NAMESPACES)
-            if not known and self.envelope.required(child) and self.envelope.deployed(child):
-                raise self.envelope.refused(kind, "section is required by the package and not known")
-
-    def _hardware(self) -> Element:
-        """Returns the first hardware section: the others are alternatives to it (DSP0243, 8.1)."""
-        found = self.envelope.child(self.system, "VirtualHardwareSection")
-        if found is None:
-            raise self.envelope.refused("VirtualSystem", "has no VirtualHardwareSection")
-        return found
-
-    def _boot(self) -> list[str]:
-        """Returns the ids of items in VMware's boot order."""
-        sections = [each for each in self.system if each.tag == f"{{{keys.VMW}}}BootOrderSection"]
-        found = [each.get(f"{{{keys.VMW}}}instanceId", "") for each in sections]
-        return list(dict.fromkeys(each for each in found if each))
 
     def machine(self) -> Machine:
         devices = self.devices
@@ -110,10 +65,8 @@ class _Reader:
         values["firmware"] = self._firmware()
         self._keep_rest()
         values["extra"] = {"ovf": self.extra} if self.extra else {}
-        if len(self.extra) > MAX_SETTINGS:
-            raise self.envelope.refused("VirtualSystem", f"has {len(self.extra)} settings, the limit is {MAX_SETTINGS}")
         made = part(self.envelope.file, "VirtualSystem", Machine, **values)
-        vbox = next((each for each in self.system if each.tag == f"{{{keys.VBOX}}}Machine"), None)
+        vbox = next((each for each in self.system.element if each.tag == f"{{{keys.VBOX}}}Machine"), None)
         if vbox is None:
             return made
         from vmconv_ovf.vbox import merged
@@ -121,15 +74,17 @@ class _Reader:
         return merged(self.envelope, made, vbox)
 
     def _name(self) -> str | None:
-        return self.envelope.text(self.envelope.child(self.system, "Name")) or self.envelope.get(self.system, "id")
+        return self.envelope.text(self.envelope.child(self.system.element, "Name")) or self.envelope.get(
+            self.system.element, "id"
+        )
 
     def _description(self) -> str | None:
-        section = self.envelope.child(self.system, "AnnotationSection")
+        section = self.envelope.child(self.system.element, "AnnotationSection")
         found = None if section is None else self.envelope.child(section, "Annotation")
         return self.envelope.text(found) or None
 
     def _os(self) -> GuestOS:
-        section = self.envelope.child(self.system, "OperatingSystemSection")
+        section = self.envelope.child(self.system.element, "OperatingSystemSection")
         if section is None:
             return GuestOS()
         vbox = next((each for each in section if each.tag == f"{{{keys.VBOX}}}OSType"), None)
@@ -257,47 +212,6 @@ class _Reader:
 
     # -- what has no neutral meaning
 
-    def _properties(self) -> Iterator[Property]:
-        seen: set[str] = set()
-        for holder in (*self.holders, self.system):
-            for section in self.envelope.all(holder, "ProductSection"):
-                self._keep_product(section)
-                for element in self.envelope.all(section, "Property"):
-                    found = self._property(section, element)
-                    if found.key in seen:
-                        raise self.envelope.refused(f"Property {quoted(found.key)}", "two have this key")
-                    seen.add(found.key)
-                    yield found
-
-    def _property(self, section: Element, element: Element) -> Property:
-        get = self.envelope.get
-        key = get(element, "key")
-        if not key:
-            raise self.envelope.refused("Property", "has no ovf:key")
-        name = ".".join(each for each in (get(section, "class"), key, get(section, "instance")) if each)
-        values = [get(each, "value") for each in self.envelope.all(element, "Value")]
-        for each in keys.PROPERTY:
-            stated = get(element, each)
-            if stated is not None and (each, stated) != ("type", "string"):
-                self.extra[f"property.{name}.{each}"] = stated
-        if description := self.envelope.text(self.envelope.child(element, "Description")):
-            self.extra[f"property.{name}.description"] = description
-        return part(
-            self.envelope.file,
-            f"Property {quoted(name)}",
-            Property,
-            key=name,
-            value=values[0] if values else get(element, "value"),
-            label=self.envelope.text(self.envelope.child(element, "Label")) or None,
-        )
-
-    def _keep_product(self, section: Element) -> None:
-        if self.envelope.get(section, "class"):
-            return
-        for name in keys.PRODUCT:
-            if text := self.envelope.text(self.envelope.child(section, name)):
-                self.extra.setdefault(f"product.{name}", text)
-
     def _keep_rest(self) -> None:
         extra = self.extra
         if self.envelope.configuration is not None:
@@ -310,22 +224,6 @@ class _Reader:
         for number, item in enumerate(self.devices.unknown()):
             subtype = " ".join((item.get("ResourceSubType") or "").split())
             extra[f"item.{number}"] = f"{item.type} {subtype}"
-        licences = [
-            each for holder in (*self.holders, self.system) for each in self.envelope.all(holder, "EulaSection")
-        ]
-        text = "\n\n".join(self.envelope.text(self.envelope.child(each, "License")) for each in licences)
-        for number, at in enumerate(range(0, len(text), _CHUNK)):
-            extra[f"eula.{number}"] = text[at : at + _CHUNK]
-
-
-_SYSTEMS = ("VirtualSystem", "VirtualSystemCollection")
-
-
-def _systems(envelope: Envelope, parent: Element, holders: list[Element]) -> Iterator[tuple[list[Element], Element]]:
-    """Yields each virtual system with the elements that hold it."""
-    for child in parent:
-        kind = envelope.kind(child)
-        if kind == "VirtualSystem":
-            yield holders, child
-        elif kind == "VirtualSystemCollection":
-            yield from _systems(envelope, child, [*holders, child])
+        extra |= sections.licences(self.system)
+        if len(extra) > MAX_SETTINGS:
+            raise self.envelope.refused("VirtualSystem", f"has {len(extra)} settings, the limit is {MAX_SETTINGS}")
