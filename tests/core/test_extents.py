@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_rows_that_do_not_begin_one_behind_the_other_are_refused(starts: tuple[i
 
 def test_a_slice_of_no_units_is_left_out() -> None:
     kinds, offsets = np.array([Kind.DATA, Kind.ZERO], dtype=np.uint8), np.array([20, 0])
-    slices = [(kinds[:0], 0, offsets[:0]), (kinds, 0, offsets), 0, 1]
+    slices: list[Any] = [(kinds[:0], 0, offsets[:0]), (kinds, 0, offsets), 0, 1]
     table = Extents.from_units(10, 30, slices, SOURCES)
     assert table == Extents.of([(0, Kind.DATA, A, 20), (10, Kind.ZERO, None, 0), (20, Kind.HOLE, None, 0)], 30)
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from support.disks import MIB, make_disk
 from support.inplace import descriptor, in_place, names, refused
 from vmconv.errors import VmconvError
+from vmconv.inplace import stay
 from vmconv.inplace.names import JOURNAL, WORKING
+from vmconv.inplace.syscalls import Syscalls
+from vmconv.io.directory import Directory
+from vmconv.model.sources import File
 
 
 def test_of_a_disk_without_payload_the_last_file_becomes_the_target(ext4_dir: Path) -> None:
@@ -59,3 +66,24 @@ def test_a_name_that_is_taken_meanwhile_leaves_the_disk(any_dir: Path) -> None:
     assert caught.value.hint
     assert (disk.read_bytes(), target.read_bytes()) == (before, b"somebody's")
     assert names(any_dir) == {"disk.raw", "new.qcow2"}
+
+
+@pytest.mark.parametrize("offset", [0, 6, 9, 10, 12])
+def test_what_is_written_across_the_old_end_gets_where_it_belongs(tmp_path: Path, offset: int) -> None:
+    """Behind the old end at once, and inside it last: old payload is still to be copied from there."""
+    path, data = tmp_path / "working", bytes(range(65, 77))
+    path.write_bytes(b"." * 10)
+    carrier = File(str(path), os.open(path, os.O_RDWR))
+    size = offset + len(data)
+    with closing(carrier), Directory.at(str(tmp_path)) as directory:
+        change: Any = SimpleNamespace(
+            descriptor=carrier.descriptor, working="working", calls=Syscalls(), directory=directory
+        )
+        output = stay._CarrierOutput(change, carrier, size)
+        output.write(offset, data)
+        wanted = b"." * 10 + bytes(max(0, offset - 10)) + data[max(0, 10 - offset) :]
+        assert path.read_bytes() == wanted
+        assert output.finish().size == size
+        assert path.read_bytes() == wanted[:offset] + data
+        assert not carrier.changed()
+        output.close()
