@@ -139,3 +139,7 @@ def test_an_unknown_name_is_kept() -> None:
 )
 def test_a_system_without_its_own_name_has_the_general_one(os: GuestOS, names: tuple[str, ...]) -> None:
     assert tuple(name_in(kind, os) for kind in KINDS) == names
+
+
+def test_a_name_that_several_systems_share_means_the_system_of_that_name() -> None:
+    assert name_in("vbox", GuestOS(source_id="win10")) == "Windows10_64"

@@ -92,7 +92,7 @@ def name_in(kind: Kind, os: GuestOS) -> str | None:
         return None
     same = _candidates(os)
     fitting = [row for row in same if row.architecture == (os.architecture or row.architecture)]
-    best = max(fitting, key=lambda row: (row.id == os.id, len(row.stem)), default=None)
+    best = max(fitting, key=lambda row: (row.id in (os.id, os.source_id), len(row.stem)), default=None)
     row = best or _general(same[0].family if same else "other", os.architecture or "x86_64")
     return row.names[kind][0].strip("!")
 

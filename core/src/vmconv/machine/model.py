@@ -180,6 +180,8 @@ class Disk(_Attached):
     """Bytes that the guest sees."""
     file_size: Annotated[int, Field(ge=0)] | None = None
     """Bytes of the file, for packages that list them."""
+    image_uuid: UUID | None = None
+    """The identity that the image itself holds, for platforms that compare the two."""
     device: Word | None = None
     """A physical disk or another machine's LUN, as the source names it. vmconv never opens it."""
     mode: Literal["persistent", "independent-persistent", "independent-nonpersistent"] | None = None

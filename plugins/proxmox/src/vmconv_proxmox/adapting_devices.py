@@ -71,7 +71,7 @@ def adapt_others(machine: Machine, changes: Changes) -> dict[str, Any]:
         "sound": _known("sound", machine.sound, _SOUNDS, changes),
         "serials": _serials(machine.serials, changes),
         "watchdog": _known("watchdog", machine.watchdog, _WATCHDOGS, changes),
-        "rng": bool(machine.rng),
+        "rng": changes.value("rng", machine.rng, machine.rng or None, "a machine without the device has none"),
     }
 
 

@@ -173,9 +173,9 @@ def watchdog(source: Source) -> str | None:
     return model
 
 
-def rng(source: Source) -> bool:
+def rng(source: Source) -> bool | None:
     values = source.properties("rng0")
-    found = bool(values)
+    found = True if values else None
     if values.get("source") == "/dev/urandom":
         del values["source"]
     source.keep("rng0", values)
