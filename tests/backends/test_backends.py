@@ -110,8 +110,8 @@ class _Open(CopyBackend):
 
 WRONG: dict[str, CopyBackend] = {
     "test_what_was_committed_has_been_synced": _Unsynced(),
-    "test_a_set_whose_process_is_killed_is_there_as_a_whole_or_not_at_all": _OneByOne(),
-    "test_a_new_file_lets_nobody_in_whom_a_source_does_not": _Open(),
+    "test_a_set_of_a_killed_process_is_complete_or_absent": _OneByOne(),
+    "test_a_new_file_grants_no_more_access_than_its_sources": _Open(),
     "test_a_replaced_file_passes_its_mode_on": _Open(),
 }
 

@@ -107,7 +107,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.integers(0, 300),
     st.integers(1, 2000),
 )
-def test_a_copy_goes_on_where_the_kernel_stopped(
+def test_a_copy_continues_where_the_kernel_stopped(
     place: Path, steps: list[int], error: int | None, source_offset: int, offset: int, length: int
 ) -> None:
     kernel = Kernel(steps, error)
@@ -175,7 +175,7 @@ def test_a_backend_that_shares_leaves_no_copy_to_the_kernel(place: Path, monkeyp
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=5), st.lists(st.integers(1, 12), min_size=1))
-def test_a_write_goes_on_where_the_kernel_stopped(place: Path, parts: list[bytes], takes: list[int]) -> None:
+def test_a_write_continues_where_the_kernel_stopped(place: Path, parts: list[bytes], takes: list[int]) -> None:
     pwrite = os.pwrite
     sizes = iter(takes * 60)
     with output(place, 64) as made:
@@ -196,7 +196,7 @@ def test_a_kernel_that_writes_nothing_is_an_error(place: Path, monkeypatch: pyte
         assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(place / "target"))
 
 
-def test_nothing_is_shared_by_who_cannot(place: Path) -> None:
+def test_a_backend_that_cannot_share_refuses(place: Path) -> None:
     one = np.array([1], dtype=np.int64)
     steps = ShareSteps((Blob("letter", b"x"),), np.array([0], dtype=np.int32), one, one, one)
     with output(place, 8) as made:

@@ -165,7 +165,7 @@ def test_after_a_kill_recovery_leaves_all_or_none(work: Work, tmp_path: Path) ->
     assert outcomes == {True, False}
 
 
-def test_what_is_stopped_while_it_is_recovered_is_recovered_again(work: Work, tmp_path: Path) -> None:
+def test_an_interrupted_recovery_is_repeated(work: Work, tmp_path: Path) -> None:
     for at, folder in copies(tmp_path, work):
         stopped(work, folder, at)
         for again in range(4):
@@ -179,7 +179,9 @@ def test_what_is_stopped_while_it_is_recovered_is_recovered_again(work: Work, tm
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_an_error_at_any_call_leaves_all_or_none_or_says_what_is_there(work: Work, tmp_path: Path, number: int) -> None:
+def test_an_error_at_any_call_leaves_all_or_none_or_lists_the_existing_files(
+    work: Work, tmp_path: Path, number: int
+) -> None:
     before = names(tmp_path / "work")
     for at, folder in copies(tmp_path, work):
         error = OSError(number, os.strerror(number))
@@ -204,7 +206,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int) 
     monkeypatch.setattr(owner, name, refused)
 
 
-def test_a_name_that_is_taken_meanwhile_leaves_none_of_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_created_meanwhile_leaves_no_file_of_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_disk(tmp_path / "disk.raw", MIB)
     rename = Directory.rename
 

@@ -111,7 +111,7 @@ def test_the_way_of_most_payload_is_the_way_of_the_file(
         )
 
 
-def test_what_is_refused_for_another_reason_changes_no_flag(tmp_path: Path, btrfs: Btrfs, files: Any) -> None:
+def test_a_refusal_for_another_reason_changes_no_flag(tmp_path: Path, btrfs: Btrfs, files: Any) -> None:
     one, other = files("one", UNIT), files("other", UNIT)
     btrfs.refusals[btrfs.inode(one.descriptor)] = errno.EXDEV
     survey = ReflinkBackend().survey(str(tmp_path), [one, other])

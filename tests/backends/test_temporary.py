@@ -219,7 +219,7 @@ def test_without_proc_files_have_names(tmp_path: Path, directory: Directory, mon
 
 
 @pytest.mark.parametrize("unnamed", [True, False])
-def test_a_file_that_cannot_be_locked_is_no_more(
+def test_a_file_that_cannot_be_locked_is_removed(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch, unnamed: bool
 ) -> None:
     if not unnamed:
@@ -271,7 +271,7 @@ def test_a_trial_shows_whether_files_can_be_renamed(
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("links", [True, False])
-def test_where_no_call_keeps_what_is_there_another_way_does(
+def test_without_an_atomic_rename_another_way_keeps_existing_files(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch, number: int, links: bool
 ) -> None:
     real = Directory.rename
@@ -478,7 +478,7 @@ def test_a_set_is_read_as_it_was_written(tmp_path: Path, directory: Directory, r
 
 
 @pytest.mark.parametrize("part", ["magic", "digest"])
-def test_what_is_no_journal_is_left_alone(tmp_path: Path, directory: Directory, part: str) -> None:
+def test_an_invalid_journal_is_left_alone(tmp_path: Path, directory: Directory, part: str) -> None:
     path = journal(directory, set_of(tmp_path, "a"), **{part: b"?"})
     assert naming.finish(directory, ["a"], trust=True) == []
     assert naming.needed(directory) == set()

@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_request_is_refused_and_touches_nothing(disk: Path, case: str) -> None:
+def test_an_invalid_request_is_refused_and_touches_nothing(disk: Path, case: str) -> None:
     given, words = WRONG[case]
     before = disk.read_bytes()
     with pytest.raises(vmconv.UsageError) as caught:
@@ -157,7 +157,7 @@ FUNCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", BAD_PATHS)
 @pytest.mark.parametrize("way", FUNCTIONS)
-def test_what_is_no_path_is_refused(disk: Path, way: str, case: str) -> None:
+def test_an_invalid_path_is_refused(disk: Path, way: str, case: str) -> None:
     function, given = FUNCTIONS[way]
     bad, words = BAD_PATHS[case]
     values = {name: bad if value is BAD else disk if value is GOOD else value for name, value in given.items()}
@@ -393,7 +393,7 @@ def keywords_of(function: str) -> dict[str, Any]:
         ("undo", (arguments.RestoreOptions,), set()),
     ],
 )
-def test_the_keywords_and_their_defaults_are_the_fields_of_what_is_asked(
+def test_keywords_and_defaults_are_the_fields_of_the_request(
     function: str, kinds: tuple[Any, ...], besides: set[str]
 ) -> None:
     wanted = {name: value for kind in kinds for name, value in kind._field_defaults.items() if name not in besides}

@@ -112,7 +112,7 @@ def test_a_request_that_makes_no_sense_returns_2(
     assert not (tmp_path / "target").exists()
 
 
-def test_a_target_whose_name_speaks_of_no_format_needs_one(tmp_path: Path, capsys: Capture) -> None:
+def test_a_target_without_a_format_s_suffix_needs_a_format(tmp_path: Path, capsys: Capture) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     assert main(["convert", str(raw), str(tmp_path / "target")]) == 2
     assert "name the format with -O" in capsys.readouterr().err
@@ -241,7 +241,7 @@ def test_a_reader_of_the_output_may_go_away(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_api_is_what_the_command_line_uses(reflink_dir: Path) -> None:
+def test_the_command_line_uses_the_api(reflink_dir: Path) -> None:
     raw, image = make_disk(reflink_dir / "disk.raw", 4 * MIB), reflink_dir / "disk.qcow2"
     result = vmconv.convert(str(raw), str(image))
     assert isinstance(result, vmconv.Result)

@@ -171,7 +171,7 @@ def test_chains_of_qemu_are_flattened_by_reference(reflink_dir: Path, qemu_img: 
 
 @pytest.mark.parametrize("target", formats())
 @pytest.mark.parametrize(("unit", "cluster"), [(4096, "4K"), (512, "512")])
-def test_what_is_smaller_than_a_block_is_filled_from_the_parent(
+def test_parts_of_a_block_are_filled_from_the_parent(
     reflink_dir: Path, qemu_img: QemuImg, target: str, unit: int, cluster: str
 ) -> None:
     raw = make_disk(reflink_dir / "base.raw", SIZE)
@@ -332,7 +332,7 @@ def test_a_layer_that_would_replace_its_own_source_is_refused_even_by_force(top:
     assert "another directory" in str(error.hint) or "directory" in str(error.hint)
 
 
-def test_what_is_there_already_is_replaced_by_force_only(top: Path) -> None:
+def test_an_existing_file_is_replaced_by_force_only(top: Path) -> None:
     target = top.with_name("new.vmdk")
     old = top.with_name("middle.vmdk")
     old.write_bytes(b"old")
@@ -392,7 +392,7 @@ def test_losses_say_which_layer_has_them(reflink_dir: Path, qemu_img: QemuImg) -
 # Part of a chain
 
 
-def test_what_is_above_a_kept_layer_is_converted_onto_it(top: Path, qemu_img: QemuImg) -> None:
+def test_layers_above_a_kept_layer_are_converted_onto_it(top: Path, qemu_img: QemuImg) -> None:
     target = top.with_name("new.qcow2")
     middle = top.with_name("middle.qcow2").rename(top.with_name("between.qcow2"))
     qemu_img("rebase", "-u", "-b", middle.name, "-F", "qcow2", top)

@@ -137,7 +137,7 @@ def test_when_one_is_there_none_is_made(golden: Path) -> None:
     assert all(vmconv.compare(str(golden), result.target) for result in results)
 
 
-def test_the_source_is_none_of_them(golden: Path) -> None:
+def test_the_source_is_not_among_them(golden: Path) -> None:
     refused(golden, PlanError, r"golden\.raw: is part of the source", ["qcow2", "raw"], force=True)
 
 
@@ -216,7 +216,7 @@ def test_the_command_line_makes_all(golden: Path, capsys: pytest.CaptureFixture[
     assert shared == events[0]["shared"] > 0
 
 
-def test_an_option_has_to_say_whose_it_is(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_must_name_its_format(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fanout", str(golden), "--to", "qcow2", "-o", "cluster_size=2M"]) == 2
     assert "write FORMAT.cluster_size=2M" in capsys.readouterr().err
     assert cli.main(["fanout", str(golden), "--to", "qcow2", "-o", "qcow2.colour=red", "--output", "json"]) == 2

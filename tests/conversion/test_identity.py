@@ -233,7 +233,7 @@ def test_in_place_and_back_gives_new_ids_and_undo_the_old_ones(ext4_dir: Path) -
 
 
 @pytest.mark.parametrize("value", ["", "1234", IDENTITY[:-1], f"{IDENTITY}0", "x" * 36, str(UUID(int=0))])
-def test_what_is_no_uuid_is_refused_by_name_and_value(tmp_path: Path, value: str) -> None:
+def test_an_invalid_uuid_is_refused_by_name_and_value(tmp_path: Path, value: str) -> None:
     raw = make_disk(tmp_path / "disk.raw", SIZE)
     with pytest.raises(UsageError, match=rf"vdi option identity={value}: "):
         vmconv.convert(str(raw), str(tmp_path / "disk.vdi"), options={"identity": value})

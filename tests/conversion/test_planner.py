@@ -117,7 +117,7 @@ def test_a_reason_tells_how_much_where_first_and_in_how_many_ranges() -> None:
     assert plan.copies == (CopyReason(REFUSED, 30, 2, "one", 0),)
 
 
-def test_the_reason_of_an_output_is_given_to_what_is_copied_out_of_files_only() -> None:
+def test_the_reason_of_an_output_applies_to_copies_from_files_only() -> None:
     file = MemoryFile("file", 10)
     rows = Extents.of([(0, 2, file, 3), (4, 2, source := decoded(6), 0)], 10)  # type: ignore[list-item]
     assert source.size == 6

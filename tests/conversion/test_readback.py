@@ -122,7 +122,7 @@ def test_of_too_many_edges_some_are_looked_at(monkeypatch: pytest.MonkeyPatch, p
     assert list(readback._points(sides([table], [table]))) == found
 
 
-def test_at_most_so_many_addresses_are_looked_at() -> None:
+def test_the_number_of_addresses_is_limited() -> None:
     table = rows(2600, *((at, A, at % 2 * 9) for at in range(2500)))
     found = list(readback._points(sides([table], [table])))
     assert 900 < len(found) <= readback._POINTS
@@ -185,7 +185,7 @@ def test_every_wrong_byte_is_seen_by_reading_all(data: st.DataObject) -> None:
             readback.check_bytes(sides(wanted, found))
 
 
-def test_progress_is_what_is_read_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_bytes_read_of_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readback, "_PIECE", 40)
     table = rows(200, (0, A, 0), (50, None, 1), (150, B, 0))
     said: list[tuple[int, int]] = []
@@ -220,7 +220,7 @@ def test_what_was_just_written_is_read_from_storage(monkeypatch: pytest.MonkeyPa
 
 @quick
 @given(st.data())
-def test_what_the_tables_do_not_prove_is_what_differs_in_place(data: st.DataObject) -> None:
+def test_unproved_ranges_are_those_that_differ_in_place(data: st.DataObject) -> None:
     size = data.draw(st.integers(0, 80))
     a, b = (data.draw(tables(SOURCES, size=size, holes=False)) for _ in range(2))
 

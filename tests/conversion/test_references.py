@@ -184,7 +184,7 @@ def test_qemu_reads_references_to_real_images_as_their_manifest_says(
 # -- what cannot be referred to
 
 
-def test_what_is_not_whole_sectors_is_copied_with_the_reason(any_dir: Path, qemu_img: QemuImg) -> None:
+def test_partial_sectors_are_copied_with_the_reason(any_dir: Path, qemu_img: QemuImg) -> None:
     raw, path = any_dir / "disk.raw", any_dir / "disk.vmdk"
     raw.write_bytes(os.urandom(MIB + 100))
     result = by_reference(raw, path)
@@ -609,7 +609,7 @@ def test_a_record_is_read_as_it_was_written(name: str, numbers: tuple[int, int, 
 
 
 @given(st.lists(st.text(), max_size=5))
-def test_what_is_no_record_is_left_out(texts: list[str]) -> None:
+def test_invalid_records_are_left_out(texts: list[str]) -> None:
     assert read_records(texts) == {}
 
 
@@ -625,7 +625,7 @@ def test_flat_disks_of_others_are_checked_for_their_files(tmp_path: Path, qemu_i
     assert vmconv.check(str(path)).corruptions == ("extent disk-flat.vmdk is missing",)  # type: ignore[union-attr]
 
 
-def test_records_of_a_stranger_open_nothing_outside_and_stop_nobody(tmp_path: Path) -> None:
+def test_untrusted_records_open_no_outside_file_and_block_no_command(tmp_path: Path) -> None:
     """What the records of an image name is looked at under the same rules as all that images name."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -654,7 +654,7 @@ def test_records_of_a_stranger_open_nothing_outside_and_stop_nobody(tmp_path: Pa
     assert main(["check", str(path)]) == 1
 
 
-def test_the_plan_says_what_is_referred_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_lists_the_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     assert main(["plan", "-o", "subformat=reference", str(raw), str(tmp_path / "new.vmdk")]) == 0
     out = capsys.readouterr().out

@@ -103,7 +103,7 @@ def streamed(source: Path, target_format: str) -> bytes:
     return parts[0]
 
 
-def test_the_model_is_what_qemu_reads(stack: Case, qemu_img: QemuImg) -> None:
+def test_the_model_equals_qemu_s_reading(stack: Case, qemu_img: QemuImg) -> None:
     made, wanted, _ = stack
     assert guest(qemu_img, made.files[0], made.formats[0]) == wanted
 

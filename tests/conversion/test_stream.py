@@ -217,7 +217,7 @@ def test_a_writer_that_gets_it_wrong_is_found_out_before_a_byte_is_sent(
     os.close(reader)
 
 
-def test_nobody_claims_that_an_interrupted_stream_created_nothing(xfs_dir: Path) -> None:
+def test_an_interrupted_stream_is_not_reported_as_nothing_created(xfs_dir: Path) -> None:
     disk = make_disk(xfs_dir / "disk.raw", MIB)
 
     def interrupt(_done: int, _to_do: int) -> None:

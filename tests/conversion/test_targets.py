@@ -430,7 +430,9 @@ def planted(path: Path, owner: int) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"subformat": "monolithicFlat"}])
-def test_a_private_base_is_not_put_into_a_file_of_who_may_not_read_it(shared: Path, options: dict[str, str]) -> None:
+def test_a_private_base_is_not_copied_into_a_file_of_a_user_without_access(
+    shared: Path, options: dict[str, str]
+) -> None:
     overlay, target = others_base(shared), planted(shared / "t.vmdk", STRANGER)
     planted(shared / "t-flat.vmdk", STRANGER)
     with pytest.raises(AccessError, match=f"user {STRANGER}, who may not read .*private.raw"):
@@ -542,7 +544,7 @@ def test_a_mixed_source_is_explained(btrfs_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("trust", [False, True])
-def test_a_file_that_belongs_to_no_set_is_not_finished(tmp_path: Path, trust: bool) -> None:
+def test_a_file_of_no_set_is_not_completed(tmp_path: Path, trust: bool) -> None:
     (tmp_path / "disk").write_bytes(b"disk")
     for path in ("disk", "none", "none/disk"):
         assert not targets.finish_set(str(tmp_path / path), trust=trust)

@@ -264,9 +264,7 @@ def test_an_input_output_error_names_the_target_and_leaves_nothing(
     assert "target.qcow2" in str(fails(source, target, BackendError))
 
 
-def test_a_failure_that_nobody_foresaw_leaves_nothing(
-    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_failure_leaves_no_file(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_writing(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         api.convert(str(source), str(target))
@@ -393,7 +391,7 @@ def test_a_target_in_a_directory_that_does_not_exist_is_refused(source: Path) ->
     fails(source, source.with_name("gone") / "target.qcow2", PlanError)
 
 
-def test_a_target_that_is_a_symlink_goes_on_naming_the_file(source: Path, target: Path, tmp_path: Path) -> None:
+def test_a_symlink_as_target_still_leads_to_the_file(source: Path, target: Path, tmp_path: Path) -> None:
     real = tmp_path / "real.qcow2"
     real.write_bytes(OLD)
     target.symlink_to(real)

@@ -82,7 +82,7 @@ def test_walking_is_asking_each_layer_for_each_byte(layers: list[Extents], start
     ],
     ids=str,
 )
-def test_what_is_right_passes(chain: Path, mode: Any, target: str, how: dict[str, Any]) -> None:
+def test_valid_images_pass(chain: Path, mode: Any, target: str, how: dict[str, Any]) -> None:
     if mode == "qemu":
         oracle_program("qemu-img")
     new = chain.with_name(target)

@@ -81,7 +81,7 @@ def test_who_may_read_a_file_is_told_by_its_mode(
         (0o4711, 2, 0o11),
     ],
 )
-def test_nobody_gets_more_than_the_source_gave(files: Files, mode: int, gid: int, limit: int) -> None:
+def test_no_user_gets_more_access_than_to_the_source(files: Files, mode: int, gid: int, limit: int) -> None:
     assert attributes._limit(files(mode), gid) == limit
     assert attributes._limit(files(mode, acl=acl_of((OTHER, 7))), gid) == 0
 

@@ -118,7 +118,7 @@ def test_places_are_those_of_the_first_payload_of_each_run(data: st.DataObject) 
         assert wish == row.offset - row.start + first * UNIT
 
 
-def test_places_of_groups_begin_anew_at_the_modulus() -> None:
+def test_offsets_of_groups_restart_at_the_modulus() -> None:
     """Two runs side by side in each source, one elsewhere, and one that no whole blocks make congruent."""
     rows = [(0, Kind.DATA, A, 40), (16, Kind.DATA, A, 24), (32, Kind.DATA, A, 200), (40, Kind.DATA, B, 3)]
     rows += [(56, Kind.DATA, B, 40), (64, Kind.DATA, B, 32)]

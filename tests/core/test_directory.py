@@ -89,7 +89,7 @@ def test_only_plain_names_are_taken(directory: Directory, name: str) -> None:
         directory.link(name, "disk")
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, directory: Directory) -> None:
+def test_a_special_file_is_not_opened(tmp_path: Path, directory: Directory) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("/etc/passwd")
@@ -193,7 +193,9 @@ def test_a_list_that_the_directory_gives_to_new_files_is_not_kept(ext4_dir: Path
 
 
 @pytest.mark.parametrize("fails", ["fchown", "setxattr"])
-def test_what_cannot_be_carried_lets_nobody_in(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+def test_attributes_that_cannot_be_carried_leave_access_to_the_owner_only(
+    ext4_dir: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     old, new = pair(ext4_dir)
     os.setxattr(old, ACL, with_bob(6, 4))
     os.chown(old, BOB, BOB)
@@ -270,7 +272,7 @@ CONFINED = [
 
 
 @pytest.mark.parametrize(("mask", "given", "wanted"), CONFINED)
-def test_a_new_file_is_for_nobody_who_could_not_read_its_source(
+def test_a_new_file_is_readable_only_to_users_who_can_read_its_source(
     tmp_path: Path, directory: Directory, mask: int, given: int, wanted: int
 ) -> None:
     old, new = pair(tmp_path)

@@ -77,7 +77,7 @@ def test_storage_that_cannot_be_read_is_named(file: File, monkeypatch: pytest.Mo
             file.read_into(512, memoryview(bytearray(512)))
 
 
-def test_short_reads_go_on_and_the_end_is_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued_and_the_end_is_an_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     content = file.read(0, MIB)
     pread, preadv = os.pread, os.preadv
     monkeypatch.setattr(os, "pread", lambda fd, length, at: pread(fd, max(1, length // 2), at))
@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_is_not_raw(file: File, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("number", [*NOT_SUPPORTED, errno.EINVAL, errno.ENOLCK])
-def test_where_there_are_no_locks_nobody_is_asked(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_without_locks_no_user_is_found(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(fcntl, "fcntl", failing(number))
     locks.share(file)
     assert not locks.is_written(file)
@@ -110,7 +110,7 @@ def test_where_there_are_no_locks_nobody_is_asked(file: File, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
-def test_what_is_locked_is_in_use(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_locked_image_is_in_use(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     locked = failing(number, only=lambda _, command, *__: command == fcntl.F_OFD_SETLK, real=fcntl.fcntl)
     monkeypatch.setattr(fcntl, "fcntl", locked)
     with pytest.raises(AccessError, match=r"^disk.raw: is open for writing in another process"):
@@ -286,13 +286,13 @@ def test_a_directory_of_plugins_that_cannot_be_listed_is_an_error(monkeypatch: p
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR, errno.EACCES])
-def test_what_is_not_there_has_no_plugins(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_missing_path_has_no_plugins(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "listdir", failing(number))
     assert discovery.entry_points("vmconv") == []
 
 
 @pytest.mark.parametrize(("number", "found"), [(errno.EACCES, True), (errno.ENOENT, True), (errno.EMFILE, False)])
-def test_candidates_that_nobody_can_open_are_passed_over(
+def test_unreadable_candidates_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, found: bool
 ) -> None:
     for name in ("a.vdi", "b.vdi", "origin.vdi"):

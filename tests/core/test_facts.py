@@ -62,7 +62,7 @@ def test_facts_that_cannot_be_are_no_disk(facts: DiskFacts) -> None:
         Disk.of(0, facts)
 
 
-def test_only_what_is_stated_is_listed() -> None:
+def test_only_stated_values_are_listed() -> None:
     assert list(DiskFacts().stated()) == []
     assert list(DiskFacts(creator="", geometry=ALL.geometry).stated()) == [("geometry", (20, 16, 63)), ("creator", "")]
 

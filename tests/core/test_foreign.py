@@ -137,7 +137,7 @@ def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("suffix", [".xyz", ".bak", ".orig", ".img2x", ".snap1"])
-def test_a_suffix_that_nobody_knows_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+def test_an_unknown_suffix_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
     error = refused(make_disk(tmp_path / f"disk{suffix}", MIB, pieces=1))
     assert f"no format has the suffix {suffix}" in str(error)
     assert error.hint == "if it is a raw disk, use -f raw"
@@ -209,7 +209,9 @@ WAYS = {
 @pytest.mark.parametrize(
     "name", ["disk.qcow2.xz", "disk.img.gz", "image.E01", "backup.vma", "vm.vmx", "disk.xyz", "img"]
 )
-def test_what_is_no_disk_is_refused_by_every_command(tmp_path: Path, capfd: Capture, way: str, name: str) -> None:
+def test_content_that_is_no_disk_is_refused_by_every_command(
+    tmp_path: Path, capfd: Capture, way: str, name: str
+) -> None:
     (tmp_path / "made").mkdir()
     file = tmp_path / name
     file.write_bytes(gzip.compress(PLAIN * 64) if name == "img" else PLAIN * 64)
@@ -320,7 +322,7 @@ def test_a_parallels_bundle_is_read_by_the_name_of_its_directory(tmp_path: Path,
     assert vmconv.map_disk(source)
 
 
-def test_what_is_made_of_a_bundle_is_named_after_it(tmp_path: Path, bundle: Path) -> None:
+def test_images_of_a_bundle_are_named_after_it(tmp_path: Path, bundle: Path) -> None:
     (made,) = vmconv.fanout(f"{bundle}/", ["qcow2"], directory=tmp_path)
     assert made.target == str(tmp_path / "harddisk.qcow2")
 

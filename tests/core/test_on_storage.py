@@ -64,7 +64,7 @@ def test_a_plan_is_the_same_whatever_is_cached(any_dir: Path) -> None:
     assert plans[0] == plans[1] == plans[2]
 
 
-def test_what_is_written_and_not_yet_synced_is_data(any_dir: Path) -> None:
+def test_unsynced_writes_are_data(any_dir: Path) -> None:
     path = preallocated(any_dir / "disk.raw")
     with path.open("r+b") as file:
         file.seek(8 * MIB)

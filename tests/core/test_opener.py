@@ -302,7 +302,7 @@ SPECIAL = {"a pipe": make_pipe, "a directory": make_directory, "a character devi
 
 @in_time
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_file_is_refused_as_source_without_waiting(images: Path, kind: str) -> None:
+def test_a_special_file_is_refused_as_source_without_waiting(images: Path, kind: str) -> None:
     SPECIAL[kind](images / "disk.raw")
     error = refused(images / "disk.raw")
     assert isinstance(error, AccessError)
@@ -312,7 +312,7 @@ def test_what_is_no_file_is_refused_as_source_without_waiting(images: Path, kind
 @in_time
 @referrer
 @pytest.mark.parametrize("kind", ["a pipe", "a directory"])
-def test_what_is_no_file_is_refused_when_an_image_names_it(images: Path, role: str, kind: str) -> None:
+def test_a_special_file_is_refused_when_an_image_names_it(images: Path, role: str, kind: str) -> None:
     SPECIAL[kind](images / "base.raw")
     assert isinstance(refused(referring(images, role, "base.raw")), AccessError)
 
@@ -377,9 +377,7 @@ def test_a_raw_backing_file_with_a_header_of_the_guest_s_is_read_as_raw(
     assert "/etc/passwd" not in opened
 
 
-def test_a_backing_file_whose_format_nobody_states_is_not_guessed_from_a_guest_s_header(
-    images: Path, guest_written: bytes
-) -> None:
+def test_the_format_of_a_backing_file_is_not_guessed_from_a_guest_s_header(images: Path, guest_written: bytes) -> None:
     (images / "base.img").write_bytes(guest_written)
     (images / "disk.qcow2").write_bytes(qcow2_images.empty_overlay("base.img", None))
     assert isinstance(refused(images / "disk.qcow2"), ImageError)

@@ -39,7 +39,7 @@ def test_a_path_of_another_system_has_a_base_name(reference: str, base: str) -> 
 
 
 @pytest.mark.parametrize("reference", HERE)
-def test_a_path_of_this_system_is_none_of_another(reference: str) -> None:
+def test_a_path_of_this_system_is_not_foreign(reference: str) -> None:
     assert not paths.is_foreign(reference)
 
 

@@ -98,7 +98,7 @@ def test_files_of_one_filesystem_lie_on_one_storage(told: Told) -> None:
     assert identities == [b"even", b"odd"]
 
 
-def test_devices_and_what_is_not_told_keep_their_files(told: Told) -> None:
+def test_devices_and_unreported_ranges_keep_their_files(told: Told) -> None:
     device, memory, file = file_of(2, 8), file_of(-1, 8), file_of(4, 8)
     device.is_device = True
     told.plain |= {each: [(0, 8, 100)] for each in (2, -1, 4, 0)}

@@ -263,7 +263,7 @@ def test_a_hook_that_fails_does_not_stop_the_plugin_s_other_hooks(install: Insta
     assert "acme-hello" in registry.commands
 
 
-def test_using_a_format_of_a_broken_plugin_says_what_is_wrong_with_it(install: Install) -> None:
+def test_using_a_format_of_a_broken_plugin_reports_its_problem(install: Install) -> None:
     registry = install("import a_module_that_is_not_there")
     with pytest.raises(UsageError, match="format 'acme' is not installed") as caught:
         registry.format("acme")
@@ -353,7 +353,7 @@ def test_a_probe_that_knows_its_own_is_believed(install: Install, tmp_path: Path
         assert registry.probe(opener.file(str(tmp_path / "disk.acme"))) == "acme"
 
 
-def test_no_probe_that_ships_claims_what_is_not_its_own() -> None:
+def test_no_shipped_probe_claims_other_content() -> None:
     installed().examine()
     assert not installed().problems
 
@@ -369,7 +369,7 @@ def test_content_that_two_formats_claim_is_refused(install: Install, tmp_path: P
 
 
 @pytest.mark.parametrize("suffix", ["", ".", "acme", ".ACME", ". acme", ".a/b", "\\n"])
-def test_a_suffix_that_is_none_is_reported(install: Install, suffix: str) -> None:
+def test_an_invalid_suffix_is_reported(install: Install, suffix: str) -> None:
     registry = install(PRELUDE + f"Acme.suffixes = ('{suffix}',)\n" + FORMATS + "return [Acme()]")
     assert "is not a dot and lower case letters or digits" in problem(registry)
     assert registry.format_by_suffix("disk") is None
@@ -639,13 +639,13 @@ def test_a_format_is_found_by_the_name_that_qemu_has_for_it() -> None:
     assert caught.value.hint == "pip install vmconv-vhd"
 
 
-def test_an_unknown_format_lists_what_is_installed() -> None:
+def test_an_unknown_format_lists_the_installed_ones() -> None:
     with pytest.raises(UsageError) as caught:
         installed().format("floppy")
     assert ", ".join(sorted(installed().formats)) in (caught.value.hint or "")
 
 
-def test_an_unknown_backend_lists_what_is_installed() -> None:
+def test_an_unknown_backend_lists_the_installed_ones() -> None:
     with pytest.raises(UsageError) as caught:
         installed().backend("tape")
     assert "copy" in (caught.value.hint or "")

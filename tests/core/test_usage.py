@@ -53,7 +53,7 @@ def used(draw: st.DrawFn) -> tuple[Usage, list[User]]:
 
 @quick
 @given(used(), st.sampled_from([1, 1 << 20]))
-def test_overlaps_are_those_of_each_byte_and_name_who_is_there(drawn: tuple[Usage, list[User]], many: int) -> None:
+def test_overlaps_are_those_of_each_byte_and_name_the_users(drawn: tuple[Usage, list[User]], many: int) -> None:
     found, users = drawn
     counts = {at: sum(begin <= at < end for _, _, begin, end in users) for at in range(100)}
     with patch.object(usage, "_MANY", many):
@@ -76,7 +76,7 @@ def test_overlaps_are_those_of_each_byte_and_name_who_is_there(drawn: tuple[Usag
 
 @quick
 @given(used(), st.integers(0, 50), st.integers(0, 60))
-def test_gaps_are_bytes_that_nobody_uses(drawn: tuple[Usage, list[User]], start: int, length: int) -> None:
+def test_gaps_are_unused_bytes(drawn: tuple[Usage, list[User]], start: int, length: int) -> None:
     found, users = drawn
     begin, gap = found.unused(start, start + length)
     free = [at for low, n in zip(begin.tolist(), gap.tolist(), strict=True) for at in range(low, low + n)]

@@ -105,7 +105,7 @@ def test_the_methods_of_an_interface_have_headings_with_their_signatures(module:
 # Malformed images
 
 
-def test_the_page_on_malformed_images_lists_what_is_tried() -> None:
+def test_the_page_on_malformed_images_lists_all_cases() -> None:
     page = ROOT / "docs/malformed.md"
     assert page.read_text() == malformed_page.render(), "python tests/support/malformed_page.py > docs/malformed.md"
 
@@ -152,7 +152,7 @@ GENERATED = {
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_a_generated_page_is_what_the_script_writes(name: str) -> None:
+def test_a_generated_page_equals_the_output_of_the_script(name: str) -> None:
     path, render = GENERATED[name]
     assert path.read_text() == render(), "run: python docs/generate.py"
 
@@ -332,7 +332,7 @@ def assert_examples(text: str, directory: Path, path: Path | None = None) -> Non
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
-def test_examples_print_what_is_shown(
+def test_examples_print_the_shown_output(
     page: Path, xfs_dir: Path, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_examples(marked(page), xfs_dir)
@@ -386,7 +386,7 @@ def test_the_example_plugin_converts(toy: Path, tmp_path: Path) -> None:
         assert code == 0, f"$ {command}\n{printed}"
 
 
-def test_the_example_plugin_prints_what_is_shown(toy: Path, xfs_dir: Path) -> None:
+def test_the_example_plugin_prints_the_shown_output(toy: Path, xfs_dir: Path) -> None:
     disk = [line for line, _ in commands_of(README.read_text()) if line.startswith(("truncate", "dd "))]
     assert run(" && ".join(disk), xfs_dir)[0] == 0
     assert_examples(section(PLUGINS, "A complete format plugin"), xfs_dir, toy)

@@ -226,7 +226,7 @@ def past_wins() -> Iterator[None]:
 
 @mutation(
     "the rest of an answer is put on what came meanwhile",
-    test_replica.test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew,
+    test_replica.test_an_answer_that_does_not_follow_newer_records_is_requested_again,
 )
 def on_top() -> Iterator[None]:
     original = Receiver._continues

@@ -56,7 +56,7 @@ def raw(api: Served, method: str, path: str, body: bytes | None = None, **header
 # Who may do what
 
 
-def test_nobody_gets_in_without_a_token(api: Served) -> None:
+def test_joining_needs_a_token(api: Served) -> None:
     for said in ("", "Bearer nonsense", "Basic cm9vdDpyb290"):
         response = raw(api, "GET", "/api/v1/fleet", Authorization=said)
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
@@ -135,7 +135,7 @@ def test_of_a_token_only_the_hash_is_kept_and_not_shown(api: Served) -> None:
     assert stored.body["hash"] == hashlib.sha256(made["token"].encode()).hexdigest()
 
 
-def test_each_change_is_logged_with_who_asked(api: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_each_change_is_logged_with_its_caller(api: Served, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vmconv_fleet.audit"), api.client("operator") as client:
         client.call("POST", "/api/v1/nodes/n01/scan", {})
     fields: list[Any] = [getattr(one, "fields", {}) for one in caplog.records if one.name == "vmconv_fleet.audit"]
@@ -148,13 +148,13 @@ def test_each_change_is_logged_with_who_asked(api: Served, caplog: pytest.LogCap
 # Changes
 
 
-def test_what_is_owned_here_is_changed_at_once(api: Served) -> None:
+def test_own_records_are_changed_at_once(api: Served) -> None:
     reply = api.local.call("PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 3})
     assert (reply.status, reply.content["ok"], reply.content["transaction"]) == (200, True, 1)
     assert api.local.everything("/api/v1/policies")[0]["body"]["max_parallel"] == 3
 
 
-def test_what_is_owned_elsewhere_is_accepted_with_the_requests_id(api: Served, pair: Sequence[Node]) -> None:
+def test_changes_of_another_owner_are_accepted_with_the_requests_id(api: Served, pair: Sequence[Node]) -> None:
     one, other = pair
     one.wire.disconnect()
     reply = api.local.call("POST", "/api/v1/disks/n02/d1/convert", {"format": "qcow2"})
@@ -237,7 +237,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(api: Served, path: str, body
 
 
 @pytest.mark.parametrize("path", ["/api/v1/nodes/n77", "/api/v1/disks?node=n77", "/api/v1/records/n02/disk/none"])
-def test_what_is_not_here_is_not_found(api: Served, path: str) -> None:
+def test_missing_records_are_not_found(api: Served, path: str) -> None:
     with pytest.raises(VmconvError, match=r"n77|is not here"):
         api.local.call("GET", path)
 
@@ -323,7 +323,7 @@ def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> N
     assert json.loads(told["data"])["body"]["name"] == "new.raw"
 
 
-def test_who_comes_back_to_the_events_is_told_to_read_anew(api: Served) -> None:
+def test_a_reconnecting_listener_is_told_to_read_again(api: Served) -> None:
     context = ssl.create_default_context(cafile=api.ca)
     connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
     headers = {"Authorization": f"Bearer {api.token('viewer')['token']}", "Last-Event-ID": "x.1.2"}

@@ -57,7 +57,7 @@ def test_a_request_cannot_make_its_node_an_authority(authority: Authority) -> No
 
 
 @pytest.mark.parametrize("name", ["", "localhost", "0" * 32, "F" * 32, "a" * 31, "a" * 33])
-def test_a_request_for_what_is_no_node_id_is_refused(authority: Authority, name: str) -> None:
+def test_a_request_for_an_invalid_node_id_is_refused(authority: Authority, name: str) -> None:
     keys = Keys.generate()
     if not name:
         key = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
@@ -88,7 +88,7 @@ def test_a_request_without_a_signing_key_is_refused(authority: Authority) -> Non
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x00" * 100, b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n"])
-def test_what_is_no_request_is_refused_in_one_line(authority: Authority, junk: bytes) -> None:
+def test_an_invalid_request_is_refused_in_one_line(authority: Authority, junk: bytes) -> None:
     with pytest.raises(AuthorityError, match="no certificate request"):
         authority.issue(junk)
 
@@ -100,7 +100,7 @@ def test_a_token_lets_one_node_in(authority: Authority) -> None:
         authority.redeem(token)
 
 
-def test_of_many_who_use_a_token_at_once_one_gets_in(authority: Authority) -> None:
+def test_a_token_used_by_many_at_once_admits_one(authority: Authority) -> None:
     token, let_in = authority.make_token(), []
 
     def redeem() -> None:
@@ -241,7 +241,7 @@ def test_a_node_joins_by_an_invitation(
     assert len(members.issued) == 1
 
 
-def test_a_node_that_joins_is_told_who_the_members_are(
+def test_a_joining_node_gets_the_members_certificates(
     lab: Lab, invite: Callable[[], Invitation], tmp_path: Path
 ) -> None:
     first, second = (joined(lab, invite(), tmp_path / name) for name in ("first", "second"))
@@ -270,7 +270,7 @@ def test_an_invitation_is_its_text(invite: Callable[[], Invitation]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "vmconv-join://", "https://a/b/c/d", "vmconv-join://a:1/b/c/d"])
-def test_what_is_no_invitation_is_refused(text: str) -> None:
+def test_an_invalid_invitation_is_refused(text: str) -> None:
     with pytest.raises(AuthorityError, match="not an invitation"):
         Invitation.parse(text)
 
@@ -311,7 +311,7 @@ def test_a_member_that_is_not_the_one_of_the_invitation_gets_no_token(
     authority.redeem(invitation.token)
 
 
-def test_an_address_where_nobody_is_is_said_in_one_line(invite: Callable[[], Invitation]) -> None:
+def test_an_unreachable_address_is_reported_in_one_line(invite: Callable[[], Invitation]) -> None:
     nowhere = invite()._replace(address=f"127.0.0.1:{free_port()}")
     with pytest.raises(JoinError, match="cannot ask the authority"):
         joining.join(nowhere, csr(Keys.generate(), new_node_id()))
@@ -362,7 +362,7 @@ def test_the_next_authority_is_asked_when_one_is_away(
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"x" * 100_000])
-def test_junk_is_answered_and_the_service_goes_on(invite: Callable[[], Invitation], body: bytes) -> None:
+def test_junk_is_answered_and_the_service_continues(invite: Callable[[], Invitation], body: bytes) -> None:
     invitation = invite()
     context = joining._client_context(joining._authority_certificate(invitation))
     with joining._connected(invitation.address, context) as connection:

@@ -83,7 +83,7 @@ def _seen(service: NodeService, owner: str, id: str) -> threading.Event:
     return event
 
 
-def test_what_is_written_is_durable_when_the_future_says_so(nodes: Nodes) -> None:
+def test_records_are_durable_when_the_future_is_done(nodes: Nodes) -> None:
     service = nodes.add(0)
     record = _write(service, "t", 1)
     assert service.view().get(service.node, "thing", "t") == record
@@ -201,7 +201,7 @@ def test_a_function_that_fails_fails_alone(nodes: Nodes) -> None:
     assert after.result(PATIENCE)
 
 
-def test_a_commit_that_fails_is_told_and_the_node_goes_on(nodes: Nodes) -> None:
+def test_a_failed_commit_is_reported_and_the_node_continues(nodes: Nodes) -> None:
     service = nodes.add(0)
     _write(service, "first", 0)
     with (

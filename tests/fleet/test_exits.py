@@ -62,7 +62,7 @@ def test_it_ends_while_its_neighbour_is_frozen(lab: Lab, drive: Drive) -> None:
     assert one.process.wait(PATIENCE) == 0, one.log()
 
 
-def test_it_ends_while_it_waits_for_a_neighbour_who_never_comes(lab: Lab, drive: Drive) -> None:
+def test_it_stops_while_it_waits_for_a_missing_neighbour(lab: Lab, drive: Drive) -> None:
     """Its database is new and it did not found the fleet: it must not write, and has to end all the same."""
     lab.add()
     node = drive(lab.add(founded=False))
@@ -114,7 +114,7 @@ def test_a_node_runs_once(lab: Lab, drive: Drive) -> None:
     assert node.ask("state")["serving"] or node.process.poll() is None
 
 
-def test_what_is_no_node_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_directory_without_a_node_is_reported_in_one_line(tmp_path: Path) -> None:
     done = run(str(tmp_path))
     assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"vmconv: {tmp_path}: is not a node")
 

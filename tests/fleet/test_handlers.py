@@ -115,7 +115,7 @@ def test_a_token_that_the_owner_does_not_know_is_refused(replica: Replica) -> No
         replica.ask("scan", requester=OTHER, by=by)
 
 
-def test_nobody_asks_in_the_name_of_another_node(replica: Replica) -> None:
+def test_a_request_in_the_name_of_another_node_is_refused(replica: Replica) -> None:
     with pytest.raises(VmconvError, match=f"{OTHER} states a caller of another node, {HERE}"):
         replica.ask("datastore-add", requester=OTHER, by={"node": HERE, "user": "root"}, **ASKED["datastore-add"])
 
@@ -126,7 +126,7 @@ def test_paths_are_named_by_the_local_administrator_alone(replica: Replica) -> N
             replica.ask("datastore-add", requester=OTHER, by=by, **ASKED["datastore-add"])
 
 
-def test_a_policy_says_whose_administrators_are_heard(replica: Replica) -> None:
+def test_a_policy_restricts_administrators_to_some_nodes(replica: Replica) -> None:
     replica.ask("policy-set", administrators_of=[THIRD])
     assert replica.body("policy", "conversion")["administrators_of"] == [THIRD, HERE]
     with pytest.raises(VmconvError, match="does not accept administrators"):
@@ -277,7 +277,7 @@ def test_naming_has_no_path_and_no_attribute(replica: Replica) -> None:
     assert replica.body("policy", "conversion") == {"naming": "{stem}-{format}{suffix}"}
 
 
-def test_only_who_holds_the_authority_revokes(replica: Replica, tmp_path: Path) -> None:
+def test_only_a_node_with_the_authority_revokes(replica: Replica, tmp_path: Path) -> None:
     asked = IncomingRequest("r1", HERE, "revoke", {"node": OTHER}, {"node": HERE}, 0, False)
     with pytest.raises(VmconvError):
         make_handlers(str(tmp_path))["revoke"](replica, asked)

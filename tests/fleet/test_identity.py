@@ -56,7 +56,7 @@ def test_a_certificate_of_another_authority_is_not_learnt(pair: tuple[NodeConfig
     assert pair[1].node not in trust.members()
 
 
-def test_nobody_can_take_a_node_its_signing_key(lab: Lab, pair: tuple[NodeConfig, NodeConfig]) -> None:
+def test_a_node_keeps_its_signing_key(lab: Lab, pair: tuple[NodeConfig, NodeConfig]) -> None:
     """A member may put another's public key into its own request: what the other signs stays the other's."""
     trust, signer = trust_of(pair[0]), signer_of(pair[1])
     trust.learn_certificate(credentials.load(pair[1]).certificate)
@@ -66,7 +66,7 @@ def test_nobody_can_take_a_node_its_signing_key(lab: Lab, pair: tuple[NodeConfig
     assert trust.verify(pair[1].node, signer.key_id, [(b"payload", signer.sign(b"payload"))], AT)
 
 
-def test_an_expired_certificate_still_tells_who_signed(lab: Lab) -> None:
+def test_an_expired_certificate_still_identifies_the_signer(lab: Lab) -> None:
     """Clocks differ: whether a record is good must not depend on whose clock is asked."""
     first, expired = lab.add(), lab.add(lifetime=datetime.timedelta(seconds=-5))
     trust, signer = trust_of(first), signer_of(expired)

@@ -267,7 +267,7 @@ def test_a_job_in_the_middle_is_cancelled(node: Node, datastore: Path, tmp_path:
     assert os.listdir(datastore) == ["a.raw"]
 
 
-def test_a_cancellation_that_comes_too_late_is_none(node: Node, datastore: Path, tmp_path: Path) -> None:
+def test_a_late_cancellation_has_no_effect(node: Node, datastore: Path, tmp_path: Path) -> None:
     node.write(Change("job", "j1", job()))
     with runner(node, *gated("made", tmp_path)):
         arrived(tmp_path)
@@ -417,9 +417,7 @@ def test_a_job_that_was_to_be_cancelled_when_the_node_died_is_cancelled(node: No
 # Sources
 
 
-def test_a_source_is_removed_when_it_was_asked_for_and_nobody_needs_it(
-    node: Node, datastore: Path, qemu_img: QemuImg
-) -> None:
+def test_a_source_is_removed_on_request_if_no_disk_needs_it(node: Node, datastore: Path, qemu_img: QemuImg) -> None:
     make_disk(datastore / "b.raw", MIB)
     catalogue(node, datastore, "a.raw", "b.raw")
     child = {"datastore": "ds", "name": "child.qcow2", "chain": [{"name": "b.raw", "disk": disk_id("ds", "b.raw")}]}

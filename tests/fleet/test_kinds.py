@@ -51,7 +51,7 @@ def test_a_body_goes_through_its_model_unchanged() -> None:
         ("heartbeat", {"at_ms": 1 << 60, "interval_s": 1}),
     ],
 )
-def test_what_is_no_body_of_its_kind_is_refused(kind: str, body: dict[str, object]) -> None:
+def test_an_invalid_body_is_refused(kind: str, body: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         KINDS[kind].model_validate(body)
 

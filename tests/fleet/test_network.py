@@ -119,7 +119,7 @@ def test_whatever_happens_all_is_answered_once_and_all_agree(
     assert not [kind for state in states for kind in state["kinds"] if kind in ("fork", "cloned", "forged", "internal")]
 
 
-def test_records_of_a_dead_node_reach_those_who_never_met_it(fleet: Callable[[Connections], Fleet]) -> None:
+def test_records_of_a_dead_node_reach_nodes_that_were_never_linked_to_it(fleet: Callable[[Connections], Fleet]) -> None:
     three = fleet([(), (0,), (1,)])
     three.network.partition([0, 1], [2])
     three.nodes[0].ask("write", count=300, batch=10)
@@ -135,7 +135,7 @@ def test_records_of_a_dead_node_reach_those_who_never_met_it(fleet: Callable[[Co
     wait_until(lambda: view_of(three.configs[2]).get(owner) == last, PATIENCE, "the last one has them too")
 
 
-def test_a_node_whose_database_is_lost_goes_on_where_it_was(fleet: Callable[[Connections], Fleet]) -> None:
+def test_a_node_without_its_database_continues_from_its_last_position(fleet: Callable[[Connections], Fleet]) -> None:
     two = fleet([(), (0,)])
     two.nodes[1].ask("write", count=50)
     wait_until(two.agree, PATIENCE, "the other one has it")

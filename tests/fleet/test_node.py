@@ -143,7 +143,7 @@ def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp
 
 
 @pytest.mark.parametrize("action", ["run", "status", "invite", "renew", "leave"])
-def test_an_action_on_what_is_no_node_is_one_line_and_a_hint(machine: Callable[[str], Machine], action: str) -> None:
+def test_an_action_without_a_node_is_one_line_and_a_hint(machine: Callable[[str], Machine], action: str) -> None:
     one = machine("nothing")
     assert one.node(action, code=1).splitlines() == [
         f"vmconv: {one.directory}: is not a node",

@@ -159,7 +159,7 @@ def test_a_member_is_heard_under_its_own_name(pair: Pair) -> None:
     assert set(pair.say(settings_of(member), member.node, is_heard=True)) == {(member.node, HELLO)}
 
 
-def test_a_member_that_was_not_announced_is_heard_after_the_rules_were_made_anew(pair: Pair) -> None:
+def test_messages_of_a_new_member_are_accepted_after_the_rules_are_updated(pair: Pair) -> None:
     newcomer = pair.lab.add()
     assert pair.victim.link.counters["opened"] == 1
     assert set(pair.say(settings_of(newcomer), newcomer.node)) <= {(newcomer.node, HELLO)}
@@ -216,7 +216,7 @@ def test_a_member_that_writes_anothers_key(pair: Pair) -> None:
     assert pair.still_talk()
 
 
-def test_a_member_that_reads_what_is_for_another(pair: Pair) -> None:
+def test_a_member_cannot_read_messages_for_another(pair: Pair) -> None:
     member = pair.certified()
     heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     with zenoh.open(zenoh.Config.from_json5(json.dumps(settings_of(member)))) as session:
@@ -335,7 +335,7 @@ def test_links_end_when_nothing_arrives_at_the_other_end(lab: Lab, monkeypatch: 
         assert found == [(1, LEASE_MS)] * 2
 
 
-def test_links_are_made_anew_when_a_neighbour_does_not_listen(pair: Pair) -> None:
+def test_links_are_reopened_when_a_neighbour_does_not_listen(pair: Pair) -> None:
     """As when its session was closed and left the link behind: the next one of that node would never get a link."""
     member = pair.certified()
     before = pair.victim.link.counters["opened"]

@@ -50,7 +50,7 @@ def test_a_deletion_is_seen_by_a_neighbour() -> None:
     assert [record.deleted for record in other.news if record.kind == "thing"] == [False, True]
 
 
-def test_nothing_is_written_for_the_deletion_of_what_is_not_there() -> None:
+def test_deleting_a_missing_record_writes_nothing() -> None:
     _, one, _ = pair()
     before = one.replica.store.position(one.id)
     assert one.replica.write([Change("thing", "t", None)]) == ([], [])
@@ -129,7 +129,7 @@ def test_news_pass_through_a_line() -> None:
     assert line[4].body(line[0], "thing", "t") == {"value": 1}
 
 
-def test_in_a_mesh_nobody_passes_on_what_all_have_heard() -> None:
+def test_in_a_mesh_known_records_are_not_forwarded() -> None:
     fleet = Fleet()
     mesh = [fleet.add(number) for number in range(4)]
     fleet.flow(100)
@@ -225,7 +225,7 @@ def test_pages_of_an_earlier_state_do_not_follow_those_of_a_later_one() -> None:
     assert _agree(one, other)
 
 
-def test_pages_of_an_answer_that_begins_anew_do_not_follow_those_before() -> None:
+def test_pages_of_a_restarted_answer_do_not_follow_earlier_ones() -> None:
     with patch.object(messages, "PAGE_BYTES", 300), patch.object(messages, "WINDOW", 1):
         fleet, one, other = pair(grace=1000, floor=500)
         late = fleet.add(2)
@@ -258,7 +258,7 @@ def test_pages_of_an_answer_that_begins_anew_do_not_follow_those_before() -> Non
     assert _agree(one, other, late)
 
 
-def test_who_has_come_half_way_begins_anew_when_the_deletions_ahead_are_forgotten() -> None:
+def test_a_pull_half_done_restarts_when_later_deletions_are_dropped() -> None:
     with patch.object(messages, "PAGE_BYTES", 300), patch.object(messages, "WINDOW", 1):
         fleet, one, other = pair(grace=1000, floor=500)
         one.write("thing", "gone", {"value": 1})
@@ -279,7 +279,7 @@ def test_who_has_come_half_way_begins_anew_when_the_deletions_ahead_are_forgotte
     assert _agree(one, other)
 
 
-def test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew() -> None:
+def test_an_answer_that_does_not_follow_newer_records_is_requested_again() -> None:
     """A live record comes between its pages, one that its owner has lost since: with the rest it is no state."""
     with patch.object(messages, "PAGE_BYTES", 300):
         fleet, one, other = pair()
@@ -306,7 +306,7 @@ def test_an_answer_that_does_not_follow_what_came_meanwhile_is_asked_for_anew() 
     assert _agree(again, other)
 
 
-def test_a_late_joiner_goes_on_with_somebody_else_when_its_source_dies() -> None:
+def test_a_late_joiner_continues_with_another_peer_when_its_source_dies() -> None:
     with patch.object(messages, "PAGE_BYTES", 1000):
         fleet, one, other = pair()
         for number in range(40):
@@ -437,7 +437,7 @@ def test_recovery_keeps_what_was_written_since() -> None:
     assert _agree(third, other)
 
 
-def test_two_records_for_one_position_are_both_kept_and_the_owner_goes_on() -> None:
+def test_both_records_for_one_position_are_kept_and_the_owner_continues() -> None:
     fleet, one, other = pair()
     position = one.replica.store.position(one.id)
     clone = Machine(fleet, 0, disk=_copy(one.disk))
@@ -543,13 +543,13 @@ def test_records_that_leave_something_out_are_no_state_and_are_refused() -> None
     ],
     ids=range(12),
 )
-def test_what_is_no_message_is_counted_and_dropped(message: bytes) -> None:
+def test_an_invalid_message_is_counted_and_dropped(message: bytes) -> None:
     _, one, other = pair()
     assert other.replica.received(one.id, message) == []
     assert other.problems() == ["malformed"]
 
 
-def test_a_message_of_nobody_who_is_connected_is_dropped() -> None:
+def test_a_message_of_a_node_that_is_not_connected_is_dropped() -> None:
     _, one, other = pair()
     assert other.replica.received(node_id(7), b"anything") == []
     assert other.counters["strangers"] == 1
@@ -668,7 +668,7 @@ def test_what_comes_after_much_is_not_observed_before_it() -> None:
     assert seen == [first, last, last]
 
 
-def test_a_subscriber_that_fails_harms_nobody() -> None:
+def test_a_failing_subscriber_does_not_affect_the_others() -> None:
     fleet, one, other = pair()
 
     def fail(_: list[Record]) -> None:

@@ -79,7 +79,7 @@ def test_a_request_is_executed_and_answered_by_its_target() -> None:
     assert one.body(other, "setting", "s") == {"values": [7]}
 
 
-def test_a_transaction_says_what_changed_and_who_asked() -> None:
+def test_a_transaction_states_its_changes_and_its_caller() -> None:
     fleet, one, other = _handling()
     _ask(fleet, one, other, 1)
     id = _ask(fleet, one, other, 2)
@@ -123,7 +123,7 @@ def test_a_request_to_oneself_goes_the_same_way() -> None:
     ],
     ids=["refusal", "mistake", "large", "unknown", "long"],
 )
-def test_what_is_refused_is_answered_and_changes_nothing(verb: str, reason: str) -> None:
+def test_a_refused_request_is_answered_and_changes_nothing(verb: str, reason: str) -> None:
     fleet, one, other = _handling()
     id = _ask(fleet, one, other, 1, verb=verb)
     following = _ask(fleet, one, other, 2)
@@ -199,7 +199,7 @@ def test_the_same_id_is_the_same_request() -> None:
     assert one.body(other, "setting", "s") == {"values": [1]}
 
 
-def test_nobody_takes_the_response_of_somebody_elses_request() -> None:
+def test_a_response_to_another_requester_is_not_accepted() -> None:
     fleet, one, other = _handling()
     third = fleet.add(2)
     fleet.flow(100)
@@ -230,7 +230,7 @@ def test_a_request_that_was_withdrawn_in_time_is_not_executed() -> None:
     assert _transactions(other) == []
 
 
-def test_what_is_pending_is_executed_after_a_start() -> None:
+def test_pending_requests_are_executed_after_a_start() -> None:
     fleet, one, other = _handling()
     other.requests = None
     id = _ask(fleet, one, other, 1)

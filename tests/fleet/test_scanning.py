@@ -72,7 +72,7 @@ def test_a_chain_is_followed_by_ids(node: Node, datastore: Path, qemu_img: QemuI
     assert [layer["disk"] for layer in chain] == [disk_id("ds", "one.qcow2"), disk_id("ds", "base.raw")]
 
 
-def test_hostile_images_are_listed_with_what_is_wrong(node: Node, datastore: Path, tmp_path: Path) -> None:
+def test_hostile_images_are_listed_with_their_problem(node: Node, datastore: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.raw").write_bytes(b"secret")
     (datastore / "link.raw").symlink_to(tmp_path / "secret.raw")
     (datastore / "garbage.qcow2").write_bytes(os.urandom(4096))
@@ -248,7 +248,7 @@ BOMB = b'<!DOCTYPE d [<!ENTITY a "xxxxxxxxxx"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&
     [BOMB, b"<domain><name>", b"\xff\xfe", b"", b'<!DOCTYPE d SYSTEM "file:///etc/passwd"><domain/>'],
     ids=["entities", "unfinished", "no text", "empty", "external"],
 )
-def test_what_is_no_definition_defines_nothing(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_definition_defines_no_machine(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "vm.xml").write_bytes(content)
     assert definitions.read(str(tmp_path / "vm.xml")) is None
 

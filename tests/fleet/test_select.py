@@ -82,7 +82,7 @@ def test_a_disk_is_selected(text: str, selected: bool) -> None:
         ("name=a!b", "is not valid here"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(text: str, said: str) -> None:
+def test_errors_state_their_position(text: str, said: str) -> None:
     with pytest.raises(UsageError, match="selection") as raised:
         parse(text)
     assert said in str(raised.value)

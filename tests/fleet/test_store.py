@@ -85,7 +85,7 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
         Store.open(str(path), NODE)
 
 
-def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "store.sqlite"
     path.write_bytes(b"no database" * 1000)
     with pytest.raises(StoreError, match="not a database"):
@@ -116,7 +116,7 @@ def test_two_records_cannot_have_one_number(store: Store) -> None:
         _extend(store, _record(1, "b"))
 
 
-def test_a_reader_sees_what_is_committed(store: Store) -> None:
+def test_a_reader_sees_committed_records_only(store: Store) -> None:
     reader = store.reader()
     with store.group():
         _extend(store, _record(1))
@@ -177,7 +177,7 @@ def test_pages_begin_where_the_last_one_ended(store: Store) -> None:
     assert seen == list(range(1, 11))
 
 
-def test_what_is_staged_is_not_seen_and_replaces_all(store: Store) -> None:
+def test_staged_records_are_invisible_and_then_replace_all(store: Store) -> None:
     _extend(store, _record(1, "old"))
     with store.atomic():
         store.stage(7, [_record(3, "a", epoch=2), _record(4, "b", epoch=2)])
@@ -212,7 +212,7 @@ def test_history_forgets_the_oldest_epochs() -> None:
 @pytest.mark.parametrize(
     "body", [{}, {"starts": 3, "floor": 0}, {"starts": [[1]], "floor": 0}, {"starts": [], "floor": -1}]
 )
-def test_a_history_that_its_owner_got_wrong_is_none(body: dict[str, object]) -> None:
+def test_an_invalid_history_counts_as_empty(body: dict[str, object]) -> None:
     assert history_of(_record(1)._replace(body=body)) == History()
 
 
@@ -264,7 +264,7 @@ def test_a_field_that_is_not_as_it_has_to_be_is_refused(change: dict[str, object
     ],
     ids=range(9),
 )
-def test_what_is_no_record_is_refused(wire: bytes) -> None:
+def test_an_invalid_record_is_refused(wire: bytes) -> None:
     with pytest.raises(MalformedError):
         decode(wire)
 

@@ -179,7 +179,7 @@ def test_a_committed_change_is_finished(tmp_path: Path, directory: Directory) ->
     assert names(tmp_path) == ["extra", "new"]
 
 
-def test_what_is_not_there_is_not_done(tmp_path: Path, directory: Directory) -> None:
+def test_requests_for_missing_records_are_refused(tmp_path: Path, directory: Directory) -> None:
     calls = Noting()
     one = begun(directory, calls, made=(), mtime=None, leftovers=())
     one.begin()
@@ -376,7 +376,7 @@ def test_files_of_a_change_are_its_owner_s_or_this_user_s(
 
 
 @pytest.mark.parametrize("changed", ["size", "mtime", "gone"])
-def test_only_what_is_as_it_was_goes_with_the_source(tmp_path: Path, directory: Directory, changed: str) -> None:
+def test_only_unchanged_files_are_removed_with_the_source(tmp_path: Path, directory: Directory, changed: str) -> None:
     one = begun(directory)
     gone = tmp_path / "gone"
     time = gone.stat().st_mtime_ns

@@ -115,11 +115,11 @@ def stops(run: Finished) -> Iterator[tuple[int, bool]]:
             yield at, True
 
 
-def test_what_is_killed_is_taken_back_or_finished(work: Work, ext4_dir: Path) -> None:
+def test_a_killed_conversion_is_rolled_back_or_completed(work: Work, ext4_dir: Path) -> None:
     killed(work, ext4_dir)
 
 
-def test_what_is_killed_while_it_is_shifted_is_taken_back_or_finished(shifted: Work, ext4_dir: Path) -> None:
+def test_a_conversion_killed_while_shifting_is_rolled_back_or_completed(shifted: Work, ext4_dir: Path) -> None:
     killed(shifted, ext4_dir)
 
 

@@ -243,7 +243,7 @@ def test_payload_is_shifted_without_being_moved_on_storage(
     assert names(shifting_dir) == {main.name, made.name}
 
 
-def test_what_is_shifted_has_no_way_back(ext4_dir: Path, tmp_path: Path) -> None:
+def test_a_shift_cannot_be_undone(ext4_dir: Path, tmp_path: Path) -> None:
     image = Source("vmdk", "qemu").make(make_disk(tmp_path / "disk.raw", MIB), ext4_dir)
     refused(image, ext4_dir / "new.raw", keep_undo=True)
 
@@ -478,7 +478,7 @@ def test_a_file_that_is_open_elsewhere_is_refused(
     in_place(disk, any_dir / "new.qcow2")
 
 
-def test_qemu_cannot_open_what_is_being_converted(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qemu_cannot_open_an_image_during_its_conversion(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     opened: list[int] = []
 
@@ -651,7 +651,7 @@ def test_a_disk_that_is_only_referred_to_is_left_alone(ext4_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize("options", [{"subformat": "reference"}, {"data_file": "disk.raw"}], ids=str)
-def test_what_is_gone_cannot_be_referred_to(any_dir: Path, options: dict[str, str]) -> None:
+def test_a_removed_source_cannot_be_referred_to(any_dir: Path, options: dict[str, str]) -> None:
     disk = make_disk(any_dir / "disk.raw", MIB)
     assert "refer to" in str(refused(disk, any_dir / "new.qcow2", options=options))
 
@@ -796,7 +796,7 @@ def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path) -> None:
     assert names(ext4_dir) == {"new.qcow2"}
 
 
-def test_a_missing_file_beside_what_is_no_journal_is_just_missing(ext4_dir: Path) -> None:
+def test_a_missing_file_beside_an_invalid_journal_is_just_missing(ext4_dir: Path) -> None:
     (ext4_dir / ("disk.raw" + JOURNAL)).write_bytes(b"a diary")
     assert "No such file" in run_cli("info", ext4_dir / "other.raw").stderr
 
@@ -816,7 +816,7 @@ def test_there_may_be_nothing_to_recover(ext4_dir: Path) -> None:
     assert run_cli("recover", ext4_dir / "gone.raw").returncode == 1
 
 
-def test_what_is_running_is_not_recovered(ext4_dir: Path) -> None:
+def test_a_running_conversion_is_not_recovered(ext4_dir: Path) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     errors: list[VmconvError] = []
 

@@ -99,7 +99,7 @@ def test_formats_are_short_words(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "q" * 33, "Raw", "-raw", "raw\n", 5, None])
-def test_what_is_no_format_is_refused(value: object) -> None:
+def test_an_invalid_format_is_refused(value: object) -> None:
     with pytest.raises(ImageError, match="is not the name of a format"):
         given_of(f=value).format("f")
 
@@ -154,7 +154,7 @@ def test_shapes_of_tables_are_bounded(value: Any, right: bool) -> None:
         given_of(t=value).counts("t", {"a": 2, "b": 3})
 
 
-def test_what_is_shown_of_a_value_is_one_line() -> None:
+def test_a_value_is_shown_in_one_line() -> None:
     assert codec._shown("x" * 78) == repr("x" * 78)
     assert codec._shown("x" * 79) == "'" + "x" * 79 + "..."
     assert codec._shown([1]) == "a list"
@@ -282,7 +282,7 @@ def test_a_journal_is_read_as_it_was_written(given_journal: Journal, committed: 
     os.close(descriptor)
 
 
-def test_a_journal_that_was_not_written_to_its_end_is_none() -> None:
+def test_an_incomplete_journal_is_ignored() -> None:
     encoded = FULL.encode(lambda _digest: MARK)
     for end in (0, 1, 64, 135):
         descriptor = memory(bytes(end) if end < 64 else encoded[:end])

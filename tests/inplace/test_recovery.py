@@ -44,7 +44,7 @@ def test_a_torn_journal_of_a_changed_file_is_kept(ext4_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["disk.raw", "disk.raw" + WORKING])
-def test_a_changed_file_whose_journal_is_gone_is_not_taken_for_a_disk(ext4_dir: Path, name: str) -> None:
+def test_a_changed_file_without_its_journal_is_not_read_as_a_disk(ext4_dir: Path, name: str) -> None:
     disk = interrupted(ext4_dir)
     disk.with_name(disk.name + JOURNAL).unlink()
     with pytest.raises(AccessError, match=r"disk\.raw\.vmconv-inplace: its journal disk\.raw\.vmconv-journal is"):

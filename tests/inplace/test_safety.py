@@ -391,7 +391,9 @@ def test_nothing_is_more_readable_in_between(any_dir: Path, monkeypatch: pytest.
 
 
 @as_root
-def test_a_chain_in_one_file_is_for_nobody_whom_a_layer_kept_out(reflink_dir: Path, qemu_img: QemuImg) -> None:
+def test_a_flattened_chain_is_readable_only_to_users_with_access_to_all_layers(
+    reflink_dir: Path, qemu_img: QemuImg
+) -> None:
     base, top = reflink_dir / "base.qcow2", reflink_dir / "top.qcow2"
     qemu_img("create", "-f", "qcow2", base, "1M")
     qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
@@ -402,7 +404,7 @@ def test_a_chain_in_one_file_is_for_nobody_whom_a_layer_kept_out(reflink_dir: Pa
 
 
 @as_root
-def test_who_may_not_give_files_away_changes_the_file_itself(xfs_dir: Path) -> None:
+def test_without_permission_to_chown_the_file_itself_is_changed(xfs_dir: Path) -> None:
     """A group's file: a new one would be another user's."""
     disk = make_disk(xfs_dir / "disk.raw", MIB)
     os.chown(disk, BOB, NOBODY)
@@ -673,7 +675,7 @@ def test_storage_that_turns_read_only_is_told_where_the_disk_is(
 
 @as_root
 @pytest.mark.parametrize("mask", ["0777", "0377", "0277", "0222"])
-def test_a_umask_locks_nobody_out_of_a_journal(ext4_dir: Path, tmp_path: Path, mask: str) -> None:
+def test_a_umask_does_not_lock_the_owner_out_of_a_journal(ext4_dir: Path, tmp_path: Path, mask: str) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     before = disk.read_bytes()
     for path in (ext4_dir, disk):

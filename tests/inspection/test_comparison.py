@@ -53,7 +53,7 @@ def test_a_byte_that_differs_is_found_at_its_offset(reflink_dir: Path, qemu_img:
     qemu_img("compare", raw, image, ok=(1,))
 
 
-def test_only_what_is_no_longer_shared_is_read(reflink_dir: Path) -> None:
+def test_only_ranges_no_longer_shared_are_read(reflink_dir: Path) -> None:
     raw, image = pair(reflink_dir)
     flip(raw, 0)
     flip(raw, 0)

@@ -60,11 +60,11 @@ def our_map(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> str:
     return capsys.readouterr().out
 
 
-def test_map_is_what_qemu_img_prints(image: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str]) -> None:
+def test_map_equals_that_of_qemu_img(image: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str]) -> None:
     assert our_map(capsys, image) == qemu_img("map", "--output=json", image).stdout
 
 
-def test_map_of_a_chain_is_what_qemu_img_prints(
+def test_map_of_a_chain_equals_that_of_qemu_img(
     chain: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (chain, chain.parent / "layer1.qcow2", chain.parent / "layer0.qcow2"):
@@ -72,7 +72,7 @@ def test_map_of_a_chain_is_what_qemu_img_prints(
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
-def test_map_of_compressed_clusters_is_what_qemu_img_prints(
+def test_map_of_compressed_clusters_equals_that_of_qemu_img(
     tmp_path: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     raw, path = make_disk(tmp_path / "disk.raw", 4 * MIB), tmp_path / "disk.qcow2"
@@ -81,7 +81,7 @@ def test_map_of_compressed_clusters_is_what_qemu_img_prints(
 
 
 @pytest.mark.parametrize("size", [4 * MIB, 4 * MIB + 512, 4 * MIB + 1])
-def test_map_of_a_raw_disk_is_what_qemu_img_prints(
+def test_map_of_a_raw_disk_equals_that_of_qemu_img(
     reflink_dir: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
     raw = make_disk(reflink_dir / "disk.raw", size)

@@ -60,10 +60,10 @@ PARSED = {"qcow2", "qed", "vdi", "vhd", "vhdx", "vmdk", "parallels"}
 CRASHES = (
     "test_a_torn_shift_is_finished[vhd-vmconv-raw]",
     "test_a_torn_shift_is_finished[qed-qemu-vhd-fixed]",
-    "test_what_is_killed_is_taken_back_or_finished[raw-cp-qcow2-back]",
-    "test_what_is_killed_is_taken_back_or_finished[raw-cp-vmdk-monolithicFlat-there and undoable]",
-    "test_what_is_killed_is_taken_back_or_finished[vhd-vmconv-qcow2-there]",
-    "test_what_is_killed_while_it_is_shifted_is_taken_back_or_finished[vhd-vmconv-raw]",
+    "test_a_killed_conversion_is_rolled_back_or_completed[raw-cp-qcow2-back]",
+    "test_a_killed_conversion_is_rolled_back_or_completed[raw-cp-vmdk-monolithicFlat-there and undoable]",
+    "test_a_killed_conversion_is_rolled_back_or_completed[vhd-vmconv-qcow2-there]",
+    "test_a_conversion_killed_while_shifting_is_rolled_back_or_completed[vhd-vmconv-raw]",
     "test_what_loses_power_is_taken_back_or_finished[qcow2-qemu-vmdk-back]",
     "test_the_finished_conversion_is_the_disk[qed-qemu-qcow2]",
 )

@@ -78,7 +78,7 @@ OFFERED = [variant for variant in variants() if is_offered(variant)]
 
 
 @pytest.mark.parametrize("source", ["raw", "vmdk", "vhd"])
-def test_what_is_shown_is_what_convert_makes(xfs_dir: Path, point: Path, qemu_img: QemuImg, source: str) -> None:
+def test_a_view_has_the_bytes_of_a_conversion(xfs_dir: Path, point: Path, qemu_img: QemuImg, source: str) -> None:
     images = xfs_dir / "images"
     images.mkdir()
     raw = make_disk(xfs_dir / "disk.raw", SIZE)
@@ -153,7 +153,7 @@ def test_holes_are_seen_through_the_mount(xfs_dir: Path, point: Path, qemu_img: 
             os.lseek(file.fileno(), SIZE, os.SEEK_DATA)
 
 
-def test_a_source_that_changes_while_it_is_read_is_an_error_and_then_shown_anew(xfs_dir: Path, point: Path) -> None:
+def test_a_source_that_changes_during_a_read_is_an_error_and_then_shown_again(xfs_dir: Path, point: Path) -> None:
     raw = make_disk(xfs_dir / "disk.raw", SIZE)
     with mounted(xfs_dir, point) as running:
         shown = point / "disk.raw" / "qcow2" / "disk.qcow2"
@@ -173,7 +173,7 @@ def test_a_source_that_changes_while_it_is_read_is_an_error_and_then_shown_anew(
     assert running.said.count("disk.raw: changed while it was being viewed") == 1
 
 
-def test_qemu_may_write_to_an_image_whose_views_nobody_reads(xfs_dir: Path, point: Path, qemu_img: QemuImg) -> None:
+def test_qemu_may_write_to_an_image_without_open_views(xfs_dir: Path, point: Path, qemu_img: QemuImg) -> None:
     raw = make_disk(xfs_dir / "disk.raw", SIZE)
     qemu_img("convert", "-O", "qcow2", raw, xfs_dir / "disk.qcow2")
     with mounted(xfs_dir, point):
@@ -367,7 +367,7 @@ def test_other_users_see_what_they_may_and_only_when_allowed(point: Path, flags:
 # The tree, without a mount
 
 
-def test_what_nobody_holds_is_forgotten_when_there_is_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_not_held_are_dropped_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree_module, "MAX_COST", 70_000)
     for number in range(10):
         make_disk(tmp_path / f"{number}.raw", MIB, seed=number)
@@ -408,7 +408,7 @@ def test_a_defect_of_a_writer_is_shown_in_its_place(tmp_path: Path, monkeypatch:
     tree.close()
 
 
-def test_formats_whose_size_takes_reading_everything_are_not_offered(tmp_path: Path) -> None:
+def test_formats_that_need_all_payload_for_their_size_are_not_offered(tmp_path: Path) -> None:
     make_disk(tmp_path / "disk.raw", MIB)
     tree = Tree(installed(), str(tmp_path))
     names = list(tree.node("disk.raw").names())

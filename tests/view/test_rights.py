@@ -227,7 +227,9 @@ def test_what_a_user_may_read_by_a_group_is_not_shown_to_others(shelf: Path, tre
 
 
 @pytest.mark.parametrize("change", ["mode of the file", "mode of the directory", "another file"])
-def test_what_is_taken_away_is_not_shown_any_more(shelf: Path, tree: Tree, qemu_img: QemuImg, change: str) -> None:
+def test_an_image_is_not_shown_after_access_was_revoked(
+    shelf: Path, tree: Tree, qemu_img: QemuImg, change: str
+) -> None:
     (shelf / "sub").mkdir()
     os.chown(shelf / "sub", ALICE, ALICE)
     parent = private(shelf / "sub/alice.raw", mode=0o644)
@@ -418,7 +420,7 @@ def asked(command: list[Any], *groups: int) -> tuple[int, bytes]:
 # Images that take too long
 
 
-def test_an_image_that_is_never_read_keeps_nobody_from_the_others(
+def test_an_image_that_hangs_does_not_block_the_others(
     shelf: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "PATIENCE", 0.3)

@@ -212,7 +212,7 @@ def test_it_ends_with_its_last_client(xfs_dir: Path, qemu_img: QemuImg) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_persistent_goes_on_until_it_is_told_to_end(xfs_dir: Path, qemu_img: QemuImg, number: signal.Signals) -> None:
+def test_persistent_serves_until_it_is_stopped(xfs_dir: Path, qemu_img: QemuImg, number: signal.Signals) -> None:
     with served(make_disk(xfs_dir / "disk.raw", MIB), "--persistent") as running:
         for _ in range(3):
             qemu_img("map", "-f", "raw", running.uri)
@@ -236,7 +236,7 @@ def test_fork_returns_when_clients_can_connect(xfs_dir: Path, qemu_img: QemuImg)
         time.sleep(0.01)
 
 
-def test_what_is_wrong_is_said_before_anybody_can_connect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported_before_clients_can_connect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     assert main(["serve", str(raw), "--as", "qcow3"]) == 2
     assert "qcow3" in capsys.readouterr().err
@@ -504,7 +504,7 @@ def test_options_that_make_no_sense_are_refused(running: Served, option: int, da
     ],
     ids=["flags", "oldstyle", "http", "huge", "unknown", "magic", "silence"],
 )
-def test_who_does_not_speak_the_protocol_is_disconnected(running: Served, said: bytes) -> None:
+def test_a_client_that_violates_the_protocol_is_disconnected(running: Served, said: bytes) -> None:
     with client(running) as connection:
         connection.receive(18)
         connection.socket.sendall(said)
@@ -559,7 +559,7 @@ def test_a_connection_that_never_negotiates_does_not_end_the_server(xfs_dir: Pat
         assert (code, "Traceback" in said) == (0, False)
 
 
-def test_silent_connections_lock_nobody_out(xfs_dir: Path) -> None:
+def test_silent_connections_do_not_lock_clients_out(xfs_dir: Path) -> None:
     raw = make_disk(xfs_dir / "disk.raw", MIB)
     with served(raw, "--persistent", on_socket=False) as running, contextlib.ExitStack() as stack:
         address = urlsplit(running.uri)
@@ -816,7 +816,7 @@ def send_and_drain(connection: socket.socket, data: bytes) -> None:
             pass
 
 
-def test_libnbd_agrees_about_what_is_exported(xfs_dir: Path) -> None:
+def test_libnbd_agrees_about_the_exports(xfs_dir: Path) -> None:
     if not shutil.which("nbdinfo"):
         missing("oracle", "nbdinfo is not installed")
     raw = make_disk(xfs_dir / "disk.raw", 4 * MIB)

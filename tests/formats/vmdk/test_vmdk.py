@@ -130,7 +130,7 @@ def test_misaligned_payload_goes_to_grains_that_can_share_it(reflink_dir: Path, 
     qemu_img("check", reflink_dir / "disk.vmdk")
 
 
-def test_misaligned_pieces_are_shared_with_what_is_around_them() -> None:
+def test_misaligned_pieces_are_shared_with_their_surroundings() -> None:
     """Pieces at odd sectors of a container, in any order, some of them less than a grain, with zeros between."""
     container = patterned(64 * MIB, [(0, 64 * MIB)])
     rows, at = [], 0
@@ -650,7 +650,7 @@ def se_extent(grains: Sequence[int], pieces: Sequence[bytes] = (), **fields: int
 
 
 @pytest.mark.parametrize("create_type", ["vmfsSparse"])
-def test_a_cowd_extent_is_what_qemu_reads(tmp_path: Path, qemu_img: QemuImg, create_type: str) -> None:
+def test_a_cowd_extent_reads_as_in_qemu(tmp_path: Path, qemu_img: QemuImg, create_type: str) -> None:
     sectors = [random_bytes(SECTOR, seed) for seed in range(4)]
     (tmp_path / "delta.vmdk").write_bytes(cowd_extent([40, 0, 42, 41, 0, 43], sectors))
     (tmp_path / "disk.vmdk").write_bytes(descriptor('RW 64 VMFSSPARSE "delta.vmdk"', create_type))
@@ -660,7 +660,7 @@ def test_a_cowd_extent_is_what_qemu_reads(tmp_path: Path, qemu_img: QemuImg, cre
     assert (tmp_path / "qemu.raw").read_bytes() == expected
 
 
-def test_a_sesparse_extent_is_what_qemu_reads(tmp_path: Path, qemu_img: QemuImg) -> None:
+def test_a_sesparse_extent_reads_as_in_qemu(tmp_path: Path, qemu_img: QemuImg) -> None:
     grains = [random_bytes(4096, seed) for seed in range(3)]
     # The low 12 bits of a grain's number are bits 48 to 59 of its entry.
     entries = [0x3 << 60, 0, 0x3 << 60 | 2 << 48, 0x2 << 60, 0x1 << 60, 0x3 << 60 | 1 << 48]
@@ -728,7 +728,7 @@ def test_a_stream_compresses_and_says_so(xfs_dir: Path, qemu_img: QemuImg) -> No
     assert back.read_bytes() == raw.read_bytes() + bytes(-raw.stat().st_size % SECTOR)
 
 
-def test_a_stream_is_what_its_markers_say(xfs_dir: Path) -> None:
+def test_a_stream_is_read_by_its_markers(xfs_dir: Path) -> None:
     """Reads a stream as an importer does, from front to back, by its markers alone."""
     raw, image = make_disk(xfs_dir / "disk.raw", 70 * MIB), xfs_dir / "disk.vmdk"
     vmconv.convert(str(raw), str(image), options=STREAM)

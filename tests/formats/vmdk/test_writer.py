@@ -260,7 +260,7 @@ def test_payload_begins_where_the_storage_can_share_it() -> None:
 
 @pytest.mark.parametrize("modulus", [1024, 4096, GRAIN, 4 * GRAIN])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_congruent_begins_and_ends_with_blocks(modulus: int, seed: int) -> None:
+def test_congruent_rows_begin_and_end_with_blocks(modulus: int, seed: int) -> None:
     image = scattered(seed, 60 * GRAIN, GRAIN // 4, shift=512 * (1 + 2 * seed))
     file = write(image, Options(), placement(modulus)).files[0].table
     grains = sorted(check(image, file, align=max(GRAIN, modulus)))
@@ -440,7 +440,7 @@ def test_an_embedded_descriptor_has_20_sectors() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 0xFFFFFFFC, 0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF])
-def test_content_ids_are_none_of_those_that_mean_something_else(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_content_ids_avoid_reserved_values(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr("vmconv_vmdk.writer.derived", lambda *_: number.to_bytes(4, "big") + bytes(12))
     told(write(disk([], MIB), Options(), placement()), "monolithicSparse")
 

@@ -299,7 +299,7 @@ class BackendTests:
             assert reader.read() == b"old content"
         assert self.read_back(path) == b"new"
 
-    def test_a_new_file_lets_nobody_in_whom_a_source_does_not(self, directory: str, source: File) -> None:
+    def test_a_new_file_grants_no_more_access_than_its_sources(self, directory: str, source: File) -> None:
         before = os.umask(0o022)
         try:
             for mode in (0o600, 0o644):
@@ -324,7 +324,7 @@ class BackendTests:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o640
 
     @pytest.mark.parametrize("force", [False, True])
-    def test_a_set_whose_process_is_killed_is_there_as_a_whole_or_not_at_all(self, directory: str, force: bool) -> None:
+    def test_a_set_of_a_killed_process_is_complete_or_absent(self, directory: str, force: bool) -> None:
         names = ("one", "two", "three")
         # Creates the user's key, with which journals are authenticated.
         self._killed(directory, names, force=force, at=-1)
