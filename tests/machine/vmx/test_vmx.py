@@ -175,7 +175,8 @@ def test_physical_disks_are_named_as_such(kind: str, name: str, place: str) -> N
     ("text", "shared"),
     [
         ('scsi0:0.sharing = "multi-writer"\n', True),
-        ('scsi0:0.sharing = "none"\n', False),
+        ('scsi0:0.sharing = "none"\n', None),
+        ('scsi0:0.shared = "TRUE"\n', True),
         ('scsi0.sharedBus = "physical"\n', True),
         ('scsi0.sharedBus = "none"\n', None),
     ],
@@ -185,6 +186,7 @@ def test_disks_of_several_machines_are_shared(text: str, shared: bool | None) ->
     assert before.disks[0].shared is shared
     again = FORMAT.write(FORMAT.adapt(before, Options()).machine, Options())[-1].content
     assert read(again) == before
+    assert again.count(b"shar") == text.count("shar") - ('sharedBus = "none"' in text)
 
 
 @pytest.mark.parametrize(
@@ -345,6 +347,7 @@ CHANGES = {
     "unit 7": (Machine(disks=(Disk(file="a", bus="scsi", controller=0, unit=7),)), "disks[0].unit", "0"),
     "ide": (Machine(disks=(Disk(file="a", bus="ide", controller=0, unit=3),)), "disks[0].unit", "0"),
     "format": (Machine(disks=(Disk(file="a", format="qcow2"),)), "disks[0].format", "vmdk"),
+    "not shared": (Machine(disks=(Disk(file="a", shared=False),)), "disks[0].shared", ""),
     "nvme drive": (Machine(removables=(Removable(kind="cdrom", bus="nvme"),)), "removables[0].bus", "sata"),
     "nic": (Machine(os=GuestOS(id="debian12"), nics=(Nic(model="virtio"),)), "nics[0].model", "vmxnet3"),
     "nic of Windows": (Machine(os=GuestOS(id="win10"), nics=(Nic(model="virtio"),)), "nics[0].model", "e1000e"),

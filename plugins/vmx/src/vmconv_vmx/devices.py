@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmconv.machine import MAX_DEVICES, Controller, Disk, Nic, Removable, Serial, mac_address, part, quoted, refused
@@ -92,13 +92,17 @@ def _disk(settings: Settings, node: str, kind: str, place: dict[str, Any]) -> Di
 
 
 def _shared(settings: Settings, node: str) -> bool | None:
-    """True for a disk that several machines write to; a controller with a shared bus shares all its disks."""
-    sharing = settings.look(f"{node}.sharing")
-    if sharing in ("multi-writer", "none"):
+    """True for a disk that several machines write to: by itself, or by its controller's shared bus."""
+    if settings.look(f"{node}.sharing") == "multi-writer":
         settings.take(f"{node}.sharing")
-        return sharing == "multi-writer"
-    bus = settings.look(f"{node.partition(':')[0]}.sharedBus")
-    return True if bus in ("virtual", "physical") else None
+        return True
+    return True if shared_otherwise(node, settings.look) else None
+
+
+def shared_otherwise(node: str, look: Callable[[str], str]) -> bool:
+    """True if settings of Workstation or of the controller share a disk; they stay settings."""
+    bus = look(f"{node.partition(':')[0]}.sharedBus")
+    return bus in ("virtual", "physical") or look(f"{node}.shared") == "true"
 
 
 def _cdrom(settings: Settings, node: str, kind: str, place: dict[str, Any]) -> Removable:

@@ -63,6 +63,8 @@ def storage(machine: Machine, changes: Changes) -> Machine:
 def _disk(disk: Disk, prefix: str, changes: Changes) -> Disk:
     if disk.format not in (None, "vmdk"):
         disk = changes.set(disk, prefix, "VMware reads VMDK", format="vmdk")
+    if disk.shared is False:
+        disk = changes.set(disk, prefix, "VMware shares no disk unless a setting says so", shared=None)
     if disk.bus in _ELSEWHERE and disk.bus != "nvme":
         return changes.set(disk, prefix, _ELSEWHERE[disk.bus], bus="scsi", controller=None, unit=None)
     return disk if disk.bus else disk.model_copy(update={"bus": "scsi"})

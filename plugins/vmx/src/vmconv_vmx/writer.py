@@ -11,7 +11,7 @@ from vmconv.machine import Controller, Disk, Machine, Nic, Removable
 from vmconv.plugin import ConfigFile, PlanError
 from vmconv_vmx import names
 from vmconv_vmx.adapt import setting, shown_uuid
-from vmconv_vmx.devices import by_place, place_of
+from vmconv_vmx.devices import by_place, place_of, shared_otherwise
 from vmconv_vmx.reader import spaced
 from vmconv_vmx.settings import text_of
 
@@ -135,9 +135,8 @@ def _disk(disk: Disk, number: int, machine: Machine) -> Pairs:
     yield f"{node}.deviceType", "rawDisk" if disk.device else _DISK_TYPES.get(str(disk.bus), "disk")
     yield f"{node}.fileName", disk.device or disk.file
     yield f"{node}.mode", disk.mode
-    shared_bus = setting(machine, f"{disk.bus}{disk.controller}.sharedBus") or "none"
-    if shared_bus == "none" and disk.shared is not None:
-        yield f"{node}.sharing", "multi-writer" if disk.shared else "none"
+    if disk.shared and not shared_otherwise(node, lambda key: setting(machine, key)):
+        yield f"{node}.sharing", "multi-writer"
 
 
 def _cdrom(drive: Removable, machine: Machine) -> Pairs:
