@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 PAGE = 4096
@@ -64,6 +65,31 @@ def _pairs(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value.second
         else:
             yield name, value
+
+
+SCSI, ETHERNET = "d422512d-2bf2-4752-809d-7b82b5fcb1b4", "2fc216b0-d2e2-4967-9b6d-b8a5c9ca2778"
+BIOS = "ac6b8dc1-3257-4a70-b1b2-a9c9215659ad"
+
+
+def configuration_beside(script: Path) -> Path:
+    """Returns a configuration of generation 2 with the disks beside a script, made next to it."""
+    disks = sorted(script.parent.glob("*.vhdx"))
+    drives = {
+        f"drive{number}": {"type": "VHD", "pathname": f"C:\\VMs\\{disk.name}"} for number, disk in enumerate(disks)
+    }
+    tree = {
+        "properties": {"name": "web", "notes": "the shop", "subtype": 1, "version": 2304},
+        "settings": {"memory": {"bank": {"size": 2048}}, "processors": {"count": 4}},
+        "manifest": {
+            f"vdev00{number}": {"device": kind, "instance": kind} for number, kind in enumerate((SCSI, ETHERNET))
+        },
+        f"_{SCSI}_": {"controller0": drives},
+        f"_{ETHERNET}_": {"MacAddress": "00-50-56-01-02-03", "MacAddressIsStatic": True},
+        f"_{BIOS}_": {"bios_guid": "{421F245C-7FA8-60FA-1122-334455667788}", "secure_boot_enabled": False},
+    }
+    path = script.with_suffix(".vmcx")
+    path.write_bytes(storage({"configuration": tree}))
+    return path
 
 
 class _Maker:
