@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from machine.test_pipeline import machine
 from support.disks import MIB
 from support.requirements import oracle_program
+from support.toy_machines import machine
 from vmconv.cli.main import main
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from machine.test_pipeline import machine
+from support.toy_machines import machine
 from vmconv.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("toys")

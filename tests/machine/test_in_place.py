@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import vmconv
-from machine.test_pipeline import machine, names
 from support.disks import MIB, make_disk
+from support.toy_machines import machine, names
 from vmconv.conversion import pipeline
 from vmconv.errors import PlanError, UsageError, VmconvError
 from vmconv.interface.machines import ConfigFile

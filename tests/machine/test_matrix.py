@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import vmconv
-from machine.test_pipeline import machine
 from support.disks import MIB, make_disk
 from support.hyperv_storage import configuration_beside
+from support.toy_machines import machine
 from vmconv.io.registry import installed_machines
 from vmconv.machine import Machine, stated
 from vmconv.testing import image_file

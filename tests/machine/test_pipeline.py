@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,13 @@ import pytest
 import vmconv
 from machine.toy import Toy
 from support.disks import MIB, make_disk
+from support.toy_machines import machine, names
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, PluginError, UsageError, ZeroCopyError
 from vmconv.interface.machines import Adapted
 from vmconv.io.registry import Registry
 from vmconv.machine import Machine
 
 pytestmark = pytest.mark.usefixtures("toys")
-
-
-def machine(directory: Path, **changes: Any) -> Path:
-    """Makes a machine with three disks in three formats, and returns its configuration."""
-    directory.mkdir(parents=True, exist_ok=True)
-    raw = make_disk(directory / "system.raw", 4 * MIB)
-    for name in ("data.qcow2", "old.vmdk"):
-        vmconv.convert(raw, directory / name)
-    disks = [{"file": name} for name in ("system.raw", "data.qcow2", "old.vmdk")]
-    toy = {"name": "web", "cpu": {"count": 2}, "memory": {"size": 1 << 30}, "disks": disks, **changes}
-    config = directory / "web.toy"
-    config.write_text(json.dumps({"toy": toy}))
-    return config
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir())
 
 
 def test_all_disks_share_the_blocks_of_the_source(reflink_dir: Path) -> None:
