@@ -300,6 +300,33 @@ def test_a_variable_counts_by_its_state() -> None:
     assert read(bytes(data), "a.fd").variables == (records[1],)
 
 
+WRITE = bytes.fromhex("fcffffff48b20c47ace83c47bb4f81069a1fe6fdffffffff01000000000000000000000000000000")
+WRITE_PART = bytes.fromhex("ffffffffffffffff00000000000000004800000000000000b8ff03000000000000e0fbffffffffff")
+"""What OVMF had in its working block when QEMU was killed while it rewrote the store in its spare blocks."""
+
+
+@pytest.mark.parametrize(
+    ("write", "flags", "is_read"),
+    [(0xFC, 0xFF, True), (0xFC, 0xFD, False), (0xFC, 0xF9, True), (0xF8, 0xFD, True), (0xFE, 0xFD, True)],
+    ids=["in-spare", "in-place", "moved", "complete", "not-stated"],
+)
+def test_a_store_that_was_being_moved_is_refused(write: int, flags: int, is_read: bool) -> None:
+    complete = bytes([0xF8]) + WRITE[1:] + bytes([0xF9]) + WRITE_PART[1:]
+    queue = complete + bytes([write]) + WRITE[1:] + bytes([flags]) + WRITE_PART[1:]
+    data = _with_bytes(SMALL, 0x41020, queue)
+    if is_read:
+        assert read(data, "a.fd").variables == (PK,)
+    else:
+        with pytest.raises(ImageError, match="fault tolerant write at 0x41070: was not completed"):
+            read(data, "a.fd")
+
+
+def test_writes_without_end_are_read_in_bounded_time() -> None:
+    data = _with_bytes(SMALL, 0x41020, WRITE[:24] + b"\xff" * 16 + WRITE_PART)
+    with time_limit():
+        assert read(data, "a.fd").variables == (PK,)
+
+
 def test_a_store_in_a_larger_flash_image_is_read() -> None:
     assert read(image_file(SMALL + b"\xff" * (1 << 20), "flash"), "flash").variables == (PK,)
 
@@ -434,8 +461,12 @@ def _started(store: Path) -> subprocess.Popen[bytes]:
 
 
 def _after_boot(store: Path) -> dict[str, bytes]:
-    """Returns the variables after OVMF has booted as far as its choice of what to start, which writes BootOrder."""
+    """Returns the variables after OVMF has booted.
+
+    It has chosen what to start, which writes BootOrder, and has written nothing since the last look.
+    """
     running = _started(store)
+    last: dict[str, bytes] = {}
     try:
         deadline = time.monotonic() + BOOT_TIMEOUT
         while time.monotonic() < deadline and running.poll() is None:
@@ -445,8 +476,9 @@ def _after_boot(store: Path) -> dict[str, bytes]:
                 found = {variable.name: variable.data for variable in read(store.read_bytes(), "store").variables}
             except ImageError:
                 continue
-            if "BootOrder" in found:
+            if "BootOrder" in found and found == last:
                 return found
+            last = found
         raise AssertionError(f"OVMF wrote no BootOrder in {BOOT_TIMEOUT} s")
     finally:
         running.kill()

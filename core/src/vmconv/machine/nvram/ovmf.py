@@ -3,7 +3,7 @@
     0         firmware volume header (UEFI PI 1.7, volume 3, 3.2.1)
     0x48      variable store header, then variables (edk2, AuthenticatedVariableFormat.h)
     .         event log
-    .         working block of fault tolerant writes (edk2, FaultTolerantWrite)
+    .         working block of fault tolerant writes: what is being written (edk2, FaultTolerantWriteDxe)
     .         spare blocks, as many as all above
 
 Erased bytes are 0xff, and a variable's state loses bits as it is written and deleted. With a TPM, VirtualBox keeps a
@@ -33,6 +33,8 @@ _VOLUME = struct.Struct("<16s16sQ4sIHHHBB8s8s")
 _STORE = struct.Struct("<16sIBBHI")
 _RECORD = struct.Struct("<HBBIQ16sIII16s")
 _WORKING = struct.Struct("<16sIB3sQ")
+_WRITE = struct.Struct("<B3x16s4xQQ")
+_WRITE_PART = struct.Struct("<B7xQQQq")
 
 _NV_VOLUME = UUID("fff12b8d-7696-4c8b-a985-2747075b4f50")
 _AUTHENTICATED_STORE = UUID("aaf32c78-947b-439a-a180-2e144ec37792")
@@ -44,6 +46,10 @@ _FORMATTED, _HEALTHY = 0x5A, 0xFE
 _START = 0x55AA
 _ADDED, _BEING_DELETED = 0x3F, 0x3E
 _ERASED = 0xFFFFFFFF
+
+# Bits of a fault tolerant write and of its parts; each is cleared when it becomes true.
+_ALLOCATED, _STATED, _COMPLETE = 1, 2, 4
+_IN_SPARE, _IN_PLACE = 2, 4
 
 _STORE_AT = _VOLUME.size
 _FIRST_RECORD = _STORE_AT + _STORE.size
@@ -85,7 +91,31 @@ def _store(data: bytes, file: str) -> tuple[int, int]:
         raise damaged(file, "firmware volume", 0, f"length {length:#x} is past the end of the file ({len(data):#x})")
     if _sum16(part(data, 0, header_length, length, file, "firmware volume header")):
         raise damaged(file, "firmware volume header", 0x32, "its checksum is wrong")
-    return _bounds(data, header_length, length, file)
+    begin, end = _bounds(data, header_length, length, file)
+    _refuse_half_written(data, end, length, file)
+    return begin, end
+
+
+def _refuse_half_written(data: bytes, at: int, end: int, file: str) -> None:
+    """Raises `ImageError` if the firmware stopped while it moved a new store from the spare blocks to its place.
+
+    The next start of the machine would complete that.
+    """
+    blocks = range(-(-at // _BLOCK) * _BLOCK, end, _BLOCK)
+    block = next((block for block in blocks if data[block : block + 16] == _WORKING_BLOCK.bytes_le), None)
+    if block is None:
+        return
+    at, end = block + _WORKING.size, min(block + _BLOCK, end)
+    while at + _WRITE.size <= end and not data[at] & _ALLOCATED:
+        state, _, count, private = _WRITE.unpack_from(data, at)
+        at += _WRITE.size
+        step = _WRITE_PART.size + private
+        parts = [data[where] for where in range(at, min(at + count * step, end), step)]
+        unfinished = not state & _STATED and state & _COMPLETE
+        if unfinished and any(not flags & _IN_SPARE and flags & _IN_PLACE for flags in parts):
+            hint = "start the machine once, so that its firmware completes the write"
+            raise damaged(file, "fault tolerant write", at - _WRITE.size, "was not completed", hint=hint)
+        at += count * step
 
 
 def _bounds(data: bytes, at: int, end: int, file: str) -> tuple[int, int]:

@@ -49,9 +49,9 @@ class Store(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-def damaged(file: str, what: str, offset: int, problem: str) -> ImageError:
+def damaged(file: str, what: str, offset: int, problem: str, *, hint: str | None = None) -> ImageError:
     """Returns the error for a part of a store."""
-    return ImageError(f"{file}: {what} at {offset:#x}: {problem}")
+    return ImageError(f"{file}: {what} at {offset:#x}: {problem}", hint=hint)
 
 
 def part(data: bytes, at: int, length: int, end: int, file: str, what: str) -> bytes:
