@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from uuid import UUID
 
 import pytest
@@ -31,6 +33,7 @@ from vmconv.machine import (
 )
 from vmconv.model.options import parse_options
 from vmconv.testing import MachineTests, image_file
+from vmconv.testing.malformed import memory_limit, time_limit
 from vmconv_ovf import Ovf
 from vmconv_ovf.options import Options
 from vmconv_ovf.units import bytes_of
@@ -352,6 +355,38 @@ def test_bad_descriptors_are_refused(content: bytes, problem: str) -> None:
         read(content)
     assert str(caught.value).startswith("web.ovf: ")
     assert "\n" not in str(caught.value)
+
+
+_MANY = 90_000
+
+
+def _many(pattern: str, count: int = _MANY) -> str:
+    return "".join(pattern.format(at) for at in range(count))
+
+
+LARGE: dict[str, Callable[[], bytes]] = {
+    "files": lambda: descriptor(files=_many('<File ovf:href="{0}" ovf:id="{0}"/>')),
+    "disks": lambda: descriptor(disks=_many('<Disk ovf:diskId="{0}"/>')),
+    "product": lambda: descriptor(system=f"<ProductSection>{_many('<Product>x</Product>')}</ProductSection>"),
+    "products": lambda: descriptor(system=_many("<ProductSection><Product/></ProductSection>", _MANY // 2)),
+    "properties": lambda: descriptor(
+        system="<ProductSection>" + _many('<Property ovf:key="{0}"/>') + "</ProductSection>"
+    ),
+    "boot": lambda: descriptor(
+        "".join(item(at, 10) for at in range(1000)),
+        system=_many('<vmw:BootOrderSection vmw:instanceId="{0}" vmw:type="disk"/>'),
+    ),
+    "controllers": lambda: descriptor("".join(item(at, 5) for at in range(4096))),
+    "settings": lambda: descriptor(settings=_many('<vmw:Config vmw:key="k{0}" vmw:value="v"/>')),
+    "nested": lambda: descriptor(system="<VirtualSystemCollection>" * 80 + "</VirtualSystemCollection>" * 80),
+}
+
+
+@pytest.mark.parametrize("made", LARGE.values(), ids=LARGE)
+def test_large_descriptors_take_bounded_time_and_memory(made: Callable[[], bytes]) -> None:
+    content = made()
+    with time_limit(), memory_limit(), suppress(ImageError):
+        read(content)
 
 
 def test_parts_that_no_device_uses_are_not_judged() -> None:

@@ -34,7 +34,7 @@ def flag(envelope: Envelope, where: str, text: str) -> bool:
 class Devices:
     """The devices of a machine; `extra` collects settings without a neutral meaning."""
 
-    def __init__(self, envelope: Envelope, items: list[Item], boot: list[str], properties: dict[str, str]) -> None:
+    def __init__(self, envelope: Envelope, items: list[Item], boot: dict[str, int], properties: dict[str, str]) -> None:
         self.envelope = envelope
         self.items = {item.id: item for item in items}
         self.boot = boot
@@ -67,14 +67,14 @@ class Devices:
     # -- controllers
 
     def _add_controllers(self) -> Iterator[Controller]:
-        taken: set[tuple[str, int]] = set()
+        taken: dict[str, set[int]] = {}
         for item in self.of(keys.IDE, keys.SCSI, keys.OTHER_STORAGE):
             found = _bus_and_model(item)
             if found is None:
                 continue
             bus, model = found
-            index = _index(item, {number for each, number in taken if each == bus})
-            taken.add((bus, index))
+            index = _index(item, taken.setdefault(bus, set()))
+            taken[bus].add(index)
             made = part(
                 self.envelope.file, item.where, Controller, bus=bus, index=index, model=model, pci_slot=self.slot(item)
             )
@@ -95,7 +95,7 @@ class Devices:
         if unit is not None and parent is not None:
             place["unit"] = self.envelope.number(f"{item.where} AddressOnParent", unit, _MAX_UNIT)
         if item.id in self.boot:
-            place["boot_index"] = self.boot.index(item.id)
+            place["boot_index"] = self.boot[item.id]
         return place
 
     def _settle_places(self) -> None:
@@ -149,8 +149,7 @@ class Devices:
             # PCs have one controller of floppy drives, which has no item.
             unit = self.envelope.number(f"{item.where} AddressOnParent", item.get("AddressOnParent") or "0", _MAX_UNIT)
             values |= {"kind": "floppy", "bus": "floppy", "controller": 0, "unit": unit}
-            if item.id in self.boot:
-                values["boot_index"] = self.boot.index(item.id)
+            values["boot_index"] = self.boot.get(item.id)
         else:
             values |= {"kind": "cdrom", **self._place(item)}
         if isinstance(found, Described):
@@ -177,7 +176,7 @@ class Devices:
             network=item.get("Connection"),
             connected=self.flag(item, "AutomaticAllocation"),
             pci_slot=self.slot(item),
-            boot_index=self.boot.index(item.id) if item.id in self.boot else None,
+            boot_index=self.boot.get(item.id),
         )
 
     def display(self) -> Display | None:

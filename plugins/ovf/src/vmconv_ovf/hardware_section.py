@@ -21,6 +21,11 @@ class HardwareSection:
         self.machine = machine
         self.files = files
         self.extra = machine.extra.get("ovf", {})
+        self.settings: dict[str, list[tuple[str, str]]] = {}
+        """The source's own settings by their place, such as `nics[0]`."""
+        for key, value in self.extra.items():
+            place, _, name = key.partition(".")
+            self.settings.setdefault(place, []).append((name, value))
         self.count = 0
         self.boot: list[tuple[int, int, str]] = []
         """Place in the boot order, id of the item and VMware's word for its class."""
@@ -160,10 +165,9 @@ class HardwareSection:
 
     # -- settings
 
-    def _kept(self, place: str) -> list[str]:
-        """Returns the source's own settings of a device."""
-        start = f"{place}."
-        return [setting(key.removeprefix(start), value) for key, value in self.extra.items() if key.startswith(start)]
+    def _kept(self, place: str, kind: str = "Config") -> list[str]:
+        """Returns the source's own settings of a device or of the machine."""
+        return [setting(name, value, kind) for name, value in self.settings.get(place, ())]
 
     def _settings(self) -> Iterator[str]:
         machine = self.machine
@@ -184,9 +188,7 @@ class HardwareSection:
         nvram = machine.firmware.nvram
         if nvram is not None and nvram.kind == "vmware":
             yield setting("nvram", f"ovf:/file/{self.files[nvram.file]}", "ExtraConfig")
-        for key, value in self.extra.items():
-            if key.startswith("extraConfig."):
-                yield setting(key.removeprefix("extraConfig."), value, "ExtraConfig")
+        yield from self._kept("extraConfig", "ExtraConfig")
 
 
 _CONTROLLER_TYPES = {"ide": keys.IDE, "scsi": keys.SCSI, "sata": keys.OTHER_STORAGE, "nvme": keys.OTHER_STORAGE}

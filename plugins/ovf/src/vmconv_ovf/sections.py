@@ -78,11 +78,11 @@ def hardware(system: System) -> Element:
     return found
 
 
-def boot_order(system: System) -> list[str]:
-    """Returns the ids of items in VMware's boot order."""
+def boot_order(system: System) -> dict[str, int]:
+    """Returns the places of items in VMware's boot order by their ids."""
     listed = [each for each in system.element if each.tag == f"{{{keys.VMW}}}BootOrderSection"]
     found = [each.get(f"{{{keys.VMW}}}instanceId", "") for each in listed]
-    return list(dict.fromkeys(each for each in found if each))
+    return {key: place for place, key in enumerate(dict.fromkeys(each for each in found if each))}
 
 
 def properties(system: System) -> tuple[tuple[Property, ...], dict[str, str]]:
@@ -90,7 +90,8 @@ def properties(system: System) -> tuple[tuple[Property, ...], dict[str, str]]:
     extra: dict[str, str] = {}
     found: dict[str, Property] = {}
     for section in system.all("ProductSection"):
-        extra = {**_product(system.envelope, section), **extra}
+        for key, text in _product(system.envelope, section).items():
+            extra.setdefault(key, text)
         for element in system.envelope.all(section, "Property"):
             made = _property(system.envelope, section, element, extra)
             if made.key in found:
