@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -135,6 +136,17 @@ def test_what_the_kernel_copied_is_not_copied_again(place: Path, monkeypatch: py
         made.copy(source, 10, 1000, 1000)
         assert asked == [(10, 1000)]
     assert len(kernel.calls) == 2
+
+
+def test_room_is_made_for_what_the_kernel_did_not_copy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "copy_file_range", Kernel([BLOCK], errno.EXDEV))
+    with closing(source_of(place)) as source, output(place, 4 * BLOCK, kernel=True, durable=True) as made:
+        direct: Any = SimpleNamespace(prepare=lambda at, length: asked.append((at, length)), close=lambda: None)
+        made._direct = direct
+        made.copy(source, 0, BLOCK, 3 * BLOCK)
+        assert content(made) == bytes(BLOCK) + PATTERN[: 3 * BLOCK]
+    assert asked == [(2 * BLOCK, 2 * BLOCK)]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])

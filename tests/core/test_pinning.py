@@ -175,6 +175,13 @@ def test_nothing_stays_of_nothing() -> None:
     assert (places_of(stay), stay.end, stay.table.size) == ({}, 0, 8)
 
 
+@pytest.mark.parametrize(("size", "end"), [(6, 8), (8, 8), (20, 20)])
+def test_the_last_block_is_whole_even_if_the_file_ends_in_it(size: int, end: int) -> None:
+    carrier = carrier_of(size, (0, 6))
+    stay = pinning.pin(table_of([(D, 0), (D, 2), (D, 4)], carrier, 6), carrier, [4])
+    assert (places_of(stay), stay.end) == ({0: 0, 1: 4}, end)
+
+
 # -- what has to move
 
 

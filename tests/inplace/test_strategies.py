@@ -14,7 +14,7 @@ from support.disks import MIB, make_disk
 from support.inplace import descriptor, in_place, names, refused
 from vmconv.errors import VmconvError
 from vmconv.inplace import stay
-from vmconv.inplace.names import JOURNAL, WORKING
+from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
 from vmconv.model.sources import File
@@ -87,3 +87,14 @@ def test_what_is_written_across_the_old_end_gets_where_it_belongs(tmp_path: Path
         assert path.read_bytes() == wanted[:offset] + data
         assert not carrier.changed()
         output.close()
+
+
+def test_an_undo_file_of_the_target_is_not_written_over(ext4_dir: Path) -> None:
+    """It has the name of the target that the user gave, not that of an extent."""
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    (ext4_dir / f"new.vmdk{UNDO}").write_bytes(b"the way back of another one")
+    options = {"subformat": "monolithicFlat"}
+    error = refused(disk, ext4_dir / "new.vmdk", keep_undo=True, options=options)
+    assert f"new.vmdk{UNDO}: already exists" in str(error)
+    in_place(disk, ext4_dir / "new.vmdk", options=options)
+    assert (ext4_dir / f"new.vmdk{UNDO}").read_bytes() == b"the way back of another one"
