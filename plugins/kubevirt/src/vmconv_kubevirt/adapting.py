@@ -111,9 +111,7 @@ def _identity(machine: Machine, changes: _Changes) -> Machine:
     identity = machine.identity
     serial = identity.serial
     if serial and not SERIAL.fullmatch(serial):
-        serial = changes.set(
-            "identity.serial", serial, None, "KubeVirt refuses serials with other letters than a-z 0-9 _.+-"
-        )
+        serial = changes.set("identity.serial", serial, None, _SERIALS)
     return _updated(machine, identity=_updated(identity, serial=serial))
 
 
