@@ -141,7 +141,8 @@ def test_text_that_is_not_in_its_encoding_is_refused_with_its_place() -> None:
 
 def test_devices_are_present_only_if_the_file_says_so() -> None:
     machine = read(
-        'scsi0:0.fileName = "a.vmdk"\nscsi0:1.fileName = "b.vmdk"\nscsi0:1.present = "FALSE"\n'
+        'scsi0:0.fileName = "a.vmdk"\nsched.scsi0:0.shares = "normal"\n'
+        'scsi0:1.fileName = "b.vmdk"\nscsi0:1.present = "FALSE"\n'
         'ethernet0.virtualDev = "e1000"\nserial0.fileName = "x"\nsata0.present = "FALSE"\nsound.fileName = "-1"\n'
     )
     assert machine == Machine(cpu=Cpu(count=1), board=Board(hardware_version="vmx-19"), firmware=Firmware(kind="bios"))
@@ -169,6 +170,13 @@ def test_physical_disks_are_named_as_such(kind: str, name: str, place: str) -> N
     (disk,) = read(f'scsi0:0.present = "TRUE"\nscsi0:0.deviceType = "{kind}"\nscsi0:0.fileName = "{name}"\n').disks
     assert getattr(disk, place) == name
     assert (disk.device is None) == (place == "file")
+
+
+def test_emulated_access_to_a_drive_stays_emulated() -> None:
+    for kind in ("atapi-cdrom", "cdrom-raw"):
+        machine = read(f'ide1:0.present = "TRUE"\nide1:0.deviceType = "{kind}"\nide1:0.fileName = "/dev/sr0"\n')
+        assert machine.removables[0].device == "/dev/sr0"
+        assert written(machine)["ide1:0.deviceType"] == kind
 
 
 @pytest.mark.parametrize(
@@ -224,6 +232,7 @@ def test_settings_follow_a_card_that_changes_its_number() -> None:
     ("version", "seen", "text"),
     [
         (19, "af964d56-46e6-86bd-5c4d-654e7736ef31", "564d96af-e646-bd86-5c4d-654e7736ef31"),
+        (13, "af964d56-46e6-86bd-5c4d-654e7736ef31", "564d96af-e646-bd86-5c4d-654e7736ef31"),
         (12, "564d96af-e646-bd86-5c4d-654e7736ef31", None),
     ],
 )
@@ -396,7 +405,7 @@ def test_addresses_are_kept() -> None:
         Machine(
             nics=(
                 Nic(mac="52:54:00:01:02:03"),
-                Nic(mac="00:50:56:01:02:03", mac_origin="static"),
+                Nic(mac="00:50:56:3f:02:03", mac_origin="static"),
                 Nic(mac="00:0c:29:01:02:03", mac_origin="generated"),
                 Nic(mac="00:50:56:87:65:43", mac_origin="generated"),
                 Nic(),
