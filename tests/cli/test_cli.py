@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import vmconv
+import vmconv.cli
+import vmconv.cli.machine
 from support.disks import MIB, QemuImg, make_disk
+from vmconv.cli.commands import COMMANDS
+from vmconv.cli.machine import VERBS
 from vmconv.cli.main import main
+from vmconv.cli.verbs import Verb
 
 Capture = pytest.CaptureFixture[str]
 
@@ -189,14 +197,38 @@ def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
 def test_a_command_imports_no_more_than_it_needs(xfs_dir: Path, arguments: list[str], unwanted: set[str]) -> None:
     """Start-up is most of the time of a conversion; what is imported decides it, and can be told without a clock."""
     make_disk(xfs_dir / "disk.raw", MIB)
+    assert not unwanted & _imported(xfs_dir, arguments)
+
+
+def _imported(directory: Path, arguments: list[str]) -> set[str]:
+    """Returns the modules that a command has imported when it ends."""
     code = (
         "import sys\nfrom vmconv.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print('\\n' + ' '.join(sys.modules))"
     )
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=xfs_dir)
-    assert not unwanted & set(done.stdout.splitlines()[-1].split())
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=directory)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["formats"], ["convert", "disk.raw", "disk.qcow2"]], ids=lambda arguments: arguments[0]
+)
+def test_a_command_imports_no_other_verb(xfs_dir: Path, arguments: list[str]) -> None:
+    make_disk(xfs_dir / "disk.raw", MIB)
+    verbs = {f"vmconv.cli.{name}" for name, _ in COMMANDS}
+    assert verbs & _imported(xfs_dir, arguments) == {f"vmconv.cli.{arguments[0]}"}
+
+
+@pytest.mark.parametrize(("package", "table"), [(vmconv.cli, COMMANDS), (vmconv.cli.machine, VERBS)])
+def test_the_table_of_commands_names_every_module_with_a_verb(
+    package: ModuleType, table: tuple[tuple[str, str], ...]
+) -> None:
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    verbs = sorted(name for name, module in modules.items() if isinstance(getattr(module, "VERB", None), Verb))
+    assert verbs == sorted(name for name, _ in table)
 
 
 def test_the_program_postpones_what_only_other_uses_of_its_libraries_need(xfs_dir: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from vmconv.cli.options import add_output
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,9 +45,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
-COMMAND = Command(
-    "backends",
-    "show what each storage backend can do in a directory",
+VERB = Verb(
     "Shows what each backend can do on the filesystem of a directory, after trying it on a file without a name.",
     _configure,
     _run,

@@ -7,8 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.cli.verbs import Verb
 from vmconv.errors import printable
-from vmconv.interface.command import Command
 
 if TYPE_CHECKING:
     from vmconv.interface.format import CheckReport
@@ -86,9 +86,7 @@ def _print_report(report: CheckReport) -> None:
     print(f"Image end offset: {report.image_end}")
 
 
-COMMAND = Command(
-    "check",
-    "check the structure of an image",
+VERB = Verb(
     "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts; and\n"
     "whether the files it refers to exist and are unchanged. Changes nothing.",
     _configure,

@@ -10,42 +10,28 @@ from vmconv.interface.hooks import hookimpl
 if TYPE_CHECKING:
     from vmconv.interface.command import Command
 
+COMMANDS = (
+    ("formats", "list the formats that are installed, and those that could be"),
+    ("backends", "show what each storage backend can do in a directory"),
+    ("info", "describe an image"),
+    ("map", "show where each range of the guest's disk lies"),
+    ("check", "check the structure of an image"),
+    ("plan", "show what a conversion would share, copy and write"),
+    ("convert", "convert a disk to another format"),
+    ("fanout", "make images of one disk in several formats"),
+    ("recover", "roll back or complete an interrupted conversion in place"),
+    ("undo", "turn a disk back into what it was converted from in place"),
+    ("compare", "compare what a guest sees of two disks"),
+    ("prove", "prove by physical addresses that two images share their payload"),
+    ("machine", "convert whole machines: configuration, firmware and disks"),
+    ("demo", "convert a disk to every installed format and back, with the proof"),
+    ("completion", "print a completion script for a shell"),
+)
+"""Name and help of each command. The module of this name is imported when the command is used."""
+
 
 @hookimpl
 def vmconv_register_commands() -> Iterable[Command]:
-    from vmconv.cli import (
-        backends,
-        check,
-        compare,
-        completion,
-        convert,
-        demo,
-        fanout,
-        formats,
-        info,
-        machine,
-        map,  # noqa: A004 modules are named as verbs
-        plan,
-        prove,
-        recover,
-        undo,
-    )
+    from vmconv.cli.verbs import command
 
-    modules = (
-        formats,
-        backends,
-        info,
-        map,
-        check,
-        plan,
-        convert,
-        fanout,
-        recover,
-        undo,
-        compare,
-        prove,
-        machine,
-        demo,
-        completion,
-    )
-    return [module.COMMAND for module in modules]
+    return [command("vmconv.cli", name, summary) for name, summary in COMMANDS]

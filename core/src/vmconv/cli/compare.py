@@ -6,7 +6,7 @@ import argparse
 
 from vmconv.cli.options import pair
 from vmconv.cli.pairs import DIFFERENT, EXIT_STATUS, configure
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -37,9 +37,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing; the exit status is the answer")
 
 
-COMMAND = Command(
-    "compare",
-    "compare what a guest sees of two disks",
+VERB = Verb(
     "Compares what a guest sees of two disks, of any formats. Ranges that share storage are equal without\n"
     "being read; only the rest is read.",
     _configure,

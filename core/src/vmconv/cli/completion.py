@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -20,9 +20,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete for")
 
 
-COMMAND = Command(
-    "completion",
-    "print a completion script for a shell",
+VERB = Verb(
     "Prints a script that makes a shell complete commands and options of vmconv.",
     _configure,
     _run,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from vmconv.cli.options import add_making
 from vmconv.cli.report import run_and_report
 from vmconv.cli.requests import configure_request, request_of
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.conversion.request import Request
@@ -62,9 +62,7 @@ examples:
   vmconv convert -O vhd -o subformat=fixed disk.vmdk - | upload-command
   vmconv convert --chain snapshot.vmdk converted/snapshot.qcow2"""
 
-COMMAND = Command(
-    "convert",
-    "convert a disk to another format",
+VERB = Verb(
     "Converts a disk without copying its payload wherever storage allows it. What must be copied is announced\n"
     "with the reason before anything is written. The result is read back and compared with the source by its\n"
     "metadata before it appears under its name.",

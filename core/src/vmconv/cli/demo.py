@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 _SMALLEST = 8 << 20
 
@@ -106,9 +106,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="256M", metavar="SIZE", help="size of the disk (default: 256M)")
 
 
-COMMAND = Command(
-    "demo",
-    "convert a disk to every installed format and back, with the proof",
+VERB = Verb(
     "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows\n"
     "for each conversion what was shared, copied and written, how long it took, whether a guest sees the same\n"
     "bytes, and how much of the payload lies in the very same blocks. Removes everything it made.",

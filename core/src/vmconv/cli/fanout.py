@@ -17,7 +17,7 @@ from vmconv.cli.options import (
     source_and_storage,
 )
 from vmconv.cli.report import run_and_report
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -64,9 +64,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_access(parser)
 
 
-COMMAND = Command(
-    "fanout",
-    "make images of one disk in several formats",
+VERB = Verb(
     "Makes an image of a disk in each of several formats, named after it. All share the blocks of the disk where\n"
     "storage allows it: together they take the space of one, and deleting one does not affect the others. All\n"
     "appear, or none does.",

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_output
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.interface.format import Format
@@ -101,9 +101,7 @@ def _value(default: object) -> str:
     return {True: "on", False: "off"}.get(default, str(default)) if isinstance(default, bool) else str(default)
 
 
-COMMAND = Command(
-    "formats",
-    "list the formats that are installed, and those that could be",
+VERB = Verb(
     "Lists each installed format: whether it is read and written, its writer's options and its distribution.\n"
     "Then the formats that a pip install would add, and broken plugins.",
     add_output,

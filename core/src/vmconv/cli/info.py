@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.cli.verbs import Verb
 from vmconv.errors import in_words, printable
-from vmconv.interface.command import Command
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -103,9 +103,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_access(parser)
 
 
-COMMAND = Command(
-    "info",
-    "describe an image",
+VERB = Verb(
     "Describes an image: format, sizes, features, parent, identity and health. Reads the header only.",
     _configure,
     _run,

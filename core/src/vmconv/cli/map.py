@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from vmconv.cli.options import add_access, add_format, add_output, reading
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -47,9 +47,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_access(parser)
 
 
-COMMAND = Command(
-    "map",
-    "show where each range of the guest's disk lies",
+VERB = Verb(
     "Shows, for each range of the guest's address space, what it is and where it lies in which file.\n"
     "--output json prints what qemu-img map --output=json prints.",
     _configure,

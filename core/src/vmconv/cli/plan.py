@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.cli.report import plan_json, shared_word
 from vmconv.cli.requests import configure_request, request_of
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
@@ -62,9 +62,7 @@ def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence
     yield from (f"warning: {warning}" for warning in warnings)
 
 
-COMMAND = Command(
-    "plan",
-    "show what a conversion would share, copy and write",
+VERB = Verb(
     "Shows what convert would do with the same arguments: the bytes shared, copied and written, and a reason for\n"
     "each copied byte. Changes nothing.",
     configure_request,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import pair
 from vmconv.cli.pairs import DIFFERENT, EXIT_STATUS, configure
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.inspect.proof import Proof, ProofRow
@@ -77,9 +77,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=20, metavar="N", help="ranges to show (default: 20; json: all)")
 
 
-COMMAND = Command(
-    "prove",
-    "prove by physical addresses that two images share their payload",
+VERB = Verb(
     "Shows the physical addresses of the payload of two images, from the filesystem's own map (FIEMAP), and\n"
     "whether they are the same. Reads no payload.",
     _configure,

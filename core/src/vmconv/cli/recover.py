@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vmconv.cli.options import add_trust, as_named
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command(
-    "recover",
-    "roll back or complete an interrupted conversion in place",
+VERB = Verb(
     "Restores the disk after a conversion in place was killed or the power failed: to its old state, or, after the\n"
     "commit, to the complete target.",
     _configure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vmconv.cli.options import add_trust, as_named
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -29,9 +29,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command(
-    "undo",
-    "turn a disk back into what it was converted from in place",
+VERB = Verb(
     "Restores the old container byte for byte, if it was converted with --keep-undo and the new one was not\n"
     "written to since. Leaves payload in place.",
     _configure,

@@ -11,7 +11,7 @@ class Command(NamedTuple):
     """One subcommand: `help` is a phrase for the list of commands, `configure` adds arguments to the command's parser,
     and `run` returns the exit status.
 
-    Import heavy modules inside `run`: each start of vmconv creates all commands.
+    Import heavy modules inside `configure` and `run`: each start of vmconv creates all commands.
     """
 
     name: str

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from vmconv.cli.options import formatter
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb, command
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-def _verbs() -> Iterator[Command]:
-    from vmconv.cli.machine import check, convert, formats, info, plan
-
-    yield from (module.COMMAND for module in (info, check, plan, convert, formats))
+VERBS = (
+    ("info", "describe a machine"),
+    ("check", "find out whether a machine will start"),
+    ("plan", "show what a conversion would carry over, change and lose"),
+    ("convert", "convert a machine for another hypervisor"),
+    ("formats", "list the machine formats that are installed, and those that could be"),
+)
+"""Name and help of each verb, whose module has its name."""
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
-    for verb in _verbs():
-        sub = verbs.add_parser(
-            verb.name, help=verb.help, description=verb.description, epilog=verb.epilog, formatter_class=formatter
-        )
+    for name, summary in VERBS:
+        sub = verbs.add_parser(name, help=summary, formatter_class=formatter)
+        verb = command(__name__, name, summary)
         verb.configure(sub)
         sub.set_defaults(run_verb=verb.run)
 
@@ -33,9 +31,7 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-COMMAND = Command(
-    "machine",
-    "convert whole machines: configuration, firmware and disks",
+VERB = Verb(
     "Converts virtual machines between hypervisors: the configuration and the firmware's variables are translated,\n"
     "the disks are converted without copying their payload wherever storage allows it.",
     _configure,

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from vmconv.cli.options import add_options, add_output
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.machine.check import Finding
@@ -69,9 +69,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
-COMMAND = Command(
-    "check",
-    "find out whether a machine will start",
+VERB = Verb(
     "Compares the disks with the firmware and the controllers, of CONFIG or with -O of the machine that convert would\n"
     "make: partition tables, EFI system partition, boot code, encryption. Reads a few kilobytes of each disk.",
     _configure,

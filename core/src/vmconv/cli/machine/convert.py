@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vmconv.cli import streams
 from vmconv.cli.machine.requests import configure_request, request_of
 from vmconv.cli.options import add_making
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.machine.request import MachinePlan, MachineResult
@@ -73,9 +73,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_making(parser)
 
 
-COMMAND = Command(
-    "convert",
-    "convert a machine for another hypervisor",
+VERB = Verb(
     "Converts a machine: its configuration, the firmware's variables and all its disks. Settings that the target\n"
     "cannot express are listed before anything is written. The result is read back and compared with the source\n"
     "before its files appear under their names: all of them, the configuration last, or none.",

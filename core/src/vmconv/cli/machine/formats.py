@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_output
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from vmconv.interface.machines import MachineFormat
@@ -74,9 +74,7 @@ def _print(report: dict[str, Any]) -> None:
     print_rest(report)
 
 
-COMMAND = Command(
-    "formats",
-    "list the machine formats that are installed, and those that could be",
+VERB = Verb(
     "Lists each installed machine format: whether it is read and written, the format of its disks, its writer's\n"
     "options and its distribution. Then the formats that a pip install would add, and broken plugins.",
     add_output,

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_output
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,9 +69,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
-COMMAND = Command(
-    "info",
-    "describe a machine",
+VERB = Verb(
     "Describes a machine: processors, memory, firmware, identity, devices, and the files that it refers to. Reads\n"
     "the configuration only.",
     _configure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vmconv.cli.machine.requests import configure_request, request_of
-from vmconv.interface.command import Command
+from vmconv.cli.verbs import Verb
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -24,9 +24,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMAND = Command(
-    "plan",
-    "show what a conversion would carry over, change and lose",
+VERB = Verb(
     "Shows what convert would do with the same arguments: what becomes of each setting, and of each disk the bytes\n"
     "shared, copied and written. Changes nothing.",
     configure_request,
