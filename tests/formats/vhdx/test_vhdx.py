@@ -392,7 +392,7 @@ TORN: tuple[tuple[str, tuple[tuple[int, bytes], ...], str], ...] = (
     ),
     ("file was longer", ((0, entry(5, 0, [(BAT, CLEAR_3)], size=(1 << 40, 1 << 40))),), "had 0x10000000000 bytes"),
     ("past the end", ((0, entry(5, 0, [(1 << 40, CLEAR_3)])),), "past the end of the file"),
-    ("far past the end", ((0, entry(5, 0, [((1 << 64) - 4096, CLEAR_3)])),), "past the end"),
+    ("far past the end", ((0, entry(5, 0, [((1 << 64) - 4096, CLEAR_3)])),), "past the largest possible file"),
     ("enormous file", ((0, entry(5, 0, [(BAT, CLEAR_3)], size=(0, (1 << 64) - 1))),), "the file would have"),
 )
 
