@@ -46,15 +46,11 @@ class Host:
         self.directory = directory
         self._virsh = oracle_program("virsh")
         (directory / "root" / "etc").mkdir(parents=True)
-        rights = (
-            'swtpm_user = "root"',
-            'swtpm_group = "root"',
-            'user = "root"',
-            'group = "root"',
-            "dynamic_ownership = 0",
-            'security_driver = "none"',
-        )
-        (directory / "root" / "etc" / "qemu.conf").write_text("\n".join((*rights, "remember_owner = 0\n")))
+        # Everything runs as root, without AppArmor, and without virtlogd, which is a daemon of its own.
+        names = ("user", "group", "swtpm_user", "swtpm_group")
+        lines = [f'{name} = "root"' for name in names]
+        lines += ['security_driver = "none"', 'stdio_handler = "file"', "dynamic_ownership = 0", "remember_owner = 0"]
+        (directory / "root" / "etc" / "qemu.conf").write_text("\n".join(lines) + "\n")
 
     def written(self, machine: Machine, name: str = "a") -> Path:
         """Returns the domain of a machine, and makes its disks."""
