@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from fuzz.targets import Target
+    from fuzz.target import Target
 
 ROOT = Path(__file__).parents[2]
 TOO_LONG = 3.0

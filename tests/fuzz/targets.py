@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -21,7 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import zstandard
 
+from fuzz.machine_targets import MachineTarget, NvramTarget, machine_formats
 from fuzz.samples import extra, seal_log
+from fuzz.target import Target
 from support.kits import kit
 from vmconv.errors import AccessError, VmconvError
 from vmconv.io.opener import Opener
@@ -44,18 +45,6 @@ _WORDS = 2000
 
 
 _OTHER = image_file(bytes(range(256)) * 256, "other")
-
-
-class Target(ABC):
-    """Something that reads strangers' bytes."""
-
-    @abstractmethod
-    def seeds(self) -> list[bytes]:
-        """Returns inputs that are right, or nearly so."""
-
-    @abstractmethod
-    def run(self, data: bytes) -> None:
-        """Gives the input to the code under test; any exception that comes out is a finding."""
 
 
 class _NoOthers(Opener):
@@ -376,4 +365,6 @@ def targets() -> dict[str, Target]:
     found["nbd"] = NbdTarget()
     found["journal"] = JournalTarget()
     found["undo"] = UndoTarget()
+    found |= {f"machine-{name}": MachineTarget(name) for name in machine_formats()}
+    found["nvram"] = NvramTarget()
     return found

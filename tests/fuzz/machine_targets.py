@@ -1,0 +1,114 @@
+"""Configurations of machines and firmware variables, as strangers write them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from fuzz.target import Target
+from vmconv.errors import VmconvError
+from vmconv.interface.machines import MachineFormat
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry, installed_machines
+from vmconv.model.options import parse_options
+from vmconv.testing.disks import image_file
+
+if TYPE_CHECKING:
+    from vmconv.machine import Machine
+
+_MIB = 1 << 20
+
+
+def machine_formats() -> list[str]:
+    """Returns the names of the machine formats that are read."""
+    return sorted(name for name, one in installed_machines().machines.items() if one.can_read)
+
+
+def written(one: MachineFormat, machine: Machine) -> bytes:
+    """Returns a configuration, or a package without disks."""
+    options = parse_options(one.options(), {}, one.name)
+    adapted = one.adapt(machine, options).machine
+    configs = one.write(adapted, options)
+    if one.is_package:
+        table = one.pack([config._replace(name=config.name or "web.ovf") for config in configs], [], 512, options)
+        return table.read(0, table.size)
+    return configs[-1].content
+
+
+def sample() -> Machine:
+    """Returns a machine with a device of each kind."""
+    from uuid import UUID
+
+    from vmconv import machine as m
+
+    return m.Machine(
+        name="web",
+        description="a shop\nin two lines",
+        os=m.GuestOS(id="debian12", architecture="x86_64"),
+        cpu=m.Cpu(count=4, sockets=2, cores=2, threads=1),
+        memory=m.Memory(size=2048 * _MIB),
+        firmware=m.Firmware(kind="uefi", secure_boot=True, boot_order=("disk", "network")),
+        tpm=m.Tpm(version="2.0"),
+        identity=m.Identity(uuid=UUID(int=0x12345678123412341234123456789ABC), serial="A1", manufacturer="Acme"),
+        controllers=(m.Controller(bus="scsi", index=0, model="pvscsi"), m.Controller(bus="sata", index=0)),
+        disks=tuple(
+            m.Disk(file=f"d{at}.img", format="raw", capacity=_MIB, file_size=_MIB, bus="scsi", controller=0, unit=at)
+            for at in range(2)
+        ),
+        removables=(m.Removable(kind="cdrom", bus="sata", controller=0, unit=0),),
+        nics=(m.Nic(mac="00:50:56:01:02:03", mac_origin="static", model="vmxnet3", network="VM Network"),),
+        serials=(m.Serial(kind="pipe", target="/tmp/pipe"),),
+        usb="xhci",
+    )
+
+
+class MachineTarget(Target):
+    """The reader of a machine format; what it finds is then written in every other format."""
+
+    def __init__(self, name: str) -> None:
+        self._format = installed_machines().machines[name]
+
+    def seeds(self) -> list[bytes]:
+        from vmconv.machine import Machine, Memory
+
+        small = Machine(name="x", memory=Memory(size=64 * _MIB))
+        if not self._format.can_write or not self._reads_own():
+            return [b"\0" * 64, b"<?xml version='1.0'?><x/>"]
+        return [written(self._format, machine) for machine in (sample(), small)]
+
+    def _reads_own(self) -> bool:
+        return self._format.probe(image_file(written(self._format, sample())))
+
+    def run(self, data: bytes) -> None:
+        file = image_file(data, f"web{self._format.suffixes[0]}")
+        with contextlib.suppress(VmconvError):
+            self._format.probe(file)
+            machine = self._format.read(file, Opener(Registry()))
+            self._format.members(file)
+            for other in installed_machines().machines.values():
+                if other.can_write:
+                    _written_as(other, machine)
+
+
+def _written_as(other: MachineFormat, machine: Machine) -> None:
+    options: Any = parse_options(other.options(), {}, other.name)
+    with contextlib.suppress(VmconvError):
+        other.write(other.adapt(machine, options).machine, options)
+
+
+class NvramTarget(Target):
+    """Stores of firmware variables of any kind."""
+
+    def seeds(self) -> list[bytes]:
+        from vmconv.machine import nvram
+
+        empty = nvram.Store("ovmf", ())
+        return [nvram.converted(empty, "ovmf", size="2M")[0][:4096], b"MRVN" + bytes(200), b"GUESTRTS" + bytes(504)]
+
+    def run(self, data: bytes) -> None:
+        from vmconv.machine import nvram
+
+        # A store is large and mostly blank; the input is its beginning.
+        for content in (data, data.ljust(0x40000, b"\xff")):
+            with contextlib.suppress(VmconvError):
+                nvram.converted(nvram.read(content, "web.nvram"), "ovmf")
