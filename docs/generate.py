@@ -14,6 +14,7 @@ import argparse
 import re
 import textwrap
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,22 @@ def _default(value: Any) -> str:
 def machines_page() -> str:
     """Returns the reference of the machine formats of this repository."""
     distributions = {f"vmconv-{path.name}" for path in (ROOT / "plugins").iterdir() if path.is_dir()}
+    _refuse_missing(distributions)
     return machine_tables.page(machine_tables.shipped(distributions))
+
+
+def _refuse_missing(distributions: set[str]) -> None:
+    """Ends the run if a plugin of this repository is not installed, because its part of the page would be lost."""
+    missing = sorted(name for name in distributions if not _is_installed(name))
+    if missing:
+        raise SystemExit(f"not installed: {', '.join(missing)}")
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 # The changelog
