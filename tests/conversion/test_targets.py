@@ -102,6 +102,25 @@ def test_other_links_in_a_shared_directory_are_followed(disk: Path, shared: Path
     assert (leads / "made.qcow2").is_file()
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o1755, 0o1775, 0o1777, 0o1703])
+@pytest.mark.parametrize("owner", [0, STRANGER])
+def test_links_count_as_planted_where_the_kernel_takes_them_for_it(shared: Path, mode: int, owner: int) -> None:
+    """In directories that are sticky and writable by anybody, if neither this user nor the directory's made them."""
+    leads = shared / "leads"
+    leads.mkdir()
+    os.chown(leads, STRANGER, STRANGER)
+    link = strangers_link(shared / "d", leads)
+    os.chown(shared, owner, owner)
+    shared.chmod(mode)
+    if mode in (0o1777, 0o1703) and owner == 0:
+        with pytest.raises(AccessError, match="in a world-writable directory"):
+            targets.locate(str(link / "t.qcow2"))
+        return
+    directory, name = targets.locate(str(link / "t.qcow2"))
+    with directory:
+        assert (directory.path, name) == (str(leads), "t.qcow2")
+
+
 @pytest.mark.parametrize("through", ["itself", "directory"])
 def test_a_strangers_link_does_not_lead_to_directories_of_others(disk: Path, tmp_path: Path, through: str) -> None:
     own, secret = tmp_path / "bob", tmp_path / "secret"

@@ -794,6 +794,12 @@ def test_a_journal_has_one_name(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
+def test_some_filesystems_shift_blocks(ext4_dir: Path, btrfs_dir: Path) -> None:
+    for path, shifts in ((ext4_dir, True), (btrfs_dir, False)):
+        with Directory.at(str(path)) as directory:
+            assert shifting.supported(directory) is shifts
+
+
 def test_payload_is_not_shifted_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     carrier = carrier_of(64)
     once = plan_of(table_of(32, (0, None, 0), (16, carrier, 8), (24, None, 0), (28, carrier, 20)))

@@ -27,6 +27,7 @@ from vmconv.inplace import neighbours
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING, beside
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import ownership
+from vmconv.io.directory import NAME_MAX
 from vmconv.testing.malformed import time_limit
 from vmconv_vdi import structs as vdi_structs
 
@@ -771,5 +772,7 @@ def test_names_may_be_as_long_as_the_filesystem_has_them(any_dir: Path, length: 
 def test_shortened_names_are_apart() -> None:
     long = "x" * 250
     assert beside("disk", JOURNAL) == "disk" + JOURNAL
+    longest = "x" * (NAME_MAX - len(JOURNAL))
+    assert beside(longest, JOURNAL) == longest + JOURNAL
     assert beside(long + "1", JOURNAL) != beside(long + "2", JOURNAL)
     assert len(os.fsencode(beside("ä" * 127, JOURNAL))) <= 255

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from support import qcow2_images
 from support.disks import MIB, make_disk
 from support.inplace import descriptor, in_place, names, refused
-from vmconv.errors import VmconvError
-from vmconv.inplace import stay
+from support.inplace_pairs import Source
+from vmconv.errors import PlanError, VmconvError
+from vmconv.inplace import rules, stay
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
@@ -98,3 +100,31 @@ def test_an_undo_file_of_the_target_is_not_written_over(ext4_dir: Path) -> None:
     assert f"new.vmdk{UNDO}: already exists" in str(error)
     in_place(disk, ext4_dir / "new.vmdk", options=options)
     assert (ext4_dir / f"new.vmdk{UNDO}").read_bytes() == b"the way back of another one"
+
+
+def test_new_files_that_copy_a_little_are_better_than_a_shift(xfs_dir: Path, tmp_path: Path) -> None:
+    """The last block of the disk is not whole, so it is copied; a shift would not, but could not be taken back."""
+    raw = make_disk(tmp_path / "disk.raw", MIB + 512)
+    image = Source("vhdx", "qemu").make(raw, xfs_dir)
+    before = image.stat().st_ino
+    plan = in_place(image, xfs_dir / "new.raw")
+    assert 0 < plan.totals.copied < 4096
+    assert (xfs_dir / "new.raw").stat().st_ino != before
+    assert (xfs_dir / "new.raw").read_bytes() == raw.read_bytes()
+
+
+@pytest.mark.parametrize("owner", [0, 1, 54321])
+def test_beside_a_name_that_is_gone_nobody_owns_a_file(tmp_path: Path, owner: int) -> None:
+    (tmp_path / "extent").touch()
+    os.chown(tmp_path / "extent", owner, owner)
+    with Directory.at(str(tmp_path)) as directory:
+        with pytest.raises(PlanError, match=f"extent: belongs to user {owner}, gone to user -1"):
+            rules.refuse_other_owners(directory, "gone", ["extent"], "--any-owner")
+        rules.refuse_other_owners(directory, "gone", ["gone", "too"], "--any-owner")
+
+
+def test_an_overlay_of_another_directory_s_disk_of_this_name_is_no_neighbour(ext4_dir: Path) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", MIB)
+    (ext4_dir / "overlay.qcow2").write_bytes(qcow2_images.empty_overlay("/elsewhere/disk.raw"))
+    in_place(disk, ext4_dir / "new.qcow2")
+    assert names(ext4_dir) == {"new.qcow2", "overlay.qcow2"}
