@@ -95,8 +95,10 @@ DOCTYPE = b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;">]><x>&b;
         (b"<x>&nbsp;</x>", "undefined entity"),
         (b" " * (8 << 20) + b"<x/>", "a configuration has at most"),
         (b"", "no element found"),
+        (b"<?xml version='1.0' encoding='UTF-6'?><x/>", "line 1: its encoding cannot be read: unknown encoding"),
+        (b"<?xml version='1.0' encoding='shift_jis'?><x/>", "multi-byte encodings are not supported"),
     ],
-    ids=["doctype", "depth", "count", "mismatch", "entity", "size", "empty"],
+    ids=["doctype", "depth", "count", "mismatch", "entity", "size", "empty", "unknown encoding", "multi-byte"],
 )
 def test_dangerous_xml_is_refused_with_its_line(content: bytes, problem: str) -> None:
     with pytest.raises(ImageError, match=problem):

@@ -12,7 +12,7 @@ from support.requirements import missing, oracle_program
 from vmconv.errors import ImageError, PlanError, UsageError
 from vmconv.machine import Board, Controller, Cpu, Disk, Firmware, GuestOS, Identity, Machine, Memory, Nic, Removable
 from vmconv.model.options import parse_options
-from vmconv.plugin import Adapted
+from vmconv.plugin import Adapted, Opener, Registry
 from vmconv.testing import MachineTests, image_file
 from vmconv_proxmox import Proxmox
 
@@ -387,3 +387,8 @@ def test_perl_decodes_descriptions_and_serial_numbers() -> None:
     stdin = "\n".join([*described, coded])
     done = subprocess.run([perl, "-e", PERL], input=stdin, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [*text.split("\n"), serial]
+
+
+def test_a_controller_with_control_characters_is_refused() -> None:
+    with pytest.raises(ImageError, match="is not the name of a controller"):
+        Proxmox().read(image_file(b"memory: 64\nscsihw: p\x06vscsi\n", "100.conf"), Opener(Registry()))

@@ -113,6 +113,9 @@ def parse_xml(file: File, data: bytes | None = None) -> Element:
     except expat.ExpatError as exc:
         what = expat.ErrorString(exc.code)
         raise ImageError(f"{file.name}: line {exc.lineno}: is not well-formed XML: {what}") from exc
+    except (LookupError, ValueError) as exc:
+        # The declaration names an encoding that Python does not have, or expat cannot use.
+        raise ImageError(f"{file.name}: line 1: its encoding cannot be read: {exc}") from exc
     except _TooMuchError as exc:
         raise ImageError(f"{file.name}: line {parser.CurrentLineNumber}: {exc}") from exc
 

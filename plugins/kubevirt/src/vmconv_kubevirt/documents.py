@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vmconv.errors import ImageError
 from vmconv.machine import config_text, quoted
+from vmconv.plugin import ImageError
 
 if TYPE_CHECKING:
     from vmconv.plugin import File

@@ -7,9 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 from xml.etree.ElementTree import Element
 
-from vmconv.errors import ImageError
 from vmconv.machine import parse_xml, quoted, refused
-from vmconv.plugin import MAX_SIZE
+from vmconv.plugin import MAX_SIZE, ImageError
 from vmconv_ovf.keys import ENVELOPES, FORMATS, VMW, XSI
 from vmconv_ovf.names import decoded, problem_of
 from vmconv_ovf.units import bytes_of

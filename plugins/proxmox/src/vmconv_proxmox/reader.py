@@ -58,6 +58,8 @@ def read(file: File) -> Machine:
         source.take(key)
     system, chipset = _system(source), _chipset(source)
     scsi = source.take("scsihw")
+    if scsi and not re.fullmatch(r"[a-z0-9-]{1,40}", scsi):
+        raise refused(source.file, "scsihw", f"{quoted(scsi)} is not the name of a controller")
     model = SCSI_MODELS.get(scsi or "lsi", scsi)
     order, other_disks = devices.boot_order(source)
     disks, removables = devices.drives(source, model, order)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from vmconv.machine import number, part, quoted, refused
-from vmconv.machine.model import GuestOS
+from vmconv.machine import GuestOS, number, part, quoted, refused
 from vmconv_vbox.structs import NS
 
 if TYPE_CHECKING:
