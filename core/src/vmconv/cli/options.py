@@ -41,22 +41,27 @@ def add_format(
     )
 
 
-def add_access(parser: argparse.ArgumentParser) -> None:
+def add_opening(parser: argparse.ArgumentParser, whose: str = "images") -> None:
+    """Adds the arguments on files that `whose` name, and on images in use."""
     parser.add_argument(
         "--allow-external",
         action="append",
         default=[],
         metavar="PATH",
-        help="let images refer to files in this tree besides their own directory; may be repeated",
+        help=f"let {whose} refer to files in this tree besides their own directory; may be repeated",
     )
+    parser.add_argument(
+        "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
+    )
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    add_opening(parser)
     parser.add_argument(
         "--backing-format",
         dest="source_backing_format",
         metavar="FMT",
         help="format of backing files where the image above them does not state it (default: by suffix and content)",
-    )
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
     )
 
 

@@ -6,6 +6,7 @@ These names are stable for plugins, like those of `vmconv.plugin`. Import this p
 needs, takes longer to import than a disk to convert.
 """
 
+from vmconv.machine.changes import Changes
 from vmconv.machine.guests import guest, name_in
 from vmconv.machine.model import (
     CONTROLLER_MODELS,
@@ -47,6 +48,7 @@ __all__ = [
     "MAX_DEVICES",
     "NIC_MODELS",
     "Board",
+    "Changes",
     "Controller",
     "Cpu",
     "Disk",

@@ -7,43 +7,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from vmconv.machine import Nic, name_in
-from vmconv.plugin import Adapted, PlanError, Substitution
+from vmconv.machine import Changes, Nic, name_in
+from vmconv.plugin import Adapted, PlanError
 from vmconv_kubevirt.words import ARCHITECTURES, BUSES, CPU_MODEL, KEPT, MAX_NAME, NETWORK, NICS, SERIAL, SOUNDS, label
 
 if TYPE_CHECKING:
     from vmconv.machine import Disk, Machine
     from vmconv_kubevirt.options import Options
 
-T = TypeVar("T")
 Part = TypeVar("Part", bound=BaseModel)
 
 _SERIALS = "KubeVirt refuses serials with other characters than letters, digits and _.+-"
 _ORDER = "KubeVirt numbers devices, each once, and has no classes"
 
 
-class _Changes:
-    def __init__(self) -> None:
-        self.found: list[Substitution] = []
-
-    def set(self, path: str, before: Any, after: T, reason: str) -> T:
-        """Returns the new value; a field that the source states and that changes gets its reason."""
-        if before not in (None, (), after) or (before is False and after is None):
-            self.found.append(Substitution(path, _words(before), _words(after), reason))
-        return after
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return "" if value is None else " ".join(str(value).split())[:200]
-
-
 def adapt(machine: Machine, options: Options) -> Adapted:
     """Returns the machine as a VirtualMachine. Raises `PlanError` without a memory size."""
     if machine.memory.size is None:
         raise PlanError("the machine states no memory size, and a VirtualMachine needs one")
-    changes = _Changes()
+    changes = Changes()
     linux = name_in("proxmox", machine.os) in ("l24", "l26")
     machine = _small(_identity(_firmware(_cpu(_names(machine, changes), changes), changes), changes), changes)
     disks = tuple(_disk(disk, at, machine, linux, options, changes) for at, disk in enumerate(machine.disks))
@@ -56,7 +38,7 @@ def _updated(part: Part, **values: Any) -> Part:
     return part.model_copy(update=values)
 
 
-def _names(machine: Machine, changes: _Changes) -> Machine:
+def _names(machine: Machine, changes: Changes) -> Machine:
     why = "names in Kubernetes are labels of DNS: up to 50 lower case letters, digits and hyphens"
     name = changes.set("name", machine.name, label(machine.name or "", MAX_NAME) or "machine", why)
     architecture = machine.os.architecture
@@ -65,7 +47,7 @@ def _names(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, name=name, os=_updated(machine.os, architecture=architecture))
 
 
-def _cpu(machine: Machine, changes: _Changes) -> Machine:
+def _cpu(machine: Machine, changes: Changes) -> Machine:
     cpu = machine.cpu
     cores, threads = cpu.cores or 1, cpu.threads or 1
     sockets = cpu.sockets or max((cpu.count or 1) // (cores * threads), 1)
@@ -85,7 +67,7 @@ def _cpu(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, cpu=_updated(cpu, **values))
 
 
-def _firmware(machine: Machine, changes: _Changes) -> Machine:
+def _firmware(machine: Machine, changes: Changes) -> Machine:
     firmware = machine.firmware
     arm = machine.os.architecture == "aarch64"
     kind = firmware.kind or ("uefi" if firmware.secure_boot or arm else "bios")
@@ -107,7 +89,7 @@ def _firmware(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, tpm=tpm, board=board, firmware=_updated(firmware, kind=kind, secure_boot=secure))
 
 
-def _identity(machine: Machine, changes: _Changes) -> Machine:
+def _identity(machine: Machine, changes: Changes) -> Machine:
     identity = machine.identity
     serial = identity.serial
     if serial and not SERIAL.fullmatch(serial):
@@ -115,7 +97,7 @@ def _identity(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, identity=_updated(identity, serial=serial))
 
 
-def _small(machine: Machine, changes: _Changes) -> Machine:
+def _small(machine: Machine, changes: Changes) -> Machine:
     sound, watchdog = machine.sound, machine.watchdog
     if sound and sound not in SOUNDS:
         sound = changes.set("sound", sound, "hda", "KubeVirt has no such sound card")
@@ -125,7 +107,7 @@ def _small(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, sound=sound, watchdog=watchdog, rng=rng)
 
 
-def _disk(disk: Disk, at: int, machine: Machine, linux: bool, options: Options, changes: _Changes) -> Disk:
+def _disk(disk: Disk, at: int, machine: Machine, linux: bool, options: Options, changes: Changes) -> Disk:
     path = f"disks[{at}]"
     bus, reason = _bus(disk, machine, linux, options)
     bus = changes.set(f"{path}.bus", disk.bus, bus, reason)
@@ -151,7 +133,7 @@ def _bus(disk: Disk, machine: Machine, linux: bool, options: Options) -> tuple[s
     return "sata", f"KubeVirt has no bus {disk.bus}"
 
 
-def _nic(nic: Nic, at: int, linux: bool, options: Options, changes: _Changes) -> Nic:
+def _nic(nic: Nic, at: int, linux: bool, options: Options, changes: Changes) -> Nic:
     path, mac, model = f"nics[{at}]", nic.mac, nic.model or "e1000e"
     if mac and int(mac[:2], 16) & 1:
         mac = changes.set(f"{path}.mac", mac, None, "it is a multicast address, which no card has")
@@ -181,7 +163,7 @@ def _network(nic: Nic, at: int, options: Options) -> tuple[str, str | None, str]
     return "bridged", f"network-{at + 1}", "a machine joins the pod's network once"
 
 
-def _boot_order(machine: Machine, changes: _Changes) -> Machine:
+def _boot_order(machine: Machine, changes: Changes) -> Machine:
     groups: dict[str, tuple[Any, ...]] = {"disks": machine.disks, "nics": machine.nics}
     devices = [(name, at, device) for name, group in groups.items() for at, device in enumerate(group)]
     first = sorted((each for each in devices if each[2].boot_index is not None), key=lambda each: each[2].boot_index)
@@ -202,7 +184,7 @@ def _boot_order(machine: Machine, changes: _Changes) -> Machine:
     return _updated(machine, **values, firmware=_updated(machine.firmware, boot_order=()))
 
 
-def _extra(machine: Machine, changes: _Changes, options: Options) -> Machine:
+def _extra(machine: Machine, changes: Changes, options: Options) -> Machine:
     """Returns the machine with the settings that are taken over, and those of the options."""
     kept = {}
     for key, text in machine.extra.get("kubevirt", {}).items():

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from vmconv.machine import Display
+from vmconv.machine import Changes, Display
 from vmconv.plugin import Adapted, PlanError
-from vmconv_libvirt.changes import Changes
 from vmconv_libvirt.fragments import why_dropped
 from vmconv_libvirt.networks import adapt_nics
 from vmconv_libvirt.placing import place_all

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from vmconv_libvirt.words import NICS
 
 if TYPE_CHECKING:
-    from vmconv.machine import Nic
-    from vmconv_libvirt.changes import Changes
+    from vmconv.machine import Changes, Nic
     from vmconv_libvirt.options import Options
 
 _INTERFACE = re.compile(r"[A-Za-z0-9_.\-]{1,15}")

@@ -10,8 +10,7 @@ from vmconv.plugin import PlanError
 from vmconv_libvirt.words import SCSI
 
 if TYPE_CHECKING:
-    from vmconv.machine import Machine
-    from vmconv_libvirt.changes import Changes
+    from vmconv.machine import Changes, Machine
     from vmconv_libvirt.options import Options
 
 Device = TypeVar("Device", Disk, Removable)

@@ -6,11 +6,10 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
-from vmconv.machine import Board, Cpu, Firmware, GuestOS, Identity, Machine, Memory, name_in
+from vmconv.machine import Board, Changes, Cpu, Firmware, GuestOS, Identity, Machine, Memory, name_in
 from vmconv.plugin import Adapted, PlanError
 from vmconv_proxmox.adapting_devices import adapt_nics, adapt_others
 from vmconv_proxmox.adapting_drives import adapt_boot, adapt_drives
-from vmconv_proxmox.changes import Changes
 from vmconv_proxmox.places import is_windows
 from vmconv_proxmox.writer import own_settings, smbios1
 
@@ -60,7 +59,7 @@ def _name(name: str | None, changes: Changes) -> str | None:
         return None
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     labels = (label.strip("-")[:63].strip("-") for label in re.sub(r"[^A-Za-z0-9.]+", "-", plain).split("."))
-    return changes.value("name", name, ".".join(filter(None, labels)) or None, "Proxmox takes DNS names only")
+    return changes.set("name", name, ".".join(filter(None, labels)) or None, "Proxmox takes DNS names only")
 
 
 def _description(text: str | None, changes: Changes) -> str | None:
@@ -74,10 +73,10 @@ def _description(text: str | None, changes: Changes) -> str | None:
 def _system(system: GuestOS, changes: Changes) -> GuestOS:
     kind = name_in("proxmox", system) or "other"
     for path, before in (("os.id", system.id), ("os.source_id", system.source_id)):
-        changes.value(path, before, kind, "Proxmox names families of systems")
+        changes.set(path, before, kind, "Proxmox names families of systems")
     architecture = system.architecture
     if architecture != "aarch64":
-        architecture = changes.value(
+        architecture = changes.set(
             "os.architecture", architecture, "x86_64", "Proxmox's processors have 64 bits; 32-bit systems run on them"
         )
     return GuestOS(architecture=architecture, source_id=kind)
@@ -88,15 +87,15 @@ def _cpu(cpu: Cpu, system: GuestOS, options: Options, changes: Changes) -> Cpu:
     if sockets * cores > _MAX_CPUS:
         raise PlanError(f"machine has {sockets * cores} processors, at most {_MAX_CPUS} are possible")
     agree = "Proxmox has sockets and cores, with one thread each"
-    changes.value("cpu.sockets", cpu.sockets, sockets, agree)
-    changes.value("cpu.cores", cpu.cores, cores, agree)
-    changes.value("cpu.threads", cpu.threads, 1, agree)
+    changes.set("cpu.sockets", cpu.sockets, sockets, agree)
+    changes.set("cpu.cores", cpu.cores, cores, agree)
+    changes.set("cpu.threads", cpu.threads, 1, agree)
     count = cpu.count or sockets * cores
     default = "host" if system.architecture == "aarch64" else options.cpu
     model = _CPU_NAMES.get(cpu.model or "", cpu.model or default)
     if not _CPU_MODELS.fullmatch(model) and model != options.cpu:
         model = default
-    changes.value("cpu.model", cpu.model, model, "Proxmox has other names of CPU types")
+    changes.set("cpu.model", cpu.model, model, "Proxmox has other names of CPU types")
     return cpu.model_copy(update={"count": count, "sockets": sockets, "cores": cores, "threads": 1, "model": model})
 
 
@@ -115,14 +114,14 @@ def _topology(cpu: Cpu) -> tuple[int, int]:
 
 def _memory(memory: Memory, changes: Changes) -> Memory:
     size = max(16, -(-(memory.size or 512 << 20) >> 20)) << 20
-    changes.value("memory.size", memory.size, size, "Proxmox counts whole MiB, from 16")
+    changes.set("memory.size", memory.size, size, "Proxmox counts whole MiB, from 16")
     return memory.model_copy(update={"size": size})
 
 
 def _firmware(firmware: Firmware, system: GuestOS, changes: Changes) -> Firmware:
     kind = firmware.kind
     if system.architecture == "aarch64":
-        kind = changes.value("firmware.kind", kind, "uefi", "aarch64 has no BIOS")
+        kind = changes.set("firmware.kind", kind, "uefi", "aarch64 has no BIOS")
     kind = kind or ("uefi" if firmware.nvram else "bios")
     if firmware.secure_boot is not None:
         reason = "the EFI disk holds it; to make one: qm set VMID --efidisk0 STORAGE:0,efitype=4m,pre-enrolled-keys=1"
@@ -145,9 +144,9 @@ def _identity(identity: Identity, changes: Changes) -> Identity:
 def _board(board: Board, system: GuestOS, changes: Changes) -> Board:
     chipset = board.chipset or "i440fx"
     if system.architecture == "aarch64":
-        chipset = changes.value("board.chipset", board.chipset, "virt", "aarch64 has no PC chipset")
+        chipset = changes.set("board.chipset", board.chipset, "virt", "aarch64 has no PC chipset")
     elif chipset == "virt":
-        chipset = changes.value("board.chipset", chipset, "q35", "virt is a machine of other architectures")
+        chipset = changes.set("board.chipset", chipset, "q35", "virt is a machine of other architectures")
     clock = board.clock or ("localtime" if is_windows(system.source_id) else "utc")
     return board.model_copy(update={"chipset": chipset, "clock": clock})
 

@@ -10,7 +10,7 @@ from vmconv.machine import Display, Machine, Nic, Serial
 from vmconv_proxmox.devices import NIC_NAMES, NICS
 
 if TYPE_CHECKING:
-    from vmconv_proxmox.changes import Changes
+    from vmconv.machine import Changes
     from vmconv_proxmox.options import Options
 
 MAX_NICS = 32
@@ -35,13 +35,13 @@ def _nic(machine: Machine, number: int, windows: bool, options: Options, changes
     nic, path = machine.nics[number], f"nics[{number}]"
     known = {NIC_NAMES.get(model, model) for model in NICS}
     model = nic.model if nic.model in known else ("e1000" if windows or nic.model == "vmxnet2" else "virtio")
-    changes.value(f"{path}.model", nic.model, model, "Proxmox has no such card")
+    changes.set(f"{path}.model", nic.model, model, "Proxmox has no such card")
     kind = "nat" if nic.network_kind == "nat" else "bridged"
-    changes.value(f"{path}.network_kind", nic.network_kind, kind, "Proxmox connects cards to bridges")
+    changes.set(f"{path}.network_kind", nic.network_kind, kind, "Proxmox connects cards to bridges")
     network = None if kind == "nat" else _bridge(machine, nic.network, options)
-    changes.value(f"{path}.network", nic.network, network, "is no bridge of the target; another one: -o bridge=NAME")
+    changes.set(f"{path}.network", nic.network, network, "is no bridge of the target; another one: -o bridge=NAME")
     connected = nic.connected is not False and nic.network_kind != "none"
-    changes.value(f"{path}.connected", nic.connected, connected, "the card is connected to nothing")
+    changes.set(f"{path}.connected", nic.connected, connected, "the card is connected to nothing")
     values = {"model": model, "network_kind": kind, "network": network, "connected": connected}
     return nic.model_copy(update={**values, "mac": _mac(machine, number, options, changes)})
 
@@ -61,7 +61,7 @@ def _mac(machine: Machine, number: int, options: Options, changes: Changes) -> s
         return mac
     seed = f"{machine.identity.uuid or machine.name}/{options.vmid}/{number}"
     made = f"{_OUI}:{hashlib.sha256(seed.encode()).digest()[:3].hex(':')}"
-    return changes.value(f"nics[{number}].mac", mac, made, "Proxmox refuses multicast addresses")
+    return changes.set(f"nics[{number}].mac", mac, made, "Proxmox refuses multicast addresses")
 
 
 def adapt_others(machine: Machine, changes: Changes) -> dict[str, Any]:
@@ -71,27 +71,27 @@ def adapt_others(machine: Machine, changes: Changes) -> dict[str, Any]:
         "sound": _known("sound", machine.sound, _SOUNDS, changes),
         "serials": _serials(machine.serials, changes),
         "watchdog": _known("watchdog", machine.watchdog, _WATCHDOGS, changes),
-        "rng": changes.value("rng", machine.rng, machine.rng or None, "a machine without the device has none"),
+        "rng": changes.set("rng", machine.rng, machine.rng or None, "a machine without the device has none"),
     }
 
 
 def _known(path: str, value: str | None, known: tuple[str, ...], changes: Changes) -> str | None:
     if value is None or value in known:
         return value
-    return changes.value(path, value, None, f"Proxmox has {' and '.join(known)}")
+    return changes.set(path, value, None, f"Proxmox has {' and '.join(known)}")
 
 
 def _display(display: Display | None, changes: Changes) -> Display | None:
     if display is None:
         return None
     model = display.model if display.model in _DISPLAYS else "vga"
-    changes.value("display.model", display.model, model, "Proxmox has no such graphics card")
+    changes.set("display.model", display.model, model, "Proxmox has no such graphics card")
     memory = display.memory
     if memory is not None:
         size = min(max(4, -(-memory >> 20)), 512) << 20
-        memory = changes.value("display.memory", memory, size, "Proxmox takes 4 to 512 MiB")
+        memory = changes.set("display.memory", memory, size, "Proxmox takes 4 to 512 MiB")
     heads = display.heads if model == "qxl" and display.heads in (2, 3, 4) else None
-    changes.value("display.heads", display.heads, heads, "only qxl has several heads, 2 to 4")
+    changes.set("display.heads", display.heads, heads, "only qxl has several heads, 2 to 4")
     return Display(model=model, memory=memory, heads=heads)
 
 

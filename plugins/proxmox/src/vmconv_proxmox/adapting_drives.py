@@ -21,7 +21,7 @@ from vmconv_proxmox.places import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmconv_proxmox.changes import Changes
+    from vmconv.machine import Changes
     from vmconv_proxmox.options import Options
 
 Drive = TypeVar("Drive", Disk, Removable)
@@ -143,10 +143,10 @@ def _at(bus: str | None, controller: int | None, unit: int | None) -> str:
 
 def _disk(disk: Disk, path: str, changes: Changes) -> Disk:
     mode = "independent-nonpersistent" if disk.mode == "independent-nonpersistent" else "persistent"
-    changes.value(f"{path}.mode", disk.mode, mode, "a snapshot on Proxmox has all disks")
+    changes.set(f"{path}.mode", disk.mode, mode, "a snapshot on Proxmox has all disks")
     serial = disk.serial
     if serial is not None and len(serial.encode()) > _MAX_SERIAL:
-        serial = changes.value(f"{path}.serial", serial, None, f"a serial number has at most {_MAX_SERIAL} bytes")
+        serial = changes.set(f"{path}.serial", serial, None, f"a serial number has at most {_MAX_SERIAL} bytes")
     suffix = (disk.file or "").rpartition(".")[2]
     form = disk.format or (suffix if suffix in _FORMATS else None)
     return disk.model_copy(update={"mode": mode, "serial": serial, "format": form})
@@ -154,7 +154,7 @@ def _disk(disk: Disk, path: str, changes: Changes) -> Disk:
 
 def _removable(drive: Removable, at: int, changes: Changes) -> Removable:
     reason = "the drive is empty: media belong on a storage for ISO images"
-    connected = changes.value(f"removables[{at}].connected", drive.connected, False, reason)
+    connected = changes.set(f"removables[{at}].connected", drive.connected, False, reason)
     return drive.model_copy(update={"connected": connected})
 
 
@@ -192,7 +192,7 @@ def adapt_boot(machine: Machine, changes: Changes) -> Machine:
     lists: dict[str, list[Disk | Removable | Nic]] = {name: [] for name in _CLASSES}
     for name, at, device in devices:
         index = places.get((name, at))
-        changes.value(f"{name}[{at}].boot_index", device.boot_index, index, "Proxmox has one list of devices, from 0")
+        changes.set(f"{name}[{at}].boot_index", device.boot_index, index, "Proxmox has one list of devices, from 0")
         lists[name].append(device.model_copy(update={"boot_index": index}))
     if machine.firmware.boot_order:
         listed = tuple(f"{name}[{at}]" for name, at in order)

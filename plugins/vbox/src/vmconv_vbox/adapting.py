@@ -7,6 +7,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from vmconv.machine import (
     Board,
+    Changes,
     Cpu,
     Disk,
     Display,
@@ -21,7 +22,6 @@ from vmconv.machine import (
     name_in,
 )
 from vmconv.plugin import Adapted, PlanError
-from vmconv_vbox.changes import Changes
 from vmconv_vbox.places import adapt_storage
 from vmconv_vbox.structs import (
     DISPLAYS,
@@ -78,13 +78,13 @@ def _system(system: GuestOS, changes: Changes) -> GuestOS:
     found = guest("vbox", name_in("vbox", system) or "Other_64")
     reason = "VirtualBox has its own names of systems"
     for name in ("id", "architecture", "source_id"):
-        changes.value(f"os.{name}", getattr(system, name), getattr(found, name) or found.source_id, reason)
+        changes.set(f"os.{name}", getattr(system, name), getattr(found, name) or found.source_id, reason)
     return found
 
 
 def _cpu(cpu: Cpu, changes: Changes) -> Cpu:
     stated = cpu.count or (cpu.sockets or 1) * (cpu.cores or 1) * (cpu.threads or 1)
-    count = changes.value("cpu.count", stated, min(stated, MAX_CPUS), f"VirtualBox has at most {MAX_CPUS} processors")
+    count = changes.set("cpu.count", stated, min(stated, MAX_CPUS), f"VirtualBox has at most {MAX_CPUS} processors")
     return cpu.model_copy(update={"count": count, "hot_add": bool(cpu.hot_add)})
 
 
@@ -92,7 +92,7 @@ def _memory(memory: Memory, changes: Changes) -> Memory:
     size = max(4, -(-(memory.size or 1 << 30) >> 20)) << 20
     if size > MAX_MEMORY:
         raise PlanError(f"machine has {size} bytes of memory, VirtualBox at most {MAX_MEMORY}")
-    changes.value("memory.size", memory.size, size, "VirtualBox counts whole MiB, from 4")
+    changes.set("memory.size", memory.size, size, "VirtualBox counts whole MiB, from 4")
     return memory.model_copy(update={"size": size})
 
 
@@ -121,16 +121,16 @@ def _identity(machine: Machine, changes: Changes) -> Identity:
     seed = f"vmconv:{machine.name}/{identity.uuid}/{[nic.mac for nic in machine.nics]}"
     own = identity.instance_uuid
     if own in (None, _NO_UUID):
-        own = changes.value("identity.instance_uuid", own, uuid5(NAMESPACE_URL, seed), "zeros are no identity")
+        own = changes.set("identity.instance_uuid", own, uuid5(NAMESPACE_URL, seed), "zeros are no identity")
     seen = identity.uuid
     if seen in (None, _NO_UUID):
-        seen = changes.value("identity.uuid", seen, own, "zeros are no identity")
+        seen = changes.set("identity.uuid", seen, own, "zeros are no identity")
     return identity.model_copy(update={"instance_uuid": own, "uuid": seen})
 
 
 def _board(board: Board, changes: Changes) -> Board:
     chipset = "q35" if board.chipset in ("q35", "virt") else "i440fx"
-    changes.value("board.chipset", board.chipset, chipset, "VirtualBox's PCs have a PIIX3 or an ICH9")
+    changes.set("board.chipset", board.chipset, chipset, "VirtualBox's PCs have a PIIX3 or an ICH9")
     return board.model_copy(update={"chipset": chipset, "clock": board.clock or "utc"})
 
 
@@ -146,11 +146,11 @@ def _disk(machine: Machine, number: int, changes: Changes) -> Disk:
             f"disk {disk.device!r} is a device, which VirtualBox takes only through a descriptor", hint=hint
         )
     mode = "independent-persistent" if disk.mode == "independent-persistent" else "persistent"
-    changes.value(f"{path}.mode", disk.mode, mode, "VirtualBox drops changes only to layers, which a new disk has not")
+    changes.set(f"{path}.mode", disk.mode, mode, "VirtualBox drops changes only to layers, which a new disk has not")
     serial = disk.serial
     if serial is not None and not _takes_serial(disk, serial):
         reason = "VirtualBox takes serial numbers of SATA and IDE disks, of at most 20 characters"
-        serial = changes.value(f"{path}.serial", serial, None, reason)
+        serial = changes.set(f"{path}.serial", serial, None, reason)
     seed = f"vmconv:{machine.name}/{machine.identity.uuid}/disk/{number}"
     suffix = (disk.file or "").rpartition(".")[2].lower()
     form = disk.format or (suffix if suffix in FORMAT_NAMES else "vdi")
@@ -169,7 +169,7 @@ def _removables(machine: Machine, changes: Changes) -> tuple[Any, ...]:
     found = []
     for number, drive in enumerate(machine.removables):
         reason = "the drive is empty: insert the medium again"
-        connected = changes.value(f"removables[{number}].connected", drive.connected, False, reason)
+        connected = changes.set(f"removables[{number}].connected", drive.connected, False, reason)
         found.append(drive.model_copy(update={"connected": connected}))
     return tuple(found)
 
@@ -183,7 +183,7 @@ def _nics(machine: Machine, limit: int, options: Options, changes: Changes) -> t
 def _nic(machine: Machine, number: int, options: Options, changes: Changes) -> Nic:
     nic, path = machine.nics[number], f"nics[{number}]"
     model = nic.model if nic.model in NIC_NAMES else "e1000"
-    changes.value(f"{path}.model", nic.model, model, "VirtualBox has no such card; nearly every guest drives e1000")
+    changes.set(f"{path}.model", nic.model, model, "VirtualBox has no such card; nearly every guest drives e1000")
     mac = _mac(machine, number, changes)
     own = own_mode(machine, number)
     kind, network = nic.network_kind, nic.network
@@ -193,7 +193,7 @@ def _nic(machine: Machine, number: int, options: Options, changes: Changes) -> N
         network = options.bridge
     if kind in ("nat", "none") and own is None:
         network = None
-    changes.value(f"{path}.network", nic.network, network, "is no network of VirtualBox")
+    changes.set(f"{path}.network", nic.network, network, "is no network of VirtualBox")
     connected = nic.connected is not False
     return nic.model_copy(
         update={"model": model, "mac": mac, "network_kind": kind, "network": network, "connected": connected}
@@ -206,23 +206,23 @@ def _mac(machine: Machine, number: int, changes: Changes) -> str:
     if mac is not None and int(mac[:2], 16) % 2 == 0:
         return mac
     made = uuid5(NAMESPACE_URL, f"vmconv:{machine.name}/{machine.identity.uuid}/nic/{number}").bytes[:3].hex(":")
-    return changes.value(f"nics[{number}].mac", mac, f"{_OUI}:{made}", "VirtualBox refuses multicast addresses")
+    return changes.set(f"nics[{number}].mac", mac, f"{_OUI}:{made}", "VirtualBox refuses multicast addresses")
 
 
 def _display(display: Display | None, changes: Changes) -> Display:
     display = display or Display()
     names = set(DISPLAYS.values())
     model = display.model if display.model in names else "vmware"
-    changes.value("display.model", display.model, model, "VirtualBox has no such graphics card")
+    changes.set("display.model", display.model, model, "VirtualBox has no such graphics card")
     size = min(-(-(display.memory or 16 << 20) >> 20) << 20, _MAX_VIDEO)
-    changes.value("display.memory", display.memory, size, "VirtualBox takes whole MiB, at most 256")
+    changes.set("display.memory", display.memory, size, "VirtualBox takes whole MiB, at most 256")
     return display.model_copy(update={"model": model, "memory": size, "heads": max(display.heads or 1, 1)})
 
 
 def _sound(sound: str | None, changes: Changes) -> str | None:
     if sound is None or sound in SOUNDS.values():
         return sound
-    return changes.value("sound", sound, "hda", "VirtualBox has AC97, HDA and SB16")
+    return changes.set("sound", sound, "hda", "VirtualBox has AC97, HDA and SB16")
 
 
 def _serials(serials: tuple[Serial, ...], changes: Changes) -> tuple[Serial, ...]:

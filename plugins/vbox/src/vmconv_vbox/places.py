@@ -11,7 +11,7 @@ from vmconv_vbox.structs import SCSI_ID_OF_CONTROLLER, TYPES, controllers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmconv_vbox.changes import Changes
+    from vmconv.machine import Changes
 
 Drive = TypeVar("Drive", Disk, Removable)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vmconv.cli.options import add_options, add_output
+from vmconv.cli.options import add_opening, add_options, add_output
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -56,16 +56,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="check the machine as it would be on this platform")
     add_options(parser, "the machine format")
-    parser.add_argument(
-        "--allow-external",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="let the configuration refer to files in this tree besides its own directory; may be repeated",
-    )
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
-    )
+    add_opening(parser, "configurations")
     add_output(parser)
 
 

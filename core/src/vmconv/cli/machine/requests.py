@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vmconv.cli.options import SetOptions, add_options, add_output, add_storage
+from vmconv.cli.options import SetOptions, add_opening, add_options, add_output, add_storage
 
 if TYPE_CHECKING:
     from vmconv.machine.request import MachineRequest
@@ -53,16 +53,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     )
     add_storage(parser)
     parser.add_argument("--force", action="store_true", help="replace files that exist")
-    parser.add_argument(
-        "--allow-external",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="let the configuration refer to files in this tree besides its own directory; may be repeated",
-    )
-    parser.add_argument(
-        "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
-    )
+    add_opening(parser, "configurations")
     add_output(parser)
 
 
