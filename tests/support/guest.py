@@ -1,11 +1,11 @@
 """A small Linux guest, made from Debian packages: a kernel, busybox and a bootloader on a disk, and what QEMU runs.
 
     0         syslinux' boot record, and a partition table
-    1 MiB     FAT: the bootloader, the kernel, an initramfs with busybox and `INIT`
-    33 MiB    ext4: a file of random payload, and what the guest writes
+    1 MiB     FAT: the bootloader, the kernel, an initramfs with busybox and the script that runs first
+    49 MiB    ext4: a file of random payload, and what the guest writes
 
-The guest mounts the second partition, takes the sum of the payload, writes it with a token of its own making, and
-powers off. It says both on the serial port too.
+`INIT` mounts the second partition, takes the sum of the payload, writes it with a token of its own making, and powers
+off. It says both on the serial port too.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from support.disks import MIB
 
 SECTOR = 512
-FAT, DATA, SIZE = MIB, 33 * MIB, 128 * MIB
+FAT, DATA, SIZE = MIB, 49 * MIB, 128 * MIB
 BOOT_RECORD = Path("/usr/lib/SYSLINUX/mbr.bin")
 BUSYBOX = Path("/bin/busybox")
 PROGRAMS = ("qemu-system-x86_64", "syslinux", "mformat", "mcopy", "mke2fs", "e2fsck", "debugfs", "cpio")
@@ -41,11 +41,13 @@ umount /mnt
 poweroff -f
 """
 
-CONFIG = """DEFAULT linux
+ARGUMENTS = "console=ttyS0 quiet panic=-1 disk=/dev/nvme0n1p2"
+
+CONFIG = f"""DEFAULT linux
 LABEL linux
   KERNEL vmlinuz
   INITRD initrd
-  APPEND console=ttyS0 quiet panic=-1 disk=/dev/nvme0n1p2
+  APPEND {ARGUMENTS}
 """
 
 
@@ -73,12 +75,25 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def make_guest(directory: Path) -> tuple[Path, str]:
-    """Returns a raw disk that boots, made in an empty directory, and the sha256 of the payload in it."""
+def make_guest(
+    directory: Path, init: str = INIT, modules: Sequence[str] = (), fill: Callable[[Path], None] | None = None
+) -> tuple[Path, str]:
+    """Returns a raw disk that boots, made in an empty directory, and the sha256 of the payload in it.
+
+    `init` runs first in the guest, which has the kernel's `modules`. `fill` may add files to the directory that becomes
+    the first partition.
+    """
     disk = directory / "guest.raw"
     disk.write_bytes(_boot_record())
     os.truncate(disk, SIZE)
-    _fill_boot_partition(disk, directory)
+    boot_files = directory / "boot"
+    boot_files.mkdir()
+    (boot_files / "syslinux.cfg").write_text(CONFIG)
+    (boot_files / "initrd").write_bytes(_initramfs(directory / "root", init, modules))
+    shutil.copy(kernels()[-1], boot_files / "vmlinuz")
+    if fill is not None:
+        fill(boot_files)
+    _fill_boot_partition(disk, boot_files)
     files = directory / "files"
     files.mkdir()
     payload = os.urandom(16 * MIB)
@@ -97,27 +112,42 @@ def _boot_record() -> bytes:
     return BOOT_RECORD.read_bytes().ljust(446, b"\0") + table.ljust(64, b"\0") + b"\x55\xaa"
 
 
-def _fill_boot_partition(disk: Path, directory: Path) -> None:
+def _fill_boot_partition(disk: Path, files: Path) -> None:
     partition = f"{disk}@@{FAT}"
     sectors, hidden = (DATA - FAT) // SECTOR, FAT // SECTOR
     run("mformat", "-i", partition, "-T", str(sectors), "-h", "16", "-s", "63", "-H", str(hidden), "::")
     run("syslinux", "--install", "--offset", str(FAT), disk)
-    (directory / "syslinux.cfg").write_text(CONFIG)
-    (directory / "initrd").write_bytes(_initramfs(directory / "root"))
-    run("mcopy", "-i", partition, directory / "initrd", directory / "syslinux.cfg", "::")
-    run("mcopy", "-i", partition, kernels()[-1], "::vmlinuz")
+    run("mcopy", "-s", "-i", partition, *sorted(files.iterdir()), "::")
 
 
-def _initramfs(root: Path) -> bytes:
-    for name in ("bin", "dev", "proc", "mnt"):
+def _initramfs(root: Path, init: str, modules: Sequence[str]) -> bytes:
+    for name in ("bin", "dev", "proc", "sys", "mnt"):
         (root / name).mkdir(parents=True)
     shutil.copy(BUSYBOX, root / "bin/busybox")
-    (root / "init").write_text(INIT)
+    (root / "init").write_text(init)
     (root / "init").chmod(0o755)
+    if modules:
+        _copy_modules(root, modules)
     names = "\0".join([".", *(str(path.relative_to(root)) for path in root.rglob("*"))])
     command = ["cpio", "--create", "--format=newc", "--quiet", "--null", "--owner=0:0"]
     packed = subprocess.run(command, input=names.encode(), cwd=root, capture_output=True, check=True).stdout
     return gzip.compress(packed, 1)
+
+
+def _copy_modules(root: Path, modules: Sequence[str]) -> None:
+    """Copies modules of the kernel with all that they need, and the list that modprobe reads."""
+    version = kernels()[-1].name.removeprefix("vmlinuz-")
+    source, target = Path("/lib/modules", version), root / "lib/modules" / version
+    needed = [line for line in (source / "modules.dep").read_text().splitlines() if _module(line) in modules]
+    assert {*map(_module, needed)} == {*modules}, needed
+    for file in {file for line in needed for file in line.replace(":", "").split()}:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / file, target / file)
+    shutil.copy(source / "modules.dep", target)
+
+
+def _module(line: str) -> str:
+    return Path(line.split(":", maxsplit=1)[0]).name.split(".")[0]
 
 
 def boot(image: Path, qemu_format: str, extra: Sequence[str] = ()) -> str:

@@ -200,7 +200,7 @@ def test_devices_of_a_domain_are_read() -> None:
 
 
 def test_settings_without_a_neutral_meaning_are_written_again() -> None:
-    found = read(DOMAIN)
+    found = read(DOMAIN.replace("vmpvscsi", "virtio-scsi"))
     kept = found.extra["libvirt"]
     assert kept["cputune"] == "<cputune><shares>512</shares></cputune>"
     result = adapted(found)
@@ -356,7 +356,10 @@ def scsi(model: str | None, os: str | None, kind: str) -> Machine:
 @pytest.mark.parametrize(
     ("model", "os", "firmware", "bus", "becomes"),
     [
-        ("pvscsi", "win2k22", "uefi", "scsi", "pvscsi"),
+        ("pvscsi", "win2k22", "bios", "scsi", "pvscsi"),
+        ("pvscsi", "debian12", "uefi", "scsi", "virtio-scsi"),
+        ("lsisas1068", "win2k22", "uefi", "sata", "ahci"),
+        ("virtio-scsi", "win2k22", "uefi", "scsi", "virtio-scsi"),
         ("lsisas1068", None, "bios", "scsi", "lsisas1068"),
         ("lsilogic", "debian12", "bios", "scsi", "lsi53c895a"),
         ("lsilogic", "debian12", "uefi", "scsi", "virtio-scsi"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from uuid import UUID
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
+from support.libvirt_host import LibvirtHost, short_directory
 from support.requirements import oracle_program
 from vmconv.errors import PlanError
 from vmconv.machine import (
@@ -39,18 +39,8 @@ from vmconv_libvirt.words import DISPLAYS, NICS, SCSI, SOUNDS, WATCHDOGS, osinfo
 LIBVIRT = Libvirt()
 
 
-class Host:
-    """A libvirt that runs within virsh, with all its files in one directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._virsh = oracle_program("virsh")
-        (directory / "root" / "etc").mkdir(parents=True)
-        # Everything runs as root, without AppArmor, and without virtlogd, which is a daemon of its own.
-        names = ("user", "group", "swtpm_user", "swtpm_group")
-        lines = [f'{name} = "root"' for name in names]
-        lines += ['security_driver = "none"', 'stdio_handler = "file"', "dynamic_ownership = 0", "remember_owner = 0"]
-        (directory / "root" / "etc" / "qemu.conf").write_text("\n".join(lines) + "\n")
+class Host(LibvirtHost):
+    """The host, with machines on it."""
 
     def written(self, machine: Machine, name: str = "a") -> Path:
         """Returns the domain of a machine, and makes its disks."""
@@ -62,19 +52,6 @@ class Host:
             if disk.file:
                 (self.directory / disk.file).write_bytes(bytes(1 << 20))
         return path
-
-    def run(self, *commands: str) -> str:
-        """Returns what virsh prints; fails if a command fails."""
-        uri = f"qemu:///embed?root={self.directory}/root"
-        done = subprocess.run(
-            [self._virsh, "-q", "-c", uri, "; ".join(commands)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
     def starts(self, machine: Machine) -> str:
         """Starts a machine without running its processors; returns QEMU's list of block devices."""
@@ -89,9 +66,8 @@ class Host:
 @pytest.fixture(scope="module")
 def host() -> Iterator[Host]:
     # One for all tests: libvirt asks QEMU once for its capabilities.
-    # Names of Unix sockets have 107 bytes, so pytest's directories are too deep.
-    with tempfile.TemporaryDirectory(prefix="vmconv-") as directory:
-        yield Host(Path(directory))
+    with short_directory() as directory:
+        yield Host(directory)
 
 
 def validate(path: Path) -> None:

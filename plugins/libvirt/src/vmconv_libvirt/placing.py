@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vmconv.machine import Controller, Disk, Removable, name_in
 from vmconv.plugin import PlanError
-from vmconv_libvirt.words import SCSI
+from vmconv_libvirt.words import SCSI, VIRTIO_SCSI
 
 if TYPE_CHECKING:
     from vmconv.machine import Changes, Machine
@@ -41,9 +41,9 @@ class Scsi:
         model = self.models.get(index)
         if self.forced:
             return "virtio-scsi", "asked for with bus=virtio-scsi"
-        if model == "lsi53c895a" and self.uefi:
-            return self._other("OVMF has no driver for the 53C895A")
         if model in SCSI:
+            if self.uefi and model not in VIRTIO_SCSI:
+                return self._other(f"the OVMF of Debian 12 and RHEL has no driver for {model}")
             return model, ""
         if model not in (None, "lsilogic"):
             return self._other(f"QEMU has no {model}")

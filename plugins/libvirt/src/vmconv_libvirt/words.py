@@ -24,6 +24,9 @@ SCSI = {
 }
 """SCSI controllers that QEMU has on PCs. libvirt's `lsilogic` is a 53C895A, VMware's and VirtualBox's a 53C1030."""
 
+VIRTIO_SCSI = ("virtio-scsi", "virtio-transitional", "virtio-non-transitional")
+"""SCSI controllers from which UEFI guests start. Debian 12's OVMF 2022.11 and RHEL's have no other driver."""
+
 NICS = {
     "e1000": "e1000",
     "e1000e": "e1000e",
