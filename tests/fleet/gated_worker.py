@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import sys
 
-from vmconv.api import Result
+from vmconv.api import MachineResult, Result
 from vmconv_fleet.jobs import worker
+from vmconv_fleet.jobs.conversion import Conversion
 
 
 def wait(gate: str) -> None:
@@ -24,19 +25,19 @@ def wait(gate: str) -> None:
 
 
 def main() -> int:
-    create, finish = worker.Worker._created, worker.Worker._finish
+    create, finish = Conversion._created, Conversion._finish
 
-    def created(self: worker.Worker, name: str, descriptor: int) -> None:
+    def created(self: Conversion, name: str, descriptor: int) -> None:
         create(self, name, descriptor)
         if self._journal.is_written:
             wait("begun")
 
-    def finished(self: worker.Worker, source: str, result: Result) -> None:
+    def finished(self: Conversion, source: str, result: Result | MachineResult) -> None:
         wait("made")
         finish(self, source, result)
 
-    worker.Worker._created = created  # type: ignore[method-assign]
-    worker.Worker._finish = finished  # type: ignore[method-assign]
+    Conversion._created = created  # type: ignore[method-assign]
+    Conversion._finish = finished  # type: ignore[method-assign]
     return worker.main()
 
 

@@ -355,6 +355,7 @@ def test_the_description_has_every_verb(api: Served) -> None:
     operations = {f"{method.upper()} {path}" for path, ways in described["paths"].items() for method in ways}
     by_verb = {
         "convert": "POST /api/v1/disks/{owner}/{disk}/convert",
+        "convert-machine": "POST /api/v1/vms/{owner}/{vm}/convert",
         "cancel": "POST /api/v1/jobs/{owner}/{job}/cancel",
         "scan": "POST /api/v1/nodes/{node}/scan",
         "datastore-add": "POST /api/v1/datastores",

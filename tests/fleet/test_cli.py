@@ -18,6 +18,7 @@ import pytest
 
 from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
+from support import domains
 from support.disks import MIB, make_disk
 from vmconv.cli import main as cli
 from vmconv.errors import UsageError
@@ -47,7 +48,8 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     images.mkdir()
     for name in ("web-1", "web-2"):
         make_disk(images / f"{name}.raw", MIB)
-    (images / "vm.vmx").write_bytes(b'displayName = "shop"\nscsi0:0.fileName = "web-9.vmdk"\n')
+    domains.shop(images, "web-1.raw")
+    (images / "old.vmx").write_bytes(b"not a configuration")
     with nodes(2, tmp_path) as (here, other), served(here) as api:
         parts = Scanner(other.service, {"ds": str(images)}), JobRunner(other.service, str(other.directory))
         for part in parts:
@@ -98,7 +100,40 @@ def test_names_of_strangers_do_not_command_the_terminal(run: Run, fleet: Fleet) 
 
 
 def test_vms(run: Run, fleet: Fleet) -> None:
-    assert run("vms").splitlines()[1].split() == ["n02", "shop", "-", "-", "web-9.vmdk", "(not", "here)"]
+    head, old, shop = (line.split() for line in run("vms").splitlines())
+    assert head == ["ID", "NODE", "VM", "FORMAT", "SYSTEM", "CPUS", "MEMORY", "DISKS"]
+    assert old[1:7] == ["n02", "old", "-", "-", "-", "-"]
+    assert " ".join(old[7:]).startswith("unreadable: old.vmx: is not a configuration")
+    assert shop[1:] == ["n02", "shop", "libvirt", "x86_64", "2", "512", "MiB", "web-1.raw"]
+
+
+def test_a_disk_of_a_machine_that_is_elsewhere_is_marked(run: Run, fleet: Fleet) -> None:
+    disks = [{"name": "web-9.vmdk"}, {"name": "", "capacity": 512}]
+    fleet.other.write(Change("vm", "v1", {"datastore": "ds", "file": "x", "name": "x", "disks": disks}))
+    fleet.here.body_when(fleet.other.id, "vm", "v1", lambda _one: True)
+    assert run("vms").splitlines()[3].endswith("web-9.vmdk (not here), empty disk")
+
+
+def test_convert_of_a_machine_says_what_changes_and_what_is_lost(run: Run, tmp_path: Path) -> None:
+    wanted = ["convert", "n02:shop", "-O", "vmx", "--wait", "30"]
+    planned = run(*wanted, "--dry-run").splitlines()
+    assert planned[0].split() == ["VM", "BECOMES", "STATE", "PLAN"]
+    assert planned[1].split()[:3] == ["shop", "shop.vmx/shop.vmx", "planned"]
+    assert "not carried over: watchdog i6300esb: vmx has no place for it" in planned
+    assert any(line.startswith("changed: nics[0].model virtio -> vmxnet3: ") for line in planned)
+    assert not (tmp_path / "images/shop.vmx").exists()
+    assert run(*wanted, "--follow").splitlines()[1].split()[:3] == ["shop", "shop.vmx/shop.vmx", "done"]
+    assert (tmp_path / "images/shop.vmx/shop-disk1.vmdk").exists()
+    assert "would be lost" in run(*wanted, "--follow", "--strict", "--target", "other", code=1)
+
+
+def test_convert_takes_the_options_of_a_machine_only_with_its_format(run: Run) -> None:
+    assert "name its format with -O" in run("convert", "n02:web-1.raw", "--to", "raw", "--strict", code=2)
+    assert "--select chooses disks" in run("convert", "--select", "format=raw", "-O", "vmx", code=2)
+    assert "no vm 'n02:web-1.raw'" in run("convert", "n02:web-1.raw", "-O", "vmx", code=2)
+    assert "refused: this node cannot write qcow2 machines" in run(
+        "convert", "n02:shop.xml", "-O", "qcow2", "--wait", "30", code=1
+    )
 
 
 def test_convert_follows_to_the_end(run: Run) -> None:

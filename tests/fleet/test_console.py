@@ -39,6 +39,32 @@ JOB = {
     },
     "progress": {"done": 25, "total": 100},
 }
+MACHINE_JOB = {
+    "state": "failed",
+    "vm": "v1",
+    "datastore": "ds",
+    "source": "x.vmx",
+    "format": "libvirt",
+    "error": EVIL,
+    "plan": {"losses": [EVIL], "changes": [EVIL]},
+}
+VM = {
+    "datastore": "ds",
+    "file": "x.vmx",
+    "name": EVIL,
+    "format": "vmx",
+    "system": EVIL,
+    "os": "debian12",
+    "memory": 2 << 30,
+    "processors": 4,
+    "firmware": "uefi",
+    "disks": [{"name": EVIL, "disk": "d1"}, {"name": EVIL, "capacity": 1 << 30}],
+    "nics": [{"mac": "00:50:56:00:00:01", "network": EVIL}],
+}
+CAPABILITIES = {
+    "formats": {"qcow2": {"writes": True}, "vmdk": {"writes": True}},
+    "machines": {"libvirt": {"writes": True, "disks": "qcow2"}, "old": {"writes": False}},
+}
 
 
 class Desk(NamedTuple):
@@ -75,9 +101,10 @@ def desk(tmp_path: Path, browser: Any) -> Iterator[Desk]:
         other.write(
             Change("datastore", "ds", {"path": "/srv/images", "size": 100, "free": 50, "filesystem": "xfs"}),
             Change("disk", "d1", {"datastore": "ds", "name": EVIL, "format": "vmdk", "virtual_size": 1 << 30}),
-            Change("vm", "v1", {"datastore": "ds", "file": "x.vmx", "name": EVIL, "disks": [{"name": EVIL}]}),
-            Change("capabilities", "installed", {"formats": {"qcow2": {"writes": True}, "vmdk": {"writes": True}}}),
+            Change("vm", "v1", VM),
+            Change("capabilities", "installed", CAPABILITIES),
             Change("job", "j1", JOB),
+            Change("job", "j2", MACHINE_JOB),
             Change("heartbeat", other.id, {"at_ms": wall_ms(), "interval_s": 5, "problems": [EVIL]}),
         )
         here.body_when(other.id, "heartbeat", other.id, lambda _one: True)
@@ -107,13 +134,17 @@ def enter(desk: Desk, role: str) -> None:
     desk.page.wait_for_selector("h1:has-text('Nodes')")
 
 
+def jobs_of(node: str) -> list[str]:
+    return [f"/jobs/{node}/{job}" for job in ("j1", "j2")]
+
+
 PAGES = ["/", "/disks", "/vms", "/jobs", "/requests", "/history", "/tokens"]
 
 
 def test_each_page_shows_what_strangers_wrote_as_text(entered: Desk) -> None:
     other = entered.other.id
     entered.api.local.call("POST", "/api/v1/nodes/n02/scan", {}, query={"wait": 30})
-    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/jobs/{other}/j1"]:
+    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/vms/{other}/v1", *jobs_of(other)]:
         entered.go(path)
         assert entered.page.title().endswith("· test")
         assert entered.page.locator("img, main script, main b:text-is('odd')").count() == 0, path
@@ -221,10 +252,37 @@ def test_a_disk_is_converted_from_its_page(entered: Desk) -> None:
     entered.page.select_option("select[name=format]", "qcow2")
     entered.page.click("button:text-is('Convert')")
     entered.page.wait_for_selector(".banner.said:has-text('Done, transaction 1')")
-    jobs = [one for one in entered.api.local.everything("/api/v1/jobs") if one["id"] != "j1"]
+    jobs = [one for one in entered.api.local.everything("/api/v1/jobs") if one["id"] not in ("j1", "j2")]
     assert [(one["body"]["disk"], one["body"]["format"], one["body"]["by"]["user"]) for one in jobs] == [
         ("d1", "qcow2", "a admin")
     ]
+
+
+def test_the_page_of_a_machine_shows_what_its_configuration_says(entered: Desk) -> None:
+    entered.go("/vms")
+    entered.page.click("#vms td.name a")
+    for text in ("debian12", "2 GiB", "uefi", "00:50:56:00:00:01", "1 GiB", "x.vmx"):
+        assert text in entered.text("main"), text
+    assert entered.page.locator(f"#devices a[href='/disks/{entered.other.id}/d1']").count() == 1
+    assert entered.page.locator("select[name=format] option").all_inner_texts() == ["libvirt"]
+
+
+def test_a_machine_is_converted_from_its_page(entered: Desk) -> None:
+    entered.go(f"/vms/{entered.other.id}/v1")
+    entered.page.check("input[name=strict]")
+    entered.page.click("button:text-is('Only plan')")
+    entered.page.wait_for_selector(".banner.said:has-text('Done, transaction 1')")
+    (job,) = [one["body"] for one in entered.api.local.everything("/api/v1/jobs") if one["id"] not in ("j1", "j2")]
+    assert (job["vm"], job["format"], job["strict"], job["dry_run"]) == ("v1", "libvirt", True, True)
+
+
+def test_a_machine_that_cannot_be_read_is_not_converted(entered: Desk) -> None:
+    broken = {"datastore": "ds", "file": "b.vmx", "name": "b", "problem": EVIL}
+    entered.other.write(Change("vm", "v3", broken))
+    entered.here.body_when(entered.other.id, "vm", "v3", lambda _one: True)
+    entered.go(f"/vms/{entered.other.id}/v3")
+    assert EVIL in entered.text("#facts")
+    assert entered.page.locator("main form").count() == 0
 
 
 def test_a_job_is_cancelled_from_its_page(entered: Desk) -> None:
@@ -255,14 +313,15 @@ def test_history_shows_differences(entered: Desk) -> None:
 
 def test_who_may_only_look_finds_no_buttons(desk: Desk) -> None:
     enter(desk, "viewer")
-    for path in (f"/disks/{desk.other.id}/d1", f"/jobs/{desk.other.id}/j1", f"/nodes/{desk.other.id}", "/tokens"):
+    other = desk.other.id
+    for path in (f"/disks/{other}/d1", f"/vms/{other}/v1", f"/jobs/{other}/j1", f"/nodes/{other}", "/tokens"):
         desk.go(path)
         assert desk.page.locator("main button").count() == 0, path
 
 
 def test_no_page_is_wider_than_the_window(entered: Desk) -> None:
     other = entered.other.id
-    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/jobs/{other}/j1"]:
+    for path in [*PAGES, f"/nodes/{other}", f"/disks/{other}/d1", f"/vms/{other}/v1", *jobs_of(other)]:
         entered.go(path)
         for width in (360, 800, 1400):
             entered.page.set_viewport_size({"width": width, "height": 800})
@@ -309,9 +368,11 @@ def test_forms_from_elsewhere_are_refused(entered: Desk) -> None:
     for origin in ("https://evil.example", "null"):
         assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Origin=origin) == 403
     assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Sec_Fetch_Site="cross-site") == 403
-    assert len(entered.api.local.everything("/api/v1/jobs")) == 1
-    assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Origin=own) == 303
+    path, wish = f"/vms/{entered.other.id}/v1/convert", {"format": "libvirt"}
+    assert post(entered.api, path, wish, Cookie=session, Origin=own) == 403
     assert len(entered.api.local.everything("/api/v1/jobs")) == 2
+    assert post(entered.api, path, {**wish, "form_key": key}, Cookie=session, Origin=own) == 303
+    assert len(entered.api.local.everything("/api/v1/jobs")) == 3
 
 
 def test_a_cookie_opens_no_door_of_the_api(entered: Desk) -> None:

@@ -30,7 +30,10 @@ class Replica:
         self.records: dict[tuple[str, str, str], Record] = {}
         self.add(HERE, "datastore", "ds", {"path": "/srv/images"})
         self.add(HERE, "disk", "d1", {"datastore": "ds", "name": "a.vmdk", "format": "vmdk", "virtual_size": 5})
-        self.add(HERE, "capabilities", "installed", {"formats": {"qcow2": {"writes": True}, "dmg": {"writes": False}}})
+        self.add(HERE, "vm", "v1", {"datastore": "ds", "file": "web.vmx", "name": "web", "format": "vmx"})
+        formats = {"qcow2": {"writes": True}, "dmg": {"writes": False}}
+        machines = {"libvirt": {"writes": True, "disks": "qcow2"}, "old": {"writes": False}}
+        self.add(HERE, "capabilities", "installed", {"formats": formats, "machines": machines})
 
     def add(self, owner: str, kind: str, identifier: str, body: Mapping[str, Any]) -> None:
         record = Record(owner, kind, identifier, 1, len(self.records) + 1, 1, 0, False, 0, "k", 0, body, b"")
@@ -76,6 +79,7 @@ def replica() -> Replica:
 
 ASKED: dict[str, dict[str, Any]] = {
     "convert": {"disk": "d1", "format": "qcow2"},
+    "convert-machine": {"vm": "v1", "format": "libvirt"},
     "cancel": {"job": "j1"},
     "scan": {},
     "datastore-add": {"name": "more", "path": "/srv/more"},
@@ -181,6 +185,53 @@ def test_a_conversion_that_makes_no_sense_is_refused(replica: Replica, what: dic
     with pytest.raises(VmconvError, match=said):
         replica.ask("convert", **what)
     assert not replica.find("job")
+
+
+def test_a_conversion_of_a_machine_becomes_a_job(replica: Replica) -> None:
+    more: dict[str, Any] = {"disk_format": "qcow2", "disk_options": {"compat": "0.10"}, "strict": True, "target": "new"}
+    outcome = replica.ask("convert-machine", requester=OTHER, request="r7", **ASKED["convert-machine"], **more)
+    assert outcome.body == {"job": "r7"}
+    job = replica.body("job", "r7")
+    assert (job["vm"], job["source"], job["datastore"], job["format"]) == ("v1", "web.vmx", "ds", "libvirt")
+    assert {name: job[name] for name in more} == more
+    assert "disk" not in job
+    again = replica.ask("convert-machine", request="r8", **ASKED["convert-machine"], job="r7")
+    assert again.body == {"job": "r7", "state": "queued"}
+    with pytest.raises(VmconvError, match="a different conversion"):
+        replica.ask("convert", **ASKED["convert"], job="r7")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"vm": "v9"}, "vm v9 does not exist"),
+        ({"vm": "broken"}, "vm broken cannot be read: no brand"),
+        ({"format": "qcow2"}, "this node cannot write qcow2 machines; it writes libvirt"),
+        ({"format": "old"}, "this node cannot write old machines; it writes libvirt"),
+        ({"disk_format": "dmg"}, "this node cannot write dmg; it writes qcow2"),
+        ({"target": "../x"}, "is not the name of a file"),
+        ({"target_datastore": "none"}, "datastore none does not exist"),
+        ({"keep_source": False}, "keeps its source"),
+        ({"disk": "d1"}, "Extra inputs"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_conversion_of_a_machine_that_makes_no_sense_is_refused(
+    replica: Replica, what: dict[str, Any], said: str
+) -> None:
+    replica.add(HERE, "vm", "broken", {"datastore": "ds", "file": "b.vmx", "name": "b", "problem": "no brand"})
+    with pytest.raises(VmconvError, match=said):
+        replica.ask("convert-machine", **ASKED["convert-machine"] | what)
+    assert not replica.find("job")
+
+
+def test_the_policy_rules_over_the_disks_of_machines(replica: Replica) -> None:
+    replica.ask("policy-set", formats=["raw"], zero_copy="require")
+    with pytest.raises(VmconvError, match="converts to raw, not to qcow2"):
+        replica.ask("convert-machine", **ASKED["convert-machine"])
+    replica.ask("policy-set", formats=["qcow2"])
+    replica.ask("convert-machine", **ASKED["convert-machine"])
+    assert replica.body("job", "r1")["zero_copy"] == "require"
 
 
 def test_an_unreadable_disk_is_refused(replica: Replica) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from fleet.in_memory import Node, nodes
+from support import domains
 from support.disks import MIB, QemuImg, make_disk
-from vmconv.api import compare
+from vmconv.api import compare, machine_info
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.jobs import run
@@ -437,3 +438,157 @@ def test_targets_are_called_as_the_policy_has_it(node: Node, datastore: Path) ->
     with runner(node):
         assert ended(node, "j1")["file"] == "a-qcow2-j1.qcow2"
     assert (datastore / "a-qcow2-j1.qcow2").exists()
+
+
+# Machines
+
+SHOP = disk_id("ds", "shop.xml")
+
+
+@pytest.fixture
+def shop(node: Node, datastore: Path) -> Path:
+    """The directory of a machine that is in the catalogue."""
+    domains.shop(datastore)
+    node.write(Change("vm", SHOP, {"datastore": "ds", "file": "shop.xml", "name": "shop", "format": "libvirt"}))
+    return datastore
+
+
+def machine_job(**more: Any) -> dict[str, Any]:
+    return {"state": "queued", "vm": SHOP, "datastore": "ds", "source": "shop.xml", "format": "vmx", **more}
+
+
+def files(directory: Path) -> list[str]:
+    """Returns the paths of all files and directories below a directory."""
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_a_machine_is_converted_with_its_disks(node: Node, shop: Path) -> None:
+    seen = states(node, "j1")
+    node.write(Change("job", "j1", machine_job()))
+    with runner(node):
+        body = ended(node, "j1")
+        assert node.body_when(node.id, "datastore", "ds", lambda one: bool(one.body.get("scan_asked_ms")))
+    assert seen == ["queued", "planned", "running", "done"], body
+    assert (body["file"], body["plan"]["files"]) == ("shop.vmx/shop.vmx", ["shop-disk1.vmdk", "shop.vmx"])
+    assert body["progress"]["done"] == body["progress"]["total"] > 0
+    assert any(loss.startswith("watchdog i6300esb: ") for loss in body["plan"]["losses"])
+    assert any(change.startswith("nics[0].model virtio -> vmxnet3: ") for change in body["plan"]["changes"])
+    assert compare(str(shop / "shop.raw"), str(shop / "shop.vmx/shop-disk1.vmdk"))
+    assert machine_info(shop / "shop.vmx/shop.vmx").name == "shop"
+    assert not os.listdir(node.directory / "jobs")
+
+
+def test_a_machine_goes_where_and_how_the_request_says(node: Node, shop: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    node.write(Change("datastore", "more", {"path": str(tmp_path / "more")}))
+    more = {"target": "clone", "target_datastore": "more", "new_identity": True}
+    disks = {"disk_format": "qcow2", "disk_options": {"cluster_size": "1M"}}
+    node.write(Change("job", "j1", machine_job(format="libvirt", **more, **disks)))
+    with runner(node):
+        assert ended(node, "j1")["state"] == "done"
+    assert files(tmp_path / "more") == ["clone", "clone/shop-disk1.qcow2", "clone/shop.xml"]
+    assert machine_info(tmp_path / "more/clone/shop.xml").nics[0].mac is None
+    assert (tmp_path / "more/clone/shop-disk1.qcow2").read_bytes()[20:24] == (20).to_bytes(4, "big")
+
+
+def test_a_machine_shares_its_blocks_where_storage_can(node: Node, xfs_dir: Path) -> None:
+    domains.shop(xfs_dir)
+    vm = {"datastore": "ds", "file": "shop.xml", "name": "shop"}
+    node.write(Change("datastore", "ds", {"path": str(xfs_dir)}), Change("vm", SHOP, vm))
+    node.write(Change("job", "j1", machine_job(format="ova", zero_copy="require")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["plan"]["copied"], body["plan"]["backend"]) == ("done", 0, "reflink"), body
+    assert body["plan"]["shared"] > 0
+    assert files(xfs_dir) == ["shop.ova", "shop.ova/shop.ova", "shop.raw", "shop.xml"]
+
+
+def test_a_dry_run_of_a_machine_makes_nothing(node: Node, shop: Path) -> None:
+    before = files(shop)
+    node.write(Change("job", "j1", machine_job(dry_run=True)))
+    with runner(node):
+        body = node.body_when(node.id, "job", "j1", lambda one: bool(one.body.get("ended_ms"))).body
+    assert (body["state"], body["file"]) == ("planned", "shop.vmx/shop.vmx")
+    assert body["plan"]["losses"]
+    assert files(shop) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"format": "nosuch"}, "machine format 'nosuch' is not installed"),
+        ({"strict": True}, "watchdog i6300esb would be lost"),
+        ({"target": "shop.raw"}, "shop.raw: already exists"),
+        ({"target": "taken"}, "taken: already exists"),
+        ({"target": "link"}, "link: already exists"),
+        ({"disk_format": "raw"}, "machines have no raw disks"),
+        ({"zero_copy": "require"}, "would have to be copied because"),
+        ({"vm": "v9"}, "vm v9 no longer exists"),
+    ],
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_a_machine_that_cannot_be_converted_says_why(
+    node: Node, shop: Path, ext4_dir: Path, more: dict[str, Any], said: str
+) -> None:
+    directory = ext4_dir / "images"
+    directory.mkdir()
+    domains.shop(directory)
+    (directory / "taken/below").mkdir(parents=True)
+    (directory / "taken/below/file").touch()
+    (directory / "link").symlink_to("/nowhere")
+    node.write(Change("datastore", "ds", {"path": str(directory)}), Change("job", "j1", machine_job(**more)))
+    before = files(directory)
+    with runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], said in body["error"]) == ("failed", True), body["error"]
+    assert "\n" not in body["error"]
+    assert files(directory) == before
+
+
+def test_a_machine_with_a_disk_outside_of_the_datastores_is_not_converted(
+    node: Node, shop: Path, tmp_path: Path
+) -> None:
+    make_disk(tmp_path / "secret.raw", MIB)
+    (shop / "link.raw").symlink_to(tmp_path / "secret.raw")
+    for number, disk in enumerate((str(tmp_path / "secret.raw"), "../secret.raw", "link.raw")):
+        (shop / "shop.xml").write_text(domains.SHOP.format(disk=disk))
+        node.write(Change("job", f"j{number}", machine_job()))
+        with runner(node):
+            body = ended(node, f"j{number}")
+        assert body["state"] == "failed"
+        assert "outside" in body["error"]
+    assert not (shop / "shop.vmx").exists()
+
+
+def test_a_cancelled_conversion_of_a_machine_leaves_nothing(node: Node, shop: Path, tmp_path: Path) -> None:
+    before = files(shop)
+    node.write(Change("job", "j1", machine_job()))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+        body = node.service.view().get(node.id, "job", "j1")
+        assert body
+        node.write(Change("job", "j1", {**body.body, "cancel": True}))
+        assert ended(node, "j1")["state"] == "cancelled"
+    assert files(shop) == before
+
+
+def prepared_machine(tmp_path: Path, datastore: Path) -> None:
+    """Leaves a node with a machine to convert."""
+    domains.shop(datastore)
+    with node_again(tmp_path) as node:
+        catalogue(node, datastore, "a.raw")
+        vm = Change("vm", SHOP, {"datastore": "ds", "file": "shop.xml", "name": "shop"})
+        node.write(vm, Change("job", "j1", machine_job()))
+
+
+@pytest.mark.parametrize(("gate", "attempts", "recovered"), [("begun", 2, None), ("made", 1, True)])
+def test_a_node_killed_during_the_conversion_of_a_machine_has_it_in_the_end(
+    tmp_path: Path, datastore: Path, gate: str, attempts: int, recovered: bool | None
+) -> None:
+    prepared_machine(tmp_path, datastore)
+    killed(tmp_path, datastore, gate)
+    with node_again(tmp_path) as node, runner(node):
+        body = ended(node, "j1")
+    assert (body["state"], body["attempts"], body.get("recovered")) == ("done", attempts, recovered), body
+    assert files(datastore / "shop.vmx") == ["shop-disk1.vmdk", "shop.vmx"]
+    assert compare(str(datastore / "shop.raw"), str(datastore / "shop.vmx/shop-disk1.vmdk"))

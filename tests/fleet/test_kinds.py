@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.catalogue.conversion import ConversionSpec
+from vmconv_fleet.catalogue.conversion import ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
 from vmconv_fleet.cli.fleet import COMMAND
 from vmconv_fleet.console.forms import CONVERSION
-from vmconv_fleet.jobs.arguments import ARGUMENTS, Convert, JobRequest
-from vmconv_fleet.jobs.worker import Task
+from vmconv_fleet.jobs.arguments import ARGUMENTS, Convert, ConvertMachine, JobRequest, MachineJobRequest
+from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.trust.roles import VERBS
 
 NODE = "a" * 32
@@ -44,6 +44,9 @@ def test_a_body_goes_through_its_model_unchanged() -> None:
         ("disk", {"datastore": "ds"}),
         ("job", {"disk": "d", "datastore": "ds", "format": "raw", "state": "perhaps"}),
         ("job", {"disk": "../d", "datastore": "ds", "format": "raw"}),
+        ("job", {"disk": "d", "vm": "v", "datastore": "ds", "format": "raw"}),
+        ("job", {"datastore": "ds", "format": "raw"}),
+        ("vm", {"datastore": "ds", "file": "a.vmx", "name": "a", "disks": [{"name": "a", "capacity": -1}]}),
         ("token", {"label": "x", "role": "god", "hash": "0" * 64}),
         ("token", {"label": "x", "role": "admin", "hash": "0" * 64 + "\n"}),
         ("request", {"target": "0" + "a" * 31, "verb": "scan", "by": {"node": NODE}}),
@@ -56,9 +59,16 @@ def test_an_invalid_body_is_refused(kind: str, body: dict[str, object]) -> None:
         KINDS[kind].model_validate(body)
 
 
-@pytest.mark.parametrize("model", [JobRequest, Convert, JobBody], ids=lambda model: model.__name__)
-def test_a_conversion_is_defined_once(model: type[ConversionSpec]) -> None:
-    for name, field in ConversionSpec.model_fields.items():
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    [
+        *((model, ConversionSpec) for model in (JobRequest, Convert, MachineJobRequest, ConvertMachine, JobBody)),
+        *((model, MachineSpec) for model in (MachineJobRequest, ConvertMachine, JobBody)),
+    ],
+    ids=lambda model: model.__name__,
+)
+def test_a_conversion_is_defined_once(model: type[BaseModel], spec: type[BaseModel]) -> None:
+    for name, field in spec.model_fields.items():
         assert model.model_fields[name].default == field.default
         assert model.model_fields[name].annotation == field.annotation
         assert name not in vars(model).get("__annotations__", {})
@@ -70,6 +80,7 @@ def test_every_part_of_a_conversion_is_a_field_of_its_definition() -> None:
     options = parser.parse_args(["convert", "n01:a.raw", "--to", "qcow2"])
     assert set(options.spec) <= ConversionSpec.model_fields.keys()
     assert {name: getattr(options, name) for name in options.spec if getattr(options, name)} == {"format": "qcow2"}
+    assert set(options.machine_spec) == MachineSpec.model_fields.keys() <= set(Task._fields)
     assert set(CONVERSION) <= ConversionSpec.model_fields.keys()
     assert {"format", "options", "target", "zero_copy", "dry_run"} == set(
         Task._fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+import vmconv
 from fleet.in_memory import Node, nodes
+from support import domains
 from support.disks import MIB, QemuImg, make_disk
-from vmconv_fleet.catalogue import definitions
+from vmconv_fleet.catalogue import kinds, machines
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.replication.records import Change, Record
@@ -212,47 +215,103 @@ def test_a_scanner_stops_at_once_while_an_inspection_takes_its_time(
 
 VMX = b"""
 .encoding = "UTF-8"
+config.version = "8"
+virtualHW.version = "19"
 displayName = "web <b>1</b>"
 guestOS = "debian12-64"
+firmware = "efi"
 memsize = "2048"
 numvcpus = "4"
+scsi0.present = "TRUE"
+scsi0:0.present = "TRUE"
 scsi0:0.fileName = "a.raw.vmdk"
+scsi0:1.present = "TRUE"
 scsi0:1.fileName = "../../../etc/passwd.vmdk"
-ide1:0.fileName = "cd.iso"
+ethernet0.present = "TRUE"
+ethernet0.addressType = "static"
+ethernet0.address = "00:50:56:00:00:01"
+ethernet0.networkName = "shop"
 """
 
 DOMAIN = b"""<domain type='kvm'><name>db</name><memory unit='GiB'>4</memory><vcpu>2</vcpu>
 <os><type arch='x86_64'>hvm</type></os><devices>
-<disk type='file' device='disk'><source file='a.raw'/></disk>
-<disk type='file' device='cdrom'><source file='cd.iso'/></disk></devices></domain>"""
+<disk type='file' device='disk'><source file='a.raw'/><target dev='vda' bus='virtio'/></disk>
+<disk type='file' device='cdrom'><source file='cd.iso'/><target dev='sda' bus='sata'/></disk></devices></domain>"""
 
 
-def test_virtual_machines_are_found_with_their_disks(node: Node, datastore: Path) -> None:
+def vms(node: Node) -> dict[str, dict[str, Any]]:
+    """Returns the bodies of the machines by file, each as its model accepts it."""
+    records = node.service.view().find("vm", node.id)
+    return {one.body["file"]: kinds.VmBody.model_validate(one.body).plain() for one in records}
+
+
+def test_virtual_machines_are_found_with_a_summary(node: Node, datastore: Path) -> None:
     make_disk(datastore / "a.raw", MIB)
     (datastore / "web.vmx").write_bytes(VMX)
     (datastore / "db.xml").write_bytes(DOMAIN)
     (datastore / "other.xml").write_bytes(b"<html/>")
     scan(node, ds=datastore)
-    vms: dict[str, Any] = {one.body["name"]: one.body for one in node.service.view().find("vm", node.id)}
-    assert vms.keys() == {"web <b>1</b>", "db"}
-    assert (vms["db"]["memory"], vms["db"]["processors"], vms["db"]["system"]) == (4 << 30, 2, "x86_64 hvm")
-    assert vms["db"]["disks"] == [{"name": "a.raw", "disk": disk_id("ds", "a.raw")}]
-    assert [disk["disk"] for disk in vms["web <b>1</b>"]["disks"]] == [None, None]
+    found = vms(node)
+    assert found.keys() == {"web.vmx", "db.xml"}
+    web, db = found["web.vmx"], found["db.xml"]
+    assert (web["name"], web["format"], web["os"]) == ("web <b>1</b>", "vmx", "debian12")
+    assert (web["firmware"], web["memory"], web["processors"]) == ("uefi", 2 << 30, 4)
+    assert web["nics"] == [{"mac": "00:50:56:00:00:01", "network": "shop"}]
+    assert [disk["name"] for disk in web["disks"]] == ["a.raw.vmdk", "../../../etc/passwd.vmdk"]
+    assert not any("disk" in disk for disk in web["disks"])
+    assert (db["name"], db["format"], db["memory"], db["processors"]) == ("db", "libvirt", 4 << 30, 2)
+    assert db["disks"] == [{"name": "a.raw", "disk": disk_id("ds", "a.raw")}]
+
+
+def test_disks_in_a_package_are_listed_without_ids(node: Node, datastore: Path) -> None:
+    source = domains.shop(datastore)
+    vmconv.machine_convert(source, datastore / "shop.ova")
+    scan(node, ds=datastore)
+    body = vms(node)["shop.ova"]
+    assert (body["format"], body["packaged"]) == ("ova", True)
+    assert [(disk["name"], disk["capacity"], "disk" in disk) for disk in body["disks"]] == [
+        ("shop-disk1.vmdk", 4 * MIB, False)
+    ]
 
 
 BOMB = b'<!DOCTYPE d [<!ENTITY a "xxxxxxxxxx"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]><domain><name>&b;</name></domain>'
 
 
-@pytest.mark.parametrize(
-    "content",
-    [BOMB, b"<domain><name>", b"\xff\xfe", b"", b'<!DOCTYPE d SYSTEM "file:///etc/passwd"><domain/>'],
-    ids=["entities", "unfinished", "no text", "empty", "external"],
-)
-def test_an_invalid_definition_defines_no_machine(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "vm.xml").write_bytes(content)
-    assert definitions.read(str(tmp_path / "vm.xml")) is None
+def test_a_broken_configuration_is_listed_with_its_problem(node: Node, datastore: Path, tmp_path: Path) -> None:
+    (datastore / "good.vmx").write_bytes(VMX)
+    (datastore / "garbage.vmx").write_bytes(os.urandom(512))
+    (datastore / "many.vmx").write_bytes(VMX + b"#" * (64 << 20))
+    (datastore / "unfinished.xml").write_bytes(b"<domain type='kvm'><name>")
+    (datastore / "text.ovf").write_bytes(b"")
+    (tmp_path / "secret.vmx").write_bytes(VMX)
+    (datastore / "link.vmx").symlink_to(tmp_path / "secret.vmx")
+    scan(node, ds=datastore)
+    found = vms(node)
+    assert found.keys() == {"good.vmx", "garbage.vmx", "many.vmx", "unfinished.xml", "text.ovf"}
+    assert "problem" not in found["good.vmx"]
+    for name in found.keys() - {"good.vmx"}:
+        assert found[name]["name"] == name.partition(".")[0]
+        assert "\n" not in found[name]["problem"]
+    assert "is not a configuration of a known machine format" in found["garbage.vmx"]["problem"]
 
 
-def test_a_definition_has_a_size(tmp_path: Path) -> None:
-    (tmp_path / "vm.vmx").write_bytes(VMX + b"#" * definitions.MAX_SIZE)
-    assert definitions.read(str(tmp_path / "vm.vmx")) is None
+@pytest.mark.parametrize("content", [BOMB, b'<!DOCTYPE d SYSTEM "file:///etc/passwd"><domain/>'], ids=["bomb", "file"])
+def test_entities_are_not_expanded(node: Node, datastore: Path, content: bytes) -> None:
+    (datastore / "vm.xml").write_bytes(content)
+    scan(node, ds=datastore)
+    # A DOCTYPE comes before the first element, so no machine format claims the file.
+    assert vms(node) == {}
+
+
+def test_a_summary_has_a_size(node: Node, datastore: Path) -> None:
+    disk = "<disk type='file' device='disk'><source file='{0}'/><target dev='sd{1}' bus='scsi'/></disk>"
+    names = ("".join(letters) for letters in itertools.product("abcdefghijklm", repeat=2))
+    disks = "".join(disk.format("\N{PILE OF POO}" * 300, name) for name in itertools.islice(names, 150))
+    nics = "<interface type='network'><source network='{}'/></interface>".format("\N{PILE OF POO}" * 300) * 100
+    head = f"<name>{'n' * 1000}</name><memory>4096</memory><os><type arch='x86_64'>hvm</type></os>"
+    content = f"<domain type='kvm'>{head}<devices>{disks}{nics}</devices></domain>"
+    (datastore / "vm.xml").write_text(content, encoding="utf-8")
+    scan(node, ds=datastore)
+    body = vms(node)["vm.xml"]
+    assert body.get("problem") is None
+    assert (len(body["name"]), len(body["disks"]), len(body["nics"])) == (255, machines.MAX_DISKS, machines.MAX_NICS)

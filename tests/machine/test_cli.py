@@ -38,6 +38,15 @@ def test_a_plan_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["losses"][0]["path"] == "sound"
 
 
+def test_a_plan_fails_where_copies_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = machine(tmp_path / "old")
+    given = ["machine", "plan", "-O", "toy", "--backend", "copy", "--zero-copy", "require"]
+    assert main([*given, str(config), str(tmp_path / "new")]) == 3
+    captured = capsys.readouterr()
+    assert "disk system.raw (raw) -> web-disk1.raw (raw): shared" in captured.out
+    assert "bytes would have to be copied because" in captured.err
+
+
 def test_a_conversion_reports_losses_before_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = machine(tmp_path / "old", sound="hda")
     assert main(["machine", "convert", "-O", "toy", str(config), str(tmp_path / "new")]) == 0

@@ -12,6 +12,7 @@ import vmconv
 from machine.toy import Toy
 from support.disks import MIB, make_disk
 from support.toy_machines import machine, names
+from vmconv.api import machine_format_of
 from vmconv.errors import AccessError, BackendError, ImageError, PlanError, PluginError, UsageError, ZeroCopyError
 from vmconv.interface.machines import Adapted
 from vmconv.io.registry import Registry
@@ -200,6 +201,15 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk.raw", MIB)
     with pytest.raises(ImageError, match="not a configuration"):
         vmconv.machine_info(disk)
+    assert machine_format_of(str(disk)) is None
+    assert machine_format_of(str(machine(tmp_path))) == "toy"
+
+
+def test_a_plan_names_the_files_that_it_has_read(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+    opened = {"web.toy", "system.raw", "data.qcow2", "old.vmdk"}
+    assert set(plan.opened) == {os.path.realpath(tmp_path / "old" / name) for name in opened}
 
 
 def test_a_plugin_that_changes_a_setting_without_a_reason_is_blamed(

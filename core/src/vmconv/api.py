@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Created
     from vmconv.interface.format import CheckReport
     from vmconv.io import locks
-    from vmconv.io.registry import Registry, installed
+    from vmconv.io.registry import Registry, installed, installed_machines
     from vmconv.machine.model import Machine
     from vmconv.machine.request import MachinePlan, MachineResult, Uuid
+    from vmconv.machine.source import machine_format_of
     from vmconv.model.plan import Plan, Progress
     from vmconv.model.sources import inside, stamp_of
     from vmconv.model.view import View
@@ -74,7 +75,9 @@ _HOMES = {
     "generation": "system.linux",
     "inside": "model.sources",
     "installed": "io.registry",
+    "installed_machines": "io.registry",
     "locks": "io.locks",
+    "machine_format_of": "machine.source",
     "mount_of": "system.linux",
     "new_name": "conversion.containers",
     "prepared": "conversion.pipeline",
@@ -111,8 +114,10 @@ __all__ = [
     "info",
     "inside",
     "installed",
+    "installed_machines",
     "locks",
     "machine_convert",
+    "machine_format_of",
     "machine_info",
     "machine_plan",
     "map_disk",

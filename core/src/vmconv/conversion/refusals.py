@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from vmconv.backends import targets
 from vmconv.errors import AccessError, PlanError, ZeroCopyError
@@ -12,8 +13,11 @@ from vmconv.io.directory import Directory
 from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 
+if TYPE_CHECKING:
+    from vmconv.machine.request import MachinePlan
 
-def refuse_copies(target: str, zero_copy: str, plan: Plan) -> None:
+
+def refuse_copies(target: str, zero_copy: str, plan: Plan | MachinePlan) -> None:
     """Raises `ZeroCopyError` if `zero_copy` is "require" and the plan copies payload."""
     if zero_copy == "require" and plan.copies:
         why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)

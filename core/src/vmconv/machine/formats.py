@@ -44,9 +44,9 @@ def identify(file: File, named: str | None) -> MachineFormat:
     """
     if named is not None:
         return machine_format(named)
-    claimants = [one for one in installed_machines().machines.values() if one.can_read and _claims(one, file)]
     by_suffix = format_by_suffix(file.path)
-    chosen = [one for one in claimants if one.name == by_suffix] or claimants
+    found = claimants(file)
+    chosen = [one for one in found if one.name == by_suffix] or found
     if len(chosen) == 1:
         return chosen[0]
     if chosen:
@@ -60,6 +60,11 @@ def identify(file: File, named: str | None) -> MachineFormat:
         f"{file.name}: is not a configuration of a known machine format",
         hint="vmconv machine formats lists them; vmconv convert converts a single disk",
     )
+
+
+def claimants(file: File) -> list[MachineFormat]:
+    """Returns the installed formats with a reader that claim the content of a configuration."""
+    return [one for one in installed_machines().machines.values() if one.can_read and _claims(one, file)]
 
 
 def _claims(one: MachineFormat, file: File) -> bool:

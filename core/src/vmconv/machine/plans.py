@@ -36,6 +36,7 @@ def machine_plan(
         made.plan.copies,
         tuple(dict.fromkeys(warnings)),
         firmware.notes,
+        tuple(file.real_path() for file in source.opener.files),
     )
 
 

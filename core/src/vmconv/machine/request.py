@@ -61,7 +61,7 @@ class Loss(NamedTuple):
 class MachinePlan(NamedTuple):
     """What becomes of each setting, and of each disk.
 
-    `carried` are paths of fields that stay as they are.
+    `carried` are paths of fields that stay as they are. `opened` are the real paths of the source's files.
     """
 
     source_format: str
@@ -77,6 +77,7 @@ class MachinePlan(NamedTuple):
     copies: tuple[CopyReason, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    opened: tuple[str, ...] = ()
 
 
 class DiskPlan(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,7 @@ from vmconv.inplace.settling import settle
 from vmconv.inspect import checking
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
-from vmconv.machine.formats import identify, refuse_result
+from vmconv.machine.formats import claimants, identify, refuse_result
 from vmconv.machine.members import Members
 from vmconv.machine.model import Disk, Machine
 
@@ -52,6 +52,16 @@ def _empty(file: File, capacity: int) -> Image:
 
     table = Extents.filled(capacity)
     return Image("raw", PlannedFile(f"{file.path}: empty disk", table), capacity, lambda: table)
+
+
+def machine_format_of(path: str, allow_external: Iterable[str] = ()) -> str | None:
+    """Returns the name of the machine format of a configuration; None if no installed format claims its content.
+
+    Raises `ImageError` if several formats claim it. Reads a configuration that another process writes, too.
+    """
+    with Opener(installed(), allow_external=tuple(allow_external), force_share=True) as opener:
+        file = opener.referring(path)
+        return identify(file, None).name if claimants(file) else None
 
 
 @contextmanager

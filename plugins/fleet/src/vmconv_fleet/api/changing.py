@@ -19,7 +19,7 @@ from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.conversion import BulkSpec
 from vmconv_fleet.catalogue.fields import Name, Role
 from vmconv_fleet.catalogue.selection import parse
-from vmconv_fleet.jobs.arguments import JobRequest, PolicySet
+from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -127,6 +127,24 @@ async def convert(
     arguments = wish.given() | {"disk": disk}
     answer = await ask(state, caller, target, "convert", arguments, wait=wait, key=idempotency_key)
     return answer.as_response()
+
+
+@router.post("/vms/{owner}/{vm}/convert", responses=_ANSWERS, summary="Convert a virtual machine with its disks")
+async def convert_machine(
+    owner: str,
+    vm: str,
+    wish: MachineJobRequest,
+    state: StateOf,
+    caller: Known,
+    wait: Wait = 0,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    target = _node(state, owner)
+    record_of(state, target, "vm", vm)
+    arguments = wish.given() | {"vm": vm}
+    return (
+        await ask(state, caller, target, "convert-machine", arguments, wait=wait, key=idempotency_key)
+    ).as_response()
 
 
 @router.post("/conversions", summary="Convert all selected disks")

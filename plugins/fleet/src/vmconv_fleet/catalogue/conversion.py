@@ -40,10 +40,10 @@ class BulkSpec(BaseModel):
 
 
 class ConversionSpec(BulkSpec):
-    """A conversion of one disk.
+    """A conversion of one disk, or of one machine.
 
-    `target` is the name of the file to make; without it the node's policy makes the name. The file goes to
-    `target_datastore`, by default into the directory of the source. Jobs of one call share `batch`.
+    `target` is the name of the file to make, or of the directory for a machine; without it the node's policy makes the
+    name. It goes to `target_datastore`, by default into the directory of the source. Jobs of one call share `batch`.
     """
 
     target: FileName | None = None
@@ -53,6 +53,19 @@ class ConversionSpec(BulkSpec):
     def spec(self) -> dict[str, Any]:
         """Returns the fields of this class, without those of a subclass."""
         return {name: getattr(self, name) for name in ConversionSpec.model_fields}
+
+
+class MachineSpec(BaseModel):
+    """The fields that only conversions of machines have; their `format` and `options` are those of a machine format.
+
+    `disk_format` and `disk_options` are those of the new disks. `strict` refuses any loss, `new_identity` gives the
+    machine a new UUID and new MAC addresses.
+    """
+
+    disk_format: FormatName | None = None
+    disk_options: Annotated[dict[Option, Option], Field(max_length=64)] = {}
+    strict: bool = False
+    new_identity: bool = False
 
 
 class ConversionPolicy(BaseModel):

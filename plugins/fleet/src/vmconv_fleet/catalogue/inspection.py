@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import VmconvError, printable
-from vmconv_fleet.catalogue import definitions
+from vmconv_fleet.catalogue import machines
 from vmconv_fleet.catalogue.places import disk_id, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
@@ -87,6 +87,7 @@ class _Inspection:
         from vmconv.plugin import installed
 
         self.registry = installed()
+        self._suffixes = machines.suffixes()
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
 
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
@@ -98,10 +99,10 @@ class _Inspection:
         remarks: list[str] = []
         disks: dict[str, Body] = {}
         parts: set[str] = set()
-        machines: list[_Found] = []
+        configurations: list[_Found] = []
         for found in self._files(datastore, root, remarks):
-            if os.path.splitext(found.name)[1].lower() in (".vmx", ".xml"):
-                machines.append(found)
+            if self._is_configuration(found.name):
+                configurations.append(found)
             elif len(disks) >= MAX_IMAGES:
                 remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
                 break
@@ -111,7 +112,9 @@ class _Inspection:
             # An extent of another image has the same suffix and is no image itself.
             if not ("problem" in body and os.path.realpath(os.path.join(root, name)) in parts):
                 yield "disk", disk_id(datastore, name), body
-        for found in machines[:MAX_IMAGES]:
+        if len(configurations) > MAX_IMAGES:
+            remarks.append(f"more than {MAX_IMAGES} configurations: the rest is not listed")
+        for found in configurations[:MAX_IMAGES]:
             if machine := self._machine(found):
                 yield "vm", disk_id(datastore, found.name), machine
         yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
@@ -144,9 +147,12 @@ class _Inspection:
             if not entry.name.startswith("."):
                 remarks.append(f"{printable(name)}: its name is not UTF-8")
             return False
-        if os.path.splitext(name)[1].lower() in (".vmx", ".xml"):
+        if self._is_configuration(name):
             return entry.is_file(follow_symlinks=False)
         return self.registry.format_by_suffix(name) is not None and entry.is_file()
+
+    def _is_configuration(self, name: str) -> bool:
+        return name.lower().endswith(self._suffixes)
 
     def _disk(self, found: _Found, parts: set[str]) -> Body:
         body: Body = {"datastore": found.datastore, "name": found.name}
@@ -212,17 +218,20 @@ class _Inspection:
         return None
 
     def _machine(self, found: _Found) -> Body | None:
+        """Returns the record of a virtual machine; None if the file does not describe one."""
+        stem = os.path.splitext(os.path.basename(found.name))[0]
+        body: Body = {"datastore": found.datastore, "file": found.name, "name": stem[:_MAX_TEXT]}
         try:
             with _limited(SECONDS_FOR_AN_IMAGE):
-                definition = definitions.read(found.path)
-        except (OSError, _TooLong):
-            return None
-        if definition is None:
-            return None
-        directory = os.path.dirname(found.path)
-        return definitions.body(
-            definition, found.datastore, found.name, lambda disk: self._id_of(os.path.join(directory, disk))
-        )
+                refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
+                summary = machines.summary(found.path, self._roots.values(), self._id_of)
+        except VmconvError as exc:
+            return body | {"problem": _short(str(exc))}
+        except _TooLong:
+            return body | {"problem": f"reading it took longer than {SECONDS_FOR_AN_IMAGE:g} s"}
+        except (Exception, RecursionError) as exc:
+            return body | {"problem": _short(f"cannot be read: {type(exc).__name__}: {exc}")}
+        return None if summary is None else body | summary
 
     def _datastore(self, root: str, disks: int, remarks: list[str]) -> Body:
         from vmconv.api import mount_of
@@ -257,7 +266,7 @@ def _capabilities(registry: Registry) -> Body:
         name: {"title": one.title, "reads": one.can_read, "writes": one.can_write}
         for name, one in sorted(registry.formats.items())
     }
-    return {"vmconv": version("vmconv"), "formats": formats}
+    return {"vmconv": version("vmconv"), "formats": formats, "machines": machines.capabilities()}
 
 
 def _is_text(name: str) -> bool:

@@ -10,14 +10,14 @@ Times are milliseconds since 1970 and their names end with `_ms`; sizes are byte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec
+from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import Bytes, Count, Identifier, Milliseconds, Name, NodeId, Role
 
-SCHEMA = 1
+SCHEMA = 2
 
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
 
@@ -71,11 +71,18 @@ class FormatCapability(Body):
     writes: bool = False
 
 
+class MachineCapability(FormatCapability):
+    """What a node can do with a machine format; `disks` is the format of the disks of new machines."""
+
+    disks: str = ""
+
+
 class CapabilitiesBody(Body):
-    """The formats that are installed on a node, by name."""
+    """The formats of disks and of machines that are installed on a node, by name."""
 
     vmconv: str = ""
     formats: dict[str, FormatCapability] = {}
+    machines: dict[str, MachineCapability] = {}
 
 
 class BackendCapability(Body):
@@ -129,22 +136,44 @@ class DiskBody(Body):
 
 
 class VmDisk(Body):
-    """A disk of a virtual machine; `disk` is its id in the catalogue, if it has one."""
+    """A disk of a virtual machine, as its configuration names it; `name` is empty for a disk without a file.
+
+    `disk` is its id in the catalogue, if it has one, `capacity` the bytes that the guest sees, if stated.
+    """
 
     name: str
     disk: str | None = None
+    capacity: Bytes | None = None
+
+
+class VmNic(Body):
+    """A network card of a virtual machine; `network` is the name of what it is connected to."""
+
+    mac: str = ""
+    network: str = ""
 
 
 class VmBody(Body):
-    """A virtual machine, defined by a file in a datastore."""
+    """A virtual machine, defined by a file in a datastore: what its configuration states.
+
+    `system` is the guest's operating system as the configuration says it, `os` its short id of libosinfo. `format` is
+    the machine format. `packaged`: the disks are in `file`. `problem`: why the configuration cannot be read; other
+    fields are missing then.
+    """
 
     datastore: Name
     file: Annotated[str, Field(min_length=1, max_length=4096)]
     name: str
+    format: str = ""
     system: str = ""
+    os: str = ""
     memory: Bytes | None = None
     processors: Count | None = None
+    firmware: str = ""
     disks: list[VmDisk] = []
+    nics: list[VmNic] = []
+    packaged: bool = False
+    problem: str | None = None
 
 
 class Principal(Body):
@@ -162,7 +191,10 @@ class PlannedCopy(Body):
 
 
 class JobPlan(Body):
-    """The bytes that a conversion shares, copies and writes, and the reasons for copying."""
+    """The bytes that a conversion shares, copies and writes, and the reasons for copying.
+
+    `losses` are what the target does not get, `changes` the settings of a machine that get another value.
+    """
 
     backend: str = ""
     shared: Bytes = 0
@@ -172,6 +204,7 @@ class JobPlan(Body):
     referenced: Bytes = 0
     copies: list[PlannedCopy] = []
     losses: list[str] = []
+    changes: list[str] = []
     files: list[str] = []
 
 
@@ -182,16 +215,17 @@ class Progress(Body):
     total: Bytes = 0
 
 
-class JobBody(ConversionSpec, Body):
-    """A requested conversion, executed once.
+class JobBody(ConversionSpec, MachineSpec, Body):
+    """A requested conversion of a disk or of a virtual machine, executed once.
 
-    `disk`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
+    `disk` or `vm`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
     state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
-    is the name of the target.
+    is the name of the target; for a machine the directory and the name of the new configuration.
     """
 
     state: JobState = "queued"
-    disk: Identifier
+    disk: Identifier | None = None
+    vm: Identifier | None = None
     source: str = ""
     datastore: Name
     file: str | None = None
@@ -208,6 +242,12 @@ class JobBody(ConversionSpec, Body):
     warnings: list[str] = []
     error: str | None = None
     hint: str | None = None
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.disk is None) == (self.vm is None):
+            raise ValueError("a job converts a disk or a vm")
+        return self
 
 
 class PolicyBody(ConversionPolicy, Body):

@@ -42,6 +42,15 @@ def disk_named(client: NodeClient, named: str) -> dict[str, Any]:
     return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
 
 
+def vm_named(client: NodeClient, named: str) -> dict[str, Any]:
+    """Returns the virtual machine with this id, unique beginning of an id, NODE:FILE or NODE:NAME."""
+    vms = client.everything("/api/v1/vms")
+    exact = [
+        one for one in vms if named in (one["id"], *(f"{one['node']}:{one['body'][key]}" for key in ("file", "name")))
+    ]
+    return only(exact or [one for one in vms if len(named) >= 4 and one["id"].startswith(named)], named, "vm")
+
+
 def job_named(client: NodeClient, named: str) -> dict[str, Any]:
     jobs = client.everything("/api/v1/jobs")
     exact = [one for one in jobs if one["id"] == named]

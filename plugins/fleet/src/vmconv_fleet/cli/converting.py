@@ -1,4 +1,4 @@
-"""`vmconv fleet convert`: converts one disk or many, now or later, on any node."""
+"""`vmconv fleet convert`: converts a disk, many disks or a machine, now or later, on any node."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 
 from vmconv.plugin import UsageError, print_json, print_table, size_text
 from vmconv_fleet.cli.client import NodeClient
-from vmconv_fleet.cli.connecting import connected, disk_named
+from vmconv_fleet.cli.connecting import connected, disk_named, vm_named
 from vmconv_fleet.cli.following import Ended, follow
 from vmconv_fleet.words import cell, plan_text, time_text
 
 Asked = dict[str, Any]
-"""One requested conversion: node, disk, name, answer."""
+"""One requested conversion: node, disk or vm, name, answer."""
 
 
 def convert(options: argparse.Namespace) -> int:
+    _refuse_mixed(options)
     at = None if options.at is None else moment(options.at, datetime.now())
     with connected(options) as client, connected(options) as listener:
         # Listening starts before the request, so that no event of the job is missed.
@@ -31,6 +32,15 @@ def convert(options: argparse.Namespace) -> int:
             raise UsageError(f"no disk is selected by {options.select!r}", hint="vmconv fleet disks --select tries it")
         ended = follow(client, events, asked, bar=options.output != "json") if events else {}
     return _report(options, asked, ended, at)
+
+
+def _refuse_mixed(options: argparse.Namespace) -> None:
+    """Raises UsageError for options of machines without -O, and for -O with --select."""
+    if options.machine_format and options.select:
+        raise UsageError("-O converts one virtual machine, and --select chooses disks")
+    given = [name for name in options.machine_spec if getattr(options, name)]
+    if given and not options.machine_format:
+        raise UsageError(f"--{given[0].replace('_', '-')} applies to a virtual machine", hint="name its format with -O")
 
 
 def moment(text: str, now: datetime) -> datetime:
@@ -58,17 +68,23 @@ def _stays(options: argparse.Namespace) -> bool:
 
 def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
     """Returns the fields of the conversion that the command line sets."""
-    wish = {name: value for name in options.spec if (value := getattr(options, name)) not in (None, {})}
+    names = (*options.spec, *options.machine_spec)
+    wish = {name: value for name in names if (value := getattr(options, name)) not in (None, {})}
     return wish if at is None else wish | {"at_ms": int(at.timestamp() * 1000)}
 
 
 def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> Asked:
-    disk = disk_named(client, options.disk)
+    if options.machine_format:
+        kind, found = "vm", vm_named(client, options.named)
+    else:
+        kind, found = "disk", disk_named(client, options.named)
     # The caller chooses the job's id, to follow the job before its owner has received it.
     wish = _wish(options, at) | {"job": options.id or f"job-{secrets.token_hex(6)}"}
-    path = f"/api/v1/disks/{disk['owner']}/{disk['id']}/convert"
+    if options.machine_format:
+        wish["format"] = options.machine_format
+    path = f"/api/v1/{kind}s/{found['owner']}/{found['id']}/convert"
     reply = client.call("POST", path, wish, query={"wait": options.wait})
-    asked = {"node": disk["owner"], "disk": disk["id"], "name": disk["body"]["name"], "answer": reply.content}
+    asked = {"node": found["owner"], kind: found["id"], "name": found["body"]["name"], "answer": reply.content}
     return asked | {"job": wish["job"]}
 
 
@@ -89,14 +105,19 @@ def _report(options: argparse.Namespace, asked: list[Asked], ended: dict[str, En
             [one | {"result": ended[one["job"]].body} if one["job"] in ended else one for one in asked], indent=4
         )
     elif _stays(options):
-        _print_ended(asked, ended)
+        _print_ended(options, asked, ended)
     else:
-        _print_asked(asked, at)
+        _print_asked(options, asked, at)
     return 1 if refused or failed else 0
 
 
-def _print_asked(asked: list[Asked], at: datetime | None) -> None:
-    rows = [["DISK", "JOB", "ANSWER"]]
+def _source(options: argparse.Namespace) -> str:
+    """Returns the head of the column with the sources."""
+    return "VM" if options.machine_format else "DISK"
+
+
+def _print_asked(options: argparse.Namespace, asked: list[Asked], at: datetime | None) -> None:
+    rows = [[_source(options), "JOB", "ANSWER"]]
     rows += [[cell(one["name"]), _job(one), cell(_answer(one["answer"]))] for one in asked]
     print_table(rows)
     if at:
@@ -113,8 +134,8 @@ def _answer(answer: dict[str, Any]) -> str:
     return "accepted" if answer["ok"] else f"refused: {answer.get('reason')}"
 
 
-def _print_ended(asked: list[Asked], ended: dict[str, Ended]) -> None:
-    rows = [["DISK", "BECOMES", "STATE", "PLAN"]]
+def _print_ended(options: argparse.Namespace, asked: list[Asked], ended: dict[str, Ended]) -> None:
+    rows = [[_source(options), "BECOMES", "STATE", "PLAN"]]
     notes: dict[str, None] = {}
     total = dict.fromkeys(("shared", "copied", "written"), 0)
     for one in asked:
@@ -127,6 +148,8 @@ def _print_ended(asked: list[Asked], ended: dict[str, Ended]) -> None:
         for name in total:
             total[name] += int(plan.get(name, 0))
         notes |= dict.fromkeys(f"copied because {copy['reason']}" for copy in plan.get("copies", ()))
+        notes |= dict.fromkeys(f"changed: {change}" for change in plan.get("changes", ()))
+        notes |= dict.fromkeys(f"not carried over: {loss}" for loss in plan.get("losses", ()))
         if body.get("error"):
             notes[f"{one['name']}: {body['error']}"] = None
         rows.append([cell(one["name"]), cell(body.get("file")), cell(_state(body)), cell(plan_text(body.get("plan")))])

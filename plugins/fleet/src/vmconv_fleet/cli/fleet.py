@@ -89,21 +89,29 @@ def _newest(parser: argparse.ArgumentParser) -> None:
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("disk", nargs="?", metavar="DISK", help="a disk of the catalogue: its id, or NODE:NAME")
+    which.add_argument(
+        "named",
+        nargs="?",
+        metavar="DISK|VM",
+        help="a disk of the catalogue: its id, or NODE:NAME; with -O a virtual machine: its id, NODE:FILE or NODE:NAME",
+    )
     which.add_argument("--select", metavar="SELECTION", help="all selected disks")
+    what = parser.add_mutually_exclusive_group(required=True)
     # Named as the fields of the request, and without defaults: an option that is not given is not sent.
     spec = [
-        parser.add_argument("--to", dest="format", required=True, metavar="FMT", help="format to convert to"),
+        what.add_argument("--to", dest="format", metavar="FMT", help="format to convert a disk to"),
         parser.add_argument(
             "-o",
             dest="options",
             action=SetOptions,
             default={},
             metavar="NAME=VALUE",
-            help="options of that format, separated by commas; vmconv formats lists them",
+            help="options of that format, separated by commas; vmconv formats and vmconv machine formats list them",
         ),
         parser.add_argument(
-            "--target", metavar="NAME", help="name of the file to make (default: by the node's policy)"
+            "--target",
+            metavar="NAME",
+            help="name of the file to make, or of the directory for a machine (default: by the node's policy)",
         ),
         parser.add_argument(
             "--target-datastore", metavar="NAME", help="datastore of the target (default: beside the source)"
@@ -114,12 +122,34 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             dest="keep_source",
             action="store_const",
             const=False,
-            help="remove the source afterwards, if the node's policy allows it",
+            help="remove the disk afterwards, if the node's policy allows it",
         ),
         parser.add_argument("--max-parallel", type=int, metavar="N", help="limit of parallel conversions on each node"),
         parser.add_argument("--dry-run", action="store_const", const=True, help="only plan, make nothing"),
     ]
-    parser.set_defaults(spec=tuple(one.dest for one in spec))
+    what.add_argument(
+        "-O", dest="machine_format", metavar="FMT", help="machine format to convert a whole virtual machine to"
+    )
+    machine = [
+        parser.add_argument("--disk-format", metavar="FMT", help="with -O: format of the new disks (default: its own)"),
+        parser.add_argument(
+            "--disk-options",
+            action=SetOptions,
+            default={},
+            metavar="NAME=VALUE",
+            help="with -O: options of the disks' format, separated by commas",
+        ),
+        parser.add_argument(
+            "--strict", action="store_const", const=True, help="with -O: fail rather than lose a setting"
+        ),
+        parser.add_argument(
+            "--new-identity",
+            action="store_const",
+            const=True,
+            help="with -O: give the machine a new UUID and new MAC addresses, for a clone",
+        ),
+    ]
+    parser.set_defaults(spec=tuple(one.dest for one in spec), machine_spec=tuple(one.dest for one in machine))
     parser.add_argument("--at", metavar="TIME", help="begin at HH:MM of this machine's clock, or YYYY-MM-DDTHH:MM")
     parser.add_argument("--follow", action="store_true", help="wait until all have ended, with progress")
     parser.add_argument("--id", metavar="ID", help="id of the request: the same id again is the same request")
@@ -212,7 +242,7 @@ VERBS = {
     "jobs": _Verb("list conversions", "listing", _jobs),
     "requests": _Verb("list requests and their responses", "listing", _newest),
     "history": _Verb("list executed transactions: caller, records before and after", "listing", _newest),
-    "convert": _Verb("convert a disk or all selected disks, on any node", "converting", _convert),
+    "convert": _Verb("convert a disk, all selected disks or a virtual machine, on any node", "converting", _convert),
     "cancel": _Verb("cancel a conversion", "changing", _job),
     "scan": _Verb("scan a node's datastores", "changing", _scan),
     "datastore": _Verb("declare datastores of this node, or remove them from the catalogue", "changing", _datastore),
@@ -239,5 +269,6 @@ COMMAND = Command(
 examples:
   vmconv fleet disks --select 'format=vmdk and size>=10G'
   vmconv fleet convert n02:web.vmdk --to qcow2 --follow
+  vmconv fleet convert n02:web.vmx -O libvirt --dry-run
   vmconv fleet convert --select 'format=vmdk and node=n0*' --to qcow2 --max-parallel 4 --at 22:00 --dry-run""",
 )

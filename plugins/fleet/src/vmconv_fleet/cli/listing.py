@@ -97,14 +97,24 @@ def _disk_row(one: Item) -> list[str]:
 def vms(options: argparse.Namespace) -> int:
     with connected(options) as client:
         items = client.everything("/api/v1/vms", **({"node": options.of} if options.of else {}))
-    return _print(options, items, ["NODE", "VM", "SYSTEM", "MEMORY", "DISKS"], _vm_row)
+    return _print(options, items, ["ID", "NODE", "VM", "FORMAT", "SYSTEM", "CPUS", "MEMORY", "DISKS"], _vm_row)
 
 
 def _vm_row(one: Item) -> list[str]:
     body = one["body"]
-    names = ", ".join(disk["name"] + ("" if disk.get("disk") else " (not here)") for disk in body.get("disks", ()))
     memory = size_text(body["memory"]) if body.get("memory") else ""
-    return [one["node"], body["name"], body.get("system", ""), memory, names]
+    processors = str(body.get("processors") or "")
+    what = [body["name"], body.get("format", ""), body.get("system", ""), processors, memory]
+    return [one["id"], one["node"], *what, f"unreadable: {body['problem']}" if body.get("problem") else _vm_disks(body)]
+
+
+def _vm_disks(body: Item) -> str:
+    """Returns the disks of a machine by name, with a note for a file that is in no datastore."""
+    here = body.get("packaged")
+    return ", ".join(
+        (disk["name"] or "empty disk") + ("" if here or disk.get("disk") or not disk["name"] else " (not here)")
+        for disk in body.get("disks", ())
+    )
 
 
 def jobs(options: argparse.Namespace) -> int:

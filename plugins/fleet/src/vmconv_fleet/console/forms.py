@@ -24,6 +24,9 @@ _WAIT = 3.0
 CONVERSION = ("format", "target", "zero_copy", "dry_run")
 """The fields of a conversion in the form on a disk's page."""
 
+MACHINE_CONVERSION = (*CONVERSION, "strict")
+"""The fields of a conversion in the form on the page of a virtual machine."""
+
 
 async def login_page(_request: Request) -> Response:
     return HTMLResponse(render("login.html", {"title": "Enter", "wrong": None}))
@@ -84,6 +87,14 @@ async def _convert(request: Request) -> Response:
     return await _asked(visit, owner, "convert", arguments | {"disk": disk}, f"/disks/{owner}/{disk}")
 
 
+async def _convert_machine(request: Request) -> Response:
+    visit, form = visit_of(request), await form_of(request)
+    refuse_forged(visit, form)
+    owner, vm = request.path_params["owner"], request.path_params["id"]
+    arguments = {name: form[name] for name in MACHINE_CONVERSION if form.get(name)}
+    return await _asked(visit, owner, "convert-machine", arguments | {"vm": vm}, f"/vms/{owner}/{vm}")
+
+
 async def _cancel(request: Request) -> Response:
     visit, form = visit_of(request), await form_of(request)
     refuse_forged(visit, form)
@@ -110,6 +121,7 @@ FORMS: dict[str, Callable[[Request], Awaitable[Response]]] = {
     "/login": _login,
     "/logout": _logout,
     "/disks/{owner}/{id}/convert": _convert,
+    "/vms/{owner}/{id}/convert": _convert_machine,
     "/jobs/{owner}/{id}/cancel": _cancel,
     "/nodes/{owner}/scan": _scan,
     "/tokens/{owner}/{id}/revoke": _revoke_token,

@@ -169,6 +169,22 @@ def _disk(visit: Visit) -> Response:
     )
 
 
+def _vm(visit: Visit) -> Response:
+    record, vm = _one(visit, kinds.VmBody, "vm")
+    able = visit.snapshot.view.get(record.owner, "capabilities", "installed")
+    machines = kinds.CapabilitiesBody.model_validate(able.body).machines if able else {}
+    return visit.page(
+        "vm.html",
+        title=vm.name,
+        record=record,
+        vm=vm,
+        formats=[name for name, one in sorted(machines.items()) if one.writes],
+        jobs=[
+            (one, job) for one, job in _latest_jobs(visit.snapshot) if (one.owner, job.vm) == (record.owner, record.id)
+        ],
+    )
+
+
 def _vms(visit: Visit) -> Response:
     found = sorted(_read(visit.snapshot, kinds.VmBody, "vm"), key=lambda one: (one[1].name, one[0].id))
     offset = visit.offset()
@@ -261,6 +277,7 @@ _PAGES: dict[str, Page] = {
     "/disks": _disks,
     "/disks/{owner}/{id}": _disk,
     "/vms": _vms,
+    "/vms/{owner}/{id}": _vm,
     "/jobs": _jobs,
     "/jobs/{owner}/{id}": _job,
     "/requests": _requests,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec
+from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, NodeId, TokenId
 from vmconv_fleet.catalogue.kinds import TokenSpec
 
@@ -42,6 +42,20 @@ class Convert(JobRequest):
     """A conversion of a disk of the catalogue."""
 
     disk: Identifier
+
+
+class MachineJobRequest(ConversionSpec, MachineSpec, Arguments):
+    """A conversion of a machine. `job` is as in a `JobRequest`."""
+
+    verb: ClassVar[str] = "convert-machine"
+
+    job: Identifier | None = None
+
+
+class ConvertMachine(MachineJobRequest):
+    """A conversion of a virtual machine of the catalogue: its configuration, firmware variables and disks."""
+
+    vm: Identifier
 
 
 class Cancel(Arguments):
@@ -113,6 +127,7 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
     one.verb: one
     for one in (
         Convert,
+        ConvertMachine,
         Cancel,
         Scan,
         DatastoreAdd,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmconv_fleet.jobs.arguments import (
         Cancel,
         Convert,
+        ConvertMachine,
         DatastoreAdd,
         DatastoreRemove,
         PolicySet,
@@ -42,6 +43,7 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
     """Returns the handler of each verb; `directory` is the node's own, where it may hold the fleet's authority."""
     deciders: Mapping[str, Callable[[Context, IncomingRequest, Any], Outcome]] = {
         "convert": _convert,
+        "convert-machine": _convert_machine,
         "cancel": _cancel,
         "scan": _scan,
         "datastore-add": _add_datastore,
@@ -93,37 +95,63 @@ def _own(context: Context, kind: str, identifier: str) -> Record:
 
 
 def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Outcome:
-    from vmconv_fleet.catalogue.kinds import DiskBody, JobBody, Principal
+    from vmconv_fleet.catalogue.kinds import DiskBody
 
     identifier = wanted.job or request.id
     before = context.get(context.node, "job", identifier)
     if before:
-        return _again(before, wanted)
+        return _again(before, "disk", wanted.disk, wanted.format)
     disk = DiskBody.model_validate(_own(context, "disk", wanted.disk).body)
     if disk.problem:
         raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
-    _own(context, "datastore", disk.datastore)
-    if wanted.target_datastore is not None:
-        _own(context, "datastore", wanted.target_datastore)
     policy = policy_of(context.node, context)
     _refuse_format(context, policy, wanted.format)
+    source = {"disk": wanted.disk, "source": disk.name, "datastore": disk.datastore}
+    return _queued(context, request, identifier, wanted, source | wanted.spec() | _ruled(policy, wanted))
+
+
+def _convert_machine(context: Context, request: IncomingRequest, wanted: ConvertMachine) -> Outcome:
+    from vmconv_fleet.catalogue.conversion import MachineSpec
+    from vmconv_fleet.catalogue.kinds import VmBody
+
+    identifier = wanted.job or request.id
+    before = context.get(context.node, "job", identifier)
+    if before:
+        return _again(before, "vm", wanted.vm, wanted.format)
+    vm = VmBody.model_validate(_own(context, "vm", wanted.vm).body)
+    if vm.problem:
+        raise Refusal(f"vm {wanted.vm} cannot be read: {vm.problem}")
+    if not wanted.keep_source:
+        raise Refusal("the conversion of a machine keeps its source")
+    policy = policy_of(context.node, context)
+    _refuse_machine_format(context, policy, wanted)
+    source = {"vm": wanted.vm, "source": vm.file, "datastore": vm.datastore}
+    machine = {name: getattr(wanted, name) for name in MachineSpec.model_fields}
+    return _queued(context, request, identifier, wanted, source | wanted.spec() | machine | _ruled(policy, wanted))
+
+
+def _queued(
+    context: Context,
+    request: IncomingRequest,
+    identifier: str,
+    wanted: Convert | ConvertMachine,
+    fields: Mapping[str, Any],
+) -> Outcome:
+    """Returns the outcome of a permitted conversion: a new job with these fields."""
+    from vmconv_fleet.catalogue.kinds import JobBody, Principal
+
+    _own(context, "datastore", fields["datastore"])
+    if wanted.target_datastore is not None:
+        _own(context, "datastore", wanted.target_datastore)
     if len(context.find("job", context.node)) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs")
-    body = JobBody(
-        state="queued",
-        disk=wanted.disk,
-        source=disk.name,
-        datastore=disk.datastore,
-        created_ms=context.now,
-        by=Principal.model_validate(request.by),
-        **wanted.spec() | _ruled(policy, wanted),
-    )
+    body = JobBody(state="queued", created_ms=context.now, by=Principal.model_validate(request.by), **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
 
 
-def _again(before: Record, wanted: Convert) -> Outcome:
+def _again(before: Record, kind: str, source: str, format_name: str) -> Outcome:
     """Returns the outcome for a known id: the existing job."""
-    same = (before.body["disk"], before.body["format"]) == (wanted.disk, wanted.format)
+    same = (before.body.get(kind), before.body["format"]) == (source, format_name)
     if not same:
         raise Refusal(f"job {before.id} is a different conversion")
     return Outcome((), {"job": before.id, "state": before.body["state"]})
@@ -142,7 +170,20 @@ def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
         raise Refusal(f"this node cannot write {name}; it writes {', '.join(writable)}")
 
 
-def _ruled(policy: PolicyBody, wanted: Convert) -> dict[str, Any]:
+def _refuse_machine_format(context: Context, policy: PolicyBody, wanted: ConvertMachine) -> None:
+    """Raises Refusal for a machine format that this node cannot write, or disks of a format that it must not."""
+    from vmconv_fleet.catalogue.kinds import CapabilitiesBody
+
+    known = context.get(context.node, "capabilities", "installed")
+    machines = CapabilitiesBody.model_validate(known.body if known else {}).machines
+    writable = {name: one.disks for name, one in machines.items() if one.writes}
+    if wanted.format not in writable:
+        have = ", ".join(sorted(writable)) or "none"
+        raise Refusal(f"this node cannot write {wanted.format} machines; it writes {have}")
+    _refuse_format(context, policy, wanted.disk_format or writable[wanted.format])
+
+
+def _ruled(policy: PolicyBody, wanted: Convert | ConvertMachine) -> dict[str, Any]:
     """Returns the fields of a job from the policy."""
     if not wanted.keep_source and not policy.may_remove_source:
         raise Refusal("the policy of this node keeps sources")

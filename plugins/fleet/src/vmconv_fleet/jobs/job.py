@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,7 +59,7 @@ class Job(NamedTuple):
     def planned(self, *, event: Mapping[str, Any], ended: bool = False) -> Mapping[str, Any]:
         """Returns the record with the worker's plan; `ended` for a dry run."""
         end = {"ended_ms": wall_ms()} if ended else {}
-        return self._changed(state="planned", plan=event["plan"], file=os.path.basename(event["target"]), **end)
+        return self._changed(state="planned", plan=event["plan"], file=event["file"], **end)
 
     def running(self, *, done: int, total: int) -> Mapping[str, Any]:
         """Returns the record with the progress in bytes."""

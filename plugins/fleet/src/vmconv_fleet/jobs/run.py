@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv_fleet.errors import FleetError, Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
-from vmconv_fleet.jobs.worker import Task
+from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.store import ReplicaView
@@ -141,16 +141,17 @@ class Run:
         job = _checked(body)
         node, view = self._service.node, self._service.view()
         roots = {one.id: str(one.body["path"]) for one in view.find("datastore", node)}
-        disk = view.get(node, "disk", job.disk)
-        if disk is None:
-            raise Refusal(f"disk {job.disk} no longer exists")
-        for name in (disk.body["datastore"], job.target_datastore):
+        kind, identifier = ("disk", job.disk) if job.vm is None else ("vm", job.vm)
+        source = view.get(node, kind, identifier or "")
+        if source is None:
+            raise Refusal(f"{kind} {identifier} no longer exists")
+        for name in (source.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
         return Task(
             job=self._job,
-            root=roots[disk.body["datastore"]],
-            name=disk.body["name"],
+            root=roots[source.body["datastore"]],
+            name=source.body["file" if job.vm else "name"],
             roots=list(roots.values()),
             format=job.format,
             options=job.options,
@@ -160,10 +161,15 @@ class Run:
             zero_copy=job.zero_copy,
             journal=self._journal.path,
             dry_run=job.dry_run,
-            removable=not job.keep_source and not self._is_parent(job.disk),
+            removable=not job.keep_source and job.vm is None and not self._is_parent(job.disk),
+            is_machine=job.vm is not None,
+            disk_format=job.disk_format,
+            disk_options=job.disk_options,
+            strict=job.strict,
+            new_identity=job.new_identity,
         )
 
-    def _is_parent(self, disk: str) -> bool:
+    def _is_parent(self, disk: str | None) -> bool:
         """Returns whether another disk of the catalogue needs this one."""
         return any(
             layer.get("disk") == disk

@@ -20,6 +20,7 @@ ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
 
 VERBS: Mapping[str, Role] = {
     "convert": "operator",
+    "convert-machine": "operator",
     "cancel": "operator",
     "scan": "operator",
     "datastore-add": "admin",

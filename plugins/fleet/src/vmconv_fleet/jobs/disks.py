@@ -1,0 +1,88 @@
+"""The conversion of a disk by a worker."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vmconv.plugin import PlanError
+from vmconv_fleet.jobs.conversion import Conversion, listed
+
+if TYPE_CHECKING:
+    from vmconv.api import Plan, Result
+
+
+class DiskConversion(Conversion):
+    """Converts one disk into a file."""
+
+    def _target(self, source: str) -> str:
+        from vmconv.api import new_name
+        from vmconv.plugin import installed
+
+        registry = installed()
+        one = registry.format(self._task.format)
+        own = os.path.basename(self._task.name)
+        stem = registry.stem(own)
+        suffix = new_name(own, one, registry).removeprefix(stem)
+        directory, name = self._place(source, stem, suffix, one.name)
+        path = os.path.join(directory, name)
+        if os.path.lexists(path):
+            # A link is not followed: it could lead anywhere.
+            raise PlanError(f"{name}: already exists", hint="name another target")
+        return path
+
+    def _arguments(self) -> dict[str, Any]:
+        # The opener restricts files to the datastores; the files that it opened are checked again.
+        return {
+            "target_format": self._task.format,
+            "options": self._task.options,
+            "zero_copy": self._task.zero_copy,
+            "allow_external": self._roots,
+        }
+
+    def _plan(self, source: str, target: str) -> None:
+        from vmconv.api import Request, prepared, refuse_copies
+
+        with prepared(Request(source, target, **self._arguments())) as ready:
+            self._report(ready.plan)
+            refuse_copies(target, self._task.zero_copy, ready.plan)
+
+    def _convert(self, source: str, target: str) -> Result:
+        from vmconv.api import convert
+
+        return convert(
+            source,
+            target,
+            announce=self._announce,
+            created=self._created,
+            progress=self._progress,
+            **self._arguments(),
+        )
+
+    def _announce(self, plan: Plan) -> None:
+        self._report(plan)
+        self._go.wait()
+
+    def _report(self, plan: Plan) -> None:
+        self._refuse_elsewhere(plan, [file.name for file in plan.files])
+        self._emit_plan(plan, self._names[-1], backend=plan.way, losses=listed(plan.losses))
+
+    def _outcome(self, source: str, result: Result) -> dict[str, Any]:
+        kept = _remove(source, result) if self._task.removable else None
+        return {"warnings": listed(result.warnings), "source_kept": kept}
+
+
+def _remove(source: str, result: Result) -> str | None:
+    """Removes the source of a finished conversion; returns the reason if it has to stay."""
+    from vmconv.plugin import Opener, installed
+
+    if result.totals.referenced:
+        return "the target refers to it"
+    with Opener(installed()) as opener:
+        image = opener.image(source, result.source_format)
+        if any(one is not image.file for one in image.guest.sources) or image.dependencies:
+            return "it consists of several files"
+        if image.file.changed():
+            return "it has changed"
+        os.unlink(source)
+    return None
