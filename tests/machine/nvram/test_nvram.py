@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support.efi_stores import guest_state, with_tpm
 from support.requirements import CORPUS, missing, oracle_program
 from vmconv.errors import ImageError, PlanError, VmconvError
-from vmconv.machine.nvram import Store, Variable, converted, ovmf, read, vmware, written_into
+from vmconv.machine.nvram import Store, Variable, converted, enforces_secure_boot, ovmf, read, vmware, written_into
 from vmconv.testing import image_file
 from vmconv.testing.malformed import memory_limit, time_limit
 
@@ -179,6 +179,19 @@ def test_secure_boot_is_as_the_configuration_states_it(stated: bool) -> None:
     assert read(converted(store, "ovmf")[0], "made").variables == (PK, own)
     set_by_us = read(converted(store, "ovmf", secure_boot=stated)[0], "made").variables
     assert set_by_us == (PK, own._replace(data=bytes([stated])))
+
+
+@pytest.mark.parametrize(
+    ("key", "switch", "enforced"),
+    [(b"k", None, True), (b"k", b"\1", True), (b"k", b"\0", False), (None, b"\1", False), (b"", None, False)],
+    ids=["key", "on", "off", "no-key", "empty-key"],
+)
+def test_secure_boot_is_on_with_a_platform_key_unless_it_is_switched_off(
+    key: bytes | None, switch: bytes | None, enforced: bool
+) -> None:
+    stated = [(GLOBAL, "PK", 0x27, key), (ENABLE, "SecureBootEnable", 3, switch)]
+    found = tuple(Variable(guid, name, flags, data) for guid, name, flags, data in stated if data is not None)
+    assert enforces_secure_boot(Store("ovmf", found)) is enforced
 
 
 @pytest.mark.parametrize("kind", ["vmware", "vmgs", "other"])

@@ -10,6 +10,7 @@ from vmconv.machine.places import file_name
 from vmconv.machine.request import Loss
 
 if TYPE_CHECKING:
+    from vmconv.machine.nvram import Store
     from vmconv.machine.source import Source
     from vmconv.machine.target import Target
 
@@ -38,13 +39,40 @@ def variables(source: Source, target: Target) -> Variables:
     from vmconv.machine import nvram
 
     try:
-        file = source.disks.related(source.file, firmware.nvram.file, "store of firmware variables", moved=True)
-        read = nvram.read(file, file.name)
+        read = _read(source, firmware.nvram.file)
         data, dropped = nvram.converted(read, target.format.nvram_kind, secure_boot=firmware.secure_boot)
     except (AccessError, ImageError, PlanError) as exc:
         return _lost(firmware.nvram.file, str(exc))
     name = file_name(target.format.nvram_name(target.adapted.machine, target.options))
     return Variables(ConfigFile(name, data), (), tuple(f"firmware variable {line}" for line in dropped))
+
+
+def with_secure_boot(source: Source) -> Source:
+    """Returns the source with Secure Boot on, if only its variables say so, as on Proxmox and VirtualBox.
+
+    Other platforms state it in the configuration too, and start the machine without it otherwise.
+    """
+    firmware = source.machine.firmware
+    if firmware.secure_boot is not None or firmware.kind != "uefi" or firmware.nvram is None:
+        return source
+    if firmware.nvram.kind not in ("ovmf", "virtualbox"):
+        return source
+    from vmconv.machine import nvram
+
+    try:
+        on = nvram.enforces_secure_boot(_read(source, firmware.nvram.file))
+    except (AccessError, ImageError):
+        # `variables` reports it.
+        return source
+    firmware = firmware.model_copy(update={"secure_boot": on or None})
+    return source._replace(machine=source.machine.model_copy(update={"firmware": firmware}))
+
+
+def _read(source: Source, name: str) -> Store:
+    from vmconv.machine import nvram
+
+    file = source.disks.related(source.file, name, "store of firmware variables", moved=True)
+    return nvram.read(file, file.name)
 
 
 def _lost(file: str, reason: str) -> Variables:

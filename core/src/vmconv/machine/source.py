@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import PlanError, UsageError
@@ -11,6 +11,7 @@ from vmconv.inplace.settling import settle
 from vmconv.inspect import checking
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
+from vmconv.machine.firmware import with_secure_boot
 from vmconv.machine.formats import claimants, identify, refuse_result
 from vmconv.machine.members import Members
 from vmconv.machine.model import Disk, Machine
@@ -84,11 +85,13 @@ def opened(
         yield Source(machine, found, file, opener, disks)
 
 
-def source_of(request: MachineRequest) -> AbstractContextManager[Source]:
-    """Returns the context of the source of a request."""
-    return opened(
+@contextmanager
+def source_of(request: MachineRequest) -> Iterator[Source]:
+    """Yields the source of a request; its files are open until the block ends."""
+    with opened(
         request.source,
         request.source_format,
         allow_external=tuple(request.allow_external),
         force_share=request.force_share,
-    )
+    ) as source:
+        yield with_secure_boot(source)

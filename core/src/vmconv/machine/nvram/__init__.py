@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from vmconv.errors import ImageError, PlanError
 from vmconv.machine.nvram import carry, ovmf, vmgs, vmware
-from vmconv.machine.nvram.variables import MAX_STORE, SECURE_BOOT_ENABLE, Kind, Store, Variable
+from vmconv.machine.nvram.variables import GLOBAL, MAX_STORE, SECURE_BOOT_ENABLE, Kind, Store, Variable
 from vmconv.model.sources import File
 
-__all__ = ["Kind", "Store", "Variable", "converted", "read", "written_into"]
+__all__ = ["Kind", "Store", "Variable", "converted", "enforces_secure_boot", "read", "written_into"]
 
 _OTHERS = {
     b"vhdxfile": "a VHDX image",
@@ -63,6 +63,13 @@ def converted(
         raise PlanError(f"a new EFI variable store of kind {kind!r} cannot be made")
     kept, dropped = carry.carried(store)
     return ovmf.write(_with_secure_boot(kept, secure_boot), size if kind == "ovmf" else "4M"), dropped
+
+
+def enforces_secure_boot(store: Store) -> bool:
+    """True if OVMF starts with Secure Boot on: a platform key is enrolled, and SecureBootEnable does not say 0."""
+    found = {(one.guid, one.name): one.data for one in store.variables}
+    enrolled = bool(found.get((GLOBAL, "PK")))
+    return enrolled and found.get((SECURE_BOOT_ENABLE, "SecureBootEnable")) != b"\0"
 
 
 def _with_secure_boot(kept: tuple[Variable, ...], secure_boot: bool | None) -> tuple[Variable, ...]:
