@@ -114,6 +114,14 @@ def test_a_disk_of_a_machine_that_is_elsewhere_is_marked(run: Run, fleet: Fleet)
     assert run("vms").splitlines()[3].endswith("web-9.vmdk (not here), empty disk")
 
 
+def test_a_name_of_two_machines_is_refused(run: Run, fleet: Fleet) -> None:
+    fleet.other.write(Change("vm", "v1", {"datastore": "ds", "file": "copy.xml", "name": "shop"}))
+    fleet.here.body_when(fleet.other.id, "vm", "v1", lambda _one: True)
+    said = run("convert", "n02:shop", "-O", "vmx", code=2)
+    assert "'n02:shop' is not one vm but 2: " in said
+    assert "hint: name it by its id" in said
+
+
 def test_convert_of_a_machine_says_what_changes_and_what_is_lost(run: Run, tmp_path: Path) -> None:
     wanted = ["convert", "n02:shop", "-O", "vmx", "--wait", "30"]
     planned = run(*wanted, "--dry-run").splitlines()

@@ -31,7 +31,7 @@ def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, An
         raise UsageError(f"no {kind} {named!r}", hint=f"vmconv fleet {kind}s lists them")
     if len(found) > 1:
         ids = ", ".join(f"{one['node']}:{one['id']}" for one in found[:5])
-        raise UsageError(f"{named!r} is not one {kind} but {len(found)}: {ids}")
+        raise UsageError(f"{named!r} is not one {kind} but {len(found)}: {ids}", hint="name it by its id")
     return found[0]
 
 
