@@ -219,3 +219,45 @@ def test_a_plugin_that_changes_a_setting_without_a_reason_is_blamed(
     monkeypatch.setattr(Toy, "adapt", lambda _self, one, _: Adapted(one.model_copy(update={"name": "other"})))
     with pytest.raises(PluginError, match="changes name from 'web' without a reason"):
         vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+
+
+def test_a_target_with_the_suffix_of_another_format_is_refused(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    with pytest.raises(UsageError, match=r"web\.ova: has the suffix of ova, not of toy"):
+        vmconv.machine_convert(config, tmp_path / "web.ova", target_format="toy")
+    assert names(tmp_path) == ["old"]
+    vmconv.machine_convert(config, f"{tmp_path}/web.ova/", target_format="toy")
+    assert "web.toy" in names(tmp_path / "web.ova")
+
+
+def test_files_of_a_machine_with_a_long_name_differ(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", name="\u00fc" * 900)
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy")
+    assert [name.strip("\u00fc") for name in names(tmp_path / "new")] == [
+        *(f"-disk{number}.raw" for number in (1, 2, 3)),
+        ".toy",
+    ]
+
+
+def test_devices_and_files_of_the_host_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = [{"kind": "file", "target": "/srv/log"}, {"kind": "pty", "target": "/dev/pts/1"}, {"kind": "none"}]
+    config = machine(tmp_path / "old", disks=[{"device": "/dev/sda"}], serials=ports)
+    assert vmconv.machine_plan(config, tmp_path / "new", target_format="toy").warnings == ()
+    monkeypatch.setattr(Toy, "carries", Toy.carries | {"disks.device", "serials"})
+    disk, port = vmconv.machine_plan(config, tmp_path / "new", target_format="toy").warnings
+    assert disk.startswith("disks[0] is the physical disk /dev/sda: it is not converted")
+    assert port == "serials[0] writes to the file /srv/log of the new machine's host"
+
+
+def test_disk_options_that_the_configuration_relies_on_cannot_be_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = machine(tmp_path / "old")
+    monkeypatch.setattr(Toy, "disk_format", "vmdk")
+    monkeypatch.setattr(Toy, "disk_options", lambda *_: {"subformat": "monolithicSparse"})
+    with pytest.raises(UsageError, match="toy states that its disks have subformat=monolithicSparse"):
+        vmconv.machine_convert(
+            config, tmp_path / "new", target_format="toy", disk_options={"subformat": "monolithicFlat"}
+        )
+    same = {"subformat": "monolithicSparse"}
+    vmconv.machine_convert(config, tmp_path / "new", target_format="toy", disk_options=same)

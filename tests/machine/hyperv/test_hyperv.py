@@ -622,6 +622,13 @@ def test_generation_2_has_scsi_only() -> None:
     ]
 
 
+def test_generation_2_takes_no_vhd() -> None:
+    disks = (Disk(file="a.vhd", format="vhd", bus="ide", controller=0, unit=0),)
+    assert b"a.vhd" in script(Machine(name="web", firmware=Firmware(kind="bios"), disks=disks))
+    with pytest.raises(PlanError, match=r"a\.vhd: Hyper-V's generation 2, which has UEFI, takes no VHD"):
+        script(Machine(name="web", firmware=Firmware(kind="uefi"), disks=disks))
+
+
 def test_generation_1_starts_from_ide() -> None:
     scsi = tuple(Disk(file=f"{number}", bus="scsi", controller=0, unit=number) for number in range(3))
     machine = Machine(firmware=Firmware(kind="bios"), disks=scsi, removables=(Removable(kind="cdrom"),))

@@ -75,7 +75,7 @@ class MachineFormat:
     """True if one file holds the configuration and the disks, as an OVA does; see `members` and `pack`."""
 
     def disk_options(self, options: Any) -> Mapping[str, Any]:
-        """Returns options for the writer of `disk_format`; the user's options come on top of them."""
+        """Returns options for the writer of `disk_format` that the configuration states; users cannot change them."""
         return {}
 
     def options(self) -> type[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.conversion.containers import Container, lay_out, parts_of
 from vmconv.conversion.containers import Target as DiskTarget
@@ -92,6 +92,7 @@ def _disk(
 ) -> NewDisk:
     wanted = disk_format(target, request, registry)
     usual = target.format.disk_options(target.options) if wanted.name == target.format.disk_format else {}
+    _refuse_other_options(request.disk_options, usual, target)
     options = parse_options(wanted.options(), {**usual, **request.disk_options}, wanted.name)
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
@@ -105,6 +106,15 @@ def _disk(
     losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
     plan = plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses)
     return NewDisk(number, made, plan)
+
+
+def _refuse_other_options(asked: Mapping[str, Any], usual: Mapping[str, Any], target: Target) -> None:
+    for name, value in usual.items():
+        if str(asked.get(name, value)) != str(value):
+            raise UsageError(
+                f"--disk-options {name}={asked[name]}: {target.format.name} states that its disks have {name}={value}",
+                hint=f"vmconv machine formats lists the options of {target.format.name}",
+            )
 
 
 def _adapter(machine: Machine, number: int, wanted: Format) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.errors import PlanError, PluginError, in_words
-from vmconv.machine.paths import carried, plain, stated, still_states
+from vmconv.errors import PlanError, PluginError, UsageError, in_words
+from vmconv.machine.paths import carried, is_field, plain, stated, still_states
 from vmconv.machine.request import Loss
 
 if TYPE_CHECKING:
@@ -72,7 +72,14 @@ def words(value: Any) -> str:
 
 
 def refuse(losses: Iterable[Loss], *, strict: bool, keep: Collection[str]) -> None:
-    """Raises `PlanError` for losses: all with `strict`, else of fields in or below `keep`."""
+    """Raises `PlanError` for losses: all with `strict`, else of fields in or below `keep`.
+
+    Raises `UsageError` for a name in `keep` that is no field.
+    """
+    for name in keep:
+        if not is_field(name):
+            hint = "vmconv machine info lists the fields of a machine, such as tpm and nics.mac"
+            raise UsageError(f"--keep {name}: machines have no such field", hint=hint)
     refused = [loss for loss in losses if strict or carried(loss.path, keep) or loss.path in keep]
     if refused:
         raise PlanError("; ".join(_lines(refused)), hint="vmconv machine plan lists what becomes of each setting")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
@@ -62,6 +62,30 @@ def still_states(after: Mapping[str, Any], path: str, value: Any) -> bool:
 def plain(path: str) -> str:
     """Returns a path without indexes."""
     return _INDEX.sub("", path)
+
+
+def is_field(path: str) -> bool:
+    """True if machines have this field, with indexes or without, or vendor extras of this name."""
+    from vmconv.machine.model import Machine
+
+    parts: list[type[BaseModel]] = [Machine]
+    names = plain(path).split(".")
+    for number, name in enumerate(names):
+        fields = [part.model_fields[name] for part in parts if name in part.model_fields]
+        if not fields:
+            return False
+        if name == "extra" and number == 0:
+            return True
+        parts = [part for field in fields for part in _parts(field.annotation)]
+    return True
+
+
+def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yields the parts of the model in an annotation, such as `Tpm` in `Tpm | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _parts(inner)
 
 
 def carried(path: str, carries: Collection[str]) -> bool:

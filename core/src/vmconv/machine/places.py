@@ -64,12 +64,15 @@ def file_name(text: str) -> str:
     name = "".join("-" if each in "/\\" or not each.isprintable() else each for each in text).strip() or "machine"
     if name[0] in ".-":
         name = f"_{name[1:]}"
-    while len(os.fsencode(name)) > _MOST:
-        stem, dot, suffix = name.rpartition(".")
-        # The suffix says what the file is.
-        name = f"{stem[:-1]}{dot}{suffix}" if len(stem) > 1 else name[:-1]
-    return name
+    # The end says which of the machine's files it is.
+    start, end = name[:-_END], name[-_END:]
+    while start and len(os.fsencode(start + end)) > _MOST:
+        start = start[:-1]
+    return start + end
 
 
 _MOST = 200
 """Bytes of a name, with room for names derived from it."""
+
+_END = 24
+"""Characters at the end that are kept, such as `-disk1024.parallels`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.machine import losses
+from vmconv.machine.paths import carried
 from vmconv.machine.request import DiskPlan, MachinePlan
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def machine_plan(
     """Returns what becomes of each setting and of each disk."""
     fate = losses.fate(source.machine, target.adapted, target.format)
     warnings = [text for image in images if image is not None for text in image.warnings]
+    warnings += _on_the_host(target)
     return MachinePlan(
         source.format.name,
         target.format.name,
@@ -38,6 +40,22 @@ def machine_plan(
         firmware.notes,
         tuple(file.real_path() for file in source.opener.files),
     )
+
+
+def _on_the_host(target: Target) -> Iterator[str]:
+    """Yields a warning for each device and file outside the machine that the new guest writes to."""
+    machine = target.adapted.machine
+    if carried("disks.device", target.format.carries):
+        for number, disk in enumerate(machine.disks):
+            if disk.device is not None:
+                yield (
+                    f"disks[{number}] is the physical disk {disk.device}: it is not converted, and the new machine "
+                    "writes to the device of that name on its host"
+                )
+    if carried("serials.target", target.format.carries):
+        for number, port in enumerate(machine.serials):
+            if port.target is not None and port.kind in ("file", "device"):
+                yield f"serials[{number}] writes to the {port.kind} {port.target} of the new machine's host"
 
 
 def _disk_plan(disk: NewDisk, source: Source) -> DiskPlan:

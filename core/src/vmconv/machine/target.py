@@ -83,6 +83,10 @@ def _place(request: MachineRequest, found: MachineFormat, machine: Machine, opti
     is_directory = path.endswith("/") or os.path.isdir(path)
     if not is_directory and path.lower().endswith(found.suffixes):
         return os.path.dirname(path) or ".", os.path.basename(path)
+    named = format_by_suffix(path)
+    if not is_directory and named not in (None, found.name):
+        hint = f"with -O {found.name}, name the directory of the new machine; end it with / if that is its name"
+        raise UsageError(f"{path}: has the suffix of {named}, not of {found.name}", hint=hint)
     below = found.directory(machine, options)
     return os.path.normpath(os.path.join(path, below)), file_name(found.config_name(machine, options))
 

@@ -89,10 +89,11 @@ def _check_machine(made: NewMachine, file: File, target: Target) -> None:
 
 def _without_directory(machine: Machine, target: Target) -> Machine:
     """Returns the machine with plain names for files of the target's directory, for platforms with absolute paths."""
-    directory = os.path.realpath(target.directory)
+    # A platform with absolute paths may name the directory that the disks move to later.
+    directory = os.path.normpath(getattr(target.options, "directory", "") or os.path.realpath(target.directory))
 
     def plain(part: Any) -> Any:
-        inside = part.file is not None and os.path.dirname(part.file) == directory
+        inside = part.file is not None and os.path.normpath(os.path.dirname(part.file)) == directory
         return part.model_copy(update={"file": os.path.basename(part.file)}) if inside else part
 
     firmware = machine.firmware

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vmconv.machine import Disk, Machine, Removable
-from vmconv.plugin import ConfigFile
+from vmconv.plugin import ConfigFile, PlanError
 from vmconv_hyperv import keys
 from vmconv_hyperv.cmdlets import Value, Variable, command
 
@@ -34,12 +34,19 @@ class _Bootable(NamedTuple):
 
 
 def write(machine: Machine) -> tuple[ConfigFile, ...]:
-    """Returns the script of an adapted machine."""
+    """Returns the script of an adapted machine. Raises `PlanError` for a VHD in generation 2."""
+    _refuse_vhd(machine)
     lines = [*_checks(machine), *_base(machine), *_controllers(machine), *_drives(machine), *_nics(machine)]
     lines += _boot(machine)
     text = HEAD + "".join(f"{line}\n" for line in lines)
     # Windows PowerShell takes a script without the mark for one in the system's code page.
     return (ConfigFile("", codecs.BOM_UTF8 + text.encode()),)
+
+
+def _refuse_vhd(machine: Machine) -> None:
+    vhd = next((disk.file for disk in machine.disks if disk.format == "vhd"), None)
+    if vhd is not None and machine.firmware.kind == "uefi":
+        raise PlanError(f"{vhd}: Hyper-V's generation 2, which has UEFI, takes no VHD", hint="--disk-format vhdx")
 
 
 def _checks(machine: Machine) -> Iterator[str]:

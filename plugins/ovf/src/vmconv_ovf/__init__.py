@@ -75,7 +75,8 @@ class Ovf(MachineFormat):
         return f"{plain_name(machine.name)}.nvram"
 
     def disk_options(self, options: Any) -> dict[str, Any]:
-        return {"subformat": "streamOptimized"} if options.disk_format == "streamOptimized" else {}
+        # The descriptor states the kind, and names one file for each disk.
+        return {"subformat": "streamOptimized" if options.disk_format == "streamOptimized" else "monolithicSparse"}
 
     def config_name(self, machine: Machine, options: Any) -> str:
         from vmconv_ovf.names import plain_name
