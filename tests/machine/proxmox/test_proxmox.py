@@ -356,6 +356,15 @@ def test_a_file_name_that_a_volume_cannot_have_is_refused() -> None:
         written(Machine(disks=(Disk(file="a,b.raw", bus="scsi", controller=0, unit=0),)))
 
 
+def test_settings_that_reach_the_host_are_dropped() -> None:
+    extra = {"proxmox": {"args": "-drive file=/etc/shadow", "hookscript": "local:snippets/x.sh", "virtiofs0": "home"}}
+    machine = Machine(extra={"proxmox": {**extra["proxmox"], "tags": "a"}})
+    found = adapted(machine)
+    assert found.machine.extra == {"proxmox": {"tags": "a"}}
+    assert {each.before.partition("=")[0] for each in found.substitutions if not each.after} >= {*extra["proxmox"]}
+    assert "shadow" not in written(machine)
+
+
 def test_settings_that_would_make_lines_of_their_own_are_dropped() -> None:
     extra = {
         "proxmox": {"args": "-a\nname: evil", "a b": "c", "scsi3.ssd": "1", "unused0": "local:1/x.raw", "net0": "x"}

@@ -151,20 +151,25 @@ def _board(board: Board, system: GuestOS, changes: Changes) -> Board:
     return board.model_copy(update={"chipset": chipset, "clock": clock})
 
 
+_ON_HOST = re.compile(r"args|hookscript|virtiofs\d+")
+"""Settings that run or open something on the host: `args` are arguments for QEMU, which runs as root."""
+
+
 def _extra(machine: Machine, options: Options, changes: Changes) -> Machine:
     """Returns the machine with those settings of its own that still have their device."""
     found = machine.extra.get("proxmox", {})
     own = own_settings(machine, options)
     kept = {key: value for key, value in found.items() if _has_place(key, value, own)}
     for key in found.keys() - kept.keys():
-        changes.add("extra.proxmox", f"{key}={found[key]}"[:80].replace("\n", " "), None, "has no place here")
+        reason = "reaches the host, where it is another one" if _ON_HOST.fullmatch(key) else "has no place here"
+        changes.add("extra.proxmox", f"{key}={found[key]}"[:80].replace("\n", " "), None, reason)
     others = {name: values for name, values in machine.extra.items() if name != "proxmox"}
     return machine.model_copy(update={"extra": {**others, **({"proxmox": kept} if kept else {})}})
 
 
 def _has_place(key: str, value: str, own: dict[str, Any]) -> bool:
     device, dot, _ = key.partition(".")
-    if not _EXTRA.fullmatch(key) or "\n" in value or key.startswith("unused"):
+    if not _EXTRA.fullmatch(key) or _ON_HOST.fullmatch(key) or "\n" in value or key.startswith("unused"):
         return False
     if not dot:
         return key not in own or key == "scsihw"
