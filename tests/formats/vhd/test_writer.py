@@ -128,6 +128,8 @@ def test_the_first_block_is_as_near_as_it_can_be() -> None:
     """The BAT of 384 blocks ends at 0xc00: there is just room for a footer's sector and a bitmap."""
     image = disk([(0, 0, BLOCK)], 384 * BLOCK)
     assert laid_out(write(image, Options(), placement(4096)))[3:5] == ["0xe00 bitmaps", "0x1000 payload 0x0+0x200000"]
+    more = disk([(0, 0, BLOCK)], 385 * BLOCK)
+    assert laid_out(write(more, Options(), placement(4096)))[3:5] == ["0x1e00 bitmaps", "0x2000 payload 0x0+0x200000"]
 
 
 def test_a_block_that_begins_with_zeros_is_placed_by_its_first_payload() -> None:
@@ -191,6 +193,10 @@ def test_a_fixed_disk_is_the_disk_and_a_footer() -> None:
         ({"force_size": False}, 5 * MIB, 151 * 4 * 17 * 512, "cylinders"),
         ({"force_size": False}, 68 * 512, 68 * 512, ""),
         ({"force_size": False}, 512, 68 * 512, "cylinders"),
+        # As qemu-img has them.
+        ({"force_size": False}, 69601 * 512, 69615 * 512, "cylinders"),
+        ({"force_size": False}, 69637 * 512, 69700 * 512, "cylinders"),
+        ({"force_size": False}, 87016 * 512, 87108 * 512, "cylinders"),
     ],
 )
 def test_sizes_are_rounded_as_asked_and_said(fields: dict[str, Any], size: int, rounded: int, unit: str) -> None:

@@ -9,6 +9,8 @@ makes the data congruent to its source, block by block, so that it can be shared
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -246,14 +248,14 @@ def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
 
 def _whole_cylinders(sectors: int) -> int:
     """Returns the sectors of the smallest geometry that holds this many, or `sectors` if none does."""
-    wanted = sectors
-    while True:
-        cylinders, heads, per_track = structs.geometry_of(wanted)
-        if (cylinders, heads, per_track) == structs.MAX_GEOMETRY:
-            return sectors
-        if cylinders * heads * per_track >= sectors:
-            return cylinders * heads * per_track
-        wanted = max(wanted + 1, -(-sectors // (heads * per_track)) * heads * per_track)
+    # As QEMU. At most one cylinder of numbers is tried.
+    for wanted in itertools.count(sectors):
+        geometry = structs.geometry_of(wanted)
+        if geometry == structs.MAX_GEOMETRY:
+            break
+        if math.prod(geometry) >= sectors:
+            return math.prod(geometry)
+    return sectors
 
 
 def _blob_row(offset: int, source: int) -> Columns:
