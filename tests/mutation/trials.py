@@ -92,7 +92,8 @@ class Tree:
             # The group, for what the tests have started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            # Also when this process is ended: while the child lives, nothing can be unmounted.
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         # Unmounts and removes what is left of a run.
         Run(self.mounted).end()
         shutil.rmtree(self.temporary)
@@ -106,6 +107,7 @@ class Tree:
             os.setsid()
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(self.output, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
             for descriptor, name in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
                 os.dup2(name, descriptor)

@@ -416,9 +416,20 @@ def test_tables_too_heavy_for_what_stays_are_refused_in_place() -> None:
     image = disk(pieces, 256 * MIB, source_size=8 * MIB)
     with pytest.raises(PlanError, match=r"clusters of 512 bytes, which need [0-9]* bytes of tables for 2096640 bytes"):
         in_place(image)
-    image = disk(pieces[:1000], 256 * MIB, source_size=8 * MIB)
-    check_small = Parsed(in_place(image).files[0].table)
-    assert check_small.cluster == 512
+    with pytest.raises(PlanError, match="need 1049600 bytes of tables for 970752 bytes"):
+        in_place(disk(pieces[:1896], 256 * MIB, source_size=8 * MIB))
+    # 1 MiB of tables is never too heavy.
+    image = disk(pieces[:1895], 256 * MIB, source_size=8 * MIB)
+    assert Parsed(in_place(image).files[0].table).cluster == 512
+
+
+def test_clusters_of_a_data_file_lie_at_their_addresses() -> None:
+    source = MemoryFile("disk.raw", GIB)
+    for at in (0, 1, 5, 9000):
+        source.write(at * 65536, b"x" * 65536)
+    image = disk_of(Extents.whole(source).without_holes(), source)
+    found = Parsed(write(image, options(data_file="disk.raw"), Placement()).files[0].table)
+    assert found.mapped() == {at: (at * 65536 | COPIED, 0) for at in (0, 1, 5, 9000)}
 
 
 def test_in_place_nothing_may_refer_to_the_source_or_hide_the_parent_with_clusters() -> None:

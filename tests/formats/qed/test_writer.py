@@ -129,6 +129,12 @@ def test_a_layer_of_zeros_needs_tables_and_no_clusters() -> None:
     check(image, write(image, Options(), Placement(), backing=Backing("b", "raw")), on_parent=True)
 
 
+def test_a_layer_needs_no_tables_for_what_its_parent_says() -> None:
+    image = disk_of(Extents.filled(16 * MIB, Kind.HOLE), MemoryFile("top", 0), parent=disk([(0, 0, MIB)], 16 * MIB))
+    layout = write(image, Options(cluster_size=4096, table_size=2), Placement(), backing=Backing("b", "raw"))
+    check(image, layout, on_parent=True)
+
+
 def test_a_parent_that_was_not_opened_can_be_named() -> None:
     image = disk([(0, 0, MIB)], 2 * MIB)
     layout = write(image, Options(), Placement(), backing=Backing("b", "qcow2"))
