@@ -339,3 +339,20 @@ def test_bad_objects_are_refused_with_the_field_and_the_value(text: str) -> None
     with pytest.raises(ImageError) as caught:
         read(text)
     assert str(caught.value) == f"web.yaml: {BAD[text]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("namespace", bad) for bad in ("", "A", "a_b", "-a", "a.b", "x" * 64, "a\n")),
+        *(("storage_class", bad) for bad in ("", "x: y", "a/b", "x" * 254, "a\n")),
+        *(("network", bad) for bad in ("", "a/b/c", "/a", "a/", "A/b", "a.b/c")),
+    ],
+)
+def test_options_that_are_no_names_of_objects_are_refused(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is "):
+        Options(**{name: value})
+
+
+def test_names_of_objects_are_taken() -> None:
+    Options(namespace="a-1", storage_class="ceph.rbd-2", network="a-1/lan.b")
