@@ -158,7 +158,7 @@ def test_a_format_that_is_not_installed_is_refused_by_name(golden: Path) -> None
 
 def test_a_link_that_leads_elsewhere_is_refused(golden: Path, tmp_path: Path) -> None:
     golden.with_name("golden.vmdk").symlink_to(tmp_path / "golden.vmdk")
-    refused(golden, PlanError, "another directory", ["qcow2", "vmdk"])
+    refused(golden, PlanError, "is not in the directory of the other targets", ["qcow2", "vmdk"])
 
 
 def test_where_one_would_be_copied_zero_copy_fails_for_all(golden: Path) -> None:

@@ -18,9 +18,7 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.requirements import oracle_program
 from support.sources import SOURCES
-from vmconv.conversion import execute as commit
-from vmconv.conversion import pipeline as conversion
-from vmconv.conversion import qemu, readback, walk
+from vmconv.conversion import execute, qemu, readback, walk
 from vmconv.errors import UsageError, VerifyError
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.sources import File
@@ -144,7 +142,7 @@ def corrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets storage change a byte of what was made, at an offset of the last file."""
 
     def at(offset: int) -> None:
-        make = commit.make
+        make = execute.make
 
         def worse(*arguments: Any) -> list[File]:
             files = make(*arguments)
@@ -155,7 +153,7 @@ def corrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
             os.close(descriptor)
             return files
 
-        monkeypatch.setattr(conversion, "make", worse)
+        monkeypatch.setattr(execute, "make", worse)
 
     return at
 

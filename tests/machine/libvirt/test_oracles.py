@@ -58,6 +58,8 @@ class Host(LibvirtHost):
         path = self.written(machine)
         name = "vmconv-test"
         text = re.sub("<name>.*</name>", f"<name>{name}</name>", path.read_text())
+        # Two hosts, of two processes of tests, would choose the same port.
+        text = re.sub("<graphics [^>]*/>", "", text)
         path.write_text(text)
         block = f"qemu-monitor-command {name} --hmp 'info block'"
         return self.run(f"create --paused --validate {path}", block, f"destroy {name}")
