@@ -349,7 +349,7 @@ def test_bad_objects_are_refused_with_the_field_and_the_value(text: str) -> None
         *(("network", bad) for bad in ("", "a/b/c", "/a", "a/", "A/b", "a.b/c")),
     ],
 )
-def test_options_that_are_no_names_of_objects_are_refused(name: str, value: str) -> None:
+def test_options_that_are_no_names_of_objects_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is "):
         Options(**{name: value})
 
