@@ -21,7 +21,7 @@ NAMES = [path.name for path in DISTRIBUTIONS]
 
 CORE_TESTS = ("core/test_extents.py", "core/test_blocks.py", "backends/test_backends.py")
 
-NEEDED_BY_TESTS = ("pytest", "hypothesis", "dissect.hypervisor")
+NEEDED_BY_TESTS = ("pytest", "hypothesis", "dissect.hypervisor", "tree-sitter", "tree-sitter-powershell")
 
 
 @pytest.fixture(scope="session")
