@@ -13,7 +13,7 @@ from vmconv.machine.boot import partitions
 from vmconv.machine.boot.contents import content_of
 
 if TYPE_CHECKING:
-    from vmconv.machine.model import Disk, Machine
+    from vmconv.machine.model import Machine
     from vmconv.machine.source import Source
     from vmconv.model.extents import Extents
 
@@ -99,13 +99,6 @@ def _of_controllers(machine: Machine) -> Iterator[Finding]:
     if machine.firmware.kind != "uefi":
         return
     for number, disk in enumerate(machine.disks):
-        if (model := _model(machine, disk)) in _NO_UEFI_DRIVER:
+        if (model := machine.controller_model(disk.bus, disk.controller)) in _NO_UEFI_DRIVER:
             text = f"is at a controller {model}, for which the firmware has no driver"
             yield Finding("error", f"disks[{number}]", text, "choose another controller")
-
-
-def _model(machine: Machine, disk: Disk) -> str | None:
-    for controller in machine.controllers:
-        if (controller.bus, controller.index) == (disk.bus, disk.controller or 0):
-            return controller.model
-    return None

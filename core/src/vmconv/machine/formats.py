@@ -29,7 +29,7 @@ def machine_format(name: str) -> MachineFormat:
 
 
 def format_by_suffix(path: str) -> str | None:
-    """Returns the name of the machine format of a file name's suffix, installed or not; None if there is none."""
+    """Returns the machine format of a file name's suffix, installed or not; None for other suffixes."""
     lower = path.lower()
     claims = {suffix: one.name for one in installed_machines().machines.values() for suffix in one.suffixes}
     found = max((suffix for suffix in {**SUFFIXES, **claims} if lower.endswith(suffix)), key=len, default=None)

@@ -11,7 +11,7 @@ from vmconv.conversion.containers import Target as DiskTarget
 from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.errors import PlanError, PluginError, UsageError
 from vmconv.interface.machines import ConfigFile, Member
-from vmconv.machine.model import Disk, Machine, Nvram
+from vmconv.machine.model import Machine, Nvram
 from vmconv.machine.places import file_name
 from vmconv.model import references
 from vmconv.model.extents import Extents
@@ -124,8 +124,7 @@ def _adapter(machine: Machine, number: int, wanted: Format) -> str | None:
         return None
     if disk.bus != "scsi":
         return "ide"
-    place = (disk.bus, disk.controller or 0)
-    model = next((one.model for one in machine.controllers if (one.bus, one.index) == place), None)
+    model = machine.controller_model(disk.bus, disk.controller)
     return "buslogic" if model == "buslogic" else "lsilogic"
 
 
@@ -166,7 +165,7 @@ def _facts(made: Container) -> dict[str, object]:
         "capacity": made.disk.size,
         "file_size": made.layout.files[-1].table.size,
     }
-    if "image_uuid" in Disk.model_fields and made.identity is not None:
+    if made.identity is not None:
         facts["image_uuid"] = uuid.UUID(bytes=made.identity)
     return facts
 

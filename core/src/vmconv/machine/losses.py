@@ -41,7 +41,7 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
         if substitution is not None or plain(path) in _BY_CORE or (path == "os.source_id" and machine.os.id):
             continue
         if plain(path) == "nics.mac_origin" and carried("nics.mac", target.carries):
-            # The address itself is kept, whoever chose it.
+            # The address is kept; its origin does not matter then.
             continue
         if not carried(path, target.carries):
             losses.append(Loss(path, words(value), f"{target.name} has no place for it"))

@@ -271,3 +271,8 @@ class Machine(_Part):
     properties: tuple[Property, ...] = ()
     extra: dict[str, dict[str, Text]] = {}
     """Settings without a neutral meaning, by the name of their format and their own key."""
+
+    def controller_model(self, bus: str | None, index: int | None) -> str | None:
+        """Returns the model of a controller, by default of the first one of the bus; None if it is not stated."""
+        place = (bus, index or 0)
+        return next((one.model for one in self.controllers if (one.bus, one.index) == place), None)

@@ -28,10 +28,8 @@ def stated(machine: Machine) -> Iterator[tuple[str, Any]]:
 
 
 def _fields(part: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name in type(part).model_fields:
-        yield from _values(
-            getattr(part, name), f"{prefix}{name}", optional=type(part).model_fields[name].default is None
-        )
+    for name, field in type(part).model_fields.items():
+        yield from _values(getattr(part, name), f"{prefix}{name}", optional=field.default is None)
 
 
 def _values(value: Any, path: str, *, optional: bool) -> Iterator[tuple[str, Any]]:

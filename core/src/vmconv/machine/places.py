@@ -27,8 +27,9 @@ def directory_at(path: str) -> Iterator[Directory]:
     made: list[tuple[Directory, str]] = []
     with ExitStack() as stack:
         try:
-            at = stack.enter_context(_opened(existing_parent(path), path))
-            for name in _missing(path):
+            existing = existing_parent(path)
+            at = stack.enter_context(_opened(existing, path))
+            for name in _below(existing, path):
                 at.make(name)
                 made.append((at, name))
                 at = stack.enter_context(at.inner(name))
@@ -53,9 +54,9 @@ def _opened(existing: str, path: str) -> Directory:
         ) from exc
 
 
-def _missing(path: str) -> list[str]:
-    """Returns the components of a path below its nearest existing directory."""
-    below = os.path.relpath(path, existing_parent(path))
+def _below(existing: str, path: str) -> list[str]:
+    """Returns the components of a path below a directory."""
+    below = os.path.relpath(path, existing)
     return [] if below == "." else below.split("/")
 
 

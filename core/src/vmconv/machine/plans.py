@@ -1,4 +1,4 @@
-"""The plan of a machine's conversion, from what was laid out."""
+"""The plan of a machine's conversion, from its laid-out files."""
 
 from __future__ import annotations
 

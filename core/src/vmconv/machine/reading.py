@@ -136,7 +136,7 @@ def number(file: File, element: str, text: str, low: int, high: int) -> int:
 
 
 def mac_address(file: File, element: str, text: str) -> str:
-    """Returns a MAC address in the model's form; raises `ImageError` if it is none."""
+    """Returns a MAC address in the model's form; raises `ImageError` for other text."""
     digits = re.sub(r"[:.\-]", "", text.strip()).lower()
     if not re.fullmatch(r"[0-9a-f]{12}", digits):
         raise refused(file, element, f"{quoted(text)} is not a MAC address")

@@ -32,10 +32,6 @@ class Target(NamedTuple):
         """Returns the file name of a disk; disks are counted from 0."""
         return file_name(self.format.disk_name(self.adapted.machine, number, suffix, self.options))
 
-    @property
-    def stem(self) -> str:
-        return os.path.splitext(self.name)[0]
-
 
 def target_of(request: MachineRequest, machine: Machine) -> Target:
     """Returns the target of a request. Raises `PlanError` if the machine cannot exist on the platform."""

@@ -123,8 +123,7 @@ def _bus(disk: Disk, machine: Machine, linux: bool, options: Options) -> tuple[s
     if options.bus is not None:
         return options.bus, f"asked for with bus={options.bus}"
     if disk.bus == "scsi":
-        found = (each.model for each in machine.controllers if (each.bus, each.index) == ("scsi", disk.controller or 0))
-        model = next(found, None)
+        model = machine.controller_model("scsi", disk.controller)
         if linux or str(model).startswith("virtio") or (model is None and disk.controller is None):
             return "scsi", ""
         return "sata", f"KubeVirt's only SCSI controller is virtio-scsi, not {model or 'that of the source'}"

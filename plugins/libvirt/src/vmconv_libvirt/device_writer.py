@@ -110,16 +110,12 @@ def _target(element: Element, device: Disk | Removable, machine: Machine, names:
     address = {"controller": controller, "bus": 0, "target": 0, "unit": unit}
     if bus == "ide":
         address |= {"controller": 0, "bus": controller}
-    elif bus == "scsi" and _model(machine, controller) != "lsi53c895a":
+    elif bus == "scsi" and machine.controller_model("scsi", controller) != "lsi53c895a":
         # Places are targets with one disk each; on a 53C895A libvirt calls the target a unit.
         address |= {"target": unit, "unit": 0}
     if bus in ("floppy", "ide", "sata", "scsi"):
         SubElement(element, "address", {"type": "drive"} | {key: str(value) for key, value in address.items()})
     return target
-
-
-def _model(machine: Machine, index: int) -> str | None:
-    return next((each.model for each in machine.controllers if (each.bus, each.index) == ("scsi", index)), None)
 
 
 def _removable(
