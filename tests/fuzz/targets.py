@@ -36,7 +36,7 @@ from vmconv.testing.malformed import LARGE, Malformed, Sample
 if TYPE_CHECKING:
     from vmconv.interface.format import Format
     from vmconv.model.image import Image
-    from vmconv.testing import FormatTests
+    from vmconv.testing import ReaderTests
 
 _FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed")
 _READ = 64 << 10
@@ -108,7 +108,7 @@ class FormatTarget(Target):
         return installed().formats[self._name]
 
     @cached_property
-    def _kit(self) -> FormatTests:
+    def _kit(self) -> ReaderTests:
         return kit(self._name)
 
     @cached_property

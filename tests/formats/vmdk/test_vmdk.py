@@ -32,8 +32,8 @@ from vmconv.model.layout import Layout, Placement
 from vmconv.system.linux import clone_range
 from vmconv.testing import image_file, make_in_memory, patterned, random_bytes
 from vmconv.testing.disks import content, disk_of, raw_disk
-from vmconv.testing.formats import _Siblings
 from vmconv.testing.memory import MemoryFile
+from vmconv.testing.reading import Siblings
 from vmconv_vmdk import Vmdk
 from vmconv_vmdk.options import Options
 
@@ -56,7 +56,7 @@ SECTOR = 512
 def in_memory(data: bytes, siblings: Mapping[str, bytes] | None = None) -> Image:
     """Reads an image whose extents are given as bytes."""
     files = {name: image_file(content, name) for name, content in (siblings or {}).items()}
-    return Vmdk().read(image_file(data, "disk.vmdk"), _Siblings(Registry({"vmdk": Vmdk()}), files))
+    return Vmdk().read(image_file(data, "disk.vmdk"), Siblings(Registry({"vmdk": Vmdk()}), files))
 
 
 def write(image: Image, name: str = "disk.vmdk", **options: Any) -> Layout:

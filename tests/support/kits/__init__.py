@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from vmconv.testing import FormatTests
+from vmconv.testing import ReaderTests
 
 
-def kit(name: str) -> FormatTests:
+def kit(name: str) -> ReaderTests:
     """Returns the kit of a format, whose plugin is imported only now."""
-    found: FormatTests = getattr(import_module(f"support.kits.{name}"), f"{name.capitalize()}Kit")()
+    found: ReaderTests = getattr(import_module(f"support.kits.{name}"), f"{name.capitalize()}Kit")()
     return found

@@ -12,7 +12,7 @@ from vmconv.model.image import Image
 from vmconv.model.sources import File
 from vmconv.testing import FormatTests, image_file, make_in_memory, patterned
 from vmconv.testing.disks import raw_disk
-from vmconv.testing.formats import _Siblings
+from vmconv.testing.reading import Siblings
 from vmconv_vmdk import Vmdk
 
 GRAIN = 65536
@@ -67,4 +67,4 @@ class VmdkKit(FormatTests):
         return data.ljust(-(-len(data) // 8) * 8, b"\n")
 
     def open_sample(self, data: bytes) -> Image:
-        return self.format.read(image_file(data), _Siblings(Registry({"vmdk": self.format}), self.siblings))
+        return self.format.read(image_file(data), Siblings(Registry({"vmdk": self.format}), self.siblings))

@@ -8,7 +8,8 @@ A plugin's test file is mostly one class::
         format = Qcow2()
         variants = ({}, {"cluster_size": "4K"})
 
-It needs pytest and hypothesis: `pip install vmconv[testing]`. For detailed assertion messages, call
+A format without a writer subclasses `ReaderTests` and gives it an image. It needs pytest and hypothesis:
+`pip install vmconv[testing]`. For detailed assertion messages, call
 `pytest.register_assert_rewrite("vmconv.testing")` in the plugin's conftest.py before importing it.
 """
 
@@ -17,6 +18,7 @@ from vmconv.testing.disks import disk_of, image_file, make_in_memory, patterned,
 from vmconv.testing.formats import FormatTests
 from vmconv.testing.machines import MachineTests, machines
 from vmconv.testing.malformed import KINDS, Malformed, Sample
+from vmconv.testing.reading import ReaderTests
 from vmconv.testing.storage import StorageFormatTests
 from vmconv.testing.strategies import disks, tables
 
@@ -26,6 +28,7 @@ __all__ = [
     "FormatTests",
     "MachineTests",
     "Malformed",
+    "ReaderTests",
     "Sample",
     "StorageFormatTests",
     "disk_of",
