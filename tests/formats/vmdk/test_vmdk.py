@@ -315,6 +315,7 @@ def test_spaces_tabs_line_ends_and_case_do_not_matter() -> None:
     assert content(image.flat) == b"\2" * SECTOR
     assert image.details["format-specific"]["data"]["cid"] == 0xABCD
     assert image.disk.identity == UUID("6000c29f-e40c-8733-ea3e-c31b2b4352e9")
+    assert image.details["format-specific"]["data"]["image-uuid"] == "6000c29f-e40c-8733-ea3e-c31b2b4352e9"
 
 
 def test_change_tracking_is_a_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -47,6 +48,9 @@ class Text:
         assert len(lines) == len(self.extents) + len(self.values) + len(self.ddb)
 
 
+NIL = str(UUID(int=0))
+
+
 def told(layout: Layout, create_type: str, *, parent: tuple[str, str] | None = None, **ddb: str) -> list[str]:
     """Checks what a descriptor says, and returns its extents."""
     file = layout.files[-1].table
@@ -62,6 +66,10 @@ def told(layout: Layout, create_type: str, *, parent: tuple[str, str] | None = N
     assert text.values == known
     usual = {"adapterType": "ide", "geometry.heads": "16", "geometry.sectors": "63"}
     given = {key.replace("_", "."): value for key, value in ddb.items()}
+    assert text.ddb.pop("uuid.image") == str(UUID(bytes=IDENTITY))
+    assert text.ddb.pop("uuid.modification") not in (NIL, str(UUID(bytes=IDENTITY)))
+    if parent is None:
+        assert (text.ddb.pop("uuid.parent"), text.ddb.pop("uuid.parentmodification")) == (NIL, NIL)
     cylinders = text.ddb.pop("geometry.cylinders")
     assert text.ddb == {**usual, "toolsVersion": "2147483647", "virtualHWVersion": "4"} | given
     sectors = sum(int(line.split()[1]) for line in text.extents)
@@ -441,13 +449,23 @@ def test_an_embedded_descriptor_has_20_sectors() -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 0xFFFFFFFC, 0xFFFFFFFD, 0xFFFFFFFE, 0xFFFFFFFF])
 def test_content_ids_avoid_reserved_values(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr("vmconv_vmdk.writer.derived", lambda *_: number.to_bytes(4, "big") + bytes(12))
+    monkeypatch.setattr("vmconv_vmdk.writer.derived", lambda *_: number.to_bytes(4, "big") + bytes(11) + b"\1")
     told(write(disk([], MIB), Options(), placement()), "monolithicSparse")
 
 
 def test_an_identity_that_was_given_is_the_uuid() -> None:
     layout = write(disk([], MIB), Options(identity=IDENTITY), placement())
     told(layout, "monolithicSparse", uuid="00 01 02 03 04 05 06 07-08 09 0a 0b 0c 0d 0e 0f")
+
+
+def test_a_child_names_its_parent_by_the_ids_of_virtualbox() -> None:
+    known = {"image-uuid": str(UUID(int=1)), "modification-uuid": str(UUID(int=2))}
+    for ids in (known, {}):
+        below = of_format("vmdk", disk([], MIB), {"cid": 5, **ids})
+        image = disk_of(Extents.filled(MIB, Kind.HOLE), Payload("top", 0), parent=below)
+        layout = write(image, Options(), placement(), backing=Backing("b.vmdk", "vmdk"))
+        ddb = {f"uuid_{own}": ids[name] for own, name in zip(("parent", "parentmodification"), ids, strict=False)}
+        told(layout, "monolithicSparse", parent=("00000005", "b.vmdk"), **ddb)
 
 
 def test_versions_are_those_that_were_asked_for() -> None:

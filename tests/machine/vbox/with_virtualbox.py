@@ -88,7 +88,7 @@ def main() -> None:
     (source / "100.conf").write_text(CONF)
     for name in ("one", "two", "three"):
         (source / f"{name}.raw").write_bytes(name.encode() * 512 + bytes((16 << 20) - 512 * len(name)))
-    for form in ("vdi", "vhd", "raw"):
+    for form in ("vdi", "vmdk", "vhd", "raw"):
         check(given.directory, given.seen_as or str(given.directory), form, [given.manage])
 
 

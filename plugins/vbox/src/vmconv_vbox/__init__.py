@@ -20,8 +20,8 @@ class VBox(MachineFormat):
     title = "VirtualBox"
     suffixes = (".vbox",)
     disk_format = "vdi"
-    # VirtualBox compares a VMDK with an id in its descriptor, which vmconv's VMDKs do not have.
-    disk_formats = frozenset({"vdi", "vhd", "raw"})
+    # VirtualBox compares the id in an image with its settings, and of these vmconv knows where it is.
+    disk_formats = frozenset({"vdi", "vmdk", "vhd", "raw"})
     nvram_kind = "virtualbox"
     carries = frozenset(
         {

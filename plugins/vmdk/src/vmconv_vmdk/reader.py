@@ -92,6 +92,13 @@ def content_id(image: Image) -> int | None:
     return found
 
 
+def virtualbox_ids(image: Image) -> tuple[UUID | None, UUID | None]:
+    """Returns the ids of the disk and of its last change that VirtualBox knows it by, None for those it has not."""
+    data = image.details.get("format-specific", {}).get("data", {})
+    known = {name: UUID(text) for name in ("image-uuid", "modification-uuid") if (text := data.get(name))}
+    return known.get("image-uuid"), known.get("modification-uuid")
+
+
 def qemu_incompatibility(image: Image) -> str | None:
     """Returns why QEMU cannot read this VMDK, or reads another disk; None if it reads the same."""
     data = image.details["format-specific"]["data"]
@@ -265,6 +272,9 @@ class _Disk:
         }
         if identity := described.values.get("ddb.longcontentid"):
             facts["long-content-id"] = identity
+        for name in ("image", "modification"):
+            if found := _uuid(described, f"ddb.uuid.{name}"):
+                facts[f"{name}-uuid"] = str(found)
         details: dict[str, Any] = {"format-specific": {"type": "vmdk", "data": facts}}
         if self.whole:
             details["cluster-size"] = self.whole.grain
@@ -317,11 +327,13 @@ def _facts(described: Descriptor) -> DiskFacts:
 
 
 def _identity(described: Descriptor) -> UUID | None:
-    for key in ("ddb.uuid", "ddb.uuid.image"):
-        text = re.sub(r"[\s{}-]", "", described.values.get(key, ""))
-        if re.fullmatch(r"[0-9a-fA-F]{32}", text) and int(text, 16):
-            return UUID(text)
-    return None
+    return _uuid(described, "ddb.uuid") or _uuid(described, "ddb.uuid.image")
+
+
+def _uuid(described: Descriptor, key: str) -> UUID | None:
+    """Returns an id of the disk database; None if it is missing, invalid or all zeros."""
+    text = re.sub(r"[\s{}-]", "", described.values.get(key, ""))
+    return UUID(text) if re.fullmatch(r"[0-9a-fA-F]{32}", text) and int(text, 16) else None
 
 
 def _geometry(described: Descriptor) -> Geometry | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import get_args
+from uuid import UUID
 
 from vmconv.plugin import (
     Backing,
@@ -31,7 +32,7 @@ from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import NO_PARENT, Part, recorded, render
 from vmconv_vmdk.grains import GRAIN, SparseExtent
 from vmconv_vmdk.options import FLAT, REFERENCE, AdapterType, Options
-from vmconv_vmdk.reader import content_id
+from vmconv_vmdk.reader import content_id, virtualbox_ids
 
 SPLIT_SECTORS = 4192256
 """Sectors of each extent of a split disk except the last: 2047 MiB, as in VMware."""
@@ -41,6 +42,8 @@ DESCRIPTOR_SECTORS = 20
 
 MAX_SECTORS = 1 << 37
 """64 TiB: a directory of 2 Mi grain tables."""
+
+_NIL = UUID(int=0)
 
 _EXTENT_NAMES = {"monolithicFlat": "-flat", "vmfs": "-flat", "twoGbMaxExtentSparse": "-s{:03d}"}
 _EXTENT_NAMES["twoGbMaxExtentFlat"] = "-f{:03d}"
@@ -180,7 +183,7 @@ class _Writer:
             create_type=self.options.create_type,
             cid=cid,
             parts=parts,
-            database=self._database(f"{content[4:].hex()}{cid:08x}") | recorded(records),
+            database=self._database(f"{content[4:].hex()}{cid:08x}") | self._uuids() | recorded(records),
             parent_cid=parent_cid,
             parent=self.backing.reference if self.backing else None,
         )
@@ -203,6 +206,22 @@ class _Writer:
             database["uuid"] = f"{digits[:23]}-{digits[24:]}"
         database["virtualHWVersion"] = options.hwversion
         return database
+
+    def _uuids(self) -> dict[str, str]:
+        """Returns the ids that VirtualBox compares with its settings, and a child's with those of its parent.
+
+        A disk without a parent has zeros for it, as VirtualBox writes them.
+        """
+        identity = self.placement.identity
+        own = (identity, derived(identity, "vmdk modification"))
+        parent: tuple[UUID | None, UUID | None] = (_NIL, _NIL)
+        if self.backing and self.image.parent:
+            parent = virtualbox_ids(self.image.parent)
+        texts = dict(zip(("image", "modification"), (str(UUID(bytes=each)) for each in own), strict=True))
+        for name, each in zip(("parent", "parentmodification"), parent, strict=True):
+            if each is not None:
+                texts[name] = str(each)
+        return {f"uuid.{name}": text for name, text in texts.items()}
 
     def _adapter(self, wish: str | None) -> str:
         known = get_args(AdapterType)
