@@ -21,7 +21,14 @@ NAMES = [path.name for path in DISTRIBUTIONS]
 
 CORE_TESTS = ("core/test_extents.py", "core/test_blocks.py", "backends/test_backends.py")
 
-NEEDED_BY_TESTS = ("pytest", "hypothesis", "dissect.hypervisor", "tree-sitter", "tree-sitter-powershell")
+NEEDED_BY_TESTS = (
+    "pytest",
+    "hypothesis",
+    "dissect.archive",
+    "dissect.hypervisor",
+    "tree-sitter",
+    "tree-sitter-powershell",
+)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +88,12 @@ def metadata(wheel: Path) -> Message:
         return Parser().parsestr(archive.read(name).decode())
 
 
+def with_needed(name: str, wheels: dict[str, Path]) -> list[Path]:
+    """Returns the wheel of a plugin and those of the plugins that it needs."""
+    needed = re.findall(r"^vmconv-([a-z0-9]+)==", "\n".join(metadata(wheels[name]).get_all("Requires-Dist", [])), re.M)
+    return [wheels[name], *(wheels[one] for one in needed)]
+
+
 def own_tests(name: str) -> list[str]:
     """Returns what runs in an environment with one plugin: the conformance kit, or tests of core alone."""
     if name == "core":
@@ -96,7 +109,7 @@ def own_tests(name: str) -> list[str]:
 def test_a_plugin_works_without_the_others(
     name: str, wheels: dict[str, Path], core: Environment, tools: str, tmp_path: Path
 ) -> None:
-    alone = core if name == "core" else Environment(tmp_path / name, wheels[name], below=core)
+    alone = core if name == "core" else Environment(tmp_path / name, *with_needed(name, wheels), below=core)
     without_tools = alone.run("-m", "vmconv", "formats")
     assert without_tools.returncode == 0, without_tools.stderr
     pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/package/alone.py", *own_tests(name))

@@ -37,6 +37,7 @@ _DECOMPRESS = "decompress it first: {}"
 _UNPACK = "unpack it first: {}; then convert the disk that was in it"
 _RESTORE = "restore it to a raw disk first: {}"
 _CONFIGURATION = "vmconv machine convert converts the machine; vmconv convert converts a disk that this file names"
+_MACHINE = "vmconv machine convert converts the machine in it, with its disks"
 _MEMORY = "vmconv converts disks: name the disk of the machine, not its memory or state"
 _TEXT = "download the disk itself"
 
@@ -88,7 +89,7 @@ FOREIGN = (
     Foreign("AFF", (".aff", ".afd", ".afm"), ((0, b"AFF10\r\n\0"),), _RESTORE.format("affconvert -r")),
     Foreign("AccessData AD1", (".ad1",), ((0, b"ADSEGMENTEDFILE"),), _RESTORE.format("FTK Imager exports it")),
     # -- backups
-    Foreign("Proxmox backup (VMA)", (".vma",), ((0, b"VMA\0"),), _RESTORE.format("vma extract")),
+    Foreign("Proxmox backup (VMA)", (".vma",), ((0, b"VMA\0"),), _MACHINE),
     Foreign(
         "Windows image (WIM)",
         (".wim", ".esd", ".swm"),

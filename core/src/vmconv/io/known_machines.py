@@ -8,6 +8,7 @@ DISTRIBUTIONS = {
     "ovf": "vmconv-ovf",
     "proxmox": "vmconv-proxmox",
     "vbox": "vmconv-vbox",
+    "vma": "vmconv-vma",
     "vmx": "vmconv-vmx",
 }
 SUFFIXES = {
@@ -16,6 +17,7 @@ SUFFIXES = {
     ".ovf": "ovf",
     ".ps1": "hyperv",
     ".vbox": "vbox",
+    ".vma": "vma",
     ".vmcx": "hyperv",
     ".vmx": "vmx",
     ".xml": "libvirt",

@@ -44,12 +44,12 @@ def config_bytes(file: File) -> bytes:
     return file.read(0, file.size)
 
 
-def config_text(file: File, *, encoding: str = "utf-8") -> str:
+def config_text(file: File, data: bytes | None = None, *, encoding: str = "utf-8") -> str:
     """Returns the text of a configuration: UTF-8, UTF-16 with a byte order mark, or else `encoding`.
 
-    Raises `ImageError` with the offset of undecodable bytes.
+    `data` are its bytes, by default the whole file. Raises `ImageError` with the offset of undecodable bytes.
     """
-    data = config_bytes(file)
+    data = config_bytes(file) if data is None else data
     for mark, name in (
         (codecs.BOM_UTF8, "utf-8-sig"),
         (codecs.BOM_UTF16_LE, "utf-16"),

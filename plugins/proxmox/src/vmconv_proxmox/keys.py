@@ -49,15 +49,15 @@ class Conf(NamedTuple):
     snapshots: tuple[str, ...]
 
 
-def parse(file: File) -> Conf:
+def parse(file: File, data: bytes | None = None) -> Conf:
     """Returns the settings of a configuration, as `PVE::QemuServer::parse_vm_config` takes them.
 
-    Raises `ImageError` for a line that is none.
+    `data` are its bytes, by default the whole file. Raises `ImageError` for a line that is none.
     """
     settings: dict[str, str] = {}
     notes, snapshots = [], []
     current = True
-    for number, line in enumerate(config_text(file).replace("\r\n", "\n").split("\n"), start=1):
+    for number, line in enumerate(config_text(file, data).replace("\r\n", "\n").split("\n"), start=1):
         if section := _SECTION.fullmatch(line):
             current = False
             snapshots += [section[1]] if _SNAPSHOT.fullmatch(section[1]) and section[1].lower() != "pending" else []

@@ -26,7 +26,7 @@ from vmconv.machine import (
     refused,
 )
 from vmconv_proxmox import devices
-from vmconv_proxmox.keys import parse
+from vmconv_proxmox.keys import Conf, parse
 from vmconv_proxmox.places import SCSI_MODELS, controllers, is_windows
 from vmconv_proxmox.source import Source, file_of
 
@@ -50,7 +50,11 @@ _PASSING = (
 
 def read(file: File) -> Machine:
     """Returns the machine of a configuration; raises `ImageError` with the setting that is damaged."""
-    conf = parse(file)
+    return machine_of(file, parse(file))
+
+
+def machine_of(file: File, conf: Conf) -> Machine:
+    """Returns the machine of parsed settings."""
     if "rootfs" in conf.settings:
         raise refused(file, "rootfs", "this is the configuration of a container, not of a virtual machine")
     source = Source(file, dict(conf.settings))
