@@ -380,10 +380,10 @@ def keywords_of(function: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "kinds", "besides"),
     [
-        ("convert", (Request, arguments.RunOptions), {"descriptor"}),
-        ("plan", (Request,), {"descriptor"}),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor"}),
-        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor"}),
+        ("convert", (Request, arguments.RunOptions), {"descriptor", "facts"}),
+        ("plan", (Request,), {"descriptor", "facts"}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts"}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("check", (arguments.Reading,), set()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.toy_machines import machine, names
 from vmconv.conversion import pipeline
 from vmconv.errors import PlanError, UsageError, VmconvError
 from vmconv.interface.machines import ConfigFile
-from vmconv.machine.layout import plan_of_configs
+from vmconv.machine.layout import named
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -73,8 +74,7 @@ def test_a_failure_turns_all_disks_back(fails: str, directory: Path, monkeypatch
         monkeypatch.setattr(pipeline, "run", failing)
     else:
         monkeypatch.setattr(
-            "vmconv.machine.in_place.plan_of_configs",
-            lambda configs, *given: plan_of_configs([*configs[:-1], _wrong(configs[-1])], *given),
+            "vmconv.machine.in_place.named", lambda *given: (*named(*given)[:-1], _wrong(named(*given)[-1]))
         )
     with pytest.raises(VmconvError):
         vmconv.machine_convert(config, directory / "new.toy", disk_format="qcow2", in_place=True)
@@ -114,10 +114,40 @@ def test_one_file_for_two_disks_is_refused(tmp_path: Path) -> None:
     assert digests(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["web.toy", "other.toy"])
+def test_a_configuration_that_exists_is_refused_before_any_disk_is_changed(name: str, xfs_dir: Path) -> None:
+    config = machine(xfs_dir / "machine", disks=DISKS)
+    (xfs_dir / "machine" / "other.toy").write_text("another machine")
+    before = digests(xfs_dir / "machine")
+    target = xfs_dir / "machine" / name
+    for run in (vmconv.machine_plan, vmconv.machine_convert):
+        with pytest.raises(PlanError, match="already exists") as caught:
+            run(config, target, target_format="toy", disk_format="qcow2", in_place=True)
+        assert "--force" not in str(caught.value.hint)
+    assert digests(xfs_dir / "machine") == before
+
+
+def test_the_adapter_of_a_disk_is_stated_by_the_machine(directory: Path) -> None:
+    config = machine(directory, disks=[{"file": "old.vmdk"}])
+    plan = vmconv.machine_plan(config, directory / "new.toy", disk_format="qcow2", in_place=True)
+    assert plan.disks[0].losses == ()
+
+
+def test_a_hint_names_no_option_that_machines_lack(directory: Path) -> None:
+    config = machine(directory, disks=[{"file": "top.qcow2"}])
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "data.qcow2", "-F", "qcow2", directory / "top.qcow2"],
+        check=True,
+    )
+    with pytest.raises(PlanError) as caught:
+        vmconv.machine_convert(config, directory / "new.toy", disk_format="vmdk", in_place=True)
+    assert caught.value.hint == "convert without --in-place"
+
+
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     config = machine(tmp_path / "old", disks=DISKS)
     before = digests(tmp_path / "old")
-    with pytest.raises(VmconvError):
+    with pytest.raises(PlanError, match="another directory than toy keeps its disks in"):
         vmconv.machine_convert(config, tmp_path / "new", target_format="toy", disk_format="qcow2", in_place=True)
     assert digests(tmp_path / "old") == before
     assert names(tmp_path) == ["old"]

@@ -135,8 +135,8 @@ ROOMS: dict[str, Room] = {
         *_CRASHES[:1],
     ),
     "recovery": _core(
-        "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
-        "recovery strangers inplace safety",
+        "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling inplace/group",
+        "group recovery strangers inplace safety",
         *_LONG,
         first=_CRASHES,
     ),

@@ -6,16 +6,21 @@ write by itself or not, each of its sectors by itself or not, each new name by i
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vmconv.errors import VmconvError
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
+from vmconv.system import linux
 
 SECTOR = 512
 _ALL_SUBSETS = 6
@@ -304,3 +309,79 @@ def storages(calls: RecordingCalls) -> Iterator[tuple[int, Storage]]:
     for number, action in enumerate(calls.log, start=1):
         there.add(action)
         yield number, there
+
+
+# Whole runs, at the level of the operating system
+
+_OS_CALLS = ("link", "rename", "unlink", "mkdir", "rmdir", "pwrite", "pwritev", "write", "fsync", "ftruncate", "utime")
+_LINUX_CALLS = ("clone_range", "punch_hole", "collapse_range", "insert_range", "rename_new", "set_inode_flags")
+
+
+def in_child(run: Callable[[], object], reached: Callable[[int], None]) -> int:
+    """Runs in a child process; `reached` is called before each call that changes storage, with its number.
+
+    Returns the exit code: 0, 1 after an error of vmconv, or what the child exits with.
+    """
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 99
+    try:
+        _count(reached)
+        run()
+        code = 0
+    except VmconvError as exc:
+        print(exc, exc.hint, file=sys.stderr, flush=True)
+        code = 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _count(reached: Callable[[int], None]) -> None:
+    """Makes each call that changes storage call `reached` before."""
+    numbers = itertools.count()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            reached(next(numbers))
+            return call(*arguments, **more)
+
+        return wrapped
+
+    for module, names in ((os, _OS_CALLS), (linux, _LINUX_CALLS)):
+        for name in names:
+            setattr(module, name, counted(getattr(module, name)))
+    opened = os.open
+
+    def opening(path: Any, flags: int, *arguments: Any, **more: Any) -> int:
+        if flags & (os.O_CREAT | os.O_TMPFILE) not in (0, os.O_DIRECTORY):
+            reached(next(numbers))
+        return opened(path, flags, *arguments, **more)
+
+    os.open = opening
+
+
+def killed_at(number: int) -> Callable[[int], None]:
+    """Ends the process before a call, as SIGKILL does."""
+
+    def reached(call: int) -> None:
+        if call == number:
+            os._exit(KILLED)
+
+    return reached
+
+
+def failing_at(number: int) -> Callable[[int], None]:
+    """Lets one call fail."""
+
+    def reached(call: int) -> None:
+        if call == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "storage")
+
+    return reached
+
+
+KILLED = 77

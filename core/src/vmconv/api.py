@@ -463,7 +463,7 @@ def recover(path: StrPath, *, trust: bool = False) -> Recovery:
     That is a conversion in place, or one of several files that was interrupted while it renamed them. A journal in
     place must be of this user and of this directory; `trust` accepts any.
     """
-    from vmconv.inplace.recovery import recover as recover_path
+    from vmconv.inplace.group import recover as recover_path
     from vmconv.interface.arguments import RestoreOptions, checked
 
     journal = checked(RestoreOptions, path=path, trust=trust)

@@ -14,7 +14,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from vmconv.inplace.recovery import recover
+    from vmconv.inplace.group import recover
     from vmconv.system import signals
 
     what = {None: "nothing to recover", True: "the conversion is finished", False: "is as it was before the conversion"}

@@ -87,7 +87,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         ]
         directory = _only_directory(places)
         refuse_directory(directory)
-        image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
         # Before the lower layers are opened, so that only this image's own files are replaced.
         site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))

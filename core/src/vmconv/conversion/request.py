@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ class Request(NamedTuple):
     `in_place` turns the source's own file into the target. `keep_undo` writes an undo file. `any_owner` allows changes
     of files whose owner differs from the source's.
 
+    `facts` replace what the source states of the disk, where a machine's configuration states it instead.
+
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
 
@@ -50,6 +53,7 @@ class Request(NamedTuple):
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
     mode: Mode | None = None
+    facts: Mapping[str, str | None] = MappingProxyType({})
     descriptor: int | None = None
 
     def opener(self, registry: Registry) -> Opener:

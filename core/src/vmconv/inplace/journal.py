@@ -23,7 +23,8 @@ from vmconv.system import linux
 
 MAGIC = b"vmconv: a conversion in place is under way; vmconv recover\n".ljust(64, b"\0")
 _HEAD = struct.Struct("<64sQ32s32s")
-MAX_SIZE = _HEAD.size + MAX_BODY + DIGEST
+BODY_OFFSET = _HEAD.size
+MAX_SIZE = BODY_OFFSET + MAX_BODY + DIGEST
 """Bytes of a journal."""
 
 _TABLES = {"saved": 2, "holes": 2, "dead": 2, "pieces": 3, "later": 2}
@@ -93,8 +94,13 @@ class Journal(NamedTuple):
         tables = {name: getattr(self, name) for name in _TABLES}
         shapes = {name: table.shape for name, table in tables.items()}
         body = b"".join([codec.encode({**values, "tables": shapes}, tables.values()), self.old, self.new])
-        digest = digest_of(body)
-        return _HEAD.pack(MAGIC, len(body), digest, mark(digest)) + body
+        return sealed(body, mark)
+
+
+def sealed(body: bytes, mark: Callable[[bytes], bytes], magic: bytes = MAGIC) -> bytes:
+    """Returns a body behind its header."""
+    digest = digest_of(body)
+    return _HEAD.pack(magic, len(body), digest, mark(digest)) + body
 
 
 def commit_record(encoded: bytes) -> bytes:
@@ -118,41 +124,49 @@ class Found(NamedTuple):
     committed: bool
 
 
-def read_head(descriptor: int, path: str) -> Head | None:
+def read_head(descriptor: int, path: str, magic: bytes = MAGIC) -> Head | None:
     """Returns the head of a journal, None if it is torn.
 
     Raises `ImageError` if the file is no journal.
     """
     data = linux.read_at(descriptor, _HEAD.size, 0)
     # A sector that never reached storage reads as zero.
-    if not data[: len(MAGIC)].strip(b"\0"):
+    if not data[: len(magic)].strip(b"\0"):
         return None
-    if not data.startswith(MAGIC):
+    if not data.startswith(magic):
         raise ImageError(f"{path}: magic at 0x0: {data[:16]!r} is not that of a journal")
     if len(data) < _HEAD.size:
         return None
     _, length, digest, mark = _HEAD.unpack(data)
     if length > MAX_BODY:
-        raise ImageError(f"{path}: length of the body at {len(MAGIC):#x}: {length} bytes, {MAX_BODY} at most")
+        raise ImageError(f"{path}: length of the body at {len(magic):#x}: {length} bytes, {MAX_BODY} at most")
     return Head(length, digest, mark)
 
 
-def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
-    """Returns the journal in the file named `entry`, None if it is torn."""
+def read_body(descriptor: int, head: Head) -> tuple[bytes, bool] | None:
+    """Returns the body behind a head and whether it is committed; None if it is torn."""
     if os.fstat(descriptor).st_size < _HEAD.size + head.length:
         return None
     body = linux.read_at(descriptor, head.length, _HEAD.size)
     if len(body) < head.length or digest_of(body) != head.digest:
         return None
     # A short read must not make a change that was committed one that was not.
-    commit = linux.read_at(descriptor, DIGEST, _HEAD.size + head.length)
+    return body, linux.read_at(descriptor, DIGEST, _HEAD.size + head.length) == head.digest
+
+
+def read(descriptor: int, path: str, head: Head, entry: str) -> Found | None:
+    """Returns the journal in the file named `entry`, None if it is torn."""
+    there = read_body(descriptor, head)
+    if there is None:
+        return None
+    body, committed = there
     journal = _parse(memoryview(body), path)
     if beside(journal.source, JOURNAL) != entry:
         raise ImageError(
             f"{path}: source at {_HEAD.size:#x}: {journal.source!r} has another journal, "
             f"{beside(journal.source, JOURNAL)}"
         )
-    return Found(journal, commit == head.digest)
+    return Found(journal, committed)
 
 
 def parse(encoded: bytes, path: str) -> Journal:

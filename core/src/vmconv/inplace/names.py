@@ -15,6 +15,9 @@ WORKING = ".vmconv-inplace"
 UNDO = ".vmconv-undo"
 """The data to restore the old container, beside the new one."""
 
+GROUP = ".vmconv-machine"
+"""Beside a new configuration: tells how to turn the disks of its machine back, or to complete it."""
+
 _DIGEST = 8
 """Bytes of the digest that replaces the end of a name that is too long."""
 

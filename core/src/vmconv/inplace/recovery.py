@@ -32,7 +32,7 @@ class Recovery(NamedTuple):
     forward: bool | None
 
 
-class _StrangerError(AccessError):
+class StrangerError(AccessError):
     """The journal may be another user's."""
 
 
@@ -57,6 +57,27 @@ def recover(path: str, *, trust: bool = False, calls: Syscalls | None = None) ->
     return Recovery(path, None)
 
 
+def settle_disk(path: str) -> None:
+    """Recovers a file before a command opens it. Raises `AccessError` if it has another name afterwards."""
+    if not os.path.lexists(path) and finish_set(path, trust=False):
+        return
+    done = recover_if_own(path)
+    if done is None:
+        return
+    what = f"a conversion in place was interrupted, and has been {'completed' if done.forward else 'rolled back'}"
+    if not os.path.lexists(path):
+        raise AccessError(f"{path}: is {done.path} now: {what}")
+    # A warning of the command and not of the image, which is fine now.
+    warn(f"{path}: {what}")
+
+
+def recover_disk(directory: Directory, name: str, calls: Syscalls, *, trust: bool) -> None:
+    """Completes or rolls back the interrupted change of one disk, if there is one."""
+    entry = _find(directory, name, trust=trust)
+    if entry is not None:
+        _follow(directory, entry, calls, trust=trust)
+
+
 def recover_if_own(path: str) -> Recovery | None:
     """Recovers the file `path` if its journal is this user's; returns None if there is nothing to recover.
 
@@ -79,7 +100,7 @@ def recover_if_own(path: str) -> Recovery | None:
             entry = found
         try:
             return _follow(directory, entry, Syscalls(), trust=False)
-        except (_StrangerError, ImageError) as exc:
+        except (StrangerError, ImageError) as exc:
             if not directory.has(name):
                 raise
             warn(f"{exc}; it is ignored")
@@ -132,7 +153,7 @@ def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found
     for entry in directory.names():
         if entry.endswith(JOURNAL):
             with suppress(VmconvError, OSError):
-                descriptor = _open(directory, entry, trust=trust)
+                descriptor = open_journal(directory, entry, trust=trust)
                 try:
                     found = _read(directory, descriptor, entry, trust=trust)
                 finally:
@@ -141,47 +162,47 @@ def _journals(directory: Directory, *, trust: bool) -> Iterator[tuple[str, Found
 
 
 def _read(directory: Directory, descriptor: int, entry: str, *, trust: bool) -> Found | None:
-    """Returns a journal, None if it is torn. Raises `_StrangerError`, before parsing the body, if it may be forged."""
+    """Returns a journal, None if it is torn. Raises `StrangerError`, before parsing the body, if it may be forged."""
     path = directory.join(entry)
     head = journals.read_head(descriptor, path)
     if head is None:
         return None
     if not trust:
-        _refuse_stranger(path, ownership.forged(directory, head.digest, head.mark))
+        refuse_stranger(path, ownership.forged(directory, head.digest, head.mark))
     return journals.read(descriptor, path, head, entry)
 
 
-def _refuse_stranger(path: str, why: str | None) -> None:
+def refuse_stranger(path: str, why: str | None) -> None:
     if why is not None:
-        raise _StrangerError(
+        raise StrangerError(
             f"{path}: {why}", hint=f"if you know its origin, vmconv recover --trust {path}; else remove it"
         )
 
 
-def _open(directory: Directory, entry: str, *, trust: bool) -> int:
-    """Returns the descriptor of a journal. Raises `_StrangerError` if this user's vmconv cannot have made it."""
+def open_journal(directory: Directory, entry: str, *, trust: bool) -> int:
+    """Returns the descriptor of a journal. Raises `StrangerError` if this user's vmconv cannot have made it."""
     path = directory.join(entry)
     try:
         descriptor = ownership.opened(directory, entry)
     except AccessError as exc:
-        raise _StrangerError(str(exc), hint="move it away") from exc
+        raise StrangerError(str(exc), hint="move it away") from exc
     except OSError as exc:
         if exc.errno not in (errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO):
             raise
-        raise _StrangerError(f"{path}: cannot be opened: {exc.strerror}", hint="move it away") from exc
+        raise StrangerError(f"{path}: cannot be opened: {exc.strerror}", hint="move it away") from exc
     if not trust:
         try:
-            _refuse_stranger(path, ownership.stranger(descriptor))
-        except _StrangerError:
+            refuse_stranger(path, ownership.stranger(descriptor))
+        except StrangerError:
             linux.close(descriptor)
             raise
     return descriptor
 
 
 @contextmanager
-def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
+def locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
     """Yields the locked descriptor of a journal. Raises `AccessError` if its run is alive, which holds the lock."""
-    descriptor = _open(directory, entry, trust=trust)
+    descriptor = open_journal(directory, entry, trust=trust)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Another recovery removed the journal before we had its lock.
@@ -195,7 +216,7 @@ def _locked(directory: Directory, entry: str, *, trust: bool) -> Iterator[int]:
 
 
 def _follow(directory: Directory, entry: str, calls: Syscalls, *, trust: bool) -> Recovery:
-    with _locked(directory, entry, trust=trust) as record:
+    with locked(directory, entry, trust=trust) as record:
         found = _read(directory, record, entry, trust=trust)
         if found is None:
             return _remove_torn(directory, entry, calls)

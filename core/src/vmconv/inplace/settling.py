@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from vmconv.errors import AccessError, warn
-from vmconv.inplace.names import is_interrupted
+from vmconv.inplace.names import GROUP, beside, is_interrupted
 
 
 def settle(path: str) -> None:
@@ -16,21 +16,28 @@ def settle(path: str) -> None:
 
     Raises AccessError if the file has another name afterwards.
     """
+    directory, name = os.path.split(path)
+    if not os.path.lexists(path) or os.path.lexists(os.path.join(directory, beside(name, GROUP))):
+        _settle_machine(path)
     if is_interrupted(path) or not os.path.lexists(path):
         _settle(path)
 
 
-def _settle(path: str) -> None:
-    from vmconv.backends.targets import finish_set
-    from vmconv.inplace.recovery import recover_if_own
+def _settle_machine(path: str) -> None:
+    """Settles the machine whose disks were being converted in place, if the file is one of them."""
+    from vmconv.inplace import group
 
-    if not os.path.lexists(path) and finish_set(path, trust=False):
-        return
-    done = recover_if_own(path)
+    done = group.recover_if_own(path)
     if done is None:
         return
-    what = f"a conversion in place was interrupted, and has been {'completed' if done.forward else 'rolled back'}"
+    became = "completed" if done.forward else "rolled back"
+    what = f"a conversion of a machine in place was interrupted, and has been {became}"
     if not os.path.lexists(path):
-        raise AccessError(f"{path}: is {done.path} now: {what}")
-    # A warning of the command and not of the image, which is fine now.
+        raise AccessError(f"{path}: does not exist: {what}", hint=f"the machine's file is {done.path}")
     warn(f"{path}: {what}")
+
+
+def _settle(path: str) -> None:
+    from vmconv.inplace.recovery import settle_disk
+
+    settle_disk(path)

@@ -16,8 +16,8 @@ from vmconv.inplace.change import Change
 from vmconv.inplace.codec import PIECE, Ranges
 from vmconv.inplace.journal import Journal, Leftover
 from vmconv.inplace.names import UNDO, beside, is_interrupted
+from vmconv.inplace.recovery import settle_disk
 from vmconv.inplace.rules import Own
-from vmconv.inplace.settling import settle
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.inplace.undofile import Stamp, Undo
 from vmconv.io import locks, ownership
@@ -44,10 +44,10 @@ def undo(path: str, *, trust: bool = False, calls: Syscalls | None = None) -> st
     With `trust` follows any user's undo file, as after restoring a backup. A signal that arrives after the commit is
     delivered afterwards: its exception carries the attribute `results`, a tuple with the path.
     """
-    # An interrupted undo is recovered first. If that completes it, `settle` raises.
+    # An interrupted undo is recovered first. If that completes it, `settle_disk` raises.
     disk = path.removesuffix(UNDO)
     if is_interrupted(disk):
-        settle(disk)
+        settle_disk(disk)
     folder, name = os.path.split(os.path.abspath(path))
     with os_errors("cannot be undone", AccessError, where=path), ExitStack() as stack:
         directory = stack.enter_context(open_directory(folder))

@@ -1,32 +1,40 @@
 """The conversion of a machine in place: each disk's own file becomes the new disk, and all are undone if one fails.
 
-The disks are converted one after the other, each with its undo file; then the small files are made. The source's
-configuration stays as it is, for undoing.
+The disks are converted one after the other, each with its undo file; then the small files are made. The moment at which
+the machine is the new one is that of `vmconv.inplace.group`. The source's configuration stays as it is, for undoing.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import open_directory
 from vmconv.conversion import pipeline
-from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans
-from vmconv.conversion.refusals import no_collisions, refuse_copies
+from vmconv.conversion.refusals import refuse_copies
 from vmconv.conversion.request import Request
 from vmconv.conversion.verify import verify_mode
-from vmconv.errors import PlanError, UsageError
-from vmconv.inplace.names import UNDO, beside
-from vmconv.inplace.undo import undo
-from vmconv.interface.backend import Access, Proposal, Survey
+from vmconv.errors import PlanError, UsageError, os_errors
+from vmconv.inplace import group
+from vmconv.inplace.syscalls import Syscalls
+from vmconv.interface.backend import Proposal, Survey
 from vmconv.io.registry import installed
 from vmconv.machine import losses
 from vmconv.machine.firmware import variables
-from vmconv.machine.layout import NewDisk, NewMachine, disk_format, named, plan_of_configs, suffix_of, with_files
+from vmconv.machine.layout import (
+    NewDisk,
+    NewMachine,
+    adapter,
+    disk_format,
+    named,
+    plan_of_configs,
+    suffix_of,
+    with_files,
+)
 from vmconv.machine.plans import machine_plan
 from vmconv.machine.request import MachinePlan, MachineRequest, MachineResult
 from vmconv.machine.source import Source, source_of
@@ -36,9 +44,9 @@ from vmconv.machine.verify import verify_configs
 if TYPE_CHECKING:
     from vmconv.interface.arguments import Verify
     from vmconv.interface.backend import Created
+    from vmconv.io.directory import Directory
     from vmconv.model.image import Image
     from vmconv.model.plan import Plan, Progress
-    from vmconv.model.sources import File
 
 
 class Planned(NamedTuple):
@@ -58,25 +66,36 @@ class Planned(NamedTuple):
 def planned_in_place(request: MachineRequest, source: Source, target: Target) -> Planned:
     """Returns the plan; raises `PlanError` if a disk cannot be converted in place. Changes nothing."""
     _refuse(request, source, target)
-    images = [source.image(disk) for disk in source.machine.disks]
-    numbers = [number for number, image in enumerate(images) if image is not None]
-    requests = tuple(_disk_request(number, images[number], request, target) for number in numbers)
+    images = _images(source, target)
+    requests = tuple(_disk_request(number, image, request, target) for number, image in enumerate(images))
     # Only this plan is made while the source is open: a conversion in place wants its file for itself.
     firmware = variables(source, target)
     mode = os.fstat(source.file.descriptor).st_mode & 0o666
     source.opener.close()
-    with ExitStack() as stack:
+    with ExitStack() as stack, _own_hints():
         ready = [stack.enter_context(pipeline.prepared(each)) for each in requests]
-        disks = tuple(NewDisk(number, one.containers[-1], one.plan) for number, one in zip(numbers, ready, strict=True))
+        disks = tuple(NewDisk(number, one.containers[-1], one.plan) for number, one in enumerate(ready))
         machine = with_files(target.adapted.machine, disks, firmware.store, target)
         configs = named(target.format.write(machine, target.options), firmware.store, target)
         small = plan_of_configs(configs, target, Proposal(installed().backend("copy"), Survey()))
+        _refuse_collisions(small, disks, target)
         plans = [*(disk.plan for disk in disks), small]
         made = NewMachine(machine, disks, configs, None, merge_plans(plans))
         refuse_copies(request.target, request.zero_copy, made.plan)
         found = machine_plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Planned(requests, target, made, small, found, mode)
+
+
+@contextmanager
+def _own_hints() -> Iterator[None]:
+    """Replaces hints of disk conversions that name options which machines' do not have."""
+    try:
+        yield
+    except PlanError as exc:
+        if exc.hint and any(option in exc.hint for option in ("-B", "--any-owner", "--chain", "another file")):
+            exc.hint = "convert without --in-place"
+        raise
 
 
 def run_in_place(
@@ -87,28 +106,44 @@ def run_in_place(
     progress: Progress | None,
     created: Created | None,
 ) -> MachineResult:
-    """Converts all disks in place and makes the configuration. If anything fails, the disks are turned back."""
+    """Converts all disks in place and makes the configuration. If anything fails before, the disks are turned back."""
     began = time.perf_counter()
     with source_of(request) as source:
-        planned = planned_in_place(request, source, target_of(request, source.machine))
+        target = target_of(request, source.machine)
+        if os.path.lexists(target.directory):
+            with _directory(target) as directory:
+                group.refuse_interrupted(directory, {target.name})
+        planned = planned_in_place(request, source, target)
     if announce:
         announce(planned.plan)
-    done: list[str] = []
-    try:
-        for each in planned.requests:
-            pipeline.run(each, verify=verify, progress=progress)
-            done.append(each.target)
-        _make_configs(request, planned, verify_mode(verify), created)
-    except BaseException:
-        # The last disk first, as a stack.
-        for target in reversed(done):
-            undo(target)
-        raise
-    if not request.keep_undo:
-        for target in done:
-            os.unlink(os.path.join(os.path.dirname(target), beside(os.path.basename(target), UNDO)))
-    path = os.path.normpath(os.path.join(planned.target.directory, planned.target.name))
+    whole = _group(planned, request)
+    mode = verify_mode(verify)
+    with _directory(target) as directory:
+        group.refuse_interrupted(directory, whole.names)
+        changing = group.Changing(directory, whole, Syscalls())
+        try:
+            changing.begin()
+            for each in planned.requests:
+                pipeline.run(each, verify=verify, progress=progress)
+            with changing.written(created) as (transaction, made):
+                if mode:
+                    verify_configs(planned.made, made, target, made[-1])
+                changing.finish(transaction)
+        finally:
+            changing.give_up()
+    path = os.path.normpath(os.path.join(target.directory, target.name))
     return MachineResult(request.source, path, planned.plan, time.perf_counter() - began)
+
+
+def _group(planned: Planned, request: MachineRequest) -> group.Group:
+    disks = tuple((os.path.basename(each.source), os.path.basename(each.target)) for each in planned.requests)
+    files = tuple(group.Small(config.name, config.content) for config in planned.made.configs)
+    return group.Group(disks, files, planned.mode, request.keep_undo)
+
+
+def _directory(target: Target) -> Directory:
+    with os_errors("cannot be opened", PlanError, where=target.directory):
+        return open_directory(target.directory)
 
 
 def _refuse(request: MachineRequest, source: Source, target: Target) -> None:
@@ -131,9 +166,42 @@ def _refuse(request: MachineRequest, source: Source, target: Target) -> None:
         )
 
 
-def _disk_request(number: int, image: Image | None, request: MachineRequest, target: Target) -> Request:
-    if image is None:
-        raise PlanError("a physical disk cannot be converted in place")
+def _images(source: Source, target: Target) -> list[Image]:
+    """Returns the image of each disk. Raises `PlanError` if one has no file in the target's directory."""
+    found = []
+    for number, disk in enumerate(source.machine.disks):
+        image = source.image(disk)
+        if image is None:
+            raise PlanError(f"disks[{number}]: is a physical disk, and cannot be converted in place")
+        there = os.path.dirname(os.path.realpath(image.file.path))
+        if not _is_directory(target.directory, there):
+            raise PlanError(
+                f"{image.file.path}: is in another directory than {target.format.name} keeps its disks in, "
+                f"{target.directory}",
+                hint="move the machine's files there first, or convert without --in-place",
+            )
+        found.append(image)
+    return found
+
+
+def _is_directory(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_collisions(small: Plan, disks: Sequence[NewDisk], target: Target) -> None:
+    """Raises `PlanError` if a new file has the name of another one, or exists. The disks' plans refuse theirs."""
+    taken: set[str] = set()
+    for file in (*(file for disk in disks for file in disk.plan.files), *small.files):
+        path = os.path.join(target.directory, file.name)
+        if file.name in taken or (file in small.files and os.path.lexists(path)):
+            raise PlanError(f"{path}: already exists", hint="choose another name for the target")
+        taken.add(file.name)
+
+
+def _disk_request(number: int, image: Image, request: MachineRequest, target: Target) -> Request:
     wanted = disk_format(target, request, installed())
     return Request(
         image.file.path,
@@ -144,24 +212,5 @@ def _disk_request(number: int, image: Image | None, request: MachineRequest, tar
         allow_external=request.allow_external,
         in_place=True,
         keep_undo=True,
+        facts={"adapter_type": adapter(target.adapted.machine, number, wanted)},
     )
-
-
-def _make_configs(request: MachineRequest, planned: Planned, mode: Verify | None, created: Created | None) -> None:
-    target = planned.target
-    with open_directory(target.directory) as directory, no_collisions(planned.small, directory, (), force=False):
-
-        def check(files: Sequence[File]) -> None:
-            if mode:
-                verify_configs(planned.made, files, target, files[-1])
-
-        carry_out(
-            planned.small,
-            installed().backend("copy").begin(directory, access=Access((), planned.mode)),
-            (),
-            request.target,
-            verify=check,
-            progress=None,
-            created=created,
-            done=lambda: None,
-        )

@@ -97,8 +97,8 @@ def _disk(
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
     place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))
-    image.facts = image.facts._replace(adapter_type=_adapter(target.adapted.machine, number, wanted))
-    (part,) = parts_of(image, place, registry, None, chain=False)
+    stated = image.stating(adapter_type=adapter(target.adapted.machine, number, wanted))
+    (part,) = parts_of(stated, place, registry, None, chain=False)
     (made,) = lay_out([part], place, way.survey.unit, registry, None)
     references.confirm(made.layout.references, target.directory)
     if target.format.is_package and len(made.layout.files) > 1:
@@ -117,7 +117,7 @@ def _refuse_other_options(asked: Mapping[str, Any], usual: Mapping[str, Any], ta
             )
 
 
-def _adapter(machine: Machine, number: int, wanted: Format) -> str | None:
+def adapter(machine: Machine, number: int, wanted: Format) -> str | None:
     """Returns the adapter type for disk formats that state one: the family of the controller in the new machine."""
     disk = machine.disks[number]
     if "adapter_type" not in wanted.carries or disk.bus is None:

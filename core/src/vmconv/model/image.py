@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,12 @@ class Image:
             facts=self.facts,
             details=lambda: self.details,
         )
+
+    def stating(self, **facts: Any) -> Image:
+        """Returns this layer with other facts."""
+        other = copy(self)
+        other.facts = self.facts._replace(**facts)
+        return other
 
     @cached_property
     def disk(self) -> Disk:
