@@ -21,7 +21,8 @@ from support.crash import Stopped
 from support.disks import MIB, make_disk
 from support.tried import TRIED
 from vmconv import api
-from vmconv.backends.temporary import Temporary, temporary_name
+from vmconv.backends import naming
+from vmconv.backends.temporary import Temporary, remove_stale, temporary_name
 from vmconv.errors import AccessError, BackendError, VmconvError
 from vmconv.io.directory import Directory
 
@@ -426,6 +427,22 @@ def test_a_file_gets_a_new_name_on_filesystems_that_cannot_refuse_old_ones(
                 file.appear(replace=False)
             file.close()
     assert names(tmp_path) == {"target"}
+
+
+def test_an_unfinished_journal_with_a_temporary_name_is_removed_for_the_last_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(monkeypatch, Directory, "create_unnamed", errno.EOPNOTSUPP)
+    with Directory.at(str(tmp_path)) as directory:
+        files = [Temporary(directory, name) for name in ("first", "last")]
+        images = names(tmp_path)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            Stopper(patch, 2)  # the journal is created and renamed, not yet written
+            naming.commit(directory, files, replace=False, durable=True)
+        (journal,) = names(tmp_path) - images
+        assert remove_stale(directory, ["last"], but=images) == [journal]
+        for file in files:
+            file.close()
 
 
 @pytest.mark.parametrize("extra", [0, 20])
