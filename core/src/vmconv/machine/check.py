@@ -1,21 +1,23 @@
 """Whether a machine will start on another platform: its disks against its firmware and its controllers.
 
-Reads a few kilobytes of each disk. What is inside a filesystem is not looked at: `virt-v2v-in-place` repairs that, on
-the new machine's disks.
+Reads a few kilobytes of each disk. With the libraries of the extra `vmconv[guest]`, also what starts the guest: see
+`vmconv.machine.readiness`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+from vmconv.guest.protocol import Volume
 from vmconv.machine.boot import partitions
 from vmconv.machine.boot.contents import content_of
+from vmconv.machine.findings import Finding, first_disk
+from vmconv.model.extents import Extents
 
 if TYPE_CHECKING:
     from vmconv.machine.model import Machine
     from vmconv.machine.source import Source
-    from vmconv.model.extents import Extents
 
 _MBR_LIMIT = 2 << 40
 """Bytes that an MBR of 512-byte sectors reaches."""
@@ -26,30 +28,29 @@ _NO_UEFI_DRIVER = ("buslogic", "lsilogic", "lsisas1068")
 _KVM = ("libvirt", "proxmox", "kubevirt")
 
 
-class Finding(NamedTuple):
-    """One finding: an error keeps the machine from starting, a warning may. `path` is the part of the machine."""
+def check(source: Source, machine: Machine, target: str | None, *, inside: bool = True) -> tuple[Finding, ...]:
+    """Returns the findings for a machine of `source`, adapted to the platform `target` if there is one.
 
-    level: Literal["error", "warning", "note"]
-    path: str
-    text: str
-    hint: str = ""
-
-
-def check(source: Source, machine: Machine, target: str | None) -> tuple[Finding, ...]:
-    """Returns the findings for a machine of `source`, adapted to the platform `target` if there is one."""
-    return tuple(_findings(source, machine, target))
+    `inside`: the filesystems are looked at too, if their libraries are installed.
+    """
+    return tuple(_findings(source, machine, target, inside=inside))
 
 
-def _findings(source: Source, machine: Machine, target: str | None) -> Iterator[Finding]:
-    boot = _boot_disk(machine)
+def _findings(source: Source, machine: Machine, target: str | None, *, inside: bool) -> Iterator[Finding]:
+    boot = first_disk(machine)
+    disks: list[Extents] = []
+    volumes: list[Volume] = []
     for number, disk in enumerate(source.machine.disks):
         path = f"disks[{number}]"
         if disk.device is not None:
             yield Finding("warning", path, f"is the physical disk {disk.device}", "it is not converted")
         image = source.image(disk)
+        disks.append(image.flat if image else Extents.filled(0))
         if image is not None:
             table = partitions.read(image.flat)
-            yield from _of_disk(path, image.flat, table)
+            contents = [content_of(image.flat, start) for start in _starts(table)]
+            yield from _of_disk(path, image.flat, table, contents)
+            volumes += _volumes(number, image.flat, table, contents)
             if number == boot:
                 yield from _of_boot_disk(path, machine, table)
     if target in _KVM:
@@ -57,22 +58,34 @@ def _findings(source: Source, machine: Machine, target: str | None) -> Iterator[
     if machine.tpm is not None:
         hint = "suspend BitLocker, or have its recovery key at hand"
         yield Finding("warning", "tpm", "the secrets in the TPM are not moved", hint)
+    if inside:
+        from vmconv.machine import readiness
+
+        if readiness.HAVE_LIBRARIES:
+            needs = readiness.Needs(machine, boot)
+            yield from readiness.findings(disks, volumes, needs, moved=target is not None)
 
 
-def _boot_disk(machine: Machine) -> int | None:
-    """Returns the number of the disk that the firmware tries first; None if the machine has no disks."""
-    chosen = [(disk.boot_index, number) for number, disk in enumerate(machine.disks) if disk.boot_index is not None]
-    return min(chosen)[1] if chosen else 0 if machine.disks else None
+def _starts(table: partitions.Table) -> list[int]:
+    """Returns where the partitions begin; a disk without any is one itself."""
+    return [partition.start for partition in table.partitions] or [0]
 
 
-def _of_disk(path: str, disk: Extents, table: partitions.Table) -> Iterator[Finding]:
+def _volumes(number: int, disk: Extents, table: partitions.Table, contents: Sequence[str | None]) -> Iterator[Volume]:
+    """Yields the partitions of a disk whose content is known."""
+    places = [(one.start, one.length) for one in table.partitions] or [(0, disk.size)]
+    for position, ((start, length), content) in enumerate(zip(places, contents, strict=True), 1):
+        if content is not None:
+            yield Volume(number, position if table.partitions else 0, start, min(length, disk.size - start), content)
+
+
+def _of_disk(path: str, disk: Extents, table: partitions.Table, contents: Sequence[str | None]) -> Iterator[Finding]:
     if table.problem:
         yield Finding("error", path, table.problem)
     if table.scheme == "mbr" and disk.size > _MBR_LIMIT:
         yield Finding("warning", path, "has an MBR, which reaches 2 TiB, and is larger")
-    places = [(partition.start, f"partition {n}") for n, partition in enumerate(table.partitions, 1)] or [(0, "disk")]
-    for start, name in places:
-        content = content_of(disk, start)
+    for number, content in enumerate(contents, 1):
+        name = f"partition {number}" if table.partitions else "disk"
         if content == "bitlocker":
             hint = "suspend BitLocker in the guest first, or have its recovery key at hand"
             yield Finding("warning", path, f"its {name} is encrypted by BitLocker", hint)

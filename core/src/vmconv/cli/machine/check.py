@@ -9,7 +9,9 @@ from vmconv.cli.options import add_opening, add_options, add_output
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
-    from vmconv.machine.check import Finding
+    from vmconv.machine.findings import Finding
+    from vmconv.machine.model import Machine
+    from vmconv.machine.request import MachineRequest
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -31,13 +33,16 @@ def _run(options: argparse.Namespace) -> int:
     )
     with source_of(request) as source:
         machine = adapted_to(request, source.machine) if request.target_format else source.machine
-        findings = check(source, machine, request.target_format)
+        findings = check(source, machine, request.target_format, inside=options.filesystems)
+        end = _end(request, source.machine, inside=options.filesystems)
     if options.output == "json":
         print_json([as_plain(one) for one in findings], indent=4)
     else:
         for one in findings:
             print(printable(_line(one)))
-        print(_END if findings else f"No reason was found why it would not start. {_END}")
+        if all(one.level == "note" for one in findings):
+            print("No reason was found why it would not start.")
+        print(*map(printable, end), sep="\n")
     return 1 if any(one.level == "error" for one in findings) else 0
 
 
@@ -45,10 +50,16 @@ def _line(one: Finding) -> str:
     return f"{one.level}: {one.path}: {one.text}" + (f" ({one.hint})" if one.hint else "")
 
 
-_END = (
-    "The filesystems inside were not looked at. For drivers and fstab: virt-v2v-in-place, on the new machine's disks,\n"
-    "never on the source."
-)
+def _end(request: MachineRequest, machine: Machine, *, inside: bool) -> list[str]:
+    """Returns lines on what was not looked at, and on what to do after a conversion."""
+    from vmconv.machine.handoff import handoff
+    from vmconv.machine.readiness import HAVE_LIBRARIES
+
+    lines = handoff(request, machine)
+    if inside and HAVE_LIBRARIES:
+        return lines
+    hint = "" if HAVE_LIBRARIES else ": pip install 'vmconv[guest]'"
+    return [f"The filesystems inside were not looked at{hint}.", *lines]
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +67,21 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="check the machine as it would be on this platform")
     add_options(parser, "the machine format")
+    parser.add_argument(
+        "--no-filesystems",
+        dest="filesystems",
+        action="store_false",
+        help="do not look into filesystems for fstab, boot loader and drivers",
+    )
     add_opening(parser, "configurations")
     add_output(parser)
 
 
 VERB = Verb(
     "Compares the disks with the firmware and the controllers, of CONFIG or with -O of the machine that convert would\n"
-    "make: partition tables, EFI system partition, boot code, encryption. Reads a few kilobytes of each disk.",
+    "make: partition tables, EFI system partition, boot code, encryption. With the libraries of vmconv[guest], looks\n"
+    "into filesystems for what starts the guest: devices in fstab and boot loader, drivers of kernels and initramfs.\n"
+    "Reads only what it needs of the disks.",
     _configure,
     _run,
     """exit status:
