@@ -18,7 +18,7 @@ from vmconv.conversion.planner import merge_plans
 from vmconv.conversion.refusals import refuse_copies
 from vmconv.conversion.request import Request
 from vmconv.conversion.verify import verify_mode
-from vmconv.errors import PlanError, UsageError, os_errors
+from vmconv.errors import BackendError, PlanError, UsageError, VmconvError, os_errors
 from vmconv.inplace import group
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.interface.backend import Proposal, Survey
@@ -129,6 +129,13 @@ def run_in_place(
                 if mode:
                     verify_configs(planned.made, made, target, made[-1])
                 changing.finish(transaction)
+        except VmconvError as exc:
+            changing.give_up()
+            if not changing.committed and exc.hint and "vmconv recover" in exc.hint:
+                # Its disk has been recovered meanwhile.
+                why = exc.__cause__ or exc
+                raise BackendError(f"{directory.path}: a disk failed, and all are as they were: {why}") from exc
+            raise
         finally:
             changing.give_up()
     path = os.path.normpath(os.path.join(target.directory, target.name))
