@@ -110,6 +110,16 @@ def pair(at: Path) -> None:
     _vmconv("convert", "-q", at / "d.raw", at / "o.qcow2")
 
 
+def older(at: Path) -> None:
+    data = bytearray(content())
+    data[2 * MIB : 2 * MIB + 65536] = bytes(65536)
+    write_sparse(at / "d.raw", bytes(data))
+    _vmconv("convert", "-q", at / "d.raw", at / "o.qcow2")
+    with (at / "d.raw").open("r+b") as file:
+        file.seek(2 * MIB)
+        file.write(content()[2 * MIB : 2 * MIB + 65536])
+
+
 def unequal(at: Path) -> None:
     raw(at)
     data = bytearray(content())
@@ -268,6 +278,7 @@ SCENARIOS = (
         ("base.qcow2", "top.qcow2"),
     ),
     Scenario("force", raw_and_old, ("convert", "-q", "--force", "{}/d.raw", "{}/o.qcow2"), QCOW2, kind="replace"),
+    Scenario("sync", older, ("sync", "-q", "{}/d.raw", "{}/o.qcow2"), QCOW2, kind="replace"),
     Scenario(
         "reference",
         raw,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         Request,
         Result,
         StrPath,
+        SyncPlan,
+        SyncResult,
         ZeroCopy,
         check,
         compare,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
         prove,
         recover,
         stream,
+        sync,
+        sync_plan,
         undo,
     )
     from vmconv.errors import (
@@ -78,6 +82,8 @@ __all__ = [
     "Request",
     "Result",
     "StrPath",
+    "SyncPlan",
+    "SyncResult",
     "UsageError",
     "VerifyError",
     "VmconvError",
@@ -97,6 +103,8 @@ __all__ = [
     "prove",
     "recover",
     "stream",
+    "sync",
+    "sync_plan",
     "undo",
 ]
 

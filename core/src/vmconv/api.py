@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vmconv.model.plan import Plan, Progress
     from vmconv.model.sources import inside, stamp_of
     from vmconv.model.view import View
+    from vmconv.syncing.request import SyncPlan, SyncResult
     from vmconv.system.linux import generation, mount_of
 
 _HOMES = {
@@ -69,6 +70,8 @@ _HOMES = {
     "Request": "conversion.request",
     "Result": "conversion.request",
     "StrPath": "interface.arguments",
+    "SyncPlan": "syncing.request",
+    "SyncResult": "syncing.request",
     "View": "model.view",
     "ZeroCopy": "interface.arguments",
     "checking": "inspect.checking",
@@ -103,6 +106,8 @@ __all__ = [
     "Request",
     "Result",
     "StrPath",
+    "SyncPlan",
+    "SyncResult",
     "View",
     "ZeroCopy",
     "check",
@@ -131,6 +136,8 @@ __all__ = [
     "settle",
     "stamp_of",
     "stream",
+    "sync",
+    "sync_plan",
     "undo",
     "views",
 ]
@@ -325,6 +332,79 @@ def plan(
     request = checked(Request, **given)
     with _errors(), prepared(request) as ready:
         return ready.plan
+
+
+@_named
+def sync(
+    source: StrPath,
+    target: StrPath,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    snapshot: str | None = None,
+    since: StrPath | None = None,
+    compare: bool = False,
+    shrink: bool = False,
+    record: bool = True,
+    force: bool = False,
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    verify: bool | Verify = True,
+    announce: Callable[[SyncPlan], None] | None = None,
+    progress: Progress | None = None,
+    verifying: Progress | None = None,
+    comparing: Progress | None = None,
+) -> SyncResult:
+    """Brings `target`, an image that was made of `source` earlier, up to date with it, and returns what was done.
+
+    The target keeps its format, options and ids; a missing one is made. It stays as it was until the new one is
+    complete. `announce` gets the plan. `comparing(bytes read, bytes to read)` is called, first with 0 bytes read, if
+    both disks have to be read to find what changed.
+    """
+    given = locals()
+    from vmconv.interface.arguments import SyncOptions, checked
+    from vmconv.syncing import pipeline
+    from vmconv.syncing.request import SyncRequest
+
+    how = checked(SyncOptions, **{name: given.pop(name) for name in SyncOptions._fields})
+    request = checked(SyncRequest, **given)
+    with _errors():
+        return pipeline.run(request, **how._asdict())
+
+
+@_named
+def sync_plan(
+    source: StrPath,
+    target: StrPath,
+    *,
+    source_format: str | None = None,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    snapshot: str | None = None,
+    since: StrPath | None = None,
+    compare: bool = False,
+    shrink: bool = False,
+    record: bool = True,
+    force: bool = False,
+    zero_copy: ZeroCopy = "auto",
+    cache: Cache = "writeback",
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+) -> SyncPlan:
+    """Returns what `sync` would do with the same arguments; writes nothing."""
+    given = locals()
+    from vmconv.interface.arguments import checked
+    from vmconv.syncing import pipeline
+    from vmconv.syncing.request import SyncRequest
+
+    request = checked(SyncRequest, **given)
+    with _errors():
+        return pipeline.plan(request)
 
 
 def _converted(given: dict[str, Any]) -> Result:

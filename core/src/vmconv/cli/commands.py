@@ -19,6 +19,7 @@ COMMANDS = (
     ("plan", "show what a conversion would share, copy and write"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),
+    ("sync", "bring an image up to date with the disk that it was made of"),
     ("recover", "roll back or complete an interrupted conversion in place"),
     ("undo", "turn a disk back into what it was converted from in place"),
     ("compare", "compare what a guest sees of two disks"),

@@ -34,13 +34,13 @@ def _run(options: argparse.Namespace) -> int:
             made = ready.containers[-1]
             formats = made.source.format_name, made.format.name
             print(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
-            for line in _plan_lines(ready.plan, layers, warnings):
+            for line in plan_lines(ready.plan, layers, warnings):
                 print(f"  {line}")
         refuse_copies(options.target, options.zero_copy, ready.plan)
     return 0
 
 
-def _plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
+def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
     from vmconv.cli.output import size_text
     from vmconv.model.references import notes
 

@@ -25,7 +25,8 @@ from vmconv.model.sources import File
 class Target(NamedTuple):
     """The requested target: the file `name` in `directory`, its format and its writer's options.
 
-    `identity` comes from the options or is random.
+    `identity` comes from the options or is random. `content` is the identity of the content of an image that keeps its
+    own; see `Placement`.
     """
 
     format: Format
@@ -33,6 +34,7 @@ class Target(NamedTuple):
     directory: str
     name: str
     identity: bytes
+    content: bytes | None = None
 
     @classmethod
     def of(cls, wanted: Format, options: Any, directory: str, name: str) -> Target:
@@ -168,7 +170,7 @@ def lay_out(
     # Parts begin with the base; layers are numbered from the user's target, 0, downwards.
     for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
-        placement = Placement(modulus, part.name, target.directory, carrier, target.identity_of(layer))
+        placement = Placement(modulus, part.name, target.directory, carrier, target.identity_of(layer), target.content)
         # Writers are plugins: a wrong result must name its plugin, not fail somewhere else.
         layout: Any = target.format.write(disk, target.options, placement, backing=backing)
         if not isinstance(layout, Layout):

@@ -81,11 +81,11 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             yield ready
         return
     registry = installed()
-    with request.opener(registry) as opener, _places(request, *others) as places:
+    with request.opener(registry) as opener, places(request, *others) as found:
         targets = [
-            (each, _target(registry, each, place)) for each, place in zip((request, *others), places, strict=True)
+            (each, _target(registry, each, place)) for each, place in zip((request, *others), found, strict=True)
         ]
-        directory = _only_directory(places)
+        directory = _only_directory(found)
         refuse_directory(directory)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
         # Before the lower layers are opened, so that only this image's own files are replaced.
@@ -98,7 +98,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 way = choose_backend(registry, request.backend, directory.path, image.payload_files())
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
-                    _conversion(request, target, image, way, registry, _kept_layer(request, target, image, registry))
+                    conversion_of(request, target, image, way, registry, _kept_layer(request, target, image, registry))
                     for request, target in targets
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
@@ -134,7 +134,7 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
         kept = _kept_layer(request, target, image, registry)
-        conversion = _conversion(request, target, image, way, registry, kept)
+        conversion = conversion_of(request, target, image, way, registry, kept)
         files = len(conversion.plan.files)
         if files > 1:
             raise PlanError(
@@ -163,9 +163,9 @@ def run(
     done: list[Result] = []
     try:
         if request.descriptor is None:
-            with _places(request, *others) as places:
+            with places(request, *others) as found:
                 # Before planning: completing an interrupted run changes which files exist.
-                clean(_only_directory(places), [name for _, name in places])
+                clean(_only_directory(found), [name for _, name in found])
         with prepared(request, *others) as ready:
             for conversion in ready.conversions:
                 refuse_copies(conversion.request.target, request.zero_copy, conversion.plan)
@@ -257,7 +257,7 @@ def _in_place(
             refused.append(proposal)
             continue
         try:
-            conversion = _conversion(request, target, image, proposal, registry, kept)
+            conversion = conversion_of(request, target, image, proposal, registry, kept)
             found = proposal.backend, (conversion,), strategy.names(conversion.plan)
             site.refuse_plan(conversion.plan)
         except PlanError as exc:
@@ -276,7 +276,7 @@ def _in_place(
     raise why
 
 
-def _conversion(
+def conversion_of(
     request: Request, target: Target, image: Image, way: Proposal, registry: Registry, kept: Kept | None
 ) -> Conversion:
     """Returns the conversion of one request, planned for the backend of `way`."""
@@ -323,7 +323,7 @@ _Place = tuple[Directory, str]
 
 
 @contextmanager
-def _places(*requests: Request) -> Iterator[list[_Place]]:
+def places(*requests: Request) -> Iterator[list[_Place]]:
     """Yields the targets' directories and names. Symbolic links are followed, so that they keep naming the target."""
     with ExitStack() as stack:
         places = []

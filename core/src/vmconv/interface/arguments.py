@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
     from vmconv.interface.backend import Created
     from vmconv.model.plan import Plan, Progress
+    from vmconv.syncing.request import SyncPlan
 else:
     # Importing the classes would import numpy, which commands that read only a header do not need.
-    Plan, Progress, Created = Any, Callable[[int, int], None], Callable[[str, int], None]
+    SyncPlan, Plan, Progress, Created = Any, Any, Callable[[int, int], None], Callable[[str, int], None]
 
 StrPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """A path as Python's own functions accept it."""
@@ -114,6 +115,16 @@ class RunOptions(NamedTuple):
     progress: Progress | None = None
     verifying: Progress | None = None
     created: Created | None = None
+
+
+class SyncOptions(NamedTuple):
+    """Arguments of a sync besides those of the request: verification and callbacks."""
+
+    verify: bool | Verify = True
+    announce: Callable[[SyncPlan], None] | None = None
+    progress: Progress | None = None
+    verifying: Progress | None = None
+    comparing: Progress | None = None
 
 
 class FanoutTargets(NamedTuple):

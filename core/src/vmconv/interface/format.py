@@ -62,6 +62,17 @@ class Format:
         """Returns the frozen dataclass of the writer's options; see `vmconv.model.options`."""
         return NoOptions
 
+    def options_of(self, image: Image) -> Any:
+        """Returns the options with which the writer makes an image like this one: subformat, block sizes, identity.
+
+        Raises `PlanError` if the writer makes none like it.
+        """
+        if self.options() is not NoOptions:
+            from vmconv.errors import PlanError
+
+            raise PlanError(f"{image.file.name}: {self.name} does not tell the options of an image")
+        return NoOptions()
+
     def probe(self, file: File) -> bool:
         """True if `file` has this format's signature. Reads little; never raises."""
         return False

@@ -30,7 +30,8 @@ class Placement(NamedTuple):
     payload occupies, one block of payload moves behind the end; see `vmconv.placing.pinning`.
 
     `identity` is the UUID of this image, 16 bytes; other ids are derived by `vmconv.model.identity.derived`. The caller
-    gives each image its own. The default is random per process.
+    gives each image its own. The default is random per process. `content`, 16 bytes, is given if an image keeps its
+    identity and gets another content: ids that change with the content are derived from `content_identity`.
     """
 
     modulus: int = 1
@@ -38,6 +39,12 @@ class Placement(NamedTuple):
     directory: str = ""
     carrier: File | None = None
     identity: bytes = _OF_THIS_PROCESS
+    content: bytes | None = None
+
+    @property
+    def content_identity(self) -> bytes:
+        """The identity of the content: changes whenever the image is written."""
+        return self.content or self.identity
 
 
 class OutFile(NamedTuple):

@@ -26,6 +26,15 @@ class Parallels(Format):
         head = file.read(0, min(512, file.size))
         return head.startswith((b"WithoutFreeSpace", b"WithouFreSpacExt")) or is_descriptor(head)
 
+    def options_of(self, image: Image) -> Any:
+        if is_descriptor(image.file.read(0, min(512, image.file.size))):
+            from vmconv.plugin import PlanError
+
+            raise PlanError(f"{image.file.name}: is the descriptor of a disk, which vmconv does not write")
+        from vmconv_parallels.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         if is_descriptor(file.read(0, min(512, file.size))):
             from vmconv_parallels.bundle import read_bundle

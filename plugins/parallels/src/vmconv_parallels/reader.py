@@ -17,11 +17,13 @@ from vmconv.plugin import (
     ImageError,
     Kind,
     Kinds,
+    PlanError,
     Structure,
     damaged,
     refuse_overlaps,
 )
 from vmconv_parallels import structs
+from vmconv_parallels.options import Options
 
 SLICE = 1 << 20
 """Entries of the BAT in one slice."""
@@ -68,6 +70,14 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         details=lambda: _details(header),
         shows_holes=lambda _: False,
     )
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    if header.cluster_size & (header.cluster_size - 1):
+        raise PlanError(f"{image.file.name}: clusters of {header.cluster_size} bytes, which vmconv does not write")
+    return Options(cluster_size=header.cluster_size)
 
 
 def read_header(file: File) -> Header:

@@ -27,6 +27,11 @@ class Qcow2(Format):
     def probe(self, file: File) -> bool:
         return file.size >= 8 and file.read(0, 8) in (b"QFI\xfb\0\0\0\2", b"QFI\xfb\0\0\0\3")
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_qcow2.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_qcow2.reader import read
 

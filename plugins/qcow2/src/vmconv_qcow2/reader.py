@@ -20,6 +20,7 @@ from vmconv.plugin import (
     Kind,
     Kinds,
     Opener,
+    PlanError,
     Reserved,
     Source,
     Structure,
@@ -32,6 +33,7 @@ from vmconv.plugin import (
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import CompressedClusters
 from vmconv_qcow2.header import Header, Snapshot, read_bitmaps, read_header, read_snapshots
+from vmconv_qcow2.options import Options
 
 # L2 tables are read in slices of this many bytes. Parsing needs about ten times that, thirty for extended entries.
 _SLICE = 1 << 20
@@ -95,6 +97,20 @@ def _dependencies(header: Header) -> Iterator[Dependency]:
     for name, fingerprint in known.items() if header.backing_file in known else ():
         role = "backing file" if name == header.backing_file else "file of the chain below"
         yield Dependency(role, name, fingerprint.size, fingerprint)
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    if header.data_file:
+        raise PlanError(f"{image.file.name}: its payload lies in the data file {header.data_file!r}")
+    return Options(
+        cluster_size=header.cluster_size,
+        compat="1.1" if header.version == 3 else "0.10",
+        refcount_bits=1 << header.refcount_order,
+        extended_l2=header.extended_l2,
+        lazy_refcounts=bool(header.compatible & structs.LAZY_REFCOUNTS),
+    )
 
 
 def qemu_incompatibility(image: Image) -> str | None:

@@ -25,6 +25,11 @@ class Qed(Format):
     def probe(self, file: File) -> bool:
         return file.size >= 4 and file.read(0, 4) == b"QED\0"
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_qed.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_qed.reader import read
 

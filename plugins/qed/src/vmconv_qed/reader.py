@@ -21,11 +21,13 @@ from vmconv.plugin import (
     Kinds,
     Metadata,
     Opener,
+    PlanError,
     Structure,
     damaged,
     refuse_overlaps,
 )
 from vmconv_qed import structs
+from vmconv_qed.options import Options
 
 SLICE = 1 << 19
 """Entries of an L2 table in one slice."""
@@ -94,6 +96,15 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         details=lambda: _details(header),
         shows_holes=lambda _: False,
     )
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    tables = header.table_size // header.cluster_size
+    if tables == 1:
+        raise PlanError(f"{image.file.name}: tables of one cluster, which vmconv does not write")
+    return Options(cluster_size=header.cluster_size, table_size=tables)
 
 
 def read_header(file: File) -> Header:

@@ -26,6 +26,11 @@ class Vdi(Format):
     def probe(self, file: File) -> bool:
         return file.size >= 72 and file.read(64, 4) == b"\x7f\x10\xda\xbe"
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_vdi.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_vdi.reader import read
 

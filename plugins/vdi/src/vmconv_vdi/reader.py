@@ -22,10 +22,12 @@ from vmconv.plugin import (
     Kind,
     Kinds,
     Opener,
+    PlanError,
     Structure,
     damaged,
 )
 from vmconv_vdi import structs
+from vmconv_vdi.options import Options
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -98,6 +100,15 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         losses=(f"comment {header.comment!r}",) if header.comment else (),
         details=lambda: _details(header),
     )
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    if header.block_size != _QEMU_BLOCK or header.block_extra:
+        raise PlanError(f"{image.file.name}: blocks of {header.stride} bytes, which vmconv does not write")
+    identity = image.facts.identity
+    return Options(static=header.kind == structs.FIXED, identity=identity.bytes if identity else None)
 
 
 def head_of(file: File) -> Structure:

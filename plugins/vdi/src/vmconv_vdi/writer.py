@@ -82,7 +82,7 @@ def write(image: Image, options: Options, placement: Placement, *, backing: Back
     # The last block is whole even if the disk ends inside it, as in VirtualBox's own images: the disk may grow.
     end = data + found.used * BLOCK
     numbers = {"offData": data, "cbDisk": size, "cBlocks": count, "cBlocksAllocated": found.used}
-    header = _header(image, options, parent, numbers, placement.identity)
+    header = _header(image, options, parent, numbers, placement)
     block_map = _block_map(guest.size, found, hides=parent is not None)
     payload = found.runs.take(found.there)
     rows, length = cut(guest, payload.first * BLOCK, payload.blocks * BLOCK, data + found.place[found.there])
@@ -150,7 +150,7 @@ def _block_map(size: int, found: _Blocks, *, hides: bool) -> Blob:
 
 
 def _header(
-    image: Image, options: Options, parent: _Parent | None, numbers: Mapping[str, int], identity: bytes
+    image: Image, options: Options, parent: _Parent | None, numbers: Mapping[str, int], placement: Placement
 ) -> bytes:
     fields: dict[str, Any] = {
         "cbHeader": structs.LONG_HEADER_LENGTH,
@@ -162,8 +162,8 @@ def _header(
         "u32Dummy": 0,
         "cbBlock": BLOCK,
         "cbBlockExtra": 0,
-        "uuidCreate": structs.uuid_bytes(identity.hex()),
-        "uuidModify": structs.uuid_bytes(derived(identity, "vdi modification").hex()),
+        "uuidCreate": structs.uuid_bytes(placement.identity.hex()),
+        "uuidModify": structs.uuid_bytes(derived(placement.content_identity, "vdi modification").hex()),
         "uuidLinkage": parent.identity if parent else structs.NIL_UUID,
         "uuidParentModify": parent.modified if parent else structs.NIL_UUID,
         **numbers,

@@ -34,6 +34,11 @@ class Vhd(Format):
             file.read(file.size - 511, 8),
         )
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_vhd.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_vhd.reader import read
 

@@ -22,12 +22,14 @@ from vmconv.plugin import (
     Kind,
     Kinds,
     Opener,
+    PlanError,
     Usage,
     clip_to_sources,
     damaged,
 )
 from vmconv_vhd import structs
 from vmconv_vhd.header import Header, read_header
+from vmconv_vhd.options import Options
 
 SLICE = 1 << 18
 """Entries of the allocation table in one slice; parsing needs about 50 bytes for each."""
@@ -64,6 +66,23 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         losses=("saved state of a virtual machine",) if header.saved_state else (),
         warnings=header.warnings,
         details=lambda: _details(header),
+    )
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    if header.kind != structs.FIXED and header.block_size != structs.BLOCK_SIZE:
+        raise PlanError(f"{image.file.name}: blocks of {header.block_size} bytes, which vmconv does not write")
+    fixed, (cylinders, heads, sectors) = header.kind == structs.FIXED, header.geometry
+    identity = image.facts.identity
+    azure = fixed and header.size % (1 << 20) == 0
+    return Options(
+        subformat="fixed" if fixed else "dynamic",
+        azure=azure,
+        # A size of whole cylinders was rounded up, or needs no rounding.
+        force_size=azure or cylinders * heads * sectors * structs.SECTOR != header.size,
+        identity=identity.bytes if identity else None,
     )
 
 

@@ -27,6 +27,11 @@ class Vhdx(Format):
     def probe(self, file: File) -> bool:
         return file.size >= 8 and file.read(0, 8) == b"vhdxfile"
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_vhdx.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_vhdx.reader import read
 

@@ -32,6 +32,7 @@ from vmconv.plugin import (
 )
 from vmconv_vhdx import structs
 from vmconv_vhdx.header import Header, is_hole, read_header
+from vmconv_vhdx.options import Options
 
 # Entries of the BAT in one slice; parsing needs about 60 bytes for each.
 _SLICE = 1 << 18
@@ -63,6 +64,19 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         facts=_facts(header),
         warnings=warnings,
         details=lambda: _details(header, names),
+    )
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    header = read_header(image.file)
+    return Options(
+        subformat="fixed" if header.fixed else "dynamic",
+        block_size=header.block_size,
+        log_size=header.log.length,
+        logical_sector_size=header.logical_sector_size,
+        physical_sector_size=header.physical_sector_size or 0,
+        identity=header.identity.bytes if header.identity else None,
     )
 
 

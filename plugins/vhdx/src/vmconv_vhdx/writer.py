@@ -73,7 +73,7 @@ class _Writer:
         self.options = options
         self.backing = backing
         self.modulus = placement.modulus
-        self.identity = placement.identity
+        self.identity, self.content = placement.identity, placement.content_identity
         self.fixed = options.subformat == "fixed"
         if backing and self.fixed:
             raise PlanError("a fixed VHDX cannot have a parent", hint="use -o subformat=dynamic")
@@ -292,7 +292,7 @@ class _Writer:
         return UUID(bytes=self.identity) if stated is None else stated
 
     def _derived(self, what: str) -> UUID:
-        return UUID(bytes=derived(self.identity, f"vhdx {what}"))
+        return UUID(bytes=derived(self.content, f"vhdx {what}"))
 
 
 def _among(values: Column, few: Column) -> npt.NDArray[np.bool_]:

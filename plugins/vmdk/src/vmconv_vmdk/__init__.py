@@ -34,6 +34,11 @@ class Vmdk(Format):
         head = file.read(0, min(file.size, _HEAD))
         return head.startswith(_SIGNATURES) or is_descriptor(head)
 
+    def options_of(self, image: Image) -> Any:
+        from vmconv_vmdk.reader import options_of
+
+        return options_of(image)
+
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_vmdk.reader import read
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast, get_args
 from uuid import UUID
 
 import numpy as np
@@ -20,6 +20,7 @@ from vmconv.plugin import (
     ImageError,
     Kind,
     Opener,
+    PlanError,
     Source,
     UsageError,
     described_beside,
@@ -31,7 +32,10 @@ from vmconv_vmdk import structs
 from vmconv_vmdk.descriptor import FLAT_KINDS, NO_PARENT, SPARSE_KINDS, Descriptor, Part
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
+from vmconv_vmdk.options import FLAT, AdapterType, Options, Subformat
 
+_NUMBERS = {"hwversion": "virtualhwversion", "toolsversion": "toolsversion"}
+"""Options, and the lines of "ddb" that state them."""
 _TYPES_OF_QEMU = frozenset(
     {"monolithicFlat", "vmfs", "vmfsSparse", "seSparse", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"}
 )
@@ -81,6 +85,30 @@ class VmdkImage(Image):
     def extents(self) -> list[Hosted | Cowd | SeSparse]:
         """Returns the sparse extents, their headers checked."""
         return self.disk_of_extents.sparse_extents()
+
+
+def options_of(image: Image) -> Options:
+    """Returns the options with which the writer makes an image like this one."""
+    assert isinstance(image, VmdkImage)
+    described, whole = image.disk_of_extents.descriptor, image.disk_of_extents.whole
+    kind, sparse = described.create_type, image.disk_of_extents.sparse_extents()
+    referring = any(dependency.fingerprint for dependency in image.dependencies)
+    written = {*FLAT, "twoGbMaxExtentSparse"} if whole is None else {"monolithicSparse"}
+    if kind not in written or referring or not all(isinstance(one, Hosted) for one in sparse):
+        raise PlanError(
+            f"{image.file.name}: a VMDK of type {'reference' if referring else kind!r} is made anew as a whole",
+            hint="vmconv convert --force",
+        )
+    numbers = {field: described.values.get(f"ddb.{key}", "") for field, key in _NUMBERS.items()}
+    # The id of VirtualBox needs no option: all images have one.
+    adapter, identity = image.facts.adapter_type, _uuid(described, "ddb.uuid")
+    return Options(
+        subformat=cast("Subformat", kind),
+        adapter_type=cast("AdapterType", adapter) if adapter in get_args(AdapterType) else None,
+        zeroed_grain=any(isinstance(one, Hosted) and bool(one.flags & structs.ZEROED_GRAINS) for one in sparse),
+        identity=identity.bytes if identity else None,
+        **{field: number for field, number in numbers.items() if re.fullmatch(r"\d{1,10}", number)},
+    )
 
 
 def content_id(image: Image) -> int | None:

@@ -170,7 +170,7 @@ class _Writer:
 
     def _descriptor(self, parts: Sequence[Part], records: Sequence[Record] = ()) -> bytes:
         """Returns the descriptor, with a unique content id."""
-        content = derived(self.placement.identity, "vmdk content")
+        content = derived(self.placement.content_identity, "vmdk content")
         # 0, fffffffe and ffffffff have a meaning of their own.
         cid = int.from_bytes(content[:4], "big") % 0xFFFFFFFD + 1
         parent_cid = NO_PARENT
@@ -213,7 +213,7 @@ class _Writer:
         A disk without a parent has zeros for it, as VirtualBox writes them.
         """
         identity = self.placement.identity
-        own = (identity, derived(identity, "vmdk modification"))
+        own = (identity, derived(self.placement.content_identity, "vmdk modification"))
         parent: tuple[UUID | None, UUID | None] = (_NIL, _NIL)
         if self.backing and self.image.parent:
             parent = virtualbox_ids(self.image.parent)

@@ -1,0 +1,1 @@
+"""A target made earlier is brought up to date with its source: what changed, and on what evidence."""

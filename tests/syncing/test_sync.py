@@ -1,0 +1,481 @@
+"""Images that are brought up to date with their source, on real filesystems; qemu-img compares the results."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmconv
+from support.disks import MIB, QemuImg, make_disk, process_io, qemu_io
+from support.mounts import Mounts
+from support.variants import QEMU_NAMES, Variant, has_identity, options, self_contained, title
+from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
+
+KIB = 1 << 10
+VARIANTS = [variant for variant in self_contained() if "streamOptimized" not in variant[1]]
+IDENTITY = "01234567-89ab-4cde-8f01-23456789abcd"
+
+
+def write(disk: Path, offset: int, length: int, seed: int = 1) -> None:
+    with disk.open("r+b") as file:
+        file.seek(offset)
+        file.write(random.Random(seed).randbytes(length))
+        os.fsync(file.fileno())
+
+
+def same(qemu_img: QemuImg, one: Path, other: Path, other_format: str, one_format: str = "raw") -> None:
+    """Fails unless QEMU sees the same disk, or a padded one, in both."""
+    qemu_img("compare", "-f", one_format, "-F", QEMU_NAMES.get(other_format, other_format), one, other)
+
+
+def content_ids(path: Path, format_name: str) -> dict[str, Any]:
+    """Returns the ids that change with the content."""
+    data = vmconv.info(str(path), format_name=format_name).get("format-specific", {}).get("data", {})
+    names = ("modification-uuid", "data-write-guid", "file-write-guid", "cid")
+    return {name: data[name] for name in names if name in data}
+
+
+@pytest.fixture
+def disk(xfs_dir: Path) -> Path:
+    return make_disk(xfs_dir / "disk.raw", 40 * MIB)
+
+
+@pytest.fixture
+def other_dir(mounts: Mounts, xfs_dir: Path) -> Any:
+    """A directory on another filesystem that shares blocks."""
+    directory = mounts.get("btrfs") / "other"
+    directory.mkdir()
+    yield directory
+    shutil.rmtree(directory)
+
+
+# -- where blocks can be shared
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=title)
+def test_a_target_shares_what_changed_and_stays_what_it_is(
+    reflink_dir: Path, qemu_img: QemuImg, variant: Variant
+) -> None:
+    disk, target = make_disk(reflink_dir / "disk.raw", 40 * MIB), reflink_dir / "target.img"
+    name = variant[0]
+    identity = {"identity": IDENTITY} if has_identity(variant) else {}
+    vmconv.convert(disk, target, target_format=name, options=options(variant) | identity)
+    before, ids = vmconv.info(target, format_name=name), content_ids(target, name)
+    write(disk, 5 * MIB, 64 * KIB)
+    write(disk, 33 * MIB, 4 * KIB)
+    result = vmconv.sync(disk, target, target_format=name, zero_copy="require", options=options(variant))
+    assert (result.changed, result.ranges, result.compared, result.totals.copied) == (68 * KIB, 2, 0, 0)
+    same(qemu_img, disk, target, name)
+    after = vmconv.info(target, format_name=name)
+    assert [after.get(key) for key in ("virtual-size", "cluster-size", "identity")] == [
+        before.get(key) for key in ("virtual-size", "cluster-size", "identity")
+    ]
+    now = content_ids(target, name)
+    assert now.keys() == ids.keys()
+    assert all(now[key] != ids[key] for key in ids)
+    assert {path.name for path in reflink_dir.iterdir()} >= {"disk.raw", "target.img"}
+    assert not [path for path in reflink_dir.iterdir() if path.name.startswith(".vmconv")]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("qcow2", {"cluster_size": "4K", "compat": "0.10"}),
+        ("qcow2", {"extended_l2": "on", "cluster_size": "64K", "refcount_bits": "64"}),
+        ("qcow2", {"lazy_refcounts": "on"}),
+        ("qed", {"cluster_size": "128K", "table_size": "2"}),
+        ("parallels", {"cluster_size": "64K"}),
+        ("vhdx", {"block_size": "1M", "logical_sector_size": "4096", "log_size": "2M"}),
+        ("vhd", {"subformat": "fixed", "azure": "on"}),
+        ("vhd", {"force_size": "off"}),
+        ("vmdk", {"adapter_type": "pvscsi", "hwversion": "19", "zeroed_grain": "on"}),
+    ],
+    ids=str,
+)
+def test_the_options_of_a_target_are_told_from_it(xfs_dir: Path, name: str, given: dict[str, str]) -> None:
+    disk, target = make_disk(xfs_dir / "disk.raw", 40 * MIB + 4096), xfs_dir / "target.img"
+    vmconv.convert(disk, target, target_format=name, options=given)
+    size = vmconv.info(target, format_name=name)["virtual-size"]
+    write(disk, MIB, 4096)
+    # An option that is given has to be the target's.
+    vmconv.sync(disk, target, target_format=name, options=given)
+    assert vmconv.info(target, format_name=name)["virtual-size"] == size
+    assert vmconv.compare(disk, target, right_format=name)
+
+
+def test_other_options_are_refused(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target, options={"cluster_size": "64K"})
+    with pytest.raises(UsageError, match="cluster_size is 65536"):
+        vmconv.sync(disk, target, options={"cluster_size": "4K"})
+
+
+def test_what_did_not_change_is_not_written(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    assert vmconv.sync(disk, target).evidence == "the target is new"
+    inode = target.stat().st_ino
+    result = vmconv.sync(disk, target)
+    assert (result.backend, result.changed) == ("none", 0)
+    assert target.stat().st_ino == inode
+
+
+def test_no_payload_is_read(reflink_dir: Path) -> None:
+    grown = []
+    for size in (16 * MIB, 128 * MIB):
+        disk, target = reflink_dir / f"{size}.raw", reflink_dir / f"{size}.qcow2"
+        with disk.open("wb") as file:
+            for _ in range(size // MIB):
+                file.write(os.urandom(MIB))
+        vmconv.convert(disk, target)
+        for at in range(0, size, 6400 * KIB):
+            write(disk, at, 64 * KIB)
+        vmconv.sync(disk, reflink_dir / "warm.qcow2")
+        (reflink_dir / "warm.qcow2").unlink()
+        before = process_io()
+        assert vmconv.sync(disk, target).changed == len(range(0, size, 6400 * KIB)) * 64 * KIB
+        after = process_io()
+        grown.append({key: after[key] - before[key] for key in ("rchar", "wchar", "read_bytes")})
+    small, large = grown
+    assert all(large[key] - small[key] < MIB for key in small), grown
+    assert large["rchar"] < 2 * MIB
+
+
+def test_owner_mode_and_attributes_stay(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target)
+    os.chown(target, 54321, 54322)
+    target.chmod(0o640)
+    os.setxattr(target, "user.note", b"kept")
+    disk.chmod(0o644)
+    write(disk, 0, 4096)
+    vmconv.sync(disk, target)
+    status = target.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (54321, 54322, 0o640)
+    assert os.getxattr(target, "user.note") == b"kept"
+
+
+def test_a_link_keeps_leading_to_the_target(disk: Path) -> None:
+    (disk.parent / "there").mkdir()
+    target, link = disk.parent / "there" / "target.qcow2", disk.with_name("link.qcow2")
+    vmconv.sync(disk, target)
+    link.symlink_to(target)
+    write(disk, 0, 4096)
+    vmconv.sync(disk, link)
+    assert link.is_symlink()
+    assert vmconv.compare(disk, target)
+
+
+@pytest.mark.parametrize("name", ["qcow2", "vhd", "vdi", "vhdx", "vmdk", "qed", "parallels", "raw"])
+def test_the_disk_grows_with_the_source_and_shrinks_only_on_demand(xfs_dir: Path, qemu_img: QemuImg, name: str) -> None:
+    disk, target = make_disk(xfs_dir / "disk.raw", 20 * MIB), xfs_dir / "target.img"
+    vmconv.sync(disk, target, target_format=name)
+    os.truncate(disk, 30 * MIB)
+    write(disk, 25 * MIB, MIB)
+    vmconv.sync(disk, target, target_format=name)
+    assert vmconv.info(target, format_name=name)["virtual-size"] == 30 * MIB
+    same(qemu_img, disk, target, name)
+    os.truncate(disk, 16 * MIB)
+    before = target.read_bytes()
+    with pytest.raises(PlanError, match="31457280 bytes, the source has 16777216"):
+        vmconv.sync(disk, target, target_format=name)
+    assert target.read_bytes() == before
+    vmconv.sync(disk, target, target_format=name, shrink=True)
+    assert vmconv.info(target, format_name=name)["virtual-size"] == 16 * MIB
+    same(qemu_img, disk, target, name)
+
+
+@pytest.mark.parametrize("mode", ["sample", "bytes", "qemu"])
+def test_a_result_is_verified_against_the_source(disk: Path, other_dir: Path, mode: Any) -> None:
+    for target in (disk.with_name("target.qcow2"), other_dir / "target.qcow2"):
+        vmconv.sync(disk, target)
+        write(disk, 3 * MIB, 64 * KIB, seed=len(str(target)))
+        vmconv.sync(disk, target, verify=mode)
+        assert vmconv.compare(disk, target)
+
+
+# -- across filesystems
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=title)
+def test_only_what_changed_is_copied(ext4_dir: Path, other_dir: Path, qemu_img: QemuImg, variant: Variant) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 40 * MIB), other_dir / "target.img"
+    name = variant[0]
+    vmconv.sync(disk, target, target_format=name, options=options(variant))
+    write(disk, 5 * MIB, 64 * KIB)
+    read: list[tuple[int, int]] = []
+    result = vmconv.sync(disk, target, target_format=name, comparing=lambda *step: read.append(step))
+    # Some formats keep a little payload at places that cannot be shared.
+    assert result.changed == 64 * KIB <= result.totals.copied < 2 * MIB
+    assert result.evidence.startswith("both disks were read")
+    assert read[0] == (0, result.compared) and read[-1] == (result.compared, result.compared)
+    same(qemu_img, disk, target, name)
+
+
+def test_an_unchanged_source_is_known_by_the_record(ext4_dir: Path, other_dir: Path) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 40 * MIB), other_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    result = vmconv.sync(disk, target)
+    assert (result.backend, result.compared) == ("none", 0)
+    assert "the source is unchanged" in result.evidence
+
+
+def test_layers_that_were_made_since_are_what_changed(ext4_dir: Path, other_dir: Path, qemu_img: QemuImg) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", 40 * MIB)
+    base, top, above = (ext4_dir / name for name in ("base.qcow2", "top.qcow2", "above.qcow2"))
+    qemu_img("convert", "-O", "qcow2", disk, base)
+    target = other_dir / "target.vhdx"
+    vmconv.sync(base, target)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top, "48M")
+    qemu_io(top, "write -P 7 1M 64k", "write -z 9M 128k", "write -P 9 44M 64k")
+    result = vmconv.sync(top, target)
+    assert (result.compared, result.evidence) == (0, "layers made since the last sync: top.qcow2")
+    assert result.totals.copied < 2 * MIB
+    same(qemu_img, top, target, "vhdx", "qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", top.name, "-F", "qcow2", above)
+    qemu_io(above, "write -P 8 2M 64k")
+    assert "above.qcow2" in vmconv.sync(above, target).evidence
+    same(qemu_img, above, target, "vhdx", "qcow2")
+
+
+def test_a_base_that_was_written_to_is_no_evidence(ext4_dir: Path, other_dir: Path, qemu_img: QemuImg) -> None:
+    base, top, target = ext4_dir / "base.raw", ext4_dir / "top.qcow2", other_dir / "target.qcow2"
+    make_disk(base, 40 * MIB)
+    vmconv.sync(base, target)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base.name, "-F", "raw", top)
+    write(base, 12 * MIB, 4096)
+    assert vmconv.sync(top, target).evidence.startswith("both disks were read")
+    same(qemu_img, top, target, "qcow2", "qcow2")
+
+
+def snapshot(disk: Path, name: str) -> Path:
+    copy = disk.with_name(name)
+    subprocess.run(["cp", "--reflink=always", disk, copy], check=True)
+    return copy
+
+
+def test_a_snapshot_of_the_last_sync_tells_what_changed(disk: Path, other_dir: Path, qemu_img: QemuImg) -> None:
+    first, target = snapshot(disk, "first.raw"), other_dir / "target.vmdk"
+    vmconv.sync(first, target)
+    write(disk, 7 * MIB, 64 * KIB)
+    second = snapshot(disk, "second.raw")
+    result = vmconv.sync(second, target, since=first)
+    assert (result.changed, result.compared) == (64 * KIB, 0)
+    assert result.totals.copied < MIB
+    same(qemu_img, second, target, "vmdk")
+    # The last pass: the disk itself, since the snapshot of the pass before.
+    write(disk, 0, 4 * KIB)
+    assert vmconv.sync(disk, target, since=second).changed == 4 * KIB
+    same(qemu_img, disk, target, "vmdk")
+
+
+def test_wrong_evidence_is_refused(disk: Path, other_dir: Path) -> None:
+    first, target = snapshot(disk, "first.raw"), other_dir / "target.qcow2"
+    with pytest.raises(UsageError, match="does not exist"):
+        vmconv.sync(disk, target, since=first)
+    vmconv.convert(first, target)
+    with pytest.raises(PlanError, match="has no record"):
+        vmconv.sync(disk, target, since=first)
+    assert vmconv.sync(first, target).backend == "none"
+    other = snapshot(disk, "other.raw")
+    with pytest.raises(AccessError, match="is not the disk"):
+        vmconv.sync(disk, target, since=other)
+    write(first, 9 * MIB, 4096)
+    with pytest.raises(AccessError, match="was modified since"):
+        vmconv.sync(disk, target, since=first)
+
+
+def test_zero_copy_can_be_required(ext4_dir: Path, other_dir: Path) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    write(disk, 0, 4096)
+    before = target.read_bytes()
+    with pytest.raises(ZeroCopyError):
+        vmconv.sync(disk, target, zero_copy="require")
+    assert target.read_bytes() == before
+
+
+# -- the record
+
+
+@pytest.mark.parametrize("way", ["written", "copied", "touched"])
+def test_a_target_that_is_not_as_it_was_synced_is_refused(disk: Path, way: str) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target)
+    if way == "written":
+        qemu_io(target, "write -P 3 10M 64k")
+    elif way == "copied":
+        subprocess.run(["cp", "--preserve=all", target, disk.with_name("copy.qcow2")], check=True)
+        os.replace(disk.with_name("copy.qcow2"), target)
+    else:
+        os.utime(target, ns=(0, 0))
+    with pytest.raises(PlanError, match="was modified since its last sync"):
+        vmconv.sync(disk, target)
+    vmconv.sync(disk, target, force=True)
+    assert vmconv.compare(disk, target)
+
+
+@pytest.mark.parametrize("value", [b"", b"1 ", b"2 00 {}", b"1 " + b"00" * 32 + b" {}", b"x" * 4000])
+def test_a_record_of_nobody_s_is_ignored(
+    ext4_dir: Path, other_dir: Path, value: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.qcow2"
+    vmconv.convert(disk, target)
+    os.setxattr(target, "user.vmconv.sync", value)
+    assert vmconv.sync(disk, target).evidence.startswith("both disks were read")
+    assert "is ignored" in caplog.text
+
+
+def test_a_record_that_another_key_marked_is_ignored(
+    ext4_dir: Path, other_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("XDG_STATE_HOME", str(home))
+    monkeypatch.setenv("HOME", str(home))
+    write(disk, 0, 4096)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError()))
+    assert vmconv.sync(disk, target).evidence.startswith("both disks were read")
+
+
+def test_nothing_is_recorded_unless_wanted(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.convert(disk, target)
+    vmconv.sync(disk, target, record=False)
+    write(disk, 0, 4096)
+    vmconv.sync(disk, target, record=False)
+    assert os.listxattr(target) == []
+
+
+# -- refused
+
+
+def test_a_target_of_another_disk_is_refused(disk: Path, other_dir: Path) -> None:
+    other = disk.with_name("other.raw")
+    other.write_bytes(random.Random(5).randbytes(40 * MIB))
+    for target in (disk.with_name("target.qcow2"), other_dir / "target.qcow2"):
+        vmconv.convert(other, target)
+        before = target.read_bytes()
+        with pytest.raises(PlanError, match="has nothing in common"):
+            vmconv.sync(disk, target)
+        assert target.read_bytes() == before
+        vmconv.sync(disk, target, force=True)
+        assert vmconv.compare(disk, target)
+
+
+def test_a_target_in_use_is_refused(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target)
+    with target.open("r+b"), pytest.raises(AccessError, match="is open in another process"):
+        vmconv.sync(disk, target)
+
+
+def test_a_target_with_children_is_refused(disk: Path, qemu_img: QemuImg) -> None:
+    target, child = disk.with_name("target.qcow2"), disk.with_name("child.qcow2")
+    vmconv.sync(disk, target)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", target.name, "-F", "qcow2", child)
+    write(disk, 0, 4096)
+    with pytest.raises(PlanError, match=r"child.qcow2: refers to target.qcow2"):
+        vmconv.sync(disk, target)
+
+
+def test_a_target_that_is_a_layer_or_part_of_the_source_is_refused(disk: Path, qemu_img: QemuImg) -> None:
+    top = disk.with_name("top.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", disk.name, "-F", "raw", top)
+    with pytest.raises(PlanError, match=r"is a layer on top of disk\.raw"):
+        vmconv.sync(make_disk(disk.with_name("other.raw"), 40 * MIB), top)
+    for source in (top, disk):
+        with pytest.raises(PlanError, match="is part of the source"):
+            vmconv.sync(source, disk)
+
+
+def test_internal_snapshots_of_a_target_are_not_lost_unasked(disk: Path, qemu_img: QemuImg) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.convert(disk, target)
+    qemu_img("snapshot", "-c", "one", target)
+    with pytest.raises(PlanError, match="would lose 1 internal snapshot"):
+        vmconv.sync(disk, target)
+    vmconv.sync(disk, target, force=True)
+    assert vmconv.compare(disk, target)
+
+
+@pytest.mark.parametrize("subformat", ["streamOptimized", "reference"])
+def test_an_image_that_is_made_as_a_whole_is_refused(disk: Path, subformat: str) -> None:
+    target = disk.with_name("target.vmdk")
+    vmconv.convert(disk, target, options={"subformat": subformat})
+    with pytest.raises(PlanError, match=r"is made anew as a whole|is part of the source"):
+        vmconv.sync(disk, target)
+
+
+def test_a_file_in_the_way_of_a_target_s_parts_is_refused(disk: Path) -> None:
+    target = disk.with_name("target.vmdk")
+    vmconv.sync(disk, target, options={"subformat": "monolithicFlat"})
+    moved = disk.with_name("moved.vmdk")
+    os.rename(target, moved)
+    disk.with_name("moved-flat.vmdk").write_bytes(b"mine")
+    write(disk, 0, 4096)
+    with pytest.raises(PlanError, match=r"moved-flat.vmdk: already exists, and is no part"):
+        vmconv.sync(disk, moved)
+
+
+def test_a_source_that_changes_meanwhile_leaves_the_target(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target)
+    write(disk, 0, 4096)
+    before = target.read_bytes()
+    with pytest.raises(AccessError, match="changed while it was being converted"):
+        vmconv.sync(disk, target, announce=lambda _: write(disk, 8192, 4096, seed=2))
+    assert target.read_bytes() == before
+
+
+# -- the plan
+
+
+def test_a_plan_changes_nothing(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+    vmconv.sync(disk, target)
+    assert vmconv.sync_plan(disk, target).plan is None
+    write(disk, MIB, 64 * KIB)
+    before = target.stat()
+    found = vmconv.sync_plan(disk, target)
+    assert found.plan is not None
+    assert (found.changed, found.ranges, found.plan.totals.copied) == (64 * KIB, 1, 0)
+    assert target.stat() == before
+
+
+def test_a_new_target_needs_no_plan_of_its_own(disk: Path) -> None:
+    found = vmconv.sync_plan(disk, disk.with_name("target.qcow2"))
+    assert found.evidence == "the target is new"
+    assert not disk.with_name("target.qcow2").exists()
+
+
+# -- many syncs
+
+
+@pytest.mark.parametrize("name", ["qcow2", "vmdk", "vhdx", "vhd", "vdi", "qed", "parallels", "raw"])
+@pytest.mark.parametrize("across", [False, True], ids=["shared", "across"])
+def test_random_writes_between_syncs(
+    xfs_dir: Path, other_dir: Path, qemu_img: QemuImg, name: str, across: bool
+) -> None:
+    rng = random.Random(f"{name} {across}")
+    source, target = xfs_dir / "source.qcow2", (other_dir if across else xfs_dir) / "target.img"
+    qemu_img("create", "-q", "-f", "qcow2", source, "64M")
+    qemu_io(source, "write -P 1 0 8M", "write -P 2 40M 3M")
+    vmconv.sync(source, target, target_format=name)
+    for number in range(5):
+        commands = []
+        for _ in range(rng.randrange(1, 8)):
+            kind = rng.choice([f"write -P {rng.randrange(1, 255)}", "write -z", "discard"])
+            start = rng.randrange(0, 64 * MIB - MIB) // 512 * 512
+            commands.append(f"{kind} {start} {rng.randrange(512, MIB, 512)}")
+        qemu_io(source, *commands)
+        vmconv.sync(source, target, target_format=name, verify=rng.choice(["metadata", "sample"]))
+        same(qemu_img, source, target, name, "qcow2")
+        assert vmconv.sync(source, target, target_format=name).backend == "none", number
