@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support.disks import MIB
 from support.guest_systems import filesystem, write_tree
 from support.requirements import another_user, oracle_module
+from support.windows_guests import hive, ntfs
 from vmconv.errors import ReadError
 from vmconv.guest import Facts, Task, Volume, look, parent
 from vmconv.guest.protocol import ANSWER, LENGTH, READ, REQUEST
@@ -174,23 +175,31 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     tree = write_tree(
         directory / "tree", {"etc/fstab": "/dev/sda1 / ext4 x 0 0\n", "usr/lib/modules/1/modules.dep": lines}
     )
+    keys: dict[str, dict[str, int | str]] = {
+        "Select": {"Current": 1},
+        "ControlSet001\\Services\\viostor": {"Start": 0},
+    }
+    registry = hive(directory / "SYSTEM", keys).read_bytes()
+    windows = write_tree(directory / "windows", {"Windows/System32/config/SYSTEM": registry})
     return Sound(
+        ntfs=ntfs(directory / "ntfs", windows, 8 * MIB).read_bytes(),
         ext=filesystem(directory / "ext", "ext4", tree, 4 * MIB).read_bytes(),
         xfs=filesystem(directory / "xfs", "xfs", tree, 300 * MIB).read_bytes(),
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kind=st.sampled_from(["ext", "xfs"]),
+    kind=st.sampled_from(["ext", "xfs", "ntfs"]),
     changes=st.lists(
         st.tuples(st.integers(0, 255), st.integers(0, 4095), st.binary(min_size=1, max_size=8)), max_size=20
     ),
 )
 def test_damaged_filesystems_end_in_facts(kind: str, changes: list[tuple[int, int, bytes]], sound: Sound) -> None:
-    oracle_module("pyfsxfs")
+    for name in ("pyfsxfs", "pyfsntfs", "pyregf"):
+        oracle_module(name)
     damaged = Damaged(sound[kind], {block * 4096 + offset: change for block, offset, change in changes})
-    task = TASK._replace(volumes=(Volume(0, 0, 0, damaged.size, kind),))
+    task = Task((Volume(0, 0, 0, damaged.size, kind),), ("virtio_blk",), ("viostor",))
     found = look([damaged], task)  # type: ignore[list-item]
     assert isinstance(found, Facts)
     if not changes:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any, TypeVar
 
-from vmconv.guest import linux
+from vmconv.guest import linux, windows
 from vmconv.guest.facts import MAX_ITEMS, Facts, Problem, System, cut
 from vmconv.guest.filesystems import LIBRARIES, Filesystem
 from vmconv.guest.protocol import ANSWER, LENGTH, REQUEST, Task, Volume
@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 def main() -> None:
     """Runs the child. Whatever it raises ends it, and the parent says so."""
-    for name in (*LIBRARIES.values(), *_NEEDED_LATER):
+    for name in (*LIBRARIES.values(), windows.REGISTRY, *_NEEDED_LATER):
         _try_import(name)
     confine()
     parent = Parent(0)
@@ -63,6 +63,10 @@ class _Look:
         for root in roots:
             found = self._try(root.where, linux.examine, root, boots, self._task.drivers)
             self.systems += [found] if found else []
+        for each in filesystems:
+            if self._try(each.where, windows.is_windows, each):
+                found = self._try(each.where, windows.examine, each, self._task.services)
+                self.systems += [found] if found else []
         return Facts(tuple(self.systems[:MAX_ITEMS]), tuple(self.problems[:MAX_ITEMS]))
 
     def _filesystems(self) -> Iterator[Filesystem]:

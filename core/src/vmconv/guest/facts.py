@@ -53,7 +53,10 @@ class Service:
 
 @dataclass(frozen=True)
 class System:
-    """An operating system on the disks. `where` names its partition."""
+    """An operating system on the disks. `where` names its partition.
+
+    `hibernated`: a file holds its memory, and it will be resumed rather than started.
+    """
 
     kind: Literal["linux", "windows"]
     where: str
@@ -61,6 +64,7 @@ class System:
     devices: tuple[Device, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     services: tuple[Service, ...] = ()
+    hibernated: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from vmconv.guest import Device, Facts, Kernel, System, Volume, look
+from vmconv.guest import Device, Facts, Kernel, Service, System, Volume, look
 from vmconv.guest.filesystems import LIBRARIES
 from vmconv.guest.protocol import Task
 from vmconv.machine import drivers
@@ -23,6 +23,9 @@ _PLACES = ("/dev/disk/by-path/", "/dev/disk/by-id/")
 
 
 _MAKE_INITRAMFS = "make the initramfs anew with it in the guest before, or leave it to virt-v2v-in-place"
+
+_INSTALL = "install it in the guest before, or leave it to virt-v2v-in-place"
+_DISABLED = 4
 
 
 class Needs:
@@ -64,6 +67,8 @@ def of_facts(facts: Facts, needs: Needs, *, moved: bool) -> Iterator[Finding]:
             yield _of_device(system, device, needs, moved=moved)
         if system.kind == "linux":
             yield from _of_kernels(system, needs)
+        else:
+            yield from _of_windows(system, needs)
     if not facts.systems:
         yield Finding("note", "disks", "no operating system was found in the filesystems that can be read")
 
@@ -116,3 +121,40 @@ def _of_driver(
     elif early and not set(group) & set(kernel.inside) and not kernel.problem:
         where = f"{kernel.initramfs} lacks it" if kernel.initramfs else "it has no initramfs"
         yield Finding(level, path, f"has {names}, which {device} needs, as a module, and {where}", _MAKE_INITRAMFS)
+
+
+def _of_windows(system: System, needs: Needs) -> Iterator[Finding]:
+    if system.hibernated:
+        hint = "turn fast startup off, and shut it down"
+        yield Finding("warning", system.where, "is hibernated: it will be resumed, with the devices it had", hint)
+    known = {service.name: service for service in system.services}
+    for device, one in needs.disks.items():
+        installed = [known[name] for name in one.windows if name in known]
+        early = device == needs.boot
+        if not any(_starts(service, early=early) for service in installed):
+            level: Level = "error" if early else "warning"
+            text = f"has no driver {' or '.join(one.windows)}, which {device} needs"
+            if installed:
+                text = f"has {installed[0].name}, which {device} needs, and {_why(installed[0])}"
+            yield Finding(level, system.where, text, _INSTALL)
+    for device, one in needs.nics.items():
+        if one.windows and not any(name in known for name in one.windows):
+            text = f"has no driver {' or '.join(one.windows)}, which {device} needs"
+            yield Finding("warning", system.where, text, _INSTALL)
+
+
+def _starts(service: Service, *, early: bool) -> bool:
+    """True if a driver can start; `early`: with the kernel, as for the disk that Windows is on."""
+    if not service.has_file or service.start is None or service.start == _DISABLED:
+        return False
+    return not early or (service.start == 0 and service.override in (None, 0))
+
+
+def _why(service: Service) -> str:
+    if not service.has_file:
+        return "its file is missing"
+    if service.start == _DISABLED:
+        return "it is disabled"
+    if service.start == 0:
+        return f"its StartOverride is {service.override}, not 0"
+    return f"its Start is {'not set' if service.start is None else service.start}, not 0"

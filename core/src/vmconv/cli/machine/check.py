@@ -80,7 +80,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 VERB = Verb(
     "Compares the disks with the firmware and the controllers, of CONFIG or with -O of the machine that convert would\n"
     "make: partition tables, EFI system partition, boot code, encryption. With the libraries of vmconv[guest], looks\n"
-    "into filesystems for what starts the guest: devices in fstab and boot loader, drivers of kernels and initramfs.\n"
+    "into filesystems for what starts the guest: devices in fstab and boot loader, drivers of Linux and Windows.\n"
     "Reads only what it needs of the disks.",
     _configure,
     _run,
