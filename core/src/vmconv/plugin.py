@@ -52,7 +52,15 @@ if TYPE_CHECKING:
     from vmconv.interface.findings import Findings
     from vmconv.interface.format import CheckReport, Format, NoOptions
     from vmconv.interface.hooks import hookimpl
-    from vmconv.interface.machines import Adapted, ConfigFile, MachineFormat, Member, Substitution
+    from vmconv.interface.machines import (
+        Adapted,
+        ConfigFile,
+        Digest,
+        MachineFormat,
+        Manifest,
+        Member,
+        Substitution,
+    )
     from vmconv.io.directory import Directory
     from vmconv.io.foreign import described_beside
     from vmconv.io.known import RAW_NAME, qemu_name
@@ -93,6 +101,8 @@ _HOMES = {
     "Member": "interface.machines",
     "MachineFormat": "interface.machines",
     "ConfigFile": "interface.machines",
+    "Digest": "interface.machines",
+    "Manifest": "interface.machines",
     "Adapted": "interface.machines",
     "Stamp": "model.sources",
     "Access": "interface.backend",
@@ -234,6 +244,7 @@ __all__ = [
     "Congruence",
     "Decoded",
     "Dependency",
+    "Digest",
     "Directory",
     "Disk",
     "DiskFacts",
@@ -249,6 +260,7 @@ __all__ = [
     "Kinds",
     "Layout",
     "MachineFormat",
+    "Manifest",
     "Member",
     "Metadata",
     "NoOptions",

@@ -1,24 +1,34 @@
-"""Registers our machines with a real VirtualBox, which checks the ids of their disks. Run by hand.
+r"""Gives our machines to a real VirtualBox: settings files with their disks, OVAs, and EFI variables. Run by hand.
 
-    python tests/machine/vbox/with_virtualbox.py DIRECTORY [--seen-as PATH] [--manage PROGRAM]
+    python tests/machine/vbox/with_virtualbox.py DIRECTORY [--seen-as PATH] [--manage PROGRAM] [--nvram FILE]
 
 PROGRAM is VBoxManage, or a script that runs it elsewhere, such as in a chroot where PATH is DIRECTORY. No kernel module
-is needed. Result with VirtualBox 7.2.22: all disks of vdi, vhd and raw are "created", and VirtualBox shows the name,
-memory, processors, firmware, UUID and MAC address of the source.
+is needed. FILE is a `.nvram` of VMware with keys of Secure Boot, for a machine that starts by UEFI. qemu-img compares
+the content of imported disks with the source. `docs/guide/machines-vbox.md` has the results. A chroot of Debian sid:
+
+    debootstrap --variant=minbase --include=ca-certificates sid sid MIRROR
+    echo "deb MIRROR sid main contrib" > sid/etc/apt/sources.list
+    chroot sid apt-get update && chroot sid apt-get install -y --no-install-recommends virtualbox
+    mount -t proc proc sid/proc; mkdir sid/work; mount --bind DIRECTORY sid/work
+    printf '#!/bin/sh\nexec chroot sid VBoxManage "$@"\n' > manage; chmod 755 manage
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import vmconv
+from vmconv.machine import nvram
 
+MIB = 1 << 20
 UUID = "564d1234-0000-1111-2222-333344445555"
+NAMES = ("one", "two", "three")
 CONF = f"""\
 name: web
 ostype: l26
@@ -32,6 +42,23 @@ virtio0: local:100/three.raw,size=16M
 net0: e1000=52:54:00:01:02:03,bridge=vmbr0
 smbios1: uuid={UUID}
 """
+VMX = f"""\
+.encoding = "UTF-8"
+config.version = "8"
+virtualHW.version = "19"
+displayName = "store"
+guestOS = "debian12-64"
+firmware = "efi"
+uefi.secureBoot.enabled = "TRUE"
+nvram = "store.nvram"
+memsize = "1024"
+uuid.bios = "{UUID.replace("-", "")}"
+sata0.present = "TRUE"
+sata0:0.present = "TRUE"
+sata0:0.fileName = "one.vmdk"
+sata0:1.present = "TRUE"
+sata0:1.fileName = "two.vmdk"
+"""
 EXPECTED = {
     "name": "web",
     "memory": "2048",
@@ -44,37 +71,129 @@ EXPECTED = {
     "SATA-1-0": "three",
     "VirtIO-0-0": "one",
 }
+KEYS = ("PK", "KEK", "db", "dbx")
 
 
-def manage(command: list[str], *words: str) -> str:
-    done = subprocess.run([*command, "-q", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}: {done.stderr}")
-    return done.stdout
+class Box(NamedTuple):
+    """VirtualBox, and the directory in which both sides see the files: `here` and `there`."""
+
+    program: str
+    here: Path
+    there: str
+
+    def manage(self, *words: str) -> str:
+        """Returns the output of VBoxManage; exits if it fails."""
+        done = subprocess.run([self.program, "-q", *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{' '.join(words)}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    def seen(self, path: Path) -> str:
+        return f"{self.there}/{path.relative_to(self.here)}"
+
+    def shown(self, machine: str) -> dict[str, str]:
+        """Returns what VirtualBox shows of a machine."""
+        lines = self.manage("showvminfo", machine, "--machinereadable").splitlines()
+        pairs = (line.partition("=") for line in lines)
+        return {key.strip('"'): value.strip('"') for key, _, value in pairs}
+
+    def path(self, shown: str) -> Path:
+        """Returns the path of a file that VirtualBox shows."""
+        return self.here / Path(shown).relative_to(self.there)
 
 
-def check(directory: Path, seen: str, form: str, command: list[str]) -> None:
+def settings_file(box: Box, config: Path, form: str) -> None:
     """Exits with the difference unless VirtualBox takes the machine, and finds each of its disks."""
-    source = directory / "source"
-    result = vmconv.machine_convert(source / "100.conf", directory / form, target_format="vbox", disk_format=form)
-    machine = vmconv.machine_info(result.target)
-    own = str(machine.identity.instance_uuid)
+    result = vmconv.machine_convert(config, box.here / form, target_format="vbox", disk_format=form)
     numbers = {disk.target: Path(disk.source).stem for disk in result.plan.disks}
-    manage(command, "registervm", f"{seen}/{form}/{Path(result.target).name}")
+    own = str(vmconv.machine_info(result.target).identity.instance_uuid)
+    box.manage("registervm", box.seen(Path(result.target)))
     try:
-        shown = manage(command, "showvminfo", own, "--machinereadable").splitlines()
-        found: dict[str, Any] = {}
-        for key, _, value in (line.partition("=") for line in shown):
-            text = value.strip('"')
-            found[key.strip('"')] = numbers.get(Path(text).name, text)
-        different = {key: found.get(key) for key, value in EXPECTED.items() if found.get(key) != value}
-        media = [key for key in found if "ImageUUID" in key]
-        states = [manage(command, "showmediuminfo", "disk", found[key]) for key in media]
+        found = box.shown(own)
+        media = {key: found[key] for key in found if "ImageUUID" in key}
+        states = [box.manage("showmediuminfo", "disk", each) for each in media.values()]
     finally:
-        manage(command, "unregistervm", own)
+        box.manage("unregistervm", own)
+    named = {key: numbers.get(Path(text).name, text) for key, text in found.items()}
+    different = {key: named.get(key) for key, value in EXPECTED.items() if named.get(key) != value}
     if different or len(states) != 3 or not all("State:          created" in state for state in states):
         sys.exit(f"{form}: {json.dumps(different)}\n{''.join(states)}")
     print(f"{form}: VirtualBox takes the machine and its {len(states)} disks")
+
+
+def package(box: Box, config: Path, title: str, disks: int, **options: str) -> None:
+    """Exits unless VirtualBox imports the OVA of a machine, with the content of its disks."""
+    target = box.here / f"{title}.ova"
+    result = vmconv.machine_convert(config, target, options=options)
+    box.manage("import", "--dry-run", box.seen(target))
+    folder = box.here / f"{title}-imported"
+    box.manage("import", box.seen(target), "--vsys", "0", "--vmname", title, "--basefolder", box.seen(folder))
+    try:
+        found = box.shown(title)
+        imported = [box.path(text) for key, text in found.items() if text.endswith(".vmdk") and "ImageUUID" not in key]
+        sources = [config.parent / disk.source.rpartition("/")[2] for disk in result.plan.disks]
+        if sorted(source_of(disk, sources) for disk in imported) != list(range(disks)):
+            sys.exit(f"{title}: {imported} are not {sources}")
+        if "nvram" in title:
+            variables(box, title, config.parent / "store.nvram")
+    finally:
+        box.manage("unregistervm", title, "--delete")
+    totals = result.plan.totals
+    print(f"{title}: imported, {disks} disks have the same content (shared {totals.shared}, copied {totals.copied})")
+
+
+def source_of(disk: Path, sources: list[Path]) -> int:
+    """Returns the number of the source with the content of an imported disk; -1 if there is none."""
+    for number, source in enumerate(sources):
+        command = ["qemu-img", "compare", "-f", "vmdk", "-F", source.suffix[1:], str(disk), str(source)]
+        if not subprocess.run(command, capture_output=True, check=False).returncode:
+            return number
+    return -1
+
+
+def variables(box: Box, machine: str, source: Path) -> None:
+    """Exits unless VirtualBox reads the keys of a store of VMware's in the one that we wrote, and changes it."""
+    count = len(box.manage("modifynvram", machine, "listvars").splitlines())
+    known = {each.name: each.data for each in nvram.read(source.read_bytes(), source.name).variables}
+    file = box.here / "variable"
+    for name in KEYS:
+        box.manage("modifynvram", machine, "queryvar", f"--name={name}", f"--filename={box.seen(file)}")
+        if file.read_bytes() != known[name]:
+            sys.exit(f"{machine}: {name} is another one")
+    for word in ("--disable", "--enable"):
+        box.manage("modifynvram", machine, "secureboot", word)
+    print(f"{machine}: VirtualBox lists {count} variables, reads {', '.join(KEYS)}, and sets Secure Boot")
+
+
+def stored_settings(box: Box, config: Path) -> None:
+    """Does the same with the variables beside a settings file."""
+    result = vmconv.machine_convert(config, box.here / "stored", target_format="vbox")
+    own = str(vmconv.machine_info(result.target).identity.instance_uuid)
+    box.manage("registervm", box.seen(Path(result.target)))
+    try:
+        variables(box, own, config.parent / "store.nvram")
+    finally:
+        box.manage("unregistervm", own)
+
+
+def make_sources(directory: Path, store: Path | None) -> tuple[Path, Path]:
+    """Returns the configurations of a machine of Proxmox and one of VMware, with their disks."""
+    directory.mkdir(parents=True)
+    for number, name in enumerate(NAMES):
+        content = random.Random(number)
+        with (directory / f"{name}.raw").open("wb") as disk:
+            for at in range(number, 16, 2 + number):
+                disk.seek(at * MIB)
+                disk.write(content.randbytes(MIB // 2))
+            disk.truncate(16 * MIB)
+        if number < 2:
+            vmconv.convert(directory / f"{name}.raw", directory / f"{name}.vmdk")
+    (directory / "100.conf").write_text(CONF)
+    lines = VMX.splitlines() if store else [line for line in VMX.splitlines() if "nvram" not in line]
+    (directory / "store.vmx").write_text("\n".join(lines) + "\n")
+    if store:
+        (directory / "store.nvram").write_bytes(store.read_bytes())
+    return directory / "100.conf", directory / "store.vmx"
 
 
 def main() -> None:
@@ -82,14 +201,19 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seen-as")
     parser.add_argument("--manage", default="VBoxManage")
+    parser.add_argument("--nvram", type=Path)
     given = parser.parse_args()
-    source = given.directory / "source"
-    source.mkdir(parents=True)
-    (source / "100.conf").write_text(CONF)
-    for name in ("one", "two", "three"):
-        (source / f"{name}.raw").write_bytes(name.encode() * 512 + bytes((16 << 20) - 512 * len(name)))
+    box = Box(given.manage, given.directory, given.seen_as or str(given.directory))
+    proxmox, vmware = make_sources(given.directory / "source", given.nvram)
+    print(box.manage("--version").strip())
     for form in ("vdi", "vmdk", "vhd", "raw"):
-        check(given.directory, given.seen_as or str(given.directory), form, [given.manage])
+        settings_file(box, proxmox, form)
+    for manifest in ("none", "sha256"):
+        package(box, proxmox, f"three-{manifest}", 3, manifest=manifest)
+        package(box, vmware, f"{'nvram' if given.nvram else 'two'}-{manifest}", 2, manifest=manifest)
+    package(box, proxmox, "three-compressed", 3, disk_format="streamOptimized")
+    if given.nvram:
+        stored_settings(box, vmware)
 
 
 if __name__ == "__main__":

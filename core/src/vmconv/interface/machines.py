@@ -48,6 +48,22 @@ class Member(NamedTuple):
     table: Extents
 
 
+class Digest(NamedTuple):
+    """The digest of a file in a package: `algorithm` by hashlib's name, `value` in lower-case hexadecimal."""
+
+    file: str
+    algorithm: str
+    value: str
+
+
+class Manifest(NamedTuple):
+    """What a package states of its files, besides its configuration. `certificate` is the file that signs it."""
+
+    name: str
+    digests: tuple[Digest, ...]
+    certificate: str | None = None
+
+
 class MachineFormat:
     """One format of machine configurations. A plugin subclasses it and overrides the supported operations.
 
@@ -98,6 +114,14 @@ class MachineFormat:
         """Returns the files in a package, which the machine's disks refer to by name."""
         return ()
 
+    def manifest(self, file: File, opener: Opener) -> Manifest | None:
+        """Returns the digests that a package has of its files, by names that `members` or the directory has.
+
+        None if it has none. Reads no payload. Raises `ImageError` if the manifest is malformed, or states another
+        digest of the configuration.
+        """
+        return None
+
     def adapt(self, machine: Machine, options: Any) -> Adapted:
         """Returns the machine in terms that this format can express, with a reason for each changed field.
 
@@ -136,3 +160,7 @@ class MachineFormat:
         Each of `members` begins at a multiple of `modulus` bytes, so that its payload can be shared.
         """
         raise NotImplementedError(f"{self.name} is no package")
+
+    def digested(self, members: Sequence[Member], options: Any) -> int:
+        """Returns the bytes of `members` that `pack` makes the conversion read, such as for digests of them."""
+        return 0

@@ -40,7 +40,7 @@ class NewDisk(NamedTuple):
 class NewMachine(NamedTuple):
     """A machine that is laid out: `configs` are its small files, the configuration last, with its name.
 
-    `package` is the table of the only file, if the format is one.
+    `package` is the table of the only file, if the format is one; `digested` are bytes of payload that are read for it.
     """
 
     machine: Machine
@@ -48,6 +48,7 @@ class NewMachine(NamedTuple):
     configs: tuple[ConfigFile, ...]
     package: Extents | None
     plan: Plan
+    digested: int = 0
 
 
 def lay_out_machine(
@@ -70,13 +71,14 @@ def lay_out_machine(
     written = target.format.write(machine, target.options)
     configs = named(written, store, target)
     if target.format.is_package:
-        table = target.format.pack(configs, [_member(disk) for disk in disks], max(way.survey.unit, 1), target.options)
+        members = [_member(disk) for disk in disks]
+        table = target.format.pack(configs, members, max(way.survey.unit, 1), target.options)
         if not isinstance(table, Extents):
             raise PluginError(f"its pack returns {type(table).__name__}, not Extents", format_name=target.format.name)
         losses = tuple(loss for disk in disks for loss in disk.plan.losses)
         files = (OutFile(table),)
         plan = plan_layout(Layout(files, losses), target.name, target.directory, way.backend.name, way.survey)
-        return NewMachine(machine, disks, configs, table, plan)
+        return NewMachine(machine, disks, configs, table, plan, target.format.digested(members, target.options))
     small = plan_of_configs(configs, target, way)
     return NewMachine(machine, disks, configs, None, merge_plans([*(disk.plan for disk in disks), small]))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.machine import losses
 from vmconv.machine.paths import carried
-from vmconv.machine.request import DiskPlan, MachinePlan
+from vmconv.machine.request import DiskPlan, Loss, MachinePlan
 
 if TYPE_CHECKING:
     from vmconv.machine.firmware import Variables
@@ -30,7 +30,7 @@ def machine_plan(
         target.directory,
         fate.carried,
         fate.substitutions,
-        fate.losses + firmware.losses,
+        (*fate.losses, *firmware.losses, *_signature(source)),
         tuple(_disk_plan(disk, source) for disk in made.disks),
         tuple(file.name for file in made.plan.files),
         made.plan.backend,
@@ -39,7 +39,14 @@ def machine_plan(
         tuple(dict.fromkeys(warnings)),
         firmware.notes,
         tuple(file.real_path() for file in source.opener.files),
+        made.digested,
     )
+
+
+def _signature(source: Source) -> Iterator[Loss]:
+    if source.manifest is not None and source.manifest.certificate is not None:
+        reason = "it signs the old package, and only its owner can sign the new machine"
+        yield Loss("certificate", source.manifest.certificate, reason)
 
 
 def _on_the_host(target: Target) -> Iterator[str]:

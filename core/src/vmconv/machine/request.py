@@ -61,7 +61,8 @@ class Loss(NamedTuple):
 class MachinePlan(NamedTuple):
     """What becomes of each setting, and of each disk.
 
-    `carried` are paths of fields that stay as they are. `opened` are the real paths of the source's files.
+    `carried` are paths of fields that stay as they are. `opened` are the real paths of the source's files. `digested`
+    are bytes of payload that are read for the digests of a package.
     """
 
     source_format: str
@@ -78,6 +79,7 @@ class MachinePlan(NamedTuple):
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
     opened: tuple[str, ...] = ()
+    digested: int = 0
 
 
 class DiskPlan(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vmconv.errors import PlanError, UsageError
 from vmconv.inplace.settling import settle
@@ -17,20 +17,24 @@ from vmconv.machine.members import Members
 from vmconv.machine.model import Disk, Machine
 
 if TYPE_CHECKING:
-    from vmconv.interface.machines import MachineFormat
+    from vmconv.interface.machines import MachineFormat, Manifest
     from vmconv.machine.request import MachineRequest
     from vmconv.model.image import Image
     from vmconv.model.sources import File
 
 
 class Source(NamedTuple):
-    """A machine that was read. `disks` opens the images of its disks; `opener` has opened all files."""
+    """A machine that was read. `disks` opens the images of its disks; `opener` has opened all files.
+
+    `manifest` are the digests that a package states.
+    """
 
     machine: Machine
     format: MachineFormat
     file: File
     opener: Opener
     disks: Opener
+    manifest: Manifest | None = None
 
     def image(self, disk: Disk) -> Image | None:
         """Returns the image of a disk; None for a physical device, which is only named."""
@@ -82,7 +86,16 @@ def opened(
         machine = found.read(file, opener)
         refuse_result(machine, Machine, found.name, "reader")
         disks = Members(registry, file, found.members(file)) if found.is_package else opener
-        yield Source(machine, found, file, opener, disks)
+        yield Source(machine, found, file, opener, disks, _manifest(found, file, opener))
+
+
+def _manifest(found: MachineFormat, file: File, opener: Opener) -> Manifest | None:
+    from vmconv.interface.machines import Manifest
+
+    manifest: Any = found.manifest(file, opener)
+    if manifest is not None:
+        refuse_result(manifest, Manifest, found.name, "manifest")
+    return cast("Manifest | None", manifest)
 
 
 @contextmanager

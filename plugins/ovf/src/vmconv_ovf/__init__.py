@@ -9,7 +9,7 @@ from vmconv.plugin import MachineFormat, hookimpl
 
 if TYPE_CHECKING:
     from vmconv.machine import Machine
-    from vmconv.plugin import Adapted, ConfigFile, Extents, File, Member, Opener
+    from vmconv.plugin import Adapted, ConfigFile, Extents, File, Manifest, Member, Opener
 
 _HEAD = 16384
 """Bytes in which the root element of a descriptor begins; comments may come before it."""
@@ -58,6 +58,11 @@ class Ovf(MachineFormat):
         from vmconv_ovf.reader import read
 
         return read(file)
+
+    def manifest(self, file: File, opener: Opener) -> Manifest | None:
+        from vmconv_ovf.manifest import beside
+
+        return beside(file, opener)
 
     def adapt(self, machine: Machine, options: Any) -> Adapted:
         from vmconv_ovf.adapting import adapt
@@ -117,6 +122,11 @@ class Ova(Ovf):
 
         return members(file)
 
+    def manifest(self, file: File, opener: Opener) -> Manifest | None:
+        from vmconv_ovf.package import manifest
+
+        return manifest(file)
+
     def write(self, machine: Machine, options: Any) -> tuple[ConfigFile, ...]:
         from vmconv_ovf.writer import write
 
@@ -126,6 +136,11 @@ class Ova(Ovf):
         from vmconv_ovf.package import pack
 
         return pack(configs, members, modulus, options)
+
+    def digested(self, members: Sequence[Member], options: Any) -> int:
+        from vmconv_ovf.package import digested
+
+        return digested(members, options)
 
 
 @hookimpl

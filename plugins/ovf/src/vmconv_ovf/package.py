@@ -28,7 +28,7 @@ from vmconv_ovf.tar import BLOCK, Header, headers, members
 
 if TYPE_CHECKING:
     from vmconv.machine import Disk, Machine, Removable
-    from vmconv.plugin import ConfigFile, File, Member
+    from vmconv.plugin import ConfigFile, File, Manifest, Member
     from vmconv_ovf.options import PackageOptions
 
 Named = TypeVar("Named", "Disk", "Removable")
@@ -45,20 +45,34 @@ _COMPRESSED = 1 << 16
 
 def read(file: File) -> Machine:
     """Returns the machine of a package. Raises `ImageError` if it refers to files that the package lacks."""
-    from vmconv.machine import MAX_CONFIG
     from vmconv_ovf.reader import read as read_descriptor
 
-    found = [header for header in headers(file) if not header.is_directory]
-    descriptors = [header for header in found if header.name.lower().endswith(".ovf")]
-    if len(descriptors) != 1:
-        names = ", ".join(repr(header.name) for header in descriptors[:8]) or "none"
-        raise ImageError(f"{file.name}: a package has one member that ends in .ovf, this one has {names}")
-    _, _, start, size, _ = descriptor = descriptors[0]
-    if size > MAX_CONFIG:
-        raise ImageError(f"{file.name}: {descriptor.name} at {start:#x} has {size} bytes, the limit is {MAX_CONFIG}")
-    machine = read_descriptor(file, file.read(start, size))
+    descriptor = _descriptor(file)
+    machine = read_descriptor(file, file.read(descriptor.start, descriptor.size))
     sizes = {member.name: member.table.size for member in members(file)}
     return _Names(file, descriptor, sizes, {decoded(name): name for name in sizes}).resolved(machine)
+
+
+def _descriptor(file: File) -> Header:
+    """Returns the only descriptor of a package, which is not larger than a configuration may be."""
+    from vmconv.machine import MAX_CONFIG
+
+    found = [header for header in headers(file) if not header.is_directory and header.name.lower().endswith(".ovf")]
+    if len(found) != 1:
+        names = ", ".join(repr(header.name) for header in found[:8]) or "none"
+        raise ImageError(f"{file.name}: a package has one member that ends in .ovf, this one has {names}")
+    name, _, start, size, _ = found[0]
+    if size > MAX_CONFIG:
+        raise ImageError(f"{file.name}: {name} at {start:#x} has {size} bytes, the limit is {MAX_CONFIG}")
+    return found[0]
+
+
+def manifest(file: File) -> Manifest | None:
+    """Returns the digests of the members. Raises `ImageError` if the descriptor has another one."""
+    from vmconv_ovf.manifest import inside
+
+    descriptor = _descriptor(file)
+    return inside(file.name, members(file), descriptor.name, file.read(descriptor.start, descriptor.size))
 
 
 class _Names(NamedTuple):
@@ -136,6 +150,13 @@ def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, o
         parts.append(_manifest(name, tuple(parts)))
     _refuse_names(parts)
     return _joined(parts)
+
+
+def digested(disks: Sequence[Member], options: PackageOptions) -> int:
+    """Returns the bytes of payload that are read for the manifest of a package."""
+    if options.manifest == "none":
+        return 0
+    return sum(int(each.table.length[each.table.in_files()].sum()) for each in disks)
 
 
 def _refuse_other_disks(disks: Sequence[_Part], options: PackageOptions) -> None:

@@ -35,6 +35,10 @@ def _run(options: argparse.Namespace) -> int:
         machine = adapted_to(request, source.machine) if request.target_format else source.machine
         findings = check(source, machine, request.target_format, inside=options.filesystems)
         end = _end(request, source.machine, inside=options.filesystems)
+        if options.manifest:
+            from vmconv.machine.digests import check_manifest
+
+            findings += check_manifest(source)
     if options.output == "json":
         print_json([as_plain(one) for one in findings], indent=4)
     else:
@@ -66,6 +70,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CONFIG", help="configuration of the machine; nothing is changed")
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="check the machine as it would be on this platform")
+    parser.add_argument(
+        "--manifest",
+        action="store_true",
+        help="also read all files of an OVF or OVA package, and compare them with the digests in its manifest",
+    )
     add_options(parser, "the machine format")
     parser.add_argument(
         "--no-filesystems",
@@ -91,5 +100,6 @@ VERB = Verb(
 
 examples:
   vmconv machine check web.vmx
-  vmconv machine check -O proxmox web.vmx""",
+  vmconv machine check -O proxmox web.vmx
+  vmconv machine check --manifest appliance.ova""",
 )

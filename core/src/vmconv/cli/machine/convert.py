@@ -51,6 +51,8 @@ def _announce(plan: MachinePlan) -> None:
 
     for copy in plan.copies:
         print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+    if plan.digested:
+        print(f"reading {size_text(plan.digested)} for the digests of the manifest", file=sys.stderr)
     for line in (*change_lines(plan), *(f"warning: {warning}" for warning in plan.warnings)):
         print(printable(line), file=sys.stderr)
 

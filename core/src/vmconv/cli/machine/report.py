@@ -15,6 +15,8 @@ def plan_lines(plan: MachinePlan) -> Iterator[str]:
     yield from (_disk(disk) for disk in plan.disks)
     for copy in plan.copies:
         yield f"copied because {copy.reason}: {_size(copy.bytes)}"
+    if plan.digested:
+        yield f"read for the digests of the manifest: {_size(plan.digested)}"
     yield from change_lines(plan)
     yield from (f"file {name}" for name in plan.files)
     yield from (f"note: {note}" for note in plan.notes)
