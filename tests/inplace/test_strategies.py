@@ -15,7 +15,7 @@ from support.disks import MIB, make_disk
 from support.inplace import descriptor, in_place, names, refused
 from support.inplace_pairs import Source
 from vmconv.errors import PlanError, VmconvError
-from vmconv.inplace import rules, stay
+from vmconv.inplace import moves, rules, stay
 from vmconv.inplace.names import JOURNAL, UNDO, WORKING
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io.directory import Directory
@@ -100,6 +100,17 @@ def test_an_undo_file_of_the_target_is_not_written_over(ext4_dir: Path) -> None:
     assert f"new.vmdk{UNDO}: already exists" in str(error)
     in_place(disk, ext4_dir / "new.vmdk", options=options)
     assert (ext4_dir / f"new.vmdk{UNDO}").read_bytes() == b"the way back of another one"
+
+
+def test_a_shift_with_too_much_metadata_is_refused(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", 8 * MIB)
+    before = disk.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(moves, "MOST_WRITTEN", 1)
+        refused(disk, ext4_dir / "new.vdi")
+    assert disk.read_bytes() == before
+    in_place(disk, ext4_dir / "new.vdi")
+    assert names(ext4_dir) == {"new.vdi"}
 
 
 def test_new_files_that_copy_a_little_are_better_than_a_shift(xfs_dir: Path, tmp_path: Path) -> None:
