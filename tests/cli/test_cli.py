@@ -146,7 +146,7 @@ def test_formats_lists_options(capsys: Capture) -> None:
 def test_demo_converts_there_and_back_and_proves_it(reflink_dir: Path, capsys: Capture) -> None:
     assert main(["demo", "--size", "16M", "--directory", str(reflink_dir)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "->" in line]
-    others = sorted(set(vmconv.installed().formats) - {"raw"})
+    others = sorted(name for name, one in vmconv.installed().formats.items() if one.can_write and name != "raw")
     assert [row[:3] for row in rows] == [pair for n in others for pair in (["raw", "->", n], [n, "->", "raw"])]
     assert all("yes" in row and row[-3:] == ["all", "8", "MiB"] for row in rows)
     assert list(reflink_dir.iterdir()) == []

@@ -52,4 +52,4 @@ def test_a_format_converts_to_every_other(reflink_dir: Path, qemu_img: QemuImg, 
 def test_all_pairs_of_formats_are_tried() -> None:
     names = {variant[0] for variant in variants()}
     pairs = set(itertools.product(names, names))
-    assert len(pairs) == len(installed().formats) ** 2
+    assert len(pairs) == sum(one.can_read and one.can_write for one in installed().formats.values()) ** 2

@@ -614,16 +614,21 @@ def check(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    payload: bool = False,
 ) -> CheckReport | None:
-    """Returns the defects of an image and of the files it refers to; None if the format has no structure to check."""
+    """Returns the defects of an image and of the files it refers to; None if the format has no structure to check.
+
+    `payload`: also read all of the disk and compare it with the hashes that the image stores.
+    """
     given = locals()
     from vmconv.inspect.checking import check_image
     from vmconv.inspect.images import opened
-    from vmconv.interface.arguments import Reading, checked
+    from vmconv.interface.arguments import CheckOptions, Reading, checked
 
+    how = checked(CheckOptions, payload=given.pop("payload"))
     asked = checked(Reading, **given)
     with _errors(), opened(asked) as (image, opener):
-        return check_image(image, opener)
+        return check_image(image, opener, payload=how.payload)
 
 
 @_named

@@ -24,7 +24,7 @@ from vmconv.testing import disk_of, make_in_memory, patterned
 from vmconv.testing.disks import raw_disk
 from vmconv.testing.memory import MemoryFile
 
-NAMES = sorted(installed().formats)
+NAMES = sorted(name for name, one in installed().formats.items() if one.can_write)
 
 
 def stated(name: str) -> DiskFacts:

@@ -20,6 +20,11 @@ _CHECK_NOT_DONE, _CHECK_CORRUPT, _CHECK_LEAKS, _CHECK_UNSUPPORTED = 1, 2, 3, 63
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="image to check")
     add_format(parser)
+    parser.add_argument(
+        "--payload",
+        action="store_true",
+        help="also read all of the disk, and compare it with the hashes that the image stores (EWF: MD5, SHA-1)",
+    )
     add_output(parser)
     add_access(parser)
     # As in qemu-img check, 2 and 3 are findings, so a check that failed needs another code.
@@ -32,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.inspect.images import opened
 
     with opened(reading(options)) as (image, opener):
-        report = check_image(image, opener)
+        report = check_image(image, opener, payload=options.payload)
     if report is None:
         print(f"vmconv: {options.file}: {image.format_name} images have no structure to check", file=sys.stderr)
         return _CHECK_UNSUPPORTED

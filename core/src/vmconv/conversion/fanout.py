@@ -17,7 +17,7 @@ def requests(
 ) -> list[Request]:
     """Returns one request per format: `common` with a target named after the source and the format's options."""
     registry = installed()
-    wanted = [registry.format(name) for name in formats]
+    wanted = [registry.writer(name) for name in formats]
     given = {registry.format(name).name: values for name, values in options.items()}
     if not wanted:
         raise UsageError("fan-out to no format")

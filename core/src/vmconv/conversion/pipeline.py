@@ -313,7 +313,7 @@ def _refuse_with_stream(request: Request) -> None:
 
 def _stream_target(request: Request, registry: Registry) -> Target:
     """Returns the target of a stream. Its name is a guess, for formats that store their own file name."""
-    wanted = registry.format(request.target_format or "")
+    wanted = registry.writer(request.target_format or "")
     options = parse_options(wanted.options(), request.options, wanted.name)
     return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
 
@@ -343,7 +343,7 @@ def places(*requests: Request) -> Iterator[list[_Place]]:
 
 def _target(registry: Registry, request: Request, place: _Place) -> Target:
     """Returns the target of a request. Raises `PlanError` if a special file has its name."""
-    wanted = registry.format(_target_format(registry, request))
+    wanted = registry.writer(_target_format(registry, request))
     options = parse_options(wanted.options(), request.options, wanted.name)
     directory, name = place
     there = directory.status(name)

@@ -4,27 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmconv.errors import AccessError, ImageError, ReadError, VmconvError
+from vmconv.errors import AccessError, ImageError, ReadError, UsageError, VmconvError
 from vmconv.interface.format import CheckReport
 from vmconv.io.opener import Opener
 from vmconv.model.image import Image
 from vmconv.model.references import Dependency, Finding, compared
 
 _MISSING = "is missing"
+_PIECE = 4 << 20
+"""Bytes that are read at once for a hash."""
 
 
-def check_image(image: Image, opener: Opener) -> CheckReport | None:
+def check_image(image: Image, opener: Opener, *, payload: bool = False) -> CheckReport | None:
     """Returns the report; None if the format has no structure to check and the image refers to no file.
 
     Covers all that reading the image needs: its own files and the layers below. The tables of lower layers are read as
-    in a conversion; their structure is not checked.
+    in a conversion; their structure is not checked. With `payload`, all of the disk is read and compared with the
+    hashes that the image stores. Raises `UsageError` if it stores none.
     """
+    if payload and not image.digests:
+        raise UsageError(f"{image.file.name}: {image.format_name} stores no hash of the disk to compare with")
     report = opener.registry.format(image.format_name).check(image)
     alone = report is None and not image.dependencies and image.parent_reference is None
     if alone and _refusal(image) is None:
         return None
     found = report or CheckReport(image_end=image.file.size)
-    return _with_layers(_readable(_with_files(found, image, opener), image), image)
+    found = _with_layers(_readable(_with_files(found, image, opener), image), image)
+    return _with_payload(found, image) if payload and not found.errors else found
+
+
+def _with_payload(found: CheckReport, image: Image) -> CheckReport:
+    """Returns the report with payload that cannot be decoded, and hashes that differ from those of the disk."""
+    import hashlib
+
+    # MD5 is what acquisitions store. It is compared, not trusted.
+    sums = {name: hashlib.new(name, usedforsecurity=False) for name in image.digests}
+    problems: list[str] = []
+    try:
+        for at in range(0, image.size, _PIECE):
+            piece = image.flat.read(at, min(_PIECE, image.size - at))
+            for each in sums.values():
+                each.update(piece)
+    except ImageError as exc:
+        problems.append(str(exc))
+    else:
+        problems += [
+            f"{name} of the disk is {each.hexdigest()}, the image says {image.digests[name]}"
+            for name, each in sums.items()
+            if each.hexdigest() != image.digests[name]
+        ]
+    return found._replace(
+        corruptions=(*found.corruptions, *problems), corruption_count=found.corruption_count + len(problems)
+    )
 
 
 def _with_files(found: CheckReport, image: Image, opener: Opener) -> CheckReport:

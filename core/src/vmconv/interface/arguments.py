@@ -145,6 +145,12 @@ class Reading(NamedTuple):
     force_share: bool = False
 
 
+class CheckOptions(NamedTuple):
+    """Arguments of a check besides the image."""
+
+    payload: bool = False
+
+
 class ImagePair(NamedTuple):
     """Two images to compare."""
 

@@ -80,11 +80,12 @@ FOREIGN = (
     Foreign("ar archive", (".ar", ".deb"), ((0, b"!<arch>\n"),), _UNPACK.format("ar x")),
     Foreign("RPM package", (".rpm",), ((0, b"\xed\xab\xee\xdb"),), _UNPACK.format("rpm2cpio")),
     # -- forensic images
+    Foreign("EWF version 2 or SMART", (".ex01", ".s01", ".ewf"), (), _RESTORE.format("ewfexport -f raw")),
     Foreign(
-        "EWF",
-        (".e01", ".ex01", ".l01", ".lx01", ".s01", ".ewf"),
-        ((0, b"EVF\t\r\n\xff\0"), (0, b"LVF\t\r\n\xff\0"), (0, b"EVF2\r\n\x81\0"), (0, b"LEF2\r\n\x81\0")),
-        _RESTORE.format("ewfexport -f raw"),
+        "logical EWF",
+        (".l01", ".lx01"),
+        ((0, b"LVF\t\r\n\xff\0"), (0, b"LEF2\r\n\x81\0")),
+        "it holds files, not a disk",
     ),
     Foreign("AFF", (".aff", ".afd", ".afm"), ((0, b"AFF10\r\n\0"),), _RESTORE.format("affconvert -r")),
     Foreign("AccessData AD1", (".ad1",), ((0, b"ADSEGMENTEDFILE"),), _RESTORE.format("FTK Imager exports it")),

@@ -66,6 +66,13 @@ KNOWN = (
         ((0, b"WithoutFreeSpace"), (0, b"WithouFreSpacExt"), (0, b"<Parallels_disk_image")),
         bundle="DiskDescriptor.xml",
     ),
+    Known(
+        "ewf",
+        "Expert Witness disk image (E01)",
+        "vmconv-ewf",
+        (".e01",),
+        ((0, b"EVF\t\r\n\xff\0"), (0, b"EVF2\r\n\x81\0")),
+    ),
     Known("qed", "QEMU enhanced disk", "vmconv-qed", (".qed",), ((0, b"QED\0"),)),
     Known(
         "qcow",

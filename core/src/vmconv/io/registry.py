@@ -93,6 +93,14 @@ class Registry:
                 return self.formats[either]
         raise UsageError(f"format {name!r} is not installed", hint=self._missing(known.name if known else name))
 
+    def writer(self, name: str) -> Format:
+        """Returns a format that images can be made of; raises `UsageError` for one that is only read."""
+        one = self.format(name)
+        if not one.can_write:
+            have = ", ".join(sorted(name for name, other in self.formats.items() if other.can_write))
+            raise UsageError(f"{one.name} is only read: vmconv makes no such images", hint=f"it makes {have}")
+        return one
+
     def _missing(self, name: str) -> str:
         broken = self._broken(name)
         if broken:

@@ -132,7 +132,7 @@ def adapter(machine: Machine, number: int, wanted: Format) -> str | None:
 
 def disk_format(target: Target, request: MachineRequest, registry: Registry) -> Format:
     """Returns the format of the new disks; raises `UsageError` if the platform does not have it."""
-    wanted = registry.format(request.disk_format or target.format.disk_format)
+    wanted = registry.writer(request.disk_format or target.format.disk_format)
     accepted = target.format.disk_formats
     if accepted and wanted.name not in accepted:
         hint = f"--disk-format may be {', '.join(sorted(accepted))}"

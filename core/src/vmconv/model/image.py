@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vmconv.errors import PluginError, printable
@@ -26,6 +27,7 @@ class Image:
     `details` are format-specific facts for `info`. `dependencies` are other files of this layer with their expected
     properties. `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that
     lies in a file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
+    `digests` are hashes of the disk that the image stores, in hexadecimal, by their names in hashlib.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Image:
         details: Callable[[], Mapping[str, Any]] = dict,
         dependencies: tuple[Dependency, ...] = (),
         shows_holes: Callable[[File], bool] | None = None,
+        digests: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.format_name = format_name
         self.file = file
@@ -54,6 +57,7 @@ class Image:
         self.warnings = warnings
         self.dependencies = dependencies
         self.shows_holes = shows_holes
+        self.digests = digests
         self.parent_reference = parent_reference
         self.parent_format = parent_format
         self._load_guest = load_guest

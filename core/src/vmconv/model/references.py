@@ -28,7 +28,7 @@ _TICK = 0.02
 MAX_RECORDS = 1024
 """Records that are read from one image."""
 
-OWN_ROLES = frozenset({"data file", "extent", "image"})
+OWN_ROLES = frozenset({"data file", "extent", "image", "segment"})
 """Roles of files with payload of the image itself, in contrast to layers below."""
 
 _RECORD = re.compile(r"vmconv-1 (.+) (\d{1,19}) (-?\d{1,19}) (-?\d{1,19}) ([0-9a-f]{32})", re.DOTALL)

@@ -70,7 +70,7 @@ def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
     image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
     for warning in (*image.warnings, *checking.warnings(image, opener)):
         print(f"warning: {warning}", file=sys.stderr)
-    target = opener.registry.format(options.target_format)
+    target = opener.registry.writer(options.target_format)
     name = new_name(os.path.basename(options.file.rstrip("/")), target, opener.registry)
     return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
 
