@@ -23,6 +23,7 @@ from support.disks import QemuImg
 from support.mounts import Mounts
 from support.requirements import CORPUS, missing, oracle_program
 from support.session import Run
+from support.times import Times
 from support.tried import TRIED
 
 # Not where pytest removes what earlier sessions left behind, which may include mounts.
@@ -36,6 +37,17 @@ os.environ["XDG_STATE_HOME"] = str(RUN.state)
 _PROFILE = settings.get_profile("ci" if os.environ.get("CI") else "default")
 settings.register_profile("vmconv", _PROFILE, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vmconv")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--times", type=int, metavar="COUNT", help="show the tests' time by room, and the COUNT tests that take most"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.times is not None:
+        config.pluginmanager.register(Times())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from support.variants import QEMU_NAMES
-
-FORMATS = Path(__file__).parent
-SHARED = FORMATS / "shared"
-NAMES = {qemu: name for name, qemu in QEMU_NAMES.items()}
+from support.times import FORMATS, SHARED, format_of
 
 
 def _chosen(config: pytest.Config) -> set[str]:
@@ -31,18 +25,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for item in items if SHARED in item.path.parents and format_of(item) not in chosen]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in set(others)]
-
-
-def format_of(item: pytest.Item) -> str | None:
-    """Returns the format that a shared test is about: by its mark, or by what it is parametrised with."""
-    mark = item.get_closest_marker("of_format")
-    if mark:
-        return str(mark.args[0])
-    match getattr(item, "callspec", None) and item.callspec.params:  # type: ignore[attr-defined]
-        case {"row": {"format": str(name)}}:
-            return name.split("-")[0]
-        case {"opinion": ((str(name), _), _)} | {"variant": (str(name), _)}:
-            return name
-        case {"name": str(name)}:
-            return NAMES.get(name, name)
-    return None

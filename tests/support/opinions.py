@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,16 +25,23 @@ print(size, digest.hexdigest())
 """
 
 _EACH = """
-import sys
-program, images = sys.argv[1], sys.argv[2:]
-for image in images:
-    sys.argv[1:] = [image]
+import gc, sys
+program = compile(sys.argv[1], "reader", "exec")
+for line in sys.stdin:
+    sys.argv[1:] = [line.rstrip("\\n")]
     print("is", end=" ")
     try:
-        exec(program, {})
+        exec(program, names := {})
     except Exception as exc:
         print("not read:", type(exc).__name__, str(exc).replace("\\n", " "))
+    # So that the image is closed: dissect's objects refer to each other.
+    names.clear()
+    gc.collect()
+    sys.stdout.flush()
 """
+
+_PATIENCE = 600
+"""Seconds without an answer after which a reader counts as hanging."""
 
 _LIBYAL = """
 import hashlib, sys, {module}
@@ -65,10 +75,8 @@ class Reader(NamedTuple):
     """Bytes that the size of a disk must be whole multiples of for this reader to read its end."""
 
     def what_is_missing(self) -> str | None:
-        """Returns why this reader cannot be asked, or None."""
-        command = [self.python, "-c", f"import {self.module}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stderr.strip().splitlines()[-1] if done.returncode else None
+        """Returns why this reader cannot run, or None."""
+        return _missing(self.python, self.module)
 
     def sum_of(self, image: Path) -> tuple[int, str]:
         """Returns the size of the disk in an image, bytes, and the sha256 of all of it."""
@@ -78,11 +86,47 @@ class Reader(NamedTuple):
 
     def sums_of(self, images: Sequence[Path]) -> list[tuple[int, str] | str]:
         """Returns for each image what `sum_of` does, or what the reader says instead."""
-        command = [self.python, "-c", _EACH, self.program + _SUM, *map(str, images)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert done.returncode == 0, f"{self.name}: {done.stderr}"
-        lines = [line.partition(" ")[2] for line in done.stdout.splitlines()]
-        return [(int(line.split()[0]), line.split()[1]) if line[0].isdigit() else line for line in lines]
+        return [_running(self).sum_of(image) for image in images]
+
+
+@functools.cache
+def _missing(python: str, module: str) -> str | None:
+    done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else None
+
+
+class _Running:
+    """The process of a reader, which reads images until the tests end: its start takes longer than most images."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._name = reader.name
+        command = [reader.python, "-c", _EACH, reader.program + _SUM]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
+        atexit.register(self._end)
+
+    def sum_of(self, image: Path) -> tuple[int, str] | str:
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{image}\n".encode())
+        other = b""
+        while True:
+            assert select.select([self._process.stdout], [], [], _PATIENCE)[0], f"{self._name} hangs at {image}"
+            line = self._process.stdout.readline()
+            assert line, f"{self._name} ended at {image}: {other.decode()}"
+            if line.startswith(b"is "):
+                break
+            other += line
+        said = line.decode().removeprefix("is ").strip()
+        return (int(said.split()[0]), said.split()[1]) if said[0].isdigit() else said
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+_running = functools.cache(_Running)
 
 
 def _libyal(name: str, kind: str, more: str = "") -> Reader:

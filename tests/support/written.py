@@ -58,9 +58,9 @@ def scattered(
     rng = random.Random(seed)
     rows = []
     at = 0
-    places = list(range(-(-size // unit) * longest))
-    rng.shuffle(places)
-    source = Payload("source.raw", (len(places) * longest + 1) * unit)
+    count = -(-size // unit)
+    places = rng.sample(range(count * longest), count)
+    source = Payload("source.raw", (count * longest**2 + 1) * unit)
     while at < size:
         kind = rng.choice(kinds)
         rows.append((at, kind, source if kind == Kind.DATA else None, places.pop() * longest * unit + shift))

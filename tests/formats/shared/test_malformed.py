@@ -5,10 +5,10 @@ What the conformance kit tries in memory and by the thousand is tried here as us
 
 from __future__ import annotations
 
+import fcntl
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from vmconv.testing.memory import MemoryFile
 
 MUCH_MEMORY = 500 << 20
 """Bytes that a process may have resident at most; 100 MiB of them are Python and numpy."""
+
+FICLONE = 0x40049409
 
 CHILD = """
 import os, resource, sys, time
@@ -64,28 +66,41 @@ print("peak", int(peak) << 10)
 """
 
 
-def images(name: str) -> Iterator[tuple[str, Malformed]]:
-    """Yields some images of each kind and each way to write the format, with their names."""
-    kit = kit_of(name)
+def write_images(name: str, directory: Path) -> int:
+    """Writes some images of each kind and each way to write the format, and returns how many."""
+    kit, suffix, count = kit_of(name), installed().formats[name].suffixes[0], 0
     for seed, variant in enumerate(kit.each_variant()):
         sample = kit.sound(variant)
+        sound = directory / f"sound-{seed}"
+        sound.write_bytes(sample.data)
         for kind, maker in KINDS.items():
             chosen = islice(maker(sample, random.Random(100 + seed), kit.seal), seed, None, 19)
             for number, malformed in enumerate(chosen):
-                yield f"{kind}-{seed}-{number}", malformed
+                path = directory / f"{kind.replace(' ', '_')}-{seed}-{number}{suffix}"
+                write(path, malformed, sound if malformed.data is sample.data else None)
+                count += 1
+    return count
+
+
+def write(path: Path, malformed: Malformed, sound: Path | None) -> None:
+    """Writes an image; its unchanged blocks are those of `sound`."""
+    with path.open("wb") as file:
+        if sound:
+            with sound.open("rb") as base:
+                fcntl.ioctl(file, FICLONE, base.fileno())
+            for at, value in malformed.changes:
+                file.seek(at)
+                file.write(value)
+        else:
+            file.write(malformed.content())
+        file.truncate(malformed.size or len(malformed.data))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_no_command_fails_in_another_way_or_takes_much_time_or_memory(xfs_dir: Path, name: str) -> None:
     suffix = installed().formats[name].suffixes[0]
-    count = 0
-    for title, malformed in images(name):
-        path = xfs_dir / f"{title.replace(' ', '_')}{suffix}"
-        with path.open("wb") as file:
-            file.write(malformed.data)
-            file.truncate(malformed.size or len(malformed.data))
-        count += 1
+    count = write_images(name, xfs_dir)
     command = [sys.executable, "-c", CHILD, str(xfs_dir), name, suffix]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1000)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]

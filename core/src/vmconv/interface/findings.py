@@ -39,14 +39,15 @@ class Findings:
         if len(self.corruptions) < SHOWN:
             self.corruptions.append(text)
 
-    def corrupt_where(self, bad: npt.NDArray[np.bool_], text: Callable[[int], str]) -> None:
-        """Adds one corruption for each true value of the mask; `text` describes the one at an index."""
-        count = int(np.count_nonzero(bad))
-        if not count:
-            return
-        self.corruption_count += count
-        for index in np.flatnonzero(bad)[: max(0, SHOWN - len(self.corruptions))].tolist():
-            self.corruptions.append(text(index))
+    def corrupt_where(
+        self, bad: npt.NDArray[np.bool_], text: Callable[[int], str], counts: Column | None = None
+    ) -> None:
+        """Adds a corruption for each true value of the mask, or the number in `counts`; `text` describes an index."""
+        self.corruption_count += _add_where(self.corruptions, bad, text, counts)
+
+    def leak_where(self, bad: npt.NDArray[np.bool_], text: Callable[[int], str], counts: Column | None = None) -> None:
+        """Adds leaked clusters as `corrupt_where` adds corruptions."""
+        self.leak_count += _add_where(self.leaks, bad, text, counts)
 
     def leak(self, text: str, count: int = 1) -> None:
         """Adds `count` leaked clusters with one text."""
@@ -64,9 +65,7 @@ class Findings:
         found = usage.overlaps()
         if not found:
             return
-        self.corrupt_where(np.ones(len(found.offset), dtype=bool), found.text)
-        # corrupt_where has counted one for each overlap.
-        self.corruption_count += int((-(-found.length // unit) - 1).sum())
+        self.corrupt_where(np.ones(len(found.offset), dtype=bool), found.text, -(-found.length // unit))
 
     def unused(self, usage: Usage, unit: int, start: int, end: int) -> None:
         """Adds the unused whole units of `[start, end)` as leaks."""
@@ -89,3 +88,10 @@ class Findings:
             end,
             tuple(self.doubts),
         )
+
+
+def _add_where(texts: list[str], bad: npt.NDArray[np.bool_], text: Callable[[int], str], counts: Column | None) -> int:
+    """Adds the texts of the first bad indices, and returns the number of all, or the sum of their counts."""
+    chosen = np.flatnonzero(bad)
+    texts += [text(index) for index in chosen[: max(0, SHOWN - len(texts))].tolist()]
+    return len(chosen) if counts is None else int(counts[chosen].sum())

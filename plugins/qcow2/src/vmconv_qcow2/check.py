@@ -6,7 +6,6 @@ Both are step functions over the clusters of the file, kept as runs, so that mem
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -73,10 +72,12 @@ class _Check:
         counted = _steps(self.runs)
         low, high, references, counts = _differences(counted, stored, self.clusters)
         missing = counts < references
-        for at, end, used, count in _rows(low, high, references, counts, missing):
-            findings.corrupt(f"{_clusters(at, end)} refcount={count} reference={used}", end - at)
-        for at, end, used, count in _rows(low, high, references, counts, ~missing):
-            findings.leak(f"{_clusters(at, end)} refcount={count} reference={used}", end - at)
+
+        def difference(row: int) -> str:
+            return f"{_clusters(low[row], high[row])} refcount={counts[row]} reference={references[row]}"
+
+        findings.corrupt_where(missing, difference, high - low)
+        findings.leak_where(~missing, difference, high - low)
         if header.incompatible & structs.CORRUPT:
             findings.doubt("is marked corrupt: QEMU found damage, and opens it read-only")
         if header.incompatible & structs.DIRTY:
@@ -345,12 +346,6 @@ def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, 
     end = np.append(cuts[1:], cuts[-1] + 1)
     differ = references != counts
     return cuts[differ], end[differ], references[differ], counts[differ]
-
-
-def _rows(*columns: npt.NDArray[np.generic]) -> Iterator[tuple[int, ...]]:
-    """Yields the first rows of the columns for which the last one, a mask, is true."""
-    chosen = np.flatnonzero(columns[-1])
-    yield from zip(*(column[chosen].tolist() for column in columns[:-1]), strict=True)
 
 
 def _clusters(first: int, end: int) -> str:
