@@ -117,8 +117,17 @@ class File(Source):
         try:
             os.fsync(self.descriptor)
         except OSError as exc:
-            if exc.errno not in _NOTHING_TO_SYNC:
+            if exc.errno not in _NOTHING_TO_SYNC and not self._cannot_be_written(exc):
                 raise ReadError(f"{self.name}: cannot be synced to storage: {exc.strerror}") from exc
+
+    def _cannot_be_written(self, exc: OSError) -> bool:
+        """True if an error of fsync comes from a filesystem without it, in which nothing was written.
+
+        Mounts of restic 0.14 answer EIO, as its FUSE library does to all that a filesystem does not implement.
+        """
+        if exc.errno != errno.EIO or not os.fstatvfs(self.descriptor).f_flag & os.ST_RDONLY:
+            return False
+        return linux.mount_of(linux.name_of(self.descriptor)).type.startswith("fuse")
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """Returns the `(start, end)` ranges that may have data, in order; all others are holes."""
