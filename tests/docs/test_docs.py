@@ -214,6 +214,41 @@ def test_the_module_map_is_complete() -> None:
     assert sorted(listed) == sorted(modules)
 
 
+WALKS = ("The walk of a conversion", "The walk of a conversion in place", "A fleet request")
+SCREEN = 60
+"""Lines of a screen."""
+
+
+def defined() -> set[str]:
+    """Returns the names of core and the fleet: of modules' and classes' own names, alone and as `owner.name`."""
+    found: set[str] = set()
+    for top in ("core/src/vmconv", "plugins/fleet/src"):
+        for path in (ROOT / top).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            owners = {path.stem: tree, **{node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}}
+            for owner, node in owners.items():
+                for child in node.body:
+                    names = [getattr(child, "name", ""), ast.unparse(getattr(child, "target", child)).split(" = ")[0]]
+                    found |= {name for name in names if name} | {f"{owner}.{name}" for name in names if name}
+    return found
+
+
+def test_the_walks_name_what_the_code_has_each_value_once_on_a_screen() -> None:
+    known = defined()
+    for heading in WALKS:
+        text = section(ARCHITECTURE, heading).partition("`inplace/change.py` is the protocol")[0]
+        assert len(text.splitlines()) <= SCREEN, heading
+        values = [row[0].strip("`") for row in cells(text)[1:]]
+        assert len(values) == len(set(values)) >= 6, heading
+        names = re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)`", "\n".join(" ".join(row) for row in cells(text)[1:]))
+        modules = [name for name in names if name.endswith(".py")]
+        assert [name for name in names if name not in known and name not in modules] == [], heading
+        files = [
+            name for name in re.findall(r"`([\w/]+\.py)`", text) if not (ROOT / "core/src/vmconv" / name).is_file()
+        ]
+        assert files == [], heading
+
+
 def test_the_set_up_line_of_the_readme_installs_every_distribution() -> None:
     distributions = [ROOT / "core", *(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))]
     line = next(b.text for b in blocks(section(README, "Set-up")) if "vmconv demo" in b.text)
