@@ -18,7 +18,7 @@ from vmconv.inplace.names import GROUP
 
 pytestmark = pytest.mark.usefixtures("toys")
 
-NEW = ["new.toy", "web-disk1.qcow2", "web-disk2.qcow2", "web.toy"]
+NEW = ["new-disk1.qcow2", "new-disk2.qcow2", "new.toy", "web.toy"]
 
 
 MOST = 110

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_the_target_may_name_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     result = vmconv.machine_convert(config, tmp_path / "new/other.toy")
     assert result.target == str(tmp_path / "new/other.toy")
-    assert names(tmp_path / "new") == ["other.toy", "web-disk1.raw", "web-disk2.raw", "web-disk3.raw"]
+    assert names(tmp_path / "new") == ["other-disk1.raw", "other-disk2.raw", "other-disk3.raw", "other.toy"]
 
 
 def test_a_plan_says_what_becomes_of_each_setting_and_changes_nothing(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_a_physical_disk_is_named_and_not_opened(tmp_path: Path, toys: Registry)
     config = machine(tmp_path / "old", disks=[{"device": "/dev/sda"}])
     plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
     assert plan.disks == ()
-    assert [(loss.path, loss.value) for loss in plan.losses] == [("disks[0].device", "/dev/sda")]
+    assert [(loss.path, loss.value) for loss in plan.losses] == [("disks[0]", "physical disk /dev/sda")]
 
 
 def test_an_empty_disk_is_made_with_its_size(tmp_path: Path) -> None:
@@ -239,14 +240,93 @@ def test_files_of_a_machine_with_a_long_name_differ(tmp_path: Path) -> None:
     ]
 
 
-def test_devices_and_files_of_the_host_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_host_are_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = [{"kind": "file", "target": "/srv/log"}, {"kind": "pty", "target": "/dev/pts/1"}, {"kind": "none"}]
-    config = machine(tmp_path / "old", disks=[{"device": "/dev/sda"}], serials=ports)
+    config = machine(tmp_path / "old", serials=ports)
     assert vmconv.machine_plan(config, tmp_path / "new", target_format="toy").warnings == ()
-    monkeypatch.setattr(Toy, "carries", Toy.carries | {"disks.device", "serials"})
-    disk, port = vmconv.machine_plan(config, tmp_path / "new", target_format="toy").warnings
-    assert disk.startswith("disks[0] is the physical disk /dev/sda: it is not converted")
+    monkeypatch.setattr(Toy, "carries", Toy.carries | {"serials"})
+    (port,) = vmconv.machine_plan(config, tmp_path / "new", target_format="toy").warnings
     assert port == "serials[0] writes to the file /srv/log of the new machine's host"
+
+
+@pytest.mark.parametrize(("carries", "says"), [(set(), "does not have it"), ({"disks.device"}, "on its host")])
+def test_a_physical_disk_is_missing_in_the_new_machine(
+    carries: set[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, "carries", Toy.carries | carries)
+    config = machine(tmp_path / "old", disks=[{"file": "system.raw"}, {"device": "/dev/sda"}])
+    plan = vmconv.machine_plan(config, tmp_path / "new", target_format="toy")
+    (loss,) = plan.losses
+    assert loss[:2] == ("disks[1]", "physical disk /dev/sda")
+    assert loss.reason.endswith(says) and "content is not converted" in loss.reason
+    for wanted in ({"strict": True}, {"keep": ["disks.device"]}, {"keep": ["disks"]}):
+        with pytest.raises(PlanError, match="physical disk /dev/sda would be lost"):
+            vmconv.machine_convert(config, tmp_path / "new", target_format="toy", **wanted)
+    assert names(tmp_path) == ["old"]
+
+
+@pytest.mark.parametrize("second", ["system.raw", "link.raw", "hard.raw", "system.vmdk"])
+def test_one_file_for_two_disks_is_refused(second: str, tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", disks=[{"file": "system.raw"}, {"file": "data.qcow2"}, {"file": second}])
+    (tmp_path / "old/link.raw").symlink_to("system.raw")
+    (tmp_path / "old/hard.raw").hardlink_to(tmp_path / "old/system.raw")
+    vmconv.convert(tmp_path / "old/data.qcow2", tmp_path / "old/flat.vmdk", options={"subformat": "monolithicFlat"})
+    (tmp_path / "old/system.vmdk").write_text(
+        (tmp_path / "old/flat.vmdk").read_text().replace("flat-flat.vmdk", "system.raw")
+    )
+    for run in (vmconv.machine_plan, vmconv.machine_convert):
+        with pytest.raises(PlanError, match=r"disks\[0\] and disks\[2\] are the same file, .*\.raw"):
+            run(config, tmp_path / "new", target_format="toy")
+    assert names(tmp_path) == ["old"]
+
+
+def test_disks_on_one_backing_file_are_two_disks(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old", disks=[{"file": "a.qcow2"}, {"file": "b.qcow2"}])
+    for name in "ab":
+        make = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "system.raw", "-F", "raw"]
+        subprocess.run([*make, tmp_path / f"old/{name}.qcow2"], check=True)
+    assert len(vmconv.machine_plan(config, tmp_path / "new", target_format="toy").disks) == 2
+
+
+def test_files_are_named_after_the_configuration_that_the_user_names(tmp_path: Path) -> None:
+    config = machine(tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    for name in ("web", "web-2", "a.b"):
+        vmconv.machine_convert(config, tmp_path / f"new/{name}.toy")
+    assert names(tmp_path / "new") == sorted(
+        [f"{name}{end}" for name in ("web", "web-2", "a.b") for end in (".toy", *(f"-disk{n}.raw" for n in (1, 2, 3)))]
+    )
+    assert vmconv.machine_info(tmp_path / "new/a.b.toy").name == "web"
+
+
+@pytest.mark.parametrize("same", ["uuid", "name"])
+def test_the_files_of_another_machine_are_not_offered_for_replacement(
+    same: str, tmp_path: Path, toys: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, "carries", Toy.carries | {"identity"})
+    first, second = ("12345678-1234-1234-1234-123456789ab" + end for end in "ab")
+    by_uuid = same == "uuid"
+    one = machine(tmp_path / "one", **({"identity": {"uuid": first}} if by_uuid else {}))
+    two = machine(tmp_path / "two", **({"identity": {"uuid": second}} if by_uuid else {"name": "Web"}))
+    new = tmp_path / "new"
+
+    def hint(config: Path, target: Path = new) -> str:
+        with pytest.raises(PlanError, match="already exists") as caught:
+            vmconv.machine_convert(config, target, target_format="toy")
+        return str(caught.value.hint)
+
+    vmconv.machine_convert(one, new, target_format="toy")
+    assert hint(one) == "--force replaces it"
+    if not by_uuid:
+        (new / "Web.toy").write_bytes((new / "web.toy").read_bytes())
+    other = new / ("web-2.toy" if by_uuid else "Web-2.toy")
+    assert hint(two) == f"it may be another machine's: name the new configuration, such as {other}"
+    # A disk of a machine whose configuration has another name, or is damaged.
+    (new / "web.toy").rename(new / "other.toy")
+    assert "another machine's" in hint(one)
+    (new / "web.toy").write_text('{"toy": 7}')
+    assert "another machine's" in hint(one)
+    assert hint(one, new / "web.toy").endswith("new/web-2.toy")
 
 
 def test_disk_options_that_the_configuration_relies_on_cannot_be_changed(

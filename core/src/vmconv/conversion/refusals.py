@@ -26,12 +26,18 @@ def refuse_copies(target: str, zero_copy: str, plan: Plan | MachinePlan) -> None
 
 @contextmanager
 def no_collisions(
-    plan: Plan, directory: Directory, sources: Sequence[File], *, force: bool, but: Collection[str] = frozenset()
+    plan: Plan,
+    directory: Directory,
+    sources: Sequence[File],
+    *,
+    force: bool,
+    but: Collection[str] = frozenset(),
+    hint: str = "--force replaces it",
 ) -> Iterator[None]:
     """Raises `PlanError` if a target file is part of the source, exists, or is planned twice.
 
-    `but` are names of source files that the target may reuse. With `force`, existing files are replaced: the block
-    holds their locks, and raises `AccessError` if another process uses one.
+    `but` are names of source files that the target may reuse. `hint` is that of a file that exists. With `force`,
+    existing files are replaced: the block holds their locks, and raises `AccessError` if another process uses one.
     """
     made: set[str] = set()
     with ExitStack() as claims:
@@ -48,7 +54,7 @@ def no_collisions(
                     f"{path}: is part of the source", hint="choose another name or directory for the target"
                 )
             if not force:
-                raise PlanError(f"{path}: already exists", hint="--force replaces it")
+                raise PlanError(f"{path}: already exists", hint=hint)
             claims.enter_context(targets.claim_for_replacement(directory, file.name))
         yield
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.errors import AccessError, ImageError, PlanError
 from vmconv.interface.machines import ConfigFile
-from vmconv.machine.places import file_name
 from vmconv.machine.request import Loss
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def variables(source: Source, target: Target) -> Variables:
         data, dropped = nvram.converted(read, target.format.nvram_kind, secure_boot=firmware.secure_boot)
     except (AccessError, ImageError, PlanError) as exc:
         return _lost(firmware.nvram.file, str(exc))
-    name = file_name(target.format.nvram_name(target.adapted.machine, target.options))
-    return Variables(ConfigFile(name, data), (), tuple(f"firmware variable {line}" for line in dropped))
+    return Variables(ConfigFile(target.nvram_name(), data), (), tuple(f"firmware variable {line}" for line in dropped))
 
 
 def with_secure_boot(source: Source) -> Source:

@@ -165,8 +165,7 @@ def _refuse(request: MachineRequest, source: Source, target: Target) -> None:
     ):
         if wrong:
             raise UsageError(f"{what} and --in-place exclude each other")
-    files = [disk.file for disk in source.machine.disks]
-    if None in files or len(set(files)) < len(files):
+    if any(disk.file is None for disk in source.machine.disks):
         raise PlanError(
             f"{source.file.name}: a disk is no file of its own, and cannot be converted in place",
             hint="convert without --in-place",
@@ -176,8 +175,7 @@ def _refuse(request: MachineRequest, source: Source, target: Target) -> None:
 def _images(source: Source, target: Target) -> list[Image]:
     """Returns the image of each disk. Raises `PlanError` if one has no file in the target's directory."""
     found = []
-    for number, disk in enumerate(source.machine.disks):
-        image = source.image(disk)
+    for number, image in enumerate(source.images()):
         if image is None:
             raise PlanError(f"disks[{number}]: is a physical disk, and cannot be converted in place")
         there = os.path.dirname(os.path.realpath(image.file.path))

@@ -90,7 +90,7 @@ def run(
 def _prepared(request: MachineRequest, source: Source, target: Target, directory: str) -> Prepared:
     """Returns the planned conversion, with the storage of an existing `directory`."""
     registry = installed()
-    images = [source.image(disk) for disk in source.machine.disks]
+    images = source.images()
     payload = [file for image in images if image is not None for file in _payload(image)]
     way = choose_backend(registry, request.backend, directory, payload)
     firmware = variables(source, target)
@@ -111,7 +111,8 @@ def _checked(request: MachineRequest, ready: Prepared, directory: Directory) -> 
     clean(directory, [file.name for file in ready.made.plan.files])
     refuse_copies(request.target, request.zero_copy, ready.made.plan)
     refuse_too_large(ready.made.plan)
-    with no_collisions(ready.made.plan, directory, ready.source.opener.files, force=request.force):
+    hint = ready.target.hint_if_taken(directory, ready.made.plan)
+    with no_collisions(ready.made.plan, directory, ready.source.opener.files, force=request.force, hint=hint):
         yield
 
 

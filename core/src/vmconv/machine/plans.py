@@ -30,7 +30,7 @@ def machine_plan(
         target.directory,
         fate.carried,
         fate.substitutions,
-        (*fate.losses, *firmware.losses, *_signature(source)),
+        (*_with_physical(fate.losses, source, target), *firmware.losses, *_signature(source)),
         tuple(_disk_plan(disk, source) for disk in made.disks),
         tuple(file.name for file in made.plan.files),
         made.plan.backend,
@@ -49,16 +49,20 @@ def _signature(source: Source) -> Iterator[Loss]:
         yield Loss("certificate", source.manifest.certificate, reason)
 
 
+def _with_physical(losses: tuple[Loss, ...], source: Source, target: Target) -> tuple[Loss, ...]:
+    """Returns the losses with the physical disks of the machine: the new one has no copy of their content."""
+    named = carried("disks.device", target.format.carries)
+    reason = "its content is not converted, and the new machine " + (
+        "writes to the device of that name on its host" if named else "does not have it"
+    )
+    disks = {f"disks[{number}]": disk.device for number, disk in enumerate(source.machine.disks) if disk.device}
+    found = tuple(Loss(path, f"physical disk {device}", reason) for path, device in disks.items())
+    return found + tuple(loss for loss in losses if loss.path.removesuffix(".device") not in disks)
+
+
 def _on_the_host(target: Target) -> Iterator[str]:
-    """Yields a warning for each device and file outside the machine that the new guest writes to."""
+    """Yields a warning for each file and port outside the machine that the new guest writes to."""
     machine = target.adapted.machine
-    if carried("disks.device", target.format.carries):
-        for number, disk in enumerate(machine.disks):
-            if disk.device is not None:
-                yield (
-                    f"disks[{number}] is the physical disk {disk.device}: it is not converted, and the new machine "
-                    "writes to the device of that name on its host"
-                )
     if carried("serials.target", target.format.carries):
         for number, port in enumerate(machine.serials):
             if port.target is not None and port.kind in ("file", "device"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -47,6 +47,31 @@ class Source(NamedTuple):
         if disk.capacity is None:
             raise PlanError(f"{self.file.name}: a disk has neither a file nor a size")
         return _empty(self.file, disk.capacity)
+
+    def images(self) -> list[Image | None]:
+        """Returns the image of each disk. Raises `PlanError` if two disks are one file."""
+        found = [self.image(disk) for disk in self.machine.disks]
+        seen: dict[tuple[int, int], int] = {}
+        for number, image in enumerate(found):
+            for file in self._own_files(image) if image is not None else ():
+                first = seen.setdefault((file.stamp.device, file.stamp.inode), number)
+                if first != number:
+                    # Each would become a disk of its own: what the guest writes to one would not be in the other.
+                    raise PlanError(
+                        f"{self.file.name}: disks[{first}] and disks[{number}] are the same file, {file.path}",
+                        hint="remove one of them from a copy of the configuration",
+                    )
+        return found
+
+    def _own_files(self, image: Image) -> Sequence[File]:
+        """Returns the files of the top layer. Layers below may be those of several disks."""
+        if self.format.is_package:
+            return (image.file,)
+        from vmconv.model.sources import File
+
+        files = [image.file, *(each for each in image.guest.sources if isinstance(each, File))]
+        below = {id(layer.file) for layer in image.chain() if layer is not image}
+        return [file for file in files if id(file) not in below]
 
 
 def _empty(file: File, capacity: int) -> Image:

@@ -7,40 +7,93 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from vmconv.errors import PluginError, UsageError
+from vmconv.errors import PluginError, UsageError, VmconvError
 from vmconv.interface.machines import Adapted, Substitution
+from vmconv.io.opener import Opener
+from vmconv.io.registry import Registry
 from vmconv.machine.formats import format_by_suffix, machine_format, refuse_result
 from vmconv.machine.model import Identity, Machine
 from vmconv.machine.places import file_name
 from vmconv.model.options import parse_options
+from vmconv.model.sources import File
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmconv.interface.machines import MachineFormat
+    from vmconv.io.directory import Directory
     from vmconv.machine.request import MachineRequest
+    from vmconv.model.plan import Plan
 
 
 class Target(NamedTuple):
-    """A format with its options, the adapted machine, and the directory and the name of its configuration."""
+    """A format with its options, the adapted machine, and the directory and the name of its configuration.
+
+    `stem` is the name that the user gave the configuration, without its suffix. The other files are named after it, and
+    else after the machine.
+    """
 
     format: MachineFormat
     options: Any
     adapted: Adapted
     directory: str
     name: str
+    stem: str | None = None
 
     def disk_name(self, number: int, suffix: str) -> str:
         """Returns the file name of a disk; disks are counted from 0."""
-        return file_name(self.format.disk_name(self.adapted.machine, number, suffix, self.options))
+        return file_name(self.format.disk_name(self._named(), number, suffix, self.options))
+
+    def nvram_name(self) -> str:
+        """Returns the file name of the firmware's variables."""
+        return file_name(self.format.nvram_name(self._named(), self.options))
+
+    def _named(self) -> Machine:
+        machine = self.adapted.machine
+        return machine if self.stem is None else machine.model_copy(update={"name": self.stem})
+
+    def hint_if_taken(self, directory: Directory, plan: Plan) -> str:
+        """Returns what to do if a file of the new machine exists: to replace files of another one would destroy it."""
+        taken = [file.name for file in plan.files if directory.has(file.name)]
+        if self.format.is_package or (taken and self._is_there(directory, taken)):
+            return "--force replaces it"
+        if self.format.directory(self.adapted.machine, self.options):
+            options = ", ".join(sorted(f"-o {name}" for name in _fields(self.options)))
+            return f"it may be another machine's: choose another directory, or another id ({options})"
+        suffix = self.format.suffixes[0]
+        other = f"{self.stem or self.name.removesuffix(suffix)}-2{suffix}"
+        return f"it may be another machine's: name the new configuration, such as {directory.join(other)}"
+
+    def _is_there(self, directory: Directory, taken: Sequence[str]) -> bool:
+        """True if the directory has this machine, and all files that are `taken` are this machine's."""
+        try:
+            there = File(directory.join(self.name), directory.open(self.name))
+        except (OSError, VmconvError):
+            return False
+        try:
+            if not (self.format.can_read and self.format.probe(there)):
+                return False
+            found = self.format.read(there, Opener(Registry()))
+        except VmconvError:
+            return False
+        finally:
+            there.close()
+        nvram = found.firmware.nvram
+        files = [self.name, *(disk.file for disk in found.disks), nvram and nvram.file]
+        own = {os.path.basename(name) for name in files if name}
+        uuid = self.adapted.machine.identity.uuid
+        same = found.identity.uuid == uuid if uuid else found.name == self.adapted.machine.name
+        return same and own.issuperset(taken)
 
 
 def target_of(request: MachineRequest, machine: Machine) -> Target:
     """Returns the target of a request. Raises `PlanError` if the machine cannot exist on the platform."""
     found, options, both = _adapted(request, machine)
-    directory, name = _place(request, found, both.machine, options)
+    directory, name, stem = _place(request, found, both.machine, options)
     if "directory" in _fields(options) and not options.directory:
         # Some platforms need absolute paths in their configurations.
         options = dataclasses.replace(options, directory=os.path.realpath(directory))
-    return Target(found, options, both, directory, name)
+    return Target(found, options, both, directory, name, stem)
 
 
 def adapted_to(request: MachineRequest, machine: Machine) -> Machine:
@@ -73,18 +126,24 @@ def _fields(options: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(options)}
 
 
-def _place(request: MachineRequest, found: MachineFormat, machine: Machine, options: Any) -> tuple[str, str]:
-    """Returns the directory and the name of the configuration."""
+def _place(
+    request: MachineRequest, found: MachineFormat, machine: Machine, options: Any
+) -> tuple[str, str, str | None]:
+    """Returns the directory and the name of the configuration, and the stem of that if the user named it."""
     path = request.target
     is_directory = path.endswith("/") or os.path.isdir(path)
     if not is_directory and path.lower().endswith(found.suffixes):
-        return os.path.dirname(path) or ".", os.path.basename(path)
+        name = os.path.basename(path)
+        suffix = max((each for each in found.suffixes if name.lower().endswith(each)), key=len)
+        # The members of a package are in no other machine's way.
+        stem = None if found.is_package else name[: -len(suffix)] or None
+        return os.path.dirname(path) or ".", name, stem
     named = format_by_suffix(path)
     if not is_directory and named not in (None, found.name):
         hint = f"with -O {found.name}, name the directory of the new machine; end it with / if that is its name"
         raise UsageError(f"{path}: has the suffix of {named}, not of {found.name}", hint=hint)
     below = found.directory(machine, options)
-    return os.path.normpath(os.path.join(path, below)), file_name(found.config_name(machine, options))
+    return os.path.normpath(os.path.join(path, below)), file_name(found.config_name(machine, options)), None
 
 
 def _refuse_other_disks(before: Machine, after: Machine, format_name: str) -> None:
