@@ -142,7 +142,10 @@ def _epilog(text: str) -> Iterator[str]:
 
 def shipped_formats() -> list[str]:
     """Returns the names of the formats of this repository."""
-    return [name for name in sorted(installed().formats) if (ROOT / "plugins" / name).is_dir()]
+    owners = installed().owners
+    distributions = {f"vmconv-{path.name}" for path in (ROOT / "plugins").iterdir() if path.is_dir()}
+    disks, memory = (sorted(table) for table in (installed().formats, installed().memory_formats))
+    return [name for name in (*disks, *memory) if owners["format", name] in distributions]
 
 
 def formats_page() -> str:
@@ -164,15 +167,18 @@ def formats_page() -> str:
 
 
 def _carries(name: str) -> str:
-    fields = sorted(field.replace("_", " ") for field in installed().formats[name].carries)
+    one = installed().format(name)
+    fields = sorted([field.replace("_", " ") for field in one.carries] + [*one.carries_state])
     return f"| {name} | {', '.join(fields) or 'nothing'} |"
 
 
 def _format(name: str) -> Iterator[str]:
-    one = installed().formats[name]
+    one = installed().format(name)
     yield f"## {name}"
     suffixes = ", ".join(f"`{suffix}`" for suffix in one.suffixes)
     backing = "Can have a parent." if one.supports_backing else "Cannot have a parent."
+    if one.kind == "memory":
+        backing = "A memory image." if one.can_write else "A memory image, only read."
     yield f"{one.title[0].upper()}{one.title[1:]}. Suffixes: {suffixes}. {backing}"
     rows = [f"| `{o.name}` | `{_default(o.default)}` | {_cell(o.help)} |" for o in describe(one.options())]
     yield "\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows]) if rows else "No options."

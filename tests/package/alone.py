@@ -27,7 +27,8 @@ from vmconv.testing.disks import raw_disk
 ALONE = os.environ["VMCONV_ALONE"]
 NEEDED = set() if ALONE == "core" else set(re.findall(r"vmconv-\w+", " ".join(requires(f"vmconv-{ALONE}") or ())))
 """Plugins that this one needs."""
-FORMATS = {known.name for known in KNOWN if known.distribution}
+FORMATS = {known.name for known in KNOWN if known.distribution and known.kind == "disk"}
+MEMORY = {known.name for known in KNOWN if known.kind == "memory"}
 
 
 def test_only_that_plugin_is_installed() -> None:
@@ -36,6 +37,7 @@ def test_only_that_plugin_is_installed() -> None:
     found = {plugin.distribution for registry in registries for plugin in registry.plugins}
     assert found - {"vmconv"} == ({f"vmconv-{ALONE}"} | NEEDED) - {"vmconv-core"}
     assert set(installed().formats) == {ALONE} & FORMATS
+    assert set(installed().memory_formats) == (MEMORY if ALONE == "memory" else set())
 
 
 def test_its_commands_start() -> None:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from vmconv.interface.command import Command
     from vmconv.interface.findings import Findings
-    from vmconv.interface.format import CheckReport, Format, NoOptions
+    from vmconv.interface.format import CheckReport, Format, FormatKind, NoOptions
     from vmconv.interface.hooks import hookimpl
     from vmconv.interface.machines import (
         Adapted,
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     )
     from vmconv.io.directory import Directory
     from vmconv.io.foreign import described_beside
-    from vmconv.io.known import RAW_NAME, qemu_name
+    from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
     from vmconv.io.registry import Registry, installed
     from vmconv.model.disk import Disk
@@ -127,6 +127,7 @@ _HOMES = {
     "File": "model.sources",
     "Findings": "interface.findings",
     "Format": "interface.format",
+    "FormatKind": "interface.format",
     "GUEST": "model.usage",
     "Geometry": "model.facts",
     "Identified": "model.options",
@@ -150,6 +151,7 @@ _HOMES = {
     "PluginError": "errors",
     "Progress": "model.plan",
     "ProgressBar": "cli.output",
+    "RAM_NAME": "io.known",
     "RAW_NAME": "io.known",
     "Ranges": "placing.ranges",
     "ReadError": "errors",
@@ -226,6 +228,7 @@ __all__ = [
     "MAX_CHAIN_DEPTH",
     "MAX_SIZE",
     "OLDEST_INTERFACE",
+    "RAM_NAME",
     "RAW_NAME",
     "VMCONV_INTERFACE",
     "Access",
@@ -252,6 +255,7 @@ __all__ = [
     "File",
     "Findings",
     "Format",
+    "FormatKind",
     "Geometry",
     "Identified",
     "Image",

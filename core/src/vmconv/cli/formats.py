@@ -9,7 +9,7 @@ from vmconv.cli.options import add_output
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
-    from vmconv.interface.format import Format
+    from vmconv.interface.format import Format, FormatKind
     from vmconv.io.registry import Registry
 
 
@@ -21,12 +21,15 @@ def _run(options: argparse.Namespace) -> int:
     registry.examine()
     versions = {plugin.distribution: plugin.version for plugin in registry.plugins}
     formats = []
-    for name, one in sorted(registry.formats.items()):
+    asked = KINDS if options.kind == "all" else (options.kind,)
+    chosen = {name: one for kind in asked for name, one in sorted(registry.formats_of(kind).items())}
+    for name, one in chosen.items():
         distribution = registry.owners["format", name]
         formats.append(
             {
                 "name": name,
                 "title": one.title,
+                "kind": one.kind,
                 "reads": one.can_read,
                 "writes": one.can_write,
                 "suffixes": list(one.suffixes),
@@ -38,7 +41,7 @@ def _run(options: argparse.Namespace) -> int:
     missing = [
         {"name": known.name, "title": known.title, "distribution": known.distribution}
         for known in KNOWN
-        if known.distribution and known.name not in registry.formats
+        if known.kind in asked and known.distribution and known.name not in registry.all_formats
     ]
     problems = [{"distribution": p.distribution, "reason": p.reason} for p in registry.problems]
     report: dict[str, Any] = {"formats": formats, "installable": missing, "problems": problems}
@@ -64,11 +67,11 @@ def _options(registry: Registry, one: Format) -> list[dict[str, Any]]:
 def _print_formats(report: dict[str, Any]) -> None:
     from vmconv.cli.output import print_table
 
-    rows = [["FORMAT", "READS", "WRITES", "SUFFIXES", "DISTRIBUTION", "TITLE"]]
+    rows = [["FORMAT", "KIND", "READS", "WRITES", "SUFFIXES", "DISTRIBUTION", "TITLE"]]
     for one in report["formats"]:
         reads, writes = ("yes" if one[key] else "no" for key in ("reads", "writes"))
         distribution = f"{one['distribution']} {one['version']}"
-        rows.append([one["name"], reads, writes, " ".join(one["suffixes"]), distribution, one["title"]])
+        rows.append([one["name"], one["kind"], reads, writes, " ".join(one["suffixes"]), distribution, one["title"]])
     print_table(rows)
     print_options(report["formats"])
     print_rest(report)
@@ -101,9 +104,19 @@ def _value(default: object) -> str:
     return {True: "on", False: "off"}.get(default, str(default)) if isinstance(default, bool) else str(default)
 
 
+KINDS: tuple[FormatKind, ...] = ("disk", "memory")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    add_output(parser)
+    parser.add_argument(
+        "--kind", choices=("disk", "memory", "all"), default="all", help="formats of disks, of memory, or all (default)"
+    )
+
+
 VERB = Verb(
     "Lists each installed format: whether it is read and written, its writer's options and its distribution.\n"
     "Then the formats that a pip install would add, and broken plugins.",
-    add_output,
+    _configure,
     _run,
 )

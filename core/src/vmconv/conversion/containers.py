@@ -14,7 +14,7 @@ from vmconv.conversion.results import Results
 from vmconv.errors import PlanError, PluginError, UsageError, in_words
 from vmconv.interface.format import Format
 from vmconv.io.registry import Registry
-from vmconv.model.extents import Extents
+from vmconv.model.extents import Extents, Kind
 from vmconv.model.identity import derived, fresh
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
@@ -115,6 +115,18 @@ class Container(NamedTuple):
             # New ids replace the source's, so those are not lost.
             if name not in self.format.carries and not (name == "identity" and self.identity is not None):
                 yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
+        for name, content in self.source.state.items():
+            if name not in self.format.carries_state:
+                yield f"{name} ({len(content)} bytes): {self.format.name} has no place for it"
+        if self.source.kind == "memory" and not self.format.keeps_holes:
+            yield from _filled_holes(self.source, self.format)
+
+
+def _filled_holes(image: Image, target: Format) -> Iterator[str]:
+    """Yields the loss of addresses without RAM, for a format that has zeros there."""
+    holes = image.guest.total(Kind.HOLE)
+    if holes:
+        yield f"{holes} bytes of addresses without RAM: {target.name} has zeros there"
 
 
 def parts_of(image: Image, target: Target, registry: Registry, kept: Kept | None, *, chain: bool) -> list[Part]:

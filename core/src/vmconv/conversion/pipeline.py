@@ -15,7 +15,7 @@ from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
 from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans, plan_layout
-from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
+from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_other_kind, refuse_too_large
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
@@ -88,6 +88,8 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         directory = _only_directory(found)
         refuse_directory(directory)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+        for _, wanted in targets:
+            refuse_other_kind(image.file.name, image.kind, wanted.format, registry)
         # Before the lower layers are opened, so that only this image's own files are replaced.
         site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))
@@ -131,6 +133,7 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
         target = _stream_target(request, registry)
         refuse_source_kept(target.format, target.options)
         image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        refuse_other_kind(image.file.name, image.kind, target.format, registry)
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
         kept = _kept_layer(request, target, image, registry)
@@ -373,6 +376,7 @@ def _site(request: Request, others: Sequence[Request], image: Image, opener: Ope
         return None
     for wrong, name in (
         (os.path.isdir(request.source), "a bundle, which is a directory,"),
+        (image.kind != "disk", "a memory image"),
         (others, "several targets"),
         (request.snapshot, "a snapshot"),
         (request.force_share, "--force-share"),

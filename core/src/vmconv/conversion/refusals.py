@@ -8,13 +8,28 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from vmconv.backends import targets
-from vmconv.errors import AccessError, PlanError, ZeroCopyError
+from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
 from vmconv.io.directory import Directory
 from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
+    from vmconv.interface.format import Format
+    from vmconv.io.registry import Registry
     from vmconv.machine.request import MachinePlan
+
+
+_WORDS = {"disk": "a disk", "memory": "a memory image"}
+
+
+def refuse_other_kind(name: str, kind: str, target: Format, registry: Registry) -> None:
+    """Raises `UsageError` unless `target` holds images of this kind; `name` is that of the source's file."""
+    if target.kind != kind:
+        there = sorted(key for key, one in registry.all_formats.items() if one.kind == kind and one.can_write)
+        raise UsageError(
+            f"{name}: is {_WORDS[kind]}, and {target.name} holds {_WORDS[target.kind]}",
+            hint=f"formats of {_WORDS[kind]}: {', '.join(there) or 'none is installed'}",
+        )
 
 
 def refuse_copies(target: str, zero_copy: str, plan: Plan | MachinePlan) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from vmconv.errors import AccessError
 from vmconv.interface.format import Format
@@ -27,6 +27,12 @@ class Results(Opener):
 
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         return self._sources.get(reference) or self._find(origin, reference, role)[0]
+
+    def companion(self, origin: File, suffixes: Sequence[str], role: str) -> tuple[str, File] | None:
+        own = next((name for name, (file, _) in self._results.items() if file is origin), origin.name)
+        names = [os.path.splitext(own)[0] + suffix for suffix in suffixes]
+        found = next((name for name in names if name in self._results), None)
+        return (found, self._results[found][0]) if found else None
 
     def parent(self, origin: File, reference: str, format_name: str | None, *, moved: bool = False) -> Image:
         file, reader = self._find(origin, reference, "backing file")

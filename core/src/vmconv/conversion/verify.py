@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from vmconv.conversion.results import Results
 from vmconv.errors import UsageError, VerifyError, VmconvError
 from vmconv.inspect.comparison import first_difference
 from vmconv.io.known import qemu_name
-from vmconv.model.extents import Extents, on_storage
+from vmconv.model.extents import Extents, Kind, on_storage
 from vmconv.model.image import Image
 from vmconv.model.sources import File
 
@@ -171,7 +173,22 @@ def _check_reference(container: Container, result: Image) -> None:
         raise VerifyError(f"{container.name}: its parent is {result.parent_reference}, the source was meant")
 
 
+def _check_holes(container: Container, table: Extents) -> None:
+    """Raises `VerifyError` unless memory has RAM at the same addresses in the result and in the source."""
+    if container.source.kind != "memory" or not container.format.keeps_holes:
+        return
+    mine, theirs = (_holes(each) for each in (container.source.guest, table))
+    if mine != theirs:
+        raise VerifyError(f"{container.name}: the result has RAM at other addresses than the source")
+
+
+def _holes(table: Extents) -> Extents:
+    """Returns the table with ZERO for all RAM."""
+    return Extents(table.size, table.columns._replace(kind=np.minimum(table.kind, np.uint8(Kind.ZERO))), table.sources)
+
+
 def _check_table(container: Container, table: Extents) -> None:
+    _check_holes(container, table)
     disk, below = container.disk, container.below
     table = (table if below is None else table.over(below)).without_holes()
     if table.size < disk.size:

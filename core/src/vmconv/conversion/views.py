@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vmconv.conversion.refusals import refuse_other_kind
 from vmconv.errors import PlanError
 from vmconv.interface.format import Format
+from vmconv.io.registry import installed
 from vmconv.model.identity import of_disk
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, Placement
@@ -20,6 +22,7 @@ def views(image: Image, target: Format, options: Mapping[str, Any], name: str) -
     Except for ids, the bytes equal the output of `convert` on a filesystem with blocks of `ALIGNMENT` bytes.
     """
     parsed = parse_options(target.options(), options, target.name)
+    refuse_other_kind(image.file.name, image.kind, target, installed())
     refuse_source_kept(target, parsed)
     placement = Placement(ALIGNMENT, name)
     if hasattr(parsed, "identity"):

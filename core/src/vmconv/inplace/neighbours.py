@@ -94,8 +94,8 @@ def _find_reference(directory: Directory, name: str, own: Sequence[Own], registr
         kind = registry.probe(file)
         # A damaged header may fail halfway; names read before count.
         with suppress(VmconvError):
-            if kind in registry.formats:
-                _ask(registry.formats[kind].read(file, names), names)
+            if kind is not None and kind in registry.all_formats:
+                _ask(registry.format(kind).read(file, names), names)
         return names.found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vmconv.errors import UsageError
 from vmconv.inplace.settling import settle
 from vmconv.interface.arguments import ImagePair, Reading
 from vmconv.io.opener import Opener
@@ -24,7 +25,10 @@ def both(asked: ImagePair) -> Iterator[tuple[Image, Image]]:
     """Yields two images."""
     # One opener each: a file that one image may refer to is off limits to the other.
     with _opener(asked) as left, _opener(asked, "-F") as right:
-        yield left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
+        one, other = left.image(asked.left, asked.left_format), right.image(asked.right, asked.right_format)
+        if one.kind != other.kind:
+            raise UsageError(f"{one.file.name} is of kind {one.kind}, {other.file.name} of kind {other.kind}")
+        yield one, other
 
 
 def _opener(asked: Reading | ImagePair, format_option: str = "-f") -> Opener:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from vmconv.io.opener import Opener
     from vmconv.model.image import Image
     from vmconv.model.layout import Backing, Layout, Placement
     from vmconv.model.sources import File
+
+
+FormatKind = Literal["disk", "memory"]
+"""What the images of a format hold: a disk, or the memory of a machine. No conversion leads from one to the other."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,17 @@ class Format:
 
     name: str
     title: str
+    kind: FormatKind = "disk"
     suffixes: tuple[str, ...] = ()
     """Suffixes with their dot, lower case. New files get the first."""
+    plain_suffixes: frozenset[str] = frozenset()
+    """Those of the suffixes whose files have no signature, so that the name alone decides."""
     carries: frozenset[str] = frozenset()
     """Fields of `DiskFacts`, besides the identity, that the writer stores."""
+    carries_state: frozenset[str] = frozenset()
+    """Parts of `Image.state` that the writer stores."""
+    keeps_holes = True
+    """For memory: False if the images cannot state where the machine has no RAM, and have zeros there."""
     can_read = True
     can_write = True
     supports_backing = False

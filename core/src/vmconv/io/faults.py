@@ -58,7 +58,7 @@ def _owner(exc: BaseException) -> str | None:
         found = owners.get(_top(name), found)
     if found is None and isinstance(exc, TypeError):
         # A method with other parameters fails before any frame of its own exists.
-        for name, one in registry.formats.items():
+        for name, one in registry.all_formats.items():
             if str(exc).startswith(f"{type(one).__qualname__}."):
                 return registry.owners.get(("format", name))
     return found

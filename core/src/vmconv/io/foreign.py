@@ -38,7 +38,7 @@ _UNPACK = "unpack it first: {}; then convert the disk that was in it"
 _RESTORE = "restore it to a raw disk first: {}"
 _CONFIGURATION = "vmconv machine convert converts the machine; vmconv convert converts a disk that this file names"
 _MACHINE = "vmconv machine convert converts the machine in it, with its disks"
-_MEMORY = "vmconv converts disks: name the disk of the machine, not its memory or state"
+_MEMORY = "to convert the disk of a machine, name the disk, not memory or state; vmconv-memory converts memory images"
 _TEXT = "download the disk itself"
 
 FOREIGN = (
@@ -131,17 +131,12 @@ FOREIGN = (
         _TEXT,
     ),
     # -- memory and state
-    Foreign(
-        "VMware memory or state",
-        (".vmem", ".vmss", ".vmsn", ".vswp"),
-        ((0, b"\xd0\xbe\xd2\xbe"), (0, b"\xd2\xbe\xd2\xbe"), (0, b"\xd3\xbe\xd3\xbe")),
-        _MEMORY,
-    ),
+    Foreign("VMware swap", (".vswp",), (), _MEMORY),
     Foreign("Hyper-V state", (".vmrs", ".vsv"), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
     Foreign("VirtualBox state", (".sav",), ((0, b"\x7fVirtualBox SavedState"),), _MEMORY),
     Foreign("QEMU migration", (".mig", ".qemusave"), ((0, b"QEVM"),), _MEMORY),
     Foreign("libvirt saved machine", (".save",), ((0, b"LibvirtQemudSave"), (0, b"LibvirtQemudPart")), _MEMORY),
-    Foreign("ELF file", (".elf", ".core", ".vmcore"), ((0, b"\x7fELF"),), _MEMORY),
+    Foreign("ELF file", (), ((0, b"\x7fELF"),), _MEMORY),
     Foreign("download that is not complete", (".part", ".partial", ".crdownload", ".aria2"), (), _TEXT),
 )
 

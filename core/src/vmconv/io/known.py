@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from vmconv.interface.format import FormatKind
     from vmconv.model.sources import File
 
 
@@ -27,10 +28,16 @@ class Known(NamedTuple):
     qemu_name: str | None = None
     bundle: str | None = None
     hint: str | None = None
+    kind: FormatKind = "disk"
 
 
 RAW_NAME = "raw"
 """The format of files without a signature."""
+
+RAM_NAME = "ram"
+"""The memory format of files without a signature."""
+
+_MEMORY = "vmconv-memory"
 
 KNOWN = (
     Known("raw", "raw disk", "vmconv-raw", (".raw", ".img", ".dd"), ()),
@@ -145,6 +152,18 @@ KNOWN = (
         (".ova",),
         (),
         hint="vmconv machine convert converts its machine; tar -xf unpacks its disks",
+    ),
+    Known("ram", "raw memory: offsets are physical addresses", _MEMORY, (".ram", ".mem"), (), kind="memory"),
+    # Programs and libraries have the magic number of ELF too, so only its plugin recognises a core.
+    Known("elfcore", "ELF core of a machine", _MEMORY, (".elf", ".core", ".vmcore", ".dump"), (), kind="memory"),
+    Known("lime", "LiME memory image", _MEMORY, (".lime",), ((0, b"EMiL\1\0\0\0"),), kind="memory"),
+    Known(
+        "vmem",
+        "VMware memory with its saved state",
+        _MEMORY,
+        (".vmss", ".vmsn", ".vmem"),
+        ((0, b"\xd0\xbe\xd2\xbe"), (0, b"\xd1\xba\xd1\xba"), (0, b"\xd2\xbe\xd2\xbe"), (0, b"\xd3\xbe\xd3\xbe")),
+        kind="memory",
     ),
 )
 

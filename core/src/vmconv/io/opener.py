@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import TracebackType
@@ -136,7 +136,7 @@ class Opener:
         """Yields possible disks, by suffix, in a directory and its subdirectories, such as a bundle of a machine."""
         for below, directories, names in islice(os.walk(directory), MAX_SEARCHED):
             for name in sorted(directories) + sorted(names):
-                if self.registry.format_by_suffix(name) is not None:
+                if self.registry.format_by_suffix(name, "disk") is not None:
                     yield os.path.join(below, name)
             # Limits os.walk to one level.
             if below != directory:
@@ -157,7 +157,7 @@ class Opener:
         """Returns the disk image that the configuration `origin` names; `format_name` is the format that it states."""
         file = self.related(origin, reference, "disk", moved=True)
         self._depth[id(file)] = [_identity(file)]
-        return self._read(self.registry.identify(file, format_name, option=""), file)
+        return self._read(_of_disk(self.registry.identify(file, format_name, option=""), file), file)
 
     def related(self, origin: File, reference: str, role: str, *, moved: bool = False) -> File:
         """Returns the file that `origin` names as its `role`; raises `AccessError` if the rules forbid it.
@@ -177,6 +177,23 @@ class Opener:
         if _identity(file) == _identity(origin):
             raise ImageError(f"{origin.name}: {role} {reference!r} is the image itself, a loop")
         return file
+
+    def companion(self, origin: File, suffixes: Sequence[str], role: str) -> tuple[str, File] | None:
+        """Returns name and file of the part of an image that has its name and another suffix; None without one.
+
+        The first of `suffixes`, lower case with the dot, that exists counts; upper case is found too.
+        """
+        own, name = os.path.split(origin.path)
+        stem = os.path.splitext(name)[0]
+        for suffix in suffixes:
+            for spelled in (suffix, suffix.upper()):
+                with self._acting():
+                    there = os.path.lexists(os.path.join(own, stem + spelled))
+                if there:
+                    # A colon could be taken for that of a protocol.
+                    name = stem + spelled
+                    return name, self.related(origin, f"./{name}" if ":" in name else name, role)
+        return None
 
     def _located(self, origin: File, reference: str, role: str, *, moved: bool) -> str:
         """Returns the path of a reference: as QEMU resolves it, or its base name beside the image."""
@@ -240,7 +257,7 @@ class Opener:
             raise ImageError(f"{origin.name}: chain of more than {MAX_CHAIN_DEPTH} layers")
         self._depth[id(file)] = [*above, _identity(file)]
         stated = format_name or self._backing_format
-        return self._read(self.registry.identify(file, stated, option="--backing-format"), file)
+        return self._read(_of_disk(self.registry.identify(file, stated, option="--backing-format"), file), file)
 
     def _read(self, found: Format, file: File, snapshot: str | None = None) -> Image:
         from vmconv.model.image import Image
@@ -248,6 +265,9 @@ class Opener:
         image: Any = found.read(file, self, snapshot=snapshot)
         if not isinstance(image, Image):
             said = f"its reader returns {type(image).__name__}, which is not an Image"
+            raise PluginError(said, format_name=found.name)
+        if image.kind != found.kind:
+            said = f"its reader returns an image of kind {image.kind}, the format is of kind {found.kind}"
             raise PluginError(said, format_name=found.name)
         return image
 
@@ -317,6 +337,16 @@ class Opener:
         if not self._force_share:
             locks.share(file)
         return file
+
+
+def _of_disk(found: Format, file: File) -> Format:
+    """Returns a format of disks; raises `ImageError` for one of memory."""
+    if found.kind != "disk":
+        raise ImageError(
+            f"{file.name}: is a memory image ({found.name}), and a disk was expected",
+            hint="name the disk of the machine, not its memory",
+        )
+    return found
 
 
 def _same(one: str, other: str) -> bool:

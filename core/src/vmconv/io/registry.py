@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pluggy
 
@@ -19,7 +19,7 @@ from vmconv.errors import ImageError, PluginError, ReadError, UsageError
 from vmconv.interface import hooks
 from vmconv.interface.backend import Backend
 from vmconv.interface.command import Command
-from vmconv.interface.format import Format
+from vmconv.interface.format import Format, FormatKind
 from vmconv.interface.machines import MachineFormat
 from vmconv.io.discovery import Plugin, entry_points
 from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, suffix_of
@@ -42,10 +42,16 @@ class Problem(NamedTuple):
 
 
 class Registry:
-    """All registered objects by name; `owners` maps `(kind, name)` to the distribution."""
+    """All registered objects by name; `owners` maps `(kind, name)` to the distribution.
+
+    `formats` are those of disks, `memory_formats` those of memory, so that what iterates over one never meets the
+    other. Names and suffixes are unique among both; `format` and `probe` know both.
+    """
 
     def __init__(self, formats: Mapping[str, Format] | None = None) -> None:
-        self.formats: dict[str, Format] = dict(formats or {})
+        given = dict(formats or {})
+        self.formats: dict[str, Format] = {name: one for name, one in given.items() if one.kind == "disk"}
+        self.memory_formats: dict[str, Format] = {name: one for name, one in given.items() if one.kind == "memory"}
         self.backends: dict[str, Backend] = {}
         self.commands: dict[str, Command] = {}
         self.machines: dict[str, MachineFormat] = {}
@@ -54,8 +60,17 @@ class Registry:
         self.problems: list[Problem] = []
         self._suffixes: dict[str, list[str]] = {}
         self._trusted: dict[str, bool] = {}
-        for name, one in self.formats.items():
+        for name, one in self.all_formats.items():
             self.add_suffixes(name, one.suffixes)
+
+    @property
+    def all_formats(self) -> dict[str, Format]:
+        """The formats of both kinds, disks first."""
+        return self.formats | self.memory_formats
+
+    def formats_of(self, kind: FormatKind) -> dict[str, Format]:
+        """Returns the formats of one kind."""
+        return self.memory_formats if kind == "memory" else self.formats
 
     def add_problem(self, distribution: str, doing: str, exc: BaseException) -> None:
         """Adds the failure of a plugin, in one line."""
@@ -88,16 +103,17 @@ class Registry:
     def format(self, name: str) -> Format:
         """Returns a format by its name or QEMU's name; raises `UsageError` with a hint what to install or repair."""
         known = known_format(name)
+        formats = self.all_formats
         for either in (name, known.name if known else name):
-            if either in self.formats:
-                return self.formats[either]
+            if either in formats:
+                return formats[either]
         raise UsageError(f"format {name!r} is not installed", hint=self._missing(known.name if known else name))
 
     def writer(self, name: str) -> Format:
         """Returns a format that images can be made of; raises `UsageError` for one that is only read."""
         one = self.format(name)
         if not one.can_write:
-            have = ", ".join(sorted(name for name, other in self.formats.items() if other.can_write))
+            have = ", ".join(sorted(name for name, other in self.formats_of(one.kind).items() if other.can_write))
             raise UsageError(f"{one.name} is only read: vmconv makes no such images", hint=f"it makes {have}")
         return one
 
@@ -109,6 +125,8 @@ class Registry:
         if known and known.distribution:
             return f"pip install {known.distribution}"
         have = ", ".join(sorted(self.formats)) or "none"
+        if self.memory_formats:
+            have += f"; of memory: {', '.join(sorted(self.memory_formats))}"
         about = f"{known.title}: no plugin is known to read it; " if known else ""
         return about + ((known and known.hint) or f"installed formats: {have}")
 
@@ -127,13 +145,14 @@ class Registry:
             raise UsageError(f"backend {name!r} is not installed", hint=self._broken(name) or f"installed: {have}")
         return self.backends[name]
 
-    def format_by_suffix(self, path: str) -> str | None:
-        """Returns the name of the format of a file name's suffix, installed or not."""
+    def format_by_suffix(self, path: str, kind: FormatKind | None = None) -> str | None:
+        """Returns the name of the format of a file name's suffix, installed or not; with `kind` only of this kind."""
         claimants = self._claimants(path)
         if claimants:
-            return claimants[0] if len(claimants) == 1 else None
+            name = claimants[0] if len(claimants) == 1 else None
+            return name if name is None or kind in (None, self.format(name).kind) else None
         known = known_suffix(path)
-        return known.name if known else None
+        return known.name if known and kind in (None, known.kind) else None
 
     def _claimants(self, path: str) -> list[str]:
         """Returns the installed formats that claim the longest suffix of a file name."""
@@ -155,7 +174,7 @@ class Registry:
 
         Raises `ImageError` if several formats claim the content.
         """
-        claimants = [name for name, one in self.formats.items() if self._claims(one, file)]
+        claimants = [name for name, one in self.all_formats.items() if self._claims(one, file)]
         # Core's own table of magic numbers settles conflicts, and knows formats that are not installed.
         known = known_content(file) if len(claimants) != 1 else None
         if known and (not claimants or known.name in claimants):
@@ -191,7 +210,7 @@ class Registry:
 
     def examine(self) -> None:
         """Tests the probes of all formats; adds defects to `problems`."""
-        for name, one in self.formats.items():
+        for name, one in self.all_formats.items():
             distribution = self.owners.get(("format", name), name)
             try:
                 self._is_trusted(one, distribution)
@@ -213,6 +232,8 @@ class Registry:
         suffix = self.format_by_suffix(file.path)
         if content is None:
             _refuse_foreign(file, suffix, option)
+            if suffix and self._is_plain(suffix, file):
+                return self.format(suffix)
             if suffix not in (None, RAW_NAME):
                 raise ImageError(
                     f"{file.name}: no signature of {suffix}, the format of its suffix",
@@ -232,14 +253,19 @@ class Registry:
         content, suffix = self.probe(file), self.format_by_suffix(file.path)
         if content is None:
             _refuse_foreign(file, suffix, option)
-        found = content or RAW_NAME
+        found = content or (suffix if suffix and self._is_plain(suffix, file) else RAW_NAME)
         if suffix in (None, found):
             return self.format(found), ()
         return self.format(found), (f"{file.name}: its name says {suffix}, its content is {found}",)
 
+    def _is_plain(self, name: str, file: File) -> bool:
+        """True if files with this suffix have no signature in the format `name`, that of the suffix."""
+        one = self.all_formats.get(name)
+        return one is not None and file.path.lower().endswith(tuple(one.plain_suffixes))
+
     def _choice(self, content: str, option: str) -> str:
         """Returns the hint for a file whose signature does not match its suffix."""
-        if content in self.formats:
+        if content in self.all_formats:
             said = f"{_say(option, content)} or {option} {RAW_NAME}" if option else "give it the suffix of its format"
             return f"a guest can write such a header into its raw disk: {said}"
         return f"{self._missing(content)}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}"
@@ -387,7 +413,7 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, names: dict[str,
     for name, claimants in claims.items():
         _give(registry, kind, name, claimants)
     if kind == "format":
-        for name, one in registry.formats.items():
+        for name, one in registry.all_formats.items():
             registry.add_suffixes(name, one.suffixes)
 
 
@@ -395,7 +421,9 @@ def _give(registry: Registry, kind: str, name: str, claimants: list[tuple[str, A
     """Assigns a name to its only claimant; core keeps its own names, such as the command that lists problems."""
     own = [claimant for claimant in claimants if claimant[0] == "vmconv"]
     if len(claimants) == 1 or len(own) == 1:
-        registry.owners[kind, name], getattr(registry, f"{kind}s")[name] = (own or claimants)[0]
+        registry.owners[kind, name], one = (own or claimants)[0]
+        table = registry.formats_of(one.kind) if kind == "format" else getattr(registry, f"{kind}s")
+        table[name] = one
     if len(claimants) > 1:
         who = " and ".join(f"{_class_of(item)} of {distribution}" for distribution, item in claimants)
         for distribution in dict.fromkeys(distribution for distribution, _ in claimants):
@@ -419,6 +447,8 @@ def _checked(item: Any, kind: str, base: Any) -> None:
     field = "help" if kind == "command" else "title"
     if not isinstance(getattr(item, field, None), str):
         raise PluginError(f"{kind} {item.name!r} has no {field}, a short description")
+    if kind == "format" and item.kind not in get_args(FormatKind):
+        raise PluginError(f"kind {item.kind!r} of format {item.name!r} is not disk or memory")
     suffixes = getattr(item, "suffixes", ())
     if not (isinstance(suffixes, tuple) and all(isinstance(suffix, str) for suffix in suffixes)):
         raise PluginError(f"suffixes of {kind} {item.name!r} are not a tuple of strings")

@@ -137,6 +137,8 @@ def disk_format(target: Target, request: MachineRequest, registry: Registry) -> 
     if accepted and wanted.name not in accepted:
         hint = f"--disk-format may be {', '.join(sorted(accepted))}"
         raise UsageError(f"{target.format.name}: machines have no {wanted.name} disks", hint=hint)
+    if wanted.kind != "disk":
+        raise UsageError(f"--disk-format {wanted.name}: is a format of memory, not of disks")
     return wanted
 
 

@@ -13,6 +13,7 @@ from vmconv.model.facts import DiskFacts
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
+    from vmconv.interface.format import FormatKind
     from vmconv.model.disk import Disk
     from vmconv.model.extents import Extents
     from vmconv.model.references import Dependency
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 class Image:
     """One layer of a disk: `size` bytes for the guest, stored in `file`, on top of an optional parent.
+
+    Of `kind` "memory" it is the memory of a machine: addresses are physical ones, `size` is the end of the RAM, and a
+    HOLE is an address without RAM. `state` returns machine state beside the memory by name, such as "ELF notes", for
+    writers that can store it.
 
     Expensive work is lazy: `load_guest` reads the allocation tables, `load_parent` opens the next layer, `load_places`
     is for formats that reserve space, see `places`. `facts` are what the image states of the disk, except size and
@@ -48,10 +53,13 @@ class Image:
         dependencies: tuple[Dependency, ...] = (),
         shows_holes: Callable[[File], bool] | None = None,
         digests: Mapping[str, str] = MappingProxyType({}),
+        kind: FormatKind = "disk",
+        state: Callable[[], Mapping[str, bytes]] = dict,
     ) -> None:
         self.format_name = format_name
         self.file = file
         self.size = size
+        self.kind = kind
         self.facts = DiskFacts() if facts is None else facts
         self.losses = losses
         self.warnings = warnings
@@ -64,6 +72,7 @@ class Image:
         self._load_places = load_places
         self._load_parent = load_parent
         self._details = details
+        self._state = state
 
     @cached_property
     def guest(self) -> Extents:
@@ -75,6 +84,11 @@ class Image:
                 f"its reader returns a table of {size} bytes for a disk of {self.size}", format_name=self.format_name
             )
         return table
+
+    @cached_property
+    def stored(self) -> Extents:
+        """The table of this layer alone; payload in a hole of its file is ZERO, and each HOLE stays."""
+        return _through_storage(self.guest)
 
     @cached_property
     def places(self) -> Extents:
@@ -129,6 +143,8 @@ class Image:
             load_parent=lambda: parent or base,
             facts=self.facts,
             details=lambda: self.details,
+            kind=self.kind,
+            state=self._state,
         )
 
     def stating(self, **facts: Any) -> Image:
@@ -148,6 +164,11 @@ class Image:
             reference, kind = printable(self.parent_reference)[:MAX_REFERENCE], self.parent_format
             parent = Parent(reference=reference, format=None if kind is None else printable(kind))
         return Disk.of(self.size, self.facts, parent)
+
+    @cached_property
+    def state(self) -> Mapping[str, bytes]:
+        """Machine state beside the memory, by name."""
+        return self._state()
 
     @property
     def details(self) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from vmconv.conversion import pipeline
 from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Target
 from vmconv.conversion.execute import carry_out
-from vmconv.conversion.refusals import refuse_copies, refuse_too_large
+from vmconv.conversion.refusals import refuse_copies, refuse_other_kind, refuse_too_large
 from vmconv.conversion.verify import read_back, refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, warn
@@ -85,9 +85,14 @@ def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterato
             asked = request.conversion(None, force=True)
             opener = stack.enter_context(asked.opener(registry))
             image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+            if image.kind != "disk":
+                raise UsageError(
+                    f"{image.file.name}: is a memory image, and only disks are synced", hint="convert it anew"
+                )
             image.warnings += tuple(checking.warnings(image, opener))
             image.flat  # noqa: B018 opens all layers
             old = stack.enter_context(olds.opened(directory, name, request, opener.files, registry))
+            refuse_other_kind(image.file.name, image.kind, old.format, registry)
             yield _Sync(request, image, opener, old, directory, name, registry, comparing).ready()
 
 

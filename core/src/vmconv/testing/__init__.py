@@ -18,6 +18,7 @@ from vmconv.testing.disks import disk_of, image_file, make_in_memory, patterned,
 from vmconv.testing.formats import FormatTests
 from vmconv.testing.machines import MachineTests, machines
 from vmconv.testing.malformed import KINDS, Malformed, Sample
+from vmconv.testing.ram import MemoryFormatTests, MemoryReaderTests, memory_of
 from vmconv.testing.reading import ReaderTests
 from vmconv.testing.storage import StorageFormatTests
 from vmconv.testing.strategies import disks, tables
@@ -28,6 +29,8 @@ __all__ = [
     "FormatTests",
     "MachineTests",
     "Malformed",
+    "MemoryFormatTests",
+    "MemoryReaderTests",
     "ReaderTests",
     "Sample",
     "StorageFormatTests",
@@ -36,6 +39,7 @@ __all__ = [
     "image_file",
     "machines",
     "make_in_memory",
+    "memory_of",
     "patterned",
     "random_bytes",
     "tables",

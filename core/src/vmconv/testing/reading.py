@@ -42,6 +42,10 @@ class Siblings(Opener):
             return super().related(origin, reference, role, moved=moved)
         return self._siblings[reference]
 
+    def companion(self, origin: File, suffixes: Sequence[str], role: str) -> tuple[str, File] | None:
+        found = (name for suffix in suffixes for name in self._siblings if name.endswith(suffix))
+        return next(((name, self._siblings[name]) for name in found), None)
+
 
 class ReaderTests:
     """Subclass it for a format without a writer (`can_write = False`), and override `sound`.

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from vmconv.api import View, inside, locks, new_name, stamp_of, views
-from vmconv.plugin import AccessError, Blob, Extents, Image, Opener, ReadError, VmconvError, printable
+from vmconv.plugin import AccessError, Blob, Extents, FormatKind, Image, Opener, ReadError, VmconvError, printable
 from vmconv_view.rights import Rights
 from vmconv_view.variants import Variant
 
@@ -79,6 +79,11 @@ class Entry:
         except (OSError, ReadError):
             # Another thread has retired this and closed its files, or a file was removed.
             return False
+
+    @property
+    def kind(self) -> FormatKind:
+        """What the image holds; a disk if it is unreadable."""
+        return self._image.kind if self._image else "disk"
 
     @property
     def failure(self) -> Files | None:

@@ -24,8 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--as",
         dest="target_format",
         metavar="FMT",
-        default="raw",
-        help="what to export: the file that FILE would be in this format; raw is the guest's disk (default: raw)",
+        help="what to export: the file that FILE would be in this format (default: raw, the guest's disk, or ram)",
     )
     add_options(parser, "that format")
     parser.add_argument("-l", "--snapshot", metavar="NAME", help="export this internal snapshot (id or name)")
@@ -66,11 +65,12 @@ def _end(_number: int, _frame: object) -> NoReturn:
 def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
     """Returns the files to export by name; plans them now, so that errors come before the first client."""
     from vmconv.api import checking, new_name, views
+    from vmconv.plugin import RAM_NAME, RAW_NAME
 
     image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
     for warning in (*image.warnings, *checking.warnings(image, opener)):
         print(f"warning: {warning}", file=sys.stderr)
-    target = opener.registry.writer(options.target_format)
+    target = opener.registry.writer(options.target_format or (RAW_NAME if image.kind == "disk" else RAM_NAME))
     name = new_name(os.path.basename(options.file.rstrip("/")), target, opener.registry)
     return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
 

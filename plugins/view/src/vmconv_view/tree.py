@@ -22,7 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from vmconv.api import Registry, View, settle
-from vmconv.plugin import Opener
+from vmconv.plugin import FormatKind, Opener
 from vmconv_view.entry import Entry, Files
 from vmconv_view.jobs import Jobs
 from vmconv_view.rights import OWN, Rights
@@ -74,7 +74,8 @@ class Tree:
         self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
         self._force_share = force_share
         self._backing_format = backing_format
-        self._variants: Mapping[str, Variant] = variants(registry)
+        kinds: tuple[FormatKind, ...] = ("disk", "memory")
+        self._variants: Mapping[str, Mapping[str, Variant]] = {kind: variants(registry, kind) for kind in kinds}
         self._entries: OrderedDict[tuple[Rights, str], Entry] = OrderedDict()
         self._jobs = Jobs()
         self._lock = threading.Lock()
@@ -117,7 +118,7 @@ class Tree:
             return sorted(one.name for one in images if _is_file(one))
 
     def _has_image_suffix(self, name: str) -> bool:
-        one = self._registry.formats.get(self._registry.format_by_suffix(name) or "")
+        one = self._registry.all_formats.get(self._registry.format_by_suffix(name) or "")
         return one is not None and one.can_read
 
     def _status(self, name: str, rights: Rights) -> os.stat_result:
@@ -131,7 +132,7 @@ class Tree:
     def _inside(self, name: str, rights: Rights) -> Iterable[str]:
         """Returns the names in the directory of an image."""
         entry = self._entry(name, rights)
-        return (entry.failure or self._variants).keys()
+        return (entry.failure or self._variants[entry.kind]).keys()
 
     def _find(self, image: str, rest: str, rights: Rights) -> tuple[Node, Entry]:
         place, _, name = rest.partition("/")
@@ -139,9 +140,9 @@ class Tree:
             entry = self._entry(image, rights)
             if entry.failure:
                 return _node_in(entry, entry.failure, rest), entry
-            if place not in self._variants:
+            variant = self._variants[entry.kind].get(place)
+            if variant is None:
                 raise FileNotFoundError(errno.ENOENT, rest)
-            variant = self._variants[place]
             files = entry.planned(variant) or self._jobs.result(
                 (entry, place), rights, f"{image} as {place}", partial(entry.plan, variant)
             )

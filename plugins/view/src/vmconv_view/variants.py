@@ -1,4 +1,4 @@
-"""The variants in which an image is shown: each installed format, in each of its subformats."""
+"""The variants in which an image is shown: each installed format of its kind, in each of its subformats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from vmconv.api import Registry
-from vmconv.plugin import Format
+from vmconv.plugin import Format, FormatKind
 
 
 class Variant(NamedTuple):
@@ -17,11 +17,11 @@ class Variant(NamedTuple):
     options: Mapping[str, Any]
 
 
-def variants(registry: Registry) -> dict[str, Variant]:
-    """Returns all variants by name, in order."""
+def variants(registry: Registry, kind: FormatKind = "disk") -> dict[str, Variant]:
+    """Returns all variants of one kind by name, in order."""
     found = [
         Variant(name if value is None else f"{name}-{value}", one, {} if value is None else {"subformat": value})
-        for name, one in sorted(registry.formats.items())
+        for name, one in sorted(registry.formats_of(kind).items())
         if one.can_write
         for value in _subformats(one)
     ]

@@ -149,7 +149,7 @@ class _Inspection:
             return False
         if self._is_configuration(name):
             return entry.is_file(follow_symlinks=False)
-        return self.registry.format_by_suffix(name) is not None and entry.is_file()
+        return self.registry.format_by_suffix(name, "disk") is not None and entry.is_file()
 
     def _is_configuration(self, name: str) -> bool:
         return name.lower().endswith(self._suffixes)

@@ -1,0 +1,69 @@
+"""Writes VMware memory: a .vmem with all RAM, and a .vmss that maps its pages to addresses.
+
+Debuggers and forensic tools read the pair. VMware cannot resume it: the state of the devices is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import numpy as np
+
+from vmconv.plugin import Blob, Column, Extents, Image, Layout, OutFile, Placement, PlanError, blocks, cut
+from vmconv_memory.ranges import PAGE, Segments, placed, segments
+from vmconv_memory.vmware import GROUP, HEADER, MEMORY, PAYLOADS, STATES
+
+_MAGIC = 0xBED2BED2
+_MOST = 1 << 12
+_NUMBER = 4
+"""Bytes of a value."""
+_LOSS = "no state of devices and processors: debuggers read the pair, VMware cannot resume it"
+
+
+def write(image: Image, placement: Placement) -> Layout:
+    """Returns the layout of the pair. The target is the one that has its suffix; the other is beside it.
+
+    Raises `PlanError` if the RAM is not whole pages, or has too many ranges.
+    """
+    table = image.stored
+    modulus = max(placement.modulus, PAGE)
+    found = segments(image, table, modulus, _MOST, PAGE)
+    partial = np.flatnonzero((found.start % PAGE != 0) | (found.length % PAGE != 0))
+    if len(partial) and (len(found.start) > 1 or found.start[0]):
+        at = int(found.start[partial[0]])
+        raise PlanError(
+            f"vmem: RAM at {at:#x} is not whole pages of {PAGE} bytes", hint="elfcore and lime can hold any range"
+        )
+    offset = placed(found, 0, modulus)
+    size = int(offset[-1] + found.length[-1])
+    rows, length = cut(table, found.start, found.length, offset)
+    memory = blocks.output_table([], table, rows, length, size)
+    # A single range that is not whole pages begins at 0, and needs no region.
+    state = Blob("state", _state(found if not len(partial) else None, offset))
+    whole = Extents.whole(state)
+    stem, suffix = os.path.splitext(placement.target)
+    if suffix.lower() in PAYLOADS:
+        return Layout((OutFile(whole, stem + STATES[0]), OutFile(memory)), (_LOSS,))
+    stem = stem if suffix.lower() in STATES else placement.target
+    return Layout((OutFile(memory, stem + PAYLOADS[0]), OutFile(whole)), (_LOSS,))
+
+
+def _state(found: Segments | None, offset: Column) -> bytes:
+    """Returns a state with one group, the regions; without regions if `found` is None."""
+    columns = [] if found is None else [found.start // PAGE, offset // PAGE, found.length // PAGE]
+    regions = list(zip(*(column.tolist() for column in columns), strict=True))
+    tags = [_tag(b"regionsCount", (), len(regions))]
+    for number, values in enumerate(regions):
+        names = (b"regionPPN", b"regionPageNum", b"regionSize")
+        tags += [_tag(name, (number,), value) for name, value in zip(names, values, strict=True)]
+    body = b"".join(tags) + b"\0\0"
+    begin = HEADER.size + GROUP.size
+    return HEADER.pack(_MAGIC, 8, 1) + GROUP.pack(MEMORY, begin, len(body)) + body
+
+
+def _tag(name: bytes, indices: tuple[int, ...], value: int) -> bytes:
+    if value >> 8 * _NUMBER:
+        raise PlanError(f"vmem: page {value:#x} has no place in {_NUMBER} bytes")
+    flags = len(indices) << 6 | _NUMBER
+    return bytes([flags, len(name)]) + name + struct.pack(f"<{len(indices)}I", *indices) + value.to_bytes(4, "little")

@@ -1,0 +1,24 @@
+"""The conformance kit of each format of memory."""
+
+from __future__ import annotations
+
+from support.kits.elfcore import ElfcoreKit
+from support.kits.lime import LimeKit
+from support.kits.ram import RamKit
+from support.kits.vmem import VmemKit
+
+
+class TestRam(RamKit):
+    """Raw memory."""
+
+
+class TestElfcore(ElfcoreKit):
+    """ELF cores."""
+
+
+class TestLime(LimeKit):
+    """LiME."""
+
+
+class TestVmem(VmemKit):
+    """VMware."""

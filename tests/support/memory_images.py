@@ -1,0 +1,165 @@
+"""Memory images made from the documented layouts, by code of the tests that shares nothing with the plugin."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+PAGE = 4096
+
+Region = tuple[int, int, int]
+"""First page of RAM, first page of the file, pages."""
+
+
+# -- VMware
+
+
+def tag(name: str, value: int, *indices: int, width: int = 4) -> bytes:
+    """Returns a tag with a number."""
+    head = struct.pack("<BB", len(indices) << 6 | width, len(name)) + name.encode()
+    return head + struct.pack(f"<{len(indices)}I", *indices) + value.to_bytes(width, "little")
+
+
+def block(name: str, data: bytes, *indices: int, padding: int = 0, version: int = 2) -> bytes:
+    """Returns a tag with a block of any length."""
+    head = struct.pack("<BB", len(indices) << 6 | 63, len(name)) + name.encode()
+    head += struct.pack(f"<{len(indices)}I", *indices)
+    sizes = "<IIH" if version == 0 else "<QQH"
+    return head + struct.pack(sizes, len(data), len(data), padding) + bytes(padding) + data
+
+
+def groups(members: Sequence[tuple[str, bytes]], magic: int = 0xBED2BED2) -> bytes:
+    """Returns a saved state with these groups; each body is followed by its end."""
+    at = 12 + 80 * len(members)
+    head, bodies = struct.pack("<III", magic, 8, len(members)), b""
+    for name, tags in members:
+        body = tags + b"\0\0"
+        head += struct.pack("<64sQQ", name.encode(), at + len(bodies), len(body))
+        bodies += body
+    return head + bodies
+
+
+def regions(found: Iterable[Region]) -> bytes:
+    """Returns the tags of regions."""
+    found = list(found)
+    tags = tag("regionsCount", len(found))
+    for number, values in enumerate(found):
+        for name, value in zip(("regionPPN", "regionPageNum", "regionSize"), values, strict=True):
+            tags += tag(name, value, number)
+    return tags
+
+
+def saved_state(
+    found: Iterable[Region], memory: bytes | None = None, magic: int = 0xBED2BED2, others: Sequence[str] = ("cpu",)
+) -> tuple[bytes, int]:
+    """Returns a .vmss, with the memory inside if given, and the offset at which that begins, or the end."""
+    body = tag("align_mask", 0xFFFF) + regions(found)
+    members = [(name, tag("value", 7)) for name in others]
+    version = {0xBED2BED0: 0}.get(magic, 2)
+    if memory is None:
+        state = groups([*members, ("memory", body)], magic)
+        return state, len(state)
+    # The padding brings the payload to a whole page.
+    bare = groups([*members, ("memory", body + block("Memory", b"", 0, 0, version=version))], magic)
+    start = len(bare) - 2
+    padding = -start % PAGE
+    whole = groups(
+        [*members, ("memory", body + block("Memory", memory, 0, 0, padding=padding, version=version))], magic
+    )
+    return whole, start + padding
+
+
+# -- ELF
+
+
+def elf_core(
+    loads: Sequence[tuple[int, bytes]], *, bits: int = 64, order: str = "<", notes: bytes = b"", at: int = 0
+) -> bytes:
+    """Returns a core as QEMU makes it: the ranges of RAM one after the other, at any offset (at least `at`)."""
+    wide = bits == 64
+    head, entry = (64, 56) if wide else (52, 32)
+    count = len(loads) + bool(notes)
+    ident = b"\x7fELF" + bytes([2 if wide else 1, 1 if order == "<" else 2, 1]) + bytes(9)
+    header = struct.pack(
+        order + ("HHIQQQIHHHHHH" if wide else "HHIIIIIHHHHHH"), 4, 62, 1, 0, head, 0, 0, head, entry, count, 0, 0, 0
+    )
+    where = head + entry * count
+    programs = b""
+    if notes:
+        programs += _program(order, wide, 4, where, 0, len(notes))
+    where = max(where + len(notes), at)
+    body = bytes(where - head - entry * count - len(notes))
+    for address, data in loads:
+        programs += _program(order, wide, 1, where, address, len(data))
+        where += len(data)
+        body += data
+    return ident + header + programs + notes + body
+
+
+def _program(order: str, wide: bool, kind: int, offset: int, address: int, length: int) -> bytes:
+    if wide:
+        return struct.pack(order + "IIQQQQQQ", kind, 0, offset, 0, address, length, length, 0)
+    return struct.pack(order + "8I", kind, offset, 0, address, length, length, 0, 0)
+
+
+# -- LiME
+
+
+def lime(ranges: Iterable[tuple[int, bytes]], version: int = 1) -> bytes:
+    """Returns an ordinary LiME image."""
+    return b"".join(
+        struct.pack("<IIQQQ", 0x4C694D45, version, first, first + len(data) - 1, 0) + data for first, data in ranges
+    )
+
+
+# -- a machine
+
+
+LOW, GAP, HIGH = 3 << 20, 5 << 20, 6 << 20
+"""RAM of a small machine: from 0 to `LOW` and from `GAP` to `HIGH`, bytes."""
+
+
+def ram(seed: int = 1) -> bytes:
+    """Returns the RAM of that machine without the gap: random pages, and some of zeros."""
+    rng = random.Random(seed)
+    pages = (LOW + HIGH - GAP) // PAGE
+    return b"".join(bytes(PAGE) if 96 <= number < 160 else rng.randbytes(PAGE) for number in range(pages))
+
+
+def ranges(memory: bytes) -> list[tuple[int, bytes]]:
+    """Returns address and bytes of each range of RAM."""
+    return [(0, memory[:LOW]), (GAP, memory[LOW:])]
+
+
+def physical(memory: bytes) -> bytes:
+    """Returns the bytes at all addresses of that machine; zeros where it has no RAM."""
+    return memory[:LOW] + bytes(GAP - LOW) + memory[LOW:]
+
+
+def make_vmware(folder: Path, memory: bytes, name: str = "web") -> Path:
+    """Writes a saved state and the memory beside it, with holes for pages of zeros; returns the state."""
+    pages = LOW // PAGE
+    state, _ = saved_state([(0, 0, pages), (GAP // PAGE, pages, len(memory) // PAGE - pages)])
+    (folder / f"{name}.vmss").write_bytes(state)
+    sparse(folder / f"{name}.vmem", memory)
+    return folder / f"{name}.vmss"
+
+
+def sparse(path: Path, content: bytes) -> Path:
+    """Writes a file with holes for its pages of zeros."""
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for at in range(0, len(content), PAGE):
+            if any(content[at : at + PAGE]):
+                file.seek(at)
+                file.write(content[at : at + PAGE])
+    return path
+
+
+MAKERS: dict[str, Callable[[Path, bytes], Path]] = {}
+"""Makers of the formats that vmconv only reads: called with a folder and the RAM of that machine."""
+
+DECODED: frozenset[str] = frozenset()
+"""Those of them with compressed or unaligned payload, which is copied."""
