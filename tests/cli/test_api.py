@@ -386,7 +386,7 @@ def keywords_of(function: str) -> dict[str, Any]:
         ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
-        ("check", (arguments.Reading,), set()),
+        ("check", (arguments.Reading, arguments.CheckOptions), set()),
         ("compare", (arguments.ImagePair,), set()),
         ("prove", (arguments.ImagePair,), {"strict"}),
         ("recover", (arguments.RestoreOptions,), set()),

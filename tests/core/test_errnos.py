@@ -256,7 +256,7 @@ def test_a_table_of_mounts_may_say_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_there_may_be_no_table_of_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     redirect(monkeypatch, tmp_path / "missing")
-    assert linux.mount_of(str(tmp_path)) == ("unknown filesystem", "/")
+    assert linux.mount_of(str(tmp_path))[:2] == ("unknown filesystem", "/")
 
 
 @pytest.mark.parametrize("name", ["a b", "a\tb", "a\nb", "a\\b", "a\\040b", "\udcff"])
@@ -268,7 +268,7 @@ def test_names_of_mount_points_may_be_anything(tmp_path: Path, monkeypatch: pyte
         b"22 1 8:1 / / rw - ext4 /dev/sda rw\n" + b"36 22 98:0 / " + escaped + b" rw shared:7 - xfs /dev/sdb rw\n"
     )
     redirect(monkeypatch, tmp_path / "mountinfo")
-    assert linux.mount_of(os.fsdecode(point) + "/file") == ("xfs", os.fsdecode(point))
+    assert linux.mount_of(os.fsdecode(point) + "/file")[:2] == ("xfs", os.fsdecode(point))
 
 
 def redirect(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:

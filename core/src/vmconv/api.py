@@ -12,6 +12,8 @@ nothing. "sample" and "bytes" read payload and call `verifying(bytes read, bytes
 `announce`: called with the plan before any write. `progress`: called with `(bytes done, bytes to do)`.
 `created`: called with the name and the descriptor of each output that is a new file, before it has that name.
 
+`from_snapshot`: read the source as it was in a snapshot of its filesystem: "newest", or its name, number or date.
+
 The other keywords of conversions are the fields of `Request`. The remaining names serve our own plugins `view` and
 `fleet`, and are not stable.
 """
@@ -198,6 +200,7 @@ def convert(
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
     mode: int | None = None,
+    from_snapshot: str | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -236,6 +239,7 @@ def fanout(
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
     mode: int | None = None,
+    from_snapshot: str | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -257,7 +261,7 @@ def fanout(
     fan = checked(FanoutTargets, **{name: given.pop(name) for name in FanoutTargets._fields})
     common = checked(Request, target=fan.directory, **given)
     with _errors():
-        return pipeline.run(*requests(common, *fan), **how._asdict())
+        return pipeline.run(*requests(common.located(), *fan), **how._asdict())
 
 
 @_named
@@ -283,6 +287,7 @@ def stream(
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
     mode: int | None = None,
+    from_snapshot: str | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -322,6 +327,7 @@ def plan(
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
     mode: int | None = None,
+    from_snapshot: str | None = None,
 ) -> Plan:
     """Returns the plan of `convert` with the same arguments; writes nothing."""
     given = locals()
@@ -330,7 +336,7 @@ def plan(
     from vmconv.interface.arguments import checked
 
     request = checked(Request, **given)
-    with _errors(), prepared(request) as ready:
+    with _errors(), prepared(request.located()) as ready:
         return ready.plan
 
 
@@ -416,7 +422,7 @@ def _converted(given: dict[str, Any]) -> Result:
     how = checked(RunOptions, **{name: given.pop(name) for name in RunOptions._fields if name in given})
     request = checked(Request, **given)
     with _errors():
-        return pipeline.run(request, **how._asdict())[0]
+        return pipeline.run(request.located(), **how._asdict())[0]
 
 
 @_named
@@ -426,9 +432,11 @@ def machine_info(
     source_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    from_snapshot: str | None = None,
 ) -> Machine:
     """Returns what the configuration `source` states of its machine. Disks are named, not opened."""
     given = locals()
+    from vmconv.inspect.images import in_snapshot
     from vmconv.interface.arguments import Reading, checked
     from vmconv.machine.source import opened
 
@@ -436,7 +444,7 @@ def machine_info(
     with (
         _errors(),
         opened(
-            asked.path,
+            in_snapshot(asked.path, asked.from_snapshot),
             asked.format_name,
             allow_external=tuple(asked.allow_external),
             force_share=asked.force_share,
@@ -468,6 +476,7 @@ def machine_plan(
     force_share: bool = False,
     allow_external: Iterable[StrPath] = (),
     mode: int | None = None,
+    from_snapshot: str | None = None,
 ) -> MachinePlan:
     """Returns what `machine_convert` would do with these arguments: carried, changed and lost settings, and disks."""
     given = locals()
@@ -477,7 +486,7 @@ def machine_plan(
 
     request = checked(MachineRequest, **given)
     with _errors():
-        return pipeline.plan(request)
+        return pipeline.plan(request.located())
 
 
 @_named
@@ -503,6 +512,7 @@ def machine_convert(
     force_share: bool = False,
     allow_external: Iterable[StrPath] = (),
     mode: int | None = None,
+    from_snapshot: str | None = None,
     verify: bool | Verify = True,
     announce: Callable[[MachinePlan], None] | None = None,
     progress: Progress | None = None,
@@ -522,7 +532,7 @@ def machine_convert(
     how = checked(RunOptions, **{name: given.pop(name) for name in RunOptions._fields})
     request = checked(MachineRequest, **given)
     with _errors():
-        return pipeline.run(request, **how._asdict())
+        return pipeline.run(request.located(), **how._asdict())
 
 
 def _refuse_unwritable(descriptor: int) -> None:
@@ -574,6 +584,7 @@ def info(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    from_snapshot: str | None = None,
 ) -> dict[str, Any]:
     """Returns the description of an image with the keys of `qemu-img info --output=json`; reads only its header."""
     given = locals()
@@ -594,6 +605,7 @@ def map_disk(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    from_snapshot: str | None = None,
 ) -> list[MapRow]:
     """Returns where each range of the guest's disk lies, with all layers of the chain merged."""
     given = locals()
@@ -615,6 +627,7 @@ def check(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     payload: bool = False,
+    from_snapshot: str | None = None,
 ) -> CheckReport | None:
     """Returns the defects of an image and of the files it refers to; None if the format has no structure to check.
 

@@ -171,12 +171,21 @@ def _set_nocow(descriptor: int, nocow: bool) -> bool:
     return True
 
 
+def _is_mounted_twice(source: File, scratch: int) -> bool:
+    """True if both files are on one filesystem: only the mounts differ, such as bind mounts."""
+    with suppress(OSError):
+        return linux.filesystem_id(source.descriptor) == linux.filesystem_id(scratch)
+    return False
+
+
 def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: int = -1) -> str:
     """Returns the reason against sharing, as the end of "copied because ..."."""
     mount = linux.mount_of(directory)
     name = source.name if source else "a file"
     if exc.errno == errno.ENOTBLK:
         return f"{name} is a block device, which shares nothing with files"
+    if exc.errno == errno.EXDEV and source and _is_mounted_twice(source, scratch):
+        return f"{name} is on another mount of {directory}'s filesystem, and Linux before 5.18 shares within one mount"
     if exc.errno == errno.EXDEV:
         return f"{name} is on another filesystem than {directory}"
     if exc.errno in linux.NOT_SUPPORTED:

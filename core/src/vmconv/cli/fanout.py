@@ -9,11 +9,13 @@ from functools import partial
 from vmconv.cli.options import (
     add_access,
     add_format,
+    add_from_snapshot,
     add_making,
     add_options,
     add_output,
     add_snapshot,
     add_storage,
+    in_snapshot,
     source_and_storage,
 )
 from vmconv.cli.report import run_and_report
@@ -25,7 +27,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.conversion.pipeline import run
     from vmconv.conversion.request import Request
 
-    common = Request(options.source, options.directory, **source_and_storage(options))
+    common = Request(in_snapshot(options, options.source), options.directory, **source_and_storage(options))
     return run_and_report(
         options, partial(run, *requests(common, options.to, options.directory, _by_format(options.options)))
     )
@@ -57,6 +59,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser, "-f", "SOURCE")
     add_options(parser, "the formats", "FMT.NAME=VALUE")
     add_snapshot(parser)
+    add_from_snapshot(parser)
     add_storage(parser)
     parser.add_argument("--force", action="store_true", help="replace images that exist")
     add_making(parser)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.cli.options import add_access, add_format, add_from_snapshot, add_output, in_snapshot, reading
 from vmconv.cli.verbs import Verb
 from vmconv.errors import in_words, printable
 
@@ -17,7 +17,8 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.inspect.description import describe
     from vmconv.inspect.images import opened
 
-    with opened(reading(options), content_decides=True) as (image, opener):
+    asked = reading(options)._replace(path=in_snapshot(options, options.file))
+    with opened(asked, content_decides=True) as (image, opener):
         layers = [describe(layer, opener) for layer in (image.chain() if options.backing_chain else (image,))]
     if options.output == "json":
         print_json(layers if options.backing_chain else layers[0], indent=4)
@@ -100,6 +101,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser, default="by its content")
     parser.add_argument("--backing-chain", action="store_true", help="describe every layer of the chain")
     add_output(parser)
+    add_from_snapshot(parser, "FILE")
     add_access(parser)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,31 @@ def add_snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
     )
+
+
+def add_from_snapshot(parser: argparse.ArgumentParser, whose: str = "SOURCE") -> None:
+    parser.add_argument(
+        "--from-snapshot",
+        metavar="WHICH",
+        help=f"read {whose} as it was in a read-only snapshot of its filesystem (Snapper, Timeshift, btrbk): newest,\n"
+        "or a snapshot's name, number, or date",
+    )
+
+
+def in_snapshot(options: argparse.Namespace, path: str) -> str:
+    """Returns the path of a file in the snapshot that `--from-snapshot` names, and says which it is; else the path."""
+    if options.from_snapshot is None:
+        return path
+    from vmconv.errors import UsageError, printable
+    from vmconv.io.snapshots import in_snapshot as found_in
+
+    if getattr(options, "in_place", False):
+        raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
+    found = found_in(path, options.from_snapshot)
+    # JSON on standard output has the path as its source.
+    if not getattr(options, "quiet", False):
+        print(printable(f"{path}: from the snapshot {found}, {found.path}"), file=sys.stderr)
+    return found.path
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from vmconv.cli.options import (
     add_access,
     add_format,
+    add_from_snapshot,
     add_options,
     add_output,
     add_snapshot,
     add_storage,
+    in_snapshot,
     source_and_storage,
 )
 
@@ -30,6 +32,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
     add_snapshot(parser)
+    add_from_snapshot(parser)
     parser.add_argument(
         "--chain",
         action="store_true",
@@ -74,7 +77,7 @@ def request_of(options: argparse.Namespace) -> Request:
     from vmconv.conversion.request import Request
 
     return Request(
-        options.source,
+        in_snapshot(options, options.source),
         options.target,
         target_format=options.format_O,
         options=options.options,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from vmconv.errors import UsageError
 from vmconv.inplace.settling import settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
 from vmconv.io.opener import Opener
@@ -27,6 +28,8 @@ class Request(NamedTuple):
 
     `in_place` turns the source's own file into the target. `keep_undo` writes an undo file. `any_owner` allows changes
     of files whose owner differs from the source's.
+
+    `from_snapshot` reads the source as it was in a snapshot of its filesystem, see `located`.
 
     `facts` replace what the source states of the disk, where a machine's configuration states it instead.
 
@@ -53,8 +56,19 @@ class Request(NamedTuple):
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
     mode: Mode | None = None
+    from_snapshot: str | None = None
     facts: Mapping[str, str | None] = MappingProxyType({})
     descriptor: int | None = None
+
+    def located(self) -> Request:
+        """Returns the request with the path of the source in the snapshot that it is read from."""
+        if self.from_snapshot is None:
+            return self
+        if self.in_place:
+            raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
+        from vmconv.io.snapshots import in_snapshot
+
+        return self._replace(source=in_snapshot(self.source, self.from_snapshot).path, from_snapshot=None)
 
     def opener(self, registry: Registry) -> Opener:
         """Returns the opener of the source."""

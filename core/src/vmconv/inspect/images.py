@@ -16,8 +16,18 @@ from vmconv.model.image import Image
 @contextmanager
 def opened(asked: Reading, *, content_decides: bool = False) -> Iterator[tuple[Image, Opener]]:
     """Yields one image and the opener that holds its files; see `Opener.image` for `content_decides`."""
+    path = in_snapshot(asked.path, asked.from_snapshot)
     with _opener(asked) as opener:
-        yield opener.image(asked.path, asked.format_name, content_decides=content_decides), opener
+        yield opener.image(path, asked.format_name, content_decides=content_decides), opener
+
+
+def in_snapshot(path: str, wanted: str | None) -> str:
+    """Returns the path of a file in the wanted snapshot of its filesystem, or `path` if none is wanted."""
+    if wanted is None:
+        return path
+    from vmconv.io.snapshots import in_snapshot as found_in
+
+    return found_in(path, wanted).path
 
 
 @contextmanager

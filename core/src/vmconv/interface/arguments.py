@@ -143,6 +143,7 @@ class Reading(NamedTuple):
     backing_format: str | None = None
     allow_external: FilePaths = ()
     force_share: bool = False
+    from_snapshot: str | None = None
 
 
 class CheckOptions(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from vmconv.errors import UsageError
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, Names, WriterOptions, ZeroCopy
 from vmconv.model.plan import CopyReason, Totals
 
@@ -25,7 +26,7 @@ class MachineRequest(NamedTuple):
 
     `uuid` chooses between the UUID that the guest sees and the one that the source shows, where they differ.
     `new_identity` gives the machine a new UUID and new MAC addresses, for a clone. `strict` refuses any loss, `keep`
-    losses of these fields.
+    losses of these fields. `from_snapshot` reads configuration and disks from a snapshot of their filesystem.
     """
 
     source: FilePath
@@ -48,6 +49,17 @@ class MachineRequest(NamedTuple):
     force_share: bool = False
     allow_external: FilePaths = ()
     mode: Mode | None = None
+    from_snapshot: str | None = None
+
+    def located(self) -> MachineRequest:
+        """Returns the request with the path of the configuration in the snapshot that it is read from."""
+        if self.from_snapshot is None:
+            return self
+        if self.in_place:
+            raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
+        from vmconv.io.snapshots import in_snapshot
+
+        return self._replace(source=in_snapshot(self.source, self.from_snapshot).path, from_snapshot=None)
 
 
 class Loss(NamedTuple):

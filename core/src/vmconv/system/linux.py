@@ -31,6 +31,8 @@ _GETFLAGS = 0x80086601
 _SETFLAGS = 0x40086602
 _GETVERSION = 0x80087601
 _BTRFS_FS_INFO = 0x8400941F
+_BTRFS_SUBVOL_GETFLAGS = 0x80089419
+_SUBVOL_RDONLY = 2
 _RESERVE = 0x40305828
 _UNRESERVE = 0x4030582B
 
@@ -258,32 +260,42 @@ def generation(descriptor: int) -> int | None:
 
 
 class Mount(NamedTuple):
-    """The filesystem of a path: its type and its mount point."""
+    """A mounted filesystem: its type, its mount point, the directory in it that is mounted there, and its source."""
 
     type: str
     point: str
+    root: str = "/"
+    source: str = ""
 
 
-def mount_of(path: str) -> Mount:
-    """Returns the mount of `path` from /proc/self/mountinfo; type "unknown filesystem" without /proc."""
-    real = os.path.realpath(path)
-    best = Mount("unknown filesystem", "/")
+def mounts() -> list[Mount]:
+    """Returns the mounts of /proc/self/mountinfo in their order; empty without /proc."""
     try:
         with open("/proc/self/mountinfo", "rb") as table:
             lines = table.readlines()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return best
+        return []
+    found = []
     for line in lines:
-        # man 5 proc_pid_mountinfo: six fields, optional ones, a hyphen, the type. Other lines are skipped.
+        # man 5 proc_pid_mountinfo: six fields, optional ones, a hyphen, type and source. Other lines are skipped.
         fields, _, rest = line.partition(b" - ")
-        words = fields.split(b" ")
+        words, last = fields.split(b" "), rest.split(b" ")
         if len(words) < 6 or not rest:
             continue
-        point = os.fsdecode(_unescaped(words[4]))
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        root, point, source = (os.fsdecode(_unescaped(field)) for field in (words[3], words[4], b"".join(last[1:2])))
+        found.append(Mount(os.fsdecode(last[0]), point, root, source))
+    return found
+
+
+def mount_of(path: str) -> Mount:
+    """Returns the mount of `path`; type "unknown filesystem" without /proc."""
+    real = os.path.realpath(path)
+    best = Mount("unknown filesystem", "/")
+    for one in mounts():
+        inside = real == one.point or real.startswith(one.point.rstrip("/") + "/")
         # Of two mounts on one point, the later line hides the earlier.
-        if inside and len(point) >= len(best.point):
-            best = Mount(os.fsdecode(rest.split(b" ", 1)[0]), point)
+        if inside and len(one.point) >= len(best.point):
+            best = one
     return best
 
 
@@ -292,6 +304,20 @@ def _unescaped(field: bytes) -> bytes:
     for code in (b"040", b"011", b"012", b"134"):
         field = field.replace(b"\\" + code, bytes([int(code, 8)]))
     return field
+
+
+def is_read_only(descriptor: int) -> bool:
+    """True for a directory of a filesystem that is mounted read-only, or the root of a read-only Btrfs subvolume."""
+    if os.fstatvfs(descriptor).f_flag & os.ST_RDONLY:
+        return True
+    try:
+        flags = bytes(_ioctl(descriptor, _BTRFS_SUBVOL_GETFLAGS, bytes(8)))
+    except OSError as exc:
+        # EINVAL: a directory of a Btrfs that is not the root of a subvolume.
+        if exc.errno not in _UNKNOWN:
+            raise
+        return False
+    return bool(int.from_bytes(flags, "little") & _SUBVOL_RDONLY)
 
 
 def filesystem_id(descriptor: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_output
+from vmconv.cli.options import add_from_snapshot, add_output, in_snapshot
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.errors import printable
     from vmconv.machine.source import opened
 
-    with opened(options.source, options.format_f) as source:
+    with opened(in_snapshot(options, options.source), options.format_f) as source:
         if options.output == "json":
             print_json({"format": source.format.name, **as_json(source.machine)}, indent=4)
             return 0
@@ -66,6 +66,7 @@ def _words(value: Any, field: str) -> str:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="CONFIG", help="configuration of the machine")
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
+    add_from_snapshot(parser, "CONFIG")
     add_output(parser)
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vmconv.cli.options import SetOptions, add_opening, add_options, add_output, add_storage
+from vmconv.cli.options import (
+    SetOptions,
+    add_from_snapshot,
+    add_opening,
+    add_options,
+    add_output,
+    add_storage,
+    in_snapshot,
+)
 
 if TYPE_CHECKING:
     from vmconv.machine.request import MachineRequest
@@ -17,6 +25,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         "target", metavar="TARGET", help="configuration to make, or with -O the directory to make the machine in"
     )
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
+    add_from_snapshot(parser, "CONFIG and its disks")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format to make (default: by TARGET's suffix)")
     add_options(parser, "the machine format")
     parser.add_argument("--disk-format", metavar="FMT", help="format of the disks (default: the platform's own)")
@@ -62,7 +71,7 @@ def request_of(options: argparse.Namespace) -> MachineRequest:
     from vmconv.machine.request import MachineRequest
 
     return MachineRequest(
-        options.source,
+        in_snapshot(options, options.source),
         options.target,
         source_format=options.format_f,
         target_format=options.format_O,
