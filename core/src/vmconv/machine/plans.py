@@ -30,7 +30,7 @@ def machine_plan(
         target.directory,
         fate.carried,
         fate.substitutions,
-        (*_with_physical(fate.losses, source, target), *firmware.losses, *_signature(source)),
+        (*_with_physical(fate.losses, source, target), *source.secrets, *firmware.losses, *_signature(source)),
         tuple(_disk_plan(disk, source) for disk in made.disks),
         tuple(file.name for file in made.plan.files),
         made.plan.backend,

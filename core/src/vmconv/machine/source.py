@@ -15,10 +15,11 @@ from vmconv.machine.firmware import with_secure_boot
 from vmconv.machine.formats import claimants, identify, refuse_result
 from vmconv.machine.members import Members
 from vmconv.machine.model import Disk, Machine
+from vmconv.machine.secrets import without_secrets
 
 if TYPE_CHECKING:
     from vmconv.interface.machines import MachineFormat, Manifest
-    from vmconv.machine.request import MachineRequest
+    from vmconv.machine.request import Loss, MachineRequest
     from vmconv.model.image import Image
     from vmconv.model.sources import File
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class Source(NamedTuple):
     """A machine that was read. `disks` opens the images of its disks; `opener` has opened all files.
 
-    `manifest` are the digests that a package states.
+    `manifest` are the digests that a package states. `secrets` are those that were left out of the machine.
     """
 
     machine: Machine
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     opener: Opener
     disks: Opener
     manifest: Manifest | None = None
+    secrets: tuple[Loss, ...] = ()
 
     def image(self, disk: Disk) -> Image | None:
         """Returns the image of a disk; None for a physical device, which is only named."""
@@ -125,11 +127,12 @@ def _manifest(found: MachineFormat, file: File, opener: Opener) -> Manifest | No
 
 @contextmanager
 def source_of(request: MachineRequest) -> Iterator[Source]:
-    """Yields the source of a request; its files are open until the block ends."""
+    """Yields the source of a request, without secrets; its files are open until the block ends."""
     with opened(
         request.source,
         request.source_format,
         allow_external=tuple(request.allow_external),
         force_share=request.force_share,
     ) as source:
-        yield with_secure_boot(source)
+        machine, secrets = without_secrets(source.machine)
+        yield with_secure_boot(source._replace(machine=machine, secrets=secrets))
