@@ -26,6 +26,7 @@ from vmconv.machine import (
 from vmconv.model.options import describe, parse_options
 
 _HIDDEN = {"extra", "identity.uuid_text", "disks.file_size", "disks.image_uuid"}
+_HIDDEN |= {f"disks.layers.{name}" for name in ("file", "format", "image_uuid")}
 """Fields that a conversion uses and people do not set."""
 
 _BUSES = {"ahci": "sata", "nvme": "nvme", "virtio-blk": "virtio", "piix3": "ide", "piix4": "ide", "ich6": "ide"}

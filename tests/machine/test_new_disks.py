@@ -1,17 +1,20 @@
-"""The disks of a new machine: the ids that the configuration states are in the images."""
+"""The disks of a new machine: their ids, their layers, and the digests of packages."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import subprocess
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
 import vmconv
-from support.toy_machines import machine
+from support.toy_machines import machine, names
 from vmconv.cli.machine.report import plan_lines
-from vmconv.errors import ImageError
+from vmconv.errors import ImageError, PlanError, UsageError, VmconvError
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -51,3 +54,82 @@ def test_a_certificate_does_not_sign_the_new_machine(tmp_path: Path) -> None:
     (tmp_path / "ovf/web.mf").write_text(f"SHA256({name})= {'0' * 64}\n")
     with pytest.raises(ImageError, match="sha256 of the descriptor"):
         vmconv.machine_plan(result.target, tmp_path / "web.ova")
+
+
+def with_layers(directory: Path) -> Path:
+    """Makes a machine whose disks have three layers, two, and one, and returns its configuration."""
+    config = machine(directory)
+    for name, below in (("middle", "data"), ("top", "middle"), ("second", "old")):
+        kind = "vmdk" if below == "old" else "qcow2"
+        base, made = directory / f"{below}.{kind}", directory / f"{name}.{kind}"
+        subprocess.run(["qemu-img", "create", "-q", "-f", kind, "-F", kind, "-b", base.name, made], check=True)
+        write = f"write -q -P {len(name)} {len(name) * 65536} 65536"
+        subprocess.run(["qemu-io", "-f", kind, "-c", write, made], check=True)
+    toy = json.loads(config.read_text())
+    toy["toy"]["disks"] = [{"file": name} for name in ("top.qcow2", "second.vmdk", "system.raw")]
+    config.write_text(json.dumps(toy))
+    return config
+
+
+def layers_of(image: Path) -> list[str]:
+    """Returns the names of the layers that QEMU finds, the top first."""
+    command = ["qemu-img", "info", "--backing-chain", "--output", "json", str(image)]
+    listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return [Path(one["filename"]).name for one in listed]
+
+
+@pytest.mark.parametrize("target", ["libvirt", "vmx", "hyperv", "vbox"])
+def test_layers_of_disks_stay_layers(target: str, reflink_dir: Path) -> None:
+    config = with_layers(reflink_dir / "old")
+    result = vmconv.machine_convert(config, reflink_dir / "new", target_format=target, chain=True)
+    assert result.plan.totals.copied == 0
+    assert result.plan.totals.shared > 0
+    for disk, count in zip(result.plan.disks, (3, 2, 1), strict=True):
+        own, new = reflink_dir / "old" / disk.source, reflink_dir / "new" / disk.target
+        assert vmconv.compare(own, new)
+        stem = new.name.removesuffix(new.suffix)
+        names = [f"{stem}-layer{depth}{new.suffix}" for depth in range(1, count)]
+        assert all((reflink_dir / "new" / name).exists() for name in names)
+        if target in ("libvirt", "vmx"):
+            assert layers_of(new) == [new.name, *names]
+            subprocess.run(["qemu-img", "compare", "-q", str(own), str(new)], check=True)
+    disks = vmconv.machine_info(result.target).disks if target == "vbox" else ()
+    for found in disks:
+        assert found.file
+        # The UUID of a VDI is at 0x188 (VDICore.h, VDIHEADER1).
+        files = [reflink_dir / "new" / name for name in (found.file, *(layer.file for layer in found.layers))]
+        ids = [UUID(bytes_le=file.read_bytes()[0x188:0x198]) for file in files]
+        assert ids == [found.image_uuid, *(layer.image_uuid for layer in found.layers)]
+    assert [len(found.layers) for found in disks] in ([2, 1, 0], [])
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("proxmox", "snapshots inside of a disk"), ("kubevirt", "takes one image"), ("ova", "no delta disks")],
+)
+def test_layers_that_a_platform_cannot_have_are_refused(target: str, reason: str, tmp_path: Path) -> None:
+    config = with_layers(tmp_path / "old")
+    with pytest.raises(PlanError, match=f"top.qcow2: has layers below it, .*: .*{reason}") as caught:
+        vmconv.machine_convert(config, tmp_path / "new", target_format=target, chain=True)
+    assert caught.value.hint == "without --chain, each disk becomes one image"
+    assert not (tmp_path / "new").exists()
+    flat = machine(tmp_path / "flat")
+    vmconv.machine_convert(flat, tmp_path / "new", target_format=target, chain=True)
+
+
+def test_a_format_without_parents_is_refused_for_layers(tmp_path: Path) -> None:
+    config = with_layers(tmp_path / "old")
+    with pytest.raises(UsageError, match="raw cannot have a backing file"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="libvirt", disk_format="raw", chain=True)
+    with pytest.raises(UsageError, match="--chain and --in-place exclude each other"):
+        vmconv.machine_convert(config, tmp_path / "old", target_format="libvirt", chain=True, in_place=True)
+
+
+def test_all_layers_appear_or_none(tmp_path: Path) -> None:
+    config = with_layers(tmp_path / "old")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/web-disk2-layer1.qcow2").write_bytes(b"kept")
+    with pytest.raises(VmconvError, match=r"web-disk2-layer1\.qcow2"):
+        vmconv.machine_convert(config, tmp_path / "new", target_format="libvirt", chain=True)
+    assert names(tmp_path / "new") == ["web-disk2-layer1.qcow2"]
+    assert (tmp_path / "new/web-disk2-layer1.qcow2").read_bytes() == b"kept"

@@ -12,7 +12,20 @@ import pytest
 
 from support.requirements import CORPUS, missing, oracle_module
 from vmconv.errors import ImageError, PlanError, UsageError
-from vmconv.machine import Board, Controller, Cpu, Disk, Firmware, GuestOS, Identity, Machine, Nic, Removable, Serial
+from vmconv.machine import (
+    Board,
+    Controller,
+    Cpu,
+    Disk,
+    Firmware,
+    GuestOS,
+    Identity,
+    Layer,
+    Machine,
+    Nic,
+    Removable,
+    Serial,
+)
 from vmconv.model.options import parse_options
 from vmconv.plugin import Adapted
 from vmconv.testing import MachineTests, image_file
@@ -153,6 +166,8 @@ def test_the_variable_store_has_its_usual_name_unless_the_settings_name_it() -> 
 def test_disks_are_the_leaves_of_their_chains_in_the_order_of_the_registry() -> None:
     first, second = read(FULL).disks
     assert (first.file, first.format, first.mode) == ("Snapshots/{317a6071}.vdi", "vdi", "independent-persistent")
+    below = UUID("10eac034-7416-4d35-8dc3-e353bbfcc8c2")
+    assert first.layers == (Layer(file="a.vdi", format="vdi", image_uuid=below),)
     assert (first.bus, first.controller, first.unit, first.serial, first.discard) == ("sata", 0, 0, "SER1", True)
     assert first.image_uuid == UUID("317a6071-0b64-42bf-8eb8-1bc1fe24849a")
     assert (second.bus, second.controller, second.unit) == ("scsi", 0, 3)

@@ -126,6 +126,29 @@ def settings_file(box: Box, config: Path, form: str) -> None:
     print(f"{form}: VirtualBox takes the machine and its {len(states)} disks")
 
 
+def layered(box: Box, config: Path, form: str) -> None:
+    """Exits unless VirtualBox finds both layers of the first disk, and reads the content of both together."""
+    result = vmconv.machine_convert(
+        config, box.here / f"layers-{form}", target_format="vbox", disk_format=form, chain=True
+    )
+    own = str(vmconv.machine_info(result.target).identity.instance_uuid)
+    box.manage("registervm", box.seen(Path(result.target)))
+    try:
+        top = box.shown(own)["SATA-ImageUUID-0-0"]
+        said = box.manage("showmediuminfo", "disk", top)
+        copy = box.here / f"layers-{form}.raw"
+        box.manage("clonemedium", "disk", top, box.seen(copy), "--format", "RAW")
+        box.manage("closemedium", "disk", box.seen(copy))
+    finally:
+        box.manage("unregistervm", own)
+    source = config.parent / result.plan.disks[0].source
+    compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", str(copy), str(source)]
+    same = not subprocess.run(compare, capture_output=True, check=False).returncode
+    if not same or "State:          created" not in said or "Parent UUID:    base" in said:
+        sys.exit(f"layers of {form}: {said}")
+    print(f"{form}: VirtualBox reads a disk of two layers as in the source")
+
+
 def package(box: Box, config: Path, title: str, disks: int, **options: str) -> None:
     """Exits unless VirtualBox imports the OVA of a machine, with the content of its disks."""
     target = box.here / f"{title}.ova"
@@ -221,6 +244,19 @@ def make_sources(directory: Path, store: Path | None) -> tuple[Path, Path]:
     return directory / "100.conf", directory / "store.vmx"
 
 
+def make_layers(directory: Path) -> Path:
+    """Returns the configuration of a machine of Proxmox whose disk has two layers."""
+    directory.mkdir(exist_ok=True)
+    (directory / "101.conf").write_text("name: layers\nmemory: 512\nsata0: local:101/top.qcow2,size=16M\n")
+    if not (directory / "top.qcow2").exists():
+        vmconv.convert(directory.parent / "source/one.raw", directory / "base.qcow2")
+        create = "qemu-img create -q -f qcow2 -F qcow2 -b base.qcow2 top.qcow2"
+        write = ["qemu-io", "-f", "qcow2", "-c", "write -q -P 77 1M 100k", "-c", "write -q -z 4M 1M", "top.qcow2"]
+        for command in (create.split(), write):
+            subprocess.run(command, cwd=directory, check=True)
+    return directory / "101.conf"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
@@ -233,6 +269,8 @@ def main() -> None:
     print(box.manage("--version").strip())
     for form in ("vdi", "vmdk", "vhd", "raw"):
         settings_file(box, proxmox, form)
+    for form in ("vdi", "vmdk", "vhd"):
+        layered(box, make_layers(given.directory / "layers"), form)
     for manifest in ("none", "sha256"):
         package(box, proxmox, f"three-{manifest}", 3, manifest=manifest)
         package(box, vmware, f"{'nvram' if given.nvram else 'two'}-{manifest}", 2, manifest=manifest)

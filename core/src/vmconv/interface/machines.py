@@ -83,6 +83,8 @@ class MachineFormat:
     """The format of the disks of new machines, unless the user names another."""
     disk_formats: frozenset[str] = frozenset()
     """All disk formats that the platform accepts; empty if it does not matter."""
+    no_chains: str | None = "a disk is one image"
+    """Why a disk cannot have layers below its file; None if it can, because the image names them."""
     nvram_kind: Literal["ovmf", "virtualbox"] | None = None
     """The kind of variable store that new UEFI machines get; None if the platform takes none that can be made."""
     can_read = True

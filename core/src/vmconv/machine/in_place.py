@@ -74,7 +74,7 @@ def planned_in_place(request: MachineRequest, source: Source, target: Target) ->
     source.opener.close()
     with ExitStack() as stack, _own_hints():
         ready = [stack.enter_context(pipeline.prepared(each)) for each in requests]
-        disks = tuple(NewDisk(number, one.containers[-1], one.plan) for number, one in enumerate(ready))
+        disks = tuple(NewDisk(number, (one.containers[-1],), one.plan) for number, one in enumerate(ready))
         machine = with_files(target.adapted.machine, disks, firmware.store, target)
         configs = named(target.format.write(machine, target.options), firmware.store, target)
         small = plan_of_configs(configs, target, Proposal(installed().backend("copy"), Survey()))
@@ -157,6 +157,7 @@ def _refuse(request: MachineRequest, source: Source, target: Target) -> None:
     for wrong, what in (
         (source.format.is_package, "a package as the source"),
         (target.format.is_package, "a package as the target"),
+        (request.chain, "--chain"),
         (request.force, "--force"),
         (request.force_share, "--force-share"),
         (request.mode is not None, "--mode"),

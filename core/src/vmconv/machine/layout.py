@@ -6,12 +6,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.conversion.containers import Container, lay_out, parts_of
+from vmconv.conversion.containers import Container, Part, lay_out, parts_of
 from vmconv.conversion.containers import Target as DiskTarget
 from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.errors import PlanError, PluginError, UsageError
 from vmconv.interface.machines import ConfigFile, Member
-from vmconv.machine.model import Machine, Nvram
+from vmconv.machine.model import Layer, Machine, Nvram
 from vmconv.machine.places import file_name
 from vmconv.model import references
 from vmconv.model.extents import Extents
@@ -30,11 +30,16 @@ if TYPE_CHECKING:
 
 
 class NewDisk(NamedTuple):
-    """A disk of the new machine: its number in the machine, its container, and the plan of its files."""
+    """A disk of the new machine: its number in the machine, its layers from the base up, and the plan of its files."""
 
     number: int
-    container: Container
+    containers: tuple[Container, ...]
     plan: Plan
+
+    @property
+    def container(self) -> Container:
+        """The image that the guest writes to."""
+        return self.containers[-1]
 
 
 class NewMachine(NamedTuple):
@@ -99,15 +104,33 @@ def _disk(
     if wanted.keeps_source(options):
         raise UsageError(f"{wanted.name}: a machine's disk cannot have its source as its backing file")
     place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))
-    stated = image.stating(adapter_type=adapter(target.adapted.machine, number, wanted))
-    (part,) = parts_of(stated, place, registry, None, chain=False)
-    (made,) = lay_out([part], place, way.survey.unit, registry, None)
-    references.confirm(made.layout.references, target.directory)
-    if target.format.is_package and len(made.layout.files) > 1:
-        raise PlanError(f"{made.name}: is {len(made.layout.files)} files, and a package takes one for each disk")
-    losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
-    plan = plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses)
-    return NewDisk(number, made, plan)
+    parts = _parts(image, place, request, target, registry)
+    kind = adapter(target.adapted.machine, number, wanted)
+    stating = [part._replace(image=part.image.stating(adapter_type=kind)) for part in parts]
+    containers = lay_out(stating, place, way.survey.unit, registry, None)
+    plans = []
+    for made in containers:
+        references.confirm(made.layout.references, target.directory)
+        if target.format.is_package and len(made.layout.files) > 1:
+            raise PlanError(f"{made.name}: is {len(made.layout.files)} files, and a package takes one for each disk")
+        losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
+        plans.append(plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses))
+    return NewDisk(number, tuple(containers), merge_plans(plans))
+
+
+def _parts(image: Image, place: DiskTarget, request: MachineRequest, target: Target, registry: Registry) -> list[Part]:
+    """Returns the images of a disk, the base first. Layers are named after the disk, counted from the top."""
+    chain = request.chain and image.parent is not None
+    if chain and target.format.no_chains is not None:
+        raise PlanError(
+            f"{image.file.name}: has layers below it, which {target.name} cannot have: {target.format.no_chains}",
+            hint="without --chain, each disk becomes one image",
+        )
+    parts = parts_of(image, place, registry, None, chain=chain)
+    suffix = suffix_of(place.format)
+    stem = place.name.removesuffix(suffix)
+    names = [f"{stem}-layer{depth}{suffix}" for depth in range(len(parts) - 1, 0, -1)]
+    return [part._replace(name=name) for part, name in zip(parts, [*names, place.name], strict=True)]
 
 
 def _refuse_other_options(asked: Mapping[str, Any], usual: Mapping[str, Any], target: Target) -> None:
@@ -154,8 +177,10 @@ def _member(disk: NewDisk) -> Member:
 def with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | None, target: Target) -> Machine:
     """Returns the machine with the names, formats and sizes of the new files."""
     devices = list(machine.disks)
-    for number, made, _ in disks:
-        devices[number] = devices[number].model_copy(update=_facts(made))
+    for disk in disks:
+        layers = tuple(Layer.model_validate(_known(made)) for made in disk.containers[-2::-1])
+        changes = {**_facts(disk.container), "layers": layers}
+        devices[disk.number] = devices[disk.number].model_copy(update=changes)
     nvram = Nvram(file=store.name, kind=target.format.nvram_kind) if store else None
     firmware = machine.firmware.model_copy(update={"nvram": nvram})
     return machine.model_copy(update={"disks": tuple(devices), "firmware": firmware})
@@ -163,15 +188,16 @@ def with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | N
 
 def _facts(made: Container) -> dict[str, object]:
     """Returns what a configuration may say of a disk's new file."""
-    facts: dict[str, object] = {
-        "file": made.name,
-        "format": made.format.name,
-        "capacity": made.disk.size,
-        "file_size": made.layout.files[-1].table.size,
-    }
+    sizes = {"capacity": made.disk.size, "file_size": made.layout.files[-1].table.size}
+    return {**_known(made), **sizes}
+
+
+def _known(made: Container) -> dict[str, object]:
+    """Returns what a configuration may say of an image to tell it from others."""
+    known: dict[str, object] = {"file": made.name, "format": made.format.name}
     if made.identity is not None:
-        facts["image_uuid"] = uuid.UUID(bytes=made.identity)
-    return facts
+        known["image_uuid"] = uuid.UUID(bytes=made.identity)
+    return known
 
 
 def named(written: Sequence[ConfigFile], store: ConfigFile | None, target: Target) -> tuple[ConfigFile, ...]:

@@ -19,6 +19,9 @@ from vmconv.model.extents import MAX_SIZE
 MAX_DEVICES = 1024
 """Devices of one kind."""
 
+MAX_LAYERS = 200
+"""Layers of a disk, as in chains of images."""
+
 
 def _without_controls(text: str) -> str:
     """Returns the text with line feeds as its only control characters; raises `ValueError` for any other."""
@@ -167,6 +170,14 @@ class _Attached(_Part):
     boot_index: Index | None = None
 
 
+class Layer(_Part):
+    """An image below a disk's own file, in the terms of `Disk`."""
+
+    file: Word
+    format: Word | None = None
+    image_uuid: UUID | None = None
+
+
 class Disk(_Attached):
     """A disk: a file by its name in the configuration, or a physical device that is only named.
 
@@ -182,6 +193,8 @@ class Disk(_Attached):
     """Bytes of the file, for packages that list them."""
     image_uuid: UUID | None = None
     """The identity that the image itself holds, for platforms that compare the two."""
+    layers: Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)] = ()
+    """The layers below `file`, the nearest first, for platforms that list them."""
     device: Word | None = None
     """A physical disk or another machine's LUN, as the source names it. vmconv never opens it."""
     mode: Literal["persistent", "independent-persistent", "independent-nonpersistent"] | None = None

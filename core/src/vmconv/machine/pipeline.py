@@ -91,7 +91,7 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     """Returns the planned conversion, with the storage of an existing `directory`."""
     registry = installed()
     images = source.images()
-    payload = [file for image in images if image is not None for file in _payload(image)]
+    payload = [file for image in images if image is not None for file in _payload(image, chain=request.chain)]
     way = choose_backend(registry, request.backend, directory, payload)
     firmware = variables(source, target)
     made = lay_out_machine(target, images, firmware.store, request, way, registry)
@@ -100,8 +100,10 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     return Prepared(source, target, made, found, way)
 
 
-def _payload(image: Image) -> list[File]:
-    """Returns the files with payload of the disk as the guest sees it."""
+def _payload(image: Image, *, chain: bool) -> list[File]:
+    """Returns the files with payload of the disk as the guest sees it, or with `chain` of any layer."""
+    if chain:
+        return image.payload_files()
     return [each for each in image.flat.sources if isinstance(each, File)]
 
 

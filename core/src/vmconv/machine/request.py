@@ -21,6 +21,8 @@ class MachineRequest(NamedTuple):
     `source` is a configuration, `target` the new configuration, or with `target_format` its directory. `options` are
     those of the machine format's writer, `disk_options` those of the disk format's.
 
+    `chain` makes one image for each layer of a disk, instead of flattening it.
+
     `in_place` turns the source's own disks into the target's; their configuration stays. `keep_undo` keeps an undo file
     for each disk.
 
@@ -38,6 +40,7 @@ class MachineRequest(NamedTuple):
     disk_options: WriterOptions = MappingProxyType({})
     uuid: Uuid = "guest"
     new_identity: bool = False
+    chain: bool = False
     in_place: bool = False
     keep_undo: bool = False
     strict: bool = False

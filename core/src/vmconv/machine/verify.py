@@ -35,7 +35,7 @@ def verify(
     else:
         disks, small = _members(made, files[-1], target)
     verify_configs(made, small, target, files[-1])
-    verify_disks([disk.container for disk in made.disks], disks, registry, mode, progress)
+    verify_disks([each for disk in made.disks for each in disk.containers], disks, registry, mode, progress)
 
 
 def verify_configs(made: NewMachine, small: Sequence[File], target: Target, config: File) -> None:

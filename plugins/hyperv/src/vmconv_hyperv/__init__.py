@@ -29,6 +29,7 @@ class HyperV(MachineFormat):
         }
     )
     disk_format = "vhdx"
+    no_chains = None
     disk_formats = frozenset({"vhdx", "vhd"})
 
     def options(self) -> type[Any]:

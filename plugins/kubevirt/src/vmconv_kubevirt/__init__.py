@@ -29,6 +29,7 @@ class Kubevirt(MachineFormat):
         }
     )
     disk_format = "qcow2"
+    no_chains = "a DataVolume takes one image"
     disk_formats = frozenset({"raw", "qcow2"})
 
     def options(self) -> type[Any]:

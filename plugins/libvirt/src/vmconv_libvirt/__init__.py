@@ -31,6 +31,7 @@ class Libvirt(MachineFormat):
         }
     )
     disk_format = "qcow2"
+    no_chains = None
     disk_formats = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhd"})
     nvram_kind = "ovmf"
 

@@ -41,6 +41,7 @@ class Ovf(MachineFormat):
     suffixes = (".ovf",)
     carries = _CARRIES
     disk_format = "vmdk"
+    no_chains = "VMware and VirtualBox import no delta disks"
     disk_formats = frozenset({"vmdk"})
     nvram_kind = "virtualbox"
 

@@ -27,6 +27,7 @@ class Proxmox(MachineFormat):
     title = "Proxmox VE"
     suffixes = (".conf",)
     disk_format = "qcow2"
+    no_chains = "Proxmox has snapshots inside of a disk, or in volumes with names of its own"
     disk_formats = frozenset({"raw", "qcow2", "vmdk"})
     nvram_kind = "ovmf"
     carries = frozenset(

@@ -20,6 +20,7 @@ class VBox(MachineFormat):
     title = "VirtualBox"
     suffixes = (".vbox",)
     disk_format = "vdi"
+    no_chains = None
     # VirtualBox compares the id in an image with its settings, and of these vmconv knows where it is.
     disk_formats = frozenset({"vdi", "vmdk", "vhd", "raw"})
     nvram_kind = "virtualbox"
@@ -30,7 +31,7 @@ class VBox(MachineFormat):
             *("identity.serial", "identity.board_serial", "identity.chassis_serial", "identity.manufacturer"),
             *("identity.product", "identity.asset_tag", "board.chipset", "board.clock", "controllers"),
             *(f"disks.{name}" for name in ("bus", "controller", "unit", "file", "format", "image_uuid", "mode")),
-            *("disks.discard", "disks.serial"),
+            *("disks.discard", "disks.serial", "disks.layers"),
             *(f"removables.{name}" for name in ("bus", "controller", "unit", "kind", "connected")),
             *(f"nics.{name}" for name in ("mac", "model", "network", "network_kind", "connected")),
             *("display", "sound", "serials", "usb", "extra.vbox"),

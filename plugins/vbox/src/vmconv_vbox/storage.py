@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from vmconv.machine import Controller, Disk, Removable, part, quoted, refused
+from vmconv.machine import Controller, Disk, Layer, Removable, part, quoted, refused
 from vmconv_vbox.settings import children
 from vmconv_vbox.structs import FORMATS, MODES, NS, TYPES, controllers, registered, serial_key
 
@@ -29,6 +29,8 @@ class _Medium(NamedTuple):
     format: str | None
     type: str
     place: int
+    layers: tuple[Layer, ...] = ()
+    """The ancestors, the nearest first."""
 
 
 def read_storage(settings: Settings) -> Storage:
@@ -71,11 +73,22 @@ def _registry(settings: Settings) -> Iterator[tuple[UUID, _Medium]]:
     if registry is None:
         return
     for place, root in enumerate(registry.iterfind(f"{NS}HardDisks/{NS}HardDisk")):
-        for element in root.iter(f"{NS}HardDisk"):
-            kind = root.get("type", "Normal")
-            yield _identity(settings, element), _Medium(element.get("location", ""), element.get("format"), kind, place)
+        yield from _family(settings, root, root.get("type", "Normal"), place, ())
     for element in (*registry.iterfind(f"{NS}DVDImages/{NS}Image"), *registry.iterfind(f"{NS}FloppyImages/{NS}Image")):
         yield _identity(settings, element), _Medium(element.get("location", ""), None, "", 0)
+
+
+def _family(
+    settings: Settings, element: Element, kind: str, place: int, layers: tuple[Layer, ...]
+) -> Iterator[tuple[UUID, _Medium]]:
+    """Yields a disk of the registry and all that were made on it."""
+    identity, location, form = _identity(settings, element), element.get("location", ""), element.get("format")
+    yield identity, _Medium(location, form, kind, place, layers)
+    neutral = FORMATS.get((form or "").upper())
+    for child in element.iterfind(f"{NS}HardDisk"):
+        values = {"file": location, "format": neutral, "image_uuid": registered(identity, neutral)}
+        own = part(settings.file, f"HardDisk {identity}", Layer, **values)
+        yield from _family(settings, child, kind, place, (own, *layers))
 
 
 def _identity(settings: Settings, element: Element) -> UUID:
@@ -116,6 +129,7 @@ def _disk(
         **at,
         **_source(medium),
         image_uuid=registered(identity, FORMATS.get((medium.format or "").upper())),
+        layers=medium.layers,
         mode=MODES.get(medium.type, "persistent"),
         shared=True if medium.type == "Shareable" else None,
         discard=None if discard is None else settings.boolean(f"{element} discard", discard),

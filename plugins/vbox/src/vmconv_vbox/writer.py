@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from vmconv.machine import Disk, Machine, Nic
+from vmconv.machine import Disk, Layer, Machine, Nic
 from vmconv.plugin import ConfigFile
 from vmconv_vbox.places import listed
 from vmconv_vbox.settings import EXTRA_DATA
@@ -76,7 +76,7 @@ def _braced(identity: object) -> str:
     return f"{{{identity}}}"
 
 
-def _registered(disk: Disk) -> str:
+def _registered(disk: Disk | Layer) -> str:
     return _braced(disk.image_uuid and registered(disk.image_uuid, disk.format))
 
 
@@ -84,14 +84,15 @@ def _registry(element: Element, machine: Machine) -> None:
     disks = SubElement(SubElement(element, "MediaRegistry"), "HardDisks")
     names = {mode: name for name, mode in MODES.items()}
     for disk in machine.disks:
-        SubElement(
-            disks,
-            "HardDisk",
-            uuid=_registered(disk),
-            location=disk.file or "",
-            format=FORMAT_NAMES.get(disk.format or "", "VDI"),
-            type=names.get(disk.mode or "", "Normal"),
-        )
+        # A disk that was made on another is inside its element. The oldest states the type of all.
+        place, values = disks, {"type": names.get(disk.mode or "", "Normal")}
+        family: tuple[Disk | Layer, ...] = (*reversed(disk.layers), disk)
+        for one in family:
+            form = FORMAT_NAMES.get(one.format or "", "VDI")
+            place = SubElement(
+                place, "HardDisk", {"uuid": _registered(one), "location": one.file or "", "format": form, **values}
+            )
+            values = {}
 
 
 def _extra_data(element: Element, machine: Machine) -> None:

@@ -35,6 +35,7 @@ class Vmx(MachineFormat):
         }
     )
     disk_format = "vmdk"
+    no_chains = None
     disk_formats = frozenset({"vmdk"})
 
     def options(self) -> type[Any]:

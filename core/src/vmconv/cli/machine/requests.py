@@ -47,6 +47,11 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         "--new-identity", action="store_true", help="give the machine a new UUID and new MAC addresses, for a clone"
     )
     parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="make one image for each layer of a disk with snapshots or backing files, instead of flattening it",
+    )
+    parser.add_argument(
         "--in-place",
         action="store_true",
         help="turn CONFIG's own disks into the new ones, also where storage cannot share; CONFIG itself is kept",
@@ -80,6 +85,7 @@ def request_of(options: argparse.Namespace) -> MachineRequest:
         disk_options=options.disk_options,
         uuid=options.uuid,
         new_identity=options.new_identity,
+        chain=options.chain,
         in_place=options.in_place,
         keep_undo=options.keep_undo,
         strict=options.strict,
