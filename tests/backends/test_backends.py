@@ -109,7 +109,7 @@ class _Open(CopyBackend):
 
 
 WRONG: dict[str, CopyBackend] = {
-    "test_what_was_committed_has_been_synced": _Unsynced(),
+    "test_committed_files_were_synced": _Unsynced(),
     "test_a_set_of_a_killed_process_is_complete_or_absent": _OneByOne(),
     "test_a_new_file_grants_no_more_access_than_its_sources": _Open(),
     "test_a_replaced_file_passes_its_mode_on": _Open(),
@@ -162,7 +162,7 @@ def make_one(transaction: Transaction) -> None:
     transaction.commit()
 
 
-def test_what_the_kernel_takes_in_parts_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_writes_of_the_kernel_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwritev", lambda fd, parts, offset: pwrite(fd, b"".join(parts)[:5], offset))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, bytes(data)[:2], offset))

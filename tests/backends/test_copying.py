@@ -1,4 +1,4 @@
-"""Copies and writes go on at the right place, however little of them a system call does (`vmconv.backends`)."""
+"""Copies and writes continue at the right place after partial system calls (`vmconv.backends`)."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_copy_continues_where_the_kernel_stopped(
         done += step
 
 
-def test_what_the_kernel_copied_is_not_copied_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_the_kernel_copied_are_not_copied_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel([500, 500], errno.EXDEV)
     asked: list[tuple[int, int]] = []
     read_into = File.read_into
@@ -150,7 +150,7 @@ def test_room_is_made_for_what_the_kernel_did_not_copy(place: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])
-def test_what_no_other_way_can_copy_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_range_that_no_method_can_copy_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "copy_file_range", Kernel([10], number))
     with closing(source_of(place)) as source, output(place, 100, kernel=True) as made:
         with pytest.raises(OSError) as caught:
@@ -570,7 +570,7 @@ def test_a_plan_is_made_in_pieces_of_bounded_size(place: Path, monkeypatch: pyte
     assert bool(threads) != few
 
 
-def test_where_nothing_is_copied_there_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_copies_there_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_arguments: object) -> None:
         pytest.fail("begun")
 

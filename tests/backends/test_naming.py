@@ -1,4 +1,4 @@
-"""Several files get their names as one: stopped at any call, all are there after the next run, or none."""
+"""Several files are named as one: stopped at any call, all are there after the next run, or none."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def stopped(work: Work, folder: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize("unnamed", [True, False], ids=["nameless", "named"])
-def test_after_a_kill_the_next_run_leaves_all_or_none(
+def test_the_run_after_a_kill_leaves_all_files_or_no_file(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
 ) -> None:
     if not unnamed:
@@ -152,7 +152,7 @@ def test_after_a_kill_the_next_run_leaves_all_or_none(
     assert outcomes == {(True,) * len(work.targets)}
 
 
-def test_after_a_kill_recovery_leaves_all_or_none(work: Work, tmp_path: Path) -> None:
+def test_recovery_after_a_kill_leaves_all_files_or_no_file(work: Work, tmp_path: Path) -> None:
     outcomes = set()
     for at, folder in copies(tmp_path, work):
         stopped(work, folder, at)
@@ -180,7 +180,7 @@ def test_an_interrupted_recovery_is_repeated(work: Work, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_an_error_at_any_call_leaves_all_or_none_or_lists_the_existing_files(
+def test_an_error_at_any_call_leaves_all_files_or_no_file_or_lists_them(
     work: Work, tmp_path: Path, number: int
 ) -> None:
     before = names(tmp_path / "work")
@@ -348,7 +348,7 @@ def test_the_files_of_a_set_that_is_not_finished_are_no_leftovers(half: Path) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_signal_at_any_rename_leaves_all_or_none(tmp_path: Path, number: int) -> None:
+def test_a_signal_at_any_rename_leaves_all_files_or_no_file(tmp_path: Path, number: int) -> None:
     if not shutil.which("strace"):
         pytest.skip("strace is not installed")
     make_disk(tmp_path / "disk.raw", MIB)
@@ -386,9 +386,7 @@ def test_a_directory_that_keeps_its_names_gets_a_single_new_image(tmp_path: Path
         subprocess.run(["chattr", "-a", box], check=True)
 
 
-def test_where_names_cannot_be_changed_it_is_found_out_at_the_beginning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_filesystem_without_renames_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse(monkeypatch, Directory, "create_unnamed", errno.EOPNOTSUPP)
     refuse(monkeypatch, Directory, "rename", errno.EPERM)
     make_disk(tmp_path / "disk.raw", MIB)

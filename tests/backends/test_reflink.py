@@ -1,4 +1,4 @@
-"""Sharing by FICLONERANGE, on storage that answers as it is told to (`vmconv.backends.reflink`)."""
+"""Sharing by FICLONERANGE, on storage with prepared answers (`vmconv.backends.reflink`)."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_scratch_files_have_no_name_for_long(
 
 
 @pytest.mark.parametrize("backend", [ReflinkBackend(), CopyBackend()], ids=["reflink", "copy"])
-def test_unless_told_otherwise_nothing_is_replaced_and_all_is_durable(tmp_path: Path, backend: Backend) -> None:
+def test_by_default_nothing_is_replaced_and_all_is_durable(tmp_path: Path, backend: Backend) -> None:
     with Directory.at(str(tmp_path)) as directory:
         transaction = backend.begin(directory)
         assert isinstance(transaction, FileTransaction)

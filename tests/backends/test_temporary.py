@@ -1,4 +1,4 @@
-"""New files before and when they get their names, call by call (`vmconv.backends.temporary`, `naming`, `files`)."""
+"""New files before and while they are named, call by call (`vmconv.backends.temporary`, `naming`, `files`)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_directory_may_not_be_listed(
             assert ask(directory, ["a"]) == []
 
 
-def test_what_another_run_removes_first_is_not_said_to_be_removed(
+def test_a_file_that_another_run_removes_first_is_not_reported_as_removed(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / temporary_name("a")).write_bytes(b"x")
@@ -405,7 +405,7 @@ def test_a_set_that_fails_is_taken_back_or_can_be_finished(
     assert naming.finish(directory, ["b"]) == []
 
 
-def test_what_cannot_be_taken_back_can_be_finished(
+def test_a_failed_rollback_can_be_completed(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_names: list[str] = []
@@ -553,7 +553,7 @@ def test_fields_of_a_set() -> None:
     assert naming._parse(b"new\0") == Set((), False)
 
 
-def test_what_went_missing_is_said(tmp_path: Path, directory: Directory) -> None:
+def test_missing_files_are_reported(tmp_path: Path, directory: Directory) -> None:
     wanted = set_of(tmp_path, "a", "b")
     journal(directory, wanted)
     (tmp_path / wanted.files[1].temporary).unlink()
@@ -570,7 +570,7 @@ def test_an_exchanged_file_gets_no_name(tmp_path: Path, directory: Directory) ->
     assert not (tmp_path / "a").exists()
 
 
-def test_what_appeared_meanwhile_is_kept(tmp_path: Path, directory: Directory) -> None:
+def test_files_that_appeared_meanwhile_are_kept(tmp_path: Path, directory: Directory) -> None:
     journal(directory, set_of(tmp_path, "a", "b"))
     (tmp_path / "b").write_bytes(b"old")
     with pytest.raises(BackendError, match="b: was created before"):

@@ -66,13 +66,13 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
     "a bool for a size": ({"options": {"cluster_size": True}}, "option cluster_size: True has the wrong type"),
     "a number for a flag": ({"options": {"lazy_refcounts": 1}}, "option lazy_refcounts: 1 has the wrong type"),
     "a negative size": ({"options": {"cluster_size": -65536}}, "cluster_size=-65536"),
-    "a backing file that is none": ({"backing_file": 3}, "argument backing_file: 3 is not a path"),
+    "a backing file that is no path": ({"backing_file": 3}, "argument backing_file: 3 is not a path"),
     "a verification that is a word": (
         {"verify": "no"},
         "argument verify: 'no' is not True, False, 'metadata', 'sample', 'bytes' or 'qemu'",
     ),
-    "a progress that is none": ({"progress": 5}, "argument progress: 5 is not callable"),
-    "an announcement that is none": ({"announce": "print"}, "argument announce: 'print' is not callable"),
+    "a progress that is no function": ({"progress": 5}, "argument progress: 5 is not callable"),
+    "an announcement that is no function": ({"announce": "print"}, "argument announce: 'print' is not callable"),
     "a misspelt keyword": ({"forse": True}, "there is no argument 'forse'"),
     "an old name": ({"fmt": "raw"}, "there is no argument 'fmt'"),
 }
@@ -235,7 +235,7 @@ def test_options_may_be_any_mapping_with_values_of_their_own_types(disk: Path) -
     assert vmconv.info(disk.with_name("disk.qcow2"))["cluster-size"] == 8192
 
 
-def test_fanout_of_no_format_and_options_for_none_are_refused(disk: Path) -> None:
+def test_fanout_refuses_no_formats_and_options_of_other_formats(disk: Path) -> None:
     with pytest.raises(vmconv.UsageError, match="fan-out to no format"):
         vmconv.fanout(disk, [])
     with pytest.raises(vmconv.UsageError, match="options for vdi"):
@@ -295,7 +295,7 @@ def test_every_error_is_exported() -> None:
 
 
 @pytest.mark.parametrize("what", ["nothing", "a loop of links", "a long name", "a directory", "below a file"])
-def test_what_the_system_refuses_is_an_error_of_vmconv(disk: Path, tmp_path: Path, what: str) -> None:
+def test_errors_of_the_system_are_errors_of_vmconv(disk: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "loop.raw").symlink_to("loop.raw")
     path = {
         "nothing": tmp_path / "none.raw",
@@ -354,7 +354,7 @@ def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
     assert list(by_api.allow_external) == list(by_line.allow_external)
 
 
-def test_what_the_command_line_makes_passes_the_check_unchanged() -> None:
+def test_requests_of_the_command_line_pass_the_check_unchanged() -> None:
     for given, _ in COMMAND_LINE.values():
         options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
         request = _request(options)

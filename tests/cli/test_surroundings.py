@@ -93,7 +93,7 @@ def test_a_reader_that_has_gone_is_no_failure_once_the_target_is_made(disk: Path
     assert api.compare(str(disk), str(disk.with_name("target.qcow2")))
 
 
-def test_what_cannot_be_printed_names_standard_output(disk: Path) -> None:
+def test_a_failed_write_names_standard_output(disk: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = run("info", disk, stdout=full)
     assert (done.returncode, done.stderr) == (1, b"vmconv: standard output: No space left on device\n")

@@ -461,7 +461,7 @@ def test_a_killed_run_leaves_no_layer_and_the_next_one_cleans_up(top: Path, owne
     assert_same_layers(top, target)
 
 
-def test_a_failure_while_the_files_get_their_names_leaves_none(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_files_are_named_leaves_none(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = os.link, itertools.count(1)
 
     def failing(*arguments: Any, **more: Any) -> None:

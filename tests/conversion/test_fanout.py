@@ -130,7 +130,7 @@ def refused(golden: Path, error: type[VmconvError], match: str, formats: list[st
     assert before == {path: path.lstat().st_mtime_ns for path in golden.parent.iterdir()}
 
 
-def test_when_one_is_there_none_is_made(golden: Path) -> None:
+def test_an_existing_target_prevents_all(golden: Path) -> None:
     golden.with_name("golden.vhdx").write_bytes(b"old")
     refused(golden, PlanError, r"golden\.vhdx: already exists", ["qcow2", "vhdx", "vmdk"])
     results = vmconv.fanout(str(golden), ["qcow2", "vhdx", "vmdk"], directory=str(golden.parent), force=True)
@@ -145,7 +145,7 @@ def test_one_format_twice_is_refused(golden: Path) -> None:
     refused(golden, PlanError, "would be made twice", ["qcow2", "vmdk", "qcow2"])
 
 
-def test_what_one_of_them_cannot_hold_is_refused_for_all(golden: Path) -> None:
+def test_a_disk_too_large_for_one_target_is_refused_for_all(golden: Path) -> None:
     os.truncate(golden, 3 << 40)
     refused(golden, PlanError, "VHD cannot hold", ["qcow2", "vhd"])
 
@@ -161,7 +161,7 @@ def test_a_link_that_leads_elsewhere_is_refused(golden: Path, tmp_path: Path) ->
     refused(golden, PlanError, "is not in the directory of the other targets", ["qcow2", "vmdk"])
 
 
-def test_where_one_would_be_copied_zero_copy_fails_for_all(golden: Path) -> None:
+def test_one_copied_target_fails_zero_copy_for_all(golden: Path) -> None:
     options = {"vmdk": {"subformat": "streamOptimized"}}
     refused(golden, ZeroCopyError, r"golden\.vmdk: .* bytes", ["qcow2", "vmdk"], options=options, zero_copy="require")
 
@@ -185,7 +185,7 @@ api.fanout(sys.argv[1], ["qcow2", "vmdk", "vhdx", "vdi"], directory=sys.argv[2])
 """
 
 
-def test_a_killed_run_makes_none_and_the_next_one_cleans_up(golden: Path) -> None:
+def test_a_killed_run_makes_no_target_and_the_next_cleans_up(golden: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(golden), str(golden.parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -199,7 +199,7 @@ def test_variants_and_snapshots_of_one_image_are_viewed_with_ids_of_their_own(
     assert len({now, then, viewed(image, "vdi", {"static": "on"})[uuid]}) == 3
 
 
-def test_each_stream_has_ids_of_its_own_unless_said(tmp_path: Path) -> None:
+def test_each_stream_has_new_ids_by_default(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", SIZE)
 
     def streamed(*flags: str) -> bytes:

@@ -85,7 +85,7 @@ def test_a_vhd_shares_what_has_one_phase_for_each_block(reflink_dir: Path, qemu_
 
 
 @pytest.mark.parametrize("target", ["raw", "vhdx", "qed", "parallels"])
-def test_what_other_targets_copy_has_its_reason(reflink_dir: Path, qemu_img: QemuImg, raw: Path, target: str) -> None:
+def test_copies_of_other_targets_have_reasons(reflink_dir: Path, qemu_img: QemuImg, raw: Path, target: str) -> None:
     image, path = reflink_dir / "disk.vdi", reflink_dir / f"new.{target}"
     vdi(raw, image, qemu_img)
     result = vmconv.convert(str(image), str(path), target_format=target)
@@ -159,7 +159,7 @@ def test_clusters_are_small_only_where_that_is_worth_it(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["as much as 512 can count", "more than 512 but not 1024 can count"])
-def test_what_is_chosen_can_be_written(case: str) -> None:
+def test_the_chosen_blocks_can_be_written(case: str) -> None:
     table, modulus, _ = CHOICES[case]
     (source,) = table.sources
     assert isinstance(source, MemoryFile)

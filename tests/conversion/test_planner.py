@@ -143,7 +143,7 @@ def test_plans_joined_keep_their_order_and_add_what_they_copy() -> None:
     assert merge_plans([first]) is first
 
 
-def test_what_stays_elsewhere_is_counted_and_names_the_way() -> None:
+def test_payload_in_other_files_is_counted_and_named() -> None:
     file = MemoryFile("file", 4096)
     table = Extents.whole(Blob("descriptor", bytes(300)))
     references = (Reference("file", file, 4096), Reference("other", MemoryFile("other", 512), 512))
@@ -233,7 +233,7 @@ def disk_plan(size: int, *, copied: bool) -> Plan:
 @pytest.mark.parametrize(
     ("zero_copy", "copied", "right"), [("require", True, False), ("require", False, True), ("prefer", True, True)]
 )
-def test_copies_are_refused_where_there_must_be_none(zero_copy: str, copied: bool, right: bool) -> None:
+def test_copies_are_refused_if_zero_copy_is_required(zero_copy: str, copied: bool, right: bool) -> None:
     if right:
         refusals.refuse_copies("target", zero_copy, disk_plan(64, copied=copied))
         return
@@ -242,7 +242,7 @@ def test_copies_are_refused_where_there_must_be_none(zero_copy: str, copied: boo
 
 
 @pytest.mark.parametrize(("free", "blocks", "right"), [(17, 1, True), (16, 1, False), (0, 0, True), (0, 5, False)])
-def test_what_there_is_no_room_for_is_refused(
+def test_a_plan_larger_than_the_free_space_is_refused(
     monkeypatch: pytest.MonkeyPatch, free: int, blocks: int, right: bool
 ) -> None:
     space = SimpleNamespace(f_bavail=free, f_frsize=4, f_blocks=blocks)

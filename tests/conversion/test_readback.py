@@ -64,7 +64,7 @@ def test_pieces_are_rows_of_the_first_layer_that_says_anything() -> None:
         Piece(60, 10, None, 0),
     ]
     assert list(walk.pieces([], 3, 10)) == [Piece(3, 7, None, 0)]
-    # Up to the end of a row, with numbers that Python makes anew each time.
+    # Up to the end of a row, with new number objects each time.
     far = rows(4 << 20, (0, None, 1), (1 << 20, None, 0))
     assert list(walk.pieces([far], 5, 1 << 20)) == [Piece(5, (1 << 20) - 5, None, 0)]
     assert list(walk.pieces([top], 12, 12)) == []
@@ -197,7 +197,7 @@ def test_progress_counts_bytes_read_of_both_sides(monkeypatch: pytest.MonkeyPatc
     assert list(readback._data_spans(both)) == [(0, 40), (40, 40), (120, 40), (160, 40)]
 
 
-def test_what_was_just_written_is_read_from_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_data_is_read_back_from_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     made, other = MemoryFile("made", 9), MemoryFile("other", 9)
     made.descriptor, other.descriptor = 0, 8
     advised: list[tuple[int, ...]] = []

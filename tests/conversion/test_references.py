@@ -211,7 +211,7 @@ def test_compressed_clusters_go_to_the_rest(any_dir: Path, qemu_img: QemuImg) ->
 
 
 def scattered(path: Path, pieces: int, qemu_img: QemuImg) -> Path:
-    """Makes a qcow2 image of so many clusters, no two neighbours of which lie side by side in it."""
+    """Makes a qcow2 image of `pieces` clusters; no two neighbours are adjacent in the file."""
     qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4K", path, f"{pieces * 4}K")
     order = [*range(0, pieces, 2), *range(1, pieces, 2)]
     qemu_io(path, *(f"write -q -P {number % 254 + 1} {number * 4}k 4k" for number in order))
@@ -282,7 +282,7 @@ def test_a_block_device_is_refused(tmp_path: Path) -> None:
         ("-f qcow2 data", "working directory"),
     ],
 )
-def test_what_qemu_would_read_otherwise_is_no_backing_file(
+def test_a_file_that_qemu_reads_differently_is_no_backing_file(
     tmp_path: Path, qemu_img: QemuImg, make_source: str, why: str | None
 ) -> None:
     kind, *what = make_source.split()[1:]
@@ -504,7 +504,7 @@ def test_a_reference_is_made_when_the_clock_of_files_has_gone_on(
 
 
 @pytest.mark.parametrize("target", ["vmdk", "qcow2"])
-def test_what_may_be_no_change_is_a_doubt(any_dir: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+def test_a_possible_change_is_a_doubt(any_dir: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
     raw, path = any_dir / "disk.raw", any_dir / f"new.{target}"
     make_disk(raw, MIB)
     by_reference(raw, path)

@@ -178,7 +178,7 @@ def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
     ],
     ids=["format", "files", "extents", "parent", "data-file", "backing", "chain", "backend", "zero-copy"],
 )
-def test_what_cannot_be_a_stream_is_refused_before_a_byte_is_sent(
+def test_impossible_streams_are_refused_before_a_byte_is_sent(
     tmp_path: Path, flags: list[str], error: type[vmconv.VmconvError], message: str
 ) -> None:
     done = streamed(make_disk(tmp_path / "disk.raw", MIB), *flags)

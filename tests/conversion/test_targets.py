@@ -142,7 +142,7 @@ def test_a_strangers_link_does_not_lead_to_directories_of_others(disk: Path, tmp
 
 
 @pytest.mark.parametrize("path", ["loop.qcow2", "gone/t.qcow2", "disk.raw/t.qcow2"])
-def test_what_leads_nowhere_is_a_plan_error(disk: Path, path: str) -> None:
+def test_a_target_path_that_leads_nowhere_is_a_plan_error(disk: Path, path: str) -> None:
     (disk.parent / "loop.qcow2").symlink_to("loop.qcow2")
     with pytest.raises(PlanError):
         api.convert(str(disk), str(disk.parent / path))
@@ -239,7 +239,7 @@ STATES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("words", STATES)
-def test_what_cannot_be_replaced_is_refused_before_any_work(
+def test_an_irreplaceable_target_is_refused_before_any_work(
     disk: Path, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = disk.with_name("t.qcow2")
@@ -468,7 +468,7 @@ def test_a_private_base_makes_a_replaced_image_private(shared: Path) -> None:
     assert mode(target) == 0o600
 
 
-def test_what_a_strangers_link_names_counts_as_his(shared: Path) -> None:
+def test_the_target_of_a_strangers_link_counts_as_the_strangers(shared: Path) -> None:
     secret = make_disk(shared.parent / "secret.raw", MIB)
     secret.chmod(0o600)
     target = planted(shared / "t.qcow2", STRANGER)

@@ -113,7 +113,7 @@ BEFORE_COMMIT = {
     "after the first write": ("vmconv.backends.files:FileOutput.write", "after"),
     "before the file is durable": ("vmconv.backends.files:FileOutput.finish", "before"),
     "before verifying": ("vmconv.conversion.pipeline:verify_result", "before"),
-    "before the file gets its name": ("vmconv.backends.temporary:Temporary.appear", "before"),
+    "before the file is named": ("vmconv.backends.temporary:Temporary.appear", "before"),
 }
 each_filesystem = pytest.mark.parametrize("unnamed", ["yes", "no"])
 """Whether the filesystem has files without names (O_TMPFILE)."""
@@ -347,7 +347,7 @@ def test_an_existing_target_is_replaced_by_force(source: Path, target: Path) -> 
     assert names(source.parent) == {source.name, target.name}
 
 
-def test_who_has_the_old_target_open_goes_on_reading_it(source: Path, target: Path) -> None:
+def test_open_descriptors_keep_reading_the_old_target(source: Path, target: Path) -> None:
     target.write_bytes(OLD)
     with target.open("rb") as reader:
         api.convert(str(source), str(target), force=True)
@@ -401,7 +401,7 @@ def test_a_symlink_as_target_still_leads_to_the_file(source: Path, target: Path,
     assert holds_the_payload(target)
 
 
-def test_what_a_symlink_names_is_not_replaced_without_force(source: Path, target: Path, tmp_path: Path) -> None:
+def test_the_target_of_a_symlink_is_not_replaced_without_force(source: Path, target: Path, tmp_path: Path) -> None:
     (tmp_path / "real.qcow2").write_bytes(OLD)
     target.symlink_to(tmp_path / "real.qcow2")
     fails(source, target, PlanError)

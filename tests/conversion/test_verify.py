@@ -205,7 +205,7 @@ def two_layers() -> tuple[list[Container], list[MemoryFile], Reader]:
     return [below, above], files, reader
 
 
-def test_what_was_made_is_read_back_with_all_that_is_below() -> None:
+def test_the_result_is_read_back_with_its_lower_layers() -> None:
     containers, files, reader = two_layers()
     below, above = verify.read_back(containers, files, ANY)
     assert (below.container, above.container) == tuple(containers)
@@ -222,7 +222,7 @@ def test_what_was_made_is_read_back_with_all_that_is_below() -> None:
     verify.verify(containers, files, ANY)
 
 
-def test_what_stays_of_the_source_is_below_too() -> None:
+def test_kept_layers_of_the_source_are_lower_layers_too() -> None:
     containers, files, reader = two_layers()
     parent = containers[1].disk.parent
     kept = containers[1]._replace(backing=Backing("/source/base", "letters"))
@@ -301,7 +301,7 @@ def test_each_mode_begins_with_the_metadata(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("asked", "mode"), [(True, "metadata"), (False, None), ("metadata", "metadata"), ("bytes", "bytes")]
 )
-def test_verifying_is_by_metadata_unless_said_otherwise(asked: Any, mode: str | None) -> None:
+def test_verifying_is_by_metadata_by_default(asked: Any, mode: str | None) -> None:
     assert verify.verify_mode(asked) == mode
 
 

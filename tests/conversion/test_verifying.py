@@ -96,7 +96,7 @@ def test_images_of_several_formats_are_verified_each(chain: Path, mode: Any) -> 
     assert len(made) == 3
 
 
-def test_how_much_will_be_read_is_said_first(chain: Path) -> None:
+def test_the_bytes_to_be_read_are_announced_first(chain: Path) -> None:
     calls: list[tuple[int, int]] = []
     vmconv.convert(
         str(chain), str(chain.with_name("new.raw")), verify="bytes", verifying=lambda *call: calls.append(call)
@@ -255,7 +255,7 @@ def test_in_place_there_is_no_source_to_compare_with(chain: Path, mode: Any) -> 
     assert "--in-place exclude each other" in refused(chain, mode, backing_file="middle.qcow2", in_place=True)
 
 
-def test_what_qemu_does_not_read_is_refused_by_name(chain: Path, qemu_img: QemuImg) -> None:
+def test_formats_unknown_to_qemu_are_refused_by_name(chain: Path, qemu_img: QemuImg) -> None:
     same = make_disk(chain.with_name("same.raw"), SIZE)
     layer = chain.with_name("layer.qcow2")
     qemu_img("create", "-f", "qcow2", "-b", same.name, "-F", "raw", layer)

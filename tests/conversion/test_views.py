@@ -124,7 +124,7 @@ def test_sending_to_a_file_that_is_appended_to_gives_the_bytes(file: File, tmp_p
     assert (tmp_path / "out").read_bytes() == view.table.read(0, view.size)
 
 
-def test_what_was_computed_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computed_metadata_is_cached_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmconv.model.view._KEPT", 4 * (128 << 10))
     asked: list[int] = []
 

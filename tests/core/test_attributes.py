@@ -60,7 +60,7 @@ def files(monkeypatch: pytest.MonkeyPatch) -> Files:
         (0o600, 1, 3, True, True),
     ],
 )
-def test_who_may_read_a_file_is_told_by_its_mode(
+def test_the_mode_of_a_file_decides_its_readers(
     files: Files, mode: int, uid: int, gid: int, listed: bool, reads: bool
 ) -> None:
     source = files(mode, **({"acl": acl_of((OTHER, 0))} if listed else {}))

@@ -44,7 +44,7 @@ def test_padding_adds_no_payload(table: Extents) -> None:
 
 
 @given(tables((A,), size=77), st.sampled_from([40, 77, 78, 80, 200]))
-def test_what_a_format_adds_to_a_layer_reads_as_zero_whatever_its_parent_has(table: Extents, size: int) -> None:
+def test_space_that_a_format_adds_to_a_layer_reads_as_zero(table: Extents, size: int) -> None:
     parent = disk_of(Extents.of([(0, Kind.DATA, B, 0)], size), MemoryFile("base", 0))
     layer = disk_of(table, MemoryFile("layer", 0), parent=parent)
     grown = blocks.grown(layer, 80, on_parent=True)
@@ -83,7 +83,7 @@ def test_places_do_not_overlap_and_are_congruent_where_they_can_be(table: Extent
     assert sorted(placed.run.tolist()) == list(range(len(runs.first)))
 
 
-def test_what_lies_together_in_a_source_stays_together() -> None:
+def test_neighbouring_payload_of_a_source_stays_together() -> None:
     """A disk scattered over its source in any order is placed in the source's order, in one piece."""
     order = np.random.default_rng(1).permutation(30)
     table = Extents.of([(i * UNIT, Kind.DATA, A, int(o) * UNIT) for i, o in enumerate(order)], 30 * UNIT)

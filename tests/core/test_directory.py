@@ -154,7 +154,7 @@ def pair(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_what_takes_a_file_s_place_has_all_that_it_had(ext4_dir: Path) -> None:
+def test_a_replacement_keeps_the_attributes_of_the_file(ext4_dir: Path) -> None:
     old, new = pair(ext4_dir)
     os.setxattr(old, "user.note", b"kept")
     os.setxattr(old, ACL, with_bob(6, 0))
@@ -309,7 +309,9 @@ def test_another_group_s_members_are_others(tmp_path: Path, directory: Directory
 
 
 @pytest.mark.parametrize(("given", "bob"), [(0o600, False), (0o640, False), (0o644, True)])
-def test_who_is_let_in_by_the_directory_must_have_had_the_source(ext4_dir: Path, given: int, *, bob: bool) -> None:
+def test_readers_allowed_by_the_directory_must_be_able_to_read_the_source(
+    ext4_dir: Path, given: int, *, bob: bool
+) -> None:
     old = ext4_dir / "old"
     old.write_bytes(b"old")
     old.chmod(given)
@@ -332,7 +334,7 @@ def test_a_source_with_a_list_is_its_owner_s_alone(ext4_dir: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
-def test_who_is_not_root_gives_only_what_is_his(tmp_path: Path) -> None:
+def test_users_other_than_root_can_give_only_own_files(tmp_path: Path) -> None:
     code = (
         "import os, sys; from vmconv.io import attributes; found = [os.stat(path) for path in sys.argv[1:]]\n"
         "os.setgroups([77]); os.setgid(1000); os.setuid(1000)\n"
@@ -362,7 +364,7 @@ def test_a_directory_is_closed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "missing"), [(b"1", ()), (b"2", ("extended attributes",))])
-def test_what_is_equal_already_needs_no_right_to_set_it(
+def test_equal_attributes_need_no_permission_to_set_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: bytes, missing: tuple[str, ...]
 ) -> None:
     def refuse(*arguments: Any) -> None:

@@ -54,7 +54,7 @@ def file(tmp_path: Path) -> Iterator[File]:
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_what_cannot_be_synced_has_nothing_to_sync(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_files_without_fsync_have_nothing_to_sync(file: File, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "fsync", failing(number))
     file.sync()
 
@@ -313,7 +313,7 @@ def test_unreadable_candidates_are_skipped(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOVERFLOW, errno.EIO, errno.EPERM])
-def test_what_cannot_be_sent_is_read_and_written(
+def test_files_without_sendfile_are_read_and_written(
     file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "sendfile", failing(number))

@@ -262,7 +262,7 @@ def test_a_slice_of_no_units_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [(A, B), (B, A)])
-def test_windows_onto_two_sources_are_two_rows_even_if_their_offsets_go_on(one: Source, other: Source) -> None:
+def test_windows_onto_two_sources_are_two_rows_even_if_offsets_continue(one: Source, other: Source) -> None:
     table = Extents.of(
         [(0, Kind.DATA, A, 0), (5, Kind.DATA, B, 5), (10, Kind.DATA, one, 10), (15, Kind.DATA, other, 15)], 20
     )

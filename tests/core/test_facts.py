@@ -38,7 +38,7 @@ def test_the_schema_takes_each_fact() -> None:
         assert (Geometry(**found.model_dump()) if name == "geometry" else found) == value, name
 
 
-def test_what_an_image_does_not_say_is_none_but_for_the_sector() -> None:
+def test_unstated_facts_are_none_except_the_sector() -> None:
     disk = Disk.of(0, DiskFacts())
     assert disk.logical_sector_size == 512
     assert {getattr(disk, name) for name in DiskFacts._fields if name != "logical_sector_size"} == {None}

@@ -57,7 +57,7 @@ def test_a_structure_is_parsed_at_its_offset() -> None:
     assert (where.length, where.read()) == (16, CONTENT)
 
 
-def test_bytes_that_are_given_are_parsed_and_none_read() -> None:
+def test_given_bytes_are_parsed_without_reading() -> None:
     where = Structure(image_file(b""), LAYOUT)
     assert where.parse(data=CONTENT).size == 4096
 

@@ -98,14 +98,14 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("title", PACKED)
-def test_what_real_packers_write_is_recognised(tmp_path: Path, title: str) -> None:
+def test_files_of_real_packers_are_recognised(tmp_path: Path, title: str) -> None:
     packed = tmp_path / "disk.img"
     packed.write_bytes(PACKED[title](PLAIN))
     assert f"signature of {title}" in str(refused(packed))
 
 
 @pytest.mark.parametrize(("program", "title"), [("zstd", "Zstandard"), ("lz4", "LZ4"), ("lzop", "lzop")])
-def test_what_other_packers_write_is_recognised(tmp_path: Path, program: str, title: str) -> None:
+def test_files_of_other_packers_are_recognised(tmp_path: Path, program: str, title: str) -> None:
     packed = tmp_path / "disk.img"
     done = subprocess.run([oracle_program(program), "-c"], input=PLAIN, capture_output=True, check=True, timeout=600)
     packed.write_bytes(done.stdout)

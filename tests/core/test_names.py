@@ -80,7 +80,7 @@ def test_a_chain_has_the_names_of_its_files_whatever_the_locale(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_image_names_is_the_bytes_of_the_name(tmp_path: Path, locale: Mapping[str, str], name: str) -> None:
+def test_names_in_images_are_kept_as_bytes(tmp_path: Path, locale: Mapping[str, str], name: str) -> None:
     make_disk(tmp_path / "disk.raw", MIB).rename(tmp_path / f"{name}.raw")
     source = os.fsencode(f"{name}.raw")
     for target, options in (("ref.vmdk", "subformat=reference"), ("ref.qcow2", "subformat=reference")):

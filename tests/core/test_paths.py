@@ -44,7 +44,7 @@ def test_a_path_of_this_system_is_not_foreign(reference: str) -> None:
 
 
 @pytest.mark.parametrize("reference", [r"C:\VMs\..", "C:\\", "/vmfs/..", "//", "C:.", "file:///", r"\\"])
-def test_a_path_that_ends_in_no_name_has_none(reference: str) -> None:
+def test_a_path_without_a_last_part_has_no_name(reference: str) -> None:
     assert paths.base_of(reference) == ""
 
 

@@ -55,7 +55,7 @@ def rows_of(table: Extents) -> list[tuple[int, int, Source | None, int]]:
     return [(row.start, row.length, row.source, row.offset) for row in table]
 
 
-def test_what_lies_on_storage_has_its_address_and_all_else_its_file(told: Told) -> None:
+def test_rows_on_storage_have_addresses_and_others_files(told: Told) -> None:
     file = file_of(2, 90)
     told.plain[2] = [(60, 40, 500), (10, 20, 1000), (30, 10, 2000), (100, 20, 3000)]
     ((_, _, _, _), (_, _, storage, _), *_) = rows = rows_of(PhysicalMap().apply(Extents.whole(file)))

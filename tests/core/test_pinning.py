@@ -14,7 +14,7 @@ from vmconv.placing.blocks import Runs
 from vmconv.testing.memory import MemoryFile
 
 CELL = 2
-"""The tables of these tests are made of cells of so many bytes."""
+"""Bytes of a cell; the tables of these tests consist of cells."""
 D, Z, H = Kind.DATA, Kind.ZERO, Kind.HOLE
 Cells = list[tuple[Kind, int]]
 """Kind and, for payload, offset in the file."""

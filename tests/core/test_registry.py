@@ -113,7 +113,7 @@ BROKEN = {
         "was written for version 0 of the plugin interface, this vmconv has 1: upgrade the plugin",
     ),
     "an interface that cannot be printed": ("VMCONV_INTERFACE = 10**5000\n" + GOOD, "VMCONV_INTERFACE: ValueError"),
-    "an interface that cannot be asked for": (
+    "an interface whose attributes fail": (
         GOOD + "\ndef __getattr__(name):\n    raise RuntimeError(name)\n",
         "VMCONV_INTERFACE: RuntimeError",
     ),
@@ -247,11 +247,11 @@ def test_a_misspelt_hook_is_reported_with_the_name_that_was_meant(install: Insta
     assert problem(registry) == "unknown hook vmconv_register_format, did you mean vmconv_register_formats"
 
 
-def test_a_hook_that_resembles_none_is_reported_without_a_guess(install: Install) -> None:
+def test_an_unknown_hook_is_reported_without_a_guess(install: Install) -> None:
     assert problem(install(PRELUDE + "@hookimpl\ndef zzz():\n    return []")) == "unknown hook zzz"
 
 
-def test_what_a_plugin_registers_before_its_hook_fails_is_still_there(install: Install) -> None:
+def test_registrations_before_a_failing_hook_are_kept(install: Install) -> None:
     registry = install(PRELUDE + FORMATS + "yield Acme()\n    raise OSError('disk full')")
     assert "disk full" in problem(registry)
     assert "acme" in registry.formats
@@ -453,7 +453,7 @@ METHODS = {
         "    return Image('acme', file, 512, lambda: Extents.filled(1024))\n"
         "Acme.read = read"
     ),
-    "the table is none": (
+    "the table is no mapping": (
         "from vmconv.model.image import Image\n"
         "def read(self, file, opener, *, snapshot=None):\n"
         "    return Image('acme', file, 512, lambda: None)\n"

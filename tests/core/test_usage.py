@@ -22,7 +22,7 @@ from vmconv.testing.memory import MemoryFile
 
 quick = settings(deadline=None, max_examples=80)
 User = tuple[str, int | None, int, int]
-"""Name, number where it is told, and `[begin, end)` of a range."""
+"""Name, number if any, and `[begin, end)` of a range."""
 
 
 @st.composite
@@ -177,7 +177,7 @@ def test_all_findings_are_counted_and_the_first_are_in_words(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(("count", "enough"), [((1 << 20) - 1, False), (1 << 20, True), ((1 << 20) + 1, True)])
-def test_so_much_may_be_wrong_that_a_check_stops(count: int, enough: bool) -> None:
+def test_a_check_stops_after_many_findings(count: int, enough: bool) -> None:
     found = Findings()
     assert not found.enough
     found.corrupt("all", count)

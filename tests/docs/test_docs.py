@@ -441,7 +441,7 @@ def test_the_tables_of_ways_are_what_the_code_decides(mounts: Mounts, qemu_img: 
         for directory in directories.values():
             shutil.rmtree(directory)
     page = ways.PAGE.read_text()
-    assert ways.written(page) == decided, "python tests/support/ways.py writes the page anew"
+    assert ways.written(page) == decided, "python tests/support/ways.py rewrites the page"
     letters = {row[0] for row in cells(page.partition(ways.BEGIN)[0])} - {"letter"}
     used = {letter for row in cells(decided) for cell in row[1:] for letter in cell if row[0] != "from \\ to"}
     assert used == letters

@@ -37,7 +37,7 @@ def drive() -> Iterator[Callable[..., Driven]]:
 
 @pytest.fixture
 def network() -> Iterator[Callable[[int], Network]]:
-    """Makes a network of so many machines, taken away after the test."""
+    """Makes networks of some machines, removed after the test."""
     if (reason := why_no_namespaces()) is not None:
         missing("namespaces", reason)
     made: list[Network] = []

@@ -2,7 +2,7 @@
 
     python gated_worker.py GATE PIPE
 
-GATE is `begun` (files are being made) or `made` (they have their names). It writes a line into PIPE and goes on when
+GATE is `begun` (files are being made) or `made` (they are named). It writes a line into PIPE and continues when
 it is given one back by `PIPE.go`.
 """
 

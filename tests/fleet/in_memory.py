@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class TrustsAll(PlainTrust):
-    """Needs no certificates: whoever signs with the key of an owner is the owner."""
+    """Needs no certificates: a signature by an owner's key is the owner's."""
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         return all(PlainSigner(owner, key_id).sign(payload) == signature for payload, signature in signed)

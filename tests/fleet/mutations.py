@@ -39,7 +39,7 @@ from vmconv_fleet.replication.store import Store
 from vmconv_fleet.replication.verifier import Verifier
 
 SEEDS = 60
-"""A mistake has to be found within so many seeds."""
+"""Number of seeds within which a mistake must be found."""
 
 
 class Mutation(NamedTuple):
@@ -384,7 +384,7 @@ def wrong_response() -> Iterator[None]:
         yield
 
 
-@mutation("what is written is told before it is durable (NATS 2.12.1)")
+@mutation("writes are sent before they are durable (NATS 2.12.1)")
 def told_too_early() -> Iterator[None]:
     @contextmanager
     def batch(self: Replica) -> Iterator[None]:

@@ -13,7 +13,7 @@ from vmconv_fleet.replication.store import Store
 
 
 class Violation(BaseException):
-    """Something is so that must never be so; no exception that the code under test would catch."""
+    """An invariant is violated; no exception that the code under test would catch."""
 
 
 class Oracle:
@@ -153,8 +153,8 @@ class Oracle:
 def _forgotten(store: Store, owner: str, record: Record) -> bool:
     """Whether the owner's history has no other transaction for the same request.
 
-    A node that has lost its disk may go on alone, and then find neighbours who have what was lost: that is its history
-    from then on, and not what it did meanwhile.
+    A node that has lost its disk may continue alone, and then find neighbours with the lost records: these
+    are its history from then on, not its writes meanwhile.
     """
     asked = record.body["requester"], record.body["request"]
     others = (one for one in store.find("transaction", owner) if one.position != record.position)

@@ -114,7 +114,7 @@ class Fleet:
                 self._execute(machine)
 
     def flow_until(self, reached: Callable[[], bool]) -> None:
-        """Delivers one message after the other until something is so."""
+        """Delivers one message after the other until a condition holds."""
         while not reached():
             if self._flying:
                 self._deliver(1)

@@ -515,7 +515,7 @@ class World:
         self._say("healed")
 
     def _alive(self) -> list[str]:
-        """Returns who has not been retired, as far as anybody knows: whoever knew may have lost its disk."""
+        """Returns the nodes not known to be retired: those that knew may have lost their disks."""
         return [id for id in self.nodes if not any(node.trust.retired(id) for node in self.nodes.values())]
 
     def _converge(self) -> None:

@@ -115,7 +115,7 @@ def test_the_owner_refuses_what_the_first_node_let_through(api: Served, pair: Se
 
 
 @pytest.mark.parametrize(("more", "said"), [({}, "was revoked"), ({"ttl_s": 0.001}, "has expired")])
-def test_a_token_that_is_not_good_any_more(api: Served, more: dict[str, float], said: str) -> None:
+def test_a_token_that_is_no_longer_valid_is_refused(api: Served, more: dict[str, float], said: str) -> None:
     made = api.token("admin", **more)
     if not more:
         api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")  # type: ignore[index]
@@ -230,7 +230,7 @@ def test_all_that_are_selected_are_asked_for(api: Served, pair: Sequence[Node]) 
         ("/api/v1/datastores", {"name": "../x", "path": "/"}),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(api: Served, path: str, body: object) -> None:
+def test_invalid_requests_are_refused_in_one_line(api: Served, path: str, body: object) -> None:
     with pytest.raises(UsageError) as raised:
         api.local.call("POST", path, body)
     assert "\n" not in str(raised.value)
@@ -275,7 +275,7 @@ def test_lists_come_in_pages(api: Served) -> None:
         api.local.get("/api/v1/tokens", limit=100_000)
 
 
-def test_what_another_node_writes_need_not_be_sound(api: Served, pair: Sequence[Node]) -> None:
+def test_unsound_records_of_another_node_are_tolerated(api: Served, pair: Sequence[Node]) -> None:
     one, other = pair
     other.write(
         Change("disk", "bad", {"datastore": 5, "name": ["x"]}),
@@ -306,7 +306,7 @@ def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Seque
     assert pair[1].id[:8] in [one["name"] for one in api.local.get("/api/v1/nodes")["items"]]
 
 
-def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:
+def test_changes_are_sent_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:
     lines = api.local.lines("/api/v1/events", kinds="disk")
     assert next(lines).startswith("retry")
     assert next(lines) == "event: here"
@@ -323,7 +323,7 @@ def test_changes_are_told_as_they_arrive(api: Served, pair: Sequence[Node]) -> N
     assert json.loads(told["data"])["body"]["name"] == "new.raw"
 
 
-def test_a_reconnecting_listener_is_told_to_read_again(api: Served) -> None:
+def test_a_reconnecting_subscriber_must_read_again(api: Served) -> None:
     context = ssl.create_default_context(cafile=api.ca)
     connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
     headers = {"Authorization": f"Bearer {api.token('viewer')['token']}", "Last-Event-ID": "x.1.2"}

@@ -250,7 +250,7 @@ def test_a_joining_node_gets_the_members_certificates(
     assert set(trust.members()) == {first.node, second.node}
 
 
-def test_members_of_another_authority_are_none(lab: Lab, authority: Authority, tmp_path: Path) -> None:
+def test_certificates_of_another_authority_are_refused(lab: Lab, authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     stranger = Authority.found(str(tmp_path / "other"), "lab").issue(csr(Keys.generate(), new_node_id()))
     trust = CertificateTrust(authority.certificate.public_bytes(serialization.Encoding.PEM))
@@ -260,7 +260,7 @@ def test_members_of_another_authority_are_none(lab: Lab, authority: Authority, t
     assert list(trust.members()) == []
 
 
-def test_no_more_members_are_told_than_are_read() -> None:
+def test_no_more_members_are_sent_than_are_read() -> None:
     assert joining._within(25, [b"a" * 10, b"b" * 10, b"c" * 10]) == "a" * 10 + "b" * 10
 
 
@@ -368,13 +368,13 @@ def test_junk_is_answered_and_the_service_continues(invite: Callable[[], Invitat
     with joining._connected(invitation.address, context) as connection:
         connection.putrequest("POST", "/join")
         connection.putheader("Content-Length", str(len(body)))
-        # What is too long is refused unread: whoever still sends it then may find the connection ended, and no answer.
+        # Long requests are refused unread: a caller that is still sending may get no answer.
         connection.endheaders(body if len(body) <= joining.LIMIT else None)
         assert connection.getresponse().status in (400, 403)
     joining.join(invitation, csr(Keys.generate(), new_node_id()))
 
 
-def test_settings_that_make_no_sense_are_said_in_one_line(lab: Lab) -> None:
+def test_invalid_settings_are_reported_in_one_line(lab: Lab) -> None:
     config = lab.add()
     path = Path(config.path("node.toml"))
     for text in (

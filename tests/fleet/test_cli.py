@@ -362,7 +362,7 @@ def test_times_of_day_are_the_next_ones(text: str, then: datetime) -> None:
 
 
 @pytest.mark.parametrize("text", ["25:00", "12:60", "noon", "2020-01-01T00:00"])
-def test_times_that_are_none(text: str) -> None:
+def test_invalid_times_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--at"):
         moment(text, NOW)
 

@@ -197,7 +197,7 @@ def test_progress_is_shown_as_it_arrives(entered: Desk) -> None:
     assert (shared.get_attribute("width"), copied.get_attribute("width")) == ("75.0", "25.0")
 
 
-def test_what_changes_before_the_page_listens_is_shown(entered: Desk) -> None:
+def test_changes_before_the_page_subscribes_are_shown(entered: Desk) -> None:
     def late(route: Any) -> None:
         progress(entered, 75)
         route.continue_()
@@ -207,7 +207,7 @@ def test_what_changes_before_the_page_listens_is_shown(entered: Desk) -> None:
     entered.page.wait_for_selector("text=75 %")
 
 
-def test_what_changes_while_the_page_is_fetched_is_shown(entered: Desk) -> None:
+def test_changes_while_the_page_is_fetched_are_shown(entered: Desk) -> None:
     def late(route: Any) -> None:
         if route.request.resource_type != "fetch" or answers:
             route.continue_()
@@ -311,7 +311,7 @@ def test_history_shows_differences(entered: Desk) -> None:
     assert entered.text(".diff ins") == "4"
 
 
-def test_who_may_only_look_finds_no_buttons(desk: Desk) -> None:
+def test_viewers_see_no_buttons(desk: Desk) -> None:
     enter(desk, "viewer")
     other = desk.other.id
     for path in (f"/disks/{other}/d1", f"/vms/{other}/v1", f"/jobs/{other}/j1", f"/nodes/{other}", "/tokens"):

@@ -89,7 +89,7 @@ def test_records_are_durable_when_the_future_is_done(nodes: Nodes) -> None:
     assert service.view().get(service.node, "thing", "t") == record
 
 
-def test_what_one_writes_another_sees(nodes: Nodes) -> None:
+def test_a_record_of_one_node_reaches_another(nodes: Nodes) -> None:
     one, other = nodes.add(0), nodes.add(1)
     seen = _seen(other, one.node, "t")
     _write(one, "t", 1)
@@ -144,7 +144,7 @@ def test_telemetry_does_not_write_what_the_system_writes(nodes: Nodes, kind: str
         service.update(lambda _: [Change(kind, "x", {})]).result(PATIENCE)
 
 
-def test_what_waits_shares_a_commit(nodes: Nodes) -> None:
+def test_waiting_writes_share_a_commit(nodes: Nodes) -> None:
     service = nodes.add(0)
     _write(service, "first", 0)
     commits = []
@@ -160,7 +160,7 @@ def test_what_waits_shares_a_commit(nodes: Nodes) -> None:
     assert len(commits) < 50
 
 
-def test_what_waits_shares_a_commit_as_far_as_the_links_can_carry_it(nodes: Nodes) -> None:
+def test_waiting_writes_share_a_commit_up_to_the_links_limit(nodes: Nodes) -> None:
     """More than waits for a link at once would be lost, and asked for again."""
     service = nodes.add(0)
     _write(service, "first", 0)
@@ -266,7 +266,7 @@ def test_the_end_does_not_depend_on_the_transport(nodes: Nodes) -> None:
         service.write([Change("thing", "t", {})]).result(PATIENCE)
 
 
-def test_who_waits_for_a_response_is_let_go_at_the_end(nodes: Nodes) -> None:
+def test_waiting_for_a_response_ends_at_shutdown(nodes: Nodes) -> None:
     service = nodes.add(0)
     request = service.submit(node_id(7), "set", {}, BY)
     result: Future[Record | None] = Future()

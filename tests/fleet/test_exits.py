@@ -1,4 +1,4 @@
-"""The daemon ends when it is told to, whatever it is doing; how often that has to go well is for benchmarks/fleet.
+"""The daemon ends on a signal in any state; benchmarks/fleet measures how reliably.
 
 A daemon that hangs gives up after 20 s, with another exit code.
 """
@@ -49,7 +49,7 @@ def test_it_ends_while_it_writes_and_is_written_to(lab: Lab, drive: Drive) -> No
     one, other = pair(lab, drive)
     for node in (one, other):
         node.ask("work", every=0.0, targets=[one.config.node, other.config.node])
-    wait_until(lambda: one.ask("state")["requests"] > 20, PATIENCE, "work goes on")
+    wait_until(lambda: one.ask("state")["requests"] > 20, PATIENCE, "work continues")
     one.signal(signal.SIGTERM)
     assert one.process.wait(PATIENCE) == 0, one.log()
 

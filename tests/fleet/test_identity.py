@@ -74,7 +74,7 @@ def test_an_expired_certificate_still_identifies_the_signer(lab: Lab) -> None:
     assert trust.verify(expired.node, signer.key_id, [(b"payload", signer.sign(b"payload"))], AT)
 
 
-def test_what_was_signed_before_a_revocation_stays_good(lab: Lab, pair: tuple[NodeConfig, NodeConfig]) -> None:
+def test_signatures_before_a_revocation_stay_valid(lab: Lab, pair: tuple[NodeConfig, NodeConfig]) -> None:
     trust, signer = trust_of(pair[0]), signer_of(pair[1])
     trust.learn_certificate(credentials.load(pair[1]).certificate)
     assert lab.authority is not None

@@ -57,7 +57,7 @@ class Fleet:
         return agree(self.configs)
 
     def rows(self, count: int) -> bool:
-        """Returns whether every node has so many transactions of every other."""
+        """True if every node has `count` transactions of every other."""
         return all(
             len(found) == len(self.ids) and min(len(numbers) for numbers in found.values()) >= count
             for found in (ledger_of(config).transactions for config in self.configs)
@@ -73,7 +73,7 @@ def fleet(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_whatever_happens_all_is_answered_once_and_all_agree(
+def test_under_faults_each_request_is_answered_once_and_nodes_converge(
     topology: str, fleet: Callable[[Connections], Fleet]
 ) -> None:
     five = fleet(TOPOLOGIES[topology])

@@ -79,7 +79,7 @@ class Node:
 
 
 class Pair:
-    """Two nodes of a fleet that are neighbours, and whoever else wants to be one."""
+    """Two neighbours of a fleet, and nodes that want to join them."""
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
@@ -105,16 +105,16 @@ class Pair:
         return config
 
     def victim_opens_again(self, because: Callable[[], None]) -> None:
-        """Waits until the victim has made its rules anew."""
+        """Waits until the victim has renewed its rules."""
         before = self.victim.link.counters["opened"]
         because()
-        wait_until(lambda: self.victim.link.counters["opened"] > before, PATIENCE, "the rules are made anew")
+        wait_until(lambda: self.victim.link.counters["opened"] > before, PATIENCE, "the rules are renewed")
         self.wait()
 
     def say(self, settings: dict[str, Any], sender: str, *, is_heard: bool = False) -> list[tuple[str, bytes]]:
         """Opens a session with these settings, says hello in the sender's name, and returns what the victim hears.
 
-        With `is_heard`, it goes on until the victim hears anything.
+        With `is_heard`, it continues until the victim receives a message.
         """
         messages = self.victim.events.messages
         with zenoh.open(zenoh.Config.from_json5(json.dumps(settings))) as session:
@@ -340,7 +340,7 @@ def test_links_are_reopened_when_a_neighbour_does_not_listen(pair: Pair) -> None
     member = pair.certified()
     before = pair.victim.link.counters["opened"]
     with zenoh.open(zenoh.Config.from_json5(json.dumps(settings_of(member)))):
-        wait_until(lambda: pair.victim.link.counters["opened"] > before, PATIENCE, "it opens its session anew")
+        wait_until(lambda: pair.victim.link.counters["opened"] > before, PATIENCE, "it reopens its session")
     assert pair.still_talk()
 
 
@@ -472,7 +472,7 @@ def test_a_replayed_record_changes_nothing(three: list[Driven]) -> None:
 
 
 def test_rotation_needs_no_restart(lab: Lab, three: list[Driven]) -> None:
-    """New keys and a new certificate: the node goes on with them, and so do its neighbours."""
+    """The node and its neighbours use new keys and a new certificate."""
     hub, node, _ = three
     before = credentials.load(node.config)
     keys = Keys.generate()
@@ -482,7 +482,7 @@ def test_rotation_needs_no_restart(lab: Lab, three: list[Driven]) -> None:
     opened = node.ask("state")["counters"]["opened"]
     node.signal(signal.SIGHUP)
     wait_until(lambda: "certificate renewed" in node.log(), PATIENCE, "the new key is used")
-    wait_until(lambda: node.ask("state")["counters"]["opened"] > opened, PATIENCE, "the link was opened anew")
+    wait_until(lambda: node.ask("state")["counters"]["opened"] > opened, PATIENCE, "the link was reopened")
     wait_until(lambda: node.ask("state")["neighbours"] == [hub.config.node], PATIENCE, "neighbours again")
     node.ask("write", count=2)
     assert newest(node).key_id == credentials.load(node.config).bound.key_id != before.bound.key_id
@@ -491,7 +491,7 @@ def test_rotation_needs_no_restart(lab: Lab, three: list[Driven]) -> None:
 
 
 def test_a_revoked_node_is_left_alone_by_all(lab: Lab, three: list[Driven]) -> None:
-    """Nobody is restarted for it; what it wrote before stays, and it is told why it is alone."""
+    """No node restarts for it; its earlier records stay, and it learns why it is alone."""
     hub, revoked, other = three
     gone = revoked.config.node
     answer = hub.ask("request", target=hub.config.node, verb="revoke", arguments={"node": gone})

@@ -246,8 +246,8 @@ def test_pages_of_a_restarted_answer_do_not_follow_earlier_ones() -> None:
         fleet.flow(3000)
         assert not list(one.replica.store.deletions(one.id))
         with patch.object(messages, "WINDOW", 9):
-            anew = one.replica.received(late.id, message)
-        pages = [messages.decode(send.message) for send in anew]
+            again = one.replica.received(late.id, message)
+        pages = [messages.decode(send.message) for send in again]
         rest = [page for page in pages if isinstance(page, Page) and page.after >= asked.after]
         assert rest[0].after == asked.after
         for following in rest:
@@ -618,7 +618,7 @@ def test_another_certificate_is_learned_before_what_it_verifies() -> None:
 
 
 def test_a_newer_schema_and_unknown_kinds_are_replicated_as_they_are() -> None:
-    """Corrosion: a change of schema must not make a fleet write its records anew."""
+    """Corrosion: a change of schema must not make a fleet rewrite its records."""
     fleet, one, other = pair()
     one.replica._own._schema = 99
     record = one.write("kind-of-the-future", "t", {"field": {"of": "the future"}})
@@ -651,7 +651,7 @@ def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> N
     assert other.problems() == ["forged"]
 
 
-def test_what_comes_after_much_is_not_observed_before_it() -> None:
+def test_later_records_are_not_observed_before_earlier_ones() -> None:
     """Requests are executed in their order, also those that come with a large answer and right after it."""
     fleet, one, other = pair()
     first, last = one.write("thing", "a", {}), one.write("thing", "b", {})
@@ -682,7 +682,7 @@ def test_a_failing_subscriber_does_not_affect_the_others() -> None:
     end()
 
 
-def test_what_a_failed_commit_said_has_never_been() -> None:
+def test_a_failed_commit_leaves_no_trace() -> None:
     _, one, _ = pair()
     before = one.replica.store.position(one.id)
     with pytest.raises(ZeroDivisionError), one.replica.batch():
@@ -731,7 +731,7 @@ def test_a_neighbour_cannot_fill_the_memory_with_owners_that_do_not_exist() -> N
     assert one.body(one, "certificate", one.signer.key_id) is not None
 
 
-def test_problems_of_a_kind_are_told_less_and_less() -> None:
+def test_repeated_problems_are_reported_less_often() -> None:
     _, one, other = pair()
     told: list[NodeProblem] = []
     other.replica.on_problem(told.append)

@@ -307,7 +307,7 @@ def test_old_requests_are_cleaned_away_and_their_responses_after_them() -> None:
     assert len(_transactions(other)) == 1
 
 
-def test_what_a_failed_commit_executed_is_executed_once_more() -> None:
+def test_requests_of_a_failed_commit_are_executed_again() -> None:
     fleet, one, other = _handling()
     requests, other.requests = other.requests, None
     id = _ask(fleet, one, other, 1)

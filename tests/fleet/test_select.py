@@ -89,7 +89,7 @@ def test_errors_state_their_position(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["(" * 1000, "not " * 900 + "in-use", "x" * (MAX_LENGTH + 1)])
-def test_what_has_no_end_is_refused(text: str) -> None:
+def test_selections_past_a_limit_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"deeper|characters"):
         parse(text)
 

@@ -35,7 +35,7 @@ def test_connections_are_found_by_their_ends(family: socket.AddressFamily, host:
             assert far.recv(10) == b"still open"
 
 
-def test_who_is_not_connected_is_not_found() -> None:
+def test_unconnected_sockets_are_not_found() -> None:
     with socket.socket() as lonely:
         lonely.bind(("127.0.0.1", 0))
         assert give_up_after({("127.0.0.1:1", "127.0.0.1:2")}, 3000) == 0

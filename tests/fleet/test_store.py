@@ -50,7 +50,7 @@ def _extend(store: Store, *records: Record) -> None:
         store.extend(NODE, records)
 
 
-def test_what_was_written_is_there_after_a_start(tmp_path: Path) -> None:
+def test_written_records_survive_a_restart(tmp_path: Path) -> None:
     path = str(tmp_path / "store.sqlite")
     store = Store.open(path, NODE)
     _extend(store, _record(1, "a"), _record(2, "b"))

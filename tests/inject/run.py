@@ -5,8 +5,8 @@
     python tests/inject/run.py --all --only in-place    one scenario; --call pread64 one call
 
 As root; a filesystem is made and mounted, unless `--directory` names one that shares blocks (XFS, Btrfs). vmconv is
-imported once, with `shim.c` loaded before the C library; each case is a process forked from that. What is right is told
-by `judge.py`. Each failure is printed with what it takes to repeat it (`--case`), and at the end the counts.
+imported once, with `shim.c` loaded before the C library; each case is a process forked from that. `judge.py`
+decides what is right. Each failure is printed with what it takes to repeat it (`--case`), and at the end the counts.
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ class Tally:
 
 
 def _one_of_each(chosen: list[tuple[Case, str]], most: int) -> list[tuple[Case, str]]:
-    """Returns at most so many cases of each call, kind of file and result, of whatever scenarios."""
+    """Returns at most `most` cases of each call, kind of file and result, of any scenarios."""
     seen: Counter[tuple[str, str, str, bool]] = Counter()
     found = []
     for case, where in chosen:
@@ -443,7 +443,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--all", action="store_true", help="try the whole table")
-    what.add_argument("--count", type=int, help="try a sample of so many cases")
+    what.add_argument("--count", type=int, help="number of cases in a sample")
     what.add_argument("--calls", action="store_true", help="show which calls each scenario makes")
     what.add_argument("--undisturbed", nargs=2, metavar=("SCENARIO", "DIRECTORY"), help="run one without the shim")
     what.add_argument("--case", action="append", help="try one case, and show what it printed; may be repeated")
@@ -454,7 +454,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=11, help="of the order of the cases")
     parser.add_argument("--shard", type=int, default=0)
-    parser.add_argument("--shards", type=int, default=1, help="try only every so many-th case")
+    parser.add_argument("--shards", type=int, default=1, help="number of shards; try the cases of one")
     parser.add_argument("--directory", type=Path, help="an empty directory on a filesystem that shares blocks")
     options = parser.parse_args()
     if options.case and not options.only:

@@ -231,7 +231,7 @@ def mount(at: Path) -> int:
 
 
 def _claims_no_more(out: bytes, usual: bytes) -> bool:
-    """True for an answer of `prove` that calls nothing apart and nothing the same that is not so."""
+    """True for an answer of `prove` without a false claim."""
     rows = [line for line in out.splitlines() if line.endswith((b" same", b" NOT SHARED"))]
     return all(row in usual.splitlines() for row in rows)
 

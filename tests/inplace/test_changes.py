@@ -218,7 +218,7 @@ def test_a_change_that_is_given_up_is_taken_back(tmp_path: Path, directory: Dire
     assert one.record == -1
 
 
-def test_what_was_never_begun_is_not_taken_back(tmp_path: Path, directory: Directory) -> None:
+def test_a_change_that_never_began_is_not_rolled_back(tmp_path: Path, directory: Directory) -> None:
     calls = Noting()
     begun(directory, calls).give_up()
     assert (calls.log, names(tmp_path)) == ([], ["disk", "gone"])
@@ -412,7 +412,7 @@ def test_a_file_that_never_had_its_working_name_must_be_as_it_was(
             one.roll_back()
 
 
-def test_a_committed_file_that_is_nowhere_is_said_to_be_lost(tmp_path: Path, directory: Directory) -> None:
+def test_a_missing_committed_file_is_reported_as_lost(tmp_path: Path, directory: Directory) -> None:
     one = begun(directory)
     with pytest.raises(BackendError, match=f"{WORK}: is not the file of the interrupted"):
         one.finish()
@@ -447,7 +447,7 @@ def test_a_change_that_carries_nothing_only_names_and_removes(tmp_path: Path, di
     assert names(tmp_path) == ["disk", "extra", "new"]
 
 
-def test_where_an_error_happened_is_said() -> None:
+def test_errors_name_their_file() -> None:
     assert change._where(OSError(5, "x", "a")) == "a: "
     assert change._where(OSError(5, "x", "a", None, "b")) == "b: "
     assert change._where(OSError(5, "x", 7)) == change._where(OSError(5, "x")) == ""
@@ -771,7 +771,7 @@ def test_homes_are_this_user_s(homes: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("mode", "why"), [(0o600, None), (0o644, None), (0o620, "0620"), (0o602, "0602")])
-def test_a_stranger_s_file_is_told_by_its_status(tmp_path: Path, mode: int, why: str | None) -> None:
+def test_a_strangers_file_is_recognised_by_its_status(tmp_path: Path, mode: int, why: str | None) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "file").chmod(mode)
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)

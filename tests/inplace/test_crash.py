@@ -158,7 +158,7 @@ def killed(work: Work, ext4_dir: Path) -> None:
     TRIED["stops"] += count
 
 
-def test_what_loses_power_is_taken_back_or_finished(work: Work, ext4_dir: Path, anywhere: Path) -> None:
+def test_after_a_power_failure_a_change_is_rolled_back_or_completed(work: Work, ext4_dir: Path, anywhere: Path) -> None:
     run = finished(work, ext4_dir / "finished")
     rng, count = random.Random(4), 0
     for number, storage in storages(run.calls):

@@ -266,7 +266,7 @@ def test_shared_blocks_are_not_shifted(xfs_dir: Path, monkeypatch: pytest.Monkey
     api.convert(str(disk), str(xfs_dir / "new.raw"), in_place=True)
 
 
-def test_what_would_be_shifted_too_often_is_refused(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_shifts_are_refused(ext4_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Source("vmdk", "qemu").make(make_disk(ext4_dir / "disk.raw", SIZE, pieces=6), ext4_dir)
     (ext4_dir / "disk.raw").unlink()
     monkeypatch.setattr("vmconv.inplace.moves.MOST_SHIFTS", 2)
@@ -274,7 +274,7 @@ def test_what_would_be_shifted_too_often_is_refused(ext4_dir: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("pair", list(other_pairs()), ids=lambda pair: f"{pair[0]}-{pair[1]}")
-def test_what_cannot_stay_is_refused(ext4_dir: Path, tmp_path: Path, pair: tuple[Source, Target]) -> None:
+def test_payload_that_cannot_stay_is_refused(ext4_dir: Path, tmp_path: Path, pair: tuple[Source, Target]) -> None:
     source, target = pair
     image = source.make(make_disk(tmp_path / "disk.raw", MIB), ext4_dir)
     error = refused(
@@ -293,7 +293,7 @@ def test_what_cannot_stay_is_refused(ext4_dir: Path, tmp_path: Path, pair: tuple
 
 
 @each_pair
-def test_where_blocks_can_be_shared_the_source_is_replaced(
+def test_with_shared_blocks_the_source_is_replaced(
     reflink_dir: Path, tmp_path: Path, pair: tuple[Source, Target]
 ) -> None:
     source, target = pair
@@ -313,7 +313,7 @@ def test_where_blocks_can_be_shared_the_source_is_replaced(
     assert len(names(reflink_dir)) == 1 + ("monolithicFlat" in str(target))
 
 
-def test_what_only_sharing_can_do_is_done_by_sharing(reflink_dir: Path, tmp_path: Path) -> None:
+def test_formats_that_need_sharing_are_made_by_sharing(reflink_dir: Path, tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", SIZE)
     image = Source("vhdx", "vmconv").make(raw, reflink_dir)
     result = api.convert(str(image), str(reflink_dir / "new.raw"), in_place=True, zero_copy="require")
@@ -322,7 +322,7 @@ def test_what_only_sharing_can_do_is_done_by_sharing(reflink_dir: Path, tmp_path
     assert names(reflink_dir) == {"new.raw"}
 
 
-def test_what_sharing_would_copy_stays(reflink_dir: Path, tmp_path: Path) -> None:
+def test_payload_that_sharing_would_copy_stays(reflink_dir: Path, tmp_path: Path) -> None:
     """A VHD by QEMU has its payload at sectors: blocks of the filesystem cannot be shared, sectors can stay."""
     raw = make_disk(tmp_path / "disk.raw", SIZE)
     image = Source("vhd", "qemu", {"force_size": "on"}).make(raw, reflink_dir)
@@ -541,7 +541,7 @@ def test_snapshots_are_destroyed_only_with_a_way_back(ext4_dir: Path, qemu_img: 
     [{"snapshot": "1"}, {"force_share": True}, {"backend": "copy"}, {"cache": "unsafe"}],
     ids=str,
 )
-def test_what_makes_no_sense_in_place_is_refused(ext4_dir: Path, options: dict[str, Any]) -> None:
+def test_options_that_contradict_in_place_are_refused(ext4_dir: Path, options: dict[str, Any]) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     with pytest.raises(VmconvError) as caught:
         in_place(disk, ext4_dir / "new.qcow2", **options)
@@ -611,7 +611,7 @@ def test_zeros_beside_what_the_parent_says_stay_in_small_clusters(ext4_dir: Path
     qemu_img("compare", "-F", "raw", ext4_dir / "new.qcow2", wanted)
 
 
-def test_what_the_parent_says_is_not_taken_for_payload_of_the_file_itself(ext4_dir: Path, qemu_img: QemuImg) -> None:
+def test_payload_of_the_parent_is_not_taken_for_the_files_own(ext4_dir: Path, qemu_img: QemuImg) -> None:
     layer, wanted = zeros_on_a_parent(ext4_dir, qemu_img)
     how: dict[str, Any] = {"backing_file": "base.raw", "options": {"cluster_size": "64K"}}
     assert "64K" not in str(refused(layer, ext4_dir / "new.qcow2", **how))
@@ -713,7 +713,7 @@ def test_a_command_that_meets_an_interrupted_conversion_takes_it_back(ext4_dir: 
 
 @pytest.mark.parametrize("name", ["disk.raw", "new.qcow2"])
 def test_a_command_that_meets_a_committed_conversion_finishes_it(ext4_dir: Path, qemu_img: QemuImg, name: str) -> None:
-    """By whichever name: who asks for the old one is told the new one."""
+    """By either name: a request for the old one gets the new one."""
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     commits: list[int] = []
 
@@ -783,7 +783,7 @@ def test_a_conversion_that_runs_is_not_recovered_by_another_command(ext4_dir: Pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
-def test_where_no_key_can_be_made_conversions_work(ext4_dir: Path) -> None:
+def test_conversions_work_without_a_key(ext4_dir: Path) -> None:
     """A user without a home: what is interrupted is brought back by who trusts the journal."""
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     for path in (ext4_dir, disk):
@@ -847,7 +847,7 @@ OUTSIDE = ["../victim", "/etc/victim", "", ".", "..", "a\0b", "x" * 256, "disk.r
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_a_journal_that_names_files_elsewhere_is_refused(ext4_dir: Path, name: str) -> None:
-    """It may have come with an archive of a stranger's, and its own files are none of those it may change."""
+    """It may come from a stranger's archive, and may not change the user's files."""
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     for journal in (
         Journal(source="disk.raw", target=name),
@@ -1066,7 +1066,7 @@ def grown(path: Path) -> None:
     ],
     ids=["written", "touched", "hidden", "grown"],
 )
-def test_what_was_written_to_is_not_undone(ext4_dir: Path, change: Callable[[Path], None], why: str) -> None:
+def test_a_modified_image_is_not_undone(ext4_dir: Path, change: Callable[[Path], None], why: str) -> None:
     disk = converted(ext4_dir)
     change(disk)
     before = contents(ext4_dir)
@@ -1076,7 +1076,7 @@ def test_what_was_written_to_is_not_undone(ext4_dir: Path, change: Callable[[Pat
     assert contents(ext4_dir) == before
 
 
-def test_what_was_only_read_is_undone(ext4_dir: Path, qemu_img: QemuImg) -> None:
+def test_an_image_that_was_only_read_is_undone(ext4_dir: Path, qemu_img: QemuImg) -> None:
     disk = converted(ext4_dir)
     qemu_img("check", disk)
     qemu_img("convert", "-O", "raw", disk, ext4_dir / "copy.raw")

@@ -223,7 +223,7 @@ def test_ranges_lie_inside_and_apart(numbers: tuple[int, ...], row: int | None) 
         tables_of(*numbers).ranges("t", count, 100)
 
 
-def test_a_row_of_three_is_told_by_its_place() -> None:
+def test_an_invalid_row_is_reported_with_its_offset() -> None:
     table = np.array([[0, 1, 2], [3, 0, 5]], dtype=np.int64)
     with pytest.raises(ImageError, match=r"what row 1 at 0x22: \[3, 0, 5\] is not a range of 9 bytes"):
         refuse_rows("what", 10, table, table[:, 0], table[:, 1], 9)
@@ -616,7 +616,7 @@ def test_the_body_of_an_undo_file_is_bounded() -> None:
         os.close(descriptor)
 
 
-def test_what_a_journal_does_not_say_is_nothing() -> None:
+def test_default_fields_of_a_journal_are_empty() -> None:
     assert comparable(Journal("a", "b")) == [
         *("a", "b", 0, 0, 0, [], b"", [], [], [], [], b"", (), (), None, None),
         *(False, True, None),

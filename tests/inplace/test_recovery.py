@@ -98,7 +98,7 @@ def test_a_restored_change_may_have_another_owner(ext4_dir: Path) -> None:
     assert names(ext4_dir) == {"disk.raw"}
 
 
-def test_what_was_finished_has_the_name_that_was_asked_for(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_completed_change_has_the_requested_name(xfs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not that of an extent: on XFS new files take the place of the old one."""
     disk = make_disk(xfs_dir / "disk.raw", MIB)
     for at in itertools.count():

@@ -320,7 +320,7 @@ def test_a_file_that_is_exchanged_is_not_opened_for_writing(any_dir: Path, monke
 
 @as_root
 @pytest.mark.parametrize("undoable", [False, True])
-def test_what_takes_the_source_s_place_is_its_owner_s(any_dir: Path, *, undoable: bool) -> None:
+def test_the_file_that_replaces_the_source_keeps_its_owner(any_dir: Path, *, undoable: bool) -> None:
     disk = make_disk(any_dir / "disk.raw", MIB)
     os.setxattr(disk, "user.note", b"kept")
     os.chown(disk, BOB, 4321)
@@ -436,7 +436,7 @@ def opened_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return opened
 
 
-def test_what_neighbours_name_elsewhere_is_not_opened(
+def test_files_that_neighbours_name_in_other_directories_are_not_opened(
     ext4_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qemu_img: QemuImg
 ) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
@@ -540,7 +540,7 @@ def test_overlays_are_seen_in_large_directories(any_dir: Path) -> None:
         in_place(disk, any_dir / "new.qcow2")
 
 
-def test_what_was_not_looked_at_is_said(any_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexamined_neighbours_are_reported(any_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "MOST_SECONDS", -1.0)
     disk = make_disk(any_dir / "disk.raw", MIB)
     (any_dir / "zz.qcow2").write_bytes(qcow2_images.empty_overlay("other.raw"))
@@ -639,7 +639,7 @@ for _name in (*OTHERS, "write"):
     setattr(FailingCalls, _name, _counted(_name))
 
 
-def test_storage_that_turns_read_only_is_told_where_the_disk_is(
+def test_an_error_of_read_only_storage_says_where_the_disk_is(
     any_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any call: the error names the disk's present name where it is not its own, and recover does the rest."""

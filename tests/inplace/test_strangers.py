@@ -370,7 +370,7 @@ def test_an_undo_file_may_be_moved_with_its_disk(ext4_dir: Path) -> None:
     assert api.undo(str(ext4_dir / "sub" / disk.name)) == str(ext4_dir / "sub" / "disk.raw")
 
 
-def test_what_unpacks_to_more_than_there_is_room_for_is_refused(ext4_dir: Path) -> None:
+def test_data_that_unpacks_to_too_much_is_refused(ext4_dir: Path) -> None:
     disk = undo_case(ext4_dir, siblings=[["bomb", 0o600, 1 << 50]])
     with pytest.raises(PlanError, match=f"{1 << 50} bytes would have to be written"):
         api.undo(str(disk), trust=True)
@@ -379,7 +379,7 @@ def test_what_unpacks_to_more_than_there_is_room_for_is_refused(ext4_dir: Path) 
 
 @pytest.mark.parametrize("what", ["journal", "undo"])
 def test_any_change_of_a_file_is_an_error_or_does_no_harm(ext4_dir: Path, what: str) -> None:
-    """With digests made anew, and trusted: fields exchanged, numbers made extreme, bytes flipped."""
+    """With correct digests, and trusted: fields exchanged, numbers made extreme, bytes flipped."""
     rng = random.Random(11)
     kept = ext4_dir / "kept.txt"
     (ext4_dir.parent / "outside").write_bytes(b"outside")

@@ -36,7 +36,7 @@ def test_of_a_disk_without_payload_the_last_file_becomes_the_target(ext4_dir: Pa
 
 @pytest.mark.parametrize("suffix", [JOURNAL, WORKING])
 @pytest.mark.parametrize("name", ["disk.raw", "front.vmdk"])
-def test_a_file_of_a_working_name_is_told_with_what_to_do(ext4_dir: Path, name: str, suffix: str) -> None:
+def test_a_file_with_a_working_name_is_reported_with_a_hint(ext4_dir: Path, name: str, suffix: str) -> None:
     """Of the file that is changed, and of those that go with it."""
     descriptor(make_disk(ext4_dir / "disk.raw", MIB))
     (ext4_dir / f"{name}{suffix}").write_bytes(b"somebody's")
@@ -71,7 +71,7 @@ def test_a_name_that_is_taken_meanwhile_leaves_the_disk(any_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 6, 9, 10, 12])
-def test_what_is_written_across_the_old_end_gets_where_it_belongs(tmp_path: Path, offset: int) -> None:
+def test_writes_across_the_old_end_are_placed_correctly(tmp_path: Path, offset: int) -> None:
     """Behind the old end at once, and inside it last: old payload is still to be copied from there."""
     path, data = tmp_path / "working", bytes(range(65, 77))
     path.write_bytes(b"." * 10)
@@ -125,7 +125,7 @@ def test_new_files_that_copy_a_little_are_better_than_a_shift(xfs_dir: Path, tmp
 
 
 @pytest.mark.parametrize("owner", [0, 1, 54321])
-def test_beside_a_name_that_is_gone_nobody_owns_a_file(tmp_path: Path, owner: int) -> None:
+def test_a_missing_image_has_no_owner(tmp_path: Path, owner: int) -> None:
     (tmp_path / "extent").touch()
     os.chown(tmp_path / "extent", owner, owner)
     with Directory.at(str(tmp_path)) as directory:

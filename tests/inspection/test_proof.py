@@ -111,7 +111,7 @@ def test_compare_does_not_take_compressed_extents_for_equal(compressed: Path) ->
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM])
-def test_where_nothing_is_told_all_is_unknown(
+def test_without_information_all_is_unknown(
     xfs_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     raw, image = xfs_dir / "disk.raw", xfs_dir / "disk.qcow2"

@@ -64,7 +64,7 @@ CRASHES = (
     "test_a_killed_conversion_is_rolled_back_or_completed[raw-cp-vmdk-monolithicFlat-there and undoable]",
     "test_a_killed_conversion_is_rolled_back_or_completed[vhd-vmconv-qcow2-there]",
     "test_a_conversion_killed_while_shifting_is_rolled_back_or_completed[vhd-vmconv-raw]",
-    "test_what_loses_power_is_taken_back_or_finished[qcow2-qemu-vmdk-back]",
+    "test_after_a_power_failure_a_change_is_rolled_back_or_completed[qcow2-qemu-vmdk-back]",
     "test_the_finished_conversion_is_the_disk[qed-qemu-qcow2]",
 )
 """Of the conversions in place that are stopped everywhere, one of each way: all take minutes."""
@@ -96,7 +96,7 @@ _LONG = tuple(
         "inplace.py::test_a_process_that_is_killed_at_any_moment_loses_nothing",
         "inplace.py::test_payload_stays_where_it_lies[btrfs",
         "inplace.py::test_payload_stays_where_it_lies[xfs",
-        "inplace.py::test_where_blocks_can_be_shared_the_source_is_replaced[btrfs",
+        "inplace.py::test_with_shared_blocks_the_source_is_replaced[btrfs",
         "safety.py::test_a_signal_at_any_call_ends_in_the_truth",
         "safety.py::test_names_may_be_as_long_as_the_filesystem_has_them[btrfs",
         "safety.py::test_names_may_be_as_long_as_the_filesystem_has_them[xfs",
@@ -166,7 +166,7 @@ class Mistake(NamedTuple):
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes out of a module what does not run: annotations, docstrings, and what errors are told."""
+    """Removes the parts of a module that do not run: annotations, docstrings, arguments of errors."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         node.annotation = ast.Constant(0)
@@ -292,7 +292,7 @@ class Outcome(NamedTuple):
 
     @property
     def is_noticed(self) -> bool:
-        # A module that cannot be imported any more interrupts pytest.
+        # A module that can no longer be imported interrupts pytest.
         return self.status in (None, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ from vmconv.system import linux
 
 SECTOR = 512
 _ALL_SUBSETS = 6
-"""Up to so many pending operations all their subsets are tried."""
+"""Up to this number of pending operations, all their subsets are tried."""
 
 
 class Stopped(BaseException):

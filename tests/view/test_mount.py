@@ -195,7 +195,7 @@ def test_qemu_may_write_to_an_image_without_open_views(xfs_dir: Path, point: Pat
             shown.read_bytes()
 
 
-def test_what_cannot_be_read_says_why_and_harms_nothing(xfs_dir: Path, point: Path, qemu_img: QemuImg) -> None:
+def test_an_unreadable_image_gives_its_reason_and_harms_no_other(xfs_dir: Path, point: Path, qemu_img: QemuImg) -> None:
     raw = make_disk(xfs_dir / "good.raw", SIZE)
     (xfs_dir / "noise.vmdk").write_bytes(os.urandom(5000))
     (xfs_dir / "empty.vhdx").write_bytes(b"")

@@ -218,7 +218,7 @@ def test_an_image_does_not_show_others_what_only_its_owner_may_read(
     assert shown(tree, path, OWN) == SECRET * 4
 
 
-def test_what_a_user_may_read_by_a_group_is_not_shown_to_others(shelf: Path, tree: Tree, qemu_img: QemuImg) -> None:
+def test_files_readable_by_a_group_are_hidden_from_others(shelf: Path, tree: Tree, qemu_img: QemuImg) -> None:
     private(shelf / "alice.raw", mode=0o640, group=STAFF)
     overlay(shelf, "alice.raw", qemu_img)
     assert shown(tree, "bob.qcow2/raw/bob.raw", bobs(STAFF)) == SECRET * 4
@@ -280,7 +280,7 @@ def test_an_image_that_a_user_cannot_reach_is_not_shown(shelf: Path, qemu_img: Q
     tree.close()
 
 
-def test_what_was_stopped_is_not_recovered_for_another_user(
+def test_an_interrupted_change_is_not_recovered_for_another_user(
     shelf: Path, tree: Tree, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recovered: list[str] = []
@@ -358,7 +358,7 @@ def test_rights_are_taken_on_by_one_thread_for_a_moment() -> None:
     assert credentials() == before
 
 
-def test_groups_are_those_of_the_process_that_asks_or_none() -> None:
+def test_groups_are_those_of_the_requesting_process() -> None:
     command = ["sleep", "30"]
     with subprocess.Popen(command, user=BOB, group=BOB, extra_groups=[STAFF, 9]) as process:
         assert set(rights.groups_of(BOB, BOB, process.pid)) == {STAFF, 9}

@@ -288,7 +288,7 @@ def test_a_change_after_the_last_read_is_noticed_too(xfs_dir: Path) -> None:
 
 
 class Client:
-    """An NBD client that does as it is told."""
+    """A scripted NBD client."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -624,7 +624,7 @@ def negotiated(stack: contextlib.ExitStack, address: bytes) -> Connected:
     return one
 
 
-def test_hosts_are_told_apart_by_their_networks() -> None:
+def test_hosts_are_distinguished_by_their_networks() -> None:
     with socket.socket(socket.AF_INET6) as six, socket.socket() as four, socket.socket(socket.AF_UNIX) as local:
         assert address_of(six, ("2001:db8::1", 1, 0, 0)) == address_of(six, ("2001:db8::2:3", 2, 0, 0))
         assert address_of(six, ("2001:db8::1", 1, 0, 0)) != address_of(six, ("2001:db8:0:1::1", 1, 0, 0))
@@ -793,7 +793,7 @@ OPTIONS_OR_REQUESTS = st.lists(
 
 @given(flags=st.sampled_from([3, 1, 0, 1 << 31]), go=st.booleans(), said=OPTIONS_OR_REQUESTS)
 @settings(max_examples=300, deadline=None)
-def test_whatever_is_sent_ends_with_a_reply_or_the_connection(flags: int, go: bool, said: list[bytes]) -> None:
+def test_any_bytes_end_with_a_reply_or_a_closed_connection(flags: int, go: bool, said: list[bytes]) -> None:
     export = {b"disk": View(Extents.whole(Blob("disk", bytes(range(256)) * 4096)))}
     ours, theirs = socket.socketpair()
     with ours, theirs:

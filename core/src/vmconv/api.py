@@ -207,7 +207,7 @@ def convert(
     verifying: Progress | None = None,
     created: Created | None = None,
 ) -> Result:
-    """Converts the disk image `source` into the new file `target` and returns what was done.
+    """Converts the disk image `source` into the new file `target` and returns the result.
 
     The target appears complete or not at all. The source is not modified unless `in_place`, which turns it into the
     target.
@@ -246,7 +246,7 @@ def fanout(
     verifying: Progress | None = None,
     created: Created | None = None,
 ) -> tuple[Result, ...]:
-    """Converts the disk image `source` into each of the formats, and returns what was done for each.
+    """Converts the disk image `source` into each of the formats, and returns a result for each.
 
     The targets are named after the source, in `directory`, and appear all or none. `options` are writer options by
     format. All targets share the blocks of the source, so deleting one does not affect the others.
@@ -293,7 +293,7 @@ def stream(
     progress: Progress | None = None,
     verifying: Progress | None = None,
 ) -> Result:
-    """Writes the target of `convert` to an open descriptor, such as a pipe's, and returns what was done.
+    """Writes the target of `convert` to an open descriptor, such as a pipe's, and returns the result.
 
     The plan given to `announce` has the size. Raises `BrokenPipeError` if the reader has closed the pipe.
     """
@@ -365,7 +365,7 @@ def sync(
     verifying: Progress | None = None,
     comparing: Progress | None = None,
 ) -> SyncResult:
-    """Brings `target`, an image that was made of `source` earlier, up to date with it, and returns what was done.
+    """Brings `target`, an image that was made of `source` earlier, up to date with it, and returns the result.
 
     The target keeps its format, options and ids; a missing one is made. It stays as it was until the new one is
     complete. `announce` gets the plan. `comparing(bytes read, bytes to read)` is called, first with 0 bytes read, if

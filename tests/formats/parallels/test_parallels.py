@@ -231,7 +231,7 @@ def test_two_storages_in_one_file_are_refused(tmp_path: Path) -> None:
         convert(path, tmp_path / "copy.raw")
 
 
-def test_what_the_descriptor_says_of_the_disk_is_carried(tmp_path: Path) -> None:
+def test_facts_of_the_descriptor_are_carried(tmp_path: Path) -> None:
     path, _ = bundle(tmp_path)
     more = "<LogicSectorSize>512</LogicSectorSize><PhysicalSectorSize>4096</PhysicalSectorSize>"
     more += "<UID>{18162a18-c23a-4f90-8a9d-b7c93a4ef2a6}</UID>"

@@ -67,7 +67,7 @@ def test_payload_begins_where_the_storage_can_share_it() -> None:
     same_in_pieces(layout)
 
 
-def test_what_lies_where_the_bat_has_to_be_moves_in_place() -> None:
+def test_payload_in_the_place_of_the_bat_moves() -> None:
     image = disk([(0, 0, 3 * MIB), (8 * MIB, 5 * MIB, MIB)], 16 * MIB + 512, source_size=6 * MIB)
     source = image.flat.sources[0]
     layout = write(image, Options(), Placement(1, "image", carrier=source))  # type: ignore[arg-type]

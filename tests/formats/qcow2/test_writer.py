@@ -257,7 +257,7 @@ def test_payload_goes_to_congruent_places_behind_the_tables() -> None:
     ]
 
 
-def test_what_cannot_be_written_is_refused_at_its_limit() -> None:
+def test_values_past_a_limit_are_refused() -> None:
     def plan(size: int, pieces: list[tuple[int, int, int]], **fields: Any) -> None:
         write(disk(pieces, size), options(**fields), Placement())
 
@@ -391,7 +391,7 @@ def test_the_header_is_counted_where_nothing_else_is_near() -> None:
     assert [bool(block) for block in found.blocks] == [True, False, True]
 
 
-def test_what_lay_where_the_header_is_goes_behind_the_end() -> None:
+def test_payload_in_the_place_of_the_header_moves_behind_the_end() -> None:
     image = disk([(0, 0, 196608)], MIB, source_size=196608)
     layout = in_place(image)
     check(image, layout, tight=False)

@@ -144,7 +144,7 @@ def past_the_end(path: Path, table: Table) -> None:
 
 
 def forgotten(path: Path, table: Table) -> None:
-    """The last block that was allocated is not referred to any more."""
+    """No entry refers to the last allocated block."""
     empty = b"\xff" * 4 if path.suffix in (".vdi", ".vhd") else bytes(struct.calcsize(table.entry))
     change(path, table.at(3), empty)
 
@@ -395,7 +395,7 @@ def broken_chains(directory: Path, qemu_img: QemuImg) -> dict[str, Path]:
     return found
 
 
-def test_what_keeps_a_layer_below_from_being_read_is_said_with_an_error_code(
+def test_an_unreadable_lower_layer_is_reported_with_an_error_code(
     tmp_path: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, path in broken_chains(tmp_path, qemu_img).items():

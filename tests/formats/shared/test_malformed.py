@@ -133,7 +133,7 @@ def test_a_chain_that_comes_back_to_itself_is_refused(tmp_path: Path, name: str,
         layer(base, tmp_path / f"{child}{suffix}", name, f"{parent}{suffix}")
     with time_limit(), pytest.raises(VmconvError) as caught:
         vmconv.convert(str(tmp_path / f"one{suffix}"), str(tmp_path / "flat.raw"))
-    # Where parents have identities, a file that is changed into the parent of its own parent is none any more.
+    # Where parents have identities, a file that becomes the parent of its own parent no longer matches.
     assert len(str(caught.value).splitlines()) == 1
     assert len(parents) == 2 or "loop" in str(caught.value)
     assert not (tmp_path / "flat.raw").exists()

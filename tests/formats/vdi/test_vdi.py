@@ -83,7 +83,7 @@ def test_any_block_size_and_data_offset_is_read(block: int, data: int) -> None:
     assert guest(image) == payload[2] + bytes(block) + payload[0] + bytes(block) + payload[1]
 
 
-def test_what_stands_before_each_block_is_skipped() -> None:
+def test_the_bytes_before_each_block_are_skipped() -> None:
     payload = {number: random_bytes(4096, number) for number in range(2)}
     assert guest(build(payload, [1, 0], block=4096, extra=512)) == payload[1] + payload[0]
 

@@ -390,7 +390,7 @@ def test_a_parent_name_that_is_too_long_is_refused() -> None:
         opened(patched(patched(sample(), "footer", 60, b"\0\0\0\4"), "header", 576, locator))
 
 
-def test_what_a_disk_without_a_parent_says_of_one_does_not_count() -> None:
+def test_parent_fields_of_a_disk_without_a_parent_are_ignored() -> None:
     locator = b"W2ru" + struct.pack(">IIIQ", 512, 1 << 30, 0, 0x8000)
     assert opened(patched(sample(), "header", 576, locator)).parent is None
 

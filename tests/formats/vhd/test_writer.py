@@ -199,14 +199,16 @@ def test_a_fixed_disk_is_the_disk_and_a_footer() -> None:
         ({"force_size": False}, 87016 * 512, 87108 * 512, "cylinders"),
     ],
 )
-def test_sizes_are_rounded_as_asked_and_said(fields: dict[str, Any], size: int, rounded: int, unit: str) -> None:
+def test_sizes_are_rounded_as_requested_and_reported(
+    fields: dict[str, Any], size: int, rounded: int, unit: str
+) -> None:
     layout = write(disk([], size), Options(**fields), placement())
     assert unpacked(layout.files[0].table, layout.files[0].table.size - 512 + 48, ">Q") == (rounded,)
     expected = (f"size {-(-size // 512) * 512}: rounded up to whole {unit}, {rounded} bytes",) if unit else ()
     assert layout.losses == expected
 
 
-def test_what_a_vhd_cannot_be_is_refused() -> None:
+def test_impossible_vhd_images_are_refused() -> None:
     def plan(size: int, below: Image | None = None, reference: str = "", **fields: Any) -> Layout:
         image = scattered(1, size, MIB, parent=below) if below else disk([], size)
         backing = Backing(reference or "b.vhd", "vhd") if below or reference else None

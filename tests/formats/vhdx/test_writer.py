@@ -455,7 +455,7 @@ def test_the_parent_has_a_path_of_windows_and_its_write_id(reference: str, key: 
     assert found == {"parent_linkage": f"{{{LINKAGE}}}", key: path}
 
 
-def test_what_a_vhdx_cannot_be_is_refused() -> None:
+def test_impossible_vhdx_images_are_refused() -> None:
     def plan(size: int, below: Image | None = None, reference: str = "b.vhdx", **fields: Any) -> None:
         image = scattered(1, size, MIB, parent=below) if below else disk([], size)
         write(image, Options(**fields), placement(), backing=Backing(reference, "vhdx") if below else None)

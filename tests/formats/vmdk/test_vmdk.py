@@ -536,13 +536,13 @@ def test_damage_that_the_redundant_directory_shares_is_an_error() -> None:
         content(one_extent(sparse_extent(table=1 << 30, redundant_table=1 << 30)).flat)
 
 
-def test_a_damaged_redundant_directory_is_told_and_not_needed() -> None:
+def test_a_damaged_redundant_directory_is_reported_and_not_needed() -> None:
     image = one_extent(sparse_extent(redundant_table=1 << 30))
     assert content(image.flat) == EXPECTED
     assert "redundant grain directory" in image.warnings[0]
 
 
-def test_an_unclean_shutdown_is_told() -> None:
+def test_an_unclean_shutdown_is_reported() -> None:
     assert "not closed cleanly" in _warned(one_extent(sparse_extent(unclean=1)))
 
 
@@ -603,7 +603,7 @@ def test_an_extent_that_is_named_twice_is_refused() -> None:
 
 
 @pytest.mark.malformed
-def test_ranges_of_a_flat_file_that_are_named_twice_are_told() -> None:
+def test_ranges_of_a_flat_file_that_are_named_twice_are_reported() -> None:
     image = in_memory(descriptor('RW 2 FLAT "one" 0\nRW 2 FLAT "one" 1', "vmfs"), {"one": bytes(range(256)) * 6})
     assert content(image.flat)
     assert "guest address 0x400 and guest address 0x200 both lie at 0x200" in " ".join(image.warnings)

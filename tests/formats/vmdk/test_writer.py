@@ -393,7 +393,7 @@ def test_grains_lie_within_32_bits_of_sectors() -> None:
     assert caught.value.hint == "convert to another file"
 
 
-def test_what_a_vmdk_cannot_be_is_refused() -> None:
+def test_impossible_vmdk_images_are_refused() -> None:
     def plan(size: int, below: Image | None = None, name: str = "disk.vmdk", refer: str = "b", **fields: Any) -> None:
         image = disk_of(Extents.filled(size, Kind.HOLE), Payload("top", 0), parent=below)
         write(image, Options(**fields), placement(name=name), backing=Backing(refer, "vmdk") if below else None)

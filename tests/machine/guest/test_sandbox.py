@@ -60,7 +60,7 @@ os._exit(0)
 @pytest.mark.parametrize("user", [0, 1000], ids=["root", "user"])
 def test_a_confined_process_can_do_nothing(user: int) -> None:
     prefix = another_user(user) if user else ()
-    # What is imported after the confinement cannot be opened any more.
+    # Modules imported after the confinement can no longer be opened.
     preloaded = f"import resource\n{ATTEMPTS}"
     command = [*prefix, sys.executable, "-c", preloaded]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:

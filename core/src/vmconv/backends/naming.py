@@ -132,7 +132,7 @@ def _finish(directory: Directory, wanted: Set, journal: str, *, durable: bool) -
     """Completes a committed set; may be interrupted and repeated."""
     waiting = [file for file in wanted.files if _is_at(directory, file.temporary, file)]
     if wanted.replace:
-        # Not the first: no other file refers to it any more, and its rename replaces the old file atomically.
+        # Not the first: no other file refers to it now, and its rename replaces the old file atomically.
         for file in reversed(waiting[1:]):
             if directory.has(file.name):
                 directory.unlink(file.name)

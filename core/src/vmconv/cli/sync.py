@@ -202,7 +202,7 @@ _EPILOG = """what changed is learned, in this order, from
   the record of the last sync, if SOURCE is unchanged since, or only got new layers on top (external snapshots)
   --since FILE, a snapshot or reflink copy that was SOURCE of the last sync
   reading both disks; how much is said first
-Where TARGET can share all blocks of SOURCE, nothing has to be learned: it shares them anew, in milliseconds.
+Where TARGET can share all blocks of SOURCE, nothing has to be learned: it shares them again, in milliseconds.
 
 exit status:
   0  TARGET holds the disk of SOURCE

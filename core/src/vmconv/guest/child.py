@@ -20,7 +20,7 @@ from vmconv.guest.sandbox import confine
 from vmconv.guest.volumes import Parent, reader
 
 _NEEDED_LATER = ("lz4.block", "zstandard", "encodings.idna", "encodings.utf_16_le", "encodings.latin_1")
-"""Modules that would be imported when files cannot be opened any more."""
+"""Modules that would otherwise be imported when files can no longer be opened."""
 
 
 _Result = TypeVar("_Result")

@@ -73,7 +73,7 @@ def _exactly(sock: socket.socket, length: int) -> bytes:
 
 
 def _facts(answer: bytes) -> Facts:
-    """Returns the facts of an answer; raises `ValueError` if it is none."""
+    """Returns the facts of an answer; raises `ValueError` if it is invalid."""
     from pydantic import TypeAdapter
 
     # pydantic's error is a ValueError with many lines.

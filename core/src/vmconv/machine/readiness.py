@@ -22,7 +22,7 @@ HAVE_LIBRARIES = any(find_spec(name) for name in LIBRARIES.values())
 _PLACES = ("/dev/disk/by-path/", "/dev/disk/by-id/")
 
 
-_MAKE_INITRAMFS = "make the initramfs anew with it in the guest before, or leave it to virt-v2v-in-place"
+_MAKE_INITRAMFS = "rebuild the initramfs with it in the guest first, or leave it to virt-v2v-in-place"
 
 _INSTALL = "install it in the guest before, or leave it to virt-v2v-in-place"
 _DISABLED = 4

@@ -96,7 +96,7 @@ def _refuse_other_options(request: SyncRequest, found: Format, options: Any) -> 
         if getattr(wanted, name) != getattr(options, name):
             raise UsageError(
                 f"{request.target}: its {name} is {getattr(options, name)}, and a sync keeps it",
-                hint="convert it anew: vmconv convert --force",
+                hint="convert it again: vmconv convert --force",
             )
 
 

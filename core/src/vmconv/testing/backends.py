@@ -115,7 +115,7 @@ class BackendTests:
 
     # -- outputs
 
-    def test_what_was_written_is_there_after_commit(self, directory: str) -> None:
+    def test_written_data_is_there_after_commit(self, directory: str) -> None:
         transaction = self.begin(directory)
         output = self.start(transaction, "target", 10000)
         output.write(100, b"hello")
@@ -127,7 +127,7 @@ class BackendTests:
         assert data[100:105] == b"hello"
         assert data[9995:] == b"world"
 
-    def test_what_was_not_written_reads_as_zero(self, directory: str) -> None:
+    def test_unwritten_ranges_read_as_zero(self, directory: str) -> None:
         transaction = self.begin(directory)
         self.start(transaction, "target", 3 << 20).finish()
         transaction.commit()
@@ -272,7 +272,7 @@ class BackendTests:
         finally:
             transaction.abort()
 
-    def test_what_was_committed_has_been_synced(self, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_committed_files_were_synced(self, directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
         synced: list[tuple[int, bool]] = []
 
         def noted(real: Callable[[int], None]) -> Callable[[int], None]:
@@ -290,7 +290,7 @@ class BackendTests:
         assert (os.stat(path).st_ino, False) in synced, "the file was not synced before it was renamed"
         assert (os.stat(directory).st_ino, True) in synced, "the directory was not synced after that"
 
-    def test_who_has_the_replaced_file_open_goes_on_reading_it(self, directory: str) -> None:
+    def test_open_descriptors_keep_reading_the_replaced_file(self, directory: str) -> None:
         self.commit_one(directory)
         path = self.on_storage(directory)
         Path(path).write_bytes(b"old content")

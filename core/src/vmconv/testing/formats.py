@@ -221,7 +221,7 @@ class FormatTests(ReaderTests, StackingTests):
                 for start, length in _random_pieces(rng, blob.size):
                     assert blob.read(start, length) == whole[start : start + length], (variant, blob.name, start)
 
-    def test_what_the_format_carries_comes_back(self) -> None:
+    def test_carried_facts_survive_a_round_trip(self) -> None:
         stated = dict(self.facts.stated())
         assert self.format.carries == frozenset(stated)
         source = patterned(4 * _MIB, [(0, _MIB)])

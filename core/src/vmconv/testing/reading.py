@@ -129,7 +129,7 @@ class ReaderTests:
             report = self.format.check(self.open_sample(self.sample(variant)))
             assert report is None or (report.corruption_count, report.leak_count) == (0, 0), (variant, report)
 
-    def test_what_qemu_makes_of_an_image_is_said_in_a_phrase(self) -> None:
+    def test_qemu_incompatibilities_are_one_phrase(self) -> None:
         for variant in self.each_variant():
             said = self.format.qemu_incompatibility(self.open_sample(self.sample(variant)))
             assert said is None or (said and "\n" not in said and not said.endswith("."))

@@ -51,7 +51,7 @@ class _Device(NamedTuple):
 
 
 def read(file: File) -> Machine:
-    """Returns the machine of a configuration; raises `ImageError` if it is damaged, or is none."""
+    """Returns the machine of a configuration; raises `ImageError` if it is damaged or no configuration."""
     root = read_storage(file).child("configuration")
     if not root.child("settings").nodes:
         raise root.refused("settings", "is not there: this is no configuration, but perhaps a saved state (.vmrs)")

@@ -73,7 +73,7 @@ def inside(package: str, members: Sequence[Member], descriptor: str, content: by
 
 
 def _parsed(name: str, data: bytes) -> list[Digest]:
-    """Returns the digests of a manifest; raises `ImageError` with the number of a line that is none."""
+    """Returns the digests of a manifest; raises `ImageError` with the number of an invalid line."""
     found: dict[str, Digest] = {}
     # Names of files are bytes, and need not be UTF-8.
     text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")

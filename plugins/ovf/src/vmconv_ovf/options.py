@@ -11,7 +11,7 @@ from vmconv.plugin import option
 
 @dataclass(frozen=True)
 class Options:
-    """How an OVF descriptor is written; raises `ValueError` for a hardware family that is none."""
+    """How an OVF descriptor is written; raises `ValueError` for an invalid hardware family."""
 
     hardware: str | None = option(
         None, "VMware hardware family such as vmx-19; by default the source's, or vmx-13 (vmx-14 with a TPM)"

@@ -132,7 +132,7 @@ class _Part(NamedTuple):
 def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, options: PackageOptions) -> Extents:
     """Returns the table of a package: the last of `configs` first, as its descriptor, then other files and disks.
 
-    Disks begin at multiples of `modulus`, but for streamOptimized ones, which are written anew in any case and whose
+    Disks begin at multiples of `modulus`, but for streamOptimized ones, which are rewritten in any case and whose
     readers look for the end marker at the end of the file.
     """
     *others, last = configs

@@ -68,7 +68,7 @@ def members(file: File) -> tuple[Member, ...]:
 
 
 def first_name(file: File) -> str:
-    """Returns the name of the first file in an archive; an empty string if it is none. Never raises."""
+    """Returns the name of the first file in an archive; an empty string if it is no archive. Never raises."""
     try:
         return next((header.name for header in headers(file) if not header.is_directory), "")
     except VmconvError:

@@ -52,7 +52,7 @@ class Conf(NamedTuple):
 def parse(file: File, data: bytes | None = None) -> Conf:
     """Returns the settings of a configuration, as `PVE::QemuServer::parse_vm_config` takes them.
 
-    `data` are its bytes, by default the whole file. Raises `ImageError` for a line that is none.
+    `data` are its bytes, by default the whole file. Raises `ImageError` for an invalid line.
     """
     settings: dict[str, str] = {}
     notes, snapshots = [], []

@@ -96,7 +96,7 @@ def options_of(image: Image) -> Options:
     written = {*FLAT, "twoGbMaxExtentSparse"} if whole is None else {"monolithicSparse"}
     if kind not in written or referring or not all(isinstance(one, Hosted) for one in sparse):
         raise PlanError(
-            f"{image.file.name}: a VMDK of type {'reference' if referring else kind!r} is made anew as a whole",
+            f"{image.file.name}: a VMDK of type {'reference' if referring else kind!r} is always rebuilt as a whole",
             hint="vmconv convert --force",
         )
     numbers = {field: described.values.get(f"ddb.{key}", "") for field, key in _NUMBERS.items()}

@@ -83,7 +83,7 @@ def written_into(store: Store, existing: bytes | File, name: str) -> tuple[bytes
     """Returns an existing store of VMware with the variables that can be carried, and a line for each other.
 
     Variables of the existing store stay, except keys, and its boot entries if `store` has some to carry. Raises
-    `ImageError` if the existing store is damaged, `PlanError` if it is none of VMware or has too little space.
+    `ImageError` if the existing store is damaged, `PlanError` if it is not one of VMware's or has too little space.
     """
     data = _content(existing, name)
     if not data.startswith(vmware.SIGNATURE):

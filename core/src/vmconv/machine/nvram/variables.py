@@ -62,7 +62,7 @@ def part(data: bytes, at: int, length: int, end: int, file: str, what: str) -> b
 
 
 def name_of(raw: bytes, at: int, file: str) -> str:
-    """Returns a variable's name from UTF-16 with its NUL; raises `ImageError` if it is none."""
+    """Returns a variable's name from UTF-16 with its NUL; raises `ImageError` if it is invalid."""
     try:
         text = raw.decode("utf-16-le")
     except UnicodeDecodeError as exc:

@@ -1,4 +1,4 @@
-"""What a worker is told: one conversion, with the paths and the rules of its node."""
+"""The input of a worker: one conversion, with the paths and the rules of its node."""
 
 from __future__ import annotations
 
