@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 from typing import TYPE_CHECKING, Any
 
 from fuzz.target import Target
@@ -62,6 +63,40 @@ def sample() -> Machine:
     )
 
 
+def _backups() -> list[bytes]:
+    """Returns archives with disks, plain and compressed. Their checksums keep most changes from getting far."""
+    from support.vma_archives import CONF, Archive, conf_of
+
+    disk = bytes(70_000) + b"payload" * 1000
+    plain = Archive({"drive-scsi0": disk}, {"qemu-server.conf": conf_of(CONF, "scsi0")}).written()
+    return [plain, gzip.compress(plain, mtime=0)]
+
+
+class VmaTarget(Target):
+    """Backups of Proxmox whose checksums are right, whatever their fields are."""
+
+    def seeds(self) -> list[bytes]:
+        return _backups()[:1]
+
+    def run(self, data: bytes) -> None:
+        from support.vma_archives import sealed
+
+        one = installed_machines().machines["vma"]
+        size = int.from_bytes(data[56:60], "big")
+        if data[:4] == b"VMA\0" and 12288 < size <= len(data):
+            parts = [sealed(data[:size], 32)]
+            for at in range(size, len(data), 512):
+                block = data[at : at + 512]
+                parts.append(sealed(block, 24) if block[:4] == b"VMAE" and len(block) == 512 else block)
+            data = b"".join(parts)
+        file = image_file(data, "web.vma")
+        with contextlib.suppress(VmconvError):
+            one.read(file, Opener(Registry()))
+        with contextlib.suppress(VmconvError):
+            for member in one.members(file):
+                member.table.read(0, min(member.table.size, _MIB))
+
+
 class MachineTarget(Target):
     """The reader of a machine format; what it finds is then written in every other format."""
 
@@ -72,6 +107,8 @@ class MachineTarget(Target):
         from vmconv.machine import Machine, Memory
 
         small = Machine(name="x", memory=Memory(size=64 * _MIB))
+        if self._format.name == "vma":
+            return _backups()
         if not self._format.can_write or not self._reads_own():
             return [b"\0" * 64, b"<?xml version='1.0'?><x/>"]
         return [written(self._format, machine) for machine in (sample(), small)]

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
     from vmconv.io.registry import Registry, installed
+    from vmconv.machine.decoding import NewFile
     from vmconv.model.disk import Disk
     from vmconv.model.extents import (
         MAX_SIZE,
@@ -155,6 +156,7 @@ _HOMES = {
     "RAW_NAME": "io.known",
     "Ranges": "placing.ranges",
     "ReadError": "errors",
+    "NewFile": "machine.decoding",
     "Reading": "interface.arguments",
     "Record": "model.references",
     "Reference": "model.layout",
@@ -267,6 +269,7 @@ __all__ = [
     "Manifest",
     "Member",
     "Metadata",
+    "NewFile",
     "NoOptions",
     "Opener",
     "OutFile",

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from vmconv.interface.format import NoOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vmconv.io.opener import Opener
+    from vmconv.machine.decoding import NewFile
     from vmconv.machine.model import Machine
     from vmconv.model.extents import Extents
+    from vmconv.model.plan import Progress
     from vmconv.model.sources import File
 
 
@@ -123,6 +125,21 @@ class MachineFormat:
         digest of the configuration.
         """
         return None
+
+    def compression(self, file: File) -> str | None:
+        """Returns the name of the compression of a package, such as `gzip`; None if its members are ranges of it.
+
+        The members of a compressed package are tables of `Decoded`, with all that may be payload.
+        """
+        return None
+
+    def decode(self, file: File, create: Callable[[str, int], NewFile], progress: Progress | None) -> Sequence[Member]:
+        """Returns the members of a compressed package, decoded once.
+
+        `create(name, size)` makes a new sparse file for a large member, whose table then consists of windows onto it.
+        `progress` is called with bytes of the package: read, and all.
+        """
+        raise NotImplementedError(f"{self.name} has no compressed packages")
 
     def adapt(self, machine: Machine, options: Any) -> Adapted:
         """Returns the machine in terms that this format can express, with a reason for each changed field.

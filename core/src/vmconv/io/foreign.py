@@ -155,6 +155,12 @@ def foreign_suffix(suffix: str) -> Foreign | None:
     return next((kind for kind in FOREIGN if suffix in kind.suffixes), None)
 
 
+def hint_for(kind: Foreign, path: str) -> str:
+    """Returns how to get at a disk in a file of this kind; compressed backups of machines need not be decompressed."""
+    inner = foreign_suffix(os.path.splitext(os.path.splitext(path)[0])[1].lower())
+    return inner.hint if inner and inner.hint == _MACHINE else kind.hint
+
+
 def suffix_of(path: str) -> str | None:
     """Returns the suffix of a file name with its dot, in lower case; None if it has none, or one without a meaning."""
     # Numbers of versions and snapshots, and the random part of a temporary name, have no meaning.

@@ -22,7 +22,7 @@ from vmconv.interface.command import Command
 from vmconv.interface.format import Format, FormatKind
 from vmconv.interface.machines import MachineFormat
 from vmconv.io.discovery import Plugin, entry_points
-from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, suffix_of
+from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, hint_for, suffix_of
 from vmconv.io.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def _refuse_foreign(file: File, suffix: str | None, option: str) -> None:
     if kind:
         raise ImageError(
             f"{file.name}: content has the signature of {kind.title}, which is not a disk",
-            hint=f"{kind.hint}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}",
+            hint=f"{hint_for(kind, file.path)}; if a guest wrote that into its raw disk, {_say(option, RAW_NAME)}",
         )
     ending = None if suffix or file.is_device else suffix_of(file.path)
     if ending is None:
@@ -293,7 +293,8 @@ def _refuse_foreign(file: File, suffix: str | None, option: str) -> None:
     by_raw = f"if it is a raw disk, {_say(option, RAW_NAME)}"
     kind = foreign_suffix(ending)
     if kind:
-        raise ImageError(f"{file.name}: its name says {kind.title}, which is not a disk", hint=f"{kind.hint}; {by_raw}")
+        hint = f"{hint_for(kind, file.path)}; {by_raw}"
+        raise ImageError(f"{file.name}: its name says {kind.title}, which is not a disk", hint=hint)
     raise ImageError(f"{file.name}: no format has the suffix {ending}, and content has no signature", hint=by_raw)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import clean, refuse_directory
@@ -17,6 +17,7 @@ from vmconv.errors import UsageError
 from vmconv.interface.backend import Access
 from vmconv.io.registry import installed
 from vmconv.machine import losses
+from vmconv.machine.decoding import decoded, decoded_plan, undecoded_notes
 from vmconv.machine.firmware import variables
 from vmconv.machine.layout import NewMachine, lay_out_machine
 from vmconv.machine.places import directory_at, existing_parent
@@ -54,7 +55,12 @@ def plan(request: MachineRequest) -> MachinePlan:
 
             return planned_in_place(request, source, target).plan
         # The directory may be made by the conversion. Storage is the same as above it.
-        return _prepared(request, source, target, existing_parent(target.directory)).plan
+        return _planned(_prepared(request, source, target, existing_parent(target.directory)))
+
+
+def _planned(ready: Prepared) -> MachinePlan:
+    """Returns the plan as users are told of it before anything is done."""
+    return undecoded_notes(ready.source, ready.plan) if ready.source.compression else ready.plan
 
 
 def run(
@@ -80,11 +86,34 @@ def run(
         with directory_at(target.directory) as directory:
             refuse_directory(directory)
             ready = _prepared(request, source, target, target.directory)
-            with _checked(request, ready, directory):
-                if announce:
+            with ExitStack() as stack:
+                if source.compression:
+                    ready = stack.enter_context(_decoded(request, ready, directory, announce, progress))
+                stack.enter_context(_checked(request, ready, directory))
+                if announce and not source.compression:
                     announce(ready.plan)
                 _make(request, ready, directory, verify_mode(verify), (progress, verifying, created), done, began)
     return done[0]
+
+
+@contextmanager
+def _decoded(
+    request: MachineRequest,
+    ready: Prepared,
+    directory: Directory,
+    announce: Callable[[MachinePlan], None] | None,
+    progress: Progress | None,
+) -> Iterator[Prepared]:
+    """Yields the conversion of a compressed package, decoded; what can be refused is refused before."""
+    refuse_copies(request.target, request.zero_copy, ready.made.plan)
+    hint = ready.target.hint_if_taken(directory, ready.made.plan)
+    with no_collisions(ready.made.plan, directory, ready.source.opener.files, force=request.force, hint=hint):
+        if announce:
+            announce(_planned(ready))
+    with decoded(ready.source, directory, progress) as source:
+        # Its variables may say that Secure Boot is on.
+        found = _prepared(request, source, target_of(request, source.machine), ready.target.directory)
+        yield found._replace(plan=decoded_plan(source, found.plan))
 
 
 def _prepared(request: MachineRequest, source: Source, target: Target, directory: str) -> Prepared:

@@ -37,6 +37,8 @@ class Source(NamedTuple):
     disks: Opener
     manifest: Manifest | None = None
     secrets: tuple[Loss, ...] = ()
+    compression: str | None = None
+    """How a package is compressed, whose members were not decoded yet."""
 
     def image(self, disk: Disk) -> Image | None:
         """Returns the image of a disk; None for a physical device, which is only named."""
@@ -113,7 +115,8 @@ def opened(
         machine = found.read(file, opener)
         refuse_result(machine, Machine, found.name, "reader")
         disks = Members(registry, file, found.members(file)) if found.is_package else opener
-        yield Source(machine, found, file, opener, disks, _manifest(found, file, opener))
+        compression = found.compression(file) if found.is_package else None
+        yield Source(machine, found, file, opener, disks, _manifest(found, file, opener), compression=compression)
 
 
 def _manifest(found: MachineFormat, file: File, opener: Opener) -> Manifest | None:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names of devices and configurations. Proxmox writes `drive-scsi0` and `qemu-server.conf`."""
 
+
+def is_name(text: str) -> bool:
+    """True for a name that a device or a configuration can have."""
+    return _NAME.fullmatch(text) is not None
+
+
 MAX_DEVICE = structs.CLUSTER << 32
 """Bytes of a device: the number of a cluster has 32 bits."""
 

@@ -1,0 +1,110 @@
+"""Compressed packages: decoded once into files without a name, which the new disks share or are copied from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from vmconv.backends.temporary import temporary_name
+from vmconv.errors import os_errors
+from vmconv.io.registry import installed
+from vmconv.machine.firmware import with_secure_boot
+from vmconv.machine.members import Members
+from vmconv.model.plan import CopyReason
+from vmconv.model.sources import File, stamp_of
+
+if TYPE_CHECKING:
+    from vmconv.io.directory import Directory
+    from vmconv.machine.request import MachinePlan
+    from vmconv.machine.source import Source
+    from vmconv.model.plan import Progress, Totals
+
+
+class NewFile(File):
+    """A sparse file without a name that a package is decoded into; it vanishes when it is closed."""
+
+    def __init__(self, path: str, descriptor: int, size: int) -> None:
+        with os_errors("cannot be made this large", where=path):
+            os.ftruncate(descriptor, size)
+        super().__init__(path, descriptor)
+        # Sharing its blocks writes them; nobody else needs them to be durable.
+        self.settled = True
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Writes bytes inside the file; raises `BackendError` if storage fails or is full."""
+        view = memoryview(data)
+        with os_errors("cannot be written", where=f"{self.path} at {offset:#x}"):
+            while view:
+                done = os.pwrite(self.descriptor, view, offset)
+                view, offset = view[done:], offset + done
+
+    def finish(self) -> None:
+        """Ends writing: from now on the file counts as changed if anybody writes to it."""
+        self.stamp = stamp_of(os.fstat(self.descriptor))
+
+
+@contextmanager
+def decoded(source: Source, directory: Directory, progress: Progress | None) -> Iterator[Source]:
+    """Yields the source with the members of a compressed package decoded, into files on the storage of `directory`.
+
+    Raises `ImageError` if the package is damaged, `BackendError` if storage is full.
+    """
+    with ExitStack() as stack:
+
+        def create(name: str, size: int) -> NewFile:
+            file = NewFile(os.path.join(source.file.path, name), _unnamed(directory), size)
+            stack.callback(file.close)
+            files.append(file)
+            return file
+
+        files: list[NewFile] = []
+        members = source.format.decode(source.file, create, progress)
+        for file in files:
+            file.finish()
+        yield with_secure_boot(source._replace(disks=Members(installed(), source.file, members)))
+
+
+def _unnamed(directory: Directory) -> int:
+    """Returns a new file without a name; where the filesystem has none, its name is removed at once."""
+    try:
+        return directory.create_unnamed()
+    except OSError:
+        name = temporary_name("decoded")
+        with os_errors("no file can be made in it", where=directory.path):
+            descriptor = directory.create(name)
+            directory.unlink(name)
+        return descriptor
+
+
+def undecoded_notes(source: Source, plan: MachinePlan) -> MachinePlan:
+    """Returns the plan of a compressed package before it is decoded, with what is not known yet."""
+    size = source.file.size
+    text = (
+        f"{source.file.name} is compressed ({source.compression}): its {size} bytes will be decoded once. What of the "
+        "disks is zero is known only then, so the plan counts all bytes of the disks"
+    )
+    return plan._replace(warnings=(*plan.warnings, text))
+
+
+def decoded_plan(source: Source, plan: MachinePlan) -> MachinePlan:
+    """Returns the plan of a package that was decoded: shared blocks are blocks that were written then."""
+    name, shared = source.file.name, plan.totals.shared
+    reason = CopyReason(f"the archive is compressed ({source.compression})", shared, len(plan.disks), name, 0)
+    notes = plan.notes
+    if plan.totals.copied:
+        notes += (
+            f"payload is written twice: decoded into files without a name, and from there into the disks, because "
+            f"{plan.directory} cannot share it",
+        )
+    return plan._replace(
+        totals=_copied(plan.totals),
+        disks=tuple(disk._replace(totals=_copied(disk.totals)) for disk in plan.disks),
+        copies=((reason, *plan.copies) if shared else plan.copies),
+        notes=notes,
+    )
+
+
+def _copied(totals: Totals) -> Totals:
+    return totals._replace(shared=0, copied=totals.copied + totals.shared)
