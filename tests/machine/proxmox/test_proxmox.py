@@ -276,7 +276,7 @@ def a_machine(model: str | None, *, firmware: Any = "bios", system: str = "debia
     [
         (a_machine("lsilogic"), "scsi0", "virtio-scsi-single", "Proxmox has no lsilogic"),
         (a_machine("pvscsi"), "scsi0", "pvscsi", None),
-        (a_machine("pvscsi", firmware="uefi"), "scsi0", "pvscsi", None),
+        (a_machine("pvscsi", firmware="uefi"), "scsi0", "virtio-scsi-single", "OVMF has no driver for it"),
         (a_machine("lsi53c895a"), "scsi0", "lsi", None),
         (a_machine("lsi53c895a", firmware="uefi"), "scsi0", "virtio-scsi-single", "OVMF has no driver for it"),
         (a_machine("lsisas1068", system="win2k16"), "sata0", "virtio-scsi-single", "and Windows has one for SATA"),

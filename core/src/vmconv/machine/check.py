@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 _MBR_LIMIT = 2 << 40
 """Bytes that an MBR of 512-byte sectors reaches."""
 
-_NO_UEFI_DRIVER = ("buslogic", "lsilogic", "lsisas1068")
-"""Controllers for which OVMF, the firmware of KVM platforms, has no driver."""
+_NO_UEFI_DRIVER = ("buslogic", "lsilogic", "lsisas1068", "lsi53c895a", "lsi53c810", "megasas", "pvscsi")
+"""Controllers for which OVMF, the firmware of KVM platforms, has no driver.
+
+edk2's drivers for pvscsi and lsisas1068 are off by default since 2022, and not in the OVMF of Debian 12 and RHEL 9.
+"""
 
 _KVM = ("libvirt", "proxmox", "kubevirt")
 
