@@ -178,7 +178,7 @@ _MIB = 1 << 20
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_durable_copies_go_past_the_page_cache(any_dir: Path, durable: bool) -> None:
+def test_durable_copies_bypass_the_page_cache(any_dir: Path, durable: bool) -> None:
     data = os.urandom(5 * _MIB + 777)
     source = file_of(any_dir, data)
     target = copied(any_dir, source, 3 * 4096, len(data), durable=durable)

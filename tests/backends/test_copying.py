@@ -158,7 +158,7 @@ def test_a_range_that_no_method_can_copy_is_an_error(place: Path, monkeypatch: p
         assert caught.value.errno == number
 
 
-def test_the_kernel_copies_only_where_it_is_asked_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_copies_only_on_request(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel([100], None)
     monkeypatch.setattr(os, "copy_file_range", kernel)
     with closing(source_of(place)) as source, output(place, 100) as made:

@@ -145,7 +145,7 @@ def test_a_filesystem_without_flags_keeps_its_way(
 
 
 @pytest.mark.parametrize(("size", "length"), [(UNIT, UNIT), (UNIT + 1, UNIT), (UNIT - 1, 0), (1, 0), (3 * UNIT, UNIT)])
-def test_one_block_is_asked_for_and_taken_back(
+def test_one_block_is_shared_and_removed_as_a_trial(
     tmp_path: Path, btrfs: Btrfs, files: Any, size: int, length: int
 ) -> None:
     source, scratch = files("source", size), os.open(tmp_path, os.O_TMPFILE | os.O_RDWR)

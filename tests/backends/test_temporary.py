@@ -135,7 +135,7 @@ def test_a_new_file_is_private_and_locked_and_has_no_name(tmp_path: Path, direct
 
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("unnamed", [True, False])
-def test_a_name_that_is_taken_is_replaced_only_when_asked(
+def test_an_existing_name_is_replaced_only_on_request(
     tmp_path: Path, directory: Directory, request: pytest.FixtureRequest, *, replace: bool, unnamed: bool
 ) -> None:
     if not unnamed:
@@ -155,7 +155,9 @@ def test_a_name_that_is_taken_is_replaced_only_when_asked(
     assert (tmp_path / "disk").read_bytes() == (b"new" if replace else b"old")
 
 
-def test_a_temporary_name_goes_when_the_file_appears(tmp_path: Path, directory: Directory, named_only: None) -> None:
+def test_a_temporary_name_is_removed_when_the_file_is_named(
+    tmp_path: Path, directory: Directory, named_only: None
+) -> None:
     file = Temporary(directory, "disk")
     file.appear(replace=False)
     assert (file.name, names(tmp_path)) == ("disk", ["disk"])
@@ -368,7 +370,7 @@ def test_a_taken_name_is_refused_before_anything_is_done(
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EEXIST])
-def test_a_set_that_fails_is_taken_back_or_can_be_finished(
+def test_a_failed_set_is_rolled_back_or_can_be_completed(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch, *, replace: bool, at: int, number: int
 ) -> None:
     real, left = rename, [at]
@@ -486,7 +488,7 @@ def test_an_invalid_journal_is_left_alone(tmp_path: Path, directory: Directory, 
     assert naming.finish(directory, ["a"], trust=True) == []
 
 
-def test_a_journal_without_the_user_s_mark_has_to_be_trusted(tmp_path: Path, directory: Directory) -> None:
+def test_a_journal_without_the_users_mark_must_be_trusted(tmp_path: Path, directory: Directory) -> None:
     journal(directory, set_of(tmp_path, "a"), mark=b"?")
     with pytest.raises(AccessError, match="lacks the mark of this user's vmconv"):
         naming.finish(directory, ["a"])
@@ -494,7 +496,7 @@ def test_a_journal_without_the_user_s_mark_has_to_be_trusted(tmp_path: Path, dir
     assert naming.finish(directory, ["a"], trust=True) == ["a"]
 
 
-def test_a_journal_that_others_may_write_has_to_be_trusted(tmp_path: Path, directory: Directory) -> None:
+def test_a_journal_writable_by_others_must_be_trusted(tmp_path: Path, directory: Directory) -> None:
     path = journal(directory, set_of(tmp_path, "a"))
     for number in range(8):
         (tmp_path / f".vmconv-{number:016x}.names").symlink_to("nowhere")
@@ -543,7 +545,7 @@ TEMPORARY = temporary_name("a")[:-12].encode() + b"01234567.tmp"
         b"new\0disk\0001\0a\0",
     ],
 )
-def test_nonsense_is_no_set(body: bytes) -> None:
+def test_invalid_bytes_are_no_set(body: bytes) -> None:
     assert naming._parse(body) is None
 
 
@@ -675,7 +677,7 @@ def test_a_transaction_gives_all_files_their_names(tmp_path: Path, directory: Di
 
 
 @pytest.mark.parametrize("force", [True, False])
-def test_a_name_that_may_not_survive_is_taken_back(
+def test_a_name_that_may_not_be_durable_is_removed(
     tmp_path: Path, directory: Directory, monkeypatch: pytest.MonkeyPatch, force: bool
 ) -> None:
     monkeypatch.setattr(Directory, "sync", failing(errno.EIO))

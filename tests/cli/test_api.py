@@ -104,7 +104,9 @@ def test_an_invalid_request_is_refused_and_touches_nothing(disk: Path, case: str
         ("prove", ["disk.raw", "other.raw"], "lef_format", "left_format"),
     ],
 )
-def test_a_misspelt_keyword_says_which_was_meant(function: str, arguments: list[Any], keyword: str, meant: str) -> None:
+def test_a_misspelt_keyword_is_refused_with_a_suggestion(
+    function: str, arguments: list[Any], keyword: str, meant: str
+) -> None:
     with pytest.raises(vmconv.UsageError) as caught:
         getattr(vmconv, function)(*arguments, **{keyword: "x"})
     assert caught.value.hint == f"did you mean {meant}"

@@ -33,7 +33,7 @@ def test_convert_ends_with_what_was_shared_copied_and_written(reflink_dir: Path,
     assert output.err == ""
 
 
-def test_convert_says_before_it_starts_what_it_copies_and_why(ext4_dir: Path, capsys: Capture) -> None:
+def test_convert_announces_copies_with_their_reasons(ext4_dir: Path, capsys: Capture) -> None:
     raw = make_disk(ext4_dir / "disk.raw", 4 * MIB)
     assert main(["convert", str(raw), str(ext4_dir / "disk.qcow2")]) == 0
     announced = capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_target_without_a_format_s_suffix_needs_a_format(tmp_path: Path, capsy
     assert "name the format with -O" in capsys.readouterr().err
 
 
-def test_backends_are_asked_of_the_directory(xfs_dir: Path, ext4_dir: Path, capsys: Capture) -> None:
+def test_backends_are_tested_on_the_directory(xfs_dir: Path, ext4_dir: Path, capsys: Capture) -> None:
     found = {}
     for directory in (xfs_dir, ext4_dir):
         assert main(["backends", "--output", "json", str(directory)]) == 0
@@ -152,7 +152,7 @@ def test_demo_converts_there_and_back_and_proves_it(reflink_dir: Path, capsys: C
     assert list(reflink_dir.iterdir()) == []
 
 
-def test_demo_says_why_it_copies_where_it_must(ext4_dir: Path, capsys: Capture) -> None:
+def test_demo_gives_the_reason_for_copies(ext4_dir: Path, capsys: Capture) -> None:
     assert main(["demo", "--size", "8M", "--directory", str(ext4_dir)]) == 0
     assert "Copied because ext4 at" in capsys.readouterr().out
 
@@ -266,7 +266,7 @@ def test_the_program_ends_with_the_exit_code_of_the_command(arguments: list[str]
     assert done.stdout if code == 0 else done.stderr.startswith(("usage: vmconv", "vmconv: no-such-file"))
 
 
-def test_a_reader_of_the_output_may_go_away(tmp_path: Path) -> None:
+def test_the_output_pipe_may_close(tmp_path: Path) -> None:
     command = f"{sys.executable} -m vmconv formats | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("FORMAT")

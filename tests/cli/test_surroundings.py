@@ -83,7 +83,7 @@ def test_a_result_that_cannot_be_printed_is_made_all_the_same(disk: Path, number
         assert done.stderr.splitlines()[-1] == b"vmconv: standard output: No space left on device"
 
 
-def test_a_reader_that_has_gone_is_no_failure_once_the_target_is_made(disk: Path) -> None:
+def test_a_closed_pipe_is_no_failure_once_the_target_is_made(disk: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = run("convert", disk, disk.with_name("target.qcow2"), stdout=writing)
@@ -145,7 +145,7 @@ def stop(place: str, number: int, *arguments: str | Path) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_run_that_is_stopped_before_the_end_says_that_nothing_was_created(disk: Path, number: int) -> None:
+def test_a_stopped_run_reports_that_nothing_was_created(disk: Path, number: int) -> None:
     done = stop("verify_result", number, "convert", disk, disk.with_name("target.qcow2"))
     assert done.returncode == 128 + number
     assert done.stderr.endswith("nothing was created\n")
@@ -153,7 +153,7 @@ def test_a_run_that_is_stopped_before_the_end_says_that_nothing_was_created(disk
 
 
 @pytest.mark.parametrize("number", ENDING)
-def test_a_run_that_is_stopped_when_everything_is_made_says_so(disk: Path, number: int) -> None:
+def test_a_run_stopped_after_the_commit_reports_its_targets(disk: Path, number: int) -> None:
     target = disk.with_name("target.qcow2")
     done = stop("_result", number, "convert", disk, target)
     assert done.returncode == 0

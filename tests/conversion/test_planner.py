@@ -111,7 +111,7 @@ def plan_of(*sources: Source, survey: Survey, losses: tuple[str, ...] = (), reas
     return plan_layout(Layout(files, ("a comment",)), "disk", "/somewhere", "reflink", survey, losses)
 
 
-def test_a_reason_tells_how_much_where_first_and_in_how_many_ranges() -> None:
+def test_a_reason_states_bytes_ranges_and_the_first_place() -> None:
     one, other = MemoryFile("one", 10), MemoryFile("other", 20)
     plan = plan_of(one, other, survey=Survey(1, {id(one): REFUSED, id(other): REFUSED}))
     assert plan.copies == (CopyReason(REFUSED, 30, 2, "one", 0),)
@@ -192,7 +192,7 @@ def test_ranges_to_share_are_packed_as_the_kernel_takes_them() -> None:
     assert ShareSteps((), empty.source, empty.source_offset, empty.length, empty.offset).pack() == b""
 
 
-def test_only_what_the_writer_says_is_slack_may_be_left_as_it_is() -> None:
+def test_only_slack_of_the_writer_may_keep_old_bytes() -> None:
     file = MemoryFile("file", 10)
     outs = (OutFile(Extents.whole(file)), OutFile(Extents.whole(file), "slack", slack=True))
     plan = plan_layout(Layout(outs), "disk", "/", "reflink", Survey(1))

@@ -116,7 +116,7 @@ def test_a_single_layer_on_both_sides_needs_no_look() -> None:
 @pytest.mark.parametrize(
     ("points", "found"), [(2, [0]), (4, [0, 29, 30]), (12, [0, 9, 10, 19, 20, 29, 30, 39, 40, 49])]
 )
-def test_of_too_many_edges_some_are_looked_at(monkeypatch: pytest.MonkeyPatch, points: int, found: list[int]) -> None:
+def test_of_too_many_edges_some_are_examined(monkeypatch: pytest.MonkeyPatch, points: int, found: list[int]) -> None:
     monkeypatch.setattr(readback, "_POINTS", points)
     table = rows(50, (0, A, 0), (10, A, 50), (20, A, 0), (30, A, 50), (40, A, 0))
     assert list(readback._points(sides([table], [table]))) == found

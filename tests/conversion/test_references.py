@@ -198,7 +198,7 @@ def test_partial_sectors_are_copied_with_the_reason(any_dir: Path, qemu_img: Qem
         by_reference(raw, path, zero_copy="require", force=True)
 
 
-def test_compressed_clusters_go_to_the_rest(any_dir: Path, qemu_img: QemuImg) -> None:
+def test_compressed_clusters_are_placed_in_the_rest(any_dir: Path, qemu_img: QemuImg) -> None:
     raw, image, path = (any_dir / name for name in ("disk.raw", "disk.qcow2", "disk.vmdk"))
     raw.write_bytes(b"some text that compresses" * 40000 + bytes(-25 * 40000 % 512))
     qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, image)
@@ -520,7 +520,7 @@ def test_a_possible_change_is_a_doubt(any_dir: Path, capsys: pytest.CaptureFixtu
     assert main(["check", str(copy / path.name)]) == 0
 
 
-def test_an_overlay_that_was_given_another_parent_knows_nothing_of_it(tmp_path: Path, qemu_img: QemuImg) -> None:
+def test_a_rebased_overlay_ignores_its_old_parent(tmp_path: Path, qemu_img: QemuImg) -> None:
     for name in ("one.raw", "two.raw"):
         make_disk(tmp_path / name, MIB)
     path = tmp_path / "new.qcow2"

@@ -113,7 +113,7 @@ def test_quiet_says_nothing(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_stream_silently(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", 64 * MIB)
     with begun(raw) as (process, out, err):
         out.close()
@@ -121,7 +121,7 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(tmp_path: Path) -> None:
         assert err.read() == b""
 
 
-def test_a_reader_that_goes_away_before_it_has_read_the_rest_is_noticed(tmp_path: Path) -> None:
+def test_a_pipe_closed_before_the_end_is_noticed(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", 32 * 1024)
     reader, writer = os.pipe()
     threading.Timer(0.3, os.close, [reader]).start()
@@ -198,9 +198,7 @@ def test_a_terminal_is_spared(tmp_path: Path) -> None:
     assert b"standard output is a terminal" in done.stderr
 
 
-def test_a_writer_that_gets_it_wrong_is_found_out_before_a_byte_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_layout_is_found_before_a_byte_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = make_disk(tmp_path / "disk.raw", SIZE)
     other = make_disk(tmp_path / "other.raw", SIZE, seed=1)
     vmdk = installed().formats["vmdk"]

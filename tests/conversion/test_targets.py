@@ -256,7 +256,7 @@ def test_an_irreplaceable_target_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("words", ["immutable", "append-only"])
-def test_a_plan_says_so_too(disk: Path, words: str) -> None:
+def test_a_plan_reports_it_too(disk: Path, words: str) -> None:
     target = disk.with_name("t.qcow2")
     target.write_bytes(OLD)
     with STATES[words](target), pytest.raises(VmconvError, match=words):
@@ -479,7 +479,7 @@ def test_the_target_of_a_strangers_link_counts_as_the_strangers(shared: Path) ->
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_the_mode_can_be_asked_for(disk: Path, force: bool) -> None:
+def test_the_mode_can_be_requested(disk: Path, force: bool) -> None:
     target = disk.with_name("t.qcow2")
     if force:
         target.write_bytes(OLD)

@@ -107,7 +107,7 @@ def test_the_bytes_to_be_read_are_announced_first(chain: Path) -> None:
     assert calls == sorted(calls)
 
 
-def test_the_command_says_it_too(chain: Path) -> None:
+def test_the_command_reports_it_too(chain: Path) -> None:
     command = [sys.executable, "-m", "vmconv", "convert", "--verify=bytes", str(chain), str(chain.with_name("new.raw"))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"verifying: 8 MiB ({SIZE} bytes) to read of source and result" in done.stderr

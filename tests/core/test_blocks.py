@@ -144,7 +144,7 @@ def test_a_table_that_is_not_whole_blocks_has_no_runs() -> None:
         blocks.whole_blocks(Extents.filled(81), UNIT)
 
 
-def test_a_layer_says_something_wherever_it_has_no_hole() -> None:
+def test_a_layer_is_allocated_where_it_has_no_hole() -> None:
     table = Extents.of([(0, Kind.DATA, A, 5), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30)
     assert blocks.allocated(table) == Extents.of(
         [(0, Kind.ZERO, None, 0), (10, Kind.HOLE, None, 0), (20, Kind.ZERO, None, 0)], 30

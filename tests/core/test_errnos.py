@@ -144,7 +144,7 @@ def test_a_lease_that_fails_is_an_error(file: File, monkeypatch: pytest.MonkeyPa
         locks.refuse_users(file)
 
 
-def test_a_lock_that_cannot_be_taken_back_is_no_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_released_is_no_error(file: File, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "fcntl", failing(errno.EIO))
     locks.release(file)
 

@@ -112,7 +112,7 @@ def test_reading_gives_the_bytes_of_the_windows(table: Extents) -> None:
 
 
 @given(tables(SOURCES, unit=4), st.integers(0, 20), st.integers(0, 60))
-def test_units_are_what_each_unit_says(table: Extents, first: int, count: int) -> None:
+def test_units_match_the_row_by_row_model(table: Extents, first: int, count: int) -> None:
     kind, source, offset = table.units(4, first, count)
     places = model(table)[::4][first : first + count]
     places += [(Kind.HOLE, None, 0)] * (count - len(places))

@@ -57,7 +57,7 @@ def test_unstated_facts_are_none_except_the_sector() -> None:
     ],
     ids=["sector", "physical", "cylinders", "heads", "sectors", "adapter", "creator"],
 )
-def test_facts_that_cannot_be_are_no_disk(facts: DiskFacts) -> None:
+def test_impossible_facts_are_no_disk(facts: DiskFacts) -> None:
     with pytest.raises(ValidationError):
         Disk.of(0, facts)
 

@@ -471,9 +471,7 @@ def test_info_does_not_take_a_format_that_is_not_installed_for_raw(
 
 
 @foreign
-def test_a_disk_with_a_foreign_signature_is_raw_when_the_user_says_so(
-    images: Path, two_formats: Opener, case: str
-) -> None:
+def test_a_disk_with_a_foreign_signature_is_raw_if_stated(images: Path, two_formats: Opener, case: str) -> None:
     _, make = FOREIGN[case]
     (images / "disk").write_bytes(make())
     assert two_formats.image(str(images / "disk"), "raw").size == len(make())

@@ -104,7 +104,7 @@ def test_another_disk_of_that_name_is_refused_by_its_identity(chain: Path, qemu_
 
 
 @pytest.mark.parametrize("reference", list(FOREIGN))
-def test_a_parent_that_was_not_brought_along_says_what_to_bring(chain: Path, reference: str) -> None:
+def test_a_missing_parent_is_named_in_the_hint(chain: Path, reference: str) -> None:
     (chain.parent / "base.vmdk").unlink()
     with pytest.raises(AccessError) as caught:
         vmconv.map_disk(name_parent(chain, reference))
@@ -166,7 +166,7 @@ def test_an_extent_that_was_brought_along_is_found_with_a_warning(tmp_path: Path
     assert done.warnings == (f"flat.vmdk: extent {reference!r} does not exist: using d.raw beside it",)
 
 
-def test_an_extent_named_as_it_is_here_needs_no_warning(tmp_path: Path) -> None:
+def test_an_extent_with_its_own_name_needs_no_warning(tmp_path: Path) -> None:
     make_disk(tmp_path / "d.raw", MIB)
     for reference in ("d.raw", "./d.raw", str(tmp_path / "d.raw")):
         done = vmconv.convert(flat(tmp_path, reference, MIB), tmp_path / "got.raw", force=True)
@@ -247,7 +247,7 @@ def test_two_names_of_one_base_are_no_two_bases(linked: Path, tmp_path: Path) ->
     assert vmconv.map_disk(linked)
 
 
-def test_a_base_beside_the_link_only_has_to_be_allowed(linked: Path, tmp_path: Path) -> None:
+def test_a_base_beside_the_link_only_must_be_allowed(linked: Path, tmp_path: Path) -> None:
     """As QEMU takes it; the directory of a link is not the image's."""
     (tmp_path / "links" / "base.raw").write_bytes(b"\x22" * 4096)
     with pytest.raises(AccessError, match="lies outside"):

@@ -73,7 +73,7 @@ def test_rows_on_storage_have_addresses_and_others_files(told: Told) -> None:
         storage.read(0, 1)
 
 
-def test_a_file_that_begins_and_ends_on_storage_has_nothing_of_its_own(told: Told) -> None:
+def test_a_file_entirely_on_storage_has_no_own_rows(told: Told) -> None:
     file = file_of(2, 90)
     told.plain[2] = [(0, 90, 500)]
     table = Extents.of([(0, Kind.DATA, file, 40), (50, Kind.ZERO, None, 0)], 70)

@@ -192,7 +192,7 @@ def settled(*places: tuple[int, int, int], unit: int, end: int) -> pinning.Pinne
     return pinning.Pinned(unit, Extents.filled(1 << 40), runs, offset, end)
 
 
-def test_blocks_that_touch_the_header_go_behind_the_end() -> None:
+def test_blocks_in_the_header_move_behind_the_end() -> None:
     stay = settled((7, 3, 8), (0, 1, 32), (2, 1, 0), (4, 2, 40), unit=8, end=56)
     assert places_of(stay.cleared(0)) == places_of(stay)
     cleared = stay.cleared(17)

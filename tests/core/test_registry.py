@@ -344,7 +344,7 @@ def test_a_probe_that_misbehaves_is_listed_by_formats(
     assert "probe of 'acme'" in line
 
 
-def test_a_probe_that_knows_its_own_is_believed(install: Install, tmp_path: Path) -> None:
+def test_a_matching_probe_is_believed(install: Install, tmp_path: Path) -> None:
     registry = install(probing("return file.size >= 4 and file.read(0, 4) == b'ACME'"))
     registry.examine()
     assert not registry.problems
@@ -535,13 +535,13 @@ def test_a_clash_names_both_classes_and_distributions(clash: Registry) -> None:
     assert "vmconv_two_plugin.Acme of vmconv-two" in reason
 
 
-def test_using_a_name_that_two_claim_says_so(clash: Registry) -> None:
+def test_using_a_contested_name_is_refused(clash: Registry) -> None:
     with pytest.raises(UsageError) as caught:
         clash.format("acme")
     assert "is claimed by" in (caught.value.hint or "")
 
 
-def test_using_a_backend_that_two_claim_says_so(clash: Registry) -> None:
+def test_using_a_contested_backend_is_refused(clash: Registry) -> None:
     with pytest.raises(UsageError) as caught:
         clash.backend("acmestore")
     assert "is claimed by" in (caught.value.hint or "")
@@ -626,7 +626,7 @@ def test_a_known_format_that_is_missing_says_what_to_install(name: str) -> None:
     assert caught.value.hint == f"pip install vmconv-{name}"
 
 
-def test_a_known_format_that_has_no_plugin_says_so(install: Install) -> None:
+def test_a_known_format_without_a_plugin_is_reported(install: Install) -> None:
     with pytest.raises(UsageError) as caught:
         installed().format("luks")
     assert "no plugin is known to read it" in (caught.value.hint or "")

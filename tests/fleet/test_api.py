@@ -199,7 +199,7 @@ def test_the_same_key_is_the_same_request(api: Served) -> None:
     assert len(api.local.everything("/api/v1/jobs")) == 1
 
 
-def test_all_that_are_selected_are_asked_for(api: Served, pair: Sequence[Node]) -> None:
+def test_all_selected_disks_are_requested(api: Served, pair: Sequence[Node]) -> None:
     _, other = pair
     for number in range(2, 6):
         body = {"datastore": "ds", "name": f"{number}.vmdk", "format": "vmdk" if number % 2 else "raw"}

@@ -93,7 +93,7 @@ def test_an_invalid_request_is_refused_in_one_line(authority: Authority, junk: b
         authority.issue(junk)
 
 
-def test_a_token_lets_one_node_in(authority: Authority) -> None:
+def test_a_token_admits_one_node(authority: Authority) -> None:
     token = authority.make_token()
     authority.redeem(token)
     with pytest.raises(AuthorityError, match="used before"):
@@ -282,7 +282,7 @@ def test_an_invitation_is_good_once(lab: Lab, invite: Callable[[], Invitation], 
         joined(lab, invitation, tmp_path / "second")
 
 
-def test_a_node_id_that_is_taken_is_refused_and_the_token_stays_good(
+def test_a_used_node_id_is_refused_and_the_token_stays_valid(
     lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
 ) -> None:
     invitation, node = invite(), new_node_id()

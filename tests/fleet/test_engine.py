@@ -238,7 +238,7 @@ def test_messages_beyond_the_limit_are_dropped_and_pulled_later(nodes: Nodes) ->
     assert other.counters()["dropped"] >= 1
 
 
-def test_a_node_that_has_ended_says_so(nodes: Nodes) -> None:
+def test_waiting_writes_of_a_stopped_node_fail(nodes: Nodes) -> None:
     service = nodes.add(0, patience_ms=None)
     waiting = service.write([Change("thing", "t", {})])
     service.close()

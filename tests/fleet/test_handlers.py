@@ -108,7 +108,7 @@ def test_each_verb_takes_its_role(replica: Replica, verb: str, role: Role) -> No
 @pytest.mark.parametrize(
     ("more", "said"), [({"revoked": True}, "was revoked"), ({"expires_ms": NOW}, "has expired")], ids=["revoked", "old"]
 )
-def test_a_token_that_is_not_good_is_refused_by_the_owner(replica: Replica, more: dict[str, Any], said: str) -> None:
+def test_an_invalid_token_is_refused_by_the_owner(replica: Replica, more: dict[str, Any], said: str) -> None:
     with pytest.raises(VmconvError, match=said):
         replica.ask("scan", requester=OTHER, by=replica.token(OTHER, "admin", **more))
 
@@ -272,7 +272,7 @@ def test_cancelling(replica: Replica, state: str, after: str | None) -> None:
     assert (replica.body("job", "j1")["state"], replica.body("job", "j1")["cancel"]) == (after, True)
 
 
-def test_a_plan_that_was_all_that_was_asked_for_cannot_be_cancelled(replica: Replica) -> None:
+def test_a_completed_plan_cannot_be_cancelled(replica: Replica) -> None:
     body = {"state": "planned", "dry_run": True, "disk": "d1", "datastore": "ds", "format": "qcow2"}
     replica.add(HERE, "job", "j1", body)
     with pytest.raises(VmconvError, match="is already planned"):
@@ -282,7 +282,7 @@ def test_a_plan_that_was_all_that_was_asked_for_cannot_be_cancelled(replica: Rep
 # Datastores, tokens, nodes
 
 
-def test_a_scan_is_asked_for_in_the_record(replica: Replica) -> None:
+def test_a_scan_is_requested_in_the_record(replica: Replica) -> None:
     assert replica.ask("scan").body == {"datastores": ["ds"]}
     assert replica.body("datastore", "ds")["scan_asked_ms"] == NOW
     with pytest.raises(VmconvError, match="datastore none does not exist"):

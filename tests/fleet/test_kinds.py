@@ -24,7 +24,7 @@ def test_fields_of_a_newer_schema_are_kept() -> None:
     assert DiskBody.model_validate(body).plain()["colour"] == {"red": 1}
 
 
-def test_a_body_goes_through_its_model_unchanged() -> None:
+def test_a_body_passes_its_model_unchanged() -> None:
     body = {
         "state": "done",
         "disk": "d1",

@@ -102,7 +102,7 @@ def test_a_node_joins_is_seen_renews_and_leaves(founder: Machine, machine: Calla
 
 
 @pytest.mark.slow
-def test_an_invitation_lets_one_in(founder: Machine, machine: Callable[[str], Machine]) -> None:
+def test_an_invitation_admits_one_node(founder: Machine, machine: Callable[[str], Machine]) -> None:
     invitation = founder.node("invite", "--address", "127.0.0.1").strip()
     machine("second").node("join", invitation, *ports("listen"), *LOCAL)
     third = machine("third")
@@ -159,7 +159,7 @@ def test_the_node_with_the_authority_does_not_just_leave(machine: Callable[[str]
     assert not one.directory.exists()
 
 
-def test_revoking_an_unknown_node_says_which(founder: Machine) -> None:
+def test_revoking_an_unknown_node_is_refused_by_name(founder: Machine) -> None:
     error = founder.node("revoke", "f" * 32, code=1)
     assert error.splitlines()[0] == f"vmconv: no node '{'f' * 32}'"
 

@@ -153,7 +153,7 @@ def settings_of(config: NodeConfig) -> dict[str, Any]:
     return settings
 
 
-def test_a_member_is_heard_under_its_own_name(pair: Pair) -> None:
+def test_a_members_messages_carry_its_own_name(pair: Pair) -> None:
     """What the refusals below are measured against."""
     member = pair.certified()
     assert set(pair.say(settings_of(member), member.node, is_heard=True)) == {(member.node, HELLO)}
@@ -243,7 +243,7 @@ def test_a_member_that_calls_itself_by_anothers_id(pair: Pair) -> None:
     assert pair.still_talk()
 
 
-def test_a_cloned_node_makes_no_link_and_says_so(pair: Pair, tmp_path: Path) -> None:
+def test_a_cloned_node_makes_no_link_and_reports_it(pair: Pair, tmp_path: Path) -> None:
     """A copied virtual machine: the same id, the same keys, while the first one runs."""
     shutil.copytree(pair.friend.config.directory, tmp_path / "clone", symlinks=True)
     config = dataclasses.replace(

@@ -628,7 +628,7 @@ def test_a_newer_schema_and_unknown_kinds_are_replicated_as_they_are() -> None:
     assert (seen.schema, seen.wire) == (99, record.wire)
 
 
-def test_a_neighbour_that_sends_what_it_should_not_is_asked_less_and_less() -> None:
+def test_a_misbehaving_neighbour_is_asked_less_often() -> None:
     """Corrosion: expired certificates without back-off."""
     fleet, one, other = pair()
     fleet.drop()

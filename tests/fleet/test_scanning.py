@@ -143,7 +143,7 @@ def test_only_differences_are_written(node: Node, datastore: Path) -> None:
     ]
 
 
-def test_a_scan_that_is_asked_for_is_done_and_others_are_not(node: Node, datastore: Path) -> None:
+def test_only_requested_scans_run(node: Node, datastore: Path) -> None:
     scanner = Scanner(node.service, {"ds": str(datastore)})
     scanner.start()
     try:

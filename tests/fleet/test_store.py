@@ -190,7 +190,7 @@ def test_staged_records_are_invisible_and_then_replace_all(store: Store) -> None
     assert store.state(NODE) == sum(fingerprint(record.payload) for record in store.find("thing")) % (1 << 128)
 
 
-def test_history_knows_its_past() -> None:
+def test_a_history_contains_its_earlier_positions() -> None:
     history = History().begun(10, 1).begun(20, 6).begun(30, 9)
     held = [Position(10, 1), Position(10, 5), Position(20, 8), Position(30, 9), Position(30, 999)]
     strange = [START, Position(10, 6), Position(20, 5), Position(20, 9), Position(15, 3), Position(31, 9)]
@@ -243,7 +243,7 @@ def test_a_record_comes_back_as_it_was() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_field_that_is_not_as_it_has_to_be_is_refused(change: dict[str, object]) -> None:
+def test_an_invalid_field_is_refused(change: dict[str, object]) -> None:
     payload = encode(_record(3)._replace(**change))  # type: ignore[arg-type]
     with pytest.raises(MalformedError):
         decode(seal(b"s", payload))

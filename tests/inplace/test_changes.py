@@ -190,7 +190,7 @@ def test_requests_for_missing_records_are_refused(tmp_path: Path, directory: Dir
     assert names(tmp_path) == ["gone", "new"]
 
 
-def test_a_change_that_is_given_up_is_taken_back(tmp_path: Path, directory: Directory) -> None:
+def test_an_aborted_change_is_rolled_back(tmp_path: Path, directory: Directory) -> None:
     calls = Noting()
     one = begun(directory, calls)
     one.begin()
@@ -264,7 +264,7 @@ def test_a_journal_that_somebody_removed_is_not_used(
 
 
 @pytest.mark.parametrize(("after", "now"), [(3, "new"), (11, "new"), (12, "new")])
-def test_storage_that_fails_after_the_commit_says_where_the_disk_is(
+def test_failed_storage_after_the_commit_reports_where_the_disk_is(
     tmp_path: Path, directory: Directory, after: int, now: str
 ) -> None:
     calls = Noting()
@@ -288,7 +288,7 @@ def begun_again(directory: Directory, one: Change) -> Change:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EROFS])
-def test_storage_that_fails_while_it_is_taken_back_says_where_the_disk_is(
+def test_failed_storage_during_rollback_reports_where_the_disk_is(
     tmp_path: Path, directory: Directory, number: int
 ) -> None:
     calls = Noting(number=number)
@@ -317,7 +317,7 @@ def test_before_the_commit_an_error_is_not_one_after_it(tmp_path: Path, director
 
 
 @pytest.mark.parametrize("replace", [True, False])
-def test_a_name_that_appeared_is_replaced_only_when_asked(tmp_path: Path, directory: Directory, replace: bool) -> None:
+def test_a_name_that_appeared_is_replaced_only_on_request(tmp_path: Path, directory: Directory, replace: bool) -> None:
     one = begun(directory, replace=replace)
     one.begin()
     (tmp_path / "new").write_bytes(b"somebody's")

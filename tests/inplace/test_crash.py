@@ -206,7 +206,7 @@ def test_a_recovery_that_is_stopped_can_be_done_again(ext4_dir: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_larger_disk_is_taken_back_or_finished(ext4_dir: Path, tmp_path: Path) -> None:
+def test_a_larger_disk_is_rolled_back_or_completed(ext4_dir: Path, tmp_path: Path) -> None:
     """Stopped at some of the calls, in the middle of writes where it is one."""
     (ext4_dir / "work").mkdir()
     raw = make_disk(tmp_path / "disk.raw", 512 * MIB, pieces=150, unit=1 << 16)

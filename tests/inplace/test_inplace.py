@@ -370,7 +370,7 @@ def test_a_disk_may_keep_its_name(any_dir: Path, tmp_path: Path) -> None:
     assert api.compare(str(raw), str(disk), right_format="qcow2")
 
 
-def test_a_disk_that_keeps_its_name_can_be_turned_back(ext4_dir: Path) -> None:
+def test_a_disk_that_keeps_its_name_can_be_undone(ext4_dir: Path) -> None:
     disk = make_disk(ext4_dir / "disk.img", MIB)
     before = contents(ext4_dir)
     in_place(disk, disk, source_format="raw", target_format="qcow2", keep_undo=True)
@@ -605,7 +605,7 @@ def zeros_on_a_parent(directory: Path, qemu_img: QemuImg) -> tuple[Path, Path]:
     return layer, wanted
 
 
-def test_zeros_beside_what_the_parent_says_stay_in_small_clusters(ext4_dir: Path, qemu_img: QemuImg) -> None:
+def test_zeros_beside_ranges_of_the_parent_stay_in_small_clusters(ext4_dir: Path, qemu_img: QemuImg) -> None:
     layer, wanted = zeros_on_a_parent(ext4_dir, qemu_img)
     in_place(layer, ext4_dir / "new.qcow2", backing_file="base.raw")
     qemu_img("compare", "-F", "raw", ext4_dir / "new.qcow2", wanted)

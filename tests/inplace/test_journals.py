@@ -384,7 +384,7 @@ def test_fields_of_a_journal_reach_to_their_bounds(values: dict[str, Any]) -> No
     ],
     ids=str,
 )
-def test_fields_of_a_journal_go_no_further(values: dict[str, Any]) -> None:
+def test_journal_fields_past_their_limits_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ImageError):
         parsed(**values)
 
@@ -557,7 +557,7 @@ def test_fields_of_an_undo_file_reach_to_their_bounds(values: dict[str, Any]) ->
     ],
     ids=str,
 )
-def test_fields_of_an_undo_file_go_no_further(values: dict[str, Any]) -> None:
+def test_undo_file_fields_past_their_limits_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ImageError, match=r"u: .* is (not|unknown)"):
         read_undo(undo_body(**values))
 

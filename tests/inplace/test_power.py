@@ -76,7 +76,7 @@ for _name in (*OTHERS, "write"):
     ],
     ids=lambda part: str(part).replace(" ", "-"),
 )
-def test_a_power_cut_on_a_real_filesystem_is_taken_back_or_finished(
+def test_a_power_cut_on_a_real_filesystem_is_rolled_back_or_completed(
     xfs_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -64,7 +64,7 @@ def test_a_file_of_another_user_than_the_image_s_is_refused(any_dir: Path, targe
 
 
 @as_root
-def test_another_user_s_file_is_taken_when_the_user_says_so(any_dir: Path) -> None:
+def test_another_users_file_is_used_on_request(any_dir: Path) -> None:
     image = bob_s_image(any_dir)
     done = run_cli("convert", "--in-place", "--any-owner", image, any_dir / "bob.qcow2")
     assert done.returncode == 0, done.stderr
@@ -131,7 +131,7 @@ def test_another_user_s_file_is_not_replaced_even_by_force(any_dir: Path) -> Non
 
 
 @pytest.mark.parametrize("named", ["new.qcow2", "new.qcow2.vmconv-undo"])
-def test_an_undo_that_was_killed_can_be_asked_for_again(ext4_dir: Path, named: str) -> None:
+def test_a_killed_undo_can_be_repeated(ext4_dir: Path, named: str) -> None:
     disk = make_disk(ext4_dir / "disk.raw", MIB)
     before = disk.read_bytes()
     in_place(disk, ext4_dir / "new.qcow2", keep_undo=True)
@@ -500,7 +500,7 @@ def test_a_neighbour_is_found_by_any_name(ext4_dir: Path, named: Callable[[Path]
 
 
 @pytest.mark.parametrize("name", ["disk.vdi", "disk.image"])
-def test_a_neighbour_is_found_that_knows_its_parent_by_identity(ext4_dir: Path, name: str) -> None:
+def test_a_neighbour_with_its_parent_by_identity_is_found(ext4_dir: Path, name: str) -> None:
     parent, child, _ = vdi_chain(ext4_dir)
     parent = parent.rename(ext4_dir / name)
     error = refused(parent, ext4_dir / "new.qcow2", source_format="vdi")

@@ -328,7 +328,7 @@ def test_an_undo_file_without_a_mark_is_followed_only_when_it_is_trusted(ext4_di
     assert names(ext4_dir) == {"old.raw"}
 
 
-def test_an_undo_file_of_the_first_release_has_to_be_trusted(ext4_dir: Path) -> None:
+def test_an_undo_file_of_the_first_release_must_be_trusted(ext4_dir: Path) -> None:
     disk = converted(ext4_dir)
     kept = ext4_dir / (disk.name + UNDO)
     data = kept.read_bytes()

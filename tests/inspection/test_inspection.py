@@ -263,7 +263,7 @@ def test_check_exit_codes_are_those_of_qemu_img(
     qemu_img("check", image, ok=(code,))
 
 
-def test_check_of_a_format_without_structure_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_of_a_format_without_structure_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     assert main(["check", str(raw)]) == 63
     assert "no structure" in capsys.readouterr().err

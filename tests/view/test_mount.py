@@ -305,7 +305,7 @@ def test_mounting_and_listing_many_images_reads_none_of_them(xfs_dir: Path, poin
 
 
 @pytest.mark.parametrize("how", ["fusermount3", "umount", "SIGINT", "SIGTERM"])
-def test_it_ends_when_it_is_unmounted_or_asked_to(xfs_dir: Path, point: Path, how: str) -> None:
+def test_a_mount_ends_by_unmounting_or_a_signal(xfs_dir: Path, point: Path, how: str) -> None:
     make_disk(xfs_dir / "disk.raw", MIB)
     with mounted(xfs_dir, point) as running:
         (point / "disk.raw" / "vdi" / "disk.vdi").read_bytes()

@@ -157,7 +157,7 @@ def test_segments_have_the_names_that_encase_gives_them(number: int, name: str) 
     assert segment_name(image_file(b"", "case.e01"), number) == f"case.{name.lower()}"
 
 
-def test_there_is_no_name_for_one_segment_more() -> None:
+def test_one_segment_more_has_no_name() -> None:
     with pytest.raises(ImageError, match="more than 14971 segments"):
         segment_name(image_file(b"", "case.E01"), 14972)
 

@@ -78,7 +78,7 @@ def test_the_last_cluster_may_reach_past_the_disk_and_the_file() -> None:
 
 
 @pytest.mark.parametrize("value", [0, 0x312E3276, struct.unpack("<I", b"pd17")[0], 0xFFFFFFFF])
-def test_only_one_value_says_that_an_image_is_open(value: int) -> None:
+def test_only_one_value_marks_an_image_as_open(value: int) -> None:
     assert read(build({}, [0], in_use=value)).warnings == ()
 
 

@@ -183,7 +183,7 @@ def test_each_cluster_is_where_its_entry_says_and_is_counted(variant: dict[str, 
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_a_layer_says_what_it_has_to_and_nothing_more(variant: dict[str, Any]) -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more(variant: dict[str, Any]) -> None:
     cluster = variant.get("cluster_size", 65536)
     blocks = 10 if cluster > 4096 else 80
     for seed, size in enumerate([blocks * cluster, blocks * cluster // 2 + 512]):
@@ -452,7 +452,7 @@ def test_in_place_nothing_may_refer_to_the_source_or_hide_the_parent_with_cluste
 # -- the header
 
 
-def test_names_of_other_files_have_to_fit_into_the_header_cluster() -> None:
+def test_names_of_other_files_must_fit_into_the_header_cluster() -> None:
     image = disk_of(Extents.filled(512, Kind.HOLE), MemoryFile("top", 512), parent=disk([], 512))
 
     def plan(name: str, **fields: Any) -> Parsed:

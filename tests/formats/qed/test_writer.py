@@ -78,7 +78,7 @@ def test_each_cluster_is_where_its_entry_says(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("base", ["raw", "qcow2"])
-def test_a_layer_says_what_it_has_to_and_nothing_more(variant: dict[str, Any], base: str) -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more(variant: dict[str, Any], base: str) -> None:
     cluster = variant.get("cluster_size", 65536)
     for seed, size in enumerate([40 * cluster, 21 * cluster + 512]):
         below = scattered(100 + seed, size, cluster // 2, kinds=(Kind.DATA, Kind.ZERO))
@@ -129,7 +129,7 @@ def test_a_layer_of_zeros_needs_tables_and_no_clusters() -> None:
     check(image, write(image, Options(), Placement(), backing=Backing("b", "raw")), on_parent=True)
 
 
-def test_a_layer_needs_no_tables_for_what_its_parent_says() -> None:
+def test_a_layer_needs_no_tables_for_its_parents_ranges() -> None:
     image = disk_of(Extents.filled(16 * MIB, Kind.HOLE), MemoryFile("top", 0), parent=disk([(0, 0, MIB)], 16 * MIB))
     layout = write(image, Options(cluster_size=4096, table_size=2), Placement(), backing=Backing("b", "raw"))
     check(image, layout, on_parent=True)

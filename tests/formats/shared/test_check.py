@@ -47,7 +47,7 @@ def test_overlaps_and_gaps_are_those_of_each_byte(ranges: list[tuple[int, int]])
 
 
 @pytest.mark.parametrize("twice", [None, 0, 77, (1 << 20) + 3])
-def test_millions_of_ranges_are_looked_at_without_sorting_them(twice: int | None) -> None:
+def test_millions_of_ranges_are_examined_without_sorting(twice: int | None) -> None:
     count = (1 << 20) + 7
     place = np.random.default_rng(1).permutation(count).astype(np.int64) * 4096
     for shift in (0, 2048):

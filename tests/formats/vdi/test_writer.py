@@ -66,7 +66,7 @@ def test_each_block_is_where_the_map_says(static: bool) -> None:
         check(image, write(image, Options(static=static), placement()), kind=2 if static else 1)
 
 
-def test_a_layer_says_what_it_has_to_and_nothing_more() -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more() -> None:
     for seed, size in enumerate([40 * MIB, 21 * MIB + 512]):
         content = scattered(100 + seed, size, MIB // 2, kinds=(Kind.DATA, Kind.ZERO))
         below = of_format("vdi", content, {"modification-uuid": MODIFIED}, IDENTIFIED)

@@ -148,7 +148,7 @@ def test_a_block_that_begins_with_zeros_is_placed_by_its_first_payload() -> None
         ("é" * 300, b"W2ru", ".\\" + "é" * 300),
     ],
 )
-def test_a_layer_says_what_it_has_to_and_nothing_more(reference: str, code: bytes, path: str) -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more(reference: str, code: bytes, path: str) -> None:
     for seed, size in enumerate([12 * MIB, 5 * MIB + 512]):
         below = of_format("vhd", disk([(0, 0, size)], size), {}, DiskFacts(identity=UUID(PARENT)))
         image = scattered(seed, size, 4096, parent=below, longest=200)

@@ -276,7 +276,7 @@ def test_one_sound_header_is_enough(at: int) -> None:
 
 
 @pytest.mark.malformed
-def test_two_headers_with_one_number_have_to_be_the_same() -> None:
+def test_two_headers_with_one_number_must_be_equal() -> None:
     data = header(8, struct.pack("<Q", 7))(sample())
     same = put(data, 128 * KIB, data[64 * KIB : 68 * KIB])
     assert content(opened(same).flat) == SOURCE.read(0, SOURCE.size)
@@ -504,7 +504,7 @@ def test_names_of_the_parent_are_paths_of_this_system(locator: dict[str, str], w
 
 
 @pytest.mark.malformed
-def test_a_differencing_disk_has_to_name_its_parent() -> None:
+def test_a_differencing_disk_must_name_its_parent() -> None:
     with pytest.raises(ImageError, match="names no parent"):
         opened(differencing(parent_linkage="{}"))
 

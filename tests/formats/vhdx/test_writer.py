@@ -257,7 +257,7 @@ def test_a_disk_is_whole_sectors_of_512_bytes_at_least() -> None:
         check(image, write(image, Options(block_size=MIB), placement()))
 
 
-def test_a_layer_says_what_it_has_to_and_nothing_more() -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more() -> None:
     wanted = Wanted(layer=True, identity=UUID(PARENT))
     for seed, (size, longer) in enumerate([(40 * MIB, 0), (21 * MIB + 512, 0), (21 * MIB + 512, MIB)]):
         image = scattered(seed, size, MIB // 4, parent=parent(size + longer), longest=7)
@@ -416,7 +416,7 @@ def test_blocks_are_larger_in_larger_disks(size: int, block: int) -> None:
         (DiskFacts(physical_sector_size=4096), {"physical_sector_size": 512}, 512, 512),
     ],
 )
-def test_sectors_are_those_of_the_source_or_as_asked(
+def test_sectors_are_those_of_the_source_or_as_requested(
     facts: DiskFacts, options: dict[str, Any], sector: int, physical: int
 ) -> None:
     image = disk([], MIB, facts=facts)

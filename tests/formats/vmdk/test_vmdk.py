@@ -323,7 +323,7 @@ def test_change_tracking_is_a_loss() -> None:
     assert in_memory(text, {"one": bytes(SECTOR)}).losses == ("change tracking in 'disk-ctk.vmdk'",)
 
 
-def test_a_geometry_that_says_nothing_is_not_carried_on() -> None:
+def test_an_empty_geometry_is_not_carried() -> None:
     lines = ['ddb.geometry.cylinders = "16"', 'ddb.geometry.heads = "16"', 'ddb.geometry.sectors = "63"']
     usual = in_memory(descriptor('RW 16384 FLAT "one" 0', "vmfs", *lines))
     assert usual.facts.geometry is None
@@ -715,7 +715,7 @@ def test_extents_of_esx_that_cannot_be_are_refused_by_name(data: bytes, kind: st
 # -- streams
 
 
-def test_a_stream_compresses_and_says_so(xfs_dir: Path, qemu_img: QemuImg) -> None:
+def test_a_stream_compresses_and_announces_it(xfs_dir: Path, qemu_img: QemuImg) -> None:
     raw, image, back = (xfs_dir / name for name in ("disk.raw", "disk.vmdk", "back.raw"))
     text = b"some text that compresses " * 4096
     raw.write_bytes(text * 90 + bytes(3 * MIB) + random_bytes(2 * MIB) + bytes(30 * MIB) + text)

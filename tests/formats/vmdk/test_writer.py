@@ -152,7 +152,7 @@ def test_each_grain_is_where_its_entry_says(size: int) -> None:
 
 @pytest.mark.parametrize("zeroed", [False, True])
 @pytest.mark.parametrize("size", [40 * GRAIN, 21 * GRAIN + 512, 32 * MIB + 5 * GRAIN])
-def test_a_layer_says_what_it_has_to_and_nothing_more(size: int, zeroed: bool) -> None:
+def test_a_layer_allocates_what_is_needed_and_no_more(size: int, zeroed: bool) -> None:
     for seed in range(2):
         image = scattered(seed, size, GRAIN // 2, parent=parent(size), longest=20)
         layout = write(image, Options(zeroed_grain=zeroed), placement(), backing=Backing("dir/b.vmdk", "vmdk"))
@@ -468,7 +468,7 @@ def test_a_child_names_its_parent_by_the_ids_of_virtualbox() -> None:
         told(layout, "monolithicSparse", parent=("00000005", "b.vmdk"), **ddb)
 
 
-def test_versions_are_those_that_were_asked_for() -> None:
+def test_versions_are_those_requested() -> None:
     layout = write(disk([], MIB), Options(hwversion="14", toolsversion="7"), placement())
     told(layout, "monolithicSparse", virtualHWVersion="14", toolsVersion="7")
 

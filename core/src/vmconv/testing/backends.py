@@ -94,7 +94,7 @@ class BackendTests:
 
     # -- capabilities
 
-    def test_it_says_whether_it_can_be_used_and_shares(self, directory: str) -> None:
+    def test_the_backend_reports_whether_it_is_usable_and_shares(self, directory: str) -> None:
         capabilities = self.backend.capabilities(directory)
         assert capabilities.usable
         assert capabilities.shares is self.shares
@@ -311,7 +311,7 @@ class BackendTests:
         finally:
             os.umask(before)
 
-    def test_a_mode_that_is_asked_for_is_given(self, directory: str) -> None:
+    def test_a_requested_mode_is_set(self, directory: str) -> None:
         self.commit_one(directory, access=Access(mode=0o604))
         path = self.on_storage(directory)
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o604

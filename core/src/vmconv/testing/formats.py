@@ -276,7 +276,7 @@ class FormatTests(ReaderTests, StackingTests):
             below = layer.guest.total(Kind.HOLE)
             assert below // 4 <= result.guest.total(Kind.HOLE) <= below
 
-    def test_an_empty_layer_says_nothing(self) -> None:
+    def test_an_empty_layer_allocates_nothing(self) -> None:
         size = 6 * _MIB + 512
         for _, result in self.each_on_a_parent(Extents.filled(size, Kind.HOLE), MemoryFile("source.raw", 512)):
             assert result.guest == Extents.filled(size, Kind.HOLE)
