@@ -14,6 +14,8 @@ nothing. "sample" and "bytes" read payload and call `verifying(bytes read, bytes
 
 `from_snapshot`: read the source as it was in a snapshot of its filesystem: "newest", or its name, number or date.
 
+`decompress`: read a file compressed by gzip, xz, Zstandard, bzip2 or ZIP, of at most `decompress_limit` bytes.
+
 The other keywords of conversions are the fields of `Request`. The remaining names serve our own plugins `view` and
 `fleet`, and are not stable.
 """
@@ -201,6 +203,8 @@ def convert(
     source_backing_format: str | None = None,
     mode: int | None = None,
     from_snapshot: str | None = None,
+    decompress: bool = False,
+    decompress_limit: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -240,6 +244,8 @@ def fanout(
     source_backing_format: str | None = None,
     mode: int | None = None,
     from_snapshot: str | None = None,
+    decompress: bool = False,
+    decompress_limit: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -288,6 +294,8 @@ def stream(
     source_backing_format: str | None = None,
     mode: int | None = None,
     from_snapshot: str | None = None,
+    decompress: bool = False,
+    decompress_limit: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -328,6 +336,8 @@ def plan(
     source_backing_format: str | None = None,
     mode: int | None = None,
     from_snapshot: str | None = None,
+    decompress: bool = False,
+    decompress_limit: int | None = None,
 ) -> Plan:
     """Returns the plan of `convert` with the same arguments; writes nothing."""
     given = locals()

@@ -115,6 +115,31 @@ def add_from_snapshot(parser: argparse.ArgumentParser, whose: str = "SOURCE") ->
     )
 
 
+def add_decompress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decompress",
+        action="store_true",
+        help="read SOURCE compressed by gzip, xz, Zstandard, bzip2, or alone in a ZIP archive; it is decoded once,\n"
+        "into a file without a name in TARGET's directory",
+    )
+    parser.add_argument(
+        "--decompress-limit",
+        type=_size,
+        metavar="SIZE",
+        help="most that SOURCE may become, such as 100G (default: 64T)",
+    )
+
+
+def _size(text: str) -> int:
+    """Returns a number of bytes. Raises argparse's error for a value."""
+    from vmconv.model.options import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
 def in_snapshot(options: argparse.Namespace, path: str) -> str:
     """Returns the path of a file in the snapshot that `--from-snapshot` names, and says which it is; else the path."""
     if options.from_snapshot is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.cli.options import (
     add_access,
+    add_decompress,
     add_format,
     add_from_snapshot,
     add_options,
@@ -33,6 +34,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "the target format")
     add_snapshot(parser)
     add_from_snapshot(parser)
+    add_decompress(parser)
     parser.add_argument(
         "--chain",
         action="store_true",
@@ -88,5 +90,7 @@ def request_of(options: argparse.Namespace) -> Request:
         keep_undo=options.keep_undo,
         any_owner=options.any_owner,
         descriptor=_STANDARD_OUTPUT if options.target == "-" else None,
+        decompress=options.decompress,
+        decompress_limit=options.decompress_limit,
         **source_and_storage(options),
     )

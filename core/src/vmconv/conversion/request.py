@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,6 +32,9 @@ class Request(NamedTuple):
 
     `from_snapshot` reads the source as it was in a snapshot of its filesystem, see `located`.
 
+    `decompress` decodes a compressed source into a file without a name in the target's directory, of at most
+    `decompress_limit` bytes, see `vmconv.io.decompressing`.
+
     `facts` replace what the source states of the disk, where a machine's configuration states it instead.
 
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
@@ -57,28 +61,59 @@ class Request(NamedTuple):
     source_backing_format: str | None = None
     mode: Mode | None = None
     from_snapshot: str | None = None
+    decompress: bool = False
+    decompress_limit: int | None = None
     facts: Mapping[str, str | None] = MappingProxyType({})
     descriptor: int | None = None
 
     def located(self) -> Request:
-        """Returns the request with the path of the source in the snapshot that it is read from."""
+        """Returns the request with the path of the source in the snapshot that it is read from.
+
+        Raises `UsageError` for options that exclude each other.
+        """
+        self.refuse_contradictions()
         if self.from_snapshot is None:
             return self
-        if self.in_place:
-            raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
         from vmconv.io.snapshots import in_snapshot
 
         return self._replace(source=in_snapshot(self.source, self.from_snapshot).path, from_snapshot=None)
 
+    def refuse_contradictions(self) -> None:
+        """Raises `UsageError` for a source that is not the file that would be changed in place, or read."""
+        if self.in_place and self.from_snapshot is not None:
+            raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
+        if self.in_place and self.decompress:
+            raise UsageError("--in-place: a compressed file cannot become an image", hint="omit --in-place")
+        if self.decompress_limit is not None and not self.decompress:
+            raise UsageError("--decompress-limit is for --decompress")
+        if self.decompress_limit is not None and self.decompress_limit < 0:
+            raise UsageError(f"--decompress-limit: {self.decompress_limit} is negative")
+
     def opener(self, registry: Registry) -> Opener:
-        """Returns the opener of the source."""
+        """Returns the opener of the source. Raises `UsageError` for options that exclude each other."""
+        self.refuse_contradictions()
+        decompress = None
+        if self.decompress:
+            from vmconv.io.decompressing import LIMIT, Spool
+
+            decompress = Spool(
+                self._spool_directory(), LIMIT if self.decompress_limit is None else self.decompress_limit
+            )
         return Opener(
             registry,
             allow_external=self.allow_external,
             force_share=self.force_share,
             backing_format=self.source_backing_format,
             settle=settle,
+            decompress=decompress,
         )
+
+    def _spool_directory(self) -> str:
+        if self.descriptor is None:
+            return os.path.dirname(os.path.realpath(self.target))
+        from tempfile import gettempdir
+
+        return gettempdir()
 
 
 class Result(NamedTuple):

@@ -34,7 +34,9 @@ A file with one is accepted if the user or an image names it. A scan of a direct
 """
 
 _DECOMPRESS = "decompress it first: {}"
+_OR_DECOMPRESS = "decompress it first: {}, or convert it with --decompress"
 _UNPACK = "unpack it first: {}; then convert the disk that was in it"
+_UNZIP = "unzip it first, or convert it with --decompress if a disk is all that is in it"
 _RESTORE = "restore it to a raw disk first: {}"
 _CONFIGURATION = "vmconv machine convert converts the machine; vmconv convert converts a disk that this file names"
 _MACHINE = "vmconv machine convert converts the machine in it, with its disks"
@@ -43,20 +45,20 @@ _TEXT = "download the disk itself"
 
 FOREIGN = (
     # -- compression
-    Foreign("gzip", (".gz", ".tgz", ".gzip"), ((0, b"\x1f\x8b\x08"),), _DECOMPRESS.format("gzip -d")),
-    Foreign("xz", (".xz", ".txz"), ((0, b"\xfd7zXZ\0"),), _DECOMPRESS.format("xz -d")),
-    Foreign("lzma", (".lzma",), ((0, b"\x5d\0\0\x80\0" + b"\xff" * 8),), _DECOMPRESS.format("xz -d")),
+    Foreign("gzip", (".gz", ".tgz", ".gzip"), ((0, b"\x1f\x8b\x08"),), _OR_DECOMPRESS.format("gzip -d")),
+    Foreign("xz", (".xz", ".txz"), ((0, b"\xfd7zXZ\0"),), _OR_DECOMPRESS.format("xz -d")),
+    Foreign("lzma", (".lzma",), ((0, b"\x5d\0\0\x80\0" + b"\xff" * 8),), _OR_DECOMPRESS.format("xz -d")),
     Foreign(
         "Zstandard",
         (".zst", ".zstd", ".tzst"),
         ((0, b"\x28\xb5\x2f\xfd"), (0, b"\x50\x2a\x4d\x18")),
-        _DECOMPRESS.format("zstd -d"),
+        _OR_DECOMPRESS.format("zstd -d"),
     ),
     Foreign(
         "bzip2",
         (".bz2", ".bz", ".tbz", ".tbz2"),
         tuple((0, b"BZh%d1AY&SY" % level) for level in range(1, 10)),
-        _DECOMPRESS.format("bzip2 -d"),
+        _OR_DECOMPRESS.format("bzip2 -d"),
     ),
     Foreign("LZ4", (".lz4",), ((0, b"\x04\x22\x4d\x18"), (0, b"\x02\x21\x4c\x18")), _DECOMPRESS.format("lz4 -d")),
     Foreign("lzop", (".lzo",), ((0, b"\x89LZO\0\r\n\x1a\n"),), _DECOMPRESS.format("lzop -d")),
@@ -65,7 +67,12 @@ FOREIGN = (
     Foreign("brotli", (".br",), (), _DECOMPRESS.format("brotli -d")),
     # -- archives
     Foreign("AFF4", (".aff4", ".af4"), (), _RESTORE.format("AFF4 tools export it")),
-    Foreign("ZIP archive", (".zip", ".zipx"), ((0, b"PK\3\4"), (0, b"PK\5\6")), _UNPACK.format("unzip")),
+    Foreign(
+        "ZIP archive",
+        (".zip", ".zipx"),
+        ((0, b"PK\3\4"), (0, b"PK\5\6")),
+        _UNZIP,
+    ),
     Foreign("7z archive", (".7z",), ((0, b"7z\xbc\xaf\x27\x1c"),), _UNPACK.format("7z x")),
     Foreign("RAR archive", (".rar",), ((0, b"Rar!\x1a\x07"),), _UNPACK.format("unrar x")),
     Foreign("cabinet", (".cab",), ((0, b"MSCF\0\0\0\0"),), _UNPACK.format("cabextract")),

@@ -57,7 +57,8 @@ class Opener:
     backing files for images that do not state it. `format_option` is the command line option for the image's format,
     for hints; empty if there is none. `acting` surrounds path lookups only: a mount opens files with the permissions of
     the calling user. `settle` is called with the path of each file before it is opened, to recover an interrupted
-    conversion. Without it an opener changes nothing.
+    conversion. Without it an opener changes nothing. `decompress` returns the content of the compressed file that the
+    user named.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Opener:
         format_option: str = "-f",
         acting: Callable[[], AbstractContextManager[object]] | None = None,
         settle: Callable[[str], None] | None = None,
+        decompress: Callable[[File], File] | None = None,
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
@@ -77,6 +79,7 @@ class Opener:
         self._force_share = force_share
         self._acting = acting or nullcontext
         self._settle = settle
+        self._decompress = decompress
         # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
@@ -103,6 +106,10 @@ class Opener:
         `content_decides` accepts content and suffix of different formats, with a warning.
         """
         file = self.referring(self._meant(path))
+        if self._decompress:
+            # The compressed file stays open: it must not change, and its rights are those of the new image.
+            file = self._decompress(file)
+            self.files.append(file)
         self._depth[id(file)] = [_identity(file)]
         warnings: tuple[str, ...] = ()
         if content_decides and format_name is None:

@@ -1,0 +1,281 @@
+"""Compressed downloads: decoded once, as a stream, into a sparse file without a name.
+
+Nothing in a compressed file says truly how much comes out of it. So the output is counted, zeros become holes, the
+memory of each decoder is bounded, and a file that ends early is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vmconv.errors import BackendError, ImageError, os_errors
+from vmconv.io.foreign import foreign_content, foreign_suffix, suffix_of
+from vmconv.model.sources import File
+from vmconv.system import linux
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+LIMIT = 64 << 40
+"""Bytes that one file may become unless the user says otherwise: the largest VHDX, more than any common disk."""
+
+_BLOCK = 4096
+_PIECE = 1 << 20
+_ZEROS = bytes(_PIECE)
+_MOST_MEMORY = 256 << 20
+"""Bytes that a decoder may use: xz -9 takes 65 MiB."""
+_ZSTD_INPUT = 1024
+"""Bytes of a Zstandard stream that are decoded at once: four bytes may become a block of 128 KiB."""
+_ZSTD_WINDOW = 1 << 27
+"""The limit of zstd -d."""
+_MOST_READ = 64 << 20
+"""Bytes that a decoder may ask for at once; the directory of a ZIP archive may claim any size."""
+
+
+class Spool:
+    """Makes files without names in `directory`, of at most `limit` bytes each."""
+
+    def __init__(self, directory: str, limit: int = LIMIT) -> None:
+        self._directory = directory
+        self._limit = limit
+
+    def __call__(self, file: File) -> File:
+        """Returns the decoded content of `file`, as a file with its path less the suffix of the compression.
+
+        Raises `ImageError` if the content is not compressed in a known way, damaged, too large or not a single file,
+        `BackendError` if the directory has no room for it.
+        """
+        kind = foreign_content(file)
+        if kind is None or kind.title not in _DECODERS:
+            known = ", ".join(_DECODERS)
+            raise ImageError(f"{file.name}: is not compressed: --decompress is for {known}")
+        with os_errors("cannot be made", where=self._directory):
+            descriptor = _unnamed(self._directory)
+        try:
+            name = self._fill(file, kind.title, descriptor)
+            # Rights to the new image follow from those to its sources.
+            os.fchmod(descriptor, os.fstat(file.descriptor).st_mode & 0o777)
+            found = File(os.path.join(os.path.dirname(file.path), name), descriptor)
+            found.sync()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return found
+
+    def _fill(self, file: File, title: str, descriptor: int) -> str:
+        """Writes the content to the descriptor, and returns the name of what was compressed."""
+        name, pieces = _DECODERS[title](file)
+        size = 0
+        for piece in _decoded(file, title, pieces):
+            if size + len(piece) > self._limit:
+                raise ImageError(
+                    f"{file.name}: becomes more than {self._limit} bytes", hint="--decompress-limit allows more"
+                )
+            with os_errors(f"no room for what {file.name} becomes", BackendError, where=self._directory):
+                _write_sparsely(descriptor, piece, size)
+            size += len(piece)
+        with os_errors(f"no room for what {file.name} becomes", BackendError, where=self._directory):
+            os.ftruncate(descriptor, size)
+        return name
+
+
+def _unnamed(directory: str) -> int:
+    """Returns a new file without a name."""
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        if exc.errno not in linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT} or not os.path.isdir(directory):
+            raise
+    from tempfile import mkstemp
+
+    descriptor, path = mkstemp(prefix=".vmconv-", dir=directory)
+    os.unlink(path)
+    return descriptor
+
+
+def _write_sparsely(descriptor: int, piece: bytes, at: int) -> None:
+    """Writes all of `piece` but its blocks of zeros; the file is new, so these are holes."""
+    if piece == _ZEROS[: len(piece)]:
+        return
+    view = memoryview(piece)
+    begin = 0
+    while begin < len(piece):
+        end = min(begin + _BLOCK, len(piece))
+        if view[begin:end] == _ZEROS[: end - begin]:
+            begin = end
+            continue
+        while end < len(piece) and view[end : end + _BLOCK] != _ZEROS[: min(_BLOCK, len(piece) - end)]:
+            end = min(end + _BLOCK, len(piece))
+        while begin < end:
+            begin += os.pwrite(descriptor, view[begin:end], at + begin)
+
+
+def _decoded(file: File, title: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the pieces, with the errors of the decoders as one of ours."""
+    while True:
+        try:
+            piece = next(pieces, None)
+        except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as exc:
+            raise _damaged(file, title, exc) from exc
+        except Exception as exc:
+            # LZMAError, ZstdError and BadZipFile have no base of their own, and their modules may not be imported.
+            if type(exc).__module__.partition(".")[0] not in ("_lzma", "lzma", "zipfile", "zstandard", "zstd"):
+                raise
+            raise _damaged(file, title, exc) from exc
+        if piece is None:
+            return
+        yield piece
+
+
+def _damaged(file: File, title: str, exc: BaseException) -> ImageError:
+    said = " ".join(str(exc).split()).rstrip(".") or type(exc).__name__
+    return ImageError(f"{file.name}: cannot be decompressed as {title}: {said}")
+
+
+class _Reader(io.RawIOBase):
+    """A file of the Opener, for decoders that want a file object."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, self._file.size)[whence])
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        there = max(0, self._file.size - self._at)
+        wanted = there if size is None or size < 0 else min(size, there)
+        if wanted > _MOST_READ:
+            raise ValueError(f"{wanted} bytes to read at once, {_MOST_READ} at most")
+        data = self._file.read(self._at, wanted)
+        self._at += wanted
+        return data
+
+
+def _pieces(stream: Any) -> Iterator[bytes]:
+    while piece := stream.read(_PIECE):
+        yield piece
+
+
+def _gzip(file: File) -> tuple[str, Iterator[bytes]]:
+    import gzip
+
+    return _stem(file), _pieces(gzip.GzipFile(fileobj=_stream(file)))
+
+
+def _bzip2(file: File) -> tuple[str, Iterator[bytes]]:
+    import bz2
+
+    return _stem(file), _pieces(bz2.BZ2File(_stream(file)))
+
+
+def _xz(file: File) -> tuple[str, Iterator[bytes]]:
+    return _stem(file), _xz_streams(_Reader(file))
+
+
+def _xz_streams(reader: _Reader) -> Iterator[bytes]:
+    """Yields the content of one or more streams, with padding of zeros between them."""
+    import lzma
+
+    data = reader.read(_PIECE)
+    while data:
+        stream = lzma.LZMADecompressor(memlimit=_MOST_MEMORY)
+        while not stream.eof:
+            piece = stream.decompress(data, _PIECE)
+            if piece:
+                yield piece
+            data = b""
+            if stream.needs_input and not stream.eof:
+                data = reader.read(_PIECE)
+                if not data:
+                    raise EOFError("the file ends before the stream does")
+        data = (stream.unused_data or reader.read(_PIECE)).lstrip(b"\0")
+        while not data and (more := reader.read(_PIECE)):
+            data = more.lstrip(b"\0")
+
+
+def _zstandard(file: File) -> tuple[str, Iterator[bytes]]:
+    return _stem(file), _zstd_frames(_Reader(file))
+
+
+def _zstd_frames(reader: _Reader) -> Iterator[bytes]:
+    """Yields the content of one or more frames."""
+    from zstandard import ZstdDecompressor
+
+    context = ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    data = reader.read(_ZSTD_INPUT)
+    while data:
+        frame = context.decompressobj()
+        while True:
+            piece = frame.decompress(data)
+            yield from (piece[at : at + _PIECE] for at in range(0, len(piece), _PIECE))
+            if frame.eof:
+                break
+            data = reader.read(_ZSTD_INPUT)
+            if not data:
+                raise EOFError("the file ends before the frame does")
+        data = frame.unused_data or reader.read(_ZSTD_INPUT)
+
+
+def _zip(file: File) -> tuple[str, Iterator[bytes]]:
+    """Returns name and content of the only file in an archive."""
+    import zipfile
+
+    try:
+        archive = zipfile.ZipFile(_stream(file))
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as exc:
+        raise _damaged(file, "ZIP archive", exc) from exc
+    members = [one for one in archive.infolist() if not one.is_dir()]
+    if len(members) != 1:
+        raise ImageError(
+            f"{file.name}: has {len(members)} files, and a disk is one", hint="unzip it; then convert the disk in it"
+        )
+    (member,) = members
+    if member.flag_bits & 1:
+        raise ImageError(f"{file.name}: {member.filename!r} is encrypted", hint="unzip it; then convert the disk in it")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        raise ImageError(f"{file.name}: {member.filename!r} has the unusual method {member.compress_type}")
+
+    def content() -> Iterator[bytes]:
+        with archive.open(member) as stream:
+            yield from _pieces(stream)
+
+    # Only the suffix of a name in an archive matters, and it must not be a path.
+    return os.path.basename(member.filename) or _stem(file), content()
+
+
+_DECODERS = {
+    "gzip": _gzip,
+    "xz": _xz,
+    "lzma": _xz,
+    "Zstandard": _zstandard,
+    "bzip2": _bzip2,
+    "ZIP archive": _zip,
+}
+
+
+def _stream(file: File) -> BinaryIO:
+    reader: Any = _Reader(file)
+    return reader  # type: ignore[no-any-return]
+
+
+def _stem(file: File) -> str:
+    """Returns the file's name without the suffix of a compression: `disk.qcow2.gz` was `disk.qcow2`."""
+    suffix = suffix_of(file.path)
+    kind = suffix and foreign_suffix(suffix)
+    return file.name[: -len(suffix)] if suffix and kind and kind.title in _DECODERS else file.name
