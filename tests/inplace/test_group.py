@@ -14,7 +14,7 @@ from vmconv.backends.targets import open_directory
 from vmconv.errors import ImageError, PlanError, VmconvError
 from vmconv.inplace import group
 from vmconv.inplace.group import Changing, Group, Small
-from vmconv.inplace.names import GROUP
+from vmconv.inplace.names import GROUP, UNDO
 from vmconv.inplace.syscalls import Syscalls
 
 GOOD = Group(
@@ -100,6 +100,21 @@ def test_a_planted_journal_is_not_followed(xfs_dir: Path, caplog: pytest.LogCapt
     assert not (xfs_dir / "else" / "m.xml").exists()
     assert vmconv.recover(xfs_dir / "else" / "m.xml", trust=True).forward is True
     assert (xfs_dir / "else" / "m.xml").read_bytes() == b"<m/>"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_completed_group_keeps_undo_files_if_wanted(xfs_dir: Path, keep: bool) -> None:
+    wanted = Group((("a.raw", "a.qcow2"),), (Small("m.xml", b"<m/>"),), 0o600, keep)
+    undo = xfs_dir / f"a.qcow2{UNDO}"
+    undo.touch()
+    with open_directory(str(xfs_dir)) as place:
+        changing = Changing(place, wanted, Syscalls())
+        changing.begin()
+        with changing.written() as (transaction, _):
+            changing.finish(transaction)
+        changing.close()
+    assert (xfs_dir / "m.xml").read_bytes() == b"<m/>"
+    assert {path.name for path in xfs_dir.iterdir()} == {"m.xml", *([undo.name] if keep else [])}
 
 
 def test_a_second_run_does_not_begin_beside_a_journal(xfs_dir: Path) -> None:

@@ -89,6 +89,18 @@ def test_for_a_missing_file_the_journals_of_its_directory_are_named(ext4_dir: Pa
     assert str(caught.value.hint).endswith(f"vmconv recover {ext4_dir / ('disk.raw' + JOURNAL)}")
 
 
+def test_a_shortened_working_name_finds_its_journal(ext4_dir: Path) -> None:
+    disk = make_disk(ext4_dir / ("d" * 250 + ".raw"), MIB)
+    before = disk.read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("vmconv.inplace.stay.Syscalls", lambda: StoppingCalls(8))
+        in_place(disk, ext4_dir / "new.qcow2")
+    (working,) = (name for name in names(ext4_dir) if name.endswith(WORKING))
+    assert not working.startswith(disk.name)
+    assert api.recover(str(ext4_dir / working)) == (str(disk), False)
+    assert (names(ext4_dir), disk.read_bytes()) == ({disk.name}, before)
+
+
 def test_a_restored_change_may_have_another_owner(ext4_dir: Path) -> None:
     disk = interrupted(ext4_dir)
     os.chown(disk.with_name(disk.name + WORKING), NOBODY, NOBODY)
