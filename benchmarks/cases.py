@@ -18,6 +18,7 @@ from inplace_cases import in_place
 from machine_case import machines
 from measure import Contender, Measured
 from reference_case import reference
+from sync_case import sync
 from view_case import views
 
 EIGHT = ("-W", "-m", "8")
@@ -282,6 +283,7 @@ CASES = (
     Case("reference", ("xfs", "ext4"), reference),
     Case("compressed", ("xfs", "ext4"), compressed),
     Case("in-place", ("ext4",), in_place),
+    Case("sync", ("xfs", "btrfs", "ext4"), sync),
     Case("copy", ("ext4", "directory"), copy),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),

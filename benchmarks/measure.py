@@ -39,6 +39,8 @@ class Sample:
 class Contender:
     """A program that takes part: it makes `target`, which is removed again after each run, or turned `back`.
 
+    `before` makes what the program finds as its target, outside the timing.
+
     `durable` says that the program flushes what it writes. A `heavy` one takes part in every second round only.
     `check` is called once with the target and raises `BenchmarkError` when that is not what it should be.
     """
@@ -50,6 +52,7 @@ class Contender:
     heavy: bool = False
     check: Callable[[str], None] | None = None
     back: Sequence[str] | None = None
+    before: Sequence[str] | None = None
 
 
 @dataclass
@@ -82,6 +85,8 @@ def side_by_side(
             if contender.heavy and turn % 2:
                 continue
             remove(contender.target)
+            if contender.before:
+                subprocess.run(contender.before, stdout=subprocess.DEVNULL, check=True)
             settle()
             try:
                 measured.samples.setdefault(contender.name, []).append(run(contender))

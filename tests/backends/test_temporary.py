@@ -13,12 +13,12 @@ import pytest
 
 from vmconv.backends import naming, targets
 from vmconv.backends.copy import CopyBackend
-from vmconv.backends.files import FileTransaction
+from vmconv.backends.files import FileTransaction, unnamed_sources
 from vmconv.backends.naming import Named, Set
 from vmconv.backends.reflink import ReflinkBackend
 from vmconv.backends.temporary import Temporary, is_temporary, is_unnamed, remove_stale, rename, temporary_name
 from vmconv.errors import AccessError, BackendError, ImageError
-from vmconv.interface.backend import Access, Capabilities
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Capabilities
 from vmconv.io import attributes, locks, ownership
 from vmconv.io.directory import Directory
 from vmconv.model.sources import File
@@ -642,9 +642,9 @@ def test_sources_that_the_user_did_not_name_are_others(
     transaction = FileTransaction(directory, force=True, durable=False, access=Access(tuple(files)))
     # Of an image that the user named, all is his that has the same owner.
     others = ["foreign"] if os.geteuid() == 0 else []
-    found = [file.name for file in transaction._unnamed_sources()]
+    found = [file.name for file in unnamed_sources(transaction.access)]
     assert found == (["top", "base", "foreign"] if why else others)
-    assert FileTransaction(directory, force=True, durable=False)._unnamed_sources() == []
+    assert unnamed_sources(DEFAULT_ACCESS) == []
     for file in files:
         file.close()
 

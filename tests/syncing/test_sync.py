@@ -217,6 +217,97 @@ def test_only_what_changed_is_copied(ext4_dir: Path, other_dir: Path, qemu_img: 
     same(qemu_img, disk, target, name)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=title)
+def test_only_what_changed_is_written_where_nothing_is_shared(
+    ext4_dir: Path, tmp_path: Path, qemu_img: QemuImg, variant: Variant
+) -> None:
+    disk, target = make_disk(tmp_path / "disk.raw", 40 * MIB), ext4_dir / "target.img"
+    name = variant[0]
+    vmconv.sync(disk, target, target_format=name, options=options(variant))
+    for path in ext4_dir.iterdir():
+        path.chmod(0o640)
+        os.chown(path, 54321, 54322)
+    disk.chmod(0o644)
+    before, ids = vmconv.info(target, format_name=name), content_ids(target, name)
+    for number, (at, length) in enumerate([(5 * MIB, 64 * KIB), (20 * MIB + 512, 4 * KIB), (39 * MIB, MIB)]):
+        write(disk, at, length, seed=number)
+    # A part of it is new payload where the target has none, and a part has become zeros.
+    with disk.open("r+b") as file:
+        file.seek(8 * MIB)
+        file.write(bytes(128 * KIB))
+    result = vmconv.sync(disk, target, target_format=name)
+    assert result.backend == "in-place"
+    assert result.totals.copied < 4 * MIB
+    same(qemu_img, disk, target, name)
+    after = vmconv.info(target, format_name=name)
+    assert [after.get(key) for key in ("virtual-size", "cluster-size", "identity")] == [
+        before.get(key) for key in ("virtual-size", "cluster-size", "identity")
+    ]
+    assert all(content_ids(target, name)[key] != ids[key] for key in ids)
+    assert (target.stat().st_uid, target.stat().st_mode & 0o777) == (54321, 0o640)
+    assert vmconv.sync(disk, target, target_format=name).backend == "none"
+    assert not [path for path in ext4_dir.iterdir() if ".vmconv" in path.name]
+    report = vmconv.check(target, format_name=name) if name != "raw" else None
+    assert report is None or not (report.corruptions or report.leaks or report.errors)
+
+
+@pytest.mark.parametrize("name", ["qcow2", "vmdk", "vhdx", "vdi", "parallels", "raw"])
+def test_a_disk_grows_in_place(ext4_dir: Path, tmp_path: Path, qemu_img: QemuImg, name: str) -> None:
+    disk, target = make_disk(tmp_path / "disk.raw", 20 * MIB), ext4_dir / "target.img"
+    vmconv.sync(disk, target, target_format=name)
+    os.truncate(disk, 30 * MIB)
+    write(disk, 25 * MIB, MIB)
+    vmconv.sync(disk, target, target_format=name)
+    assert vmconv.info(target, format_name=name)["virtual-size"] == 30 * MIB
+    same(qemu_img, disk, target, name)
+
+
+def test_payload_of_other_programs_images_stays(ext4_dir: Path, tmp_path: Path, qemu_img: QemuImg) -> None:
+    disk, target = make_disk(tmp_path / "disk.raw", 20 * MIB), ext4_dir / "target.qcow2"
+    qemu_img("convert", "-O", "qcow2", "-o", "cluster_size=4096", disk, target)
+    write(disk, 3 * MIB, 4096)
+    result = vmconv.sync(disk, target)
+    # Both disks are compared in pieces of 64 KiB.
+    assert result.backend == "in-place"
+    assert result.totals.copied <= 64 * KIB
+    qemu_img("check", target)
+    same(qemu_img, disk, target, "qcow2")
+
+
+def test_too_much_for_a_journal_is_copied_as_a_whole(
+    ext4_dir: Path, tmp_path: Path, qemu_img: QemuImg, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, target = make_disk(tmp_path / "disk.raw", 20 * MIB), ext4_dir / "target.raw"
+    vmconv.sync(disk, target)
+    write(disk, 0, 4096)
+    monkeypatch.setattr("vmconv.syncing.in_place.MOST_JOURNALLED", 65535)
+    found = vmconv.sync_plan(disk, target)
+    assert "65536 bytes would be journalled, 65535 at most" in found.evidence
+    assert vmconv.sync(disk, target).backend == "copy"
+    same(qemu_img, disk, target, "raw")
+
+
+def test_a_plan_says_what_is_written_twice(ext4_dir: Path, tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", 20 * MIB)
+    for name, twice in (("raw", True), ("qcow2", False)):
+        target = ext4_dir / f"target.{name}"
+        vmconv.sync(disk, target)
+        write(disk, 0, 4096, seed=len(name))
+        plan = vmconv.sync_plan(disk, target).plan
+        assert plan is not None
+        assert [("written to a journal first" in copy.reason) for copy in plan.copies] == [twice]
+        vmconv.sync(disk, target)
+
+
+def test_in_place_qemu_cannot_verify(ext4_dir: Path, tmp_path: Path) -> None:
+    disk, target = make_disk(tmp_path / "disk.raw", 8 * MIB), ext4_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    write(disk, 0, 4096)
+    with pytest.raises(UsageError, match="has no name meanwhile"):
+        vmconv.sync(disk, target, verify="qemu")
+    vmconv.sync(disk, target, verify="bytes")
+
+
 def test_an_unchanged_source_is_known_by_the_record(ext4_dir: Path, other_dir: Path) -> None:
     disk, target = make_disk(ext4_dir / "disk.raw", 40 * MIB), other_dir / "target.qcow2"
     vmconv.sync(disk, target)
@@ -460,12 +551,14 @@ def test_a_new_target_needs_no_plan_of_its_own(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qcow2", "vmdk", "vhdx", "vhd", "vdi", "qed", "parallels", "raw"])
-@pytest.mark.parametrize("across", [False, True], ids=["shared", "across"])
+@pytest.mark.parametrize("where", ["same", "btrfs", "ext4"])
 def test_random_writes_between_syncs(
-    xfs_dir: Path, other_dir: Path, qemu_img: QemuImg, name: str, across: bool
+    mounts: Mounts, xfs_dir: Path, other_dir: Path, qemu_img: QemuImg, name: str, where: str
 ) -> None:
-    rng = random.Random(f"{name} {across}")
-    source, target = xfs_dir / "source.qcow2", (other_dir if across else xfs_dir) / "target.img"
+    rng = random.Random(f"{name} {where}")
+    there = {"same": xfs_dir, "btrfs": other_dir}.get(where) or mounts.get("ext4") / "random"
+    there.mkdir(exist_ok=True)
+    source, target = xfs_dir / "source.qcow2", there / "target.img"
     qemu_img("create", "-q", "-f", "qcow2", source, "64M")
     qemu_io(source, "write -P 1 0 8M", "write -P 2 40M 3M")
     vmconv.sync(source, target, target_format=name)
@@ -479,3 +572,4 @@ def test_random_writes_between_syncs(
         vmconv.sync(source, target, target_format=name, verify=rng.choice(["metadata", "sample"]))
         same(qemu_img, source, target, name, "qcow2")
         assert vmconv.sync(source, target, target_format=name).backend == "none", number
+    target.unlink()

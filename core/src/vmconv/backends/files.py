@@ -177,6 +177,20 @@ def refuse_reader(target: str, old: int, sources: Sequence[File], hint: str) -> 
             )
 
 
+def unnamed_sources(access: Access) -> list[File]:
+    """Returns other users' sources that an image or another user's link named, and not the user.
+
+    The author of such a name must not gain read access to a file by it.
+    """
+    if not access.sources:
+        return []
+    top, *rest = access.sources
+    if not _is_named(top):
+        return list(access.sources)
+    owner = os.fstat(top.descriptor).st_uid
+    return [file for file in rest if os.fstat(file.descriptor).st_uid != owner]
+
+
 def _is_named(file: File) -> bool:
     """True if the path leads to the file without a symbolic link of another user."""
     from vmconv.backends.targets import locate
@@ -232,7 +246,7 @@ class FileTransaction(Transaction):
         old = self._replaced(temporary.target)
         if old >= 0:
             try:
-                kept = self._unnamed_sources() if self.access.mode is None else []
+                kept = unnamed_sources(self.access) if self.access.mode is None else []
                 refuse_reader(
                     self.directory.join(temporary.target),
                     old,
@@ -249,19 +263,6 @@ class FileTransaction(Transaction):
             attributes.confine(self.directory.descriptor, sources, temporary.descriptor)
         if self.access.mode is not None:
             os.fchmod(temporary.descriptor, self.access.mode & 0o777)
-
-    def _unnamed_sources(self) -> list[File]:
-        """Returns other users' sources that an image or another user's link named, and not the user.
-
-        The author of such a name must not gain read access to a file by it.
-        """
-        if not self.access.sources:
-            return []
-        top, *rest = self.access.sources
-        if not _is_named(top):
-            return list(self.access.sources)
-        owner = os.fstat(top.descriptor).st_uid
-        return [file for file in rest if os.fstat(file.descriptor).st_uid != owner]
 
     def _replaced(self, name: str) -> int:
         """Returns a descriptor of the file to replace, -1 if there is none."""

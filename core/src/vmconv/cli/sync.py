@@ -186,8 +186,9 @@ class _Words:
         same, totals = result.backend == "none", result.totals
         where = f"{result.target}: {_changed(result, up_to_date=same)}"
         if not same:
+            kept = "kept" if result.backend == "in-place" else "shared"
             where += (
-                f"; shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
+                f"; {kept} {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
                 f"written {size_text(totals.written)}"
             )
         print(f"{where} in {result.seconds:.3f} s\n  evidence: {result.evidence}")

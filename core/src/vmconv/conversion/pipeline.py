@@ -291,11 +291,11 @@ def conversion_of(
 
             refuse_references(target.format, made.layout)
         references.confirm(made.layout.references, target.directory)
-    plans = [_plan(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
+    plans = [plan_of(made, target.directory, way.backend, way.survey, alone=len(parts) == 1) for made in containers]
     return Conversion(request, tuple(containers), merge_plans(plans))
 
 
-def _plan(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
+def plan_of(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
     """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
     losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
     return plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)

@@ -167,7 +167,7 @@ class InPlaceTransaction(Transaction):
             raise BackendError(f"{name}: the change in place is not prepared")
         if name == self._main.name:
             return self._carrier_output(self._change)
-        output = _SiblingOutput(self._change, name, size)
+        output = SiblingOutput(self._change, name, size)
         self._outputs.append(output)
         return output
 
@@ -258,19 +258,21 @@ class _CarrierOutput(_Output):
         return file
 
 
-class _SiblingOutput(_Output):
+class SiblingOutput(_Output):
     """A small new file beside the changed one, such as a VMDK descriptor."""
 
     def __init__(self, change: Change, name: str, size: int) -> None:
         super().__init__(change, size)
         self.descriptor = change.make(name)
         self.name = self.change.beside(name)
+        self.origin = change.descriptor
+        """The file whose owner, mode and attributes it gets."""
 
     def write(self, offset: int, data: bytes) -> None:
         self.change.calls.write(self.descriptor, data, offset)
 
     def finish(self) -> File:
-        self.change.calls.carry(self.change.descriptor, self.descriptor)
+        self.change.calls.carry(self.origin, self.descriptor)
         return super().finish()
 
     def close(self) -> None:

@@ -63,8 +63,9 @@ class Pinned(NamedTuple):
 def pin(table: Extents, carrier: File, units: Sequence[int], align: int | None = None) -> Pinned:
     """Returns the disk in the largest of the block sizes `units` (powers of two) that keep all payload in place.
 
-    Offsets in `carrier` are multiples of `align` bytes, by default the block size and at most that. Raises `PlanError`
-    if no size fits, with the reason for the smallest.
+    Offsets in `carrier` are multiples of `align` bytes, by default the block size and at most that. Blocks with payload
+    of another file, as when an image is brought up to date, are placed behind the end. Raises `PlanError` if no size
+    fits, with the reason for the smallest.
     """
     problem = "no block is small enough"
     for unit in sorted(units, reverse=True):
@@ -80,14 +81,32 @@ def _settled(table: Extents, carrier: File, unit: int, align: int) -> tuple[Pinn
     if problem := _partly_zero(runs, unit):
         return None, problem
     runs = runs.take(runs.kind == Kind.DATA)
+    added = _elsewhere(whole, runs, carrier, unit)
+    new, runs = runs.take(added), runs.take(~added)
     _, offset = blocks.preferred(whole, runs.first * unit)
     length = runs.blocks * unit
     problem = _misplaced(runs, offset, unit, align) or _torn(whole, runs, offset, carrier, unit, table.size)
     problem = problem or _twice(offset, length)
     if problem:
         return None, problem
-    end = int((offset + length).max()) if len(offset) else 0
-    return Pinned(unit, whole, runs, offset, max(end, carrier.size)), ""
+    end = max(int((offset + length).max()) if len(offset) else 0, carrier.size)
+    if len(new.first):
+        start, size = -(-end // unit) * unit, new.blocks * unit
+        offset = np.concatenate([offset, start + np.cumsum(size) - size])
+        runs, end = runs.joined(new), start + int(size.sum())
+    return Pinned(unit, whole, runs, offset, end), ""
+
+
+def _elsewhere(table: Extents, runs: blocks.Runs, carrier: File, unit: int) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the runs with payload of another source than `carrier`."""
+    own = [index for index, source in enumerate(table.sources) if source is carrier]
+    foreign = (table.kind == Kind.DATA) & ~np.isin(table.source, own)
+    # Rows that begin inside a run, and the row that it begins in.
+    before = np.append(0, np.cumsum(foreign))
+    first = table.row_at(runs.first * unit)
+    last = table.row_at((runs.first + runs.blocks) * unit - 1)
+    found: npt.NDArray[np.bool_] = before[last + 1] > before[first]
+    return found
 
 
 def _misplaced(runs: blocks.Runs, offset: Column, unit: int, align: int) -> str | None:

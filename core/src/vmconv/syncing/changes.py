@@ -11,13 +11,14 @@ import numpy as np
 
 from vmconv.inspect.comparison import unproved
 from vmconv.io.physical import PhysicalMap
-from vmconv.model.extents import Column, Extents, Kind, gather
+from vmconv.model.extents import Column, Extents, Kind, cut, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmconv.model.image import Image
     from vmconv.model.plan import Progress
+    from vmconv.model.sources import File
 
 GRAIN = 64 << 10
 """Bytes that are compared, and moved, as one."""
@@ -31,6 +32,8 @@ class Changes(NamedTuple):
     length: Column
     evidence: str
     compared: int = 0
+    certain: bool = True
+    """False if the filesystem did not report all places, so that what is listed may be equal too."""
 
     @property
     def bytes(self) -> int:
@@ -61,6 +64,31 @@ def merged(old: Extents, new: Extents, changes: Changes) -> Extents:
     return same.replaced(new, changes.start, changes.length)
 
 
+def allocated(old: Extents, new: Extents, changes: Changes) -> Extents:
+    """Returns the table `old` with the rows of `new` in changed ranges where it has no payload.
+
+    Its layout has all payload where the old image has it: only the bytes differ, see `overwritten`.
+    """
+    rows, length = cut(old, changes.start, changes.length, changes.start)
+    free = rows.kind != Kind.DATA
+    return old.replaced(new, rows.start[free], length[free])
+
+
+def overwritten(old: Extents, new: Extents, changes: Changes, carrier: File) -> Extents:
+    """Returns the table of the file `carrier` with the changed bytes of `new` where `old` has their place in it.
+
+    Raises `ValueError` if two ranges of the disk have one place.
+    """
+    rows, length = cut(old, changes.start, changes.length, changes.start)
+    mine = [index for index, source in enumerate(old.sources) if source is carrier]
+    data = (rows.kind == Kind.DATA) & np.isin(rows.source, mine)
+    order = np.argsort(rows.offset[data], kind="stable")
+    guest, place, length = rows.start[data][order], rows.offset[data][order], length[data][order]
+    moved, moved_length = cut(new, guest, length, place)
+    other = Extents.placed(carrier.size, moved, moved_length, new.sources)
+    return Extents.whole(carrier).replaced(other, place, length)
+
+
 def by_address(new: Extents, old: Extents, evidence: str) -> Changes:
     """Returns the ranges of two disks that do not have the same physical blocks; reads no payload."""
     size = max(new.size, old.size)
@@ -68,7 +96,8 @@ def by_address(new: Extents, old: Extents, evidence: str) -> Changes:
     a, b = (places.apply(table.window(0, size, Kind.ZERO).without_holes()) for table in (new, old))
     start, length = unproved(a, b)
     start, end = _united(start, start + length)
-    return Changes(start, end - start, evidence)
+    certain = not any(table.in_files().any() for table in (a, b))
+    return Changes(start, end - start, evidence, certain=certain)
 
 
 def by_layers(image: Image, base: Image, evidence: str) -> Changes:

@@ -32,6 +32,10 @@ _NO_RECORD = linux.NOT_SUPPORTED | {errno.ENODATA, errno.EPERM, errno.EACCES, er
 _NO_ROOM = linux.NOT_SUPPORTED | {errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.EROFS}
 
 
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size in bytes and mtime in ns of a file of the target."""
+
+
 class Record(NamedTuple):
     """The state of the target's files after a sync, and the state of the source that it holds; both are digests."""
 
@@ -39,11 +43,15 @@ class Record(NamedTuple):
     source: str
 
 
-def state_of_target(files: Iterable[File]) -> str:
+def stamp_of(descriptor: int) -> Stamp:
+    """Returns the stamp of a file: without ctime, which a rename and the record itself change."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def state_of_target(stamps: Iterable[Stamp]) -> str:
     """Returns a digest of the files of a target that changes with any write, and is another for any copy."""
-    # Renames and the record itself change the ctime.
-    stamps = [os.fstat(file.descriptor) for file in files]
-    return _digest(sorted((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in stamps))
+    return _digest(sorted(stamps))
 
 
 def state_of_source(image: Image, snapshot: str | None) -> str:
@@ -61,42 +69,46 @@ def _digest(values: object) -> str:
     return blake2b(repr(values).encode("utf-8", "surrogateescape"), digest_size=_DIGEST).hexdigest()
 
 
-def read(file: File) -> Record | None:
-    """Returns the record of a target; None if there is none of this user's vmconv."""
+def read(file: File) -> tuple[Record, ...]:
+    """Returns the records of a target, of which at most one is of its present state; none of other users' vmconv."""
     try:
         value = os.getxattr(file.descriptor, ATTRIBUTE)
     except OSError as exc:
         if exc.errno in _NO_RECORD:
-            return None
+            return ()
         raise
-    found = _parsed(value) if len(value) <= _MOST else None
-    if found is None:
+    found = _parsed(value) if len(value) <= _MOST else ()
+    if not found:
         warn(f"{file.name}: its record of the last sync is not of this user's vmconv, and is ignored")
     return found
 
 
-def _parsed(value: bytes) -> Record | None:
+def _parsed(value: bytes) -> tuple[Record, ...]:
     version, _, rest = value.partition(b" ")
     mark, _, body = rest.partition(b" ")
     if version != _VERSION:
-        return None
+        return ()
     with suppress(ValueError):
         if ownership.forged(None, blake2b(body, digest_size=ownership.SIZE).digest(), bytes.fromhex(mark.decode())):
-            return None
-        fields: Any = json.loads(body)
-        if isinstance(fields, dict) and all(isinstance(fields.get(name), str) for name in Record._fields):
-            return Record(**{name: fields[name] for name in Record._fields})
-    return None
+            return ()
+        rows: Any = json.loads(body)
+        if isinstance(rows, list) and all(_is_record(row) for row in rows):
+            return tuple(Record(*row) for row in rows)
+    return ()
 
 
-def write(files: list[File], source: str) -> str | None:
-    """Writes the record of a target, whose own file is the last; returns why it cannot be written, else None."""
+def _is_record(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == len(Record._fields) and all(isinstance(each, str) for each in row)
+
+
+def write(descriptor: int, *records: Record) -> str | None:
+    """Writes the records of a target into its own file; returns why that cannot be done, else None."""
     if not ownership.can_mark():
         return "no home directory for a key"
-    body = json.dumps(Record(state_of_target(files), source)._asdict()).encode()
+    body = json.dumps(records).encode()
     mark = ownership.mark(None, blake2b(body, digest_size=ownership.SIZE).digest())
     try:
-        os.setxattr(files[-1].descriptor, ATTRIBUTE, b" ".join([_VERSION, mark.hex().encode(), body]))
+        os.setxattr(descriptor, ATTRIBUTE, b" ".join([_VERSION, mark.hex().encode(), body]))
     except OSError as exc:
         if exc.errno not in _NO_ROOM:
             raise

@@ -1,0 +1,97 @@
+"""The case of a sync: an image is brought up to date with a disk of which 1 % has changed, in pieces of 64 KiB."""
+
+from __future__ import annotations
+
+import os
+import random
+
+from bench import VMCONV, Bench, python, vmconv
+from correct import same_as
+from images import Filesystem, Place, command
+from measure import Contender, Measured, remove, run
+from report import print_measured
+
+_PIECE = 64 << 10
+_MIB = 1 << 20
+
+
+def sync(bench: Bench, place: Place) -> None:
+    """Where blocks can be shared; and from ext4 to another filesystem, which shares blocks or does not."""
+    if place.kind == "ext4":
+        for kind in ("xfs", "ext4"):
+            _across(bench, place, kind)
+        return
+    old = bench.random(place)
+    with place.scratch("changed.raw", "target.qcow2") as (changed, target):
+        command("cp", "--reflink=always", old, changed)
+        _change(changed, bench.size)
+        check = same_as(changed, "raw", "qcow2")
+        made = [VMCONV, "convert", "-q", old, target]
+        measured = bench.measure(
+            "sync",
+            place,
+            f"qcow2 of {bench.size >> 30} GiB, 1 % changed in pieces of 64 KiB",
+            [
+                Contender("vmconv sync", [VMCONV, "sync", "-q", changed, target], target, check=check, before=made),
+                vmconv(changed, target, check=check),
+            ],
+        )
+    ratio = measured.median("vmconv sync") / measured.median("vmconv")
+    bench.at_most(measured, "a sync, in conversions anew", ratio, 2, "x")
+    bench.at_most(measured, "a sync: bytes read", measured.median("vmconv sync", "rchar") / _MIB, 24, "MiB")
+
+
+def _changed_pieces(size: int) -> list[int]:
+    """Returns the offsets of 1 % of the pieces of a disk, sorted."""
+    return sorted(random.Random(size).sample(range(0, size, _PIECE), max(1, size // _PIECE // 100)))
+
+
+def _change(path: str, size: int) -> None:
+    with open(path, "r+b") as file:
+        for offset in _changed_pieces(size):
+            os.pwrite(file.fileno(), os.urandom(_PIECE), offset)
+        os.fsync(file.fileno())
+
+
+def _across(bench: Bench, place: Place, kind: str) -> None:
+    """External snapshots of a raw disk on ext4, one more in each round; its image is on another filesystem."""
+    raw = bench.random(place)
+    other = os.path.join(bench.work, f"sync-{kind}")
+    os.mkdir(other)
+    layers = [f"layer-{number}.qcow2" for number in range(bench.runs)]
+    with (
+        Filesystem(kind, other, bench.size + (4 << 30)) as there,
+        there.scratch("target.qcow2", "copy") as (target, copy),
+        place.scratch("pieces", *layers) as (pieces, *tops),
+    ):
+        with open(pieces, "wb") as file:
+            file.writelines(os.urandom(_PIECE) for _ in _changed_pieces(bench.size))
+        command(VMCONV, "sync", "-q", raw, target)
+        measured = Measured(
+            "sync", place.kind, f"qcow2 of {bench.size >> 30} GiB on another {kind}, 1 % in a new layer"
+        )
+        below = raw
+        for top in tops:
+            _layer(top, below, bench.size)
+            for contender in (
+                # The target of the round before is what it finds.
+                Contender("vmconv sync", [VMCONV, "sync", "-q", top, target]),
+                python("copying the same bytes", "child_copy.py", pieces, copy, target=copy),
+            ):
+                there.settle()
+                measured.samples.setdefault(contender.name, []).append(run(contender))
+                remove(contender.target)
+            below = top
+        print_measured(measured)
+        bench.results.append(measured)
+        same_as(below, "qcow2", "qcow2")(target)
+    os.rmdir(other)
+    ratio = measured.median("vmconv sync") / measured.median("copying the same bytes")
+    bench.at_most(measured, f"a sync to {kind}, in copies of the same bytes", ratio, 1.2, "x")
+
+
+def _layer(top: str, below: str, size: int) -> None:
+    """Makes a layer with the pieces, written by QEMU."""
+    command("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", below.rpartition(".")[2], top)
+    words = [f"write -q -P {number % 255 + 1} {offset} {_PIECE}" for number, offset in enumerate(_changed_pieces(size))]
+    command("qemu-io", *(word for each in words for word in ("-c", each)), top)
