@@ -89,6 +89,8 @@ class MachineFormat:
     """Why a disk cannot have layers below its file; None if it can, because the image names them."""
     nvram_kind: Literal["ovmf", "virtualbox"] | None = None
     """The kind of variable store that new UEFI machines get; None if the platform takes none that can be made."""
+    tpm_kind: Literal["swtpm", "swtpm-linear", "virtualbox"] | None = None
+    """Where new machines get the state of their TPM: a file of swtpm's, or with VirtualBox the store of variables."""
     can_read = True
     can_write = True
     is_package = False
@@ -160,6 +162,14 @@ class MachineFormat:
     def nvram_name(self, machine: Machine, options: Any) -> str:
         """Returns the file name of the variable store of an adapted machine."""
         return f"{machine.name or 'machine'}{'_VARS.fd' if self.nvram_kind == 'ovmf' else '.nvram'}"
+
+    def tpm_name(self, machine: Machine, options: Any) -> str:
+        """Returns the file name of the state of a TPM, for a machine whose other files have their names."""
+        return f"{machine.name or 'machine'}-tpm2-00.permall"
+
+    def tpm_note(self, machine: Machine, file: str) -> str:
+        """Returns what the user has to do with the state of the TPM; empty if nothing."""
+        return ""
 
     def config_name(self, machine: Machine, options: Any) -> str:
         """Returns the file name of the configuration if the user names only a directory."""

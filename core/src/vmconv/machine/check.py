@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from vmconv.errors import AccessError, ImageError
 from vmconv.guest.protocol import Volume
 from vmconv.machine.boot import partitions
 from vmconv.machine.boot.contents import content_of
 from vmconv.machine.findings import Finding, first_disk
+from vmconv.machine.firmware import tpm_state
+from vmconv.machine.formats import machine_format
 from vmconv.model.extents import Extents
 
 if TYPE_CHECKING:
@@ -58,9 +61,8 @@ def _findings(source: Source, machine: Machine, target: str | None, *, inside: b
                 yield from _of_boot_disk(path, machine, table)
     if target in _KVM:
         yield from _of_controllers(machine)
-    if machine.tpm is not None:
-        hint = "suspend BitLocker, or have its recovery key at hand"
-        yield Finding("warning", "tpm", "the secrets in the TPM are not moved", hint)
+    if source.machine.tpm is not None:
+        yield _of_tpm(source, machine, target)
     if inside:
         from vmconv.machine import readiness
 
@@ -109,6 +111,18 @@ def _of_boot_disk(path: str, machine: Machine, table: partitions.Table) -> Itera
     elif machine.firmware.kind is None:
         needed = "UEFI" if table.has_esp and not table.has_boot_code else "a BIOS" if not table.has_esp else "either"
         yield Finding("note", "firmware", f"the configuration does not state the firmware; the disk needs {needed}")
+
+
+def _of_tpm(source: Source, machine: Machine, target: str | None) -> Finding:
+    if target is not None and machine.tpm is not None and machine_format(target).tpm_kind is not None:
+        try:
+            if tpm_state(source) is not None:
+                return Finding("note", "tpm", "its state is moved")
+        except (AccessError, ImageError):
+            # The plan of a conversion says why.
+            pass
+    hint = "suspend BitLocker, or have its recovery key at hand"
+    return Finding("warning", "tpm", "the secrets in the TPM are not moved", hint)
 
 
 def _of_controllers(machine: Machine) -> Iterator[Finding]:

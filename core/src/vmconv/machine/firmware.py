@@ -1,4 +1,4 @@
-"""The firmware's variables of a machine that is converted: read from the source's store, written to a new one."""
+"""The firmware's variables and the TPM's state of a machine: read from the source's files, written to new ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ if TYPE_CHECKING:
 
 
 class Variables(NamedTuple):
-    """The new variable store, None without one; the loss of the source's store; and a note on each dropped variable."""
+    """The new variable store, None without one; the losses of source's store; and a note on each dropped variable.
+
+    `tpm` is the content of the file with the state of the TPM, for platforms that have one.
+    """
 
     store: ConfigFile | None = None
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
+    tpm: bytes | None = None
 
 
 def variables(source: Source, target: Target) -> Variables:
-    """Returns the variables for the new machine.
+    """Returns the variables for the new machine, and the state of its TPM.
 
     A store that cannot be carried over is a loss with its reason, not an error: a machine without it starts with the
     defaults of its firmware.
     """
+    return _with_tpm(_variables(source, target), source, target)
+
+
+def _variables(source: Source, target: Target) -> Variables:
     firmware = source.machine.firmware
     if firmware.nvram is None:
         return Variables()
@@ -42,7 +50,66 @@ def variables(source: Source, target: Target) -> Variables:
         data, dropped = nvram.converted(read, target.format.nvram_kind, secure_boot=firmware.secure_boot)
     except (AccessError, ImageError, PlanError) as exc:
         return _lost(firmware.nvram.file, str(exc))
-    return Variables(ConfigFile(target.nvram_name(), data), (), tuple(f"firmware variable {line}" for line in dropped))
+    return Variables(_store(target, data), (), tuple(f"firmware variable {line}" for line in dropped))
+
+
+def _store(target: Target, data: bytes) -> ConfigFile:
+    return ConfigFile(target.nvram_name(), data)
+
+
+def tpm_state(source: Source) -> tuple[str, bytes] | None:
+    """Returns the file with the state of the source's TPM, and the state; None if the source names none.
+
+    Raises `AccessError` or `ImageError` if it cannot be read.
+    """
+    machine = source.machine
+    if machine.tpm is None:
+        return None
+    from vmconv.machine.nvram import tpm
+
+    store = machine.firmware.nvram
+    if machine.tpm.state is not None:
+        file = source.disks.related(source.file, machine.tpm.state, "state of the TPM", moved=True)
+        if file.size > tpm.MAX_FILE:
+            raise ImageError(f"{file.name}: has {file.size} bytes, the state of a TPM has at most {tpm.MAX_FILE}")
+        found = tpm.read(file.read(0, file.size), file.name)
+        return None if found is None else (machine.tpm.state, found)
+    if store is not None and store.kind == "virtualbox" and (state := _read(source, store.file).tpm) is not None:
+        return store.file, tpm.checked(state, store.file)
+    return None
+
+
+def _with_tpm(found: Variables, source: Source, target: Target) -> Variables:
+    """Adds the state of the TPM, or its loss."""
+    try:
+        state = tpm_state(source)
+    except (AccessError, ImageError) as exc:
+        return _without_tpm(found, _tpm_file(source), str(exc))
+    if state is None:
+        return found
+    kind, machine = target.format.tpm_kind, target.adapted.machine
+    if machine.tpm is None or kind is None:
+        return _without_tpm(found, state[0], f"{target.format.name} takes no state of a TPM")
+    from vmconv.machine import nvram
+    from vmconv.machine.nvram import tpm
+
+    if kind != "virtualbox":
+        return found._replace(tpm=(tpm.linear if kind == "swtpm-linear" else tpm.swtpm)(state[1]))
+    if machine.firmware.kind != "uefi":
+        return _without_tpm(found, state[0], "VirtualBox keeps it with the variables of UEFI, and this is a BIOS")
+    store = found.store or _store(target, nvram.converted(nvram.Store("ovmf", ()), "virtualbox")[0])
+    return found._replace(store=store._replace(content=tpm.virtualbox(store.content, state[1])))
+
+
+def _tpm_file(source: Source) -> str:
+    """Returns the name of the file that holds the state of the TPM."""
+    tpm, store = source.machine.tpm, source.machine.firmware.nvram
+    return (tpm.state if tpm else None) or (store.file if store else "")
+
+
+def _without_tpm(found: Variables, file: str, reason: str) -> Variables:
+    loss = Loss("tpm.state", file, f"{reason}; suspend BitLocker in the guest first")
+    return found._replace(losses=(*found.losses, loss))
 
 
 def with_secure_boot(source: Source) -> Source:

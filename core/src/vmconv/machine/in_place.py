@@ -75,8 +75,8 @@ def planned_in_place(request: MachineRequest, source: Source, target: Target) ->
     with ExitStack() as stack, _own_hints():
         ready = [stack.enter_context(pipeline.prepared(each)) for each in requests]
         disks = tuple(NewDisk(number, (one.containers[-1],), one.plan) for number, one in enumerate(ready))
-        machine = with_files(target.adapted.machine, disks, firmware.store, target)
-        configs = named(target.format.write(machine, target.options), firmware.store, target)
+        machine = with_files(target.adapted.machine, disks, firmware, target)
+        configs = named(target.format.write(machine, target.options), machine, firmware, target)
         small = plan_of_configs(configs, target, Proposal(installed().backend("copy"), Survey()))
         _refuse_collisions(small, disks, target)
         plans = [*(disk.plan for disk in disks), small]

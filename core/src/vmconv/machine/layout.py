@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Proposal
     from vmconv.interface.format import Format
     from vmconv.io.registry import Registry
+    from vmconv.machine.firmware import Variables
     from vmconv.machine.request import MachineRequest
     from vmconv.machine.target import Target
     from vmconv.model.image import Image
@@ -59,22 +60,21 @@ class NewMachine(NamedTuple):
 def lay_out_machine(
     target: Target,
     images: Sequence[Image | None],
-    store: ConfigFile | None,
+    firmware: Variables,
     request: MachineRequest,
     way: Proposal,
     registry: Registry,
 ) -> NewMachine:
     """Returns the new machine with all its files.
 
-    `images` has one entry for each disk of the machine, None for a physical device. `store` are the firmware's
-    variables.
+    `images` has one entry for each disk of the machine, None for a physical device. `firmware` are its
+    variables and the state of its TPM.
     """
     disks = tuple(
         _disk(number, image, target, request, way, registry) for number, image in enumerate(images) if image is not None
     )
-    machine = with_files(target.adapted.machine, disks, store, target)
-    written = target.format.write(machine, target.options)
-    configs = named(written, store, target)
+    machine = with_files(target.adapted.machine, disks, firmware, target)
+    configs = named(target.format.write(machine, target.options), machine, firmware, target)
     if target.format.is_package:
         members = [_member(disk) for disk in disks]
         table = target.format.pack(configs, members, max(way.survey.unit, 1), target.options)
@@ -174,16 +174,20 @@ def _member(disk: NewDisk) -> Member:
     return Member(disk.container.name, disk.container.layout.files[-1].table)
 
 
-def with_files(machine: Machine, disks: Sequence[NewDisk], store: ConfigFile | None, target: Target) -> Machine:
+def with_files(machine: Machine, disks: Sequence[NewDisk], firmware: Variables, target: Target) -> Machine:
     """Returns the machine with the names, formats and sizes of the new files."""
     devices = list(machine.disks)
     for disk in disks:
         layers = tuple(Layer.model_validate(_known(made)) for made in disk.containers[-2::-1])
         changes = {**_facts(disk.container), "layers": layers}
         devices[disk.number] = devices[disk.number].model_copy(update=changes)
-    nvram = Nvram(file=store.name, kind=target.format.nvram_kind) if store else None
-    firmware = machine.firmware.model_copy(update={"nvram": nvram})
-    return machine.model_copy(update={"disks": tuple(devices), "firmware": firmware})
+    nvram = Nvram(file=firmware.store.name, kind=target.format.nvram_kind) if firmware.store else None
+    own = machine.firmware.model_copy(update={"nvram": nvram})
+    machine = machine.model_copy(update={"disks": tuple(devices), "firmware": own})
+    if machine.tpm is None or firmware.tpm is None:
+        return machine
+    tpm = machine.tpm.model_copy(update={"state": target.tpm_name(machine)})
+    return machine.model_copy(update={"tpm": tpm})
 
 
 def _facts(made: Container) -> dict[str, object]:
@@ -200,10 +204,15 @@ def _known(made: Container) -> dict[str, object]:
     return known
 
 
-def named(written: Sequence[ConfigFile], store: ConfigFile | None, target: Target) -> tuple[ConfigFile, ...]:
+def named(
+    written: Sequence[ConfigFile], machine: Machine, firmware: Variables, target: Target
+) -> tuple[ConfigFile, ...]:
     """Returns all small files of the machine with their names, the configuration last."""
     if not written or written[-1].name:
         raise PluginError("its writer returns no configuration", format_name=target.format.name)
-    extra = tuple(config._replace(name=file_name(config.name)) for config in written[:-1])
-    stored = (store,) if store else ()
-    return (*extra, *stored, written[-1]._replace(name=target.name))
+    extra = [config._replace(name=file_name(config.name)) for config in written[:-1]]
+    if firmware.store:
+        extra.append(firmware.store)
+    if firmware.tpm is not None and machine.tpm is not None and machine.tpm.state is not None:
+        extra.append(ConfigFile(machine.tpm.state, firmware.tpm))
+    return (*extra, written[-1]._replace(name=target.name))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BY_CORE = frozenset(
     {*(f"disks.{name}" for name in ("file", "format", "capacity", "file_size", "image_uuid")), "identity.uuid_text"}
     | {f"disks.layers.{name}" for name in ("file", "format", "image_uuid")}
-    | {"firmware.nvram.file", "firmware.nvram.kind"}
+    | {"firmware.nvram.file", "firmware.nvram.kind", "tpm.state"}
 )
 """Fields that a conversion sets itself, or reports in another way."""
 

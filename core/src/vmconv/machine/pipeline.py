@@ -123,7 +123,7 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     payload = [file for image in images if image is not None for file in _payload(image, chain=request.chain)]
     way = choose_backend(registry, request.backend, directory, payload)
     firmware = variables(source, target)
-    made = lay_out_machine(target, images, firmware.store, request, way, registry)
+    made = lay_out_machine(target, images, firmware, request, way, registry)
     found = machine_plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Prepared(source, target, made, found, way)

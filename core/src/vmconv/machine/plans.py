@@ -24,6 +24,8 @@ def machine_plan(
     fate = losses.fate(source.machine, target.adapted, target.format)
     warnings = [text for image in images if image is not None for text in image.warnings]
     warnings += _on_the_host(target)
+    if made.machine.tpm is not None and firmware.tpm is not None:
+        warnings.append(target.format.tpm_note(made.machine, made.machine.tpm.state or ""))
     return MachinePlan(
         source.format.name,
         target.format.name,
@@ -36,7 +38,7 @@ def machine_plan(
         made.plan.backend,
         made.plan.totals,
         made.plan.copies,
-        tuple(dict.fromkeys(warnings)),
+        tuple(dict.fromkeys(filter(None, warnings))),
         firmware.notes,
         tuple(file.real_path() for file in source.opener.files),
         made.digested,

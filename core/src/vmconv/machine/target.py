@@ -48,8 +48,12 @@ class Target(NamedTuple):
         """Returns the file name of the firmware's variables."""
         return file_name(self.format.nvram_name(self._named(), self.options))
 
-    def _named(self) -> Machine:
-        machine = self.adapted.machine
+    def tpm_name(self, machine: Machine) -> str:
+        """Returns the file name of the TPM's state, for a machine whose other files have their names."""
+        return file_name(self.format.tpm_name(self._named(machine), self.options))
+
+    def _named(self, machine: Machine | None = None) -> Machine:
+        machine = machine or self.adapted.machine
         return machine if self.stem is None else machine.model_copy(update={"name": self.stem})
 
     def hint_if_taken(self, directory: Directory, plan: Plan) -> str:
@@ -182,7 +186,7 @@ def _cloned(machine: Machine, identity: Identity) -> Adapted:
 
 
 def _without_what_stays(identified: Adapted) -> Adapted:
-    """Returns the machine without files that belong to the source's host: media, memory, and the TPM's secrets."""
+    """Returns the machine without files that belong to the source's host: media, memory, and the TPM's state."""
     machine, found = identified.machine, list(identified.substitutions)
     removables = []
     for number, drive in enumerate(machine.removables):
@@ -197,8 +201,7 @@ def _without_what_stays(identified: Adapted) -> Adapted:
         found.append(Substitution("memory_state", machine.memory_state, "", reason))
         changes["memory_state"] = None
     if machine.tpm and machine.tpm.state:
-        reason = "the secrets of a TPM cannot be moved; suspend BitLocker in the guest first"
-        found.append(Substitution("tpm.state", machine.tpm.state, "", reason))
+        # `vmconv.machine.firmware` carries it, or reports its loss.
         changes["tpm"] = machine.tpm.model_copy(update={"state": None})
     if machine.snapshots:
         reason = "a conversion takes the current state"

@@ -34,6 +34,7 @@ class Libvirt(MachineFormat):
     no_chains = None
     disk_formats = frozenset({"raw", "qcow2", "qed", "vmdk", "vdi", "vhd"})
     nvram_kind = "ovmf"
+    tpm_kind = "swtpm"
 
     def options(self) -> type[Any]:
         from vmconv_libvirt.options import Options
@@ -57,6 +58,11 @@ class Libvirt(MachineFormat):
         from vmconv_libvirt.adapting import adapt
 
         return adapt(machine, options)
+
+    def tpm_note(self, machine: Machine, file: str) -> str:
+        # Only libvirt 10.10 and later takes another place, and earlier ones would start with an empty TPM in silence.
+        place = f"/var/lib/libvirt/swtpm/{machine.identity.uuid or 'UUID'}/tpm2/tpm2-00.permall"
+        return f"{file} is the state of the TPM: install it as {place} before the machine starts"
 
     def write(self, machine: Machine, options: Any) -> tuple[ConfigFile, ...]:
         from vmconv_libvirt.writer import write

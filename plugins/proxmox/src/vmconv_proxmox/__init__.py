@@ -30,6 +30,7 @@ class Proxmox(MachineFormat):
     no_chains = "Proxmox has snapshots inside of a disk, or in volumes with names of its own"
     disk_formats = frozenset({"raw", "qcow2", "vmdk"})
     nvram_kind = "ovmf"
+    tpm_kind = "swtpm-linear"
     carries = frozenset(
         {
             *("name", "description", "os.source_id", "os.architecture", "cpu.count", "cpu.sockets", "cpu.cores"),
@@ -74,6 +75,11 @@ class Proxmox(MachineFormat):
 
     def nvram_name(self, machine: Machine, options: Any) -> str:
         return self.disk_name(machine, len(machine.disks), ".raw", options)
+
+    def tpm_name(self, machine: Machine, options: Any) -> str:
+        from vmconv_proxmox.writer import tpm_file
+
+        return tpm_file(machine, options)
 
     def config_name(self, machine: Machine, options: Any) -> str:
         return f"{options.vmid}.conf"

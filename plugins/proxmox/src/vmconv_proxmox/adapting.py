@@ -43,7 +43,7 @@ def adapt(machine: Machine, options: Options) -> Adapted:
         "cpu": _cpu(machine.cpu, system, options, changes),
         "memory": _memory(machine.memory, changes),
         "firmware": _firmware(machine.firmware, system, changes),
-        "tpm": machine.tpm and machine.tpm.model_copy(update={"version": machine.tpm.version or "2.0"}),
+        "tpm": machine.tpm and machine.tpm.model_copy(update={"version": machine.tpm.version or "2.0", "state": None}),
         "identity": _identity(machine.identity, changes),
         "board": _board(machine.board, system, changes),
         "nics": adapt_nics(machine, windows, options, changes),

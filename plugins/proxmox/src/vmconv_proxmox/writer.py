@@ -26,7 +26,7 @@ _SOUNDS = {"ac97": "AC97", "hda": "ich9-intel-hda"}
 
 
 def write(machine: Machine, options: Options) -> tuple[ConfigFile, ...]:
-    """Returns the configuration of an adapted machine, behind the state of its TPM.
+    """Returns the configuration of an adapted machine, behind the empty state of a new TPM.
 
     Raises `PlanError` for a file name that a volume id cannot hold.
     """
@@ -36,7 +36,9 @@ def write(machine: Machine, options: Options) -> tuple[ConfigFile, ...]:
     lines = [f"#{encoded(line)}" for line in (machine.description or "").split("\n")] if machine.description else []
     lines += [f"{key}: {value}" for key, value in _with_extra(machine, own_settings(machine, options)).items()]
     config = ConfigFile("", "".join(f"{line}\n" for line in lines).encode())
-    return (*([ConfigFile(_tpm_file(machine, options), bytes(TPM_SIZE))] if machine.tpm else []), config)
+    if machine.tpm is None or machine.tpm.state is not None:
+        return (config,)
+    return (ConfigFile(tpm_file(machine, options), bytes(TPM_SIZE)), config)
 
 
 def _files(machine: Machine) -> list[str]:
@@ -95,12 +97,13 @@ def _firmware_disks(machine: Machine, options: Options) -> Settings:
         file = _volume(machine.firmware.nvram.file, options)
         settings["efidisk0"] = {"file": file, "efitype": "4m", "size": "528K"}
     if machine.tpm is not None:
-        volume = _volume(_tpm_file(machine, options), options)
+        volume = _volume(machine.tpm.state or tpm_file(machine, options), options)
         settings["tpmstate0"] = {"file": volume, "size": "4M", "version": f"v{machine.tpm.version or '2.0'}"}
     return settings
 
 
-def _tpm_file(machine: Machine, options: Options) -> str:
+def tpm_file(machine: Machine, options: Options) -> str:
+    """Returns the name of the volume with the state of the TPM: the number behind those of the disks."""
     number, taken = len(machine.disks), set(_files(machine))
     while f"vm-{options.vmid}-disk-{number}.raw" in taken:
         number += 1

@@ -24,6 +24,7 @@ class VBox(MachineFormat):
     # VirtualBox compares the id in an image with its settings, and of these vmconv knows where it is.
     disk_formats = frozenset({"vdi", "vmdk", "vhd", "raw"})
     nvram_kind = "virtualbox"
+    tpm_kind = "virtualbox"
     carries = frozenset(
         {
             *("name", "description", "os", "cpu.count", "cpu.hot_add", "memory.size", "firmware.kind"),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from vmconv.errors import ImageError, PlanError
+from vmconv.machine.nvram import tpm
 from vmconv.machine.nvram.variables import Store, Variable, damaged, distinct, name_of, part
 
 SIZES = {"2M": 0x20000, "4M": 0x84000}
@@ -208,7 +209,6 @@ def _sum16(data: bytes) -> int:
 
 
 _IN_TAR = "efi/nvram"
-_TPM_IN_TAR = "TpmEmuTpms/permall"
 _SECTOR = 512
 _MAX_MEMBERS = 64
 _FILE_TYPES, _DIRECTORY = b"0\0", b"5"
@@ -220,8 +220,8 @@ def read_tar(data: bytes, file: str) -> Store:
     if _IN_TAR not in members:
         raise ImageError(f"{file}: tar without a member {_IN_TAR!r} is no EFI variable store of VirtualBox")
     found = read(members[_IN_TAR], f"{file}: {_IN_TAR}")
-    others = tuple(f"{name}: state of the TPM" if name == _TPM_IN_TAR else name for name in members if name != _IN_TAR)
-    return Store("virtualbox", found.variables, others)
+    others = tuple(name for name in members if name not in (_IN_TAR, tpm.IN_TAR))
+    return Store("virtualbox", found.variables, others, members.get(tpm.IN_TAR))
 
 
 def _members(data: bytes, file: str) -> Iterator[tuple[str, bytes]]:

@@ -42,11 +42,12 @@ class Variable(NamedTuple):
 
 
 class Store(NamedTuple):
-    """The variables of a store, and what else its file holds, in words."""
+    """The variables of a store, and what else its file holds, in words. `tpm` is the state of a TPM beside them."""
 
     kind: Kind
     variables: tuple[Variable, ...]
     others: tuple[str, ...] = ()
+    tpm: bytes | None = None
 
 
 def damaged(file: str, what: str, offset: int, problem: str, *, hint: str | None = None) -> ImageError:
