@@ -116,7 +116,7 @@ def _find(directory: Directory, name: str, *, trust: bool) -> str | None:
     for entry, found in _journals(directory, trust=trust):
         if found is None:
             torn = entry
-        elif name in found.journal.names or name == beside(found.journal.source, WORKING):
+        elif name in found.journal.names:
             return entry
     if torn is not None:
         # A torn journal names no file, and its run changed nothing. Following it removes it.
