@@ -26,7 +26,8 @@ _KIB, _MIB = 1 << 10, 1 << 20
 
 def extra(name: str) -> Iterator[Sample]:
     """Yields further samples of a format."""
-    yield from _layers(name)
+    if installed().format(name).supports_backing:
+        yield from _layers(name)
     if name == "qcow2":
         yield from _qcow2()
     if name == "vhdx":

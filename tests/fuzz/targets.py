@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.testing import ReaderTests
 
-_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed")
+_MEMORY = ("elfcore", "libvirtsave", "lime", "qevm", "vmem")
+_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", *_MEMORY)
 _READ = 64 << 10
 _LARGE = 5 << 20
 _WORDS = 2000
@@ -105,7 +106,7 @@ class FormatTarget(Target):
 
     @cached_property
     def _format(self) -> Format:
-        return installed().formats[self._name]
+        return installed().format(self._name)
 
     @cached_property
     def _kit(self) -> ReaderTests:
@@ -173,7 +174,7 @@ class BytesTarget(Target):
 
     def run(self, data: bytes) -> None:
         file = image_file(data, f"image{self._suffix}")
-        one = installed().formats[self._name]
+        one = installed().format(self._name)
         one.probe(file)
         read_all(one, file)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from support.kits.elfcore import ElfcoreKit
+from support.kits.libvirtsave import LibvirtsaveKit
 from support.kits.lime import LimeKit
+from support.kits.qevm import QevmKit
 from support.kits.ram import RamKit
 from support.kits.vmem import VmemKit
 
@@ -22,3 +24,11 @@ class TestLime(LimeKit):
 
 class TestVmem(VmemKit):
     """VMware."""
+
+
+class TestQevm(QevmKit):
+    """QEMU's migration streams."""
+
+
+class TestLibvirtsave(LibvirtsaveKit):
+    """libvirt's saved machines."""

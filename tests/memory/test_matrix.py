@@ -37,6 +37,11 @@ def make(name: str, folder: Path) -> Path:
     return path
 
 
+def expected(source: str) -> bytes:
+    """Returns the bytes at all addresses. Machines of QEMU's formats have no gap there: it follows from their size."""
+    return images.ram() if source in images.MAKERS else images.physical(images.ram())
+
+
 @pytest.mark.parametrize("source", FORMATS)
 def test_memory_converts_to_every_other_format(reflink_dir: Path, source: str) -> None:
     path = make(source, reflink_dir)
@@ -52,8 +57,8 @@ def test_memory_converts_to_every_other_format(reflink_dir: Path, source: str) -
             assert result.totals.copied <= max(COPIED.get(target, 0), COPIED.get(source, 0)), target
         if strict:
             assert vmconv.prove(str(path), str(made))
-        assert read(made) == images.physical(images.ram())
-        if installed().format(target).keeps_holes and source != "ram":
+        assert read(made) == expected(source)
+        if installed().format(target).keeps_holes and source not in ("ram", *images.MAKERS):
             assert holes(made) == [(images.LOW, images.GAP)]
         assert "holes" not in " ".join(result.losses) or not installed().format(target).keeps_holes
         for part in folder.iterdir():
@@ -87,10 +92,10 @@ def test_a_mount_shows_memory_in_every_format_of_memory_and_in_no_other(
     with mounted(xfs_dir, point):
         assert sorted(os.listdir(point / path.name)) == TARGETS
         shown = point / path.name / "ram" / f"{path.stem}.ram"
-        assert shown.read_bytes() == images.physical(images.ram())
+        assert shown.read_bytes() == expected(source)
         made = tmp_path / "again"
         made.mkdir()
         for target in TARGETS:
             for part in (point / path.name / target).iterdir():
                 (made / part.name).write_bytes(part.read_bytes())
-            assert read(made / f"{path.stem}{suffix(target)}") == images.physical(images.ram())
+            assert read(made / f"{path.stem}{suffix(target)}") == expected(source)

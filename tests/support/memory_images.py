@@ -161,5 +161,91 @@ def sparse(path: Path, content: bytes) -> Path:
 MAKERS: dict[str, Callable[[Path, bytes], Path]] = {}
 """Makers of the formats that vmconv only reads: called with a folder and the RAM of that machine."""
 
-DECODED: frozenset[str] = frozenset()
-"""Those of them with compressed or unaligned payload, which is copied."""
+DECODED = frozenset({"libvirtsave"})
+"""Those of them whose payload lies at any offset, and is copied."""
+
+
+# -- QEMU and libvirt
+
+
+def _text(name: str) -> bytes:
+    return bytes([len(name)]) + name.encode()
+
+
+def _configuration(machine: str, capabilities: Sequence[str] = ()) -> bytes:
+    found = b"QEVM" + struct.pack(">IBI", 3, 7, len(machine)) + machine.encode()
+    if capabilities:
+        found += b"\5" + _text("configuration/capabilities") + struct.pack(">II", 1, len(capabilities))
+        found += b"".join(map(_text, capabilities))
+    return found
+
+
+def _ram_start(total: int) -> bytes:
+    return b"\1" + struct.pack(">I", 2) + _text("ram") + struct.pack(">IIQ", 0, 4, total | 4)
+
+
+def migration(memory: bytes, machine: str = "pc-i440fx-7.2", block: str = "pc.ram", again: Sequence[int] = ()) -> bytes:
+    """Returns a stream with all pages of one block, and a ROM; pages `again` are sent with other bytes before."""
+    rom = bytes(2 * PAGE)
+    out = _configuration(machine) + _ram_start(len(memory) + len(rom))
+    out += _text(block) + struct.pack(">Q", len(memory)) + _text("pc.rom") + struct.pack(">Q", len(rom))
+    out += struct.pack(">QBI", 0x10, 0x7E, 2)
+    pages = [(at, b"\xee" * PAGE) for at in again]
+    pages += [(at, memory[at : at + PAGE]) for at in range(0, len(memory), PAGE)]
+    out += b"\2" + struct.pack(">I", 2)
+    for number, (at, page) in enumerate(pages):
+        flags = (8 if any(page) else 2) | (0x20 if number else 0)
+        out += struct.pack(">Q", at | flags) + (b"" if number else _text(block))
+        out += page if any(page) else b"\0"
+    out += struct.pack(">QBI", 0x10, 0x7E, 2) + b"\3" + struct.pack(">I", 2)
+    out += struct.pack(">Q", 0 | 2) + _text("pc.rom") + b"\0" + struct.pack(">Q", PAGE | 2 | 0x20) + b"\0"
+    out += struct.pack(">QBI", 0x10, 0x7E, 2)
+    # The state of a device, which nobody has to understand.
+    return out + b"\4" + struct.pack(">I", 3) + _text("timer") + struct.pack(">II", 0, 2) + bytes(24) + b"\0"
+
+
+def mapped_ram(
+    path: Path, memory: bytes, machine: str = "pc-i440fx-9.0", front: bytes = b"", block: str = "pc.ram"
+) -> Path:
+    """Writes a stream with mapped RAM, as QEMU's documentation describes it; holes for pages of zeros."""
+    rom = random.Random(9).randbytes(2 * PAGE)
+    head = front + _configuration(machine, ("mapped-ram",)) + _ram_start(len(memory) + len(rom))
+    with path.open("wb") as file:
+        file.write(head)
+        for name, data in ((block, memory), ("pc.rom", rom)):
+            file.write(_text(name) + struct.pack(">Q", len(data)))
+            count = len(data) // PAGE
+            bitmap = file.tell() + 28
+            size = -(-count // 64) * 8
+            pages = -(-(bitmap + size) // (1 << 20)) * (1 << 20)
+            file.write(struct.pack(">IQQQ", 1, PAGE, bitmap, pages))
+            bits = bytearray(size)
+            for number in range(count):
+                page = data[number * PAGE : (number + 1) * PAGE]
+                if any(page):
+                    bits[number // 8] |= 1 << number % 8
+                    file.seek(pages + number * PAGE)
+                    file.write(page)
+            file.seek(bitmap)
+            file.write(bits)
+            file.seek(pages + len(data))
+        file.write(struct.pack(">QBI", 0x10, 0x7E, 2) + b"\3" + struct.pack(">IQBI", 2, 0x10, 0x7E, 2) + b"\0")
+    return path
+
+
+def libvirt_header(compression: int = 0, version: int = 2) -> bytes:
+    xml = b"<domain type='qemu'><name>web</name></domain>\0".ljust(1000, b"\0")
+    return b"LibvirtQemudSave" + struct.pack("<5I", version, len(xml), 1, compression, 0) + bytes(56) + xml
+
+
+def _make_qevm(folder: Path, memory: bytes) -> Path:
+    return mapped_ram(folder / "made.mig", memory)
+
+
+def _make_libvirt(folder: Path, memory: bytes) -> Path:
+    path = folder / "made.save"
+    path.write_bytes(libvirt_header() + migration(memory))
+    return path
+
+
+MAKERS |= {"qevm": _make_qevm, "libvirtsave": _make_libvirt}

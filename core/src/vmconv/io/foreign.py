@@ -141,8 +141,8 @@ FOREIGN = (
     Foreign("VMware swap", (".vswp",), (), _MEMORY),
     Foreign("Hyper-V state", (".vmrs", ".vsv"), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
     Foreign("VirtualBox state", (".sav",), ((0, b"\x7fVirtualBox SavedState"),), _MEMORY),
-    Foreign("QEMU migration", (".mig", ".qemusave"), ((0, b"QEVM"),), _MEMORY),
-    Foreign("libvirt saved machine", (".save",), ((0, b"LibvirtQemudSave"), (0, b"LibvirtQemudPart")), _MEMORY),
+    Foreign("QEMU migration of another version", (), ((0, b"QEVM"),), _MEMORY),
+    Foreign("libvirt saved machine, not complete", (), ((0, b"LibvirtQemudPart"),), _MEMORY),
     Foreign("ELF file", (), ((0, b"\x7fELF"),), _MEMORY),
     Foreign("download that is not complete", (".part", ".partial", ".crdownload", ".aria2"), (), _TEXT),
 )

@@ -165,6 +165,8 @@ KNOWN = (
         ((0, b"\xd0\xbe\xd2\xbe"), (0, b"\xd1\xba\xd1\xba"), (0, b"\xd2\xbe\xd2\xbe"), (0, b"\xd3\xbe\xd3\xbe")),
         kind="memory",
     ),
+    Known("qevm", "QEMU migration stream", _MEMORY, (".mig", ".qemusave"), ((0, b"QEVM\0\0\0\3"),), kind="memory"),
+    Known("libvirtsave", "libvirt saved machine", _MEMORY, (".save",), ((0, b"LibvirtQemudSave"),), kind="memory"),
 )
 
 _BY_NAME = {name: known for known in KNOWN for name in (known.name, known.qemu_name) if name}

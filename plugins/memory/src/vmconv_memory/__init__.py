@@ -118,6 +118,39 @@ class Vmem(MemoryFormat):
 _VMSS_HEADER = 12
 
 
+class Qevm(MemoryFormat):
+    name = "qevm"
+    title = "QEMU migration stream, with mapped RAM too"
+    suffixes = (".mig", ".qemusave")
+    can_write = False
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 8 and file.read(0, 8) == b"QEVM\0\0\0\3"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_memory.qemu import read
+
+        return read(file, snapshot=snapshot)
+
+
+class LibvirtSave(MemoryFormat):
+    name = "libvirtsave"
+    title = "libvirt saved machine"
+    suffixes = (".save",)
+    can_write = False
+
+    def probe(self, file: File) -> bool:
+        return file.size >= _SAVED and file.read(0, 16) == b"LibvirtQemudSave"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_memory.libvirt import read
+
+        return read(file, snapshot=snapshot)
+
+
+_SAVED = 92
+
+
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:
-    return [Ram(), ElfCore(), Lime(), Vmem()]
+    return [Ram(), ElfCore(), Lime(), Vmem(), Qevm(), LibvirtSave()]
