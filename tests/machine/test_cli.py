@@ -81,3 +81,52 @@ def test_a_configuration_given_as_a_disk_names_the_other_command(
     (tmp_path / name).write_text("something")
     assert main(["convert", str(tmp_path / name), str(tmp_path / "web.qcow2")]) == 1
     assert "vmconv machine convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["info", "plan", "convert", "check"])
+@pytest.mark.parametrize(
+    ("problem", "hint"),
+    [
+        (ModuleNotFoundError("No module named 'yaml'"), "pip install vmconv-toy installs what it needs"),
+        (KeyError("x"), "this is a defect of vmconv-toy"),
+    ],
+    ids=["missing", "defect"],
+)
+def test_a_broken_machine_plugin_is_named_in_one_line(
+    problem: Exception,
+    hint: str,
+    verb: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def failing(*_: object) -> str:
+        raise problem
+
+    config = machine(tmp_path)
+    # The toy format's reader calls it.
+    monkeypatch.setattr("vmconv.machine.config_text", failing)
+    target = [str(tmp_path / "new.toy")] if verb in ("plan", "convert") else []
+    assert main(["machine", verb, str(config), *target]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"vmconv: vmconv-toy: failed with {type(problem).__name__}: {problem}"
+    assert second.strip().removeprefix("hint: ").startswith(hint)
+
+
+@pytest.mark.parametrize(
+    "command", [["machine", "info"], ["machine", "check"], ["info"], ["check"], ["machine", "plan"]], ids="-".join
+)
+def test_an_error_is_no_json_document_where_the_answer_is_one(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = [str(tmp_path / "new.toy")] if "plan" in command else []
+    assert main([*command, "--output", "json", str(tmp_path / "none.toy"), *target]) in (1, 2)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "none.toy" in captured.err
+
+
+def test_an_error_is_an_event_where_events_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toy").write_text("{}")
+    assert main(["machine", "convert", "--output", "json", str(tmp_path / "a.toy"), str(tmp_path / "b.toy")]) == 1
+    event = json.loads(capsys.readouterr().out)
+    assert event["event"] == "error" and "a.toy" in event["message"]

@@ -22,7 +22,9 @@ def plugin_faults() -> Iterator[None]:
         if exc.format_name is None:
             raise
         name = exc.format_name
-        owner = _registry().owners.get(("format", name), name)
+        owner = next(
+            (one.owners[kind, name] for one in _registries() for kind in _KINDS if (kind, name) in one.owners), name
+        )
         raise PluginError(f"{owner}: format {name!r}: {exc}", hint=_hint(owner)) from exc
     except (VmconvError, OSError):
         raise
@@ -32,16 +34,23 @@ def plugin_faults() -> Iterator[None]:
         if found is None:
             raise
         said = " ".join(str(exc).split())
+        missing = isinstance(exc, ModuleNotFoundError)
         raise PluginError(
             f"{found}: failed with {type(exc).__name__}{': ' if said else ''}{said}",
-            hint=_hint(found),
+            hint=f"pip install {found} installs what it needs" if missing else _hint(found),
         ) from exc
 
 
-def _registry() -> Registry:
-    from vmconv.io.registry import installed
+_KINDS = ("format", "machine")
 
-    return installed()
+
+def _registries() -> Iterator[Registry]:
+    """Yields what is loaded: the plugins of disks, and those of machines if the command is about machines."""
+    from vmconv.io.registry import installed, installed_machines
+
+    yield installed()
+    if installed_machines.cache_info().currsize:
+        yield installed_machines()
 
 
 def _hint(owner: str) -> str:
@@ -50,17 +59,19 @@ def _hint(owner: str) -> str:
 
 def _owner(exc: BaseException) -> str | None:
     """Returns the distribution of the innermost plugin code in the traceback; None if there is none."""
-    registry = _registry()
-    owners = {_top(plugin.module): plugin.distribution for plugin in registry.plugins}
+    registries = list(_registries())
+    owners = {_top(plugin.module): plugin.distribution for one in registries for plugin in one.plugins}
     owners.pop("vmconv", None)
     found = None
     for name in _modules(exc.__traceback__):
         found = owners.get(_top(name), found)
     if found is None and isinstance(exc, TypeError):
         # A method with other parameters fails before any frame of its own exists.
-        for name, one in registry.all_formats.items():
-            if str(exc).startswith(f"{type(one).__qualname__}."):
-                return registry.owners.get(("format", name))
+        for registry in registries:
+            for kind, formats in (("format", registry.all_formats), ("machine", registry.machines)):
+                for name, one in formats.items():
+                    if str(exc).startswith(f"{type(one).__qualname__}."):
+                        return registry.owners.get((kind, name))
     return found
 
 
