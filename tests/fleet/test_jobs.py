@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ import pytest
 
 from fleet.in_memory import Node, nodes
 from support import domains
+from support.crash import KILLED, in_child, killed_at
 from support.disks import MIB, QemuImg, make_disk
 from vmconv.api import compare, machine_info
+from vmconv.backends import naming
+from vmconv.backends.targets import open_directory
+from vmconv.backends.temporary import Temporary
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.jobs import run
@@ -400,6 +406,29 @@ def test_a_file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own(tmp_p
     assert journal.made() is None
 
 
+def test_a_job_that_was_killed_while_its_files_were_named_is_completed(tmp_path: Path) -> None:
+    """At each call that changes storage: the journal says that the job made its target, and all files are there."""
+    names, outcomes = ["web-disk1.qcow2", "web_VARS.fd", "web.xml"], []
+
+    def name_them(journal: JobJournal, directory: Path) -> None:
+        with open_directory(str(directory)) as place:
+            files = [Temporary(place, name) for name in names]
+            journal.write(str(directory / names[-1]), [file.descriptor for file in files])
+            naming.commit(place, files, replace=False, durable=True)
+
+    for number in itertools.count():
+        directory, journal = tmp_path / str(number), JobJournal(str(tmp_path / f"journal-{number}"))
+        directory.mkdir()
+        code = in_child(partial(name_them, journal, directory), killed_at(number))
+        target = journal.made()
+        there = sorted(path.name for path in directory.iterdir() if not path.name.startswith(".vmconv-"))
+        assert (target, there) in ((None, []), (str(directory / "web.xml"), sorted(names))), number
+        outcomes.append(target is not None)
+        if code != KILLED:
+            break
+    assert code == 0 and outcomes == sorted(outcomes) and outcomes.count(True) > 3
+
+
 def test_a_job_that_takes_its_node_with_it_is_given_up(node: Node) -> None:
     node.write(Change("job", "j1", job(state="running", attempts=MAX_ATTEMPTS, started_ms=1)))
     with runner(node):
@@ -489,6 +518,15 @@ def test_a_machine_goes_where_and_how_the_request_says(node: Node, shop: Path, t
     assert files(tmp_path / "more") == ["clone", "clone/shop-disk1.qcow2", "clone/shop.xml"]
     assert machine_info(tmp_path / "more/clone/shop.xml").nics[0].mac is None
     assert (tmp_path / "more/clone/shop-disk1.qcow2").read_bytes()[20:24] == (20).to_bytes(4, "big")
+
+
+def test_a_field_that_must_be_kept_fails_the_job(node: Node, shop: Path) -> None:
+    before = files(shop)
+    node.write(Change("job", "j1", machine_job(keep=["watchdog"], uuid="text")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["state"] == "failed" and "watchdog i6300esb would be lost" in body["error"]
+    assert files(shop) == before
 
 
 def test_a_machine_shares_its_blocks_where_storage_can(node: Node, xfs_dir: Path) -> None:

@@ -5,7 +5,7 @@ Requests, records and the API's bodies inherit these fields; the worker gets the
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -58,13 +58,16 @@ class ConversionSpec(BulkSpec):
 class MachineSpec(BaseModel):
     """The fields that only conversions of machines have; their `format` and `options` are those of a machine format.
 
-    `disk_format` and `disk_options` are those of the new disks. `strict` refuses any loss, `new_identity` gives the
-    machine a new UUID and new MAC addresses.
+    `disk_format` and `disk_options` are those of the new disks. `strict` refuses any loss, `keep` that of some fields.
+    `uuid` chooses between the UUID that the guest sees and that in the configuration; `new_identity` gives the machine
+    new UUID and MAC addresses.
     """
 
     disk_format: FormatName | None = None
     disk_options: Annotated[dict[Option, Option], Field(max_length=64)] = {}
     strict: bool = False
+    keep: Annotated[list[Option], Field(max_length=64)] = []
+    uuid: Literal["guest", "text"] = "guest"
     new_identity: bool = False
 
 

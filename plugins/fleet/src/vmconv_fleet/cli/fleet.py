@@ -143,6 +143,17 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             "--strict", action="store_const", const=True, help="with -O: fail rather than lose a setting"
         ),
         parser.add_argument(
+            "--keep",
+            action="append",
+            metavar="FIELD",
+            help="with -O: fail rather than lose this field, such as tpm or nics.mac; may be repeated",
+        ),
+        parser.add_argument(
+            "--uuid",
+            choices=("guest", "text"),
+            help="with -O: the UUID that the guest reads, or the one that the configuration shows (default: guest)",
+        ),
+        parser.add_argument(
             "--new-identity",
             action="store_const",
             const=True,

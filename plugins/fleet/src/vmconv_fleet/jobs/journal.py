@@ -13,7 +13,8 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 
-from vmconv.api import generation
+from vmconv.api import generation, recover
+from vmconv.plugin import VmconvError
 
 
 class JobJournal:
@@ -58,12 +59,17 @@ class JobJournal:
         self.is_written = True
 
     def made(self) -> str | None:
-        """Returns the path of the target if the job made it; None otherwise."""
+        """Returns the path of the target if the job made it; None otherwise.
+
+        Completes a job that was killed after the commit, while its files were named.
+        """
         try:
             with open(self.path, encoding="utf-8") as file:
                 said = json.load(file)
+            if not os.path.lexists(said["target"]):
+                recover(said["target"])
             target = os.open(said["target"], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, VmconvError):
             return None
         try:
             return said["target"] if _identity(target) in said["files"] else None

@@ -21,7 +21,7 @@ class MachineConversion(Conversion):
         directory, name = self._place(source, stem, f".{self._task.format}", self._task.format)
         path = os.path.join(directory, name)
         if os.path.islink(path) or _has_files(path):
-            # A link is not followed. Directories without files are what a killed worker leaves.
+            # A link is not followed. A killed worker leaves directories, and unnamed files that the conversion removes.
             raise PlanError(f"{name}: already exists", hint="name another target")
         return f"{path}/"
 
@@ -33,6 +33,8 @@ class MachineConversion(Conversion):
             "disk_format": task.disk_format,
             "disk_options": task.disk_options,
             "strict": task.strict,
+            "keep": task.keep,
+            "uuid": task.uuid,
             "new_identity": task.new_identity,
             "zero_copy": task.zero_copy,
             "allow_external": self._roots,
@@ -78,6 +80,12 @@ def _losses(plan: MachinePlan) -> Iterator[str]:
         yield from disk.losses
 
 
+_UNNAMED = ".vmconv-"
+"""The beginning of names of files that a conversion has not named yet, and of the journal that names them."""
+
+
 def _has_files(path: str) -> bool:
-    """Returns whether a path is a file, or a directory with a file in or below it."""
-    return os.path.lexists(path) and (not os.path.isdir(path) or any(files for _, _, files in os.walk(path)))
+    """Returns whether a path is a file, or a directory with a file in or below it that has its name."""
+    if not os.path.isdir(path):
+        return os.path.lexists(path)
+    return any(not name.startswith(_UNNAMED) for _, _, files in os.walk(path) for name in files)

@@ -166,6 +166,8 @@ class Run:
             disk_format=job.disk_format,
             disk_options=job.disk_options,
             strict=job.strict,
+            keep=job.keep,
+            uuid=job.uuid,
             new_identity=job.new_identity,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Task(NamedTuple):
@@ -30,4 +30,6 @@ class Task(NamedTuple):
     disk_format: str | None
     disk_options: dict[str, str]
     strict: bool
+    keep: list[str]
+    uuid: Literal["guest", "text"]
     new_identity: bool
