@@ -72,6 +72,12 @@ def _backups() -> list[bytes]:
     return [plain, gzip.compress(plain, mtime=0)]
 
 
+def _exports() -> list[bytes]:
+    from support.xva_archives import export
+
+    return [export({"Ref:12": b"x" * 3000}), export({"Ref:12": b"x" * 3000}, HVM_boot_policy="")]
+
+
 class VmaTarget(Target):
     """Backups of Proxmox whose checksums are right, whatever their fields are."""
 
@@ -107,8 +113,8 @@ class MachineTarget(Target):
         from vmconv.machine import Machine, Memory
 
         small = Machine(name="x", memory=Memory(size=64 * _MIB))
-        if self._format.name == "vma":
-            return _backups()
+        if self._format.name in ("vma", "xva"):
+            return _backups() if self._format.name == "vma" else _exports()
         if not self._format.can_write or not self._reads_own():
             return [b"\0" * 64, b"<?xml version='1.0'?><x/>"]
         return [written(self._format, machine) for machine in (sample(), small)]

@@ -76,7 +76,7 @@ FOREIGN = (
     Foreign("7z archive", (".7z",), ((0, b"7z\xbc\xaf\x27\x1c"),), _UNPACK.format("7z x")),
     Foreign("RAR archive", (".rar",), ((0, b"Rar!\x1a\x07"),), _UNPACK.format("unrar x")),
     Foreign("cabinet", (".cab",), ((0, b"MSCF\0\0\0\0"),), _UNPACK.format("cabextract")),
-    Foreign("tar archive", (".tar", ".xva"), ((257, b"ustar"),), _UNPACK.format("tar -xf")),
+    Foreign("tar archive", (".tar",), ((257, b"ustar"),), _UNPACK.format("tar -xf")),
     Foreign("Vagrant box", (".box",), (), _UNPACK.format("tar -xf")),
     Foreign(
         "cpio archive",
@@ -97,6 +97,7 @@ FOREIGN = (
     Foreign("AFF", (".aff", ".afd", ".afm"), ((0, b"AFF10\r\n\0"),), _RESTORE.format("affconvert -r")),
     Foreign("AccessData AD1", (".ad1",), ((0, b"ADSEGMENTEDFILE"),), _RESTORE.format("FTK Imager exports it")),
     # -- backups
+    Foreign("XenServer export (XVA)", (".xva",), (), _MACHINE),
     Foreign("Proxmox backup (VMA)", (".vma",), ((0, b"VMA\0"),), _MACHINE),
     Foreign(
         "Windows image (WIM)",
@@ -164,8 +165,9 @@ def foreign_suffix(suffix: str) -> Foreign | None:
 
 def hint_for(kind: Foreign, path: str) -> str:
     """Returns how to get at a disk in a file of this kind; compressed backups of machines need not be decompressed."""
-    inner = foreign_suffix(os.path.splitext(os.path.splitext(path)[0])[1].lower())
-    return inner.hint if inner and inner.hint == _MACHINE else kind.hint
+    inside, suffix = os.path.splitext(path.lower())
+    said = foreign_suffix(suffix), foreign_suffix(os.path.splitext(inside)[1])
+    return _MACHINE if any(each and each.hint == _MACHINE for each in said) else kind.hint
 
 
 def suffix_of(path: str) -> str | None:

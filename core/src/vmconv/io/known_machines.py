@@ -10,6 +10,7 @@ DISTRIBUTIONS = {
     "vbox": "vmconv-vbox",
     "vma": "vmconv-vma",
     "vmx": "vmconv-vmx",
+    "xva": "vmconv-xva",
 }
 SUFFIXES = {
     ".conf": "proxmox",
@@ -24,6 +25,10 @@ SUFFIXES = {
     ".vmcx": "hyperv",
     ".vmx": "vmx",
     ".xml": "libvirt",
+    ".xva": "xva",
+    ".xva.gz": "xva",
+    ".xva.xz": "xva",
+    ".xva.zst": "xva",
     ".yaml": "kubevirt",
 }
 """Format names by the suffixes of configurations."""
