@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vmconv.machine.decoding import NewFile
     from vmconv.machine.model import Machine
     from vmconv.model.extents import Extents
+    from vmconv.model.image import Image
     from vmconv.model.plan import Progress
     from vmconv.model.sources import File
 
@@ -43,19 +44,23 @@ class ConfigFile(NamedTuple):
     content: bytes
 
 
-class Member(NamedTuple):
-    """A file in a package: `table` maps its bytes to the package's file, or to `Blob`s of a new package."""
-
-    name: str
-    table: Extents
-
-
 class Digest(NamedTuple):
     """The digest of a file in a package: `algorithm` by hashlib's name, `value` in lower-case hexadecimal."""
 
     file: str
     algorithm: str
     value: str
+
+
+class Member(NamedTuple):
+    """A file in a package: `table` maps its bytes to the package's file, or to the sources of a new package.
+
+    `digest` is that of a file which stays as it was in the source's package, and whose manifest states it.
+    """
+
+    name: str
+    table: Extents
+    digest: Digest | None = None
 
 
 class Manifest(NamedTuple):
@@ -189,6 +194,10 @@ class MachineFormat:
         Each of `members` begins at a multiple of `modulus` bytes, so that its payload can be shared.
         """
         raise NotImplementedError(f"{self.name} is no package")
+
+    def keeps(self, image: Image, options: Any) -> bool:
+        """True if the image may go into a new package with all its bytes as they are, its ids too."""
+        return False
 
     def digested(self, members: Sequence[Member], options: Any) -> int:
         """Returns the bytes of `members` that `pack` makes the conversion read, such as for digests of them."""

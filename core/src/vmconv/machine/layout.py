@@ -22,6 +22,7 @@ from vmconv.model.sources import Blob
 if TYPE_CHECKING:
     from vmconv.interface.backend import Proposal
     from vmconv.interface.format import Format
+    from vmconv.interface.machines import Digest
     from vmconv.io.registry import Registry
     from vmconv.machine.firmware import Variables
     from vmconv.machine.request import MachineRequest
@@ -36,6 +37,9 @@ class NewDisk(NamedTuple):
     number: int
     containers: tuple[Container, ...]
     plan: Plan
+    digest: Digest | None = None
+    is_kept: bool = False
+    """True if the image goes into a package with all its bytes; `digest` is the one that its old package states."""
 
     @property
     def container(self) -> Container:
@@ -64,14 +68,17 @@ def lay_out_machine(
     request: MachineRequest,
     way: Proposal,
     registry: Registry,
+    kept: Mapping[int, Member],
 ) -> NewMachine:
     """Returns the new machine with all its files.
 
     `images` has one entry for each disk of the machine, None for a physical device. `firmware` are its
-    variables and the state of its TPM.
+    variables and the state of its TPM, `kept` the disks that may stay as they are, by their numbers.
     """
     disks = tuple(
-        _disk(number, image, target, request, way, registry) for number, image in enumerate(images) if image is not None
+        _disk(number, image, target, request, way, registry, kept.get(number))
+        for number, image in enumerate(images)
+        if image is not None
     )
     machine = with_files(target.adapted.machine, disks, firmware, target)
     configs = named(target.format.write(machine, target.options), machine, firmware, target)
@@ -95,7 +102,13 @@ def plan_of_configs(configs: Sequence[ConfigFile], target: Target, way: Proposal
 
 
 def _disk(
-    number: int, image: Image, target: Target, request: MachineRequest, way: Proposal, registry: Registry
+    number: int,
+    image: Image,
+    target: Target,
+    request: MachineRequest,
+    way: Proposal,
+    registry: Registry,
+    kept: Member | None,
 ) -> NewDisk:
     wanted = disk_format(target, request, registry)
     usual = target.format.disk_options(target.options) if wanted.name == target.format.disk_format else {}
@@ -106,6 +119,8 @@ def _disk(
     place = DiskTarget.of(wanted, options, target.directory, target.disk_name(number, suffix_of(wanted)))
     parts = _parts(image, place, request, target, registry)
     kind = adapter(target.adapted.machine, number, wanted)
+    if kept is not None and image.format_name == wanted.name and kind in (None, image.facts.adapter_type):
+        return _kept(number, image, kept, place, way)
     stating = [part._replace(image=part.image.stating(adapter_type=kind)) for part in parts]
     containers = lay_out(stating, place, way.survey.unit, registry, None)
     plans = []
@@ -116,6 +131,15 @@ def _disk(
         losses = tuple(f"{made.name}: {loss}" for loss in made.losses())
         plans.append(plan_layout(made.layout, made.name, target.directory, way.backend.name, way.survey, losses))
     return NewDisk(number, tuple(containers), merge_plans(plans))
+
+
+def _kept(number: int, image: Image, kept: Member, place: DiskTarget, way: Proposal) -> NewDisk:
+    """Returns a disk of which all bytes stay, in a package of its own."""
+    identity = None if image.facts.identity is None else image.facts.identity.bytes
+    layout = Layout((OutFile(kept.table),))
+    made = Container(image, image, place.format, place.name, None, layout, identity)
+    plan = plan_layout(layout, made.name, place.directory, way.backend.name, way.survey)
+    return NewDisk(number, (made,), plan, kept.digest, is_kept=True)
 
 
 def _parts(image: Image, place: DiskTarget, request: MachineRequest, target: Target, registry: Registry) -> list[Part]:
@@ -171,7 +195,7 @@ def suffix_of(wanted: Format) -> str:
 
 
 def _member(disk: NewDisk) -> Member:
-    return Member(disk.container.name, disk.container.layout.files[-1].table)
+    return Member(disk.container.name, disk.container.layout.files[-1].table, disk.digest)
 
 
 def with_files(machine: Machine, disks: Sequence[NewDisk], firmware: Variables, target: Target) -> Machine:

@@ -45,14 +45,14 @@ class Members(Opener):
             image.format_name,
             file,
             image.size,
-            lambda: self._in_package(image.flat),
+            lambda: self.in_package(image.flat),
             facts=image.facts,
             losses=image.losses,
             warnings=image.warnings,
             details=lambda: image.details,
         )
 
-    def _in_package(self, table: Extents) -> Extents:
+    def in_package(self, table: Extents) -> Extents:
         """Returns a table with each window onto a member as one onto the package's file."""
         for name, file in self._files.items():
             table = table.through(file, self._tables[name])

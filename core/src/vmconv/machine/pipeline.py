@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +15,7 @@ from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_
 from vmconv.conversion.verify import verify_mode
 from vmconv.errors import UsageError
 from vmconv.interface.backend import Access
+from vmconv.interface.machines import Member
 from vmconv.io.registry import installed
 from vmconv.machine import losses
 from vmconv.machine.decoding import decoded, decoded_plan, undecoded_notes
@@ -120,13 +121,27 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     """Returns the planned conversion, with the storage of an existing `directory`."""
     registry = installed()
     images = source.images()
+    kept = _kept(source, target, images, request)
     payload = [file for image in images if image is not None for file in _payload(image, chain=request.chain)]
+    payload += [each for member in kept.values() for each in member.table.sources if isinstance(each, File)]
     way = choose_backend(registry, request.backend, directory, payload)
     firmware = variables(source, target)
-    made = lay_out_machine(target, images, firmware, request, way, registry)
+    made = lay_out_machine(target, images, firmware, request, way, registry, kept)
     found = machine_plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Prepared(source, target, made, found, way)
+
+
+def _kept(source: Source, target: Target, images: Sequence[Image | None], request: MachineRequest) -> dict[int, Member]:
+    """Returns the disks that may go into a new package with all their bytes, by their numbers."""
+    if not target.format.is_package or request.disk_options:
+        return {}
+    digests = {each.file: each for each in source.manifest.digests} if source.manifest else {}
+    return {
+        number: Member(disk.file or "", source.bytes_of(image), digests.get(disk.file or ""))
+        for number, (disk, image) in enumerate(zip(source.machine.disks, images, strict=True))
+        if image is not None and target.format.keeps(image, target.options)
+    }
 
 
 def _payload(image: Image, *, chain: bool) -> list[File]:

@@ -20,6 +20,7 @@ from vmconv.machine.secrets import without_secrets
 if TYPE_CHECKING:
     from vmconv.interface.machines import MachineFormat, Manifest
     from vmconv.machine.request import Loss, MachineRequest
+    from vmconv.model.extents import Extents
     from vmconv.model.image import Image
     from vmconv.model.sources import File
 
@@ -39,6 +40,13 @@ class Source(NamedTuple):
     secrets: tuple[Loss, ...] = ()
     compression: str | None = None
     """How a package is compressed, whose members were not decoded yet."""
+
+    def bytes_of(self, image: Image) -> Extents:
+        """Returns the table of the file of an image: the file's own bytes, in the package if it is in one."""
+        from vmconv.model.extents import Extents
+
+        table = Extents.whole(image.file)
+        return self.disks.in_package(table) if isinstance(self.disks, Members) else table
 
     def image(self, disk: Disk) -> Image | None:
         """Returns the image of a disk; None for a physical device, which is only named."""

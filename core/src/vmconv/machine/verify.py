@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmconv.conversion.verify import verify as verify_disks
 from vmconv.errors import VerifyError, VmconvError
+from vmconv.inspect.comparison import first_difference
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
 from vmconv.machine.paths import restricted, stated
@@ -17,10 +18,13 @@ from vmconv.model.sources import File
 if TYPE_CHECKING:
     from vmconv.interface.arguments import Verify
     from vmconv.interface.machines import ConfigFile
-    from vmconv.machine.layout import NewMachine
+    from vmconv.machine.layout import NewDisk, NewMachine
     from vmconv.machine.model import Machine
     from vmconv.machine.target import Target
+    from vmconv.model.extents import Extents
     from vmconv.model.plan import Progress
+
+_CHUNK = 4 << 20
 
 
 def verify(
@@ -33,9 +37,10 @@ def verify(
     if made.package is None:
         disks, small = files[: len(files) - len(made.configs)], files[len(files) - len(made.configs) :]
     else:
-        disks, small = _members(made, files[-1], target)
+        disks, small = _members(made, files[-1], target, mode)
     verify_configs(made, small, target, files[-1])
-    verify_disks([each for disk in made.disks for each in disk.containers], disks, registry, mode, progress)
+    containers = [each for disk in made.disks if not disk.is_kept for each in disk.containers]
+    verify_disks(containers, disks, registry, mode, progress)
 
 
 def verify_configs(made: NewMachine, small: Sequence[File], target: Target, config: File) -> None:
@@ -45,21 +50,43 @@ def verify_configs(made: NewMachine, small: Sequence[File], target: Target, conf
     _check_machine(made, config, target)
 
 
-def _members(made: NewMachine, package: File, target: Target) -> tuple[list[File], list[File]]:
-    """Returns the disks and the small files of a package, as its reader finds them in the finished file."""
-    found = {}
+def _members(made: NewMachine, package: File, target: Target, mode: Verify) -> tuple[list[File], list[File]]:
+    """Returns the new disks and the small files of a package, as its reader finds them in the finished file."""
+    found, tables = {}, {}
     for member in target.format.members(package):
+        tables[member.name] = member.table
         found[member.name] = PlannedFile(os.path.join(package.path, member.name), member.table)
     config = next(iter(found.values()), None)
     if config is None:
         raise VerifyError(f"{package.name}: has no members")
     try:
-        disks: list[File] = [found[disk.container.name] for disk in made.disks]
+        for disk in (disk for disk in made.disks if disk.is_kept):
+            _check_kept(disk, tables[disk.container.name], package, made, mode)
+        disks: list[File] = [found[disk.container.name] for disk in made.disks if not disk.is_kept]
         small: list[File] = [found[each.name] for each in made.configs[:-1]]
     except KeyError as exc:
         raise VerifyError(f"{package.name}: has no member {exc}") from exc
     # The configuration comes first in a package, and its reader finds it there.
     return disks, [*small, config]
+
+
+def _check_kept(disk: NewDisk, found: Extents, package: File, made: NewMachine, mode: Verify) -> None:
+    """Raises `VerifyError` unless a member of the finished package has all bytes of the source's image."""
+    name, wanted = disk.container.name, disk.container.layout.files[-1].table
+    if made.package is None or found.size != wanted.size:
+        raise VerifyError(f"{name}: the result has {found.size} bytes, the source {wanted.size}")
+    where = first_difference(found.through(package, made.package), wanted)
+    if where is None and mode != "metadata":
+        where = next(
+            (at for at in range(0, found.size, _CHUNK) if _chunk(found, at) != _chunk(wanted, at)),
+            None,
+        )
+    if where is not None:
+        raise VerifyError(f"{name}: the result differs from the source at {where:#x} of the file")
+
+
+def _chunk(table: Extents, at: int) -> bytes:
+    return table.read(at, min(_CHUNK, table.size - at))
 
 
 def _check_bytes(config: ConfigFile, file: File) -> None:

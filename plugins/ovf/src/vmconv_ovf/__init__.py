@@ -9,7 +9,7 @@ from vmconv.plugin import MachineFormat, hookimpl
 
 if TYPE_CHECKING:
     from vmconv.machine import Machine
-    from vmconv.plugin import Adapted, ConfigFile, Extents, File, Manifest, Member, Opener
+    from vmconv.plugin import Adapted, ConfigFile, Extents, File, Image, Manifest, Member, Opener
 
 _HEAD = 16384
 """Bytes in which the root element of a descriptor begins; comments may come before it."""
@@ -137,6 +137,11 @@ class Ova(Ovf):
         from vmconv_ovf.package import pack
 
         return pack(configs, members, modulus, options)
+
+    def keeps(self, image: Image, options: Any) -> bool:
+        from vmconv_ovf.package import keeps
+
+        return keeps(image, options)
 
     def digested(self, members: Sequence[Member], options: Any) -> int:
         from vmconv_ovf.package import digested

@@ -63,7 +63,7 @@ def inside(package: str, members: Sequence[Member], descriptor: str, content: by
         raise ImageError(f"{package}: a package has one manifest, this one has {names}")
     if not found:
         return None
-    name, table = found[0]
+    name, table = found[0].name, found[0].table
     if table.size > MAX_CONFIG:
         raise ImageError(f"{package}: {name} has {table.size} bytes, a manifest has at most {MAX_CONFIG}")
     certificates = [each.name for each in near if each.name.lower().endswith(".cert")]

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from vmconv.plugin import Blob, Columns, Extents, ImageError, PlanError
+from vmconv.plugin import Blob, Columns, Extents, ImageError, Kind, PlanError
 from vmconv_ovf.names import decoded
 from vmconv_ovf.tar import BLOCK, Header, headers, members
 
 if TYPE_CHECKING:
     from vmconv.machine import Disk, Machine, Removable
-    from vmconv.plugin import ConfigFile, File, Manifest, Member
+    from vmconv.plugin import ConfigFile, File, Image, Manifest, Member
     from vmconv_ovf.options import PackageOptions
 
 Named = TypeVar("Named", "Disk", "Removable")
@@ -127,23 +127,27 @@ class _Part(NamedTuple):
     name: str
     table: Extents
     slack: int = 0
+    digest: str | None = None
+    """The SHA256 of the content, if it is known."""
 
 
 def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, options: PackageOptions) -> Extents:
     """Returns the table of a package: the last of `configs` first, as its descriptor, then other files and disks.
 
-    Disks begin at multiples of `modulus`, but for streamOptimized ones, which are rewritten in any case and whose
-    readers look for the end marker at the end of the file.
+    Disks begin at multiples of `modulus`, but for streamOptimized ones, whose readers look for the end marker at the
+    end of the file. The first of those begins where it can share the blocks of the package that it comes from.
     """
     *others, last = configs
     name, content = f"{posixpath.splitext(last.name)[0]}.ovf", last.content
     small = [_Part(each.name, Extents.whole(Blob(each.name, each.content))) for each in others]
-    large = [_Part(each.name, each.table) for each in disks]
+    large = [_Part(each.name, each.table, digest=_sha256(each)) for each in disks]
     _refuse_other_disks(large, options)
-    if large and options.disk_format == "sparse":
-        step = max(modulus, _ALIGNMENT)
+    step = max(modulus, _ALIGNMENT)
+    if large:
         before = BLOCK + sum(BLOCK + _padded(each.table.size) for each in small) + BLOCK
-        content += b"\n" * (-(before + len(content)) % step)
+        phase = 0 if options.disk_format == "sparse" else _phase(large[0].table, step)
+        content += b"\n" * ((phase - before - len(content)) % step)
+    if large and options.disk_format == "sparse":
         large = [*(each._replace(slack=-(each.table.size + BLOCK) % step) for each in large[:-1]), large[-1]]
     parts = [_Part(name, Extents.whole(Blob(name, content))), *small, *large]
     if options.manifest == "sha256":
@@ -153,10 +157,33 @@ def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int, o
 
 
 def digested(disks: Sequence[Member], options: PackageOptions) -> int:
-    """Returns the bytes of payload that are read for the manifest of a package."""
+    """Returns the bytes that are read for the manifest of a package, zeros aside."""
     if options.manifest == "none":
         return 0
-    return sum(int(each.table.length[each.table.in_files()].sum()) for each in disks)
+    read = (each.table for each in disks if _sha256(each) is None)
+    return sum(int(table.length[table.kind == Kind.DATA].sum()) for table in read)
+
+
+def keeps(image: Image, options: PackageOptions) -> bool:
+    """True for an image that is in one streamOptimized file, as a package for such disks has it."""
+    data = image.details.get("format-specific", {}).get("data", {})
+    one_file = "cluster-size" in image.details and image.parent_reference is None
+    stream = str(data.get("create-type")).lower() == "streamoptimized"
+    return image.format_name == "vmdk" and one_file and stream and options.disk_format == "streamOptimized"
+
+
+def _sha256(disk: Member) -> str | None:
+    return disk.digest.value if disk.digest is not None and disk.digest.algorithm == "sha256" else None
+
+
+def _phase(disk: Extents, step: int) -> int:
+    """Returns the place modulo `step` at which a disk that stays as it is can share the blocks of its old package.
+
+    The disks behind it do so too, if they followed it there: only a header is between them.
+    """
+    if not len(disk) or not disk.in_files()[0] or disk.start[0] or disk.offset[0] % BLOCK:
+        return 0
+    return int(disk.offset[0]) % step
 
 
 def _refuse_other_disks(disks: Sequence[_Part], options: PackageOptions) -> None:
@@ -235,6 +262,8 @@ def _line(name: str, digest: str) -> bytes:
 
 
 def _digest(part: _Part) -> str:
+    if part.digest is not None and not part.slack:
+        return part.digest
     found = hashlib.sha256()
     for chunk in _chunks(part.table):
         found.update(chunk)
