@@ -133,6 +133,10 @@ def test_data_is_looked_for_in_each_range_and_not_past_the_end() -> None:
     found = pinning._holds_data(carrier, start, length).tolist()
     assert found == [False, True, True, False, True, True, False, False, False, False, True]
     assert pinning._holds_data(carrier, start[9:10], length[9:10]).tolist() == [False]
+    full = carrier_of(40, (0, 40))
+    asked = [(36, 8), (40, 4), (44, 4), (0, 4), (60, 1), (39, 1)]
+    start, length = (np.array(column, dtype=np.int64) for column in zip(*asked, strict=True))
+    assert pinning._holds_data(full, start, length).tolist() == [True, False, False, True, False, True]
 
 
 @pytest.mark.parametrize(("held", "right"), [((14, 15), True), ((8, 10), True), ((12, 13), False), ((11, 12), False)])
