@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from backup_case import backups
 from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
@@ -291,4 +292,5 @@ CASES = (
     Case("streams", ("xfs", "ext4"), streams),
     Case("machines", ("xfs", "btrfs"), machines),
     Case("views", ("xfs", "ext4"), views),
+    Case("backups", ("xfs",), backups),
 )

@@ -15,6 +15,7 @@ import pytest
 import vmconv
 from support.disks import MIB, QemuImg, make_disk
 from support.kits.ewf import EwfKit, acquire, sections
+from support.mounting import mounted
 from support.requirements import oracle_program
 from vmconv.cli.main import main
 from vmconv.errors import AccessError, ImageError, UsageError
@@ -81,6 +82,19 @@ def test_ewfexport_has_the_same_disk(disk: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     vmconv.convert(image, disk.parent / "ours.raw")
     assert (disk.parent / "ours.raw").read_bytes() == (disk.parent / "theirs.raw").read_bytes()
+
+
+def test_a_mount_shows_it_in_every_format(
+    disk: Path, qemu_img: QemuImg, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first, *_ = segmented(disk)
+    (disk.parent / "other.raw").write_bytes(bytes(MIB))
+    point = tmp_path_factory.mktemp("point")
+    with mounted(first, point):
+        assert [path.name for path in point.iterdir()] == [first.name]
+        for name in ("vhdx", "qcow2", "raw", "vmdk"):
+            view = point / first.name / name / f"case.{name}"
+            qemu_img("compare", "-f", "raw", "-F", name, disk, view)
 
 
 def test_what_an_image_says_of_its_case_is_described(disk: Path) -> None:

@@ -9,7 +9,7 @@ from vmconv.plugin import Command, access, add_access
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="directory of images; nothing in it is changed")
+    parser.add_argument("directory", metavar="DIR", help="directory of images, or one image; nothing in it is changed")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory outside of DIR to show them in")
     parser.add_argument("--fork", action="store_true", help="go to the background once it is mounted")
     parser.add_argument(
@@ -28,9 +28,10 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv_view.fuse import mount
     from vmconv_view.tree import Tree
 
-    _refuse(options.directory, options.mountpoint, options.allow_external)
+    directory, only = _shown(options.directory)
+    _refuse(directory, options.mountpoint, options.allow_external)
     _allow_many_files()
-    tree = Tree(installed(), options.directory, **access(options))
+    tree = Tree(installed(), directory, only=only, **access(options))
     ready = background.fork() if options.fork else lambda: None
     try:
         # libfuse handles signals only if they have their default action; then it unmounts before it exits.
@@ -39,6 +40,13 @@ def _run(options: argparse.Namespace) -> int:
     finally:
         tree.close()
     return 0
+
+
+def _shown(path: str) -> tuple[str, str | None]:
+    """Returns the directory to show, and the name of the only image in it if the user named an image."""
+    if not os.path.isfile(path):
+        return path, None
+    return os.path.dirname(path) or ".", os.path.basename(path)
 
 
 def _refuse(directory: str, point: str, external: list[str]) -> None:
@@ -67,7 +75,8 @@ COMMAND = Command(
     "mount",
     "show the images of a directory in every format, as files",
     "Shows each image of DIR in every installed format as ordinary read-only files: MOUNTPOINT/IMAGE/FORMAT/FILE.\n"
-    "Nothing is converted: reads are served from the image. Runs until it is unmounted.",
+    "If DIR is an image, it is the only one. Nothing is converted: reads are served from the image. Runs until it is\n"
+    "unmounted.",
     _configure,
     _run,
     "end it with fusermount3 -u MOUNTPOINT, umount, ^C or SIGTERM\n\n"

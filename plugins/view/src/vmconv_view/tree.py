@@ -57,7 +57,10 @@ class Held(NamedTuple):
 
 
 class Tree:
-    """The directories and files of a mount of `directory`; paths are relative, "" is the root."""
+    """The directories and files of a mount of `directory`; paths are relative, "" is the root.
+
+    `only` is the name of the one image that is shown; by default all are.
+    """
 
     def __init__(
         self,
@@ -67,8 +70,10 @@ class Tree:
         allow_external: Iterable[str] = (),
         force_share: bool = False,
         backing_format: str | None = None,
+        only: str | None = None,
     ) -> None:
         self._registry = registry
+        self._only = only
         self._directory = os.path.realpath(directory)
         self._external = tuple(allow_external)
         self._trees = (self._directory, *(os.path.realpath(tree) for tree in self._external))
@@ -113,9 +118,12 @@ class Tree:
         rights.refuse_directory(self._directory)
         with rights.acting(), os.scandir(self._directory) as found:
             everything = list(found)
-        images = [one for one in everything if self._has_image_suffix(one.name)]
+        images = [one for one in everything if self._is_shown(one.name)]
         with rights.acting():
             return sorted(one.name for one in images if _is_file(one))
+
+    def _is_shown(self, name: str) -> bool:
+        return self._has_image_suffix(name) if self._only is None else name == self._only
 
     def _has_image_suffix(self, name: str) -> bool:
         one = self._registry.all_formats.get(self._registry.format_by_suffix(name) or "")
@@ -125,7 +133,7 @@ class Tree:
         rights.refuse_directory(self._directory)
         with rights.acting():
             status = os.stat(os.path.join(self._directory, name))
-        if not (self._has_image_suffix(name) and stat.S_ISREG(status.st_mode)):
+        if not (self._is_shown(name) and stat.S_ISREG(status.st_mode)):
             raise FileNotFoundError(errno.ENOENT, name)
         return status
 
