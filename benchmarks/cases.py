@@ -18,6 +18,7 @@ from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled
 from inplace_cases import in_place
 from machine_case import machines
 from measure import Contender, Measured
+from memory_case import memory
 from reference_case import reference
 from sync_case import sync
 from view_case import views
@@ -291,6 +292,7 @@ CASES = (
     Case("terabyte", ("xfs",), terabyte),
     Case("streams", ("xfs", "ext4"), streams),
     Case("machines", ("xfs", "btrfs"), machines),
+    Case("memory", ("xfs", "btrfs"), memory),
     Case("views", ("xfs", "ext4"), views),
     Case("backups", ("xfs",), backups),
 )

@@ -56,6 +56,9 @@ class Saved:
     machine: str = ""
     mapped: bool = False
     blocks: dict[str, Block] = field(default_factory=dict)
+    section: int = 0
+    begin: int = 0
+    """The offset behind the list of RAM blocks."""
     latest: str = ""
     """The block of the page before. It counts for the next one, also across parts."""
     address: array[int] = field(default_factory=lambda: array("q"))
@@ -64,7 +67,7 @@ class Saved:
 
     @property
     def main(self) -> str:
-        """The name of the block with the RAM. Raises `KeyError` if there is none."""
+        """The name of the block with the RAM. Raises `StopIteration` if there is none."""
         return next(name for name in _MAIN if name in self.blocks)
 
 
@@ -75,22 +78,33 @@ def read(file: File, *, snapshot: str | None = None, name: str = "qevm", at: int
     """Returns the memory of the stream that begins at an offset of `file`."""
     if snapshot is not None:
         raise UsageError(f"{file.name}: a saved machine has no snapshots, {snapshot!r} was requested")
-    saved = _saved(Stream(file, at))
-    table = _physical(file, saved)
-    missing = saved.blocks[saved.main].length // PAGE - len(set(saved.address)) if not saved.mapped else 0
+    stream = Stream(file, at)
+    saved = _saved(stream)
+    rows = _rows(file, saved)
+
+    def load_guest() -> Extents:
+        if saved.mapped:
+            block = saved.blocks[saved.main]
+            return _physical(rows, mapped_table(file, block.length, block.bitmap, block.pages))
+        # The words in front of the pages are all over the file.
+        inner, missing = _of_pages(file, stream, saved)
+        if missing:
+            image.warnings += (f"{file.name}: {missing} pages are not in the stream and read as zero",)
+        return _physical(rows, inner)
+
     others = [f"{each} ({block.length} bytes)" for each, block in saved.blocks.items() if each != saved.main]
     losses = ["state of the devices and processors"]
     losses += [f"RAM blocks that are not main memory, such as {others[0]}"] if others else []
-    return Image(
+    image = Image(
         name,
         file,
-        table.size,
-        lambda: table,
+        rows[-1][0] + rows[-1][2],
+        load_guest,
         kind="memory",
         losses=tuple(losses),
-        warnings=(f"{file.name}: {missing} pages are not in the stream and read as zero",) if missing else (),
         details=lambda: _details(saved, name),
     )
+    return image
 
 
 def _details(saved: Saved, name: str) -> Mapping[str, Any]:
@@ -107,7 +121,7 @@ def _details(saved: Saved, name: str) -> Mapping[str, Any]:
 
 
 def _saved(stream: Stream) -> Saved:
-    """Returns what the stream says up to the end of its RAM."""
+    """Returns what the stream says up to its list of RAM blocks; `stream` is behind it then."""
     if stream.take(4, "magic") != MAGIC:
         raise stream.error("magic", "no signature of a migration stream", back=4)
     version = stream.number(4, "version")
@@ -119,14 +133,13 @@ def _saved(stream: Stream) -> Saved:
         kind = _configuration(stream, saved)
     if kind != _START:
         raise stream.error("section type", f"{kind} is not the start of a section", back=1)
-    number = stream.number(4, "section id")
+    saved.section = stream.number(4, "section id")
     what = stream.text("section name")
     if what != "ram":
         raise stream.error("section name", f"{what!r} precedes the RAM, and is not read")
     stream.take(8, "instance and version")
     _blocks(stream, saved)
-    if not saved.mapped:
-        _parts(stream, saved, number)
+    saved.begin = stream.at
     return saved
 
 
@@ -193,7 +206,7 @@ def _mapped(stream: Stream, length: int) -> Block:
     return Block(length, bitmap, pages)
 
 
-def _parts(stream: Stream, saved: Saved, number: int) -> None:
+def _parts(stream: Stream, saved: Saved) -> None:
     """Reads the words in front of the pages, up to the end of the section."""
     at_end = False
     while True:
@@ -204,7 +217,7 @@ def _parts(stream: Stream, saved: Saved, number: int) -> None:
             kind = stream.number(1, "section type")
         if at_end:
             return
-        if kind not in (_PART, _END) or stream.number(4, "section id") != number:
+        if kind not in (_PART, _END) or stream.number(4, "section id") != saved.section:
             raise stream.error("section type", f"{kind} interrupts the RAM, and is not read")
         at_end = kind == _END
 
@@ -241,19 +254,9 @@ def _pages(stream: Stream, saved: Saved) -> None:
 # -- the memory
 
 
-def _physical(file: File, saved: Saved) -> Extents:
-    """Returns the table of physical memory. Raises `ImageError` if the machine's map is not known."""
-    try:
-        name = saved.main
-    except StopIteration:
-        have = ", ".join(map(repr, saved.blocks)) or "none"
-        raise ImageError(f"{file.name}: no RAM block is {' or '.join(_MAIN)}; there is {have}") from None
-    block = saved.blocks[name]
-    inner = (
-        mapped_table(file, block.length, block.bitmap, block.pages) if saved.mapped else _of_pages(file, saved, block)
-    )
-    rows = _rows(file, saved.machine, block.length)
-    ram = Placeholder("RAM", block.length)
+def _physical(rows: list[tuple[int, int, int]], inner: Extents) -> Extents:
+    """Returns the table of physical memory; `inner` is that of the main block."""
+    ram = Placeholder("RAM", inner.size)
     found: list[tuple[int, Kind, Placeholder | None, int]] = []
     end = 0
     for start, offset, length in rows:
@@ -264,11 +267,16 @@ def _physical(file: File, saved: Saved) -> Extents:
     return Extents.of(found, end).through(ram, inner)
 
 
-def _rows(file: File, machine: str, size: int) -> list[tuple[int, int, int]]:
+def _rows(file: File, saved: Saved) -> list[tuple[int, int, int]]:
     """Returns address, offset in the main block, and length of each range of RAM, for QEMU's machines.
 
-    Raises `ImageError` for a machine that is not known.
+    Raises `ImageError` for a machine that is not known, or without such a block.
     """
+    try:
+        machine, size = saved.machine, saved.blocks[saved.main].length
+    except StopIteration:
+        have = ", ".join(map(repr, saved.blocks)) or "none"
+        raise ImageError(f"{file.name}: no RAM block is {' or '.join(_MAIN)}; there is {have}") from None
     if machine.startswith("virt"):
         return [(1 << 30, 0, size)]
     if machine.startswith("pc-q35"):
@@ -285,8 +293,15 @@ def _rows(file: File, machine: str, size: int) -> list[tuple[int, int, int]]:
     return [(0, 0, low)] + ([(_FOUR_GIB, low, size - low)] if size > low else [])
 
 
-def _of_pages(file: File, saved: Saved, block: Block) -> Extents:
-    """Returns the table of the main block; of a page that was sent again, the last one counts."""
+def _of_pages(file: File, stream: Stream, saved: Saved) -> tuple[Extents, int]:
+    """Returns the table of the main block, and the number of its pages that are not in the stream.
+
+    Of a page that was sent again, the last one counts.
+    """
+    # Tables that cannot be read may be asked for again.
+    stream.at, saved.latest, saved.address, saved.offset = saved.begin, "", array("q"), array("q")
+    _parts(stream, saved)
+    block = saved.blocks[saved.main]
     address = np.frombuffer(saved.address, dtype=np.int64)
     offset = np.frombuffer(saved.offset, dtype=np.int64)
     order = np.argsort(address, kind="stable")
@@ -300,4 +315,5 @@ def _of_pages(file: File, saved: Saved, block: Block) -> Extents:
         np.zeros(int(data.sum()), dtype=np.int32),
         offset[data],
     )
-    return Extents.placed(block.length, rows, np.full(len(rows.start), PAGE, dtype=np.int64), [file])
+    table = Extents.placed(block.length, rows, np.full(len(rows.start), PAGE, dtype=np.int64), [file])
+    return table, block.length // PAGE - len(address)
