@@ -340,7 +340,12 @@ CHANGES = {
     "threads": (Machine(cpu=Cpu(count=8, sockets=2, cores=2, threads=2)), "cpu.cores", "4"),
     "sum": (Machine(cpu=Cpu(count=3, sockets=2, cores=2)), "cpu.cores", ""),
     "memory": (Machine(memory=Memory(size=(1 << 30) + 1)), "memory.size", str((1 << 30) + (4 << 20))),
-    "secure boot": (Machine(firmware=Firmware(kind="bios", secure_boot=True)), "firmware.secure_boot", "False"),
+    "secure boot": (Machine(firmware=Firmware(kind="bios", secure_boot=True)), "firmware.secure_boot", "false"),
+    "boot of a card": (
+        Machine(nics=(Nic(mac="00:50:56:00:00:01", boot_index=1),), disks=(Disk(file="a", bus="scsi", boot_index=0),)),
+        "nics[0].boot_index",
+        "network, class 2 of bios.bootOrder",
+    ),
     "serial": (Machine(identity=Identity(uuid=UUID(int=1), serial="7")), "identity.serial", "VMware-00"),
     "boot": (
         Machine(disks=(Disk(file="a", bus="scsi"), Disk(file="b", bus="scsi", boot_index=4))),

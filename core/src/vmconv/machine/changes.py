@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv.interface.machines import Substitution
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 _Value = TypeVar("_Value")
+_Part = TypeVar("_Part", bound="BaseModel")
 
 _SHOWN = 200
 """Characters of a value in a substitution."""
@@ -27,6 +31,12 @@ class Changes:
         if before not in (None, (), after) or (before is False and after is None):
             self.add(path, before, after, reason)
         return after
+
+    def update(self, part: _Part, prefix: str, reason: str, **values: Any) -> _Part:
+        """Returns a part of the machine with other values; `prefix` is its path with the dot at its end."""
+        for field, value in values.items():
+            self.set(f"{prefix}{field}", getattr(part, field), value, reason)
+        return part.model_copy(update=values)
 
 
 def _words(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vmconv.plugin import Adapted, PlanError, Substitution
+from vmconv.machine import Changes
+from vmconv.plugin import Adapted, PlanError
 from vmconv_ovf import keys
 from vmconv_ovf.guest import guest_of, written
 from vmconv_ovf.hardware import family, serial_of, uuid_seen
@@ -17,17 +18,15 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 
 
-class Changes:
-    """Collects the changes to a machine with their reasons."""
+class Adapting(Changes):
+    """The machine while it is adapted, and its changes."""
 
     def __init__(self, machine: Machine) -> None:
+        super().__init__()
         self.machine = machine
-        self.substitutions: list[Substitution] = []
 
-    def say(self, path: str, before: object, after: object, reason: str) -> None:
-        self.substitutions.append(Substitution(path, str(before), "" if after is None else str(after), reason))
-
-    def set(self, **values: Any) -> None:
+    def replace(self, **values: Any) -> None:
+        """Replaces fields of the machine."""
         self.machine = self.machine.model_copy(update=values)
 
 
@@ -42,37 +41,37 @@ def adapt(machine: Machine, options: Options) -> Adapted:
     keys_ = [each.key for each in machine.properties]
     if len(set(keys_)) < len(keys_):
         raise PlanError("two properties have the same key, which OVF does not allow")
-    changes = Changes(machine)
+    changes = Adapting(machine)
     for step in (_name, _os, _cpu, _memory, _tpm, _nvram, settled, _nics, _boot, _rest):
         step(changes)
     _hardware(changes, options)
     _identity(changes)
-    return Adapted(changes.machine, tuple(changes.substitutions))
+    return Adapted(changes.machine, tuple(changes.found))
 
 
-def _name(changes: Changes) -> None:
+def _name(changes: Adapting) -> None:
     # The id of a VirtualSystem is required, and stands for a missing name.
-    changes.set(name=changes.machine.name or "machine")
+    changes.replace(name=changes.machine.name or "machine")
 
 
-def _os(changes: Changes) -> None:
+def _os(changes: Adapting) -> None:
     os, extra = changes.machine.os, changes.machine.extra.get("ovf", {})
     found = guest_of(written(os, extra))
     for field in ("id", "architecture"):
         before, after = getattr(os, field), getattr(found, field)
         if before is not None and before != after:
-            changes.say(f"os.{field}", before, after, "VMware and CIM have no name of this system alone")
-    changes.set(os=os.model_copy(update={"id": found.id, "architecture": found.architecture}))
+            changes.add(f"os.{field}", before, after, "VMware and CIM have no name of this system alone")
+    changes.replace(os=os.model_copy(update={"id": found.id, "architecture": found.architecture}))
 
 
-def _cpu(changes: Changes) -> None:
+def _cpu(changes: Adapting) -> None:
     cpu = changes.machine.cpu
     new = _topology(cpu)
     for field in ("sockets", "cores", "threads"):
         before = getattr(cpu, field)
         if before is not None and before != getattr(new, field):
-            changes.say(f"cpu.{field}", before, None, "sockets, cores and threads do not multiply to the processors")
-    changes.set(cpu=new)
+            changes.add(f"cpu.{field}", before, None, "sockets, cores and threads do not multiply to the processors")
+    changes.replace(cpu=new)
 
 
 def _topology(cpu: Cpu) -> Cpu:
@@ -91,50 +90,50 @@ def _topology(cpu: Cpu) -> Cpu:
     return cpu.model_copy(update={"count": count, "sockets": sockets, "cores": cores})
 
 
-def _memory(changes: Changes) -> None:
+def _memory(changes: Adapting) -> None:
     memory = changes.machine.memory
     if memory.size is None or memory.size % _MIB == 0:
         return
     size = -(-memory.size // _MIB) * _MIB
-    changes.say("memory.size", memory.size, size, "VMware and virt-v2v count memory in MiB")
-    changes.set(memory=memory.model_copy(update={"size": size}))
+    changes.add("memory.size", memory.size, size, "VMware and virt-v2v count memory in MiB")
+    changes.replace(memory=memory.model_copy(update={"size": size}))
 
 
-def _tpm(changes: Changes) -> None:
+def _tpm(changes: Adapting) -> None:
     tpm = changes.machine.tpm
     if tpm is None or tpm.version == "2.0":
         return
     path = "tpm" if tpm.version is None else "tpm.version"
-    changes.say(path, tpm.version or "TPM", "2.0", "VMware's virtual TPM has no other version")
-    changes.set(tpm=tpm.model_copy(update={"version": "2.0"}))
+    changes.add(path, tpm.version or "TPM", "2.0", "VMware's virtual TPM has no other version")
+    changes.replace(tpm=tpm.model_copy(update={"version": "2.0"}))
 
 
-def _nvram(changes: Changes) -> None:
+def _nvram(changes: Adapting) -> None:
     firmware = changes.machine.firmware
     if firmware.nvram is None or firmware.nvram.kind in ("vmware", "virtualbox"):
         return
     reason = "VMware and VirtualBox cannot read variables of this kind"
-    changes.say("firmware.nvram", f"{firmware.nvram.file} ({firmware.nvram.kind})", None, reason)
-    changes.set(firmware=firmware.model_copy(update={"nvram": None}))
+    changes.add("firmware.nvram", f"{firmware.nvram.file} ({firmware.nvram.kind})", None, reason)
+    changes.replace(firmware=firmware.model_copy(update={"nvram": None}))
 
 
-def _nics(changes: Changes) -> None:
+def _nics(changes: Adapting) -> None:
     nics = []
     for number, nic in enumerate(changes.machine.nics):
         model = nic.model if nic.model is None or nic.model in keys.WRITTEN_NIC else "e1000"
         if model != nic.model:
-            changes.say(f"nics[{number}].model", nic.model, model, f"VMware has no {nic.model}")
+            changes.add(f"nics[{number}].model", nic.model, model, f"VMware has no {nic.model}")
         origin = "static" if nic.mac else None
         if nic.mac_origin not in (None, origin):
             reason = (
                 "an address in OVF stays as it is" if nic.mac else "importers generate an address that is not stated"
             )
-            changes.say(f"nics[{number}].mac_origin", nic.mac_origin, origin, reason)
+            changes.add(f"nics[{number}].mac_origin", nic.mac_origin, origin, reason)
         nics.append(nic.model_copy(update={"model": model, "mac_origin": origin}))
-    changes.set(nics=tuple(nics))
+    changes.replace(nics=tuple(nics))
 
 
-def _boot(changes: Changes) -> None:
+def _boot(changes: Adapting) -> None:
     """Numbers the devices of the boot order from 0."""
     machine = changes.machine
     groups: dict[str, tuple[Any, ...]] = {
@@ -151,23 +150,23 @@ def _boot(changes: Changes) -> None:
     new: dict[str, list[Any]] = {group: list(devices) for group, devices in groups.items()}
     for rank, (index, group, number) in enumerate(listed):
         if index != rank:
-            changes.say(f"{group}[{number}].boot_index", index, rank, "OVF has the order of boot devices, not numbers")
+            changes.add(f"{group}[{number}].boot_index", index, rank, "OVF has the order of boot devices, not numbers")
             new[group][number] = new[group][number].model_copy(update={"boot_index": rank})
-    changes.set(**{group: tuple(devices) for group, devices in new.items()})
+    changes.replace(**{group: tuple(devices) for group, devices in new.items()})
 
 
-def _rest(changes: Changes) -> None:
+def _rest(changes: Adapting) -> None:
     sound, display = changes.machine.sound, changes.machine.display
     if sound is not None and sound not in keys.WRITTEN_SOUND:
-        changes.say("sound", sound, "hda", "VMware has es1371, hda and sb16")
-        changes.set(sound="hda")
+        changes.add("sound", sound, "hda", "VMware has es1371, hda and sb16")
+        changes.replace(sound="hda")
     if display is not None and display.memory is not None and display.memory % 1024:
         size = -(-display.memory // 1024) * 1024
-        changes.say("display.memory", display.memory, size, "VMware counts video memory in KiB")
-        changes.set(display=display.model_copy(update={"memory": size}))
+        changes.add("display.memory", display.memory, size, "VMware counts video memory in KiB")
+        changes.replace(display=display.model_copy(update={"memory": size}))
 
 
-def _hardware(changes: Changes, options: Options) -> None:
+def _hardware(changes: Adapting, options: Options) -> None:
     board = changes.machine.board
     number = family(board.hardware_version)
     # vmx-13 is the first with NVMe and Secure Boot, vmx-14 the first with a TPM.
@@ -175,14 +174,14 @@ def _hardware(changes: Changes, options: Options) -> None:
     new = options.hardware or (default if number is None else f"vmx-{number:02}")
     if board.hardware_version not in (None, new):
         reason = "chosen by the option" if options.hardware else "VMware's importers take one of their own families"
-        changes.say("board.hardware_version", board.hardware_version, new, reason)
-    changes.set(board=board.model_copy(update={"hardware_version": new}))
+        changes.add("board.hardware_version", board.hardware_version, new, reason)
+    changes.replace(board=board.model_copy(update={"hardware_version": new}))
 
 
-def _identity(changes: Changes) -> None:
+def _identity(changes: Adapting) -> None:
     machine = changes.machine
     uuid = machine.identity.uuid
     serial = uuid and serial_of(uuid_seen(uuid, family(machine.board.hardware_version)))
     if machine.identity.serial not in (None, serial):
-        changes.say("identity.serial", machine.identity.serial, serial, "VMware forms the serial number of the UUID")
-    changes.set(identity=machine.identity.model_copy(update={"serial": serial}))
+        changes.add("identity.serial", machine.identity.serial, serial, "VMware forms the serial number of the UUID")
+    changes.replace(identity=machine.identity.model_copy(update={"serial": serial}))

@@ -10,7 +10,7 @@ from vmconv.plugin import PlanError
 from vmconv_ovf import keys
 
 if TYPE_CHECKING:
-    from vmconv_ovf.adapting import Changes
+    from vmconv_ovf.adapting import Adapting
 
 _SCSI_ITSELF = 7
 """The unit of a SCSI controller."""
@@ -29,7 +29,7 @@ _WITHOUT_ITEMS = ("floppy",)
 Place = tuple[str, int, int]
 
 
-def settled(changes: Changes) -> None:
+def settled(changes: Adapting) -> None:
     """Gives each disk and drive a place that exists, and each place a controller."""
     machine = changes.machine
     groups: dict[str, Sequence[Any]] = {"disks": machine.disks, "removables": machine.removables}
@@ -46,7 +46,7 @@ def settled(changes: Changes) -> None:
     new: dict[str, list[Any]] = {"disks": [], "removables": []}
     for at, (group, number, device) in enumerate(devices):
         new[group].append(_moved(changes, f"{group}[{number}]", device, places[at]))
-    changes.set(disks=tuple(new["disks"]), removables=tuple(new["removables"]))
+    changes.replace(disks=tuple(new["disks"]), removables=tuple(new["removables"]))
     _controllers(changes, {place[:2] for place in places.values() if place[0] not in _WITHOUT_ITEMS})
 
 
@@ -74,11 +74,11 @@ def _free(bus: str, controller: int | None, taken: set[Place], path: str) -> Pla
     raise PlanError(f"{path} has no place left on {' or '.join(dict.fromkeys(buses))}")
 
 
-def _moved(changes: Changes, path: str, device: Any, place: Place) -> Any:
+def _moved(changes: Adapting, path: str, device: Any, place: Place) -> Any:
     old = (device.bus, device.controller, device.unit)
     if any(before not in (None, after) for before, after in zip(old, place, strict=True)):
         reason = f"VMware has no {device.bus} disks" if device.bus not in _UNITS else "the place does not exist there"
-        changes.say(path, _words(old), _words(place), reason)
+        changes.add(path, _words(old), _words(place), reason)
     return device.model_copy(update=dict(zip(("bus", "controller", "unit"), place, strict=True)))
 
 
@@ -87,7 +87,7 @@ def _words(place: tuple[Any, ...]) -> str:
     return f"{bus} {controller}:{unit}"
 
 
-def _controllers(changes: Changes, used: set[tuple[str, int]]) -> None:
+def _controllers(changes: Adapting, used: set[tuple[str, int]]) -> None:
     old = changes.machine.controllers
     kept: dict[tuple[str, int], Controller] = {}
     for number, each in enumerate(old):
@@ -98,13 +98,13 @@ def _controllers(changes: Changes, used: set[tuple[str, int]]) -> None:
         gone = [f"{each.bus} {each.index}" for each in old if (each.bus, each.index) not in kept]
         left = ", ".join(f"{bus} {index}" for bus, index in sorted(kept.keys() | used))
         reason = "VMware has up to two IDE controllers, and four for SATA, SCSI and NVMe each"
-        changes.say("controllers", ", ".join(gone), left, reason)
+        changes.add("controllers", ", ".join(gone), left, reason)
     for bus, index in sorted(used - kept.keys()):
         kept[bus, index] = Controller.model_validate({"bus": bus, "index": index, "model": _DEFAULT_MODELS[bus]})
-    changes.set(controllers=tuple(kept.values()))
+    changes.replace(controllers=tuple(kept.values()))
 
 
-def _model(changes: Changes, number: int, controller: Controller) -> str | None:
+def _model(changes: Adapting, number: int, controller: Controller) -> str | None:
     """Returns the model of a controller, the platform's default if the source states none."""
     known = {"ide": keys.WRITTEN_IDE, "scsi": keys.WRITTEN_SCSI}.get(controller.bus)
     default = _DEFAULT_MODELS[controller.bus]
@@ -113,5 +113,5 @@ def _model(changes: Changes, number: int, controller: Controller) -> str | None:
         return model or default
     # Windows since Vista and Linux have its driver, unlike lsilogic's.
     new = "lsisas1068" if controller.bus == "scsi" else default
-    changes.say(f"controllers[{number}].model", model, new, f"VMware has no {model}")
+    changes.add(f"controllers[{number}].model", model, new, f"VMware has no {model}")
     return new

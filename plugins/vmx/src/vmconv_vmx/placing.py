@@ -10,7 +10,7 @@ from vmconv.plugin import PlanError, Substitution
 from vmconv_vmx import names
 
 if TYPE_CHECKING:
-    from vmconv_vmx.adapt import Changes
+    from vmconv.machine import Changes
 
 Place = tuple[str, int, int]
 
@@ -62,11 +62,11 @@ def storage(machine: Machine, changes: Changes) -> Machine:
 
 def _disk(disk: Disk, prefix: str, changes: Changes) -> Disk:
     if disk.format not in (None, "vmdk"):
-        disk = changes.set(disk, prefix, "VMware reads VMDK", format="vmdk")
+        disk = changes.update(disk, prefix, "VMware reads VMDK", format="vmdk")
     if disk.shared is False:
-        disk = changes.set(disk, prefix, "VMware shares no disk unless a setting says so", shared=None)
+        disk = changes.update(disk, prefix, "VMware shares no disk unless a setting says so", shared=None)
     if disk.bus in _ELSEWHERE and disk.bus != "nvme":
-        return changes.set(disk, prefix, _ELSEWHERE[disk.bus], bus="scsi", controller=None, unit=None)
+        return changes.update(disk, prefix, _ELSEWHERE[disk.bus], bus="scsi", controller=None, unit=None)
     return disk if disk.bus else disk.model_copy(update={"bus": "scsi"})
 
 
@@ -75,7 +75,7 @@ def _drive(drive: Removable, prefix: str, changes: Changes) -> Removable:
     if drive.bus == bus:
         return drive
     reason = "floppy drives have a controller of their own" if bus == "floppy" else _ELSEWHERE.get(drive.bus or "", "")
-    return changes.set(drive, prefix, reason, bus=bus, controller=None, unit=None)
+    return changes.update(drive, prefix, reason, bus=bus, controller=None, unit=None)
 
 
 def _places(bus: str, index: int, wide: set[int]) -> list[int]:
@@ -101,7 +101,7 @@ def _placed(
     if place is None or (bus == "floppy" and free is None):
         raise PlanError(f"{prefix[:-1]}: VMware has no free place for it")
     taken.add(place)
-    return changes.set(device, prefix, _FULL, bus=place[0], controller=place[1], unit=place[2])
+    return changes.update(device, prefix, _FULL, bus=place[0], controller=place[1], unit=place[2])
 
 
 def _free(bus: str, first: int, taken: set[Place], wide: set[int]) -> Place | None:
@@ -135,17 +135,17 @@ def _exists(one: Controller, used: set[tuple[str, int]]) -> bool:
 def _controller(one: Controller, machine: Machine, at: int, changes: Changes) -> Controller:
     prefix = f"controllers[{at}]."
     if one.pci_slot and (not one.pci_slot.isdecimal() or one.bus == "ide"):
-        one = changes.set(one, prefix, OWN_SLOTS, pci_slot=None)
+        one = changes.update(one, prefix, OWN_SLOTS, pci_slot=None)
     if one.bus == "ide":
-        return changes.set(one, prefix, "VMware's IDE is a PIIX4", model="piix4")
+        return changes.update(one, prefix, "VMware's IDE is a PIIX4", model="piix4")
     new = one not in machine.controllers and one.model is None
     if one.bus == "scsi" and ((one.model and one.model not in names.SCSI_MODELS) or new):
         windows = names.is_windows(machine.os.source_id)
         model = names.WINDOWS_SCSI if windows else names.OTHER_SCSI
         reason = f"VMware has no {one.model}; {'Windows' if windows else 'Linux'} has a driver for {model}"
-        return changes.set(one, prefix, reason, model=model)
+        return changes.update(one, prefix, reason, model=model)
     if one.bus in ("sata", "nvme") and one.model:
         own = {"sata": "ahci", "nvme": "nvme"}[one.bus]
         reason = f"VMware's {one.bus.upper()} controller is of this kind"
-        return changes.set(one, prefix, reason, model=own)
+        return changes.update(one, prefix, reason, model=own)
     return one
