@@ -140,18 +140,6 @@ def test_malformed_mapped_ram_is_refused(tmp_path: Path, skip: int, value: bytes
     refused(put(tmp_path, data[:at] + value + data[at + len(value) :]), message)
 
 
-def test_a_stream_that_ends_early_is_refused_each_time(tmp_path: Path) -> None:
-    path = put(tmp_path, SOUND[: AT_PAGES + 15 + PAGE])
-    with Opener(installed()) as opener:
-        image = opener.image(str(path))
-        said = []
-        for _ in range(2):
-            with pytest.raises(ImageError) as caught:
-                image.guest  # noqa: B018
-            said.append(str(caught.value))
-    assert said[0] == said[1]
-
-
 def test_pages_that_were_never_sent_are_named(tmp_path: Path) -> None:
     at = SOUND.index(struct.pack(">Q", 4 * PAGE | 0x28))
     path = put(tmp_path, SOUND[:at] + SOUND[at + 8 + PAGE :])

@@ -57,8 +57,6 @@ class Saved:
     mapped: bool = False
     blocks: dict[str, Block] = field(default_factory=dict)
     section: int = 0
-    begin: int = 0
-    """The offset behind the list of RAM blocks."""
     latest: str = ""
     """The block of the page before. It counts for the next one, also across parts."""
     address: array[int] = field(default_factory=lambda: array("q"))
@@ -82,29 +80,27 @@ def read(file: File, *, snapshot: str | None = None, name: str = "qevm", at: int
     saved = _saved(stream)
     rows = _rows(file, saved)
 
-    def load_guest() -> Extents:
-        if saved.mapped:
-            block = saved.blocks[saved.main]
-            return _physical(rows, mapped_table(file, block.length, block.bitmap, block.pages))
-        # The words in front of the pages are all over the file.
+    missing = 0
+    if saved.mapped:
+        block = saved.blocks[saved.main]
+        inner = mapped_table(file, block.length, block.bitmap, block.pages)
+    else:
+        # The words in front of the pages are all over the file, and tell what is missing.
         inner, missing = _of_pages(file, stream, saved)
-        if missing:
-            image.warnings += (f"{file.name}: {missing} pages are not in the stream and read as zero",)
-        return _physical(rows, inner)
-
+    table = _physical(rows, inner)
     others = [f"{each} ({block.length} bytes)" for each, block in saved.blocks.items() if each != saved.main]
     losses = ["state of the devices and processors"]
     losses += [f"RAM blocks that are not main memory, such as {others[0]}"] if others else []
-    image = Image(
+    return Image(
         name,
         file,
-        rows[-1][0] + rows[-1][2],
-        load_guest,
+        table.size,
+        lambda: table,
         kind="memory",
         losses=tuple(losses),
+        warnings=(f"{file.name}: {missing} pages are not in the stream and read as zero",) if missing else (),
         details=lambda: _details(saved, name),
     )
-    return image
 
 
 def _details(saved: Saved, name: str) -> Mapping[str, Any]:
@@ -139,7 +135,6 @@ def _saved(stream: Stream) -> Saved:
         raise stream.error("section name", f"{what!r} precedes the RAM, and is not read")
     stream.take(8, "instance and version")
     _blocks(stream, saved)
-    saved.begin = stream.at
     return saved
 
 
@@ -298,8 +293,6 @@ def _of_pages(file: File, stream: Stream, saved: Saved) -> tuple[Extents, int]:
 
     Of a page that was sent again, the last one counts.
     """
-    # Tables that cannot be read may be asked for again.
-    stream.at, saved.latest, saved.address, saved.offset = saved.begin, "", array("q"), array("q")
     _parts(stream, saved)
     block = saved.blocks[saved.main]
     address = np.frombuffer(saved.address, dtype=np.int64)
