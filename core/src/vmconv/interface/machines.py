@@ -168,6 +168,13 @@ class MachineFormat:
         """Returns the file name of the variable store of an adapted machine."""
         return f"{machine.name or 'machine'}{'_VARS.fd' if self.nvram_kind == 'ovmf' else '.nvram'}"
 
+    def nvram_template(self, options: Any) -> str | None:
+        """Returns the path of a store of the platform's own that the variables are written into, if the user names one.
+
+        For platforms whose store cannot be made anew. It is then of the kind `vmware`.
+        """
+        return None
+
     def tpm_name(self, machine: Machine, options: Any) -> str:
         """Returns the file name of the state of a TPM, for a machine whose other files have their names."""
         return f"{machine.name or 'machine'}-tpm2-00.permall"

@@ -36,7 +36,9 @@ def variables(source: Source, target: Target) -> Variables:
 
 
 def _variables(source: Source, target: Target) -> Variables:
-    firmware = source.machine.firmware
+    firmware, template = source.machine.firmware, target.format.nvram_template(target.options)
+    if template is not None:
+        return _in_template(source, target, template)
     if firmware.nvram is None:
         return Variables()
     if firmware.kind == "bios":
@@ -50,7 +52,26 @@ def _variables(source: Source, target: Target) -> Variables:
         data, dropped = nvram.converted(read, target.format.nvram_kind, secure_boot=firmware.secure_boot)
     except (AccessError, ImageError, PlanError) as exc:
         return _lost(firmware.nvram.file, str(exc))
-    return Variables(_store(target, data), (), tuple(f"firmware variable {line}" for line in dropped))
+    return Variables(_store(target, data), (), _notes(dropped))
+
+
+def _in_template(source: Source, target: Target, template: str) -> Variables:
+    """Returns a copy of the template with the source's variables, if there are any. Whatever goes wrong is an error."""
+    if target.adapted.machine.firmware.kind != "uefi":
+        raise PlanError(f"{template}: is for the variables of UEFI, and the firmware of the machine is a BIOS")
+    from vmconv.machine import nvram
+
+    own, existing = source.machine.firmware.nvram, source.opener.file(template)
+    read = nvram.Store("ovmf", ()) if own is None else _read(source, own.file)
+    data, dropped = nvram.written_into(read, existing, template)
+    if own is None:
+        # Its keys stay too: the source has none to put in their place.
+        data = existing.read(0, existing.size)
+    return Variables(_store(target, data), (), _notes(dropped))
+
+
+def _notes(dropped: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"firmware variable {line}" for line in dropped)
 
 
 def _store(target: Target, data: bytes) -> ConfigFile:

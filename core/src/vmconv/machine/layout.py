@@ -205,7 +205,7 @@ def with_files(machine: Machine, disks: Sequence[NewDisk], firmware: Variables, 
         layers = tuple(Layer.model_validate(_known(made)) for made in disk.containers[-2::-1])
         changes = {**_facts(disk.container), "layers": layers}
         devices[disk.number] = devices[disk.number].model_copy(update=changes)
-    nvram = Nvram(file=firmware.store.name, kind=target.format.nvram_kind) if firmware.store else None
+    nvram = Nvram(file=firmware.store.name, kind=target.format.nvram_kind or "vmware") if firmware.store else None
     own = machine.firmware.model_copy(update={"nvram": nvram})
     machine = machine.model_copy(update={"disks": tuple(devices), "firmware": own})
     if machine.tpm is None or firmware.tpm is None:

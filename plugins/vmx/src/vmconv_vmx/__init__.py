@@ -43,6 +43,10 @@ class Vmx(MachineFormat):
 
         return Options
 
+    def nvram_template(self, options: Any) -> str | None:
+        template: str | None = options.nvram_template
+        return template
+
     def probe(self, file: File) -> bool:
         import re
 

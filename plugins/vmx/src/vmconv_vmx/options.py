@@ -14,6 +14,9 @@ class Options:
     hardware_version: int | None = option(
         None, "virtual hardware version; by default that of the source, or else 19 (ESXi 7.0 U2, Workstation 16)"
     )
+    nvram_template: str | None = option(
+        None, "an .nvram file of VMware, for UEFI machines: the new machine gets a copy with the source's variables"
+    )
 
     def __post_init__(self) -> None:
         if self.hardware_version is not None and not 4 <= self.hardware_version <= 99:

@@ -102,6 +102,8 @@ def _firmware(machine: Machine) -> Pairs:
     firmware = machine.firmware
     yield "firmware", "efi" if firmware.kind == "uefi" else None
     yield "uefi.secureBoot.enabled", firmware.secure_boot
+    if firmware.nvram is not None and firmware.nvram.kind == "vmware":
+        yield "nvram", firmware.nvram.file
     yield "bios.bootOrder", ",".join(_BOOT[word] for word in firmware.boot_order) or None
     started = sorted(machine.disks, key=lambda disk: disk.boot_index is None)
     if started != by_place(machine.disks):
