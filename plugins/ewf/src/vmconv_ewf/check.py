@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from vmconv.plugin import CheckReport, Findings, Image, ImageError
-from vmconv_ewf.chunks import Chunks, Table
+from vmconv_ewf.chunks import Table
+from vmconv_ewf.reader import EwfImage
 
 
 def check(image: Image) -> CheckReport:
     """Returns the report; the reader has checked all but the entries of tables. Chunks are not read."""
     findings = Findings()
-    table = image.guest
-    chunks = next((source for source in table.sources if isinstance(source, Chunks)), None)
     end = image.file.size
-    if chunks is None:
-        return findings.report(allocated=0, total=0, end=end)
+    assert isinstance(image, EwfImage)
+    chunks = image.chunks
     for one in chunks.tables:
         _check_table(one, chunks.unit, findings)
     count = chunks.size // chunks.unit

@@ -6,13 +6,18 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vmconv.plugin import Column, Decoded, File, ImageError, damaged
+from vmconv.plugin import Column, Decoded, Extents, File, ImageError, Kind, damaged
 from vmconv_ewf import structs
 from vmconv_ewf.sections import Section
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from vmconv.plugin import Kinds
 
 _SLACK = 4096
 _KEPT = 64
@@ -90,6 +95,25 @@ class Chunks(Decoded):
         self._firsts = [table.first for table in self.tables]
         # Reading goes through the tables in order, so few are needed at a time.
         self._places = lru_cache(_KEPT)(lambda index: self.tables[index].places(chunk))
+
+    def table(self) -> Extents:
+        """Returns the table of the disk: DATA, and ZERO for chunks that are known to be zeros."""
+        from vmconv_ewf.zeros import Zeros
+
+        zeros = Zeros(self.unit)
+
+        def slices() -> Iterator[tuple[Kinds, npt.NDArray[np.int32], Column]]:
+            count = self.size // self.unit
+            for index, table in enumerate(self.tables):
+                there = min(table.chunks, count - table.first)
+                if there <= 0:
+                    return
+                mask = zeros.among(table.file, *self._places(index))[:there]
+                kind = np.where(mask, Kind.ZERO, Kind.DATA).astype(np.uint8)
+                first = np.arange(table.first, table.first + there, dtype=np.int64)
+                yield kind, np.where(mask, -1, 0).astype(np.int32), np.where(mask, 0, first * self.unit)
+
+        return Extents.from_units(self.unit, self._disk, slices(), [self])
 
     def units(self, offset: int, length: int) -> list[bytes]:
         if not length:

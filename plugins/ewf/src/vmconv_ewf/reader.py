@@ -6,22 +6,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmconv.plugin import (
-    MAX_SIZE,
-    Dependency,
-    Extents,
-    File,
-    Image,
-    ImageError,
-    Kind,
-    Opener,
-    Structure,
-    UsageError,
-    field_offset,
-)
+from vmconv.plugin import MAX_SIZE, Dependency, File, Image, ImageError, Opener, Structure, UsageError, field_offset
 from vmconv_ewf import structs
 from vmconv_ewf.chunks import Chunks, refuse_missing, tables_of
 from vmconv_ewf.sections import Section, segments
+
+
+class EwfImage(Image):
+    """An image with its source of payload, for the check."""
+
+    chunks: Chunks
 
 
 def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
@@ -40,10 +34,6 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
     case, doubts = _case(sections)
     digests = _digests(sections)
 
-    def load_guest() -> Extents:
-        rows: list[tuple[int, Kind, Chunks | None, int]] = [(0, Kind.DATA, chunks, 0)]
-        return Extents.of(rows if size else [], size)
-
     def details() -> Mapping[str, Any]:
         identifier: bytes = volume.set_identifier
         facts: dict[str, Any] = {
@@ -55,17 +45,19 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         }
         return {"cluster-size": chunk, "format-specific": {"type": "ewf", "data": facts}}
 
-    return Image(
+    image = EwfImage(
         "ewf",
         file,
         size,
-        load_guest,
+        chunks.table,
         details=details,
         digests=digests,
         losses=("data of the case: examiner, notes, hashes and the like",) if case or digests else (),
         warnings=(*doubts, *_unread(file, sections)),
         dependencies=tuple(Dependency("segment", part[0].file.name, part[0].file.size) for part in parts[1:]),
     )
+    image.chunks = chunks
+    return image
 
 
 def _volume(file: File, sections: Sequence[Section]) -> Any:
