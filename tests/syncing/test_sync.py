@@ -516,6 +516,28 @@ def test_a_file_in_the_way_of_a_target_s_parts_is_refused(disk: Path) -> None:
         vmconv.sync(disk, moved)
 
 
+@pytest.mark.parametrize("there", ["xfs", "ext4"])
+def test_a_target_names_no_file_that_is_changed(mounts: Mounts, xfs_dir: Path, ext4_dir: Path, there: str) -> None:
+    directory = {"xfs": xfs_dir, "ext4": ext4_dir}[there]
+    disk = make_disk(directory / "disk.raw", 8 * MIB)
+    target, victim = directory / "target.vmdk", directory / "victim.raw"
+    vmconv.sync(disk, target, options={"subformat": "monolithicFlat"})
+    os.rename(directory / "target-flat.vmdk", victim)
+    target.write_text(target.read_text().replace("target-flat.vmdk", "victim.raw"))
+    before = victim.stat()
+    write(disk, 0, 4096)
+    with pytest.raises(PlanError, match=r"victim.raw: is a part of the target, and has not the name"):
+        vmconv.sync(disk, target, force=True)
+    assert victim.stat() == before
+
+
+def test_a_target_that_is_no_regular_file_is_refused(disk: Path) -> None:
+    pipe = disk.with_name("pipe.qcow2")
+    os.mkfifo(pipe)
+    with pytest.raises((PlanError, AccessError), match=r"pipe\.qcow2"):
+        vmconv.sync(disk, pipe)
+
+
 def test_a_source_that_changes_meanwhile_leaves_the_target(disk: Path) -> None:
     target = disk.with_name("target.qcow2")
     vmconv.sync(disk, target)

@@ -349,6 +349,12 @@ class Planning:
                     f"{self.directory.join(file.name)}: already exists, and is no part of the target",
                     hint="move it away",
                 )
+        # An image names its parts, and could name any file of its directory.
+        for name in sorted(self.old.names - {file.name for file in plan.files}):
+            raise PlanError(
+                f"{self.directory.join(name)}: is a part of the target, and has not the name that vmconv gives it",
+                hint="convert it anew: vmconv convert --force",
+            )
 
     def _result(self, containers: tuple[Container, ...]) -> Image:
         """Returns the planned image as its reader sees it: its format may round the size."""
