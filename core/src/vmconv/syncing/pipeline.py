@@ -28,7 +28,6 @@ from vmconv.io.registry import installed
 from vmconv.model import references
 from vmconv.model.plan import Plan, Progress, Totals
 from vmconv.model.sources import File, stamp_of
-from vmconv.syncing import in_place
 from vmconv.syncing import old as olds
 from vmconv.syncing import record as records
 from vmconv.syncing.planning import Planning, Ready
@@ -87,6 +86,7 @@ def _new(request: SyncRequest) -> Iterator[Ready]:
             None,
             records.state_of_source(found.image, request.snapshot),
             None,
+            None,
         )
 
 
@@ -128,7 +128,7 @@ def run(
 
 
 def _refuse_impossible(ready: Ready, mode: Verify | None) -> None:
-    if mode == "qemu" and isinstance(ready.backend, in_place.SyncBackend):
+    if mode == "qemu" and ready.place:
         raise UsageError(
             f"--verify=qemu: {ready.request.target} is changed itself, and has no name meanwhile",
             hint="use --verify=bytes",
@@ -186,8 +186,7 @@ def _record(ready: Ready, files: list[File]) -> None:
         return
     # Else a write within the same tick of the clock would leave source and target as recorded.
     references.settle([*ready.files, *files])
-    backend = ready.backend if ready.plan.plan else None
-    place = backend.place if isinstance(backend, in_place.SyncBackend) else None
+    place = ready.place if ready.plan.plan else None
     stamps, descriptors = [], []
     for file, planned in zip_longest(files, ready.plan.plan.files if ready.plan.plan else ()):
         if place and planned and planned.name == place.carrier.name:

@@ -21,7 +21,6 @@ from vmconv.model.image import Image
 from vmconv.model.planned import PlannedFile
 from vmconv.model.sources import Decoded, File
 from vmconv.syncing import changes as changing
-from vmconv.syncing import in_place
 from vmconv.syncing import record as records
 from vmconv.syncing.changes import Changes
 from vmconv.syncing.request import SyncPlan
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from vmconv.io.directory import Directory
     from vmconv.io.opener import Opener
     from vmconv.model.plan import Plan, Progress
+    from vmconv.syncing.in_place import Place, SyncBackend
     from vmconv.syncing.old import Old
     from vmconv.syncing.record import Record
     from vmconv.syncing.request import SyncRequest
@@ -43,7 +43,8 @@ _BLOCK = 4096
 class Ready(NamedTuple):
     """A planned sync; all files are open. `image` is the source, `state` the digest of it for the record.
 
-    `record` is that of the last sync, if the target is as it was then. `begin` returns the transaction. `files` may not
+    `record` is that of the last sync, if the target is as it was then. `place` is the target's file, if that itself is
+    changed. `begin` returns the transaction. `files` may not
     change until the target has its name.
     """
 
@@ -58,6 +59,7 @@ class Ready(NamedTuple):
     old: Old | None
     state: str
     record: Record | None
+    place: Place | None
 
 
 class _AsItLies(Image):
@@ -85,6 +87,7 @@ class Planning:
         directory, name = place
         self.stack = stack
         self.valid: Record | None = None
+        self.place: Place | None = None
         self.request = request
         self.image = image
         self.opener = opener
@@ -131,6 +134,7 @@ class Planning:
             self.old,
             self.state,
             self.valid,
+            self.place,
         )
 
     # -- the ways
@@ -171,6 +175,9 @@ class Planning:
 
     def _in_place(self, found: Changes | None) -> tuple[Changes, Conversion, Proposal] | str:
         """Returns the conversion inside the target's file, or why there is none."""
+        # Imported late: most targets are made anew.
+        from vmconv.syncing import in_place
+
         new, old = self.image.flat, self.old.image.flat
         try:
             place = in_place.opened(self.old, self.directory)
@@ -187,10 +194,11 @@ class Planning:
         for way in ways:
             made = way(backend, found)
             if not isinstance(made, str):
+                self.place = place
                 return found, *made
         return str(made)
 
-    def _stay(self, backend: in_place.SyncBackend, changes: Changes) -> tuple[Conversion, Proposal] | str:
+    def _stay(self, backend: SyncBackend, changes: Changes) -> tuple[Conversion, Proposal] | str:
         """Returns the conversion that appends what changed, in whole clusters, or why there is none."""
         if not self.old.format.in_place:
             return f"{self.old.format.name} cannot have payload at other places"
@@ -199,11 +207,13 @@ class Planning:
         disk = self._disk(changing.merged(old, new, changes.widened(unit, new.size)))
         way = self._proposal(backend, disk)
         try:
-            return self._settled(pipeline.conversion_of(self.asked, self.target, disk, way, self.registry, None), way)
+            return self._settled(
+                backend, pipeline.conversion_of(self.asked, self.target, disk, way, self.registry, None), way
+            )
         except PlanError as exc:
             return str(exc)
 
-    def _overwrite(self, backend: in_place.SyncBackend, changes: Changes) -> tuple[Conversion, Proposal] | str:
+    def _overwrite(self, backend: SyncBackend, changes: Changes) -> tuple[Conversion, Proposal] | str:
         """Returns the conversion that writes what changed where the file has it now, or why there is none."""
         new, carrier = self.image.flat, backend.place.carrier.file
         changes = changes.widened(1, new.size)
@@ -215,7 +225,9 @@ class Planning:
             shape = self._disk(changing.allocated(old, new, changes), kind=_AsItLies)
             freely = way._replace(carrier=None)
             made = pipeline.conversion_of(self.asked, self.target, shape, freely, self.registry, None)
-            return self._settled(self._filled(made, disk, changing.overwritten(old, new, changes, carrier), way), way)
+            return self._settled(
+                backend, self._filled(made, disk, changing.overwritten(old, new, changes, carrier), way), way
+            )
         except (PlanError, ValueError) as exc:
             return str(exc)
 
@@ -231,16 +243,15 @@ class Planning:
             plans.append(pipeline.plan_of(filled, self.directory.path, way.backend, way.survey, alone=True))
         return made._replace(containers=tuple(containers), plan=merge_plans(plans))
 
-    def _proposal(self, backend: in_place.SyncBackend, disk: Image) -> Proposal:
+    def _proposal(self, backend: SyncBackend, disk: Image) -> Proposal:
         return Proposal(backend, backend.survey(self.directory.path, disk.payload_files()), backend.place.carrier.file)
 
-    def _settled(self, made: Conversion, way: Proposal) -> tuple[Conversion, Proposal] | str:
+    def _settled(self, backend: SyncBackend, made: Conversion, way: Proposal) -> tuple[Conversion, Proposal] | str:
         """Returns the conversion, or why it cannot be made in place. Raises `PlanError` if payload would move."""
         if self.old.format.options_of(self._result(made.containers)) != self.old.options:
             return f"{self.old.format.name} would get other options in place"
-        assert isinstance(way.backend, in_place.SyncBackend)
-        way.backend.settle(made.plan)
-        if way.backend.rolls_forward:
+        backend.settle(made.plan)
+        if backend.rolls_forward:
             twice = (copy._replace(reason=f"{copy.reason}: written to a journal first") for copy in made.plan.copies)
             made = made._replace(plan=made.plan._replace(copies=tuple(twice)))
         return made, way
