@@ -161,6 +161,12 @@ def test_a_saved_state_without_its_memory_says_what_is_missing(tmp_path: Path) -
         memory(put(tmp_path, "web.vmss", saved_state([])[0]))
 
 
+def test_memory_inside_counts_more_than_a_file_beside(tmp_path: Path) -> None:
+    put(tmp_path, "web.vmem", bytes(5 * PAGE))
+    state, _ = saved_state([(0, 0, 2), (0x100, 2, 3)], A + B)
+    assert memory(put(tmp_path, "web.vmss", state)) == TWO
+
+
 def test_memory_elsewhere_needs_permission(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

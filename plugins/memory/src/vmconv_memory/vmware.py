@@ -131,11 +131,12 @@ def _alone(file: File) -> Image:
 
 def _memory_of(state: State, opener: Opener) -> tuple[File, str | None]:
     """Returns the file with the memory of a state, and its name if it is another file."""
+    # A .vmem beside it may be that of the machine, which has run on since.
+    if state.inside:
+        return state.file, None
     found = opener.companion(state.file, PAYLOADS, "memory")
     if found:
         return found[1], found[0]
-    if state.inside:
-        return state.file, None
     raise AccessError(
         f"{state.file.name}: its memory is not inside, and no .vmem of that name is beside it",
         hint="put the .vmem beside it",
