@@ -105,7 +105,7 @@ _LONG = tuple(
 )
 """What takes half of the time of these tests, and is done once more on another filesystem or at random."""
 
-_MEMORY = ("elf", "elf_writer", "lime", "mapped", "qemu", "ranges", "vmware", "vmware_writer")
+_RAM = ("elf", "elf_writer", "lime", "mapped", "qemu", "ranges", "vmware", "vmware_writer")
 
 ROOMS: dict[str, Room] = {
     "extents": _core("model/extents placing/ranges", "extents ranges"),
@@ -150,7 +150,7 @@ ROOMS: dict[str, Room] = {
     "vmdk": _writer("vmdk", "tests/conversion/test_misaligned.py"),
     "parallels": _writer("parallels"),
     "ram": Room(
-        tuple(f"plugins/memory/src/vmconv_memory/{part}.py" for part in _MEMORY),
+        tuple(f"plugins/memory/src/vmconv_memory/{part}.py" for part in _RAM),
         tuple(f"tests/memory/test_{name}.py" for name in ("layouts", "streams", "matrix", "kits")),
     ),
 }
