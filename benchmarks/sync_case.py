@@ -88,6 +88,8 @@ def _across(bench: Bench, place: Place, kind: str) -> None:
     os.rmdir(other)
     ratio = measured.median("vmconv sync") / measured.median("copying the same bytes")
     bench.at_most(measured, f"a sync to {kind}, in copies of the same bytes", ratio, 1.2, "x")
+    written = measured.median("vmconv sync", "wchar") / measured.median("copying the same bytes", "wchar")
+    bench.at_most(measured, f"a sync to {kind}: bytes written, in those of the copy", written, 1.2, "x")
 
 
 def _layer(top: str, below: str, size: int) -> None:
