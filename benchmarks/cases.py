@@ -16,7 +16,7 @@ from correct import same_as, samples_of, some_offsets
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
 from inplace_cases import in_place
-from machine_case import machines
+from machine_case import machines, machines_in_place
 from measure import Contender, Measured
 from memory_case import memory
 from reference_case import reference
@@ -292,6 +292,7 @@ CASES = (
     Case("terabyte", ("xfs",), terabyte),
     Case("streams", ("xfs", "ext4"), streams),
     Case("machines", ("xfs", "btrfs"), machines),
+    Case("machines", ("ext4",), machines_in_place),
     Case("memory", ("xfs", "btrfs"), memory),
     Case("views", ("xfs", "ext4"), views),
     Case("backups", ("xfs",), backups),
