@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from archive_case import archives
 from backup_case import backups
 from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
@@ -296,4 +297,5 @@ CASES = (
     Case("memory", ("xfs", "btrfs"), memory),
     Case("views", ("xfs", "ext4"), views),
     Case("backups", ("xfs",), backups),
+    Case("archives", ("xfs", "ext4"), archives),
 )

@@ -160,6 +160,13 @@ def test_grains_of_a_vmdk_share_all_blocks(backup: Path) -> None:
     assert result.plan.totals.shared >= 8 * MIB
 
 
+def test_small_clusters_of_a_qcow2_share_nearly_all_blocks(backup: Path) -> None:
+    plan = vmconv.machine_plan(backup, backup.parent / "new", target_format="libvirt")
+    # Only the edges of extents are copied.
+    assert plan.totals.copied < 32 * 1024
+    assert plan.totals.shared > 8 * MIB - 32 * 1024
+
+
 def test_a_raw_disk_shares_the_extents_at_its_phase(backup: Path) -> None:
     plan = vmconv.machine_plan(backup, backup.parent / "new", target_format="libvirt", disk_format="raw")
     # Extents are 512 bytes out of step with each other; three hold this disk, and at most one in eight fits.
