@@ -13,6 +13,7 @@ from support import qcow2_images
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from vmconv.errors import AccessError, ImageError, PlanError
 from vmconv.model import paths
+from vmconv.plugin import Opener, installed
 
 FOREIGN = {
     r"C:\VMs\base.vmdk": "base.vmdk",
@@ -297,3 +298,14 @@ def test_other_names_are_paths_of_windows(name: str) -> None:
 )
 def test_a_path_of_windows_is_one_of_this_system(windows: str, path: str) -> None:
     assert paths.from_windows(windows) == path
+
+
+def test_an_image_with_other_facts_has_the_warnings_of_its_table(tmp_path: Path) -> None:
+    make_disk(tmp_path / "d.raw", MIB)
+    with Opener(installed()) as opener:
+        image = opener.image(str(flat(tmp_path, "/vmfs/volumes/x/d.raw", MIB)))
+        other = image.stating(adapter_type="lsilogic")
+        assert image.facts.adapter_type != other.facts.adapter_type == other.disk.adapter_type == "lsilogic"
+        assert other.guest == image.guest
+        assert other.warnings == image.warnings != ()
+        assert image.stating() is image

@@ -149,8 +149,21 @@ class Image:
 
     def stating(self, **facts: Any) -> Image:
         """Returns this layer with other facts."""
+        if not facts:
+            return self
         other = copy(self)
         other.facts = self.facts._replace(**facts)
+
+        def load_guest() -> Extents:
+            table = self.guest
+            # Loading the table may add warnings to the image that its reader knows.
+            other.warnings = tuple(dict.fromkeys((*other.warnings, *self.warnings)))
+            return table
+
+        other._load_guest = load_guest
+        # Derived from the facts, or loaded before.
+        for name in ("disk", "guest"):
+            other.__dict__.pop(name, None)
         return other
 
     @cached_property
