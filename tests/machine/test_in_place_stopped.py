@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,21 @@ def test_a_failing_call_leaves_the_old_machine_or_says_how_to_complete_the_new_o
             # The last call of all makes it durable that the journal is gone: then the machine is the new one.
             assert work.outcome() == ("after" if "vmconv recover" in said else "before"), (number, said)
     assert 50 < failed < MOST - 5
+
+
+@pytest.mark.parametrize("conversion", [55, 88])
+def test_a_killed_recovery_is_repeated(conversion: int, work: Work) -> None:
+    """The conversion is killed while a disk is changed, or while it is completed; so is its first recovery."""
+    for number in range(0, MOST, 6):
+        work.fresh()
+        assert in_child(work.convert, killed_at(conversion)) == KILLED
+        code = in_child(partial(recover, work, "new.toy"), killed_at(number))
+        try:
+            recover(work, "new.toy")
+        except AccessError as exc:
+            # The first one had turned all back, and lacked only the sync of that.
+            assert "does not exist" in str(exc)
+        work.outcome()
+        if code != KILLED:
+            break
+    assert code == 0 and number > 0
