@@ -16,10 +16,10 @@ from support.disks import MIB
 from support.requirements import oracle_program
 from support.toy_machines import machine
 from vmconv.cli.main import main
+from vmconv.guest.contents import content_of
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.machine.boot import partitions
-from vmconv.machine.boot.contents import content_of
 from vmconv.model.extents import Extents
 from vmconv.testing import image_file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from support.requirements import oracle_module, oracle_program
 from support.toy_machines import machine
 from vmconv.cli.main import main
 from vmconv.guest import Facts, Task, Volume, look
+from vmconv.guest.contents import content_of
 from vmconv.guest.initramfs import InitramfsError, names_in
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.machine.boot import partitions
-from vmconv.machine.boot.contents import content_of
 
 pytestmark = pytest.mark.usefixtures("toys", "libraries")
 
@@ -354,3 +355,65 @@ def test_the_hand_off_names_the_new_machine(
     made = tmp_path / "new"
     assert main(["machine", "convert", "-q", "-O", target, str(config), str(made)]) == 0
     assert (made / line.rpartition("DIRECTORY/")[2]).exists()
+
+
+GROUP = """\
+contents = "Text Format Volume Group"
+version = 1
+guest {{
+    id = "{ids[0]}"
+    seqno = 2
+    format = "lvm2"
+    status = ["RESIZEABLE", "READ", "WRITE"]
+    extent_size = 8192
+    max_lv = 0
+    max_pv = 0
+    physical_volumes {{
+        pv0 {{ id = "{ids[1]}" device = "/dev/sda2" status = ["ALLOCATABLE"] pe_start = 2048 pe_count = 10 }}
+    }}
+    logical_volumes {{
+        root {{
+            id = "{ids[2]}"
+            status = ["READ", "WRITE", "VISIBLE"]
+            segment_count = 1
+            segment1 {{
+                start_extent = 0
+                extent_count = 2
+                type = "striped"
+                stripe_count = 1
+                stripes = ["pv0", 3]
+            }}
+        }}
+    }}
+}}
+"""
+
+
+def test_filesystems_in_logical_volumes_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    oracle_module("pyvslvm")
+    if os.geteuid() != 0:
+        pytest.skip("making a physical volume needs root")
+    config = virtio(tmp_path)
+    inner = filesystem(tmp_path / "root.fs", "ext4", write_tree(tmp_path / "root", small()), 8 * MIB)
+    ids = ["-".join((letter * 6, *[letter * 4] * 5, letter * 6)) for letter in "abc"]
+    group = tmp_path / "group.txt"
+    group.write_text(GROUP.format(ids=ids))
+    outer = tmp_path / "lvm.part"
+    with outer.open("wb") as file:
+        file.truncate(64 * MIB)
+    loop = run(oracle_program("losetup"), "-f", "--show", str(outer)).strip()
+    try:
+        # LVM itself writes the metadata. Making a volume its usual way needs the device mapper.
+        run(oracle_program("pvcreate"), "-q", "-u", ids[1], "--restorefile", str(group), loop)
+        run(oracle_program("vgcfgrestore"), "-q", "-f", str(group), "guest")
+    finally:
+        run("losetup", "-d", loop)
+    with outer.open("r+b") as file:
+        file.seek(MIB + 3 * 4 * MIB)
+        file.write(inner.read_bytes())
+    disk_of(tmp_path / "system.raw", [outer])
+    assert checked(config, capsys) == [("note", "disks[0] partition 2: guest/root (ext)", "has Linux")]
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -13,11 +13,13 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from vmconv.guest import linux, windows
+from vmconv.guest.contents import content_of
 from vmconv.guest.facts import MAX_ITEMS, Facts, Problem, System, cut
 from vmconv.guest.filesystems import LIBRARIES, Filesystem
+from vmconv.guest.lvm import LogicalVolume, logical_volumes, open_group
 from vmconv.guest.protocol import ANSWER, LENGTH, REQUEST, Task, Volume
 from vmconv.guest.sandbox import confine
-from vmconv.guest.volumes import Parent, reader
+from vmconv.guest.volumes import Parent, Read, reader
 
 _NEEDED_LATER = ("lz4.block", "zstandard", "encodings.idna", "encodings.utf_16_le", "encodings.latin_1")
 """Modules that would otherwise be imported when files can no longer be opened."""
@@ -72,15 +74,29 @@ class _Look:
     def _filesystems(self) -> Iterator[Filesystem]:
         for volume in self._task.volumes:
             where = f"{volume.where} ({volume.content})"
-            if volume.content == "lvm":
-                continue
             if not _try_import(LIBRARIES[volume.content]):
                 self.problems.append(Problem(where, "no library is installed for its filesystem"))
                 continue
             read = reader(self._parent, volume.disk, volume.start, volume.length)
-            found = self._try(where, Filesystem, volume.content, read, volume.length, where)
-            if found is not None:
-                yield found
+            if volume.content == "lvm":
+                # The handle has to stay as long as its volumes.
+                group = self._try(where, open_group, read, volume.length)
+                for each in self._try(where, logical_volumes, group) or () if group is not None else ():
+                    yield from self._in_volume(f"{volume.where}: {each.name}", each)
+            else:
+                yield from self._opened(where, volume.content, read, volume.length)
+
+    def _in_volume(self, where: str, volume: LogicalVolume) -> Iterator[Filesystem]:
+        content = self._try(where, content_of, volume, 0)
+        if content in LIBRARIES and content != "lvm" and _try_import(LIBRARIES[content]):
+            yield from self._opened(f"{where} ({content})", content, volume.read, volume.size)
+        elif content is not None:
+            self.problems.append(Problem(where, f"no library can read its content ({content})"))
+
+    def _opened(self, where: str, content: str, read: Read, size: int) -> Iterator[Filesystem]:
+        found = self._try(where, Filesystem, content, read, size, where)
+        if found is not None:
+            yield found
 
     def _try(self, where: str, what: Callable[..., _Result], *given: Any) -> _Result | None:
         """Returns what a function returns; None if it fails."""

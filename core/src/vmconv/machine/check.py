@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.errors import AccessError, ImageError
+from vmconv.guest.contents import content_of
 from vmconv.guest.protocol import Volume
 from vmconv.machine.boot import partitions
-from vmconv.machine.boot.contents import content_of
 from vmconv.machine.findings import Finding, first_disk
 from vmconv.machine.firmware import tpm_state
 from vmconv.machine.formats import machine_format

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from vmconv.model.extents import Extents
+
+class Disk(Protocol):
+    """Bytes that can be read: a disk, or a logical volume."""
+
+    @property
+    def size(self) -> int:
+        """Returns the number of bytes."""
+
+    def read(self, offset: int, length: int, /) -> bytes:
+        """Returns bytes."""
+
 
 _MAGIC = (
     ("bitlocker", 3, b"-FVE-FS-"),
@@ -20,7 +29,7 @@ _MAGIC = (
 )
 
 
-def content_of(disk: Extents, start: int) -> str | None:
+def content_of(disk: Disk, start: int) -> str | None:
     """Returns the kind of content at a byte of the disk; None if it is not known."""
     for kind, offset, magic in _MAGIC:
         at = start + offset
