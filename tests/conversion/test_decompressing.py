@@ -229,6 +229,22 @@ def test_an_archive_of_several_files_is_refused(disk: Path) -> None:
         vmconv.convert(path, disk.with_name("new.qcow2"), decompress=True)
 
 
+def test_a_member_without_a_name_is_refused_in_one_line(disk: Path) -> None:
+    # zipfile raises IndexError for it.
+    path = disk.with_name("nameless.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\1\2")
+    data[at + 28 : at + 30] = b"\0\0"
+    del data[at + 46]
+    end = data.index(b"PK\5\6")
+    data[end + 12 : end + 16] = (end - at).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="cannot be decompressed as ZIP archive: string index out of range"):
+        vmconv.convert(path, disk.with_name("new.qcow2"), decompress=True)
+
+
 def test_a_member_s_name_leads_nowhere(disk: Path, qemu_img: QemuImg) -> None:
     path, elsewhere = disk.with_name("evil.zip"), disk.parent / "elsewhere"
     elsewhere.mkdir()

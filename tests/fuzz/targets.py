@@ -12,6 +12,7 @@ import hashlib
 import os
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import cached_property
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from vmconv.testing import ReaderTests
 
 _MEMORY = ("elfcore", "libvirtsave", "lime", "qevm", "vmem")
-_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", *_MEMORY)
+_FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", *_MEMORY)
 _READ = 64 << 10
 _LARGE = 5 << 20
 _WORDS = 2000
@@ -177,6 +178,36 @@ class BytesTarget(Target):
         one = installed().format(self._name)
         one.probe(file)
         read_all(one, file)
+
+
+class DecompressTarget(Target):
+    """A compressed download, as `--decompress` reads it."""
+
+    def seeds(self) -> list[bytes]:
+        import bz2
+        import gzip
+        import io
+        import lzma
+        import zipfile
+
+        import zstandard
+
+        data = bytes(5000) + bytes(range(256)) * 20
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
+            writer.writestr("disk.raw", data)
+        packed = [gzip.compress(data), bz2.compress(data), zstandard.compress(data), lzma.compress(data)]
+        return [*packed, lzma.compress(data, lzma.FORMAT_ALONE), archive.getvalue()]
+
+    def run(self, data: bytes) -> None:
+        from vmconv.io.decompressing import Spool
+
+        descriptor = os.memfd_create("download")
+        with contextlib.closing(File("/download.raw.gz", descriptor)) as file:
+            os.pwrite(descriptor, data, 0)
+            file.size = len(data)
+            with contextlib.suppress(VmconvError):
+                Spool(tempfile.gettempdir(), 1 << 24)(file).close()
 
 
 class ProbeTarget(Target):
@@ -362,6 +393,7 @@ def targets() -> dict[str, Target]:
     found: dict[str, Target] = {name: FormatTarget(name) for name in _FORMATS}
     found["vmdk-descriptor"] = BytesTarget("vmdk", ".vmdk", _VMDK)
     found["parallels-descriptor"] = BytesTarget("parallels", ".xml", _PARALLELS)
+    found["decompress"] = DecompressTarget()
     found["probe"] = ProbeTarget()
     found["nbd"] = NbdTarget()
     found["journal"] = JournalTarget()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import io
 import os
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vmconv.errors import BackendError, ImageError, os_errors
+from vmconv.errors import BackendError, ImageError, VmconvError, os_errors
 from vmconv.io.foreign import foreign_content, foreign_suffix, suffix_of
 from vmconv.model.sources import File
 from vmconv.system import linux
@@ -118,18 +118,23 @@ def _write_sparsely(descriptor: int, piece: bytes, at: int) -> None:
 def _decoded(file: File, title: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Yields the pieces, with the errors of the decoders as one of ours."""
     while True:
-        try:
+        with _decoding(file, title):
             piece = next(pieces, None)
-        except (zlib.error, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as exc:
-            raise _damaged(file, title, exc) from exc
-        except Exception as exc:
-            # LZMAError, ZstdError and BadZipFile have no base of their own, and their modules may not be imported.
-            if type(exc).__module__.partition(".")[0] not in ("_lzma", "lzma", "zipfile", "zstandard", "zstd"):
-                raise
-            raise _damaged(file, title, exc) from exc
         if piece is None:
             return
         yield piece
+
+
+@contextmanager
+def _decoding(file: File, title: str) -> Iterator[None]:
+    """Turns errors of a decoder into `ImageError`."""
+    try:
+        yield
+    except VmconvError:
+        raise
+    # The decoders' errors have no base in common, and zipfile raises IndexError and struct.error for damage as well.
+    except Exception as exc:
+        raise _damaged(file, title, exc) from exc
 
 
 def _damaged(file: File, title: str, exc: BaseException) -> ImageError:
@@ -236,11 +241,9 @@ def _zip(file: File) -> tuple[str, Iterator[bytes]]:
     """Returns name and content of the only file in an archive."""
     import zipfile
 
-    try:
+    with _decoding(file, "ZIP archive"):
         archive = zipfile.ZipFile(_stream(file))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as exc:
-        raise _damaged(file, "ZIP archive", exc) from exc
-    members = [one for one in archive.infolist() if not one.is_dir()]
+        members = [one for one in archive.infolist() if not one.is_dir()]
     if len(members) != 1:
         raise ImageError(
             f"{file.name}: has {len(members)} files, and a disk is one", hint="unzip it; then convert the disk in it"
