@@ -12,6 +12,7 @@ import vmconv
 from support.disks import MIB
 from support.libvirt_host import LibvirtHost, short_directory
 from support.requirements import oracle_program
+from support.volatility import volatility
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.extents import Kind
@@ -136,3 +137,14 @@ def test_libvirt_s_saved_machine_and_dump_are_read() -> None:
                 assert read(saved, at, 4096) == read(core, at, 4096), hex(at)
         vmconv.convert(str(saved), str(folder / "new.lime"))
         assert vmconv.compare(str(saved), str(folder / "new.lime"))
+
+
+def test_volatility_reads_the_stream_as_vmconv_does(dumps: Path) -> None:
+    """Its layer is of the stream; ours is of what the stream was converted to."""
+    vmconv.convert(str(dumps / "web.mig"), str(dumps / "new.elf"))
+    rng = random.Random(7)
+    asked = [PLACE, *(rng.randrange(256, 64 * 256) * 4096 + 16 * rng.randrange(256) for _ in range(1000))]
+    _, theirs = volatility(dumps / "web.mig", "qemu", "QemuSuspendLayer", asked)
+    _, ours = volatility(dumps / "new.elf", "elf", "Elf64Layer", asked)
+    assert ours == theirs
+    assert ours[0] == LOADED[:16].hex()
