@@ -187,6 +187,19 @@ def test_impossible_streams_are_refused_before_a_byte_is_sent(
     assert done.returncode == error.exit_code
 
 
+def test_a_stream_to_a_full_device_names_standard_output(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", MIB)
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vmconv", "convert", "-O", "qcow2", str(disk), "-"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert b"standard output: cannot be written: No space left on device" in done.stderr
+
+
 def test_a_terminal_is_spared(tmp_path: Path) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     master, slave = pty.openpty()
