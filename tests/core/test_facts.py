@@ -11,9 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from vmconv.model.disk import Disk, GeometrySchema, Parent
-from vmconv.model.extents import Extents
+from vmconv.model.extents import Extents, Kind
 from vmconv.model.facts import DiskFacts, Geometry
+from vmconv.model.image import Image
 from vmconv.testing import disk_of, patterned
+from vmconv.testing.memory import MemoryFile
 
 ALL = DiskFacts(
     logical_sector_size=4096,
@@ -86,3 +88,14 @@ def test_the_record_needs_neither_pydantic_nor_uuid() -> None:
         "sys.exit(bool({'pydantic', 'uuid', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_copy_with_other_facts_has_the_warnings_of_later_reading() -> None:
+    def load() -> Extents:
+        image.warnings += ("overlaps",)
+        return Extents.filled(512, Kind.ZERO)
+
+    image = Image("test", MemoryFile("disk", 512), 512, load)
+    other = image.stating(logical_sector_size=4096)
+    assert other.guest.size == 512
+    assert other.warnings == image.warnings == ("overlaps",)

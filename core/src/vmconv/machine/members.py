@@ -41,16 +41,24 @@ class Members(Opener):
     def disk(self, origin: File, reference: str, format_name: str | None) -> Image:
         file = self.member(reference)
         image = self._read_chain(file, format_name, [])
-        return Image(
+
+        def load_guest() -> Extents:
+            table = self.in_package(image.flat)
+            # The member's reader may have added some with the table.
+            whole.warnings = tuple(dict.fromkeys((*whole.warnings, *image.warnings)))
+            return table
+
+        whole = Image(
             image.format_name,
             file,
             image.size,
-            lambda: self.in_package(image.flat),
+            load_guest,
             facts=image.facts,
             losses=image.losses,
             warnings=image.warnings,
             details=lambda: image.details,
         )
+        return whole
 
     def in_package(self, table: Extents) -> Extents:
         """Returns a table with each window onto a member as one onto the package's file."""
