@@ -74,6 +74,8 @@ def test_all_disks_of_a_compressed_backup_are_made(kind: str, directory: Path, q
 
 def test_payload_is_written_once_where_blocks_can_be_shared(xfs_dir: Path) -> None:
     (xfs_dir / "web.vma.zst").write_bytes(zst(archive(disk(1, 32 * MIB)).written()))
+    plan = vmconv.machine_plan(xfs_dir / "web.vma.zst", xfs_dir / "new", target_format="libvirt")
+    assert not any("twice" in warning for warning in plan.warnings)
     before = used(xfs_dir)
     result = vmconv.machine_convert(xfs_dir / "web.vma.zst", xfs_dir / "new", target_format="libvirt")
     payload = 16 * MIB
@@ -91,6 +93,8 @@ def used(directory: Path) -> int:
 
 def test_the_plan_says_that_payload_is_written_twice(ext4_dir: Path) -> None:
     (ext4_dir / "web.vma.gz").write_bytes(gzip.compress(archive(disk(1)).written()))
+    plan = vmconv.machine_plan(ext4_dir / "web.vma.gz", ext4_dir / "new", target_format="libvirt")
+    assert any("cannot share blocks, so payload will be written twice" in warning for warning in plan.warnings)
     result = vmconv.machine_convert(ext4_dir / "web.vma.gz", ext4_dir / "new", target_format="libvirt")
     assert any("written twice" in note for note in result.plan.notes)
 

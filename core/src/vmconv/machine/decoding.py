@@ -78,14 +78,21 @@ def _unnamed(directory: Directory) -> int:
         return descriptor
 
 
-def undecoded_notes(source: Source, plan: MachinePlan) -> MachinePlan:
-    """Returns the plan of a compressed package before it is decoded, with what is not known yet."""
+def undecoded_notes(source: Source, plan: MachinePlan, directory: str) -> MachinePlan:
+    """Returns the plan of a compressed package before it is decoded, with what is not known yet.
+
+    `directory` is an existing one on the storage of the target.
+    """
     size = source.file.size
     text = (
         f"{source.file.name} is compressed ({source.compression}): its {size} bytes will be decoded once. What of the "
         "disks is zero is known only then, so the plan counts all bytes of the disks"
     )
-    return plan._replace(warnings=(*plan.warnings, text))
+    warnings = (*plan.warnings, text)
+    found = (each.capabilities(directory) for each in installed().backends.values() if each.automatic)
+    if not any(each.usable and each.shares for each in found):
+        warnings += (f"{plan.directory} cannot share blocks, so payload will be written twice",)
+    return plan._replace(warnings=warnings)
 
 
 def decoded_plan(source: Source, plan: MachinePlan) -> MachinePlan:

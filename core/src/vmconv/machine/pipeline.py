@@ -56,12 +56,13 @@ def plan(request: MachineRequest) -> MachinePlan:
 
             return planned_in_place(request, source, target).plan
         # The directory may be made by the conversion. Storage is the same as above it.
-        return _planned(_prepared(request, source, target, existing_parent(target.directory)))
+        directory = existing_parent(target.directory)
+        return _planned(_prepared(request, source, target, directory), directory)
 
 
-def _planned(ready: Prepared) -> MachinePlan:
+def _planned(ready: Prepared, directory: str) -> MachinePlan:
     """Returns the plan as users are told of it before anything is done."""
-    return undecoded_notes(ready.source, ready.plan) if ready.source.compression else ready.plan
+    return undecoded_notes(ready.source, ready.plan, directory) if ready.source.compression else ready.plan
 
 
 def run(
@@ -110,7 +111,7 @@ def _decoded(
     hint = ready.target.hint_if_taken(directory, ready.made.plan)
     with no_collisions(ready.made.plan, directory, ready.source.opener.files, force=request.force, hint=hint):
         if announce:
-            announce(_planned(ready))
+            announce(_planned(ready, ready.target.directory))
     with decoded(ready.source, directory, progress) as source:
         # Its variables may say that Secure Boot is on.
         found = _prepared(request, source, target_of(request, source.machine), ready.target.directory)
