@@ -35,6 +35,12 @@ def test_the_last_bytes_of_a_page_count(tmp_path: Path) -> None:
     assert read(put(tmp_path, migration(MEMORY, again=[0, 3 * PAGE, 6 * PAGE]))) == MEMORY
 
 
+def test_a_machine_s_name_may_have_255_bytes(tmp_path: Path) -> None:
+    assert read(put(tmp_path, migration(MEMORY, machine="pc-".ljust(255, "x")))) == MEMORY
+    with pytest.raises(ImageError, match="length of the machine's name at 0x9: 256 is more than 255"):
+        read(put(tmp_path, migration(MEMORY, machine="pc-".ljust(256, "x"))))
+
+
 def test_mapped_ram_shares_its_pages(xfs_dir: Path) -> None:
     path = mapped_ram(xfs_dir / "web.mig", MEMORY)
     assert read(path) == MEMORY
