@@ -225,7 +225,8 @@ def defined() -> set[str]:
     for top in ("core/src/vmconv", "plugins/fleet/src"):
         for path in (ROOT / top).rglob("*.py"):
             tree = ast.parse(path.read_text())
-            owners = {path.stem: tree, **{node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}}
+            owners: dict[str, ast.Module | ast.ClassDef] = {path.stem: tree}
+            owners |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
             for owner, node in owners.items():
                 for child in node.body:
                     names = [getattr(child, "name", ""), ast.unparse(getattr(child, "target", child)).split(" = ")[0]]

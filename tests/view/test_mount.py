@@ -31,7 +31,10 @@ from vmconv_view import tree as tree_module
 from vmconv_view.tree import Tree
 
 SIZE = 12 * MIB
-_CONTENT_IDS = re.compile(rb'(?<=\nCID=)[0-9a-f]{8}|(?<=longContentID = ")[0-9a-f]{32}')
+_IDS = re.compile(
+    rb'(?<=\nCID=)[0-9a-f]{8}|(?<=longContentID = ")[0-9a-f]{32}|(?<=uuid\.image = ")[0-9a-f-]{36}'
+    rb'|(?<=uuid\.modification = ")[0-9a-f-]{36}'
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,11 +47,9 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
-def digests_but_content_ids(directory: Path) -> dict[str, str]:
-    """Returns what `digests` does, with the content ids of a VMDK, which no option says, left out."""
-    return {
-        path.name: sha256(_CONTENT_IDS.sub(b"", path.read_bytes())).hexdigest() for path in sorted(directory.iterdir())
-    }
+def digests_but_ids(directory: Path) -> dict[str, str]:
+    """Returns what `digests` does, without the ids of a VMDK that no option says."""
+    return {path.name: sha256(_IDS.sub(b"", path.read_bytes())).hexdigest() for path in sorted(directory.iterdir())}
 
 
 def is_offered(variant: Variant) -> bool:
@@ -71,7 +72,9 @@ def shown_as(variant: Variant) -> str:
 def as_shown(variant: Variant, image: Path) -> dict[str, str]:
     """Returns the options with which `convert` makes the very bytes that a mount shows, its ids included."""
     said = vmconv.info(str(image), allow_external=[str(image.parent)])["disk"].get("identity")
-    return {**options(variant), **({"identity": said} if has_identity(variant) and said else {})}
+    # VMDK states an identity that was asked for in one more line.
+    asked = has_identity(variant) and variant[0] != "vmdk" and said
+    return {**options(variant), **({"identity": said} if asked else {})}
 
 
 OFFERED = [variant for variant in variants() if is_offered(variant)]
@@ -92,7 +95,7 @@ def test_a_view_has_the_bytes_of_a_conversion(xfs_dir: Path, point: Path, qemu_i
             made.mkdir()
             target = made / f"disk{installed().formats[variant[0]].suffixes[0]}"
             vmconv.convert(str(image), str(target), options=as_shown(variant, shown / made.name / target.name))
-            assert digests_but_content_ids(shown / made.name) == digests_but_content_ids(made), variant
+            assert digests_but_ids(shown / made.name) == digests_but_ids(made), variant
             assert os.stat(shown / made.name / target.name).st_size == os.stat(target).st_size
             qemu_img("compare", "-f", "raw", "-F", qemu_name(variant), raw, shown / made.name / target.name)
 
@@ -102,7 +105,7 @@ def test_every_format_can_be_the_source(xfs_dir: Path, point: Path) -> None:
     images = xfs_dir / "images"
     images.mkdir()
     wanted = sha256(raw.read_bytes()).hexdigest()
-    formats = sorted(installed().formats)
+    formats = sorted(name for name, one in installed().formats.items() if one.can_write)
     for name in formats:
         vmconv.convert(str(raw), str(images / f"{name}{installed().formats[name].suffixes[0]}"), target_format=name)
     with mounted(images, point):
