@@ -128,7 +128,7 @@ def test_an_export_is_the_file_that_convert_makes(xfs_dir: Path, qemu_img: QemuI
             qemu_img("compare", "-f", "raw", "-F", qemu_name(variant), raw, running.uri)
 
 
-@pytest.mark.parametrize("name", sorted(installed().formats))
+@pytest.mark.parametrize("name", sorted(name for name, one in installed().formats.items() if one.can_write))
 def test_the_guests_disk_is_exported_unless_said(xfs_dir: Path, qemu_img: QemuImg, name: str) -> None:
     raw = make_disk(xfs_dir / "source.raw", SIZE)
     image = xfs_dir / f"disk{installed().formats[name].suffixes[0]}"

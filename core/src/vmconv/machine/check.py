@@ -28,7 +28,7 @@ _MBR_LIMIT = 2 << 40
 _NO_UEFI_DRIVER = ("buslogic", "lsilogic", "lsisas1068", "lsi53c895a", "lsi53c810", "megasas", "pvscsi")
 """Controllers for which OVMF, the firmware of KVM platforms, has no driver.
 
-edk2's drivers for pvscsi and lsisas1068 are off by default since 2022, and not in the OVMF of Debian 12 and RHEL 9.
+edk2 has drivers for pvscsi and lsisas1068 that a build may leave out; the OVMF of Debian 12 has neither.
 """
 
 _KVM = ("libvirt", "proxmox", "kubevirt")

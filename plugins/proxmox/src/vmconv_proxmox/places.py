@@ -31,7 +31,7 @@ SCSI_MODELS = {
 SCSI_HW = {model: name for name, model in SCSI_MODELS.items()}
 
 WITHOUT_UEFI = frozenset({"lsi53c895a", "lsi53c810", "megasas", "pvscsi"})
-"""Controllers for which OVMF has no driver. That for pvscsi is in edk2's tree, and off by default since 2022."""
+"""Controllers for which OVMF has no driver. edk2 has one for pvscsi, which Debian 12's build leaves out."""
 
 
 def _per_controller(bus: str, scsi: str | None) -> int:
