@@ -8,7 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -376,3 +376,32 @@ def test_equal_attributes_need_no_permission_to_set_them(
     monkeypatch.setattr(os, "setxattr", refuse)
     with opened(tmp_path / "source") as source, opened(tmp_path / "target") as target:
         assert attributes.carry(source, target) == missing
+
+
+@pytest.mark.parametrize("number", [None, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT])
+def test_a_scratch_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
+    if number is not None:
+        monkeypatch.setattr(Directory, "create_unnamed", refusing(number))
+    with Directory.at(str(tmp_path)) as directory:
+        descriptor = directory.create_scratch()
+    try:
+        assert os.pwrite(descriptor, b"written", 0) == len(b"written")
+        assert os.pread(descriptor, 9, 0) == b"written"
+        assert os.fstat(descriptor).st_nlink == 0
+        assert stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o600
+    finally:
+        os.close(descriptor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_filesystem_is_not_one_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Directory, "create_unnamed", refusing(errno.ENOSPC))
+    with Directory.at(str(tmp_path)) as directory, pytest.raises(OSError, match="No space left"):
+        directory.create_scratch()
+
+
+def refusing(number: int) -> Callable[[Directory], int]:
+    def refuse(_directory: Directory) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return refuse

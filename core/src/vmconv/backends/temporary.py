@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from vmconv.errors import AccessError, BackendError
 from vmconv.io import locks
-from vmconv.io.directory import Directory
+from vmconv.io.directory import NO_UNNAMED, Directory
 from vmconv.system import linux
 
 PREFIX = ".vmconv-"
@@ -24,8 +24,6 @@ PREFIX = ".vmconv-"
 
 _PATTERN = re.compile(r"\.vmconv-([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 
-# man 2 open: no O_TMPFILE in this filesystem or kernel. Old kernels take it for O_DIRECTORY, or O_CREAT of a directory.
-_NO_UNNAMED = linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT, errno.EINVAL}
 # man 2 rename: no RENAME_NOREPLACE. man 2 link: no hard links, or no more of them.
 _NO_NEW_NAME = linux.NOT_SUPPORTED | {errno.EINVAL, errno.EPERM, errno.EMLINK, errno.EXDEV}
 
@@ -173,7 +171,7 @@ def _create_unnamed(directory: Directory) -> int:
     try:
         descriptor = directory.create_unnamed()
     except OSError as exc:
-        if exc.errno not in _NO_UNNAMED:
+        if exc.errno not in NO_UNNAMED:
             raise
         return -1
     try:

@@ -46,11 +46,11 @@ class ShiftingTransaction(InPlaceTransaction):
         )
 
     def _carrier_output(self, change: Change) -> Output:
-        return _ShiftedOutput(self._main, self.carrier)
+        return LaterOutput(self._main, self.carrier)
 
 
-class _ShiftedOutput(PlannedOutput):
-    """The planned file: payload is shifted after the commit, the journal holds the rest."""
+class LaterOutput(PlannedOutput):
+    """The planned file: the carrier is written after the commit, from the journal."""
 
     def __init__(self, main: FilePlan, carrier: File) -> None:
         super().__init__(main)

@@ -6,7 +6,6 @@ memory of each decoder is bounded, and a file that ends early is an error.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vmconv.errors import BackendError, ImageError, VmconvError, os_errors
+from vmconv.io.directory import Directory
 from vmconv.io.foreign import foreign_content, foreign_suffix, suffix_of
 from vmconv.model.sources import File
-from vmconv.system import linux
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -54,8 +53,8 @@ class Spool:
         if kind is None or kind.title not in _DECODERS:
             known = ", ".join(_DECODERS)
             raise ImageError(f"{file.name}: is not compressed: --decompress is for {known}")
-        with os_errors("cannot be made", where=self._directory):
-            descriptor = _unnamed(self._directory)
+        with os_errors("cannot be made", where=self._directory), Directory.at(self._directory) as directory:
+            descriptor = directory.create_scratch()
         try:
             name = self._fill(file, kind.title, descriptor)
             # Rights to the new image follow from those to its sources.
@@ -82,20 +81,6 @@ class Spool:
         with os_errors(f"no room for what {file.name} becomes", BackendError, where=self._directory):
             os.ftruncate(descriptor, size)
         return name
-
-
-def _unnamed(directory: str) -> int:
-    """Returns a new file without a name."""
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        if exc.errno not in linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT} or not os.path.isdir(directory):
-            raise
-    from tempfile import mkstemp
-
-    descriptor, path = mkstemp(prefix=".vmconv-", dir=directory)
-    os.unlink(path)
-    return descriptor
 
 
 def _write_sparsely(descriptor: int, piece: bytes, at: int) -> None:

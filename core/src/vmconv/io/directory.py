@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 NAME_MAX = 255
 """Bytes of a name, on all filesystems that Linux writes to."""
 
+# man 2 open: no O_TMPFILE in this filesystem or kernel. Old kernels take it for O_DIRECTORY, or O_CREAT of a directory.
+NO_UNNAMED = linux.NOT_SUPPORTED | {errno.EISDIR, errno.ENOENT, errno.EINVAL}
+
 
 class Directory:
     """An open directory, and a context manager that closes its descriptor.
@@ -145,6 +148,25 @@ class Directory:
             descriptor = os.open(".", flags, 0o600, dir_fd=self.descriptor)
             # The umask may remove bits of the owner, too.
             os.fchmod(descriptor, 0o600)
+        return descriptor
+
+    def create_scratch(self) -> int:
+        """Creates a file that vanishes when it is closed, open for reading and writing.
+
+        Where the filesystem has no files without a name, the name is removed at once.
+        """
+        try:
+            return self.create_unnamed()
+        except OSError as exc:
+            if exc.errno not in NO_UNNAMED:
+                raise
+        name = f".vmconv-{os.urandom(8).hex()}.tmp"
+        descriptor = self.create(name)
+        try:
+            self.unlink(name)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def link_open(self, descriptor: int, name: str) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from vmconv.backends.temporary import temporary_name
 from vmconv.errors import os_errors
 from vmconv.io.registry import installed
 from vmconv.machine.firmware import with_secure_boot
@@ -54,7 +53,9 @@ def decoded(source: Source, directory: Directory, progress: Progress | None) -> 
     with ExitStack() as stack:
 
         def create(name: str, size: int) -> NewFile:
-            file = NewFile(os.path.join(source.file.path, name), _unnamed(directory), size)
+            with os_errors("no file can be made in it", where=directory.path):
+                descriptor = directory.create_scratch()
+            file = NewFile(os.path.join(source.file.path, name), descriptor, size)
             stack.callback(file.close)
             files.append(file)
             return file
@@ -64,18 +65,6 @@ def decoded(source: Source, directory: Directory, progress: Progress | None) -> 
         for file in files:
             file.finish()
         yield with_secure_boot(source._replace(disks=Members(installed(), source.file, members)))
-
-
-def _unnamed(directory: Directory) -> int:
-    """Returns a new file without a name; where the filesystem has none, its name is removed at once."""
-    try:
-        return directory.create_unnamed()
-    except OSError:
-        name = temporary_name("decoded")
-        with os_errors("no file can be made in it", where=directory.path):
-            descriptor = directory.create(name)
-            directory.unlink(name)
-        return descriptor
 
 
 def undecoded_notes(source: Source, plan: MachinePlan, directory: str) -> MachinePlan:

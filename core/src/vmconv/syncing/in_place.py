@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmconv.backends.files import refuse_reader, unnamed_sources
-from vmconv.backends.planned import PlannedOutput
 from vmconv.errors import PlanError, VmconvError
 from vmconv.inplace import rules, space
 from vmconv.inplace.change import Change
 from vmconv.inplace.codec import MAX_BODY
 from vmconv.inplace.journal import Journal
 from vmconv.inplace.rules import Own
+from vmconv.inplace.shift import LaterOutput
 from vmconv.inplace.stay import Claim, InPlaceBackend, InPlaceTransaction, SiblingOutput
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Output, Survey, Transaction
 from vmconv.io.directory import Directory
 from vmconv.model.extents import Kind, distinct
 from vmconv.model.plan import Action, FilePlan, Plan
-from vmconv.model.sources import File, stamp_of
+from vmconv.model.sources import File
 from vmconv.syncing.old import Old
 
 MOST_JOURNALLED = MAX_BODY - (8 << 20)
@@ -156,17 +156,4 @@ class _RollForward(_Stay):
         )
 
     def _carrier_output(self, change: Change) -> Output:
-        return _Journalled(self._main, self.carrier)
-
-
-class _Journalled(PlannedOutput):
-    """The planned file: the journal holds what will be written."""
-
-    def __init__(self, main: FilePlan, carrier: File) -> None:
-        super().__init__(main)
-        self.carrier = carrier
-
-    def finish(self) -> File:
-        # The rename to the working name changed the ctime.
-        self.carrier.stamp = stamp_of(os.fstat(self.carrier.descriptor))
-        return super().finish()
+        return LaterOutput(self._main, self.carrier)
