@@ -37,7 +37,7 @@ def sync(bench: Bench, place: Place) -> None:
             ],
         )
     ratio = measured.median("vmconv sync") / measured.median("vmconv")
-    bench.at_most(measured, "a sync, in conversions anew", ratio, 2, "x")
+    bench.at_most(measured, "sync, relative to a full conversion", ratio, 2, "x")
     bench.at_most(measured, "a sync: bytes read", measured.median("vmconv sync", "rchar") / _MIB, 24, "MiB")
 
 

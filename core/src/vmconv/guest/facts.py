@@ -30,7 +30,7 @@ class Device:
 class Kernel:
     """An installed kernel: which of the wanted drivers it has built in, as modules, and inside its initramfs.
 
-    `initramfs` is the file's name, None if there is none. `problem` says why it could not be read.
+    `initramfs` is the file's name, None without one. `problem` is the reason if it could not be read.
     """
 
     version: str

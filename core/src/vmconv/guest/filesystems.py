@@ -46,14 +46,14 @@ class Filesystem:
         self._volume.open_file_object(self._stream)
 
     def file(self, path: str) -> File | None:
-        """Returns the file of a path without a slash at its start, None if there is none. Follows links."""
+        """Returns the file of a path without a leading slash, None if it does not exist. Follows links."""
         entry = self._entry(path)
         if entry is None or (self._links and not stat.S_ISREG(entry.file_mode)):
             return None
         return File(entry)
 
     def content_of(self, path: str, limit: int) -> str | None:
-        """Returns the text of a file of at most `limit` bytes; None if there is none, or it is larger."""
+        """Returns the text of a file; None if it does not exist, or is larger than `limit` bytes."""
         file = self.file(path)
         if file is None or file.size > limit:
             return None

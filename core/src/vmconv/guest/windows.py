@@ -87,7 +87,7 @@ def _product(root: Filesystem) -> str | None:
 
 
 def _key(hive: Any, path: str) -> Any:
-    """Returns a key of a hive, below its root; None if there is none."""
+    """Returns the key of a hive below its root; None if it does not exist."""
     key = hive.get_root_key()
     for name in path.split("\\"):
         if key is None:

@@ -285,7 +285,7 @@ def _recover(path: str, *, trust: bool) -> Recovery | None:
 
 
 def recover_if_own(path: str) -> Recovery | None:
-    """Completes or turns back the interrupted change of a machine's disks; returns None if there is none.
+    """Completes or rolls back the interrupted change of a machine's disks; returns None without one.
 
     Raises `AccessError` if the run is alive. A journal that may be another user's is ignored with a warning.
     """

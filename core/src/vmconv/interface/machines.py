@@ -171,7 +171,7 @@ class MachineFormat:
     def nvram_template(self, options: Any) -> str | None:
         """Returns the path of a store of the platform's own that the variables are written into, if the user names one.
 
-        For platforms whose store cannot be made anew. It is then of the kind `vmware`.
+        For platforms whose store cannot be created. It is then of the kind `vmware`.
         """
         return None
 

@@ -67,7 +67,7 @@ class Spool:
         return found
 
     def _fill(self, file: File, title: str, descriptor: int) -> str:
-        """Writes the content to the descriptor, and returns the name of what was compressed."""
+        """Writes the decoded content to the descriptor, and returns the original file name."""
         name, pieces = _DECODERS[title](file)
         size = 0
         for piece in _decoded(file, title, pieces):

@@ -93,7 +93,7 @@ class SyncBackend(InPlaceBackend):
         return found._replace(refusals=dict.fromkeys(found.refusals, "it changed, and lies in another file"))
 
     def settle(self, plan: Plan) -> None:
-        """Chooses the way for a plan. Raises `PlanError` if there is none."""
+        """Chooses between appending and the journal. Raises `PlanError` if neither fits the plan."""
         carrier = self.place.carrier.file
         main = space.carrier_plan(plan, carrier)
         self.rolls_forward = False
@@ -117,7 +117,7 @@ class SyncBackend(InPlaceBackend):
             self.claim.directory.join(self.claim.carrier.name),
             self.place.descriptor,
             unnamed_sources(access),
-            "make it readable for no other user, or convert it anew",
+            "remove the permissions of other users, or convert it again",
         )
         kind = _RollForward if self.rolls_forward else _Stay
         return kind(self, force=True)

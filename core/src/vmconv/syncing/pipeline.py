@@ -55,7 +55,7 @@ def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterato
             image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
             if image.kind != "disk":
                 raise UsageError(
-                    f"{image.file.name}: is a memory image, and only disks are synced", hint="convert it anew"
+                    f"{image.file.name}: is a memory image, and only disks are synced", hint="convert it again"
                 )
             image.warnings += tuple(checking.warnings(image, opener))
             image.flat  # noqa: B018 opens all layers

@@ -364,7 +364,7 @@ class Planning:
         for name in sorted(self.old.names - {file.name for file in plan.files}):
             raise PlanError(
                 f"{self.directory.join(name)}: is a part of the target, and has not the name that vmconv gives it",
-                hint="convert it anew: vmconv convert --force",
+                hint="convert it again: vmconv convert --force",
             )
 
     def _result(self, containers: tuple[Container, ...]) -> Image:

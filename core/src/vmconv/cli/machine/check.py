@@ -55,7 +55,7 @@ def _line(one: Finding) -> str:
 
 
 def _end(request: MachineRequest, machine: Machine, *, inside: bool) -> list[str]:
-    """Returns lines on what was not looked at, and on what to do after a conversion."""
+    """Returns lines on unread filesystems, and on the next step after a conversion."""
     from vmconv.machine.handoff import handoff
     from vmconv.machine.readiness import HAVE_LIBRARIES
 
