@@ -153,6 +153,11 @@ ROOMS: dict[str, Room] = {
         tuple(f"plugins/memory/src/vmconv_memory/{part}.py" for part in _RAM),
         tuple(f"tests/memory/test_{name}.py" for name in ("layouts", "streams", "matrix", "kits")),
     ),
+    "syncing": Room((f"{CORE}/syncing/*.py",), ("tests/syncing",)),
+    "guest": Room((f"{CORE}/guest/*.py",), ("tests/machine/guest", "tests/machine/test_guests.py")),
+    "vma": Room(("plugins/vma/src/vmconv_vma/*.py",), ("tests/machine/vma",)),
+    "xva": Room(("plugins/xva/src/vmconv_xva/*.py",), ("tests/machine/xva",)),
+    "ewf": Room(("plugins/ewf/src/vmconv_ewf/*.py",), ("tests/formats/ewf",)),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 
 from support.disks import MIB
 from support.guest_systems import filesystem, write_tree
-from support.requirements import another_user, oracle_module
+from support.requirements import another_user, missing, oracle_module
 from support.windows_guests import hive, ntfs
 from vmconv.errors import ReadError
-from vmconv.guest import Facts, Task, Volume, look, parent
+from vmconv.guest import Facts, Task, Volume, look, parent, sandbox
 from vmconv.guest.protocol import ANSWER, LENGTH, READ, REQUEST
 from vmconv.model.extents import Extents
 from vmconv.testing import image_file
@@ -71,6 +72,24 @@ def test_a_confined_process_can_do_nothing(user: int) -> None:
     own = user or 65534
     assert f"Uid:\t{own}\t{own}\t{own}\t{own}\n" in status
     assert "NoNewPrivs:\t1\nSeccomp:\t2\n" in status
+
+
+LEFT = (
+    "read write close fstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn sched_yield "
+    "mremap madvise getpid sendto recvfrom exit futex clock_gettime exit_group getrandom"
+)
+HEADERS = {"x86_64": "*/asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
+
+
+@pytest.mark.parametrize("architecture", HEADERS)
+def test_the_numbers_of_the_calls_are_those_of_the_kernel(architecture: str) -> None:
+    header = next(Path("/usr/include").glob(HEADERS[architecture]), None)
+    if header is None:
+        missing("oracle", "the kernel's headers (linux-libc-dev) are not installed")
+        return
+    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", header.read_text()))
+    names = LEFT if architecture == "x86_64" else LEFT.replace(" poll ", " ppoll ")
+    assert sandbox._CALLS[architecture][1] == tuple(int(numbers[name]) for name in names.split())
 
 
 TASK = Task((Volume(0, 0, 0, MIB, "ext"),), ("virtio_blk",), ())

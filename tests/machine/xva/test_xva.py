@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,6 +222,10 @@ def test_a_damaged_archive_is_refused_in_one_line(name: str) -> None:
     assert wanted in str(error.value)
     assert str(error.value).startswith("web.xva: ")
     assert "\n" not in str(error.value)
+    offset = re.search(r"tar header at 0x([0-9a-f]+): (piece|Ref:12 begins|digest)", str(error.value))
+    if offset:
+        # The member that is wrong begins there.
+        assert data[int(offset[1], 16) :].startswith(b"Ref:12/")
 
 
 def _objects(*changes: tuple[int, str, object]) -> bytes:
@@ -252,6 +257,14 @@ RECORDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a member twice": (
         lambda: b"<value><struct>" + b"<member><name>a</name><value/></member>" * 2 + b"</struct></value>",
         "two members 'a'",
+    ),
+    "a member without value": (
+        lambda: b"<value><struct><member><name>a</name></member></struct></value>",
+        "a member without name or value",
+    ),
+    "a member without name": (
+        lambda: b"<value><struct><member><value/></member></struct></value>",
+        "a member without name or value",
     ),
     "processors": (lambda: _objects((0, "VCPUs_max", "99999999999")), "VCPUs_max: '99999999999' is not a number"),
     "memory": (lambda: _objects((0, "memory_static_max", "-1")), "memory_static_max: '-1' is not a number"),

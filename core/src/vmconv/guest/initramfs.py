@@ -133,11 +133,8 @@ def _lz4_blocks(data: _Bytes) -> Iterator[bytes]:
     except ImportError as exc:
         raise InitramfsError("is compressed by lz4, and the library lz4 is not installed") from exc
     data.take(len(_LZ4))
-    while len(head := data.peek(4)) == 4 and head != _LZ4:
-        length = int.from_bytes(head, "little")
-        # A length of 0, or a larger one than any block has, begins what follows the stream.
-        if not 0 < length <= _LZ4_BLOCK + (_LZ4_BLOCK >> 7):
-            return
+    # A length of 0, or a larger one than any block has, is what follows the stream: padding, another stream, the end.
+    while 0 < (length := int.from_bytes(data.peek(4), "little")) <= _LZ4_BLOCK + (_LZ4_BLOCK >> 7):
         data.take(4)
         try:
             yield decompress(data.take(length), uncompressed_size=_LZ4_BLOCK)
