@@ -26,9 +26,6 @@ class TrustsAll(PlainTrust):
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         return all(PlainSigner(owner, key_id).sign(payload) == signature for payload, signature in signed)
 
-    def learn(self, record: Record) -> bool:
-        return True
-
 
 class Wire:
     """The links of one node; `peers` are reached unless one of the two is cut."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 # ruff: noqa: ARG005 - a patch takes what it replaces takes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from random import Random
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fleet import test_replica, test_requests
-from fleet.plain import PlainSigner, PlainTrust, node_id
+from fleet.plain import PlainSigner, PlainTrust, node_id, signed_by_authority
 from fleet.sim import simulate
 from vmconv_fleet.replication import anti_entropy, ownlog, receiver, requests
 from vmconv_fleet.replication.anti_entropy import AntiEntropy
@@ -409,6 +409,22 @@ def near_too_far() -> Iterator[None]:
         patch.object(NeighbourTable, "beyond", lambda self, source, owner: ()),
         patch.object(NeighbourTable, "ahead", lambda self, owner, position: [p for p in self.ids() if p == owner]),
     ):
+        yield
+
+
+@mutation("any member retires another")
+def any_word() -> Iterator[None]:
+    original = Verifier.learn
+
+    def learn(self: Verifier, records: Iterable[Record]) -> None:
+        records = list(records)
+        for record in records:
+            if record.kind == "revocation" and not record.deleted:
+                said = {name: value for name, value in record.body.items() if name != "ca"}
+                self._trust.learn(record._replace(body=signed_by_authority(said)))
+        original(self, records)
+
+    with patch.object(Verifier, "learn", learn):
         yield
 
 

@@ -31,6 +31,11 @@ def retirement(owner: str) -> Change:
     return Change("revocation", owner, signed_by_authority({"node": owner, "retired": True}))
 
 
+def retirement_named(owner: str, name: str) -> Change:
+    """Returns the record with the name of a retired node."""
+    return Change("retirement", owner, signed_by_authority({"node": owner, "name": name}))
+
+
 class PlainSigner:
     """Signs for an owner."""
 
@@ -51,6 +56,7 @@ class PlainTrust:
     def __init__(self, signer: PlainSigner | None = None) -> None:
         self._keys = {(signer.owner, signer.key_id)} if signer else set()
         self._retired: set[str] = set()
+        self._names: dict[str, str] = {}
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         key = PlainSigner(owner, key_id)
@@ -62,12 +68,17 @@ class PlainTrust:
             return False
         if record.kind == "certificate":
             self._keys.add((body["owner"], body["key"]))
+        elif record.kind == "retirement":
+            self._names[body["node"]] = body["name"]
         elif body.get("retired"):
             self._retired.add(body["node"])
         return True
 
     def retired(self, owner: str) -> bool:
         return owner in self._retired
+
+    def retirements(self) -> dict[str, str]:
+        return {node: self._names.get(node, "") for node in self._retired}
 
 
 def _hash(key: bytes, payload: bytes) -> bytes:

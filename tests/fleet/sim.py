@@ -88,6 +88,7 @@ class Node:
         self.alarm = 0
         self.number = 0
         self.retired = False
+        self.may_be_retired = False
         self.changed: set[str] = set()
 
 
@@ -302,6 +303,9 @@ class World:
 
     def _look(self, node: Node) -> None:
         assert node.replica is not None
+        for owner in self.nodes:
+            if node.trust.retired(owner) and not self.nodes[owner].may_be_retired:
+                raise Violation(f"{node.id[:4]} takes {owner[:4]} for retired, which the authority has not said")
         for owner in sorted(node.changed):
             self.oracle.look(node.replica, owner)
             self.counts["views checked"] += 1
@@ -464,11 +468,19 @@ class World:
         witness = self.random.choice(others)
 
         def retire(replica: Replica) -> list[Send]:
+            node.may_be_retired = True
             sends = replica.write([retirement(node.id)])[1]
             node.retired = True
             return sends
 
         self._own(witness, "retirements", retire)
+
+    def _forge(self, node: Node) -> None:
+        """Lets a member say of another what only the authority may say."""
+        victim = self.random.choice(list(self.nodes))
+        said = {"node": victim, "name": "gone", "retired": True, "ca": "0" * 32}
+        kind, id = self.random.choice((("retirement", victim), ("revocation", victim), ("revocation", "any")))
+        self._own(node, "forged retirements", lambda replica: replica.write([Change(kind, id, said)])[1])
 
     _mishaps: ClassVar[dict[Callable[[World, Node], None], int]] = {
         _write: 40,
@@ -484,6 +496,7 @@ class World:
         _step_clock: 3,
         _stop: 3,
         _retire: 1,
+        _forge: 1,
     }
 
     # Handlers of the requests

@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 
 from fleet.in_memory import Node, nodes
+from fleet.plain import retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api.app import MAX_BODY
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.testing import PATIENCE
+from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import VERBS
 
 
@@ -292,12 +295,72 @@ def test_unsound_records_of_another_node_are_tolerated(api: Served, pair: Sequen
 
 def test_a_retired_node_is_history(api: Served, pair: Sequence[Node]) -> None:
     retired = "f" * 32
-    pair[1].write(Change("retirement", retired, {"node": retired, "name": "n09", "reason": "burnt", "at_ms": 1}))
+    pair[1].write(retirement_named(retired, "n09"), retirement(retired))
     pair[0].body_when(pair[1].id, "retirement", retired, lambda _record: True)
     states = {one["name"]: (one["state"], one["age_ms"]) for one in api.local.get("/api/v1/nodes")["items"]}
     assert states["n09"] == ("retired", None)
     assert 'vmconv_fleet_nodes{state="retired"} 1' in list(api.local.lines("/metrics"))
     assert [one["name"] for one in api.local.get("/api/v1/fleet")["unseen"]] == []
+
+
+def test_no_member_speaks_for_another(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    before = api.local.get("/api/v1/nodes")["items"]
+    body = {"node": one.id, "name": "gone", "reason": "forged"}
+    other.write(
+        Change("retirement", one.id, body),
+        Change("retirement", other.id, body),
+        Change("revocation", one.id, {"node": one.id, "key_id": None, "upto": [0, 0], "retired": True}),
+        Change("node", one.id, {"name": "n01 of another", "fleet": "test", "retired": True}),
+        Change("node", "x", {"name": "n01 of another", "fleet": "test", "retired": True}),
+        Change("heartbeat", "x", {"at_ms": 1, "interval_s": 5}),
+        Change("policy", "conversion-of-others", {"administrators_of": []}),
+    )
+    one.body_when(other.id, "policy", "conversion-of-others", lambda _record: True)
+    after = api.local.get("/api/v1/nodes")["items"]
+    assert [(node["name"], node["state"]) for node in after] == [(node["name"], node["state"]) for node in before]
+    assert [disk["id"] for disk in api.local.everything("/api/v1/disks")] == ["d1"]
+
+
+def test_a_name_that_two_nodes_have_is_refused_with_their_ids(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    other.write(Change("node", other.id, {"name": "n01", "fleet": "test"}))
+    one.body_when(other.id, "node", other.id, lambda record: record.body["name"] == "n01")
+    with pytest.raises(VmconvError, match="2 nodes are called n01"):
+        api.local.get("/api/v1/nodes/n01")
+    assert api.local.get(f"/api/v1/nodes/{one.id}")["node"] == one.id
+    retired = "f" * 32
+    other.write(Change("node", other.id, {"name": "n02", "fleet": "test"}))
+    other.write(retirement_named(retired, "n01"), retirement(retired))
+    one.body_when(other.id, "retirement", retired, lambda _record: True)
+    assert api.local.get("/api/v1/nodes/n01")["node"] == one.id
+
+
+def test_an_invitation_obeys_the_policy(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    new = tokens.make(other.id)
+    other.write(Change("token", new.id, {"label": "root of n02", "role": "admin", "hash": new.hash}))
+    one.body_when(other.id, "token", new.id, lambda _record: True)
+    client = NodeClient(api.url, ca=api.ca, token=new.text)
+    governing: list[tuple[str, str, dict[str, Any]]] = [
+        ("POST", "/api/v1/join-tokens", {}),
+        ("POST", "/api/v1/tokens", {"label": "of n01", "role": "admin"}),
+        ("POST", "/api/v1/nodes/n02/retire", {}),
+        ("POST", "/api/v1/nodes/n02/revoke", {}),
+        ("PATCH", "/api/v1/nodes/n01/policy", {"administrators_of": [other.id]}),
+    ]
+    with client:
+        for call in governing:
+            with pytest.raises(AccessError, match=f"does not accept administrators of {other.id}"):
+                client.call(*call)
+        assert client.call("PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 3}).status == 200
+        one.write(Change("policy", "conversion", {"administrators_of": [one.id]}))
+        with pytest.raises(AccessError, match=f"does not accept administrators of {other.id}"):
+            client.call("PATCH", "/api/v1/nodes/n01/policy", {"max_parallel": 3})
+        one.write(Change("policy", "conversion", {"administrators_of": [one.id, other.id]}))
+        with pytest.raises(VmconvError, match="does not hold the fleet's authority"):
+            client.call(*governing[0])
+        assert client.call(*governing[1]).content["ok"]
 
 
 def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Sequence[Node]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -16,6 +17,7 @@ from cryptography.x509.oid import NameOID
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.replication.records import Record
 from vmconv_fleet.testing import Lab, free_port
 from vmconv_fleet.trust import credentials, joining
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
@@ -172,6 +174,24 @@ def test_a_revocation_is_the_authoritys_alone(authority: Authority, tmp_path: Pa
     (tmp_path / "other").mkdir()
     stranger = Authority.found(str(tmp_path / "other"), "lab")
     assert not is_revocation(stranger.revocation(node), [authority.certificate])
+
+
+def test_the_name_of_a_retired_node_is_the_authoritys_alone(authority: Authority) -> None:
+    node, key = new_node_id(), authority.certificate.public_bytes(serialization.Encoding.PEM)
+    body = authority.retirement(node, name="n09", reason="burnt", at_ms=5)
+    trust = CertificateTrust(key)
+
+    def learn(kind: str, said: Mapping[str, Any]) -> bool:
+        return trust.learn(Record(new_node_id(), kind, node, 1, 1, 1, 0, False, 0, "k", 0, said, b""))
+
+    for changed in ({"node": new_node_id()}, {"name": "n01"}, {"reason": ""}, {"at_ms": 6}, {"signature": "0"}):
+        assert not learn("retirement", {**body, **changed})
+    assert not learn("revocation", {**body, "upto": [0, 0], "retired": True, "key_id": None, "at": 5})
+    assert learn("retirement", body)
+    assert trust.retirements() == {}
+    assert learn("revocation", authority.revocation(node, retired=True))
+    assert trust.retirements() == {node: "n09"}
+    assert not trust.is_revoked(new_node_id())
 
 
 # Joining

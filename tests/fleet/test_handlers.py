@@ -14,7 +14,7 @@ from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import IncomingRequest, Outcome
 from vmconv_fleet.trust import tokens
-from vmconv_fleet.trust.roles import ORDER, VERBS
+from vmconv_fleet.trust.roles import GOVERNING, ORDER, VERBS
 
 HERE, OTHER, THIRD = "a" * 32, "b" * 32, "c" * 32
 NOW = 1_800_000_000_000
@@ -95,6 +95,7 @@ ASKED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("role", ORDER)
 def test_each_verb_takes_its_role(replica: Replica, verb: str, role: Role) -> None:
+    replica.ask("policy-set", administrators_of=[OTHER])
     if ORDER.index(role) < ORDER.index(VERBS[verb]):
         with pytest.raises(VmconvError, match=f"{verb} needs the role {VERBS[verb]}, eve has {role}"):
             replica.ask(verb, requester=OTHER, by=replica.token(OTHER, role), **ASKED[verb])
@@ -345,4 +346,39 @@ def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
     outcome = make_handlers(str(tmp_path))["retire"](replica, asked)
     assert {change.kind for change in outcome.changes} == {"retirement", "revocation"}
     (retirement,) = [one for one in outcome.changes if one.kind == "retirement"]
-    assert (retirement.id, retirement.body) == (OTHER, {"node": OTHER, "reason": "burnt", "at_ms": NOW})
+    told = {name: value for name, value in retirement.body.items() if name != "signature"}
+    assert (retirement.id, told) == (OTHER, {"node": OTHER, "name": "", "reason": "burnt", "at_ms": NOW})
+    with pytest.raises(VmconvError, match="does not accept administrators"):
+        make_handlers(str(tmp_path))["retire"](replica, asked._replace(requester=THIRD, by={"node": THIRD}))
+    replica.ask("policy-set", administrators_of=[THIRD])
+    assert make_handlers(str(tmp_path))["retire"](replica, asked._replace(requester=THIRD, by={"node": THIRD})).changes
+
+
+@pytest.mark.parametrize("verb", sorted(GOVERNING & VERBS.keys()))
+@pytest.mark.parametrize("connected", [HERE, OTHER])
+@pytest.mark.parametrize("issued", [None, HERE, OTHER])
+def test_who_governs_a_node_is_its_own_unless_its_policy_names_others(
+    replica: Replica, verb: str, connected: str, issued: str | None
+) -> None:
+    by = {"node": connected, "user": "root"}
+    if issued:
+        by = {**replica.token(issued, "admin"), "node": connected}
+    own = {connected, issued or connected} == {HERE}
+    for accepted in (None, [OTHER]):
+        if accepted:
+            replica.ask("policy-set", administrators_of=accepted)
+        try:
+            replica.ask(verb, requester=connected, by=by, **ASKED[verb])
+            refused = False
+        except VmconvError as exc:
+            refused = "does not accept administrators" in str(exc)
+        assert refused == (not own and not accepted)
+
+
+def test_who_is_accepted_is_decided_by_the_own_administrators(replica: Replica) -> None:
+    with pytest.raises(VmconvError, match="does not accept administrators"):
+        replica.ask("policy-set", requester=OTHER, administrators_of=[OTHER])
+    with pytest.raises(VmconvError, match="does not accept administrators"):
+        replica.ask("policy-set", by={**replica.token(OTHER, "admin"), "node": HERE}, administrators_of=None)
+    assert not replica.find("policy")
+    replica.ask("policy-set", requester=OTHER, max_parallel=3)

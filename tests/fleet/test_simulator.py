@@ -29,6 +29,7 @@ def test_everything_was_tried() -> None:
         "clock steps",
         "crashes",
         "crashes in a commit",
+        "forged retirements",
         "garbled",
         "lost",
         "older databases",

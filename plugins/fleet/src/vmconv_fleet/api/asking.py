@@ -105,7 +105,7 @@ async def ask(
     Raises AccessError at once if the caller lacks the role: the owner would refuse it as well.
     """
     given = arguments_of(verb, arguments).given()
-    refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms())
+    refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms(), arguments=given)
     by = caller.by.plain()
     async with state.bus.listener() as listener:
         # The listener starts before the check, so that no response is missed in between.

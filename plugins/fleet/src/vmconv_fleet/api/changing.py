@@ -21,6 +21,7 @@ from vmconv_fleet.catalogue.fields import Name, Role
 from vmconv_fleet.catalogue.selection import parse
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
+from vmconv_fleet.trust.roles import refuse_unless_allowed
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "Done"},
@@ -230,7 +231,7 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
 
 @router.post("/join-tokens", summary="Create an invitation for a new node, on a node with the fleet's authority")
 def join_token(wish: JoinWish, state: StateOf, caller: Known) -> dict[str, str]:
-    caller.must_be("admin")
+    refuse_unless_allowed("invite", state.node, caller.by, state.view(), state.now_ms(), arguments={})
     from vmconv_fleet import config
     from vmconv_fleet.trust.authority import Authority
 

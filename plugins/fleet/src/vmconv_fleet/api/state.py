@@ -51,7 +51,13 @@ class State:
         return wall_ms()
 
     def snapshot(self) -> Snapshot:
-        return Snapshot(self.view(), self.node, self.now_ms(), self.service.neighbours())
+        return Snapshot(
+            self.view(),
+            self.node,
+            self.now_ms(),
+            neighbours=self.service.neighbours(),
+            retirements=self.service.retirements(),
+        )
 
     def problems(self) -> list[str]:
         """Returns the node's own problems as text."""

@@ -76,7 +76,7 @@ class ConversionPolicy(BaseModel):
 
     `naming` makes a target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source` lets a
     job ask for the source's removal. `formats` are the formats that may be written; None: any. `administrators_of` are
-    the nodes whose administrators may send requests; None: every node.
+    the nodes whose administrators may send requests; None: every node, except for acts that govern the node.
     """
 
     naming: Naming = "{stem}{suffix}"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import Bytes, Count, Identifier, Milliseconds, Name, NodeId, Role
 
-SCHEMA = 2
+SCHEMA = 3
 
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
 
@@ -322,12 +322,13 @@ class CertificateBody(Body):
 
 
 class RetirementBody(Body):
-    """A node that has left permanently; its records are dropped."""
+    """A node that has left permanently, signed by the authority, as is the revocation that drops its records."""
 
     node: NodeId
     name: str = ""
     reason: str = ""
     at_ms: Milliseconds = 0
+    signature: str = ""
 
 
 class RevocationBody(Body):

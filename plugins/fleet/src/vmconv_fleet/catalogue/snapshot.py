@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from vmconv.plugin import UsageError
 from vmconv_fleet.catalogue.kinds import KINDS, Body, HeartbeatBody, NodeBody
 from vmconv_fleet.catalogue.selection import Facts, Selection
 from vmconv_fleet.replication.records import Position, Record
@@ -46,19 +47,32 @@ class NodeView(NamedTuple):
 class Snapshot:
     """The state of the fleet for one answer, from one view."""
 
-    def __init__(self, view: ReplicaView, node: str, now_ms: int, neighbours: Iterable[str]) -> None:
+    def __init__(
+        self,
+        view: ReplicaView,
+        node: str,
+        now_ms: int,
+        *,
+        neighbours: Iterable[str],
+        retirements: Mapping[str, str],
+    ) -> None:
+        """`retirements` are the nodes that the authority has retired, and their names."""
         self.view = view
         self.node = node
         self.now_ms = now_ms
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
-        self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self.find("node")}
-        self._retired = {one.id: str(one.body.get("name", "")) for one in self.find("retirement")}
+        self._retired = retirements
+        self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
         """Returns the records of a kind with valid bodies; other nodes may write invalid ones."""
         model = KINDS[kind]
         return [one for one in self.view.find(kind, owner) if _fits(model, one)]
+
+    def _about_themselves(self, kind: str) -> Iterable[Record]:
+        """Returns the records that nodes have written about themselves: no node speaks for another."""
+        return (one for one in self.find(kind) if one.id == one.owner)
 
     def name(self, node: str) -> str:
         """Returns the name of a node, or the beginning of its id."""
@@ -67,7 +81,7 @@ class Snapshot:
 
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, including this one."""
-        beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self.find("heartbeat")}
+        beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self._about_themselves("heartbeat")}
         known = {*self._bodies, *beats, *self._retired, self.node}
         reached = self._reached(beats)
         found = [self._node(one, beats.get(one), reached) for one in known]
@@ -114,13 +128,20 @@ class Snapshot:
         return [one for one in nodes if one.state == "silent"]
 
     def find_node(self, named: str) -> str | None:
-        """Returns the id of the node with this name, id, or unique beginning of an id."""
-        known = {one.node: one.name for one in self.nodes()}
+        """Returns the id of the node with this name, id, or unique beginning of an id; None if there is none.
+
+        A retired node does not make a name ambiguous. Raises UsageError if others do.
+        """
+        known = {one.node: one for one in self.nodes()}
         if named in known:
             return named
-        fitting = [node for node, name in known.items() if name == named]
-        fitting = fitting or [node for node in known if len(named) >= 4 and node.startswith(named)]
-        return fitting[0] if len(fitting) == 1 else None
+        fitting = [one for one in known.values() if one.name == named]
+        fitting = fitting or [one for one in known.values() if len(named) >= 4 and one.node.startswith(named)]
+        fitting = [one for one in fitting if one.state != "retired"] or fitting
+        if len(fitting) > 1:
+            ids = ", ".join(sorted(one.node for one in fitting))
+            raise UsageError(f"{len(fitting)} nodes are called {named}", hint=f"use an id: {ids}")
+        return fitting[0].node if fitting else None
 
     def facts(self, disk: Record) -> Facts:
         """Returns the fields of a disk for selections."""

@@ -232,7 +232,7 @@ def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may remove sources")
     parser.add_argument("--formats", metavar="FMT,FMT", help="formats that may be written; all: any format")
     parser.add_argument(
-        "--administrators-of", metavar="NODE,NODE", help="nodes whose administrators may send requests; all: any node"
+        "--administrators-of", metavar="NODE,NODE", help="nodes whose administrators are accepted; all: any node"
     )
     _asking(parser)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TokenCreate,
         TokenRevoke,
     )
+    from vmconv_fleet.trust.authority import Authority
 
     M = TypeVar("M", bound=BaseModel)
 
@@ -69,7 +70,7 @@ def _handle(
     by = _checked(Principal, request.by, "by")
     if by.node != request.requester:
         raise Refusal(f"{request.requester} states a caller of another node, {by.node}")
-    refuse_unless_allowed(request.verb, context.node, by, context, context.now)
+    refuse_unless_allowed(request.verb, context.node, by, context, context.now, arguments=request.arguments)
     return decide(context, request, _checked(ARGUMENTS[request.verb], request.arguments, request.verb))
 
 
@@ -273,26 +274,28 @@ def _retire(directory: str, context: Context, _request: IncomingRequest, wanted:
     """Retires a node: all nodes drop its records and accept none again."""
     if wanted.node == context.node:
         raise Refusal("a node cannot retire itself", hint="vmconv node leave, on it")
+    from vmconv_fleet.trust.authority import Authority
+
     record = context.get(wanted.node, "node", wanted.node)
-    body = {"node": wanted.node, "reason": wanted.reason, "at_ms": context.now}
-    if record:
-        body["name"] = str(record.body.get("name", ""))[:255]
-    revoked = _revocation(directory, context, wanted.node, None, retired=True)
+    name = str(record.body.get("name", ""))[:255] if record else ""
+    authority = Authority.load(directory)
+    body = authority.retirement(wanted.node, name=name, reason=wanted.reason, at_ms=context.now)
+    revoked = _revocation(authority, context, wanted.node, None, retired=True)
     return Outcome([Change("retirement", wanted.node, body), revoked], {"node": wanted.node})
 
 
 def _revoke(directory: str, context: Context, _request: IncomingRequest, wanted: Revoke) -> Outcome:
     if wanted.key_id is None and wanted.node == context.node:
         raise Refusal("a node cannot revoke itself")
-    change = _revocation(directory, context, wanted.node, wanted.key_id, retired=False)
+    from vmconv_fleet.trust.authority import Authority
+
+    change = _revocation(Authority.load(directory), context, wanted.node, wanted.key_id, retired=False)
     return Outcome([change], {"node": wanted.node, "key_id": wanted.key_id})
 
 
-def _revocation(directory: str, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
-    """Returns a signed revocation; only a node with the authority can make one."""
-    from vmconv_fleet.trust.authority import Authority
-
+def _revocation(authority: Authority, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
+    """Returns a signed revocation."""
     position = context.positions().get(node)
     upto = [position.epoch, position.seq] if position else [0, 0]
-    body = Authority.load(directory).revocation(node, key_id=key_id, upto=upto, retired=retired)
+    body = authority.revocation(node, key_id=key_id, upto=upto, retired=retired)
     return Change("revocation", key_id or node, body)

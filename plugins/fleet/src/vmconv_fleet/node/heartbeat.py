@@ -22,7 +22,7 @@ PER_NODE = 0.4
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
 """Seconds that a change of neighbours waits for more changes, besides a fifth of the lengthening of the interval."""
-SCHEMA = 2
+SCHEMA = 3
 
 
 def node_record(config: NodeConfig, api_port: int | None) -> Change:

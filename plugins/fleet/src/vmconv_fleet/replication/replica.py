@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random, SystemRandom
 
@@ -100,6 +100,10 @@ class Replica:
     def serving(self) -> bool:
         """Returns whether the node may write: it has recovered its own records from its neighbours."""
         return self._recovery.serving and not self._context.trust.retired(self.node)
+
+    def retirements(self) -> Mapping[str, str]:
+        """Returns the retired nodes and their names. May be called on any thread."""
+        return self._context.trust.retirements()
 
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
         """Calls back after each commit with the written and received records, deletions included; returns an

@@ -136,6 +136,10 @@ class NodeService:
         """Returns the ids of the connected neighbours."""
         return self._replica.neighbours.ids()
 
+    def retirements(self) -> Mapping[str, str]:
+        """Returns the nodes that the authority has retired, and their names."""
+        return self._replica.retirements()
+
     def problems(self) -> list[NodeProblem]:
         """Returns the problems for the administrator, the newest last."""
         return self._replica.problems.all()

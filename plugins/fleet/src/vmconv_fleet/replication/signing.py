@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from vmconv_fleet.replication.records import Position, Record
@@ -39,7 +39,7 @@ class Trust(Protocol):
         """
 
     def learn(self, record: Record) -> bool:
-        """Learns a `certificate` or `revocation` record; returns whether the fleet's authority signed its body.
+        """Learns a `certificate`, `revocation` or `retirement` record; returns whether the authority signed its body.
 
         Called before the record's own signature is verified, at each start for all stored records, and again for known
         ones: the authority's signature in the body decides, not the sender.
@@ -47,3 +47,6 @@ class Trust(Protocol):
 
     def retired(self, owner: str) -> bool:
         """Returns whether the node was retired: its records are dropped everywhere."""
+
+    def retirements(self) -> Mapping[str, str]:
+        """Returns the retired nodes and their names, as the authority signed them. May be called on any thread."""

@@ -17,7 +17,8 @@ from vmconv_fleet.replication.store import Store
 VerifyAll = Callable[[Callable[[Sequence[Record]], bool], Sequence[Sequence[Record]]], Iterable[bool]]
 """Calls a predicate for each group of records, possibly on several threads; `map` is one."""
 
-_SELF_EVIDENT = frozenset({"certificate", "revocation"})
+_SELF_EVIDENT = frozenset({"certificate", "retirement", "revocation"})
+"""Kinds of records about other nodes. The authority's signature in the body counts, not that of the owner."""
 
 
 class ForgedError(FleetError):
@@ -45,7 +46,7 @@ class Verifier:
         return self._trust.retired(owner)
 
     def learn_stored(self) -> None:
-        """Loads the stored certificates and revocations into the trust."""
+        """Loads what the authority signed, as far as it is stored, into the trust."""
         for wire in self._store.notices():
             self._trust.learn(decode(wire))
         for kind in sorted(_SELF_EVIDENT):
@@ -80,7 +81,7 @@ class Verifier:
                 self._clock.observe(record.clock, now)
 
     def learn(self, records: Iterable[Record]) -> None:
-        """Learns from certificates and revocations."""
+        """Learns what the authority signed."""
         for record in records:
             if record.kind not in _SELF_EVIDENT or record.deleted or not self._trust.learn(record):
                 continue

@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -45,6 +45,7 @@ MAX_NAMES = 64
 _CLOCKS_DIFFER = datetime.timedelta(hours=1)
 """The time by which a certificate is backdated, for nodes with a slow clock."""
 _REVOCATION_CONTEXT = b"vmconv fleet revocation\0"
+_RETIREMENT_CONTEXT = b"vmconv fleet retirement\0"
 
 
 class AuthorityError(IdentityError):
@@ -185,7 +186,14 @@ class Authority:
         agree; later ones are refused. `retired`: the node's records are dropped as well.
         """
         said = {"node": node, "key_id": key_id, "upto": upto or [0, 0], "retired": retired, "at": _now_ms()}
-        signature = self._key.sign(_REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
+        return self._signed(_REVOCATION_CONTEXT, said)
+
+    def retirement(self, node: str, *, name: str, reason: str, at_ms: int) -> dict[str, Any]:
+        """Returns the body of a retirement: the name and the reason to show, besides the revocation that retires."""
+        return self._signed(_RETIREMENT_CONTEXT, {"node": node, "name": name, "reason": reason, "at_ms": at_ms})
+
+    def _signed(self, context: bytes, said: dict[str, Any]) -> dict[str, Any]:
+        signature = self._key.sign(context + _canonical(said), ec.ECDSA(hashes.SHA256()))
         return {**said, "signature": signature.hex()}
 
     def make_token(self, lifetime: float = TOKEN_LIFETIME, *, now: float | None = None) -> str:
@@ -244,20 +252,31 @@ def _canonical(body: dict[str, Any]) -> bytes:
 
 def is_revocation(body: Mapping[str, Any], authorities: list[x509.Certificate]) -> bool:
     """Returns whether one of the authorities signed this body of a revocation."""
-    said = {name: body.get(name) for name in ("node", "key_id", "upto", "retired", "at")}
+    return _is_signed(_REVOCATION_CONTEXT, ("node", "key_id", "upto", "retired", "at"), body, authorities)
+
+
+def is_retirement(body: Mapping[str, Any], authorities: list[x509.Certificate]) -> bool:
+    """Returns whether one of the authorities signed this body of a retirement."""
+    return _is_signed(_RETIREMENT_CONTEXT, ("node", "name", "reason", "at_ms"), body, authorities)
+
+
+def _is_signed(
+    context: bytes, names: Iterable[str], body: Mapping[str, Any], authorities: list[x509.Certificate]
+) -> bool:
+    said = {name: body.get(name) for name in names}
     try:
         signature = bytes.fromhex(str(body.get("signature")))
     except ValueError:
         return False
-    return any(_verifies(authority, signature, said) for authority in authorities)
+    return any(_verifies(authority, signature, context + _canonical(said)) for authority in authorities)
 
 
-def _verifies(authority: x509.Certificate, signature: bytes, said: dict[str, Any]) -> bool:
+def _verifies(authority: x509.Certificate, signature: bytes, signed: bytes) -> bool:
     key = authority.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False
     try:
-        key.verify(signature, _REVOCATION_CONTEXT + _canonical(said), ec.ECDSA(hashes.SHA256()))
+        key.verify(signature, signed, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         return False
     return True

@@ -1,4 +1,4 @@
-"""The keys whose signatures a replica accepts, from records of the kinds `certificate` and `revocation`."""
+"""What the fleet's authority signed: the keys whose signatures a replica accepts, and the retired nodes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from vmconv_fleet.trust.authority import is_revocation
+from vmconv_fleet.trust.authority import is_retirement, is_revocation
 from vmconv_fleet.trust.identity import (
     Binding,
     IdentityError,
@@ -28,7 +28,7 @@ _ALL_KEYS = ""
 
 
 class CertificateTrust:
-    """Certificates and revocations signed by the fleet's authority. May be asked from any thread.
+    """Certificates, revocations and retirements signed by the fleet's authority. May be asked from any thread.
 
     The authority's signature in the body counts, not the writer of the record. So anyone may forward a certificate, and
     any holder of the authority may revoke.
@@ -42,6 +42,7 @@ class CertificateTrust:
         self._bindings: dict[str, dict[int, Binding]] = {}
         self._revoked: dict[tuple[str, str], tuple[int, int]] = {}
         self._retired: set[str] = set()
+        self._names: dict[str, str] = {}
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         """Returns whether the owner signed all payloads with a key that is not revoked at this position."""
@@ -51,14 +52,21 @@ class CertificateTrust:
         return self._signatures.good(key, signed)
 
     def learn(self, record: Record) -> bool:
-        """Learns a certificate or revocation; returns False for other records and without the authority's signature."""
+        """Learns a record of these kinds; returns False for other records and without the authority's signature."""
         if record.kind == "certificate":
             return self.learn_certificate(str(record.body.get("pem")).encode()) is not None
+        if record.kind == "retirement":
+            return self._learn_retirement(record.body)
         return record.kind == "revocation" and self.learn_revocation(record.body)
 
     def retired(self, owner: str) -> bool:
         """Returns whether the node was retired."""
         return owner in self._retired
+
+    def retirements(self) -> dict[str, str]:
+        """Returns the retired nodes and their names, empty if unknown."""
+        with self._lock:
+            return {node: self._names.get(node, "") for node in self._retired}
 
     def learn_certificate(self, pem: bytes) -> Binding | None:
         """Returns the content of a certificate; None if it is not of this fleet."""
@@ -89,6 +97,14 @@ class CertificateTrust:
             self._revoked[name] = min((epoch, seq), self._revoked.get(name, (epoch, seq)))
             if body["retired"]:
                 self._retired.add(body["node"])
+        return True
+
+    def _learn_retirement(self, body: Mapping[str, Any]) -> bool:
+        """Learns the name of a retired node. Only a revocation retires it."""
+        if not is_retirement(body, self._authorities):
+            return False
+        with self._lock:
+            self._names[str(body["node"])] = str(body["name"])
         return True
 
     def is_revoked(self, node: str, key_id: str = _ALL_KEYS, position: tuple[int, int] | None = None) -> bool:

@@ -7,7 +7,7 @@ its own replica of the token, because the owner does not trust the caller's node
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vmconv.plugin import AccessError
 
@@ -35,6 +35,17 @@ VERBS: Mapping[str, Role] = {
 
 LOCAL_ONLY = frozenset({"datastore-add"})
 """Verbs for the local administrator of the target only: they name its paths."""
+
+ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin"}
+"""The verbs, and what a node does without a request."""
+
+GOVERNING = frozenset({"invite", "retire", "revoke", "token-create"})
+"""Acts that decide who belongs to the fleet, and who may do what in it. By default they are for the node's own
+administrators, so that the root of one node cannot remove another, or get a token of it.
+"""
+
+_GOVERNING_RULE = "administrators_of"
+"""The rule of a policy that says whose administrators are accepted; changing it is a governing act too."""
 
 
 class Records(Protocol):
@@ -69,12 +80,14 @@ def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
     return token.role
 
 
-def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Records, now_ms: int) -> None:
-    """Raises AccessError unless the caller may send this verb to the node `target`."""
-    needed = VERBS.get(verb)
+def refuse_unless_allowed(
+    verb: str, target: str, by: Principal, records: Records, now_ms: int, *, arguments: Mapping[str, Any]
+) -> None:
+    """Raises AccessError unless the caller may send this verb with these arguments to the node `target`."""
+    needed = ACTS.get(verb)
     if needed is None:
         raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
-    _refuse_strangers(target, by, records)
+    _refuse_strangers(verb, target, by, records, governs=verb in GOVERNING or _GOVERNING_RULE in arguments)
     role = role_of(by, records, now_ms)
     if not allows(role, needed):
         raise AccessError(f"{verb} needs the role {needed}, {by.user or by.token} has {role}")
@@ -82,14 +95,22 @@ def refuse_unless_allowed(verb: str, target: str, by: Principal, records: Record
         raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
 
 
-def _refuse_strangers(target: str, by: Principal, records: Records) -> None:
-    """Raises AccessError if the target's policy does not accept the administrators of the caller's node."""
+def _refuse_strangers(verb: str, target: str, by: Principal, records: Records, *, governs: bool) -> None:
+    """Raises AccessError if the target's policy does not accept the administrators of the caller's nodes.
+
+    These are the node that issued the token, wherever its holder connects, and the node that sends the request: it
+    alone has seen the token.
+    """
     from vmconv_fleet.catalogue.kinds import PolicyBody
 
     record = records.get(target, "policy", "conversion")
     heard = PolicyBody.model_validate(record.body).administrators_of if record else None
-    if heard is None or by.node == target:
+    if heard is None and not governs:
         return
     vouching = {by.node, by.token.partition("/")[0] if by.token else by.node}
-    if not vouching <= {*heard, target}:
-        raise AccessError(f"the policy of {target} does not accept administrators of {by.node}")
+    strangers = sorted(vouching - {target, *(heard or ())})
+    if strangers:
+        raise AccessError(
+            f"{verb}: the policy of {target} does not accept administrators of {', '.join(strangers)}",
+            hint="its own administrator names other nodes: vmconv fleet policy NODE --administrators-of NODE,NODE",
+        )
