@@ -69,6 +69,18 @@ def memory(name: str, size: int) -> MemoryFile:
 # -- what the reader of a result is given
 
 
+def test_a_companion_of_a_file_of_the_result_has_its_final_name_with_another_suffix() -> None:
+    state, payload, other = memory("1.tmp", 4), memory("2.tmp", 4), memory("3.tmp", 4)
+    reader: Any = Reader()
+    results = Results(ANY)
+    for name, file in (("other.mem", other), ("web.1.mem", payload), ("web.1.state", state)):
+        results.add(name, file, reader)
+    assert results.companion(state, (".none", ".mem"), "memory") == ("web.1.mem", payload)
+    assert results.companion(payload, (".state",), "state") == ("web.1.state", state)
+    assert results.companion(state, (".none",), "memory") is None
+    assert results.companion(memory("other.state", 4), (".mem",), "memory") == ("other.mem", other)
+
+
 def test_a_reader_gets_the_files_of_the_result_by_any_path() -> None:
     kept, one, two = memory("kept", 4), memory("one.tmp", 4), memory("two.tmp", 4)
     reader: Any = Reader()
