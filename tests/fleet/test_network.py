@@ -7,6 +7,7 @@ Then everything is to be as if nothing had happened: each request answered once,
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +34,12 @@ DAY_MS = 24 * 3600 * 1000
 class Fleet:
     """Nodes of a lab, each on a machine of its own."""
 
-    def __init__(self, lab: Lab, network: Network, drive: Drive, connections: Connections) -> None:
+    def __init__(self, lab: Lab, network: Network, drive: Drive, connections: Connections, **options: Any) -> None:
         self.network = network
         self._drive = drive
         for number, others in enumerate(connections):
             connect = [f"{network.address(other)}:7447" for other in others]
-            lab.add(host=network.address(number), port=7447, connect=connect)
+            lab.add(host=network.address(number), port=7447, connect=connect, **options)
         self.configs = lab.nodes
         self.ids = [config.node for config in self.configs]
         self.nodes = [self._run(number) for number in range(network.size)]
@@ -52,6 +53,9 @@ class Fleet:
 
     def work(self, number: int) -> None:
         self.nodes[number].ask("work", every=0.05, targets=self.ids)
+
+    def neighbours(self, number: int) -> set[int]:
+        return {self.ids.index(node) for node in self.nodes[number].ask("state")["neighbours"]}
 
     def agree(self) -> bool:
         return agree(self.configs)
@@ -67,8 +71,8 @@ class Fleet:
 @pytest.fixture
 def fleet(
     lab: Lab, network: Callable[[int], Network], drive: Drive, request: pytest.FixtureRequest
-) -> Callable[[Connections], Fleet]:
-    return lambda connections: Fleet(lab, network(len(connections)), drive, connections)
+) -> Callable[..., Fleet]:
+    return lambda connections, **options: Fleet(lab, network(len(connections)), drive, connections, **options)
 
 
 @pytest.mark.slow
@@ -152,6 +156,28 @@ def test_a_node_without_its_database_continues_from_its_last_position(fleet: Cal
     after = view_of(two.configs[0])[two.ids[1]]
     assert after[:2] > before[:2]
     assert two.nodes[0].ask("state")["kinds"] == []
+
+
+@pytest.mark.slow
+def test_a_fleet_goes_on_without_its_founder(fleet: Callable[..., Fleet]) -> None:
+    three = fleet([(), (0,), (0,)], gossip=True)
+    wait_until(three.agree, PATIENCE, "all know each other")
+    for node in three.nodes:
+        node.kill()
+    shutil.copytree(three.configs[0].path("authority"), three.configs[1].path("authority"))
+    three.nodes[1:] = [three._run(number) for number in (1, 2)]
+    wait_until(lambda: three.neighbours(1) == {2}, PATIENCE, "the others find each other")
+
+    founder = three.ids[0]
+    response = three.nodes[1].ask("request", target=three.ids[1], verb="retire", arguments={"node": founder})
+    assert response["ok"]
+    wait_until(lambda: founder not in view_of(three.configs[2]), PATIENCE, "the founder is retired")
+    # The sessions are opened anew, without the founder.
+    wait_until(lambda: three.nodes[2].ask("state")["counters"]["opened"] > 1, PATIENCE, "it is refused")
+    three.nodes[2].ask("write", count=1)
+    wait_until(lambda: three.neighbours(1) == {2}, PATIENCE, "the others stay neighbours")
+    last = view_of(three.configs[2])[three.ids[2]]
+    wait_until(lambda: view_of(three.configs[1])[three.ids[2]] >= last, PATIENCE, "records flow")
 
 
 def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:

@@ -40,13 +40,17 @@ class Body(BaseModel):
 
 
 class NodeBody(Body):
-    """A node; the id of the record is the node's own. `api` is the address for administrators, if there is one."""
+    """A node; the id of the record is the node's own. `api` is the address for administrators, if there is one.
+
+    `links` are the addresses, HOST:PORT, where other nodes connect.
+    """
 
     name: Name
     fleet: Name
     version: str = ""
     api: str | None = None
     addresses: list[str] = []
+    links: list[str] = []
     started_ms: Milliseconds = 0
     schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
     retired: bool = False

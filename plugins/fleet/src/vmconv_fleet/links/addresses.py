@@ -7,6 +7,8 @@ import ipaddress
 import socket
 import struct
 
+from vmconv_fleet.config import NodeConfig
+
 _SIOCGIFADDR = 0x8915
 _LINK_LOCAL = "20"
 MAX_ADDRESSES = 32
@@ -19,6 +21,16 @@ def local_addresses() -> list[str]:
     """
     found = ["127.0.0.1", "::1", "localhost", socket.gethostname(), *_ipv4(), *_ipv6()]
     return list(dict.fromkeys(name for name in found if name))[:MAX_ADDRESSES]
+
+
+def names_of(config: NodeConfig) -> list[str]:
+    """Returns the names and addresses of this node: those of its settings, or all of this machine at present."""
+    return config.addresses or local_addresses()
+
+
+def is_loopback(host: str) -> bool:
+    name = host.lower().rstrip(".")
+    return name == "::1" or name.startswith("127.") or name.rpartition(".")[2] == "localhost"
 
 
 def _ipv4() -> list[str]:

@@ -1,17 +1,20 @@
-"""Watches what Zenoh does not report: addresses without a link, expiring certificates, our own revocation."""
+"""Watches what Zenoh does not report: members and addresses without a link, certificates, our own revocation."""
 
 from __future__ import annotations
 
 import datetime
 import threading
+import time
 from collections.abc import Callable
 
 from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.trust.identity import Binding
 
 INTERVAL = 5.0
+DIAL_INTERVAL = 2.0
 WARNING = datetime.timedelta(days=14)
 _PATIENCE = 3
 """Number of successful probes without a link that count as a problem: Zenoh tries once a second."""
@@ -19,16 +22,22 @@ _PATIENCE = 3
 
 class Watch:
     """Checks every few seconds, on a thread of its own, and reports to the link; `bound` returns our certificate's
-    content.
+    content, `dialler` finds members.
     """
 
     def __init__(
-        self, config: NodeConfig, link: ZenohLink, bound: Callable[[], Binding], is_revoked: Callable[[], bool]
+        self,
+        config: NodeConfig,
+        link: ZenohLink,
+        bound: Callable[[], Binding],
+        is_revoked: Callable[[], bool],
+        dialler: Dialler | None = None,
     ) -> None:
         self._config = config
         self._link = link
         self._bound = bound
         self._is_revoked = is_revoked
+        self._dialler = dialler
         self._found: dict[str, str] = {}
         self._shunned: dict[str, int] = {}
         self._ended = threading.Event()
@@ -43,8 +52,19 @@ class Watch:
             self._thread.join(10)
 
     def _run(self) -> None:
-        while not self._ended.wait(INTERVAL):
-            self.look()
+        due = 0.0
+        while not self._ended.wait(DIAL_INTERVAL):
+            self.dial()
+            if time.monotonic() >= due:
+                self.look()
+                due = time.monotonic() + INTERVAL
+
+    def dial(self) -> None:
+        """Looks for members without a link."""
+        if self._dialler is None or self._link.is_disconnected:
+            return
+        if self._dialler.look(self._link.neighbours(), time.monotonic()):
+            self._link.members_found()
 
     def look(self) -> None:
         self._look_at_certificate()
@@ -65,6 +85,9 @@ class Watch:
         from vmconv_fleet.links.probing import probe
 
         found = probe(self._config, address)
+        if found.kind == "unreachable" and self._link.neighbours():
+            # A seed is one way in: the node is in. The list of nodes shows those that are silent.
+            return None
         if found.kind:
             return NodeProblem(found.kind, f"{found.text} ({found.hint})" if found.hint else found.text)
         if found.node is None:

@@ -21,6 +21,8 @@ connect at once, each with one attempt.
 """
 LONGEST_MS = 10_000
 BLOCKED_US = 500_000
+MESH = 64
+"""In a fleet of up to this many nodes all are linked with all."""
 LIVE_BATCHES = 16
 """The number of batches of 64 KiB of live messages that may wait for a link before one is dropped. Zenoh's default, 2,
 is less than one message.
@@ -36,15 +38,17 @@ def link_key(fleet: str, sender: str, receiver: str) -> str:
     return f"vmconv/{fleet}/link/{sender}/{receiver}"
 
 
-def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
-    """Returns Zenoh's configuration as JSON; `members` are the nodes that may send to this one."""
+def zenoh_settings(config: NodeConfig, members: Iterable[str], connect: Iterable[str] | None = None) -> str:
+    """Returns Zenoh's configuration as JSON; `members` are the nodes that may send to this one, `connect` the addresses
+    to dial (default: the seeds of the settings).
+    """
     others = sorted({*members} - {config.node})
     settings = {
         "mode": "peer",
         "id": config.node,
         "listen": {"endpoints": [f"tls/{address}" for address in config.listen], "exit_on_failure": True},
         "connect": {
-            "endpoints": [f"tls/{address}" for address in config.connect],
+            "endpoints": [f"tls/{address}" for address in (config.connect if connect is None else connect)],
             # Without limit, in the background: a fleet begins with its first node.
             "timeout_ms": -1,
             "exit_on_failure": False,
@@ -52,8 +56,12 @@ def zenoh_settings(config: NodeConfig, members: Iterable[str]) -> str:
         },
         "scouting": {
             "multicast": {"enabled": False},
-            # Only one of two nodes connects: half as many handshakes, and one link for each pair.
-            "gossip": {"enabled": config.gossip, "autoconnect_strategy": {"peer": {"to_peer": "greater-zid"}}},
+            # Only one of two nodes connects: half as many handshakes, and one link for each pair. Gossip links all with
+            # all, which is too many in a large fleet.
+            "gossip": {
+                "enabled": config.gossip and len(others) < MESH,
+                "autoconnect_strategy": {"peer": {"to_peer": "greater-zid"}},
+            },
         },
         "transport": _transport(config, len(others)),
         "access_control": _access(config.fleet, config.node, others),

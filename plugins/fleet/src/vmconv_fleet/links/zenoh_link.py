@@ -82,7 +82,8 @@ class _Closing(threading.Thread):
 class ZenohLink:
     """Implements `engine.Transport`; `members` returns the accepted nodes, `is_revoked` tells the refused ones.
 
-    `changed` is called on the keeper's thread when neighbours connect or disconnect.
+    `changed` is called on the keeper's thread when neighbours connect or disconnect. `found` returns addresses to dial
+    besides those of the settings.
     """
 
     def __init__(
@@ -92,11 +93,14 @@ class ZenohLink:
         members: Callable[[], Iterable[str]],
         is_revoked: Callable[[str], bool],
         changed: Callable[[], None] = lambda: None,
+        found: Callable[[], Iterable[str]] = list,
     ) -> None:
         self._config = config
         self._members = members
         self._is_revoked = is_revoked
         self._changed = changed
+        self._found = found
+        self._dialled: list[str] = []
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()
         # Each is written by one thread only: the sender's, and the bulk thread.
@@ -198,6 +202,10 @@ class ZenohLink:
         """Reopens the session if the accepted members have changed, after a moment for more changes."""
         self._commands.put(self._look_at_members)
 
+    def members_found(self) -> None:
+        """Reopens the session if there are new addresses to dial, after a moment for more changes."""
+        self._commands.put(self._look_at_addresses)
+
     def report(self, name: str, problem: NodeProblem | None) -> None:
         """Sets, or clears with None, a problem of the links."""
         if problem is None:
@@ -271,8 +279,9 @@ class ZenohLink:
         self._generation += 1
         generation = self._generation
         self._allowed = self._who_may()
+        self._dialled = list(dict.fromkeys([*self._config.connect, *self._found()]))
         try:
-            session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed)))
+            session = zenoh.open(zenoh.Config.from_json5(zenoh_settings(self._config, self._allowed, self._dialled)))
         except zenoh.ZError as exc:
             # Zenoh appends the place in its own sources.
             reason = str(exc).partition(" at /")[0]
@@ -320,6 +329,11 @@ class ZenohLink:
 
     def _who_may(self) -> set[str]:
         return {node for node in {*self._members(), *self._seen} if not self._is_revoked(node)}
+
+    def _look_at_addresses(self) -> None:
+        # Zenoh 1.10 takes addresses when a session opens, and dials those until it closes.
+        if not {*self._found()} <= {*self._dialled}:
+            self._reopen_when_quiet()
 
     def _look_at_members(self) -> None:
         wanted = self._who_may()

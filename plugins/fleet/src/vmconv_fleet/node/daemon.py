@@ -13,12 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Self
+from typing import Any, Self
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
@@ -52,8 +53,13 @@ class Daemon:
             self.trust = CertificateTrust(file.read())
         self.trust.learn_members(credentials.read_members(config))
         self.trust.learn_certificate(self._credentials.certificate)
+        self._dialler = Dialler(config, self.trust.members, self._record_of, self._meets)
         self.link = ZenohLink(
-            config, members=self.trust.members, is_revoked=self.trust.is_revoked, changed=self._neighbours_changed
+            config,
+            members=self.trust.members,
+            is_revoked=self.trust.is_revoked,
+            changed=self._neighbours_changed,
+            found=self._dialler.endpoints,
         )
         self.service = self._make_service(make_handlers(config.directory) if handlers is None else handlers)
         self.api = ApiSockets(config, self.service, self.link)
@@ -123,7 +129,18 @@ class Daemon:
 
     def _watch(self) -> Watch:
         node = self.config.node
-        return Watch(self.config, self.link, lambda: self._credentials.bound, lambda: self.trust.is_revoked(node))
+        bound, revoked = lambda: self._credentials.bound, lambda: self.trust.is_revoked(node)
+        return Watch(self.config, self.link, bound, revoked, self._dialler)
+
+    def _record_of(self, node: str) -> Mapping[str, Any]:
+        record = self.service.view().get(node, "node", node)
+        return {} if record is None else record.body
+
+    def _meets(self, address: str) -> str | None:
+        # TLS in Python takes memory that a node with all links does not need.
+        from vmconv_fleet.links.probing import probe
+
+        return probe(self.config, address).node
 
     def _renewal(self) -> Renewal:
         return Renewal(self.config, lambda: self._credentials.renew_at, self.renew)

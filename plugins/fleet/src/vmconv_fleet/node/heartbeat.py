@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.links.addresses import names_of
+from vmconv_fleet.links.peers import links_of
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 
@@ -33,7 +35,8 @@ def node_record(config: NodeConfig, api_port: int | None) -> Change:
         "fleet": config.fleet,
         "version": version("vmconv-fleet"),
         "api": None if api_port is None else f"https://{host}:{api_port}",
-        "addresses": config.addresses,
+        "addresses": names_of(config),
+        "links": links_of(config),
         "started_ms": wall_ms(),
         "schema_revision": SCHEMA,
     }

@@ -1,0 +1,159 @@
+"""The members that a node dials besides its seeds: found in their own signed records, and probed before Zenoh dials."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vmconv.plugin import UsageError
+from vmconv_fleet.config import NodeConfig, join_address, split_address
+from vmconv_fleet.links.addresses import is_loopback, names_of
+from vmconv_fleet.links.zenoh_config import MESH
+
+MAX_ADDRESSES = 4
+"""The number of addresses of one member that are announced and dialled."""
+DEGREE = 8
+"""The number of members that a node of a large fleet dials."""
+AT_ONCE = 8
+"""Probes at the same time. A look makes at most four times as many."""
+SOONEST, LATEST = 2.0, 60.0
+"""Seconds between two probes of a missing member: an eighth of its absence, within these limits."""
+_HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
+_MAX_HOST = 253
+
+
+def announced(config: NodeConfig, port_of: str) -> list[str]:
+    """Returns where others reach a service of this node that listens at `port_of`, HOST:PORT; addresses first."""
+    host, port = split_address(port_of)
+    if host not in ("::", "0.0.0.0"):
+        return [join_address(host, port)]
+    names = [name for name in names_of(config) if not is_loopback(name)]
+    names.sort(key=lambda name: not _is_address(name))
+    return [join_address(name, port) for name in names[:MAX_ADDRESSES]]
+
+
+def links_of(config: NodeConfig) -> list[str]:
+    """Returns the addresses of this node's links, for its record."""
+    return [address for listening in config.listen for address in announced(config, listening)][:MAX_ADDRESSES]
+
+
+def dialable(stated: object, *, here: bool) -> list[str]:
+    """Returns the addresses of a member's record that may be dialled, at most `MAX_ADDRESSES`.
+
+    A record is what its member says: anything may be in it. Loopback only if the fleet is `here`, on this machine.
+    """
+    if not isinstance(stated, list):
+        return []
+    return [text for text in stated[:MAX_ADDRESSES] if isinstance(text, str) and _may_dial(text, here)]
+
+
+def _may_dial(text: str, here: bool) -> bool:
+    if len(text) > _MAX_HOST + 8:
+        return False
+    try:
+        host, port = split_address(text)
+    except UsageError:
+        return False
+    if text != join_address(host, port) or port == 0:
+        return False
+    if is_loopback(host):
+        return here
+    if not _is_address(host):
+        # Resolvers read a name that ends in a number as an address in another notation.
+        return len(host) <= _MAX_HOST and _HOST.fullmatch(host) is not None and not host.rpartition(".")[2][0].isdigit()
+    address = ipaddress.ip_address(host)
+    # The kernel reads an IPv4 address mapped into IPv6 as the former.
+    address = getattr(address, "ipv4_mapped", None) or address
+    return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def dialled(me: str, members: Iterable[str], is_missing: Callable[[str], bool]) -> list[str]:
+    """Returns the members that a node dials: all, or in a large fleet its successor by id and some at random.
+
+    The choice is the same each time, so that members return after a partition. Those that are missing are replaced by
+    others until they are back. The successors alone connect the whole fleet.
+    """
+    others = sorted({*members} - {me})
+    if len(others) < MESH:
+        return others
+    successor = next((node for node in others if node > me), others[0])
+    order = sorted(others, key=lambda node: (node != successor, hashlib.sha256(f"{me}{node}".encode()).digest()))
+    found, present = [], 0
+    for node in order:
+        if present == DEGREE:
+            break
+        found.append(node)
+        present += not is_missing(node)
+    return found
+
+
+class Dialler:
+    """Finds the addresses to dial: only those where a probe has met the member.
+
+    `members` returns the nodes of the fleet, `record` the body of a node's record, `meets` the node at an address, or
+    None. Called on one thread; `endpoints` on any.
+    """
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        members: Callable[[], Iterable[str]],
+        record: Callable[[str], Mapping[str, Any]],
+        meets: Callable[[str], str | None],
+    ) -> None:
+        self._config = config
+        self._members = members
+        self._record = record
+        self._meets = meets
+        self._here = any(is_loopback(split_address(address)[0]) for address in config.listen)
+        self._absent: dict[str, tuple[float, float]] = {}
+        self._found: dict[str, str] = {}
+
+    def endpoints(self) -> list[str]:
+        """Returns the addresses to dial, one for each member that was met."""
+        return list(self._found.values())
+
+    def look(self, linked: Iterable[str], now: float) -> bool:
+        """Probes the missing members that are due; returns whether there is one to dial. `now` is in seconds."""
+        if not self._config.gossip:
+            return False
+        linked, members = set(linked), set(self._members())
+        for node in [one for one in self._absent if one in linked or one not in members]:
+            del self._absent[node]
+        self._found = {node: address for node, address in self._found.items() if node in members}
+        missing = [node for node in dialled(self._config.node, members, self._is_missing) if node not in linked]
+        due = [node for node in missing if self._absent.setdefault(node, (now, now))[1] <= now]
+        if not due:
+            return False
+        # The longest absent last: a dead member costs a timeout.
+        due = sorted(due, key=lambda node: self._absent[node][0], reverse=True)[: 4 * AT_ONCE]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            met = dict(zip(due, pool.map(self._meet, due), strict=True))
+        for node, address in met.items():
+            since = self._absent[node][0]
+            self._absent[node] = (since, now + min(max(SOONEST, (now - since) / 8), LATEST))
+            if address is None:
+                self._found.pop(node, None)
+            else:
+                self._found[node] = address
+        return any(met.values())
+
+    def _is_missing(self, node: str) -> bool:
+        return node in self._absent and node not in self._found
+
+    def _meet(self, node: str) -> str | None:
+        """Returns the address where the member itself answers; None if there is none."""
+        addresses: Sequence[str] = dialable(self._record(node).get("links"), here=self._here)
+        return next((address for address in addresses if self._meets(address) == node), None)

@@ -1,0 +1,235 @@
+"""Which members a node dials, and what of a member's record: no sockets, no time of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from fleet.plain import node_id
+from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.links import peers
+from vmconv_fleet.links.peers import AT_ONCE, DEGREE, MAX_ADDRESSES, Dialler, dialable, dialled, links_of
+from vmconv_fleet.links.zenoh_config import MESH
+
+CONFIG = NodeConfig(directory="/", fleet="lab", node=node_id(0), name="n", listen=["10.0.0.1:7447"])
+
+
+class World:
+    """Nodes that know each other's records; a node answers at its address while it is up and on the same side."""
+
+    def __init__(self, size: int) -> None:
+        self.ids = [node_id(number) for number in range(size)]
+        self.records: dict[str, Mapping[str, Any]] = {
+            node: {"links": [f"10.0.{number // 256}.{number % 256}:7447"]} for number, node in enumerate(self.ids)
+        }
+        self.side = dict.fromkeys(self.ids, 0)
+        self.probes: Counter[str] = Counter()
+        self.links: set[frozenset[str]] = set()
+        self.now = 0.0
+        self.diallers = {node: self._dialler(node) for node in self.ids}
+
+    def _dialler(self, me: str) -> Dialler:
+        def meets(address: str) -> str | None:
+            self.probes[address] += 1
+            for node, record in self.records.items():
+                if address in record["links"] and self.side[node] == self.side[me]:
+                    return node
+            return None
+
+        return Dialler(replace(CONFIG, node=me), lambda: self.ids, self.records.__getitem__, meets)
+
+    def step(self, seconds: float = 2.0) -> None:
+        """Each running node looks once, and links with whom it found."""
+        self.now += seconds
+        of = {address: node for node, record in self.records.items() for address in record["links"]}
+        for node, dialler in self.diallers.items():
+            if self.side[node] >= 0:
+                linked = [other for link in self.links if node in link for other in link if other != node]
+                dialler.look(linked, self.now)
+                found = [of[address] for address in dialler.endpoints() if address in of]
+                self.links |= {frozenset((node, other)) for other in found if self.side[other] == self.side[node]}
+
+    def split(self, sides: Mapping[str, int]) -> None:
+        self.side.update(sides)
+        self.links = {link for link in self.links if len({self.side[node] for node in link}) == 1}
+
+    def parts(self) -> int:
+        """Returns the number of parts of the running nodes without a link between them."""
+        up = {node for node in self.ids if self.side[node] >= 0}
+        parts = 0
+        while up:
+            parts, reached = parts + 1, {up.pop()}
+            while reached:
+                node = reached.pop()
+                near = {other for link in self.links if node in link for other in link} & up
+                up -= near
+                reached |= near
+        return parts
+
+
+def test_nodes_without_their_founder_find_each_other() -> None:
+    world = World(3)
+    world.split({world.ids[0]: -1})
+    world.step()
+    assert world.links == {frozenset(world.ids[1:])}
+
+
+def test_a_small_fleet_is_linked_all_with_all() -> None:
+    world = World(12)
+    world.step()
+    assert len(world.links) == 12 * 11 // 2
+
+
+def test_a_large_fleet_is_one_with_few_links_and_survives_losses() -> None:
+    world, random = World(MESH + 40), Random(1)
+    for _ in range(3):
+        world.step()
+    assert world.parts() == 1
+    assert len(world.links) <= len(world.ids) * DEGREE
+    for node in random.sample(world.ids, len(world.ids) * 3 // 4):
+        world.split({node: -1})
+    for _ in range(20):
+        world.step()
+    assert world.parts() == 1
+    alive = [node for node in world.ids if world.side[node] == 0]
+    assert all(sum(node in link for link in world.links) >= DEGREE for node in alive)
+
+
+def test_the_parts_of_a_large_fleet_come_together_after_a_partition() -> None:
+    world = World(MESH + 40)
+    world.step()
+    world.split({node: number % 2 for number, node in enumerate(world.ids)})
+    for _ in range(10):
+        world.step()
+    assert world.parts() == 2
+    world.split(dict.fromkeys(world.ids, 0))
+    for _ in range(3):
+        world.step()
+    assert world.parts() == 1
+
+
+def test_a_missing_member_costs_less_and_less_probes() -> None:
+    world = World(2)
+    world.split({world.ids[1]: -1})
+    for _ in range(1800):
+        world.step()
+    assert world.probes["10.0.0.1:7447"] < 100
+    before = world.probes.total()
+    world.split({world.ids[1]: 0})
+    for _ in range(30):
+        world.step()
+    assert len(world.links) == 1
+    assert world.probes.total() <= before + 3
+
+
+def test_a_member_that_names_the_addresses_of_others_is_probed_seldom_and_not_dialled() -> None:
+    world = World(3)
+    world.records[world.ids[1]] = {"links": ["10.0.0.2:7447", "10.9.9.9:22"] * 50}
+    for _ in range(1800):
+        world.step()
+    assert world.diallers[world.ids[0]].endpoints() == ["10.0.0.2:7447"]
+    assert world.probes["10.9.9.9:22"] < 100 * 2 * MAX_ADDRESSES
+
+
+def test_changed_addresses_are_followed_and_former_members_forgotten() -> None:
+    world = World(3)
+    world.step()
+    dialler = world.diallers[world.ids[0]]
+    world.records[world.ids[1]] = {"links": ["10.7.7.7:7447"]}
+    world.now += 2
+    dialler.look([world.ids[2]], world.now)
+    assert set(dialler.endpoints()) == {"10.7.7.7:7447", "10.0.0.2:7447"}
+    world.ids.remove(world.ids[1])
+    dialler.look([], world.now + 1)
+    assert dialler.endpoints() == ["10.0.0.2:7447"]
+
+
+def test_a_look_probes_a_bounded_number_of_members() -> None:
+    world = World(MESH)
+    world.split(dict.fromkeys(world.ids[1:], -1))
+    world.step()
+    assert world.probes.total() == 4 * AT_ONCE
+
+
+def test_without_gossip_only_the_seeds_are_dialled() -> None:
+    probed: list[str] = []
+    dialler = Dialler(
+        replace(CONFIG, gossip=False), lambda: [node_id(1)], lambda _node: {"links": ["10.0.0.2:1"]}, probed.append
+    )
+    assert not dialler.look([], 1.0)
+    assert probed == []
+
+
+def test_the_choice_is_repeatable_and_differs_between_nodes() -> None:
+    ids = [node_id(number) for number in range(200)]
+    chosen = [tuple(dialled(node, ids, lambda _node: False)) for node in ids]
+    assert chosen == [tuple(dialled(node, Random(5).sample(ids, 200), lambda _node: False)) for node in ids]
+    assert len(set(chosen)) == 200
+    assert max(Counter(node for one in chosen for node in one).values()) < 4 * DEGREE
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        None,
+        {},
+        "10.0.0.1:7447",
+        [7447],
+        [None],
+        ["10.0.0.1"],
+        ["10.0.0.1:0"],
+        ["10.0.0.1:99999"],
+        ["10.0.0.1:-1"],
+        ["10.0.0.1: 7"],
+        ["10.0.0.1:07447"],
+        ["169.254.169.254:80"],
+        ["[fe80::1]:7447"],
+        ["[fe80::1%eth0]:7447"],
+        ["127.0.0.1:7447"],
+        ["127.1:7447"],
+        ["localhost:7447"],
+        ["LocalHost:7447"],
+        ["n.localhost:7447"],
+        ["2130706433:7447"],
+        ["n.0x7f000001:7447"],
+        ["[::1]:7447"],
+        ["[::ffff:127.0.0.1]:7447"],
+        ["[::ffff:169.254.1.1]:7447"],
+        ["0.0.0.0:7447"],
+        ["[::]:7447"],
+        ["224.0.0.1:7447"],
+        ["-rf:7447"],
+        ["a/b:7447"],
+        ["a b:7447"],
+        ["a\nb:7447"],
+        ["tls/10.0.0.1:7447"],
+        ["10.0.0.1:7447#iface=eth0"],
+        ["a" * 300 + ":7447"],
+        [".".join(["a" * 63] * 5) + ":7447"],
+    ],
+    ids=repr,
+)
+def test_what_a_hostile_record_states_is_not_dialled(links: object) -> None:
+    assert dialable(links, here=False) == []
+
+
+def test_what_a_record_may_state_is_dialled() -> None:
+    links = ["10.0.0.1:7447", "[fd00::1]:7447", "n01.example:7447", "n02:1"]
+    assert dialable(links, here=False) == links
+    assert dialable(["127.0.0.1:7447", "[::1]:7447"], here=True) == ["127.0.0.1:7447", "[::1]:7447"]
+    assert len(dialable(["10.0.0.1:7447"] * 1000, here=False)) == MAX_ADDRESSES
+
+
+def test_a_node_announces_where_it_listens_addresses_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert links_of(CONFIG) == ["10.0.0.1:7447"]
+    everywhere = replace(CONFIG, listen=["[::]:7447"])
+    assert links_of(replace(everywhere, addresses=["n01", "127.0.0.1", "10.0.0.9"])) == ["10.0.0.9:7447", "n01:7447"]
+    machine = ["127.0.0.1", "localhost", "n01", *(f"10.0.0.{n}" for n in range(9))]
+    monkeypatch.setattr("vmconv_fleet.links.addresses.local_addresses", lambda: machine)
+    assert links_of(everywhere) == [f"10.0.0.{n}:7447" for n in range(MAX_ADDRESSES)]
+    assert peers.dialable(links_of(everywhere), here=False) == links_of(everywhere)
