@@ -180,7 +180,6 @@ def _is_mounted_twice(source: File, scratch: int) -> bool:
 
 def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: int = -1) -> str:
     """Returns the reason against sharing, as the end of "copied because ..."."""
-    mount = linux.mount_of(directory)
     name = source.name if source else "a file"
     if exc.errno == errno.ENOTBLK:
         return f"{name} is a block device, which shares nothing with files"
@@ -188,6 +187,7 @@ def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: 
         return f"{name} is on another mount of {directory}'s filesystem, and Linux before 5.18 shares within one mount"
     if exc.errno == errno.EXDEV:
         return f"{name} is on another filesystem than {directory}"
+    mount = linux.mount_of(directory)
     if exc.errno in linux.NOT_SUPPORTED:
         return f"{mount.type} at {mount.point} cannot share blocks between files"
     if exc.errno == errno.ETXTBSY:

@@ -88,6 +88,7 @@ class Planning:
         self.stack = stack
         self.valid: Record | None = None
         self.place: Place | None = None
+        self._read: tuple[tuple[Container, ...], Image] | None = None
         self.request = request
         self.image = image
         self.opener = opener
@@ -185,11 +186,13 @@ class Planning:
             return str(exc)
         self.stack.callback(os.close, place.descriptor)
         backend = in_place.SyncBackend(place, self.old, self.directory)
-        # Before anything is read: whether the present payload could stay.
-        none = changing.nothing("")
-        ways = [way for way in (self._stay, self._overwrite) if not isinstance(way(backend, none), str)]
-        if not ways:
-            return str(self._overwrite(backend, none))
+        ways = [self._stay, self._overwrite]
+        if found is None:
+            # Before both disks are read: whether the present payload could stay.
+            tried = [way(backend, changing.nothing("")) for way in ways]
+            ways = [way for way, made in zip(ways, tried, strict=True) if not isinstance(made, str)]
+            if not ways:
+                return str(tried[-1])
         found = self._known(found).widened(_BLOCK, max(new.size, old.size))
         for way in ways:
             made = way(backend, found)
@@ -369,8 +372,11 @@ class Planning:
 
     def _result(self, containers: tuple[Container, ...]) -> Image:
         """Returns the planned image as its reader sees it: its format may round the size."""
+        if self._read and self._read[0] is containers:
+            return self._read[1]
         planned = [PlannedFile(out.name or made.name, out.table) for made in containers for out in made.layout.files]
         *_, top = read_back(containers, planned, self.registry)
+        self._read = containers, top.image
         return top.image
 
 

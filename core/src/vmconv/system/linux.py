@@ -301,8 +301,9 @@ def mount_of(path: str) -> Mount:
 
 def _unescaped(field: bytes) -> bytes:
     """Returns a field of mountinfo with its octal escapes (space, tab, newline, backslash) decoded."""
-    for code in (b"040", b"011", b"012", b"134"):
-        field = field.replace(b"\\" + code, bytes([int(code, 8)]))
+    if b"\\" in field:
+        for code in (b"040", b"011", b"012", b"134"):
+            field = field.replace(b"\\" + code, bytes([int(code, 8)]))
     return field
 
 
