@@ -12,9 +12,9 @@ import pytest
 
 from fleet.plain import node_id
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.links import peers
-from vmconv_fleet.links.peers import AT_ONCE, DEGREE, MAX_ADDRESSES, Dialler, dialable, dialled, links_of
+from vmconv_fleet.links.peers import AT_ONCE, DEGREE, Dialler, dialled, links_of
 from vmconv_fleet.links.zenoh_config import MESH
+from vmconv_fleet.trust.addresses import MAX_ANNOUNCED, dialable
 
 CONFIG = NodeConfig(directory="/", fleet="lab", node=node_id(0), name="n", listen=["10.0.0.1:7447"])
 
@@ -133,7 +133,7 @@ def test_a_member_that_names_the_addresses_of_others_is_probed_seldom_and_not_di
     for _ in range(1800):
         world.step()
     assert world.diallers[world.ids[0]].endpoints() == ["10.0.0.2:7447"]
-    assert world.probes["10.9.9.9:22"] < 100 * 2 * MAX_ADDRESSES
+    assert world.probes["10.9.9.9:22"] < 100 * 2 * MAX_ANNOUNCED
 
 
 def test_changed_addresses_are_followed_and_former_members_forgotten() -> None:
@@ -222,7 +222,7 @@ def test_what_a_record_may_state_is_dialled() -> None:
     links = ["10.0.0.1:7447", "[fd00::1]:7447", "n01.example:7447", "n02:1"]
     assert dialable(links, here=False) == links
     assert dialable(["127.0.0.1:7447", "[::1]:7447"], here=True) == ["127.0.0.1:7447", "[::1]:7447"]
-    assert len(dialable(["10.0.0.1:7447"] * 1000, here=False)) == MAX_ADDRESSES
+    assert len(dialable(["10.0.0.1:7447"] * 1000, here=False)) == MAX_ANNOUNCED
 
 
 def test_a_node_announces_where_it_listens_addresses_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +230,6 @@ def test_a_node_announces_where_it_listens_addresses_first(monkeypatch: pytest.M
     everywhere = replace(CONFIG, listen=["[::]:7447"])
     assert links_of(replace(everywhere, addresses=["n01", "127.0.0.1", "10.0.0.9"])) == ["10.0.0.9:7447", "n01:7447"]
     machine = ["127.0.0.1", "localhost", "n01", *(f"10.0.0.{n}" for n in range(9))]
-    monkeypatch.setattr("vmconv_fleet.links.addresses.local_addresses", lambda: machine)
-    assert links_of(everywhere) == [f"10.0.0.{n}:7447" for n in range(MAX_ADDRESSES)]
-    assert peers.dialable(links_of(everywhere), here=False) == links_of(everywhere)
+    monkeypatch.setattr("vmconv_fleet.trust.addresses.local_addresses", lambda: machine)
+    assert links_of(everywhere) == [f"10.0.0.{n}:7447" for n in range(MAX_ANNOUNCED)]
+    assert dialable(links_of(everywhere), here=False) == links_of(everywhere)

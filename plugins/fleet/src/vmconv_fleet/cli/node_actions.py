@@ -210,7 +210,7 @@ def _undone_on_failure(directory: str) -> Iterator[None]:
 
 
 def _addresses(options: argparse.Namespace) -> list[str]:
-    from vmconv_fleet.links.addresses import local_addresses
+    from vmconv_fleet.trust.addresses import local_addresses
 
     # For administrators on this machine.
     return [*options.address, "127.0.0.1", "localhost"] if options.address else local_addresses()

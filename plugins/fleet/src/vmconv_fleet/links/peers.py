@@ -3,80 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vmconv.plugin import UsageError
-from vmconv_fleet.config import NodeConfig, join_address, split_address
-from vmconv_fleet.links.addresses import is_loopback, names_of
+from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.links.zenoh_config import MESH
+from vmconv_fleet.trust.addresses import MAX_ANNOUNCED, announced, dialable, is_loopback
 
-MAX_ADDRESSES = 4
-"""The number of addresses of one member that are announced and dialled."""
 DEGREE = 8
 """The number of members that a node of a large fleet dials."""
 AT_ONCE = 8
 """Probes at the same time. A look makes at most four times as many."""
 SOONEST, LATEST = 2.0, 60.0
 """Seconds between two probes of a missing member: an eighth of its absence, within these limits."""
-_HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
-_MAX_HOST = 253
-
-
-def announced(config: NodeConfig, port_of: str) -> list[str]:
-    """Returns where others reach a service of this node that listens at `port_of`, HOST:PORT; addresses first."""
-    host, port = split_address(port_of)
-    if host not in ("::", "0.0.0.0"):
-        return [join_address(host, port)]
-    names = [name for name in names_of(config) if not is_loopback(name)]
-    names.sort(key=lambda name: not _is_address(name))
-    return [join_address(name, port) for name in names[:MAX_ADDRESSES]]
 
 
 def links_of(config: NodeConfig) -> list[str]:
     """Returns the addresses of this node's links, for its record."""
-    return [address for listening in config.listen for address in announced(config, listening)][:MAX_ADDRESSES]
-
-
-def dialable(stated: object, *, here: bool) -> list[str]:
-    """Returns the addresses of a member's record that may be dialled, at most `MAX_ADDRESSES`.
-
-    A record is what its member says: anything may be in it. Loopback only if the fleet is `here`, on this machine.
-    """
-    if not isinstance(stated, list):
-        return []
-    return [text for text in stated[:MAX_ADDRESSES] if isinstance(text, str) and _may_dial(text, here)]
-
-
-def _may_dial(text: str, here: bool) -> bool:
-    if len(text) > _MAX_HOST + 8:
-        return False
-    try:
-        host, port = split_address(text)
-    except UsageError:
-        return False
-    if text != join_address(host, port) or port == 0:
-        return False
-    if is_loopback(host):
-        return here
-    if not _is_address(host):
-        # Resolvers read a name that ends in a number as an address in another notation.
-        return len(host) <= _MAX_HOST and _HOST.fullmatch(host) is not None and not host.rpartition(".")[2][0].isdigit()
-    address = ipaddress.ip_address(host)
-    # The kernel reads an IPv4 address mapped into IPv6 as the former.
-    address = getattr(address, "ipv4_mapped", None) or address
-    return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return [address for listening in config.listen for address in announced(config, listening)][:MAX_ANNOUNCED]
 
 
 def dialled(me: str, members: Iterable[str], is_missing: Callable[[str], bool]) -> list[str]:

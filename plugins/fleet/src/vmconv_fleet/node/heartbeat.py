@@ -9,10 +9,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vmconv_fleet.config import NodeConfig
-from vmconv_fleet.links.addresses import names_of
 from vmconv_fleet.links.peers import links_of
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.trust.addresses import names_of
 
 if TYPE_CHECKING:
     from vmconv_fleet.links.zenoh_link import ZenohLink
