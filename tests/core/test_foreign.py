@@ -281,6 +281,20 @@ def test_the_descriptor_is_named_for_its_flat_extent(tmp_path: Path, qemu_img: Q
     assert refused(tmp_path / "disk-flat.vmdk").hint == "if it is a raw disk, use -f raw"
 
 
+@pytest.mark.parametrize("part", ["flat", "f001", "rdm", "rdmp"])
+def test_a_guest_does_not_choose_the_format_of_its_flat_extent(tmp_path: Path, qemu_img: QemuImg, part: str) -> None:
+    raw = make_disk(tmp_path / "disk.raw", MIB)
+    qemu_img("convert", "-O", "vmdk", raw, tmp_path / "disk.vmdk")
+    file = tmp_path / f"disk-{part}.vmdk"
+    file.write_bytes((tmp_path / "disk.vmdk").read_bytes())
+    error = refused(file)
+    assert "flat extent, whose content is a guest's" in str(error)
+    assert error.hint == "it is an extent of the disk disk.vmdk: use that file"
+    (tmp_path / "disk.vmdk").unlink()
+    assert "use -f vmdk or -f raw" in (refused(file).hint or "")
+    assert cli.main(["convert", "-f", "vmdk", str(file), str(tmp_path / "new.qcow2")]) == 0
+
+
 def test_the_descriptor_is_named_for_a_part_of_a_split_disk(tmp_path: Path, qemu_img: QemuImg) -> None:
     raw = make_disk(tmp_path / "disk.raw", MIB)
     qemu_img("convert", "-O", "vmdk", "-o", "subformat=twoGbMaxExtentSparse", raw, tmp_path / "disk.vmdk")

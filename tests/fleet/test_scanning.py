@@ -12,7 +12,7 @@ import pytest
 
 import vmconv
 from fleet.in_memory import Node, nodes
-from support import domains
+from support import domains, parallels_images
 from support.disks import MIB, QemuImg, make_disk
 from vmconv_fleet.catalogue import kinds, machines
 from vmconv_fleet.catalogue.places import disk_id
@@ -113,6 +113,99 @@ def test_extents_of_an_image_are_no_images(node: Node, datastore: Path, qemu_img
     assert (datastore / "flat-flat.vmdk").exists()
     scan(node, ds=datastore)
     assert disks(node).keys() == {"a.raw", "flat.vmdk"}
+
+
+@pytest.fixture
+def victims_child(datastore: Path, qemu_img: QemuImg) -> bytes:
+    """Returns a sparse VMDK that names another tenant's disk as its parent: what a guest writes into its own disk."""
+    make_disk(datastore / "a.raw", MIB)
+    qemu_img("convert", "-O", "vmdk", datastore / "a.raw", datastore / "victim.vmdk")
+    qemu_img("create", "-q", "-f", "vmdk", "-b", "victim.vmdk", "-F", "vmdk", datastore / "child.vmdk")
+    content = (datastore / "child.vmdk").read_bytes()
+    (datastore / "child.vmdk").unlink()
+    return content
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def test_a_header_in_a_flat_extent_makes_no_disk(
+    node: Node, datastore: Path, qemu_img: QemuImg, victims_child: bytes
+) -> None:
+    create = ("create", "-q", "-f", "vmdk", "-o")
+    qemu_img(*create, "subformat=monolithicFlat", datastore / "tenant.vmdk", "8M")
+    qemu_img(*create, "subformat=twoGbMaxExtentFlat", datastore / "split.vmdk", "8M")
+    parts = [datastore / name for name in ("tenant-flat.vmdk", "split-f001.vmdk")]
+    # A flat extent of another name, and one whose descriptor is gone. The first claims another disk too.
+    (datastore / "own.vmdk").write_text((datastore / "tenant.vmdk").read_text().replace("tenant-flat", "payload"))
+    make_disk(datastore / "payload.vmdk", 8 * MIB)
+    make_disk(datastore / "lost-flat.vmdk", 8 * MIB)
+    for path in (*parts, datastore / "payload.vmdk", datastore / "lost-flat.vmdk"):
+        overwrite(path, victims_child)
+    scan(node, ds=datastore)
+    found = disks(node)
+    assert found.keys() == {
+        "a.raw",
+        "victim.vmdk",
+        "tenant.vmdk",
+        "split.vmdk",
+        "own.vmdk",
+        "payload.vmdk",
+        "lost-flat.vmdk",
+    }
+    assert "is a part of own.vmdk: a guest writes its content" in found["payload.vmdk"].body["problem"]
+    assert "flat extent, whose content is a guest's" in found["lost-flat.vmdk"].body["problem"]
+    for name in ("payload.vmdk", "lost-flat.vmdk"):
+        assert not found[name].body.keys() & {"format", "virtual_size", "chain", "identity"}
+    for name in ("tenant.vmdk", "split.vmdk", "own.vmdk"):
+        assert "problem" not in found[name].body
+
+
+def test_a_header_in_a_data_file_or_a_bundles_plain_image_makes_no_disk(
+    node: Node, datastore: Path, qemu_img: QemuImg, victims_child: bytes
+) -> None:
+    data = "data_file=payload.vmdk,data_file_raw=on"
+    make_disk(datastore / "payload.vmdk", MIB)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", data, datastore / "outside.qcow2", "1M")
+    parallels_images.bundle(datastore / "disk.hdd")
+    vmconv.convert(datastore / "a.raw", datastore / "real.hds")
+    overwrite(datastore / "payload.vmdk", victims_child)
+    overwrite(datastore / "disk.hdd/base.hds", (datastore / "real.hds").read_bytes()[:4096])
+    scan(node, ds=datastore)
+    found = disks(node)
+    assert "is a part of outside.qcow2" in found["payload.vmdk"].body["problem"]
+    assert "is a part of DiskDescriptor.xml" in found["disk.hdd/base.hds"].body["problem"]
+    assert found["disk.hdd/top.hds"].body["format"] == "parallels"
+    assert "problem" not in found["real.hds"].body
+
+
+def test_a_guest_does_not_claim_other_disks(node: Node, datastore: Path, qemu_img: QemuImg) -> None:
+    qemu_img("create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", datastore / "own.vmdk", "16K")
+    make_disk(datastore / "a.raw", MIB)
+    qemu_img("convert", "-O", "vmdk", datastore / "a.raw", datastore / "victim.vmdk")
+    text = (datastore / "own.vmdk").read_text()
+    (datastore / "own.vmdk").write_text(text.replace("own-flat", "payload"))
+    size = (datastore / "victim.vmdk").stat().st_size // 512
+    said = text.replace("own-flat", "victim").replace("RW 32", f"RW {size}").encode()
+    (datastore / "payload.vmdk").write_bytes(said.ljust(16 << 10, b"\0"))
+    scan(node, ds=datastore)
+    found = disks(node)
+    assert "is a part of own.vmdk" in found["payload.vmdk"].body["problem"]
+    assert "problem" not in found["victim.vmdk"].body
+
+
+def test_a_disk_that_another_refers_to_stays_a_disk(node: Node, datastore: Path, qemu_img: QemuImg) -> None:
+    """A header of its own, which no guest writes: the referring disk has only ranges behind it."""
+    make_disk(datastore / "a.raw", 8 * MIB)
+    qemu_img("convert", "-O", "qcow2", datastore / "a.raw", datastore / "b.qcow2")
+    for name in ("a.raw", "b.qcow2"):
+        vmconv.convert(datastore / name, datastore / f"{name}.vmdk", options={"subformat": "reference"})
+    scan(node, ds=datastore)
+    found = disks(node)
+    assert found.keys() == {"a.raw", "b.qcow2", "a.raw.vmdk", "b.qcow2.vmdk"}
+    assert not [name for name, record in found.items() if "problem" in record.body]
 
 
 def test_an_image_that_is_written_to_is_in_use(node: Node, datastore: Path) -> None:

@@ -186,6 +186,14 @@ def suffix_of(path: str) -> str | None:
     return None if last.isdecimal() or suffix[1:] in AS_RAW else suffix
 
 
+_FLAT_PART = re.compile(r".+-(?:flat|rdmp?|f\d{1,4})\.vmdk", re.IGNORECASE)
+
+
+def is_payload(path: str) -> bool:
+    """Returns whether a file name says flat extent of a VMDK: a guest writes all of it, from its first sector on."""
+    return _FLAT_PART.fullmatch(os.path.basename(path)) is not None
+
+
 _PART = re.compile(r"(.+?)-(?:flat|delta|sesparse|rdmp?|ctk|[sfp]\d{1,4})\.vmdk", re.IGNORECASE)
 
 

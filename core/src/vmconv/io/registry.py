@@ -22,7 +22,7 @@ from vmconv.interface.command import Command
 from vmconv.interface.format import Format, FormatKind
 from vmconv.interface.machines import MachineFormat
 from vmconv.io.discovery import Plugin, entry_points
-from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, hint_for, suffix_of
+from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, hint_for, is_payload, suffix_of
 from vmconv.io.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
 
 if TYPE_CHECKING:
@@ -220,7 +220,8 @@ class Registry:
     def identify(self, file: File, named: str | None = None, *, option: str = "-f") -> Format:
         """Returns the format of `file`: the one `named`, else the one that both suffix and content indicate.
 
-        Content alone does not decide, because a guest can write any header into the first sector of its raw disk.
+        Content alone does not decide, because a guest can write any header into the first sector of its raw disk. So it
+        can into a flat extent of a VMDK, which has the suffix of its descriptor.
         Raises `ImageError` if suffix and content differ. `option` is the command line option that names the format, for
         hints; empty if there is none.
         """
@@ -228,6 +229,11 @@ class Registry:
             return self.format(named)
         content = self.probe(file)
         if content is not None and content in self._claimants(file.path):
+            if is_payload(file.path):
+                raise ImageError(
+                    f"{file.name}: its name says flat extent, whose content is a guest's: the signature of {content}",
+                    hint=described_beside(file.path) or self._choice(content, option),
+                )
             return self.format(content)
         suffix = self.format_by_suffix(file.path)
         if content is None:

@@ -14,7 +14,8 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import VmconvError, printable
@@ -32,8 +33,9 @@ MAX_LAYERS = 64
 MAX_WARNINGS = 8
 SECONDS_FOR_AN_IMAGE = 20.0
 _MEMORY = 4 << 30
-_DESCRIPTOR = 64 << 10
 _MAX_TEXT = 400
+_BUNDLE = "DiskDescriptor.xml"
+_OF_FILE = ("datastore", "name", "actual_size", "changed_ms")
 
 Body = dict[str, Any]
 
@@ -44,6 +46,65 @@ class _Found(NamedTuple):
     datastore: str
     name: str
     path: str
+
+
+class _Claim(NamedTuple):
+    """The files that an image consists of, besides its own: `payloads` are those whose first sector is the guest's."""
+
+    name: str
+    parts: set[str]
+    payloads: set[str]
+
+
+class _Parts:
+    """The files that belong to images of a datastore, by real path."""
+
+    def __init__(self) -> None:
+        self._claims: dict[str, _Claim] = {}
+
+    def note(self, image: Image) -> None:
+        """Notes the parts of an image and of the layers below it, also if they cannot be read."""
+        own = os.path.realpath(image.file.path)
+        claim = self._claims.setdefault(own, _Claim(image.file.name, set(), set()))
+        for layer in islice(image.chain(), MAX_LAYERS):
+            directory = os.path.dirname(os.path.realpath(layer.file.path))
+            parts = {os.path.realpath(os.path.join(directory, one.name)) for one in layer.dependencies}
+            claim.parts.update(parts)
+            try:
+                if parts:
+                    parts = set(_payloads(layer))
+            finally:
+                claim.payloads.update(parts - {own})
+
+    def without(self, disks: Mapping[str, Body], root: str) -> Iterator[tuple[str, Body]]:
+        """Yields the disks below `root`, by name, without parts; those that may only be parts get this as a problem."""
+        parts, payloads = self.belonging()
+        for name, body in disks.items():
+            real = os.path.realpath(os.path.join(root, name))
+            # An extent of another image has the same suffix and is no image itself.
+            if "problem" in body and real in parts:
+                continue
+            if real in payloads and body.get("format") not in (None, "raw"):
+                said = f"is a part of {payloads[real]}: a guest writes its content, which does not say its format"
+                yield name, {key: body[key] for key in _OF_FILE if key in body} | {"problem": _short(said)}
+            else:
+                yield name, body
+
+    def belonging(self) -> tuple[set[str], dict[str, str]]:
+        """Returns all parts, and the payloads with the name of an image that has them.
+
+        A payload says nothing about other files: its guest could hide them. Of files that claim each other, each is a
+        payload.
+        """
+        waiting, parts, payloads = dict(self._claims), set[str](), dict[str, str]()
+        while waiting:
+            claimed = {path for claim in waiting.values() for path in claim.payloads}
+            for path in waiting.keys() - claimed or set(waiting):
+                claim = waiting.pop(path)
+                if path not in payloads or path in claimed:
+                    parts |= claim.parts
+                    payloads |= dict.fromkeys(claim.payloads, claim.name)
+        return parts, payloads
 
 
 class _TooLong(BaseException):
@@ -98,20 +159,20 @@ class _Inspection:
             return
         remarks: list[str] = []
         disks: dict[str, Body] = {}
-        parts: set[str] = set()
+        parts = _Parts()
         configurations: list[_Found] = []
         for found in self._files(datastore, root, remarks):
-            if self._is_configuration(found.name):
+            if os.path.basename(found.name) == _BUNDLE:
+                self._bundle(found, parts)
+            elif self._is_configuration(found.name):
                 configurations.append(found)
             elif len(disks) >= MAX_IMAGES:
                 remarks.append(f"more than {MAX_IMAGES} images: the rest is not listed")
                 break
             else:
                 disks[found.name] = self._disk(found, parts)
-        for name, body in disks.items():
-            # An extent of another image has the same suffix and is no image itself.
-            if not ("problem" in body and os.path.realpath(os.path.join(root, name)) in parts):
-                yield "disk", disk_id(datastore, name), body
+        for name, body in parts.without(disks, root):
+            yield "disk", disk_id(datastore, name), body
         if len(configurations) > MAX_IMAGES:
             remarks.append(f"more than {MAX_IMAGES} configurations: the rest is not listed")
         for found in configurations[:MAX_IMAGES]:
@@ -147,14 +208,21 @@ class _Inspection:
             if not entry.name.startswith("."):
                 remarks.append(f"{printable(name)}: its name is not UTF-8")
             return False
-        if self._is_configuration(name):
+        if entry.name == _BUNDLE or self._is_configuration(name):
             return entry.is_file(follow_symlinks=False)
         return self.registry.format_by_suffix(name, "disk") is not None and entry.is_file()
 
     def _is_configuration(self, name: str) -> bool:
         return name.lower().endswith(self._suffixes)
 
-    def _disk(self, found: _Found, parts: set[str]) -> Body:
+    def _bundle(self, found: _Found, parts: _Parts) -> None:
+        """Notes the parts of a Parallels disk, whose images are listed by themselves."""
+        # Whatever is wrong with the descriptor: its images are still images.
+        with suppress(Exception, _TooLong), _limited(SECONDS_FOR_AN_IMAGE):
+            refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
+            self._image(found, parts)
+
+    def _disk(self, found: _Found, parts: _Parts) -> Body:
         body: Body = {"datastore": found.datastore, "name": found.name}
         try:
             with _limited(SECONDS_FOR_AN_IMAGE):
@@ -171,7 +239,7 @@ class _Inspection:
             body["problem"] = _short(f"cannot be read: {type(exc).__name__}: {exc}")
         return body
 
-    def _image(self, found: _Found, parts: set[str]) -> Body:
+    def _image(self, found: _Found, parts: _Parts) -> Body:
         from vmconv.api import checking, locks
         from vmconv.plugin import Opener
 
@@ -186,10 +254,7 @@ class _Inspection:
             if (identity := image.facts.identity) is not None:
                 body["identity"] = str(identity)
             said = [_short(text) for text in (*image.warnings, *checking.remarks(image, opener))]
-            if image.file.size <= _DESCRIPTOR:
-                # A small file may be a descriptor: reading its table opens the other files.
-                _ = image.guest
-            parts |= {os.path.realpath(file.path) for file in opener.files if file is not image.file}
+            parts.note(image)
             try:
                 body["chain"] = list(self._layers(image))
             except VmconvError as exc:
@@ -252,6 +317,16 @@ class _Inspection:
 
     def _backends(self) -> Iterator[tuple[str, Any]]:
         return ((name, backend) for name, backend in self.registry.backends.items() if backend.automatic)
+
+
+def _payloads(image: Image) -> Iterator[str]:
+    """Yields the real paths of the files whose first sector is payload of this layer."""
+    from vmconv.plugin import File
+
+    table = image.guest
+    for number, source in enumerate(table.sources):
+        if isinstance(source, File) and bool(((table.source == number) & (table.offset == 0)).any()):
+            yield os.path.realpath(source.path)
 
 
 def _backend(found: Any) -> Body:

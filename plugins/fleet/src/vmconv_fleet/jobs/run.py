@@ -145,6 +145,8 @@ class Run:
         source = view.get(node, kind, identifier or "")
         if source is None:
             raise Refusal(f"{kind} {identifier} no longer exists")
+        if problem := source.body.get("problem"):
+            raise Refusal(f"{kind} {identifier} cannot be read: {problem}")
         for name in (source.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
