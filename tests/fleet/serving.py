@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -21,6 +21,9 @@ from fleet.in_memory import Node
 from vmconv_fleet import console
 from vmconv_fleet.api import as_local, create_app
 from vmconv_fleet.cli.client import NodeClient
+from vmconv_fleet.limiter import Limiter, Limits
+from vmconv_fleet.node.activation import API_LIMITS, LOCAL_LIMITS
+from vmconv_fleet.node.serving import Site, serve
 from vmconv_fleet.testing import PATIENCE
 
 
@@ -32,6 +35,7 @@ class Served(NamedTuple):
     local: NodeClient
     url: str
     ca: str
+    limiter: Limiter
 
     def client(self, role: str) -> NodeClient:
         """Returns a client with a new token of this role."""
@@ -44,44 +48,42 @@ class Served(NamedTuple):
         return made
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_up = threading.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.is_up.set()
-
-
 @contextmanager
-def served(node: Node) -> Iterator[Served]:
+def served(node: Node, limits: Limits = API_LIMITS) -> Iterator[Served]:
     """Yields the node's API while it is served."""
     app = create_app(node.service, directory=str(node.directory), link=node.wire)
     console.install(app)
     key, certificate = _certificate(node.directory)
-    path = str(node.directory / "api.sock")
+    local, remote = Limiter("local", LOCAL_LIMITS), Limiter("api", limits)
+    node.service.observe(remote)
     with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        port = listener.getsockname()[1]
-        common = {"log_config": None, "lifespan": "off", "timeout_graceful_shutdown": 1}
-        local = uvicorn.Config(as_local(app), uds=path, **common)  # type: ignore[arg-type]
-        https = uvicorn.Config(app, fd=listener.fileno(), ssl_keyfile=key, ssl_certfile=certificate, **common)  # type: ignore[arg-type]
-        for config in (local, https):
-            stack.enter_context(_running(_Server(config)))
-        url = f"https://127.0.0.1:{port}"
-        yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate)
+        unix = socket.socket(socket.AF_UNIX)
+        unix.bind(str(node.directory / "api.sock"))
+        unix.listen()
+        listening = [local.listen(unix), remote.listen(socket.create_server(("127.0.0.1", 0)))]
+        for one in listening:
+            stack.enter_context(one)
+        tls = {"ssl_keyfile": key, "ssl_certfile": certificate}
+        stack.enter_context(_running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
+        stack.callback(local.close)
+        stack.callback(remote.close)
+        url = f"https://127.0.0.1:{listening[1].getsockname()[1]}"
+        yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate, remote)
 
 
 @contextmanager
-def _running(server: _Server) -> Iterator[None]:
-    thread = threading.Thread(target=server.run, daemon=True)
+def _running(sites: Sequence[Site]) -> Iterator[None]:
+    """Serves while the block runs. Connections made before the servers run wait for them."""
+    servers = [site.server() for site in sites]
+    thread = threading.Thread(
+        target=lambda: asyncio.run(serve(servers, [site.listening for site in sites])), daemon=True
+    )
     thread.start()
-    assert server.is_up.wait(PATIENCE)
     try:
         yield
     finally:
-        server.should_exit = True
+        for server in servers:
+            server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive()
 

@@ -16,6 +16,8 @@ from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import allows, role_of_token
 
 _LOCAL = "vmconv.local"
+CALLER = "vmconv.caller"
+"""The name in a request's scope of its authenticated caller."""
 _USER = re.compile(r"[^\w.@-]+")
 COOKIE = "__Host-vmconv"
 
@@ -76,7 +78,7 @@ def of_token(text: str, state: State) -> Caller:
 
 def _caller(request: Request, state: StateOf) -> Caller:
     caller = caller_of(request, state)
-    request.scope["vmconv.caller"] = caller.by.user
+    request.scope[CALLER] = caller.by.user
     return caller
 
 
@@ -84,7 +86,9 @@ def _browser(request: Request, state: StateOf) -> Caller:
     """Returns the caller, also by a browser's cookie: for requests that change nothing."""
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     if session and "authorization" not in request.headers:
-        return of_token(session.token, state)
+        caller = of_token(session.token, state)
+        request.scope[CALLER] = caller.by.user
+        return caller
     return _caller(request, state)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vmconv.plugin import AccessError, UsageError, VmconvError
 from vmconv_fleet.api import changing, events, metrics, reading
-from vmconv_fleet.api.access import UnknownCallerError
+from vmconv_fleet.api.access import CALLER, UnknownCallerError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.api.state import Link, State
 from vmconv_fleet.errors import ClosedError, NotReadyError, Refusal
@@ -73,6 +74,7 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
         app.add_exception_handler(kind, _answers(status))
     app.add_exception_handler(VmconvError, _answers(500))
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_middleware(Guard)
     return app
 
@@ -91,6 +93,11 @@ async def _invalid(_request: Request, exc: Exception) -> Response:
     first = exc.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return JSONResponse({"error": f"{where}: {first['msg']}", "hint": None}, 422)
+
+
+async def _gone(_request: Request, _exc: Exception) -> Response:
+    """Answers a caller that has disconnected: strangers must not fill the log with tracebacks."""
+    return Response(status_code=400)
 
 
 class Guard:
@@ -136,7 +143,7 @@ def _log_call(scope: Scope, status: int, seconds: float) -> None:
         "method": scope["method"],
         "path": scope["path"],
         "status": status,
-        "who": scope.get("vmconv.caller"),
+        "who": scope.get(CALLER),
         "ms": round(seconds * 1000, 1),
     }
     changes = scope["method"] not in ("GET", "HEAD")

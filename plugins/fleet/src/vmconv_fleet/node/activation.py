@@ -12,10 +12,11 @@ import os
 import select
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits
 
 if TYPE_CHECKING:
     import uvicorn
@@ -23,19 +24,26 @@ if TYPE_CHECKING:
     from vmconv_fleet.links.zenoh_link import ZenohLink
     from vmconv_fleet.replication.service import NodeService
 
-GRACE_S = 2
-"""Time for open requests to end when the daemon stops."""
+LOCAL_LIMITS = Limits(128, 128, 60.0)
+API_LIMITS = Limits(256, 64, 15.0)
+END_S = 5
+"""Time for the servers to stop."""
 _log = logging.getLogger("vmconv_fleet.api")
 
 
 class ApiSockets:
     """Serves the API on the node's Unix socket and, if configured, over HTTPS."""
 
-    def __init__(self, config: NodeConfig, service: NodeService, link: ZenohLink) -> None:
+    def __init__(
+        self, config: NodeConfig, service: NodeService, link: ZenohLink, *, limits: Limits = API_LIMITS
+    ) -> None:
         self._config = config
         self._service = service
         self._link = link
-        self._sockets: list[socket.socket] = []
+        self.limiters = [Limiter("local", LOCAL_LIMITS), Limiter("api", limits)]
+        for limiter in self.limiters:
+            service.observe(limiter)
+        self._sockets: list[LimitedSocket] = []
         self._servers: list[uvicorn.Server] = []
         self._ended = threading.Event()
         self._wake = socket.socketpair()
@@ -43,9 +51,10 @@ class ApiSockets:
 
     def start(self) -> None:
         """Listens. Raises FleetError if an address is not available."""
-        self._sockets.append(_listen_locally(self._config.socket))
+        local, remote = self.limiters
+        self._sockets.append(local.listen(_listen_locally(self._config.socket)))
         if self._config.api:
-            self._sockets.append(_listen(self._config.api))
+            self._sockets.append(remote.listen(_listen(self._config.api)))
         self._thread.start()
 
     @property
@@ -67,9 +76,11 @@ class ApiSockets:
         for server in self._servers:
             server.should_exit = True
         if self._thread.is_alive():
-            self._thread.join(GRACE_S + 3)
+            self._thread.join(END_S)
         for listening in (*self._sockets, self._wake[0]):
             listening.close()
+        for limiter in self.limiters:
+            limiter.close()
         with contextlib.suppress(OSError):
             os.unlink(self._config.socket)
 
@@ -85,37 +96,20 @@ class ApiSockets:
     def _serve(self) -> None:
         import asyncio
 
-        import uvicorn
-
         from vmconv_fleet import console
         from vmconv_fleet.api import as_local, create_app
+        from vmconv_fleet.node.serving import Site, serve
 
         app = create_app(self._service, directory=self._config.directory, link=self._link)
         console.install(app)
-        common: dict[str, Any] = {
-            "http": "h11",
-            "loop": "asyncio",
-            "ws": "none",
-            "lifespan": "off",
-            "log_config": None,
-            "access_log": False,
-            "timeout_graceful_shutdown": GRACE_S,
-        }
-        certificate: dict[str, Any] = {
+        tls = {
             "ssl_certfile": self._config.credential("node.pem"),
             "ssl_keyfile": self._config.credential("tls.key"),
         }
-        settings = [uvicorn.Config(as_local(app), **common), uvicorn.Config(app, **common, **certificate)]
-        self._servers = [uvicorn.Server(one) for one in settings[: len(self._sockets)]]
-
-        async def serve() -> None:
-            await asyncio.gather(
-                *(server.serve(sockets=[one]) for server, one in zip(self._servers, self._sockets, strict=True))
-            )
-
-        if self._ended.is_set():
-            return
-        asyncio.run(serve())
+        sites = [Site(as_local(app), self._sockets[0], {}), *(Site(app, one, tls) for one in self._sockets[1:])]
+        self._servers = [site.server() for site in sites]
+        if not self._ended.is_set():
+            asyncio.run(serve(self._servers, self._sockets))
 
 
 def _listen_locally(path: str) -> socket.socket:

@@ -19,6 +19,7 @@ from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.limiter import raise_descriptor_limit
 from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
@@ -155,6 +156,7 @@ class Daemon:
 
         members = Members(self.service, self.trust, self.link.members_changed)
         joining = JoinService(self.config, Authority.load(self.config.directory), members)
+        self.service.observe(joining.limiter)
         self._parts.callback(joining.close)
         joining.start()
 
@@ -189,6 +191,7 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
     SIGHUP reloads certificate and keys. An exception that ends a thread ends the daemon with code 1. If a session of
     the links does not close, the process exits here instead of returning.
     """
+    raise_descriptor_limit()
     with _locked(config), _Signals() as told:
         daemon = Daemon(config, handlers=handlers)
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 KEPT = 100
 
@@ -26,10 +26,28 @@ class NodeProblem(NamedTuple):
     | clock | an owner's clock is far ahead of this node's |
     | retired | this node has been retired by the fleet's authority |
     | internal | a defect of vmconv; details are in the log |
+    | crowded | strangers take the places of a listening socket |
     """
 
     kind: str
     text: str
+
+
+class Observed(Protocol):
+    """A part of a node outside of the replica that has counters and problems of its own."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str:
+        """Returns the kind of its problem."""
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    def problem(self) -> str | None:
+        """Returns what is wrong now."""
 
 
 class ProblemLog:

@@ -12,7 +12,7 @@ from typing import Any
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
-from vmconv_fleet.replication.problems import NodeProblem
+from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.requests import RESERVED, Handler, Requests, response_id
@@ -63,6 +63,7 @@ class NodeService:
         self._answered = threading.Condition()
         self._ended = False
         self._replica.subscribe(self._see)
+        self._observed: list[Observed] = []
 
     @property
     def serving(self) -> bool:
@@ -142,11 +143,18 @@ class NodeService:
 
     def problems(self) -> list[NodeProblem]:
         """Returns the problems for the administrator, the newest last."""
-        return self._replica.problems.all()
+        found = ((one, one.problem()) for one in tuple(self._observed))
+        others = [NodeProblem(one.kind, text) for one, text in found if text is not None]
+        return [*self._replica.problems.all(), *others]
+
+    def observe(self, part: Observed) -> None:
+        """Adds a part's problem and counters to those of the node."""
+        self._observed.append(part)
 
     def counters(self) -> dict[str, int]:
-        """Returns the replica's counters, for metrics."""
-        return dict(self._replica.problems.counters)
+        """Returns the counters of the replica and of the observed parts, for metrics."""
+        others = {f"{one.name} {key}": n for one in tuple(self._observed) for key, n in one.counters.items()}
+        return {**self._replica.problems.counters, **others}
 
     def _see(self, records: Sequence[Record]) -> None:
         if any(record.kind == "response" for record in records):

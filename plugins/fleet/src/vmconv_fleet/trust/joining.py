@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives import serialization
 from vmconv.plugin import VmconvError
 from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.limiter import Limiter, Limits, connection_of
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint
 from vmconv_fleet.trust.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
 from vmconv_fleet.trust.peers import common_name
@@ -37,7 +38,7 @@ from vmconv_fleet.trust.peers import common_name
 LIMIT = 64 << 10
 MAX_ANSWER = 2 * MAX_MEMBERS
 TIMEOUT = 10.0
-MAX_CONNECTIONS = 16
+JOIN_LIMITS = Limits(64, 32, 30.0)
 _log = logging.getLogger("vmconv_fleet.joining")
 
 
@@ -67,10 +68,13 @@ class Membership(Protocol):
 class JoinService:
     """The joining service, on threads of its own, from `start` to `close`."""
 
-    def __init__(self, config: NodeConfig, authority: Authority, membership: Membership) -> None:
+    def __init__(
+        self, config: NodeConfig, authority: Authority, membership: Membership, *, limits: Limits = JOIN_LIMITS
+    ) -> None:
         self.config = config
         self.authority = authority
         self.membership = membership
+        self.limiter = Limiter("join", limits)
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
@@ -89,6 +93,7 @@ class JoinService:
         if self._server is not None and self._thread is not None:
             self._server.shutdown()
             self._server.server_close()
+            self.limiter.close()
             self._thread.join(TIMEOUT)
 
     def answer(self, path: str, asked: dict[str, Any], caller: str | None) -> dict[str, Any]:
@@ -147,33 +152,38 @@ def _within(limit: int, certificates: list[bytes]) -> str:
 
 
 class _Server(ThreadingHTTPServer):
-    """HTTPS with handshakes on the threads of the connections, at most `MAX_CONNECTIONS` of them."""
+    """HTTPS with handshakes on the threads of the connections, within `JOIN_LIMITS`."""
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, service: JoinService) -> None:
         self.service = service
-        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.limiter = service.limiter
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
+        self.socket = self.limiter.listen(self.socket)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
+    def service_actions(self) -> None:
+        self.limiter.sweep()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        connection = connection_of(request)
         try:
             with contextlib.suppress(OSError):
                 request.settimeout(TIMEOUT)
                 # A new context for each connection: certificates may have been renewed.
-                secured = server_context(self.service.config).wrap_socket(request, server_side=True)
-                super().process_request_thread(secured, client_address)
+                context = server_context(self.service.config)
+                secured = context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                connection.replace(secured)
+                secured.do_handshake()
+                self.finish_request(secured, client_address)
+        except Exception:
+            self.handle_error(request, client_address)
         finally:
-            self.shutdown_request(request)
-            self._free.release()
+            connection.disconnect()
+            connection.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.warning("a connection for joining failed", exc_info=True)

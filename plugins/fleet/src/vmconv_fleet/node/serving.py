@@ -1,0 +1,104 @@
+"""The API on limited sockets: uvicorn, told which connection each request came on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, cast
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vmconv_fleet.api.access import CALLER
+from vmconv_fleet.limiter import Connection, LimitedSocket, Limiter
+
+GRACE_S = 2
+"""Time for open requests to end when the servers stop."""
+BACKLOG = 128
+"""Connections that wait to be accepted; as many are accepted at a time before others are served."""
+_SWEEP_S = 1.0
+
+
+class Site(NamedTuple):
+    """An application on a listening socket; `tls` are uvicorn's settings of it."""
+
+    app: ASGIApp
+    listening: LimitedSocket
+    tls: dict[str, Any]
+
+    def server(self) -> uvicorn.Server:
+        limited = type("_Limited", (_Protocol,), {"limiter": self.listening.limiter})
+        config = uvicorn.Config(
+            self.app,
+            http=limited,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            # Nobody but the peer says who it is.
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=GRACE_S,
+            **self.tls,
+        )
+        return uvicorn.Server(config)
+
+
+async def serve(servers: Sequence[uvicorn.Server], listening: Sequence[LimitedSocket]) -> None:
+    """Serves until `should_exit` of each server."""
+    sweeping = asyncio.create_task(_sweep({one.limiter for one in listening}))
+    try:
+        await asyncio.gather(*(server.serve(sockets=[one]) for server, one in zip(servers, listening, strict=True)))
+    finally:
+        sweeping.cancel()
+
+
+async def _sweep(limiters: set[Limiter]) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        for limiter in limiters:
+            limiter.sweep()
+
+
+class _Protocol(H11Protocol):
+    """HTTP on one connection, whose requests the limiter learns of."""
+
+    limiter: ClassVar[Limiter]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        connection = self.limiter.find(transport.get_extra_info("socket").fileno())
+        if connection is not None:
+            self.app = cast("Any", _tracked(self.app, connection))
+
+
+def _tracked(app: Any, connection: Connection) -> ASGIApp:
+    """Returns the application for one connection: notes its requests, their bodies, and whether the caller is known."""
+
+    async def tracked(scope: Scope, receive: Receive, send: Send) -> None:
+        is_complete = False
+
+        async def noted() -> Message:
+            nonlocal is_complete
+            connection.reading(not is_complete)
+            try:
+                message = await receive()
+            finally:
+                connection.reading(False)
+            is_complete = not message.get("more_body", False)
+            return message
+
+        async def known(message: Message) -> None:
+            if CALLER in scope:
+                connection.known = True
+            await send(message)
+
+        connection.begin()
+        try:
+            await app(scope, noted, known)
+        finally:
+            connection.end()
+
+    return tracked

@@ -1,0 +1,285 @@
+"""Strangers at a node's listening sockets: they lose their places to others, in time, and stop nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fleet.in_memory import Node, nodes
+from fleet.serving import served
+from vmconv_fleet.config import split_address
+from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits, address_key, connection_of
+from vmconv_fleet.testing import PATIENCE, Lab, free_port
+from vmconv_fleet.trust import joining
+from vmconv_fleet.trust.identity import Keys, new_node_id
+from vmconv_fleet.trust.joining import JoinService
+
+STRANGERS = 100
+FEW = Limits(total=12, address=8, seconds=600.0)
+HASTY = Limits(total=12, address=8, seconds=0.5)
+
+
+@contextmanager
+def strangers(address: tuple[str, int], number: int = STRANGERS) -> Iterator[list[socket.socket]]:
+    """Yields connections that send nothing."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(number)]
+
+
+def is_ended(connection: socket.socket) -> bool:
+    """Returns whether the other end closes the connection, in time."""
+    connection.settimeout(PATIENCE)
+    with suppress(ConnectionError, ssl.SSLError):
+        while connection.recv(1 << 16):
+            pass
+    return True
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with nodes(1, tmp_path) as (one,):
+        yield one
+
+
+# The API
+
+
+def test_reads_and_changes_go_on_under_idle_connections(node: Node) -> None:
+    with served(node, FEW) as api:
+        client = api.client("admin")
+        stream = api.client("viewer").lines("/api/v1/events")
+        assert next(stream).startswith("retry")
+        with strangers(split_address(api.url.removeprefix("https://"))) as held:
+            assert client.get("/api/v1/fleet")["node"] == node.id
+            assert client.call("POST", "/api/v1/tokens", {"label": "x", "role": "viewer"}).status == 200
+            counters = api.limiter.counters
+            assert counters["displaced"] + counters["refused"] >= STRANGERS - FEW.total
+            assert len(api.limiter) <= 2 * FEW.total
+            assert is_ended(held[0])
+            (said,) = client.get("/api/v1/fleet")["problems"]
+            assert "port api: " in said
+            assert any('event="api displaced"' in line for line in api.local.lines("/metrics"))
+        # Whoever is known keeps the place.
+        assert any(line == "event: token" for line in stream)
+
+
+SLOW = {
+    "handshake": (False, b"\x16\x03\x01\x02"),
+    "head": (True, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-More: "),
+    "next-head": (True, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /heal"),
+    "body": (True, b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+             b"Content-Length: 1000\r\n\r\ntoken="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", SLOW)
+def test_each_phase_of_a_stranger_has_its_time(node: Node, phase: str) -> None:
+    is_secure, sent = SLOW[phase]
+    with served(node, HASTY) as api, strangers(split_address(api.url.removeprefix("https://")), 1) as (plain,):
+        connection = plain
+        if is_secure:
+            context = ssl.create_default_context(cafile=api.ca)
+            connection = context.wrap_socket(plain, server_hostname="127.0.0.1")
+        with connection:
+            connection.sendall(sent)
+            assert is_ended(connection)
+        assert api.limiter.counters["overdue"] == 1
+
+
+def test_a_known_callers_long_request_has_no_limit(node: Node) -> None:
+    with served(node, HASTY) as api:
+        stream = api.client("viewer").lines("/api/v1/events")
+        assert next(stream).startswith("retry")
+        with strangers(split_address(api.url.removeprefix("https://")), 1) as (stranger,):
+            # The stranger came later and is overdue.
+            assert is_ended(stranger)
+        api.token("viewer")
+        assert any(line == "event: token" for line in stream)
+
+
+# Joining
+
+
+@pytest.fixture
+def join_at(lab: Lab, request: pytest.FixtureRequest) -> Callable[[Limits], JoinService]:
+    def start(limits: Limits) -> JoinService:
+        config = lab.add(join=f"127.0.0.1:{free_port()}")
+        assert lab.authority is not None
+        service = JoinService(config, lab.authority, _Nobody(), limits=limits)
+        service.start()
+        request.addfinalizer(service.close)
+        return service
+
+    return start
+
+
+class _Nobody:
+    """A fleet without members."""
+
+    def is_known(self, node: str) -> bool:
+        return False
+
+    def is_revoked(self, node: str) -> bool:
+        return False
+
+    def certificates(self) -> list[bytes]:
+        return []
+
+    def certified(self, certificate: bytes) -> None:
+        pass
+
+    def revoke(self, node: str) -> None:
+        pass
+
+
+def test_joining_works_under_idle_connections(join_at: Callable[[Limits], JoinService]) -> None:
+    service = join_at(FEW)
+    with strangers(split_address(service.config.join)) as held:
+        invitation = service.authority.invite(service.config, host="127.0.0.1")
+        keys, node = Keys.generate(), new_node_id()
+        granted = joining.join(invitation, keys.request(node, "lab", ["127.0.0.1"]))
+        assert b"BEGIN CERTIFICATE" in granted.certificate
+        assert is_ended(held[0])
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02"])
+def test_a_silent_joiner_has_its_time(join_at: Callable[[Limits], JoinService], sent: bytes) -> None:
+    service = join_at(HASTY)
+    with strangers(split_address(service.config.join), 1) as (connection,):
+        connection.sendall(sent)
+        assert is_ended(connection)
+    assert service.limiter.counters["overdue"] == 1
+
+
+# The limiter
+
+
+class Listening(NamedTuple):
+    """A limited socket of the test, and what it opens."""
+
+    limiter: Limiter
+    socket: LimitedSocket
+    stack: ExitStack
+
+    def knock(self, source: str) -> socket.socket:
+        """Returns a connection from an address of loopback, which is not accepted yet."""
+        return self.stack.enter_context(socket.create_connection(self.socket.getsockname(), source_address=(source, 0)))
+
+    def connect(self, source: str, *, known: bool = False) -> tuple[socket.socket, socket.socket]:
+        """Returns both ends of a connection."""
+        near = self.knock(source)
+        far = self.stack.enter_context(self.socket.accept()[0])
+        connection_of(far).known = known
+        return near, far
+
+
+@pytest.fixture
+def listening() -> Iterator[Listening]:
+    limiter = Limiter("test", Limits(total=6, address=4, seconds=600.0))
+    with ExitStack() as stack:
+        made = stack.enter_context(limiter.listen(socket.create_server(("127.0.0.1", 0))))
+        stack.callback(limiter.close)
+        yield Listening(limiter, made, stack)
+
+
+def is_open(near: socket.socket) -> bool:
+    near.setblocking(False)
+    with suppress(BlockingIOError):
+        return near.recv(1) != b""
+    return True
+
+
+def test_the_oldest_stranger_of_the_most_frequent_address_loses_its_place(listening: Listening) -> None:
+    sources = ["127.0.0.3", "127.0.0.2", "127.0.0.2", "127.0.0.2", "127.0.0.4", "127.0.0.5"]
+    near = [listening.connect(source)[0] for source in sources]
+    listening.connect("127.0.0.6")
+    assert [is_open(one) for one in near] == [True, False, True, True, True, True]
+    assert listening.limiter.counters["displaced"] == 1
+
+
+def test_a_known_caller_without_a_request_loses_its_place_last(listening: Listening) -> None:
+    ends = [listening.connect("127.0.0.2", known=n < 3) for n in range(4)]
+    connection_of(ends[0][1]).begin()
+    listening.connect("127.0.0.2", known=True)
+    assert [is_open(near) for near, _ in ends] == [True, True, True, False]
+    listening.connect("127.0.0.2", known=True)
+    assert [is_open(near) for near, _ in ends] == [True, False, True, False]
+    # Sending a body slowly is not being busy.
+    connection_of(ends[0][1]).reading(True)
+    for _ in range(4):
+        listening.connect("127.0.0.2", known=True)
+    assert not is_open(ends[0][0])
+
+
+def test_without_a_dispensable_connection_the_new_one_is_refused(listening: Listening) -> None:
+    for _ in range(4):
+        connection_of(listening.connect("127.0.0.2", known=True)[1]).begin()
+    near = listening.knock("127.0.0.2")
+    with pytest.raises(BlockingIOError):
+        listening.socket.accept()
+    assert is_ended(near)
+    assert listening.limiter.counters["refused"] == 1
+    listening.connect("127.0.0.3")
+
+
+def test_disconnected_connections_count_until_they_are_closed(listening: Listening) -> None:
+    for _ in range(12):
+        listening.connect("127.0.0.2")
+    near = listening.knock("127.0.0.3")
+    with pytest.raises(BlockingIOError):
+        listening.socket.accept()
+    assert is_ended(near)
+
+
+def test_a_place_is_free_once_its_connection_is_closed(listening: Listening) -> None:
+    for _ in range(20):
+        listening.connect("127.0.0.2")[1].close()
+    assert len(listening.limiter) == 0
+    assert listening.limiter.counters == {"accepted": 20, "displaced": 0, "refused": 0, "overdue": 0, "failed": 0}
+    assert listening.limiter.problem() is None
+
+
+def test_exhausted_descriptors_refuse_one_connection(listening: Listening) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    older, _far = listening.connect("127.0.0.2")
+    near = listening.knock("127.0.0.3")
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(BlockingIOError):
+            listening.socket.accept()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert is_ended(near)
+    assert is_ended(older)
+    assert listening.limiter.counters["failed"] == 1
+    assert is_open(listening.connect("127.0.0.3")[0])
+
+
+def test_a_crowd_of_strangers_is_a_problem(listening: Listening) -> None:
+    for _ in range(8):
+        listening.connect("127.0.0.2")
+    assert listening.limiter.problem() == "port test: 4 connections of strangers were ended in the last minute"
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "key"),
+    [
+        (socket.AF_INET, "10.1.2.3", "0a010203"),
+        (socket.AF_INET6, "::ffff:10.1.2.3", "0a010203"),
+        (socket.AF_INET6, "2001:db8:1:2:3::4", "20010db800010002"),
+        (socket.AF_INET6, "fe80::1%lo", "fe80000000000000"),
+        (socket.AF_UNIX, "", ""),
+    ],
+)
+def test_an_address_is_a_host_or_an_ipv6_network(family: socket.AddressFamily, host: str, key: str) -> None:
+    assert address_key(family, (host, 1)).hex() == key
