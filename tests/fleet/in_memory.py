@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fleet.plain import PlainSigner, PlainTrust
+from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.catalogue.kinds import SCHEMA
 from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.replication.engine import Events
@@ -92,6 +93,7 @@ class Node:
             handlers=make_handlers(str(self.directory)),
             schema=SCHEMA,
             patience_ms=0,
+            indexes=INDEXES,
         )
 
     def start(self) -> None:

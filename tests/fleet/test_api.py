@@ -272,10 +272,22 @@ def test_lists_have_etags(api: Served, path: str) -> None:
 def test_lists_come_in_pages(api: Served) -> None:
     for number in range(5):
         api.token("viewer", label=f"t{number}")
-    page = api.local.get("/api/v1/tokens", limit=2, offset=4)
-    assert (page["total"], [one["body"]["label"] for one in page["items"]]) == (5, ["t4"])
+    first = api.local.get("/api/v1/tokens", limit=2)
+    # A change between two pages moves nothing across their border.
+    api.token("viewer", label="t0 later")
+    second = api.local.get("/api/v1/tokens", limit=2, after=first["next"])
+    third = api.local.get("/api/v1/tokens", limit=2, after=second["next"])
+    labels = [one["body"]["label"] for page in (first, second, third) for one in page["items"]]
+    assert labels == ["t0", "t1", "t2", "t3", "t4"]
+    assert (first["total"], third["total"], third["next"]) == (5, 6, None)
     with pytest.raises(UsageError):
         api.local.get("/api/v1/tokens", limit=100_000)
+
+
+@pytest.mark.parametrize("after", ["x", "W10=", "WzEsMl0=", "WzFlOTksMSwieCJd", "WyJ4IiwiXHVkODAwIiwieCJd"])
+def test_only_the_next_of_a_page_continues_a_list(api: Served, after: str) -> None:
+    with pytest.raises(UsageError, match="not the next of a page"):
+        api.local.get("/api/v1/tokens", after=after)
 
 
 def test_unsound_records_of_another_node_are_tolerated(api: Served, pair: Sequence[Node]) -> None:

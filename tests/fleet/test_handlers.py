@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 
 from vmconv.errors import VmconvError
 from vmconv_fleet.catalogue.fields import Role
+from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
+from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import IncomingRequest, Outcome
+from vmconv_fleet.replication.store import Store
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import GOVERNING, ORDER, VERBS
 
@@ -44,6 +48,13 @@ class Replica:
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
         return [one for key, one in sorted(self.records.items()) if key[1] == kind and owner in (None, key[0])]
+
+    def count(self, kind: str, where: Where = ALL) -> int:
+        store = Store(sqlite3.connect(":memory:", isolation_level=None), HERE, indexes=INDEXES)
+        store.extend(HERE, sorted(self.find(kind, HERE), key=lambda one: one.seq), state=0)
+        found = store.count(kind, HERE, where)
+        store.close()
+        return found
 
     def positions(self) -> dict[str, Position]:
         return {HERE: Position(1, 9), OTHER: Position(3, 4)}
@@ -255,8 +266,16 @@ def test_jobs_have_a_limit(replica: Replica, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("vmconv_fleet.jobs.handlers.MAX_OPEN_JOBS", 1)
     assert MAX_OPEN_JOBS > 1000
     replica.ask("convert", **ASKED["convert"])
-    with pytest.raises(VmconvError, match="already has 1 jobs"):
+    with pytest.raises(VmconvError, match="already has 1 jobs that have not ended"):
         replica.ask("convert", request="r2", **ASKED["convert"])
+
+
+@pytest.mark.parametrize("end", [{"state": "done"}, {"state": "failed"}, {"state": "planned", "dry_run": True}])
+def test_ended_jobs_do_not_count(replica: Replica, monkeypatch: pytest.MonkeyPatch, end: Mapping[str, Any]) -> None:
+    monkeypatch.setattr("vmconv_fleet.jobs.handlers.MAX_OPEN_JOBS", 1)
+    for number in range(3):
+        replica.add(HERE, "job", f"j{number}", {"disk": "d1", "datastore": "ds", "format": "qcow2", **end})
+    replica.ask("convert", **ASKED["convert"])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +325,7 @@ def test_a_datastore_has_a_plain_path(replica: Replica, path: str) -> None:
 def test_a_datastore_is_not_removed_under_a_conversion(replica: Replica) -> None:
     job = {"state": "running", "disk": "d1", "datastore": "ds", "format": "qcow2"}
     replica.add(HERE, "job", "j1", job)
-    with pytest.raises(VmconvError, match="job j1 is running"):
+    with pytest.raises(VmconvError, match="1 jobs are running in datastore ds"):
         replica.ask("datastore-remove", name="ds")
     replica.add(HERE, "job", "j1", {**job, "state": "done"})
     replica.ask("datastore-remove", name="ds")

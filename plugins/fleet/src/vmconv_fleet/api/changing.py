@@ -151,9 +151,10 @@ async def convert_machine(
 @router.post("/conversions", summary="Convert all selected disks")
 async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
     caller.must_be("operator")
-    chosen = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select)))
-    if len(chosen) > MAX_SELECTED:
-        raise UsageError(f"{len(chosen)} disks are selected, {MAX_SELECTED} at most")
+    page = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select), limit=MAX_SELECTED))
+    if page.next:
+        raise UsageError(f"{page.total} disks are selected, {MAX_SELECTED} at most")
+    chosen = page.records
     common = wish.model_dump(mode="json", exclude_unset=True, exclude={"select"})
     batch = f"batch-{time.time_ns():x}"
     wishes = [(one.owner, "convert", {**common, "disk": one.id, "batch": batch}) for one in chosen]

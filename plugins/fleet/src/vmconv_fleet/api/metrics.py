@@ -12,7 +12,8 @@ from fastapi.responses import PlainTextResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.snapshot import Snapshot
+from vmconv_fleet.replication.indexing import UNANSWERED, Where
+from vmconv_fleet.replication.store import ReplicaView
 
 router = APIRouter()
 
@@ -56,22 +57,24 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
         "Records that an owner has written, as far as they are here",
         [({"node": snapshot.name(owner), "id": owner}, at.seq) for owner, at in positions.items()],
     )
-    jobs = Counter((snapshot.name(one.owner), str(one.body.get("state"))) for one in snapshot.find("job"))
     yield (
         "jobs",
         "gauge",
         "Conversions by node and state",
-        [({"node": node, "state": key}, n) for (node, key), n in jobs.items()],
+        [
+            ({"node": snapshot.name(owner), "state": key}, n)
+            for owner, key, n in view.tally("job", by=("owner", "state"))
+        ],
     )
-    yield "job_bytes", "gauge", "Bytes of finished conversions, by action", _bytes(snapshot)
-    disks = Counter(
-        (snapshot.name(one.owner), str(one.body.get("format") or "unknown")) for one in snapshot.find("disk")
-    )
+    yield "job_bytes", "gauge", "Bytes of finished conversions, by action", _bytes(view)
     yield (
         "disks",
         "gauge",
         "Disk images by node and format",
-        [({"node": node, "format": key}, n) for (node, key), n in disks.items()],
+        [
+            ({"node": snapshot.name(owner), "format": key or "unknown"}, n)
+            for owner, key, n in view.tally("disk", by=("owner", "format"))
+        ],
     )
     for name, help_, field in (
         ("datastore_free_bytes", "Free space of a datastore", "free"),
@@ -86,12 +89,11 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
                 for one in snapshot.find("datastore")
             ],
         )
-    waiting = sum(snapshot.response_of(one) is None for one in snapshot.find("request"))
     yield (
         "requests_unanswered",
         "gauge",
         "Requests whose owner has not answered, as seen here",
-        [({}, waiting)],
+        [({}, view.tally("request", UNANSWERED)[0][0])],
     )
     yield "problems", "gauge", "Problems of this node", [({}, len(state.problems()))]
     yield "neighbours", "gauge", "Nodes with a direct link", [({}, len(state.service.neighbours()))]
@@ -112,13 +114,10 @@ def _families(state: State) -> Iterator[tuple[str, str, str, Iterable[Sample]]]:
     yield "resident_bytes", "gauge", "Memory of the daemon", [({}, _resident())]
 
 
-def _bytes(snapshot: Snapshot) -> list[Sample]:
-    sums: Counter[str] = Counter()
-    for one in snapshot.find("job"):
-        if one.body.get("state") == "done":
-            for name in ("shared", "copied", "written"):
-                sums[name] += int((one.body.get("plan") or {}).get(name, 0))
-    return [({"how": name}, value) for name, value in sorted(sums.items())]
+def _bytes(view: ReplicaView) -> list[Sample]:
+    names = ("copied", "shared", "written")
+    ((count, *sums),) = view.tally("job", Where("state = 'done'"), sums=names)
+    return [({"how": name}, int(value)) for name, value in zip(names, sums, strict=True)] if count else []
 
 
 def _resident() -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -14,9 +14,11 @@ from vmconv_fleet.api.asking import Answer, NotHereError, answer_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
 from vmconv_fleet.catalogue.kinds import KINDS
+from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.selection import parse
 from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
 from vmconv_fleet.replication.clock import milliseconds
+from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
 
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
@@ -27,7 +29,12 @@ NodeName = Annotated[
     str | None, Query(description="Only records of this node: its name, id, or the beginning of its id")
 ]
 Limit = Annotated[int, Query(ge=1, le=MAX_LISTED)]
-Offset = Annotated[int, Query(ge=0)]
+After = Annotated[str | None, Query(description="`next` of the page before", max_length=20_000)]
+BeginningOfId = Annotated[str | None, Query(description="Only records whose id begins like this", max_length=128)]
+DiskOrder = Annotated[
+    Literal["node", "name", "-name", "size", "-size", "actual-size", "-actual-size", "format", "-format"],
+    Query(description="The order; `-` reverses it. node: by node, datastore and name"),
+]
 JobStates = Annotated[str | None, Query(description="Only jobs in one of these states, separated by commas")]
 
 
@@ -77,13 +84,20 @@ def record_of(state: State, owner: str, kind: str, identifier: str) -> Record:
     return record
 
 
-def _listed(request: Request, snapshot: Snapshot, records: list[Record], limit: int, offset: int) -> Response:
-    page = records[offset : offset + limit]
-    return tagged(
-        request,
-        tag_of_all(page, len(records), offset),
-        {"total": len(records), "offset": offset, "items": [plain(one, snapshot) for one in page]},
-    )
+def _listed(request: Request, snapshot: Snapshot, page: Page, after: str | None) -> Response:
+    items = [plain(one, snapshot) for one in page.records]
+    return _paged(request, page, items, page.records, after)
+
+
+def _paged(request: Request, page: Page, items: list[Any], shown: Sequence[Record], after: str | None) -> Response:
+    more = {} if page.total is None else {"total": page.total}
+    tag = tag_of_all(shown, page.total, page.next, after)
+    return tagged(request, tag, {**more, "next": page.next, "items": items})
+
+
+def _begins(beginning: str | None) -> Where:
+    """Returns the condition for ids that begin like this."""
+    return ALL if beginning is None else Where("substr(id, 1, ?) = ?", (len(beginning), beginning))
 
 
 @router.get("/fleet", summary="This node and its replica")
@@ -109,7 +123,7 @@ def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
 def nodes(request: Request, state: StateOf, _caller: Known) -> Response:
     found = [plain_node(one) for one in state.snapshot().nodes()]
     stable = [{key: value for key, value in one.items() if key != "age_ms"} for one in found]
-    return tagged(request, tag_of_all((), json.dumps(stable)), {"total": len(found), "offset": 0, "items": found})
+    return tagged(request, tag_of_all((), json.dumps(stable)), {"total": len(found), "next": None, "items": found})
 
 
 @router.get("/nodes/{node}", summary="One node")
@@ -127,12 +141,14 @@ def disks(
     _caller: Known,
     select: Annotated[str | None, Query(description="Such as: format=vmdk and node=n0*", max_length=4000)] = None,
     node: NodeName = None,
+    sort: DiskOrder = "node",
     limit: Limit = 100,
-    offset: Offset = 0,
+    after: After = None,
 ) -> Response:
     snapshot = state.snapshot()
-    found = snapshot.disks(parse(select) if select else None, owner_of(snapshot, node))
-    return _listed(request, snapshot, found, limit, offset)
+    chosen = parse(select) if select else None
+    page = snapshot.disks(chosen, owner_of(snapshot, node), sort=sort, after=after, limit=limit)
+    return _listed(request, snapshot, page, after)
 
 
 @router.get("/jobs", summary="Conversions, the latest first")
@@ -141,57 +157,99 @@ def jobs(
     state: StateOf,
     _caller: Known,
     states: JobStates = None,
+    id: BeginningOfId = None,
     node: NodeName = None,
     limit: Limit = 100,
-    offset: Offset = 0,
+    after: After = None,
 ) -> Response:
     snapshot = state.snapshot()
-    found = snapshot.find("job", owner_of(snapshot, node))
+    where = _begins(id)
     if states:
-        wanted = set(states.split(","))
-        found = [one for one in found if one.body.get("state") in wanted]
-    found.sort(key=lambda one: (-int(one.body.get("created_ms", 0)), one.owner, one.id))
-    return _listed(request, snapshot, found, limit, offset)
+        where = where.also("state IN (SELECT value FROM json_each(?))", json.dumps(states.split(",")))
+    page = snapshot.page(
+        "job",
+        where,
+        owner=owner_of(snapshot, node),
+        order=("created_ms",),
+        descending=True,
+        after=after,
+        limit=limit,
+    )
+    return _listed(request, snapshot, page, after)
 
 
-def _list_of(kind: str, order: Callable[[Record], Any] | None) -> Callable[..., Response]:
-    """Returns the route that lists a kind; `order` None: the latest first."""
+@router.get("/vms", summary="Virtual machines, as files in datastores define them")
+def vms(
+    request: Request,
+    state: StateOf,
+    _caller: Known,
+    named: Annotated[str | None, Query(description="Only those with this name or file", max_length=4096)] = None,
+    id: BeginningOfId = None,
+    node: NodeName = None,
+    limit: Limit = 100,
+    after: After = None,
+) -> Response:
+    snapshot = state.snapshot()
+    where = _begins(id)
+    if named is not None:
+        where = where.also("? IN (name, file)", named.casefold())
+    page = snapshot.page("vm", where, owner=owner_of(snapshot, node), order=("name",), after=after, limit=limit)
+    return _listed(request, snapshot, page, after)
+
+
+def _list_of(kind: str, *order: str, descending: bool = False) -> Callable[..., Response]:
+    """Returns the route that lists an indexed kind by these columns."""
 
     def listed(
-        request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
+        request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, after: After = None
     ) -> Response:
         snapshot = state.snapshot()
-        found = snapshot.find(kind, owner_of(snapshot, node))
-        found.sort(key=order or (lambda one: (-one.clock, one.owner, one.id)))
-        return _listed(request, snapshot, found, limit, offset)
+        owner = owner_of(snapshot, node)
+        page = snapshot.page(kind, owner=owner, order=order, descending=descending, after=after, limit=limit)
+        return _listed(request, snapshot, page, after)
 
     return listed
 
 
-for _path, _kind, _summary, _order in (
-    ("/datastores", "datastore", "Directories whose disks are in the catalogue", lambda one: (one.owner, one.id)),
-    ("/vms", "vm", "Virtual machines, as files in datastores define them", lambda one: (one.body["name"], one.id)),
-    ("/policies", "policy", "How nodes convert", lambda one: one.owner),
-    ("/tokens", "token", "Tokens: holders and roles", lambda one: (one.body["label"], one.id)),
-    ("/transactions", "transaction", "Executed transactions: caller, records before and after; the latest first", None),
+for _path, _summary, _route in (
+    ("/datastores", "Directories whose disks are in the catalogue", _list_of("datastore")),
+    ("/policies", "How nodes convert", _list_of("policy")),
+    ("/tokens", "Tokens: holders and roles", _list_of("token", "label")),
+    (
+        "/transactions",
+        "Executed transactions: caller, records before and after; the latest first",
+        _list_of("transaction", "clock", descending=True),
+    ),
 ):
-    router.add_api_route(_path, _list_of(_kind, _order), methods=["GET"], summary=_summary, name=_kind)
+    router.add_api_route(_path, _route, methods=["GET"], summary=_summary, name=_path.strip("/"))
 
 
 @router.get("/requests", summary="Requests and their responses, the latest first")
 def requests(
-    request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, offset: Offset = 0
+    request: Request,
+    state: StateOf,
+    _caller: Known,
+    unanswered: Annotated[bool, Query(description="Only requests without a response")] = False,
+    node: NodeName = None,
+    limit: Limit = 100,
+    after: After = None,
 ) -> Response:
     snapshot = state.snapshot()
-    found = sorted(snapshot.find("request", owner_of(snapshot, node)), key=lambda one: -one.clock)
-    page = found[offset : offset + limit]
-    answers = [snapshot.response_of(one) for one in page]
+    page = snapshot.page(
+        "request",
+        UNANSWERED if unanswered else ALL,
+        owner=owner_of(snapshot, node),
+        order=("clock",),
+        descending=True,
+        after=after,
+        limit=limit,
+    )
+    answers = [snapshot.response_of(one) for one in page.records]
     items = [
         plain(one, snapshot) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
-        for one, answer in zip(page, answers, strict=True)
+        for one, answer in zip(page.records, answers, strict=True)
     ]
-    tag = tag_of_all([*page, *(one for one in answers if one)], len(found), offset)
-    return tagged(request, tag, {"total": len(found), "offset": offset, "items": items})
+    return _paged(request, page, items, [*page.records, *(one for one in answers if one)], after)
 
 
 def _answer(request: Record, response: Record | None) -> Answer:
@@ -212,10 +270,11 @@ def records(
     _caller: Known,
     node: NodeName = None,
     limit: Limit = 100,
-    offset: Offset = 0,
+    after: After = None,
 ) -> Response:
     snapshot = state.snapshot()
-    return _listed(request, snapshot, state.view().find(kind, owner_of(snapshot, node)), limit, offset)
+    page = snapshot.records(kind, owner_of(snapshot, node), after=after, limit=limit)
+    return _listed(request, snapshot, page, after)
 
 
 @router.get("/records/{owner}/{kind}/{identifier}", summary="One record; its ETag is its owner's position")
@@ -234,5 +293,9 @@ def export(state: StateOf, caller: Known) -> StreamingResponse:
 def _exported(state: State, _caller: Caller) -> Iterator[str]:
     snapshot = state.snapshot()
     for kind in sorted(KINDS):
-        for one in state.view().find(kind):
-            yield json.dumps(plain(one, snapshot)) + "\n"
+        page = snapshot.records(kind, limit=MAX_LISTED)
+        while page.records:
+            yield "".join(json.dumps(plain(one, snapshot)) + "\n" for one in page.records)
+            if page.next is None:
+                break
+            page = snapshot.records(kind, after=page.next, limit=MAX_LISTED)

@@ -11,19 +11,14 @@ ignore case. A field alone is true if its value is yes. Sizes take qemu-img's su
 
 from __future__ import annotations
 
-import operator
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from vmconv.plugin import UsageError, parse_size
-
-Value = str | int | bool | tuple[str, ...]
-Facts = Mapping[str, Value]
-"""The fields of one disk for selections; a tuple has several names of one object."""
-
-Selection = Callable[[Facts], bool]
+from vmconv_fleet.replication.indexing import MAX_INTEGER, Where
 
 FIELDS: Mapping[str, str] = {
     "actual-size": "bytes on storage",
@@ -49,14 +44,100 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<quoted>'[^']*'|\"[^\"]*\")|(?P<mark>!=|<=|>=|[=<>()])|(?P<word>[^\s()=<>!'\"]+)|(?P<bad>\S))"
 )
 
-_ORDER: Mapping[str, Callable[[int, int], bool]] = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+_SIGNS = frozenset({"=", "!=", "<", "<=", ">", ">="})
+_WILD = re.compile(r"[*?\[]")
+_MAX_STARS = 2
+"""GLOB of SQLite takes time that grows with the power of the number of stars."""
+
+
+class Owner(NamedTuple):
+    """A node as selections know it; `number` is that in the database's indexes."""
+
+    number: int
+    name: str
+    node: str
+
+
+class Match(NamedTuple):
+    """A text of the disk that fits a pattern, or does not if `sign` is `!=`."""
+
+    field: str
+    sign: str
+    pattern: str
+
+
+class Number(NamedTuple):
+    """A comparison of a number."""
+
+    field: str
+    sign: str
+    value: int
+
+
+class Flag(NamedTuple):
+    field: str
+    wanted: bool
+
+
+class Not(NamedTuple):
+    inner: Selection
+
+
+class Some(NamedTuple):
+    """Any of several selections."""
+
+    parts: tuple[Selection, ...]
+
+
+class Every(NamedTuple):
+    """All of several selections."""
+
+    parts: tuple[Selection, ...]
+
+
+Selection = Match | Number | Flag | Not | Some | Every
+
+
+def condition(selection: Selection, owners: Sequence[Owner]) -> Where:
+    """Returns the condition on the columns of the disks' index."""
+    match selection:
+        case Match("node", sign, pattern):
+            fitting = [one.number for one in owners if any(fnmatchcase(name.casefold(), pattern) for name in one[1:])]
+            return Where(f"owner {_IN[sign]} (SELECT value FROM json_each(?))", (json.dumps(fitting),))
+        case Match(field, sign, pattern):
+            return _match("lower(id)" if field == "id" else field, sign, pattern)
+        case Number(field, sign, value):
+            # SQLite has no larger integers, and no column does.
+            return _number_condition(field.replace("-", "_"), sign, value)
+        case Flag(field, wanted):
+            return Where(f"{field.replace('-', '_')} = {int(wanted)}")
+        case Not(inner):
+            found = condition(inner, owners)
+            return Where(f"NOT ({found.sql})", found.arguments)
+        case Some(parts) | Every(parts):
+            found_all = [condition(part, owners) for part in parts]
+            word = " OR " if isinstance(selection, Some) else " AND "
+            arguments = tuple(argument for one in found_all for argument in one.arguments)
+            return Where(word.join(f"({one.sql})" for one in found_all), arguments)
+
+
+_IN = {"=": "IN", "!=": "NOT IN"}
+
+
+def _match(column: str, sign: str, pattern: str) -> Where:
+    if not _WILD.search(pattern):
+        return Where(f"{column} {sign} ?", (pattern,))
+    negated = "" if sign == "=" else "NOT "
+    # The sets of GLOB are not those of a shell.
+    if "[" in pattern or pattern.count("*") > _MAX_STARS:
+        return Where(f"{negated}fits({column}, ?)", (pattern,))
+    return Where(f"{negated}({column} GLOB ?)", (pattern,))
+
+
+def _number_condition(column: str, sign: str, value: int) -> Where:
+    if value > MAX_INTEGER:
+        return Where("1" if sign in ("<", "<=", "!=") else "0")
+    return Where(f"{column} {sign} ?", (value,))
 
 
 class _Token(NamedTuple):
@@ -89,7 +170,7 @@ class _Parser:
         parts = [self._conjunction(depth)]
         while self._takes("or"):
             parts.append(self._conjunction(depth))
-        return parts[0] if len(parts) == 1 else lambda facts: any(part(facts) for part in parts)
+        return parts[0] if len(parts) == 1 else Some(tuple(parts))
 
     def end(self) -> None:
         if self._next < len(self._tokens):
@@ -99,14 +180,13 @@ class _Parser:
         parts = [self._term(depth)]
         while self._takes("and"):
             parts.append(self._term(depth))
-        return parts[0] if len(parts) == 1 else lambda facts: all(part(facts) for part in parts)
+        return parts[0] if len(parts) == 1 else Every(tuple(parts))
 
     def _term(self, depth: int) -> Selection:
         if depth > MAX_DEPTH:
             raise UsageError(f"selection nested deeper than {MAX_DEPTH}")
         if self._takes("not"):
-            inner = self._term(depth + 1)
-            return lambda facts: not inner(facts)
+            return Not(self._term(depth + 1))
         if self._takes("("):
             inner = self.selection(depth + 1)
             if not self._takes(")"):
@@ -120,11 +200,11 @@ class _Parser:
             raise self._wrong("a field", hint=f"fields: {', '.join(FIELDS)}")
         self._next += 1
         sign = self._peek()
-        if sign is None or sign.mark not in _ORDER:
+        if sign is None or sign.mark not in _SIGNS:
             return _flag(token.mark, wanted=True)
         self._next += 1
         value = self._peek()
-        if value is None or value.mark in _ORDER or value.mark in ("(", ")"):
+        if value is None or value.mark in _SIGNS or value.mark in ("(", ")"):
             raise self._wrong(f"a value after {token.mark}{sign.mark}")
         self._next += 1
         return _compare(token.mark, sign.mark, value.text)
@@ -171,26 +251,27 @@ def _compare(field: str, sign: str, value: str) -> Selection:
         if value not in ("yes", "no"):
             raise UsageError(f"selection: {field}{sign}{value}: it is yes or no")
         return _flag(field, wanted=(value == "yes") is (sign == "="))
-    pattern = value.casefold()
+    if "\0" in value or not _is_unicode(value):
+        raise UsageError(f"selection: {field}{sign}{value!r}: no disk can have this value")
+    return Match(field, sign, value.casefold())
 
-    def matches(facts: Facts) -> bool:
-        known = facts.get(field, "")
-        names = known if isinstance(known, tuple) else (str(known),)
-        return any(fnmatchcase(name.casefold(), pattern) for name in names) is (sign == "=")
 
-    return matches
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _number(field: str, sign: str, value: str) -> Selection:
     try:
-        wanted = parse_size(value)
+        return Number(field, sign, parse_size(value))
     except ValueError as exc:
         raise UsageError(f"selection: {field}{sign}{value}: {exc}") from exc
-    order = _ORDER[sign]
-    return lambda facts: order(int(facts.get(field, 0)), wanted)  # type: ignore[arg-type]
 
 
 def _flag(field: str, *, wanted: bool) -> Selection:
     if field not in _FLAGS:
         raise UsageError(f"selection: {field} needs a value", hint=f"such as {field}=...")
-    return lambda facts: bool(facts.get(field, False)) is wanted
+    return Flag(field, wanted)

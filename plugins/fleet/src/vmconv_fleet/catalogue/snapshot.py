@@ -6,17 +6,19 @@ snapshot states that age.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
 from vmconv.plugin import UsageError
 from vmconv_fleet.catalogue.kinds import KINDS, Body, HeartbeatBody, NodeBody
-from vmconv_fleet.catalogue.selection import Facts, Selection
+from vmconv_fleet.catalogue.paging import Page, page_of, place_of
+from vmconv_fleet.catalogue.selection import Owner, Selection, condition
+from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
-from vmconv_fleet.replication.store import ReplicaView
+from vmconv_fleet.replication.store import Listed, ReplicaView
 
 NodeState = Literal["here", "up", "silent", "retired"]
 
@@ -143,28 +145,80 @@ class Snapshot:
             raise UsageError(f"{len(fitting)} nodes are called {named}", hint=f"use an id: {ids}")
         return fitting[0].node if fitting else None
 
-    def facts(self, disk: Record) -> Facts:
-        """Returns the fields of a disk for selections."""
-        body = disk.body
-        return {
-            "id": disk.id,
-            "node": (self.name(disk.owner), disk.owner),
-            "datastore": str(body.get("datastore", "")),
-            "name": str(body.get("name", "")),
-            "format": str(body.get("format", "")),
-            "identity": str(body.get("identity", "")),
-            "size": int(body.get("virtual_size", 0)),
-            "actual-size": int(body.get("actual_size", 0)),
-            "depth": len(body.get("chain", ())),
-            "in-use": bool(body.get("in_use")),
-            "problem": bool(body.get("problem")),
-        }
+    def owners(self) -> list[Owner]:
+        """Returns the nodes whose disks are listed, by name; retired ones are not."""
+        found = [
+            Owner(number, self.name(node), node)
+            for node, number in self.view.numbers().items()
+            if node not in self._retired
+        ]
+        return sorted(found, key=lambda one: (one.name, one.node))
 
-    def disks(self, selection: Selection | None = None, owner: str | None = None) -> list[Record]:
-        """Returns the selected disks by node, datastore and name, without those of retired nodes."""
-        found = [one for one in self.find("disk", owner) if one.owner not in self._retired]
-        chosen = [one for one in found if selection is None or selection(self.facts(one))]
-        return sorted(chosen, key=lambda one: (self.name(one.owner), one.body["datastore"], one.body["name"]))
+    def disks(
+        self,
+        selection: Selection | None = None,
+        owner: str | None = None,
+        *,
+        sort: str = "node",
+        after: str | None = None,
+        limit: int,
+    ) -> Page:
+        """Returns the selected disks: by node, datastore and name, or by another field, which `-` reverses."""
+        owners = [one for one in self.owners() if owner in (None, one.node)]
+        where = condition(selection, owners) if selection else ALL
+        if sort == "node":
+            return self._disks_by_node(owners, where, after, limit)
+        numbers = ", ".join(str(one.number) for one in owners)
+        column = sort.removeprefix("-").replace("-", "_")
+        return self.page(
+            "disk",
+            where.also(f"owner IN ({numbers})"),
+            order=(column,),
+            descending=sort.startswith("-"),
+            after=after,
+            limit=limit,
+        )
+
+    def _disks_by_node(self, owners: Sequence[Owner], where: Where, after: str | None, limit: int) -> Page:
+        """Goes from node to node: the database does not know the order of their names."""
+        name, node, *behind = place_of(after, 5) if after else ("", "", "", "", "")
+        total, found = 0, list[Listed]()
+        for one in owners:
+            own = where.also("owner = ?", one.number)
+            total += self.view.tally("disk", own)[0][0]
+            if len(found) > limit or (one.name, one.node) < (name, node):
+                continue
+            place = (behind[0], behind[1], one.number, behind[2]) if (one.name, one.node) == (name, node) else ()
+            more = self.view.listed("disk", own, order=("datastore", "name"), after=place, limit=limit + 1 - len(found))
+            found += [(disk, (one.name, one.node, at[0], at[1], at[3])) for disk, at in more]
+        return page_of(found, limit, total, self._fits)
+
+    def page(
+        self,
+        kind: str,
+        where: Where = ALL,
+        *,
+        owner: str | None = None,
+        order: Sequence[str] = (),
+        descending: bool = False,
+        after: str | None = None,
+        limit: int,
+    ) -> Page:
+        """Returns a page of an indexed kind."""
+        if owner is not None:
+            where = where.also("owner = ?", self.view.numbers().get(owner, -1))
+        place = place_of(after, len(order) + 2) if after else ()
+        found = self.view.listed(kind, where, order=order, descending=descending, after=place, limit=limit + 1)
+        return page_of(found, limit, self.view.tally(kind, where)[0][0], self._fits)
+
+    def records(self, kind: str, owner: str | None = None, *, after: str | None = None, limit: int) -> Page:
+        """Returns a page of any kind, also one that this node does not know."""
+        place = place_of(after, 2) if after else ()
+        found = self.view.records(kind, owner=owner, after=place, limit=limit + 1)
+        return page_of(found, limit, None)
+
+    def _fits(self, record: Record) -> bool:
+        return _fits(KINDS[record.kind], record)
 
     def response_of(self, request: Record) -> Record | None:
         """Returns the response to a request, if it has arrived."""

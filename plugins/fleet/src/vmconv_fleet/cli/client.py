@@ -16,6 +16,8 @@ TOKEN = "VMCONV_FLEET_TOKEN"
 """Environment variable: the token for HTTPS."""
 
 _PATIENCE = 330.0
+_FIRST, _LATER = 100, 1000
+"""The sizes of pages."""
 
 
 class UnreachableError(VmconvError):
@@ -90,13 +92,18 @@ class NodeClient:
         return self.call("GET", path, query={key: value for key, value in query.items() if value is not None}).content
 
     def everything(self, path: str, **query: Any) -> list[dict[str, Any]]:
-        """Returns all items of a list, page by page."""
-        items: list[dict[str, Any]] = []
+        """Returns all items of a list."""
+        return [item for page in self.pages(path, **query) for item in page]
+
+    def pages(self, path: str, **query: Any) -> Iterator[list[dict[str, Any]]]:
+        """Yields the items of a list page by page, a small page first."""
+        after, limit = None, _FIRST
         while True:
-            page = self.get(path, limit=1000, offset=len(items), **query)
-            items += page["items"]
-            if not page["items"] or len(items) >= page["total"]:
-                return items
+            page = self.get(path, limit=limit, after=after, **query)
+            yield page["items"]
+            after, limit = page["next"], _LATER
+            if after is None:
+                return
 
     def lines(self, path: str, **query: Any) -> Iterator[str]:
         """Yields the lines of an answer as they arrive; it may have no end."""

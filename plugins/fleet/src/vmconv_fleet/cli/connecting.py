@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,14 +38,27 @@ def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, An
 
 def disk_named(client: NodeClient, named: str) -> dict[str, Any]:
     """Returns the disk with this id, unique beginning of an id, or NODE:NAME."""
-    disks = client.everything("/api/v1/disks")
+    node, _, name = named.partition(":")
+    select = f"id={_pattern(named)}"
+    if len(named) >= 4:
+        select = f"id={_pattern(named, '*')}"
+    if name:
+        select += f" or node={_pattern(node)} and name={_pattern(name)}"
+    # A pattern fits more than the name itself.
+    disks = client.everything("/api/v1/disks", select=select)
     exact = [one for one in disks if named in (one["id"], f"{one['node']}:{one['body']['name']}")]
     return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
 
 
+def _pattern(text: str, end: str = "") -> str:
+    """Returns a quoted pattern of a selection that fits the text, followed by `end`."""
+    return "'" + re.sub(r"[*?\['\"]", "?", text) + end + "'"
+
+
 def vm_named(client: NodeClient, named: str) -> dict[str, Any]:
     """Returns the virtual machine with this id, unique beginning of an id, NODE:FILE or NODE:NAME."""
-    vms = client.everything("/api/v1/vms")
+    name = named.partition(":")[2]
+    vms = client.everything("/api/v1/vms", **({"named": name} if name else {"id": named}))
     exact = [
         one for one in vms if named in (one["id"], *(f"{one['node']}:{one['body'][key]}" for key in ("file", "name")))
     ]
@@ -52,7 +66,7 @@ def vm_named(client: NodeClient, named: str) -> dict[str, Any]:
 
 
 def job_named(client: NodeClient, named: str) -> dict[str, Any]:
-    jobs = client.everything("/api/v1/jobs")
+    jobs = client.everything("/api/v1/jobs", id=named)
     exact = [one for one in jobs if one["id"] == named]
     return only(exact or [one for one in jobs if len(named) >= 4 and one["id"].startswith(named)], named, "job")
 

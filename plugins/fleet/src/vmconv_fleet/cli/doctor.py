@@ -80,8 +80,8 @@ def _of_datastores(client: NodeClient) -> Iterator[Diagnosis]:
 
 def _of_work(client: NodeClient) -> Iterator[Diagnosis]:
     now = int(time.time() * 1000)
-    for one in client.everything("/api/v1/requests"):
-        if one["answer"].get("ok") is None and now - one["written_ms"] > _UNANSWERED_MS:
+    for one in client.everything("/api/v1/requests", unanswered=True):
+        if now - one["written_ms"] > _UNANSWERED_MS:
             age = age_text(now - one["written_ms"])
             yield Diagnosis(f"request {one['id']}", f"its owner {one['body']['target'][:8]} has not answered for {age}")
     failed = Counter(one["node"] for one in client.everything("/api/v1/jobs", states="failed"))

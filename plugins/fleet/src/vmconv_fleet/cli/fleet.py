@@ -72,6 +72,12 @@ def _listing(parser: argparse.ArgumentParser) -> None:
 
 def _disks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--select", metavar="SELECTION", help="only these, such as 'format=vmdk and node=n0*'")
+    parser.add_argument(
+        "--sort",
+        choices=[f"{sign}{field}" for sign in ("", "-") for field in ("name", "size", "actual-size", "format")],
+        metavar="FIELD",
+        help="the order: name, size, actual-size or format; --sort=-size reverses it. By default by node and datastore",
+    )
     _listing(parser)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
+from textwrap import indent
 from typing import Any
 
-from vmconv.plugin import print_json, print_table, size_text
+from vmconv.plugin import size_text
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected
@@ -16,13 +18,30 @@ Item = dict[str, Any]
 
 
 def _print(
-    options: argparse.Namespace, items: list[Item], head: Sequence[str], row: Callable[[Item], list[str]]
+    options: argparse.Namespace, pages: Iterable[list[Item]], head: Sequence[str], row: Callable[[Item], list[str]]
 ) -> int:
+    """Prints pages of items as they arrive; the first one decides how wide the columns of a table are."""
     if options.output == "json":
-        print_json(items, indent=4)
-    else:
-        print_table([list(head), *([cell(text) for text in row(one)] for one in items)])
+        _print_array(item for page in pages for item in page)
+        return 0
+    rows: list[list[str]] = [list(head)]
+    widths = [0] * len(head)
+    for page in pages:
+        rows += [[cell(text) for text in row(one)] for one in page]
+        widths = [max(width, *(len(one[n]) for one in rows)) for n, width in enumerate(widths)] if rows else widths
+        for one in rows:
+            print("  ".join(text.ljust(width) for text, width in zip(one, widths, strict=True)).rstrip())
+        rows = []
     return 0
+
+
+def _print_array(items: Iterable[Item]) -> None:
+    """Prints a JSON array item by item."""
+    separator = "["
+    for item in items:
+        print(f"{separator}\n{indent(json.dumps(item, indent=4), '    ')}", end="")
+        separator = ","
+    print("[]" if separator == "[" else "\n]", flush=True)
 
 
 def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
@@ -36,7 +55,7 @@ def _unseen(options: argparse.Namespace, client: NodeClient) -> None:
 def nodes(options: argparse.Namespace) -> int:
     with connected(options) as client:
         items = client.get("/api/v1/nodes")["items"]
-    return _print(options, items, ["NODE", "STATE", "HEARD", "BEHIND", "AT", "ID"], _node_row)
+    return _print(options, [items], ["NODE", "STATE", "HEARD", "BEHIND", "AT", "ID"], _node_row)
 
 
 def _node_row(one: Item) -> list[str]:
@@ -47,10 +66,9 @@ def _node_row(one: Item) -> list[str]:
 
 def datastores(options: argparse.Namespace) -> int:
     with connected(options) as client:
-        items = client.everything("/api/v1/datastores", **({"node": options.of} if options.of else {}))
-    return _print(
-        options, items, ["NODE", "DATASTORE", "FILESYSTEM", "SHARES", "FREE", "DISKS", "PATH"], _datastore_row
-    )
+        pages = client.pages("/api/v1/datastores", **({"node": options.of} if options.of else {}))
+        head = ["NODE", "DATASTORE", "FILESYSTEM", "SHARES", "FREE", "DISKS", "PATH"]
+        return _print(options, pages, head, _datastore_row)
 
 
 def _datastore_row(one: Item) -> list[str]:
@@ -68,11 +86,13 @@ def _datastore_row(one: Item) -> list[str]:
 
 
 def disks(options: argparse.Namespace) -> int:
-    query = {key: value for key, value in (("select", options.select), ("node", options.of)) if value}
+    query = {
+        ("node" if key == "of" else key): value for key in ("select", "sort", "of") if (value := getattr(options, key))
+    }
     with connected(options) as client:
-        items = client.everything("/api/v1/disks", **query)
+        pages = client.pages("/api/v1/disks", **query)
         _print(
-            options, items, ["ID", "NODE", "DATASTORE", "FORMAT", "SIZE", "ON DISK", "CHAIN", "NOTE", "NAME"], _disk_row
+            options, pages, ["ID", "NODE", "DATASTORE", "FORMAT", "SIZE", "ON DISK", "CHAIN", "NOTE", "NAME"], _disk_row
         )
         _unseen(options, client)
     return 0
@@ -96,8 +116,8 @@ def _disk_row(one: Item) -> list[str]:
 
 def vms(options: argparse.Namespace) -> int:
     with connected(options) as client:
-        items = client.everything("/api/v1/vms", **({"node": options.of} if options.of else {}))
-    return _print(options, items, ["ID", "NODE", "VM", "FORMAT", "SYSTEM", "CPUS", "MEMORY", "DISKS"], _vm_row)
+        pages = client.pages("/api/v1/vms", **({"node": options.of} if options.of else {}))
+        return _print(options, pages, ["ID", "NODE", "VM", "FORMAT", "SYSTEM", "CPUS", "MEMORY", "DISKS"], _vm_row)
 
 
 def _vm_row(one: Item) -> list[str]:
@@ -120,8 +140,8 @@ def _vm_disks(body: Item) -> str:
 def jobs(options: argparse.Namespace) -> int:
     query = {key: value for key, value in (("states", options.state), ("node", options.of)) if value}
     with connected(options) as client:
-        items = client.everything("/api/v1/jobs", **query)
-        _print(options, items, ["JOB", "NODE", "STATE", "DONE", "TO", "PLAN", "DISK"], _job_row)
+        pages = client.pages("/api/v1/jobs", **query)
+        _print(options, pages, ["JOB", "NODE", "STATE", "DONE", "TO", "PLAN", "DISK"], _job_row)
         _unseen(options, client)
     return 0
 
@@ -144,7 +164,7 @@ def _latest(options: argparse.Namespace, path: str) -> list[Item]:
 
 def requests(options: argparse.Namespace) -> int:
     items = _latest(options, "/api/v1/requests")
-    return _print(options, items, ["REQUEST", "ASKED", "BY", "OF", "VERB", "ANSWER"], _request_row)
+    return _print(options, [items], ["REQUEST", "ASKED", "BY", "OF", "VERB", "ANSWER"], _request_row)
 
 
 def _request_row(one: Item) -> list[str]:
@@ -160,7 +180,7 @@ def _request_row(one: Item) -> list[str]:
 def history(options: argparse.Namespace) -> int:
     items = _latest(options, "/api/v1/transactions")
     if options.output == "json":
-        return _print(options, items, [], lambda _one: [])
+        return _print(options, [items], [], lambda _one: [])
     for one in items:
         body = one["body"]
         by = body.get("by") or {}

@@ -17,16 +17,21 @@ from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.kinds import Body
+from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.selection import FIELDS, Selection, parse
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console import forms
 from vmconv_fleet.console.web import PAGE, Visit, failed, visit_of
+from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
 
 _STATIC = {"fleet.css": "text/css", "fleet.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
+_RELATED = 200
+"""The most related records on a page of one."""
+
 B = TypeVar("B", bound=Body)
-Page = Callable[[Visit], Response]
+Show = Callable[[Visit], Response]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -41,7 +46,7 @@ def install(app: FastAPI) -> None:
     app.router.routes.extend(routes)
 
 
-def _shown(page: Page) -> Endpoint:
+def _shown(page: Show) -> Endpoint:
     """Returns the endpoint of a page, which reads the replica on a thread."""
 
     async def show(request: Request) -> Response:
@@ -85,20 +90,19 @@ def _one(visit: Visit, model: type[B], kind: str) -> tuple[Record, B]:
 
 def _nodes(visit: Visit) -> Response:
     snapshot = visit.snapshot
-    jobs = _read(snapshot, kinds.JobBody, "job")
-    running = Counter(one.owner for one, body in jobs if body.state in ("planned", "running") and not body.dry_run)
-    disks = Counter(one.owner for one in snapshot.find("disk"))
-    unanswered = [one for one in snapshot.find("request") if snapshot.response_of(one) is None]
-    shared = sum(body.plan.shared + body.plan.referenced for _, body in jobs if body.state == "done" and body.plan)
-    moved = sum(body.plan.copied + body.plan.written for _, body in jobs if body.state == "done" and body.plan)
+    view = snapshot.view
+    running = Counter(dict(view.tally("job", Where("state IN ('planned', 'running') AND NOT ended"), by=("owner",))))
+    disks = Counter(dict(view.tally("disk", by=("owner",))))
+    sums = view.tally("job", Where("state = 'done'"), sums=("shared", "referenced", "copied", "written"))
+    ((_, shared, referenced, copied, written),) = sums
     return visit.page(
         "nodes.html",
         title="Nodes",
         running=running,
         disks=disks,
-        unanswered=len(unanswered),
-        shared=shared,
-        moved=moved,
+        unanswered=view.tally("request", UNANSWERED)[0][0],
+        shared=int(shared + referenced),
+        moved=int(copied + written),
         problems=visit.state.problems(),
     )
 
@@ -128,16 +132,17 @@ def _disks(visit: Visit) -> Response:
         selection = parse(text) if text.strip() else None
     except UsageError as exc:
         wrong = str(exc)
-    found = [] if wrong else visit.snapshot.disks(selection)
-    offset = visit.offset()
-    return visit.page(
+    sort = visit.request.query_params.get("sort", "node")
+    if sort.removeprefix("-") not in ("node", "name", "size", "actual-size", "format"):
+        sort = "node"
+    page = Page([], None, 0) if wrong else visit.snapshot.disks(selection, sort=sort, after=visit.after(), limit=PAGE)
+    return visit.listing(
         "disks.html",
+        page,
         title="Disks",
-        disks=[(one, kinds.DiskBody.model_validate(one.body)) for one in found[offset : offset + PAGE]],
-        total=len(found),
-        offset=offset,
-        limit=PAGE,
+        disks=[(one, kinds.DiskBody.model_validate(one.body)) for one in page.records],
         select=text,
+        sort=sort,
         wrong=wrong,
         fields=FIELDS,
     )
@@ -148,24 +153,15 @@ def _disk(visit: Visit) -> Response:
     snapshot = visit.snapshot
     able = snapshot.view.get(record.owner, "capabilities", "installed")
     formats = kinds.CapabilitiesBody.model_validate(able.body).formats if able else {}
-    children = [
-        (one, body)
-        for one, body in _read(snapshot, kinds.DiskBody, "disk", record.owner)
-        if any(layer.disk == record.id for layer in body.chain)
-    ]
     return visit.page(
         "disk.html",
         title=disk.name,
         record=record,
         disk=disk,
         formats=[name for name, one in sorted(formats.items()) if one.writes],
-        children=children,
-        jobs=[(one, job) for one, job in _latest_jobs(snapshot) if (one.owner, job.disk) == (record.owner, record.id)],
-        vms=[
-            (one, vm)
-            for one, vm in _read(snapshot, kinds.VmBody, "vm", record.owner)
-            if any(used.disk == record.id for used in vm.disks)
-        ],
+        children=_using(snapshot, kinds.DiskBody, "disk", "parents", record),
+        jobs=_jobs_of(snapshot, record),
+        vms=_using(snapshot, kinds.VmBody, "vm", "disks", record),
     )
 
 
@@ -179,39 +175,39 @@ def _vm(visit: Visit) -> Response:
         record=record,
         vm=vm,
         formats=[name for name, one in sorted(machines.items()) if one.writes],
-        jobs=[
-            (one, job) for one, job in _latest_jobs(visit.snapshot) if (one.owner, job.vm) == (record.owner, record.id)
-        ],
+        jobs=_jobs_of(visit.snapshot, record),
     )
 
 
+def _using(snapshot: Snapshot, model: type[B], kind: str, column: str, disk: Record) -> list[tuple[Record, B]]:
+    """Returns the first records of a node whose `column` names one of its disks."""
+    uses = Where(f"instr({column}, ?)", (f" {disk.id} ",))
+    return _bodies(model, snapshot.page(kind, uses, owner=disk.owner, limit=_RELATED))
+
+
+def _jobs_of(snapshot: Snapshot, source: Record) -> list[tuple[Record, kinds.JobBody]]:
+    """Returns the latest jobs of a disk or a machine."""
+    whose = Where(f"{source.kind} = ?", (source.id,))
+    page = snapshot.page("job", whose, owner=source.owner, order=("created_ms",), descending=True, limit=_RELATED)
+    return _bodies(kinds.JobBody, page)
+
+
+def _bodies(model: type[B], page: Page) -> list[tuple[Record, B]]:
+    return [(one, model.model_validate(one.body)) for one in page.records]
+
+
 def _vms(visit: Visit) -> Response:
-    found = sorted(_read(visit.snapshot, kinds.VmBody, "vm"), key=lambda one: (one[1].name, one[0].id))
-    offset = visit.offset()
-    page = found[offset : offset + PAGE]
-    return visit.page("vms.html", title="Virtual machines", vms=page, total=len(found), offset=offset, limit=PAGE)
-
-
-def _latest_jobs(snapshot: Snapshot) -> list[tuple[Record, kinds.JobBody]]:
-    found = _read(snapshot, kinds.JobBody, "job")
-    return sorted(found, key=lambda one: (-one[1].created_ms, one[0].owner, one[0].id))
+    page = visit.snapshot.page("vm", order=("name",), after=visit.after(), limit=PAGE)
+    return visit.listing("vms.html", page, title="Virtual machines", vms=_bodies(kinds.VmBody, page))
 
 
 def _jobs(visit: Visit) -> Response:
-    found = _latest_jobs(visit.snapshot)
-    states = Counter(job.state for _, job in found)
     wanted = visit.request.query_params.get("state", "")
-    chosen = [one for one in found if not wanted or one[1].state == wanted]
-    offset = visit.offset()
-    return visit.page(
-        "jobs.html",
-        title="Jobs",
-        jobs=chosen[offset : offset + PAGE],
-        total=len(chosen),
-        offset=offset,
-        limit=PAGE,
-        states=states,
-        state=wanted,
+    where = Where("state = ?", (wanted,)) if wanted else ALL
+    page = visit.snapshot.page("job", where, order=("created_ms",), descending=True, after=visit.after(), limit=PAGE)
+    states = Counter(dict(visit.snapshot.view.tally("job", by=("state",))))
+    return visit.listing(
+        "jobs.html", page, title="Jobs", jobs=_bodies(kinds.JobBody, page), states=states, state=wanted
     )
 
 
@@ -222,20 +218,15 @@ def _job(visit: Visit) -> Response:
 
 def _requests(visit: Visit) -> Response:
     snapshot = visit.snapshot
-    found = sorted(_read(snapshot, kinds.RequestBody, "request"), key=lambda one: -one[0].clock)
-    offset = visit.offset()
-    page = found[offset : offset + PAGE]
-    responses = {(one.owner, one.id): _response_to(snapshot, one) for one, _ in page}
-    wishes = {(one.owner, one.id): differences(None, body.arguments) for one, body in page}
-    return visit.page(
+    found = snapshot.page("request", order=("clock",), descending=True, after=visit.after(), limit=PAGE)
+    page = _bodies(kinds.RequestBody, found)
+    return visit.listing(
         "requests.html",
+        found,
         title="Requests",
         requests=page,
-        responses=responses,
-        wishes=wishes,
-        total=len(found),
-        offset=offset,
-        limit=PAGE,
+        responses={(one.owner, one.id): _response_to(snapshot, one) for one, _ in page},
+        wishes={(one.owner, one.id): differences(None, body.arguments) for one, body in page},
     )
 
 
@@ -245,25 +236,16 @@ def _response_to(snapshot: Snapshot, request: Record) -> kinds.ResponseBody | No
 
 
 def _history(visit: Visit) -> Response:
-    found = sorted(_read(visit.snapshot, kinds.TransactionBody, "transaction"), key=lambda one: -one[0].clock)
     owner = visit.request.query_params.get("node", "")
-    chosen = [one for one in found if not owner or one[0].owner == owner]
-    offset = visit.offset()
-    page = chosen[offset : offset + PAGE]
+    found = visit.snapshot.page(
+        "transaction", owner=owner or None, order=("clock",), descending=True, after=visit.after(), limit=PAGE
+    )
+    page = _bodies(kinds.TransactionBody, found)
     changes = defaultdict(list)
     for record, transaction in page:
         for change in transaction.changes:
             changes[record.owner, record.id].append((change, differences(change.before, change.after)))
-    return visit.page(
-        "history.html",
-        title="History",
-        transactions=page,
-        changes=changes,
-        total=len(chosen),
-        offset=offset,
-        limit=PAGE,
-        owner=owner,
-    )
+    return visit.listing("history.html", found, title="History", transactions=page, changes=changes, owner=owner)
 
 
 def _tokens(visit: Visit) -> Response:
@@ -271,7 +253,7 @@ def _tokens(visit: Visit) -> Response:
     return visit.page("tokens.html", title="Tokens", tokens=found)
 
 
-_PAGES: dict[str, Page] = {
+_PAGES: dict[str, Show] = {
     "/": _nodes,
     "/nodes/{owner}": _node,
     "/disks": _disks,

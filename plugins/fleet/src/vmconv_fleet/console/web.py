@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from vmconv.plugin import AccessError, VmconvError
 from vmconv_fleet.api.access import CALLER, COOKIE, Caller, UnknownCallerError, caller_of, of_token
 from vmconv_fleet.api.state import State, state_of
+from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.trust.roles import allows
@@ -49,9 +50,13 @@ class Visit(NamedTuple):
         }
         return HTMLResponse(render(template, around | values), status)
 
-    def offset(self) -> int:
-        given = self.request.query_params.get("offset", "0")
-        return int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
+    def listing(self, template: str, page: Page, *, title: str, **values: Any) -> HTMLResponse:
+        """Returns a page with a part of a list."""
+        return self.page(template, title=title, total=page.total, next=page.next, after=self.after(), **values)
+
+    def after(self) -> str | None:
+        """Returns the place where the shown part of the list begins; None for the first."""
+        return self.request.query_params.get("after") or None
 
 
 def visit_of(request: Request) -> Visit:

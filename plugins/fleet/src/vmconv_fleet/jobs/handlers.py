@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.policy import POLICY, policy_of
+from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
 from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=BaseModel)
 
 MAX_OPEN_JOBS = 20_000
+OPEN = Where("NOT ended")
 
 
 def make_handlers(directory: str) -> Mapping[str, Handler]:
@@ -144,8 +146,8 @@ def _queued(
     _own(context, "datastore", fields["datastore"])
     if wanted.target_datastore is not None:
         _own(context, "datastore", wanted.target_datastore)
-    if len(context.find("job", context.node)) >= MAX_OPEN_JOBS:
-        raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs")
+    if context.count("job", OPEN) >= MAX_OPEN_JOBS:
+        raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs that have not ended")
     body = JobBody(state="queued", created_ms=context.now, by=Principal.model_validate(request.by), **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
 
@@ -232,12 +234,9 @@ def _overlap(one: str, other: str) -> bool:
 
 def _remove_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreRemove) -> Outcome:
     _own(context, "datastore", wanted.name)
-    for job in context.find("job", context.node):
-        if job.body["state"] == "running" and wanted.name in (
-            job.body["datastore"],
-            job.body.get("target_datastore"),
-        ):
-            raise Refusal(f"job {job.id} is running in datastore {wanted.name}")
+    uses = OPEN.also("state = 'running' AND ? IN (datastore, target_datastore)", wanted.name)
+    if running := context.count("job", uses):
+        raise Refusal(f"{running} jobs are running in datastore {wanted.name}")
     # The scanner removes the datastore's disks, which are many.
     return Outcome([Change("datastore", wanted.name, None)], {"datastore": wanted.name})
 

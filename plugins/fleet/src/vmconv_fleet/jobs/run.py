@@ -19,6 +19,7 @@ from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
@@ -175,11 +176,7 @@ class Run:
 
     def _is_parent(self, disk: str | None) -> bool:
         """Returns whether another disk of the catalogue needs this one."""
-        return any(
-            layer.get("disk") == disk
-            for one in self._service.view().find("disk", self._service.node)
-            for layer in one.body.get("chain", ())
-        )
+        return self._service.view().count("disk", self._service.node, Where("instr(parents, ?)", (f" {disk} ",))) > 0
 
     def _run_worker(self, task: Task) -> Mapping[str, Any] | None:
         """Runs the worker; returns its last event, None if it had none."""

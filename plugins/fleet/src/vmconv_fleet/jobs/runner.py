@@ -21,6 +21,7 @@ from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.policy import policy_of
 from vmconv_fleet.jobs.run import WORKER, Run
 from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
@@ -88,16 +89,22 @@ class JobRunner:
         node = self._service.node
         # Before the node serves, it may lack its own latest records.
         settled(self._service.update(lambda _view: ()), self._ending)
-        for record in self._service.view().find("job", node):
+        for record in self._open():
             job = Job(record.id, record.body)
-            if job.was_begun and not job.is_over:
+            if job.was_begun:
                 journal = self._journal(job.id)
                 self._wait_for_worker(journal)
                 change = partial(_left_over, node, job.id, journal.made())
                 settled(self._service.update(change), self._ending)
                 journal.remove()
-        for record in self._service.view().find("job", node):
+        for record in self._open():
             self._look_at(record)
+
+    def _open(self) -> list[Record]:
+        """Returns the node's jobs that have not ended."""
+        view = self._service.view()
+        where = Where("owner = ? AND NOT ended", (view.numbers().get(self._service.node, -1),))
+        return [record for record, _ in view.listed("job", where)]
 
     def _wait_for_worker(self, journal: JobJournal) -> None:
         """Waits until a worker of the last process has ended, as it does without its node."""

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from vmconv.plugin import VmconvError
+from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
@@ -116,6 +117,7 @@ class Daemon:
             schema=SCHEMA,
             patience_ms=patience,
             introduction=[_certificate_record(self._credentials)],
+            indexes=INDEXES,
         )
 
     def _say_who_it_is(self) -> None:

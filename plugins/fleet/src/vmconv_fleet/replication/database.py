@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 from vmconv_fleet.errors import StoreError
 
-VERSION = 1
+VERSION = 2
+"""Version 2 has the index tables, and a file that shrinks."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -44,6 +46,8 @@ def open_writer(path: str) -> sqlite3.Connection:
     """Opens or creates the database for its only writer."""
     try:
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
+        # Before the first page is written; later it takes effect with VACUUM.
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.Error as exc:
@@ -58,29 +62,50 @@ def open_reader(path: str) -> sqlite3.Connection:
             path, isolation_level=None, check_same_thread=False, cached_statements=64, timeout=30
         )
         connection.execute("PRAGMA query_only = ON")
+        connection.create_function("fits", 2, _fits, deterministic=True)
     except sqlite3.Error as exc:
         raise StoreError(f"{path}: {exc}") from exc
     return connection
 
 
 def prepare(connection: sqlite3.Connection, node: str) -> None:
-    """Creates the tables if there are none.
+    """Creates the tables if there are none, and brings those of an older version up to date.
 
-    Raises StoreError if the database belongs to another node or has another version.
+    Raises StoreError if the database belongs to another node or is of a newer version.
     """
+    connection.create_function("fits", 2, _fits, deterministic=True)
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
+            raise StoreError(
+                f"database has version {version}, and this vmconv-fleet knows versions up to {VERSION}",
+                hint="install the newer vmconv-fleet again; a downgrade would lose what it does not know",
+            )
         if version == 0:
             connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {VERSION};COMMIT;")
             connection.execute("INSERT INTO meta VALUES ('node', ?)", (node,))
-        elif version != VERSION:
-            raise StoreError(f"database has version {version}, not {VERSION}")
         connection.executescript(STAGED)
         (owner,) = connection.execute("SELECT value FROM meta WHERE name = 'node'").fetchone() or (None,)
+        if owner == node and 0 < version < VERSION:
+            _migrate(connection)
     except sqlite3.Error as exc:
         raise StoreError(f"database: {exc}") from exc
     if owner != node:
         raise StoreError(f"database belongs to node {owner}, not to {node}")
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Brings a database of version 1 up to date; the caller fills the indexes.
+
+    A crash before the last statement leaves a database of version 1, whose next start does it again.
+    """
+    connection.execute("VACUUM")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _fits(text: str, pattern: str) -> bool:
+    """Returns whether a text matches a pattern of a shell: the function `fits` in SQL."""
+    return fnmatchcase(text, pattern)
 
 
 class Transactions:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from vmconv.plugin import VmconvError
 from vmconv_fleet.errors import MalformedError, Refusal
 from vmconv_fleet.replication.clock import COUNTER_BITS
+from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.pending import Pending
 from vmconv_fleet.replication.records import Change, Position, Record
@@ -77,6 +78,9 @@ class Context(Protocol):
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]: ...
 
+    def count(self, kind: str, where: Where = ALL) -> int:
+        """Returns the number of own records in an index."""
+
     def positions(self) -> dict[str, Position]: ...
 
 
@@ -94,6 +98,10 @@ class _Context:
         self.get = store.get
         self.find = store.find
         self.positions = store.positions
+        self._store = store
+
+    def count(self, kind: str, where: Where = ALL) -> int:
+        return self._store.count(kind, self.node, where)
 
 
 def response_id(requester: str, request: str) -> str:
@@ -120,9 +128,9 @@ class Requests:
     def reset(self) -> None:
         """Collects unanswered requests from the database: at the start, in a new epoch, after a failed commit."""
         self._pending = Pending(self._replica.node)
-        for record in self._store.find("request"):
-            if self._store.get(self._replica.node, "response", response_id(record.owner, record.id)) is None:
-                self._pending.see([record])
+        mine = UNANSWERED.also("target = ?", self._replica.node)
+        for record, _ in self._store.listed("request", mine):
+            self._pending.see([record])
 
     def submit(
         self, target: str, verb: str, arguments: Mapping[str, Any], by: Mapping[str, Any], *, id: str | None = None

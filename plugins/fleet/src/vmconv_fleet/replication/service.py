@@ -12,6 +12,7 @@ from typing import Any
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
+from vmconv_fleet.replication.indexing import Index
 from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
@@ -36,6 +37,7 @@ class NodeService:
         schema: int,
         patience_ms: int | None,
         introduction: Sequence[Change] = (),
+        indexes: Sequence[Index] = (),
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
@@ -45,7 +47,7 @@ class NodeService:
         self.fleet = fleet
         self.node = signer.owner
         self._verifier_pool = VerifierPool()
-        store = Store.open(database, signer.owner)
+        store = Store.open(database, signer.owner, indexes=indexes)
         self._reader = store.reader()
         timing = Timing(patience=patience_ms)
         self._replica = Replica(

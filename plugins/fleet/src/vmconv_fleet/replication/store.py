@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -14,11 +15,20 @@ from typing import Any, NamedTuple
 from vmconv_fleet.errors import StoreError
 from vmconv_fleet.replication.database import Transactions, open_reader, open_writer, prepare
 from vmconv_fleet.replication.epochs import ID, KIND, History, history_of
+from vmconv_fleet.replication.indexing import ALL, Index, Indexes, Where
 from vmconv_fleet.replication.records import START, STATE_MODULUS, Position, Record, fingerprint, payload_of, restore
 
 BATCH = 256
+QUERY_S = 10.0
+_STEPS = 100_000
 MAX_NOTICES = 4096
 MAX_QUARANTINE = 1024
+
+
+Place = tuple[Any, ...]
+"""Where a record is in a list: the values of the columns that order it."""
+
+Listed = tuple[Record, Place]
 
 
 class ReplicaView:
@@ -38,6 +48,69 @@ class ReplicaView:
         else:
             rows = self._rows(f"{_LIVE} {_OF} ORDER BY id", kind, owner)
         return [restore(wire) for (wire,) in rows]
+
+    def records(self, kind: str, *, owner: str | None = None, after: Sequence[Any] = (), limit: int) -> list[Listed]:
+        """Returns live records of any kind by owner and id, each with its place; those behind the place `after`."""
+        whose = _OF if owner is not None else ""
+        beyond = "AND (owner, id) > (?, ?)" if after else ""
+        rows = self._rows(
+            f"SELECT wire, owner, id FROM records WHERE kind = ? AND NOT deleted {whose} {beyond}"
+            " ORDER BY owner, id LIMIT ?",
+            *(kind, *([owner] if owner is not None else []), *after, limit),
+        )
+        return [(restore(wire), tuple(place)) for wire, *place in rows]
+
+    def listed(
+        self,
+        kind: str,
+        where: Where = ALL,
+        *,
+        order: Sequence[str] = (),
+        descending: bool = False,
+        after: Sequence[Any] = (),
+        limit: int = -1,
+    ) -> list[Listed]:
+        """Returns live records of an indexed kind by `order` (columns of its index), owner and id, each with its place.
+
+        `after`: only those behind this place, which need not exist any more.
+        """
+        columns = (*order, "owner", "id")
+        names = ", ".join(columns)
+        if after:
+            sign = "<" if descending else ">"
+            where = where.also(f"({names}) {sign} ({', '.join('?' * len(columns))})", *after)
+        down = " DESC" if descending else ""
+        rows = self._rows(
+            f"SELECT r.wire, i.* FROM (SELECT {names} FROM index_{kind} WHERE {where.sql}"
+            f" ORDER BY {', '.join(name + down for name in columns)} LIMIT ?) i"
+            " JOIN records r ON r.kind = ? AND r.owner = i.owner AND r.id = i.id"
+            f" ORDER BY {', '.join(f'i.{name}{down}' for name in columns)}",
+            *where.arguments,
+            limit,
+            kind,
+        )
+        return [(restore(wire), tuple(place)) for wire, *place in rows]
+
+    def tally(self, kind: str, where: Where = ALL, *, by: Sequence[str] = (), sums: Sequence[str] = ()) -> list[Any]:
+        """Returns rows of the `by` columns of an index, the number of its rows with them, and sums of their columns.
+
+        The owner in `by` is the owner's id. Without `by` there is one row.
+        """
+        group = f" GROUP BY {', '.join(by)}" if by else ""
+        owner = f"(SELECT o.owner FROM owners o WHERE o.number = index_{kind}.owner)"
+        names = [owner if name == "owner" else name for name in by]
+        what = ", ".join([*names, "count(*)", *(f"total({name})" for name in sums)])
+        return self._rows(f"SELECT {what} FROM index_{kind} WHERE {where.sql}{group}", *where.arguments)
+
+    def count(self, kind: str, owner: str, where: Where = ALL) -> int:
+        """Returns the number of an owner's records in an index."""
+        own = where.also("owner = (SELECT o.number FROM owners o WHERE o.owner = ?)", owner)
+        count: int = self.tally(kind, own)[0][0]
+        return count
+
+    def numbers(self) -> dict[str, int]:
+        """Returns the number of each owner in the columns of indexes."""
+        return dict(self._rows("SELECT owner, number FROM owners"))
 
     def positions(self) -> dict[str, Position]:
         """Returns the position of this replica in each owner's records."""
@@ -72,6 +145,9 @@ class Reader(ReplicaView):
 
     def _rows(self, query: str, *arguments: Any) -> list[Any]:
         with self._lock:
+            # A query of one caller must not keep all others waiting.
+            until = time.monotonic() + QUERY_S
+            self._connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
             return super()._rows(query, *arguments)
 
 
@@ -84,9 +160,13 @@ class _Owner(NamedTuple):
 class Store(ReplicaView):
     """The writer, on the replica's thread. As a ReplicaView it also sees uncommitted records."""
 
-    def __init__(self, connection: sqlite3.Connection, node: str, path: str | None = None) -> None:
-        """Raises StoreError if the database belongs to another node, is damaged, or has another version."""
+    def __init__(
+        self, connection: sqlite3.Connection, node: str, path: str | None = None, *, indexes: Iterable[Index] = ()
+    ) -> None:
+        """Raises StoreError if the database belongs to another node, is damaged, or is of a newer version."""
         prepare(connection, node)
+        self._indexes = Indexes(connection, indexes)
+        self._indexes.prepare()
         self.node = node
         self._connection = connection
         self._path = path
@@ -95,11 +175,11 @@ class Store(ReplicaView):
         self._load()
 
     @classmethod
-    def open(cls, path: str, node: str) -> Store:
+    def open(cls, path: str, node: str, *, indexes: Iterable[Index] = ()) -> Store:
         """Opens or creates the database of a node."""
         connection = open_writer(path)
         try:
-            return cls(connection, node, path)
+            return cls(connection, node, path, indexes=indexes)
         except BaseException:
             connection.close()
             raise
@@ -208,6 +288,7 @@ class Store(ReplicaView):
                 names = [(record.kind, record.id) for record in batch]
                 before = _after(before, batch, self._shares(number, names, batch[0].seq))
                 self._connection.executemany(_PUT, rows)
+            self._indexes.put(number, batch)
             position = batch[-1].position
         self._set(owner, _Owner(number, position, before % STATE_MODULUS if state is None else state))
 
@@ -216,6 +297,7 @@ class Store(ReplicaView):
         known = self._owners.get(owner)
         if known is not None:
             self._connection.execute("DELETE FROM records WHERE owner = ?", (known.number,))
+            self._indexes.clear(known.number)
             self._set(owner, _Owner(known.number, START, 0))
 
     def purge(self, owner: str, floor: int) -> None:
@@ -261,6 +343,8 @@ class Store(ReplicaView):
         number = (self._owners.get(owner) or self._meet(owner)).number
         self._connection.execute("DELETE FROM records WHERE owner = ?", (number,))
         count = self._connection.execute(_REPLACE, (number, session)).rowcount
+        self._indexes.clear(number)
+        self._indexes.fill(number)
         rows = self._connection.execute("SELECT wire FROM records WHERE owner = ? AND NOT deleted", (number,))
         state = sum(fingerprint(payload_of(wire)) for (wire,) in rows) % STATE_MODULUS
         query = "SELECT epoch, seq FROM records WHERE owner = ? ORDER BY seq DESC LIMIT 1"
