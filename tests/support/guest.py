@@ -4,8 +4,8 @@
     1 MiB     FAT: the bootloader, the kernel, an initramfs with busybox and the script that runs first
     49 MiB    ext4: a file of random payload, and what the guest writes
 
-`INIT` mounts the second partition, takes the sum of the payload, writes it with a token of its own making, and powers
-off. It says both on the serial port too.
+`INIT` mounts the second partition of each disk, takes the sum of the payload, writes it with a token of its own making,
+and powers off. It says both on the serial port too, behind the serial number of the disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from support.disks import MIB
@@ -33,16 +33,20 @@ INIT = """#!/bin/busybox sh
 for applet in mount umount sha256sum cat tee sync poweroff; do /bin/busybox ln -s busybox /bin/$applet; done
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
-mount -t ext4 $disk /mnt
-echo "token $(cat /proc/sys/kernel/random/uuid)" | tee /mnt/answer
-echo "payload $(sha256sum < /mnt/payload)" | tee -a /mnt/answer
-sync
-umount /mnt
+mount -t sysfs sys /sys
+for disk in /sys/class/nvme/nvme*; do
+    mount -t ext4 /dev/${disk##*/}n1p2 /mnt
+    echo "disk $(cat $disk/serial)"
+    echo "token $(cat /proc/sys/kernel/random/uuid)" | tee /mnt/answer
+    echo "payload $(sha256sum < /mnt/payload)" | tee -a /mnt/answer
+    sync
+    umount /mnt
+done
 poweroff -f
 """
 
 # Linux 6.1 tests the timer by waiting, and panics where a busy machine lets it wait too long: no_timer_check.
-ARGUMENTS = "console=ttyS0 quiet panic=-1 no_timer_check disk=/dev/nvme0n1p2"
+ARGUMENTS = "console=ttyS0 quiet panic=-1 no_timer_check"
 
 CONFIG = f"""DEFAULT linux
 LABEL linux
@@ -97,7 +101,7 @@ def make_guest(
     _fill_boot_partition(disk, boot_files)
     files = directory / "files"
     files.mkdir()
-    payload = os.urandom(16 * MIB)
+    payload = os.urandom(4 * MIB)
     (files / "payload").write_bytes(payload)
     # mke2fs would count the space up to the end of the file as its own without a size.
     run("mke2fs", "-q", "-t", "ext4", "-d", files, "-E", f"offset={DATA}", disk, f"{(SIZE - DATA) // MIB}M")
@@ -151,13 +155,20 @@ def _module(line: str) -> str:
     return Path(line.split(":", maxsplit=1)[0]).name.split(".")[0]
 
 
-def boot(image: Path, qemu_format: str, extra: Sequence[str] = ()) -> str:
-    """Returns what a guest said that booted from this disk and powered off; QEMU must have nothing to complain of."""
+def boot(images: Sequence[Path], qemu_format: str, options: Mapping[Path, str] | None = None) -> str:
+    """Returns what a guest said that booted from the first of its disks and powered off.
+
+    The serial number of each disk is its index. `options` are more options of QEMU's drive, by image. QEMU must have
+    nothing to complain of.
+    """
     # The guest's clock counts its instructions. Otherwise guests panic or hang on a busy machine (QEMU 7.2, load 15).
-    clock = ["-icount", "shift=auto"]
-    drive = ",".join([f"file={image}", f"format={qemu_format}", "if=none", "id=disk", *extra])
-    machine = ["-accel", "tcg", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"]
-    command = ["qemu-system-x86_64", *machine, *clock, "-drive", drive, "-device", "nvme,drive=disk,serial=1"]
+    command = ["qemu-system-x86_64", "-icount", "shift=auto", "-accel", "tcg", "-m", "256", "-nodefaults"]
+    command += ["-display", "none", "-no-reboot", "-serial", "stdio"]
+    for number, image in enumerate(images):
+        drive = [f"file={image}", f"format={qemu_format}", "if=none", f"id=disk{number}"]
+        more = (options or {}).get(image)
+        command += ["-drive", ",".join([*drive, *([more] if more else [])])]
+        command += ["-device", f"nvme,drive=disk{number},serial={number},bootindex={number}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
