@@ -14,6 +14,7 @@ import socket
 import struct
 import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.testing import ReaderTests
 
-_MEMORY = ("elfcore", "libvirtsave", "lime", "qevm", "vmem")
+_MEMORY = ("avml", "elfcore", "kdump", "libvirtsave", "lime", "qevm", "vmem")
 _FORMATS = ("qcow2", "vmdk", "vhdx", "vhd", "vdi", "parallels", "qed", "ewf", *_MEMORY)
 _READ = 64 << 10
 _LARGE = 5 << 20
@@ -208,6 +209,27 @@ class DecompressTarget(Target):
             file.size = len(data)
             with contextlib.suppress(VmconvError):
                 Spool(tempfile.gettempdir(), 1 << 24)(file).close()
+
+
+class PageTarget(Target):
+    """Compressed pages of kdump files, behind a byte for their compression: each yields a page, or an error."""
+
+    def seeds(self) -> list[bytes]:
+        import cramjam
+        import lzallright
+
+        page = bytes(range(256)) * 8 + bytes(2048)
+        packed = (zlib.compress(page), lzallright.LZOCompressor().compress(page))
+        packed += (bytes(cramjam.snappy.compress_raw(page)), zstandard.compress(page))
+        return [bytes([number]) + data for number, data in enumerate(packed)]
+
+    def run(self, data: bytes) -> None:
+        from vmconv_memory.pages import COMPRESSIONS, unpack
+
+        if data:
+            with contextlib.suppress(ValueError):
+                flag = list(COMPRESSIONS)[data[0] % len(COMPRESSIONS)]
+                assert len(unpack(flag, data[1:], 4096)) == 4096
 
 
 class ProbeTarget(Target):
@@ -393,6 +415,7 @@ def targets() -> dict[str, Target]:
     found: dict[str, Target] = {name: FormatTarget(name) for name in _FORMATS}
     found["vmdk-descriptor"] = BytesTarget("vmdk", ".vmdk", _VMDK)
     found["parallels-descriptor"] = BytesTarget("parallels", ".xml", _PARALLELS)
+    found["kdump-page"] = PageTarget()
     found["decompress"] = DecompressTarget()
     found["probe"] = ProbeTarget()
     found["nbd"] = NbdTarget()

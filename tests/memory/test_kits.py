@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from support.kits.avml import AvmlKit
 from support.kits.elfcore import ElfcoreKit
+from support.kits.kdump import KdumpKit
 from support.kits.libvirtsave import LibvirtsaveKit
 from support.kits.lime import LimeKit
 from support.kits.qevm import QevmKit
@@ -22,8 +24,16 @@ class TestLime(LimeKit):
     """LiME."""
 
 
+class TestAvml(AvmlKit):
+    """AVML."""
+
+
 class TestVmem(VmemKit):
     """VMware."""
+
+
+class TestKdump(KdumpKit):
+    """kdump."""
 
 
 class TestQevm(QevmKit):

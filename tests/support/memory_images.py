@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PAGE = 4096
@@ -114,6 +116,166 @@ def lime(ranges: Iterable[tuple[int, bytes]], version: int = 1) -> bytes:
     )
 
 
+# -- AVML
+
+
+def snappy(data: bytes) -> bytes:
+    """Returns data in Snappy's format: runs of one byte as copies, all else as it is."""
+    out = bytearray(_varint(len(data)))
+    at = 0
+    while at < len(data):
+        run = 1
+        while at + run < len(data) and data[at + run] == data[at]:
+            run += 1
+        end = at + 1
+        if run < 8:
+            run = 1
+            while end < len(data) and end - at < 60 and data[end : end + 8] != data[end - 1 : end] * 8:
+                end += 1
+        out += bytes([(end - at - 1) << 2]) + data[at:end]
+        left = run - 1
+        while left:
+            # A copy of up to 64 bytes from one byte before.
+            step = min(left, 64)
+            out += bytes([(step - 1) << 2 | 2, 1, 0])
+            left -= step
+        at = end + run - 1
+    return bytes(out)
+
+
+def _varint(value: int) -> bytes:
+    found = b""
+    while value > 0x7F:
+        found, value = found + bytes([value & 0x7F | 0x80]), value >> 7
+    return found + bytes([value])
+
+
+def snappy_chunk(data: bytes, *, packed: bool = True) -> bytes:
+    """Returns a chunk of framed Snappy, with its checksum."""
+    import google_crc32c
+
+    checksum = int(google_crc32c.value(data))
+    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    body = struct.pack("<I", masked) + (snappy(data) if packed else data)
+    return bytes([0 if packed else 1]) + len(body).to_bytes(3, "little") + body
+
+
+def avml(ranges: Iterable[tuple[int, bytes]], *, chunk: int = 65536, version: int = 2) -> bytes:
+    """Returns an AVML image; every second chunk is not compressed."""
+    out = b""
+    for first, data in ranges:
+        pieces = [data[at : at + chunk] for at in range(0, len(data), chunk)]
+        chunks = [snappy_chunk(piece, packed=not number % 2) for number, piece in enumerate(pieces)]
+        stream = b"\xff\x06\0\0sNaPpY" + b"".join(chunks)
+        out += struct.pack("<IIQQQ", 0x4C4D5641, version, first, first + len(data) - 1, 0)
+        out += stream + struct.pack("<Q", len(stream))
+    return out
+
+
+# -- kdump
+
+
+def flattened(pieces: Iterable[tuple[int, bytes]], version: int = 1) -> bytes:
+    """Returns a file in makedumpfile's flattened format."""
+    out = struct.pack(">16sqq", b"makedumpfile", 1, version).ljust(4096, b"\0")
+    out += b"".join(struct.pack(">qq", at, len(data)) + data for at, data in pieces)
+    return out + struct.pack(">qq", -1, -1)
+
+
+@dataclass
+class Kdump:
+    """Makes kdump files from makedumpfile's description. `without` are pages of RAM that the dump leaves out."""
+
+    bits: int = 64
+    order: str = "<"
+    flat: bool = False
+    block: int = PAGE
+    compression: str = "zlib"
+    machine: str = "x86_64"
+    level: int = 0
+    status: int = 0
+    notes: bytes = b""
+    without: AbstractSet[int] = frozenset()
+    unwritten: AbstractSet[int] = frozenset()
+    descriptors: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def flag(self) -> int:
+        return {"zlib": 1, "lzo": 2, "snappy": 4, "zstd": 0x20, "none": 0}[self.compression]
+
+    @property
+    def first_descriptor(self) -> int:
+        return 4 * self.block
+
+    def data(self, ranges: Sequence[tuple[int, bytes]]) -> bytes:
+        block = self.block
+        pages = {}
+        for start, data in ranges:
+            for at in range(0, len(data), block):
+                pages[(start + at) // block] = data[at : at + block]
+        count = max(pages) + 1
+        inside = {page: data for page, data in pages.items() if page not in self.without}
+        first = block * 4
+        # Behind the descriptors the page of zeros, which all share.
+        at = first + 24 * len(inside)
+        zero, body = at, bytes(block)
+        self.descriptors = []
+        for page, data in sorted(inside.items()):
+            packed = self._packed(data)
+            if page in self.unwritten:
+                self.descriptors.append((0, 0, 0))
+            elif not any(data):
+                self.descriptors.append((zero, block, 0))
+            elif self.flag and len(packed) < block:
+                self.descriptors.append((at + len(body), len(packed), self.flag))
+                body += packed
+            else:
+                self.descriptors.append((at + len(body), block, 0))
+                body += data
+        table = b"".join(struct.pack(f"{self.order}QIIQ", *each, 0) for each in self.descriptors)
+        maps = b"".join(self._bitmap(set(each), count).ljust(block, b"\0") for each in (pages, inside))
+        head, sub = self._head(count).ljust(block, b"\0"), self._sub(count)
+        whole = head + (sub + self.notes).ljust(block, b"\0") + maps + table + body
+        if not self.flat:
+            return whole
+        return flattened((at, whole[at : at + 5000]) for at in range(0, len(whole), 5000))
+
+    def _packed(self, data: bytes) -> bytes:
+        import zlib
+
+        import zstandard
+
+        if self.compression == "zstd":
+            return zstandard.compress(data)
+        if self.compression == "lzo":
+            import lzallright
+
+            return bytes(lzallright.LZOCompressor().compress(data))
+        return {"zlib": zlib.compress, "snappy": snappy, "none": bytes}[self.compression](data)
+
+    def _head(self, count: int) -> bytes:
+        names = b"".join(
+            text.encode().ljust(65, b"\0") for text in ("Linux", "web", "6.1.0", "#1", self.machine, "(none)")
+        )
+        head = b"KDUMP   " + struct.pack(f"{self.order}I", 6) + names
+        head = head.ljust(424 if self.bits == 64 else 412, b"\0")
+        return head + struct.pack(f"{self.order}10I", self.status | self.flag, self.block, 1, 2, count, 0, 0, 0, 0, 1)
+
+    def _sub(self, count: int) -> bytes:
+        if self.bits == 32:
+            return struct.pack(f"{self.order}IIIII", 0, self.level, 0, 0, 0).ljust(80, b"\0")
+        place = self.block + 104 if self.notes else 0
+        fields = (0, self.level, 0, 0, 0, 0, 0, place, len(self.notes), 0, 0, 0, 0, count)
+        return struct.pack(f"{self.order}QII11Q", *fields)
+
+    @staticmethod
+    def _bitmap(pages: AbstractSet[int], count: int) -> bytes:
+        bits = bytearray(-(-count // 8))
+        for page in pages:
+            bits[page // 8] |= 1 << page % 8
+        return bytes(bits)
+
+
 # -- a machine
 
 
@@ -161,7 +323,10 @@ def sparse(path: Path, content: bytes) -> Path:
 MAKERS: dict[str, Callable[[Path, bytes], Path]] = {}
 """Makers of the formats that vmconv only reads: called with a folder and the RAM of that machine."""
 
-DECODED = frozenset({"libvirtsave"})
+GAPLESS = frozenset({"libvirtsave", "qevm"})
+"""Those of them that have no addresses: where a machine of that size has its gap follows from its kind."""
+
+DECODED = frozenset({"avml", "kdump", "libvirtsave"})
 """Those of them whose payload lies at any offset, and is copied."""
 
 
@@ -248,4 +413,16 @@ def _make_libvirt(folder: Path, memory: bytes) -> Path:
     return path
 
 
-MAKERS |= {"qevm": _make_qevm, "libvirtsave": _make_libvirt}
+def _make_avml(folder: Path, memory: bytes) -> Path:
+    path = folder / "made.avml"
+    path.write_bytes(avml(ranges(memory)))
+    return path
+
+
+def _make_kdump(folder: Path, memory: bytes) -> Path:
+    path = folder / "made.kdump"
+    path.write_bytes(Kdump(flat=True).data(ranges(memory)))
+    return path
+
+
+MAKERS |= {"avml": _make_avml, "kdump": _make_kdump, "qevm": _make_qevm, "libvirtsave": _make_libvirt}

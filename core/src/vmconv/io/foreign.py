@@ -41,6 +41,7 @@ _RESTORE = "restore it to a raw disk first: {}"
 _CONFIGURATION = "vmconv machine convert converts the machine; vmconv convert converts a disk that this file names"
 _MACHINE = "vmconv machine convert converts the machine in it, with its disks"
 _MEMORY = "to convert the disk of a machine, name the disk, not memory or state; vmconv-memory converts memory images"
+_MEMORY_OF = "to convert the disk of a machine, name the disk; for its memory, {}"
 _TEXT = "download the disk itself"
 
 FOREIGN = (
@@ -141,7 +142,12 @@ FOREIGN = (
     # -- memory and state
     Foreign("VMware swap", (".vswp",), (), _MEMORY),
     Foreign("Hyper-V state", (".vmrs", ".vsv"), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
-    Foreign("VirtualBox state", (".sav",), ((0, b"\x7fVirtualBox SavedState"),), _MEMORY),
+    Foreign(
+        "VirtualBox state",
+        (".sav",),
+        ((0, b"\x7fVirtualBox SavedState"),),
+        _MEMORY_OF.format("resume it and make a core: VBoxManage debugvm NAME dumpvmcore --filename=FILE"),
+    ),
     Foreign("QEMU migration of another version", (), ((0, b"QEVM"),), _MEMORY),
     Foreign("libvirt saved machine, not complete", (), ((0, b"LibvirtQemudPart"),), _MEMORY),
     Foreign("ELF file", (), ((0, b"\x7fELF"),), _MEMORY),

@@ -157,12 +157,21 @@ KNOWN = (
     # Programs and libraries have the magic number of ELF too, so only its plugin recognises a core.
     Known("elfcore", "ELF core of a machine", _MEMORY, (".elf", ".core", ".vmcore", ".dump"), (), kind="memory"),
     Known("lime", "LiME memory image", _MEMORY, (".lime",), ((0, b"EMiL\1\0\0\0"),), kind="memory"),
+    Known("avml", "AVML memory image, compressed", _MEMORY, (".avml",), ((0, b"AVML\2\0\0\0"),), kind="memory"),
     Known(
         "vmem",
         "VMware memory with its saved state",
         _MEMORY,
         (".vmss", ".vmsn", ".vmem"),
         ((0, b"\xd0\xbe\xd2\xbe"), (0, b"\xd1\xba\xd1\xba"), (0, b"\xd2\xbe\xd2\xbe"), (0, b"\xd3\xbe\xd3\xbe")),
+        kind="memory",
+    ),
+    Known(
+        "kdump",
+        "kdump-compressed dump of makedumpfile or QEMU",
+        _MEMORY,
+        (".kdump",),
+        ((0, b"KDUMP   "), (0, b"makedumpfile\0\0\0\0")),
         kind="memory",
     ),
     Known("qevm", "QEMU migration stream", _MEMORY, (".mig", ".qemusave"), ((0, b"QEVM\0\0\0\3"),), kind="memory"),

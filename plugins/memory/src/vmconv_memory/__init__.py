@@ -92,6 +92,21 @@ class Lime(MemoryFormat):
         return write(image, placement)
 
 
+class Avml(MemoryFormat):
+    name = "avml"
+    title = "AVML memory image, compressed"
+    suffixes = (".avml",)
+    can_write = False
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 8 and file.read(0, 8) == b"AVML\2\0\0\0"
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_memory.avml import read
+
+        return read(file, snapshot=snapshot)
+
+
 class Vmem(MemoryFormat):
     name = "vmem"
     title = "VMware memory with its saved state"
@@ -116,6 +131,21 @@ class Vmem(MemoryFormat):
 
 
 _VMSS_HEADER = 12
+
+
+class Kdump(MemoryFormat):
+    name = "kdump"
+    title = "kdump-compressed dump of makedumpfile or QEMU"
+    suffixes = (".kdump",)
+    can_write = False
+
+    def probe(self, file: File) -> bool:
+        return file.size >= 16 and file.read(0, 16).startswith((b"KDUMP   ", b"makedumpfile\0\0\0\0"))
+
+    def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
+        from vmconv_memory.kdump import read
+
+        return read(file, snapshot=snapshot)
 
 
 class Qevm(MemoryFormat):
@@ -153,4 +183,4 @@ _SAVED = 92
 
 @hookimpl
 def vmconv_register_formats() -> Iterable[Format]:
-    return [Ram(), ElfCore(), Lime(), Vmem(), Qevm(), LibvirtSave()]
+    return [Ram(), ElfCore(), Lime(), Avml(), Vmem(), Kdump(), Qevm(), LibvirtSave()]

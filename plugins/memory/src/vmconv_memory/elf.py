@@ -19,7 +19,8 @@ from vmconv.plugin import Extents, File, Image, ImageError, UsageError, damaged,
 from vmconv_memory import structs
 from vmconv_memory.ranges import MAX_RANGES, Entries
 
-_MAX_NOTES = 16 << 20
+MAX_NOTES = 16 << 20
+"""Bytes of notes."""
 _MOST_NOTES = 1 << 16
 
 
@@ -46,20 +47,16 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         raise UsageError(f"{file.name}: ELF cores have no snapshots, {snapshot!r} was requested")
     core = read_core(file)
     table = _table(core)
-    notes = list(_notes(core))
-    portable = core.class_ == 2 and core.order == "<"
-    state, losses = {}, []
-    if notes and portable:
-        state["ELF notes"] = struct.pack("<H", core.machine) + _note_bytes(core)
-    elif notes:
-        losses.append(f"{len(notes)} ELF notes of a {_kind(core)} core, such as registers")
+    found = _note_bytes(core)
+    notes = list(notes_in(found, core.order))
+    losses, state = machine_state(found, core.class_, core.order, core.machine)
     return Image(
         "elfcore",
         file,
         table.size,
         lambda: table,
         kind="memory",
-        losses=tuple(losses),
+        losses=losses,
         warnings=tuple(_warnings(core)),
         details=lambda: _details(core, notes),
         state=lambda: state,
@@ -130,28 +127,27 @@ def _warnings(core: Core) -> Iterator[str]:
 
 
 def _note_bytes(core: Core) -> bytes:
-    """Returns the bytes of all PT_NOTE segments. Raises `ImageError` if they are more than `_MAX_NOTES`."""
+    """Returns the bytes of all PT_NOTE segments. Raises `ImageError` if they are more than `MAX_NOTES`."""
     parts, total = [], 0
     size = core.programs.dtype.itemsize
     for number in np.flatnonzero(core.programs["type"] == structs.PT_NOTE).tolist():
         one = core.programs[number]
         offset, length = int(one["offset"]), int(one["filesz"])
         total += length
-        if total > _MAX_NOTES:
+        if total > MAX_NOTES:
             what, where = f"program header {number}", core.phoff + number * size
-            raise damaged(core.file, what, where, f"{total} bytes of notes, {_MAX_NOTES} at most")
+            raise damaged(core.file, what, where, f"{total} bytes of notes, {MAX_NOTES} at most")
         parts.append(read_part(core.file, "notes", offset, length))
     return b"".join(parts)
 
 
-def _notes(core: Core) -> Iterator[tuple[str, int]]:
+def notes_in(data: bytes, order: str) -> Iterator[tuple[str, int]]:
     """Yields owner and type of each note; stops at what is none."""
-    data = _note_bytes(core)
     at = 0
     for _ in range(_MOST_NOTES):
         if at + 12 > len(data):
             return
-        name_size, size, kind = struct.unpack_from(f"{core.order}III", data, at)
+        name_size, size, kind = struct.unpack_from(f"{order}III", data, at)
         name = data[at + 12 : at + 12 + name_size]
         at += 12 + -(-name_size // 4) * 4 + -(-size // 4) * 4
         if not name_size or at > len(data) + 3:
@@ -159,8 +155,19 @@ def _notes(core: Core) -> Iterator[tuple[str, int]]:
         yield name.rstrip(b"\0").decode("ascii", "replace"), kind
 
 
-def _kind(core: Core) -> str:
-    return f"{32 * core.class_}-bit {'little' if core.order == '<' else 'big'}-endian"
+def machine_state(
+    notes: bytes, class_: int, order: str, machine: int | None
+) -> tuple[tuple[str, ...], dict[str, bytes]]:
+    """Returns losses, and the notes as state if a core of 64-bit little-endian processors can have them."""
+    count = sum(1 for _ in notes_in(notes, order))
+    if count and class_ == 2 and order == "<" and machine is not None:
+        return (), {"ELF notes": struct.pack("<H", machine) + notes}
+    lost = f"{count} ELF notes of a {kind_of(class_, order)} core, such as registers"
+    return (lost,) if count else (), {}
+
+
+def kind_of(class_: int, order: str) -> str:
+    return f"{32 * class_}-bit {'little' if order == '<' else 'big'}-endian"
 
 
 def _details(core: Core, notes: list[tuple[str, int]]) -> Mapping[str, Any]:
@@ -168,7 +175,7 @@ def _details(core: Core, notes: list[tuple[str, int]]) -> Mapping[str, Any]:
     cpus = sum(name == "CORE" and kind == structs.NT_PRSTATUS for name, kind in notes)
     cpus = cpus or sum(name == "VBCPU" for name, _ in notes)
     data = {
-        "class": _kind(core),
+        "class": kind_of(core.class_, core.order),
         "machine": structs.MACHINES.get(core.machine, str(core.machine)),
         "ranges": len(core.loads),
         "notes": ", ".join(owners) or "none",

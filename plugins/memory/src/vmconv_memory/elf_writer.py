@@ -16,7 +16,6 @@ from vmconv_memory import structs
 from vmconv_memory.options import ElfOptions
 from vmconv_memory.ranges import PAGE, placed, segments
 
-_MACHINES = {name: number for number, name in structs.MACHINES.items()}
 _MOST = structs.PN_XNUM - 2
 """PT_LOADs, so that no reader needs to know PN_XNUM."""
 
@@ -57,6 +56,6 @@ def _header(machine: int, count: int) -> bytes:
 def _state(image: Image, options: ElfOptions) -> tuple[int, bytes]:
     """Returns the number of the processor, and the notes of a source that is a core of it."""
     kept = image.state.get("ELF notes", b"")
-    own = struct.unpack_from("<H", kept)[0] if kept else _MACHINES["x86_64"]
-    machine = own if options.machine == "source" else _MACHINES[options.machine]
+    own = struct.unpack_from("<H", kept)[0] if kept else structs.NUMBERS["x86_64"]
+    machine = own if options.machine == "source" else structs.NUMBERS[options.machine]
     return machine, kept[2:] if machine == own else b""

@@ -58,13 +58,7 @@ def _add(entries: Entries, file: File, at: int) -> int:
     if magic != structs.LIME_MAGIC:
         raise entries.error(at, f"{magic:#x} is not the magic number {structs.LIME_MAGIC:#x}")
     if version != structs.LIME_VERSION:
-        raise damaged(
-            file,
-            "version",
-            at + 4,
-            f"{version} is not {structs.LIME_VERSION}",
-            hint="version 2 is AVML, compressed: avml-convert makes version 1 of it",
-        )
+        raise damaged(file, "version", at + 4, f"{version} is not {structs.LIME_VERSION}")
     if last < first:
         raise entries.error(at, f"last address {last:#x} is less than the first, {first:#x}")
     length = last - first + 1

@@ -1,6 +1,7 @@
 """The structures of memory images, as formats of `struct` and as numpy's types.
 
-ELF: System V ABI, chapters 4 and 5. LiME: the format of its version 1. All numbers of LiME are little-endian.
+ELF: System V ABI, chapters 4 and 5. LiME: the format of its version 1; AVML has the same header. All their numbers are
+little-endian.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ PN_XNUM = 0xFFFF
 """e_phnum if there are more program headers: then sh_info of the first section header has their number."""
 NT_PRSTATUS = 1
 MACHINES = {3: "i386", 21: "ppc64", 22: "s390x", 62: "x86_64", 183: "aarch64", 243: "riscv64", 258: "loongarch64"}
+
+NUMBERS = {name: number for number, name in MACHINES.items()}
 
 
 class ElfHeader(NamedTuple):
@@ -65,4 +68,5 @@ LIME = struct.Struct("<IIQQQ")
 """Magic number, version, first and last address, reserved."""
 LIME_MAGIC = 0x4C694D45
 LIME_VERSION = 1
+AVML_MAGIC, AVML_VERSION = 0x4C4D5641, 2
 LIME_TYPE = np.dtype([("magic", "<u4"), ("version", "<u4"), ("first", "<u8"), ("last", "<u8"), ("reserved", "<u8")])
