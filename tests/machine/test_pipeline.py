@@ -53,7 +53,7 @@ def test_a_plan_says_what_becomes_of_each_setting_and_changes_nothing(tmp_path: 
     assert names(tmp_path) == ["old"]
     assert {"name", "cpu.count", "memory.size"} <= set(plan.carried)
     assert [(one.path, one.before, one.after) for one in plan.substitutions] == [("nics[0].model", "e1000", "virtio")]
-    assert [(loss.path, loss.value) for loss in plan.losses] == [("sound", "hda"), ("extra.vmx", "2 settings")]
+    assert [(loss.path, loss.value) for loss in plan.losses] == [("sound", "hda"), ("extra.vmx", "2 settings (a, c)")]
     assert [(disk.source, disk.target) for disk in plan.disks] == [
         ("system.raw", "web-disk1.raw"),
         ("data.qcow2", "web-disk2.raw"),

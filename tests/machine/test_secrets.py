@@ -77,12 +77,13 @@ OVF = """<?xml version="1.0"?><Envelope xmlns="http://schemas.dmtf.org/ovf/envel
 <vmw:ExtraConfig vmw:key="RemoteDisplay.vnc.password" vmw:value="hunter2"/></VirtualHardwareSection>
 </VirtualSystem></Envelope>"""
 
+_SPEC = "spec.template.spec"
 SOURCES = {
     "vmx": ("a.vmx", VMX, ["RemoteDisplay.vnc.key", "RemoteDisplay.vnc.password", "dataFileKey"]),
     "libvirt": ("a.xml", LIBVIRT, ["devices.graphics", "devices.graphics.1", "launchSecurity"]),
     "proxmox": ("a.conf", PROXMOX, ["cipassword", "sshkeys"]),
     "vbox": ("a.vbox", VBOX, ["ExtraData:VBoxAuthSimple/users/root", "GuestProperties/GuestProperty@value"]),
-    "kubevirt": ("a.yaml", KUBEVIRT, []),
+    "kubevirt": ("a.yaml", KUBEVIRT, [f"{_SPEC}.accessCredentials", f"{_SPEC}.volumes[0].cloudInitNoCloud.userData"]),
     "ovf": ("a.ovf", OVF, ["root", "admin_password", "extraConfig.RemoteDisplay.vnc.password"]),
 }
 

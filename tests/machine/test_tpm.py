@@ -221,6 +221,28 @@ def test_a_state_that_cannot_be_carried_is_a_loss_with_its_reason(
     assert reason.endswith(SUSPEND)
 
 
+LIBVIRT = """<domain type='kvm'><name>a</name><memory>524288</memory><vcpu>1</vcpu><os firmware='efi'>
+<type arch='x86_64'>hvm</type></os><devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
+</devices></domain>"""
+VMX = 'config.version = "8"\nvirtualHW.version = "19"\nmemsize = "512"\nfirmware = "efi"\nvtpm.present = "TRUE"\n'
+
+
+@pytest.mark.parametrize("target", ["libvirt", "proxmox", "vbox", "kubevirt", "ovf"])
+@pytest.mark.parametrize(("name", "text"), [("a.xml", LIBVIRT), ("a.vmx", VMX)], ids=["libvirt", "vmx"])
+def test_a_tpm_without_a_file_is_a_loss(name: str, text: str, target: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    lost = [("its secrets", f"the configuration names no file with them{SUSPEND}")]
+    assert losses(tmp_path / name, tmp_path / "new", target) == lost
+
+
+def test_state_on_a_storage_without_files_is_a_loss(tmp_path: Path) -> None:
+    conf = WITH_TPM.replace(f"local:100/{STATE}", "local-lvm:vm-100-disk-2")
+    assert conf != WITH_TPM
+    ((name, reason),) = losses(machine(tmp_path / "source", conf, None), tmp_path, "vbox")
+    assert name == "local-lvm:vm-100-disk-2"
+    assert reason.endswith(SUSPEND)
+
+
 def test_an_empty_state_is_no_loss_and_proxmox_gets_a_new_one(tmp_path: Path) -> None:
     config = machine(tmp_path / "source", WITH_TPM, bytes(tpm.LINEAR_SIZE))
     assert losses(config, tmp_path, "vbox") == []

@@ -8,6 +8,7 @@ from uuid import UUID
 import pytest
 import yaml
 
+from support.machine_documents import KUBEVIRT as KUBEVIRT_MACHINE
 from vmconv.errors import ImageError, PlanError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
@@ -43,59 +44,6 @@ class TestKubevirtOptions(MachineTests):
     options: ClassVar = {"bus": "virtio", "network": "vms/lan", "namespace": "vms", "running": True}
 
 
-MACHINE = """
-apiVersion: kubevirt.io/v1
-kind: VirtualMachine
-metadata:
-  name: web
-  namespace: vms
-  labels: {app: web}
-  annotations: {description: "a\\nb", vm.kubevirt.io/os: win2k22}
-spec:
-  runStrategy: Always
-  dataVolumeTemplates:
-  - metadata: {name: web-data, annotations: {vmconv/file: data.qcow2, vmconv/format: qcow2}}
-    spec: {source: {upload: {}}, storage: {resources: {requests: {storage: 10Gi}}}}
-  template:
-    spec:
-      architecture: amd64
-      nodeSelector: {zone: a}
-      domain:
-        chassis: {serial: C, asset: A}
-        clock: {utc: {}, timer: {hpet: {present: false}}}
-        cpu: {cores: 2, sockets: 4, model: host-model}
-        memory: {guest: 2Gi}
-        machine: {type: pc-q35-rhel9.2.0}
-        features: {acpi: {}, smm: {enabled: true}, hyperv: {relaxed: {}}}
-        firmware:
-          bootloader: {efi: {persistent: true}}
-          uuid: 421f245c-7fa8-60fa-8b8d-c3a4bd2b2f0d
-          serial: VMware-42
-        devices:
-          tpm: {persistent: true}
-          rng: {}
-          sound: {name: s, model: ac97}
-          watchdog: {name: w, i6300esb: {action: reset}}
-          hostDevices: [{name: gpu, deviceName: nvidia.com/GP102}]
-          disks:
-          - {name: root, bootOrder: 1, disk: {bus: virtio}, serial: S1}
-          - {name: claim, lun: {bus: scsi}, shareable: true}
-          - {name: cd, cdrom: {bus: sata}}
-          - {name: scratch, disk: {}}
-          interfaces:
-          - {name: default, masquerade: {}, model: e1000, macAddress: "52-54-00-AA-BB-CC"}
-          - {name: lan, bridge: {}, bootOrder: 2, state: down}
-      networks:
-      - {name: default, pod: {}}
-      - {name: lan, multus: {networkName: vms/lan}}
-      volumes:
-      - {name: root, dataVolume: {name: web-data}}
-      - {name: claim, persistentVolumeClaim: {claimName: shared}}
-      - {name: cd, containerDisk: {image: "registry/tools:1"}}
-      - {name: scratch, emptyDisk: {capacity: 1500M}}
-"""
-
-
 def read(text: str | bytes) -> Machine:
     content = text.encode() if isinstance(text, str) else text
     with Opener(installed()) as opener:
@@ -129,14 +77,17 @@ def smallest(domain: str = "{}", spec: str = "") -> str:
 
 
 def test_it_claims_virtual_machines_in_yaml_and_json() -> None:
-    for text in (MACHINE, '{"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine"}', smallest()):
+    for text in (KUBEVIRT_MACHINE, '{"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine"}', smallest()):
         assert KUBEVIRT.probe(image_file(text.encode(), "x"))
-    for text in ("kind: VirtualMachine", MACHINE.replace("kind: VirtualMachine", "kind: VirtualMachineInstance")):
+    for text in (
+        "kind: VirtualMachine",
+        KUBEVIRT_MACHINE.replace("kind: VirtualMachine", "kind: VirtualMachineInstance"),
+    ):
         assert not KUBEVIRT.probe(image_file(text.encode(), "x"))
 
 
 def test_settings_of_a_virtual_machine_are_read() -> None:
-    found = read(MACHINE)
+    found = read(KUBEVIRT_MACHINE)
     assert (found.name, found.description) == ("web", "a\nb")
     assert found.os == GuestOS(id="win2k22", architecture="x86_64")
     assert found.cpu == Cpu(count=8, sockets=4, cores=2, threads=1, model="host-model")
@@ -150,7 +101,7 @@ def test_settings_of_a_virtual_machine_are_read() -> None:
 
 
 def test_devices_of_a_virtual_machine_are_read() -> None:
-    found = read(MACHINE)
+    found = read(KUBEVIRT_MACHINE)
     root = Disk(file="data.qcow2", format="qcow2", capacity=10 << 30, bus="virtio", boot_index=0, serial="S1")
     claim = Disk(device="persistentVolumeClaim:shared", bus="scsi", shared=True)
     assert found.disks == (root, claim, Disk(capacity=1_500_000_000))
@@ -161,15 +112,40 @@ def test_devices_of_a_virtual_machine_are_read() -> None:
     )
 
 
+_UNKNOWN = (
+    "spec.template.spec.domain.clock.timer",
+    "spec.template.spec.domain.firmware.bootloader.efi.persistent",
+    "spec.template.spec.domain.devices.hostDevices[0].name",
+    "spec.template.spec.domain.devices.watchdog.i6300esb.action",
+)
+
+
+def test_objects_beside_a_machine_and_their_unknown_fields_are_named() -> None:
+    beside = (
+        "---\nkind: Secret\nmetadata: {name: s}\ndata: {password: eA==}\n"
+        "---\nkind: DataVolume\nmetadata: {name: web-data}\nspec: {source: {http: {url: u}}, storage: {}}\n"
+    )
+    found = read(KUBEVIRT_MACHINE + beside).extra["kubevirt"]
+    assert found["Secret s"] == "an object beside the machine"
+    assert found["DataVolume web-data: spec.source"] == '{"http": {"url": "u"}}'
+
+
+def test_a_machine_without_cards_gets_the_one_that_kubevirt_adds() -> None:
+    assert read(smallest("{}")).nics == (Nic(model="virtio", network_kind="nat"),)
+    assert read(smallest("{devices: {autoattachPodInterface: false}}")).nics == ()
+
+
 def test_settings_without_a_neutral_meaning_are_written_again() -> None:
-    found = read(MACHINE)
+    found = read(KUBEVIRT_MACHINE)
     assert set(found.extra["kubevirt"]) == {
         *("metadata.namespace", "metadata.labels", "spec.runStrategy", "spec.template.spec.nodeSelector"),
         "spec.template.spec.domain.features",
+        *_UNKNOWN,
     }
-    result = adapted(found).machine
-    again = read(KUBEVIRT.write(result, Options())[-1].content)
-    assert again.extra == found.extra
+    result = adapted(found)
+    assert {each.before for each in result.substitutions if each.path == "extra.kubevirt"} == set(_UNKNOWN)
+    again = read(KUBEVIRT.write(result.machine, Options())[-1].content)
+    assert again.extra == result.machine.extra
     root = objects(found)[0]
     assert root["spec"]["template"]["spec"]["domain"]["features"] == {
         "acpi": {},

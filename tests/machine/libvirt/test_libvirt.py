@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.corpus import configurations
+from support.machine_documents import LIBVIRT as DOMAIN
 from vmconv.errors import ImageError, PlanError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
@@ -45,80 +46,6 @@ class TestLibvirt(MachineTests):
 class TestLibvirtVirtio(MachineTests):
     format = LIBVIRT
     options: ClassVar = {"bus": "virtio", "network": "lan"}
-
-
-DOMAIN = """<?xml version="1.0"?>
-<!-- made by hand -->
-<domain type='kvm'>
-  <name>web</name>
-  <uuid>421f245c-7fa8-60fa-8b8d-c3a4bd2b2f0d</uuid>
-  <metadata>
-    <libosinfo:libosinfo xmlns:libosinfo="http://libosinfo.org/xmlns/libvirt/domain/1.0">
-      <libosinfo:os id="http://microsoft.com/win/2k22"/>
-    </libosinfo:libosinfo>
-  </metadata>
-  <memory unit='GiB'>2</memory>
-  <currentMemory unit='GiB'>1</currentMemory>
-  <vcpu current='2'>8</vcpu>
-  <cputune><shares>512</shares></cputune>
-  <os firmware='efi'>
-    <type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
-    <firmware>
-      <feature enabled='yes' name='secure-boot'/>
-      <feature enabled='yes' name='enrolled-keys'/>
-    </firmware>
-    <nvram template='/usr/share/OVMF/OVMF_VARS_4M.ms.fd'>/var/lib/libvirt/qemu/nvram/web_VARS.fd</nvram>
-    <smbios mode='sysinfo'/>
-  </os>
-  <sysinfo type='smbios'>
-    <system><entry name='serial'>VMware-42 1f</entry><entry name='sku'>S</entry></system>
-    <chassis><entry name='asset'>A1</entry></chassis>
-  </sysinfo>
-  <features><acpi/><apic/><smm state='on'/><hyperv><relaxed state='on'/></hyperv></features>
-  <cpu mode='custom'><model>Skylake-Server</model><topology sockets='2' cores='2' threads='2'/></cpu>
-  <clock offset='localtime'><timer name='hpet' present='no'/></clock>
-  <devices>
-    <emulator>/usr/bin/qemu-system-x86_64</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='qcow2' cache='none' discard='unmap'/>
-      <source file='/images/web.qcow2'/><target dev='sda' bus='scsi'/>
-      <boot order='2'/><serial>S1</serial>
-      <address type='drive' controller='0' bus='0' target='3' unit='0'/>
-    </disk>
-    <disk type='block' device='disk'>
-      <source dev='/dev/sdx'/><target dev='vda' bus='virtio'/><shareable/><transient/>
-    </disk>
-    <disk type='network' device='disk'>
-      <driver name='qemu' type='raw'/>
-      <source protocol='rbd' name='pool/image'><host name='mon'/></source><target dev='hdc' bus='ide'/>
-    </disk>
-    <disk type='file' device='cdrom'><target dev='sdb' bus='sata' tray='open'/><readonly/></disk>
-    <controller type='scsi' index='0' model='vmpvscsi'>
-      <address type='pci' domain='0x0000' bus='0x03' slot='0x00' function='0x1'/>
-    </controller>
-    <controller type='usb' index='0' model='qemu-xhci'/>
-    <interface type='bridge'>
-      <mac address='52:54:00:AA:BB:CC'/><source bridge='br0'/><model type='vmxnet3'/><link state='down'/>
-      <boot order='1'/>
-    </interface>
-    <interface type='network'><source network='lan'/><mtu size='9000'/></interface>
-    <interface type='user'/>
-    <interface type='direct'><source dev='eth0' mode='bridge'/></interface>
-    <serial type='tcp'>
-      <source mode='bind' host='127.0.0.1' service='4555'/><protocol type='telnet'/><target port='1'/>
-    </serial>
-    <hostdev mode='subsystem' type='pci'>
-      <source><address domain='0x0' bus='0x1' slot='0' function='0'/></source>
-    </hostdev>
-    <video><model type='vmvga' vram='16384' heads='1'/></video>
-    <sound model='ich6'/>
-    <watchdog model='i6300esb'/>
-    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>
-    <tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
-    <filesystem type='mount'><source dir='/'/><target dir='host'/></filesystem>
-  </devices>
-</domain>
-"""
 
 
 def read(text: str | bytes) -> Machine:
@@ -199,6 +126,25 @@ def test_devices_of_a_domain_are_read() -> None:
     assert found.tpm == Tpm(version="2.0")
 
 
+def test_what_a_domain_says_of_devices_beyond_the_model_is_named() -> None:
+    found = read(
+        DOMAIN.replace("<source file='/images/web.qcow2'/>", "<source file='a'><encryption format='luks'/></source>")
+        .replace(
+            "<interface type='user'/>",
+            "<interface type='user' managed='no'><mac address='52:54:00:aa:bb:cd' x='y'/></interface>",
+        )
+        .replace("<sound model='ich6'/>", "<sound model='ich6'/><sound model='ac97'/>")
+        .replace(
+            "<nvram template='/usr/share/OVMF/OVMF_VARS_4M.ms.fd'>/var/lib/libvirt/qemu/nvram/web_VARS.fd</nvram>",
+            "<nvram type='network'><source protocol='iscsi'/></nvram>",
+        )
+    ).extra["libvirt"]
+    assert found["devices/disk[1]/source/encryption"] == '<encryption format="luks" />'
+    assert (found["devices/interface[3]@managed"], found["devices/interface[3]/mac@x"]) == ("no", "y")
+    assert found["devices.sound"] == '<sound model="ac97" />'
+    assert found["os.nvram"] == '<nvram type="network"><source protocol="iscsi" /></nvram>'
+
+
 def test_settings_without_a_neutral_meaning_are_written_again() -> None:
     found = read(DOMAIN.replace("vmpvscsi", "virtio-scsi"))
     kept = found.extra["libvirt"]
@@ -206,7 +152,7 @@ def test_settings_without_a_neutral_meaning_are_written_again() -> None:
     result = adapted(found)
     again = read(LIBVIRT.write(result.machine, Options())[-1].content)
     dropped = {key for key in kept if key not in again.extra["libvirt"]}
-    assert dropped == {"devices.filesystem"}
+    assert dropped == {"devices.filesystem", "devices/disk[3]/source/host"}
     assert again.extra["libvirt"] == result.machine.extra["libvirt"]
     assert again.cpu.count == 2 and kept["vcpu"] == "<vcpu>8</vcpu>"
 

@@ -10,6 +10,8 @@ from uuid import UUID
 
 import pytest
 
+from support.machine_documents import VBOX as FULL
+from support.machine_documents import settings
 from support.requirements import CORPUS, missing, oracle_module
 from vmconv.errors import ImageError, PlanError, UsageError
 from vmconv.machine import (
@@ -54,88 +56,6 @@ def adapted(machine: Machine, **given: Any) -> Adapted:
 def written(machine: Machine, **given: Any) -> str:
     chosen = options(**given)
     return VBOX.write(VBOX.adapt(machine, chosen).machine, chosen)[-1].content.decode()
-
-
-def settings(hardware: str, *, beside: str = "", version: str = "1.19-linux", machine: str = "") -> str:
-    return (
-        f'<VirtualBox xmlns="http://www.virtualbox.org/" version="{version}">'
-        f'<Machine uuid="{{11111111-2222-3333-4444-555555555555}}" name="m" OSType="Debian_64" {machine}>{beside}'
-        f"<Hardware>{hardware}</Hardware></Machine></VirtualBox>"
-    )
-
-
-# Of a file that VirtualBox 7.2.22 wrote for a machine with two snapshots.
-FULL = settings(
-    """
-  <Memory RAMSize="4096"/>
-  <Boot>
-    <Order position="2" device="HardDisk"/><Order position="1" device="DVD"/><Order position="3" device="None"/>
-  </Boot>
-  <Display controller="VMSVGA" VRAMSize="64" monitorCount="2"/>
-  <Firmware type="EFI64"/>
-  <BIOS><IOAPIC enabled="true"/><SmbiosUuidLittleEndian enabled="true"/><AutoSerialNumGen enabled="true"/></BIOS>
-  <TrustedPlatformModule type="v2_0" location=""/>
-  <USB><Controllers><Controller name="xHCI" type="XHCI"/></Controllers></USB>
-  <Network>
-    <Adapter slot="0" enabled="true" MACAddress="080027AABBCC" type="82545EM">
-      <DisabledModes><InternalNetwork name="intnet"/></DisabledModes><BridgedInterface name="eth0"/>
-    </Adapter>
-    <Adapter slot="1" enabled="true" MACAddress="080027B16433" cable="false" type="virtio">
-      <InternalNetwork name="lan"/>
-    </Adapter>
-    <Adapter slot="2" enabled="true" MACAddress="080027AB8C27"><NATNetwork name="N1"/></Adapter>
-    <Adapter slot="8" cable="false"><DisabledModes><NAT localhost-reachable="true"/></DisabledModes></Adapter>
-  </Network>
-  <UART>
-    <Port slot="0" enabled="true" IOBase="0x3f8" IRQ="4" server="true" path="/tmp/pipe" hostMode="HostPipe"/>
-    <Port slot="1" enabled="false" IOBase="0x2f8" IRQ="3" path="/tmp/out.txt" hostMode="RawFile"/>
-  </UART>
-  <AudioAdapter controller="HDA" useDefault="true" driver="ALSA" enabled="true"/>
-  <StorageControllers>
-    <StorageController name="SCSI" type="LsiLogic" PortCount="16" useHostIOCache="false" Bootable="true">
-      <AttachedDevice type="HardDisk" hotpluggable="false" port="3" device="0">
-        <Image uuid="{ac5f2bcb-748f-45d7-b342-7c57de700de0}"/>
-      </AttachedDevice>
-    </StorageController>
-    <StorageController name="SATA" type="AHCI" PortCount="4" useHostIOCache="false" Bootable="true">
-      <AttachedDevice nonrotational="true" discard="true" type="HardDisk" hotpluggable="false" port="0" device="0">
-        <Image uuid="{317a6071-0b64-42bf-8eb8-1bc1fe24849a}"/>
-      </AttachedDevice>
-    </StorageController>
-    <StorageController name="IDE" type="PIIX4" PortCount="2" useHostIOCache="true" Bootable="true">
-      <AttachedDevice passthrough="false" type="DVD" hotpluggable="false" port="1" device="0">
-        <Image uuid="{e683f024-7c82-4255-8a62-b9fd61672752}"/>
-      </AttachedDevice>
-      <AttachedDevice passthrough="false" type="DVD" hotpluggable="false" port="0" device="1"/>
-    </StorageController>
-  </StorageControllers>
-  <RTC localOrUTC="UTC"/>
-  <Chipset type="ICH9"/>
-  <CPU count="4" hotplug="true">
-    <CpuTree><Cpu id="0"/><Cpu id="1"/></CpuTree><PAE enabled="false"/><NestedHWVirt enabled="true"/>
-  </CPU>""",
-    machine='currentSnapshot="{5716c4c5-2e4a-4ff8-a4dc-1b36c1edae3b}" stateFile="Snapshots/s.sav"',
-    beside="""<Description>a &lt;b&gt;
-second</Description>
-  <MediaRegistry>
-    <HardDisks>
-      <HardDisk uuid="{10eac034-7416-4d35-8dc3-e353bbfcc8c2}" location="a.vdi" format="VDI" type="Writethrough">
-        <HardDisk uuid="{317a6071-0b64-42bf-8eb8-1bc1fe24849a}" location="Snapshots/{317a6071}.vdi" format="VDI"/>
-      </HardDisk>
-      <HardDisk uuid="{ac5f2bcb-748f-45d7-b342-7c57de700de0}" location="c.vhd" format="VHD" type="Normal"/>
-    </HardDisks>
-    <DVDImages><Image uuid="{e683f024-7c82-4255-8a62-b9fd61672752}" location="x.iso"/></DVDImages>
-  </MediaRegistry>
-  <ExtraData>
-    <ExtraDataItem name="VBoxInternal/Devices/ahci/0/Config/Port0/SerialNumber" value="SER1"/>
-    <ExtraDataItem name="VBoxInternal/Devices/efi/0/Config/DmiSystemSerial" value="string:VMware-42"/>
-    <ExtraDataItem name="GUI/LastCloseAction" value="PowerOff"/>
-  </ExtraData>
-  <Snapshot uuid="{02fc7cfc-a215-4c83-9c06-1dca92e6b74a}" name="first snap" timeStamp="2026-11-29T23:54:18Z">
-    <Hardware><Memory RAMSize="1"/></Hardware>
-    <Snapshots><Snapshot uuid="{5716c4c5-2e4a-4ff8-a4dc-1b36c1edae3b}" name="second"><Hardware/></Snapshot></Snapshots>
-  </Snapshot>""",
-)
 
 
 def test_settings_of_virtualbox_are_read_with_all_they_say() -> None:
@@ -204,6 +124,7 @@ def test_the_guest_sees_the_uuid_in_the_byte_order_of_the_settings() -> None:
 def test_settings_of_virtualbox_alone_survive_a_round_trip() -> None:
     machine = read(FULL)
     assert machine.extra["vbox"] == {
+        "AttachedDevice sata0:0@nonrotational": "true",
         "CPU@count": "4",
         "CPU/NestedHWVirt@enabled": "true",
         "ExtraData:GUI/LastCloseAction": "PowerOff",
@@ -212,7 +133,25 @@ def test_settings_of_virtualbox_alone_survive_a_round_trip() -> None:
         "Network/Adapter[3]/NATNetwork@name": "N1",
         "UART/Port@server": "true",
     }
-    assert read(written(machine)).extra == machine.extra
+    again = read(written(machine)).extra["vbox"]
+    assert machine.extra["vbox"].items() - again.items() == {("AttachedDevice sata0:0@nonrotational", "true")}
+
+
+def test_an_encrypted_disk_is_refused() -> None:
+    text = FULL.replace(
+        'location="c.vhd" format="VHD" type="Normal"/>',
+        'location="c.vhd" format="VHD" type="Normal"><Property name="CRYPT/KeyId" value="k"/></HardDisk>',
+    )
+    assert text != FULL
+    with pytest.raises(ImageError, match=r"HardDisk ac5f2bcb-.*: the disk is encrypted"):
+        read(text)
+
+
+def test_settings_that_virtualbox_adds_are_named() -> None:
+    text = FULL.replace("<ExtraData>", '<Groups><Group name="/x"/></Groups><ExtraData>')
+    found = read(text)
+    assert found.extra["vbox"]["/Machine/Groups"].startswith("<")
+    assert "Groups" not in written(found)
 
 
 def test_settings_of_machines_for_arm_are_read() -> None:

@@ -41,6 +41,7 @@ from vmconv.machine.reading import (
     part,
     quoted,
     refused,
+    unknown,
 )
 
 __all__ = [
@@ -80,4 +81,5 @@ __all__ = [
     "refused",
     "restricted",
     "stated",
+    "unknown",
 ]

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from vmconv.machine.target import Target
 
 
+_NO_STORE = (
+    "the configuration names no file with the variables of its firmware: the new machine begins with the defaults"
+)
+
+
 class Variables(NamedTuple):
     """The new variable store, None without one; the losses of source's store; and a note on each dropped variable.
 
@@ -40,7 +45,7 @@ def _variables(source: Source, target: Target) -> Variables:
     if template is not None:
         return _in_template(source, target, template)
     if firmware.nvram is None:
-        return Variables()
+        return Variables(notes=(_NO_STORE,) if firmware.kind == "uefi" else ())
     if firmware.kind == "bios":
         return _lost(firmware.nvram.file, "a BIOS has no variables that another firmware could use")
     if target.format.nvram_kind is None:
@@ -107,6 +112,10 @@ def _with_tpm(found: Variables, source: Source, target: Target) -> Variables:
     except (AccessError, ImageError) as exc:
         return _without_tpm(found, _tpm_file(source), str(exc))
     if state is None:
+        own, nvram_file = source.machine.tpm, source.machine.firmware.nvram
+        if own is not None and own.state is None and (nvram_file is None or nvram_file.kind != "virtualbox"):
+            return _without_tpm(found, "its secrets", "the configuration names no file with them")
+        # It was never started.
         return found
     kind, machine = target.format.tpm_kind, target.adapted.machine
     if machine.tpm is None or kind is None:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import PlanError, PluginError, UsageError, in_words
-from vmconv.machine.paths import carried, is_field, plain, stated, still_states
+from vmconv.machine.model import About, Unless
+from vmconv.machine.paths import carried, is_field, marks, plain, stated, still_states
 from vmconv.machine.request import Loss
 
 if TYPE_CHECKING:
     from vmconv.interface.machines import Adapted, MachineFormat, Substitution
     from vmconv.machine.model import Machine
-
-
-_BY_CORE = frozenset(
-    {*(f"disks.{name}" for name in ("file", "format", "capacity", "file_size", "image_uuid")), "identity.uuid_text"}
-    | {f"disks.layers.{name}" for name in ("file", "format", "image_uuid")}
-    | {"firmware.nvram.file", "firmware.nvram.kind", "tpm.state"}
-)
-"""Fields that a conversion sets itself, or reports in another way."""
 
 
 class Fate(NamedTuple):
@@ -35,17 +28,14 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
 
     Raises `PluginError` if the target changes a field that it carries, and gives no reason.
     """
-    after = dict(stated(adapted.machine))
+    before, after = dict(stated(machine)), dict(stated(adapted.machine))
     kept, losses = [], []
-    for path, value in stated(machine):
+    for path, value in before.items():
         substitution = _about(path, adapted.substitutions)
-        if substitution is not None or plain(path) in _BY_CORE or (path == "os.source_id" and machine.os.id):
-            continue
-        if plain(path) == "nics.mac_origin" and carried("nics.mac", target.carries):
-            # The address is kept; its origin does not matter then.
+        if substitution is not None or _is_no_loss(path, before, target.carries):
             continue
         if not carried(path, target.carries):
-            losses.append(Loss(path, words(value), f"{target.name} has no place for it"))
+            losses.append(Loss(path, _named(value), f"{target.name} has no place for it"))
         elif not still_states(after, path, value):
             raise PluginError(f"changes {path} from {value!r} without a reason", format_name=target.name)
         else:
@@ -53,6 +43,16 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
     losses += [Loss(each.path, each.before, each.reason) for each in adapted.substitutions if not each.after]
     changed = tuple(each for each in adapted.substitutions if each.after)
     return Fate(tuple(kept), changed, tuple(losses))
+
+
+def _is_no_loss(path: str, before: Mapping[str, Any], carries: Collection[str]) -> bool:
+    """True if the field's mark in the model says that its loss is none, or is reported elsewhere."""
+    mark, beside = marks().get(plain(path)), path.rpartition(".")[0]
+    if isinstance(mark, Unless):
+        return f"{beside}.{mark.stated}" in before
+    if isinstance(mark, About):
+        return carried(f"{beside}.{mark.carried}", carries)
+    return mark is not None
 
 
 def _about(path: str, substitutions: Iterable[Substitution]) -> Substitution | None:
@@ -70,6 +70,11 @@ def words(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return in_words(value)
+
+
+def _named(value: Any) -> str:
+    """Returns a lost value for people: settings of a vendor by their names."""
+    return f"{words(value)} ({', '.join(value)})" if isinstance(value, dict) else words(value)
 
 
 def refuse(losses: Iterable[Loss], *, strict: bool, keep: Collection[str]) -> None:

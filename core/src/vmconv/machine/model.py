@@ -9,7 +9,8 @@ Disk conversions do not import this module, because importing pydantic takes lon
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from enum import Enum
+from typing import Annotated, Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -64,6 +65,24 @@ Clock = Literal["utc", "localtime"]
 BootClass = Literal["disk", "cdrom", "floppy", "network"]
 
 
+class ByCore(Enum):
+    """Marks a field that a conversion sets itself, or whose loss is reported in another way."""
+
+    FIELD = "by core"
+
+
+class Unless(NamedTuple):
+    """Marks a field that is no loss if the machine states another field beside it, which says the same."""
+
+    stated: str
+
+
+class About(NamedTuple):
+    """Marks a field that is no loss if another field beside it is carried, which it says something about."""
+
+    carried: str
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
@@ -74,7 +93,7 @@ class GuestOS(_Part):
     id: Word | None = None
     """The short id of libosinfo, such as `debian12` or `win2k22`."""
     architecture: Literal["i686", "x86_64", "aarch64"] | None = None
-    source_id: Word | None = None
+    source_id: Annotated[Word | None, Unless("id")] = None
     """The id in the terms of the source, such as `debian12-64`."""
 
 
@@ -102,8 +121,8 @@ class Memory(_Part):
 class Nvram(_Part):
     """The file with the firmware's variables, by its name in the configuration."""
 
-    file: Word
-    kind: Literal["ovmf", "virtualbox", "vmware", "vmgs"]
+    file: Annotated[Word, ByCore.FIELD]
+    kind: Annotated[Literal["ovmf", "virtualbox", "vmware", "vmgs"], ByCore.FIELD]
 
 
 class Firmware(_Part):
@@ -119,7 +138,7 @@ class Tpm(_Part):
     """A virtual TPM; `state` is the file with its secrets, where the configuration names one."""
 
     version: Literal["1.2", "2.0"] | None = None
-    state: Word | None = None
+    state: Annotated[Word | None, ByCore.FIELD] = None
 
 
 class Identity(_Part):
@@ -130,7 +149,7 @@ class Identity(_Part):
     """
 
     uuid: UUID | None = None
-    uuid_text: UUID | None = None
+    uuid_text: Annotated[UUID | None, ByCore.FIELD] = None
     instance_uuid: UUID | None = None
     generation_id: UUID | None = None
     """The VM generation ID of Windows; Microsoft, "Virtual Machine Generation ID"."""
@@ -173,9 +192,9 @@ class _Attached(_Part):
 class Layer(_Part):
     """An image below a disk's own file, in the terms of `Disk`."""
 
-    file: Word
-    format: Word | None = None
-    image_uuid: UUID | None = None
+    file: Annotated[Word, ByCore.FIELD]
+    format: Annotated[Word | None, ByCore.FIELD] = None
+    image_uuid: Annotated[UUID | None, ByCore.FIELD] = None
 
 
 class Disk(_Attached):
@@ -184,14 +203,14 @@ class Disk(_Attached):
     `file` None and `device` None mean an empty disk of `capacity` bytes that the target has to create.
     """
 
-    file: Word | None = None
-    format: Word | None = None
+    file: Annotated[Word | None, ByCore.FIELD] = None
+    format: Annotated[Word | None, ByCore.FIELD] = None
     """The name of the disk format, if the configuration states it."""
-    capacity: Annotated[int, Field(ge=0, le=MAX_SIZE)] | None = None
+    capacity: Annotated[Annotated[int, Field(ge=0, le=MAX_SIZE)] | None, ByCore.FIELD] = None
     """Bytes that the guest sees."""
-    file_size: Annotated[int, Field(ge=0)] | None = None
+    file_size: Annotated[Annotated[int, Field(ge=0)] | None, ByCore.FIELD] = None
     """Bytes of the file, for packages that list them."""
-    image_uuid: UUID | None = None
+    image_uuid: Annotated[UUID | None, ByCore.FIELD] = None
     """The identity that the image itself holds, for platforms that compare the two."""
     layers: Annotated[tuple[Layer, ...], Field(max_length=MAX_LAYERS)] = ()
     """The layers below `file`, the nearest first, for platforms that list them."""
@@ -217,7 +236,7 @@ class Nic(_Part):
 
     mac: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")] | None = None
     """Six octets, lower case, separated by colons."""
-    mac_origin: Literal["static", "generated"] | None = None
+    mac_origin: Annotated[Literal["static", "generated"] | None, About("mac")] = None
     model: Word | None = None
     """One of `NIC_MODELS`, or the source's own word for any other."""
     network: Word | None = None

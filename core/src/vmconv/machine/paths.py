@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
-    from vmconv.machine.model import Machine
+    from vmconv.machine.model import About, ByCore, Machine, Unless
 
 _INDEX = re.compile(r"\[\d+\]")
 
@@ -76,6 +77,24 @@ def is_field(path: str) -> bool:
             return True
         parts = [part for field in fields for part in _parts(field.annotation)]
     return True
+
+
+@cache
+def marks() -> dict[str, ByCore | Unless | About]:
+    """Returns the marks of the model's fields, by their paths without indexes."""
+    from vmconv.machine.model import Machine
+
+    return dict(_marks(Machine, ""))
+
+
+def _marks(part: type[BaseModel], prefix: str) -> Iterator[tuple[str, ByCore | Unless | About]]:
+    from vmconv.machine.model import About, ByCore, Unless
+
+    for name, field in part.model_fields.items():
+        path = f"{prefix}{name}"
+        yield from ((path, mark) for mark in field.metadata if isinstance(mark, (ByCore, Unless, About)))
+        for inner in _parts(field.annotation):
+            yield from _marks(inner, f"{path}.")
 
 
 def _parts(annotation: Any) -> Iterator[type[BaseModel]]:

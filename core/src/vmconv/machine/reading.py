@@ -5,13 +5,15 @@ from __future__ import annotations
 import codecs
 import re
 from typing import TYPE_CHECKING, Any, TypeVar
-from xml.etree.ElementTree import Element, TreeBuilder
+from xml.etree.ElementTree import Element, TreeBuilder, tostring
 
 from pydantic import BaseModel, ValidationError
 
 from vmconv.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from vmconv.model.sources import File
 
 MAX_CONFIG = 8 << 20
@@ -22,6 +24,9 @@ MAX_DEPTH = 100
 
 _SHOWN = 60
 """Characters of a value in an error."""
+
+_KEPT = 1 << 14
+"""Characters of an unknown element that are kept."""
 
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -126,6 +131,38 @@ def _name(tag: str) -> str:
 
 def _refuse_doctype(*_: object) -> None:
     raise _TooMuchError("has a DOCTYPE, which no configuration needs")
+
+
+def unknown(element: Element, path: str, known: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yields the path and the value of each attribute and element that `known` does not have.
+
+    `known` maps the path of an element to its attributes: `name`, or `name=value` for one value only. `*` stands for
+    all attributes and elements below. Paths have no namespaces, and in the result the number of a repeated element.
+    """
+    yield from _unknown(element, path, path, {name: attributes.split() for name, attributes in known.items()})
+
+
+def _unknown(element: Element, path: str, shown: str, known: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    attributes = known[path]
+    if attributes == ["*"]:
+        return
+    for name, value in element.attrib.items():
+        plain = _local(name)
+        if not {plain, f"{plain}={value}"}.intersection(attributes):
+            yield f"{shown}@{plain}", value[:_KEPT]
+    count: dict[str, int] = {}
+    for child in element:
+        name = _local(child.tag)
+        count[name] = count.get(name, 0) + 1
+        place = f"{shown}/{name}" + (f"[{count[name]}]" if count[name] > 1 else "")
+        if f"{path}/{name}" in known:
+            yield from _unknown(child, f"{path}/{name}", place, known)
+        else:
+            yield place, tostring(child, encoding="unicode").strip()[:_KEPT]
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
 
 
 def number(file: File, element: str, text: str, low: int, high: int) -> int:

@@ -17,6 +17,8 @@ _SECRET = re.compile(
     # Names of Kubernetes' secrets are no secrets.
     r"passw(?:or)?d|passphrase|secret(?!name|ref)|private.?key|ssh.?key|api.?key|auth.?token|credential"
     # VMware: the encrypted password of the console, the keys of encrypted disks. VirtualBox: hashes of passwords.
+    # What cloud-init gets: often passwords, and in base64.
+    r"|user.?data"
     r"|vnc\.key|keysafe|datafilekey|vboxauthsimple"
     # Parts of the owner's session key with AMD SEV.
     r"|launchsecurity",

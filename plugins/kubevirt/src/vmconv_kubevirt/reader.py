@@ -26,6 +26,7 @@ from vmconv.machine import (
     refused,
 )
 from vmconv_kubevirt.documents import documents
+from vmconv_kubevirt.settings import Settings
 from vmconv_kubevirt.words import ARCHITECTURES, DESCRIPTION, DEVICE, FILE, FORMAT, KEPT, NICS, OS, SOUNDS
 
 if TYPE_CHECKING:
@@ -37,6 +38,19 @@ _SUFFIXES = {
     **{f"{letter}i": 1024**power for power, letter in enumerate("KMGTPE", start=1)},
 }
 _BOUND = 1 << 62
+MAX_EXTRA = 1000
+_SHOWN = 1 << 14
+"""Letters of an unknown field that are kept."""
+
+_RECORDS = (
+    *("apiVersion", "kind", "status", "spec.template.metadata.creationTimestamp"),
+    *(f"metadata.{name}" for name in ("creationTimestamp", "deletionTimestamp", "generation", "managedFields")),
+    *(f"metadata.{name}" for name in ("resourceVersion", "selfLink", "uid", "ownerReferences", "finalizers")),
+    "metadata.annotations.kubectl.kubernetes.io/last-applied-configuration",
+)
+"""What the API server writes of an object; it describes no machine."""
+
+_VOLUMES = ("DataVolume", "PersistentVolumeClaim")
 
 
 def read(file: File) -> Machine:
@@ -48,36 +62,18 @@ def read(file: File) -> Machine:
     return _Reader(file, machines[0], found).machine()
 
 
-class _Reader:
+class _Reader(Settings):
     def __init__(self, file: File, root: dict[str, Any], documents: list[dict[str, Any]]) -> None:
-        self.file, self.root = file, root
+        super().__init__(file)
+        self.root, self.documents = root, documents
         self.spec = self.get(root, "spec.template.spec", dict) or {}
         self.domain = self.get(self.spec, "domain", dict) or {}
         self.devices = self.get(self.domain, "devices", dict) or {}
         self.volumes = {
             name: self._volume(each)
             for each in (*documents, *self.list(root, "spec.dataVolumeTemplates"))
-            if "spec" in each and isinstance(name := self.get(each, "metadata.name", str), str)
+            if each is not root and "spec" in each and isinstance(name := self.get(each, "metadata.name", str), str)
         }
-
-    def get(self, values: Any, path: str, kind: type | tuple[type, ...]) -> Any:
-        """Returns the value at a path, None without it; raises `ImageError` for a value of another type."""
-        for name in path.split("."):
-            if not isinstance(values, dict):
-                raise refused(self.file, path, f"{quoted(values)} is not an object")
-            values = values.get(name)
-            if values is None:
-                return None
-        if not isinstance(values, kind) or (isinstance(values, bool) and kind in (int, (int, str))):
-            raise refused(self.file, path, f"{quoted(values)} has the wrong type")
-        return values
-
-    def list(self, values: Any, path: str) -> list[dict[str, Any]]:
-        found = self.get(values, path, list) or []
-        for each in found:
-            if not isinstance(each, dict):
-                raise refused(self.file, path, f"{quoted(each)} is not an object")
-        return list(found)
 
     def quantity(self, values: Any, path: str) -> int | None:
         """Returns bytes. Kubernetes, "Quantity": a number with a suffix or an exponent."""
@@ -97,15 +93,18 @@ class _Reader:
     def machine(self) -> Machine:
         notes = self.get(self.root, "metadata.annotations", dict) or {}
         disks, removables = self._disks()
-        kept = self._kept()
         devices = self.devices
+        # Without persistence the TPM is new at each start, and no other platform has that.
+        self.get(devices, "tpm.persistent", bool)
+        for name in ("sound", "watchdog"):
+            self.get(devices, f"{name}.name", str)
         sound = self.get(devices, "sound.model", str) if "sound" in devices else None
-        return part(
+        found = part(
             self.file,
             "VirtualMachine",
             Machine,
             name=self.get(self.root, "metadata.name", str),
-            description=self.get(notes, DESCRIPTION, str),
+            description=self.entry(notes, DESCRIPTION, str),
             os=self._guest(notes),
             cpu=self._cpu(),
             memory=self._memory(),
@@ -121,11 +120,17 @@ class _Reader:
             watchdog="i6300esb" if self.get(devices, "watchdog.i6300esb", dict) is not None else None,
             rng=self.get(devices, "rng", dict) is not None or None,
             passthrough=tuple(
-                str(self.get(each, "deviceName", str) or "")
+                str(self.get(each, "deviceName", str) or self.get(each, "name", str) or "")
                 for name in ("hostDevices", "gpus")
                 for each in self.list(devices, name)
             ),
-            extra={"kubevirt": kept} if kept else {},
+        )
+        # Last, when everything else has been read.
+        kept = {**self._kept(), **self._rest()}
+        if len(kept) > MAX_EXTRA:
+            raise refused(self.file, "VirtualMachine", f"more than {MAX_EXTRA} fields are not known")
+        return part(
+            self.file, "VirtualMachine", Machine, **{**dict(found), "extra": {"kubevirt": kept} if kept else {}}
         )
 
     def _guest(self, notes: dict[str, Any]) -> GuestOS:
@@ -133,9 +138,7 @@ class _Reader:
         architecture = self.get(self.spec, "architecture", str)
         if architecture is not None and architecture not in words:
             raise refused(self.file, "architecture", f"{quoted(architecture)} is not amd64 or arm64")
-        system = notes.get(OS)
-        if not isinstance(system, str | None):
-            raise refused(self.file, OS, f"{quoted(system)} has the wrong type")
+        system = self.entry(notes, OS, str)
         return part(self.file, OS, GuestOS, id=system, architecture=words.get(architecture or ""))
 
     def _cpu(self) -> Cpu:
@@ -148,7 +151,8 @@ class _Reader:
         return part(self.file, "cpu", Cpu, **found, model=self.get(cpu, "model", str))
 
     def _memory(self) -> Memory:
-        size = self.quantity(self.domain, "memory.guest") or self.quantity(self.domain, "resources.requests.memory")
+        asked = self.quantity(self.domain, "resources.requests.memory")
+        size = self.quantity(self.domain, "memory.guest") or asked
         return part(self.file, "memory", Memory, size=size, max=self.quantity(self.domain, "memory.maxGuest"))
 
     def _firmware(self) -> Firmware:
@@ -188,14 +192,18 @@ class _Reader:
         if document.get("kind") == "PersistentVolumeClaim":
             path = "spec.resources.requests.storage"
         size = self.quantity(document, path)
-        return {"file": notes.get(FILE), "format": notes.get(FORMAT), "capacity": size}
+        if self.entry(notes, FILE, str):
+            # The writer's: the user uploads the disk, and an option names the class.
+            self.get(document, "spec.source.upload", dict)
+            self.get(document, "spec.storage.storageClassName", str)
+        return {"file": self.entry(notes, FILE, str), "format": self.entry(notes, FORMAT, str), "capacity": size}
 
     def _disks(self) -> tuple[tuple[Disk, ...], tuple[Removable, ...]]:
-        volumes = {each.get("name"): each for each in self.list(self.spec, "volumes")}
+        volumes = {each.get("name"): each for each in self.list(self.spec, "volumes") if _has_name(each)}
         disks, removables = [], []
         for at, each in enumerate(self.list(self.devices, "disks")):
             where = f"disks[{at}]"
-            source = self._source(volumes.get(each.get("name")), where)
+            source = self._source(volumes.get(self.get(each, "name", str)), where)
             order = self._order(each, where)
             if self.get(each, "cdrom", dict) is not None:
                 bus = self.get(each, "cdrom.bus", str)
@@ -230,31 +238,39 @@ class _Reader:
         found: dict[str, Any] = {"file": None, "device": None, "format": None, "capacity": None}
         if volume is None:
             return found
+        self.get(volume, "name", str)
         kind = next((name for name in volume if name != "name"), "")
         if kind == "emptyDisk":
             return found | {"capacity": self.quantity(volume, "emptyDisk.capacity")}
         keys = ("name", "claimName", "image", "path", "secretName")
         value: dict[str, Any] = (self.get(volume, kind, dict) if kind else None) or {}
-        name = next((value[key] for key in keys if isinstance(value.get(key), str)), "")
+        name = next((self.get(value, key, str) for key in keys if isinstance(value.get(key), str)), "")
         known = self.volumes.get(name) if kind in ("dataVolume", "persistentVolumeClaim") else None
         if known is not None and known["file"] is not None:
             return found | known
         notes = self.get(self.root, "metadata.annotations", dict) or {}
-        device = notes.get(f"{DEVICE}{volume.get('name')}") or f"{kind}:{name}"
+        device = self.entry(notes, f"{DEVICE}{volume.get('name')}", str) or f"{kind}:{name}"
         return found | {"device": device, "capacity": known["capacity"] if known else None}
 
     def _nics(self) -> tuple[Nic, ...]:
-        networks = {each.get("name"): each for each in self.list(self.spec, "networks")}
-        return tuple(
-            self._nic(each, networks.get(each.get("name")) or {}, f"interfaces[{at}]")
+        networks = {each.get("name"): each for each in self.list(self.spec, "networks") if _has_name(each)}
+        found = tuple(
+            self._nic(each, networks.get(self.get(each, "name", str)) or {}, f"interfaces[{at}]")
             for at, each in enumerate(self.list(self.devices, "interfaces"))
         )
+        if not found and self.get(self.devices, "autoattachPodInterface", bool) is not False:
+            # KubeVirt adds a card in the pod's network then.
+            return (Nic(model="virtio", network_kind="nat"),)
+        return found
 
     def _nic(self, card: dict[str, Any], network: dict[str, Any], where: str) -> Nic:
         mac, model = self.get(card, "macAddress", str), self.get(card, "model", str)
         state = self.get(card, "state", str)
         name = self.get(network, "multus.networkName", str)
-        kind = "nat" if "masquerade" in card else "bridged" if "bridge" in card else None
+        self.get(network, "name", str)
+        self.get(network, "pod", dict)
+        nat, bridge = (self.get(card, binding, dict) is not None for binding in ("masquerade", "bridge"))
+        kind = "nat" if nat else "bridged" if bridge else None
         return part(
             self.file,
             where,
@@ -277,3 +293,27 @@ class _Reader:
             if value not in (None, {}) and (path, value) != ("spec.runStrategy", "Halted"):
                 found[path] = json.dumps(value, sort_keys=True)
         return found
+
+    def _rest(self) -> dict[str, str]:
+        """Returns the fields that nobody has read, as JSON, and the objects beside the machine."""
+        found = {path: _json(value) for path, value in self.unread(self.root, "", {*KEPT, *_RECORDS})}
+        for each in self.documents:
+            if each is self.root:
+                continue
+            title = f"{each.get('kind')} {self.get(each, 'metadata.name', str)}"
+            if title.partition(" ")[0] not in _VOLUMES:
+                found[title] = "an object beside the machine"
+            found |= {
+                f"{title}: {path}": _json(value)
+                for path, value in self.unread(each, "", {*_RECORDS, "metadata.namespace"})
+                if title not in found
+            }
+        return found
+
+
+def _has_name(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("name"), str)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)[:_SHOWN]

@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 _DISK = ("source", "target", "driver", "shareable", "transient", "serial", "boot", "address", "alias", "backingStore")
 _NIC = ("mac", "model", "source", "link", "boot", "address", "alias", "target")
+_FIRST = ("video", "sound", "watchdog", "rng", "tpm")
+"""Devices of which a machine has one here: further ones become fragments."""
+
 _HANDLED = ("disk", "controller", "interface", "video", "sound", "serial", "watchdog", "rng", "tpm", "hostdev")
+_CONTROLLERS = ("ide", "sata", "scsi", "fdc", "usb")
 _IGNORED = ("emulator", "console", "audio")
 """The emulator is the host's, the console is the serial port again, and sound is played on the host."""
 
@@ -50,11 +54,11 @@ class Devices:
         for number_, element in enumerate(self.element.findall("disk")):
             where = f"devices/disk[{number_ + 1}]"
             if element.get("device", "disk") in ("cdrom", "floppy"):
-                removables.append(self._removable(element, where))
+                removables.append(self._removable(element, where, f"removables.{len(removables)}."))
             else:
                 disks.append(self._disk(element, where, f"disks.{len(disks)}."))
         self._fragments()
-        return {
+        found = {
             "disks": tuple(disks),
             "removables": tuple(removables),
             "controllers": self._controllers([*disks, *removables]),
@@ -68,16 +72,31 @@ class Devices:
             "watchdog": self._model("watchdog", {}),
             "passthrough": tuple(_host_device(each) for each in self.element.findall("hostdev")),
         }
+        self._unknown()
+        return found
 
     def _fragments(self) -> None:
         for element in self.element:
-            if element.tag == "controller" and element.get("type") in ("ide", "sata", "scsi", "fdc", "usb"):
+            if element.tag == "controller" and element.get("type") in _CONTROLLERS:
                 continue
             if element.tag == "graphics" and element.attrib == {"type": "vnc"} and not len(element):
                 # The writer adds it to domains without any.
                 continue
-            if element.tag == "controller" or element.tag not in (*_HANDLED, *_IGNORED):
+            further = element.tag in _FIRST and element is not self.element.find(element.tag)
+            if element.tag == "controller" or further or element.tag not in (*_HANDLED, *_IGNORED):
                 self.kept.add(f"devices.{element.tag}", element)
+
+    def _unknown(self) -> None:
+        """Stores what the reader does not know of the devices that it understands."""
+        count: dict[str, int] = {}
+        for element in self.element:
+            tag = element.tag
+            count[tag] = count.get(tag, 0) + 1
+            if tag == "controller" and element.get("type") not in _CONTROLLERS:
+                continue
+            if tag in _HANDLED and not (tag in _FIRST and count[tag] > 1):
+                where = f"devices/{tag}[{count[tag]}]"
+                self.kept.add_unknown(element, tag, where, fragments="/[^/@]+" if tag in ("disk", "interface") else "")
 
     def _model(self, tag: str, words: dict[str, str]) -> str | None:
         element = self.element.find(tag)
@@ -142,10 +161,12 @@ class Devices:
         name = ":".join(text for text in (source.get(each) for each in parts) if text)
         return None, name or None
 
-    def _removable(self, element: Element, where: str) -> Removable:
+    def _removable(self, element: Element, where: str, prefix: str) -> Removable:
         file, device = self._source(element, where)
         target = element.find("target")
         tray = None if target is None else target.get("tray")
+        self._keep_driver(element.find("driver"), prefix)
+        self.kept.add_others(prefix, element, (*_DISK, "readonly"))
         return part(
             self.file,
             where,
@@ -300,6 +321,8 @@ class Devices:
         port = None if target is None else self._number(target, f"{where}/target", "port")
         kind = element.get("type", "")
         words = {"dev": "device", "file": "file", "pipe": "pipe", "tcp": "network", "pty": "pty", "null": "none"}
+        if kind not in words:
+            self.kept.add("devices.serial", element)
         name = None if source is None else source.get("path")
         if kind == "tcp" and source is not None:
             scheme = "tcp" if protocol is None or protocol.get("type") == "raw" else protocol.get("type")
@@ -354,6 +377,6 @@ def _derived(bus: str | None, name: str) -> tuple[int | None, int | None]:
 
 def _host_device(element: Element) -> str:
     """Returns the name of a device of the host, such as `pci 0000:01:00.0`."""
-    address = element.find("source/address")
-    parts = [] if address is None else [f"{name}={value}" for name, value in sorted(address.attrib.items())]
+    found = [element.find(f"source/{tag}") for tag in ("address", "vendor", "product")]
+    parts = [f"{name}={value}" for each in found if each is not None for name, value in sorted(each.attrib.items())]
     return " ".join((element.get("type", "device"), *parts))[:1024]

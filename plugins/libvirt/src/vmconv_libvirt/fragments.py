@@ -7,7 +7,8 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, ParseError, fromstring, tostring
 
-from vmconv.machine import refused
+from vmconv.machine import refused, unknown
+from vmconv_libvirt.known import KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,8 +54,7 @@ class Fragments:
 
     def add(self, key: str, element: Element) -> None:
         """Stores an element: `key`, and `key.1`, `key.2` for further ones."""
-        if len(self.found) >= MAX_FRAGMENTS:
-            raise refused(self._file, element.tag, f"the domain has more than {MAX_FRAGMENTS} elements of this kind")
+        self._make_room(element)
         count = sum(1 for each in self.found if each == key or each.startswith(f"{key}."))
         self.found[f"{key}.{count}" if count else key] = text_of(element)
 
@@ -63,6 +63,21 @@ class Fragments:
         for child in parent if parent is not None else ():
             if child.tag not in understood:
                 self.add(f"{prefix}{local(child.tag)}", child)
+
+    def add_unknown(self, element: Element, path: str, shown: str, *, fragments: str = "") -> None:
+        """Stores what the reader does not know of an element and of those below it, under the path `shown`.
+
+        `add_others` has stored the elements whose paths below this one match `fragments`.
+        """
+        for key, value in unknown(element, path, KNOWN):
+            below = key[len(path) :]
+            if not re.fullmatch(fragments, below):
+                self._make_room(element)
+                self.found[f"{shown}{below}"] = value
+
+    def _make_room(self, element: Element) -> None:
+        if len(self.found) >= MAX_FRAGMENTS:
+            raise refused(self._file, element.tag, f"the domain has more than {MAX_FRAGMENTS} elements of this kind")
 
 
 def local(tag: str) -> str:

@@ -45,6 +45,9 @@ _SYSINFO = {
     ("chassis", "serial"): "chassis_serial",
     ("chassis", "asset"): "asset_tag",
 }
+_FRAGMENTS = r"/(?:(?:os|cpu|features)/)?[^/@]+"
+"""Paths of unknown children below the domain that `add_others` stores."""
+
 _POWERS = {"": 0, **{letter: power for power, letter in enumerate("kmgtpe", start=1)}}
 
 
@@ -206,6 +209,8 @@ class _Domain:
         name = (element.text or "").strip() or ((source.get("file") or "") if source is not None else "")
         if not name:
             # The file is made from the template at the first start, or lies on a network.
+            if source is not None:
+                self.kept.add("os.nvram", element)
             return None
         return part(self.file, "os/nvram", Nvram, file=name, kind="ovmf")
 
@@ -268,6 +273,7 @@ class _Domain:
         )
 
     def _others(self) -> None:
+        self.kept.add_unknown(self.root, "domain", "domain", fragments=_FRAGMENTS)
         self.kept.add_others("", self.root, _UNDERSTOOD)
         features = self.root.find("features")
         # SMM follows from Secure Boot, and each PC has an APIC.

@@ -99,6 +99,7 @@ def boot_order(source: Source) -> tuple[dict[str, int], bool]:
     """
     stated = "boot" in source.settings
     values, first = source.properties("boot"), source.take("bootdisk")
+    source.keep("boot", {name: value for name, value in values.items() if name not in ("order", "legacy")})
     listed = re.split(r"[;\s]+", values.get("order", "").strip(";"))
     if stated and "legacy" not in values:
         return {key: place for place, key in enumerate(filter(None, listed))}, False

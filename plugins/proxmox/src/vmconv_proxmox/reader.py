@@ -153,7 +153,9 @@ def _firmware(source: Source, order: tuple[str, ...]) -> Firmware:
     if bios not in kinds:
         raise refused(source.file, "bios", f"{quoted(bios)} is neither seabios nor ovmf")
     values = source.properties("efidisk0")
-    file = file_of(values.pop("file", None))
+    volume = values.pop("file", None)
+    # A volume of a storage without files is named too, so that its loss is.
+    file = file_of(volume) or volume
     # A new store is of 4 MiB firmware, whatever this one is. Whether Secure Boot is on, only the store itself says.
     for name in ("size", "format", "efitype"):
         values.pop(name, None)
@@ -168,8 +170,11 @@ def _tpm(source: Source) -> Tpm | None:
     if "tpmstate0" not in source.settings:
         return None
     values = source.properties("tpmstate0")
-    version = values.get("version", "v1.2").removeprefix("v")
-    return part(source.file, "tpmstate0", Tpm, version=version, state=file_of(values.get("file")))
+    version = values.pop("version", "v1.2").removeprefix("v")
+    values.pop("size", None)
+    volume = values.pop("file", None)
+    source.keep("tpmstate0", values)
+    return part(source.file, "tpmstate0", Tpm, version=version, state=file_of(volume) or volume)
 
 
 def _identity(source: Source) -> Identity:

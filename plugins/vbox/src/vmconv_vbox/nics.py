@@ -29,9 +29,9 @@ def nics(settings: Settings) -> tuple[Nic, ...]:
     found = []
     for network in settings.all("Network"):
         for adapter in list(network):
-            if adapter.get("enabled") == "true":
+            if adapter.tag == f"{NS}Adapter" and adapter.get("enabled") == "true":
                 found.append(_nic(settings, adapter))
-            else:
+            elif adapter.tag == f"{NS}Adapter":
                 network.remove(adapter)
     return tuple(found)
 

@@ -23,6 +23,7 @@ from vmconv.machine import (
     part,
     quoted,
     refused,
+    unknown,
 )
 from vmconv_vbox.nics import nics
 from vmconv_vbox.settings import Settings, all_below, children
@@ -88,7 +89,13 @@ def _settings(file: File) -> Settings:
     hardware = machine.find(f"{NS}Hardware")
     if hardware is None:
         raise refused(file, "Machine", "has no Hardware; encrypted settings are not supported")
-    return Settings(file, machine, hardware)
+    settings = Settings(file, machine, hardware)
+    for key, value in unknown(root, "VirtualBox", {"VirtualBox": "version", "VirtualBox/Machine": "*"}):
+        settings.keep(f"/{key}", value)
+    for name, value in hardware.attrib.items():
+        if name not in ("uuid", "version"):
+            settings.keep(f"/Hardware@{name}", value)
+    return settings
 
 
 def _system(settings: Settings) -> Any:

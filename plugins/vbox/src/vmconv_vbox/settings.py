@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from vmconv.machine import GuestOS, number, part, quoted, refused
+from vmconv.machine import GuestOS, number, part, quoted, refused, unknown
 from vmconv_vbox.structs import NS
 
 if TYPE_CHECKING:
@@ -30,6 +30,21 @@ DEFAULTS = {
     "Network/Adapter/NAT@localhost-reachable": "true",
 }
 """What new machines have."""
+
+_KNOWN = {
+    "Machine": "",
+    # Read elsewhere; a snapshot is only named.
+    **{f"Machine/{name}": "*" for name in ("Hardware", "Platform", "StorageControllers", "Snapshot")},
+    "Machine/Description": "",
+    "Machine/ExtraData": "",
+    "Machine/ExtraData/ExtraDataItem": "name value",
+    "Machine/MediaRegistry": "",
+    "Machine/MediaRegistry/HardDisks": "",
+    # Disks that were made on this one are inside it, to any depth.
+    "Machine/MediaRegistry/HardDisks/HardDisk": "*",
+    **{f"Machine/MediaRegistry/{name}": "" for name in ("DVDImages", "FloppyImages")},
+    **{f"Machine/MediaRegistry/{name}/Image": "uuid location" for name in ("DVDImages", "FloppyImages")},
+}
 
 _OF_THE_HOST = ("AudioAdapter@driver", "AudioAdapter@codec")
 
@@ -124,6 +139,8 @@ class Settings:
         for name in _PASSING:
             self.machine.attrib.pop(name, None)
         found |= {f"@{name}": value for name, value in self.machine.attrib.items()}
+        # With a slash in front, the writer does not take them for settings of the hardware.
+        found |= {f"/{key}": value for key, value in unknown(self.machine, "Machine", _KNOWN) if "/" in key}
         for root in self._roots:
             for child, path in _numbered(root, ""):
                 if child.tag not in (f"{NS}x86", f"{NS}arm"):
@@ -133,6 +150,8 @@ class Settings:
 
 def _attributes(element: Element, path: str) -> Iterator[tuple[str, str]]:
     yield from ((f"{path}@{name}", value) for name, value in element.attrib.items())
+    if text := (element.text or "").strip():
+        yield path, text
     for child, below in _numbered(element, f"{path}/"):
         yield from _attributes(child, below)
 

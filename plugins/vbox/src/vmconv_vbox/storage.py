@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from vmconv.machine import Controller, Disk, Layer, Removable, part, quoted, refused
+from vmconv.machine import Controller, Disk, Layer, Removable, part, quoted, refused, unknown
 from vmconv_vbox.settings import children
 from vmconv_vbox.structs import FORMATS, MODES, NS, TYPES, controllers, registered, serial_key
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
     from vmconv_vbox.settings import Settings
+
+
+_KNOWN = {
+    "AttachedDevice": "type port device discard hotpluggable=false passthrough=false",
+    "AttachedDevice/Image": "uuid",
+    "AttachedDevice/HostDrive": "src",
+}
+_KNOWN_DISK = {"HardDisk": "uuid location format type", "HardDisk/HardDisk": "*"}
 
 
 class Storage(NamedTuple):
@@ -53,6 +61,9 @@ def read_storage(settings: Settings) -> Storage:
             else:
                 drive = _removable(settings, device, at, media)
                 removables.append((len(types), drive.controller or 0, drive))
+            place = f"{at['bus']}{at['controller']}:{at['unit']}"
+            for key, value in unknown(device, "AttachedDevice", _KNOWN):
+                settings.keep(key.replace("AttachedDevice", f"AttachedDevice {place}", 1), value)
             element.remove(device)
         for known in ("name", "PortCount", "useHostIOCache", "Bootable"):
             settings.take(element, known)
@@ -83,6 +94,11 @@ def _family(
 ) -> Iterator[tuple[UUID, _Medium]]:
     """Yields a disk of the registry and all that were made on it."""
     identity, location, form = _identity(settings, element), element.get("location", ""), element.get("format")
+    for key, value in unknown(element, "HardDisk", _KNOWN_DISK):
+        settings.keep(key.replace("HardDisk", f"HardDisk {identity}", 1), value)
+    if any(each.get("name", "").startswith("CRYPT/") for each in element.iterfind(f"{NS}Property")):
+        hint = "remove the encryption in VirtualBox first"
+        raise refused(settings.file, f"HardDisk {identity}", "the disk is encrypted", hint=hint)
     yield identity, _Medium(location, form, kind, place, layers)
     neutral = FORMATS.get((form or "").upper())
     for child in element.iterfind(f"{NS}HardDisk"):

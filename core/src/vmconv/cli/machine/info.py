@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 def _run(options: argparse.Namespace) -> int:
     from vmconv.cli.output import print_json
     from vmconv.errors import printable
+    from vmconv.machine.secrets import without_secrets
     from vmconv.machine.source import opened
 
     with opened(in_snapshot(options, options.source), options.format_f) as source:
+        # What is printed is often shown to others.
+        machine, secrets = without_secrets(source.machine)
+        names = [f"{each.path} {each.value}" for each in secrets]
         if options.output == "json":
-            print_json({"format": source.format.name, **as_json(source.machine)}, indent=4)
+            print_json(
+                {"format": source.format.name, **as_json(machine), **({"secrets": names} if names else {})}, indent=4
+            )
             return 0
-        print(printable(f"machine: {source.machine.name or 'without a name'} ({source.format.title})"))
-        for line in lines(source.machine):
+        print(printable(f"machine: {machine.name or 'without a name'} ({source.format.title})"))
+        for line in (*lines(machine), *(f"not shown: {name}" for name in names)):
             print(f"  {printable(line)}")
     return 0
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from vmconv.machine.request import DiskPlan, MachinePlan
 
 
+_LONGEST = 400
+
+
 def plan_lines(plan: MachinePlan) -> Iterator[str]:
     """Yields what becomes of each disk and of each setting that changes, and the new files."""
     yield from (_disk(disk) for disk in plan.disks)
@@ -29,9 +32,14 @@ def change_lines(plan: MachinePlan) -> Iterator[str]:
     for one in plan.substitutions:
         yield f"changed: {one.path} {one.before} -> {one.after}: {one.reason}"
     for loss in plan.losses:
-        yield f"not carried over: {loss.path} {loss.value}: {loss.reason}"
+        yield f"not carried over: {loss.path} {_short(loss.value)}: {loss.reason}"
     for disk in plan.disks:
         yield from (f"not carried over: {loss}" for loss in disk.losses)
+
+
+def _short(text: str) -> str:
+    """Returns a value without its end if it is longer than a few lines; JSON has all of it."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _disk(disk: DiskPlan) -> str:
