@@ -434,7 +434,7 @@ def test_a_job_that_takes_its_node_with_it_is_given_up(node: Node) -> None:
     with runner(node):
         body = ended(node, "j1")
     assert body["state"] == "failed"
-    assert "the node ended during the job" in body["error"]
+    assert "the job was interrupted" in body["error"]
 
 
 def test_a_job_that_was_to_be_cancelled_when_the_node_died_is_cancelled(node: Node, datastore: Path) -> None:

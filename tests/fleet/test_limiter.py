@@ -166,17 +166,19 @@ class Listening(NamedTuple):
     """A limited socket of the test, and what it opens."""
 
     limiter: Limiter
-    socket: LimitedSocket
+    limited: LimitedSocket
     stack: ExitStack
 
     def knock(self, source: str) -> socket.socket:
         """Returns a connection from an address of loopback, which is not accepted yet."""
-        return self.stack.enter_context(socket.create_connection(self.socket.getsockname(), source_address=(source, 0)))
+        return self.stack.enter_context(
+            socket.create_connection(self.limited.getsockname(), source_address=(source, 0))
+        )
 
     def connect(self, source: str, *, known: bool = False) -> tuple[socket.socket, socket.socket]:
         """Returns both ends of a connection."""
         near = self.knock(source)
-        far = self.stack.enter_context(self.socket.accept()[0])
+        far = self.stack.enter_context(self.limited.accept()[0])
         connection_of(far).known = known
         return near, far
 
@@ -224,7 +226,7 @@ def test_without_a_dispensable_connection_the_new_one_is_refused(listening: List
         connection_of(listening.connect("127.0.0.2", known=True)[1]).begin()
     near = listening.knock("127.0.0.2")
     with pytest.raises(BlockingIOError):
-        listening.socket.accept()
+        listening.limited.accept()
     assert is_ended(near)
     assert listening.limiter.counters["refused"] == 1
     listening.connect("127.0.0.3")
@@ -235,7 +237,7 @@ def test_disconnected_connections_count_until_they_are_closed(listening: Listeni
         listening.connect("127.0.0.2")
     near = listening.knock("127.0.0.3")
     with pytest.raises(BlockingIOError):
-        listening.socket.accept()
+        listening.limited.accept()
     assert is_ended(near)
 
 
@@ -256,7 +258,7 @@ def test_exhausted_descriptors_refuse_one_connection(listening: Listening) -> No
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
     try:
         with pytest.raises(BlockingIOError):
-            listening.socket.accept()
+            listening.limited.accept()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert is_ended(near)

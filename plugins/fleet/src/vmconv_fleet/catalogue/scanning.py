@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from vmconv_fleet.errors import FleetError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
+from vmconv_fleet.supervision import Supervised
 
 _log = logging.getLogger("vmconv_fleet.scanning")
 
@@ -55,12 +55,12 @@ class Scanner:
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._child: subprocess.Popen[str] | None = None
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scanner", daemon=True)
+        self.thread = Supervised("scanner", self._run, self._ending)
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         self._unsubscribe = self._service.subscribe(self._notice)
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         """Stops a running scan; returns when nothing runs."""
@@ -70,24 +70,20 @@ class Scanner:
         child = self._child
         if child:
             child.kill()
-        if self._thread.is_alive():
-            self._thread.join()
+        self.thread.join()
 
     def _notice(self, records: list[Record]) -> None:
         own = (one for one in records if one.kind == "datastore" and one.owner == self._service.node)
         if any(one.deleted or _is_due(one.body) for one in own):
             self._wanted.put(True)
 
-    def _run(self) -> None:
-        try:
-            settled(self._service.update(self._seeded), self._ending)
-            self._scan(everything=True)
-            while not self._ending.is_set():
-                asked = self._is_asked()
-                self._scan(everything=not asked)
-        except FleetError as exc:
-            # The node stops, or its database failed, which the replica reports.
-            _log.info("scanner ends: %s", exc)
+    def _run(self, works: Callable[[], None]) -> None:
+        settled(self._service.update(self._seeded), self._ending)
+        asked = False
+        while not self._ending.is_set():
+            self._scan(everything=not asked)
+            works()
+            asked = self._is_asked()
 
     def _is_asked(self) -> bool:
         """Waits until a scan is due. Returns whether one was asked for."""

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vmconv_fleet.errors import FleetError, Refusal
+from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
@@ -40,7 +40,7 @@ _MAX_NOISE = 500
 
 
 class Run:
-    """A run on a thread of its own; `over` is called at its end."""
+    """A run on a thread of its own; `over` is called at its end. After an `error` the job has not ended."""
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Run:
         command: Sequence[str],
         over: Callable[[], None],
     ) -> None:
+        self.job = job.id
         self.batch = job.batch
+        self.error: Exception | None = None
         self._service = service
         self._job = job.id
         self._journal = journal
@@ -99,10 +101,9 @@ class Run:
     def _run(self) -> None:
         try:
             self._work()
-        except FleetError as exc:
-            _log.info("job %s keeps its state: %s", self._job, exc)
-        except Exception:
-            _log.exception("job %s", self._job)
+        except Exception as exc:
+            # Its record could not be written, or there was no process or memory for it.
+            self.error = exc
         finally:
             self._is_over.set()
             self._over()

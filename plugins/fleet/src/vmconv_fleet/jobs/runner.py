@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
-from vmconv_fleet.errors import ClosedError, FleetError
+from vmconv_fleet.errors import ClosedError
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.policy import policy_of
@@ -25,6 +25,7 @@ from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.replication.writing import Writes, settled
+from vmconv_fleet.supervision import Supervised
 
 _log = logging.getLogger("vmconv_fleet.jobs")
 
@@ -46,21 +47,24 @@ class JobRunner:
         self._waiting: dict[str, Job] = {}
         self._running: dict[str, Run] = {}
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._interrupted: set[str] = set()
+        self._recovered = False
+        self.thread = Supervised("jobs", self._run, self._ending)
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         self._unsubscribe = self._service.subscribe(self._notice)
-        self._thread.start()
+        self.thread.start()
 
     def stop(self) -> None:
         """Stops running jobs, which the next start restarts; returns when nothing runs."""
         self._ending.set()
         self._unsubscribe()
         self._events.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        self.thread.join()
+        for run in list(self._running.values()):
+            run.end()
 
     # On the replica's thread
 
@@ -71,32 +75,24 @@ class JobRunner:
 
     # On the runner's own thread
 
-    def _run(self) -> None:
-        try:
+    def _run(self, works: Callable[[], None]) -> None:
+        if not self._recovered:
             self._recover()
-            while not self._ending.is_set():
-                self._begin_due()
-                self._wait()
-        except FleetError as exc:
-            # The node stops, or its database failed, which the replica reports.
-            _log.info("job runner ends: %s", exc)
-        finally:
-            for run in list(self._running.values()):
-                run.end()
+            self._recovered = True
+        while not self._ending.is_set():
+            self._settle_interrupted()
+            self._begin_due()
+            works()
+            self._wait()
 
     def _recover(self) -> None:
         """Settles the jobs of the last process: done, cancelled, restarted, or failed."""
-        node = self._service.node
         # Before the node serves, it may lack its own latest records.
         settled(self._service.update(lambda _view: ()), self._ending)
         for record in self._open():
             job = Job(record.id, record.body)
             if job.was_begun:
-                journal = self._journal(job.id)
-                self._wait_for_worker(journal)
-                change = partial(_left_over, node, job.id, journal.made())
-                settled(self._service.update(change), self._ending)
-                journal.remove()
+                self._settle(job.id)
         for record in self._open():
             self._look_at(record)
 
@@ -105,6 +101,30 @@ class JobRunner:
         view = self._service.view()
         where = Where("owner = ? AND NOT ended", (view.numbers().get(self._service.node, -1),))
         return [record for record, _ in view.listed("job", where)]
+
+    def _settle(self, job: str) -> None:
+        """Settles a job whose run was interrupted."""
+        journal = self._journal(job)
+        self._wait_for_worker(journal)
+        change = partial(_left_over, self._service.node, job, journal.made())
+        settled(self._service.update(change), self._ending)
+        journal.remove()
+
+    def _settle_interrupted(self) -> None:
+        """Settles the jobs of runs that failed. Raises the error of such a run first."""
+        for identifier, run in list(self._running.items()):
+            if run.is_over:
+                del self._running[identifier]
+                if run.error is not None:
+                    self._interrupted.add(identifier)
+                    # For the delay: whatever failed may fail again.
+                    raise run.error
+        for identifier in sorted(self._interrupted):
+            self._settle(identifier)
+            self._interrupted.discard(identifier)
+            record = self._service.view().get(self._service.node, "job", identifier)
+            if record is not None:
+                self._look_at(record)
 
     def _wait_for_worker(self, journal: JobJournal) -> None:
         """Waits until a worker of the last process has ended, as it does without its node."""
@@ -138,8 +158,6 @@ class JobRunner:
 
     def _begin_due(self) -> None:
         """Starts the due jobs, as many at a time as policy and batches allow."""
-        for identifier in [key for key, run in self._running.items() if run.is_over]:
-            del self._running[identifier]
         if not self._waiting:
             return
         policy = policy_of(self._service.node, self._service.view())
@@ -149,7 +167,6 @@ class JobRunner:
                 return
             if job.at_ms > now or not self._batch_allows(job):
                 continue
-            del self._waiting[job.id]
             run = Run(
                 self._service,
                 job,
@@ -158,8 +175,9 @@ class JobRunner:
                 command=self._command,
                 over=lambda: self._events.put(None),
             )
-            self._running[job.id] = run
             run.start()
+            del self._waiting[job.id]
+            self._running[job.id] = run
 
     def _batch_allows(self, job: Job) -> bool:
         if job.batch is None or job.max_parallel is None:
@@ -182,6 +200,6 @@ def _left_over(node: str, identifier: str, made: str | None, view: ReplicaView) 
     if record.body.get("cancel"):
         return [Change("job", identifier, {**body, "state": "cancelled", "ended_ms": wall_ms()})]
     if record.body.get("attempts", 0) >= MAX_ATTEMPTS:
-        error = f"failed: the node ended during the job {MAX_ATTEMPTS} times"
+        error = f"failed: the job was interrupted {MAX_ATTEMPTS} times"
         return [Change("job", identifier, {**body, "state": "failed", "error": error, "ended_ms": wall_ms()})]
     return [Change("job", identifier, {**body, "state": "queued"})]

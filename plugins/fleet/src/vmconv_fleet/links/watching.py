@@ -11,6 +11,7 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.replication.problems import NodeProblem
+from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.identity import Binding
 
 INTERVAL = 5.0
@@ -41,23 +42,23 @@ class Watch:
         self._found: dict[str, str] = {}
         self._shunned: dict[str, int] = {}
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread = Supervised("watch", self._run, self._ended)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(10)
+        self.thread.join(10)
 
-    def _run(self) -> None:
+    def _run(self, works: Callable[[], None]) -> None:
         due = 0.0
         while not self._ended.wait(DIAL_INTERVAL):
             self.dial()
             if time.monotonic() >= due:
                 self.look()
                 due = time.monotonic() + INTERVAL
+            works()
 
     def dial(self) -> None:
         """Looks for members without a link."""

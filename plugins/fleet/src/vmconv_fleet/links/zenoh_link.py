@@ -24,6 +24,7 @@ from vmconv_fleet.links.zenoh_config import ALL, lease_ms, link_key, zenoh_setti
 from vmconv_fleet.replication.engine import Events
 from vmconv_fleet.replication.messages import LIVE, MAX_MESSAGE
 from vmconv_fleet.replication.problems import NodeProblem
+from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.identity import is_node_id
 
 QUIET = 0.3
@@ -123,7 +124,10 @@ class ZenohLink:
         self._closing: list[_Closing] = []
         self._disconnected = False
         self._ended = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self.threads = [
+            Supervised("link", self._keep, self._ended),
+            Supervised("link-bulk", self._send_waiting, self._ended),
+        ]
         self._problems: dict[str, NodeProblem] = {}
         self.counters = {"sent": 0, "received": 0, "dropped": 0, "opened": 0, "callback_errors": 0}
 
@@ -131,11 +135,7 @@ class ZenohLink:
 
     def start(self, events: Events) -> None:
         self._events = events
-        self._threads = [
-            threading.Thread(target=target, name=name, daemon=True)
-            for name, target in (("link", self._keep), ("link-bulk", self._send_waiting))
-        ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     def send(self, peer: str | None, message: bytes) -> None:
@@ -157,13 +157,13 @@ class ZenohLink:
         self._ended.set()
         self._commands.put(lambda: None)
         self._waiting.put(None)
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(CLOSE_WITHIN + 1)
 
     @property
     def hangs(self) -> bool:
         """Returns whether a session may still be open after `close`: the interpreter would then not exit by itself."""
-        return any(thread.is_alive() for thread in self._threads) or any(not one.closed for one in self._closing)
+        return any(thread.is_alive() for thread in self.threads) or any(not one.closed for one in self._closing)
 
     def neighbours(self) -> list[str]:
         return sorted(self._connected)
@@ -219,10 +219,11 @@ class ZenohLink:
     def _reopen(self) -> None:
         self._commands.put(self._reopen_now)
 
-    def _keep(self) -> None:
+    def _keep(self, works: Callable[[], None]) -> None:
         try:
             self._open_session()
             while not self._ended.is_set():
+                works()
                 self._next_command()
         finally:
             # Not at the interpreter's exit: an open session with callbacks hangs the process there.
@@ -460,8 +461,9 @@ class ZenohLink:
             # The neighbour is gone, or the session was closed meanwhile.
             self.counters["dropped"] += 1
 
-    def _send_waiting(self) -> None:
+    def _send_waiting(self, works: Callable[[], None]) -> None:
         while (item := self._waiting.get()) is not None:
+            works()
             self._taken_bytes += len(item[1])
             if not self._ended.is_set():
                 self._put(*item)

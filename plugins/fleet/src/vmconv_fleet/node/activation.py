@@ -7,16 +7,17 @@ daemon only listens, and imports them at the first connection.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import socket
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits
+from vmconv_fleet.supervision import Supervised
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,7 +29,6 @@ LOCAL_LIMITS = Limits(128, 128, 60.0)
 API_LIMITS = Limits(256, 64, 15.0)
 END_S = 5
 """Time for the servers to stop."""
-_log = logging.getLogger("vmconv_fleet.api")
 
 
 class ApiSockets:
@@ -47,15 +47,19 @@ class ApiSockets:
         self._servers: list[uvicorn.Server] = []
         self._ended = threading.Event()
         self._wake = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="api", daemon=True)
+        self.thread = Supervised("api", self._run, self._ended)
+        service.observe(self.thread)
 
     def start(self) -> None:
         """Listens. Raises FleetError if an address is not available."""
+        self._listen()
+        self.thread.start()
+
+    def _listen(self) -> None:
         local, remote = self.limiters
-        self._sockets.append(local.listen(_listen_locally(self._config.socket)))
+        self._sockets = [local.listen(_listen_locally(self._config.socket))]
         if self._config.api:
             self._sockets.append(remote.listen(_listen(self._config.api)))
-        self._thread.start()
 
     @property
     def port(self) -> int | None:
@@ -75,8 +79,7 @@ class ApiSockets:
         self._wake[1].close()
         for server in self._servers:
             server.should_exit = True
-        if self._thread.is_alive():
-            self._thread.join(END_S)
+        self.thread.join(END_S)
         for listening in (*self._sockets, self._wake[0]):
             listening.close()
         for limiter in self.limiters:
@@ -84,16 +87,20 @@ class ApiSockets:
         with contextlib.suppress(OSError):
             os.unlink(self._config.socket)
 
-    def _run(self) -> None:
+    def _run(self, works: Callable[[], None]) -> None:
         try:
-            select.select([*self._sockets, self._wake[0]], [], [])
+            if self._sockets[0].fileno() < 0:
+                # After a failure, which closed them.
+                self._listen()
+            else:
+                select.select([*self._sockets, self._wake[0]], [], [])
             if not self._ended.is_set():
-                self._serve()
-        except Exception:
-            _log.exception("the API has ended")
-            raise
+                self._serve(works)
+        finally:
+            for one in self._sockets:
+                one.close()
 
-    def _serve(self) -> None:
+    def _serve(self, works: Callable[[], None]) -> None:
         import asyncio
 
         from vmconv_fleet import console
@@ -109,7 +116,7 @@ class ApiSockets:
         sites = [Site(as_local(app), self._sockets[0], {}), *(Site(app, one, tls) for one in self._sockets[1:])]
         self._servers = [site.server() for site in sites]
         if not self._ended.is_set():
-            asyncio.run(serve(self._servers, self._sockets))
+            asyncio.run(serve(self._servers, self._sockets, works))
 
 
 def _listen_locally(path: str) -> socket.socket:

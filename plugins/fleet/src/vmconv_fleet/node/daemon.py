@@ -78,7 +78,10 @@ class Daemon:
         parts.callback(self.api.close)
         self.api.start()
         self._say_who_it_is()
+        for thread in self.link.threads:
+            self.service.observe(thread)
         for part in (self._heartbeat, self._watch(), self._renewal()):
+            self.service.observe(part.thread)
             parts.callback(part.close)
             part.start()
         self._start_joining()
@@ -159,6 +162,7 @@ class Daemon:
         members = Members(self.service, self.trust, self.link.members_changed)
         joining = JoinService(self.config, Authority.load(self.config.directory), members)
         self.service.observe(joining.limiter)
+        self.service.observe(joining.thread)
         self._parts.callback(joining.close)
         joining.start()
 
@@ -171,6 +175,7 @@ class Daemon:
             Scanner(self.service, self.config.datastores),
             JobRunner(self.service, self.config.directory),
         ):
+            self.service.observe(part.thread)
             self._parts.callback(part.stop)
             part.start()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.links.peers import links_of
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.addresses import names_of
 
 if TYPE_CHECKING:
@@ -58,10 +60,10 @@ class HeartbeatWriter:
         self._written: Future[list[Record]] | None = None
         self._changed = threading.Event()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread = Supervised("heartbeat", self._run, self._ended)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def changed(self) -> None:
         self._changed.set()
@@ -69,12 +71,12 @@ class HeartbeatWriter:
     def close(self) -> None:
         self._ended.set()
         self._changed.set()
-        if self._thread.is_alive():
-            self._thread.join(10)
+        self.thread.join(10)
 
-    def _run(self) -> None:
+    def _run(self, works: Callable[[], None]) -> None:
         while not self._ended.is_set():
             interval = self._beat()
+            works()
             if self._changed.wait(interval) and not self._ended.wait(max(SETTLE, (interval - INTERVAL) / 5)):
                 self._changed.clear()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import uvicorn
@@ -46,18 +46,21 @@ class Site(NamedTuple):
         return uvicorn.Server(config)
 
 
-async def serve(servers: Sequence[uvicorn.Server], listening: Sequence[LimitedSocket]) -> None:
-    """Serves until `should_exit` of each server."""
-    sweeping = asyncio.create_task(_sweep({one.limiter for one in listening}))
+async def serve(
+    servers: Sequence[uvicorn.Server], listening: Sequence[LimitedSocket], works: Callable[[], None] = lambda: None
+) -> None:
+    """Serves until `should_exit` of each server; calls `works` every second."""
+    sweeping = asyncio.create_task(_sweep({one.limiter for one in listening}, works))
     try:
         await asyncio.gather(*(server.serve(sockets=[one]) for server, one in zip(servers, listening, strict=True)))
     finally:
         sweeping.cancel()
 
 
-async def _sweep(limiters: set[Limiter]) -> None:
+async def _sweep(limiters: set[Limiter], works: Callable[[], None]) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
+        works()
         for limiter in limiters:
             limiter.sweep()
 

@@ -208,6 +208,8 @@ class Engine:
             if not isinstance(exc, StoreError):
                 raise
             return
+        if any(item.own for item in done):
+            self._replica.problems.forget("store")
         for send in merged(sends):
             self._transport.send(send.peer, send.message)
         for result in results:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 KEPT = 100
+FORGOTTEN_S = 600.0
+"""Seconds after which a problem that was not reported again is over."""
+LASTING = frozenset(("cloned", "fork", "retired"))
+"""Kinds that are over only when somebody acts."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +56,13 @@ class Observed(Protocol):
 
 
 class ProblemLog:
-    """Counts all problems and keeps the last KEPT different ones."""
+    """Counts all problems and keeps the last KEPT different ones until they are over."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.counters: Counter[str] = Counter()
-        self._last: tuple[NodeProblem, ...] = ()
+        self._clock = clock
+        # Replaced, never changed: other threads read it.
+        self._last: dict[NodeProblem, float] = {}
         self._callbacks: list[Callable[[NodeProblem], None]] = []
 
     def subscribe(self, callback: Callable[[NodeProblem], None]) -> None:
@@ -67,16 +74,24 @@ class ProblemLog:
     def report(self, kind: str, text: str) -> None:
         """Counts a problem and reports it unless it is known; frequent kinds are reported less and less often."""
         self.counters[kind] += 1
-        problem, count = NodeProblem(kind, text), self.counters[kind]
-        if problem in self._last:
+        problem, count, now = NodeProblem(kind, text), self.counters[kind], self._clock()
+        is_known = self._last.get(problem, now - FORGOTTEN_S) > now - FORGOTTEN_S
+        others = [item for item in self._last.items() if item[0] != problem]
+        self._last = dict([*others[1 - KEPT :], (problem, now)])
+        if is_known:
             return
-        self._last = (*self._last[1 - KEPT :], problem)
         if count > KEPT and count & (count - 1):
             return
         _log.warning("%s: %s", kind, text)
         for callback in self._callbacks:
             callback(problem)
 
+    def forget(self, kind: str) -> None:
+        """Drops the problems of a kind, which is over."""
+        if any(problem.kind == kind for problem in self._last):
+            self._last = {problem: at for problem, at in self._last.items() if problem.kind != kind}
+
     def all(self) -> list[NodeProblem]:
-        """Returns the reported problems, the newest last."""
-        return list(self._last)
+        """Returns the problems that last, and those reported in the last `FORGOTTEN_S` seconds, the newest last."""
+        oldest = self._clock() - FORGOTTEN_S
+        return [problem for problem, at in self._last.items() if at >= oldest or problem.kind in LASTING]

@@ -31,6 +31,7 @@ from vmconv.plugin import VmconvError
 from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import Limiter, Limits, connection_of
+from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint
 from vmconv_fleet.trust.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
 from vmconv_fleet.trust.peers import common_name
@@ -76,25 +77,38 @@ class JoinService:
         self.membership = membership
         self.limiter = Limiter("join", limits)
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self.thread = Supervised("joining", self._run, self._ended)
 
     def start(self) -> int:
         """Listens and returns the port. Raises JoinError if it cannot."""
+        self._server = server = self._listen()
+        self.thread.start()
+        return int(server.server_address[1])
+
+    def _listen(self) -> _Server:
         host, port = split_address(self.config.join)
         try:
-            self._server = _Server(host, port, self)
+            return _Server(host, port, self)
         except OSError as exc:
             raise JoinError(f"{self.config.join}: cannot listen for nodes that join: {exc.strerror or exc}") from exc
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.5,), name="joining", daemon=True)
-        self._thread.start()
-        return int(self._server.server_address[1])
+
+    def _run(self, works: Callable[[], None]) -> None:
+        if self._server is None:
+            self._server = self._listen()
+        try:
+            self._server.works = works
+            self._server.serve_forever(0.5)
+        finally:
+            self._server.server_close()
+            self._server = None
 
     def close(self) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self.limiter.close()
-            self._thread.join(TIMEOUT)
+        self._ended.set()
+        if (server := self._server) is not None and self.thread.is_alive():
+            server.shutdown()
+        self.thread.join(TIMEOUT)
+        self.limiter.close()
 
     def answer(self, path: str, asked: dict[str, Any], caller: str | None) -> dict[str, Any]:
         """Returns the answer to a question; `caller` is the node in the client's certificate, if any."""
@@ -157,6 +171,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+    works: Callable[[], None]
 
     def __init__(self, host: str, port: int, service: JoinService) -> None:
         self.service = service
@@ -167,6 +182,7 @@ class _Server(ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         self.limiter.sweep()
+        self.works()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         connection = connection_of(request)

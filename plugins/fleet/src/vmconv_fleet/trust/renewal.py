@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.credentials import request_new
 
 LOOK_EVERY = 600.0
@@ -24,19 +25,19 @@ class Renewal:
         self._due = due
         self._renewed = renewed
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="renewal", daemon=True)
+        self.thread = Supervised("renewal", self._run, self._ended)
 
     def start(self) -> None:
-        self._thread.start()
+        self.thread.start()
 
     def close(self) -> None:
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(15)
+        self.thread.join(15)
 
-    def _run(self) -> None:
+    def _run(self, works: Callable[[], None]) -> None:
         # At random, because nodes that were made together would always ask together.
         while not self._ended.wait(self._wait()):
+            works()
             if datetime.datetime.now(datetime.UTC) < self._due():
                 continue
             try:
