@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,8 +24,9 @@ from vmconv_fleet.testing import Lab, free_port
 from vmconv_fleet.trust import credentials, joining
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, is_revocation
 from vmconv_fleet.trust.certificates import CertificateTrust
-from vmconv_fleet.trust.identity import IdentityError, Keys, binding, new_node_id, read_certificate
+from vmconv_fleet.trust.identity import IdentityError, Keys, binding, new_node_id, read_authorities, read_certificate
 from vmconv_fleet.trust.joining import JoinError, JoinService
+from vmconv_fleet.trust.renewal import Renewal
 
 
 @pytest.fixture
@@ -208,8 +211,11 @@ class Members:
     def is_known(self, node: str) -> bool:
         return node in self.known
 
-    def is_revoked(self, node: str) -> bool:
-        return node in self.revoked
+    def is_revoked(self, node: str, key_id: str) -> bool:
+        return not {node, key_id}.isdisjoint(self.revoked)
+
+    def seeds(self) -> list[str]:
+        return [f"10.0.0.{number}:7447" for number in range(100)]
 
     def certificates(self) -> list[bytes]:
         return self.issued
@@ -258,6 +264,7 @@ def test_a_node_joins_by_an_invitation(
     config = joined(lab, invite(), tmp_path / "joined")
     assert credentials.load(config).bound.node == config.node
     assert config.connect[0] == lab.nodes[0].listen[0]
+    assert len(config.connect) == 1 + joining.MAX_SEEDS
     assert len(members.issued) == 1
 
 
@@ -362,6 +369,113 @@ def test_without_a_certificate_nothing_is_renewed(invite: Callable[[], Invitatio
         pytest.raises(JoinError, match="client certificate"),
     ):
         joining._post(connection, "/renew", {"request": csr(Keys.generate(), new_node_id()).decode()})
+
+
+def test_an_expired_certificate_renews_itself_for_the_same_keys(
+    lab: Lab, invite: Callable[[], Invitation], authority: Authority, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    expire(config, authority, days=120)
+    with pytest.raises(JoinError, match="only for the same keys"):
+        credentials.request_new(config, new_keys=True)
+    before = credentials.load(config)
+    after = credentials.request_new(config)
+    assert after.bound.not_after > datetime.datetime.now(datetime.UTC) > before.bound.not_after
+    assert after.bound.key_id == before.bound.key_id
+
+
+def test_a_certificate_that_expired_long_ago_does_not_renew_itself(
+    lab: Lab, invite: Callable[[], Invitation], authority: Authority, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    expire(config, authority, days=joining.RETURN_WITHIN.days + 1)
+    with pytest.raises(JoinError, match="181 days ago, at most 180 are allowed"):
+        credentials.request_new(config)
+
+
+@pytest.mark.parametrize("what", ["node", "key"])
+def test_an_expired_certificate_of_a_revoked_node_or_key_does_not_renew_itself(
+    what: str, lab: Lab, invite: Callable[[], Invitation], authority: Authority, members: Members, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    expire(config, authority, days=1)
+    members.revoked.add(config.node if what == "node" else credentials.load(config).bound.key_id)
+    with pytest.raises(JoinError, match="was revoked"):
+        credentials.request_new(config)
+
+
+def test_another_ones_certificate_is_no_proof(
+    lab: Lab, invite: Callable[[], Invitation], authority: Authority, tmp_path: Path
+) -> None:
+    """Certificates are public: a stranger has one, expired or not, and keys of its own."""
+    config = joined(lab, invite(), tmp_path / "joined")
+    for days in (1, -300):
+        expire(config, authority, days=days)
+        certificate = Path(config.credential("node.pem")).read_bytes()
+        with (
+            joining._connected(config.authorities[0], joining._member_context(config, shows=False)) as connection,
+            pytest.raises(JoinError, match="only for the same keys"),
+        ):
+            asked = {"request": csr(Keys.generate(), config.node).decode(), "certificate": certificate.decode()}
+            joining._post(connection, "/renew", asked)
+
+
+def expire(config: NodeConfig, authority: Authority, *, days: int) -> None:
+    """Gives the node a certificate that has expired so many days ago."""
+    keys = Keys.load(config.path("identity"))
+    lifetime = datetime.timedelta(days=-days)
+    credentials.install(config.directory, keys, authority.issue(csr(keys, config.node), lifetime=lifetime))
+
+
+def test_a_revoked_key_gets_no_new_certificate(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    """After a theft: the node has new keys, and the old ones alone were revoked."""
+    config = joined(lab, invite(), tmp_path / "joined")
+    shutil.copytree(config.directory, tmp_path / "thief", symlinks=True)
+    members.revoked.add(credentials.load(config).bound.key_id)
+    with pytest.raises(JoinError, match="was revoked"):
+        credentials.request_new(replace(config, directory=str(tmp_path / "thief")), new_keys=True)
+
+
+def test_a_member_that_pretends_to_be_the_authority_is_passed_over(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config, member = joined(lab, invite(), tmp_path / "joined"), joined(lab, invite(), tmp_path / "member")
+    before = Path(config.path("ca.pem")).read_bytes()
+    (tmp_path / "own").mkdir()
+    pretended = JoinService(replace(member, join="127.0.0.1:0"), Authority.found(str(tmp_path / "own"), "lab"), members)
+    pretended.authority.certificate = read_authorities(before)[0]
+    address = f"127.0.0.1:{pretended.start()}"
+    request.addfinalizer(pretended.close)
+    with pytest.raises(IdentityError, match="not of this fleet's authority"):
+        credentials.request_new(replace(config, authorities=[address]))
+    credentials.request_new(replace(config, authorities=[address, *config.authorities]))
+    assert Path(config.path("ca.pem")).read_bytes() == before
+
+
+def test_a_refusal_says_more_than_an_authority_that_is_away(
+    lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    config = joined(lab, invite(), tmp_path / "joined")
+    members.revoked.add(config.node)
+    with pytest.raises(JoinError, match="was revoked"):
+        credentials.request_new(replace(config, authorities=[*config.authorities, f"127.0.0.1:{free_port()}"]))
+
+
+def test_a_change_of_addresses_is_certified_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(lab.add(), addresses=[])
+    there = ["127.0.0.1", "10.0.0.5"]
+    monkeypatch.setattr("vmconv_fleet.trust.addresses.local_addresses", lambda: list(there))
+    due, renewed = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=1), list[int]()
+    renewal = Renewal(lambda: config, lambda: due, credentials.load(config).bound.addresses, lambda: renewed.append(1))
+    for address in ("10.0.0.5", "10.0.0.6"):
+        there[1] = address
+        assert renewal.is_due()
+        assert renewal.renew()
+        assert not renewal.is_due()
+        assert credentials.load(config).bound.addresses == set(there)
+    assert renewed == [1, 1]
 
 
 def test_a_revoked_node_gets_no_new_certificate(

@@ -11,12 +11,16 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vmconv_fleet.replication.database import open_reader
+from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, Network, agree, ledger_of, view_of, wait_until
+from vmconv_fleet.trust import credentials
 
 Drive = Callable[..., Driven]
 Connections = Sequence[Sequence[int]]
@@ -56,6 +60,12 @@ class Fleet:
 
     def neighbours(self, number: int) -> set[int]:
         return {self.ids.index(node) for node in self.nodes[number].ask("state")["neighbours"]}
+
+    def links(self, number: int, other: int) -> list[str]:
+        """Returns the addresses of another node, as this node knows them."""
+        with closing(Reader(open_reader(self.configs[number].database))) as reader:
+            record = reader.get(self.ids[other], "node", self.ids[other])
+        return [] if record is None else list(record.body["links"])
 
     def agree(self) -> bool:
         return agree(self.configs)
@@ -160,7 +170,7 @@ def test_a_node_without_its_database_continues_from_its_last_position(fleet: Cal
 
 @pytest.mark.slow
 def test_a_fleet_goes_on_without_its_founder(fleet: Callable[..., Fleet]) -> None:
-    three = fleet([(), (0,), (0,)], gossip=True)
+    three = fleet([(), (0,), (0,)], gossip=True, moves=True, join="[::]:7448")
     wait_until(three.agree, PATIENCE, "all know each other")
     for node in three.nodes:
         node.kill()
@@ -178,6 +188,13 @@ def test_a_fleet_goes_on_without_its_founder(fleet: Callable[..., Fleet]) -> Non
     wait_until(lambda: three.neighbours(1) == {2}, PATIENCE, "the others stay neighbours")
     last = view_of(three.configs[2])[three.ids[2]]
     wait_until(lambda: view_of(three.configs[1])[three.ids[2]] >= last, PATIENCE, "records flow")
+
+    # Its certificate comes from the authority that it knows by a record.
+    three.network.move(2, "10.77.0.77")
+    wait_until(lambda: three.links(1, 2) == ["10.77.0.77:7447"], PATIENCE, "its new address is known")
+    assert "10.77.0.77" in credentials.load(three.configs[2]).bound.addresses
+    three.restart(1)
+    wait_until(lambda: three.neighbours(1) == {2}, PATIENCE, "they are neighbours again")
 
 
 def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:

@@ -85,7 +85,7 @@ class TokenMade(Answer):
 
 
 class RevokeWish(_Wish):
-    """`authority` is the node that holds the fleet's authority, by default this one."""
+    """`authority` is a node that holds the fleet's authority, by default this one or the nearest."""
 
     key_id: str | None = None
     authority: str | None = None
@@ -219,14 +219,14 @@ async def revoke_token(owner: str, identifier: str, state: StateOf, caller: Know
 @router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's authority")
 async def revoke(node: str, wish: RevokeWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node)} | wish.model_dump(exclude_none=True, include={"key_id"})
-    authority = _node(state, wish.authority or state.node)
+    authority = _authority(state, wish.authority)
     return (await ask(state, caller, authority, "revoke", arguments, wait=wait)).as_response()
 
 
 @router.post("/nodes/{node}/retire", responses=_ANSWERS, summary="Remove a node from the fleet permanently")
 async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     arguments = {"node": _node(state, node), "reason": wish.reason}
-    authority = _node(state, wish.authority or state.node)
+    authority = _authority(state, wish.authority)
     return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
 
 
@@ -251,6 +251,17 @@ def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
     else:
         state.link.disconnect()
     return {"connected": not state.link.is_disconnected}
+
+
+def _authority(state: State, named: str | None) -> str:
+    """Returns a node with the fleet's authority: the named one, this one, or one that says so, neighbours first."""
+    if named:
+        return _node(state, named)
+    if os.path.exists(os.path.join(state.directory, "authority", "ca.key")):
+        return state.node
+    near = {state.node: 0, **dict.fromkeys(state.service.neighbours(), 1)}
+    holders = [node.owner for node in state.view().find("node") if node.body.get("authority")]
+    return min(holders, key=lambda node: near.get(node, 2), default=state.node)
 
 
 def _node(state: State, named: str) -> str:

@@ -42,7 +42,8 @@ class Body(BaseModel):
 class NodeBody(Body):
     """A node; the id of the record is the node's own. `api` is the address for administrators, if there is one.
 
-    `links` are the addresses, HOST:PORT, where other nodes connect.
+    `links` are the addresses, HOST:PORT, where other nodes connect, `authority` those where nodes join and renew, if
+    the node holds the fleet's authority.
     """
 
     name: Name
@@ -51,6 +52,7 @@ class NodeBody(Body):
     api: str | None = None
     addresses: list[str] = []
     links: list[str] = []
+    authority: list[str] = []
     started_ms: Milliseconds = 0
     schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
     retired: bool = False

@@ -187,7 +187,9 @@ def _retire(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("retired", metavar="NODE", help="its name, id, or the beginning of its id")
     parser.add_argument("--reason", default="", metavar="TEXT", help="why")
     parser.add_argument(
-        "--authority", metavar="NODE", help="the node that holds the fleet's authority (default: this one)"
+        "--authority",
+        metavar="NODE",
+        help="a node with the fleet's authority (default: this one, or the nearest)",
     )
     _asking(parser)
 

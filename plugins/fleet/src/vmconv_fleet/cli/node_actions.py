@@ -22,6 +22,7 @@ from vmconv_fleet.errors import FleetError
 def init_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.node.daemon import FOUNDED
     from vmconv_fleet.trust import credentials
+    from vmconv_fleet.trust.addresses import names_of
     from vmconv_fleet.trust.authority import Authority
     from vmconv_fleet.trust.identity import Keys, new_node_id
 
@@ -31,7 +32,7 @@ def init_node(options: argparse.Namespace) -> int:
     with _undone_on_failure(directory):
         authority, keys, node = Authority.found(directory, options.fleet), Keys.generate(), new_node_id()
         config = _config(options, directory, options.fleet, node, [])
-        credentials.install(directory, keys, authority.issue(keys.request(node, options.fleet, config.addresses)))
+        credentials.install(directory, keys, authority.issue(keys.request(node, options.fleet, names_of(config))))
         settings.save(config)
         with open(config.path(FOUNDED), "w", encoding="ascii"):
             pass
@@ -42,6 +43,7 @@ def init_node(options: argparse.Namespace) -> int:
 
 def join_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust import credentials, joining
+    from vmconv_fleet.trust.addresses import local_addresses
     from vmconv_fleet.trust.authority import Invitation
     from vmconv_fleet.trust.identity import Keys, new_node_id, write_private
 
@@ -49,9 +51,9 @@ def join_node(options: argparse.Namespace) -> int:
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
         keys, node = Keys.generate(), new_node_id()
-        addresses = _addresses(options)
+        names = _stated_addresses(options) or local_addresses()
         # The authority decides the fleet's name and puts it into the certificate.
-        granted = joining.join(invitation, keys.request(node, "joining", addresses))
+        granted = joining.join(invitation, keys.request(node, "joining", names))
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
         credentials.keep_members(directory, [granted.members])
@@ -139,6 +141,7 @@ def revoke_node(options: argparse.Namespace) -> int:
 
 
 def authority_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.daemon import running
     from vmconv_fleet.trust.authority import Authority
     from vmconv_fleet.trust.identity import MAX_PEM, write_private
 
@@ -152,13 +155,15 @@ def authority_node(options: argparse.Namespace) -> int:
         return 0
     with os_errors("reading the authority's key", FleetError), open(options.file, "rb") as file:
         Authority.of_key(config.directory, file.read(MAX_PEM)).adopt()
-    print(f"node {config.node} holds the authority of fleet {config.fleet}; it admits nodes after its next start")
+    if (process := running(config)) is not None:
+        os.kill(process, signal.SIGHUP)
+    print(f"node {config.node} holds the authority of fleet {config.fleet}")
     return 0
 
 
 def leave_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.node.daemon import running
-    from vmconv_fleet.trust import joining
+    from vmconv_fleet.trust import credentials, joining
 
     config = settings.load(_directory(options))
     if running(config) is not None:
@@ -169,7 +174,7 @@ def leave_node(options: argparse.Namespace) -> int:
             hint="copy it to another node first (vmconv node authority export), then --force",
         )
     if not options.force:
-        joining.first_that_answers(config.authorities, lambda address: joining.leave(config, address))
+        joining.first_that_answers(credentials.authorities_of(config), lambda address: joining.leave(config, address))
     with os_errors("deleting the node", FleetError):
         shutil.rmtree(config.directory)
     print(f"node {config.node} has left fleet {config.fleet}; its disks are unchanged")
@@ -209,11 +214,9 @@ def _undone_on_failure(directory: str) -> Iterator[None]:
         raise
 
 
-def _addresses(options: argparse.Namespace) -> list[str]:
-    from vmconv_fleet.trust.addresses import local_addresses
-
-    # For administrators on this machine.
-    return [*options.address, "127.0.0.1", "localhost"] if options.address else local_addresses()
+def _stated_addresses(options: argparse.Namespace) -> list[str]:
+    """Returns the given names and addresses, and loopback for administrators here; none if none are given."""
+    return list(dict.fromkeys([*options.address, "127.0.0.1", "localhost"])) if options.address else []
 
 
 def _config(
@@ -237,7 +240,7 @@ def _config(
         fleet=fleet,
         node=node,
         name=options.name or socket.gethostname(),
-        addresses=list(dict.fromkeys(_addresses(options))),
+        addresses=_stated_addresses(options),
         authorities=authorities,
         connect=connect,
         datastores=_named(options.datastores),

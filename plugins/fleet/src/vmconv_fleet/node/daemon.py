@@ -13,9 +13,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 from vmconv.plugin import VmconvError
+from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
@@ -26,11 +28,13 @@ from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
 from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
+from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.trust import credentials
+from vmconv_fleet.trust.addresses import announced
 from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import Ed25519Signer
 from vmconv_fleet.trust.renewal import Renewal
@@ -66,6 +70,8 @@ class Daemon:
         self.service = self._make_service(make_handlers(config.directory) if handlers is None else handlers)
         self.api = ApiSockets(config, self.service, self.link)
         self._heartbeat = HeartbeatWriter(self.service, self.link)
+        self._joining = False
+        self._started_ms = wall_ms()
 
     def start(self) -> None:
         """Returns once everything runs. After a failure `close` stops what was started."""
@@ -77,6 +83,7 @@ class Daemon:
             os.unlink(self.config.path(FOUNDED))
         parts.callback(self.api.close)
         self.api.start()
+        self._start_joining()
         self._say_who_it_is()
         for thread in self.link.threads:
             self.service.observe(thread)
@@ -84,7 +91,6 @@ class Daemon:
             self.service.observe(part.thread)
             parts.callback(part.close)
             part.start()
-        self._start_joining()
         self._start_work()
 
     def close(self) -> None:
@@ -92,12 +98,16 @@ class Daemon:
         self._parts.close()
 
     def renew(self) -> None:
-        """Reloads the node's keys and certificate, without a restart."""
+        """Reloads the node's keys, certificate, addresses and authority, without a restart."""
+        self.config = replace(self.config, addresses=settings.load(self.config.directory).addresses)
         found = self._credentials = credentials.load(self.config)
         self.trust.learn_certificate(found.certificate)
-        self.service.update(lambda _view: self._use(found)).result(PATIENCE_MS / 1000)
+        # The links first: a node without neighbours may have to wait for them until it can write.
         self.api.renew()
         self.link.renew()
+        self.service.update(lambda _view: self._use(found)).result(PATIENCE_MS / 1000)
+        self._start_joining()
+        self._say_who_it_is()
         _log.info("certificate renewed, valid until %s", found.bound.not_after)
 
     def _use(self, found: credentials.Credentials) -> list[Change]:
@@ -125,7 +135,9 @@ class Daemon:
 
     def _say_who_it_is(self) -> None:
         """Writes the node's record as soon as possible, and its certificate if that was renewed."""
-        certificate, node = _certificate_record(self._credentials), node_record(self.config, self.api.port)
+        authority = announced(self.config, self.config.join) if self._joining else []
+        certificate = _certificate_record(self._credentials)
+        node = node_record(self.config, self.api.port, authority, self._started_ms)
 
         def decide(view: ReplicaView) -> list[Change]:
             known = view.get(self.config.node, certificate.kind, certificate.id)
@@ -149,22 +161,26 @@ class Daemon:
         return probe(self.config, address).node
 
     def _renewal(self) -> Renewal:
-        return Renewal(self.config, lambda: self._credentials.renew_at, self.renew)
+        return Renewal(
+            lambda: self.config, lambda: self._credentials.renew_at, self._credentials.bound.addresses, self.renew
+        )
 
     def _start_joining(self) -> None:
-        """Serves joining nodes, if the authority is here."""
-        if not self.config.join or not os.path.exists(self.config.path(os.path.join("authority", "ca.key"))):
+        """Serves joining nodes, if the authority is here and not served yet."""
+        if self._joining or not self.config.join or not credentials.holds_authority(self.config):
             return
         from vmconv_fleet.trust.authority import Authority
         from vmconv_fleet.trust.joining import JoinService
         from vmconv_fleet.trust.membership import Members
 
-        members = Members(self.service, self.trust, self.link.members_changed)
+        seeds = lambda: [*self.config.connect, *self._dialler.endpoints()]  # noqa: E731
+        members = Members(self.service, self.trust, self.link.members_changed, seeds)
         joining = JoinService(self.config, Authority.load(self.config.directory), members)
         self.service.observe(joining.limiter)
         self.service.observe(joining.thread)
         self._parts.callback(joining.close)
         joining.start()
+        self._joining = True
 
     def _start_work(self) -> None:
         """Starts the scanner and the job runner."""
@@ -226,7 +242,7 @@ def _renew(daemon: Daemon) -> None:
     try:
         daemon.renew()
     except (VmconvError, TimeoutError) as exc:
-        _log.error("certificate and keys are unchanged: %s", exc)
+        _log.error("not all settings, certificates and keys are reloaded: %s", exc)
 
 
 class _Signals:

@@ -29,8 +29,8 @@ SETTLE = 0.2
 SCHEMA = 3
 
 
-def node_record(config: NodeConfig, api_port: int | None) -> Change:
-    """Returns the record of the node itself."""
+def node_record(config: NodeConfig, api_port: int | None, authority: list[str], started_ms: int) -> Change:
+    """Returns the record of the node itself; `authority` are the addresses of its service for joining, if it runs."""
     host = config.api.rpartition(":")[0]
     body: dict[str, Any] = {
         "name": config.name,
@@ -39,7 +39,8 @@ def node_record(config: NodeConfig, api_port: int | None) -> Change:
         "api": None if api_port is None else f"https://{host}:{api_port}",
         "addresses": names_of(config),
         "links": links_of(config),
-        "started_ms": wall_ms(),
+        "authority": authority,
+        "started_ms": started_ms,
         "schema_revision": SCHEMA,
     }
     return Change("node", config.node, {name: value for name, value in body.items() if value is not None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import random
@@ -10,7 +11,7 @@ import shutil
 import socket
 
 from vmconv_fleet import config as settings
-from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.config import NodeConfig, split_address
 from vmconv_fleet.node.daemon import FOUNDED
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import NODE_LIFETIME, Authority
@@ -51,10 +52,12 @@ class Lab:
         founded: bool = True,
         api: str = "",
         join: str = "",
+        moves: bool = False,
     ) -> NodeConfig:
         """Adds a node that listens at host:port and connects to `connect` (default: the first node).
 
         `founded`: the database is new because the node is; otherwise the node waits for a neighbour, as after a loss.
+        `moves`: it has the addresses of its machine at each time.
         """
         number = len(self.nodes)
         directory = os.path.join(self.directory, f"node{number}")
@@ -82,6 +85,8 @@ class Lab:
         certificate = self.authority.issue(request, lifetime=lifetime)
         credentials.keep_members(directory, self._certificates)
         credentials.install(directory, keys, certificate)
+        if moves:
+            config = dataclasses.replace(config, addresses=[], listen=[f"[::]:{split_address(config.listen[0])[1]}"])
         self._certificates.append(certificate)
         settings.save(config)
         if founded:

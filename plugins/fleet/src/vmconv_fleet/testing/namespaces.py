@@ -67,6 +67,12 @@ class Network:
             for number in members:
                 _ip("-n", self._hub, "link", "set", f"c{number}", "master", f"part{part}")
 
+    def move(self, number: int, address: str) -> None:
+        """Gives this machine another address instead of its present one."""
+        name = f"{self._stem}n{number}"
+        _ip("-n", name, "-4", "addr", "flush", "dev", "eth0")
+        _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+
     def heal(self) -> None:
         self.partition(range(self.size))
 

@@ -45,7 +45,9 @@ def announced(config: NodeConfig, port_of: str) -> list[str]:
     if host not in ("::", "0.0.0.0"):
         return [join_address(host, port)]
     names = [name for name in names_of(config) if not is_loopback(name)]
-    names.sort(key=lambda name: not _is_address(name))
+    addresses = [name for name in names if _is_address(name)]
+    # The name of this machine may be unknown elsewhere, or that of another one.
+    names = addresses if addresses and not config.addresses else sorted(names, key=lambda name: name not in addresses)
     return [join_address(name, port) for name in names[:MAX_ANNOUNCED]]
 
 

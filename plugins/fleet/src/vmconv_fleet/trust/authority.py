@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vmconv_fleet.config import NodeConfig, join_address, split_address
+from vmconv_fleet.trust.addresses import announced
 from vmconv_fleet.trust.identity import (
     MAX_PEM,
     SIGNING_NAME,
@@ -207,9 +208,9 @@ class Authority:
         """Returns an invitation for one node, which reaches the authority at `host`."""
         if not config.join:
             raise AuthorityError(f"{config.directory}: nodes cannot join here", hint="set join in node.toml")
-        host = host or next((one for one in config.addresses if not _is_loopback(one)), "127.0.0.1")
         port = split_address(config.join)[1]
-        return Invitation(join_address(host, port), config.node, self.fingerprint, self.make_token(lifetime))
+        reached = [join_address(host, port)] if host else [*announced(config, config.join), f"127.0.0.1:{port}"]
+        return Invitation(reached[0], config.node, self.fingerprint, self.make_token(lifetime))
 
     def redeem(self, token: str, *, now: float | None = None) -> None:
         """Uses up a token. Raises AuthorityError if it is unknown, used, or expired."""
@@ -232,10 +233,6 @@ class Authority:
                     tokens = json.load(file)
             yield tokens
             write_private(path, json.dumps(tokens).encode())
-
-
-def _is_loopback(address: str) -> bool:
-    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def _now_ms() -> int:

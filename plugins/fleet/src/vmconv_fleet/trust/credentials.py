@@ -10,13 +10,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 import secrets
 import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from cryptography import x509
+
 from vmconv.plugin import os_errors
 from vmconv_fleet.config import NodeConfig
+from vmconv_fleet.trust.addresses import dialable, names_of
 from vmconv_fleet.trust.authority import Authority
 from vmconv_fleet.trust.identity import (
     MAX_MEMBERS,
@@ -32,6 +36,8 @@ from vmconv_fleet.trust.identity import (
 
 RENEW_AT = 2 / 3
 """The part of its lifetime after which a certificate is renewed."""
+MAX_ASKED = 16
+"""The number of addresses of authorities in records that are asked."""
 
 
 class Credentials(NamedTuple):
@@ -47,6 +53,13 @@ def load(config: NodeConfig) -> Credentials:
     """Returns the credentials. Raises IdentityError if they are missing, damaged, or of another node or fleet."""
     keys = Keys.load(config.path("identity"))
     certificate = _read(config.credential("node.pem"))
+    parsed, bound = _check(config, keys, certificate)
+    begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
+    return Credentials(keys, certificate, bound, begin + (end - begin) * RENEW_AT)
+
+
+def _check(config: NodeConfig, keys: Keys, certificate: bytes) -> tuple[x509.Certificate, Binding]:
+    """Returns the certificate and its content. Raises IdentityError unless it is for these keys of this node."""
     parsed = read_certificate(certificate)
     bound = binding(parsed, read_authorities(_read(config.path("ca.pem"))))
     if bound.node != config.node or bound.fleet != config.fleet:
@@ -58,8 +71,7 @@ def load(config: NodeConfig) -> Credentials:
         raise IdentityError(f"{config.directory}: the certificate does not match the signing key")
     if parsed.public_key() != keys.tls.public_key():
         raise IdentityError(f"{config.directory}: the certificate does not match the TLS key")
-    begin, end = parsed.not_valid_before_utc, parsed.not_valid_after_utc
-    return Credentials(keys, certificate, bound, begin + (end - begin) * RENEW_AT)
+    return parsed, bound
 
 
 def install(directory: str, keys: Keys, certificate: bytes) -> None:
@@ -100,18 +112,39 @@ def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:
     `new_keys`: for new keys. Earlier signatures stay valid.
     """
     keys = Keys.generate() if new_keys else Keys.load(config.path("identity"))
-    request = keys.request(config.node, config.fleet, config.addresses)
-    if os.path.exists(config.path(os.path.join("authority", "ca.key"))):
+    request = keys.request(config.node, config.fleet, names_of(config))
+    if holds_authority(config):
         certificate = Authority.load(config.directory).issue(request, node=config.node)
     else:
         # Its modules take memory and are needed once in months.
-        from vmconv_fleet.trust.joining import Granted, first_that_answers, renew
+        from vmconv_fleet.trust.joining import first_that_answers, renew
 
-        granted: Granted = first_that_answers(config.authorities, lambda address: renew(config, address, request))
-        certificate = granted.certificate
-        write_private(config.path("ca.pem"), granted.authorities)
+        def ask(address: str) -> bytes:
+            # Any member may pretend to hold the authority: its answer must be the authority's, for this node's keys.
+            granted: bytes = renew(config, address, request).certificate
+            _check(config, keys, granted)
+            return granted
+
+        certificate = first_that_answers(authorities_of(config), ask)
     install(config.directory, keys, certificate)
     return load(config)
+
+
+def holds_authority(config: NodeConfig) -> bool:
+    return os.path.exists(config.path(os.path.join("authority", "ca.key")))
+
+
+def authorities_of(config: NodeConfig) -> list[str]:
+    """Returns where authorities may be reached: from the settings and from the records of the nodes that hold it."""
+    found = []
+    if os.path.exists(config.database):
+        from vmconv_fleet.replication.database import open_reader
+        from vmconv_fleet.replication.store import Reader
+
+        with contextlib.closing(Reader(open_reader(config.database))) as reader:
+            found = [dialable(record.body.get("authority"), here=True) for record in reader.find("node")]
+    known = [address for one in found for address in one]
+    return [*config.authorities, *random.sample(known, min(len(known), MAX_ASKED))]
 
 
 def _read(path: str) -> bytes:

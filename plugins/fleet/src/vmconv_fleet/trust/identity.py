@@ -70,6 +70,7 @@ class Binding(NamedTuple):
     key: Ed25519PublicKey
     serial: int
     not_after: datetime.datetime
+    addresses: frozenset[str]
 
 
 def read_certificate(pem: bytes) -> x509.Certificate:
@@ -111,7 +112,17 @@ def binding(certificate: x509.Certificate, authorities: list[x509.Certificate]) 
     if not is_node_id(node):
         raise IdentityError(f"certificate of {node!r}, which is not a node id")
     key = _signing_key(certificate.extensions)
-    return Binding(node, fleet, key_id_of(key), key, certificate.serial_number, certificate.not_valid_after_utc)
+    end = certificate.not_valid_after_utc
+    return Binding(node, fleet, key_id_of(key), key, certificate.serial_number, end, _addresses(certificate.extensions))
+
+
+def request_binding(pem: bytes) -> tuple[object, Ed25519PublicKey]:
+    """Returns the TLS key and the signing key of a certificate request, unverified."""
+    try:
+        request = x509.load_pem_x509_csr(pem[:MAX_PEM])
+        return request.public_key(), _signing_key(request.extensions)
+    except ValueError as exc:
+        raise IdentityError(f"no certificate request: {exc}") from exc
 
 
 def _signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
@@ -127,6 +138,13 @@ def _only(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
     if len(found) != 1 or not isinstance(found[0].value, str):
         raise IdentityError(f"certificate with {len(found)} of {oid._name} in its subject, exactly 1 is allowed")
     return found[0].value
+
+
+def _addresses(extensions: x509.Extensions) -> frozenset[str]:
+    """Returns the names and addresses among the alternative names."""
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    addresses = map(str, names.get_values_for_type(x509.IPAddress))
+    return frozenset([*addresses, *names.get_values_for_type(x509.DNSName)])
 
 
 def _signing_key(extensions: x509.Extensions) -> Ed25519PublicKey:

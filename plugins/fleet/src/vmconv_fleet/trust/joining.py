@@ -4,7 +4,8 @@ The service answers three requests, each a POST of JSON, and returns the authori
 authentication (GET /ca):
 
  /join    with a token of an invitation: a certificate for an unused node id, and those of the members
- /renew   with the node's certificate: a new one for the same node id, for the same or new keys
+ /renew   with the node's certificate: a new one for the same node id, for the same or new keys. A certificate that
+          expired comes in the body: the new one is for the same keys, with which the request is signed
  /leave   with the node's certificate: the revocation of this node
 
 A joining node accepts the server's certificate only if the authority has the fingerprint of the invitation and the
@@ -14,6 +15,7 @@ server is the node that the invitation names. Then it sends the token.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.client
 import json
 import logging
@@ -25,6 +27,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
 
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from vmconv.plugin import VmconvError
@@ -33,18 +36,34 @@ from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import Limiter, Limits, connection_of
 from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint
-from vmconv_fleet.trust.identity import MAX_MEMBERS, IdentityError, binding, read_authorities, read_certificate
+from vmconv_fleet.trust.identity import (
+    MAX_MEMBERS,
+    MAX_PEM,
+    Binding,
+    IdentityError,
+    binding,
+    read_authorities,
+    read_certificate,
+    request_binding,
+)
 from vmconv_fleet.trust.peers import common_name
 
 LIMIT = 64 << 10
 MAX_ANSWER = 2 * MAX_MEMBERS
 TIMEOUT = 10.0
 JOIN_LIMITS = Limits(64, 32, 30.0)
+MAX_SEEDS = 8
+RETURN_WITHIN = datetime.timedelta(days=180)
+"""The time after its end within which a certificate renews itself: for a machine that was off."""
 _log = logging.getLogger("vmconv_fleet.joining")
 
 
 class JoinError(FleetError):
     """The joining service is unreachable, is not that of the invitation, or refuses."""
+
+
+class UnreachableError(JoinError):
+    """No authority answers at an address."""
 
 
 class Membership(Protocol):
@@ -53,8 +72,11 @@ class Membership(Protocol):
     def is_known(self, node: str) -> bool:
         """Returns whether a node has, or ever had, this id."""
 
-    def is_revoked(self, node: str) -> bool:
-        """Returns whether the node was revoked."""
+    def is_revoked(self, node: str, key_id: str) -> bool:
+        """Returns whether the node, or this key of it, was revoked."""
+
+    def seeds(self) -> list[str]:
+        """Returns addresses of links of members."""
 
     def certificates(self) -> list[bytes]:
         """Returns a certificate of each member."""
@@ -110,26 +132,46 @@ class JoinService:
         self.thread.join(TIMEOUT)
         self.limiter.close()
 
-    def answer(self, path: str, asked: dict[str, Any], caller: str | None) -> dict[str, Any]:
-        """Returns the answer to a question; `caller` is the node in the client's certificate, if any."""
+    def answer(self, path: str, asked: dict[str, Any], caller: bytes | None) -> dict[str, Any]:
+        """Returns the answer to a question; `caller` is the client's verified certificate (DER), if any."""
         match path:
             case "/join":
                 return self._join(str(asked.get("request")).encode(), str(asked.get("token")))
             case "/renew":
-                node = self._member(caller)
-                return self._certified(self.authority.issue(str(asked.get("request")).encode(), node=node))
+                request, expired = str(asked.get("request")).encode(), asked.get("certificate")
+                bound = self._member(caller) if caller or not expired else self._returning(str(expired), request)
+                return self._certified(self.authority.issue(request, node=bound.node))
             case "/leave":
-                self.membership.revoke(self._member(caller))
+                self.membership.revoke(self._member(caller).node)
                 return {}
             case _:
                 raise AuthorityError(f"nothing at {path}")
 
-    def _member(self, caller: str | None) -> str:
+    def _member(self, caller: bytes | None) -> Binding:
         if caller is None:
             raise AuthorityError("only for nodes with a client certificate")
-        if self.membership.is_revoked(caller):
-            raise AuthorityError(f"node {caller} was revoked")
-        return caller
+        return self._unrevoked(x509.load_der_x509_certificate(caller))
+
+    def _returning(self, pem: str, request: bytes) -> Binding:
+        """Returns the member whose certificate has expired: its request proves that it holds the keys."""
+        certificate = read_certificate(pem.encode())
+        bound = self._unrevoked(certificate)
+        since = datetime.datetime.now(datetime.UTC) - bound.not_after
+        if since > RETURN_WITHIN:
+            raise AuthorityError(
+                f"the certificate of node {bound.node} expired {since.days} days ago, "
+                f"at most {RETURN_WITHIN.days} are allowed",
+                hint="retire the node, and let the machine join as a new one",
+            )
+        if request_binding(request) != (certificate.public_key(), bound.key):
+            raise AuthorityError("a node with an expired certificate gets a new one only for the same keys")
+        return bound
+
+    def _unrevoked(self, certificate: x509.Certificate) -> Binding:
+        bound = binding(certificate, [self.authority.certificate])
+        if self.membership.is_revoked(bound.node, bound.key_id):
+            raise AuthorityError(f"node {bound.node} was revoked")
+        return bound
 
     def _join(self, request: bytes, token: str) -> dict[str, Any]:
         # The request is checked first, so that a refused one does not use up the token.
@@ -151,7 +193,7 @@ class JoinService:
             "authorities": authorities,
             "fleet": self.config.fleet,
             "link_port": split_address(self.config.listen[0])[1] if self.config.listen else LINK_PORT,
-            "seeds": self.config.connect[:3],
+            "seeds": self.membership.seeds()[:MAX_SEEDS],
         }
 
 
@@ -232,9 +274,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as exc:
             self._answer(400, {"error": f"the body is not JSON: {exc}", "hint": None})
 
-    def _caller(self) -> str | None:
+    def _caller(self) -> bytes | None:
         assert isinstance(self.connection, ssl.SSLSocket)
-        return common_name(self.connection)
+        return self.connection.getpeercert(binary_form=True)
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
         self._send(status, json.dumps(body).encode())
@@ -281,7 +323,7 @@ def join(invitation: Invitation, request: bytes) -> Granted:
             raise JoinError(f"{invitation.address}: is node {name}, the invitation names {invitation.node}")
         found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token})
     link = join_address(host, int(found["link_port"]))
-    seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))
+    seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))[: MAX_SEEDS + 1]
     return Granted(
         found["certificate"].encode(),
         found["authorities"].encode(),
@@ -292,9 +334,14 @@ def join(invitation: Invitation, request: bytes) -> Granted:
 
 
 def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
-    """Requests a new certificate with the present one."""
-    with _connected(address, _member_context(config)) as connection:
-        found = _post(connection, "/renew", {"request": request.decode()})
+    """Requests a new certificate with the present one, which may have expired."""
+    with open(config.credential("node.pem"), "rb") as file:
+        pem = file.read(MAX_PEM)
+    asked, present = {"request": request.decode()}, read_certificate(pem)
+    if present.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+        asked["certificate"] = pem.decode()
+    with _connected(address, _member_context(config, shows="certificate" not in asked)) as connection:
+        found = _post(connection, "/renew", asked)
     return Granted(found["certificate"].encode(), found["authorities"].encode(), str(found["fleet"]), [])
 
 
@@ -332,10 +379,12 @@ def _client_context(authorities: str) -> ssl.SSLContext:
     return context
 
 
-def _member_context(config: NodeConfig) -> ssl.SSLContext:
+def _member_context(config: NodeConfig, *, shows: bool = True) -> ssl.SSLContext:
+    """Returns the TLS context of a member, which `shows` its certificate unless that has expired."""
     with open(config.path("ca.pem"), encoding="ascii") as file:
         context = _client_context(file.read(LIMIT))
-    context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
+    if shows:
+        context.load_cert_chain(config.credential("node.pem"), config.credential("tls.key"))
     return context
 
 
@@ -349,7 +398,7 @@ def _connected(address: str, context: ssl.SSLContext) -> Iterator[http.client.HT
         yield connection
     except (OSError, http.client.HTTPException) as exc:
         reason = getattr(exc, "verify_message", None) or getattr(exc, "strerror", None) or exc
-        raise JoinError(f"{address}: cannot ask the authority: {reason}") from exc
+        raise UnreachableError(f"{address}: cannot ask the authority: {reason}") from exc
     finally:
         connection.close()
 
@@ -367,11 +416,12 @@ def _post(connection: http.client.HTTPSConnection, path: str, body: dict[str, An
 
 
 def first_that_answers(addresses: list[str], ask: Callable[[str], Any]) -> Any:
-    """Returns the answer of the first reachable authority; raises the last error if none is reachable."""
-    last = JoinError("no authority is known", hint="set authorities in node.toml")
+    """Returns the first good answer of an authority. Raises a refusal if there was one, or else the last error."""
+    failed: FleetError = UnreachableError("no authority is known", hint="set authorities in node.toml")
     for address in addresses:
         try:
             return ask(address)
-        except JoinError as exc:
-            last = exc
-    raise last
+        except FleetError as exc:
+            if isinstance(failed, UnreachableError):
+                failed = exc
+    raise failed

@@ -18,18 +18,31 @@ DURABLE_WITHIN = 8.0
 
 
 class Members:
-    """Implements `joining.Membership` with the node's own records; writes the certificates of joining nodes."""
+    """Implements `joining.Membership` with the node's own records; writes the certificates of joining nodes.
 
-    def __init__(self, service: NodeService, trust: CertificateTrust, changed: Callable[[], None]) -> None:
+    `seeds` returns addresses where this node has met members.
+    """
+
+    def __init__(
+        self,
+        service: NodeService,
+        trust: CertificateTrust,
+        changed: Callable[[], None],
+        seeds: Callable[[], list[str]],
+    ) -> None:
         self._service = service
         self._trust = trust
         self._changed = changed
+        self._seeds = seeds
 
     def is_known(self, node: str) -> bool:
         return node in self._service.view().positions() or self._trust.is_certified(node)
 
-    def is_revoked(self, node: str) -> bool:
-        return self._trust.is_revoked(node)
+    def is_revoked(self, node: str, key_id: str) -> bool:
+        return self._trust.is_revoked(node, key_id)
+
+    def seeds(self) -> list[str]:
+        return self._seeds()
 
     def certificates(self) -> list[bytes]:
         members, newest = set(self._trust.members()), dict[str, tuple[datetime.datetime, bytes]]()

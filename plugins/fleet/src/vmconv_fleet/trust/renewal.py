@@ -1,4 +1,4 @@
-"""Renews the node's certificate after two thirds of its lifetime; repeats until it has a new one."""
+"""Renews the node's certificate: after two thirds of its lifetime, and when the machine's addresses have changed."""
 
 from __future__ import annotations
 
@@ -6,23 +6,38 @@ import datetime
 import logging
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.supervision import Supervised
+from vmconv_fleet.trust.addresses import names_of
 from vmconv_fleet.trust.credentials import request_new
 
-LOOK_EVERY = 600.0
+LOOK_EVERY = 10.0
+AGAIN_AFTER, AGAIN_BEFORE = 5.0, 600.0
+"""Seconds between attempts: the first, and the longest after failures."""
 _log = logging.getLogger("vmconv_fleet.renewal")
 
 
 class Renewal:
-    """Checks periodically on a thread of its own; calls `renewed` after a renewal."""
+    """Checks periodically on a thread of its own; calls `renewed` after a renewal.
 
-    def __init__(self, config: NodeConfig, due: Callable[[], datetime.datetime], renewed: Callable[[], None]) -> None:
+    `config` returns the present settings. `certified` are the names and addresses that the authority was last asked
+    for: those that it does not allow are missing in the certificate, and not asked for again.
+    """
+
+    def __init__(
+        self,
+        config: Callable[[], NodeConfig],
+        due: Callable[[], datetime.datetime],
+        certified: Iterable[str],
+        renewed: Callable[[], None],
+    ) -> None:
         self._config = config
         self._due = due
+        self._certified = {*certified}
         self._renewed = renewed
         self._ended = threading.Event()
         self.thread = Supervised("renewal", self._run, self._ended)
@@ -35,17 +50,27 @@ class Renewal:
         self.thread.join(15)
 
     def _run(self, works: Callable[[], None]) -> None:
+        pause, asked = AGAIN_AFTER, 0.0
         # At random, because nodes that were made together would always ask together.
-        while not self._ended.wait(self._wait()):
+        while not self._ended.wait(min(LOOK_EVERY, pause) * random.uniform(1.0, 1.2)):
             works()
-            if datetime.datetime.now(datetime.UTC) < self._due():
+            if time.monotonic() < asked + pause or not self.is_due():
                 continue
-            try:
-                request_new(self._config)
-                self._renewed()
-            except (VmconvError, TimeoutError) as exc:
-                _log.warning("the certificate could not be renewed: %s", exc)
+            asked = time.monotonic()
+            pause = AGAIN_AFTER if self.renew() else min(2 * pause, AGAIN_BEFORE)
 
-    def _wait(self) -> float:
-        left = (self._due() - datetime.datetime.now(datetime.UTC)).total_seconds()
-        return min(LOOK_EVERY, max(left, 5.0)) * random.uniform(1.0, 1.2)
+    def is_due(self) -> bool:
+        return datetime.datetime.now(datetime.UTC) >= self._due() or {*names_of(self._config())} != self._certified
+
+    def renew(self) -> bool:
+        """Returns whether the node has a new certificate."""
+        config = self._config()
+        try:
+            names = {*names_of(config)}
+            request_new(config)
+            self._certified = names
+            self._renewed()
+        except (VmconvError, TimeoutError) as exc:
+            _log.warning("the certificate could not be renewed: %s", exc)
+            return False
+        return True
