@@ -78,6 +78,40 @@ def _exports() -> list[bytes]:
     return [export({"Ref:12": b"x" * 3000}), export({"Ref:12": b"x" * 3000}, HVM_boot_policy="")]
 
 
+def _configurations() -> list[bytes]:
+    from support.hyperv_machines import FIRST_GENERATION, SECOND_GENERATION
+    from support.hyperv_storage import storage
+
+    return [storage({"configuration": tree}) for tree in (FIRST_GENERATION, SECOND_GENERATION)]
+
+
+def _objects() -> list[bytes]:
+    import yaml
+
+    from support.machine_documents import KUBEVIRT
+
+    volume = "---\nkind: DataVolume\nmetadata: {name: x}\nspec: {source: {http: {url: u}}, storage: {}}\n"
+    return [f"{KUBEVIRT}{volume}".encode(), yaml.safe_dump(yaml.safe_load(KUBEVIRT)).encode()]
+
+
+class HypervTarget(Target):
+    """Key tables of a configuration of Hyper-V in a sound container, with checksums that are right."""
+
+    def __init__(self) -> None:
+        self._inner = MachineTarget("hyperv")
+
+    def seeds(self) -> list[bytes]:
+        from support.hyperv_storage import TABLES
+
+        return [seed[TABLES:].rstrip(b"\0") for seed in self._inner.seeds()]
+
+    def run(self, data: bytes) -> None:
+        from support.hyperv_storage import TABLES, resealed
+
+        frame = self._inner.seeds()[0]
+        self._inner.run(resealed((frame[:TABLES] + data).ljust(len(frame), b"\0")))
+
+
 class VmaTarget(Target):
     """Backups of Proxmox whose checksums are right, whatever their fields are."""
 
@@ -113,8 +147,9 @@ class MachineTarget(Target):
         from vmconv.machine import Machine, Memory
 
         small = Machine(name="x", memory=Memory(size=64 * _MIB))
-        if self._format.name in ("vma", "xva"):
-            return _backups() if self._format.name == "vma" else _exports()
+        own = {"vma": _backups, "xva": _exports, "hyperv": _configurations, "kubevirt": _objects}
+        if self._format.name in own:
+            return own[self._format.name]()
         if not self._format.can_write or not self._reads_own():
             return [b"\0" * 64, b"<?xml version='1.0'?><x/>"]
         return [written(self._format, machine) for machine in (sample(), small)]

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import vmconv
+from support.hyperv_machines import ETHERNET, NIC
+from support.hyperv_storage import storage
 from vmconv.errors import PlanError
 from vmconv.machine import Machine
 from vmconv.machine.secrets import without_secrets
@@ -78,7 +80,25 @@ OVF = """<?xml version="1.0"?><Envelope xmlns="http://schemas.dmtf.org/ovf/envel
 </VirtualSystem></Envelope>"""
 
 _SPEC = "spec.template.spec"
-SOURCES = {
+HYPERV = {
+    "configuration": {
+        "properties": {"name": "a", "subtype": 1, "AdminPassword": "hunter2"},
+        "settings": {
+            "memory": {"bank": {"size": 512}},
+            "processors": {"count": 1},
+            "security": {"KeyProtectorSecret": "hunter2", "private_key": "hunter2"},
+        },
+        "manifest": {"vdev001": {"device": ETHERNET, "instance": NIC, "name": "Synthetic Ethernet Port"}},
+        f"_{NIC.lower()}_": {"Connection": {"AltSwitchName": "kept-name", "AuthTokenKey": "hunter2"}},
+    }
+}
+
+SOURCES: dict[str, tuple[str, str | bytes, list[str]]] = {
+    "hyperv": (
+        "a.vmcx",
+        storage(HYPERV),
+        ["properties/AdminPassword", "settings/security/KeyProtectorSecret", "settings/security/private_key"],
+    ),
     "vmx": ("a.vmx", VMX, ["RemoteDisplay.vnc.key", "RemoteDisplay.vnc.password", "dataFileKey"]),
     "libvirt": ("a.xml", LIBVIRT, ["devices.graphics", "devices.graphics.1", "launchSecurity"]),
     "proxmox": ("a.conf", PROXMOX, ["cipassword", "sshkeys"]),
@@ -101,7 +121,7 @@ PAIRS = [
 def test_no_secret_reaches_a_new_machine(source: str, target: str, tmp_path: Path) -> None:
     name, text, lost = SOURCES[source]
     config = tmp_path / name
-    config.write_text(text)
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = vmconv.machine_convert(config, tmp_path / "new", source_format=source, target_format=target)
     for path in (tmp_path / "new").rglob("*"):
         assert path.is_dir() or b"hunter2" not in path.read_bytes(), path

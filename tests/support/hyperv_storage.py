@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PAGE = 4096
+TABLES = 4 * PAGE
+"""Where key tables begin."""
 INLINE = 2048
 """Values from this size on lie in file objects."""
 
@@ -52,6 +54,20 @@ def storage(tree: Mapping[str, Any], *, sequences: tuple[int, int] = (5, 4), cha
     log = sealed(struct.pack("<IIIBI", 0x01110003, 0, changes, 0, 145).ljust(34, b"\0"), 4)
     start = b"".join(header(sequence).ljust(PAGE, b"\0") for sequence in sequences)
     return b"".join([start, table.ljust(PAGE, b"\0"), log.ljust(PAGE, b"\0"), *tables, *maker.blobs])
+
+
+def resealed(data: bytes) -> bytes:
+    """Returns a storage with the checksums of its keys made right, as far as its keys can be followed."""
+    for start in range(TABLES, len(data), PAGE):
+        at = start + 10
+        while at + 21 < start + PAGE:
+            size = int.from_bytes(data[at + 2 : at + 6], "little")
+            if not 21 <= size <= start + PAGE - at:
+                break
+            if data[at] != 1:
+                data = data[:at] + sealed(data[at : at + size], 12) + data[at + size :]
+            at += size
+    return data
 
 
 def header(sequence: int, version: int = 0x400) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -12,7 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from support.hyperv_storage import PAGE, Twice, Unsigned, header, sealed, storage
+from support.hyperv_machines import (
+    BIOS,
+    FIRST_GENERATION,
+    NIC,
+    SECOND_GENERATION,
+)
+from support.hyperv_storage import PAGE, Twice, header, resealed, sealed, storage
 from support.powershell import Command, Name, statements, verbatim
 from support.requirements import CORPUS, missing, oracle_module
 from vmconv.errors import ImageError, PlanError, VmconvError
@@ -38,101 +45,6 @@ from vmconv.testing import MachineTests, image_file, machines
 from vmconv.testing.malformed import memory_limit, time_limit
 from vmconv_hyperv import HyperV
 from vmconv_hyperv.cmdlets import CMDLETS, command, quote
-
-BIOS = "ac6b8dc1-3257-4a70-b1b2-a9c9215659ad"
-IDE = "83f8638b-8dca-4152-9eda-2ca8b33039b4"
-SCSI = "d422512d-2bf2-4752-809d-7b82b5fcb1b4"
-ETHERNET = "2fc216b0-d2e2-4967-9b6d-b8a5c9ca2778"
-TPM = "736e6aa9-a3f8-49c0-9550-a963214d259a"
-SERIAL = "8e3a359f-559a-4b6a-98a9-1690a6100ed7"
-FLOPPY = "8f0d2762-0b00-4e04-af4f-19010527cb93"
-LEGACY = "11111111-0000-0000-0000-000000000001"
-FIRST, SECOND, NIC = (f"{digit * 8}-0000-0000-0000-000000000000" for digit in "ABC")
-
-
-def manifest(*devices: tuple[str, str, str]) -> dict[str, Any]:
-    """Returns a manifest of devices: type, instance, name."""
-    entries = {
-        f"vdev{number:03}": {"device": kind, "flags": 1, "instance": instance.upper(), "name": name}
-        for number, (kind, instance, name) in enumerate(devices, start=1)
-    }
-    return {"size": len(devices), "version": 260} | entries
-
-
-def drive(kind: str, path: str = "") -> dict[str, Any]:
-    return {"type": kind, "pathname": path, "iops_limit": 0, "weight": 100}
-
-
-SECOND_GENERATION: dict[str, Any] = {
-    "properties": {
-        "name": "web & <co>",
-        "notes": "first\nsecond",
-        "subtype": 1,
-        "global_id": "0AA394FA-7C4A-4070-BA32-773D43B28A68",
-        "version": 2304,
-    },
-    "settings": {
-        "memory": {"bank": {"size": 2048, "dynamic_memory_enabled": True, "reservation": 512, "limit": 4096}},
-        "processors": {"count": Unsigned(4)},
-    },
-    "manifest": manifest(
-        (SCSI, FIRST, "Synthetic SCSI Controller"),
-        (ETHERNET, NIC, "Synthetic Ethernet Port"),
-        (SCSI, SECOND, "Synthetic SCSI Controller"),
-        (TPM, TPM, "Microsoft Virtual TPM Device"),
-    ),
-    f"_{FIRST.lower()}_": {
-        "VDEVVersion": 512,
-        "controller0": {
-            "drive0": drive("VHD", r"C:\VMs\web\web.vhdx"),
-            "drive1": drive("ISO", r"C:\iso\debian.iso"),
-            "drive2": drive("NONE"),
-            "drive63": drive("VHD", r"\\server\share\data.vhdx"),
-        },
-    },
-    f"_{SECOND.lower()}_": {"controller0": {"drive5": drive("VHD", r"\\.\PHYSICALDRIVE2")}},
-    f"_{NIC.lower()}_": {
-        "MacAddress": "00-15-5D-01-07-DC",
-        "MacAddressIsStatic": True,
-        "IsConnected": True,
-        "Connection": {"AltSwitchName": "Virtual External Switch"},
-    },
-    f"_{BIOS}_": {
-        "bios_guid": "{7FFEE066-9755-4950-9A16-4C94AC67AD00}",
-        "bios_serial_number": "1981-9952-3234-1295-3674-7651-98",
-        "base_board": {"serial_number": "board"},
-        "chassis": {"serial_number": "chassis", "asset_tag": "tag"},
-        "secure_boot_enabled": True,
-    },
-    "global_settings": {
-        "devices": {"generation_id": "805a287a250989e4fe6f6992be334a43"},
-        "guest": {"file": r"C:\VMs\web\0AA394FA.vmgs"},
-    },
-}
-
-FIRST_GENERATION: dict[str, Any] = {
-    "properties": {"name": "old", "subtype": 0},
-    "settings": {"memory": {"bank": {"size": 512}}, "processors": {"count": 1}},
-    "manifest": manifest(
-        (IDE, IDE, "Microsoft Emulated IDE Controller"),
-        (SERIAL, SERIAL, "Microsoft Emulated Serial Controller"),
-        (FLOPPY, FLOPPY, "Microsoft Emulated Floppy Controller"),
-        (LEGACY, LEGACY, "Emulated Ethernet Port"),
-        (SCSI, FIRST, "Synthetic SCSI Controller"),
-    ),
-    f"_{IDE}_": {
-        "controller0": {"drive0": drive("VHD", r"D:\old.vhd"), "drive1": drive("NONE")},
-        "controller1": {"drive0": drive("ISO"), "drive1": drive("NONE")},
-    },
-    f"_{SERIAL}_": {"port0": {"connection": r"\\.\pipe\com1"}, "port1": {"connection": ""}},
-    f"_{FLOPPY}_": {"controller0": {"drive0": drive("VFD", r"D:\boot.vfd")}},
-    f"_{LEGACY}_": {"MacAddress": "00-00-00-00-00-00", "MacAddressIsStatic": False, "IsConnected": False},
-    f"_{FIRST.lower()}_": {"VDEVVersion": 512},
-    f"_{BIOS}_": {
-        "boot": {"device0": "Optical", "device1": "HardDrive", "device2": "Network", "device3": "Floppy"},
-        "secure_boot_enabled": False,
-    },
-}
 
 
 class NoFiles(Opener):
@@ -200,7 +112,17 @@ def test_a_second_generation_machine_is_read() -> None:
                     connected=True,
                 )
             ],
-            "extra": {"hyperv": {"memory.minimum": "512", "memory.maximum": "4096"}},
+            "extra": {
+                "hyperv": {
+                    "memory.minimum": "512",
+                    "memory.maximum": "4096",
+                    "Synthetic SCSI Controller/controller0/drive0/weight": "100",
+                    "Synthetic SCSI Controller/controller0/drive1/weight": "100",
+                    "Synthetic SCSI Controller/controller0/drive2/weight": "100",
+                    "Synthetic SCSI Controller/controller0/drive63/weight": "100",
+                    "Synthetic SCSI Controller 2/controller0/drive5/weight": "100",
+                }
+            },
         }
     )
 
@@ -220,7 +142,44 @@ def test_a_first_generation_machine_is_read() -> None:
     )
     assert found.nics == (Nic(model="hyperv-legacy", connected=False),)
     assert found.serials == (Serial(index=0, kind="pipe", target=r"\\.\pipe\com1"),)
-    assert (found.tpm, found.extra) == (None, {})
+    assert found.tpm is None
+    assert {key.rpartition("/")[2] for key in found.extra["hyperv"]} == {"weight"}
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}/")
+        else:
+            yield f"{path}{name}", value
+
+
+PLACES = sorted({path.rpartition("/")[0] for path, _ in _leaves(SECOND_GENERATION) if "manifest" not in path})
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", ["x", 7, True, 1.5, b"bytes"], ids=lambda value: type(value).__name__)
+def test_an_unknown_setting_is_named(place: str, value: Any) -> None:
+    whole = read(configuration(SECOND_GENERATION)).extra["hyperv"]
+    found = read(configuration(changed(f"{place}/unknown", value))).extra["hyperv"]
+    ((key, shown),) = found.items() - whole.items()
+    assert key.endswith("/unknown")
+    assert shown == {str: "x", int: "7", bool: "true", float: "8 bytes", bytes: "5 bytes"}[type(value)]
+
+
+def test_each_setting_has_an_effect() -> None:
+    whole = read(configuration(SECOND_GENERATION))
+    silent = set()
+    for path, value in _leaves(SECOND_GENERATION):
+        other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else f"{value}7"
+        try:
+            found = read(configuration(changed(path, other)))
+        except ImageError:
+            continue
+        if found == whole:
+            silent.add(path.rpartition("/")[2])
+    # Of the tree itself; names and instances in the manifest; the type and the path of an empty drive.
+    assert silent == {"size", "version", "flags", "VDEVVersion", "name", "instance", "type", "pathname"}
 
 
 def test_another_program_finds_the_same_values() -> None:
@@ -506,26 +465,12 @@ class TestHyperV(MachineTests):
             data[at : at + 4] = rng.choice((bytes(4), b"\xff" * 4, rng.randbytes(4)))
         # Half of the damage has checksums that are right.
         if rng.random() < 0.5:
-            data = bytearray(_resealed(bytes(data)))
+            data = bytearray(resealed(bytes(data)))
         with time_limit(), memory_limit():
             try:
                 read(bytes(data))
             except VmconvError as exc:
                 assert "\n" not in str(exc)
-
-
-def _resealed(data: bytes) -> bytes:
-    """Returns a storage with the checksums of its keys made right, as far as its keys can be followed."""
-    for start in range(TABLE, len(data), PAGE):
-        at = start + 10
-        while at + 21 < start + PAGE:
-            size = int.from_bytes(data[at + 2 : at + 6], "little")
-            if not 21 <= size <= start + PAGE - at:
-                break
-            if data[at] != 1:
-                data = data[:at] + sealed(data[at : at + size], 12) + data[at + size :]
-            at += size
-    return data
 
 
 HOSTILE = [
@@ -705,7 +650,9 @@ def test_limits_of_dynamic_memory_survive() -> None:
         hostile = machine.model_copy(update={"extra": {"hyperv": bad, "vmx": {"a": "b"}}})
         adapted = HyperV().adapt(hostile, parsed())
         assert adapted.machine.extra == {"vmx": {"a": "b"}}
-        assert [each.path for each in adapted.substitutions] == ["extra.hyperv"]
+        assert [(each.path, each.before, each.after) for each in adapted.substitutions] == [
+            ("extra.hyperv", key, "") for key in bad
+        ]
 
 
 @pytest.mark.parametrize(

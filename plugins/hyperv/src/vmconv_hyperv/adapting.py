@@ -281,6 +281,6 @@ def _extra(machine: Machine) -> _Step:
     if kept == before:
         return _Step({})
     extra = {key: value for key, value in machine.extra.items() if key != "hyperv"} | ({"hyperv": kept} if kept else {})
-    names = ", ".join(sorted(before)[:10]), ", ".join(sorted(kept))
-    reason = "limits of dynamic memory are kept, in MiB and around the machine's memory"
-    return _Step({"extra": extra}, (Substitution("extra.hyperv", *names, reason),))
+    reason = "of Hyper-V's own settings only limits of dynamic memory are kept, if they are around the machine's memory"
+    dropped = [Substitution("extra.hyperv", key, "", reason) for key in before if key not in kept]
+    return _Step({"extra": extra}, tuple(dropped))

@@ -39,6 +39,10 @@ Part = TypeVar("Part", bound="BaseModel")
 
 _MIB = 1 << 20
 _PHYSICAL = re.compile(r"\\\\[.?]\\physicaldrive\d+", re.IGNORECASE)
+MAX_EXTRA = 4000
+_OF_THE_STORAGE = ("VDEVVersion", "flags", "version", "size")
+"""Values that describe the tree itself."""
+
 _NO_MAC = "00:00:00:00:00:00"
 
 
@@ -68,7 +72,7 @@ class _Reader:
     def machine(self) -> Machine:
         properties = self._root.child("properties")
         disks, removables, controllers = self._drives()
-        return self._part(
+        found = self._part(
             properties,
             Machine,
             name=properties.text("name"),
@@ -84,8 +88,10 @@ class _Reader:
             removables=removables,
             nics=tuple(self._nics()),
             serials=tuple(self._serials()),
-            extra=self._extra(),
         )
+        # Last, when everything else has been read.
+        nvram = found.firmware.nvram
+        return self._part(properties, Machine, **{**dict(found), "extra": self._extra(nvram.file if nvram else None)})
 
     def _part(self, node: Node, wanted: type[Part], /, **values: Any) -> Part:
         return part(self._file, node.path.lstrip("/"), wanted, **values)
@@ -95,13 +101,27 @@ class _Reader:
         size = bank.integer("size")
         return self._part(bank, Memory, size=None if size is None else size * _MIB)
 
-    def _extra(self) -> dict[str, dict[str, str]]:
-        """Returns the limits of dynamic memory, in MiB, where it is on."""
+    def _extra(self, store: str | None) -> dict[str, dict[str, str]]:
+        """Returns the limits of dynamic memory, in MiB, where it is on, and the settings that are not known."""
         bank = self._root.at("settings/memory/bank")
-        if not bank.boolean("dynamic_memory_enabled"):
-            return {}
+        dynamic = bank.boolean("dynamic_memory_enabled")
         limits = {"memory.minimum": bank.integer("reservation"), "memory.maximum": bank.integer("limit")}
-        return {"hyperv": {key: str(value) for key, value in limits.items() if value is not None}}
+        found = {key: str(value) for key, value in limits.items() if value is not None and dynamic}
+        found |= {key: value for key, value in self._unread() if value != store}
+        if len(found) > MAX_EXTRA:
+            raise self._root.refused("settings", f"more than {MAX_EXTRA} are not known")
+        return {"hyperv": found} if found else {}
+
+    def _unread(self) -> Iterator[tuple[str, str]]:
+        """Yields the settings that have no place in the model, those of a device below its name."""
+        names: dict[str, str] = {}
+        for device in self._devices:
+            count = sum(name.startswith(device.name) for name in names.values())
+            names[device.node.name.lower()] = f"{device.name} {count + 1}" if count else device.name
+        for path, value in self._root.unread():
+            _, first, *below = path.split("/")
+            if first.lower() != "manifest" and below and below[-1] not in _OF_THE_STORAGE:
+                yield "/".join([names.get(first.lower()) or first, *below]), value
 
     def _firmware(self) -> Firmware:
         properties = self._root.child("properties")

@@ -11,6 +11,7 @@ Microsoft publishes the format in openvmm, support/hvs_file/FORMAT.md. All check
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,7 @@ _MAX_KEYS = 4 << 20
 _MAX_ENTRIES = 50_000
 _MAX_VALUE = 1 << 20
 _MAX_DEPTH = 32
+_SHOWN = 4096
 
 _Place = tuple[int, int]
 """A key's place: the index of its table, its offset there."""
@@ -102,6 +104,7 @@ class Node:
     def __init__(self, file: File, path: str, values: Iterable[_Entry], nodes: Iterable[Node]) -> None:
         self.file, self.path = file, path
         self._values = list(values)
+        self._read: set[str] = set()
         self.nodes = tuple(nodes)
 
     @property
@@ -148,7 +151,16 @@ class Node:
         for node in self.nodes:
             yield from node.texts()
 
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """Yields the paths of values that nobody has asked for, and the values as text; none that are zero or empty."""
+        for entry in self._values:
+            if entry.name.lower() not in self._read and any(entry.data):
+                yield f"{self.path.lstrip('/')}/{entry.name}", _shown(entry)
+        for node in self.nodes:
+            yield from node.unread()
+
     def _value(self, name: str, *kinds: int) -> bytes | None:
+        self._read.add(name.lower())
         found = [entry for entry in self._values if entry.name.lower() == name.lower()]
         if len(found) > 1:
             raise self.refused(name, "is there twice")
@@ -159,6 +171,18 @@ class Node:
     def refused(self, name: str, problem: str) -> ImageError:
         """Returns the error for a value or node below this one."""
         return ImageError(f"{self.file.name}: {self.path.lstrip('/')}/{name}: {problem}")
+
+
+def _shown(entry: _Entry) -> str:
+    """Returns a value as text, cut to a few lines."""
+    if entry.kind == STRING:
+        text = entry.data[: 2 * _SHOWN].decode("utf-16-le", "replace").rstrip("\0")
+        return re.sub(r"[^ -~\xa0-\ud7ff]", " ", text).strip()
+    if entry.kind == BOOLEAN:
+        return "true"
+    if entry.kind in (INTEGER, UNSIGNED):
+        return str(int.from_bytes(entry.data, "little", signed=entry.kind == INTEGER))
+    return f"{len(entry.data)} bytes"
 
 
 def read(file: File) -> Node:
