@@ -139,3 +139,29 @@ def test_an_overlay_of_another_directory_s_disk_of_this_name_is_no_neighbour(ext
     (ext4_dir / "overlay.qcow2").write_bytes(qcow2_images.empty_overlay("/elsewhere/disk.raw"))
     in_place(disk, ext4_dir / "new.qcow2")
     assert names(ext4_dir) == {"new.qcow2", "overlay.qcow2"}
+
+
+def test_a_new_file_is_synced_before_it_gets_its_name(
+    xfs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut on a real filesystem cannot show it: verifying asks for physical blocks, which writes them too."""
+    source = Source("vhdx", "qemu").make(make_disk(tmp_path / "disk.raw", MIB), xfs_dir)
+    synced: set[int] = set()
+    renamed: list[int] = []
+    sync = os.fsync
+
+    class Calls(Syscalls):
+        def rename(self, directory: Directory, old: str, new: str, *, replace: bool) -> None:
+            renamed.append(os.stat(old, dir_fd=directory.descriptor).st_ino)
+            assert renamed[-1] in synced
+            super().rename(directory, old, new, replace=replace)
+
+    def recorded(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr("vmconv.inplace.share.Syscalls", Calls)
+    before = source.stat().st_ino
+    in_place(source, xfs_dir / "new.raw")
+    assert renamed == [(xfs_dir / "new.raw").stat().st_ino] != [before]
