@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, process_io, qemu_io
 from support.mounts import Mounts
 from support.variants import QEMU_NAMES, Variant, has_identity, options, self_contained, title
-from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
+from vmconv.errors import AccessError, PlanError, UsageError, VerifyError, ZeroCopyError
 
 KIB = 1 << 10
 VARIANTS = [variant for variant in self_contained() if "streamOptimized" not in variant[1]]
@@ -389,6 +390,85 @@ def test_zero_copy_can_be_required(ext4_dir: Path, other_dir: Path) -> None:
     with pytest.raises(ZeroCopyError):
         vmconv.sync(disk, target, zero_copy="require")
     assert target.read_bytes() == before
+
+
+# -- bitmaps
+
+
+@pytest.fixture
+def recorded(ext4_dir: Path, other_dir: Path, qemu_img: QemuImg) -> tuple[Path, Path]:
+    """A qcow2 image whose bitmap has all writes since it was synced, and its target."""
+    source, target = ext4_dir / "disk.qcow2", other_dir / "target.vmdk"
+    qemu_img("convert", "-O", "qcow2", make_disk(ext4_dir / "disk.raw", 40 * MIB), source)
+    qemu_img("bitmap", "--add", source, "b0")
+    vmconv.sync(source, target)
+    return source, target
+
+
+def mapped(qemu_img: QemuImg, path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(qemu_img("map", "--output=json", path).stdout)
+    return rows
+
+
+def test_a_bitmap_tells_what_changed(recorded: tuple[Path, Path], qemu_img: QemuImg) -> None:
+    source, target = recorded
+    qemu_io(source, "write -P 7 1M 64k", "write -z 9M 128k", "write -P 9 33M 4k")
+    result = vmconv.sync(source, target, bitmap="b0")
+    assert (result.compared, result.evidence[:12]) == (0, "bitmap 'b0' ")
+    assert result.totals.copied < MIB
+    same(qemu_img, source, target, "vmdk", "qcow2")
+    # It may be cleared after a sync, and need not be.
+    qemu_io(source, "write -P 8 2M 64k")
+    assert vmconv.sync(source, target, bitmap="b0").compared == 0
+    same(qemu_img, source, target, "vmdk", "qcow2")
+    qemu_img("bitmap", "--clear", source, "b0")
+    assert vmconv.sync(source, target, bitmap="b0").changed == 0
+    qemu_io(source, "discard 3M 1M")
+    assert vmconv.sync(source, target, bitmap="b0").compared == 0
+    same(qemu_img, source, target, "vmdk", "qcow2")
+
+
+def test_a_wrong_bitmap_is_found_by_comparing(recorded: tuple[Path, Path], qemu_img: QemuImg) -> None:
+    source, target = recorded
+    used = next(row["start"] for row in mapped(qemu_img, source) if row["data"])
+    qemu_io(source, f"write -P 7 {used} 4k")
+    qemu_img("bitmap", "--clear", source, "b0")
+    qemu_io(source, "write -P 7 33M 64k")
+    before = target.read_bytes()
+    with pytest.raises(VerifyError, match="differs"):
+        vmconv.sync(source, target, bitmap="b0", verify="bytes")
+    assert target.read_bytes() == before
+    assert vmconv.sync(source, target, compare=True).compared
+    same(qemu_img, source, target, "vmdk", "qcow2")
+
+
+def test_allocation_that_a_bitmap_does_not_explain_is_moved(recorded: tuple[Path, Path], qemu_img: QemuImg) -> None:
+    source, target = recorded
+    free = next(row["start"] for row in mapped(qemu_img, source) if not row["data"] and row["length"] >= 2 * MIB)
+    qemu_io(source, f"write -P 7 {free + MIB} 64k")
+    qemu_img("bitmap", "--clear", source, "b0")
+    assert vmconv.sync(source, target, bitmap="b0").changed == 64 * KIB
+    same(qemu_img, source, target, "vmdk", "qcow2")
+
+
+def test_a_bitmap_of_another_disk_is_refused(recorded: tuple[Path, Path]) -> None:
+    source, target = recorded
+    copy = source.with_name("copy.qcow2")
+    subprocess.run(["cp", source, copy], check=True)
+    with pytest.raises(AccessError, match=r"is not the file that .* was last synced with"):
+        vmconv.sync(copy, target, bitmap="b0")
+    qemu_io(target, "write -P 3 10M 64k")
+    with pytest.raises(PlanError, match="has no record"):
+        vmconv.sync(source, target, bitmap="b0", force=True)
+
+
+def test_a_bitmap_is_the_only_evidence(recorded: tuple[Path, Path]) -> None:
+    source, target = recorded
+    for other in ({"compare": True}, {"since": source}, {"snapshot": "s"}):
+        with pytest.raises(UsageError, match="exclude each other"):
+            vmconv.sync(source, target, bitmap="b0", **other)
+    with pytest.raises(UsageError, match="does not exist"):
+        vmconv.sync(source, target.with_name("new.vmdk"), bitmap="b0")
 
 
 # -- the record

@@ -33,6 +33,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "blocks that SOURCE still shares with it did not change",
     )
     parser.add_argument(
+        "--bitmap",
+        metavar="NAME",
+        help="a bitmap in SOURCE (qcow2) that was there at the last sync and was not cleared since: what it does not\n"
+        "have as written is unchanged. vmconv believes that; --verify=bytes compares the result with SOURCE",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="read both disks to find what changed, whatever else could tell it"
     )
     parser.add_argument("--shrink", action="store_true", help="let the disk of TARGET become smaller")
@@ -202,6 +208,7 @@ class _Words:
 _EPILOG = """what changed is learned, in this order, from
   the record of the last sync, if SOURCE is unchanged since, or only got new layers on top (external snapshots)
   --since FILE, a snapshot or reflink copy that was SOURCE of the last sync
+  --bitmap NAME, a persistent bitmap in the qcow2 image
   reading both disks; how much is said first
 Where TARGET can share all blocks of SOURCE, nothing has to be learned: it shares them again, in milliseconds.
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vmconv.errors import UsageError
+
 if TYPE_CHECKING:
     from vmconv.io.opener import Opener
+    from vmconv.model.extents import Column
     from vmconv.model.image import Image
     from vmconv.model.layout import Backing, Layout, Placement
     from vmconv.model.sources import File
@@ -106,6 +109,14 @@ class Format:
     def keeps_source(self, options: Any) -> bool:
         """True if these options make an empty overlay with the source itself as its backing file."""
         return False
+
+    def dirty_ranges(self, image: Image, bitmap: str) -> tuple[Column, Column]:
+        """Returns `(start, length)` of the ranges of the disk that a bitmap in `image` has as written, in bytes.
+
+        They are sorted, and may touch. Raises `UsageError` if there is no such bitmap, `PlanError` if it may lack
+        writes.
+        """
+        raise UsageError(f"{image.file.name}: {self.name} has no bitmaps")
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         """Returns why QEMU cannot read this layer, or reads other bytes; None if it reads the same."""

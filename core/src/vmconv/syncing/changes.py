@@ -11,7 +11,7 @@ import numpy as np
 
 from vmconv.inspect.comparison import unproved
 from vmconv.io.physical import PhysicalMap
-from vmconv.model.extents import Column, Extents, Kind, cut, gather
+from vmconv.model.extents import Column, Extents, Kind, cut, distinct, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,6 +114,23 @@ def by_layers(image: Image, base: Image, evidence: str) -> Changes:
         start, end = _united(low[order], high[order])
         found = found._replace(start=start, length=end - start)
     return found
+
+
+def by_bitmap(new: Extents, old: Extents, written: tuple[Column, Column], evidence: str) -> Changes:
+    """Returns the ranges that are marked as written, and those with payload on one side only; reads no payload.
+
+    So a bitmap that lacks writes to unallocated parts, or a cut of the disk, does no harm.
+    """
+    size = max(new.size, old.size)
+    a, b = (table.window(0, size, Kind.ZERO).without_holes() for table in (new, old))
+    cuts = distinct(np.concatenate([a.start, b.start]))
+    length = np.diff(cuts, append=size)
+    differ = gather(a, cuts, length, cuts).kind != gather(b, cuts, length, cuts).kind
+    start = np.concatenate([written[0], cuts[differ]])
+    end = start + np.concatenate([written[1], length[differ]])
+    order = np.argsort(start, kind="stable")
+    start, end = _united(start[order], end[order])
+    return Changes(start, end - start, evidence)
 
 
 def nothing(evidence: str) -> Changes:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @contextmanager
 def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterator[Ready]:
     """Yields the planned sync: all is read and checked, nothing is changed."""
+    _refuse_combinations(request)
     settle(request.target)
     with pipeline.places(request.conversion(None, force=True)) as [(directory, name)]:
         if directory.status(name) is None:
@@ -65,11 +66,20 @@ def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterato
             yield Planning(request, image, opener, old, place, comparing=comparing, stack=stack).ready()
 
 
+def _refuse_combinations(request: SyncRequest) -> None:
+    others = {"since": request.since, "compare": request.compare, "snapshot": request.snapshot}
+    for name, value in others.items():
+        if request.bitmap is not None and value:
+            raise UsageError(f"--bitmap and --{name} exclude each other")
+
+
 @contextmanager
 def _new(request: SyncRequest) -> Iterator[Ready]:
     """Yields the first sync, the conversion to a new target."""
     if request.since is not None:
         raise UsageError(f"{request.target}: does not exist, so nothing changed since {request.since}")
+    if request.bitmap is not None:
+        raise UsageError(f"{request.target}: does not exist, so there was no sync that the bitmap counts from")
     asked = request.conversion(request.target_format, force=False)
     with pipeline.prepared(asked) as found:
         size = found.image.size
@@ -85,6 +95,7 @@ def _new(request: SyncRequest) -> Iterator[Ready]:
             tuple(found.opener.files),
             None,
             records.state_of_source(found.image, request.snapshot),
+            records.identity_of_source(found.image, request.snapshot),
             None,
             None,
         )
@@ -196,7 +207,7 @@ def _record(ready: Ready, files: list[File]) -> None:
         else:
             stamps.append(records.stamp_of(file.descriptor))
             descriptors.append(file.descriptor)
-    found = [records.Record(records.state_of_target(stamps), ready.state)]
+    found = [records.Record(records.state_of_target(stamps), ready.state, ready.identity)]
     if place and ready.record:
         # Until the commit the file may still become what it was.
         found.append(ready.record)

@@ -41,7 +41,7 @@ _BLOCK = 4096
 
 
 class Ready(NamedTuple):
-    """A planned sync; all files are open. `image` is the source, `state` the digest of it for the record.
+    """A planned sync; all files are open. `image` is the source, `state` and `identity` its digests for the record.
 
     `record` is that of the last sync, if the target is as it was then. `place` is the target's file, if that itself is
     changed. `begin` returns the transaction. `files` may not
@@ -58,6 +58,7 @@ class Ready(NamedTuple):
     files: tuple[File, ...]
     old: Old | None
     state: str
+    identity: str
     record: Record | None
     place: Place | None
 
@@ -97,6 +98,7 @@ class Planning:
         self.registry = opener.registry
         self.comparing = comparing
         self.state = records.state_of_source(image, request.snapshot)
+        self.identity = records.identity_of_source(image, request.snapshot)
         self.asked = request.conversion(old.format.name, force=True)
         found = Target.of(old.format, old.options, directory.path, name)
         stated = old.image.facts.identity
@@ -134,6 +136,7 @@ class Planning:
             (*self.opener.files, *kept, *([way.carrier] if way.carrier else [])),
             self.old,
             self.state,
+            self.identity,
             self.valid,
             self.place,
         )
@@ -279,6 +282,8 @@ class Planning:
         """Returns the changes since the last sync without reading payload; None if nothing tells them."""
         if self.request.since is not None:
             return self._since(self.request.since, record)
+        if self.request.bitmap is not None:
+            return self._marked(self.request.bitmap, record)
         if record is None:
             return None
         layers = list(self.image.chain())
@@ -312,6 +317,21 @@ class Planning:
             if any(file.changed() for file in opener.files):
                 raise AccessError(f"{path}: changed while it was being compared")
         return found
+
+    def _marked(self, bitmap: str, record: Record | None) -> Changes:
+        """Returns the ranges that a bitmap of the source has as written since the last sync."""
+        hint = "omit --bitmap: both disks are read"
+        if record is None:
+            raise PlanError(f"{self.request.target}: has no record of a sync, so no bitmap counts from it", hint=hint)
+        name = self.image.file.name
+        if self.identity != record.identity:
+            raise AccessError(
+                f"{name}: is not the file that {self.request.target} was last synced with, or has other layers below",
+                hint=hint,
+            )
+        written = self.registry.format(self.image.format_name).dirty_ranges(self.image, bitmap)
+        evidence = f"bitmap {bitmap!r} of {name}, believed to have all writes since the last sync"
+        return changing.by_bitmap(self.image.flat, self.old.image.flat, written, evidence)
 
     def _reason(self) -> str:
         return "both disks were read" if self.request.compare else "both disks were read: nothing told what changed"

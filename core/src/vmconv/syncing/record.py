@@ -37,10 +37,14 @@ Stamp = tuple[int, int, int, int]
 
 
 class Record(NamedTuple):
-    """The state of the target's files after a sync, and the state of the source that it holds; both are digests."""
+    """The state of the target's files after a sync, the state of the source that it holds, and which files that are.
+
+    All are digests.
+    """
 
     target: str
     source: str
+    identity: str
 
 
 def stamp_of(descriptor: int) -> Stamp:
@@ -59,10 +63,23 @@ def state_of_source(image: Image, snapshot: str | None) -> str:
     return _digest([snapshot, *([layer.format_name, *_stamps(layer)] for layer in image.chain())])
 
 
+def identity_of_source(image: Image, snapshot: str | None) -> str:
+    """Returns a digest of an image that stays when a guest writes to it, and is another for any copy.
+
+    It changes with any write to the layers below.
+    """
+    top = [(*file.stamp[:2], linux.generation(file.descriptor)) for file in _files(image)]
+    below = image.parent and state_of_source(image.parent, None)
+    return _digest([snapshot, image.format_name, top, below])
+
+
 def _stamps(layer: Image) -> Iterator[tuple[int, ...]]:
+    return (tuple(file.stamp) for file in _files(layer))
+
+
+def _files(layer: Image) -> Iterable[File]:
     sources = [source.file if isinstance(source, Decoded) else source for source in layer.guest.sources]
-    files = {id(file): file for file in (layer.file, *sources) if isinstance(file, File)}
-    return (tuple(file.stamp) for file in files.values())
+    return {id(file): file for file in (layer.file, *sources) if isinstance(file, File)}.values()
 
 
 def _digest(values: object) -> str:

@@ -18,7 +18,8 @@ class SyncRequest(NamedTuple):
 
     `target_format` and `options` are those of a new target; an existing one has its own, and others are refused.
 
-    `since` is the disk that the target was last synced with, unchanged. `compare` reads both disks to find what
+    `since` is the disk that the target was last synced with, unchanged. `bitmap` names a bitmap in the source that has
+    all writes since then. `compare` reads both disks to find what
     changed, whatever the record of the last sync says. `shrink` allows a smaller disk. `record` writes a record of this
     sync into the target's attributes. `force` allows a target that was modified, that has nothing in common with the
     source, or that loses snapshots and the like.
@@ -31,6 +32,7 @@ class SyncRequest(NamedTuple):
     options: WriterOptions = MappingProxyType({})
     snapshot: str | None = None
     since: FilePath | None = None
+    bitmap: str | None = None
     compare: bool = False
     shrink: bool = False
     record: bool = True

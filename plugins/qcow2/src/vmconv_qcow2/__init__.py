@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Column, File, Image, Layout, Opener, Placement
 
 
 class Qcow2(Format):
@@ -41,6 +41,11 @@ class Qcow2(Format):
         from vmconv_qcow2.writer import write
 
         return write(image, options, placement, backing=backing)
+
+    def dirty_ranges(self, image: Image, bitmap: str) -> tuple[Column, Column]:
+        from vmconv_qcow2.bitmaps import dirty_ranges
+
+        return dirty_ranges(image, bitmap)
 
     def keeps_source(self, options: Any) -> bool:
         return bool(options.subformat == "reference")

@@ -53,6 +53,8 @@ class Bitmap(NamedTuple):
     flags: int
     table_offset: int
     table_size: int
+    type: int
+    extra_size: int
 
     def facts(self) -> dict[str, Any]:
         """Returns the keys of QEMU's Qcow2BitmapInfo."""
@@ -230,7 +232,7 @@ def read_bitmaps(header: Header) -> Iterator[Bitmap]:
     for number in range(header.bitmaps.nb_bitmaps):
         if at + fixed > size:
             raise damaged(file, f"bitmap {number}", start + at, f"its entry reaches past the directory ({size} bytes)")
-        table_offset, table_size, flags, _, granularity_bits, name_size, extra_size = unpack(data[at : at + fixed])
+        table_offset, table_size, flags, kind, granularity_bits, name_size, extra_size = unpack(data[at : at + fixed])
         name = at + fixed + extra_size
         end = name + name_size
         if end > size:
@@ -238,7 +240,7 @@ def read_bitmaps(header: Header) -> Iterator[Bitmap]:
         if granularity_bits > structs.MAX_GRANULARITY_BITS:
             problem = f"granularity_bits {granularity_bits}, {structs.MAX_GRANULARITY_BITS} at most"
             raise damaged(file, f"bitmap {number}", start + at, problem)
-        yield Bitmap(_decode(data[name:end]), granularity_bits, flags, table_offset, table_size)
+        yield Bitmap(_decode(data[name:end]), granularity_bits, flags, table_offset, table_size, kind, extra_size)
         at = -(-end // 8) * 8
 
 

@@ -123,7 +123,9 @@ BitmapEntry = Struct(
     "extra_data_size" / Int32ub,
 )
 
-BITMAP_FLAGS = {1: "in-use", 2: "auto"}
+BITMAP_IN_USE, BITMAP_AUTO = 1, 2
+BITMAP_FLAGS = {BITMAP_IN_USE: "in-use", BITMAP_AUTO: "auto"}
+DIRTY_BITMAP = 1
 
 # QEMU's limits: they bound the memory that the numbers of an image can demand.
 
@@ -137,3 +139,4 @@ MAX_SNAPSHOT_TABLE = 64 << 20
 MAX_BITMAPS = 65535
 MAX_GRANULARITY_BITS = 31
 MAX_BITMAP_DIRECTORY = MAX_BITMAPS * 1024
+MAX_BITMAP_BYTES = 512 << 20
