@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
+from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
@@ -29,7 +30,7 @@ class Machine:
         self.offset = 0
         self.news: list[Record] = []
         self.replica = Replica(
-            Store(self.disk, self.id),
+            Store(self.disk, self.id, indexes=INDEXES),
             self.signer,
             self.trust,
             self.wall,
@@ -44,9 +45,9 @@ class Machine:
     def wall(self) -> int:
         return WALL + self.fleet.time + self.offset
 
-    def handle(self, handlers: Mapping[str, Handler]) -> Requests:
+    def handle(self, handlers: Mapping[str, Handler], **options: Any) -> Requests:
         """Lets the node execute requests."""
-        self.requests = Requests(self.replica, handlers, self.wall)
+        self.requests = Requests(self.replica, handlers, self.wall, **options)
         return self.requests
 
     def write(self, kind: str, id: str, body: Mapping[str, Any] | None) -> Record:

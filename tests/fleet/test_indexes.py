@@ -249,6 +249,10 @@ def old_database(path: Path, rows: Sequence[tuple[str, str, Mapping[str, Any] | 
     for index in (*REQUESTS, *INDEXES):
         base.connection.execute(f"DROP TABLE {index.table}")
     base.connection.execute("DELETE FROM meta WHERE name = 'indexes'")
+    base.connection.execute("DROP INDEX executed_by_clock")
+    base.connection.execute("ALTER TABLE executed DROP COLUMN clock")
+    base.connection.execute("INSERT INTO executed VALUES ('r.x', 1)")
+    base.connection.execute("INSERT INTO meta VALUES ('executed-clock', 77)")
     base.connection.execute("PRAGMA auto_vacuum = NONE")
     base.connection.execute("VACUUM")
     base.connection.execute("PRAGMA user_version = 1")
@@ -262,6 +266,7 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     assert [one.id for one, _ in store.listed("disk")] == ["d1"]
     assert store.tally("request") == [(1,)]
     assert store._connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    assert store._connection.execute("SELECT * FROM executed").fetchall() == [("r.x", 1, 77)]
     assert store.position(NODES[0]).seq == 3
     store.close()
     # The version before refuses it, as this one refuses what is newer, and changes nothing.

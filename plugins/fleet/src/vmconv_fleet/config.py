@@ -24,7 +24,7 @@ LINK_PORT = 7447
 JOIN_PORT = 7448
 API_PORT = 7449
 _LISTS = ("addresses", "authorities", "connect", "listen")
-_TEXTS = ("api", "fleet", "join", "name", "node")
+_TEXTS = ("api", "archive", "fleet", "join", "name", "node")
 
 
 class ConfigError(FleetError):
@@ -50,6 +50,7 @@ class NodeConfig:
     authorities: list[str] = field(default_factory=list)
     datastores: dict[str, str] = field(default_factory=dict)
     api: str = f"127.0.0.1:{API_PORT}"
+    archive: str = ""
     join: str = f"[::]:{JOIN_PORT}"
     gossip: bool = True
 
@@ -118,7 +119,7 @@ def _is_of_its_kind(name: str, value: object) -> bool:
 def save(config: NodeConfig) -> None:
     """Writes the settings as TOML, for editing by hand."""
     lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
-    for name in (*_LISTS, "api", "join", "gossip"):
+    for name in (*_LISTS, "api", "archive", "join", "gossip"):
         lines.append(f"{name} = {_text(getattr(config, name))}")
     lines += ["", "[datastores]"]
     lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]

@@ -27,6 +27,10 @@ class StoreError(FleetError):
     """The database failed: full, damaged, of another node or of a newer version."""
 
 
+class ArchiveError(FleetError):
+    """Old records cannot be archived, so they are not deleted."""
+
+
 class ClosedError(FleetError):
     """The engine has ended or not started."""
 

@@ -76,7 +76,8 @@ class ConversionPolicy(BaseModel):
 
     `naming` makes a target's name from {stem}, {suffix} (with its dot), {format} and {job}. `may_remove_source` lets a
     job ask for the source's removal. `formats` are the formats that may be written; None: any. `administrators_of` are
-    the nodes whose administrators may send requests; None: every node, except for acts that govern the node.
+    the nodes whose administrators may send requests; None: every node, except for acts that govern the node. Jobs that
+    have ended and transactions are deleted after `keep_days`, or if there are more than `keep_records` of a kind.
     """
 
     naming: Naming = "{stem}{suffix}"
@@ -85,3 +86,5 @@ class ConversionPolicy(BaseModel):
     max_parallel: Parallel = 2
     formats: Annotated[list[Name], Field(max_length=64)] | None = None
     administrators_of: Annotated[list[NodeId], Field(max_length=1000)] | None = None
+    keep_days: Annotated[int, Field(ge=7, le=36_500)] = 90
+    keep_records: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000

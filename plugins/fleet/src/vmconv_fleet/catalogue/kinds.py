@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import Bytes, Count, Identifier, Milliseconds, Name, NodeId, Role
 
-SCHEMA = 3
+SCHEMA = 4
 
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
 

@@ -76,7 +76,7 @@ def _wished(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the rules that the options change."""
     wish: dict[str, Any] = {
         name: getattr(options, name)
-        for name in ("naming", "max_parallel", "zero_copy")
+        for name in ("naming", "max_parallel", "zero_copy", "keep_days", "keep_records")
         if getattr(options, name) is not None
     }
     if options.may_remove_source is not None:

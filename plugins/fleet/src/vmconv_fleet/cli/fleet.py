@@ -239,6 +239,8 @@ def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: no conversion copies payload")
     parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may remove sources")
     parser.add_argument("--formats", metavar="FMT,FMT", help="formats that may be written; all: any format")
+    parser.add_argument("--keep-days", type=int, metavar="N", help="days to keep ended jobs and the history")
+    parser.add_argument("--keep-records", type=int, metavar="N", help="limit of ended jobs, and of transactions")
     parser.add_argument(
         "--administrators-of", metavar="NODE,NODE", help="nodes whose administrators are accepted; all: any node"
     )

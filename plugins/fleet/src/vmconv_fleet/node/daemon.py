@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 from vmconv.plugin import VmconvError
@@ -22,6 +23,7 @@ from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
+from vmconv_fleet.jobs.policy import ENDED, kept_of
 from vmconv_fleet.limiter import raise_descriptor_limit
 from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
@@ -31,6 +33,7 @@ from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
+from vmconv_fleet.replication.retention import Retention
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.trust import credentials
@@ -131,7 +134,12 @@ class Daemon:
             patience_ms=patience,
             introduction=[_certificate_record(self._credentials)],
             indexes=INDEXES,
+            retention=Retention(ENDED, partial(kept_of, self.config.node), self._archive()),
         )
+
+    def _archive(self) -> str | None:
+        """Returns the path of the file for records that are deleted because they are old."""
+        return os.path.join(self.config.directory, self.config.archive) if self.config.archive else None
 
     def _say_who_it_is(self) -> None:
         """Writes the node's record as soon as possible, and its certificate if that was renewed."""

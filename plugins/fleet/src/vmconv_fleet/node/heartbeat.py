@@ -26,7 +26,7 @@ PER_NODE = 0.4
 MAX_INTERVAL = 60.0
 SETTLE = 0.2
 """Seconds that a change of neighbours waits for more changes, besides a fifth of the lengthening of the interval."""
-SCHEMA = 3
+SCHEMA = 4
 
 
 def node_record(config: NodeConfig, api_port: int | None, authority: list[str], started_ms: int) -> Change:

@@ -10,7 +10,10 @@ from fnmatch import fnmatchcase
 from vmconv_fleet.errors import StoreError
 
 VERSION = 2
-"""Version 2 has the index tables, and a file that shrinks."""
+"""Version 2 has index tables, clocks of executed requests, and a file that shrinks."""
+
+WAL_BYTES = 16 << 20
+"""The size that the write-ahead log keeps."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -25,7 +28,10 @@ CREATE TABLE records (
 CREATE UNIQUE INDEX records_by_key ON records (kind, owner, id);
 CREATE UNIQUE INDEX records_by_position ON records (owner, seq);
 CREATE INDEX deletions ON records (owner, seq) WHERE deleted;
-CREATE TABLE executed (response TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE executed (
+    response TEXT PRIMARY KEY, number INTEGER NOT NULL, clock INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX executed_by_clock ON executed (clock);
 CREATE TABLE notices (content BLOB PRIMARY KEY, wire BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE quarantine (
     number INTEGER PRIMARY KEY, at_ms INTEGER NOT NULL, owner TEXT NOT NULL,
@@ -50,6 +56,7 @@ def open_writer(path: str) -> sqlite3.Connection:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
     except sqlite3.Error as exc:
         raise StoreError(f"{path}: {exc}") from exc
     return connection
@@ -100,7 +107,15 @@ def _migrate(connection: sqlite3.Connection) -> None:
     A crash before the last statement leaves a database of version 1, whose next start does it again.
     """
     connection.execute("VACUUM")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
+    # Requests that were executed before count as executed now: they are remembered for as long as new ones.
+    connection.executescript(
+        "BEGIN;"
+        "ALTER TABLE executed ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;"
+        "CREATE INDEX executed_by_clock ON executed (clock);"
+        "UPDATE executed SET clock = coalesce((SELECT value FROM meta WHERE name = 'executed-clock'), 0);"
+        f"PRAGMA user_version = {VERSION};"
+        "COMMIT;"
+    )
 
 
 def _fits(text: str, pattern: str) -> bool:

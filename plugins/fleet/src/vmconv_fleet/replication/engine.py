@@ -10,7 +10,7 @@ from concurrent.futures import Future, InvalidStateError
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from vmconv_fleet.errors import ClosedError, StoreError
+from vmconv_fleet.errors import ArchiveError, ClosedError, StoreError
 from vmconv_fleet.replication.messages import MAX_MESSAGE, Send, merged
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica
@@ -31,6 +31,10 @@ MAX_QUEUED = 32 << 20
 """Bytes of queued messages. Messages beyond are dropped, and their records are pulled later."""
 
 CLEAN_MS = 3600 * 1000
+CLEAN_STEP_MS = 1000
+"""The pause between two batches of deletions."""
+
+SHRINK_MS = 60 * 1000
 JOIN_S = 10.0
 LONGEST_SLEEP_S = 60.0
 FAILURE_PAUSE_S = 0.5
@@ -87,6 +91,7 @@ class Engine:
         self._lock = threading.Lock()
         self._queued = 0
         self._next_clean = _monotonic_ms() + CLEAN_MS
+        self._next_shrink = _monotonic_ms() + SHRINK_MS
         self._thread = threading.Thread(target=self._run, name="fleet-replica", daemon=True)
 
     def start(self) -> None:
@@ -214,6 +219,9 @@ class Engine:
             self._transport.send(send.peer, send.message)
         for result in results:
             result()
+        if not items and _monotonic_ms() >= self._next_shrink:
+            self._next_shrink = _monotonic_ms() + SHRINK_MS
+            self._replica.store.shrink()
 
     def _routine(self, sends: list[Send]) -> None:
         now = _monotonic_ms()
@@ -221,8 +229,17 @@ class Engine:
             sends += self._replica.tick()
         sends += self._requests.run()
         if now >= self._next_clean:
-            self._next_clean = now + CLEAN_MS
-            sends += self._requests.clean()
+            cleaned = self._clean()
+            # The next batch after other work, until there is none.
+            self._next_clean = now + (CLEAN_MS if not cleaned else CLEAN_STEP_MS)
+            sends += cleaned
+
+    def _clean(self) -> list[Send]:
+        try:
+            return self._requests.clean()
+        except ArchiveError as exc:
+            self._replica.problems.report("retention", str(exc))
+            return []
 
     def _do(self, item: _Work, sends: list[Send], results: list[Callable[[], None]]) -> None:
         with self._lock:

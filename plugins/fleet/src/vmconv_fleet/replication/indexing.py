@@ -104,12 +104,20 @@ class Where(NamedTuple):
 
 ALL = Where()
 
-UNANSWERED = Where(
-    "NOT EXISTS (SELECT 1 FROM records a JOIN owners t ON a.owner = t.number"
+ANSWERED = Where(
+    "EXISTS (SELECT 1 FROM records a JOIN owners t ON a.owner = t.number"
     " WHERE t.owner = target AND a.kind = 'response' AND NOT a.deleted AND a.id = index_request.id || '.' ||"
     " (SELECT q.owner FROM owners q WHERE q.number = index_request.owner))"
 )
-"""Requests without a response, as far as it is known here."""
+"""Requests with a response, as far as it is known here."""
+
+UNANSWERED = Where(f"NOT {ANSWERED.sql}")
+
+UNASKED = Where(
+    "NOT EXISTS (SELECT 1 FROM records a JOIN owners t ON a.owner = t.number"
+    " WHERE t.owner = requester AND a.kind = 'request' AND NOT a.deleted AND a.id = request)"
+)
+"""Responses whose request is gone."""
 
 
 class Indexes:
@@ -127,19 +135,17 @@ class Indexes:
             return
         query = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name GLOB 'index_*'"
         old = [name for (name,) in self._connection.execute(query)]
-        self._connection.execute("BEGIN IMMEDIATE")
+        drops = "".join(f'DROP TABLE "{name}";\n' for name in old)
         try:
-            for name in old:
-                self._connection.execute(f'DROP TABLE "{name}"')
-            for statement in definition.split(";\n"):
-                self._connection.execute(statement)
+            self._connection.executescript(f"BEGIN IMMEDIATE;\n{drops}{definition}")
             for (number,) in self._connection.execute("SELECT number FROM owners").fetchall():
                 self.fill(number)
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('indexes', ?)", (definition,))
+            self._connection.execute("END")
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
             raise
-        self._connection.execute("COMMIT")
 
     def fill(self, number: int) -> None:
         """Indexes all stored records of an owner."""

@@ -17,16 +17,18 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.errors import MalformedError, Refusal
-from vmconv_fleet.replication.clock import COUNTER_BITS
-from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
+from vmconv_fleet.replication.clock import COUNTER_BITS, milliseconds
+from vmconv_fleet.replication.indexing import ALL, ANSWERED, UNANSWERED, UNASKED, Where
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.pending import Pending
 from vmconv_fleet.replication.records import Change, Position, Record
 from vmconv_fleet.replication.replica import Replica
+from vmconv_fleet.replication.retention import BATCH, Retention, archive, deletions, overdue
 from vmconv_fleet.replication.store import Store
 
 MAX_ID = 90
@@ -36,7 +38,9 @@ BURST = 64
 KEPT_MS = 7 * 24 * 3600 * 1000
 """The time for which a request is kept after its response, and the response after the request."""
 
-CLEANED = 256
+_HORIZON = "executed-horizon"
+"""The clock of the latest request whose execution was forgotten."""
+
 MAX_REASON = 1000
 
 RESERVED = frozenset({"epoch", "request", "response", "transaction"})
@@ -113,13 +117,20 @@ class Requests:
     """Submits requests of this node and executes requests to it, on the replica's thread."""
 
     def __init__(
-        self, replica: Replica, handlers: Mapping[str, Handler], now: Callable[[], int], *, schema: int = 1
+        self,
+        replica: Replica,
+        handlers: Mapping[str, Handler],
+        now: Callable[[], int],
+        *,
+        schema: int = 1,
+        retention: Retention = Retention(),  # noqa: B008 - a value
     ) -> None:
         self._replica = replica
         self._store = replica.store
         self._handlers = handlers
         self._now = now
         self._schema = schema
+        self._retention = retention
         self._pending = Pending(replica.node)
         # Before the commit: requests and their responses share it.
         replica.observe(self._see)
@@ -149,23 +160,38 @@ class Requests:
         return self._replica.write([Change("request", id, None)])[1]
 
     def clean(self) -> list[Send]:
-        """Deletes old answered requests of this node and responses to deleted requests, CLEANED at most."""
-        oldest = (self._now() - KEPT_MS) << COUNTER_BITS
-        gone = [*self._old_requests(oldest), *self._old_responses(oldest)][:CLEANED]
-        return self._replica.write(gone)[1] if gone and self._replica.serving else []
+        """Deletes own records that are over and old or too many, a batch at most; nothing is left once it writes none.
 
-    def _old_requests(self, oldest: int) -> Iterator[Change]:
-        for record in self._store.find("request", self._replica.node):
-            response = response_id(record.owner, record.id)
-            answer = self._store.get(str(record.body.get("target")), "response", response)
-            if answer is not None and answer.clock < oldest:
-                yield Change("request", record.id, None)
+        These are answered requests of this node, responses to deleted requests, transactions, and other ended records.
+        """
+        if not self._replica.serving:
+            return []
+        now, keep = self._now(), self._retention.keep(self._store)
+        self._forget_executed(now - max(keep.age_ms, KEPT_MS))
+        gone = list(islice(self._over(now, keep.number), BATCH))
+        if gone and self._retention.archive:
+            archive(self._retention.archive, gone)
+        return self._replica.write(deletions(gone))[1] if gone else []
 
-    def _old_responses(self, oldest: int) -> Iterator[Change]:
-        for record in self._store.find("response", self._replica.node):
-            asked = str(record.body.get("requester")), "request", str(record.body.get("request"))
-            if record.clock < oldest and self._store.get(*asked) is None:
-                yield Change("response", record.id, None)
+    def _over(self, now: int, count: int) -> Iterator[Record]:
+        yield from self._old("request", ANSWERED, now, count)
+        yield from self._old("response", UNASKED, now, count)
+        yield from overdue(self._store, self._retention, now)
+
+    def _old(self, kind: str, where: Where, now: int, count: int) -> Iterator[Record]:
+        """Yields own records, the oldest first, that are older than KEPT_MS, or more than `count`."""
+        own = where.also("owner = ?", self._store.numbers().get(self._replica.node, -1))
+        surplus = max(0, self._store.tally(kind, own)[0][0] - count)
+        for place, (record, _) in enumerate(self._store.listed(kind, own, order=("clock",), limit=BATCH)):
+            if place >= surplus and milliseconds(record.clock) >= now - KEPT_MS:
+                return
+            yield record
+
+    def _forget_executed(self, before: int) -> None:
+        """Forgets which requests were executed before a moment; requests as old as these are refused from now on."""
+        horizon = self._store.forget_executed_before(before << COUNTER_BITS)
+        if horizon is not None:
+            self._store.save(_HORIZON, horizon)
 
     def _see(self, records: Sequence[Record]) -> None:
         if any(record.kind == "epoch" and record.owner == self._replica.node for record in records):
@@ -197,7 +223,7 @@ class Requests:
         with self._store.atomic():
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
-                self._store.note_executed(_answers(record), record.body["number"])
+                self._store.note_executed(_answers(record), record.body["number"], record.clock)
             self._store.save("recovered", 0)
 
     def _execute(self, record: Record) -> list[Send]:
@@ -208,6 +234,9 @@ class Requests:
         number = self._store.executed(response)
         if number is not None:
             return self._respond(record, {"ok": True, **self._done(number)})
+        if record.clock <= (self._store.load(_HORIZON) or 0):
+            reason = "the request is older than what this node remembers, and may have been executed: ask again"
+            return self._respond(record, {"ok": False, "reason": reason})
         last = self._store.load("executed-clock") or 0
         request = _request(record, late=record.clock < last)
         try:
@@ -269,7 +298,7 @@ class Requests:
         }
         written = [Change("transaction", f"{number:012}", transaction), *outcome.changes]
         _, sends = self._replica.write([*written, Change("response", response, answer)], txn=number)
-        self._store.note_executed(response, number)
+        self._store.note_executed(response, number, request.clock)
         return sends
 
     def _respond(self, record: Record, answer: Mapping[str, Any]) -> list[Send]:

@@ -17,6 +17,7 @@ from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.requests import RESERVED, Handler, Requests, response_id
+from vmconv_fleet.replication.retention import Retention
 from vmconv_fleet.replication.signing import Signer, Trust
 from vmconv_fleet.replication.store import Reader, ReplicaView, Store
 from vmconv_fleet.replication.verifier_pool import VerifierPool
@@ -38,6 +39,7 @@ class NodeService:
         patience_ms: int | None,
         introduction: Sequence[Change] = (),
         indexes: Sequence[Index] = (),
+        retention: Retention = Retention(),  # noqa: B008 - a value
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
@@ -60,7 +62,7 @@ class NodeService:
             verify_all=self._verifier_pool,
             introduction=introduction,
         )
-        self._requests = Requests(self._replica, handlers, wall_ms, schema=schema)
+        self._requests = Requests(self._replica, handlers, wall_ms, schema=schema, retention=retention)
         self._engine = Engine(self._replica, self._requests, transport)
         self._answered = threading.Condition()
         self._ended = False

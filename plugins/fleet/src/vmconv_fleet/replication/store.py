@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from vmconv_fleet.replication.records import START, STATE_MODULUS, Position, Rec
 BATCH = 256
 QUERY_S = 10.0
 _STEPS = 100_000
+_FREE_PAGES = 2000
 MAX_NOTICES = 4096
 MAX_QUARANTINE = 1024
 
@@ -324,8 +325,24 @@ class Store(ReplicaView):
         rows = self._rows("SELECT number FROM executed WHERE response = ?", response)
         return rows[0][0] if rows else None
 
-    def note_executed(self, response: str, number: int) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO executed VALUES (?, ?)", (response, number))
+    def note_executed(self, response: str, number: int, clock: int) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO executed VALUES (?, ?, ?)", (response, number, clock))
+
+    def forget_executed_before(self, clock: int) -> int | None:
+        """Forgets requests older than a clock; returns the clock of the latest one of them."""
+        ((latest,),) = self._rows("SELECT max(clock) FROM executed WHERE clock < ?", clock)
+        if latest is not None:
+            self._connection.execute("DELETE FROM executed WHERE clock < ?", (clock,))
+        return None if latest is None else int(latest)
+
+    def shrink(self) -> None:
+        """Gives free pages of the file back, some at a time, if many are free. Not within a group."""
+        with suppress(sqlite3.Error):
+            ((free,),) = self._connection.execute("PRAGMA freelist_count")
+            ((pages,),) = self._connection.execute("PRAGMA page_count")
+            if free > max(_FREE_PAGES, pages // 4):
+                # `execute` would stop after the first page: the statement has no columns.
+                self._connection.executescript(f"PRAGMA incremental_vacuum({_FREE_PAGES});")
 
     def forget_executed(self) -> None:
         self._connection.execute("DELETE FROM executed")
