@@ -37,7 +37,7 @@ def authority(lab: Lab) -> Authority:
 
 
 def csr(keys: Keys, node: str) -> bytes:
-    return keys.request(node, "lab", ["10.0.0.1", "host.example"])
+    return keys.request(node, "lab", ["10.0.0.1", "host.internal"])
 
 
 def test_a_certificate_binds_the_node_id_to_both_keys(authority: Authority) -> None:
@@ -207,12 +207,16 @@ class Members:
         self.known: set[str] = set()
         self.revoked: set[str] = set()
         self.issued: list[bytes] = []
+        self.used: dict[str, str] = {}
 
     def is_known(self, node: str) -> bool:
         return node in self.known
 
     def is_revoked(self, node: str, key_id: str) -> bool:
         return not {node, key_id}.isdisjoint(self.revoked)
+
+    def names(self) -> dict[str, str]:
+        return self.used
 
     def seeds(self) -> list[str]:
         return [f"10.0.0.{number}:7447" for number in range(100)]
@@ -353,6 +357,21 @@ def test_a_certificate_is_renewed_for_the_node_that_shows_it(
     assert after.bound.serial != before.bound.serial
     assert after.bound.key_id == before.bound.key_id
     assert credentials.request_new(config, new_keys=True).bound.key_id != before.bound.key_id
+
+
+@pytest.mark.parametrize("name", ["www.bank.example", "*.com", "10.0.0.9"])
+def test_a_member_gets_no_certificate_for_names_that_are_not_its_own(
+    name: str, lab: Lab, invite: Callable[[], Invitation], members: Members, tmp_path: Path
+) -> None:
+    """It may name what it likes in its own settings; a machine that names what it has gets what is allowed of it."""
+    config = joined(lab, invite(), tmp_path / "joined")
+    members.used["10.0.0.9"] = lab.nodes[0].node
+    request = Keys.generate().request(config.node, config.fleet, ["10.0.0.8", name])
+    with pytest.raises(JoinError, match=r"refused: .*is (not|in use)"):
+        joining.renew(config, config.authorities[0], request)
+    granted = joining.renew(replace(config, addresses=[]), config.authorities[0], request)
+    bound = binding(read_certificate(granted.certificate), read_authorities(granted.authorities))
+    assert bound.addresses == {"10.0.0.8"}
 
 
 def test_a_node_cannot_renew_for_another(lab: Lab, invite: Callable[[], Invitation], tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_signature_counts_once_the_certificate_is_known(pair: tuple[NodeConfig
 def test_a_certificate_of_another_authority_is_not_learnt(pair: tuple[NodeConfig, NodeConfig], tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     keys = Keys.generate()
-    pem = Authority.found(str(tmp_path / "other"), "lab").issue(keys.request(pair[1].node, "lab", ["a"]))
+    pem = Authority.found(str(tmp_path / "other"), "lab").issue(keys.request(pair[1].node, "lab", ["localhost"]))
     trust = trust_of(pair[0])
     assert trust.learn_certificate(pem) is None
     assert pair[1].node not in trust.members()
@@ -62,7 +62,7 @@ def test_a_node_keeps_its_signing_key(lab: Lab, pair: tuple[NodeConfig, NodeConf
     trust.learn_certificate(credentials.load(pair[1]).certificate)
     thief, stolen = new_node_id(), Keys(Keys.generate().tls, credentials.load(pair[1]).keys.signing)
     assert lab.authority is not None
-    trust.learn_certificate(lab.authority.issue(stolen.request(thief, "lab", ["a"])))
+    trust.learn_certificate(lab.authority.issue(stolen.request(thief, "lab", ["localhost"])))
     assert trust.verify(pair[1].node, signer.key_id, [(b"payload", signer.sign(b"payload"))], AT)
 
 
@@ -94,7 +94,7 @@ def test_a_key_is_revoked_and_the_next_one_is_not(lab: Lab, pair: tuple[NodeConf
     keys = Keys.generate()
     assert lab.authority is not None
     trust.learn_certificate(credentials.load(pair[1]).certificate)
-    trust.learn_certificate(lab.authority.issue(keys.request(pair[1].node, "lab", ["a"])))
+    trust.learn_certificate(lab.authority.issue(keys.request(pair[1].node, "lab", ["localhost"])))
     trust.learn_revocation(lab.authority.revocation(pair[1].node, key_id=signer.key_id))
     new = Ed25519Signer(pair[1].node, keys.signing)
     assert not trust.verify(pair[1].node, signer.key_id, [(b"p", signer.sign(b"p"))], AT)

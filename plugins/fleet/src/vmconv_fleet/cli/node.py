@@ -30,6 +30,13 @@ def _settings(parser: argparse.ArgumentParser) -> None:
 def _init(parser: argparse.ArgumentParser) -> None:
     _settings(parser)
     parser.add_argument("--fleet", default="fleet", help="the name of the fleet (default: %(default)s)")
+    parser.add_argument(
+        "--permit",
+        action="append",
+        metavar="NAME",
+        help="a domain or network that certificates of this fleet may name, and no others (default: private addresses, "
+        "and the domain of this machine)",
+    )
     parser.add_argument("--join", metavar="HOST:PORT", help="where new nodes connect to join (default: [::]:7448)")
 
 

@@ -22,17 +22,21 @@ from vmconv_fleet.errors import FleetError
 def init_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.node.daemon import FOUNDED
     from vmconv_fleet.trust import credentials
-    from vmconv_fleet.trust.addresses import names_of
+    from vmconv_fleet.trust.addresses import local_addresses, names_of
     from vmconv_fleet.trust.authority import Authority
     from vmconv_fleet.trust.identity import Keys, new_node_id
+    from vmconv_fleet.trust.names import permitted_by_default
 
     if not options.fleet.replace("-", "").isalnum() or len(options.fleet) > 63 or not options.fleet.isascii():
         raise UsageError(f"{options.fleet!r} is not the name of a fleet", hint="letters, digits and -, 63 at most")
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
-        authority, keys, node = Authority.found(directory, options.fleet), Keys.generate(), new_node_id()
+        stated = _stated_addresses(options)
+        permitted = options.permit or permitted_by_default(stated or local_addresses())
+        authority, keys, node = Authority.found(directory, options.fleet, permitted), Keys.generate(), new_node_id()
         config = _config(options, directory, options.fleet, node, [])
-        credentials.install(directory, keys, authority.issue(keys.request(node, options.fleet, names_of(config))))
+        request = keys.request(node, options.fleet, names_of(config))
+        credentials.install(directory, keys, authority.issue(request, drops=not stated))
         settings.save(config)
         with open(config.path(FOUNDED), "w", encoding="ascii"):
             pass
@@ -51,9 +55,10 @@ def join_node(options: argparse.Namespace) -> int:
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
         keys, node = Keys.generate(), new_node_id()
-        names = _stated_addresses(options) or local_addresses()
+        stated = _stated_addresses(options)
+        names = stated or local_addresses()
         # The authority decides the fleet's name and puts it into the certificate.
-        granted = joining.join(invitation, keys.request(node, "joining", names))
+        granted = joining.join(invitation, keys.request(node, "joining", names), drops=not stated)
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
         credentials.keep_members(directory, [granted.members])

@@ -73,12 +73,16 @@ def _may_dial(text: str, here: bool) -> bool:
     if is_loopback(host):
         return here
     if not _is_address(host):
-        # Resolvers read a name that ends in a number as an address in another notation.
-        return len(host) <= _MAX_HOST and _HOST.fullmatch(host) is not None and not host.rpartition(".")[2][0].isdigit()
+        return is_host_name(host)
     address = ipaddress.ip_address(host)
     # The kernel reads an IPv4 address mapped into IPv6 as the former.
     address = getattr(address, "ipv4_mapped", None) or address
     return not (address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified)
+
+
+def is_host_name(host: str) -> bool:
+    # Resolvers read a name that ends in a number as an address in another notation.
+    return len(host) <= _MAX_HOST and _HOST.fullmatch(host) is not None and not host.rpartition(".")[2][0].isdigit()
 
 
 def _is_address(host: str) -> bool:

@@ -38,6 +38,7 @@ from vmconv_fleet.trust.identity import (
     subject_name,
     write_private,
 )
+from vmconv_fleet.trust.names import PRIVATE, constraints, why_not
 
 NODE_LIFETIME = datetime.timedelta(days=365)
 AUTHORITY_LIFETIME = datetime.timedelta(days=20 * 365)
@@ -92,10 +93,13 @@ class Authority:
         self.certificate = certificate
 
     @classmethod
-    def found(cls, directory: str, fleet: str) -> Self:
-        """Creates the authority of a new fleet in a node's directory, with its certificate in `ca.pem`."""
+    def found(cls, directory: str, fleet: str, permitted: Iterable[str] = PRIVATE) -> Self:
+        """Creates the authority of a new fleet in a node's directory, with its certificate in `ca.pem`.
+
+        It certifies the `permitted` domains and networks only.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _self_signed(key, fleet)
+        certificate = _self_signed(key, fleet, constraints(permitted))
         os.mkdir(os.path.join(directory, "authority"), 0o700)
         write_private(os.path.join(directory, "authority", "ca.key"), private_pem(key))
         write_private(os.path.join(directory, "ca.pem"), certificate.public_bytes(serialization.Encoding.PEM))
@@ -146,10 +150,20 @@ class Authority:
         os.makedirs(os.path.join(self._directory, "authority"), 0o700, exist_ok=True)
         write_private(os.path.join(self._directory, "authority", "ca.key"), private_pem(self._key))
 
-    def issue(self, request: bytes, *, lifetime: datetime.timedelta = NODE_LIFETIME, node: str | None = None) -> bytes:
+    def issue(
+        self,
+        request: bytes,
+        *,
+        lifetime: datetime.timedelta = NODE_LIFETIME,
+        node: str | None = None,
+        taken: Mapping[str, str] = {},
+        drops: bool = False,
+    ) -> bytes:
         """Returns the PEM certificate for a request; with `node`, only for that node.
 
-        Only the keys, the node id and the addresses are taken from the request.
+        Only the keys, the node id and the addresses are taken from the request. `taken` are names and addresses in use,
+        and the nodes that use them. `drops`: the certificate lacks names that are not allowed; otherwise the request is
+        refused.
         """
         asked = _checked_request(request)
         (name,) = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -157,6 +171,7 @@ class Authority:
         if not is_node_id(wanted) or (node is not None and wanted != node):
             raise AuthorityError(f"certificate request for {wanted!r}" + (f", by {node}" if node else ", no node id"))
         names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = x509.SubjectAlternativeName(list(self._allowed(names, wanted, taken, drops)))
         now = datetime.datetime.now(datetime.UTC)
         begin = min(now, now + lifetime) - _CLOCKS_DIFFER
         builder = (
@@ -167,7 +182,7 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(now + lifetime)
-            .add_extension(x509.SubjectAlternativeName(list(names)), critical=False)
+            .add_extension(names, critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs_certificates=False), critical=True)
             .add_extension(
@@ -177,6 +192,18 @@ class Authority:
             .add_extension(_authority_identifier(self.certificate), critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _allowed(
+        self, names: Iterable[x509.GeneralName], node: str, taken: Mapping[str, str], drops: bool
+    ) -> Iterator[x509.GeneralName]:
+        for name in names:
+            # The only name of another kind is the signing key.
+            is_key = isinstance(name, x509.UniformResourceIdentifier)
+            reason = None if is_key else why_not(name, self.certificate, taken, node)
+            if reason is None:
+                yield name
+            elif not drops:
+                raise AuthorityError(reason, hint="give others with --address, or addresses in node.toml")
 
     def revocation(
         self, node: str, *, key_id: str | None = None, upto: list[int] | None = None, retired: bool = False
@@ -291,6 +318,8 @@ def _checked_request(pem: bytes) -> x509.CertificateSigningRequest:
     kinds = (x509.DNSName, x509.IPAddress, x509.UniformResourceIdentifier)
     if not asked.is_signature_valid or not isinstance(key, ec.EllipticCurvePublicKey):
         raise AuthorityError("certificate request with a bad signature, or with no P-256 key")
+    if len(names.get_values_for_type(x509.UniformResourceIdentifier)) != len(signing):
+        raise AuthorityError("certificate request with URIs besides the signing key")
     if len(signing) != 1 or len(names) > MAX_NAMES or not all(isinstance(name, kinds) for name in names):
         raise AuthorityError(f"certificate request with {len(signing)} signing keys and {len(names)} names")
     if len(asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)) != 1:
@@ -298,7 +327,7 @@ def _checked_request(pem: bytes) -> x509.CertificateSigningRequest:
     return asked
 
 
-def _self_signed(key: ec.EllipticCurvePrivateKey, fleet: str) -> x509.Certificate:
+def _self_signed(key: ec.EllipticCurvePrivateKey, fleet: str, names: x509.NameConstraints) -> x509.Certificate:
     name = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, fleet),
@@ -316,6 +345,7 @@ def _self_signed(key: ec.EllipticCurvePrivateKey, fleet: str) -> x509.Certificat
         .not_valid_after(now + AUTHORITY_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(names, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
     return builder.sign(key, hashes.SHA256())

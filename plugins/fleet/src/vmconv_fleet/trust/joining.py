@@ -22,7 +22,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
@@ -74,6 +74,9 @@ class Membership(Protocol):
 
     def is_revoked(self, node: str, key_id: str) -> bool:
         """Returns whether the node, or this key of it, was revoked."""
+
+    def names(self) -> Mapping[str, str]:
+        """Returns the names and addresses in certificates of members, and their nodes."""
 
     def seeds(self) -> list[str]:
         """Returns addresses of links of members."""
@@ -136,11 +139,11 @@ class JoinService:
         """Returns the answer to a question; `caller` is the client's verified certificate (DER), if any."""
         match path:
             case "/join":
-                return self._join(str(asked.get("request")).encode(), str(asked.get("token")))
+                return self._join(asked, str(asked.get("token")))
             case "/renew":
                 request, expired = str(asked.get("request")).encode(), asked.get("certificate")
                 bound = self._member(caller) if caller or not expired else self._returning(str(expired), request)
-                return self._certified(self.authority.issue(request, node=bound.node))
+                return self._certified(self._issue(asked, bound.node))
             case "/leave":
                 self.membership.revoke(self._member(caller).node)
                 return {}
@@ -173,9 +176,13 @@ class JoinService:
             raise AuthorityError(f"node {bound.node} was revoked")
         return bound
 
-    def _join(self, request: bytes, token: str) -> dict[str, Any]:
+    def _issue(self, asked: dict[str, Any], node: str | None = None) -> bytes:
+        request, drops = str(asked.get("request")).encode(), asked.get("drops") is True
+        return self.authority.issue(request, node=node, taken=self.membership.names(), drops=drops)
+
+    def _join(self, asked: dict[str, Any], token: str) -> dict[str, Any]:
         # The request is checked first, so that a refused one does not use up the token.
-        certificate = self.authority.issue(request)
+        certificate = self._issue(asked)
         node = binding(read_certificate(certificate), [self.authority.certificate]).node
         if self.membership.is_known(node):
             raise AuthorityError(f"node id {node} is taken")
@@ -312,8 +319,8 @@ class Granted(NamedTuple):
     members: bytes = b""
 
 
-def join(invitation: Invitation, request: bytes) -> Granted:
-    """Requests a certificate with an invitation."""
+def join(invitation: Invitation, request: bytes, *, drops: bool = False) -> Granted:
+    """Requests a certificate with an invitation; `drops`: without the names that the authority does not allow."""
     host, _ = split_address(invitation.address)
     context = _client_context(_authority_certificate(invitation))
     with _connected(invitation.address, context) as connection:
@@ -321,7 +328,7 @@ def join(invitation: Invitation, request: bytes) -> Granted:
         name = common_name(connection.sock)
         if name != invitation.node:
             raise JoinError(f"{invitation.address}: is node {name}, the invitation names {invitation.node}")
-        found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token})
+        found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token, "drops": drops})
     link = join_address(host, int(found["link_port"]))
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))[: MAX_SEEDS + 1]
     return Granted(
@@ -337,7 +344,8 @@ def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
     """Requests a new certificate with the present one, which may have expired."""
     with open(config.credential("node.pem"), "rb") as file:
         pem = file.read(MAX_PEM)
-    asked, present = {"request": request.decode()}, read_certificate(pem)
+    asked: dict[str, Any] = {"request": request.decode(), "drops": not config.addresses}
+    present = read_certificate(pem)
     if present.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         asked["certificate"] = pem.decode()
     with _connected(address, _member_context(config, shows="certificate" not in asked)) as connection:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv_fleet.errors import FleetError, NotReadyError
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.trust.identity import read_certificate
+from vmconv_fleet.trust.names import names_in_use
 
 if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
@@ -40,6 +41,9 @@ class Members:
 
     def is_revoked(self, node: str, key_id: str) -> bool:
         return self._trust.is_revoked(node, key_id)
+
+    def names(self) -> dict[str, str]:
+        return names_in_use([read_certificate(pem) for pem in self.certificates()])
 
     def seeds(self) -> list[str]:
         return self._seeds()
