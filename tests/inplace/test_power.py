@@ -5,6 +5,8 @@ The filesystem lies in a file on XFS; a snapshot of that file, a reflink, is the
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import vmconv
 from support.crash import OTHERS
 from support.disks import MIB, make_disk
 from support.inplace import SIZE, THERE, UNDOABLE, Contents, Work, contents
@@ -21,6 +24,7 @@ from support.tried import TRIED
 from vmconv.inplace import recovery
 from vmconv.inplace.strategies import Share, Unsuitable
 from vmconv.inplace.syscalls import Syscalls
+from vmconv.io.directory import Directory
 
 MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q"], "btrfs": ["mkfs.btrfs", "-q"]}
 SPACE = 320 * MIB
@@ -105,20 +109,100 @@ def test_a_power_cut_on_a_real_filesystem_is_rolled_back_or_completed(
         work.run(calls, work.directory)
         after = contents(work.directory)
     calls.take()
-    found = [outcome(path, kind, work, tmp_path, (before, after)) for path in calls.taken]
+    found = [outcome(path, kind, work.before, tmp_path, (before, after)) for path in calls.taken]
     assert found == sorted(found, reverse=True)
     assert set(found) == {"before", "after"}
     TRIED["power cuts on real filesystems"] += len(found)
 
 
-def outcome(image: Path, kind: str, work: Work, tmp_path: Path, wanted: tuple[Contents, Contents]) -> str:
-    """Mounts a snapshot, recovers what is there, and returns which of the two it is."""
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["qcow2", "raw"])
+def test_a_power_cut_during_a_sync_leaves_the_old_target_or_the_new(
+    xfs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """In place: qcow2 by appending, raw through the journal."""
+    image, snapshots = xfs_dir / "device.img", xfs_dir / "snapshots"
+    with image.open("wb") as file:
+        file.truncate(SPACE)
+    subprocess.run([*MAKE["ext4"], image], check=True)
+    snapshots.mkdir()
+    calls = SnapshotCalls(image, snapshots)
+    disk = make_disk(tmp_path / "disk.raw", SIZE, pieces=3)
+    with mounted(image, "ext4", tmp_path / "mounted") as point:
+        (point / "work").mkdir()
+        made = point / "work" / f"target.{target}"
+        vmconv.sync(disk, made, target_format=target)
+        subprocess.run(["sync", "-f", point], check=True)
+        before = contents(made.parent)
+        with disk.open("r+b") as file:
+            for at in (0, MIB, SIZE - MIB):
+                file.seek(at)
+                file.write(random.Random(at).randbytes(65536))
+        monkeypatch.setattr("vmconv.inplace.stay.Syscalls", lambda: calls)
+        assert vmconv.sync(disk, made).backend == "in-place"
+        after = contents(made.parent)
+    calls.take()
+    found = [outcome(path, "ext4", f"target.{target}", tmp_path, (before, after)) for path in calls.taken]
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"before", "after"}
+    TRIED["power cuts on real filesystems"] += len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_power_cut_during_an_exchange_leaves_the_old_target_or_the_new(
+    xfs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where blocks are shared, a sync makes a new file: its name is that of the old one or the new one, whole."""
+    image, snapshots = xfs_dir / "device.img", xfs_dir / "snapshots"
+    with image.open("wb") as file:
+        file.truncate(SPACE)
+    subprocess.run([*MAKE[kind], image], check=True)
+    snapshots.mkdir()
+    taken = SnapshotCalls(image, snapshots)
+
+    def hook(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def snapshot_first(*arguments: Any, **more: Any) -> Any:
+            taken.take()
+            return call(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, snapshot_first)
+
+    disk = make_disk(tmp_path / "disk.raw", SIZE, pieces=3)
+    with mounted(image, kind, tmp_path / "mounted") as point:
+        target = point / "target.qcow2"
+        vmconv.sync(disk, target)
+        subprocess.run(["sync", "-f", point], check=True)
+        before = target.read_bytes()
+        with disk.open("r+b") as file:
+            file.write(random.Random(1).randbytes(65536))
+        for owner, name in ((os, "fsync"), (Directory, "link_open"), (Directory, "rename"), (Directory, "sync")):
+            hook(owner, name)
+        assert vmconv.sync(disk, target).backend == "reflink"
+        monkeypatch.undo()
+        after = target.read_bytes()
+        taken.take()
+    found = []
+    for path in taken.taken:
+        with mounted(path, kind, tmp_path / "again") as point:
+            content = (point / target.name).read_bytes()
+        assert content in (before, after)
+        found.append("before" if content == before else "after")
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"before", "after"}
+    TRIED["power cuts on real filesystems"] += len(found)
+
+
+def outcome(image: Path, kind: str, name: str, tmp_path: Path, wanted: tuple[Contents, Contents]) -> str:
+    """Mounts a snapshot, recovers the file `name` that is there, and returns which of the two it is."""
     with mounted(image, kind, tmp_path / "again") as point:
         folder = point / "work"
         names = {path.name for path in folder.iterdir()}
         if names != set(wanted[1]):
             # It is mounted at another point than before, where marks do not count.
-            recovery.recover(str(folder / work.before), trust=True)
+            recovery.recover(str(folder / name), trust=True)
         found = contents(folder)
     assert found in wanted, sorted(found)
     return "before" if found == wanted[0] else "after"
