@@ -90,6 +90,18 @@ class Noting(Syscalls):
         self._note("sync_directory")
 
 
+class FailingOnce(Noting):
+    """Whose next sync fails, and later ones do not."""
+
+    fails = False
+
+    def sync(self, descriptor: int) -> None:
+        super().sync(descriptor)
+        if self.fails:
+            self.fails = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "somewhere")
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Directory]:
     (tmp_path / "disk").write_bytes(BEFORE)
@@ -312,6 +324,34 @@ def test_before_the_commit_an_error_is_not_one_after_it(tmp_path: Path, director
         one.complete()
     assert not one.committed
     calls.at = -1
+    one.give_up()
+    assert names(tmp_path) == ["disk", "gone"]
+
+
+def test_a_commit_that_may_have_reached_storage_is_withdrawn_first(tmp_path: Path, directory: Directory) -> None:
+    calls = Noting()
+    one = begun(directory, calls)
+    one.begin()
+    calls.at = len(calls.log) + 2
+    with pytest.raises(BackendError, match="cannot be committed"):
+        one.complete()
+    # The record is in the file, and the storage takes nothing: recovery has to decide, so nothing is rolled back.
+    with pytest.raises(BackendError, match="cannot be rolled back"):
+        one.give_up()
+    assert names(tmp_path) == sorted([ENTRY, WORK, "gone"])
+
+
+def test_a_failed_commit_leaves_no_record_for_recovery(tmp_path: Path, directory: Directory) -> None:
+    calls = FailingOnce()
+    one = begun(directory, calls)
+    one.begin()
+    calls.log.clear()
+    calls.fails = True
+    with pytest.raises(BackendError, match="cannot be committed"):
+        one.complete()
+    assert calls.log[-2:] == [("truncate", one._commit_offset), ("sync",)]
+    # As if the process ended here: recovery finds a journal that is not committed.
+    assert (tmp_path / ENTRY).stat().st_size == one._commit_offset
     one.give_up()
     assert names(tmp_path) == ["disk", "gone"]
 

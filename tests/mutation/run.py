@@ -129,7 +129,9 @@ ROOMS: dict[str, Room] = {
     "memory": _core("testing/memory", "memory planner backends"),
     "staying": _core("inplace/stay inplace/share inplace/shift", "strategies inplace safety", *_LONG, first=_CRASHES),
     "journal": _core("inplace/codec inplace/journal inplace/undofile", "journals strangers", *_LONG),
-    "change": _core("inplace/change inplace/space inplace/moves io/ownership", "changes strangers", *_LONG),
+    "change": _core(
+        "inplace/change inplace/journalled inplace/space inplace/moves io/ownership", "changes strangers", *_LONG
+    ),
     "strategies": _core(
         "inplace/neighbours inplace/rules inplace/strategies inplace/site",
         "strategies safety inplace",

@@ -10,14 +10,14 @@ next one: no write order is assumed of the filesystem.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 
-from vmconv.errors import BackendError, PlanError, os_errors
+from vmconv.errors import BackendError, PlanError, VmconvError, os_errors
 from vmconv.inplace import moves as shifting
 from vmconv.inplace import undofile
-from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, commit_record, parse
+from vmconv.inplace.journal import MAX_SIZE, Journal, Leftover, parse
+from vmconv.inplace.journalled import Journalled
 from vmconv.inplace.names import JOURNAL, WORKING, beside
 from vmconv.inplace.syscalls import Syscalls
 from vmconv.io import ownership
@@ -25,25 +25,18 @@ from vmconv.io.directory import Directory
 from vmconv.system import linux, signals
 
 
-class Change:
+class Change(Journalled):
     """A change of the file `journal.source` of a directory. `descriptor` is the file, open for writing.
 
     Names are names in the directory, without slashes; `entry` is the journal's.
     """
 
     def __init__(self, directory: Directory, journal: Journal, calls: Syscalls, descriptor: int) -> None:
-        self.directory = directory
+        super().__init__(directory, calls, beside(journal.source, JOURNAL))
         self.journal = journal
-        self.calls = calls
         self.descriptor = descriptor
-        self.entry = beside(journal.source, JOURNAL)
         self.working = beside(journal.source, WORKING)
         """The file's name during the change."""
-        self.record = -1
-        """Descriptor of the journal; its lock shows others that this run is alive."""
-        self.committed = False
-        self._commit_record = b""
-        self._commit_offset = 0
 
     @property
     def source(self) -> str:
@@ -68,19 +61,9 @@ class Change:
             raise PlanError(f"{self.source}: {len(encoded)} bytes would be overwritten, {MAX_SIZE} at most in place")
         # A journal that cannot be read back must fail now, not during recovery.
         parse(encoded, self.source)
-        self._commit_record, self._commit_offset = commit_record(encoded), len(encoded)
         with signals.held():
             self._refuse_leftovers()
-            self.record = self.calls.create(self.directory, self.entry)
-            fcntl.flock(self.record, fcntl.LOCK_EX)
-            if not os.fstat(self.record).st_nlink:
-                # Before it was locked, another process took it for the journal of a dead run and removed it.
-                self.close()
-                raise BackendError(f"{self.source}: was being recovered by another process", hint="try again")
-            self.calls.write(self.record, encoded, 0)
-            self.calls.sync(self.record)
-            # The journal's name must be durable before the file is renamed.
-            self.calls.sync_directory(self.directory)
+            self._start(encoded, self.source)
             if self.journal.carried:
                 self.calls.rename(self.directory, self.journal.source, self.working, replace=False)
                 self.calls.sync_directory(self.directory)
@@ -101,13 +84,11 @@ class Change:
     def complete(self) -> None:
         """Commits and finishes the change. The caller has synced all that was written."""
         with signals.held():
-            with os_errors("cannot be committed", where=self.target):
+            if self.journal.made:
                 # The commit promises the new files, so their names must be durable.
-                if self.journal.made:
+                with os_errors("cannot be committed", where=self.target):
                     self.calls.sync_directory(self.directory)
-                self.calls.write(self.record, self._commit_record, self._commit_offset)
-                self.calls.sync(self.record)
-            self.committed = True
+            self._commit(self.target)
             try:
                 self.finish()
             except OSError as exc:
@@ -117,23 +98,12 @@ class Change:
                     hint=f"vmconv recover {self.target}",
                 ) from exc
 
-    def give_up(self) -> None:
-        """Rolls the change back, unless it is committed or was never begun."""
-        try:
-            if self.record >= 0 and not self.committed:
-                with signals.held():
-                    self._take_back()
-        finally:
-            self.close()
-
-    def _take_back(self) -> None:
-        try:
-            self.roll_back()
-        except OSError as exc:
-            raise BackendError(
-                f"{self.source}: cannot be rolled back: {_where(exc)}{exc.strerror}; {self._whereabouts()}",
-                hint=f"vmconv recover {self.source}",
-            ) from exc
+    def _not_rolled_back(self, exc: OSError | VmconvError) -> BackendError:
+        why = f"{_where(exc)}{exc.strerror}" if isinstance(exc, OSError) else str(exc)
+        return BackendError(
+            f"{self.source}: cannot be rolled back: {why}; {self._whereabouts()}",
+            hint=f"vmconv recover {self.source}",
+        )
 
     def _whereabouts(self) -> str:
         """Returns the disk's current name, as the end of a message."""
@@ -294,18 +264,6 @@ class Change:
             hint=f"give the file its working name again, {self.directory.join(self.working)}; "
             f"or, if it is good as it is, remove {self.directory.join(self.entry)}",
         )
-
-    def _remove_journal(self) -> None:
-        if self.directory.has(self.entry):
-            self.calls.unlink(self.directory, self.entry)
-            self.calls.sync_directory(self.directory)
-        self.close()
-
-    def close(self) -> None:
-        """Releases the journal's lock."""
-        if self.record >= 0:
-            linux.close(self.record)
-            self.record = -1
 
 
 def _where(exc: OSError) -> str:

@@ -10,7 +10,6 @@ of the files and does not find it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from vmconv.backends.targets import clean, open_directory
 from vmconv.errors import BackendError, ImageError, PlanError, VmconvError, os_errors, warn
 from vmconv.inplace import codec, recovery
 from vmconv.inplace import journal as journals
+from vmconv.inplace.journalled import Journalled
 from vmconv.inplace.names import GROUP, JOURNAL, UNDO, beside
 from vmconv.inplace.recovery import Recovery, StrangerError
 from vmconv.inplace.syscalls import Syscalls
@@ -106,18 +106,13 @@ def _pair_of_size(fields: codec.Fields, value: Any) -> tuple[str, int]:
     return fields.checked_name("files", value[0], ()), fields.checked_number("files", value[1], codec.MAX_BODY)
 
 
-class Changing:
-    """A group that is being changed in a directory. `record` is the descriptor of its journal, locked while open."""
+class Changing(Journalled):
+    """A group that is being changed in a directory."""
 
     def __init__(self, directory: Directory, group: Group, calls: Syscalls, *, trust: bool = False) -> None:
-        self.directory = directory
+        super().__init__(directory, calls, group.entry)
         self.group = group
-        self.calls = calls
         self.trust = trust
-        self.record = -1
-        self.committed = False
-        self._commit_record = b""
-        self._commit_offset = 0
 
     @property
     def target(self) -> str:
@@ -126,24 +121,16 @@ class Changing:
 
     def begin(self) -> None:
         """Syncs the journal. No disk may be changed before."""
-        entry = self.group.entry
         body = self.group.encoded()
         # A journal that cannot be read back must fail now, not during recovery.
         parse(body, self.target)
         encoded = journals.sealed(body, lambda digest: ownership.mark(self.directory, digest), MAGIC)
-        self._commit_record, self._commit_offset = journals.commit_record(encoded), len(encoded)
-        with signals.held(), os_errors("cannot be made", where=self.directory.join(entry)):
-            if self.directory.has(entry):
+        path = self.directory.join(self.entry)
+        with signals.held(), os_errors("cannot be made", where=path):
+            if self.directory.has(self.entry):
                 hint = f"if a conversion was interrupted: vmconv recover {self.target}; else move it away"
-                raise PlanError(f"{self.directory.join(entry)}: is in the way of a conversion in place", hint=hint)
-            self.record = self.calls.create(self.directory, entry)
-            fcntl.flock(self.record, fcntl.LOCK_EX)
-            if not os.fstat(self.record).st_nlink:
-                self.close()
-                raise BackendError(f"{self.target}: was being recovered by another process", hint="try again")
-            self.calls.write(self.record, encoded, 0)
-            self.calls.sync(self.record)
-            self.calls.sync_directory(self.directory)
+                raise PlanError(f"{path}: is in the way of a conversion in place", hint=hint)
+            self._start(encoded, self.target)
 
     @contextmanager
     def written(self, created: Created | None = None) -> Iterator[tuple[FileTransaction, list[File]]]:
@@ -166,7 +153,10 @@ class Changing:
     def finish(self, transaction: FileTransaction) -> None:
         """Commits the group and completes it; `transaction` names the small files."""
         with signals.held():
-            self._commit()
+            for file in self.group.files:
+                if self.directory.has(file.name):
+                    raise PlanError(f"{self.directory.join(file.name)}: was created during the conversion")
+            self._commit(self.target)
             try:
                 transaction.commit()
                 self.complete()
@@ -175,22 +165,6 @@ class Changing:
                     f"{self.target}: the machine's disks are converted, and its files are not complete: {exc}",
                     hint=f"vmconv recover {self.target} completes them",
                 ) from exc
-
-    def _commit(self) -> None:
-        """From here on the group is completed, by this run or by another one."""
-        for file in self.group.files:
-            if self.directory.has(file.name):
-                raise PlanError(f"{self.directory.join(file.name)}: was created during the conversion")
-        with os_errors("cannot be committed", where=self.target):
-            try:
-                self.calls.write(self.record, self._commit_record, self._commit_offset)
-                self.calls.sync(self.record)
-            except OSError:
-                # It may have reached storage. The rollback that follows must not be taken for a completion.
-                self.calls.truncate(self.record, self._commit_offset)
-                self.calls.sync(self.record)
-                raise
-        self.committed = True
 
     def complete(self) -> None:
         """Completes a committed group; may be repeated."""
@@ -235,35 +209,11 @@ class Changing:
         clean(self.directory, [file.name for file in self.group.files])
         self._remove_journal()
 
-    def give_up(self) -> None:
-        """Rolls the group back, unless it is committed or was never begun."""
-        try:
-            if self.record >= 0 and not self.committed:
-                with signals.held():
-                    self._take_back()
-        finally:
-            self.close()
-
-    def _take_back(self) -> None:
-        try:
-            self.roll_back()
-        except (OSError, VmconvError) as exc:
-            raise BackendError(
-                f"{self.target}: the machine's disks cannot all be turned back: {exc}",
-                hint=f"vmconv recover {self.target}",
-            ) from exc
-
-    def _remove_journal(self) -> None:
-        if self.directory.has(self.group.entry):
-            self.calls.unlink(self.directory, self.group.entry)
-            self.calls.sync_directory(self.directory)
-        self.close()
-
-    def close(self) -> None:
-        """Releases the journal's lock."""
-        if self.record >= 0:
-            linux.close(self.record)
-            self.record = -1
+    def _not_rolled_back(self, exc: OSError | VmconvError) -> BackendError:
+        return BackendError(
+            f"{self.target}: the machine's disks cannot all be turned back: {exc}",
+            hint=f"vmconv recover {self.target}",
+        )
 
 
 # -- after a run that was stopped
