@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -37,14 +37,14 @@ class Served(NamedTuple):
     ca: str
     limiter: Limiter
 
-    def client(self, role: str) -> NodeClient:
+    def client(self, role: str, **more: object) -> NodeClient:
         """Returns a client with a new token of this role."""
-        token = self.token(role)["token"]
+        token = self.token(role, **more)["token"]
         return NodeClient(self.url, ca=self.ca, token=token)
 
-    def token(self, role: str, **more: object) -> dict[str, str]:
+    def token(self, role: str, **more: object) -> dict[str, Any]:
         reply = self.local.call("POST", "/api/v1/tokens", {"label": f"a {role}", "role": role, **more})
-        made: dict[str, str] = reply.content
+        made: dict[str, Any] = reply.content
         return made
 
 

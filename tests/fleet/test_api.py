@@ -138,6 +138,46 @@ def test_of_a_token_only_the_hash_is_kept_and_not_shown(api: Served) -> None:
     assert stored.body["hash"] == hashlib.sha256(made["token"].encode()).hexdigest()
 
 
+def test_the_hash_of_a_token_is_shown_nowhere(api: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """It is in the token's record, in the request for it and in the transaction, before and after."""
+    caplog.set_level(logging.DEBUG)
+    events = api.client("viewer").lines("/api/v1/events")
+    _until(events, "event: here")
+    made = api.token("viewer")
+    api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")
+    secret = hashlib.sha256(made["token"].encode()).hexdigest()
+    stored = [
+        kind
+        for kind in ("token", "request", "transaction")
+        for one in api.node.service.view().find(kind)
+        if secret in json.dumps(one.body)
+    ]
+    assert set(stored) == {"token", "request", "transaction"}
+    seen = [next(events) for _ in range(30)]
+    paths = ["tokens", "requests", "transactions", "export", "records/token", "records/request", "records/transaction"]
+    for path in paths:
+        seen += api.local.lines(f"/api/v1/{path}")
+    cookie = api.app.state.fleet.sessions.begin(api.token("admin")["token"])
+    for page in ("/tokens", "/requests", "/history"):
+        seen.append(page_of(api, page, cookie))
+    text = "\n".join(seen)
+    assert made["body"]["token"] in text
+    assert secret not in text
+    assert secret not in caplog.text
+    assert not [record for record in caplog.records if secret in str(vars(record))]
+
+
+def page_of(api: Served, path: str, cookie: str) -> str:
+    """Returns a page of the console."""
+    context = ssl.create_default_context(cafile=api.ca)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
+    with closing(connection):
+        connection.request("GET", path, headers={"Cookie": f"__Host-vmconv={cookie}"})
+        response = connection.getresponse()
+        assert response.status == 200
+        return response.read().decode()
+
+
 def test_each_change_is_logged_with_its_caller(api: Served, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "vmconv_fleet.audit"), api.client("operator") as client:
         client.call("POST", "/api/v1/nodes/n01/scan", {})
@@ -383,7 +423,6 @@ def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Seque
 
 def test_changes_are_sent_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:
     lines = api.local.lines("/api/v1/events", kinds="disk")
-    assert next(lines).startswith("retry")
     assert next(lines) == "event: here"
     pair[1].write(Change("vm", "v1", {"datastore": "ds", "file": "x", "name": "x"}))
     (record,) = pair[1].write(Change("disk", "d9", {"datastore": "ds", "name": "new.raw"}))
@@ -391,11 +430,46 @@ def test_changes_are_sent_as_they_arrive(api: Served, pair: Sequence[Node]) -> N
     for line in lines:
         name, _, value = line.partition(": ")
         told[name] = value
-        if name == "data" and "kind" in value:
+        if not line and "kind" in told["data"]:
             break
     assert told["event"] == "disk"
     assert told["id"] == f"{record.owner}.{record.epoch}.{record.seq}"
     assert json.loads(told["data"])["body"]["name"] == "new.raw"
+
+
+def test_a_stream_ends_with_its_token(api: Served) -> None:
+    made = api.token("viewer")
+    lines = NodeClient(api.url, ca=api.ca, token=made["token"]).lines("/api/v1/events")
+    _until(lines, "event: here")
+    api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")
+    rest = list(lines)
+    assert rest[-3:-1] == ["event: ended", f'data: {{"reason": "token {made["body"]["token"]} was revoked"}}']
+    # What was committed with the revocation is not sent.
+    assert not [line for line in rest if line == "event: transaction"]
+
+
+def test_a_stream_ends_when_its_token_expires(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = api.client("viewer", ttl_s=3600).lines("/api/v1/events")
+    _until(lines, "event: here")
+    monkeypatch.setattr(api.app.state.fleet, "now_ms", lambda: wall_ms() + 3_600_000)
+    assert "event: ended" in list(lines)
+
+
+def test_a_stream_ends_with_its_browsers_session(api: Served) -> None:
+    sessions = api.app.state.fleet.sessions
+    cookie = sessions.begin(api.token("viewer")["token"])
+    context = ssl.create_default_context(cafile=api.ca)
+    connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
+    with closing(connection):
+        connection.request("GET", "/api/v1/events", headers={"Cookie": f"__Host-vmconv={cookie}"})
+        response = connection.getresponse()
+        assert response.readline() == b"event: here\n"
+        sessions.end(cookie)
+        assert b"event: ended\n" in response.read()
+
+
+def _until(lines: Iterator[str], wanted: str) -> None:
+    assert any(line == wanted for line in lines)
 
 
 def test_a_reconnecting_subscriber_must_read_again(api: Served) -> None:
@@ -406,7 +480,7 @@ def test_a_reconnecting_subscriber_must_read_again(api: Served) -> None:
         connection.request("GET", "/api/v1/events?kinds=disk", headers=headers)
         response = connection.getresponse()
         lines = [response.readline().decode().strip() for _ in range(6)]
-    assert (lines[1], lines[4:]) == ("event: here", ["event: lost", "data: {}"])
+    assert (lines[0], lines[4:]) == ("event: here", ["event: lost", "data: {}"])
 
 
 def test_metrics_are_what_prometheus_reads(api: Served, pair: Sequence[Node]) -> None:

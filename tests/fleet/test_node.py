@@ -137,6 +137,7 @@ def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp
     one = machine("one")
     assert "is not a directory" in one.node("init", str(tmp_path / "missing"), code=2)
     assert "is not the name of a fleet" in one.node("init", "--fleet", "a/b", code=2)
+    assert "is not the name of a node: it begins with '-'" in one.node("init", "--name=-rf", code=2)
     assert "is not an address" in one.node("init", "--listen", "nowhere", code=2)
     one.node("init", *LOCAL)
     assert "is not empty" in one.node("init", *LOCAL, code=1)

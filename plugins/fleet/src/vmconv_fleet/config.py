@@ -19,6 +19,7 @@ from typing import Any
 
 from vmconv.plugin import UsageError, os_errors
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.words import trap_in
 
 LINK_PORT = 7447
 JOIN_PORT = 7448
@@ -106,6 +107,9 @@ def _check(path: str, found: dict[str, Any]) -> None:
     for name, value in found.items():
         if not _is_of_its_kind(name, value):
             raise ConfigError(f"{path}: setting {name!r} is {value!r}")
+    for name in ("fleet", "name"):
+        if problem := trap_in(found[name]):
+            raise ConfigError(f"{path}: setting {name!r} {problem}: {found[name][:80]!r}")
 
 
 def _is_of_its_kind(name: str, value: object) -> bool:

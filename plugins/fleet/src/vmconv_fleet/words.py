@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from vmconv.plugin import printable, size_text
+
+MAX_NAME = 200
 
 
 def age_text(milliseconds: int | None) -> str:
@@ -31,6 +34,22 @@ def time_text(milliseconds: int | None) -> str:
 def cell(text: object) -> str:
     """Returns a cell of a table, escaped: untrusted names could control the terminal."""
     return printable(str(text)) if text not in (None, "") else "-"
+
+
+def trap_in(name: str) -> str | None:
+    """Returns why a name must not be given to a node, a person, a token, a datastore or a file; None if it may.
+
+    Programs take such a name for an option, hide it, or show it as another one.
+    """
+    if not name or name[0] in "-.":
+        return f"begins with {name[0]!r}" if name else "is empty"
+    if name != name.strip():
+        return "begins or ends with a space"
+    # Control and format characters, those that reverse the text among them, surrogates, and separators of lines.
+    for one in name:
+        if one == "/" or unicodedata.category(one) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+            return f"contains the character U+{ord(one):04X}"
+    return f"is longer than {MAX_NAME} bytes" if len(name.encode()) > MAX_NAME else None
 
 
 def plan_text(plan: Mapping[str, Any] | None) -> str:

@@ -52,7 +52,7 @@ def as_local(app: ASGIApp) -> ASGIApp:
 def caller_of(request: Request, state: State) -> Caller:
     """Returns the caller. Raises UnknownCallerError."""
     if request.scope.get(_LOCAL):
-        name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64]
+        name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64].lstrip("-.")
         return Caller(Principal(node=state.node, user=name or "local administrator"), "admin", is_local=True)
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
@@ -82,8 +82,8 @@ def _caller(request: Request, state: StateOf) -> Caller:
     return caller
 
 
-def _browser(request: Request, state: StateOf) -> Caller:
-    """Returns the caller, also by a browser's cookie: for requests that change nothing."""
+def caller_or_browser(request: Request, state: StateOf) -> Caller:
+    """Returns the caller, also by a browser's cookie: for requests that change nothing. Raises UnknownCallerError."""
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     if session and "authorization" not in request.headers:
         caller = of_token(session.token, state)
@@ -95,7 +95,7 @@ def _browser(request: Request, state: StateOf) -> Caller:
 Known = Annotated[Caller, Depends(_caller)]
 """A caller with at least the role viewer."""
 
-KnownOrBrowser = Annotated[Caller, Depends(_browser)]
+KnownOrBrowser = Annotated[Caller, Depends(caller_or_browser)]
 
 UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
     401: {"description": "No valid token"},

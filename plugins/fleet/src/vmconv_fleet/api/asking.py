@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from vmconv.plugin import UsageError, VmconvError
 from vmconv_fleet.api.access import Caller
 from vmconv_fleet.api.state import State
+from vmconv_fleet.catalogue.secrets import shown
 from vmconv_fleet.jobs.arguments import ARGUMENTS, Arguments, complaint
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.requests import response_id
@@ -111,7 +112,8 @@ async def ask(
         # The listener starts before the check, so that no response is missed in between.
         request = await run_in_threadpool(state.service.submit, target, verb, given, by, id=key)
         _audit.info(
-            "request", extra={"fields": {"request": request, "verb": verb, "target": target, "by": by, "with": given}}
+            "request",
+            extra={"fields": {"request": request, "verb": verb, "target": target, "by": by, "with": shown(given)}},
         )
         until = time.monotonic() + (max(wait, _OWN_WAIT) if target == state.node else wait)
         while (response := state.view().get(target, "response", response_id(state.node, request))) is None:

@@ -17,7 +17,7 @@ from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, 
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.conversion import BulkSpec
-from vmconv_fleet.catalogue.fields import Name, Role
+from vmconv_fleet.catalogue.fields import Name, PlainName, Role
 from vmconv_fleet.catalogue.selection import parse
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
@@ -73,7 +73,7 @@ class DatastoreWish(_Wish):
 
 
 class TokenWish(_Wish):
-    label: Name
+    label: PlainName
     role: Role
     ttl_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
 

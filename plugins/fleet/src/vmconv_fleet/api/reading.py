@@ -15,6 +15,7 @@ from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
 from vmconv_fleet.catalogue.kinds import KINDS
 from vmconv_fleet.catalogue.paging import Page
+from vmconv_fleet.catalogue.secrets import shown
 from vmconv_fleet.catalogue.selection import parse
 from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
 from vmconv_fleet.replication.clock import milliseconds
@@ -39,8 +40,7 @@ JobStates = Annotated[str | None, Query(description="Only jobs in one of these s
 
 
 def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns a record as JSON. Records hold no secrets, but hashes of tokens are omitted."""
-    body = {key: value for key, value in record.body.items() if (record.kind, key) != ("token", "hash")}
+    """Returns a record as JSON, without the hashes of tokens."""
     return {
         "owner": record.owner,
         "node": snapshot.name(record.owner),
@@ -49,7 +49,7 @@ def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
         "position": f"{record.epoch}.{record.seq}",
         "written_ms": milliseconds(record.clock),
         "transaction": record.txn or None,
-        "body": body,
+        "body": shown(record.body),
     }
 
 

@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from vmconv_fleet.catalogue.secrets import SECRET
 from vmconv_fleet.words import time_text
 
 MAX_LISTED = 200
 MAX_TEXT = 300
-
-_SECRET = frozenset({"hash"})
 
 
 class Difference(NamedTuple):
@@ -39,7 +38,7 @@ def _flat(body: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, f"{above}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            if name in _SECRET:
+            if name in SECRET:
                 text = "(not shown)"
             elif name.endswith("_ms") and isinstance(value, int):
                 text = time_text(value)

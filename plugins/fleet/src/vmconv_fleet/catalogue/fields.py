@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue.places import refuse_as_file_name
+from vmconv_fleet.words import trap_in
 
 
 def _file_name(name: str) -> str:
-    from vmconv.plugin import AccessError
-
     try:
         refuse_as_file_name(name)
     except AccessError as exc:
@@ -19,7 +19,16 @@ def _file_name(name: str) -> str:
     return name
 
 
+def _plain_name(name: str) -> str:
+    if problem := trap_in(name):
+        raise ValueError(f"{name[:80]!r} {problem}")
+    return name
+
+
 Name = Annotated[str, Field(min_length=1, max_length=255)]
+"""A name in a record, whoever wrote it."""
+PlainName = Annotated[str, AfterValidator(_plain_name)]
+"""A name that somebody gives here."""
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
 FormatName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]

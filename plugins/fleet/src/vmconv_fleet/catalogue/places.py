@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from vmconv.api import inside
 from vmconv.plugin import AccessError
+from vmconv_fleet.words import trap_in
 
 
 def disk_id(datastore: str, name: str) -> str:
@@ -37,6 +38,8 @@ def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
 
 
 def refuse_as_file_name(name: str) -> None:
-    """Raises AccessError unless the name is a plain file name."""
-    if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 200:
-        raise AccessError(f"{name!r} is not the name of a file", hint="a target is named without directories")
+    """Raises AccessError unless the name is a plain file name, and no trap."""
+    if problem := trap_in(name):
+        raise AccessError(
+            f"{name[:80]!r} is not the name of a file: it {problem}", hint="a target is named without directories"
+        )

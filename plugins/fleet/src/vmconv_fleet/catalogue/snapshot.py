@@ -19,6 +19,7 @@ from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.replication.store import Listed, ReplicaView
+from vmconv_fleet.words import trap_in
 
 NodeState = Literal["here", "up", "silent", "retired"]
 
@@ -77,9 +78,10 @@ class Snapshot:
         return (one for one in self.find(kind) if one.id == one.owner)
 
     def name(self, node: str) -> str:
-        """Returns the name of a node, or the beginning of its id."""
+        """Returns the name of a node, or the beginning of its id if it has none, or one that is a trap."""
         body = self._bodies.get(node)
-        return (body.name if body else self._retired.get(node, ""))[:MAX_NAME] or node[:8]
+        name = (body.name if body else self._retired.get(node, ""))[:MAX_NAME]
+        return node[:8] if trap_in(name) else name
 
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, including this one."""

@@ -17,6 +17,7 @@ from vmconv.plugin import UsageError, os_errors, print_json
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import ConfigError, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.words import trap_in
 
 
 def init_node(options: argparse.Namespace) -> int:
@@ -27,7 +28,13 @@ def init_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust.identity import Keys, new_node_id
     from vmconv_fleet.trust.names import permitted_by_default
 
-    if not options.fleet.replace("-", "").isalnum() or len(options.fleet) > 63 or not options.fleet.isascii():
+    _name(options)
+    if (
+        trap_in(options.fleet)
+        or not options.fleet.replace("-", "").isalnum()
+        or len(options.fleet) > 63
+        or not options.fleet.isascii()
+    ):
         raise UsageError(f"{options.fleet!r} is not the name of a fleet", hint="letters, digits and -, 63 at most")
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
@@ -52,6 +59,8 @@ def join_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust.identity import Keys, new_node_id, write_private
 
     invitation = Invitation.parse(options.invitation)
+    # Before the invitation is used up.
+    _name(options)
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
         keys, node = Keys.generate(), new_node_id()
@@ -224,6 +233,13 @@ def _stated_addresses(options: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([*options.address, "127.0.0.1", "localhost"])) if options.address else []
 
 
+def _name(options: argparse.Namespace) -> str:
+    name = options.name or socket.gethostname()
+    if problem := trap_in(name):
+        raise UsageError(f"{name[:80]!r} is not the name of a node: it {problem}")
+    return str(name)
+
+
 def _config(
     options: argparse.Namespace,
     directory: str,
@@ -244,7 +260,7 @@ def _config(
         directory=directory,
         fleet=fleet,
         node=node,
-        name=options.name or socket.gethostname(),
+        name=_name(options),
         addresses=_stated_addresses(options),
         authorities=authorities,
         connect=connect,

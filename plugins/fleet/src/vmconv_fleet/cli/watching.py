@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vmconv.plugin import os_errors
+from vmconv.plugin import AccessError, os_errors
 from vmconv_fleet.cli.connecting import connected
 from vmconv_fleet.words import cell, progress_text, time_text
 
@@ -22,6 +22,8 @@ def watch(options: argparse.Namespace) -> int:
             if not line.startswith("data: "):
                 continue
             record = json.loads(line.removeprefix("data: "))
+            if "reason" in record and "kind" not in record:
+                raise AccessError(f"the events have ended: {record['reason']}")
             if "kind" not in record or (not options.kinds and record["kind"] in _NOISE):
                 continue
             print(json.dumps(record) if options.output == "json" else _line(record), flush=True)

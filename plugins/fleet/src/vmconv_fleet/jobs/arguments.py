@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
-from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, NodeId, TokenId
+from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, NodeId, PlainName, TokenId
 from vmconv_fleet.catalogue.kinds import TokenSpec
 
 
@@ -99,6 +99,7 @@ class TokenCreate(TokenSpec, Arguments):
     verb: ClassVar[str] = "token-create"
 
     id: TokenId
+    label: PlainName
 
 
 class TokenRevoke(Arguments):
