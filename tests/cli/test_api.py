@@ -384,7 +384,7 @@ def keywords_of(function: str) -> dict[str, Any]:
     [
         ("convert", (Request, arguments.RunOptions), {"descriptor", "facts"}),
         ("plan", (Request,), {"descriptor", "facts"}),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts"}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts", "confined"}),
         ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),

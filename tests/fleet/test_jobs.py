@@ -393,7 +393,7 @@ def test_a_file_that_has_got_the_inode_of_what_the_job_made_is_not_its_own(tmp_p
     with open(target, "wb") as file:
         if generation(file.fileno()) is None:
             pytest.skip("this filesystem does not tell generations of inodes")
-        journal.write(str(target), [file.fileno()])
+        journal.write(str(target), tmp_path.stat(), [file.fileno()])
     inode = target.stat().st_ino
     assert journal.made() == str(target)
     for _ in range(1000):
@@ -413,7 +413,7 @@ def test_a_job_that_was_killed_while_its_files_were_named_is_completed(tmp_path:
     def name_them(journal: JobJournal, directory: Path) -> None:
         with open_directory(str(directory)) as place:
             files = [Temporary(place, name) for name in names]
-            journal.write(str(directory / names[-1]), [file.descriptor for file in files])
+            journal.write(str(directory / names[-1]), directory.stat(), [file.descriptor for file in files])
             naming.commit(place, files, replace=False, durable=True)
 
     for number in itertools.count():

@@ -205,6 +205,7 @@ def convert(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -214,7 +215,7 @@ def convert(
     """Converts the disk image `source` into the new file `target` and returns the result.
 
     The target appears complete or not at all. The source is not modified unless `in_place`, which turns it into the
-    target.
+    target. `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile.
     """
     # locals() has exactly the arguments here, as no other variable exists yet. So below, too.
     return _converted(locals())
@@ -246,6 +247,7 @@ def fanout(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -338,6 +340,7 @@ def plan(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    confined: bool = False,
 ) -> Plan:
     """Returns the plan of `convert` with the same arguments; writes nothing."""
     given = locals()
@@ -445,6 +448,7 @@ def machine_info(
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
     from_snapshot: str | None = None,
+    confined: bool = False,
 ) -> Machine:
     """Returns what the configuration `source` states of its machine. Disks are named, not opened."""
     given = locals()
@@ -452,6 +456,7 @@ def machine_info(
     from vmconv.interface.arguments import Reading, checked
     from vmconv.machine.source import opened
 
+    confined = given.pop("confined")
     asked = checked(Reading, path=given.pop("source"), format_name=given.pop("source_format"), **given)
     with (
         _errors(),
@@ -460,6 +465,7 @@ def machine_info(
             asked.format_name,
             allow_external=tuple(asked.allow_external),
             force_share=asked.force_share,
+            confined=confined,
         ) as source_machine,
     ):
         return source_machine.machine
@@ -490,6 +496,7 @@ def machine_plan(
     allow_external: Iterable[StrPath] = (),
     mode: int | None = None,
     from_snapshot: str | None = None,
+    confined: bool = False,
 ) -> MachinePlan:
     """Returns what `machine_convert` would do with these arguments: carried, changed and lost settings, and disks."""
     given = locals()
@@ -527,6 +534,7 @@ def machine_convert(
     allow_external: Iterable[StrPath] = (),
     mode: int | None = None,
     from_snapshot: str | None = None,
+    confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[MachinePlan], None] | None = None,
     progress: Progress | None = None,

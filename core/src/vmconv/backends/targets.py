@@ -12,7 +12,7 @@ from vmconv.backends.temporary import PREFIX, remove_stale
 from vmconv.errors import AccessError, PlanError, os_errors, warn
 from vmconv.io import locks
 from vmconv.io.directory import Directory
-from vmconv.model.sources import File
+from vmconv.model.sources import File, inside
 from vmconv.system import linux
 
 _MAX_LINKS = 40
@@ -65,6 +65,13 @@ def _walk(path: str) -> tuple[Directory, str]:
                 at = _enter(part, at, leave=at)
     finally:
         os.close(at)
+
+
+def refuse_outside(directory: Directory, trees: Sequence[str]) -> None:
+    """Raises `AccessError` if the open directory is not in one of the trees, which exist."""
+    real = directory.real()
+    if not any(inside(real, os.path.realpath(tree)) for tree in trees):
+        raise AccessError(f"{directory.path}: lies outside of the allowed directories, at {real}")
 
 
 def open_directory(path: str) -> Directory:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names
+from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names, refuse_outside
 from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
 from vmconv.conversion.execute import carry_out
@@ -97,7 +97,8 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             if site:
                 backend, conversions, own = _in_place(site, *targets[0], image, registry)
             else:
-                way = choose_backend(registry, request.backend, directory.path, image.payload_files())
+                storage = directory.by_descriptor() if request.confined else directory.path
+                way = choose_backend(registry, request.backend, storage, image.payload_files())
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
                     conversion_of(request, target, image, way, registry, _kept_layer(request, target, image, registry))
@@ -340,6 +341,8 @@ def places(*requests: Request) -> Iterator[list[_Place]]:
             except OSError as exc:
                 raise PlanError(f"{request.target}: its directory cannot be opened: {exc.strerror}") from exc
             stack.enter_context(place[0])
+            if request.confined:
+                refuse_outside(place[0], request.allow_external)
             places.append(place)
         yield places
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from vmconv.errors import UsageError
-from vmconv.inplace.settling import settle
+from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
@@ -36,6 +36,9 @@ class Request(NamedTuple):
     `decompress_limit` bytes, see `vmconv.io.decompressing`.
 
     `facts` replace what the source states of the disk, where a machine's configuration states it instead.
+
+    `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile; the target's
+    directory has to lie there, too. An interrupted conversion in place is refused instead of recovered.
 
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
@@ -65,6 +68,7 @@ class Request(NamedTuple):
     decompress_limit: int | None = None
     facts: Mapping[str, str | None] = MappingProxyType({})
     descriptor: int | None = None
+    confined: bool = False
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -84,6 +88,8 @@ class Request(NamedTuple):
             raise UsageError("--in-place: a snapshot is never changed", hint="omit --from-snapshot or --in-place")
         if self.in_place and self.decompress:
             raise UsageError("--in-place: a compressed file cannot become an image", hint="omit --in-place")
+        if self.confined and (self.in_place or self.decompress or self.descriptor is not None):
+            raise UsageError("a confined conversion makes a new file of an image that is not compressed")
         if self.decompress_limit is not None and not self.decompress:
             raise UsageError("--decompress-limit is for --decompress")
         if self.decompress_limit is not None and self.decompress_limit < 0:
@@ -104,8 +110,9 @@ class Request(NamedTuple):
             allow_external=self.allow_external,
             force_share=self.force_share,
             backing_format=self.source_backing_format,
-            settle=settle,
+            settle=refuse_interrupted if self.confined else settle,
             decompress=decompress,
+            confined=self.confined,
         )
 
     def _spool_directory(self) -> str:

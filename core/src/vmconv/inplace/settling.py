@@ -23,6 +23,15 @@ def settle(path: str) -> None:
         _settle(path)
 
 
+def refuse_interrupted(path: str) -> None:
+    """Raises AccessError if a conversion of `path` in place was interrupted; changes nothing."""
+    directory, name = os.path.split(path)
+    if is_interrupted(path) or os.path.lexists(os.path.join(directory, beside(name, GROUP))):
+        raise AccessError(
+            f"{path}: a conversion in place is running or was interrupted", hint="vmconv recover, on its own machine"
+        )
+
+
 def _settle_machine(path: str) -> None:
     """Settles the machine whose disks were being converted in place, if the file is one of them."""
     from vmconv.inplace import group

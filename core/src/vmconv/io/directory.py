@@ -119,6 +119,10 @@ class Directory:
         """Returns the current path of the directory."""
         return os.readlink(f"/proc/self/fd/{self.descriptor}")
 
+    def by_descriptor(self) -> str:
+        """Returns a path that leads this process to the directory, wherever it was moved."""
+        return f"/proc/self/fd/{self.descriptor}"
+
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Opens a regular file; raises `AccessError` if it is not one."""
         with self._blaming(name):

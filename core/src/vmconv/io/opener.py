@@ -58,7 +58,8 @@ class Opener:
     for hints; empty if there is none. `acting` surrounds path lookups only: a mount opens files with the permissions of
     the calling user. `settle` is called with the path of each file before it is opened, to recover an interrupted
     conversion. Without it an opener changes nothing. `decompress` returns the content of the compressed file that the
-    user named.
+    user named. A `confined` opener opens only files in `allow_external`: also the file that the user named has to lie
+    there, wherever directories are renamed or replaced by links meanwhile.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Opener:
         acting: Callable[[], AbstractContextManager[object]] | None = None,
         settle: Callable[[str], None] | None = None,
         decompress: Callable[[File], File] | None = None,
+        confined: bool = False,
     ) -> None:
         self.registry = registry
         self.files: list[File] = []
@@ -80,6 +82,7 @@ class Opener:
         self._acting = acting or nullcontext
         self._settle = settle
         self._decompress = decompress
+        self._confined = confined
         # Fails early for an unknown format, even if no image needs it.
         self._backing_format = None if backing_format is None else registry.format(backing_format).name
         self._format_option = format_option
@@ -133,7 +136,7 @@ class Opener:
             for known in KNOWN:
                 if known.bundle and os.path.isfile(os.path.join(path, known.bundle)):
                     return os.path.join(path, known.bundle)
-            found = list(islice(self._disks_below(path), _SHOWN))
+            found = [] if self._confined else list(islice(self._disks_below(path), _SHOWN))
         raise AccessError(
             f"{path}: is neither a regular file nor a block device",
             hint="name a disk in this directory" + (f": {', '.join(found)}" if found else ""),
@@ -156,7 +159,7 @@ class Opener:
     def referring(self, path: str) -> File:
         """Returns a file that the user named. It may refer to files in and below its own directory."""
         file = self._open(path)
-        if not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
+        if not self._confined and not any(inside(os.path.realpath(file.path), tree) for tree in self._trees):
             self._trees.append(os.path.dirname(os.path.realpath(file.path)))
         return file
 
@@ -337,6 +340,7 @@ class Opener:
             if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
                 raise AccessError(f"{path}: is neither a regular file nor a block device")
             file = File(path, descriptor)
+            self._refuse_outside(file)
         except BaseException:
             os.close(descriptor)
             raise
@@ -344,6 +348,11 @@ class Opener:
         if not self._force_share:
             locks.share(file)
         return file
+
+    def _refuse_outside(self, file: File) -> None:
+        """Raises `AccessError` for an open file outside of the directories of a confined opener."""
+        if self._confined and not any(inside(real := file.real_path(), tree) for tree in self._trees):
+            raise AccessError(f"{file.path}: lies outside of the allowed directories, at {real}")
 
 
 def _of_disk(found: Format, file: File) -> Format:

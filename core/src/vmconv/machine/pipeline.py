@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.backends.targets import clean, refuse_directory
+from vmconv.backends.targets import clean, open_directory, refuse_directory, refuse_outside
 from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.execute import carry_out
 from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
@@ -57,6 +57,10 @@ def plan(request: MachineRequest) -> MachinePlan:
             return planned_in_place(request, source, target).plan
         # The directory may be made by the conversion. Storage is the same as above it.
         directory = existing_parent(target.directory)
+        if request.confined:
+            with open_directory(directory) as opened:
+                refuse_outside(opened, request.allow_external)
+                return _planned(_prepared(request, source, target, opened.by_descriptor()), directory)
         return _planned(_prepared(request, source, target, directory), directory)
 
 
@@ -85,9 +89,10 @@ def run(
     done: list[MachineResult] = []
     with source_of(request) as source:
         target = target_of(request, source.machine)
-        with directory_at(target.directory) as directory:
+        with directory_at(target.directory, within=request.allow_external if request.confined else None) as directory:
             refuse_directory(directory)
-            ready = _prepared(request, source, target, target.directory)
+            storage = directory.by_descriptor() if request.confined else target.directory
+            ready = _prepared(request, source, target, storage)
             with ExitStack() as stack:
                 if source.compression:
                     ready = stack.enter_context(_decoded(request, ready, directory, announce, progress))

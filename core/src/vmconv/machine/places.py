@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
-from vmconv.backends.targets import open_directory
+from vmconv.backends.targets import open_directory, refuse_outside
 from vmconv.errors import PlanError
 from vmconv.io.directory import Directory
 
@@ -19,16 +19,19 @@ def existing_parent(path: str) -> str:
 
 
 @contextmanager
-def directory_at(path: str) -> Iterator[Directory]:
+def directory_at(path: str, *, within: Sequence[str] | None = None) -> Iterator[Directory]:
     """Yields the directory of this path, open; missing directories are made, and removed if the block fails.
 
-    Raises `PlanError` if a part of the path is not a directory or cannot be made.
+    Raises `PlanError` if a part of the path is not a directory or cannot be made, `AccessError` if the existing part is
+    not in one of the trees `within`.
     """
     made: list[tuple[Directory, str]] = []
     with ExitStack() as stack:
         try:
             existing = existing_parent(path)
             at = stack.enter_context(_opened(existing, path))
+            if within is not None:
+                refuse_outside(at, within)
             for name in _below(existing, path):
                 at.make(name)
                 made.append((at, name))

@@ -29,6 +29,8 @@ class MachineRequest(NamedTuple):
     `uuid` chooses between the UUID that the guest sees and the one that the source shows, where they differ.
     `new_identity` gives the machine a new UUID and new MAC addresses, for a clone. `strict` refuses any loss, `keep`
     losses of these fields. `from_snapshot` reads configuration and disks from a snapshot of their filesystem.
+
+    `confined` is as in `conversion.request.Request`.
     """
 
     source: FilePath
@@ -53,6 +55,7 @@ class MachineRequest(NamedTuple):
     allow_external: FilePaths = ()
     mode: Mode | None = None
     from_snapshot: str | None = None
+    confined: bool = False
 
     def located(self) -> MachineRequest:
         """Returns the request with the path of the configuration in the snapshot that it is read from."""

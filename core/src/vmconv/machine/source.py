@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from vmconv.errors import PlanError, UsageError
-from vmconv.inplace.settling import settle
+from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.inspect import checking
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
@@ -96,26 +96,37 @@ def _empty(file: File, capacity: int) -> Image:
     return Image("raw", PlannedFile(f"{file.path}: empty disk", table), capacity, lambda: table)
 
 
-def machine_format_of(path: str, allow_external: Iterable[str] = ()) -> str | None:
+def machine_format_of(path: str, allow_external: Iterable[str] = (), *, confined: bool = False) -> str | None:
     """Returns the name of the machine format of a configuration; None if no installed format claims its content.
 
     Raises `ImageError` if several formats claim it. Reads a configuration that another process writes, too.
     """
-    with Opener(installed(), allow_external=tuple(allow_external), force_share=True) as opener:
+    with Opener(installed(), allow_external=tuple(allow_external), force_share=True, confined=confined) as opener:
         file = opener.referring(path)
         return identify(file, None).name if claimants(file) else None
 
 
 @contextmanager
 def opened(
-    path: str, format_name: str | None = None, *, allow_external: tuple[str, ...] = (), force_share: bool = False
+    path: str,
+    format_name: str | None = None,
+    *,
+    allow_external: tuple[str, ...] = (),
+    force_share: bool = False,
+    confined: bool = False,
 ) -> Iterator[Source]:
     """Yields the machine of a configuration; its files are open until the block ends.
 
     Raises `UsageError` if the format has no reader, `ImageError` if the configuration is damaged.
     """
     registry = installed()
-    with Opener(registry, allow_external=allow_external, force_share=force_share, settle=settle) as opener:
+    with Opener(
+        registry,
+        allow_external=allow_external,
+        force_share=force_share,
+        settle=refuse_interrupted if confined else settle,
+        confined=confined,
+    ) as opener:
         file = opener.referring(path)
         found = identify(file, format_name)
         if not found.can_read:
@@ -144,6 +155,7 @@ def source_of(request: MachineRequest) -> Iterator[Source]:
         request.source_format,
         allow_external=tuple(request.allow_external),
         force_share=request.force_share,
+        confined=request.confined,
     ) as source:
         machine, secrets = without_secrets(source.machine)
         yield with_secure_boot(source._replace(machine=machine, secrets=secrets))

@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.plugin import VmconvError, printable
+from vmconv.plugin import AccessError, VmconvError, printable
 from vmconv_fleet.catalogue import machines
-from vmconv_fleet.catalogue.places import disk_id, refuse_outside
+from vmconv_fleet.catalogue.places import disk_id, listing, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
 if TYPE_CHECKING:
@@ -187,21 +187,31 @@ class _Inspection:
         while waiting:
             below, depth = waiting.pop()
             try:
-                entries = sorted(os.scandir(os.path.join(root, below)), key=lambda entry: entry.name)
-            except OSError as exc:
-                remarks.append(f"{below or '.'}: cannot be listed: {exc.strerror}")
+                entries = self._listed(os.path.normpath(os.path.join(root, below)), below, remarks)
+            except (OSError, AccessError) as exc:
+                remarks.append(f"{below or '.'}: cannot be listed: {getattr(exc, 'strerror', None) or exc}")
                 continue
-            for entry in entries:
+            for name, is_directory in entries:
                 seen += 1
                 if seen > MAX_FILES:
                     remarks.append(f"more than {MAX_FILES} files: the rest is ignored")
                     return
+                if is_directory and depth < MAX_DEPTH:
+                    waiting.append((name, depth + 1))
+                elif is_directory is False:
+                    yield _Found(datastore, name, os.path.join(root, name))
+
+    def _listed(self, path: str, below: str, remarks: list[str]) -> list[tuple[str, bool | None]]:
+        """Returns names below the datastore, and whether they are directories to list; None for those to ignore."""
+        found: list[tuple[str, bool | None]] = []
+        with listing(path, self._roots.values()) as entries:
+            for entry in islice(entries, MAX_FILES + 1):
                 name = os.path.join(below, entry.name)
                 if entry.is_dir(follow_symlinks=False):
-                    if depth < MAX_DEPTH and not entry.name.startswith("."):
-                        waiting.append((name, depth + 1))
-                elif self._is_of_interest(entry, name, remarks):
-                    yield _Found(datastore, name, entry.path)
+                    found.append((name, True if not entry.name.startswith(".") else None))
+                else:
+                    found.append((name, False if self._is_of_interest(entry, name, remarks) else None))
+        return sorted(found, key=lambda each: each[0])
 
     def _is_of_interest(self, entry: os.DirEntry[str], name: str, remarks: list[str]) -> bool:
         if entry.name.startswith(".") or (not entry.name.isascii() and not _is_text(entry.name)):
@@ -244,7 +254,7 @@ class _Inspection:
         from vmconv.plugin import Opener
 
         # Locks are only read, never taken: a guest may start at any time.
-        with Opener(self.registry, allow_external=self._roots.values(), force_share=True) as opener:
+        with Opener(self.registry, allow_external=self._roots.values(), force_share=True, confined=True) as opener:
             image = opener.image(found.path)
             body: Body = {
                 "format": image.format_name,

@@ -47,10 +47,10 @@ def summary(path: str, roots: Iterable[str], disk_of: Callable[[str], str | None
     from vmconv.api import installed_machines, machine_format_of, machine_info
 
     external = tuple(roots)
-    name = machine_format_of(path, external)
+    name = machine_format_of(path, external, confined=True)
     if name is None and path.lower().endswith(_OF_MANY_PROGRAMS):
         return None
-    machine = machine_info(path, source_format=name, allow_external=external, force_share=True)
+    machine = machine_info(path, source_format=name, allow_external=external, force_share=True, confined=True)
     packaged = name is not None and installed_machines().machines[name].is_package
     found: dict[str, Any] = {"format": name, **_facts(machine), "packaged": packaged}
     found["disks"] = list(_disks(machine, os.path.dirname(path), (lambda _path: None) if packaged else disk_of))

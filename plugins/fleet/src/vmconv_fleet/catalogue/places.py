@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from vmconv.api import inside
-from vmconv.plugin import AccessError
+from vmconv.plugin import AccessError, os_errors
 from vmconv_fleet.words import trap_in
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def disk_id(datastore: str, name: str) -> str:
@@ -35,6 +38,41 @@ def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
             f"{said}: lies outside the datastores of this node, at {path}",
             hint="its administrator declares datastores: vmconv fleet datastore add NAME PATH",
         )
+
+
+def hold(path: str, roots: Iterable[str]) -> int:
+    """Returns a descriptor of a directory, given by its real path, in one of the datastores `roots`.
+
+    Each part below the datastore is opened in the one above it, and none is a link. Raises AccessError if somebody has
+    renamed one since its real path was found.
+    """
+    root = next((root for root in map(os.path.realpath, roots) if inside(path, root)), None)
+    if root is None:
+        raise AccessError(f"{path}: lies outside the datastores of this node")
+    with os_errors("cannot be opened", AccessError, where=path):
+        held = os.open(root, _DIRECTORY)
+        for part in os.path.relpath(path, root).split("/"):
+            above = held
+            try:
+                held = os.open(part, _DIRECTORY, dir_fd=above)
+            finally:
+                os.close(above)
+    return held
+
+
+@contextmanager
+def listing(path: str, roots: Iterable[str]) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """Yields the entries of a directory, given as to `hold`."""
+    held = hold(path, roots)
+    try:
+        readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=held)
+        try:
+            with os.scandir(readable) as entries:
+                yield entries
+        finally:
+            os.close(readable)
+    finally:
+        os.close(held)
 
 
 def refuse_as_file_name(name: str) -> None:

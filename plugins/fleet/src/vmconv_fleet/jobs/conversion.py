@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import printable
-from vmconv_fleet.catalogue.places import place_of, refuse_as_file_name, refuse_outside
+from vmconv_fleet.catalogue.places import hold, place_of, refuse_as_file_name, refuse_outside
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
 
@@ -36,13 +36,22 @@ class Conversion(ABC):
         self._go = threading.Event()
         self._over = threading.Event()
         self._directory = ""
+        self._target_directory = "."
         self._names: list[str] = []
         self._made: list[int] = []
         self._last_progress = 0.0
 
     def run(self) -> None:
-        source = place_of(self._task.root, self._task.name, self._roots)
+        """Converts the source, by its name in its directory, which becomes the working directory.
+
+        So no path is walked twice: whoever renames a directory of the datastore meanwhile changes nothing.
+        """
+        directory, source = os.path.split(place_of(self._task.root, self._task.name, self._roots))
+        held = hold(directory, self._roots)
+        os.fchdir(held)
+        os.close(held)
         target = self._target(source)
+        self._target_directory = os.path.dirname(target) or "."
         if self._task.dry_run:
             self._plan(source, target)
             return
@@ -67,11 +76,12 @@ class Conversion(ABC):
     def _outcome(self, source: str, result: Any) -> dict[str, Any]:
         """Returns the fields of the last event, after `seconds`."""
 
-    def _place(self, source: str, stem: str, suffix: str, format_name: str) -> tuple[str, str]:
-        """Returns the directory and the name of the target, as requested or by the policy."""
+    def _place(self, stem: str, suffix: str, format_name: str) -> tuple[str, str]:
+        """Returns the directory, empty for that of the source, and the name of the target."""
         task = self._task
-        directory = os.path.realpath(task.target_root) if task.target_root else os.path.dirname(source)
-        refuse_outside(directory, task.target or task.name, self._roots)
+        directory = os.path.realpath(task.target_root) if task.target_root else ""
+        if directory:
+            refuse_outside(directory, task.target or task.name, self._roots)
         name = task.target or task.naming.format(stem=stem, suffix=suffix, format=format_name, job=task.job)
         refuse_as_file_name(name)
         return directory, name
@@ -102,7 +112,8 @@ class Conversion(ABC):
         """Writes the journal once all outputs exist, before any has its name."""
         self._made.append(descriptor)
         if len(self._made) == len(self._names):
-            self._journal.write(os.path.join(self._directory, self._names[-1]), self._made)
+            directory = os.stat(self._target_directory, follow_symlinks=False)
+            self._journal.write(os.path.abspath(os.path.join(self._directory, self._names[-1])), directory, self._made)
 
     def _progress(self, done: int, total: int) -> None:
         now = time.monotonic()

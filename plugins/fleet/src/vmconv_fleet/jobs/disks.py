@@ -24,7 +24,7 @@ class DiskConversion(Conversion):
         own = os.path.basename(self._task.name)
         stem = registry.stem(own)
         suffix = new_name(own, one, registry).removeprefix(stem)
-        directory, name = self._place(source, stem, suffix, one.name)
+        directory, name = self._place(stem, suffix, one.name)
         path = os.path.join(directory, name)
         if os.path.lexists(path):
             # A link is not followed: it could lead anywhere.
@@ -32,12 +32,13 @@ class DiskConversion(Conversion):
         return path
 
     def _arguments(self) -> dict[str, Any]:
-        # The opener restricts files to the datastores; the files that it opened are checked again.
+        # The conversion opens and makes files in the datastores only, and looks where it is once it has opened them.
         return {
             "target_format": self._task.format,
             "options": self._task.options,
             "zero_copy": self._task.zero_copy,
             "allow_external": self._roots,
+            "confined": True,
         }
 
     def _plan(self, source: str, target: str) -> None:
@@ -50,6 +51,7 @@ class DiskConversion(Conversion):
     def _convert(self, source: str, target: str) -> Result:
         from vmconv.api import convert
 
+        self._before = _stamp(source)
         return convert(
             source,
             target,
@@ -68,21 +70,26 @@ class DiskConversion(Conversion):
         self._emit_plan(plan, self._names[-1], backend=plan.way, losses=listed(plan.losses))
 
     def _outcome(self, source: str, result: Result) -> dict[str, Any]:
-        kept = _remove(source, result) if self._task.removable else None
+        kept = self._remove(source, result) if self._task.removable else None
         return {"warnings": listed(result.warnings), "source_kept": kept}
 
+    def _remove(self, source: str, result: Result) -> str | None:
+        """Removes the source of a finished conversion; returns the reason if it has to stay."""
+        from vmconv.plugin import Opener, installed
 
-def _remove(source: str, result: Result) -> str | None:
-    """Removes the source of a finished conversion; returns the reason if it has to stay."""
-    from vmconv.plugin import Opener, installed
+        if result.totals.referenced:
+            return "the target refers to it"
+        with Opener(installed(), allow_external=self._roots, confined=True) as opener:
+            image = opener.image(source, result.source_format)
+            if any(one is not image.file for one in image.guest.sources) or image.dependencies:
+                return "it consists of several files"
+            if image.file.changed() or _stamp(source) != self._before:
+                return "it has changed"
+            os.unlink(source)
+        return None
 
-    if result.totals.referenced:
-        return "the target refers to it"
-    with Opener(installed()) as opener:
-        image = opener.image(source, result.source_format)
-        if any(one is not image.file for one in image.guest.sources) or image.dependencies:
-            return "it consists of several files"
-        if image.file.changed():
-            return "it has changed"
-        os.unlink(source)
-    return None
+
+def _stamp(name: str) -> tuple[int, ...]:
+    """Returns what tells a file from another one of the name, and from a later state of it."""
+    status = os.stat(name, follow_symlinks=False)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -7,11 +7,12 @@ belongs to the job if and only if it is one of them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from vmconv.api import generation, recover
 from vmconv.plugin import VmconvError
@@ -42,20 +43,21 @@ class JobJournal:
         os.close(self._lock)
         self._lock = -1
 
-    def write(self, target: str, descriptors: Iterable[int]) -> None:
-        """Records durably that the target will be one of the open files."""
+    def write(self, target: str, directory: os.stat_result, descriptors: Iterable[int]) -> None:
+        """Records durably that the target will be one of the open files, and in this directory."""
+        place = [directory.st_dev, directory.st_ino]
         files = [_identity(descriptor) for descriptor in descriptors]
         temporary = f"{self.path}.new"
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"target": target, "files": files}, file)
+            json.dump({"target": target, "directory": place, "files": files}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.path)
-        directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        own = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(directory)
+            os.fsync(own)
         finally:
-            os.close(directory)
+            os.close(own)
         self.is_written = True
 
     def made(self) -> str | None:
@@ -66,9 +68,13 @@ class JobJournal:
         try:
             with open(self.path, encoding="utf-8") as file:
                 said = json.load(file)
-            if not os.path.lexists(said["target"]):
-                recover(said["target"])
-            target = os.open(said["target"], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            place, name = os.path.split(said["target"])
+            with _held(place, said["directory"]) as directory:
+                # Nobody can lead this path elsewhere by renaming the directory.
+                here = f"/proc/self/fd/{directory}/{name}"
+                if not os.path.lexists(here):
+                    recover(here)
+                target = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except (OSError, ValueError, KeyError, VmconvError):
             return None
         try:
@@ -81,6 +87,19 @@ class JobJournal:
         for path in (self.path, f"{self.path}.lock"):
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+@contextmanager
+def _held(path: str, identity: list[int]) -> Iterator[int]:
+    """Yields a descriptor of the directory. Raises FileNotFoundError if another one has the path by now."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(directory)
+        if [status.st_dev, status.st_ino] != identity:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        yield directory
+    finally:
+        os.close(directory)
 
 
 def _identity(descriptor: int) -> list[int | None]:

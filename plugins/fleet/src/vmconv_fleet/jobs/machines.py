@@ -18,7 +18,7 @@ class MachineConversion(Conversion):
 
     def _target(self, source: str) -> str:
         stem = os.path.splitext(os.path.basename(source))[0]
-        directory, name = self._place(source, stem, f".{self._task.format}", self._task.format)
+        directory, name = self._place(stem, f".{self._task.format}", self._task.format)
         path = os.path.join(directory, name)
         if os.path.islink(path) or _has_files(path):
             # A link is not followed. A killed worker leaves directories, and unnamed files that the conversion removes.
@@ -38,6 +38,7 @@ class MachineConversion(Conversion):
             "new_identity": task.new_identity,
             "zero_copy": task.zero_copy,
             "allow_external": self._roots,
+            "confined": True,
         }
 
     def _plan(self, source: str, target: str) -> None:

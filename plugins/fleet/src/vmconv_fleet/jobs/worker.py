@@ -41,7 +41,8 @@ def main() -> int:
     # ^C on the terminal is for the node, which stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = Task(**json.loads(sys.stdin.readline()))
-    journal = JobJournal(task.journal)
+    # The conversion changes the working directory.
+    journal = JobJournal(os.path.abspath(task.journal))
     if not journal.lock():
         emit("error", message="another worker runs this job", hint=None)
         return 1
