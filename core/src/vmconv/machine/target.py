@@ -59,17 +59,24 @@ class Target(NamedTuple):
     def hint_if_taken(self, directory: Directory, plan: Plan) -> str:
         """Returns what to do if a file of the new machine exists: to replace files of another one would destroy it."""
         taken = [file.name for file in plan.files if directory.has(file.name)]
-        if self.format.is_package or (taken and self._is_there(directory, taken)):
+        same = self.format.is_package or bool(taken and self._is_there(directory, taken))
+        if same and self.adapted.machine.identity.uuid:
             return "--force replaces it"
         if self.format.directory(self.adapted.machine, self.options):
             options = ", ".join(sorted(f"-o {name}" for name in _fields(self.options)))
-            return f"it may be another machine's: choose another directory, or another id ({options})"
-        suffix = self.format.suffixes[0]
-        other = f"{self.stem or self.name.removesuffix(suffix)}-2{suffix}"
-        return f"it may be another machine's: name the new configuration, such as {directory.join(other)}"
+            other = f"choose another directory, or another id ({options})"
+        else:
+            suffix = self.format.suffixes[0]
+            name = f"{self.stem or self.name.removesuffix(suffix)}-2{suffix}"
+            other = f"name the new configuration, such as {directory.join(name)}"
+        # Machines without a UUID are told apart by their names alone.
+        return f"{'--force replaces it; if it is' if same else 'it may be'} another machine's: {other}"
 
     def _is_there(self, directory: Directory, taken: Sequence[str]) -> bool:
-        """True if the directory has this machine, and all files that are `taken` are this machine's."""
+        """True if the directory has this machine, and all files that are `taken` are this machine's.
+
+        A machine without a UUID may be another one of the same name.
+        """
         try:
             there = File(directory.join(self.name), directory.open(self.name))
         except (OSError, VmconvError):
