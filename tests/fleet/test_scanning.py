@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import vmconv
 from fleet.in_memory import Node, nodes
 from support import domains, parallels_images
 from support.disks import MIB, QemuImg, make_disk
-from vmconv_fleet.catalogue import kinds, machines
+from vmconv_fleet.catalogue import inspection, kinds, machines
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.replication.records import Change, Record
@@ -408,3 +409,65 @@ def test_a_summary_has_a_size(node: Node, datastore: Path) -> None:
     body = vms(node)["vm.xml"]
     assert body.get("problem") is None
     assert (len(body["name"]), len(body["disks"]), len(body["nics"])) == (255, machines.MAX_DISKS, machines.MAX_NICS)
+
+
+DIES = """
+import os, sys
+from vmconv.plugin import Opener
+before = Opener.image
+def image(self, path, *more):
+    if path.endswith("hostile.raw"):
+        os.kill(os.getpid(), 9)
+    return before(self, path, *more)
+Opener.image = image
+from vmconv_fleet.catalogue.inspection import main
+os._exit(main())
+"""
+"""An inspection that one file kills, as a fault in a library would."""
+
+
+def test_a_file_that_kills_the_inspection_does_not_hide_the_others(node: Node, datastore: Path) -> None:
+    for name in ("a.raw", "hostile.raw", "z.raw"):
+        make_disk(datastore / name, MIB)
+    scanner = Scanner(node.service, {"ds": str(datastore)}, command=[sys.executable, "-c", DIES])
+    scanner.start()
+    try:
+        node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
+    finally:
+        scanner.stop()
+    found = {name: one.body.get("problem") for name, one in disks(node).items()}
+    assert found == {
+        "a.raw": None,
+        "hostile.raw": "cannot be read: its inspection crashed, or did not end",
+        "z.raw": None,
+    }
+
+
+def test_slow_images_use_up_their_own_time_only(datastore: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        make_disk(datastore / f"{number:02}-slow.raw", MIB)
+        make_disk(datastore / f"{number:02}.raw", MIB)
+    now, limit = 0.0, 0.0
+
+    def set_timer(_which: int, seconds: float) -> None:
+        nonlocal limit
+        limit = seconds or limit
+
+    def slow(_self: object, found: Any, _parts: object) -> dict[str, str]:
+        nonlocal now
+        takes = 1000.0 if "slow" in found.name else 0.1
+        now += min(takes, limit)
+        if takes > limit:
+            raise inspection._TooLong
+        return {"format": "raw"}
+
+    monkeypatch.setattr("signal.setitimer", set_timer)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr(inspection._Inspection, "_image", slow)
+    found = inspection._Inspection({"ds": str(datastore)}, {}).records("ds")
+    problems = {body["name"]: body.get("problem") for kind, _, body in found if kind == "disk"}
+    assert {name for name, problem in problems.items() if problem is None} == {f"{n:02}.raw" for n in range(40)}
+    assert problems["00-slow.raw"] == "reading it took longer than 20 s"
+    assert "other slow images have used up the time" in str(problems["39-slow.raw"])
+    # All of them together: the time for slow ones, and the least for each.
+    assert now < inspection.SECONDS_FOR_ALL + 80 * inspection.SECONDS_AT_LEAST

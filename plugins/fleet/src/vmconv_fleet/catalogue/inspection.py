@@ -1,9 +1,10 @@
 """Inspects datastores, as a separate program: no image can crash the node or use up its memory.
 
-    python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}}
+    python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}, "skip": {NAME: {FILE: PROBLEM}}}
 
-It prints one JSON document per line, `{"kind", "id", "body"}`, for each record of the catalogue. The number of files,
-the depth of directories, the time per image and the length of texts are bounded.
+It prints one JSON document per line: `{"kind", "id", "body"}` for each record of the catalogue, and `{"begins": [NAME,
+FILE]}` before it reads a file, so that its caller knows which file it died of, to `skip` it the next time. The number
+of files, the depth of directories, the time per image and the length of texts are bounded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -32,6 +34,12 @@ MAX_IMAGES = 10_000
 MAX_LAYERS = 64
 MAX_WARNINGS = 8
 SECONDS_FOR_AN_IMAGE = 20.0
+SECONDS_FOR_ALL = 300.0
+"""The time that slow images can take together. None takes more than a tenth of what is left of it."""
+
+SECONDS_AT_LEAST = 0.25
+"""The time of an image when nothing is left: enough for all but slow ones."""
+
 _MEMORY = 4 << 30
 _MAX_TEXT = 400
 _BUNDLE = "DiskDescriptor.xml"
@@ -116,7 +124,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
     asked = json.loads(sys.stdin.readline())
-    inspection = _Inspection(asked["datastores"])
+    inspection = _Inspection(asked["datastores"], asked.get("skip", {}))
     _print("capabilities", "installed", _capabilities(inspection.registry))
     for name in asked["datastores"]:
         for kind, identifier, body in inspection.records(name):
@@ -132,23 +140,38 @@ def _too_long(_number: int, _frame: object) -> None:
     raise _TooLong
 
 
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+class _Clock:
+    """The time for all images. A slow one gets less of it the more the others have used, so that all are read."""
+
+    def __init__(self) -> None:
+        self._left = SECONDS_FOR_ALL
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """Raises VmconvError if the block takes longer than its share."""
+        share = min(SECONDS_FOR_AN_IMAGE, max(SECONDS_AT_LEAST, self._left / 10))
+        began = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, share)
+        try:
+            yield
+        except _TooLong:
+            why = "" if share == SECONDS_FOR_AN_IMAGE else ": other slow images have used up the time of this scan"
+            raise VmconvError(f"reading it took longer than {share:.3g} s{why}") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._left -= max(0.0, time.monotonic() - began - SECONDS_AT_LEAST)
 
 
 class _Inspection:
     """Inspects the datastores of a node, given by name and path."""
 
-    def __init__(self, datastores: Mapping[str, str]) -> None:
+    def __init__(self, datastores: Mapping[str, str], skip: Mapping[str, Mapping[str, str]]) -> None:
         from vmconv.plugin import installed
 
         self.registry = installed()
         self._suffixes = machines.suffixes()
+        self._skip = skip
+        self._clock = _Clock()
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
 
     def records(self, datastore: str) -> Iterator[tuple[str, str, Body]]:
@@ -228,14 +251,23 @@ class _Inspection:
     def _bundle(self, found: _Found, parts: _Parts) -> None:
         """Notes the parts of a Parallels disk, whose images are listed by themselves."""
         # Whatever is wrong with the descriptor: its images are still images.
-        with suppress(Exception, _TooLong), _limited(SECONDS_FOR_AN_IMAGE):
+        with suppress(Exception), self._reading(found):
             refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
             self._image(found, parts)
+
+    @contextmanager
+    def _reading(self, found: _Found) -> Iterator[None]:
+        """Limits the time of the block, which reads a file. Raises VmconvError for a file to skip."""
+        if problem := self._skip.get(found.datastore, {}).get(found.name):
+            raise VmconvError(problem)
+        print(json.dumps({"begins": [found.datastore, found.name]}), flush=True)
+        with self._clock.limited():
+            yield
 
     def _disk(self, found: _Found, parts: _Parts) -> Body:
         body: Body = {"datastore": found.datastore, "name": found.name}
         try:
-            with _limited(SECONDS_FOR_AN_IMAGE):
+            with self._reading(found):
                 refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 status = os.stat(found.path)
                 body["actual_size"] = status.st_blocks * 512
@@ -243,8 +275,6 @@ class _Inspection:
                 body |= self._image(found, parts)
         except VmconvError as exc:
             body["problem"] = _short(str(exc))
-        except _TooLong:
-            body["problem"] = f"reading it took longer than {SECONDS_FOR_AN_IMAGE:g} s"
         except (Exception, RecursionError) as exc:
             body["problem"] = _short(f"cannot be read: {type(exc).__name__}: {exc}")
         return body
@@ -297,13 +327,11 @@ class _Inspection:
         stem = os.path.splitext(os.path.basename(found.name))[0]
         body: Body = {"datastore": found.datastore, "file": found.name, "name": stem[:_MAX_TEXT]}
         try:
-            with _limited(SECONDS_FOR_AN_IMAGE):
+            with self._reading(found):
                 refuse_outside(os.path.realpath(found.path), found.name, self._roots.values())
                 summary = machines.summary(found.path, self._roots.values(), self._id_of)
         except VmconvError as exc:
             return body | {"problem": _short(str(exc))}
-        except _TooLong:
-            return body | {"problem": f"reading it took longer than {SECONDS_FOR_AN_IMAGE:g} s"}
         except (Exception, RecursionError) as exc:
             return body | {"problem": _short(f"cannot be read: {type(exc).__name__}: {exc}")}
         return None if summary is None else body | summary

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,10 +24,18 @@ _log = logging.getLogger("vmconv_fleet.scanning")
 INTERVAL = 600.0
 """Seconds between scans without a request."""
 
-PATIENCE = 900.0
+PATIENCE = 3600.0
 """The time limit of a scan in seconds."""
 
+STUCK = 60.0
+"""Seconds without a word after which the inspection hangs in the file that it reads."""
+
+MAX_DEATHS = 20
+"""The files of which the inspection may die in one scan."""
+
 _BATCH = 200
+_WATCH_STEP = 1.0
+_NOTHING = ("", "")
 _INSPECTION = (sys.executable, "-m", "vmconv_fleet.catalogue.inspection")
 
 Found = dict[tuple[str, str], dict[str, Any]]
@@ -54,6 +63,8 @@ class Scanner:
         self._command = list(command)
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._child: subprocess.Popen[str] | None = None
+        self._heard = 0.0
+        self._begun = _NOTHING
         self._ending = threading.Event()
         self.thread = Supervised("scanner", self._run, self._ending)
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -136,7 +147,25 @@ class Scanner:
         _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
 
     def _inspected(self, datastores: Mapping[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields the records that the inspection prints."""
+        """Yields the records that the inspection prints. A file of which it dies is skipped in another attempt."""
+        left, skip = dict(datastores), dict[str, dict[str, str]]()
+        until = time.monotonic() + PATIENCE
+        for _ in range(MAX_DEATHS + 1):
+            self._begun = _NOTHING
+            for kind, identifier, body in self._attempt(left, skip, until):
+                yield kind, identifier, body
+                if kind == "datastore":
+                    left.pop(identifier, None)
+                    self._begun = _NOTHING
+            if not left or self._begun == _NOTHING or self._ending.is_set() or time.monotonic() > until:
+                return
+            datastore, name = self._begun
+            _log.warning("the inspection died of %s in %s", name, datastore)
+            skip.setdefault(datastore, {})[name] = "cannot be read: its inspection crashed, or did not end"
+
+    def _attempt(
+        self, datastores: Mapping[str, str], skip: Mapping[str, Mapping[str, str]], until: float
+    ) -> Iterator[tuple[str, str, dict[str, Any]]]:
         with subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -148,20 +177,35 @@ class Scanner:
         ) as child:
             self._child = child
             assert child.stdin and child.stdout
-            patience = threading.Timer(PATIENCE, child.kill)
-            patience.start()
+            self._heard = time.monotonic()
+            ended = threading.Event()
+            watch = threading.Thread(target=self._watch, args=(child, until, ended), name="inspection", daemon=True)
+            watch.start()
             try:
-                child.stdin.write(json.dumps({"datastores": dict(datastores)}) + "\n")
+                child.stdin.write(json.dumps({"datastores": dict(datastores), "skip": skip}) + "\n")
                 child.stdin.close()
                 for line in child.stdout:
                     said = json.loads(line)
+                    self._heard = time.monotonic()
+                    if "begins" in said:
+                        self._begun = (said["begins"][0], said["begins"][1])
+                        continue
                     yield said["kind"], said["id"], said["body"]
             except (OSError, ValueError) as exc:
                 _log.warning("the inspection failed: %s", exc)
             finally:
-                patience.cancel()
+                ended.set()
+                watch.join()
                 self._child = None
                 child.kill()
+
+    def _watch(self, child: subprocess.Popen[str], until: float, ended: threading.Event) -> None:
+        """Kills the inspection if it hangs, or if the scan takes too long."""
+        while not ended.wait(_WATCH_STEP):
+            now = time.monotonic()
+            if now > until or now - self._heard > STUCK:
+                child.kill()
+                return
 
     def _write(self, found: Found, complete: set[str]) -> None:
         """Writes the changes, the datastores last, because they confirm that the others are complete."""
