@@ -7,8 +7,11 @@ Then everything is to be as if nothing had happened: each request answered once,
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from vmconv_fleet.node.backup import restore_backup, write_backup
 from vmconv_fleet.replication.database import open_reader
 from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, Network, agree, ledger_of, view_of, wait_until
@@ -69,6 +73,9 @@ class Fleet:
 
     def agree(self) -> bool:
         return agree(self.configs)
+
+    def agree_without(self, number: int) -> Callable[[], bool]:
+        return lambda: agree([config for config in self.configs if config != self.configs[number]])
 
     def rows(self, count: int) -> bool:
         """True if every node has `count` transactions of every other."""
@@ -195,6 +202,29 @@ def test_a_fleet_goes_on_without_its_founder(fleet: Callable[..., Fleet]) -> Non
     assert "10.77.0.77" in credentials.load(three.configs[2]).bound.addresses
     three.restart(1)
     wait_until(lambda: three.neighbours(1) == {2}, PATIENCE, "they are neighbours again")
+
+    # The machine with the authority is lost, and made again from an old backup.
+    backup = f"{three.configs[1].directory}.backup"
+    write_backup(three.configs[1], backup)
+    three.nodes[1].ask("write", count=20)
+    wait_until(three.agree_without(0), PATIENCE, "the other one has the new records")
+    last = view_of(three.configs[2])[three.ids[1]]
+    three.network.partition([1], [0, 2])
+    three.nodes[1].kill()
+    shutil.rmtree(three.configs[1].directory)
+    os.mkdir(three.configs[1].directory, 0o700)
+    restore_backup(backup, three.configs[1].directory)
+    three.nodes[1] = three._run(1)
+    assert not three.nodes[1].ask("state")["serving"]
+    three.network.heal()
+    wait_until(lambda: view_of(three.configs[1])[three.ids[1]] > last, PATIENCE, "it continues its records")
+    wait_until(three.agree_without(0), PATIENCE, "they agree")
+    for node in three.nodes[1:]:
+        assert not {"fork", "lost", "cloned", "forged"} & {*node.ask("state")["kinds"]}
+    renew = [sys.executable, "-m", "vmconv", "node", "renew", "--directory", three.configs[2].directory]
+    before = credentials.load(three.configs[2]).bound.serial
+    subprocess.run([*three.network.prefix(2), *renew], check=True)
+    assert credentials.load(three.configs[2]).bound.serial != before
 
 
 def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +142,22 @@ def test_init_refuses_what_makes_no_sense(machine: Callable[[str], Machine], tmp
     assert "is not an address" in one.node("init", "--listen", "nowhere", code=2)
     one.node("init", *LOCAL)
     assert "is not empty" in one.node("init", *LOCAL, code=1)
+
+
+def test_a_lost_authority_is_restored_from_its_backup(machine: Callable[[str], Machine], tmp_path: Path) -> None:
+    one, backup = machine("one"), str(tmp_path / "backup")
+    one.node("init", *LOCAL, "--name", "one")
+    assert "backup of node" in one.node("backup", backup)
+    assert "File exists" in one.node("backup", backup, code=1)
+    before = one.status()
+    assert "is not empty" in one.node("restore", backup, code=1)
+    shutil.rmtree(one.directory)
+    (tmp_path / "junk").write_bytes(b"no tar")
+    assert "is no backup" in one.node("restore", str(tmp_path / "junk"), code=1)
+    assert list(one.directory.iterdir()) == []
+    assert "is restored" in one.node("restore", backup)
+    assert one.status() == before
+    assert before["authority"]
 
 
 @pytest.mark.parametrize("action", ["run", "status", "invite", "renew", "leave"])

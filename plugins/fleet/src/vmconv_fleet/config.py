@@ -92,7 +92,7 @@ def load(directory: str) -> NodeConfig:
         raise ConfigError(
             f"{directory}: is not a node", hint="vmconv node init creates a fleet, vmconv node join joins one"
         ) from None
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
     _check(path, found)
     return NodeConfig(directory=os.path.abspath(directory), **found)

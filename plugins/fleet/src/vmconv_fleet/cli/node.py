@@ -69,6 +69,17 @@ def _authority(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="file of the authority's private key: keep it secret")
 
 
+def _backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a new file; it has the node's private keys: keep it secret")
+
+
+def _restore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the output of vmconv node backup")
+    parser.add_argument(
+        "--alone", action="store_true", help="do not wait for another node, which has the records written since"
+    )
+
+
 def _status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", choices=("human", "json"), default="human", help="(default: %(default)s)")
 
@@ -86,6 +97,8 @@ ACTIONS: dict[str, tuple[str, Adder]] = {
     "renew": ("get a new certificate; a running node uses it at once", _renew),
     "revoke": ("revoke a node: the whole fleet refuses it", _revoke),
     "authority": ("copy the fleet's authority to another node", _authority),
+    "backup": ("write settings, keys, authority and database into one file", _backup),
+    "restore": ("make the directory of a node from its backup", _restore),
     "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
 }
 

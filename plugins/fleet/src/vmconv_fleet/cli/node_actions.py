@@ -175,6 +175,28 @@ def authority_node(options: argparse.Namespace) -> int:
     return 0
 
 
+def backup_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.backup import write_backup
+
+    config = settings.load(_directory(options))
+    write_backup(config, options.file)
+    print(f"{options.file}: backup of node {config.node} ({config.name}); its holder is this node")
+    return 0
+
+
+def restore_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.backup import RESTORED, restore_backup
+
+    directory = _fresh_directory(options)
+    with _undone_on_failure(directory):
+        config = restore_backup(options.file, directory, alone=options.alone)
+    print(f"node {config.node} ({config.name}) of fleet {config.fleet} is restored in {directory}")
+    if os.path.exists(config.path(RESTORED)):
+        print("  it writes again once it has met another node, which has its records since the backup")
+    print(f"  next: vmconv node run --directory {directory}")
+    return 0
+
+
 def leave_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.node.daemon import running
     from vmconv_fleet.trust import credentials, joining
@@ -202,7 +224,7 @@ def _directory(options: argparse.Namespace) -> str:
 def _fresh_directory(options: argparse.Namespace) -> str:
     """Creates the directory of a new node, for its own user only."""
     directory = _directory(options)
-    for path in options.datastores:
+    for path in getattr(options, "datastores", ()):
         if not os.path.isdir(path):
             raise UsageError(f"{path}: is not a directory")
     with os_errors("making the node's directory", ConfigError):

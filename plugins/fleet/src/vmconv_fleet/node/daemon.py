@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
+from vmconv_fleet.node.backup import RESTORED
 from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
@@ -123,6 +125,8 @@ class Daemon:
         if not os.path.exists(self.config.database):
             # A lost database must not begin at zero: neighbours have its records.
             patience = 0 if os.path.exists(self.config.path(FOUNDED)) else None
+        elif os.path.exists(self.config.path(RESTORED)):
+            patience = None
         return NodeService(
             fleet=self.config.fleet,
             database=self.config.database,
@@ -151,7 +155,13 @@ class Daemon:
             known = view.get(self.config.node, certificate.kind, certificate.id)
             return [node] if known is not None and known.body == certificate.body else [certificate, node]
 
-        self.service.update(decide)
+        self.service.update(decide).add_done_callback(self._serves)
+
+    def _serves(self, written: Future[list[Record]]) -> None:
+        """Forgets that the database was restored: its records are continued."""
+        if not written.cancelled() and written.exception() is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.config.path(RESTORED))
 
     def _watch(self) -> Watch:
         node = self.config.node

@@ -26,6 +26,7 @@ class EpochRecovery:
         self._superseded = 0
         self._limit = LIMIT * max(context.timing.patience or 0, _LEAST_PATIENCE_MS)
         self._next = self._settled = self._started = context.monotonic()
+        self._announced: int | None = None
 
     @property
     def serving(self) -> bool:
@@ -59,7 +60,8 @@ class EpochRecovery:
         now, patience = self._context.monotonic(), self._context.timing.patience
         if self._may_serve(now):
             return now
-        waits = (self._settled, self._started + (patience or 0), self._started + self._limit)
+        announced = now if self._announced is None else self._announced
+        waits = (self._settled, self._started + (patience or 0), announced + self._limit)
         return min((wait for wait in waits if wait > now), default=NEVER)
 
     def begin_due(self, now: int) -> list[Record]:
@@ -76,7 +78,10 @@ class EpochRecovery:
         waited, patience = now - self._started, context.timing.patience
         ahead = context.neighbours.ahead(context.node, max(self.settled, context.store.position(context.node)))
         if ahead or context.anti_entropy.wants(context.node, now):
-            return waited >= self._limit
+            # Not since the start: a node may have waited for its first neighbour for hours.
+            self._announced = now if self._announced is None else self._announced
+            return now - self._announced >= self._limit
+        self._announced = None
         if len(context.neighbours) and context.neighbours.all_reported():
             return now >= self._settled
         return patience is not None and waited >= patience
