@@ -95,8 +95,11 @@ def test_no_module_imports_itself_by_any_way(package: str) -> None:
     assert cycles(graph) == []
 
 
-SHARED = {"vmconv_vma": {"vmconv_proxmox", "vmconv_proxmox.backup"}}
-"""Modules that a plugin offers to another one; docs/decisions/0071-vma-uses-proxmox.md."""
+SHARED = {
+    "vmconv_vma": {"vmconv_proxmox", "vmconv_proxmox.backup"},
+    "vmconv_vmrs": {"vmconv_hyperv", "vmconv_hyperv.storage"},
+}
+"""Modules that a plugin offers to another one; docs/decisions, 0071 and 0076."""
 
 
 @pytest.mark.parametrize("package", PACKAGES)

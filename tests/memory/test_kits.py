@@ -10,6 +10,7 @@ from support.kits.lime import LimeKit
 from support.kits.qevm import QevmKit
 from support.kits.ram import RamKit
 from support.kits.vmem import VmemKit
+from support.kits.vmrs import VmrsKit
 
 
 class TestRam(RamKit):
@@ -42,3 +43,7 @@ class TestQevm(QevmKit):
 
 class TestLibvirtsave(LibvirtsaveKit):
     """libvirt's saved machines."""
+
+
+class TestVmrs(VmrsKit):
+    """Hyper-V's saved states."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from support.hyperv_storage import storage
 
 PAGE = 4096
 
@@ -276,6 +280,30 @@ class Kdump:
         return bytes(bits)
 
 
+# -- Hyper-V
+
+MIB = 1 << 20
+
+
+def saved_by_hyperv(
+    ranges: Iterable[tuple[int, bytes]], *, version: int = 0xA00, more: Mapping[str, Any] = MappingProxyType({})
+) -> bytes:
+    """Returns a .vmrs whose memory is not compressed; `more` are further values beside the memory, or other ones."""
+    tree: dict[str, Any] = {"VmVersion": version, "savedVM": {"partition_state": b"state"}}
+    blocks = 0
+    for number, (start, data) in enumerate(ranges):
+        tree[f"RamMemoryBlock{number}"] = ram_range(len(data) // PAGE, blocks * 256, start // PAGE)
+        for at in range(0, len(data), MIB):
+            tree[f"RamBlock{blocks}"] = data[at : at + MIB].ljust(MIB, b"\0")
+            blocks += 1
+    return storage({"configuration": {"properties": {"version": version}}, "savedstate": tree | dict(more)})
+
+
+def ram_range(pages: int, begin: int, first: int, *, version: int = 3, flags: int = 0) -> bytes:
+    """Returns the value that states a range: its pages, its first page in the blocks, its first page of RAM."""
+    return struct.pack("<IIQQQIIQ", version, flags, pages, begin, first, 0, 0, 0)
+
+
 # -- a machine
 
 
@@ -425,4 +453,16 @@ def _make_kdump(folder: Path, memory: bytes) -> Path:
     return path
 
 
-MAKERS |= {"avml": _make_avml, "kdump": _make_kdump, "qevm": _make_qevm, "libvirtsave": _make_libvirt}
+def _make_vmrs(folder: Path, memory: bytes) -> Path:
+    path = folder / "made.vmrs"
+    path.write_bytes(saved_by_hyperv(ranges(memory)))
+    return path
+
+
+MAKERS |= {
+    "vmrs": _make_vmrs,
+    "avml": _make_avml,
+    "kdump": _make_kdump,
+    "qevm": _make_qevm,
+    "libvirtsave": _make_libvirt,
+}

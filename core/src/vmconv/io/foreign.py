@@ -141,7 +141,7 @@ FOREIGN = (
     ),
     # -- memory and state
     Foreign("VMware swap", (".vswp",), (), _MEMORY),
-    Foreign("Hyper-V state", (".vmrs", ".vsv"), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
+    Foreign("Hyper-V state", (".vsv",), ((0, b"\x14\x20\x28\x01"),), _MEMORY),
     Foreign(
         "VirtualBox state",
         (".sav",),

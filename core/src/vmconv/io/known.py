@@ -174,6 +174,8 @@ KNOWN = (
         ((0, b"KDUMP   "), (0, b"makedumpfile\0\0\0\0")),
         kind="memory",
     ),
+    # Configurations have the same magic number.
+    Known("vmrs", "Hyper-V saved state", "vmconv-vmrs", (".vmrs",), (), kind="memory"),
     Known("qevm", "QEMU migration stream", _MEMORY, (".mig", ".qemusave"), ((0, b"QEVM\0\0\0\3"),), kind="memory"),
     Known("libvirtsave", "libvirt saved machine", _MEMORY, (".save",), ((0, b"LibvirtQemudSave"),), kind="memory"),
 )

@@ -44,17 +44,29 @@ FREE, INTEGER, UNSIGNED, DOUBLE, STRING, ARRAY, BOOLEAN, NODE = 1, 3, 4, 5, 6, 7
 _WIDTHS = {INTEGER: 8, UNSIGNED: 8, DOUBLE: 8, BOOLEAN: 4, NODE: 12}
 _TO_FILE_OBJECT = 0x01
 
-# A configuration has some 40 KB in 10 key tables. The limits leave room for a hundred times that.
-_MAX_OBJECTS = 65536
-_MAX_KEYS = 4 << 20
-_MAX_ENTRIES = 50_000
 _MAX_VALUE = 1 << 20
 _MAX_DEPTH = 32
 _SHOWN = 4096
 
-_Place = tuple[int, int]
+_KeyPlace = tuple[int, int]
 """A key's place: the index of its table, its offset there."""
-_ROOT: _Place = (0, 0)
+_ROOT: _KeyPlace = (0, 0)
+
+
+Place = tuple[int, int]
+"""Where a value lies in the file: offset and size."""
+
+
+class Limits(NamedTuple):
+    """Objects, bytes of key tables, and keys of a file."""
+
+    objects: int = 65536
+    keys: int = 4 << 20
+    entries: int = 50_000
+
+
+CONFIGURATION = Limits()
+"""A configuration has some 40 KB in 10 key tables. This leaves room for a hundred times that."""
 
 
 class _Header(NamedTuple):
@@ -94,8 +106,9 @@ class _Entry(NamedTuple):
     kind: int
     data: bytes
     sequence: int
-    place: _Place
-    parent: _Place
+    place: _KeyPlace
+    parent: _KeyPlace
+    where: Place
 
 
 class Node:
@@ -143,6 +156,10 @@ class Node:
         data = self._value(name, BOOLEAN)
         return None if data is None else any(data)
 
+    def arrays(self) -> Iterator[tuple[str, Place]]:
+        """Yields name and place of each array in this node."""
+        return ((entry.name, entry.where) for entry in self._values if entry.kind == ARRAY)
+
     def texts(self) -> Iterator[str]:
         """Yields all strings in this node and below it."""
         for entry in self._values:
@@ -185,13 +202,13 @@ def _shown(entry: _Entry) -> str:
     return f"{len(entry.data)} bytes"
 
 
-def read(file: File) -> Node:
+def read(file: File, *, limits: Limits = CONFIGURATION) -> Node:
     """Returns the root of the tree; raises `ImageError` if the storage is damaged or was not closed."""
     header = _header(file)
     _check_log(file, header)
-    objects = list(_objects(file))
+    objects = list(_objects(file, limits))
     files = {each.offset: each.size for each in objects if each.kind == _FILE_OBJECT}
-    return _tree(file, list(_entries(file, objects, files)))
+    return _tree(file, list(_entries(file, objects, files, limits)))
 
 
 def _sealed(raw: bytes, at: int, stored: int) -> bool:
@@ -225,7 +242,7 @@ def _check_log(file: File, header: _Header) -> None:
         raise damaged(file, "replay log", header.log_offset, f"has {count} changes to apply", hint=hint)
 
 
-def _objects(file: File) -> Iterator[_Object]:
+def _objects(file: File, limits: Limits) -> Iterator[_Object]:
     """Yields the used entries of all object tables."""
     at, seen, total = _OBJECTS_AT, set[int](), 0
     while True:
@@ -234,28 +251,30 @@ def _objects(file: File) -> Iterator[_Object]:
         seen.add(at)
         signature, count = _OBJECTS.unpack(read_part(file, "object table", at, _OBJECTS.size))
         total += count
-        if signature != _OBJECTS_SIGNATURE or total > _MAX_OBJECTS:
+        if signature != _OBJECTS_SIGNATURE or total > limits.objects:
             raise damaged(file, "object table", at, f"signature {signature:#x} with {count} entries is none")
-        table = [_object(file, at + _OBJECTS.size + number * _OBJECT.size) for number in range(count)]
+        start = at + _OBJECTS.size
+        raw = read_part(file, "object table", start, count * _OBJECT.size)
+        places = range(0, count * _OBJECT.size, _OBJECT.size)
+        table = [_object(file, start + place, raw[place : place + _OBJECT.size]) for place in places]
         yield from (each for each in table[:-1] if each.kind in (_KEY_TABLE, _FILE_OBJECT))
         if not table or table[-1].kind != _OBJECT_TABLE:
             return
         at = table[-1].offset
 
 
-def _object(file: File, at: int) -> _Object:
-    raw = read_part(file, "object", at, _OBJECT.size)
+def _object(file: File, at: int, raw: bytes) -> _Object:
     found = _Object._make(_OBJECT.unpack(raw))
     if found.kind in (_OBJECT_TABLE, _KEY_TABLE, _FILE_OBJECT) and not _sealed(raw, 1, found.checksum):
         raise damaged(file, "object", at, "its checksum is wrong")
     return found
 
 
-def _entries(file: File, objects: Iterable[_Object], files: dict[int, int]) -> Iterator[_Entry]:
+def _entries(file: File, objects: Iterable[_Object], files: dict[int, int], limits: Limits) -> Iterator[_Entry]:
     """Yields the keys of all tables."""
     tables = [each for each in objects if each.kind == _KEY_TABLE]
-    if sum(table.size for table in tables) > _MAX_KEYS:
-        raise ImageError(f"{file.name}: key tables have more than {_MAX_KEYS} bytes")
+    if sum(table.size for table in tables) > limits.keys:
+        raise ImageError(f"{file.name}: key tables have more than {limits.keys} bytes")
     seen, count = set(), 0
     for table in tables:
         data = read_part(file, "key table", table.offset, table.size)
@@ -269,8 +288,8 @@ def _entries(file: File, objects: Iterable[_Object], files: dict[int, int]) -> I
         seen.add(index)
         for entry in _keys(file, table.offset, index, data, files):
             count += 1
-            if count > _MAX_ENTRIES:
-                raise ImageError(f"{file.name}: has more than {_MAX_ENTRIES} keys")
+            if count > limits.entries:
+                raise ImageError(f"{file.name}: has more than {limits.entries} keys")
             yield entry
 
 
@@ -286,9 +305,10 @@ def _keys(file: File, start: int, index: int, data: bytes, files: dict[int, int]
             if not _sealed(data[at : at + _KEY.size + length], 12, key.checksum):
                 raise damaged(file, "key", start + at, "its checksum is wrong")
             name = body[: key.name_size].partition(b"\0")[0].decode("utf-8", "replace")
-            content = _content(file, start + at, key, body[key.name_size : length], files)
+            begin = start + at + _KEY.size + key.name_size
+            content, where = _content(file, start + at, key, body[key.name_size : length], files, begin)
             parent = key.parent_table, key.parent_offset
-            yield _Entry(name, key.kind, content, key.sequence, (index, at), parent)
+            yield _Entry(name, key.kind, content, key.sequence, (index, at), parent, where)
         at += key.size
 
 
@@ -309,24 +329,26 @@ def _length(file: File, at: int, key: _Key, body: bytes) -> int:
     return end
 
 
-def _content(file: File, at: int, key: _Key, value: bytes, files: dict[int, int]) -> bytes:
-    """Returns the value without its length, from where it lies."""
+def _content(file: File, at: int, key: _Key, value: bytes, files: dict[int, int], begin: int) -> tuple[bytes, Place]:
+    """Returns the value without its length, and where it lies; arrays in file objects are not read."""
     if not key.flags & _TO_FILE_OBJECT:
-        return value[_LENGTH.size :] if key.kind in (STRING, ARRAY) else value
+        skip = _LENGTH.size if key.kind in (STRING, ARRAY) else 0
+        return value[skip:], (begin + skip, len(value) - skip)
     size, offset = _POINTER.unpack(value)
     if size > files.get(offset, -1):
         raise damaged(file, "key", at, f"{size} bytes at {offset:#x} are in no file object")
     # Memory of saved machines is in such values, and nothing here needs it.
-    return b"" if key.kind == ARRAY or size > _MAX_VALUE else read_part(file, "file object", offset, size)
+    unread = key.kind == ARRAY or size > _MAX_VALUE
+    return b"" if unread else read_part(file, "file object", offset, size), (offset, size)
 
 
 def _tree(file: File, entries: list[_Entry]) -> Node:
-    below: dict[_Place, list[_Entry]] = {}
+    below: dict[_KeyPlace, list[_Entry]] = {}
     for entry in sorted(entries, key=lambda each: each.sequence):
         below.setdefault(entry.parent, []).append(entry)
     reached = 0
 
-    def node(place: _Place, path: str, depth: int) -> Node:
+    def node(place: _KeyPlace, path: str, depth: int) -> Node:
         nonlocal reached
         if depth > _MAX_DEPTH:
             raise ImageError(f"{file.name}: {path}: is nested deeper than {_MAX_DEPTH}")
