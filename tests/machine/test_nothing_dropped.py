@@ -109,6 +109,7 @@ def _lines(text: str) -> Iterator[Change]:
 CONFIGURATIONS: dict[str, tuple[str, Callable[[str], Iterator[Change]]]] = {
     "kubevirt": (documents.KUBEVIRT, _yaml),
     "libvirt": (documents.LIBVIRT, _xml),
+    "ovf": (documents.OVF, _xml),
     "vbox": (documents.VBOX, _xml),
     "proxmox": (documents.PROXMOX, _lines),
     "vmx": (documents.VMX, _lines),
@@ -135,6 +136,17 @@ WITHOUT_EFFECT: dict[str, dict[str, str]] = {
         r".*/controller\[2\]@index": "there is one USB controller",
         ".*/hostdev@mode|.*/hostdev/source/address/unknownElement": "a host device is named by its address",
         ".*/rng/backend": "the host's source of random numbers",
+    },
+    "ovf": {
+        "Envelope/NetworkSection[@/].*": "a card names its network",
+        ".*/Info([@/].*)?": "for people",
+        r".*/Item\[\d\]/(ElementName|Description)": "for people",
+        r".*/Item\[\d\]/\w+[@/].*": "properties of CIM are plain values",
+        r".*/Item\[1\]/Address": "the only controller",
+        r".*/Item\[4\]/AllocationUnits": "the default",
+        ".*/Reservation": "stands in for a missing quantity",
+        ".*/BootOrderSection[@/].*": "an item is named by its id",
+        ".*/System[@/].*|.*/(Annotation|Product)@.*": "texts",
     },
     "vbox": {
         "VirtualBox/Machine@currentSnapshot|.*/Machine/Snapshot[@/].*": "snapshots are only named",

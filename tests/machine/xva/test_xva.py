@@ -68,14 +68,24 @@ def test_the_machine_is_that_of_the_records() -> None:
     assert [(one.kind, one.file, one.connected) for one in found.removables] == [("cdrom", None, False)]
     (nic,) = found.nics
     assert (nic.mac, nic.mac_origin, nic.network) == ("aa:bb:cc:00:11:22", "static", "Pool network")
-    assert found.extra == {}
+    assert found.extra == {"xva": {"platform.viridian": "true"}}
 
 
 def test_what_the_model_has_no_place_for_is_stated() -> None:
     found = read(export({"Ref:12": bytes(MIB)}, HVM_boot_policy="", NVRAM={"EFI-variables": "VkFS"}))
-    assert found.extra["xva"] == {"domain_type": "pv", "NVRAM": "4 characters of EFI variables"}
-    plan_losses = {"extra.xva"}
-    assert {f"extra.{name}" for name in found.extra} == plan_losses
+    assert found.extra["xva"] == {
+        "domain_type": "pv",
+        "NVRAM": "4 characters of EFI variables",
+        "platform.viridian": "true",
+    }
+
+
+def test_unknown_fields_of_the_machine_are_named() -> None:
+    more = {"ha_restart_priority": "restart", "other_config": {"a": "b", "c": ""}, "bios_strings": {"bios-vendor": "x"}}
+    found = read(export({"Ref:12": bytes(MIB)}, **more)).extra["xva"]
+    named = {"ha_restart_priority": "restart", "other_config.a": "b", "bios_strings.bios-vendor": "x"}
+    assert found.items() >= named.items()
+    assert "other_config.c" not in found
 
 
 def test_snapshots_are_not_the_machine() -> None:

@@ -9,6 +9,7 @@ from vmconv.plugin import Adapted, PlanError
 from vmconv_ovf import keys
 from vmconv_ovf.guest import guest_of, written
 from vmconv_ovf.hardware import family, serial_of, uuid_seen
+from vmconv_ovf.known import UNKNOWN
 from vmconv_ovf.places import settled
 
 if TYPE_CHECKING:
@@ -42,11 +43,22 @@ def adapt(machine: Machine, options: Options) -> Adapted:
     if len(set(keys_)) < len(keys_):
         raise PlanError("two properties have the same key, which OVF does not allow")
     changes = Adapting(machine)
-    for step in (_name, _os, _cpu, _memory, _tpm, _nvram, settled, _nics, _boot, _rest):
+    for step in (_name, _os, _cpu, _memory, _tpm, _nvram, settled, _nics, _boot, _rest, _unknown):
         step(changes)
     _hardware(changes, options)
     _identity(changes)
     return Adapted(changes.machine, tuple(changes.found))
+
+
+def _unknown(changes: Adapting) -> None:
+    """Drops what only the source's reader could name."""
+    extra = changes.machine.extra.get("ovf", {})
+    kept = {key: value for key, value in extra.items() if not key.startswith(UNKNOWN)}
+    for key in extra.keys() - kept.keys():
+        changes.add("extra.ovf", key, None, "its meaning is not known")
+    if kept != extra:
+        others = {name: values for name, values in changes.machine.extra.items() if name != "ovf"}
+        changes.replace(extra={**others, "ovf": kept} if kept else others)
 
 
 def _name(changes: Adapting) -> None:

@@ -12,6 +12,7 @@ from vmconv_ovf.envelope import Envelope, configs
 from vmconv_ovf.guest import Kind, guest_of, surplus
 from vmconv_ovf.hardware import family, serial_of, uuid_seen
 from vmconv_ovf.items import Item, items_of
+from vmconv_ovf.known import unknown_settings
 from vmconv_ovf.units import bytes_of
 
 if TYPE_CHECKING:
@@ -225,5 +226,7 @@ class _Reader:
             subtype = " ".join((item.get("ResourceSubType") or "").split())
             extra[f"item.{number}"] = f"{item.type} {subtype}"
         extra |= sections.licences(self.system)
+        if keys.ENVELOPES[self.envelope.space] != "0.9":
+            extra |= dict(unknown_settings(self.envelope.root))
         if len(extra) > MAX_SETTINGS:
             raise self.envelope.refused("VirtualSystem", f"has {len(extra)} settings, the limit is {MAX_SETTINGS}")
