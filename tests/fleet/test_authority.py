@@ -207,7 +207,7 @@ class Members:
         self.known: set[str] = set()
         self.revoked: set[str] = set()
         self.issued: list[bytes] = []
-        self.used: dict[str, str] = {}
+        self.used: dict[str, set[str]] = {}
 
     def is_known(self, node: str) -> bool:
         return node in self.known
@@ -215,7 +215,7 @@ class Members:
     def is_revoked(self, node: str, key_id: str) -> bool:
         return not {node, key_id}.isdisjoint(self.revoked)
 
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[str, set[str]]:
         return self.used
 
     def seeds(self) -> list[str]:
@@ -365,7 +365,7 @@ def test_a_member_gets_no_certificate_for_names_that_are_not_its_own(
 ) -> None:
     """It may name what it likes in its own settings; a machine that names what it has gets what is allowed of it."""
     config = joined(lab, invite(), tmp_path / "joined")
-    members.used["10.0.0.9"] = lab.nodes[0].node
+    members.used["10.0.0.9"] = {lab.nodes[0].node}
     request = Keys.generate().request(config.node, config.fleet, ["10.0.0.8", name])
     with pytest.raises(JoinError, match=r"refused: .*is (not|in use)"):
         joining.renew(config, config.authorities[0], request)

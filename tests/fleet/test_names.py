@@ -56,19 +56,22 @@ def test_other_names_are_refused_or_left_out(authority: Authority, name: str) ->
 
 
 def test_a_name_of_another_member_is_not_certified(authority: Authority) -> None:
-    taken = {"n01.dc.example": new_node_id(), "10.0.0.9": new_node_id(), "127.0.0.1": new_node_id()}
+    taken = {name: {new_node_id()} for name in ("n01.dc.example", "10.0.0.9", "127.0.0.1")}
     for name in ("N01.dc.example", "10.0.0.9"):
         with pytest.raises(AuthorityError, match="is in use by node"):
             issue(authority, name, taken=taken)
     assert issue(authority, "n01.dc.example", "10.0.0.9", "127.0.0.1", taken=taken, drops=True) == {"127.0.0.1"}
-    keys, node = Keys.generate(), taken["10.0.0.9"]
+    keys, (node,) = Keys.generate(), taken["10.0.0.9"]
+    authority.issue(keys.request(node, "lab", ["10.0.0.9"]), taken=taken)
+    # A name that two have already, before names were checked.
+    taken["10.0.0.9"].add(new_node_id())
     authority.issue(keys.request(node, "lab", ["10.0.0.9"]), taken=taken)
 
 
 def test_names_in_use_are_those_of_the_certificates(authority: Authority) -> None:
     node = new_node_id()
     pem = authority.issue(Keys.generate().request(node, "lab", ["N1.dc.example", "fd00::1"]))
-    assert names_in_use([read_certificate(pem)]) == {"n1.dc.example": node, "fd00::1": node}
+    assert names_in_use([read_certificate(pem)]) == {"n1.dc.example": {node}, "fd00::1": {node}}
 
 
 def test_a_request_with_another_uri_is_refused(authority: Authority) -> None:

@@ -17,6 +17,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
@@ -156,7 +157,7 @@ class Authority:
         *,
         lifetime: datetime.timedelta = NODE_LIFETIME,
         node: str | None = None,
-        taken: Mapping[str, str] = {},
+        taken: Mapping[str, AbstractSet[str]] = {},
         drops: bool = False,
     ) -> bytes:
         """Returns the PEM certificate for a request; with `node`, only for that node.
@@ -194,7 +195,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def _allowed(
-        self, names: Iterable[x509.GeneralName], node: str, taken: Mapping[str, str], drops: bool
+        self, names: Iterable[x509.GeneralName], node: str, taken: Mapping[str, AbstractSet[str]], drops: bool
     ) -> Iterator[x509.GeneralName]:
         for name in names:
             # The only name of another kind is the signing key.

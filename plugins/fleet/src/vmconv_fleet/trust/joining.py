@@ -23,6 +23,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Protocol
@@ -75,7 +76,7 @@ class Membership(Protocol):
     def is_revoked(self, node: str, key_id: str) -> bool:
         """Returns whether the node, or this key of it, was revoked."""
 
-    def names(self) -> Mapping[str, str]:
+    def names(self) -> Mapping[str, AbstractSet[str]]:
         """Returns the names and addresses in certificates of members, and their nodes."""
 
     def seeds(self) -> list[str]:

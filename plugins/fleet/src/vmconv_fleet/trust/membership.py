@@ -42,7 +42,7 @@ class Members:
     def is_revoked(self, node: str, key_id: str) -> bool:
         return self._trust.is_revoked(node, key_id)
 
-    def names(self) -> dict[str, str]:
+    def names(self) -> dict[str, set[str]]:
         return names_in_use([read_certificate(pem) for pem in self.certificates()])
 
     def seeds(self) -> list[str]:

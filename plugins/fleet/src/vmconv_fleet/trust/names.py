@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 from cryptography import x509
 
@@ -39,18 +40,23 @@ def permitted_by_default(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def why_not(name: x509.GeneralName, authority: x509.Certificate, taken: Mapping[str, str], node: str) -> str | None:
+def why_not(
+    name: x509.GeneralName, authority: x509.Certificate, taken: Mapping[str, AbstractSet[str]], node: str
+) -> str | None:
     """Returns why the authority does not certify a name or address for a node; None if it does.
 
-    `taken` are the names in use, and by whom.
+    `taken` are the names in use, and by whom. A node keeps a name that others have too: bridges of containers have the
+    same address on each machine, and nodes of earlier versions list them.
     """
     text = str(name.value)
     if isinstance(name, x509.DNSName) and not is_host_name(text):
         return f"{text!r} is not a host name"
     if not _is_permitted(name, authority):
         return f"{text} is not among the names that this fleet permits"
-    owner = taken.get(text.lower(), node)
-    return None if owner == node or is_loopback(text) else f"{text} is in use by node {owner}"
+    owners = taken.get(text.lower(), frozenset())
+    if not owners or node in owners or is_loopback(text):
+        return None
+    return f"{text} is in use by node {min(owners)}"
 
 
 def _is_permitted(name: x509.GeneralName, authority: x509.Certificate) -> bool:
@@ -87,12 +93,13 @@ def _network(text: str) -> Network | None:
         return None
 
 
-def names_in_use(certificates: Sequence[x509.Certificate]) -> dict[str, str]:
+def names_in_use(certificates: Sequence[x509.Certificate]) -> dict[str, set[str]]:
     """Returns the nodes that use each name or address, from the newest certificate of each node."""
-    found: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
     for certificate in certificates:
         (node,) = certificate.subject.get_attributes_for_oid(x509.oid.NameOID.COMMON_NAME)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         for kind in (x509.DNSName, x509.IPAddress):
-            found.update({str(name).lower(): str(node.value) for name in names.get_values_for_type(kind)})
+            for name in names.get_values_for_type(kind):
+                found.setdefault(str(name).lower(), set()).add(str(node.value))
     return found
