@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         Member,
         Substitution,
     )
+    from vmconv.io.decompressing import Decompressed
     from vmconv.io.directory import Directory
     from vmconv.io.foreign import described_beside
     from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
@@ -120,6 +121,7 @@ _HOMES = {
     "Congruence": "interface.backend",
     "DEFAULT_ACCESS": "interface.backend",
     "Decoded": "model.sources",
+    "Decompressed": "io.decompressing",
     "Dependency": "model.references",
     "Directory": "io.directory",
     "Disk": "model.disk",
@@ -248,6 +250,7 @@ __all__ = [
     "ConfigFile",
     "Congruence",
     "Decoded",
+    "Decompressed",
     "Dependency",
     "Digest",
     "Directory",

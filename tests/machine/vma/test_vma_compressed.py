@@ -20,11 +20,10 @@ from support.requirements import oracle_program
 from support.vma_archives import CONF, Archive, conf_of, extent
 from vmconv.errors import BackendError, ImageError, PlanError, VmconvError, ZeroCopyError
 from vmconv.machine import nvram
-from vmconv.plugin import Decoded, File
+from vmconv.plugin import Decoded, Decompressed, File
 from vmconv.testing import image_file, random_bytes
 from vmconv.testing.malformed import memory_limit, time_limit
 from vmconv_vma import Vma
-from vmconv_vma.compression import Stream
 
 VMA = Vma()
 
@@ -103,14 +102,14 @@ def test_a_plan_decodes_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "web.vma.zst"
     path.write_bytes(zst(archive(disk(1, 40 * MIB)).written()))
     read = 0
-    original = Stream.read
+    original = Decompressed.read
 
-    def counted(stream: Stream, length: int) -> bytes:
+    def counted(stream: Decompressed, length: int) -> bytes:
         nonlocal read
         read += length
         return original(stream, length)
 
-    monkeypatch.setattr(Stream, "read", counted)
+    monkeypatch.setattr(Decompressed, "read", counted)
     plan = vmconv.machine_plan(path, tmp_path / "new", target_format="libvirt")
     assert read < 200_000
     assert plan.totals.copied == 40 * MIB

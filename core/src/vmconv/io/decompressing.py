@@ -1,4 +1,4 @@
-"""Compressed downloads: decoded once, as a stream, into a sparse file without a name.
+"""Compressed files, decoded as streams; downloads into a sparse file without a name.
 
 Nothing in a compressed file says truly how much comes out of it. So the output is counted, zeros become holes, the
 memory of each decoder is bounded, and a file that ends early is an error.
@@ -50,8 +50,8 @@ class Spool:
         `BackendError` if the directory has no room for it.
         """
         kind = foreign_content(file)
-        if kind is None or kind.title not in _DECODERS:
-            known = ", ".join(_DECODERS)
+        if kind is None or kind.title not in (*_DECODERS, _ZIP):
+            known = ", ".join((*_DECODERS, _ZIP))
             raise ImageError(f"{file.name}: is not compressed: --decompress is for {known}")
         with os_errors("cannot be made", where=self._directory), Directory.at(self._directory) as directory:
             descriptor = directory.create_scratch()
@@ -68,7 +68,7 @@ class Spool:
 
     def _fill(self, file: File, title: str, descriptor: int) -> str:
         """Writes the decoded content to the descriptor, and returns the original file name."""
-        name, pieces = _DECODERS[title](file)
+        name, pieces = _zip(file) if title == _ZIP else (_stem(file), _DECODERS[title](_Reader(file)))
         size = 0
         for piece in _decoded(file, title, pieces):
             if size + len(piece) > self._limit:
@@ -162,23 +162,19 @@ def _pieces(stream: Any) -> Iterator[bytes]:
         yield piece
 
 
-def _gzip(file: File) -> tuple[str, Iterator[bytes]]:
+def _gzip(reader: _Reader) -> Iterator[bytes]:
     import gzip
 
-    return _stem(file), _pieces(gzip.GzipFile(fileobj=_stream(file)))
+    return _pieces(gzip.GzipFile(fileobj=reader))
 
 
-def _bzip2(file: File) -> tuple[str, Iterator[bytes]]:
+def _bzip2(reader: _Reader) -> Iterator[bytes]:
     import bz2
 
-    return _stem(file), _pieces(bz2.BZ2File(_stream(file)))
+    return _pieces(bz2.BZ2File(_binary(reader)))
 
 
-def _xz(file: File) -> tuple[str, Iterator[bytes]]:
-    return _stem(file), _xz_streams(_Reader(file))
-
-
-def _xz_streams(reader: _Reader) -> Iterator[bytes]:
+def _xz(reader: _Reader) -> Iterator[bytes]:
     """Yields the content of one or more streams, with padding of zeros between them."""
     import lzma
 
@@ -199,11 +195,7 @@ def _xz_streams(reader: _Reader) -> Iterator[bytes]:
             data = more.lstrip(b"\0")
 
 
-def _zstandard(file: File) -> tuple[str, Iterator[bytes]]:
-    return _stem(file), _zstd_frames(_Reader(file))
-
-
-def _zstd_frames(reader: _Reader) -> Iterator[bytes]:
+def _zstandard(reader: _Reader) -> Iterator[bytes]:
     """Yields the content of one or more frames."""
     from zstandard import ZstdDecompressor
 
@@ -226,8 +218,8 @@ def _zip(file: File) -> tuple[str, Iterator[bytes]]:
     """Returns name and content of the only file in an archive."""
     import zipfile
 
-    with _decoding(file, "ZIP archive"):
-        archive = zipfile.ZipFile(_stream(file))
+    with _decoding(file, _ZIP):
+        archive = zipfile.ZipFile(_binary(_Reader(file)))
         members = [one for one in archive.infolist() if not one.is_dir()]
     if len(members) != 1:
         raise ImageError(
@@ -253,12 +245,38 @@ _DECODERS = {
     "lzma": _xz,
     "Zstandard": _zstandard,
     "bzip2": _bzip2,
-    "ZIP archive": _zip,
 }
+_ZIP = "ZIP archive"
 
 
-def _stream(file: File) -> BinaryIO:
-    reader: Any = _Reader(file)
+class Decompressed:
+    """The decoded bytes of a file, in order. `title` is the compression, one of `_DECODERS`."""
+
+    def __init__(self, file: File, title: str) -> None:
+        self._reader = _Reader(file)
+        self._pieces = _decoded(file, title, _DECODERS[title](self._reader))
+        self._rest = memoryview(b"")
+
+    @property
+    def taken(self) -> int:
+        """The bytes of the file that were decoded so far, for progress."""
+        return self._reader.tell()
+
+    def read(self, length: int) -> bytes:
+        """Returns the next bytes, fewer at the end. Raises `ImageError` if they cannot be decoded."""
+        parts = []
+        while length:
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces, b""))
+            if not self._rest:
+                break
+            parts.append(self._rest[:length])
+            self._rest = self._rest[length:]
+            length -= len(parts[-1])
+        return b"".join(parts)
+
+
+def _binary(reader: Any) -> BinaryIO:
     return reader  # type: ignore[no-any-return]
 
 
@@ -266,4 +284,4 @@ def _stem(file: File) -> str:
     """Returns the file's name without the suffix of a compression: `disk.qcow2.gz` was `disk.qcow2`."""
     suffix = suffix_of(file.path)
     kind = suffix and foreign_suffix(suffix)
-    return file.name[: -len(suffix)] if suffix and kind and kind.title in _DECODERS else file.name
+    return file.name[: -len(suffix)] if suffix and kind and kind.title in (*_DECODERS, _ZIP) else file.name

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from vmconv.plugin import Decoded, Extents, ImageError, Kind, Member, damaged
 from vmconv_vma import structs
 from vmconv_vma.archive import in_order
-from vmconv_vma.compression import Stream, compression_of
+from vmconv_vma.compression import compression_of, stream_of
 from vmconv_vma.extents import Tables, block_count
 from vmconv_vma.header import Device, Header, parse, size_of
 
 if TYPE_CHECKING:
-    from vmconv.plugin import File, NewFile, Progress
+    from vmconv.plugin import Decompressed, File, NewFile, Progress
 
 _LOOKED_AT = 64 << 20
 """Decoded bytes in which the variables of the firmware, and the beginnings of disks, are looked for."""
@@ -22,9 +22,9 @@ _MAX_EMPTY = 1024
 """Extents without a cluster in a row. vmconv writes 7 for alignment."""
 
 
-def open_stream(file: File) -> tuple[Stream, Header]:
+def open_stream(file: File) -> tuple[Decompressed, Header]:
     """Returns the archive behind its header; raises `ImageError` if that is damaged."""
-    stream = Stream.of(file, compression_of(file) or "")
+    stream = stream_of(file)
     head = stream.read(structs.HEADER_SIZE)
     size = size_of(file, head)
     head += stream.read(size - len(head))
@@ -38,7 +38,7 @@ def header_of(file: File) -> Header:
     return open_stream(file)[1]
 
 
-def _extents(file: File, stream: Stream, header: Header) -> Iterator[tuple[bytes, int, bytes]]:
+def _extents(file: File, stream: Decompressed, header: Header) -> Iterator[tuple[bytes, int, bytes]]:
     """Yields each extent: its header, its offset in the archive, and its blocks."""
     at, empty = header.size, 0
     left = sum(-(-device.size // structs.CLUSTER) for device in header.devices)
@@ -74,7 +74,7 @@ def decode(file: File, create: Callable[[str, int], NewFile], progress: Progress
             begin = offset - at - structs.EXTENT_HEADER_SIZE
             new.write(address, memoryview(blocks)[begin : begin + min(length, size - address)])
         if progress:
-            progress(stream.raw.at, file.size)
+            progress(stream.taken, file.size)
     disks = tables.tables(files, in_archive=False)
     found = [Member(device.name, table) for device, table in zip(header.devices, disks, strict=True)]
     return (*_configs(header), *found)
