@@ -20,7 +20,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fleet import test_replica, test_requests
+from fleet import test_backup, test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id, signed_by_authority
 from fleet.sim import simulate
 from vmconv_fleet.replication import anti_entropy, ownlog, receiver, requests
@@ -216,6 +216,21 @@ def _want_of_others(self: AntiEntropy, owner: str, due: int, *, evidence: str | 
 
 
 _WANT = AntiEntropy.want
+
+
+@mutation(
+    "the wait for records that neighbours announce is counted from the start",
+    test_backup.test_an_old_database_continues_the_history_that_neighbours_have,
+)
+def counted_from_the_start() -> Iterator[None]:
+    original = EpochRecovery._may_serve
+
+    def may_serve(self: EpochRecovery, now: int) -> bool:
+        self._announced = self._started
+        return original(self, now)
+
+    with patch.object(EpochRecovery, "_may_serve", may_serve):
+        yield
 
 
 @mutation("a recovered past replaces what was written since", test_replica.test_recovery_keeps_what_was_written_since)
