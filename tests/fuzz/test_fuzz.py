@@ -17,7 +17,10 @@ from vmconv.testing.malformed import memory_limit, time_limit
 RUNS = 400
 """Executions of each target. By hand: `python tests/fuzz/run.py TARGET --seconds 3600`."""
 
-FOUND: list[tuple[str, str]] = []
+FOUND: list[tuple[str, str]] = [
+    # A control character in the name of the guest system.
+    ("machine-vmx", b'virtualHW.version = "19"\nguestOS = "debian\x0012-64"\n'.hex()),
+]
 """Targets, and inputs in hexadecimal for which something else than an error of vmconv's came out."""
 
 

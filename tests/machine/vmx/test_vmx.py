@@ -55,6 +55,11 @@ def written(machine: Machine, options: Options | None = None) -> dict[str, str]:
 # The text
 
 
+def test_a_guest_system_with_control_characters_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"guestOS source_id: 'debian\\x0012': Value error, has the character"):
+        read('config.version = "8"\nguestOS = "debian\x0012"\n')
+
+
 def test_keys_ignore_case_and_values_need_no_quotes() -> None:
     text = '#!/usr/bin/vmware\n\n  DISPLAYNAME="web"  \r\nMemSize = 512\n# memsize = "4"\nnumvcpus\t=\t"2"\n'
     machine = read(text)

@@ -138,6 +138,7 @@ def _board(settings: Settings) -> Board:
 def _os(settings: Settings) -> GuestOS:
     """Returns the system of `guestOS`. An unknown name stays a setting too, so that a round trip keeps it."""
     text = settings.look("guestOS")
+    part(settings.file, "guestOS", GuestOS, source_id=text or None)
     found = guest("vmx", text)
     if found.id or found.architecture:
         settings.take("guestOS")
