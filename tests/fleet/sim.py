@@ -241,8 +241,16 @@ class World:
         def wall() -> int:
             return WALL + self.time + node.offset
 
+        try:
+            store = Store(node.disk, node.id)
+        except Crash:
+            self.counts["crashes in a commit"] += 1
+            node.disk.fuse = 0
+            node.disk.rollback()
+            self._at(self.random.randint(10, 4000), self._restart(node))
+            return
         replica = Replica(
-            Store(node.disk, node.id),
+            store,
             node.signer,
             trust,
             wall,
