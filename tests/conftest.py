@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from support.disks import QemuImg
-from support.mounts import Mounts
+from support.mounts import Mounts, quick_directory
 from support.requirements import CORPUS, missing, oracle_program
 from support.session import Run
 from support.times import Times
@@ -45,7 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if not (config.option.basetemp or config.option.collectonly or "PYTEST_DEBUG_TEMPROOT" in os.environ):
+        # Workers never come here: they get a folder below that of the process that starts them.
+        config.option.basetemp = quick_directory(RUN.directory)
     if config.option.times is not None:
         config.pluginmanager.register(Times())
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from support.requirements import missing
 
 FILESYSTEM_SIZE = 4 << 30
+TEMPORARY_SIZE = 64 << 30
+"""Bytes of the filesystem of temporary files; it is a sparse file."""
 
 
 class Mounts:
@@ -31,27 +33,38 @@ class Mounts:
         return made
 
     def _make(self, kind: str) -> Path | str:
-        if os.geteuid() != 0:
-            return "mounting a loop device needs root"
-        maker = f"mkfs.{kind}"
-        if not shutil.which(maker):
-            return f"{maker} is not installed"
-        image, point = self._directory / f"{kind}.img", self._directory / kind
-        point.mkdir()
-        with image.open("wb") as file:
-            file.truncate(FILESYSTEM_SIZE)
-        flags = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
-        for command in ([maker, *flags, str(image)], ["mount", "-o", "loop", str(image), str(point)]):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return f"{' '.join(command)}: {done.stderr.strip()}"
-        _skip_flushes(image)
-        return point
+        return _mounted(kind, self._directory / kind, FILESYSTEM_SIZE)
 
     def close(self) -> None:
         for point in self._made.values():
             if isinstance(point, Path):
                 subprocess.run(["umount", str(point)], check=True)
+
+
+def quick_directory(directory: Path) -> Path | None:
+    """Returns a directory on an ext4 of its own below `directory`, or None where none can be mounted."""
+    point = _mounted("ext4", directory / "t", TEMPORARY_SIZE)
+    return None if isinstance(point, str) else point / "t"
+
+
+def _mounted(kind: str, point: Path, size: int) -> Path | str:
+    """Returns a new mount point of a filesystem in a sparse file of `size` bytes, or why there is none."""
+    if os.geteuid() != 0:
+        return "mounting a loop device needs root"
+    maker = f"mkfs.{kind}"
+    if not shutil.which(maker):
+        return f"{maker} is not installed"
+    image = point.with_suffix(".img")
+    point.mkdir()
+    with image.open("wb") as file:
+        file.truncate(size)
+    flags = {"xfs": ["-q", "-m", "reflink=1"], "btrfs": ["-q"], "ext4": ["-q", "-F"]}[kind]
+    for command in ([maker, *flags, str(image)], ["mount", "-o", "loop", str(image), str(point)]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"{' '.join(command)}: {done.stderr.strip()}"
+    _skip_flushes(image)
+    return point
 
 
 def _skip_flushes(image: Path) -> None:
