@@ -145,10 +145,12 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
 
 
 def _in_hole(file: File, tables: Column, length: int) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the tables that lie in holes of the file; vectorised, because there may be millions."""
+    """Returns a mask of the allocated tables in holes of the file; vectorised, because there may be millions."""
     storage = on_storage(file)
     if not len(storage) or not len(tables):
         return np.zeros(len(tables), dtype=bool)
-    first, last = storage.row_at(tables), storage.row_at(tables + (length - 1))
-    hole: npt.NDArray[np.bool_] = (first == last) & (storage.kind[first] != Kind.DATA)
+    hole = np.zeros(len(tables), dtype=bool)
+    there = np.flatnonzero(tables != 0)
+    first, last = storage.row_at(tables[there]), storage.row_at(tables[there] + (length - 1))
+    hole[there] = (first == last) & (storage.kind[first] != Kind.DATA)
     return hole

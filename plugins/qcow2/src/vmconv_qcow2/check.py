@@ -99,10 +99,20 @@ class _Check:
     # -- findings
 
     def _corrupt_where(
-        self, bad: npt.NDArray[np.bool_], what: str, values: npt.NDArray[np.uint64], problem: str, first: int = 0
+        self,
+        bad: npt.NDArray[np.bool_],
+        what: str,
+        values: npt.NDArray[np.uint64],
+        problem: str,
+        numbers: Column | None = None,
     ) -> None:
-        """Reports the bad entries; `first` is the number of the first entry."""
-        self.findings.corrupt_where(bad, lambda entry: f"{what} {first + entry}: {int(values[entry]):#x} {problem}")
+        """Reports the bad entries; `numbers` are those of the entries where some have been left out."""
+
+        def finding(entry: int) -> str:
+            number = entry if numbers is None else numbers[entry]
+            return f"{what} {number}: {int(values[entry]):#x} {problem}"
+
+        self.findings.corrupt_where(bad, finding)
 
     def _take(self, damage: ImageError) -> None:
         self.findings.corrupt(str(damage).removeprefix(f"{self.file.name}: "))
@@ -127,11 +137,14 @@ class _Check:
         self, what: str, raw: npt.NDArray[np.uint64], reserved: int, mask: int = structs.OFFSET_MASK
     ) -> Column:
         """Counts the clusters of table entries; returns their offsets, 0 for empty and bad entries."""
-        self._corrupt_where((raw & np.uint64(reserved)) != 0, what, raw, _RESERVED)
-        wide = raw & np.uint64(mask)
+        used = np.flatnonzero(raw != 0)
+        values = raw[used]
+        self._corrupt_where((values & np.uint64(reserved)) != 0, what, values, _RESERVED, used)
+        wide = values & np.uint64(mask)
         bad = (wide % np.uint64(self.cluster) != 0) | (wide > np.uint64(max(0, self.file.size - self.cluster)))
-        self._corrupt_where(bad, what, raw, _NO_CLUSTER)
-        offset = np.where(bad, np.uint64(0), wide).astype(np.int64)
+        self._corrupt_where(bad, what, values, _NO_CLUSTER, used)
+        offset = np.zeros(len(raw), dtype=np.int64)
+        offset[used] = np.where(bad, np.uint64(0), wide)
         self._count_offsets(offset[offset != 0])
         return offset
 
@@ -178,6 +191,10 @@ class _Check:
     def _count_l2(self, whose: str, raw: npt.NDArray[np.uint64], first: int, stored: Steps, *, active: bool) -> None:
         bitmap = raw[1::2] if self.header.extended_l2 else None
         raw = raw[0::2] if self.header.extended_l2 else raw
+        # Most tables are nearly empty.
+        used = np.flatnonzero((raw if bitmap is None else raw | bitmap) != 0)
+        raw, numbers = raw[used], first * self.header.l2_entries + used
+        bitmap = None if bitmap is None else bitmap[used]
         packed = (raw & np.uint64(structs.COMPRESSED)) != 0
         offset = (raw & np.uint64(structs.OFFSET_MASK)).astype(np.int64)
         external = bool(self.header.incompatible & structs.EXTERNAL_DATA)
@@ -186,15 +203,15 @@ class _Check:
         if bitmap is not None:
             zero = (bitmap & np.uint64(0xFFFFFFFF)) == 0
         past = (offset >= self.file.size) & ~zero
-        what, first_cluster = f"{whose}L2 entry of guest cluster", first * self.header.l2_entries
+        what = f"{whose}L2 entry of guest cluster"
         knows_zero = bitmap is None and self.header.version > 2
         reserved = structs.L2_RESERVED | (0 if knows_zero else structs.ZERO)
-        self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), what, raw, _RESERVED, first_cluster)
+        self._corrupt_where(~packed & ((raw & np.uint64(reserved)) != 0), what, raw, _RESERVED, numbers)
         bad = ~packed & ((offset % self.cluster != 0) | (past & (not external)))
-        self._corrupt_where(bad, what, raw, _NO_CLUSTER, first_cluster)
+        self._corrupt_where(bad, what, raw, _NO_CLUSTER, numbers)
         if bitmap is not None:
             wrong = self._wrong_bitmaps(bitmap, packed, offset != 0)
-            self._corrupt_where(wrong, what, raw, "contradicts its subcluster bitmap", first_cluster)
+            self._corrupt_where(wrong, what, raw, "contradicts its subcluster bitmap", numbers)
         plain = ~packed & ~bad & (offset != 0)
         if external:
             plain |= (raw & np.uint64(structs.COPIED)) != 0
@@ -202,7 +219,7 @@ class _Check:
             there = plain | packed
             self.allocated += int(there.sum())
             if not external:
-                self._check_copied(what, raw, offset, plain, stored, first_cluster)
+                self._check_copied(what, raw, offset, plain, stored, numbers)
         if not external:
             self._count_offsets(offset[plain])
             for misplaced in offset[bad & (offset < self.file.size)].tolist():
@@ -235,14 +252,14 @@ class _Check:
         offset: Column,
         chosen: npt.NDArray[np.bool_],
         stored: Steps,
-        first: int = 0,
+        numbers: Column | None = None,
     ) -> None:
         """Reports entries with COPIED flags that contradict the number of references."""
         flag = (raw & np.uint64(structs.COPIED)) != 0
         once = np.zeros(len(raw), dtype=bool)
         once[chosen] = stored.at(offset[chosen] // self.cluster) == 1
         problem = "has a COPIED flag that contradicts the refcount"
-        self._corrupt_where(chosen & (flag != once), what, raw, problem, first)
+        self._corrupt_where(chosen & (flag != once), what, raw, problem, numbers)
 
     def _count_bitmaps(self) -> None:
         bitmaps = self.header.bitmaps
@@ -284,10 +301,12 @@ class _Check:
         blocks = self._count_clusters(
             "refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK
         )
-        there = np.flatnonzero(blocks)
+        there = np.flatnonzero(blocks != 0)
         order = there[np.argsort(blocks[there], kind="stable")]
         again = order[1:][np.diff(blocks[order]) == 0]
-        self._corrupt_where(np.isin(np.arange(len(blocks)), again), "refcount table entry", raw, "is used twice")
+        twice = np.zeros(len(blocks), dtype=bool)
+        twice[again] = True
+        self._corrupt_where(twice, "refcount table entry", raw, "is used twice")
         blocks[again] = 0
         per_block = self.cluster * 8 >> header.refcount_order
         starts, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
