@@ -509,6 +509,8 @@ def test_the_description_has_every_verb(api: Served) -> None:
         "scan": "POST /api/v1/nodes/{node}/scan",
         "datastore-add": "POST /api/v1/datastores",
         "datastore-remove": "DELETE /api/v1/datastores/{owner}/{name}",
+        "datastore-give": "POST /api/v1/datastores/{owner}/{name}/give",
+        "datastore-take": "POST /api/v1/datastores/{owner}/{name}/take",
         "policy-set": "PATCH /api/v1/nodes/{node}/policy",
         "token-create": "POST /api/v1/tokens",
         "token-revoke": "DELETE /api/v1/tokens/{owner}/{identifier}",

@@ -95,6 +95,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "scan": {},
     "datastore-add": {"name": "more", "path": "/srv/more"},
     "datastore-remove": {"name": "ds"},
+    "datastore-give": {"name": "ds", "to": OTHER},
+    "datastore-take": {"name": "ds"},
     "policy-set": {"max_parallel": 3},
     "token-create": {"id": "0" * 12, "hash": "0" * 64, "label": "x", "role": "viewer"},
     "token-revoke": {"id": "0" * 12},

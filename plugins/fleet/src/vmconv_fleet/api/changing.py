@@ -72,6 +72,10 @@ class DatastoreWish(_Wish):
     path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+class GiveWish(_Wish):
+    to: str
+
+
 class TokenWish(_Wish):
     label: PlainName
     role: Role
@@ -193,6 +197,20 @@ async def add_datastore(wish: DatastoreWish, state: StateOf, caller: Known) -> J
 async def remove_datastore(owner: str, name: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     target = _node(state, owner)
     return (await ask(state, caller, target, "datastore-remove", {"name": name}, wait=wait)).as_response()
+
+
+@router.post("/datastores/{owner}/{name}/give", responses=_ANSWERS, summary="Give shared storage to another node")
+async def give_datastore(
+    owner: str, name: str, wish: GiveWish, state: StateOf, caller: Known, wait: Wait = 0
+) -> JSONResponse:
+    arguments = {"name": name, "to": _node(state, wish.to)}
+    return (await ask(state, caller, _node(state, owner), "datastore-give", arguments, wait=wait)).as_response()
+
+
+@router.post("/datastores/{owner}/{name}/take", responses=_ANSWERS, summary="Take shared storage of a retired node")
+async def take_datastore(owner: str, name: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    target = _node(state, owner)
+    return (await ask(state, caller, target, "datastore-take", {"name": name}, wait=wait)).as_response()
 
 
 @router.patch("/nodes/{node}/policy", responses=_ANSWERS, summary="Change how a node converts")

@@ -1,6 +1,9 @@
 """Inspects datastores, as a separate program: no image can crash the node or use up its memory.
 
-    python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}, "skip": {NAME: {FILE: PROBLEM}}}
+    python -m vmconv_fleet.catalogue.inspection < {"datastores": {NAME: PATH}, "skip": {NAME: {FILE: PROBLEM}},
+        "node": NODE, "acts": {NAME: {"give_to": NODE, "take": BOOL}}, "retired": [NODE]}
+
+A datastore that another node owns has no disks here, see `sharing`.
 
 It prints one JSON document per line: `{"kind", "id", "body"}` for each record of the catalogue, and `{"begins": [NAME,
 FILE]}` before it reads a file, so that its caller knows which file it died of, to `skip` it the next time. The number
@@ -15,13 +18,13 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import AccessError, VmconvError, printable
-from vmconv_fleet.catalogue import machines
+from vmconv_fleet.catalogue import machines, sharing
 from vmconv_fleet.catalogue.places import disk_id, listing, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
@@ -125,6 +128,8 @@ def main() -> int:
     signal.signal(signal.SIGALRM, _too_long)
     asked = json.loads(sys.stdin.readline())
     inspection = _Inspection(asked["datastores"], asked.get("skip", {}))
+    inspection.node, inspection.acts = asked.get("node", ""), asked.get("acts", {})
+    inspection.retired = frozenset(asked.get("retired", ()))
     _print("capabilities", "installed", _capabilities(inspection.registry))
     for name in asked["datastores"]:
         for kind, identifier, body in inspection.records(name):
@@ -171,6 +176,9 @@ class _Inspection:
         self.registry = installed()
         self._suffixes = machines.suffixes()
         self._skip = skip
+        self.node = ""
+        self.acts: Mapping[str, Mapping[str, Any]] = {}
+        self.retired: frozenset[str] = frozenset()
         self._clock = _Clock()
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
 
@@ -180,6 +188,15 @@ class _Inspection:
         if not os.path.isdir(root):
             yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
             return
+        holding = self._held(datastore, root)
+        if holding.get("owner", self.node) != self.node:
+            yield "datastore", datastore, {**self._datastore(root, 0, []), **holding, "scanned_ms": began}
+            return
+        own = yield from self._contents(datastore, root)
+        yield "datastore", datastore, {**own, **holding, "scanned_ms": began}
+
+    def _contents(self, datastore: str, root: str) -> Generator[tuple[str, str, Body], None, Body]:
+        """Yields the records of the disks and machines of a datastore; returns the fields of its own."""
         remarks: list[str] = []
         disks: dict[str, Body] = {}
         parts = _Parts()
@@ -201,7 +218,16 @@ class _Inspection:
         for found in configurations[:MAX_IMAGES]:
             if machine := self._machine(found):
                 yield "vm", disk_id(datastore, found.name), machine
-        yield "datastore", datastore, self._datastore(root, len(disks), remarks) | {"scanned_ms": began}
+        return self._datastore(root, len(disks), remarks)
+
+    def _held(self, datastore: str, root: str) -> Body:
+        """Returns the fields of a datastore about its owner; none without a node, or where they cannot be noted."""
+        act = self.acts.get(datastore, {})
+        give_to, take = act.get("give_to"), bool(act.get("take"))
+        found = None
+        if self.node:
+            found = sharing.hold(root, self.node, wall_ms(), give_to=give_to, take=take, retired=self.retired)
+        return found.fields() if found else {}
 
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
         """Yields the files that may be images, in the order of names; does not follow links to directories."""

@@ -100,7 +100,11 @@ class BackendCapability(Body):
 
 
 class DatastoreBody(Body):
-    """A directory whose disks its node lists and converts. A scan is due if `scan_asked_ms` > `scanned_ms`."""
+    """A directory whose disks its node lists and converts. A scan is due if `scan_asked_ms` > `scanned_ms`.
+
+    `storage` is the same for all nodes that see this directory, and `owner` lists and converts its disks; `owners` are
+    all so far. The next scan gives the storage to `give_to`, or takes it from a retired owner.
+    """
 
     path: Annotated[str, Field(min_length=1, max_length=4096)]
     filesystem: str = ""
@@ -111,6 +115,11 @@ class DatastoreBody(Body):
     scanned_ms: Milliseconds = 0
     scan_asked_ms: Milliseconds = 0
     problem: str | None = None
+    storage: str | None = None
+    owner: NodeId | None = None
+    owners: list[dict[str, Any]] = []
+    give_to: NodeId | None = None
+    take: bool = False
 
 
 class ChainLayer(Body):

@@ -34,6 +34,7 @@ MAX_DEATHS = 20
 """The files of which the inspection may die in one scan."""
 
 _BATCH = 200
+_ACTS = ("give_to", "take")
 _WATCH_STEP = 1.0
 _NOTHING = ("", "")
 _INSPECTION = (sys.executable, "-m", "vmconv_fleet.catalogue.inspection")
@@ -54,11 +55,13 @@ class Scanner:
         service: Writes,
         seeds: Mapping[str, str],
         *,
+        retired: Callable[[], Iterable[str]] = tuple,
         interval: float = INTERVAL,
         command: Sequence[str] = _INSPECTION,
     ) -> None:
         self._service = service
         self._seeds = dict(seeds)
+        self._retired = retired
         self._interval = interval
         self._command = list(command)
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
@@ -84,8 +87,11 @@ class Scanner:
         self.thread.join()
 
     def _notice(self, records: list[Record]) -> None:
-        own = (one for one in records if one.kind == "datastore" and one.owner == self._service.node)
-        if any(one.deleted or _is_due(one.body) for one in own):
+        node, stores = self._service.node, [one for one in records if one.kind == "datastore"]
+        if any(one.owner == node and (one.deleted or _is_due(one.body)) for one in stores):
+            self._wanted.put(True)
+        if any(one.owner != node and one.body.get("owner") == node for one in stores):
+            # Another node may have given a shared datastore to this one.
             self._wanted.put(True)
 
     def _run(self, works: Callable[[], None]) -> None:
@@ -124,8 +130,16 @@ class Scanner:
         return {
             one.id: one.body["path"]
             for one in self._service.view().find("datastore", self._service.node)
-            if _is_due(one.body)
+            if _is_due(one.body) or self._is_given(one)
         }
+
+    def _is_given(self, datastore: Record) -> bool:
+        """Returns whether another node says that this node owns a storage that it still holds to be another's."""
+        body, node = datastore.body, self._service.node
+        if body.get("owner", node) == node:
+            return False
+        found = self._service.view().find("datastore", body["owner"])
+        return any(one.body.get("storage") == body["storage"] and one.body.get("owner") == node for one in found)
 
     def _scan(self, *, everything: bool) -> None:
         node, view = self._service.node, self._service.view()
@@ -182,7 +196,7 @@ class Scanner:
             watch = threading.Thread(target=self._watch, args=(child, until, ended), name="inspection", daemon=True)
             watch.start()
             try:
-                child.stdin.write(json.dumps({"datastores": dict(datastores), "skip": skip}) + "\n")
+                child.stdin.write(json.dumps(self._task(datastores, skip)) + "\n")
                 child.stdin.close()
                 for line in child.stdout:
                     said = json.loads(line)
@@ -198,6 +212,21 @@ class Scanner:
                 watch.join()
                 self._child = None
                 child.kill()
+
+    def _task(self, datastores: Mapping[str, str], skip: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+        node = self._service.node
+        stores = self._service.view().find("datastore", node)
+        acts = {one.id: {key: one.body[key] for key in _ACTS if key in one.body} for one in stores}
+        gone = {*self._retired(), *(str(one.body["owner"]) for one in stores if self._is_released(one))}
+        return {"datastores": dict(datastores), "skip": skip, "node": node, "acts": acts, "retired": sorted(gone)}
+
+    def _is_released(self, datastore: Record) -> bool:
+        """Returns whether the owner of a shared storage says that it no longer has it."""
+        view, owner = self._service.view(), str(datastore.body.get("owner", ""))
+        if view.get(owner, "node", owner) is None:
+            return False
+        storage = datastore.body.get("storage")
+        return all(one.body.get("storage") != storage for one in view.find("datastore", owner))
 
     def _watch(self, child: subprocess.Popen[str], until: float, ended: threading.Event) -> None:
         """Kills the inspection if it hangs, or if the scan takes too long."""
@@ -257,5 +286,7 @@ def _is_due(datastore: Mapping[str, Any]) -> bool:
 
 def _datastore(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a datastore's body after a scan. Newer requests stay, and so do records that could not be read."""
-    kept = {key: value for key, value in before.items() if key != "problem"}
+    # What was asked for after the scan began is done by the next one.
+    done = () if before.get("scan_asked_ms", 0) >= found.get("scanned_ms", 0) else _ACTS
+    kept = {key: value for key, value in before.items() if key != "problem" and key not in done}
     return {**kept, **found, "path": before["path"]}

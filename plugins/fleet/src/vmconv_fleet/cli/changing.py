@@ -50,6 +50,11 @@ def datastore(options: argparse.Namespace) -> int:
             reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
             return _said(options, reply, f"datastore {options.name} is {path}")
         owner = options.of or _own(client)
+        if options.action in ("give", "take"):
+            body = {"to": options.to} if options.action == "give" else None
+            path = f"/api/v1/datastores/{owner}/{options.name}/{options.action}"
+            reply = client.call("POST", path, body, query={"wait": options.wait})
+            return _said(options, reply, f"datastore {options.name} changes its owner")
         reply = client.call("DELETE", f"/api/v1/datastores/{owner}/{options.name}", query={"wait": options.wait})
     return _said(options, reply, f"datastore {options.name} is removed from the catalogue; its files stay")
 

@@ -215,8 +215,14 @@ def _datastore(parser: argparse.ArgumentParser) -> None:
         "remove", help="remove a datastore from the catalogue; its files stay", formatter_class=formatter
     )
     remove.add_argument("name", metavar="NAME", help="name of the datastore")
-    remove.add_argument("--of", metavar="NODE", help="the datastore's node (default: this one)")
-    _asking(remove)
+    give = actions.add_parser("give", help="give shared storage to another node", formatter_class=formatter)
+    give.add_argument("--to", required=True, metavar="NODE", help="its new owner")
+    take = actions.add_parser("take", help="take the storage of a retired node", formatter_class=formatter)
+    for action in (give, take):
+        action.add_argument("name", metavar="NAME", help="name of the datastore")
+    for action in (remove, give, take):
+        action.add_argument("--of", metavar="NODE", help="the datastore's node (default: this one)")
+        _asking(action)
 
 
 def _token(parser: argparse.ArgumentParser) -> None:

@@ -87,6 +87,23 @@ class DatastoreRemove(Arguments):
     name: DatastoreName
 
 
+class DatastoreGive(Arguments):
+    """Gives the storage of a datastore to another node that sees it."""
+
+    verb: ClassVar[str] = "datastore-give"
+
+    name: DatastoreName
+    to: NodeId
+
+
+class DatastoreTake(Arguments):
+    """Takes the storage of a datastore from its owner, which was retired."""
+
+    verb: ClassVar[str] = "datastore-take"
+
+    name: DatastoreName
+
+
 class PolicySet(ConversionPolicy, Arguments):
     """Rules to change; the others stay."""
 
@@ -133,6 +150,8 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         Scan,
         DatastoreAdd,
         DatastoreRemove,
+        DatastoreGive,
+        DatastoreTake,
         PolicySet,
         TokenCreate,
         TokenRevoke,

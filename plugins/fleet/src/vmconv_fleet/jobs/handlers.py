@@ -26,7 +26,9 @@ if TYPE_CHECKING:
         Convert,
         ConvertMachine,
         DatastoreAdd,
+        DatastoreGive,
         DatastoreRemove,
+        DatastoreTake,
         PolicySet,
         Retire,
         Revoke,
@@ -51,6 +53,8 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
         "scan": _scan,
         "datastore-add": _add_datastore,
         "datastore-remove": _remove_datastore,
+        "datastore-give": _give_datastore,
+        "datastore-take": _take_datastore,
         "policy-set": _set_policy,
         "token-create": _create_token,
         "token-revoke": _revoke_token,
@@ -143,13 +147,22 @@ def _queued(
     """Returns the outcome of a permitted conversion: a new job with these fields."""
     from vmconv_fleet.catalogue.kinds import JobBody, Principal
 
-    _own(context, "datastore", fields["datastore"])
-    if wanted.target_datastore is not None:
-        _own(context, "datastore", wanted.target_datastore)
+    for name in (fields["datastore"], wanted.target_datastore):
+        if name is not None:
+            _refuse_of_another(context, name)
     if context.count("job", OPEN) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs that have not ended")
     body = JobBody(state="queued", created_ms=context.now, by=Principal.model_validate(request.by), **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
+
+
+def _refuse_of_another(context: Context, datastore: str) -> None:
+    """Raises Refusal if a datastore is not here, or belongs to another node or soon will."""
+    body = _own(context, "datastore", datastore).body
+    if (owner := body.get("owner", context.node)) != context.node:
+        raise Refusal(f"datastore {datastore} belongs to node {owner}: ask that node")
+    if "give_to" in body:
+        raise Refusal(f"datastore {datastore} is being given to node {body['give_to']}")
 
 
 def _again(before: Record, kind: str, source: str, format_name: str) -> Outcome:
@@ -230,6 +243,33 @@ def _add_datastore(context: Context, _request: IncomingRequest, wanted: Datastor
 def _overlap(one: str, other: str) -> bool:
     one, other = one.rstrip("/") + "/", other.rstrip("/") + "/"
     return one.startswith(other) or other.startswith(one)
+
+
+def _give_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreGive) -> Outcome:
+    record = _own(context, "datastore", wanted.name)
+    storage, owner = record.body.get("storage"), record.body.get("owner")
+    if owner != context.node:
+        raise Refusal(f"datastore {wanted.name} is not this node's to give: it belongs to {owner or 'no node'}")
+    there = [one.id for one in context.find("datastore", wanted.to) if one.body.get("storage") == storage]
+    if not there:
+        raise Refusal(f"node {wanted.to} does not see this storage", hint="declare it there first")
+    uses = OPEN.also("? IN (datastore, target_datastore)", wanted.name)
+    if count := context.count("job", uses):
+        raise Refusal(f"{count} jobs in datastore {wanted.name} have not ended")
+    changed = {**record.body, "give_to": wanted.to, "scan_asked_ms": context.now}
+    return Outcome([Change("datastore", wanted.name, changed)], {"datastore": there[0]})
+
+
+def _take_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreTake) -> Outcome:
+    record = _own(context, "datastore", wanted.name)
+    owner = record.body.get("owner", context.node)
+    if owner == context.node:
+        raise Refusal(f"datastore {wanted.name} belongs to this node already")
+    storage = record.body.get("storage")
+    if any(one.body.get("storage") == storage for one in context.find("datastore", owner)):
+        raise Refusal(f"node {owner} owns it and is not retired", hint="it gives its storage, or is retired first")
+    changed = {**record.body, "take": True, "scan_asked_ms": context.now}
+    return Outcome([Change("datastore", wanted.name, changed)], {"datastore": wanted.name})
 
 
 def _remove_datastore(context: Context, _request: IncomingRequest, wanted: DatastoreRemove) -> Outcome:

@@ -152,6 +152,8 @@ class Run:
         for name in (source.body["datastore"], job.target_datastore):
             if name is not None and name not in roots:
                 raise Refusal(f"datastore {name} no longer exists")
+            if name is not None:
+                _refuse_of_another(roots[name], node)
         return Task(
             job=self._job,
             root=roots[source.body["datastore"]],
@@ -259,6 +261,17 @@ class Run:
 
         records = settled(self._service.update(decide), self._node_ends)
         return records[0].body if records else None
+
+
+def _refuse_of_another(root: str, node: str) -> None:
+    """Raises Refusal if the storage belongs to another node by now."""
+    from vmconv.plugin import AccessError
+    from vmconv_fleet.catalogue.sharing import refuse_unless_owner
+
+    try:
+        refuse_unless_owner(root, node)
+    except AccessError as exc:
+        raise Refusal(str(exc)) from exc
 
 
 def _checked(body: Mapping[str, Any]) -> JobBody:

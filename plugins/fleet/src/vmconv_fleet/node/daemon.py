@@ -206,7 +206,7 @@ class Daemon:
         from vmconv_fleet.jobs.runner import JobRunner
 
         for part in (
-            Scanner(self.service, self.config.datastores),
+            Scanner(self.service, self.config.datastores, retired=self.service.retirements),
             JobRunner(self.service, self.config.directory),
         ):
             self.service.observe(part.thread)

@@ -25,6 +25,8 @@ VERBS: Mapping[str, Role] = {
     "scan": "operator",
     "datastore-add": "admin",
     "datastore-remove": "admin",
+    "datastore-give": "admin",
+    "datastore-take": "admin",
     "policy-set": "admin",
     "retire": "admin",
     "revoke": "admin",

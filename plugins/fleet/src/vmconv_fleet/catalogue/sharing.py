@@ -1,0 +1,191 @@
+"""Storage that several nodes see: one of them owns it, by a note on the directory itself.
+
+The note is an extended attribute of the directory, or a file in it where a network filesystem has none. Only a node
+that sees the storage can write it, so no other member can take a datastore away. A note that was copied with its
+directory does not count: it states the machine, filesystem and directory that it is about.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Collection
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from vmconv.plugin import AccessError
+
+ATTRIBUTE = "user.vmconv.owner"
+FILE = ".vmconv-owner"
+MAX_NOTE = 3500
+"""Bytes of a note: ext4 keeps less than a block of attributes."""
+
+MAX_HISTORY = 12
+
+_NETWORK = frozenset(
+    {"9p", "afs", "beegfs", "ceph", "cifs", "fuse.glusterfs", "gfs2", "gpfs", "lustre", "nfs", "nfs4", "ocfs2"}
+    | {"smb3", "virtiofs"}
+)
+_GETFSUUID = 0x80111500
+
+
+class Holding(NamedTuple):
+    """Who owns a storage. `history` are its owners, the last one is the present one; `place` is where the note is."""
+
+    storage: str
+    place: dict[str, Any]
+    history: tuple[dict[str, Any], ...]
+
+    @property
+    def owner(self) -> str:
+        return str(self.history[-1]["node"])
+
+    def fields(self) -> dict[str, Any]:
+        """Returns the fields of a datastore's record."""
+        return {"storage": self.storage, "owner": self.owner, "owners": list(self.history)}
+
+    def passed(self, node: str, how: str, now: int) -> Holding:
+        """Returns the holding with another owner."""
+        step = {"node": node, "since_ms": now, "how": how}
+        return self._replace(history=(*self.history, step)[-MAX_HISTORY:])
+
+
+def hold(
+    path: str, node: str, now: int, *, give_to: str | None = None, take: bool = False, retired: Collection[str] = ()
+) -> Holding | None:
+    """Returns who owns the directory: the node, if nobody did; None if no note can be written there.
+
+    The owner gives it to `give_to`. With `take` the node takes it from an owner that is among the `retired`.
+    """
+    with suppress(OSError):
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            place = _place(directory, path)
+            found = _read(directory)
+            if found is None or _is_elsewhere(found.place, place):
+                new = Holding(secrets.token_hex(16), place, ()).passed(node, "declared", now)
+                _write(directory, new, replace=_note(directory) is not None, network=place["network"])
+            elif give_to not in (None, node) and found.owner == node:
+                _write(directory, found.passed(str(give_to), "given", now), replace=True, network=place["network"])
+            elif take and found.owner != node and found.owner in retired:
+                _write(directory, found.passed(node, "taken", now), replace=True, network=place["network"])
+            else:
+                return found
+            # Another node may have been quicker.
+            return _read(directory)
+        finally:
+            os.close(directory)
+    return None
+
+
+def refuse_unless_owner(path: str, node: str) -> None:
+    """Raises AccessError if another node owns the directory."""
+    with suppress(OSError):
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            found = _read(directory)
+            if found and found.owner != node and not _is_elsewhere(found.place, _place(directory, path)):
+                raise AccessError(f"{path}: this storage belongs to node {found.owner}", hint="ask that node")
+        finally:
+            os.close(directory)
+
+
+def _place(directory: int, path: str) -> dict[str, Any]:
+    """Returns what identifies the directory, as far as it is known; on the network only that it is there."""
+    from vmconv.api import mount_of
+
+    if mount_of(path).type in _NETWORK:
+        return {"network": True}
+    return {"network": False, "machine": _machine(), "uuid": _uuid(directory), "inode": os.fstat(directory).st_ino}
+
+
+def _is_elsewhere(noted: dict[str, Any], place: dict[str, Any]) -> bool:
+    return any(noted.get(name) and value and noted[name] != value for name, value in place.items())
+
+
+def _machine() -> str:
+    with suppress(OSError), open("/etc/machine-id", encoding="ascii", errors="replace") as file:
+        return file.read(64).strip()
+    return ""
+
+
+def _uuid(directory: int) -> str:
+    """Returns the UUID of the filesystem; empty before Linux 6.9."""
+    with suppress(OSError):
+        answer = fcntl.ioctl(directory, _GETFSUUID, bytes(17))
+        return answer[1 : 1 + min(answer[0], 16)].hex()
+    return ""
+
+
+def _read(directory: int) -> Holding | None:
+    """Returns who owns the directory; None without a valid note."""
+    return _parsed(_note(directory) or b"")
+
+
+def _note(directory: int) -> bytes | None:
+    try:
+        return os.getxattr(directory, ATTRIBUTE)
+    except OSError as exc:
+        if exc.errno in (errno.ENODATA, errno.ENOTSUP):
+            return _file(directory)
+        raise
+
+
+def _file(directory: int) -> bytes | None:
+    try:
+        file = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(file)
+        # Whoever may write below the directory, but not the directory's owner, must not give it away.
+        trusted = status.st_uid in (0, os.geteuid(), os.fstat(directory).st_uid)
+        return os.read(file, MAX_NOTE + 1) if trusted and status.st_size <= MAX_NOTE else None
+    finally:
+        os.close(file)
+
+
+def _parsed(data: bytes) -> Holding | None:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
+        said = json.loads(data)
+        history = tuple(
+            {"node": str(one["node"])[:32], "since_ms": int(one["since_ms"]), "how": str(one["how"])[:16]}
+            for one in said["history"]
+        )
+        if history and isinstance(said["place"], dict):
+            return Holding(str(said["storage"])[:32], said["place"], history[-MAX_HISTORY:])
+    return None
+
+
+def _write(directory: int, holding: Holding, *, replace: bool, network: bool) -> None:
+    """Writes the note. If it is new and another node was quicker, that one's stays."""
+    data = json.dumps(holding._asdict(), separators=(",", ":")).encode()
+    try:
+        os.setxattr(directory, ATTRIBUTE, data, 0 if replace else os.XATTR_CREATE)
+    except FileExistsError:
+        return
+    except OSError as exc:
+        if exc.errno != errno.ENOTSUP or not network:
+            raise
+        _write_file(directory, data, replace=replace)
+
+
+def _write_file(directory: int, data: bytes, *, replace: bool) -> None:
+    name = f"{FILE}.{secrets.token_hex(8)}"
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    try:
+        with open(file, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        if replace:
+            os.rename(name, FILE, src_dir_fd=directory, dst_dir_fd=directory)
+        else:
+            with suppress(FileExistsError):
+                os.link(name, FILE, src_dir_fd=directory, dst_dir_fd=directory)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=directory)
