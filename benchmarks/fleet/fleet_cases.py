@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from statistics import median
 
+from fleet_flood import flood
 from fleet_measure import Figure, Setting, percentiles
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.testing import Driven, agree, summaries_of, view_of
@@ -238,4 +239,5 @@ CASES: dict[str, Callable[[Setting], list[Figure]]] = {
     "idle": idle,
     "fifty": fifty,
     "exits": exits,
+    "flood": flood,
 }
