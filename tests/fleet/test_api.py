@@ -121,7 +121,7 @@ def test_the_owner_refuses_what_the_first_node_let_through(api: Served, pair: Se
 def test_a_token_that_is_no_longer_valid_is_refused(api: Served, more: dict[str, float], said: str) -> None:
     made = api.token("admin", **more)
     if not more:
-        api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")  # type: ignore[index]
+        api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")
     response = raw(api, "GET", "/api/v1/fleet", Authorization=f"Bearer {made['token']}")
     assert response.status == 401
 

@@ -6,7 +6,8 @@ import os
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -127,8 +128,14 @@ class _Nobody:
     def is_known(self, node: str) -> bool:
         return False
 
-    def is_revoked(self, node: str) -> bool:
+    def is_revoked(self, node: str, key_id: str) -> bool:
         return False
+
+    def names(self) -> Mapping[str, AbstractSet[str]]:
+        return {}
+
+    def seeds(self) -> list[str]:
+        return []
 
     def certificates(self) -> list[bytes]:
         return []

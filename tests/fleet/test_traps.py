@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,9 @@ def test_a_trap_is_no_name_of_anything(name: str, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="validation error"):
             ARGUMENTS[verb].model_validate(wish)
     if name.isprintable():
-        for field in ("name", "fleet"):
-            settings.save(
-                NodeConfig(**{"directory": str(tmp_path), "fleet": "f", "node": "a" * 32, "name": "n", field: name})
-            )
+        plain = NodeConfig(directory=str(tmp_path), fleet="f", node="a" * 32, name="n")
+        for field, config in (("name", replace(plain, name=name)), ("fleet", replace(plain, fleet=name))):
+            settings.save(config)
             with pytest.raises(ConfigError, match=field):
                 settings.load(str(tmp_path))
 
