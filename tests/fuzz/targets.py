@@ -219,8 +219,8 @@ class PageTarget(Target):
         import lzallright
 
         page = bytes(range(256)) * 8 + bytes(2048)
-        packed = (zlib.compress(page), lzallright.LZOCompressor().compress(page))
-        packed += (bytes(cramjam.snappy.compress_raw(page)), zstandard.compress(page))
+        packed = [zlib.compress(page), lzallright.LZOCompressor().compress(page)]
+        packed += [bytes(cramjam.snappy.compress_raw(page)), zstandard.compress(page)]
         return [bytes([number]) + data for number, data in enumerate(packed)]
 
     def run(self, data: bytes) -> None:

@@ -247,15 +247,17 @@ class Kdump:
     def _packed(self, data: bytes) -> bytes:
         import zlib
 
+        import lzallright
         import zstandard
 
-        if self.compression == "zstd":
-            return zstandard.compress(data)
-        if self.compression == "lzo":
-            import lzallright
-
-            return bytes(lzallright.LZOCompressor().compress(data))
-        return {"zlib": zlib.compress, "snappy": snappy, "none": bytes}[self.compression](data)
+        packers: dict[str, Callable[[bytes], bytes]] = {
+            "zlib": zlib.compress,
+            "lzo": lzallright.LZOCompressor().compress,
+            "snappy": snappy,
+            "zstd": zstandard.compress,
+            "none": bytes,
+        }
+        return packers[self.compression](data)
 
     def _head(self, count: int) -> bytes:
         names = b"".join(
