@@ -23,8 +23,9 @@ if __name__ == "__main__":
 from fleet import test_backup, test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id, signed_by_authority
 from fleet.sim import simulate
-from vmconv_fleet.replication import anti_entropy, ownlog, receiver, requests
+from vmconv_fleet.replication import anti_entropy, clock, ownlog, receiver, requests
 from vmconv_fleet.replication.anti_entropy import AntiEntropy
+from vmconv_fleet.replication.clock import HybridClock
 from vmconv_fleet.replication.epochs import History
 from vmconv_fleet.replication.neighbours import NeighbourTable
 from vmconv_fleet.replication.ownlog import OwnLog
@@ -424,6 +425,31 @@ def near_too_far() -> Iterator[None]:
         patch.object(NeighbourTable, "beyond", lambda self, source, owner: ()),
         patch.object(NeighbourTable, "ahead", lambda self, owner, position: [p for p in self.ids() if p == owner]),
     ):
+        yield
+
+
+@mutation("a clock never goes back, however wrong it was")
+def clock_ahead_for_ever() -> Iterator[None]:
+    def tick(self: HybridClock, now_ms: int) -> int:
+        self.last = max(self.last + 1, now_ms << 16)
+        return self.last
+
+    with patch.object(HybridClock, "tick", tick):
+        yield
+
+
+@mutation("any clock is followed", test_replica.test_a_wild_clock_is_reported_and_not_followed)
+def any_clock() -> Iterator[None]:
+    with patch.object(clock, "is_ahead", lambda clock, now_ms: False):
+        yield
+
+
+@mutation(
+    "a request by a wrong clock makes all later ones late",
+    test_requests.test_a_request_by_a_wrong_clock_makes_no_other_late,
+)
+def late_for_ever() -> Iterator[None]:
+    with patch.object(requests, "is_ahead", lambda clock, now_ms: False):
         yield
 
 

@@ -32,6 +32,7 @@ from fleet.oracle import Oracle, Violation
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
 from vmconv_fleet.errors import NotReadyError, Refusal
 from vmconv_fleet.replication import anti_entropy, epochs, messages, requests
+from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.replica import Replica, Timing
@@ -41,6 +42,7 @@ from vmconv_fleet.replication.store import Store
 WALL = 1_700_000_000_000
 CHAOS_MS = 20_000
 HEALING_MS = 180_000
+YEAR_MS = 365 * 86_400_000
 HONEST = ("internal", "malformed", "forged", "torn", "fork", "clock")
 """Problems that no node may report as long as all are honest and the network does not garble."""
 
@@ -80,6 +82,7 @@ class Node:
         self.trust = PlainTrust(self.signer)
         self.disk = new_disk()
         self.offset = 0
+        self.jumped = False
         self.backups: list[bytes] = []
         self.replica: Replica | None = None
         self.requests: Requests | None = None
@@ -343,7 +346,7 @@ class World:
         assert node.replica is not None
         problems = node.replica.problems
         self.counts.update({f"replica: {name}": count for name, count in problems.counters.items()})
-        found = {"internal"} if self._garble else set(HONEST)
+        found = {"internal"} if self._garble else set(HONEST) - ({"clock"} if self.counts["clock jumps"] else set())
         bad = [problem for problem in problems.all() if problem.kind in found]
         if bad:
             raise Violation(f"{node.id[:4]} reports {bad[0]}")
@@ -453,6 +456,19 @@ class World:
         self.counts["clock steps"] += 1
         node.offset = self.random.randint(-200_000, 200_000)
 
+    def _jump_clock(self, node: Node) -> None:
+        """Lets a clock jump for some seconds, by a year or decades."""
+        if node.jumped:
+            return
+        self.counts["clock jumps"] += 1
+        node.jumped, before = True, node.offset
+        node.offset = self.random.choice((1, -1, 25)) * YEAR_MS
+
+        def right_again() -> None:
+            node.jumped, node.offset = False, before
+
+        self._at(self.random.randint(100, 8000), right_again)
+
     def _stop(self, node: Node) -> None:
         if node.replica is None or node.stopped:
             return
@@ -502,6 +518,7 @@ class World:
         _partition: 5,
         _heal: 5,
         _step_clock: 3,
+        _jump_clock: 2,
         _stop: 3,
         _retire: 1,
         _forge: 1,
@@ -524,7 +541,7 @@ class World:
         self._healing = True
         self._parts = dict.fromkeys(self.nodes, 0)
         for node in self.nodes.values():
-            node.offset //= 100
+            node.jumped, node.offset = False, 0 if node.jumped else node.offset // 100
             node.disk.fuse = 0
             if node.stopped:
                 self._continue(node, node.number)
@@ -554,7 +571,16 @@ class World:
                 self.oracle.look(node.replica, owner)
             self._honest(node)
             self.oracle.check_requests(node.replica.store, alive)
+            self._check_clock(node)
         self.counts.update(self.oracle.counts)
+
+    def _check_clock(self, node: Node) -> None:
+        """Checks that a jump of a clock is over when the clock is right again."""
+        assert node.replica is not None
+        (record,) = node.replica.write([Change("thing", "clock", {})])[0]
+        wall = WALL + self.time
+        if abs((record.clock >> 16) - wall) > 2 * MAX_AHEAD_MS:
+            raise Violation(f"{node.id[:4]} writes with the clock {record.clock >> 16}, it is {wall}")
 
     def _differences(self) -> str | None:
         """Returns what is not yet as it has to be."""

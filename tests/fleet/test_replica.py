@@ -14,6 +14,7 @@ from fleet.pairs import Fleet, Machine, pair
 from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication import messages, records
+from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Summary
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record, seal
@@ -564,6 +565,35 @@ def test_a_wild_clock_is_reported_and_not_followed() -> None:
     assert other.body(one, "thing", "t") == {"value": 1}
     assert other.problems() == ["clock"]
     assert other.write("thing", "t", {}).clock < one.wall() << 16
+
+
+def test_a_clock_that_was_ahead_is_over_once_it_is_right_also_after_a_restart() -> None:
+    fleet, one, other = pair()
+    one.offset = 365 * 86_400_000
+    one.write("thing", "t", {})
+    fleet.flow()
+    assert [problem.text.split(" is ")[1] for problem in other.replica.problems.all()] == [
+        "365 days ahead of this node's: one of them"
+    ]
+    one.replica.disconnected(other.id)
+    one = fleet.add(0, disk=one.disk)
+    fleet.flow(100)
+    fleet.link(one, other)
+    fleet.flow(500)
+    assert one.write("thing", "t", {}).clock >> 16 <= one.wall() + MAX_AHEAD_MS
+    fleet.flow()
+    assert other.problems() == []
+
+
+def test_a_deletion_by_a_wrong_clock_does_not_keep_the_others() -> None:
+    fleet, one, other = pair(grace=4000, floor=1500)
+    one.write("thing", "t", {})
+    one.offset = 365 * 86_400_000
+    one.write("thing", "t", None)
+    one.offset = 0
+    fleet.flow(10_000)
+    for machine in (one, other):
+        assert machine.replica.store.history(one.id).floor > 0
 
 
 def test_a_retired_node_is_dropped_everywhere_and_does_not_come_back() -> None:

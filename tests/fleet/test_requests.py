@@ -62,6 +62,27 @@ def _handling() -> tuple[Fleet, Machine, Machine]:
     return fleet, one, other
 
 
+def test_a_request_by_a_wrong_clock_makes_no_other_late() -> None:
+    fleet, one, other = _handling()
+    for wrong in (one, other):
+        wrong.offset = 365 * 86_400_000
+        asked = _ask(fleet, one, other, 1)
+        fleet.flow()
+        wrong.offset = 0
+        again = _ask(fleet, one, other, 2)
+        fleet.flow()
+        for id in (asked, again):
+            answer = _answer(one, other, id)
+            assert answer is not None
+            assert (answer.body["ok"], answer.body["late"]) == (True, False)
+    for order, value in ((1, 3), (0, 4)):
+        # As before, a request is late if one with a later clock was executed.
+        one.offset = order * 60_000
+        id = _ask(fleet, one, other, value)
+        fleet.flow()
+    assert (answer := _answer(one, other, id)) is not None and answer.body["late"] is False
+
+
 def test_a_request_is_executed_and_answered_by_its_target() -> None:
     fleet, one, other = _handling()
     id = _ask(fleet, one, other, 7)

@@ -26,6 +26,7 @@ def test_everything_was_tried() -> None:
         pytest.skip("no seeds were run before")
     expected = {
         "amnesias",
+        "clock jumps",
         "clock steps",
         "crashes",
         "crashes in a commit",

@@ -15,6 +15,7 @@ from vmconv.plugin import UsageError
 from vmconv_fleet.catalogue.kinds import KINDS, Body, HeartbeatBody, NodeBody
 from vmconv_fleet.catalogue.paging import Page, page_of, place_of
 from vmconv_fleet.catalogue.selection import Owner, Selection, condition
+from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
@@ -94,7 +95,8 @@ class Snapshot:
     def _node(self, node: str, beat: HeartbeatBody | None, reached: set[str]) -> NodeView:
         # A retired node, or one that has just joined, may have no record but its id.
         body = self._bodies.get(node) or NodeBody(name=node[:8], fleet="unknown")
-        age = max(0, self.now_ms - beat.at_ms) if beat else None
+        # A heartbeat by a clock that is far ahead would count as new until then.
+        age = max(0, self.now_ms - beat.at_ms) if beat and beat.at_ms <= self.now_ms + MAX_AHEAD_MS else None
         state: NodeState = "silent"
         if node == self.node:
             state, age = "here", 0

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vmconv_fleet.errors import ArchiveError, ClosedError, StoreError
+from vmconv_fleet.replication.clock import MAX_AHEAD_MS, wall_ms
 from vmconv_fleet.replication.messages import MAX_MESSAGE, Send, merged
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica
@@ -92,6 +93,7 @@ class Engine:
         self._queued = 0
         self._next_clean = _monotonic_ms() + CLEAN_MS
         self._next_shrink = _monotonic_ms() + SHRINK_MS
+        self._lead = wall_ms() - _monotonic_ms()
         self._thread = threading.Thread(target=self._run, name="fleet-replica", daemon=True)
 
     def start(self) -> None:
@@ -225,6 +227,7 @@ class Engine:
 
     def _routine(self, sends: list[Send]) -> None:
         now = _monotonic_ms()
+        self._notice_jump(wall_ms() - now, now)
         if self._replica.due() <= now:
             sends += self._replica.tick()
         sends += self._requests.run()
@@ -240,6 +243,11 @@ class Engine:
         except ArchiveError as exc:
             self._replica.problems.report("retention", str(exc))
             return []
+
+    def _notice_jump(self, lead: int, now: int) -> None:
+        """Postpones the cleaning after a jump of the wall clock, by which all records may seem old."""
+        if abs(lead - self._lead) > MAX_AHEAD_MS:
+            self._lead, self._next_clean = lead, now + CLEAN_MS
 
     def _do(self, item: _Work, sends: list[Send], results: list[Callable[[], None]]) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from vmconv_fleet.replication import epochs
-from vmconv_fleet.replication.clock import HybridClock, milliseconds
+from vmconv_fleet.replication.clock import HybridClock, is_ahead, milliseconds
 from vmconv_fleet.replication.epochs import History
 from vmconv_fleet.replication.records import (
     START,
@@ -58,7 +58,8 @@ class OwnLog:
         node = self._signer.owner
         floor = 0
         for record in self._store.deletions(node):
-            if milliseconds(record.clock) > now - grace_ms:
+            # A deletion by a wrong clock must not keep the others. Dropping it early costs a replica a whole pull.
+            if milliseconds(record.clock) > now - grace_ms and not is_ahead(record.clock, now):
                 break
             floor = record.seq
         if not floor:

@@ -86,10 +86,11 @@ class ProblemLog:
         for callback in self._callbacks:
             callback(problem)
 
-    def forget(self, kind: str) -> None:
-        """Drops the problems of a kind, which is over."""
-        if any(problem.kind == kind for problem in self._last):
-            self._last = {problem: at for problem, at in self._last.items() if problem.kind != kind}
+    def forget(self, kind: str, text: str | None = None) -> None:
+        """Drops the problems of a kind, or one of them, because they are over."""
+        over = {one for one in self._last if one.kind == kind and text in (None, one.text)}
+        if over:
+            self._last = {problem: at for problem, at in self._last.items() if problem not in over}
 
     def all(self) -> list[NodeProblem]:
         """Returns the problems that last, and those reported in the last `FORGOTTEN_S` seconds, the newest last."""

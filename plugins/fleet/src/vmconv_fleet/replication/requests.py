@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.errors import MalformedError, Refusal
-from vmconv_fleet.replication.clock import COUNTER_BITS, milliseconds
+from vmconv_fleet.replication.clock import COUNTER_BITS, is_ahead, milliseconds
 from vmconv_fleet.replication.indexing import ALL, ANSWERED, UNANSWERED, UNASKED, Where
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.pending import Pending
@@ -237,12 +237,17 @@ class Requests:
         if record.clock <= (self._store.load(_HORIZON) or 0):
             reason = "the request is older than what this node remembers, and may have been executed: ask again"
             return self._respond(record, {"ok": False, "reason": reason})
+        now = self._now()
         last = self._store.load("executed-clock") or 0
+        if is_ahead(last, now):
+            # It is from a time when this node's clock was wrong.
+            last = 0
         request = _request(record, late=record.clock < last)
         try:
             with self._store.atomic():
                 sends = self._transact(request, self._decide(request))
-                self._store.save("executed-clock", max(last, record.clock))
+                if not is_ahead(record.clock, now):
+                    self._store.save("executed-clock", max(last, record.clock))
         except VmconvError as exc:
             return self._respond(record, {"ok": False, "reason": str(exc)[:MAX_REASON], "late": request.late})
         return sends

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import groupby, pairwise
 
 from vmconv_fleet.errors import FleetError, MalformedError
-from vmconv_fleet.replication.clock import HybridClock
+from vmconv_fleet.replication.clock import HybridClock, describe_ms, is_ahead, milliseconds
 from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import Position, Record, decode
 from vmconv_fleet.replication.signing import SIGNATURE, Trust
@@ -38,6 +38,7 @@ class Verifier:
         self._clock = clock
         self._problems = problems
         self._verify_all = verify_all
+        self._off: dict[str, str] = {}
         self.revocations: list[Record] = []
         """New revocations, signed by the authority, to be forwarded; the forwarder removes them."""
 
@@ -75,10 +76,23 @@ class Verifier:
                 first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
                 where = f"{first.owner}/{first.kind}/{first.id} at {tuple(first.position)}{more}"
                 raise ForgedError(f"{where}: signature by key {first.key_id} is not accepted")
-        if records and not self._clock.observe(max(record.clock for record in records), now):
-            self._problems.report("clock", f"clock of {records[0].owner} is far ahead of this node's")
-            for record in records:
-                self._clock.observe(record.clock, now)
+        for record in records:
+            self._clock.observe(record.clock, now)
+        if records:
+            self._judge_clock(records[-1], now)
+
+    def _judge_clock(self, newest: Record, now: int) -> None:
+        """Reports the owner whose newest record is too far ahead, until one is not."""
+        before = self._off.pop(newest.owner, None)
+        if is_ahead(newest.clock, now):
+            ahead = describe_ms(milliseconds(newest.clock) - now)
+            text = f"the clock of {newest.owner} is {ahead} ahead of this node's: one of them is wrong"
+            self._off[newest.owner] = text
+            self._problems.report("clock", text)
+            if before == text:
+                return
+        if before:
+            self._problems.forget("clock", before)
 
     def learn(self, records: Iterable[Record]) -> None:
         """Learns what the authority signed."""
