@@ -139,10 +139,13 @@ ROOMS: dict[str, Room] = {
         *_CRASHES[:1],
     ),
     "recovery": _core(
-        "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling inplace/group",
-        "group recovery strangers inplace safety",
+        "inplace/recovery inplace/undo inplace/syscalls inplace/names inplace/settling",
+        "recovery strangers inplace safety",
         *_LONG,
         first=_CRASHES,
+    ),
+    "group": _core(
+        "inplace/group", "group", "tests/machine/test_in_place.py", "tests/machine/test_in_place_stopped.py"
     ),
     "qcow2": _writer("qcow2", "tests/formats/shared/test_metadata.py"),
     "qed": _writer("qed"),
