@@ -28,7 +28,7 @@ _PIECE = 1 << 20
 _ZEROS = bytes(_PIECE)
 _MOST_MEMORY = 256 << 20
 """Bytes that a decoder may use: xz -9 takes 65 MiB."""
-_ZSTD_INPUT = 1024
+_ZSTD_INPUT = 2048
 """Bytes of a Zstandard stream that are decoded at once: four bytes may become a block of 128 KiB."""
 _ZSTD_WINDOW = 1 << 27
 """The limit of zstd -d."""
@@ -196,22 +196,39 @@ def _xz(reader: _Reader) -> Iterator[bytes]:
 
 
 def _zstandard(reader: _Reader) -> Iterator[bytes]:
-    """Yields the content of one or more frames."""
+    """Yields the content of one or more frames in pieces of about `_PIECE` bytes: each costs its user some time."""
+    parts, size = [], 0
+    for part in _zstd_frames(reader):
+        parts.append(part)
+        size += len(part)
+        if size >= _PIECE:
+            yield b"".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield b"".join(parts)
+
+
+def _zstd_frames(reader: _Reader) -> Iterator[bytes]:
+    """Yields the content of frames, in pieces of at most `_PIECE` bytes."""
     from zstandard import ZstdDecompressor
 
     context = ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-    data = reader.read(_ZSTD_INPUT)
-    while data:
-        frame = context.decompressobj()
-        while True:
-            piece = frame.decompress(data)
-            yield from (piece[at : at + _PIECE] for at in range(0, len(piece), _PIECE))
-            if frame.eof:
-                break
-            data = reader.read(_ZSTD_INPUT)
-            if not data:
-                raise EOFError("the file ends before the frame does")
-        data = frame.unused_data or reader.read(_ZSTD_INPUT)
+    frame = None
+    for data in _pieces(reader):
+        for at in range(0, len(data), _ZSTD_INPUT):
+            rest = data[at : at + _ZSTD_INPUT]
+            while rest:
+                frame = frame or context.decompressobj()
+                piece = frame.decompress(rest)
+                if len(piece) <= _PIECE:
+                    yield piece
+                else:
+                    yield from (piece[begin : begin + _PIECE] for begin in range(0, len(piece), _PIECE))
+                if not frame.eof:
+                    break
+                rest, frame = frame.unused_data, None
+    if frame:
+        raise EOFError("the file ends before the frame does")
 
 
 def _zip(file: File) -> tuple[str, Iterator[bytes]]:
