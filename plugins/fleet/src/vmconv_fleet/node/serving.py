@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -18,6 +19,8 @@ GRACE_S = 2
 BACKLOG = 128
 """Connections that wait to be accepted; as many are accepted at a time before others are served."""
 _SWEEP_S = 1.0
+_MANY = 50
+"""Connections accepted between two sweeps that make it worth to collect those that have ended."""
 
 
 class Site(NamedTuple):
@@ -58,11 +61,16 @@ async def serve(
 
 
 async def _sweep(limiters: set[Limiter], works: Callable[[], None]) -> None:
+    accepted = 0
     while True:
         await asyncio.sleep(_SWEEP_S)
         works()
         for limiter in limiters:
             limiter.sweep()
+        before, accepted = accepted, sum(limiter.counters["accepted"] for limiter in limiters)
+        if accepted - before >= _MANY:
+            # asyncio's TLS keeps 256 KiB for each connection, in a cycle that is otherwise collected rarely.
+            gc.collect()
 
 
 class _Protocol(H11Protocol):
