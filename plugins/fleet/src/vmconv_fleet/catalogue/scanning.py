@@ -190,6 +190,9 @@ class Scanner:
             start_new_session=True,
         ) as child:
             self._child = child
+            if self._ending.is_set():
+                # `stop` came before it could see the child.
+                child.kill()
             assert child.stdin and child.stdout
             self._heard = time.monotonic()
             ended = threading.Event()
