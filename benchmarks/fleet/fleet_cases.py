@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -13,8 +14,11 @@ from statistics import median
 
 from fleet_flood import flood
 from fleet_measure import Figure, Setting, percentiles
+from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.testing import Driven, agree, summaries_of, view_of
+
+_CALLS = 20
 
 RECORD = 330
 """Bytes of text in a record of the cases, as in what they are compared with."""
@@ -229,6 +233,52 @@ def exits(setting: Setting) -> list[Figure]:
     ]
 
 
+def size(setting: Setting) -> list[Figure]:
+    """A catalogue of 100,000 disks in 1,000 datastores; of few nodes, because all are on this machine."""
+    nodes, disks = 4, 4_000 if setting.quick else 100_000
+    setting.mesh(nodes)
+    for node in setting.nodes:
+        node.ask("catalogue", disks=disks // nodes, datastores=1000 // nodes, timeout=1200)
+    setting.wait(lambda: agree(setting.lab.nodes, summaries_of), "all have all disks", 1200)
+    figures = []
+    directory = setting.config(0).directory
+    with NodeClient(directory) as client:
+        for what, path, most in (
+            ("API page of 100 disks", "/api/v1/disks?limit=100", 100),
+            ("the same, selected by name", "/api/v1/disks?limit=100&select=name%3D*0999*", 100),
+            ("the same, by size", "/api/v1/disks?limit=100&sort=-size", 100),
+            ("console page of disks", "/disks", 1000),
+            ("console page of nodes", "/", 1000),
+        ):
+            # The first call loads the API.
+            times, used = [], _processor_seconds(client)
+            for _ in range(_CALLS):
+                begin = time.monotonic()
+                list(client.lines(path))
+                times.append((time.monotonic() - begin) * 1000)
+            spent = (_processor_seconds(client) - used) / _CALLS
+            figures.append(Figure(f"{what}, median", median(times), "ms", most))
+            figures.append(Figure(f"{what}, processor time of the node", spent * 1000, "ms"))
+        begin, used = time.monotonic(), _processor_seconds(client)
+        assert len(client.everything("/api/v1/disks")) == disks
+        figures.append(Figure(f"all {disks} disks", time.monotonic() - begin, "s", 20))
+        figures.append(Figure("the same, processor time of the node", _processor_seconds(client) - used, "s"))
+    command = [sys.executable, "-m", "vmconv", "fleet", "disks", "--node", directory]
+    begin = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        for _ in range(100):
+            process.stdout.readline()
+        figures.append(Figure("first page of vmconv fleet disks", (time.monotonic() - begin) * 1000, "ms", 1000))
+        process.kill()
+    return figures
+
+
+def _processor_seconds(client: NodeClient) -> float:
+    lines = client.lines("/metrics")
+    return next(float(line.split()[1]) for line in lines if line.startswith("vmconv_fleet_cpu_seconds_total "))
+
+
 CASES: dict[str, Callable[[Setting], list[Figure]]] = {
     "update": update,
     "request": request,
@@ -240,4 +290,5 @@ CASES: dict[str, Callable[[Setting], list[Figure]]] = {
     "fifty": fifty,
     "exits": exits,
     "flood": flood,
+    "size": size,
 }

@@ -86,12 +86,13 @@ def test_ended_records_are_deleted_by_number_the_oldest_first() -> None:
 
 def test_open_jobs_and_unanswered_requests_stay() -> None:
     fleet, one, other = _fleet(Keep(8 * DAY_MS, 1))
-    other.requests, requests = None, other.requests
+    requests = other.requests
+    assert requests is not None
+    other.requests = None
     _ask(fleet, one, other, 3)
     for state in ("queued", "running"):
         other.write("job", state, {"state": state})
     other.requests = requests
-    assert requests is not None
     assert one.requests is not None
     one.offset = other.offset = 400 * DAY_MS
     assert one.requests.clean() == []

@@ -19,7 +19,7 @@ from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import Store
 from vmconv_fleet.testing import PATIENCE
 
-NEW_FIELDS = {
+NEW_FIELDS: dict[type[Body], tuple[str, ...]] = {
     PolicyBody: ("keep_days", "keep_records"),
     DatastoreBody: ("storage", "owner", "owners", "give_to", "take"),
 }

@@ -1,6 +1,7 @@
 """The process of `Driven`: the daemon with one more verb, and commands on standard input.
 
 {"do": "write", "count", "size", "batch"}   records `note` of its own, without transactions
+{"do": "catalogue", "disks", "datastores"}  records of disks that do not exist
 {"do": "ask", "target", "count", "threads"} requests with the verb `note`, one after the other, or many at once
 {"do": "request", "target", "verb", ...}     any other request, and its response
 {"do": "work", "every"}                     writes, and sends requests to all nodes in turn, until
@@ -62,6 +63,7 @@ class Driver:
 
     def do(self, do: str, **arguments: Any) -> dict[str, Any]:
         orders: dict[str, Callable[..., dict[str, Any]]] = {
+            "catalogue": self.catalogue,
             "write": self.write,
             "ask": self.ask,
             "work": self.work,
@@ -87,6 +89,28 @@ class Driver:
         for future in futures:
             future.result(120)
         return {"seconds": time.monotonic() - begin, "prefix": prefix}
+
+    def catalogue(self, disks: int, datastores: int) -> dict[str, Any]:
+        """Writes the records of datastores and disks that do not exist."""
+        changes = [Change("datastore", f"ds{n}", {"path": f"/none/{n}", "scanned_ms": 1}) for n in range(datastores)]
+        changes += [
+            Change(
+                "disk",
+                f"{n:016x}",
+                {
+                    "datastore": f"ds{n % datastores}",
+                    "name": f"folder/vm{n:06}.qcow2",
+                    "format": ("qcow2", "raw", "vmdk")[n % 3],
+                    "virtual_size": (n % 100) << 30,
+                    "actual_size": n << 10,
+                },
+            )
+            for n in range(disks)
+        ]
+        futures = [self._service.write(changes[at : at + 200]) for at in range(0, len(changes), 200)]
+        for future in futures:
+            future.result(600)
+        return {}
 
     def ask(self, target: str, count: int = 1, threads: int = 0) -> dict[str, Any]:
         """Returns the time of each answer; with several `threads`, the time of all."""
