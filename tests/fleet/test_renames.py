@@ -106,7 +106,7 @@ def recover(base: Path) -> None:
 
 
 def scan(base: Path) -> None:
-    for kind, identifier, body in inspection._Inspection({"ds": str(base / "ds")}).records("ds"):
+    for kind, identifier, body in inspection._Inspection({"ds": str(base / "ds")}, {}).records("ds"):
         inspection._print(kind, identifier, body)
 
 
