@@ -367,6 +367,7 @@ def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
     outcome = make_handlers(str(tmp_path))["retire"](replica, asked)
     assert {change.kind for change in outcome.changes} == {"retirement", "revocation"}
     (retirement,) = [one for one in outcome.changes if one.kind == "retirement"]
+    assert retirement.body
     told = {name: value for name, value in retirement.body.items() if name != "signature"}
     assert (retirement.id, told) == (OTHER, {"node": OTHER, "name": "", "reason": "burnt", "at_ms": NOW})
     with pytest.raises(VmconvError, match="does not accept administrators"):

@@ -176,8 +176,8 @@ def test_a_power_cut_during_an_exchange_leaves_the_old_target_or_the_new(
         vmconv.sync(disk, target)
         subprocess.run(["sync", "-f", point], check=True)
         before = target.read_bytes()
-        with disk.open("r+b") as file:
-            file.write(random.Random(1).randbytes(65536))
+        with disk.open("r+b") as changed:
+            changed.write(random.Random(1).randbytes(65536))
         for owner, name in ((os, "fsync"), (Directory, "link_open"), (Directory, "rename"), (Directory, "sync")):
             hook(owner, name)
         assert vmconv.sync(disk, target).backend == "reflink"

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -81,7 +82,11 @@ def test_what_the_model_has_no_place_for_is_stated() -> None:
 
 
 def test_unknown_fields_of_the_machine_are_named() -> None:
-    more = {"ha_restart_priority": "restart", "other_config": {"a": "b", "c": ""}, "bios_strings": {"bios-vendor": "x"}}
+    more: dict[str, Any] = {
+        "ha_restart_priority": "restart",
+        "other_config": {"a": "b", "c": ""},
+        "bios_strings": {"bios-vendor": "x"},
+    }
     found = read(export({"Ref:12": bytes(MIB)}, **more)).extra["xva"]
     named = {"ha_restart_priority": "restart", "other_config.a": "b", "bios_strings.bios-vendor": "x"}
     assert found.items() >= named.items()
