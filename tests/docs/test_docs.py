@@ -446,3 +446,14 @@ def test_the_tables_of_ways_are_what_the_code_decides(mounts: Mounts, qemu_img: 
     letters = {row[0] for row in cells(page.partition(ways.BEGIN)[0])} - {"letter"}
     used = {letter for row in cells(decided) for cell in row[1:] for letter in cell if row[0] != "from \\ to"}
     assert used == letters
+
+
+# Decisions
+
+
+def test_the_index_lists_each_decision_once_under_its_title() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+    titles = {page.name: page.read_text().partition("\n")[0].removeprefix("# ") for page in pages}
+    rows = re.findall(r"^\| (\d+) \| .* \| \[(.*)\]\((.*)\) \|$", (ROOT / "docs/decisions/index.md").read_text(), re.M)
+    assert [(name[:4], title, name) for name, title in titles.items()] == rows
+    assert len({page.name[:4] for page in pages}) == len(pages)
