@@ -85,7 +85,7 @@ class _Anything:
 
 @mutation("an epoch is used again after a start")
 def epoch_again() -> Iterator[None]:
-    def begin(self: OwnLog, now: int, beyond: int) -> list[Record]:
+    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
         position = self._store.position(self._signer.owner)
         epoch = max(position.epoch, 1)
         history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1)
@@ -99,7 +99,7 @@ def epoch_again() -> Iterator[None]:
 def epoch_counted() -> Iterator[None]:
     original = OwnLog.begin_epoch
 
-    def begin(self: OwnLog, now: int, beyond: int) -> list[Record]:
+    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
         self._random = Random(0)
         with patch.object(ownlog, "EPOCH_CHANCE", 1):
             return original(self, 0, 0)
@@ -256,7 +256,29 @@ def on_top() -> Iterator[None]:
 
 @mutation("a node does not notice that others have more of it than it has")
 def not_superseded() -> Iterator[None]:
-    with patch.object(EpochRecovery, "supersede", lambda self, position: None):
+    with patch.object(EpochRecovery, "supersede", lambda self, *_, **__: None):
+        yield
+
+
+@mutation("a node that was restored from an older backup is taken for a clone")
+def restored_is_cloned() -> Iterator[None]:
+    original = EpochRecovery.supersede
+
+    def supersede(self: EpochRecovery, position: Position, history: Record | None = None, **_: bool) -> None:
+        original(self, position, history, forked=True)
+
+    with patch.object(EpochRecovery, "supersede", supersede):
+        yield
+
+
+@mutation("a node tells nobody that it was cloned")
+def clone_is_hidden() -> Iterator[None]:
+    original = OwnLog.begin_epoch
+
+    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
+        return original(self, now, beyond)
+
+    with patch.object(OwnLog, "begin_epoch", begin):
         yield
 
 

@@ -31,6 +31,11 @@ def retirement(owner: str) -> Change:
     return Change("revocation", owner, signed_by_authority({"node": owner, "retired": True}))
 
 
+def key_revocation(owner: str, key_id: str) -> Change:
+    """Returns the record that revokes one key of a node."""
+    return Change("revocation", key_id, signed_by_authority({"node": owner, "key": key_id}))
+
+
 def retirement_named(owner: str, name: str) -> Change:
     """Returns the record with the name of a retired node."""
     return Change("retirement", owner, signed_by_authority({"node": owner, "name": name}))
@@ -56,11 +61,13 @@ class PlainTrust:
     def __init__(self, signer: PlainSigner | None = None) -> None:
         self._keys = {(signer.owner, signer.key_id)} if signer else set()
         self._retired: set[str] = set()
+        self._revoked: set[tuple[str, str]] = set()
         self._names: dict[str, str] = {}
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         key = PlainSigner(owner, key_id)
-        return (owner, key_id) in self._keys and all(signature == key.sign(payload) for payload, signature in signed)
+        accepted = self._keys - self._revoked
+        return (owner, key_id) in accepted and all(signature == key.sign(payload) for payload, signature in signed)
 
     def learn(self, record: Record) -> bool:
         body = {name: value for name, value in record.body.items() if name != "ca"}
@@ -72,6 +79,8 @@ class PlainTrust:
             self._names[body["node"]] = body["name"]
         elif body.get("retired"):
             self._retired.add(body["node"])
+        else:
+            self._revoked.add((body["node"], body["key"]))
         return True
 
     def retired(self, owner: str) -> bool:

@@ -43,7 +43,7 @@ WALL = 1_700_000_000_000
 CHAOS_MS = 20_000
 HEALING_MS = 180_000
 YEAR_MS = 365 * 86_400_000
-HONEST = ("internal", "malformed", "forged", "torn", "fork", "clock")
+HONEST = ("internal", "malformed", "forged", "torn", "fork", "cloned", "clock")
 """Problems that no node may report as long as all are honest and the network does not garble."""
 
 
@@ -116,6 +116,7 @@ class World:
         self._garble = 0.02 if self.random.random() < 0.1 else 0.0
         self._large = self.random.choice((30, 30, 300, 3000))
         self._healing = False
+        self._cloned: str | None = None
         self.counts["seeds"] = 1
 
     def run(self) -> None:
@@ -133,6 +134,8 @@ class World:
             self._advance(self.time + CHAOS_MS)
             self._heal_all()
             self._converge()
+            if not self._garble and self.random.random() < 0.25:
+                self._clone()
 
     # The clockwork
 
@@ -266,7 +269,8 @@ class World:
         node.requests = Requests(replica, {"add": self._add, "refuse": _refuse, "break": _break}, wall)
         node.changed.clear()
         replica.subscribe(lambda records: node.changed.update(record.owner for record in records))
-        self.oracle.attach(replica)
+        if node.id != self._cloned:
+            self.oracle.attach(replica)
         self._alarm(node)
         self._rewire()
         self._say("boot", node.id[:4], "patience", patience)
@@ -317,7 +321,7 @@ class World:
         for owner in self.nodes:
             if node.trust.retired(owner) and not self.nodes[owner].may_be_retired:
                 raise Violation(f"{node.id[:4]} takes {owner[:4]} for retired, which the authority has not said")
-        for owner in sorted(node.changed):
+        for owner in sorted(node.changed - {self._cloned}):
             self.oracle.look(node.replica, owner)
             self.counts["views checked"] += 1
         node.changed.clear()
@@ -581,6 +585,56 @@ class World:
         wall = WALL + self.time
         if abs((record.clock >> 16) - wall) > 2 * MAX_AHEAD_MS:
             raise Violation(f"{node.id[:4]} writes with the clock {record.clock >> 16}, it is {wall}")
+
+    def _clone(self) -> None:
+        """Starts a copy of a node's disk as another machine; now one and now the other has the links of both.
+
+        All nodes have to show it, and keep it until the authority has retired the node.
+        """
+        alive = self._alive()
+        if len(alive) < 2:
+            return
+        self.counts["clones"] += 1
+        original = self.nodes[self.random.choice(alive)]
+        id = self._cloned = original.id
+        copy = Node(list(self.nodes).index(id))
+        copy.offset = self.random.randint(-200_000, 200_000)
+        copy.disk.deserialize(original.disk.serialize())
+        if self.random.random() < 0.5:
+            self._swap(original, copy)
+        self._boot(copy, patience=self.random.choice((0, 3000)))
+        begin = self.time
+        others = [self.nodes[other] for other in alive if other != id]
+        while missing := [other for other in others if not self._shows_clone(other)]:
+            if self.time > begin + HEALING_MS:
+                raise Violation(f"{missing[0].id[:4]} does not show the clone of {id[:4]}")
+            self._write(original)
+            self._write(copy)
+            # On a slow link, a long history takes some seconds.
+            self._advance(self.time + self.random.randint(1000, 20_000))
+            linked = self.nodes[id]
+            self._swap(linked, copy if linked is original else original)
+        self.counts["clone ms"] += self.time - begin
+        original.may_be_retired = copy.may_be_retired = True
+        self._own(others[0], "retirements of clones", lambda replica: replica.write([retirement(id)])[1])
+        while left := [other for other in others if other.replica is None or id in other.replica.store.cloned()]:
+            if self.time > begin + 2 * HEALING_MS:
+                raise Violation(f"{left[0].id[:4]} still shows the clone of {id[:4]}, which is retired")
+            self._advance(self.time + 1000)
+
+    def _swap(self, linked: Node, other: Node) -> None:
+        """Gives the links of a machine to the other one with the same keys: they cannot be linked at the same time."""
+        for link in [link for link in self._connected if linked.id in link]:
+            del self._connected[link]
+            (peer,) = link - {linked.id}
+            self._step(linked, lambda replica, peer=peer: replica.disconnected(peer))
+        self.nodes[linked.id] = other
+        self._rewire()
+
+    def _shows_clone(self, node: Node) -> bool:
+        if node.replica is None or self._cloned not in node.replica.store.cloned():
+            return False
+        return any(one.kind == "cloned" and self._cloned in one.text for one in node.replica.problems.all())
 
     def _differences(self) -> str | None:
         """Returns what is not yet as it has to be."""

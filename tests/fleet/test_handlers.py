@@ -56,6 +56,9 @@ class Replica:
         store.close()
         return found
 
+    def cloned(self) -> frozenset[str]:
+        return frozenset()
+
     def positions(self) -> dict[str, Position]:
         return {HERE: Position(1, 9), OTHER: Position(3, 4)}
 

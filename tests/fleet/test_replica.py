@@ -11,13 +11,18 @@ from unittest.mock import patch
 import pytest
 
 from fleet.pairs import Fleet, Machine, pair
-from fleet.plain import PlainSigner, certificate, node_id, retirement
+from fleet.plain import PlainSigner, certificate, key_revocation, node_id, retirement
+from vmconv.plugin import AccessError
+from vmconv_fleet.catalogue.kinds import Principal
+from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.errors import MalformedError, NotReadyError
-from vmconv_fleet.replication import messages, records
+from vmconv_fleet.replication import epochs, messages, records
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
-from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Summary
+from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, Summary
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record, seal
+from vmconv_fleet.replication.requests import Outcome
+from vmconv_fleet.trust.roles import role_of
 
 
 def _signed(signer: PlainSigner, record: Record, **changes: Any) -> bytes:
@@ -453,6 +458,101 @@ def test_both_records_for_one_position_are_kept_and_the_owner_continues() -> Non
     assert one.replica.store.position(one.id).epoch > position.epoch
     assert other.body(one, "thing", "t") == {"value": "original"}
     assert _agree(one, other)
+
+
+def _swap(fleet: Fleet, linked: Machine, other: Machine, peer: Machine) -> None:
+    """Gives the link of a machine to another one with the same keys."""
+    fleet.cut(linked, peer)
+    fleet.machines[other.id] = other
+    fleet.link(other, peer)
+    fleet.flow(3000)
+
+
+def _cloned() -> tuple[Fleet, Machine, Machine, Machine]:
+    """Returns a node, its clone that has met the others in its place, and these: one neighbour, and one behind it."""
+    fleet, one, other = pair()
+    far = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, far)
+    one.write("token", "0123456789ab", {"label": "anna", "role": "admin", "hash": "0" * 64, "created_ms": 1})
+    fleet.flow(1000)
+    copy = Machine(fleet, 0, disk=_copy(one.disk))
+    copy.replica.tick()
+    _swap(fleet, one, copy, other)
+    _swap(fleet, copy, one, other)
+    _swap(fleet, one, copy, other)
+    return fleet, copy, other, far
+
+
+def test_all_nodes_show_a_clone_until_its_key_is_revoked() -> None:
+    fleet, copy, other, far = _cloned()
+    for machine in (copy, other, far):
+        assert machine.replica.store.cloned() == {copy.id}
+        assert "cloned" in machine.problems()
+    far.write("node", far.id, {"name": "n03", "fleet": "f"})
+    copy.write("node", copy.id, {"name": "n01", "fleet": "f"})
+    fleet.flow(1000)
+    nodes = Snapshot(far.replica.store, far.id, far.wall(), neighbours=[copy.id], retirements={}).nodes()
+    assert [(one.name, one.state) for one in nodes] == [("n01", "cloned"), ("n03", "here")]
+    again = Machine(fleet, 2, disk=far.disk)
+    assert "cloned" in again.problems()
+    other.write("revocation", copy.signer.key_id, key_revocation(copy.id, copy.signer.key_id).body)
+    fleet.flow(1000)
+    for machine in (other, far):
+        assert machine.replica.store.cloned() == frozenset()
+        assert "cloned" not in machine.problems()
+
+
+def test_requests_and_tokens_of_a_cloned_node_are_refused() -> None:
+    """A token that one of the two has revoked may be valid in the history of the other."""
+    fleet, copy, other, far = _cloned()
+    far.handle({"do": lambda *_: Outcome([], {})})
+    for requester in (copy, other):
+        requester.handle({})
+        assert requester.requests is not None
+        fleet.send(requester, requester.requests.submit(far.id, "do", {}, {}, id="r")[1])
+    fleet.flow(3000)
+    answers = {record.body["requester"]: record.body["ok"] for record in far.replica.store.find("response")}
+    assert answers == {copy.id: False, other.id: True}
+    by = Principal(node=other.id, token=f"{copy.id}/0123456789ab", user="anna")
+    assert far.body(copy, "token", "0123456789ab") is not None
+    for machine in (other, far):
+        with pytest.raises(AccessError, match="two machines write"):
+            role_of(by, machine.replica.store, 0)
+
+
+def test_a_node_restored_without_neighbours_is_no_clone() -> None:
+    """Its first process has written what the second one does not know, but does not run any more."""
+    fleet, one, other = pair()
+    backups = [_copy(one.disk)]
+    for number in range(4):
+        one.write("thing", "t", {"value": number})
+        fleet.flow(500)
+        backups.append(_copy(one.disk))
+        fleet.cut(one, other)
+        one = fleet.add(0, disk=_copy(backups[number // 2]))
+        # Each time the clock is further behind: the new epoch is earlier than those that neighbours know.
+        one.offset = (4 - number) * 3_000_000
+        fleet.flow(500)
+        one.write("thing", "t", {"value": -number})
+        fleet.link(one, other)
+        fleet.flow(5000)
+        assert number == 0 or "lost" in one.problems()
+        for machine in (one, other):
+            assert "cloned" not in machine.problems()
+            assert machine.replica.store.cloned() == frozenset()
+    assert _agree(one, other)
+
+
+def test_only_a_node_itself_says_that_it_is_cloned() -> None:
+    _, one, other = pair()
+    history = one.replica.store.get(one.id, epochs.KIND, epochs.ID)
+    assert history is not None
+    said = {**history.body, epochs.CLONED: ""}
+    other.replica.received(one.id, messages.encode(Notice([_signed(PlainSigner(other.id), history, body=said)])))
+    assert other.replica.store.cloned() == frozenset()
+    other.replica.received(one.id, messages.encode(Notice([_signed(one.signer, history, body=said)])))
+    assert other.replica.store.cloned() == {one.id}
 
 
 def _copy(disk: sqlite3.Connection) -> sqlite3.Connection:

@@ -27,6 +27,7 @@ def test_everything_was_tried() -> None:
     expected = {
         "amnesias",
         "clock jumps",
+        "clones",
         "clock steps",
         "crashes",
         "crashes in a commit",

@@ -26,7 +26,7 @@ from vmconv_fleet.replication.records import (
     restore,
     seal,
 )
-from vmconv_fleet.replication.store import Store
+from vmconv_fleet.replication.store import MAX_QUARANTINE, Store
 
 NODE = node_id(0)
 SIGNER = PlainSigner(NODE)
@@ -278,3 +278,12 @@ def test_a_clock_never_goes_back_and_follows_others_within_reason() -> None:
     assert clock.tick(2000) == (3000 << 16) + 6
     assert not clock.observe((2001 + MAX_AHEAD_MS) << 16, 2000)
     assert clock.last == (3000 << 16) + 6
+
+
+def test_the_forks_of_one_owner_do_not_hide_those_of_another(store: Store) -> None:
+    with store.atomic():
+        kept = [store.quarantine([_record(seq), _record(seq, id="other")], 0) for seq in range(1, 2 * MAX_QUARANTINE)]
+        other = _record(1)._replace(owner=node_id(1))
+        assert store.quarantine([other], 0)
+    assert kept.count(True) == MAX_QUARANTINE // 2
+    assert len(store.forks()) == MAX_QUARANTINE + 1

@@ -63,14 +63,15 @@ def caller_of(request: Request, state: State) -> Caller:
 def of_token(text: str, state: State) -> Caller:
     """Returns the holder of a token. Raises UnknownCallerError if the token is not valid."""
     reference = tokens.reference(text)
-    record = state.view().get(reference[0], "token", reference[1]) if reference else None
+    view = state.view()
+    record = view.get(reference[0], "token", reference[1]) if reference else None
     if reference is None or record is None:
         raise UnknownCallerError("this token is not known here")
     token = TokenBody.model_validate(record.body)
     if not tokens.fits(text, token.hash):
         raise UnknownCallerError("this token is not known here")
     try:
-        role = role_of_token(reference[1], token, state.now_ms())
+        role = role_of_token(record, token, view, state.now_ms())
     except AccessError as exc:
         raise UnknownCallerError(str(exc)) from exc
     return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), role)

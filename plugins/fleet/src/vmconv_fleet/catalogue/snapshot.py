@@ -22,7 +22,7 @@ from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.replication.store import Listed, ReplicaView
 from vmconv_fleet.words import trap_in
 
-NodeState = Literal["here", "up", "silent", "retired"]
+NodeState = Literal["here", "up", "silent", "retired", "cloned"]
 
 _BEATS_MISSED = 3
 _GRACE_MS = 3000
@@ -67,6 +67,7 @@ class Snapshot:
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
         self._retired = retirements
+        self._cloned = view.cloned()
         self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
@@ -102,6 +103,8 @@ class Snapshot:
             state, age = "here", 0
         elif node in self._retired or body.retired:
             state = "retired"
+        elif node in self._cloned:
+            state = "cloned"
         elif node in self._neighbours or (age is not None and age <= _still_good_ms(beat, is_reached=node in reached)):
             state = "up"
         position = self._positions.get(node, Position(0, 0))

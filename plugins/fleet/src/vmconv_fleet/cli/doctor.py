@@ -63,7 +63,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     for one in nodes:
         if one["state"] == "silent":
             yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
-        elif one["state"] == "up":
+        elif one["state"] in ("up", "cloned"):
             yield from (Diagnosis(one["name"], text) for text in one["problems"])
 
 

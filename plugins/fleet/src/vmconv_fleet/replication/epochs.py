@@ -13,20 +13,24 @@ from vmconv_fleet.replication.records import MAX_NUMBER, Position, Record
 KIND = "epoch"
 ID = "history"
 MAX_EPOCHS = 64
+CLONED = "cloned"
+"""The field by which an owner says that another process writes as it: the other one's record, in hex."""
 
 
 class History(NamedTuple):
     """The owner's epochs: `starts` are (epoch, seq of its first record), ascending, the newest MAX_EPOCHS.
 
-    `floor`: deletions up to this seq are forgotten, so a replica below it cannot learn what to delete.
+    `floor`: deletions up to this seq are forgotten, so a replica below it cannot learn what to delete. `beyond`: the
+    newest epoch of another history that the owner knew when it began its own last one; 0 if it knew none.
     """
 
     starts: tuple[tuple[int, int], ...] = ()
     floor: int = 0
+    beyond: int = 0
 
-    def begun(self, epoch: int, seq: int) -> History:
+    def begun(self, epoch: int, seq: int, beyond: int = 0) -> History:
         """Returns the history with one more epoch, which begins with this record."""
-        return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:])
+        return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:], beyond=beyond)
 
     def holds(self, position: Position) -> bool:
         """Returns whether a replica at the position has a part of this history, and can be sent the rest."""
@@ -37,6 +41,10 @@ class History(NamedTuple):
         forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
         return forgotten or self._passed(position)
 
+    def knows(self) -> set[int]:
+        """Returns the epochs that the writer knew, those of other histories included."""
+        return {self.beyond, *(epoch for epoch, _ in self.starts)}
+
     def _passed(self, position: Position) -> bool:
         for number, (epoch, first) in enumerate(self.starts):
             if epoch == position.epoch:
@@ -45,7 +53,7 @@ class History(NamedTuple):
         return False
 
     def body(self) -> dict[str, Any]:
-        return {"starts": [list(start) for start in self.starts], "floor": self.floor}
+        return {"starts": [list(start) for start in self.starts], "floor": self.floor, "beyond": self.beyond}
 
 
 def history_of(record: Record | None) -> History:
@@ -54,7 +62,7 @@ def history_of(record: Record | None) -> History:
         return History()
     try:
         starts = tuple((_number(epoch), _number(first)) for epoch, first in record.body["starts"])
-        return History(starts[-MAX_EPOCHS:], _number(record.body["floor"]))
+        return History(starts[-MAX_EPOCHS:], _number(record.body["floor"]), _number(record.body.get("beyond", 0)))
     except (KeyError, TypeError, ValueError):
         return History()
 

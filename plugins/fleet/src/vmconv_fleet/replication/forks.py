@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vmconv_fleet.replication.clones import Clones
 from vmconv_fleet.replication.messages import Summary
-from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import Record, payload_of, restore
 from vmconv_fleet.replication.store import Store
 
@@ -15,9 +15,9 @@ _KNOWN = 1000
 class Forks:
     """Detects forks and keeps the evidence."""
 
-    def __init__(self, store: Store, problems: ProblemLog) -> None:
+    def __init__(self, store: Store, clones: Clones) -> None:
         self._store = store
-        self._problems = problems
+        self._clones = clones
         self._examined: set[tuple[str, str, Summary]] = set()
 
     def unexamined(self, peer: str, owner: str, theirs: Summary) -> bool:
@@ -48,7 +48,8 @@ class Forks:
                 continue
             with self._store.atomic():
                 new = self._store.quarantine((ours, record), at_ms)
-            self._problems.report("fork", f"{record.owner} has signed two records at {tuple(record.position)}")
             if new:
                 news += [ours, record]
+        if news:
+            self._clones.refresh()
         return news

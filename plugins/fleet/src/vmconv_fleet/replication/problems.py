@@ -23,7 +23,7 @@ class NodeProblem(NamedTuple):
     | kind | meaning |
     | --- | --- |
     | fork | an owner has signed two records for one position: both are kept, see `ReplicaView.forks` |
-    | cloned | another process writes as this node, or its clock was set back and its database lost |
+    | cloned | two machines write with the keys of one node: its requests and tokens are refused |
     | lost | neighbours have records of this node that its database lacks; they are superseded |
     | forged | a neighbour sent a record without a valid signature of its owner |
     | torn | a neighbour sent records that do not form a state of their owner |
@@ -77,7 +77,11 @@ class ProblemLog:
         problem, count, now = NodeProblem(kind, text), self.counters[kind], self._clock()
         is_known = self._last.get(problem, now - FORGOTTEN_S) > now - FORGOTTEN_S
         others = [item for item in self._last.items() if item[0] != problem]
-        self._last = dict([*others[1 - KEPT :], (problem, now)])
+        if len(others) >= KEPT:
+            # What others can cause at will must not hide what lasts.
+            gone = next((item for item in others if item[0].kind not in LASTING), others[0])
+            others.remove(gone)
+        self._last = dict([*others, (problem, now)])
         if is_known:
             return
         if count > KEPT and count & (count - 1):

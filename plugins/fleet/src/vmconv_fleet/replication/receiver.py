@@ -41,7 +41,9 @@ class Receiver:
             case Page():
                 return self._page(peer, message)
             case Notice(wires):
-                self._context.verifier.learn(decode(wire) for wire in wires)
+                records = [decode(wire) for wire in wires]
+                self._context.verifier.learn(records)
+                self._context.clones.learn(records)
                 return []
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
@@ -89,7 +91,7 @@ class Receiver:
             return []
         context.verifier.admit(other, context.now())
         if other[0].owner == context.node:
-            self._recovery.supersede(other[-1].position)
+            self._recovery.supersede(other[-1].position, forked=True)
         return self._publisher.evidence(context.forks.keep(other, context.now()))
 
     def _accept(self, peer: str, fresh: Sequence[Record]) -> list[Send]:
@@ -198,7 +200,7 @@ class Receiver:
         sends = self._publisher.evidence(halves)
         if owner == context.node and (self._recovery.serving or not self._continues(session, records)):
             if halves or last > ours:
-                self._recovery.supersede(last)
+                self._recovery.supersede(last, self._history(session, records), forked=bool(halves))
             return sends
         newer = last > ours and (last.epoch > ours.epoch or not halves)
         if newer or (last == ours and not halves and not sound(context.store, owner)):
@@ -211,10 +213,14 @@ class Receiver:
         ours = self._context.store.position(session.owner)
         if ours in (START, session.base):
             return True
-        rows = self._context.anti_entropy.rows(session, records)
-        history = next((row for row in rows if row.kind == epochs.KIND), None)
+        history = self._history(session, records)
         # An incremental answer without a history record means that no epoch has begun.
         return (history is None and not session.whole) or history_of(history).follows(ours)
+
+    def _history(self, session: PullSession, records: Sequence[Record]) -> Record | None:
+        """Returns the owner's record of its epochs in a complete answer, if it has one."""
+        rows = self._context.anti_entropy.rows(session, records)
+        return next((row for row in rows if row.kind == epochs.KIND), None)
 
     def _replace(self, session: PullSession, records: Sequence[Record]) -> None:
         context, owner = self._context, session.owner

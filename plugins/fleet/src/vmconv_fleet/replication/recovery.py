@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from vmconv_fleet.replication.anti_entropy import NEVER
 from vmconv_fleet.replication.context import ReplicaContext
+from vmconv_fleet.replication.epochs import history_of
 from vmconv_fleet.replication.ownlog import OwnLog
 from vmconv_fleet.replication.records import MAX_NUMBER, START, Position, Record
 
@@ -12,7 +15,8 @@ LIMIT = 10
 
 _LEAST_PATIENCE_MS = 3000
 _PAUSE_MS = 1000
-_CLONED = 3
+_MAX_SHOWN = 8 << 10
+"""Bytes of another writer's record that are shown to all."""
 
 
 class EpochRecovery:
@@ -23,7 +27,9 @@ class EpochRecovery:
         self._own = own
         self._epoch = 0
         self._beyond = 0
-        self._superseded = 0
+        # The epochs of this process: it is not restored with the database.
+        self._begun: deque[int] = deque(maxlen=64)
+        self._cloned: str | None = None
         self._limit = LIMIT * max(context.timing.patience or 0, _LEAST_PATIENCE_MS)
         self._next = self._settled = self._started = context.monotonic()
         self._announced: int | None = None
@@ -42,14 +48,20 @@ class EpochRecovery:
         """Waits for more neighbours after one has connected."""
         self._settled = self._context.monotonic() + self._context.timing.settle
 
-    def supersede(self, position: Position) -> None:
-        """Notes a signed record of this node that its database lacks: the next epoch has to be later."""
+    def supersede(self, position: Position, history: Record | None = None, *, forked: bool = False) -> None:
+        """Notes a signed record of this node that its database lacks: the next epoch has to be later.
+
+        `history` is the record of epochs that belongs to it. `forked`: it has the position of another record.
+        """
         self._beyond = max(self._beyond, position.epoch)
-        self._superseded += 1
-        kind = "lost" if self._superseded < _CLONED else "cloned"
         known = tuple(self._context.store.position(self._context.node))
         found = f"neighbours have records of this node at {tuple(position)}, it is at {known}"
-        self._context.problems.report(kind, found)
+        self._context.problems.report("lost", found)
+        # Whoever has written it has seen an epoch of this process, and it was not this process.
+        followed = history is not None and not history_of(history).knows().isdisjoint(self._begun)
+        if forked or (followed and position.epoch not in self._begun):
+            wire = history.wire if history is not None else b""
+            self._cloned = wire.hex() if len(wire) <= _MAX_SHOWN else ""
 
     def next_due(self) -> int:
         """Returns when the next epoch is due, as far as that depends on time alone."""
@@ -69,8 +81,10 @@ class EpochRecovery:
         if now < self.next_due():
             return []
         self._next = now + _PAUSE_MS
-        written = self._own.begin_epoch(self._context.now(), self._beyond)
+        written = self._own.begin_epoch(self._context.now(), self._beyond, self._cloned)
         self._epoch = written[-1].epoch
+        self._begun.append(self._epoch)
+        self._context.clones.learn(written)
         return written
 
     def _may_serve(self, now: int) -> bool:

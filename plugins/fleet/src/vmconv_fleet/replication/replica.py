@@ -14,6 +14,7 @@ from vmconv_fleet.replication import messages
 from vmconv_fleet.replication.anti_entropy import NEVER, AntiEntropy
 from vmconv_fleet.replication.change_feed import ChangeFeed
 from vmconv_fleet.replication.clock import HybridClock
+from vmconv_fleet.replication.clones import Clones
 from vmconv_fleet.replication.context import ReplicaContext, Timing
 from vmconv_fleet.replication.forks import Forks
 from vmconv_fleet.replication.messages import Send
@@ -63,7 +64,8 @@ class Replica:
         random = random or SystemRandom()
         node, problems, neighbours = signer.owner, ProblemLog(), NeighbourTable()
         clock = HybridClock()
-        verifier = Verifier(store, trust, clock, problems, verify_all)
+        clones = Clones(store, trust, problems)
+        verifier = Verifier(store, trust, clock, problems, verify_all, clones)
         context = ReplicaContext(
             node=node,
             store=store,
@@ -71,7 +73,8 @@ class Replica:
             verifier=verifier,
             neighbours=neighbours,
             anti_entropy=AntiEntropy(store, verifier, neighbours, problems, random),
-            forks=Forks(store, problems),
+            forks=Forks(store, clones),
+            clones=clones,
             feed=ChangeFeed(store),
             problems=problems,
             timing=timing,
@@ -91,6 +94,7 @@ class Replica:
         self._grouped = False
         self._next_floor = monotonic()
         verifier.learn_stored()
+        clones.refresh()
         self._drop_retired()
         newest = store.at(node, store.position(node).seq)
         if newest is not None:
@@ -150,7 +154,7 @@ class Replica:
         with self.batch():
             records = self._own.append(changes, self._context.now(), txn)
             self._context.verifier.learn(records)
-            return records, [*self._publisher.publish(records), *self._forward_revocations()]
+            return records, [*self._publisher.publish(records), *self._forward_notices()]
 
     def connected(self, peer: str) -> list[Send]:
         """Notes a new neighbour; returns the whole digest for it."""
@@ -178,7 +182,7 @@ class Replica:
         with self.batch():
             try:
                 sends = self._receiver.handle(peer, messages.decode(message))
-                return [*sends, *self._forward_revocations()]
+                return [*sends, *self._forward_notices()]
             except (MalformedError, ForgedError) as exc:
                 self.problems.report(exc.kind, f"from {peer}: {exc}")
             except (StoreError, sqlite3.Error):
@@ -209,7 +213,7 @@ class Replica:
                 self._next_floor = now + self._context.timing.floor
                 written = self._own.raise_floor(self._context.now(), self._context.timing.grace)
                 sends += self._publisher.publish(written)
-        return sends
+            return [*sends, *self._forward_notices()]
 
     def _introduced(self, begun: list[Record]) -> list[Record]:
         """Returns the first record of a new epoch, if any, and the introduction if it was missing."""
@@ -223,14 +227,14 @@ class Replica:
     def _floor_due(self) -> int:
         return self._next_floor if self.serving else NEVER
 
-    def _forward_revocations(self) -> list[Send]:
-        """Forwards new revocations to all neighbours and drops the records of retired nodes."""
-        news = self._context.verifier.revocations
-        if not news:
-            return []
-        self._context.verifier.revocations = []
-        self._drop_retired()
-        return self._publisher.notices(None, [record.wire for record in news])
+    def _forward_notices(self) -> list[Send]:
+        """Forwards new revocations and proofs of clones to all neighbours, and drops the records of retired nodes."""
+        revocations, self._context.verifier.revocations = self._context.verifier.revocations, []
+        if revocations:
+            self._drop_retired()
+            self._context.clones.refresh()
+        proofs, self._context.clones.news = self._context.clones.news, []
+        return self._publisher.notices(None, [record.wire for record in (*revocations, *proofs)])
 
     def _drop_retired(self) -> None:
         if self._context.trust.retired(self.node):

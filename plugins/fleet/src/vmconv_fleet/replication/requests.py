@@ -87,6 +87,8 @@ class Context(Protocol):
 
     def positions(self) -> dict[str, Position]: ...
 
+    def cloned(self) -> frozenset[str]: ...
+
 
 Handler = Callable[[Context, IncomingRequest], Outcome]
 """A handler decides quickly and without side effects, on the replica's thread. Raises Refusal to change nothing.
@@ -102,6 +104,7 @@ class _Context:
         self.get = store.get
         self.find = store.find
         self.positions = store.positions
+        self.cloned = store.cloned
         self._store = store
 
     def count(self, kind: str, where: Where = ALL) -> int:
@@ -237,6 +240,8 @@ class Requests:
         if record.clock <= (self._store.load(_HORIZON) or 0):
             reason = "the request is older than what this node remembers, and may have been executed: ask again"
             return self._respond(record, {"ok": False, "reason": reason})
+        if record.owner != node and record.owner in self._store.cloned():
+            return self._respond(record, {"ok": False, "reason": "two machines write with the keys of the requester"})
         now = self._now()
         last = self._store.load("executed-clock") or 0
         if is_ahead(last, now):

@@ -23,7 +23,11 @@ QUERY_S = 10.0
 _STEPS = 100_000
 _FREE_PAGES = 2000
 MAX_NOTICES = 4096
-MAX_QUARANTINE = 1024
+MAX_QUARANTINE = 16
+"""Records kept as evidence of forks, for each owner: so that none can hide the forks of another."""
+
+CLONED = "cloned"
+"""The value with the ids of cloned nodes."""
 
 
 Place = tuple[Any, ...]
@@ -121,6 +125,15 @@ class ReplicaView:
         """Returns the evidence of forks: two records of one position."""
         rows = self._rows("SELECT wire FROM quarantine ORDER BY owner, epoch, seq, number")
         return [restore(wire) for (wire,) in rows]
+
+    def cloned(self) -> frozenset[str]:
+        """Returns the nodes whose keys two machines use: their requests and tokens are refused."""
+        return frozenset(json.loads(self.load(CLONED) or "[]"))
+
+    def load(self, name: str) -> Any:
+        """Returns a value of this node; None if there is none."""
+        rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
+        return rows[0][0] if rows else None
 
     def _rows(self, query: str, *arguments: Any) -> list[Any]:
         try:
@@ -378,7 +391,7 @@ class Store(ReplicaView):
         self._connection.execute("DELETE FROM temp.staged WHERE session = ?", (session,))
 
     def notices(self) -> list[bytes]:
-        """Returns the wires of all revocations, one for each."""
+        """Returns the wires of all revocations and proofs of clones, one for each."""
         return [wire for (wire,) in self._rows("SELECT wire FROM notices ORDER BY content")]
 
     def notices_hash(self) -> str:
@@ -386,24 +399,22 @@ class Store(ReplicaView):
         return blake2b(content, digest_size=16).hexdigest()
 
     def note(self, content: bytes, wire: bytes) -> bool:
-        """Keeps a revocation; returns False if it is known or there are too many."""
+        """Keeps a revocation or a proof of a clone; returns False if it is known or there are too many."""
         ((count,),) = self._rows("SELECT count(*) FROM notices")
         query = "INSERT OR IGNORE INTO notices VALUES (?, ?)"
         return count < MAX_NOTICES and self._connection.execute(query, (content, wire)).rowcount > 0
 
+    def remove_notice(self, content: bytes) -> None:
+        self._connection.execute("DELETE FROM notices WHERE content = ?", (content,))
+
     def quarantine(self, records: Sequence[Record], at_ms: int) -> bool:
-        """Keeps evidence of a fork; returns whether some of it is new."""
-        ((count,),) = self._rows("SELECT count(*) FROM quarantine")
+        """Keeps evidence of an owner's fork; returns whether some of it is new."""
+        ((count,),) = self._rows("SELECT count(*) FROM quarantine WHERE owner = ?", records[0].owner)
         if count >= MAX_QUARANTINE:
             return False
         query = "INSERT OR IGNORE INTO quarantine (at_ms, owner, epoch, seq, wire) VALUES (?, ?, ?, ?, ?)"
         rows = [(at_ms, record.owner, *record.position, record.wire) for record in records]
         return self._connection.executemany(query, rows).rowcount > 0
-
-    def load(self, name: str) -> Any:
-        """Returns a value of this node; None if there is none."""
-        rows = self._rows("SELECT value FROM meta WHERE name = ?", name)
-        return rows[0][0] if rows else None
 
     def save(self, name: str, value: int | str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))

@@ -51,9 +51,11 @@ _GOVERNING_RULE = "administrators_of"
 
 
 class Records(Protocol):
-    """Looks up live records; None if there is none."""
+    """Looks up live records, None if there is none; and the nodes whose keys two machines use."""
 
     def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
+
+    def cloned(self) -> frozenset[str]: ...
 
 
 def allows(role: Role, needed: Role) -> bool:
@@ -70,11 +72,15 @@ def role_of(by: Principal, records: Records, now_ms: int) -> Role:
     record = records.get(owner, "token", identifier)
     if record is None:
         raise AccessError(f"token {identifier} is unknown here")
-    return role_of_token(identifier, TokenBody.model_validate(record.body), now_ms)
+    return role_of_token(record, TokenBody.model_validate(record.body), records, now_ms)
 
 
-def role_of_token(identifier: str, token: TokenBody, now_ms: int) -> Role:
-    """Returns the role of a token. Raises AccessError if it was revoked or has expired."""
+def role_of_token(record: Record, token: TokenBody, records: Records, now_ms: int) -> Role:
+    """Returns the role of a token. Raises AccessError if it was revoked, has expired, or its issuer is cloned."""
+    identifier = record.id
+    if record.owner in records.cloned():
+        # It may be revoked in the other history.
+        raise AccessError(f"two machines write with the keys of the node that issued token {identifier}")
     if token.revoked:
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:
