@@ -285,3 +285,34 @@ def test_the_command_line_uses_the_api(reflink_dir: Path) -> None:
     assert report is not None
     assert report.corruptions == ()
     assert set(vmconv.installed().formats) >= {"raw", "qcow2"}
+
+
+TRAP = "a\x1b]0;title\x07b\nc: shared 99 TiB"
+
+
+@pytest.mark.parametrize("way", ["reflink", "copy"])
+def test_names_of_files_do_not_reach_the_terminal(
+    request: pytest.FixtureRequest, capfdbinary: pytest.CaptureFixture[bytes], way: str
+) -> None:
+    directory: Path = request.getfixturevalue("xfs_dir" if way == "reflink" else "ext4_dir")
+    raw = make_disk(directory / f"{TRAP}.raw", MIB)
+    made, synced, named = (str(directory / f"{TRAP}{end}") for end in (".qcow2", ".vdi", " named.qcow2"))
+    for command in (
+        ["plan", raw, made],
+        ["convert", raw, made],
+        ["info", made],
+        ["map", "-f", "raw", raw],
+        ["check", made],
+        ["compare", raw, made],
+        ["prove", raw, made],
+        ["sync", "-n", raw, synced],
+        ["sync", raw, synced],
+        ["sync", raw, synced],
+        ["convert", "--in-place", "--keep-undo", raw, named],
+        ["undo", named],
+        ["convert", raw, made],
+    ):
+        main([*map(str, command)])
+        said = b"".join(capfdbinary.readouterr())
+        assert not {*said} & {0x07, 0x1B}, command
+        assert b"\nc: shared" not in said, command

@@ -63,7 +63,7 @@ def _snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{one['vm-clock-nsec'] // 10**6:03}"
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
         rows.append([one["id"], one["name"], size_text(one["vm-state-size"]), date, clock])
-    yield from table_lines([[printable(cell) for cell in row] for row in rows], "    ")
+    yield from table_lines(rows, "    ")
     if len(snapshots) > _LISTED:
         yield f"    ... {len(snapshots)} in all (--output json has them)"
 

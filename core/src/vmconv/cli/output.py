@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
+
+from vmconv.errors import printable
 
 
 def size_text(size: int) -> str:
@@ -32,6 +34,11 @@ def print_json(value: Any, *, indent: int | None = None) -> None:
     print(json.dumps(value, indent=indent, default=str), flush=True)
 
 
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Prints one line, on standard output by default; names of files may have any character."""
+    print(printable(text), file=to)
+
+
 def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
     """Prints rows of text in aligned columns; the first row is the heading."""
     for line in table_lines(rows, indent):
@@ -39,7 +46,8 @@ def print_table(rows: Sequence[Sequence[str]], indent: str = "") -> None:
 
 
 def table_lines(rows: Sequence[Sequence[str]], indent: str = "") -> Iterator[str]:
-    """Yields rows of text in aligned columns."""
+    """Yields rows of text in aligned columns, with escapes for unprintable characters."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     for row in rows:
         yield indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

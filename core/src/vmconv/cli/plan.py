@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from vmconv.cli.output import say
 from vmconv.cli.report import plan_json, shared_word
 from vmconv.cli.requests import configure_request, request_of
 from vmconv.cli.verbs import Verb
@@ -33,9 +34,9 @@ def _run(options: argparse.Namespace) -> int:
         else:
             made = ready.containers[-1]
             formats = made.source.format_name, made.format.name
-            print(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
+            say(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
             for line in plan_lines(ready.plan, layers, warnings):
-                print(f"  {line}")
+                say(f"  {line}")
         refuse_copies(options.target, options.zero_copy, ready.plan)
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vmconv.cli.options import add_trust, as_named
+from vmconv.cli.output import say
 from vmconv.cli.verbs import Verb
 
 
@@ -21,7 +22,7 @@ def _run(options: argparse.Namespace) -> int:
     # A signal in the middle would only require another recovery.
     with signals.held():
         done = recover(options.path, trust=options.trust)
-        print(f"{as_named(options.path, done.path)}: {what[done.forward]}")
+        say(f"{as_named(options.path, done.path)}: {what[done.forward]}")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli import streams
+from vmconv.cli.output import say
 
 if TYPE_CHECKING:
     from vmconv.conversion.request import Result
@@ -105,13 +106,13 @@ class _Words(_Silence):
 
         self._shared = shared_word(plan)
         if plan.destination == "stream":
-            print(f"{plan.files[0].name}: {plan.files[0].size} bytes", file=sys.stderr)
+            say(f"{plan.files[0].name}: {plan.files[0].size} bytes", to=sys.stderr)
         for copy in plan.copies:
-            print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+            say(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", to=sys.stderr)
         for loss in plan.losses:
-            print(f"not carried over: {loss}", file=sys.stderr)
+            say(f"not carried over: {loss}", to=sys.stderr)
         for note in notes(plan.references, plan.directory):
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}", to=sys.stderr)
 
     def progress(self, done: int, to_do: int) -> None:
         if self._bar:
@@ -136,10 +137,10 @@ class _Words(_Silence):
 
     def results(self, *results: Result) -> None:
         for warning in dict.fromkeys(warning for result in results for warning in result.warnings):
-            print(f"warning: {warning}", file=sys.stderr)
+            say(f"warning: {warning}", to=sys.stderr)
         seconds = f" in {results[0].seconds:.3f} s"
         for result in results:
-            print(f"{_done(result, self._shared)}{seconds if len(results) == 1 else ''}")
+            say(f"{_done(result, self._shared)}{seconds if len(results) == 1 else ''}")
         if len(results) > 1:
             print(f"{len(results)} images{seconds}")
 
@@ -192,7 +193,7 @@ def _say_complete(exc: KeyboardInterrupt, results: Sequence[Result]) -> None:
     from vmconv.cli.stops import word_for
 
     names = ", ".join(name for result in results for name in (result.target, *result.layers))
-    print(f"vmconv: {word_for(exc)} when everything was made; complete: {names}", file=sys.stderr)
+    say(f"vmconv: {word_for(exc)} when everything was made; complete: {names}", to=sys.stderr)
 
 
 def left_by(exc: BaseException) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vmconv.cli.options import add_access, add_format, add_making, add_options, add_output, add_snapshot
+from vmconv.cli.output import say
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -127,13 +128,13 @@ def _dry(options: argparse.Namespace, request: SyncRequest) -> int:
 
         print_json(_json(found), indent=4)
         return 0
-    print(f"{request.source} -> {request.target}: {_changed(found, up_to_date=found.plan is None)}")
-    print(f"  evidence: {found.evidence}")
+    say(f"{request.source} -> {request.target}: {_changed(found, up_to_date=found.plan is None)}")
+    say(f"  evidence: {found.evidence}")
     if found.plan:
         from vmconv.cli.plan import plan_lines
 
         for line in plan_lines(found.plan, (), ()):
-            print(f"  {line}")
+            say(f"  {line}")
     return 0
 
 
@@ -186,7 +187,7 @@ class _Words:
             self._event("result", as_plain(result))
             return
         for warning in result.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            say(f"warning: {warning}", to=sys.stderr)
         if self.quiet:
             return
         same, totals = result.backend == "none", result.totals
@@ -197,7 +198,8 @@ class _Words:
                 f"; {kept} {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
                 f"written {size_text(totals.written)}"
             )
-        print(f"{where} in {result.seconds:.3f} s\n  evidence: {result.evidence}")
+        say(f"{where} in {result.seconds:.3f} s")
+        say(f"  evidence: {result.evidence}")
 
     def _event(self, event: str, values: dict[str, Any]) -> None:
         from vmconv.cli.output import print_json

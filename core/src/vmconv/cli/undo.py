@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from vmconv.cli.options import add_trust, as_named
+from vmconv.cli.output import say
 from vmconv.cli.verbs import Verb
 
 
@@ -25,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
             raise
         # The signal arrived after the commit.
         path = results[0]
-    print(f"{as_named(options.file, path)}: is as it was before the conversion")
+    say(f"{as_named(options.file, path)}: is as it was before the conversion")
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
-from vmconv.plugin import Command, access, add_access, add_format, add_options
+from vmconv.plugin import Command, access, add_access, add_format, add_options, printable
 
 if TYPE_CHECKING:
     import socket
@@ -69,7 +69,7 @@ def _exports(options: argparse.Namespace, opener: Opener) -> dict[bytes, View]:
 
     image = opener.image(options.file, options.format_f, snapshot=options.snapshot)
     for warning in (*image.warnings, *checking.warnings(image, opener)):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(printable(f"warning: {warning}"), file=sys.stderr)
     target = opener.registry.writer(options.target_format or (RAW_NAME if image.kind == "disk" else RAM_NAME))
     name = new_name(os.path.basename(options.file.rstrip("/")), target, opener.registry)
     return {os.fsencode(key): view for key, view in views(image, target, options.options, name).items()}
@@ -84,7 +84,7 @@ def _serve(options: argparse.Namespace, exports: dict[bytes, View]) -> None:
     try:
         ready = fork() if options.fork else lambda: None
         for name, view in exports.items():
-            print(f"{os.fsdecode(name)}: {view.size} bytes at {_uri(place, name, exports)}", flush=True)
+            print(printable(f"{os.fsdecode(name)}: {view.size} bytes at {_uri(place, name, exports)}"), flush=True)
         ready()
         Server(listener, exports, persistent=options.persistent).run()
     finally:

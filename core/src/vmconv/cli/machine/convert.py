@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vmconv.cli import streams
 from vmconv.cli.machine.requests import configure_request, request_of
 from vmconv.cli.options import add_making
+from vmconv.cli.output import say
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _announce(plan: MachinePlan) -> None:
     from vmconv.errors import printable
 
     for copy in plan.copies:
-        print(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", file=sys.stderr)
+        say(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", to=sys.stderr)
     if plan.digested:
         print(f"reading {size_text(plan.digested)} for the digests of the manifest", file=sys.stderr)
     for line in (*change_lines(plan), *(f"warning: {warning}" for warning in plan.warnings)):
