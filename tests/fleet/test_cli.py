@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,6 +25,7 @@ from vmconv.cli import main as cli
 from vmconv.errors import UsageError
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.scanning import Scanner
+from vmconv_fleet.cli import doctor
 from vmconv_fleet.cli.converting import moment
 from vmconv_fleet.cli.fleet import COMMAND, VERBS
 from vmconv_fleet.jobs.runner import JobRunner
@@ -209,6 +211,13 @@ def test_policy(run: Run) -> None:
     run("policy", "--formats", "all", "--zero-copy", "require")
     assert json.loads(run("policy", "--output", "json"))["formats"] is None
     assert "naming" in run("policy", "--naming", "../x", code=2)
+    assert "no node 'n77'" in run("policy", "--administrators-of", "n02,n77", code=1)
+
+
+def test_nodes_in_a_policy_are_given_by_name(run: Run, fleet: Fleet) -> None:
+    run("policy", "--administrators-of", "n02")
+    body = json.loads(run("policy", "--output", "json"))
+    assert body["administrators_of"] == [fleet.other.id, fleet.here.id]
 
 
 def test_datastore(run: Run, fleet: Fleet, tmp_path: Path) -> None:
@@ -276,6 +285,24 @@ def test_doctor(run: Run, fleet: Fleet) -> None:
     said = run("doctor", code=1)
     assert "WRONG  n01: is disconnected from the others" in said
     assert "WRONG  n02: is unreachable" in said
+
+
+def test_what_concerns_retired_nodes_is_over() -> None:
+    retired = {"node": "2" * 32, "name": "n01", "state": "retired", "body": {}, "problems": []}
+    here = {**retired, "node": "1" * 32, "state": "here"}
+    assert not list(doctor._of_nodes([here, retired]))
+    assert [one.what for one in doctor._of_nodes([here, {**retired, "state": "up"}])] == ["is the name of 2 nodes"]
+    request = {"id": "r1", "written_ms": 0, "body": {"target": retired["node"]}}
+    lists = {"/api/v1/requests": [request], "/api/v1/jobs": []}
+    client: Any = SimpleNamespace(everything=lambda path, **_: lists[path])
+    assert not list(doctor._of_work(client, {retired["node"]}))
+    assert [one.where for one in doctor._of_work(client, set())] == ["request r1"]
+
+
+def test_hints_name_commands_that_exist(run: Run) -> None:
+    said = run("token", "revoke", "null", code=2)
+    assert said.endswith("hint: vmconv fleet token list lists them\n")
+    assert "GOOD UNTIL" in run("token", "list")
 
 
 def test_retire(run: Run, fleet: Fleet) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from support import machine_documents as documents
+from support.ovf_packages import OVF
 from vmconv.errors import ImageError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed_machines
@@ -109,7 +110,7 @@ def _lines(text: str) -> Iterator[Change]:
 CONFIGURATIONS: dict[str, tuple[str, Callable[[str], Iterator[Change]]]] = {
     "kubevirt": (documents.KUBEVIRT, _yaml),
     "libvirt": (documents.LIBVIRT, _xml),
-    "ovf": (documents.OVF, _xml),
+    "ovf": (OVF, _xml),
     "vbox": (documents.VBOX, _xml),
     "proxmox": (documents.PROXMOX, _lines),
     "vmx": (documents.VMX, _lines),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from support.ovf_packages import ATTACHED, CONTROLLER, item, with_disk
-
 
 def settings(hardware: str, *, beside: str = "", version: str = "1.19-linux", machine: str = "") -> str:
     return (
@@ -312,21 +310,3 @@ serial0.yieldOnMsrRead = "TRUE"
 floppy0.present = "FALSE"
 guestinfo.x = "y"
 """
-
-OVF = with_disk(
-    CONTROLLER
-    + ATTACHED
-    + item(1, 3, VirtualQuantity=2, Reservation=5, Limit=7, Weight=3, ElementName="cpu", Description="d")
-    + item(2, 4, AllocationUnits="byte * 2^20", VirtualQuantity=512)
-    + item(5, 10, Address="00:50:56:01:02:03", Connection="LAN", ResourceSubType="E1000", AutomaticDeallocation="true")
-    + item(6, 15, Parent=3, AddressOnParent=1, AutomaticAllocation="false")
-    + item(7, 21, ResourceSubType="vmware.serialport.uri"),
-    system="<AnnotationSection><Info/><Annotation>x</Annotation></AnnotationSection>"
-    '<InstallSection ovf:initialBootStopDelay="300"><Info/></InstallSection>'
-    '<vmw:BootOrderSection vmw:instanceId="4" vmw:type="disk"><Info/></vmw:BootOrderSection>'
-    "<ProductSection><Info/><Product>p</Product>"
-    '<Property ovf:key="a" ovf:type="string" ovf:value="v"/></ProductSection>',
-    settings='<vmw:Config vmw:key="firmware" vmw:value="efi"/><vmw:Config vmw:key="x" vmw:value="y"/>',
-    envelope='<NetworkSection><Info/><Network ovf:name="LAN"><Description>d</Description></Network></NetworkSection>'
-    '<StartupSection><Info/><Item ovf:id="web" ovf:order="1" ovf:startDelay="3"/></StartupSection>',
-).decode()

@@ -58,3 +58,22 @@ def package(machine: Machine, tables: dict[str, Extents], modulus: int = 1, **op
     configs += [each._replace(name=each.name or "machine.ova") for each in ova.write(machine, parsed)]
     members = [Member(name, tables.get(name, Extents.filled(512, Kind.ZERO))) for name in dict.fromkeys(names)]
     return ova.pack(configs, members, modulus, parsed)
+
+
+OVF = with_disk(
+    CONTROLLER
+    + ATTACHED
+    + item(1, 3, VirtualQuantity=2, Reservation=5, Limit=7, Weight=3, ElementName="cpu", Description="d")
+    + item(2, 4, AllocationUnits="byte * 2^20", VirtualQuantity=512)
+    + item(5, 10, Address="00:50:56:01:02:03", Connection="LAN", ResourceSubType="E1000", AutomaticDeallocation="true")
+    + item(6, 15, Parent=3, AddressOnParent=1, AutomaticAllocation="false")
+    + item(7, 21, ResourceSubType="vmware.serialport.uri"),
+    system="<AnnotationSection><Info/><Annotation>x</Annotation></AnnotationSection>"
+    '<InstallSection ovf:initialBootStopDelay="300"><Info/></InstallSection>'
+    '<vmw:BootOrderSection vmw:instanceId="4" vmw:type="disk"><Info/></vmw:BootOrderSection>'
+    "<ProductSection><Info/><Product>p</Product>"
+    '<Property ovf:key="a" ovf:type="string" ovf:value="v"/></ProductSection>',
+    settings='<vmw:Config vmw:key="firmware" vmw:value="efi"/><vmw:Config vmw:key="x" vmw:value="y"/>',
+    envelope='<NetworkSection><Info/><Network ovf:name="LAN"><Description>d</Description></Network></NetworkSection>'
+    '<StartupSection><Info/><Item ovf:id="web" ovf:order="1" ovf:startDelay="3"/></StartupSection>',
+).decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from typing import Any
+from urllib.parse import quote
 
 from vmconv.plugin import UsageError, print_json, print_table
 from vmconv_fleet.cli.client import NodeClient, Reply
@@ -63,6 +64,9 @@ def policy(options: argparse.Namespace) -> int:
     wish = _wished(options)
     with connected(options) as client:
         node = options.ruled or _own(client)
+        if wish.get("administrators_of"):
+            nodes = (client.get(f"/api/v1/nodes/{quote(named, safe='')}") for named in wish["administrators_of"])
+            wish["administrators_of"] = [one["node"] for one in nodes]
         if wish:
             reply = client.call("PATCH", f"/api/v1/nodes/{node}/policy", wish, query={"wait": options.wait})
             return _said(options, reply, "policy changed")

@@ -11,6 +11,9 @@ from typing import Any
 from vmconv.plugin import UsageError, VmconvError, os_errors
 from vmconv_fleet.cli.client import TOKEN, NodeClient, Reply
 
+_LISTED_BY = {"token": "token list"}
+"""The commands that list a kind, where it is not the kind's plural."""
+
 
 def connected(options: argparse.Namespace) -> NodeClient:
     """Returns a client of the node that the options name."""
@@ -29,7 +32,7 @@ def connected(options: argparse.Namespace) -> NodeClient:
 def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, Any]:
     """Returns the only match. Raises UsageError for none or several."""
     if not found:
-        raise UsageError(f"no {kind} {named!r}", hint=f"vmconv fleet {kind}s lists them")
+        raise UsageError(f"no {kind} {named!r}", hint=f"vmconv fleet {_LISTED_BY.get(kind, f'{kind}s')} lists them")
     if len(found) > 1:
         ids = ", ".join(f"{one['node']}:{one['id']}" for one in found[:5])
         raise UsageError(f"{named!r} is not one {kind} but {len(found)}: {ids}", hint="name it by its id")

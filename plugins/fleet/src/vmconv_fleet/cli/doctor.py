@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from vmconv.plugin import print_json
@@ -49,7 +49,7 @@ def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     nodes = client.get("/api/v1/nodes")["items"]
     yield from _of_nodes(nodes)
     yield from _of_datastores(client)
-    yield from _of_work(client)
+    yield from _of_work(client, {one["node"] for one in nodes if one["state"] == "retired"})
 
 
 def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
@@ -58,7 +58,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "fleet", f"schema revisions {', '.join(map(str, sorted(schemas)))}: nodes are being upgraded", False
         )
-    names = Counter(one["name"] for one in nodes)
+    names = Counter(one["name"] for one in nodes if one["state"] != "retired")
     yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
         if one["state"] == "silent":
@@ -78,10 +78,11 @@ def _of_datastores(client: NodeClient) -> Iterator[Diagnosis]:
     yield from (Diagnosis(f"{one['node']} disk {one['id']}", one["body"]["problem"], False) for one in unreadable)
 
 
-def _of_work(client: NodeClient) -> Iterator[Diagnosis]:
+def _of_work(client: NodeClient, retired: Collection[str]) -> Iterator[Diagnosis]:
     now = int(time.time() * 1000)
     for one in client.everything("/api/v1/requests", unanswered=True):
-        if now - one["written_ms"] > _UNANSWERED_MS:
+        # A retired node will never answer; its requests are pruned with the others.
+        if now - one["written_ms"] > _UNANSWERED_MS and one["body"]["target"] not in retired:
             age = age_text(now - one["written_ms"])
             yield Diagnosis(f"request {one['id']}", f"its owner {one['body']['target'][:8]} has not answered for {age}")
     failed = Counter(one["node"] for one in client.everything("/api/v1/jobs", states="failed"))
