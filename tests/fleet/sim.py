@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from multiprocessing import Pool
 from pathlib import Path
@@ -627,7 +628,7 @@ class World:
         for link in [link for link in self._connected if linked.id in link]:
             del self._connected[link]
             (peer,) = link - {linked.id}
-            self._step(linked, lambda replica, peer=peer: replica.disconnected(peer))
+            self._step(linked, partial(Replica.disconnected, peer=peer))
         self.nodes[linked.id] = other
         self._rewire()
 

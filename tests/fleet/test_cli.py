@@ -288,7 +288,7 @@ def test_doctor(run: Run, fleet: Fleet) -> None:
 
 
 def test_what_concerns_retired_nodes_is_over() -> None:
-    retired = {"node": "2" * 32, "name": "n01", "state": "retired", "body": {}, "problems": []}
+    retired: dict[str, Any] = {"node": "2" * 32, "name": "n01", "state": "retired", "body": {}, "problems": []}
     here = {**retired, "node": "1" * 32, "state": "here"}
     assert not list(doctor._of_nodes([here, retired]))
     assert [one.what for one in doctor._of_nodes([here, {**retired, "state": "up"}])] == ["is the name of 2 nodes"]
