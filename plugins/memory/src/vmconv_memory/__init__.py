@@ -17,9 +17,10 @@ class MemoryFormat(Format):
     kind = "memory"
 
     def check(self, image: Image) -> CheckReport:
-        # Readers check all structure; whatever they refuse is the finding.
+        # Readers check all structure; whatever they refuse is the finding, and what they warn of cannot be decided.
         table = image.guest
-        return CheckReport(total_clusters=0, image_end=max(image.file.size, 0) if table.size else 0)
+        end = max(image.file.size, 0) if table.size else 0
+        return CheckReport(total_clusters=0, image_end=end, doubts=tuple(image.warnings))
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         return "QEMU has no driver for memory images"

@@ -23,6 +23,7 @@ from vmconv.plugin import (
     File,
     Image,
     ImageError,
+    Kind,
     Opener,
     UsageError,
     damaged,
@@ -111,6 +112,7 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         lambda: table,
         kind="memory",
         losses=_losses(state),
+        warnings=_behind(table, state, memory),
         details=lambda: _details(state),
         dependencies=dependencies,
     )
@@ -221,6 +223,16 @@ def _table(state: State, memory: File) -> Extents:
             raise damaged(state.file, "regionsCount", where, f"no regions, for {size} bytes of memory")
         entries.add(state.groups[MEMORY][0], 0, size, size, base)
     return entries.table()
+
+
+def _behind(table: Extents, state: State, memory: File) -> tuple[str, ...]:
+    """Returns a warning if a file with memory is longer than the regions of its state: it may be that of another."""
+    if memory is state.file:
+        return ()
+    stored = table.kind == Kind.DATA
+    end = int((table.offset + table.length)[stored].max(initial=0))
+    left = memory.size - end
+    return (f"not carried over: {left} bytes of {memory.name} behind the last region",) if left else ()
 
 
 def _region(state: State, name: bytes, number: int) -> int:
