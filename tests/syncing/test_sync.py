@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,7 +17,7 @@ import vmconv
 from support.disks import MIB, QemuImg, make_disk, process_io, qemu_io
 from support.mounts import Mounts
 from support.variants import QEMU_NAMES, Variant, has_identity, options, self_contained, title
-from vmconv.errors import AccessError, PlanError, UsageError, VerifyError, ZeroCopyError
+from vmconv.errors import AccessError, BackendError, PlanError, UsageError, VerifyError, ZeroCopyError
 
 KIB = 1 << 10
 VARIANTS = [variant for variant in self_contained() if "streamOptimized" not in variant[1]]
@@ -523,6 +524,59 @@ def test_nothing_is_recorded_unless_wanted(disk: Path) -> None:
     write(disk, 0, 4096)
     vmconv.sync(disk, target, record=False)
     assert os.listxattr(target) == []
+
+
+@pytest.mark.parametrize("way", ["replaced", "appended", "journalled", "up to date", "converted"])
+def test_a_sync_without_a_record_leaves_none(xfs_dir: Path, ext4_dir: Path, way: str) -> None:
+    disk = make_disk(xfs_dir / "disk.raw", 8 * MIB)
+    there = ext4_dir if way in ("appended", "journalled") else xfs_dir
+    target = there / f"target.{'vhdx' if way == 'journalled' else 'qcow2'}"
+    vmconv.sync(disk, target)
+    assert os.listxattr(target) == ["user.vmconv.sync"]
+    if way == "up to date":
+        os.utime(target, ns=(0, 0))
+    else:
+        write(disk, 0, 4096)
+    inode = target.stat().st_ino
+    if way == "converted":
+        vmconv.convert(disk, target, force=True)
+    else:
+        vmconv.sync(disk, target, record=False, force=way == "up to date")
+    assert (target.stat().st_ino == inode) == (way not in ("replaced", "converted"))
+    assert os.listxattr(target) == []
+    write(disk, 0, 4096, seed=2)
+    vmconv.sync(disk, target)
+    assert vmconv.compare(disk, target)
+
+
+@pytest.mark.parametrize("there", ["xfs", "ext4"])
+def test_a_record_that_cannot_be_written_is_not_left_stale(
+    xfs_dir: Path, ext4_dir: Path, there: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, target = make_disk(xfs_dir / "disk.raw", 8 * MIB), {"xfs": xfs_dir, "ext4": ext4_dir}[there] / "target.qcow2"
+    vmconv.sync(disk, target)
+    write(disk, 0, 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmconv.io.ownership.can_mark", lambda: False)
+        vmconv.sync(disk, target)
+        assert "no record of this sync can be kept" in caplog.text
+        assert os.listxattr(target) == []
+
+
+def test_a_failed_sync_without_a_record_leaves_the_old_one(
+    xfs_dir: Path, ext4_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, target = make_disk(xfs_dir / "disk.raw", 8 * MIB), ext4_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    before = os.getxattr(target, "user.vmconv.sync")
+    write(disk, 0, 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr("vmconv.inplace.stay.InPlaceTransaction.commit", Mock(side_effect=BackendError("no commit")))
+        with pytest.raises(BackendError, match="no commit"):
+            vmconv.sync(disk, target, record=False)
+    assert os.getxattr(target, "user.vmconv.sync") == before
+    vmconv.sync(disk, target)
+    assert vmconv.compare(disk, target)
 
 
 # -- refused

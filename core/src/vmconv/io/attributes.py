@@ -21,6 +21,8 @@ _DEFAULT_ACL = "system.posix_acl_default"
 _LABELS = ("security.selinux", "security.SMACK64")
 # Not copied: security.capability and security.ima depend on the content, trusted.* on overlayfs and clusters.
 _USER = "user."
+SYNC_RECORD = "user.vmconv.sync"
+"""The attribute with the record of a sync; it is of one file's content, and not carried to another."""
 
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL)
 _REFUSED = (*_UNSUPPORTED, errno.EPERM, errno.EACCES)
@@ -59,7 +61,7 @@ def carry(source: int, target: int, others: Iterable[int] = ()) -> tuple[str, ..
     listed = _carry_acl(source, target)
     if not listed:
         missing.append("access control list")
-    if not _carry_attributes(source, target, [name for name in _names(source) if name.startswith(_USER)]):
+    if not _carry_attributes(source, target, _user_names(source)):
         missing.append("extended attributes")
     _carry_flags(source, target)
     mode = stat.S_IMODE(status.st_mode) & 0o777
@@ -204,6 +206,10 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
         if exc.errno not in (*_ABSENT, errno.EPERM, errno.EACCES):
             raise
         return None
+
+
+def _user_names(descriptor: int) -> list[str]:
+    return [name for name in _names(descriptor) if name.startswith(_USER) and name != SYNC_RECORD]
 
 
 def _names(descriptor: int) -> list[str]:

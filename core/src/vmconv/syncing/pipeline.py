@@ -165,13 +165,21 @@ def _replace(
 ) -> None:
     """Makes the new target, and gives it the name of the old one."""
     registry = installed()
+    recorded = False
 
     def check(files: list[File]) -> None:
+        nonlocal recorded
         if mode:
             verify_result(ready.containers, files, registry, "metadata")
             if mode != "metadata":
                 verify_result(_against_source(ready), files, registry, mode, verifying)
-        _record(ready, files)
+        recorded = _record(ready, files)
+
+    def committed() -> None:
+        done()
+        # Not before the commit: until then the file may still become what it was.
+        if ready.place and not recorded:
+            records.remove(ready.place.descriptor)
 
     assert ready.begin
     carry_out(
@@ -182,7 +190,7 @@ def _replace(
         verify=check,
         progress=progress,
         created=None,
-        done=done,
+        done=committed,
     )
 
 
@@ -191,10 +199,13 @@ def _against_source(ready: Ready) -> list[Container]:
     return [made._replace(source=ready.image) for made in ready.containers]
 
 
-def _record(ready: Ready, files: list[File]) -> None:
-    """Writes the record of a target's files, its own the last; warns if that cannot be done."""
+def _record(ready: Ready, files: list[File]) -> bool:
+    """Writes the record of a target's files, its own the last, if wanted; False if there is none of this sync.
+
+    Warns if it cannot be written.
+    """
     if not ready.request.record:
-        return
+        return False
     # Else a write within the same tick of the clock would leave source and target as recorded.
     references.settle([*ready.files, *files])
     place = ready.place if ready.plan.plan else None
@@ -219,16 +230,19 @@ def _record(ready: Ready, files: list[File]) -> None:
         place.carrier.file.stamp = stamp_of(os.fstat(place.descriptor))
     if why:
         warn(f"{ready.request.target}: no record of this sync can be kept: {why}")
+    return why is None
 
 
 def _confirm(ready: Ready) -> None:
-    """Writes the record of a target that is up to date."""
+    """Writes the record of a target that is up to date, or removes one that is not wanted or does not fit."""
     for file in ready.files:
         if file.changed():
             raise AccessError(f"{file.name}: changed while it was being compared", hint="try again")
     if ready.old:
         own = ready.old.image.file
-        _record(ready, [*(file for file in ready.old.files if file is not own), own])
+        recorded = _record(ready, [*(file for file in ready.old.files if file is not own), own])
+        if not recorded and not (ready.record and ready.request.record):
+            records.remove(own.descriptor)
 
 
 def _result(ready: Ready, seconds: float) -> SyncResult:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import warn
 from vmconv.io import ownership
+from vmconv.io.attributes import SYNC_RECORD
 from vmconv.model.sources import Decoded, File
 from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.model.image import Image
 
-ATTRIBUTE = "user.vmconv.sync"
 _VERSION = b"1"
 _DIGEST = 16
 _MOST = 4096
@@ -89,7 +89,7 @@ def _digest(values: object) -> str:
 def read(file: File) -> tuple[Record, ...]:
     """Returns the records of a target, of which at most one is of its present state; none of other users' vmconv."""
     try:
-        value = os.getxattr(file.descriptor, ATTRIBUTE)
+        value = os.getxattr(file.descriptor, SYNC_RECORD)
     except OSError as exc:
         if exc.errno in _NO_RECORD:
             return ()
@@ -125,9 +125,16 @@ def write(descriptor: int, *records: Record) -> str | None:
     body = json.dumps(records).encode()
     mark = ownership.mark(None, blake2b(body, digest_size=ownership.SIZE).digest())
     try:
-        os.setxattr(descriptor, ATTRIBUTE, b" ".join([_VERSION, mark.hex().encode(), body]))
+        os.setxattr(descriptor, SYNC_RECORD, b" ".join([_VERSION, mark.hex().encode(), body]))
     except OSError as exc:
         if exc.errno not in _NO_ROOM:
             raise
         return f"the filesystem keeps no such attribute: {exc.strerror}"
     return None
+
+
+def remove(descriptor: int) -> None:
+    """Removes the records of a target."""
+    # One that stays is only refused by the next sync.
+    with suppress(OSError):
+        os.removexattr(descriptor, SYNC_RECORD)
