@@ -19,8 +19,12 @@ from support.requirements import missing, oracle_program
 
 PAYLOAD = 64 * MIB
 SIZE = 10 << 30
-METADATA = PAYLOAD // 8
-"""More than a repository has to read for the tables of the images, and much less than their payload."""
+METADATA = PAYLOAD // 2
+"""More than a repository has to read for the tables of the images, and less than their payload.
+
+Tables lie at up to four places. The programs read whole chunks, of at most 8 MiB; where they end depends on the content
+and on the repository.
+"""
 
 
 class Repository:
