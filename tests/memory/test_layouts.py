@@ -141,11 +141,15 @@ def test_memory_behind_the_last_region_is_named(tmp_path: Path, name: str) -> No
     put(tmp_path, "web.vmss", saved_state([(0, 0, 2), (0x100, 2, 3)])[0])
     said = f"not carried over: {PAGE + 7} bytes of web.vmem behind the last region"
     assert vmconv.info(str(tmp_path / name))["warnings"] == [said]
-    assert vmconv.check(str(tmp_path / name)).doubts == (said,)
+    report = vmconv.check(str(tmp_path / name))
+    assert report
+    assert report.doubts == (said,)
     assert said in vmconv.convert(str(tmp_path / name), str(tmp_path / "new.lime")).warnings
     put(tmp_path, "web.vmem", A + B)
     assert vmconv.info(str(tmp_path / name))["warnings"] == []
-    assert vmconv.check(str(tmp_path / name)).doubts == ()
+    report = vmconv.check(str(tmp_path / name))
+    assert report
+    assert report.doubts == ()
 
 
 def test_a_saved_state_without_regions_is_flat(tmp_path: Path) -> None:
