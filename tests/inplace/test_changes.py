@@ -315,13 +315,19 @@ def test_failed_storage_during_rollback_reports_where_the_disk_is(
     assert names(tmp_path) == ["disk", "gone"]
 
 
-def test_before_the_commit_an_error_is_not_one_after_it(tmp_path: Path, directory: Directory) -> None:
+def not_committed(directory: Directory) -> tuple[Change, Noting]:
+    """Returns a change whose commit has failed, and its calls, which fail from then on."""
     calls = Noting()
     one = begun(directory, calls)
     one.begin()
     calls.at = len(calls.log) + 2
     with pytest.raises(BackendError, match="cannot be committed"):
         one.complete()
+    return one, calls
+
+
+def test_before_the_commit_an_error_is_not_one_after_it(tmp_path: Path, directory: Directory) -> None:
+    one, calls = not_committed(directory)
     assert not one.committed
     calls.at = -1
     one.give_up()
@@ -329,12 +335,7 @@ def test_before_the_commit_an_error_is_not_one_after_it(tmp_path: Path, director
 
 
 def test_a_commit_that_may_have_reached_storage_is_withdrawn_first(tmp_path: Path, directory: Directory) -> None:
-    calls = Noting()
-    one = begun(directory, calls)
-    one.begin()
-    calls.at = len(calls.log) + 2
-    with pytest.raises(BackendError, match="cannot be committed"):
-        one.complete()
+    one, _calls = not_committed(directory)
     # The record is in the file, and the storage takes nothing: recovery has to decide, so nothing is rolled back.
     with pytest.raises(BackendError, match="cannot be rolled back"):
         one.give_up()

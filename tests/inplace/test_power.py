@@ -68,6 +68,23 @@ for _name in (*OTHERS, "write"):
     setattr(SnapshotCalls, _name, _after_a_snapshot(_name))
 
 
+def device(directory: Path, kind: str) -> SnapshotCalls:
+    """Returns calls that take snapshots of a new block device with an empty filesystem."""
+    image, snapshots = directory / "device.img", directory / "snapshots"
+    with image.open("wb") as file:
+        file.truncate(SPACE)
+    subprocess.run([*MAKE[kind], image], check=True)
+    snapshots.mkdir()
+    return SnapshotCalls(image, snapshots)
+
+
+def judge(found: list[str]) -> None:
+    """Checks that the old state was found at first, and the new one at last."""
+    assert found == sorted(found, reverse=True)
+    assert set(found) == {"before", "after"}
+    TRIED["power cuts on real filesystems"] += len(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.parametrize(
@@ -93,14 +110,8 @@ def test_a_power_cut_on_a_real_filesystem_is_rolled_back_or_completed(
         if kind == "btrfs":
             pytest.skip("Btrfs shifts nothing")
         monkeypatch.setattr(Share, "propose", lambda *_: Unsuitable("blocks cannot be shared"))
-    image = xfs_dir / "device.img"
-    with image.open("wb") as file:
-        file.truncate(SPACE)
-    subprocess.run([*MAKE[kind], image], check=True)
-    snapshots = xfs_dir / "snapshots"
-    snapshots.mkdir()
-    calls = SnapshotCalls(image, snapshots)
-    with mounted(image, kind, tmp_path / "mounted") as point:
+    calls = device(xfs_dir, kind)
+    with mounted(calls.image, kind, tmp_path / "mounted") as point:
         (point / "work").mkdir()
         disk = source.make(make_disk(tmp_path / "disk.raw", SIZE, pieces=3), point / "work")
         work = Work(disk.parent, disk.name, target.name, source, target, way)
@@ -110,9 +121,7 @@ def test_a_power_cut_on_a_real_filesystem_is_rolled_back_or_completed(
         after = contents(work.directory)
     calls.take()
     found = [outcome(path, kind, work.before, tmp_path, (before, after)) for path in calls.taken]
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {"before", "after"}
-    TRIED["power cuts on real filesystems"] += len(found)
+    judge(found)
 
 
 @pytest.mark.slow
@@ -121,14 +130,9 @@ def test_a_power_cut_during_a_sync_leaves_the_old_target_or_the_new(
     xfs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """In place: qcow2 by appending, raw through the journal."""
-    image, snapshots = xfs_dir / "device.img", xfs_dir / "snapshots"
-    with image.open("wb") as file:
-        file.truncate(SPACE)
-    subprocess.run([*MAKE["ext4"], image], check=True)
-    snapshots.mkdir()
-    calls = SnapshotCalls(image, snapshots)
+    calls = device(xfs_dir, "ext4")
     disk = make_disk(tmp_path / "disk.raw", SIZE, pieces=3)
-    with mounted(image, "ext4", tmp_path / "mounted") as point:
+    with mounted(calls.image, "ext4", tmp_path / "mounted") as point:
         (point / "work").mkdir()
         made = point / "work" / f"target.{target}"
         vmconv.sync(disk, made, target_format=target)
@@ -143,9 +147,7 @@ def test_a_power_cut_during_a_sync_leaves_the_old_target_or_the_new(
         after = contents(made.parent)
     calls.take()
     found = [outcome(path, "ext4", f"target.{target}", tmp_path, (before, after)) for path in calls.taken]
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {"before", "after"}
-    TRIED["power cuts on real filesystems"] += len(found)
+    judge(found)
 
 
 @pytest.mark.slow
@@ -154,12 +156,7 @@ def test_a_power_cut_during_an_exchange_leaves_the_old_target_or_the_new(
     xfs_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Where blocks are shared, a sync makes a new file: its name is that of the old one or the new one, whole."""
-    image, snapshots = xfs_dir / "device.img", xfs_dir / "snapshots"
-    with image.open("wb") as file:
-        file.truncate(SPACE)
-    subprocess.run([*MAKE[kind], image], check=True)
-    snapshots.mkdir()
-    taken = SnapshotCalls(image, snapshots)
+    taken = device(xfs_dir, kind)
 
     def hook(owner: Any, name: str) -> None:
         call = getattr(owner, name)
@@ -171,7 +168,7 @@ def test_a_power_cut_during_an_exchange_leaves_the_old_target_or_the_new(
         monkeypatch.setattr(owner, name, snapshot_first)
 
     disk = make_disk(tmp_path / "disk.raw", SIZE, pieces=3)
-    with mounted(image, kind, tmp_path / "mounted") as point:
+    with mounted(taken.image, kind, tmp_path / "mounted") as point:
         target = point / "target.qcow2"
         vmconv.sync(disk, target)
         subprocess.run(["sync", "-f", point], check=True)
@@ -190,9 +187,7 @@ def test_a_power_cut_during_an_exchange_leaves_the_old_target_or_the_new(
             content = (point / target.name).read_bytes()
         assert content in (before, after)
         found.append("before" if content == before else "after")
-    assert found == sorted(found, reverse=True)
-    assert set(found) == {"before", "after"}
-    TRIED["power cuts on real filesystems"] += len(found)
+    judge(found)
 
 
 def outcome(image: Path, kind: str, name: str, tmp_path: Path, wanted: tuple[Contents, Contents]) -> str:

@@ -46,7 +46,7 @@ def fate(machine: Machine, adapted: Adapted, target: MachineFormat) -> Fate:
 
 
 def _is_no_loss(path: str, before: Mapping[str, Any], carries: Collection[str]) -> bool:
-    """True if the field's mark in the model says that its loss is none, or is reported elsewhere."""
+    """Returns whether the model marks the field as one whose absence is no loss, or is reported with another field."""
     mark, beside = marks().get(plain(path)), path.rpartition(".")[0]
     if isinstance(mark, Unless):
         return f"{beside}.{mark.stated}" in before

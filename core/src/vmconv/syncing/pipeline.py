@@ -200,9 +200,9 @@ def _against_source(ready: Ready) -> list[Container]:
 
 
 def _record(ready: Ready, files: list[File]) -> bool:
-    """Writes the record of a target's files, its own the last, if wanted; False if there is none of this sync.
+    """Writes the record of a target's files, its own the last, and returns whether it was written.
 
-    Warns if it cannot be written.
+    Writes nothing if the request asks for no record. Warns if the record cannot be written.
     """
     if not ready.request.record:
         return False

@@ -149,7 +149,7 @@ class Limiter:
         return len(self._placed) + len(self._leaving)
 
     def add(self, connection: Connection) -> bool:
-        """Gives a connection a place, that of another one if necessary; returns False if there is none."""
+        """Gives a connection a place, if necessary that of another one. Returns False if all places are in use."""
         with self._lock:
             self.counters["accepted"] += 1
             if self._has_room(connection):
@@ -252,7 +252,7 @@ class LimitedSocket(socket.socket):
         return made
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Returns the next connection. Raises BlockingIOError if there is none, or it was refused."""
+        """Returns the next connection. Raises BlockingIOError if none waits, or if it was refused."""
         try:
             plain, peer = super().accept()
         except OSError as exc:
@@ -265,7 +265,7 @@ class LimitedSocket(socket.socket):
         connection = Connection(self.limiter, accepted, peer)
         if not self.limiter.add(connection):
             accepted.close()
-            # So that the server closes what was disconnected before it accepts more.
+            # The server closes disconnected sockets before it accepts again.
             raise BlockingIOError(errno.EAGAIN, "no place is free")
         accepted.connection = connection
         return accepted, peer

@@ -26,9 +26,9 @@ def _plain_name(name: str) -> str:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=255)]
-"""A name in a record, whoever wrote it."""
+"""A name in a record of any node; it may be a trap."""
 PlainName = Annotated[str, AfterValidator(_plain_name)]
-"""A name that somebody gives here."""
+"""A name in a request to this node; traps are refused."""
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
 FormatName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]

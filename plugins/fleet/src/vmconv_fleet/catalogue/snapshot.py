@@ -137,7 +137,7 @@ class Snapshot:
         return [one for one in nodes if one.state == "silent"]
 
     def find_node(self, named: str) -> str | None:
-        """Returns the id of the node with this name, id, or unique beginning of an id; None if there is none.
+        """Returns the id of the node with this name, id, or unique beginning of an id, or None.
 
         A retired node does not make a name ambiguous. Raises UsageError if others do.
         """

@@ -130,14 +130,20 @@ def invite_node(options: argparse.Namespace) -> int:
     return 0
 
 
-def renew_node(options: argparse.Namespace) -> int:
+def _reload(config: settings.NodeConfig) -> None:
+    """Makes the node read its keys and authority again, if it runs."""
     from vmconv_fleet.node.daemon import running
+
+    if (process := running(config)) is not None:
+        os.kill(process, signal.SIGHUP)
+
+
+def renew_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.trust import credentials
 
     config = settings.load(_directory(options))
     found = credentials.request_new(config, new_keys=options.new_keys)
-    if (process := running(config)) is not None:
-        os.kill(process, signal.SIGHUP)
+    _reload(config)
     print(f"node {config.node} has a certificate until {found.bound.not_after:%Y-%m-%d}")
     return 0
 
@@ -155,7 +161,6 @@ def revoke_node(options: argparse.Namespace) -> int:
 
 
 def authority_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.daemon import running
     from vmconv_fleet.trust.authority import Authority
     from vmconv_fleet.trust.identity import MAX_PEM, write_private
 
@@ -169,8 +174,7 @@ def authority_node(options: argparse.Namespace) -> int:
         return 0
     with os_errors("reading the authority's key", FleetError), open(options.file, "rb") as file:
         Authority.of_key(config.directory, file.read(MAX_PEM)).adopt()
-    if (process := running(config)) is not None:
-        os.kill(process, signal.SIGHUP)
+    _reload(config)
     print(f"node {config.node} holds the authority of fleet {config.fleet}")
     return 0
 

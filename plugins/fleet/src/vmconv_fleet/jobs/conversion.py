@@ -44,7 +44,7 @@ class Conversion(ABC):
     def run(self) -> None:
         """Converts the source, by its name in its directory, which becomes the working directory.
 
-        So no path is walked twice: whoever renames a directory of the datastore meanwhile changes nothing.
+        No path is walked twice, so a directory that is renamed meanwhile changes nothing.
         """
         directory, source = os.path.split(place_of(self._task.root, self._task.name, self._roots))
         held = hold(directory, self._roots)

@@ -99,6 +99,6 @@ class Dialler:
         return node in self._absent and node not in self._found
 
     def _meet(self, node: str) -> str | None:
-        """Returns the address where the member itself answers; None if there is none."""
+        """Returns an address at which the member itself answers, or None."""
         addresses: Sequence[str] = dialable(self._record(node).get("links"), here=self._here)
         return next((address for address in addresses if self._meets(address) == node), None)
