@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,18 +144,43 @@ def test_formats_lists_options(capsys: Capture) -> None:
     assert "cluster_size=65536" in output
 
 
-def test_demo_converts_there_and_back_and_proves_it(reflink_dir: Path, capsys: Capture) -> None:
+def demo_rows(output: str) -> dict[str, list[list[str]]]:
+    """Returns the rows of the demo's table by way: conversion, copied, written, seconds, same bytes, blocks."""
+    rows: dict[str, list[list[str]]] = {}
+    for cells in (re.split(r"  +", line.strip()) for line in output.splitlines() if "  " in line and " -> " in line):
+        rows.setdefault(cells[0], []).append(cells[1:])
+    return rows
+
+
+def test_demo_shares_and_proves_it(reflink_dir: Path, capsys: Capture) -> None:
     assert main(["demo", "--size", "16M", "--directory", str(reflink_dir)]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "->" in line]
+    rows = demo_rows(capsys.readouterr().out)["shared"]
     others = sorted(name for name, one in vmconv.installed().formats.items() if one.can_write and name != "raw")
-    assert [row[:3] for row in rows] == [pair for n in others for pair in (["raw", "->", n], [n, "->", "raw"])]
-    assert all("yes" in row and row[-3:] == ["all", "8", "MiB"] for row in rows)
+    assert [row[0] for row in rows] == [pair for name in others for pair in (f"raw -> {name}", f"{name} -> raw")]
+    assert all([row[1], row[4], row[5]] == ["0 B", "yes", "all 8 MiB"] for row in rows)
     assert list(reflink_dir.iterdir()) == []
 
 
-def test_demo_gives_the_reason_for_copies(ext4_dir: Path, capsys: Capture) -> None:
+def test_demo_shows_every_other_way_without_reflink(ext4_dir: Path, capsys: Capture) -> None:
     assert main(["demo", "--size", "8M", "--directory", str(ext4_dir)]) == 0
-    assert "Copied because ext4 at" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    rows = demo_rows(output)
+    assert {"in place", "undo", "reference", "view", "qemu-img"} <= set(rows)
+    assert "shared" not in rows
+    assert all(row[4] == "yes" for ways in rows.values() for row in ways)
+    assert ["qcow2 -> raw", "all 4 MiB"] in [[row[0], row[5]] for row in rows["undo"]]
+    assert ["raw -> qcow2", "64 KiB", "3.94 MiB of 4 MiB"] in [[row[0], row[1], row[5]] for row in rows["in place"]]
+    assert all(row[1] == "0 B" for way in ("reference", "view") for row in rows[way])
+    assert "mkfs.xfs" in output
+    assert list(ext4_dir.iterdir()) == []
+
+
+def test_demo_keeps_its_files(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["demo", "--size", "8M", "--directory", str(tmp_path), "--keep"]) == 0
+    kept = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("All files are kept in "))
+    assert kept.parent == tmp_path
+    assert (kept / "disk.raw").stat().st_size == 8 * MIB
+    assert main(["check", str(kept / "reference.vmdk")]) == 0
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -25,7 +25,7 @@ COMMANDS = (
     ("compare", "compare what a guest sees of two disks"),
     ("prove", "prove by physical addresses that two images share their payload"),
     ("machine", "convert whole machines: configuration, firmware and disks"),
-    ("demo", "convert a disk to every installed format and back, with the proof"),
+    ("demo", "convert a disk in every way that works here, with the proof"),
     ("completion", "print a completion script for a shell"),
 )
 """Name and help of each command. The module of this name is imported when the command is used."""

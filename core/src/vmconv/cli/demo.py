@@ -1,18 +1,29 @@
-"""`vmconv demo`: converts a real disk image to every format and back, in any directory."""
+"""`vmconv demo`: converts a real disk image in every way that a directory's filesystem allows."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from vmconv.cli.verbs import Verb
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmconv.cli.demonstration import Demonstration, Row
+
 _SMALLEST = 8 << 20
+_RECIPE = """\
+{type} cannot share blocks between files; XFS and Btrfs can. As root:
+  truncate -s 4G xfs.img && mkfs.xfs -q xfs.img && mkdir xfs && mount -o loop xfs.img xfs
+  vmconv demo --directory xfs
+  umount xfs && rm -r xfs xfs.img"""
 
 
 def _run(options: argparse.Namespace) -> int:
-    import tempfile
-
     from vmconv.errors import BackendError, UsageError
     from vmconv.model.options import parse_size
 
@@ -24,92 +35,73 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"--size: {exc}") from exc
     if size < _SMALLEST:
         raise UsageError(f"--size: {options.size} is less than {_SMALLEST >> 20}M, the smallest that shows anything")
-    with tempfile.TemporaryDirectory(prefix="vmconv-demo-", dir=options.directory) as directory:
+    with _workplace(options.directory, options.keep) as directory:
         return _demonstrate(directory, size)
 
 
-def _demonstrate(directory: str, size: int) -> int:
-    from vmconv.api import convert
-    from vmconv.cli.output import print_table, size_text
-    from vmconv.io.known import RAW_NAME
-    from vmconv.io.registry import installed
+@contextmanager
+def _workplace(parent: str, keep: bool) -> Iterator[Path]:
+    """Makes a directory that is removed at the end, or with `keep` is named and stays."""
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from vmconv.cli.output import say
+    from vmconv.errors import os_errors
+
+    with os_errors("no directory can be made there", where=parent):
+        directory = tempfile.mkdtemp(prefix="vmconv-demo-", dir=parent)
+    try:
+        yield Path(directory)
+    finally:
+        if keep:
+            say(f"All files are kept in {directory}")
+        else:
+            shutil.rmtree(directory)
+
+
+def _demonstrate(directory: Path, size: int) -> int:
+    from vmconv.cli.demonstration import Demonstration
+    from vmconv.cli.output import print_table, say, size_text
     from vmconv.system.linux import mount_of
 
-    mount = mount_of(directory)
-    print(
-        f"A disk of {size_text(size)} with {size_text(size // 2)} of random payload, on {mount.type} at {mount.point}"
-    )
-    source = os.path.join(directory, "disk.raw")
-    _make_disk(source, size)
-    registry = installed()
-    rows = [["CONVERSION", "SHARED", "COPIED", "WRITTEN", "SECONDS", "SAME BYTES", "SAME BLOCKS"]]
-    reasons: dict[str, None] = {}
-    failed = False
-    for name, one in sorted(registry.formats.items()):
-        if name == RAW_NAME or not (one.can_read and one.can_write):
-            continue
-        there = os.path.join(directory, f"there{one.suffixes[0]}")
-        back = os.path.join(directory, "back.raw")
-        for start, end, start_format, end_format in ((source, there, RAW_NAME, name), (there, back, name, RAW_NAME)):
-            result = convert(start, end, source_format=start_format, target_format=end_format, force=True)
-            identical, proof = _verdict(source, end, end_format)
-            failed |= not identical
-            reasons.update(dict.fromkeys(copy.reason for copy in result.copies))
-            totals = result.totals
-            sizes = [size_text(value) for value in (totals.shared, totals.copied, totals.written)]
-            same = "yes" if identical else "NO"
-            rows.append([f"{start_format} -> {end_format}", *sizes, f"{result.seconds:.3f}", same, proof])
-    print_table(rows)
-    for reason in reasons:
-        print(f"Copied because {reason}.")
-    if reasons:
-        print("On XFS or Btrfs nothing would have been copied: vmconv demo --directory DIR tries it there.")
-    return 1 if failed else 0
+    mount = mount_of(os.fspath(directory))
+    say(f"A disk of {size_text(size)} with {size_text(size // 2)} of random payload, on {mount.type} at {mount.point}")
+    demonstration = Demonstration(directory, size)
+    rows = list(demonstration.rows())
+    heading = ["WAY", "CONVERSION", "COPIED", "WRITTEN", "SECONDS", "SAME BYTES", "PAYLOAD IN ITS OLD BLOCKS"]
+    print_table([heading, *map(_cells, rows)])
+    for line in _remarks(demonstration):
+        say(line)
+    if not demonstration.shares:
+        print(_RECIPE.format(type=mount.type))
+    return 0 if all(row.same_bytes for row in rows) else 1
 
 
-def _verdict(source: str, target: str, target_format: str) -> tuple[bool, str]:
-    """Returns whether a guest sees the same bytes, and the shared bytes as text."""
-    from vmconv.cli.output import size_text
-    from vmconv.inspect.comparison import compare_images
-    from vmconv.inspect.proof import prove_images
-    from vmconv.io.known import RAW_NAME
-    from vmconv.io.opener import Opener
-    from vmconv.io.registry import installed
-
-    with Opener(installed()) as opener:
-        left, right = opener.image(source, RAW_NAME), opener.image(target, target_format)
-        proof = prove_images(left, right)
-        words = (
-            f"all {size_text(proof.shared)}"
-            if proof
-            else f"{size_text(proof.shared)} of {size_text(proof.shared + proof.apart + proof.unknown)}"
-        )
-        return bool(compare_images(left, right)), words
+def _cells(row: Row) -> list[str]:
+    same = "yes" if row.same_bytes else "NO"
+    return [row.way, row.conversion, row.copied, row.written, row.seconds, same, row.same_blocks]
 
 
-def _make_disk(path: str, size: int) -> None:
-    """Writes a sparse disk with payload in every second part, and a boot sector's signature."""
-    part = 4 << 20
-    with open(path, "wb") as file:
-        file.truncate(size)
-        for at in range(0, size, 2 * part):
-            file.seek(at)
-            file.write(os.urandom(min(part, size - at)))
-        file.seek(510)
-        file.write(b"\x55\xaa")
-        file.flush()
-        os.fsync(file.fileno())
+def _remarks(demonstration: Demonstration) -> Iterator[str]:
+    for reason in demonstration.copied_because:
+        yield f"Copied because {reason}."
+    for reason in demonstration.left_out:
+        yield f"Left out: {reason}"
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directory", default=".", metavar="DIR", help="where to make the disk (default: .)")
     parser.add_argument("--size", default="256M", metavar="SIZE", help="size of the disk (default: 256M)")
+    parser.add_argument("--keep", action="store_true", help="keep all files, and say where they are")
 
 
 VERB = Verb(
-    "Makes a real disk image in a temporary directory, converts it to every installed format and back, and shows\n"
-    "for each conversion what was shared, copied and written, how long it took, whether a guest sees the same\n"
-    "bytes, and how much of the payload lies in the very same blocks. Removes everything it made.",
+    "Makes a real disk image in a temporary directory and converts it in every way: in place and back, by\n"
+    "reference, as a view, and by sharing blocks where the filesystem can. Shows for each conversion what was\n"
+    "copied and written, how long it took, whether a guest sees the same bytes, and how much of the payload lies\n"
+    "in the very same blocks of storage. Does one conversion by qemu-img too, if it is installed.\n"
+    "Removes everything it made.",
     _configure,
     _run,
 )

@@ -112,7 +112,12 @@ def prove_images(left: Image, right: Image) -> Proof:
     size = max(left.size, right.size)
     places = PhysicalMap(encoded=True)
     a, b = (places.apply(image.flat.window(0, size).without_holes()) for image in (left, right))
+    return prove_tables(a, b)
+
+
+def prove_tables(left: Extents, right: Extents) -> Proof:
+    """Returns the proof for two tables of equal size that one `PhysicalMap(encoded=True)` was applied to."""
     found = {True: 0, False: 0, None: 0}
-    for row in Proof(0, 0, 0, a, b).rows():
+    for row in Proof(0, 0, 0, left, right).rows():
         found[row.same] += row.length
-    return Proof(found[True], found[False], found[None], a, b)
+    return Proof(found[True], found[False], found[None], left, right)
