@@ -162,6 +162,42 @@ def test_the_pair_is_found_in_capitals(tmp_path: Path) -> None:
     assert memory(put(tmp_path, "WEB.VMSS", saved_state([])[0])) == [(0, A)]
 
 
+@pytest.mark.parametrize("other", ["web.vmsn", "web.VMSS"])
+def test_a_memory_with_two_states_is_refused_unless_one_is_named(tmp_path: Path, other: str) -> None:
+    path = put(tmp_path, "web.vmem", A + B)
+    first = put(tmp_path, "web.vmss", saved_state([(0, 0, 2), (0x100, 2, 3)])[0])
+    second = put(tmp_path, other, saved_state([(0, 3, 2), (0x100, 0, 3)])[0])
+    for verb in (vmconv.info, lambda source: vmconv.convert(source, str(tmp_path / "new.lime"))):
+        with pytest.raises(AccessError, match=rf"^web.vmem: both web.vmss and {other} may be its state") as caught:
+            verb(str(path))
+        assert "name the right one as the source" in (caught.value.hint or "")
+    assert memory(first) == TWO
+    assert memory(second) == [(0, (A + B)[3 * PAGE :]), (0x100000, (A + B)[: 3 * PAGE])]
+
+
+def test_one_state_with_two_names_is_not_ambiguous(tmp_path: Path) -> None:
+    path = put(tmp_path, "web.vmem", A)
+    put(tmp_path, "web.vmss", saved_state([])[0])
+    (tmp_path / "web.vmsn").symlink_to("web.vmss")
+    assert memory(path) == [(0, A)]
+
+
+def test_a_state_with_two_memories_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, "web.vmss", saved_state([])[0])
+    put(tmp_path, "web.vmem", A)
+    put(tmp_path, "web.VMEM", B)
+    with pytest.raises(AccessError, match=r"^web.vmss: both web.vmem and web.VMEM may be its memory"):
+        memory(path)
+
+
+def test_a_memory_beside_a_state_with_its_own_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, "web.vmem", B)
+    state = put(tmp_path, "web.vmss", saved_state([(0, 0, 2)], A)[0])
+    with pytest.raises(ImageError, match=r"^web.vmem: is not the memory of web.vmss, which has its own inside"):
+        memory(path)
+    assert memory(state) == [(0, A)]
+
+
 def test_a_vmem_alone_is_read_up_to_where_a_gap_must_be(tmp_path: Path) -> None:
     path = put(tmp_path, "web.vmem", A)
     assert memory(path) == [(0, A)]

@@ -383,6 +383,17 @@ def test_wrong_evidence_is_refused(disk: Path, other_dir: Path) -> None:
         vmconv.sync(disk, target, since=first)
 
 
+def test_the_same_sync_again_finds_nothing_to_do(disk: Path, other_dir: Path) -> None:
+    first, target = snapshot(disk, "first.raw"), other_dir / "target.qcow2"
+    vmconv.sync(first, target)
+    write(disk, 5 * MIB, 64 * KIB)
+    assert vmconv.sync(disk, target, since=first).changed == 64 * KIB
+    first.unlink()
+    again = vmconv.sync(disk, target, since=first)
+    assert (again.backend, again.compared) == ("none", 0)
+    assert again.evidence == "the record of the last sync: the source is unchanged"
+
+
 def test_zero_copy_can_be_required(ext4_dir: Path, other_dir: Path) -> None:
     disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.qcow2"
     vmconv.sync(disk, target)
@@ -461,6 +472,14 @@ def test_a_bitmap_of_another_disk_is_refused(recorded: tuple[Path, Path]) -> Non
     qemu_io(target, "write -P 3 10M 64k")
     with pytest.raises(PlanError, match="has no record"):
         vmconv.sync(source, target, bitmap="b0", force=True)
+
+
+def test_the_same_sync_by_bitmap_again_finds_nothing_to_do(recorded: tuple[Path, Path]) -> None:
+    source, target = recorded
+    qemu_io(source, "write -P 7 1M 64k")
+    assert vmconv.sync(source, target, bitmap="b0").changed == 64 * KIB
+    again = vmconv.sync(source, target, bitmap="b0")
+    assert (again.backend, again.changed) == ("none", 0)
 
 
 def test_a_bitmap_is_the_only_evidence(recorded: tuple[Path, Path]) -> None:

@@ -138,6 +138,17 @@ def test_of_several_manifests_that_of_the_descriptor_counts(tmp_path: Path) -> N
     assert found.name == "other.mf"
 
 
+def test_a_manifest_in_capitals_counts_and_two_are_refused(tmp_path: Path) -> None:
+    wrong = f"SHA256(web.ovf)= {SHA['sha256']}\nSHA256(disk1.vmdk)= {'0' * 64}\n".encode()
+    path = write(tmp_path, {"web.MF": wrong})
+    found = manifest(path)
+    assert found
+    assert found.name == "web.MF"
+    (tmp_path / "web.mf").write_bytes(wrong)
+    with pytest.raises(AccessError, match=r"^web.ovf: both web.mf and web.MF may be its manifest"):
+        manifest(path)
+
+
 @MADE
 def test_missing_files_and_disks_without_digest_are_found(make: object, tmp_path: Path) -> None:
     line = f"SHA1(gone.iso)= {'0' * 40}".encode()

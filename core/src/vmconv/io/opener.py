@@ -191,19 +191,23 @@ class Opener:
     def companion(self, origin: File, suffixes: Sequence[str], role: str) -> tuple[str, File] | None:
         """Returns name and file of the part of an image that has its name and another suffix; None without one.
 
-        The first of `suffixes`, lower case with the dot, that exists counts; upper case is found too.
+        `suffixes` are lower case, with the dot; upper case is found too. Raises `AccessError` if several files fit.
         """
-        own, name = os.path.split(origin.path)
-        stem = os.path.splitext(name)[0]
-        for suffix in suffixes:
-            for spelled in (suffix, suffix.upper()):
-                with self._acting():
-                    there = os.path.lexists(os.path.join(own, stem + spelled))
-                if there:
-                    # A colon could be taken for that of a protocol.
-                    name = stem + spelled
-                    return name, self.related(origin, f"./{name}" if ":" in name else name, role)
-        return None
+        folder, own = os.path.split(origin.path)
+        stem = os.path.splitext(own)[0]
+        names = [stem + spelled for suffix in suffixes for spelled in (suffix, suffix.upper())]
+        with self._acting():
+            found = [name for name in names if os.path.lexists(os.path.join(folder, name))]
+            others = [name for name in found if not _same(os.path.join(folder, name), os.path.join(folder, found[0]))]
+        if others:
+            raise AccessError(
+                f"{origin.name}: both {found[0]} and {others[0]} may be its {role}",
+                hint=f"name the right one as the source instead of {origin.name}, or move the other one away",
+            )
+        if not found:
+            return None
+        # A colon could be taken for that of a protocol.
+        return found[0], self.related(origin, f"./{found[0]}" if ":" in found[0] else found[0], role)
 
     def _located(self, origin: File, reference: str, role: str, *, moved: bool) -> str:
         """Returns the path of a reference: as QEMU resolves it, or its base name beside the image."""

@@ -280,21 +280,17 @@ class Planning:
 
     def _learned(self, record: Record | None) -> Changes | None:
         """Returns the changes since the last sync without reading payload; None if nothing tells them."""
+        if record and self.state == record.source:
+            return changing.nothing("the record of the last sync: the source is unchanged")
         if self.request.since is not None:
             return self._since(self.request.since, record)
         if self.request.bitmap is not None:
             return self._marked(self.request.bitmap, record)
-        if record is None:
-            return None
         layers = list(self.image.chain())
-        for number, layer in enumerate(layers):
-            snapshot = self.request.snapshot if layer is self.image else None
-            if records.state_of_source(layer, snapshot) != record.source:
-                continue
-            if layer is self.image:
-                return changing.nothing("the record of the last sync: the source is unchanged")
-            above = ", ".join(one.file.name for one in layers[:number])
-            return changing.by_layers(self.image, layer, f"layers made since the last sync: {above}")
+        for number, layer in enumerate(layers[1:] if record else (), 1):
+            if record and records.state_of_source(layer, None) == record.source:
+                above = ", ".join(one.file.name for one in layers[:number])
+                return changing.by_layers(self.image, layer, f"layers made since the last sync: {above}")
         return None
 
     def _since(self, path: str, record: Record | None) -> Changes:
@@ -302,14 +298,14 @@ class Planning:
         if record is None:
             raise PlanError(
                 f"{self.request.target}: has no record of a sync with {path}",
-                hint="omit --since: both disks are read once, and later syncs have a record",
+                hint="omit --since: vmconv reads both disks once, and later syncs have a record",
             )
         with self.asked.opener(self.registry) as opener:
             base = opener.image(path, self.request.source_format)
             if records.state_of_source(base, None) != record.source:
                 raise AccessError(
                     f"{path}: is not the disk that {self.request.target} was last synced with, or was modified since",
-                    hint="omit --since: both disks are read",
+                    hint="omit --since: vmconv reads both disks if nothing else tells what changed",
                 )
             found = changing.by_address(
                 self.image.flat, base.flat, f"physical addresses: {path} has the disk of the last sync"
@@ -320,7 +316,7 @@ class Planning:
 
     def _marked(self, bitmap: str, record: Record | None) -> Changes:
         """Returns the ranges that a bitmap of the source has as written since the last sync."""
-        hint = "omit --bitmap: both disks are read"
+        hint = "omit --bitmap: vmconv reads both disks if nothing else tells what changed"
         if record is None:
             raise PlanError(f"{self.request.target}: has no record of a sync, so no bitmap counts from it", hint=hint)
         name = self.image.file.name

@@ -100,6 +100,11 @@ def read(file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         if found is None:
             return _alone(file)
         state, memory, other = read_state(found[1]), file, found[0]
+        if state.inside:
+            raise ImageError(
+                f"{file.name}: is not the memory of {other}, which has its own inside",
+                hint=f"name {other} as the source, or read this file as raw memory (-f ram)",
+            )
     else:
         state = read_state(file)
         memory, other = _memory_of(state, opener)

@@ -29,23 +29,14 @@ _DIGITS = {"1": 40, "256": 64, "512": 128}
 
 def beside(file: File, opener: Opener) -> Manifest | None:
     """Returns the manifest beside a descriptor, which has its name; None if there is none."""
-    stem, own = posixpath.splitext(posixpath.basename(file.path))[0], posixpath.basename(file.path)
-    found = _if_there(file, f"{stem}.mf", opener)
+    found = opener.companion(file, (".mf",), "manifest")
     if found is None:
         return None
-    certificate = _if_there(file, f"{stem}.cert", opener)
-    digests = _checked(file.name, own, config_bytes(file), _parsed(found.name, config_bytes(found)))
-    return Manifest(found.name, digests, certificate.name if certificate else None)
-
-
-def _if_there(file: File, name: str, opener: Opener) -> File | None:
-    try:
-        # With its directory, a name with a colon is not taken for a protocol.
-        return opener.related(file, f"./{name}", "manifest")
-    except AccessError as exc:
-        if isinstance(exc.__cause__, FileNotFoundError):
-            return None
-        raise
+    name, manifest = found
+    certificate = opener.companion(file, (".cert",), "certificate")
+    own = posixpath.basename(file.path)
+    digests = _checked(file.name, own, config_bytes(file), _parsed(name, config_bytes(manifest)))
+    return Manifest(name, digests, certificate[0] if certificate else None)
 
 
 def inside(package: str, members: Sequence[Member], descriptor: str, content: bytes) -> Manifest | None:
