@@ -183,6 +183,30 @@ def test_demo_keeps_its_files(tmp_path: Path, capsys: Capture) -> None:
     assert main(["check", str(kept / "reference.vmdk")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("convet a.raw b.qcow2", "convert"),
+        ("convert --in-plce a.raw b.qcow2", "--in-place"),
+        ("convert --zero-copy=requier a.raw b.qcow2", "require"),
+        ("convert -O qcwo2 a.raw b", "qcow2"),
+        ("convert -o clustersize=64k a.raw b.qcow2", "cluster_size"),
+        ("machine cnovert a.vmx b.xml", "convert"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, arguments: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_disk(tmp_path / "a.raw", MIB)
+    with pytest.raises(SystemExit) as stopped:
+        sys.exit(main(arguments.split()))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"did you mean {meant}?" in said
+    assert len(said.splitlines()) == 2
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_knows_the_commands(capsys: Capture, shell: str) -> None:
     assert main(["completion", shell]) == 0
@@ -289,7 +313,7 @@ def test_a_postponed_module_is_imported_when_it_is_used() -> None:
 def test_the_program_ends_with_the_exit_code_of_the_command(arguments: list[str], code: int) -> None:
     done = subprocess.run([sys.executable, "-m", "vmconv", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stdout if code == 0 else done.stderr.startswith(("usage: vmconv", "vmconv: no-such-file"))
+    assert done.stdout if code == 0 else done.stderr.startswith(("vmconv: argument COMMAND", "vmconv: no-such-file"))
 
 
 def test_the_output_pipe_may_close(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ A message is one phrase with the file, the field, its offset and its value. The 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -22,6 +22,15 @@ def in_words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {in_words(field)}" for key, field in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns "did you mean NAME? " for the name that resembles `word` most; empty without one."""
+    # Imported late: only wrong words need it.
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, known, n=1)
+    return f"did you mean {found[0]}? " if found else ""
 
 
 class VmconvError(Exception):

@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vmconv.errors import did_you_mean
 
 if TYPE_CHECKING:
     from vmconv.interface.arguments import ImagePair, Reading
@@ -17,6 +19,28 @@ class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=min(_columns(), 100))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and that of each command, whose errors suggest the word that was meant."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        options, rest = super().parse_known_args(args, namespace)
+        if rest:
+            meant = did_you_mean(rest[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{f'; {meant.strip()}' if meant else ''}")
+        return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n  hint: {self.prog} --help lists the arguments\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            meant = did_you_mean(str(value), map(str, action.choices))
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {meant}choose from {choices}")
 
 
 def _columns() -> int:

@@ -13,10 +13,10 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
     With `wanted`, the first word of a command line, only that command has its arguments: those of all commands take
     as long as a conversion's metadata.
     """
-    from vmconv.cli.options import formatter
+    from vmconv.cli.options import Parser, formatter
     from vmconv.io.registry import installed
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vmconv",
         description="Converts virtual machine disks between formats without copying their payload.",
         epilog="vmconv COMMAND --help says more about a command; vmconv formats lists what is installed.",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import pluggy
 
-from vmconv.errors import ImageError, PluginError, ReadError, UsageError
+from vmconv.errors import ImageError, PluginError, ReadError, UsageError, did_you_mean
 from vmconv.interface import hooks
 from vmconv.interface.backend import Backend
 from vmconv.interface.command import Command
@@ -128,7 +128,8 @@ class Registry:
         if self.memory_formats:
             have += f"; of memory: {', '.join(sorted(self.memory_formats))}"
         about = f"{known.title}: no plugin is known to read it; " if known else ""
-        return about + ((known and known.hint) or f"installed formats: {have}")
+        meant = did_you_mean(name, self.all_formats)
+        return about + ((known and known.hint) or f"{meant}installed formats: {have}")
 
     def _broken(self, name: str) -> str | None:
         """Returns the problem of the plugin that should have registered this name."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from vmconv.errors import PluginError, UsageError
+from vmconv.errors import PluginError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
@@ -122,7 +122,8 @@ def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) 
     known = [field.name for field in dataclasses.fields(model)]
     for name in given:
         if name not in known:
-            hint = f"its options are {', '.join(known)}" if known else "it has no options"
+            have = f"its options are {', '.join(known)}" if known else "it has no options"
+            hint = did_you_mean(name, known) + have
             raise UsageError(f"{format_name} has no option {name!r}", hint=hint)
     hints = get_type_hints(model, include_extras=True)
     for name, value in given.items():
