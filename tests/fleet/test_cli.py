@@ -242,6 +242,15 @@ def test_token(run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "must be more than 0" in run("token", "create", "x", "--days", "0", code=2)
 
 
+def test_a_token_for_some_datastores(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    text = run("token", "create", "eve", "--role", "operator", "--datastore", "n02:ds").strip()
+    (tmp_path / "token").write_text(text)
+    there = ["--node", fleet.api.url, "--ca", fleet.api.ca, "--token-file", str(tmp_path / "token")]
+    assert "operator of n02:ds" in run("token", "list")
+    run("scan", "n02", "--datastore", "ds", *there)
+    assert "scan needs the role operator, eve has viewer" in run("scan", "n02", *there, code=1)
+
+
 def test_watch(run: Run, fleet: Fleet) -> None:
     command = [sys.executable, "-u", "-m", "vmconv", "fleet", "watch", "--kinds", "vm"]
     heard = threading.Event()

@@ -22,7 +22,7 @@ from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, 
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record, seal
 from vmconv_fleet.replication.requests import Outcome
-from vmconv_fleet.trust.roles import role_of
+from vmconv_fleet.trust.roles import rights_of
 
 
 def _signed(signer: PlainSigner, record: Record, **changes: Any) -> bytes:
@@ -518,7 +518,7 @@ def test_requests_and_tokens_of_a_cloned_node_are_refused() -> None:
     assert far.body(copy, "token", "0123456789ab") is not None
     for machine in (other, far):
         with pytest.raises(AccessError, match="two machines write"):
-            role_of(by, machine.replica.store, 0)
+            rights_of(by, machine.replica.store, 0)
 
 
 def test_a_node_restored_without_neighbours_is_no_clone() -> None:

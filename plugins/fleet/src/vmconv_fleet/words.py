@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmconv.plugin import printable, size_text
@@ -34,6 +34,16 @@ def time_text(milliseconds: int | None) -> str:
 def cell(text: object) -> str:
     """Returns a cell of a table, escaped: untrusted names could control the terminal."""
     return printable(str(text)) if text not in (None, "") else "-"
+
+
+def role_text(granted: Mapping[str, Any], name: Callable[[str], str]) -> str:
+    """Returns the role that a record grants, with the datastores where it is higher; `name` is that of a node."""
+    by_role: dict[str, list[str]] = {}
+    for reference, role in sorted((granted.get("datastores") or {}).items()):
+        node, _, datastore = reference.partition("/")
+        by_role.setdefault(role, []).append(f"{name(node)}:{datastore}")
+    higher = [f"{role} of {', '.join(places)}" for role, places in by_role.items()]
+    return "; ".join(higher if higher and granted["role"] == "viewer" else [granted["role"], *higher])
 
 
 def trap_in(name: str) -> str | None:

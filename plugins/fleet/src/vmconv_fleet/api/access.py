@@ -11,9 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.fields import Role
-from vmconv_fleet.catalogue.kinds import Principal, TokenBody
+from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.trust import tokens
-from vmconv_fleet.trust.roles import allows, role_of_token
+from vmconv_fleet.trust.rights import Rights, allows
+from vmconv_fleet.trust.roles import rights_of_token, token_in
 
 _LOCAL = "vmconv.local"
 CALLER = "vmconv.caller"
@@ -30,12 +31,21 @@ class Caller(NamedTuple):
     """An authenticated caller. `by` is the caller in requests."""
 
     by: Principal
-    role: Role
+    rights: Rights
     is_local: bool = False
+
+    @property
+    def role(self) -> Role:
+        return self.rights.role
 
     def must_be(self, role: Role) -> None:
         """Raises AccessError unless the caller has at least this role."""
         if not allows(self.role, role):
+            raise AccessError(f"this needs the role {role}, {self.by.user} has {self.role}")
+
+    def must_be_somewhere(self, role: Role) -> None:
+        """Raises AccessError unless the caller has this role everywhere or in some datastore."""
+        if not self.rights.reach(role):
             raise AccessError(f"this needs the role {role}, {self.by.user} has {self.role}")
 
 
@@ -53,7 +63,7 @@ def caller_of(request: Request, state: State) -> Caller:
     """Returns the caller. Raises UnknownCallerError."""
     if request.scope.get(_LOCAL):
         name = _USER.sub("", request.headers.get("x-vmconv-user", ""))[:64].lstrip("-.")
-        return Caller(Principal(node=state.node, user=name or "local administrator"), "admin", is_local=True)
+        return Caller(Principal(node=state.node, user=name or "local administrator"), Rights("admin"), is_local=True)
     scheme, _, text = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return of_token(text.strip(), state)
@@ -67,14 +77,14 @@ def of_token(text: str, state: State) -> Caller:
     record = view.get(reference[0], "token", reference[1]) if reference else None
     if reference is None or record is None:
         raise UnknownCallerError("this token is not known here")
-    token = TokenBody.model_validate(record.body)
-    if not tokens.fits(text, token.hash):
-        raise UnknownCallerError("this token is not known here")
     try:
-        role = role_of_token(record, token, view, state.now_ms())
+        token = token_in(record)
+        if not tokens.fits(text, token.hash):
+            raise UnknownCallerError("this token is not known here")
+        rights = rights_of_token(record, view, state.now_ms())
     except AccessError as exc:
         raise UnknownCallerError(str(exc)) from exc
-    return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), role)
+    return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), rights)
 
 
 def _caller(request: Request, state: StateOf) -> Caller:

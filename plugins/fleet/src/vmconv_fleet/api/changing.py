@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -77,8 +78,11 @@ class GiveWish(_Wish):
 
 
 class TokenWish(_Wish):
+    """`datastores`, each `[NODE:]NAME`: the token has the role in these alone, and is a viewer elsewhere."""
+
     label: PlainName
     role: Role
+    datastores: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
     ttl_s: Annotated[float, Field(gt=0, le=10 * 365 * 86400)] | None = None
 
 
@@ -154,7 +158,7 @@ async def convert_machine(
 
 @router.post("/conversions", summary="Convert all selected disks")
 async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
-    caller.must_be("operator")
+    caller.must_be_somewhere("operator")
     page = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select), limit=MAX_SELECTED))
     if page.next:
         raise UsageError(f"{page.total} disks are selected, {MAX_SELECTED} at most")
@@ -221,7 +225,7 @@ async def set_policy(node: str, wish: PolicySet, state: StateOf, caller: Known, 
 @router.post("/tokens", summary="Create a token; only this answer shows it")
 async def create_token(wish: TokenWish, state: StateOf, caller: Known) -> TokenMade:
     new = tokens.make(state.node)
-    arguments: dict[str, Any] = {"id": new.id, "hash": new.hash, "label": wish.label, "role": wish.role}
+    arguments = {"id": new.id, "hash": new.hash, "label": wish.label, **granted(state, wish.role, wish.datastores)}
     if wish.ttl_s is not None:
         arguments["expires_ms"] = state.now_ms() + int(wish.ttl_s * 1000)
     answer = await ask(state, caller, state.node, "token-create", arguments)
@@ -269,6 +273,25 @@ def link(wish: LinkWish, state: StateOf, caller: Known) -> dict[str, bool]:
     else:
         state.link.disconnect()
     return {"connected": not state.link.is_disconnected}
+
+
+def granted(state: State, role: Role, datastores: Sequence[str] | None) -> dict[str, Any]:
+    """Returns the fields of a record that grants a role: everywhere, or in some datastores.
+
+    A node of a version without roles by datastore sees a viewer.
+    """
+    if datastores is None:
+        return {"role": role}
+    if role == "viewer":
+        raise UsageError("a viewer sees all datastores", hint="name datastores for operators and administrators")
+    return {"role": "viewer", "datastores": dict.fromkeys((_datastore(state, one) for one in datastores), role)}
+
+
+def _datastore(state: State, named: str) -> str:
+    """Returns a datastore, given as `[NODE:]NAME`, as `NODE/NAME` with the node's id."""
+    node, _, name = named.rpartition(":")
+    owner = _node(state, node) if node else state.node
+    return f"{owner}/{record_of(state, owner, 'datastore', name).id}"
 
 
 def _authority(state: State, named: str | None) -> str:

@@ -34,6 +34,8 @@ NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
 FormatName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 FileName = Annotated[str, AfterValidator(_file_name)]
 DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DatastoreReference = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""A datastore of any node: NODE/NAME, with the node's id."""
 Option = Annotated[str, Field(max_length=255)]
 Naming = Annotated[
     str, Field(pattern=r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$", min_length=1, max_length=200)

@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
-from vmconv_fleet.catalogue.fields import Bytes, Count, Identifier, Milliseconds, Name, NodeId, Role
+from vmconv_fleet.catalogue.fields import (
+    Bytes,
+    Count,
+    DatastoreName,
+    DatastoreReference,
+    Identifier,
+    Milliseconds,
+    Name,
+    NodeId,
+    Role,
+)
 
 SCHEMA = 4
 
@@ -235,7 +245,8 @@ class JobBody(ConversionSpec, MachineSpec, Body):
 
     `disk` or `vm`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
     state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
-    is the name of the target; for a machine the directory and the name of the new configuration.
+    is the name of the target; for a machine the directory and the name of the new configuration. `within` are the
+    datastores whose files it may open, those of its caller; None: all.
     """
 
     state: JobState = "queued"
@@ -250,6 +261,7 @@ class JobBody(ConversionSpec, MachineSpec, Body):
     ended_ms: Milliseconds | None = None
     attempts: Count = 0
     cancel: bool = False
+    within: list[DatastoreName] | None = None
     recovered: bool = False
     plan: JobPlan | None = None
     progress: Progress | None = None
@@ -269,11 +281,17 @@ class PolicyBody(ConversionPolicy, Body):
     """The policy of a node, id `conversion`."""
 
 
-class TokenSpec(BaseModel):
+class Granted(BaseModel):
+    """A role on all nodes, and higher roles in some datastores."""
+
+    role: Role
+    datastores: Annotated[dict[DatastoreReference, Role], Field(max_length=256)] = {}
+
+
+class TokenSpec(Granted):
     """A person's token, without the token itself: `hash` is its SHA-256."""
 
     label: Name
-    role: Role
     hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     expires_ms: Milliseconds | None = None
 

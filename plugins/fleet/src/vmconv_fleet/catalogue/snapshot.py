@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from vmconv.plugin import UsageError
-from vmconv_fleet.catalogue.kinds import KINDS, Body, HeartbeatBody, NodeBody
+from vmconv_fleet.catalogue.kinds import KINDS, Body, Granted, HeartbeatBody, NodeBody
 from vmconv_fleet.catalogue.paging import Page, page_of, place_of
 from vmconv_fleet.catalogue.selection import Owner, Selection, condition
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
@@ -20,7 +20,8 @@ from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.replication.store import Listed, ReplicaView
-from vmconv_fleet.words import trap_in
+from vmconv_fleet.trust.rights import Rights
+from vmconv_fleet.words import role_text, trap_in
 
 NodeState = Literal["here", "up", "silent", "retired", "cloned"]
 
@@ -234,6 +235,9 @@ class Snapshot:
 
     def since(self, moment_ms: int) -> int:
         return max(0, self.now_ms - moment_ms)
+
+    def describe_role(self, granted: Granted | Rights) -> str:
+        return role_text({"role": granted.role, "datastores": granted.datastores}, self.name)
 
     def describe_by(self, by: Mapping[str, Any] | None) -> str:
         """Returns the caller of a request as text."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 from vmconv.plugin import UsageError, print_json, print_table
 from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
-from vmconv_fleet.words import cell, time_text
+from vmconv_fleet.words import cell, role_text, time_text
 
 
 def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
@@ -100,7 +101,7 @@ def _wished(options: argparse.Namespace) -> dict[str, Any]:
 def token(options: argparse.Namespace) -> int:
     with connected(options) as client:
         if options.action == "list":
-            return _list_tokens(options, client.everything("/api/v1/tokens"))
+            return _list_tokens(options, client.everything("/api/v1/tokens"), _names(client))
         if options.action == "create":
             return _create_token(options, client)
         found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
@@ -111,6 +112,8 @@ def token(options: argparse.Namespace) -> int:
 
 def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     wish = {"label": options.label, "role": options.role}
+    if options.datastores:
+        wish["datastores"] = options.datastores
     if options.days is not None:
         if options.days <= 0:
             raise UsageError(f"--days {options.days:g}: must be more than 0")
@@ -123,7 +126,12 @@ def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     return 0
 
 
-def _list_tokens(options: argparse.Namespace, items: list[dict[str, Any]]) -> int:
+def _names(client: NodeClient) -> dict[str, str]:
+    """Returns the names of nodes by their ids."""
+    return {one["node"]: one["name"] for one in client.everything("/api/v1/nodes")}
+
+
+def _list_tokens(options: argparse.Namespace, items: list[dict[str, Any]], names: Mapping[str, str]) -> int:
     if options.output == "json":
         print_json(items, indent=4)
         return 0
@@ -134,7 +142,8 @@ def _list_tokens(options: argparse.Namespace, items: list[dict[str, Any]]) -> in
         if body.get("revoked"):
             until = "revoked"
         made = time_text(body.get("created_ms"))
-        rows.append([cell(text) for text in (one["id"], body["label"], body["role"], made, until, one["node"])])
+        role = role_text(body, lambda node: names.get(node, node))
+        rows.append([cell(text) for text in (one["id"], body["label"], role, made, until, one["node"])])
     print_table(rows)
     return 0
 

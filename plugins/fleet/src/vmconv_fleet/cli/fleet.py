@@ -230,6 +230,13 @@ def _token(parser: argparse.ArgumentParser) -> None:
     create = actions.add_parser("create", help="create a token; it is shown once", formatter_class=formatter)
     create.add_argument("label", metavar="LABEL", help="name of its holder")
     create.add_argument("--role", choices=("viewer", "operator", "admin"), default="viewer", help="(default: viewer)")
+    create.add_argument(
+        "--datastore",
+        dest="datastores",
+        action="append",
+        metavar="[NODE:]NAME",
+        help="the role applies to this datastore alone, and its holder is a viewer elsewhere; may be repeated",
+    )
     create.add_argument("--days", type=float, metavar="N", help="days until it expires (default: until it is revoked)")
     _asking(create)
     revoke = actions.add_parser("revoke", help="revoke a token", formatter_class=formatter)

@@ -15,7 +15,6 @@ from vmconv_fleet.api.state import State, state_of
 from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console.rendering import render
-from vmconv_fleet.trust.roles import allows
 
 PAGE = 50
 MAX_FORM = 64 << 10
@@ -43,7 +42,7 @@ class Visit(NamedTuple):
             "is_disconnected": bool(self.state.link and self.state.link.is_disconnected),
             "serving": self.state.service.serving,
             "caller": self.caller,
-            "may_change": allows(self.caller.role, "operator"),
+            "may_change": self.caller.rights.reach("operator"),
             "form_key": self.form_key,
             "path": self.request.url.path,
             "said": self.request.query_params.get("said", "")[:300],

@@ -15,7 +15,7 @@ from vmconv_fleet.jobs.policy import POLICY, policy_of
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
-from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed
+from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed, rights_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -152,7 +152,10 @@ def _queued(
             _refuse_of_another(context, name)
     if context.count("job", OPEN) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs that have not ended")
-    body = JobBody(state="queued", created_ms=context.now, by=Principal.model_validate(request.by), **fields)
+    by = Principal.model_validate(request.by)
+    # Disks name others as their parents, also those in datastores that are not the caller's.
+    within = rights_of(by, context, context.now).only_in(context.node, VERBS[request.verb])
+    body = JobBody(state="queued", created_ms=context.now, by=by, within=within, **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
 
 

@@ -9,7 +9,7 @@ from vmconv_fleet.replication.retention import DAY_MS, Ended, Keep
 
 if TYPE_CHECKING:
     from vmconv_fleet.catalogue.kinds import PolicyBody
-    from vmconv_fleet.trust.roles import Records
+    from vmconv_fleet.trust.rights import Records
 
 POLICY = "conversion"
 """The id of the record."""

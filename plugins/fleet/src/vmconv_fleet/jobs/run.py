@@ -154,11 +154,12 @@ class Run:
                 raise Refusal(f"datastore {name} no longer exists")
             if name is not None:
                 _refuse_of_another(roots[name], node)
+        usable = roots if job.within is None else {name: roots[name] for name in job.within if name in roots}
         return Task(
             job=self._job,
             root=roots[source.body["datastore"]],
             name=source.body["file" if job.vm else "name"],
-            roots=list(roots.values()),
+            roots=list(usable.values()),
             format=job.format,
             options=job.options,
             target=job.target,

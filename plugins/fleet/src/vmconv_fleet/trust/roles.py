@@ -1,4 +1,4 @@
-"""Authorisation: three roles, each with the rights of the one before it, and the role that each verb needs.
+"""Authorisation: the role that each verb needs, of the node or of the datastores that it concerns.
 
 The same function checks it twice: on the caller's node, for an early refusal, and on the owner of the records, against
 its own replica of the token, because the owner does not trust the caller's node.
@@ -6,17 +6,16 @@ its own replica of the token, because the owner does not trust the caller's node
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import AccessError
+from vmconv_fleet.trust.rights import Records, Rights, allows, datastores_of, rights_in
 
 if TYPE_CHECKING:
     from vmconv_fleet.catalogue.fields import Role
     from vmconv_fleet.catalogue.kinds import Principal, TokenBody
     from vmconv_fleet.replication.records import Record
-
-ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
 
 VERBS: Mapping[str, Role] = {
     "convert": "operator",
@@ -50,34 +49,20 @@ _GOVERNING_RULE = "administrators_of"
 """The rule of a policy that says whose administrators are accepted; changing it is a governing act too."""
 
 
-class Records(Protocol):
-    """Looks up live records, None if there is none; and the nodes whose keys two machines use."""
-
-    def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
-
-    def cloned(self) -> frozenset[str]: ...
-
-
-def allows(role: Role, needed: Role) -> bool:
-    return ORDER.index(role) >= ORDER.index(needed)
-
-
-def role_of(by: Principal, records: Records, now_ms: int) -> Role:
-    """Returns the role of the caller. Raises AccessError if the token is not valid."""
-    from vmconv_fleet.catalogue.kinds import TokenBody
-
+def rights_of(by: Principal, records: Records, now_ms: int) -> Rights:
+    """Returns the rights of the caller. Raises AccessError if the token is not valid."""
     if by.token is None:
-        return "admin"
+        return Rights("admin")
     owner, _, identifier = by.token.partition("/")
     record = records.get(owner, "token", identifier)
     if record is None:
         raise AccessError(f"token {identifier} is unknown here")
-    return role_of_token(record, TokenBody.model_validate(record.body), records, now_ms)
+    return rights_of_token(record, records, now_ms)
 
 
-def role_of_token(record: Record, token: TokenBody, records: Records, now_ms: int) -> Role:
-    """Returns the role of a token. Raises AccessError if it was revoked, has expired, or its issuer is cloned."""
-    identifier = record.id
+def rights_of_token(record: Record, records: Records, now_ms: int) -> Rights:
+    """Returns the rights of a token. Raises AccessError if it was revoked, has expired, or its issuer is cloned."""
+    token, identifier = token_in(record), record.id
     if record.owner in records.cloned():
         # It may be revoked in the other history.
         raise AccessError(f"two machines write with the keys of the node that issued token {identifier}")
@@ -85,7 +70,19 @@ def role_of_token(record: Record, token: TokenBody, records: Records, now_ms: in
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:
         raise AccessError(f"token {identifier} has expired")
-    return token.role
+    return rights_in(token)
+
+
+def token_in(record: Record) -> TokenBody:
+    """Returns a token's record as its model. Raises AccessError if its owner has written anything else."""
+    from pydantic import ValidationError
+
+    from vmconv_fleet.catalogue.kinds import TokenBody
+
+    try:
+        return TokenBody.model_validate(record.body)
+    except ValidationError as exc:
+        raise AccessError(f"the record of token {record.id} is not valid") from exc
 
 
 def refuse_unless_allowed(
@@ -96,11 +93,19 @@ def refuse_unless_allowed(
     if needed is None:
         raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
     _refuse_strangers(verb, target, by, records, governs=verb in GOVERNING or _GOVERNING_RULE in arguments)
-    role = role_of(by, records, now_ms)
-    if not allows(role, needed):
-        raise AccessError(f"{verb} needs the role {needed}, {by.user or by.token} has {role}")
+    rights = rights_of(by, records, now_ms)
+    places = datastores_of(verb, target, arguments, records)
+    if not allows(rights.role, needed) and not (places and all(rights.allow(needed, target, one) for one in places)):
+        raise AccessError(
+            f"{_act(verb, places, rights)} needs the role {needed}, {by.user or by.token} has {rights.role}"
+        )
     if verb in LOCAL_ONLY and not (by.token is None and by.node == target):
         raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
+
+
+def _act(verb: str, places: Sequence[str], rights: Rights) -> str:
+    """Returns the act in words, with the datastores if the caller's rights depend on them."""
+    return f"{verb} in {' and '.join(dict.fromkeys(places))}" if places and rights.datastores else verb
 
 
 def _refuse_strangers(verb: str, target: str, by: Principal, records: Records, *, governs: bool) -> None:

@@ -1,0 +1,91 @@
+"""The rights of a caller: a role on all nodes, and higher roles in some datastores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from vmconv_fleet.catalogue.fields import Role
+    from vmconv_fleet.catalogue.kinds import Granted
+    from vmconv_fleet.replication.records import Record
+
+ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
+
+
+class Records(Protocol):
+    """Looks up live records, None if there is none; and the nodes whose keys two machines use."""
+
+    def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
+
+    def cloned(self) -> frozenset[str]: ...
+
+
+def allows(role: Role, needed: Role) -> bool:
+    return ORDER.index(role) >= ORDER.index(needed)
+
+
+class Rights(NamedTuple):
+    """A role for everything, and roles by datastore; a datastore is `NODE/NAME` with the node's id."""
+
+    role: Role
+    datastores: Mapping[str, Role] = {}
+
+    def allow(self, needed: Role, node: str, datastore: str) -> bool:
+        """Returns whether the caller has this role in a datastore."""
+        return allows(self.role, needed) or allows(self.datastores.get(f"{node}/{datastore}", "viewer"), needed)
+
+    def reach(self, needed: Role) -> bool:
+        """Returns whether the caller has this role everywhere or in some datastore."""
+        return any(allows(one, needed) for one in (self.role, *self.datastores.values()))
+
+    def only_in(self, node: str, needed: Role) -> list[str] | None:
+        """Returns the names of the node's datastores where the caller has this role; None if it is not restricted."""
+        if allows(self.role, needed):
+            return None
+        return sorted(
+            reference.partition("/")[2]
+            for reference, role in self.datastores.items()
+            if reference.partition("/")[0] == node and allows(role, needed)
+        )
+
+
+def rights_in(granted: Granted) -> Rights:
+    """Returns the rights that a record grants."""
+    return Rights(granted.role, granted.datastores)
+
+
+def datastores_of(verb: str, node: str, arguments: Mapping[str, Any], records: Records) -> list[str]:
+    """Returns the names of the node's datastores that an act concerns; none if it concerns the whole node.
+
+    The arguments may be anything: they are not checked yet.
+    """
+    if verb in _NAMING:
+        return _names(arguments, _NAMING[verb])
+    kind, argument = _CONCERNING.get(verb, ("", ""))
+    identifier = arguments.get(argument)
+    record = records.get(node, kind, identifier) if isinstance(identifier, str) else None
+    if record is None:
+        return []
+    return [
+        *_names(record.body, "datastore"),
+        *_names(record.body, "target_datastore"),
+        *_names(arguments, "target_datastore"),
+    ]
+
+
+_NAMING = {
+    "scan": "datastore",
+    "datastore-remove": "name",
+    "datastore-give": "name",
+    "datastore-take": "name",
+}
+"""Verbs about one datastore, and the argument with its name."""
+
+_CONCERNING = {"convert": ("disk", "disk"), "convert-machine": ("vm", "vm"), "cancel": ("job", "job")}
+"""Verbs about a record in a datastore: its kind, and the argument with its id."""
+
+
+def _names(fields: Mapping[str, Any], field: str) -> list[str]:
+    value = fields.get(field)
+    return [] if value is None else [str(value)]
