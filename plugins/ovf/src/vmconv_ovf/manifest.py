@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.machine import MAX_CONFIG, config_bytes, quoted
-from vmconv.plugin import AccessError, Digest, ImageError, Manifest
+from vmconv.plugin import Digest, ImageError, Manifest
 
 if TYPE_CHECKING:
     from vmconv.plugin import File, Member, Opener
