@@ -7,7 +7,7 @@ snapshot states that age.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
@@ -20,8 +20,10 @@ from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.replication.store import Listed, ReplicaView
-from vmconv_fleet.trust.rights import Rights
 from vmconv_fleet.words import role_text, trap_in
+
+if TYPE_CHECKING:
+    from vmconv_fleet.trust.rights import Rights
 
 NodeState = Literal["here", "up", "silent", "retired", "cloned"]
 
