@@ -15,9 +15,10 @@ import vmconv
 from fleet.in_memory import Node, nodes
 from support import domains, parallels_images
 from support.disks import MIB, QemuImg, make_disk
-from vmconv_fleet.catalogue import inspection, kinds, machines
+from vmconv_fleet.catalogue import inspection, kinds, machines, scanning
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.catalogue.scanning import Scanner
+from vmconv_fleet.replication.clock import OFFSET_FILE, wall_ms
 from vmconv_fleet.replication.records import Change, Record
 
 
@@ -243,9 +244,8 @@ def test_only_requested_scans_run(node: Node, datastore: Path) -> None:
     try:
         first = node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
         make_disk(datastore / "new.raw", MIB)
-        asked = first.body["scanned_ms"] + 1
-        node.write(Change("datastore", "ds", {**first.body, "scan_asked_ms": asked}))
-        done = node.body_when(node.id, "datastore", "ds", lambda one: one.body["scanned_ms"] >= asked)
+        node.write(Change("datastore", "ds", {**first.body, "scan_asked_ms": 7}))
+        done = node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scan_answered_ms") == 7)
         assert done.body["disks"] == 1
         assert disks(node).keys() == {"new.raw"}
     finally:
@@ -471,3 +471,38 @@ def test_slow_images_use_up_their_own_time_only(datastore: Path, monkeypatch: py
     assert "other slow images have used up the time" in str(problems["39-slow.raw"])
     # All of them together: the time for slow ones, and the least for each.
     assert now < inspection.SECONDS_FOR_ALL + 80 * inspection.SECONDS_AT_LEAST
+
+
+@pytest.mark.parametrize("jump", [-1, 1], ids=["back", "ahead"])
+def test_scans_run_after_a_clock_has_jumped(
+    node: Node, datastore: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: int
+) -> None:
+    """The time of a scan says nothing about the requests that follow: the clock may have been wrong then."""
+    year_ms = 365 * 86_400_000
+    offset = tmp_path / "offset"
+    offset.write_text(str(jump * year_ms))
+    monkeypatch.setenv(OFFSET_FILE, str(offset))
+    scanner = Scanner(node.service, {"ds": str(datastore)})
+    scanner.start()
+    try:
+        now = wall_ms()
+        first = node.body_when(node.id, "datastore", "ds", lambda one: one.body.get("scanned_ms", 0) > 0)
+        assert abs(first.body["scanned_ms"] - now) > year_ms // 2
+        offset.write_text("0")
+        for number in range(2):
+            make_disk(datastore / f"{number}.raw", MIB)
+            known = node.service.view().get(node.id, "datastore", "ds")
+            assert known is not None
+            node.write(Change("datastore", "ds", {**known.body, "scan_asked_ms": now + number}))
+            node.body_when(node.id, "datastore", "ds", lambda one, count=number + 1: one.body["disks"] == count)
+    finally:
+        scanner.stop()
+    done = node.service.view().get(node.id, "datastore", "ds")
+    assert done is not None
+    assert done.body["scan_answered_ms"] == done.body["scan_asked_ms"]
+
+
+def test_an_old_scan_does_not_end_what_was_asked_for_since() -> None:
+    before = {"path": "/a", "scan_asked_ms": 7, "take": True}
+    assert scanning._datastore(before, {"scan_answered_ms": 6})["take"]
+    assert "take" not in scanning._datastore(before, {"scan_answered_ms": 7})

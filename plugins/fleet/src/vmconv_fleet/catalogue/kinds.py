@@ -110,7 +110,8 @@ class BackendCapability(Body):
 
 
 class DatastoreBody(Body):
-    """A directory whose disks its node lists and converts. A scan is due if `scan_asked_ms` > `scanned_ms`.
+    """A directory whose disks its node lists and converts. A scan is due unless `scan_answered_ms` is
+    `scan_asked_ms`; the clock may have jumped between the two.
 
     `storage` is the same for all nodes that see this directory, and `owner` lists and converts its disks; `owners` are
     all so far. The next scan gives the storage to `give_to`, or takes it from a retired owner.
@@ -123,7 +124,8 @@ class DatastoreBody(Body):
     free: Bytes = 0
     disks: Count = 0
     scanned_ms: Milliseconds = 0
-    scan_asked_ms: Milliseconds = 0
+    scan_asked_ms: Milliseconds | None = None
+    scan_answered_ms: Milliseconds | None = None
     problem: str | None = None
     storage: str | None = None
     owner: NodeId | None = None

@@ -125,13 +125,8 @@ class Scanner:
         body = {**(before.body if before else {}), "seeded": seeded | new}
         return [Change("capabilities", "installed", body), *changes]
 
-    def _due(self) -> dict[str, str]:
-        """Returns the datastores with a request for a scan after their last one."""
-        return {
-            one.id: one.body["path"]
-            for one in self._service.view().find("datastore", self._service.node)
-            if _is_due(one.body) or self._is_given(one)
-        }
+    def _is_wanted(self, datastore: Record) -> bool:
+        return _is_due(datastore.body) or self._is_given(datastore)
 
     def _is_given(self, datastore: Record) -> bool:
         """Returns whether another node says that this node owns a storage that it still holds to be another's."""
@@ -143,7 +138,10 @@ class Scanner:
 
     def _scan(self, *, everything: bool) -> None:
         node, view = self._service.node, self._service.view()
-        wanted = {one.id: one.body["path"] for one in view.find("datastore", node)} if everything else self._due()
+        stores = [one for one in view.find("datastore", node) if everything or self._is_wanted(one)]
+        wanted = {one.id: one.body["path"] for one in stores}
+        # What is asked for later is not answered by this scan.
+        asked = {one.id: one.body["scan_asked_ms"] for one in stores if "scan_asked_ms" in one.body}
         if self._ending.is_set():
             return
         began = wall_ms()
@@ -157,6 +155,8 @@ class Scanner:
             return
         for name in wanted.keys() - complete:
             found["datastore", name] = {"problem": "the scan did not end", "scanned_ms": began}
+        for name in asked:
+            found["datastore", name]["scan_answered_ms"] = asked[name]
         self._write(found, complete)
         _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
 
@@ -283,13 +283,13 @@ class Scanner:
 
 
 def _is_due(datastore: Mapping[str, Any]) -> bool:
-    """Returns whether a scan was asked for after the last one began."""
-    return bool(datastore.get("scan_asked_ms", 0) >= datastore.get("scanned_ms", 0))
+    """Returns whether a scan was asked for after the last one began, by whatever clock."""
+    return bool(datastore.get("scan_asked_ms") != datastore.get("scan_answered_ms"))
 
 
 def _datastore(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a datastore's body after a scan. Newer requests stay, and so do records that could not be read."""
     # What was asked for after the scan began is done by the next one.
-    done = () if before.get("scan_asked_ms", 0) >= found.get("scanned_ms", 0) else _ACTS
+    done = _ACTS if before.get("scan_asked_ms") == found.get("scan_answered_ms") else ()
     kept = {key: value for key, value in before.items() if key != "problem" and key not in done}
     return {**kept, **found, "path": before["path"]}

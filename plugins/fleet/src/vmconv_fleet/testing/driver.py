@@ -19,8 +19,9 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 from vmconv_fleet import config as settings
@@ -29,7 +30,7 @@ from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.node.daemon import Daemon, run
 from vmconv_fleet.node.logs import configure
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
+from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
 
 BY = {"user": "driver"}
 
@@ -214,12 +215,13 @@ class Driver:
         return {}
 
 
-def main() -> int:
+def main(kind: type[Driver] = Driver, verbs: Mapping[str, Handler] = MappingProxyType({})) -> int:
+    """Runs the node of a directory with commands of a kind, and with more verbs."""
     config = settings.load(sys.argv[1])
     configure(sys.stderr)
 
     def obey(daemon: Daemon) -> None:
-        driver = Driver(daemon)
+        driver = kind(daemon)
         _say({"ready": True})
         for line in sys.stdin:
             try:
@@ -230,7 +232,7 @@ def main() -> int:
     def ready(daemon: Daemon) -> None:
         threading.Thread(target=obey, args=(daemon,), daemon=True).start()
 
-    return run(config, ready, handlers={**make_handlers(config.directory), "note": _note})
+    return run(config, ready, handlers={**make_handlers(config.directory), "note": _note, **verbs})
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ class Network:
             self._make(self._hub)
             self._part(0)
             for number in range(size):
-                self._plug(number)
+                self._add(number)
         except BaseException:
             self.close()
             raise
@@ -66,6 +66,10 @@ class Network:
             self._part(part)
             for number in members:
                 _ip("-n", self._hub, "link", "set", f"c{number}", "master", f"part{part}")
+
+    def plug(self, number: int, *, connected: bool) -> None:
+        """Plugs the cable of this machine in or out, at its other end."""
+        _ip("-n", self._hub, "link", "set", f"c{number}", "up" if connected else "down")
 
     def move(self, number: int, address: str) -> None:
         """Gives this machine another address instead of its present one."""
@@ -92,7 +96,7 @@ class Network:
             _ip("-n", self._hub, "link", "set", f"part{number}", "up")
             self._parts.add(number)
 
-    def _plug(self, number: int) -> None:
+    def _add(self, number: int) -> None:
         name = f"{self._stem}n{number}"
         self._make(name)
         _ip("-n", self._hub, "link", "add", "name", f"c{number}", "type", "veth", "peer", "name", "eth0", "netns", name)

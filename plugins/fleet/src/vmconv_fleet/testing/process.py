@@ -20,16 +20,24 @@ PATIENCE = 600.0
 """Seconds that a test waits for an event that comes within seconds on an idle machine."""
 
 
+DRIVER = ("-m", "vmconv_fleet.testing.driver")
+
+
 class Driven:
-    """A running node. `prefix` goes before the command, to run it in a namespace."""
+    """A running node. `prefix` goes before the command, to run it in a namespace; `program` is what Python runs."""
 
     def __init__(
-        self, config: NodeConfig, *, prefix: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        config: NodeConfig,
+        *,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = DRIVER,
     ) -> None:
         self.config = config
         self.clock = config.path("clock-offset")
         environment = {**os.environ, OFFSET_FILE: self.clock, **(environment or {})}
-        command = [*prefix, sys.executable, "-m", "vmconv_fleet.testing.driver", config.directory]
+        command = [*prefix, sys.executable, *program, config.directory]
         self._log = open(config.path("log"), "ab")  # noqa: SIM115 - closed by `end`
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment
