@@ -17,8 +17,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -64,11 +65,15 @@ class Fleet:
         self.nodes = [self._run(number) for number in range(self.size)]
         stack.callback(self._end)
         for number, node in enumerate(self.nodes):
-            wait_until(lambda node=node: node.ask("state")["serving"], SETTLED_S, "it serves")
-            policy = {"keep_records": kept}
-            done = node.ask("request", target=self.ids[number], verb="policy-set", arguments=policy)
-            assert done["ok"], done
-            node.ask("load", every=self._every, targets=self.ids)
+            wait_until(partial(self._keeps, number, kept), SETTLED_S, "it serves")
+            node.ask("load", every=every, targets=self.ids)
+
+    def _keeps(self, number: int, kept: int) -> bool:
+        """Limits the ended records that a node keeps; returns False if it does not serve yet."""
+        with contextlib.suppress(AssertionError):
+            target, rule = self.ids[number], {"keep_records": kept}
+            return bool(self.nodes[number].ask("request", target=target, verb="policy-set", arguments=rule)["ok"])
+        return False
 
     def _equipped(self, config: NodeConfig, directory: str, stack: ExitStack) -> NodeConfig:
         """Returns the settings with a datastore; the node's directory becomes a filesystem."""
@@ -353,15 +358,9 @@ def growth(samples: list[Sample], values: str) -> list[float]:
     return found
 
 
-@contextmanager
-def _workplace(directory: str | None) -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="vmconv-soak-", dir=directory) as work:
-        yield work
-
-
 def main() -> int:
     options = _options()
-    with _workplace(options.directory) as work, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="vmconv-soak-", dir=options.directory) as work, ExitStack() as stack:
         network = Network(options.nodes)
         stack.callback(network.close)
         fleet = Fleet(work, network, stack, every=options.every, kept=options.kept)

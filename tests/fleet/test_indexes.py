@@ -32,20 +32,23 @@ class Written:
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.store = Store(self.connection, NODES[0], indexes=INDEXES)
 
-    def write(self, owner: str, *rows: tuple[str, str, Mapping[str, Any] | None]) -> list[Record]:
+    def write(
+        self, owner: str, *rows: tuple[str, str, Mapping[str, Any] | None], clock: int | None = None
+    ) -> list[Record]:
         """Writes records of one owner: kind, id and body; None deletes."""
-        records = self.made(owner, *rows)
+        records = self.made(owner, *rows, clock=clock)
         with self.store.group():
             self.store.extend(owner, records)
         return records
 
-    def made(self, owner: str, *rows: tuple[str, str, Mapping[str, Any] | None]) -> list[Record]:
+    def made(
+        self, owner: str, *rows: tuple[str, str, Mapping[str, Any] | None], clock: int | None = None
+    ) -> list[Record]:
         signer, seq = PlainSigner(owner), self.store.position(owner).seq
         found = []
         for number, (kind, id, body) in enumerate(rows, seq + 1):
-            draft = Record(
-                owner, kind, id, 1, number, 1, number << 16, body is None, 0, signer.key_id, 0, body or {}, b""
-            )
+            at = number << 16 if clock is None else clock
+            draft = Record(owner, kind, id, 1, number, 1, at, body is None, 0, signer.key_id, 0, body or {}, b"")
             found.append(decode(seal(signer.sign(encode(draft)), encode(draft))))
         return found
 
@@ -277,3 +280,24 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="version 3") as raised:
         Store.open(str(path), NODES[0], indexes=INDEXES)
     assert "downgrade" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("fill", [False, True], ids=["as they come", "rebuilt"])
+def test_a_clock_that_was_wrong_leaves_nothing_at_the_top_of_the_history(fill: bool) -> None:
+    written = Written()
+    for owner, number, clock in [
+        (NODES[0], 1, 100),
+        (NODES[1], 1, 110),
+        (NODES[0], 2, 1 << 50),
+        (NODES[0], 3, (1 << 50) + 1),
+        (NODES[1], 2, 130),
+        (NODES[0], 4, 140),
+        (NODES[1], 3, 150),
+    ]:
+        written.write(owner, ("transaction", f"{number:012}", {"requester": "r", "request": "q"}), clock=clock)
+    if fill:
+        written.store._indexes.clear(1)
+        written.store._indexes.fill(1)
+    found = written.store.listed("transaction", order=("clock",), descending=True)
+    order = [(NODES.index(record.owner), int(record.id)) for record, _ in found]
+    assert order == [(1, 3), (0, 4), (0, 3), (0, 2), (1, 2), (1, 1), (0, 1)]

@@ -155,8 +155,8 @@ class Scanner:
             return
         for name in wanted.keys() - complete:
             found["datastore", name] = {"problem": "the scan did not end", "scanned_ms": began}
-        for name in asked:
-            found["datastore", name]["scan_answered_ms"] = asked[name]
+        for name, at in asked.items():
+            found["datastore", name]["scan_answered_ms"] = at
         self._write(found, complete)
         _log.info("scanned", extra={"fields": {"datastores": sorted(complete), "records": len(found)}})
 

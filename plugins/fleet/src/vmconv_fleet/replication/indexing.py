@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from vmconv_fleet.replication.clock import MAX_CLOCK
 from vmconv_fleet.replication.records import Record, restore
 
 _BATCH = 256
@@ -46,7 +47,8 @@ class Index(NamedTuple):
 
     `row` returns the values of `columns`. It raises InvalidColumnError for a body that is in no list, and nothing else
     for any body. `by` are the lists of columns that SQLite indexes. A new meaning of a column needs a new `revision`.
-    All indexes also have the columns owner (a number), id, and clock.
+    All indexes also have the columns owner (a number), id, and clock: that of the record, or of an earlier record that
+    its owner wrote later.
     """
 
     kind: str
@@ -84,9 +86,9 @@ def _transaction(body: Body) -> Row:
 
 
 REQUESTS = (
-    Index("request", {"target": "TEXT"}, _request, by=("clock, owner, id", "target, owner, id")),
-    Index("response", {"requester": "TEXT", "request": "TEXT"}, _response, by=("owner, clock, id",)),
-    Index("transaction", {"requester": "TEXT", "request": "TEXT"}, _transaction, by=("clock, owner, id",)),
+    Index("request", {"target": "TEXT"}, _request, by=("clock, owner, id", "target, owner, id"), revision=2),
+    Index("response", {"requester": "TEXT", "request": "TEXT"}, _response, by=("owner, clock, id",), revision=2),
+    Index("transaction", {"requester": "TEXT", "request": "TEXT"}, _transaction, by=("clock, owner, id",), revision=2),
 )
 """The indexes of the replica's own kinds."""
 
@@ -150,7 +152,7 @@ class Indexes:
     def fill(self, number: int) -> None:
         """Indexes all stored records of an owner."""
         for kind in self._indexes:
-            query = "SELECT wire FROM records WHERE kind = ? AND owner = ? AND NOT deleted"
+            query = "SELECT wire FROM records WHERE kind = ? AND owner = ? AND NOT deleted ORDER BY seq"
             self.put(number, (restore(wire) for (wire,) in self._connection.execute(query, (kind, number))))
 
     def put(self, number: int, records: Iterable[Record]) -> None:
@@ -163,13 +165,28 @@ class Indexes:
 
     def _put_kind(self, number: int, index: Index, records: Mapping[str, Record]) -> None:
         rows = {id: _row(index, one) for id, one in records.items()}
-        found = [(number, id, records[id].clock, *row) for id, row in rows.items() if row is not None]
+        clocks = self._in_order(number, index, list(records.values()))
+        found = [(number, id, clocks[id], *row) for id, row in rows.items() if row is not None]
         if found:
             marks = ", ".join("?" * len(found[0]))
             self._connection.executemany(f"INSERT OR REPLACE INTO {index.table} VALUES ({marks})", found)
         gone = [(number, id) for id, row in rows.items() if row is None]
         if gone:
             self._connection.executemany(f"DELETE FROM {index.table} WHERE owner = ? AND id = ?", gone)
+
+    def _in_order(self, number: int, index: Index, records: Sequence[Record]) -> dict[str, int]:
+        """Returns the clocks of new records by id, and makes none of an owner later than what it wrote afterwards.
+
+        A clock that was wrong for a while would put what was written then before all else, for as long as it is kept.
+        """
+        clocks: dict[str, int] = {}
+        latest = MAX_CLOCK
+        for one in sorted(records, key=lambda one: one.seq, reverse=True):
+            clocks[one.id] = latest = min(latest, one.clock)
+        if any("clock" in columns.split(", ") for columns in index.by):
+            query = f"UPDATE {index.table} SET clock = ? WHERE owner = ? AND clock > ?"
+            self._connection.execute(query, (latest, number, latest))
+        return clocks
 
     def clear(self, number: int) -> None:
         """Removes all rows of an owner."""
