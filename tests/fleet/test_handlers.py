@@ -276,6 +276,24 @@ def test_only_a_node_with_the_authority_revokes(replica: Replica, tmp_path: Path
             replica.ask(verb, node=HERE)
 
 
+def test_a_key_is_revoked_of_its_node_alone(replica: Replica, tmp_path: Path) -> None:
+    from vmconv_fleet.trust.authority import Authority
+
+    Authority.found(str(tmp_path), "test")
+    for node, key in ((HERE, "k"), (HERE, "k2"), (OTHER, "k3")):
+        replica.add(node, "certificate", key, {"pem": "", "node": node})
+    replica.add(HERE, "heartbeat", HERE, {})
+
+    def revoke(node: str, key: str) -> Any:
+        asked = IncomingRequest("r1", HERE, "revoke", {"node": node, "key_id": key}, {"node": HERE}, 0, False)
+        return make_handlers(str(tmp_path))["revoke"](replica, asked).changes[0]
+
+    for node, key, said in ((HERE, "k", "signs with key k"), (HERE, "k3", "has no key"), (OTHER, "k2", "has no key")):
+        with pytest.raises(VmconvError, match=said):
+            revoke(node, key)
+    assert (revoke(HERE, "k2").id, revoke(OTHER, "k3").body["key_id"]) == ("k2", "k3")
+
+
 def test_the_authority_retires_a_node(replica: Replica, tmp_path: Path) -> None:
     from vmconv_fleet.trust.authority import Authority
 

@@ -182,6 +182,25 @@ def test_revoking_an_unknown_node_is_refused_by_name(founder: Machine) -> None:
     assert error.splitlines()[0] == f"vmconv: no node '{'f' * 32}'"
 
 
+@pytest.mark.slow
+def test_one_key_of_a_node_is_revoked(founder: Machine) -> None:
+    (old,) = json.loads(founder.node("keys", "--output", "json"))
+    assert (old["name"], old["state"]) == ("first", "in use")
+    assert f"this node signs with key {old['key']}" in founder.node("revoke", "first", "--key", old["key"], code=1)
+    assert "has no key nosuch" in founder.node("revoke", "first", "--key", "nosuch", code=1)
+    founder.node("renew", "--new-keys")
+
+    def states() -> dict[str, str]:
+        return {one["key"]: one["state"] for one in json.loads(founder.node("keys", "first", "--output", "json"))}
+
+    wait_until(lambda: sorted(states().values()) == ["in use", "unused"], PATIENCE, "the new key is in use")
+    assert states()[old["key"]] == "unused"
+    assert "is revoked" in founder.node("revoke", "first", "--key", old["key"])
+    assert sorted(states().values()) == ["in use", "revoked"]
+    assert any(old["key"] in line and "revoked" in line for line in founder.node("keys").splitlines())
+    assert founder.status()["process"]
+
+
 def test_revoking_needs_a_running_node(machine: Callable[[str], Machine]) -> None:
     one = machine("one")
     one.node("init", *LOCAL)

@@ -49,6 +49,7 @@ def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
         "position": f"{record.epoch}.{record.seq}",
         "written_ms": milliseconds(record.clock),
         "transaction": record.txn or None,
+        "key": record.key_id,
         "body": shown(record.body),
     }
 

@@ -57,7 +57,13 @@ def _renew(parser: argparse.ArgumentParser) -> None:
 
 
 def _revoke(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("node", metavar="NODE", help="id of the node to revoke")
+    parser.add_argument("node", metavar="NODE", help="the node: its name, id, or the beginning of its id")
+    parser.add_argument("--key", metavar="KEY", help="only this key of the node, as vmconv node keys lists it")
+
+
+def _keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("node", nargs="?", metavar="NODE", help="only keys of this node")
+    parser.add_argument("--output", choices=("human", "json"), default="human", help="(default: %(default)s)")
 
 
 def _leave(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +101,8 @@ ACTIONS: dict[str, tuple[str, Adder]] = {
     "status": ("show this node's settings, and whether it runs", _status),
     "invite": ("print an invitation for one new node", _invite),
     "renew": ("get a new certificate; a running node uses it at once", _renew),
-    "revoke": ("revoke a node: the whole fleet refuses it", _revoke),
+    "revoke": ("revoke a node, or one of its keys: the whole fleet refuses it", _revoke),
+    "keys": ("list the keys of nodes, and which are revoked", _keys),
     "authority": ("copy the fleet's authority to another node", _authority),
     "backup": ("write settings, keys, authority and database into one file", _backup),
     "restore": ("make the directory of a node from its backup", _restore),

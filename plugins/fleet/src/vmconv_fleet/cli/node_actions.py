@@ -12,12 +12,13 @@ import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
-from vmconv.plugin import UsageError, os_errors, print_json
+from vmconv.plugin import UsageError, os_errors, print_json, print_table
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import ConfigError, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.words import trap_in
+from vmconv_fleet.words import cell, trap_in
 
 
 def init_node(options: argparse.Namespace) -> int:
@@ -152,11 +153,29 @@ def revoke_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.cli.client import NodeClient
 
     config = settings.load(_directory(options))
+    what = f"key {options.key} of node {options.node}" if options.key else f"node {options.node}"
+    body = {"key_id": options.key} if options.key else {}
     with NodeClient(config.directory) as client:
-        answer = client.call("POST", f"/api/v1/nodes/{options.node}/revoke", {}, query={"wait": 10}).content
+        path = f"/api/v1/nodes/{quote(options.node, safe='')}/revoke"
+        answer = client.call("POST", path, body, query={"wait": 10}).content
     if not answer.get("ok"):
-        raise FleetError(f"node {options.node} was not revoked: {answer.get('reason') or 'no answer yet'}")
-    print(f"node {options.node} is revoked")
+        raise FleetError(f"{what} was not revoked: {answer.get('reason') or 'no answer yet'}")
+    print(f"{what} is revoked")
+    return 0
+
+
+def keys_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.cli.client import NodeClient
+    from vmconv_fleet.cli.keys import keys_of
+
+    config = settings.load(_directory(options))
+    with NodeClient(config.directory) as client:
+        found = keys_of(client, options.node)
+    if options.output == "json":
+        print_json([one._asdict() for one in found], indent=2)
+        return 0
+    rows = [[one.name, one.key, one.state, one.until[:10]] for one in found]
+    print_table([["NODE", "KEY", "STATE", "CERTIFICATE UNTIL"], *([cell(text) for text in row] for row in rows)])
     return 0
 
 

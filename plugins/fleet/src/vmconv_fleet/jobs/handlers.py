@@ -327,12 +327,24 @@ def _retire(directory: str, context: Context, _request: IncomingRequest, wanted:
 
 
 def _revoke(directory: str, context: Context, _request: IncomingRequest, wanted: Revoke) -> Outcome:
-    if wanted.key_id is None and wanted.node == context.node:
+    if wanted.key_id is not None:
+        _refuse_key(context, wanted.node, wanted.key_id)
+    elif wanted.node == context.node:
         raise Refusal("a node cannot revoke itself")
     from vmconv_fleet.trust.authority import Authority
 
     change = _revocation(Authority.load(directory), context, wanted.node, wanted.key_id, retired=False)
     return Outcome([change], {"node": wanted.node, "key_id": wanted.key_id})
+
+
+def _refuse_key(context: Context, node: str, key_id: str) -> None:
+    """Raises Refusal for a key of another node, and for the one that this node signs with."""
+    if not any(one.id == key_id and one.body.get("node") == node for one in context.find("certificate")):
+        raise Refusal(f"node {node} has no key {key_id}", hint="vmconv node keys lists keys")
+    newest = context.get(context.node, "heartbeat", context.node)
+    if node == context.node and newest is not None and newest.key_id == key_id:
+        hint = "vmconv node renew --new-keys, then revoke the old one"
+        raise Refusal(f"this node signs with key {key_id}", hint=hint)
 
 
 def _revocation(authority: Authority, context: Context, node: str, key_id: str | None, *, retired: bool) -> Change:
