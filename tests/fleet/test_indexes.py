@@ -150,6 +150,26 @@ def test_no_pattern_takes_long(pattern: str) -> None:
     assert base.snapshot().disks(parse(f"name='{pattern}'"), limit=10).records == []
 
 
+@pytest.mark.parametrize("sort", ["name", "-name", "size", "-size", "actual-size", "-actual-size", "format"])
+def test_no_order_of_disks_is_sorted_at_each_page(sort: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Written()
+    base.write(NODES[0], ("disk", "d1", disk("a")), ("disk", "d2", disk("b")))
+    plans = []
+    rows = Store._rows
+
+    def explained(self: Store, query: str, *arguments: Any) -> list[Any]:
+        plans.append(str(base.connection.execute(f"EXPLAIN QUERY PLAN {query}", arguments).fetchall()))
+        return rows(self, query, *arguments)
+
+    monkeypatch.setattr(Store, "_rows", explained)
+    first = base.snapshot().disks(sort=sort, limit=1)
+    base.snapshot().disks(sort=sort, after=first.next, limit=1)
+    pages = [plan for plan in plans if "'SCAN i'" in plan]
+    assert len(pages) == 2
+    # The rows of one page are sorted again after they were joined.
+    assert all("COVERING INDEX index_disk_" in plan and plan.count("TEMP B-TREE") <= 1 for plan in pages), pages
+
+
 def test_a_value_that_no_disk_has_is_refused() -> None:
     for value in ("a\0b", "\ud800"):
         with pytest.raises(UsageError, match="no disk can have this value"):

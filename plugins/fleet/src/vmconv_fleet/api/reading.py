@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
@@ -85,15 +85,41 @@ def record_of(state: State, owner: str, kind: str, identifier: str) -> Record:
     return record
 
 
-def _listed(request: Request, snapshot: Snapshot, page: Page, after: str | None) -> Response:
-    items = [plain(one, snapshot) for one in page.records]
-    return _paged(request, page, items, page.records, after)
+class Listing:
+    """The wanted part of a list, and the snapshot that it is read from. Raises NotHereError for an unknown node."""
+
+    def __init__(
+        self,
+        request: Request,
+        state: StateOf,
+        _caller: Known,
+        node: NodeName = None,
+        limit: Limit = 100,
+        after: After = None,
+    ) -> None:
+        self.request = request
+        self.snapshot = state.snapshot()
+        self.owner = owner_of(self.snapshot, node)
+        self.limit = limit
+        self.after = after
+
+    def page(self, kind: str, where: Where = ALL, *, order: Sequence[str] = (), descending: bool = False) -> Page:
+        """Returns the part of an indexed kind."""
+        return self.snapshot.page(
+            kind, where, owner=self.owner, order=order, descending=descending, after=self.after, limit=self.limit
+        )
+
+    def answer(self, page: Page) -> Response:
+        return self.answer_with(page, [plain(one, self.snapshot) for one in page.records], page.records)
+
+    def answer_with(self, page: Page, items: list[Any], shown: Sequence[Record]) -> Response:
+        """Returns the answer with these items, made of the records `shown`."""
+        more = {} if page.total is None else {"total": page.total}
+        tag = tag_of_all(shown, page.total, page.next, self.after)
+        return tagged(self.request, tag, {**more, "next": page.next, "items": items})
 
 
-def _paged(request: Request, page: Page, items: list[Any], shown: Sequence[Record], after: str | None) -> Response:
-    more = {} if page.total is None else {"total": page.total}
-    tag = tag_of_all(shown, page.total, page.next, after)
-    return tagged(request, tag, {**more, "next": page.next, "items": items})
+Listed = Annotated[Listing, Depends()]
 
 
 def _begins(beginning: str | None) -> Where:
@@ -137,77 +163,40 @@ def node(request: Request, node: str, state: StateOf, _caller: Known) -> Respons
 
 @router.get("/disks", summary="Disk images, of which a selection can choose some")
 def disks(
-    request: Request,
-    state: StateOf,
-    _caller: Known,
+    wanted: Listed,
     select: Annotated[str | None, Query(description="Such as: format=vmdk and node=n0*", max_length=4000)] = None,
-    node: NodeName = None,
     sort: DiskOrder = "node",
-    limit: Limit = 100,
-    after: After = None,
 ) -> Response:
-    snapshot = state.snapshot()
     chosen = parse(select) if select else None
-    page = snapshot.disks(chosen, owner_of(snapshot, node), sort=sort, after=after, limit=limit)
-    return _listed(request, snapshot, page, after)
+    page = wanted.snapshot.disks(chosen, wanted.owner, sort=sort, after=wanted.after, limit=wanted.limit)
+    return wanted.answer(page)
 
 
 @router.get("/jobs", summary="Conversions, the latest first")
-def jobs(
-    request: Request,
-    state: StateOf,
-    _caller: Known,
-    states: JobStates = None,
-    id: BeginningOfId = None,
-    node: NodeName = None,
-    limit: Limit = 100,
-    after: After = None,
-) -> Response:
-    snapshot = state.snapshot()
+def jobs(wanted: Listed, states: JobStates = None, id: BeginningOfId = None) -> Response:
     where = _begins(id)
     if states:
         where = where.also("state IN (SELECT value FROM json_each(?))", json.dumps(states.split(",")))
-    page = snapshot.page(
-        "job",
-        where,
-        owner=owner_of(snapshot, node),
-        order=("created_ms",),
-        descending=True,
-        after=after,
-        limit=limit,
-    )
-    return _listed(request, snapshot, page, after)
+    return wanted.answer(wanted.page("job", where, order=("created_ms",), descending=True))
 
 
 @router.get("/vms", summary="Virtual machines, as files in datastores define them")
 def vms(
-    request: Request,
-    state: StateOf,
-    _caller: Known,
+    wanted: Listed,
     named: Annotated[str | None, Query(description="Only those with this name or file", max_length=4096)] = None,
     id: BeginningOfId = None,
-    node: NodeName = None,
-    limit: Limit = 100,
-    after: After = None,
 ) -> Response:
-    snapshot = state.snapshot()
     where = _begins(id)
     if named is not None:
         where = where.also("? IN (name, file)", named.casefold())
-    page = snapshot.page("vm", where, owner=owner_of(snapshot, node), order=("name",), after=after, limit=limit)
-    return _listed(request, snapshot, page, after)
+    return wanted.answer(wanted.page("vm", where, order=("name",)))
 
 
 def _list_of(kind: str, *order: str, descending: bool = False) -> Callable[..., Response]:
     """Returns the route that lists an indexed kind by these columns."""
 
-    def listed(
-        request: Request, state: StateOf, _caller: Known, node: NodeName = None, limit: Limit = 100, after: After = None
-    ) -> Response:
-        snapshot = state.snapshot()
-        owner = owner_of(snapshot, node)
-        page = snapshot.page(kind, owner=owner, order=order, descending=descending, after=after, limit=limit)
-        return _listed(request, snapshot, page, after)
+    def listed(wanted: Listed) -> Response:
+        return wanted.answer(wanted.page(kind, order=order, descending=descending))
 
     return listed
 
@@ -227,30 +216,15 @@ for _path, _summary, _route in (
 
 @router.get("/requests", summary="Requests and their responses, the latest first")
 def requests(
-    request: Request,
-    state: StateOf,
-    _caller: Known,
-    unanswered: Annotated[bool, Query(description="Only requests without a response")] = False,
-    node: NodeName = None,
-    limit: Limit = 100,
-    after: After = None,
+    wanted: Listed, unanswered: Annotated[bool, Query(description="Only requests without a response")] = False
 ) -> Response:
-    snapshot = state.snapshot()
-    page = snapshot.page(
-        "request",
-        UNANSWERED if unanswered else ALL,
-        owner=owner_of(snapshot, node),
-        order=("clock",),
-        descending=True,
-        after=after,
-        limit=limit,
-    )
-    answers = [snapshot.response_of(one) for one in page.records]
+    page = wanted.page("request", UNANSWERED if unanswered else ALL, order=("clock",), descending=True)
+    answers = [wanted.snapshot.response_of(one) for one in page.records]
     items = [
-        plain(one, snapshot) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
+        plain(one, wanted.snapshot) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}
         for one, answer in zip(page.records, answers, strict=True)
     ]
-    return _paged(request, page, items, [*page.records, *(one for one in answers if one)], after)
+    return wanted.answer_with(page, items, [*page.records, *(one for one in answers if one)])
 
 
 def _answer(request: Record, response: Record | None) -> Answer:
@@ -264,18 +238,8 @@ def request_(owner: str, identifier: str, state: StateOf, _caller: Known) -> JSO
 
 
 @router.get("/records/{kind}", summary="All records of a kind, known or unknown to this node")
-def records(
-    request: Request,
-    kind: str,
-    state: StateOf,
-    _caller: Known,
-    node: NodeName = None,
-    limit: Limit = 100,
-    after: After = None,
-) -> Response:
-    snapshot = state.snapshot()
-    page = snapshot.records(kind, owner_of(snapshot, node), after=after, limit=limit)
-    return _listed(request, snapshot, page, after)
+def records(kind: str, wanted: Listed) -> Response:
+    return wanted.answer(wanted.snapshot.records(kind, wanted.owner, after=wanted.after, limit=wanted.limit))
 
 
 @router.get("/records/{owner}/{kind}/{identifier}", summary="One record; its ETag is its owner's position")

@@ -94,7 +94,11 @@ INDEXES = (
         | dict.fromkeys(("size", "actual_size", "depth", "in_use", "problem"), _INTEGER)
         | {"parents": _TEXT},
         _disk,
-        by=("owner, datastore, name, id",),
+        # The second order of each is that of a place in a list.
+        by=(
+            "owner, datastore, name, id",
+            *(f"{name}, owner, id" for name in ("name", "format", "size", "actual_size")),
+        ),
     ),
     Index("vm", {"name": _TEXT, "file": _TEXT, "disks": _TEXT}, _vm, by=("name, owner, id",)),
     Index(

@@ -182,7 +182,8 @@ class Snapshot:
         column = sort.removeprefix("-").replace("-", "_")
         return self.page(
             "disk",
-            where.also(f"owner IN ({numbers})"),
+            # The sign keeps SQLite from looking up the owners, and then sorting: the index of the order is quicker.
+            where.also(f"+owner IN ({numbers})"),
             order=(column,),
             descending=sort.startswith("-"),
             after=after,
