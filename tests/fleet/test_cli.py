@@ -177,6 +177,9 @@ def test_convert_of_many_is_planned_first(run: Run, fleet: Fleet, tmp_path: Path
 
 def test_a_refused_conversion_fails(run: Run) -> None:
     assert "refused: this node cannot write" in run("convert", "n02:web-1.raw", "--to", "luks", "--wait", "30", code=1)
+    assert "target: '-rf.raw' is not the name of a file: it begins with '-'" in run(
+        "convert", "n02:web-1.raw", "--to", "raw", "--target=-rf.raw", code=2
+    )
     assert "no disk" in run("convert", "n02:nothing.raw", "--to", "raw", code=2)
 
 
@@ -210,7 +213,14 @@ def test_policy(run: Run) -> None:
     assert body == {"naming": "{stem}-new{suffix}", "formats": ["raw", "qcow2"], "may_remove_source": True}
     run("policy", "--formats", "all", "--zero-copy", "require")
     assert json.loads(run("policy", "--output", "json"))["formats"] is None
-    assert "naming" in run("policy", "--naming", "../x", code=2)
+    for wrong, said in (
+        (("--naming", "../x"), "naming: '../x' is not allowed: a name with {stem}, {suffix}, {format} or {job}, "),
+        (("--naming=-{stem}",), "naming: '-{stem}' makes names such as '-name', which begins with '-'"),
+        (("--keep-days", "6"), "keep_days: 6 is not allowed: 7 or more"),
+        (("--keep-days", "99999"), "keep_days: 99999 is not allowed: 36500 or less"),
+        (("--max-parallel", "0"), "max_parallel: 0 is not allowed: 1 or more"),
+    ):
+        assert f"vmconv: {said}" in run("policy", *wrong, code=2)
     assert "no node 'n77'" in run("policy", "--administrators-of", "n02,n77", code=1)
 
 
@@ -223,6 +233,9 @@ def test_nodes_in_a_policy_are_given_by_name(run: Run, fleet: Fleet) -> None:
 def test_datastore(run: Run, fleet: Fleet, tmp_path: Path) -> None:
     assert run("datastore", "add", "more", str(tmp_path)).startswith(f"datastore more is {tmp_path}")
     assert "already exists" in run("datastore", "add", "more", str(tmp_path), code=1)
+    assert "name: 'a b' is not allowed: up to 64 of letters, digits, '.', '_' and '-'" in run(
+        "datastore", "add", "a b", str(tmp_path), code=2
+    )
     assert "is not a directory" in run("datastore", "add", "none", str(tmp_path / "none"), code=2)
     assert "files stay" in run("datastore", "remove", "more")
     assert "files stay" in run("datastore", "remove", "ds", "--of", "n02", "--wait", "30")
@@ -239,7 +252,14 @@ def test_token(run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert listed[1:3] == ["eve", "operator"]
     assert "revoked" in run("token", "revoke", listed[0])
     assert "not known" in run("nodes", *there, code=1) or "revoked" in run("nodes", *there, code=1)
-    assert "must be more than 0" in run("token", "create", "x", "--days", "0", code=2)
+    for days in ("0", "nan", "3651"):
+        assert f"--days {days}: more than 0 and at most 3650 is allowed" in run(
+            "token", "create", "x", "--days", days, code=2
+        )
+    run("token", "create", "ever")
+    assert [line.split()[-3:-1] for line in run("token", "list").splitlines() if " ever " in line] == [
+        ["without", "end"]
+    ]
 
 
 def test_a_token_for_some_datastores(run: Run, fleet: Fleet, tmp_path: Path) -> None:
@@ -311,7 +331,7 @@ def test_what_concerns_retired_nodes_is_over() -> None:
 def test_hints_name_commands_that_exist(run: Run) -> None:
     said = run("token", "revoke", "null", code=2)
     assert said.endswith("hint: vmconv fleet token list lists them\n")
-    assert "GOOD UNTIL" in run("token", "list")
+    assert "VALID UNTIL" in run("token", "list")
 
 
 def test_retire(run: Run, fleet: Fleet) -> None:

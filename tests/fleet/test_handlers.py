@@ -107,15 +107,27 @@ def test_an_id_is_not_used_for_two_conversions(replica: Replica) -> None:
         ({"disk": "d1", "format": "qcow2", "target": ".."}, "is not the name of a file"),
         ({"disk": "d1", "format": "qcow2", "target_datastore": "none"}, "datastore none does not exist"),
         ({"disk": "d1", "format": "dmg"}, "this node cannot write dmg; it writes qcow2"),
-        ({"disk": "d1", "format": "qcow2", "path": "/etc/passwd"}, "Extra inputs"),
+        ({"disk": "d1", "format": "qcow2", "path": "/etc/passwd"}, "convert: path: is not allowed here"),
         ({"disk": "d1", "format": "qcow2", "keep_source": False}, "keeps sources"),
-        ({"disk": "d1"}, "convert: format: Field required"),
+        ({"disk": "d1"}, "convert: format: is missing"),
     ],
 )
 def test_a_conversion_that_makes_no_sense_is_refused(replica: Replica, what: dict[str, Any], said: str) -> None:
     with pytest.raises(VmconvError, match=said):
         replica.ask("convert", **what)
     assert not replica.find("job")
+
+
+@pytest.mark.parametrize("verb", ["convert", "convert-machine"])
+@pytest.mark.parametrize(("name", "said"), [("-rf.raw", "begins with '-'"), ("x" * 200 + ".raw", "is longer than")])
+def test_a_source_that_gives_its_target_a_trap_as_name_needs_another_one(
+    replica: Replica, verb: str, name: str, said: str
+) -> None:
+    replica.add(HERE, "disk", "d1", {"datastore": "ds", "name": f"sub/{name}"})
+    replica.add(HERE, "vm", "v1", {"datastore": "ds", "file": f"sub/{name}", "name": "x"})
+    with pytest.raises(VmconvError, match=f"the target would be called '{name[:3]}.*which {said}"):
+        replica.ask(verb, **ASKED[verb])
+    replica.ask(verb, **ASKED[verb], target="harmless")
 
 
 def test_a_conversion_of_a_machine_becomes_a_job(replica: Replica) -> None:
@@ -143,7 +155,7 @@ def test_a_conversion_of_a_machine_becomes_a_job(replica: Replica) -> None:
         ({"target": "../x"}, "is not the name of a file"),
         ({"target_datastore": "none"}, "datastore none does not exist"),
         ({"keep_source": False}, "keeps its source"),
-        ({"disk": "d1"}, "Extra inputs"),
+        ({"disk": "d1"}, "convert-machine: disk: is not allowed here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -261,7 +273,7 @@ def test_a_token_is_made_and_revoked(replica: Replica) -> None:
 
 def test_naming_has_no_path_and_no_attribute(replica: Replica) -> None:
     replica.ask("policy-set", naming="{stem}-{format}{suffix}")
-    for naming in ("../{stem}", "{stem.__class__}", "{0}", "{stem!r}", "fixed", "{stem}{"):
+    for naming in ("../{stem}", "{stem.__class__}", "{0}", "{stem!r}", "fixed", "{stem}{", "-{stem}", ".{stem}"):
         with pytest.raises(VmconvError, match="naming"):
             replica.ask("policy-set", naming=naming)
     assert replica.body("policy", "conversion") == {"naming": "{stem}-{format}{suffix}"}

@@ -18,6 +18,7 @@ from vmconv_fleet.api import changing, events, metrics, reading
 from vmconv_fleet.api.access import CALLER, UnknownCallerError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.api.state import Link, State
+from vmconv_fleet.catalogue.complaints import complaint
 from vmconv_fleet.errors import ClosedError, NotReadyError, Refusal
 from vmconv_fleet.replication.service import NodeService
 
@@ -91,8 +92,8 @@ def _answers(status: int) -> Callable[[Request, Exception], Awaitable[Response]]
 async def _invalid(_request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return JSONResponse({"error": f"{where}: {first['msg']}", "hint": None}, 422)
+    # The first part of the place is `body` or `query`: the name of the field says enough.
+    return JSONResponse({"error": complaint([{**first, "loc": first["loc"][1:]}]), "hint": None}, 422)
 
 
 async def _gone(_request: Request, _exc: Exception) -> Response:

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ValidationError
 from vmconv.plugin import UsageError, VmconvError
 from vmconv_fleet.api.access import Caller
 from vmconv_fleet.api.state import State
+from vmconv_fleet.catalogue.complaints import complaint
+from vmconv_fleet.catalogue.fields import REQUEST_ID
 from vmconv_fleet.catalogue.secrets import shown
-from vmconv_fleet.jobs.arguments import ARGUMENTS, Arguments, complaint
+from vmconv_fleet.jobs.arguments import ARGUMENTS, Arguments
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.trust.roles import refuse_unless_allowed
@@ -32,7 +34,7 @@ Wait = Annotated[float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait fo
 IdempotencyKey = Annotated[
     str | None,
     Header(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{7,63}$",
+        pattern=REQUEST_ID,
         description="An id of your choice: the same id again is the same request, which is executed once",
     ),
 ]
@@ -71,7 +73,7 @@ def arguments_of(verb: str, given: Mapping[str, Any]) -> Arguments:
     try:
         return ARGUMENTS[verb].model_validate(dict(given))
     except ValidationError as exc:
-        raise UsageError(f"{verb}: {complaint(exc)}") from exc
+        raise UsageError(f"{verb}: {complaint(exc.errors())}") from exc
 
 
 def answer_of(requester: str, request: str, target: str, response: Record | None) -> Answer:

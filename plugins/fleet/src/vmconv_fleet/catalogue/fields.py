@@ -29,21 +29,41 @@ Name = Annotated[str, Field(min_length=1, max_length=255)]
 """A name in a record of any node; it may be a trap."""
 PlainName = Annotated[str, AfterValidator(_plain_name)]
 """A name in a request to this node; traps are refused."""
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-NodeId = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}$")]
-FormatName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+_IDENTIFIER = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+_NODE_ID = r"^[1-9a-f][0-9a-f]{31}$"
+_FORMAT = r"^[a-z][a-z0-9_-]{0,31}$"
+_DATASTORE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_DATASTORE_OF = r"^[1-9a-f][0-9a-f]{31}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_NAMING = r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$"
+_TOKEN_ID = r"^[0-9a-f]{12}$"
+REQUEST_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{7,63}$"
+
+_PLAIN = "letters, digits, '.', '_' and '-', first a letter or a digit"
+ALLOWED = {
+    _IDENTIFIER: f"up to 128 of {_PLAIN}",
+    _NODE_ID: "the id of a node, 32 hexadecimal digits",
+    _FORMAT: "the name of a format, up to 32 of a-z, 0-9, '_' and '-'",
+    _DATASTORE: f"up to 64 of {_PLAIN}",
+    _DATASTORE_OF: "a datastore as NODE/NAME, with the node's id",
+    _NAMING: "a name with {stem}, {suffix}, {format} or {job}, without '/' and other braces",
+    _TOKEN_ID: "the id of a token, 12 hexadecimal digits",
+    REQUEST_ID: f"8 to 64 of {_PLAIN}",
+}
+"""What the patterns of fields allow, in words."""
+
+Identifier = Annotated[str, Field(pattern=_IDENTIFIER)]
+NodeId = Annotated[str, Field(pattern=_NODE_ID)]
+FormatName = Annotated[str, Field(pattern=_FORMAT)]
 FileName = Annotated[str, AfterValidator(_file_name)]
-DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-DatastoreReference = Annotated[str, Field(pattern=r"^[1-9a-f][0-9a-f]{31}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+DatastoreName = Annotated[str, Field(pattern=_DATASTORE)]
+DatastoreReference = Annotated[str, Field(pattern=_DATASTORE_OF)]
 """A datastore of any node: NODE/NAME, with the node's id."""
 Option = Annotated[str, Field(max_length=255)]
-Naming = Annotated[
-    str, Field(pattern=r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$", min_length=1, max_length=200)
-]
+Naming = Annotated[str, Field(pattern=_NAMING, min_length=1, max_length=200)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Parallel = Annotated[int, Field(ge=1, le=1000)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+TokenId = Annotated[str, Field(pattern=_TOKEN_ID)]
 Role = Literal["viewer", "operator", "admin"]
 ZeroCopy = Literal["auto", "require"]

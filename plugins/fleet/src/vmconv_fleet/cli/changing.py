@@ -13,6 +13,9 @@ from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
 from vmconv_fleet.words import cell, role_text, time_text
 
+_MAX_DAYS = 3650
+"""The longest life of a token."""
+
 
 def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
     """Prints the answer to a request."""
@@ -115,8 +118,8 @@ def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     if options.datastores:
         wish["datastores"] = options.datastores
     if options.days is not None:
-        if options.days <= 0:
-            raise UsageError(f"--days {options.days:g}: must be more than 0")
+        if not 0 < options.days <= _MAX_DAYS:
+            raise UsageError(f"--days {options.days:g}: more than 0 and at most {_MAX_DAYS} is allowed")
         wish["ttl_s"] = options.days * 86400
     content = refuse_refused(client.call("POST", "/api/v1/tokens", wish))
     if options.output == "json":
@@ -135,10 +138,10 @@ def _list_tokens(options: argparse.Namespace, items: list[dict[str, Any]], names
     if options.output == "json":
         print_json(items, indent=4)
         return 0
-    rows = [["ID", "LABEL", "ROLE", "MADE", "GOOD UNTIL", "NODE"]]
+    rows = [["ID", "LABEL", "ROLE", "MADE", "VALID UNTIL", "NODE"]]
     for one in items:
         body = one["body"]
-        until = time_text(body["expires_ms"]) if body.get("expires_ms") else "it is revoked"
+        until = time_text(body["expires_ms"]) if body.get("expires_ms") else "without end"
         if body.get("revoked"):
             until = "revoked"
         made = time_text(body.get("created_ms"))

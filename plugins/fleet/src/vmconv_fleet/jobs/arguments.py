@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
-from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, NodeId, PlainName, TokenId
+from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, Naming, NodeId, PlainName, TokenId
 from vmconv_fleet.catalogue.kinds import TokenSpec
+from vmconv_fleet.words import trap_in
 
 
 def _absolute(path: str) -> str:
     if not path.startswith("/") or "\0" in path or "/../" in f"{path}/" or "/./" in f"{path}/":
         raise ValueError(f"{path!r} is not an absolute path without '.' and '..'")
     return path
+
+
+def _harmless(naming: str) -> str:
+    name = naming.format(stem="name", suffix=".suffix", format="format", job="job")
+    if problem := trap_in(name):
+        raise ValueError(f"{naming!r} makes names such as {name!r}, which {problem}")
+    return naming
 
 
 class Arguments(BaseModel):
@@ -109,6 +117,8 @@ class PolicySet(ConversionPolicy, Arguments):
 
     verb: ClassVar[str] = "policy-set"
 
+    naming: Annotated[Naming, AfterValidator(_harmless)] = "{stem}{suffix}"
+
 
 class TokenCreate(TokenSpec, Arguments):
     """A token of the requesting node: only its hash is sent."""
@@ -159,10 +169,3 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         Revoke,
     )
 }
-
-
-def complaint(exc: ValidationError) -> str:
-    """Returns the first error, in one line."""
-    first = exc.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])

@@ -6,6 +6,7 @@ A handler runs on the replica's thread, within the transaction of its request, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +17,7 @@ from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
 from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed, rights_of
+from vmconv_fleet.words import trap_in
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -86,9 +88,9 @@ def _checked(model: type[M], given: Mapping[str, Any], what: str) -> M:
     try:
         return model.model_validate(dict(given))
     except ValidationError as exc:
-        from vmconv_fleet.jobs.arguments import complaint
+        from vmconv_fleet.catalogue.complaints import complaint
 
-        raise Refusal(f"{what}: {complaint(exc)}") from exc
+        raise Refusal(f"{what}: {complaint(exc.errors())}") from exc
 
 
 def _own(context: Context, kind: str, identifier: str) -> Record:
@@ -113,6 +115,7 @@ def _convert(context: Context, request: IncomingRequest, wanted: Convert) -> Out
         raise Refusal(f"disk {wanted.disk} cannot be read: {disk.problem}")
     policy = policy_of(context.node, context)
     _refuse_format(context, policy, wanted.format)
+    _refuse_trap(policy, disk.name, wanted)
     source = {"disk": wanted.disk, "source": disk.name, "datastore": disk.datastore}
     return _queued(context, request, identifier, wanted, source | wanted.spec() | _ruled(policy, wanted))
 
@@ -132,6 +135,7 @@ def _convert_machine(context: Context, request: IncomingRequest, wanted: Convert
         raise Refusal("the conversion of a machine keeps its source")
     policy = policy_of(context.node, context)
     _refuse_machine_format(context, policy, wanted)
+    _refuse_trap(policy, vm.file, wanted)
     source = {"vm": wanted.vm, "source": vm.file, "datastore": vm.datastore}
     machine = {name: getattr(wanted, name) for name in MachineSpec.model_fields}
     return _queued(context, request, identifier, wanted, source | wanted.spec() | machine | _ruled(policy, wanted))
@@ -174,6 +178,16 @@ def _again(before: Record, kind: str, source: str, format_name: str) -> Outcome:
     if not same:
         raise Refusal(f"job {before.id} is a different conversion")
     return Outcome((), {"job": before.id, "state": before.body["state"]})
+
+
+def _refuse_trap(policy: PolicyBody, source: str, wanted: Convert | ConvertMachine) -> None:
+    """Raises Refusal if the policy would give the target a name that is a trap, such as that of the source."""
+    stem = os.path.splitext(os.path.basename(source))[0]
+    name = wanted.target or policy.naming.format(
+        stem=stem, suffix=f".{wanted.format}", format=wanted.format, job=wanted.job or "job"
+    )
+    if problem := trap_in(name):
+        raise Refusal(f"the target would be called {name[:80]!r}, which {problem}", hint="name another target")
 
 
 def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:

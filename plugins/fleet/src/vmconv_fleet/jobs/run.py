@@ -279,13 +279,13 @@ def _checked(body: Mapping[str, Any]) -> JobBody:
     """Returns a job's record as its model; raises Refusal if it is not valid."""
     from pydantic import ValidationError
 
+    from vmconv_fleet.catalogue.complaints import complaint
     from vmconv_fleet.catalogue.kinds import JobBody
-    from vmconv_fleet.jobs.arguments import complaint
 
     try:
         return JobBody.model_validate(body)
     except ValidationError as exc:
-        raise Refusal(complaint(exc)) from exc
+        raise Refusal(complaint(exc.errors())) from exc
 
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[Mapping[str, Any] | str]:
