@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import operator
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +32,9 @@ TOO_LONG = 3.0
 
 HANGS = 60
 MUCH_MEMORY = 600 << 20
+RESTARTS_AT = 2 << 30
+"""Bytes of memory: atheris frees not all that it is called with. A process that has so much is replaced by another."""
+RESTARTED = "restarted by its memory"
 LONGEST = 16 << 10
 PACKAGES = ["vmconv", *sorted(path.name for path in ROOT.glob("plugins/*/src/*") if find_spec(path.name))]
 
@@ -70,10 +75,25 @@ class TooLongError(Exception):
     """An input that took more time than any image may."""
 
 
+def but_arrays(trace: Callable[..., object]) -> Callable[..., object]:
+    """Returns the hook for comparisons without those of arrays: atheris never frees a result, and theirs are large."""
+    import numpy as np
+
+    compare = (operator.lt, operator.le, operator.eq, operator.ne, operator.gt, operator.ge)
+
+    def hook(left: Any, right: Any, number: int, *where: object) -> object:
+        if isinstance(left, np.ndarray) or isinstance(right, np.ndarray):
+            return compare[number](left, right)
+        return trace(left, right, number, *where)
+
+    return hook
+
+
 def fuzz(name: str, limit: Limit, seed: int, corpus: Path, findings: Findings) -> None:
     """Runs libFuzzer in this process, which ends with it."""
     import atheris
 
+    atheris._trace_cmp = but_arrays(atheris._trace_cmp)
     with atheris.instrument_imports(include=PACKAGES):
         for package in PACKAGES:
             importlib.import_module(package)
@@ -88,7 +108,14 @@ def fuzz(name: str, limit: Limit, seed: int, corpus: Path, findings: Findings) -
     for number, data in enumerate(target.seeds()):
         (corpus / f"seed-{number}").write_bytes(data)
 
+    executions = 0
+
     def one(data: bytes) -> None:
+        nonlocal executions
+        executions += 1
+        if resident() > RESTARTS_AT:
+            print(f"number_of_executed_units: {executions}\n{RESTARTED}", flush=True)
+            os._exit(0)
         began = time.thread_time()
         try:
             with memory_limit(MUCH_MEMORY):
@@ -115,8 +142,28 @@ def fuzz(name: str, limit: Limit, seed: int, corpus: Path, findings: Findings) -
     atheris.Fuzz()
 
 
+def resident() -> int:
+    """Returns the memory of this process in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def run(name: str, limit: Limit, seed: int, corpus: Path, findings: Path) -> tuple[int, int, str]:
-    """Runs a target in a process of its own; returns the executions, the findings, and what was printed."""
+    """Runs a target in processes of its own; returns the executions, the findings, and what was printed."""
+    ends = time.monotonic() + limit.seconds
+    executions, found, said = _run(name, limit, seed, corpus, findings)
+    while RESTARTED in said and not found:
+        left = Limit(int(ends - time.monotonic()) if limit.seconds else 0, limit.runs - executions)
+        left = left if limit.runs >= 0 else left._replace(runs=-1)
+        if (limit.seconds and left.seconds <= 0) or (limit.runs >= 0 and left.runs <= 0):
+            break
+        seed += 1
+        more, found, said = _run(name, left, seed, corpus, findings)
+        executions += more
+    return executions, found, said
+
+
+def _run(name: str, limit: Limit, seed: int, corpus: Path, findings: Path) -> tuple[int, int, str]:
     command: list[Any] = [
         sys.executable,
         __file__,
