@@ -7,7 +7,9 @@ import http.client
 import json
 import logging
 import re
+import socket
 import ssl
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,8 +21,9 @@ from fleet.in_memory import Node, nodes
 from fleet.plain import retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv_fleet.api import access, exporting
 from vmconv_fleet.api.app import MAX_BODY
-from vmconv_fleet.cli.client import NodeClient
+from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.testing import PATIENCE
@@ -469,6 +472,98 @@ def test_a_stream_ends_with_its_browsers_session(api: Served) -> None:
         assert response.readline() == b"event: here\n"
         sessions.end(cookie)
         assert b"event: ended\n" in response.read()
+
+
+def test_a_caller_does_not_wait_beyond_its_token(api: Served, pair: Sequence[Node]) -> None:
+    made = api.token("operator")
+    pair[1].wire.disconnect()
+    client = NodeClient(api.url, ca=api.ca, token=made["token"])
+    revoke = f"/api/v1/tokens/{api.node.id}/{made['body']['token']}"
+
+    def revoked() -> None:
+        asked = lambda: [one for one in api.node.service.view().find("request") if one.body["verb"] == "scan"]  # noqa: E731
+        api.node.until(asked)
+        api.local.call("DELETE", revoke)
+
+    thread = threading.Thread(target=revoked, daemon=True)
+    thread.start()
+    with pytest.raises(AccessError, match="was revoked"):
+        client.call("POST", "/api/v1/nodes/n02/scan", {}, query={"wait": 300})
+    thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("path", ["export", "audit"])
+def test_a_stream_of_records_ends_with_its_token(api: Served, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = api.token("admin")
+    monkeypatch.setattr(exporting, "_LINES", 1)
+    lines = NodeClient(api.url, ca=api.ca, token=made["token"]).lines(f"/api/v1/{path}")
+    real = access.refuse_if_over
+
+    def revoked(*arguments: Any) -> None:
+        api.local.call("DELETE", f"/api/v1/tokens/{api.node.id}/{made['body']['token']}")
+        real(*arguments)
+
+    monkeypatch.setattr(exporting, "refuse_if_over", revoked)
+    assert list(lines) == [f'{{"error": "token {made["body"]["token"]} was revoked"}}']
+
+
+def test_an_answer_that_is_cut_off_is_not_complete() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nab\ncd\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        host, port = server.getsockname()
+        with closing(http.client.HTTPConnection(host, port, timeout=PATIENCE)) as connection:
+            connection.request("GET", "/")
+            response = connection.getresponse()
+            lines = _lines("n01", response)
+            assert [next(lines), next(lines)] == [b"ab", b"cd"]
+            with pytest.raises(UnreachableError, match="n01: the answer has ended early"):
+                next(lines)
+            response.close()
+
+
+def test_the_audit_has_each_request_with_its_result(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    made = api.token("operator")
+    with NodeClient(api.url, ca=api.ca, token=made["token"]) as client:
+        client.call("POST", "/api/v1/nodes/n01/scan", {})
+        other.wire.disconnect()
+        client.call("POST", "/api/v1/nodes/n02/scan", {})
+    with api.client("admin") as client:
+        entries = [json.loads(line) for line in client.lines("/api/v1/audit")]
+    found = {(entry["verb"], entry["target"], entry["result"]): entry for entry in entries}
+    mine = found["scan", one.id, "executed"]
+    assert (mine["token"], mine["address"], mine["user"]) == (
+        f"{one.id}/{made['body']['token']}",
+        "127.0.0.1",
+        "a operator",
+    )
+    assert mine["changes"] == []
+    assert found["scan", other.id, "unanswered"]["arguments"] == {}
+    created = found["token-create", one.id, "executed"]
+    assert created["address"] is None
+    assert "hash" not in json.dumps(entries)
+    assert [entry["at_ms"] for entry in entries] == sorted(entry["at_ms"] for entry in entries)
+
+
+def test_the_audit_is_bounded_and_not_for_operators(api: Served) -> None:
+    api.local.call("POST", "/api/v1/nodes/n01/scan", {})
+    (at,) = [json.loads(line)["at_ms"] for line in api.local.lines("/api/v1/audit")]
+
+    def within(**query: int) -> int:
+        return len(list(api.local.lines("/api/v1/audit", **query)))
+
+    assert within(since_ms=at, until_ms=at + 1) == 1
+    assert within(since_ms=at + 1, until_ms=at + 2) == within(until_ms=at) == 0
+    with pytest.raises(UsageError, match="is not before"):
+        within(since_ms=5, until_ms=5)
+    with pytest.raises(AccessError, match="needs the role admin"), api.client("operator") as client:
+        list(client.lines("/api/v1/audit"))
 
 
 def _until(lines: Iterator[str], wanted: str) -> None:

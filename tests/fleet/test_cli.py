@@ -305,6 +305,16 @@ def test_export(run: Run, tmp_path: Path) -> None:
     assert run("export").count("\n") == len(records)
 
 
+def test_audit(run: Run, fleet: Fleet) -> None:
+    run("scan", "n02")
+    run("cancel", "nothing", code=2)
+    entry = json.loads(run("audit", "--output", "json"))
+    assert (entry["verb"], entry["target_name"], entry["result"]) == ("scan", "n02", "executed")
+    assert re.search(r"  \S+ from n01  scan of n02: executed\n", run("audit", "--since", "2026-01-01"))
+    assert run("audit", "--until", "2001-01-01T10:00") == ""
+    assert "is neither" in run("audit", "--since", "yesterday", code=2)
+
+
 def test_doctor(run: Run, fleet: Fleet) -> None:
     assert run("doctor") == "no problems\n"
     fleet.other.write(Change("disk", "bad", {"datastore": "ds", "name": "x", "problem": "no signature"}))

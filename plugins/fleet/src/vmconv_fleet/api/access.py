@@ -14,7 +14,7 @@ from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.rights import Rights, allows
-from vmconv_fleet.trust.roles import rights_of_token, token_in
+from vmconv_fleet.trust.roles import rights_of, rights_of_token, token_in
 
 _LOCAL = "vmconv.local"
 CALLER = "vmconv.caller"
@@ -87,19 +87,35 @@ def of_token(text: str, state: State) -> Caller:
     return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), rights)
 
 
-def _caller(request: Request, state: StateOf) -> Caller:
-    caller = caller_of(request, state)
+def refuse_if_over(caller: Caller, state: State, needed: Role = "viewer") -> None:
+    """Checks the caller of a long answer again.
+
+    Raises UnknownCallerError if the token is no longer valid, AccessError if its role is too low.
+    """
+    try:
+        rights = rights_of(caller.by, state.view(), state.now_ms())
+    except AccessError as exc:
+        raise UnknownCallerError(str(exc)) from exc
+    caller._replace(rights=rights).must_be(needed)
+
+
+def noted(request: Request, caller: Caller) -> Caller:
+    """Notes the caller for the log; returns it with the address that it connects from."""
     request.scope[CALLER] = caller.by.user
-    return caller
+    if caller.is_local or request.client is None:
+        return caller
+    return caller._replace(by=caller.by.model_copy(update={"address": request.client.host}))
+
+
+def _caller(request: Request, state: StateOf) -> Caller:
+    return noted(request, caller_of(request, state))
 
 
 def caller_or_browser(request: Request, state: StateOf) -> Caller:
     """Returns the caller, also by a browser's cookie: for requests that change nothing. Raises UnknownCallerError."""
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
     if session and "authorization" not in request.headers:
-        caller = of_token(session.token, state)
-        request.scope[CALLER] = caller.by.user
-        return caller
+        return noted(request, of_token(session.token, state))
     return _caller(request, state)
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 
 from vmconv.plugin import UsageError, VmconvError
-from vmconv_fleet.api.access import Caller
+from vmconv_fleet.api.access import Caller, refuse_if_over
 from vmconv_fleet.api.state import State
 from vmconv_fleet.catalogue.complaints import complaint
 from vmconv_fleet.catalogue.fields import REQUEST_ID
@@ -29,6 +29,8 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 MAX_WAIT = 300.0
 _OWN_WAIT = 15.0
 """Seconds to wait for changes of own records."""
+_CHECK = 1.0
+"""Seconds for which a waiting caller may outlive its token."""
 
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT, description="Seconds to wait for the response of another owner")]
 IdempotencyKey = Annotated[
@@ -105,7 +107,8 @@ async def ask(
 ) -> Answer:
     """Submits a request to the owner `target` for the caller, and waits up to `wait` seconds for the response.
 
-    Raises AccessError at once if the caller lacks the role: the owner would refuse it as well.
+    Raises AccessError at once if the caller lacks the role: the owner would refuse it as well. Raises
+    UnknownCallerError if the caller's token ends while it waits; the request stays.
     """
     given = arguments_of(verb, arguments).given()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms(), arguments=given)
@@ -122,7 +125,8 @@ async def ask(
             left = until - time.monotonic()
             if left <= 0:
                 break
-            await listener.take(left)
+            await listener.take(min(left, _CHECK))
+            await run_in_threadpool(refuse_if_over, caller, state)
     return answer_of(state.node, request, target, response)
 
 

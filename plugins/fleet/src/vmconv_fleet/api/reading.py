@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
-from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
+from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, NotHereError, answer_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
-from vmconv_fleet.catalogue.kinds import KINDS
 from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.secrets import shown
 from vmconv_fleet.catalogue.selection import parse
@@ -247,20 +246,3 @@ def record(request: Request, owner: str, kind: str, identifier: str, state: Stat
     snapshot = state.snapshot()
     found = record_of(state, owner_of(snapshot, owner) or owner, kind, identifier)
     return tagged(request, tag_of(found), plain(found, snapshot))
-
-
-@router.get("/export", summary="Everything, one record on each line (NDJSON)")
-def export(state: StateOf, caller: Known) -> StreamingResponse:
-    caller.must_be("operator")
-    return StreamingResponse(_exported(state, caller), media_type="application/x-ndjson")
-
-
-def _exported(state: State, _caller: Caller) -> Iterator[str]:
-    snapshot = state.snapshot()
-    for kind in sorted(KINDS):
-        page = snapshot.records(kind, limit=MAX_LISTED)
-        while page.records:
-            yield "".join(json.dumps(plain(one, snapshot)) + "\n" for one in page.records)
-            if page.next is None:
-                break
-            page = snapshot.records(kind, after=page.next, limit=MAX_LISTED)

@@ -204,11 +204,15 @@ class VmBody(Body):
 
 
 class Principal(Body):
-    """The caller of a request: a token's holder, or the local administrator of a node (`token` None) named `user`."""
+    """The caller of a request: a token's holder, or the local administrator of a node (`token` None) named `user`.
+
+    `address` is where a token's holder connects from, as the node sees it.
+    """
 
     node: NodeId
     token: str | None = None
     user: str = ""
+    address: Annotated[str, Field(max_length=64)] | None = None
 
 
 class PlannedCopy(Body):

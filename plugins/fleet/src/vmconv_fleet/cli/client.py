@@ -112,8 +112,8 @@ class NodeClient:
             raise _error(response.status, _content(response))
         if self._connection.sock:
             self._connection.sock.settimeout(None)
-        while line := response.readline():
-            yield line.decode("utf-8", "replace").rstrip("\n")
+        for line in _lines(self.where, response):
+            yield line.decode("utf-8", "replace")
 
     def _send(self, method: str, path: str, body: object, query: Mapping[str, Any] | None) -> http.client.HTTPResponse:
         data = None if body is None else json.dumps(body)
@@ -131,6 +131,20 @@ class NodeClient:
             raise AccessError(f"{self.where}: only the node's own user can open its socket") from exc
         except (OSError, http.client.HTTPException) as exc:
             raise UnreachableError(f"{self.where}: {exc}") from exc
+
+
+def _lines(where: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yields the lines of an answer. Raises UnreachableError if it is cut off."""
+    rest = b""
+    try:
+        # http.client's own `readline` takes a lost connection for the end.
+        while piece := response.read1(1 << 16):
+            *lines, rest = (rest + piece).split(b"\n")
+            yield from lines
+    except (OSError, http.client.HTTPException) as exc:
+        raise UnreachableError(f"{where}: the answer has ended early") from exc
+    if rest:
+        yield rest
 
 
 def _user() -> str:

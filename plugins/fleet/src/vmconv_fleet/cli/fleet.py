@@ -205,6 +205,14 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _reading(parser)
 
 
+def _audit(parser: argparse.ArgumentParser) -> None:
+    for name, what in (("since", "the first moment (default: the oldest)"), ("until", "the end (default: now)")):
+        parser.add_argument(
+            f"--{name}", metavar="TIME", help=f"{what}: YYYY-MM-DD or YYYY-MM-DDTHH:MM by this machine's clock"
+        )
+    _reading(parser)
+
+
 def _datastore(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     add = actions.add_parser("add", help="declare a directory of this node as a datastore", formatter_class=formatter)
@@ -285,6 +293,7 @@ VERBS = {
     "retire": _Verb("remove a node from the fleet permanently", "changing", _retire),
     "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
     "export": _Verb("print all records, one on each line", "watching", _export),
+    "audit": _Verb("print each request with its caller and its result, the oldest first", "auditing", _audit),
     "doctor": _Verb("report the problems of the fleet, as this node sees them", "doctor", _reading),
     "demo": _Verb("run a fleet of three nodes on this machine, with conversions and a partition", "demo", _demo),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vmconv.plugin import AccessError, os_errors
@@ -51,15 +52,33 @@ def _summary(kind: str, body: Mapping[str, Any]) -> str:
 
 def export(options: argparse.Namespace) -> int:
     with connected(options) as client:
-        lines = client.lines("/api/v1/export")
+        lines = unbroken(client.lines("/api/v1/export"))
         if options.file is None:
             for line in lines:
                 sys.stdout.write(line + "\n")
             return 0
-        count = 0
-        with os_errors("cannot be written"), open(options.file, "x", encoding="utf-8") as file:
+        count = _write_new(options.file, lines)
+    print(f"{options.file}: {count} records")
+    return 0
+
+
+def unbroken(lines: Iterator[str]) -> Iterator[str]:
+    """Yields JSON lines. Raises AccessError if the node has ended them."""
+    for line in lines:
+        if line.startswith('{"error": '):
+            raise AccessError(f"the answer has ended early: {json.loads(line)['error']}")
+        yield line
+
+
+def _write_new(path: str, lines: Iterator[str]) -> int:
+    """Writes a new file, complete or not at all; returns the number of lines."""
+    count = 0
+    with os_errors("cannot be written"), open(path, "x", encoding="utf-8") as file:
+        try:
             for line in lines:
                 file.write(line + "\n")
                 count += 1
-    print(f"{options.file}: {count} records")
-    return 0
+        except BaseException:
+            os.unlink(path)
+            raise
+    return count

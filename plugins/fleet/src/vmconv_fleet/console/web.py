@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from vmconv.plugin import AccessError, VmconvError
-from vmconv_fleet.api.access import CALLER, COOKIE, Caller, UnknownCallerError, caller_of, of_token
+from vmconv_fleet.api.access import COOKIE, Caller, UnknownCallerError, caller_of, noted, of_token
 from vmconv_fleet.api.state import State, state_of
 from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.snapshot import Snapshot
@@ -62,8 +62,7 @@ def visit_of(request: Request) -> Visit:
     """Returns the visit. Raises UnknownCallerError for a browser without a session."""
     state = state_of(request)
     session = state.sessions.get(request.cookies.get(COOKIE, ""))
-    caller = of_token(session.token, state) if session else caller_of(request, state)
-    request.scope[CALLER] = caller.by.user
+    caller = noted(request, of_token(session.token, state) if session else caller_of(request, state))
     return Visit(request, state, caller, state.snapshot(), session.form_key if session else "")
 
 
