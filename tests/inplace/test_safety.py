@@ -545,7 +545,7 @@ def test_unexamined_neighbours_are_reported(any_dir: Path, monkeypatch: pytest.M
     disk = make_disk(any_dir / "disk.raw", MIB)
     (any_dir / "zz.qcow2").write_bytes(qcow2_images.empty_overlay("other.raw"))
     result = api.convert(str(disk), str(any_dir / "new.qcow2"), in_place=True)
-    assert "1 files were not searched" in "\n".join(result.warnings)
+    assert "not searched: 1 file," in "\n".join(result.warnings)
 
 
 # -- what is said at the end

@@ -92,7 +92,9 @@ def streamed(chunks: bytes, length: int = PAGE) -> bytes:
 
 
 MALFORMED = [
-    pytest.param(SOUND + bytes(32), r"range 2 at 0x\w+: magic number 0x0, version 0 is not", id="zeros behind"),
+    pytest.param(SOUND + b"\1" * 32, r"range 2 at 0x\w+: magic number 0x1010101, version 16843009", id="bytes behind"),
+    pytest.param(SOUND + SOUND[:31], r"range 2 at 0x\w+: 32 bytes reach past the end", id="half a header"),
+    pytest.param(SOUND[:-3], r"length of the stream at 0x\w+: 8 bytes reach past the end", id="half a length"),
     pytest.param(changed(LENGTH + 12, b"\1"), r"range 1 at 0x\w+: magic number 0x4c4d5641, version 1", id="version"),
     pytest.param(changed(16, bytes(8)), r"chunk at 0x2a: has 20480 bytes of RAM, from 1 to 1 are possible", id="short"),
     pytest.param(changed(8, b"\xff" * 8), r"range 0 at 0x0: last address 0x4fff is less than the first", id="last"),
@@ -118,6 +120,15 @@ MALFORMED = [
     pytest.param(changed(CHUNK + 4, b"\0"), r"chunk at 0x2a: cannot be decompressed: .*checksum", id="checksum"),
     pytest.param(changed(CHUNK + 11, b"\xff" * 4), r"chunk at 0x2a: cannot be decompressed", id="packed bytes"),
 ]
+
+
+@pytest.mark.parametrize("more", [bytes(32), bytes(70_000), b"\1\2\3", b"\1" * 31], ids=len)
+def test_bytes_behind_the_last_range_are_named(tmp_path: Path, more: bytes) -> None:
+    (tmp_path / "web.avml").write_bytes(SOUND + more)
+    report = vmconv.check(str(tmp_path / "web.avml"))
+    assert report
+    said = f"web.avml: {len(more)} bytes at {len(SOUND):#x} are behind the last range, and are not memory"
+    assert report.doubts == (said,)
 
 
 @pytest.mark.malformed

@@ -70,6 +70,23 @@ def test_pages_of_65536_bytes_are_read(tmp_path: Path) -> None:
     assert memory(put(tmp_path, Kdump(block=65536, machine="aarch64").data(ranges))) == ranges
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_bytes_behind_the_last_page_are_named(tmp_path: Path, flat: bool) -> None:
+    data = Kdump(flat=flat).data(TWO)
+    for more in (b"", b"rest"):
+        report = vmconv.check(str(put(tmp_path, data + more)))
+        assert report
+        last = "piece" if flat else "page"
+        said = f"web.kdump: 4 bytes at {len(data):#x} are behind the last {last}, and are not memory"
+        assert report.doubts == ((said,) if more else ())
+
+
+def test_the_last_page_may_be_that_of_zeros(tmp_path: Path) -> None:
+    report = vmconv.check(str(put(tmp_path, Kdump().data([(0, bytes(3 * PAGE))]))))
+    assert report
+    assert report.doubts == ()
+
+
 def test_pages_of_zeros_become_zeros(tmp_path: Path) -> None:
     path = put(tmp_path, Kdump().data([(0, bytes(4 * PAGE) + B)]))
     with Opener(installed()) as opener:
@@ -81,7 +98,7 @@ def test_what_was_left_out_is_named(tmp_path: Path) -> None:
     path = put(tmp_path, Kdump(level=31, without={1, 2}).data([(0, A)]))
     said = vmconv.info(str(path))
     assert said["format-specific"]["data"]["excluded-pages"] == 2
-    assert "2 pages of RAM were left out (level 31)" in said["warnings"][0]
+    assert "left out (level 31): 2 pages of RAM" in said["warnings"][0]
     assert memory(path) == [(0, A[:PAGE]), (3 * PAGE, A[3 * PAGE :])]
 
 

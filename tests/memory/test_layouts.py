@@ -67,7 +67,7 @@ def test_cores_of_all_classes_are_read(tmp_path: Path, bits: int, order: str) ->
 def test_the_registers_of_other_classes_are_named_as_lost(tmp_path: Path) -> None:
     note = struct.pack(">3I", 5, 4, 1) + b"CORE\0\0\0\0abcd"
     path = put(tmp_path, "web.elf", elf_core(TWO, order=">", notes=note))
-    assert vmconv.info(str(path))["losses"] == ["1 ELF notes of a 64-bit big-endian core, such as registers"]
+    assert vmconv.info(str(path))["losses"] == ["1 ELF note of a 64-bit big-endian core, such as registers"]
     assert vmconv.info(str(path))["format-specific"]["data"]["processors-with-registers"] == 1
 
 
@@ -103,8 +103,8 @@ def test_a_range_without_bytes_is_no_ram_and_one_with_less_ends_with_zeros(tmp_p
     path = put(tmp_path, "web.elf", bytes(data))
     assert memory(path) == [(0, A), (0x100000, B + bytes(PAGE))]
     said = vmconv.info(str(path))["warnings"]
-    assert "1 ranges have no bytes in the file" in said[0]
-    assert "1 ranges have less bytes in the file than in memory" in said[1]
+    assert "1 range without bytes in the file" in said[0]
+    assert "1 range with less bytes in the file than in memory" in said[1]
 
 
 @pytest.mark.parametrize(("suffix", "shares"), [("lime", True), ("elf", True), ("ram", False)])
@@ -116,6 +116,15 @@ def test_ordinary_lime_is_read_and_shared_where_the_target_can_have_its_phase(
     target = xfs_dir / f"new.{suffix}"
     assert (vmconv.convert(str(path), str(target)).totals.shared > 0) is shares
     assert opened(target, lambda image: image.guest.read(0x100000, len(B))) == B
+
+
+@pytest.mark.parametrize("more", [bytes(32), bytes(70_000), b"\1\2\3", b"\1" * 31], ids=len)
+def test_bytes_behind_the_last_range_are_named(tmp_path: Path, more: bytes) -> None:
+    path = put(tmp_path, "web.lime", lime(TWO) + more)
+    assert memory(path) == TWO
+    report = vmconv.check(str(path))
+    assert report
+    assert report.doubts == (f"web.lime: {len(more)} bytes at 0x5040 are behind the last range, and are not memory",)
 
 
 @pytest.mark.parametrize("magic", [0xBED2BED0, 0xBAD1BAD1, 0xBED2BED2, 0xBED3BED3])
@@ -131,7 +140,7 @@ def test_saved_states_of_all_versions_are_read(tmp_path: Path, magic: int, insid
         assert memory(tmp_path / "web.vmem") == TWO
     assert memory(path) == TWO
     said = vmconv.info(str(path))
-    assert said["losses"] == ["state of the machine in 1 groups, such as cpu"]
+    assert said["losses"] == ["state of the machine in 1 group, such as cpu"]
     assert said["format-specific"]["data"]["memory-inside"] is inside
 
 
@@ -318,7 +327,7 @@ def test_a_core_of_a_process_is_named_as_such(tmp_path: Path) -> None:
 LIMES = [
     pytest.param(lime(TWO)[:-1], r"range 1 at 0x2020: 0x3000 bytes at 0x2040 end past 0x503f", id="past the end"),
     pytest.param(lime(TWO)[: 0x2020 + 16], r"range header at 0x2020: 32 bytes reach past the end", id="half a header"),
-    pytest.param(lime(TWO) + bytes(32), r"range 2 at 0x5040: 0x0 is not the magic number", id="zeros behind"),
+    pytest.param(lime(TWO) + b"\1" * 32, r"range 2 at 0x5040: 0x1010101 is not the magic number", id="bytes behind"),
     pytest.param(lime([(0, A), (PAGE, B)]), r"range at 0x2020: range at 0x1000 begins before 0x2000", id="overlap"),
     pytest.param(lime(TWO[:1]) + lime(TWO[1:], 2), r"version at 0x2024: 2 is not 1", id="version"),
     pytest.param(struct.pack("<IIQQQ", 0x4C694D45, 1, 9, 8, 0), r"range 0 at 0x0: last address 0x8 is less", id="last"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from pathlib import Path
 
@@ -151,7 +153,60 @@ def test_pages_that_were_never_sent_are_named(tmp_path: Path) -> None:
     path = put(tmp_path, SOUND[:at] + SOUND[at + 8 + PAGE :])
     assert read(path) == MEMORY[: 4 * PAGE] + bytes(PAGE) + MEMORY[5 * PAGE :]
     result = vmconv.convert(str(path), str(tmp_path / "new.ram"))
-    assert result.warnings == ("web.mig: 1 pages are not in the stream and read as zero",)
+    assert result.warnings == ("web.mig: 1 page of RAM not in the stream, read as zeros",)
+
+
+# -- the end
+
+
+ENDING = SOUND[SOUND.index(b"\4\0\0\0\3\5timer") :]
+CUTS = [
+    pytest.param(0, r"without an EOF section: state of devices and processors is cut off", id="behind the RAM"),
+    pytest.param(30, r"without an EOF section: state of devices and processors is cut off", id="in a device"),
+    pytest.param(ENDING.index(b"\x7e") + 5, r"without an EOF section: state", id="before EOF"),
+    pytest.param(ENDING.index(b"\x7e") + 6, r"behind the EOF section: the description .* is missing", id="behind EOF"),
+    pytest.param(-20, r"within the description of the devices, which is cut off", id="in the description"),
+    pytest.param(-1, r"within the description of the devices, which is cut off", id="last byte"),
+]
+
+
+@pytest.mark.parametrize("kind", ["stream", "mapped", "saved"])
+@pytest.mark.parametrize(("cut", "said"), CUTS)
+def test_what_is_cut_off_behind_the_ram_is_named(tmp_path: Path, kind: str, cut: int, said: str) -> None:
+    path = tmp_path / ("web.save" if kind == "saved" else "web.mig")
+    if kind == "mapped":
+        mapped_ram(path, MEMORY)
+    else:
+        path.write_bytes((libvirt_header() if kind == "saved" else b"") + SOUND)
+    assert vmconv.info(str(path))["warnings"] == []
+    sound = vmconv.check(str(path))
+    assert sound
+    assert sound.doubts == ()
+    size = path.stat().st_size - (len(ENDING) - cut if cut >= 0 else -cut)
+    os.truncate(path, size)
+    result = vmconv.convert(str(path), str(tmp_path / "new.ram"))
+    (warning,) = result.warnings
+    assert re.fullmatch(rf"{path.name}: the stream ends at {size:#x}, .*{said}.*", warning)
+    report = vmconv.check(str(path))
+    assert report
+    assert report.doubts == (warning,)
+    assert (tmp_path / "new.ram").read_bytes() == MEMORY
+
+
+def test_bytes_behind_the_stream_are_named(tmp_path: Path) -> None:
+    path = put(tmp_path, SOUND + b"\0{}more")
+    said = f"web.mig: 7 bytes at {len(SOUND):#x} are behind the end of the stream"
+    assert vmconv.info(str(path))["warnings"] == [said]
+
+
+@pytest.mark.malformed
+def test_mapped_ram_that_ends_within_its_pages_is_refused(tmp_path: Path) -> None:
+    path = mapped_ram(tmp_path / "web.mig", MEMORY, block="pc.rem")
+    # The main block is the last one.
+    path.write_bytes(path.read_bytes().replace(b"pc.rom", b"pc.ram"))
+    assert len(read(path)) == 2 * PAGE
+    os.truncate(path, (2 << 20) + 2 * PAGE - 1)
+    refused(path, r"page at 0x201000 \(guest address 0x1000\): ends past the end of the file")
 
 
 def refused(path: Path, message: str) -> None:

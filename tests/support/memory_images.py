@@ -395,8 +395,14 @@ def migration(memory: bytes, machine: str = "pc-i440fx-7.2", block: str = "pc.ra
     out += struct.pack(">QBI", 0x10, 0x7E, 2) + b"\3" + struct.pack(">I", 2)
     out += struct.pack(">Q", 0 | 2) + _text("pc.rom") + b"\0" + struct.pack(">Q", PAGE | 2 | 0x20) + b"\0"
     out += struct.pack(">QBI", 0x10, 0x7E, 2)
-    # The state of a device, which nobody has to understand.
-    return out + b"\4" + struct.pack(">I", 3) + _text("timer") + struct.pack(">II", 0, 2) + bytes(24) + b"\0"
+    return out + _ending()
+
+
+def _ending() -> bytes:
+    """Returns the state of a device, which nobody has to understand, EOF, and the description of the devices."""
+    device = b"\4" + struct.pack(">I", 3) + _text("timer") + struct.pack(">II", 0, 2) + bytes(24)
+    described = b'{"page_size": 4096, "devices": [{"name": "timer", "instance_id": 0}]}'
+    return device + struct.pack(">BIBBI", 0x7E, 3, 0, 6, len(described)) + described
 
 
 def mapped_ram(
@@ -424,7 +430,7 @@ def mapped_ram(
             file.seek(bitmap)
             file.write(bits)
             file.seek(pages + len(data))
-        file.write(struct.pack(">QBI", 0x10, 0x7E, 2) + b"\3" + struct.pack(">IQBI", 2, 0x10, 0x7E, 2) + b"\0")
+        file.write(struct.pack(">QBI", 0x10, 0x7E, 2) + b"\3" + struct.pack(">IQBI", 2, 0x10, 0x7E, 2) + _ending())
     return path
 
 

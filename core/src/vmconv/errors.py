@@ -33,6 +33,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {found[0]}? " if found else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number and its noun, in the plural unless it is 1."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1]}ies" if noun.endswith("y") else f"{count} {noun}s"
+
+
 class VmconvError(Exception):
     """Base class of all vmconv errors; `exit_code` is the exit status of the command line."""
 

@@ -79,7 +79,7 @@ def test_manifests_of_virtualbox_are_right(number: int, tmp_path: Path) -> None:
         missing("corpus", f"{packed} is missing")
     (tmp_path / "demo.ova").write_bytes(lzma.decompress(packed.read_bytes()))
     assert findings(tmp_path / "demo.ova") == [
-        Finding("note", "manifest", "2 files besides the configuration have the digests that it states")
+        Finding("note", "manifest", "2 files with the right digest, besides the configuration")
     ]
 
 

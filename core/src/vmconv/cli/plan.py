@@ -43,6 +43,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
     from vmconv.cli.output import size_text
+    from vmconv.errors import counted
     from vmconv.model.references import notes
 
     for name, value in plan.totals._asdict().items():
@@ -52,8 +53,7 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
     for reference in plan.references:
         yield f"refers to {reference.name}: {size_text(reference.length)} ({reference.length} bytes)"
     for copy in plan.copies:
-        ranges = f"{copy.ranges} {'range' if copy.ranges == 1 else 'ranges'}"
-        where = f"in {ranges}, the first at {copy.offset:#x} of {copy.file}"
+        where = f"in {counted(copy.ranges, 'range')}, the first at {copy.offset:#x} of {copy.file}"
         yield f"copied because {copy.reason}: {size_text(copy.bytes)} {where}"
     for layer in layers:
         yield f"layer {layer['source']} ({layer['source_format']}) -> {layer['name']}"

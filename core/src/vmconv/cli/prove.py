@@ -34,7 +34,9 @@ def _run(options: argparse.Namespace) -> int:
             table.append([f"{row.start:#x}", f"{row.length:#x}", *places, _WORDS[row.same]])
     print_table(table)
     if hidden:
-        print(f"... and {hidden} more ranges, --rows shows them")
+        from vmconv.errors import counted
+
+        print(f"... and {counted(hidden, 'more range')}, shown by --rows")
     unknown = f", {size_text(proof.unknown)} unknown: the filesystem does not report it" if proof.unknown else ""
     shared, apart = size_text(proof.shared), size_text(proof.apart)
     print(f"{_verdict(proof)}: {shared} at the same physical addresses, {apart} not{unknown}")

@@ -146,14 +146,14 @@ def _json(found: SyncPlan) -> dict[str, Any]:
 
 def _changed(found: SyncPlan | SyncResult, *, up_to_date: bool) -> str:
     from vmconv.cli.output import size_text
+    from vmconv.errors import counted
     from vmconv.syncing.request import NEW
 
     if up_to_date:
         return "up to date"
     if found.evidence == NEW:
         return f"is new, {size_text(found.changed)}"
-    ranges = "1 range" if found.ranges == 1 else f"{found.ranges} ranges"
-    return f"{size_text(found.changed)} changed in {ranges}"
+    return f"{size_text(found.changed)} changed in {counted(found.ranges, 'range')}"
 
 
 class _Words:

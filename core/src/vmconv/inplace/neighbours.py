@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv import errors
-from vmconv.errors import AccessError, PlanError, VmconvError
+from vmconv.errors import AccessError, PlanError, VmconvError, counted
 from vmconv.io.opener import Opener
 from vmconv.model import paths
 from vmconv.model.sources import File
@@ -70,8 +70,8 @@ def warning(found: Neighbours) -> str | None:
     if not found.unseen:
         return None
     return (
-        f"{found.directory}: {found.unseen} files were not searched: an image among them that refers to the source "
-        "will be unreadable"
+        f"{found.directory}: not searched: {counted(found.unseen, 'file')}, and an image among them that refers to the "
+        "source will be unreadable"
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vmconv.errors import AccessError
+from vmconv.errors import AccessError, counted
 from vmconv.machine.findings import Finding
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check_manifest(source: Source, progress: Progress | None = None) -> tuple[Fi
             text = f"its {digest.algorithm} is {state.hexdigest()}, the manifest has {digest.value}"
             found.append(Finding("error", digest.file, text, "the package is damaged or was changed"))
     good = len(source.manifest.digests) - len(found)
-    compared = Finding("note", "manifest", f"{good} files besides the configuration have the digests that it states")
+    compared = Finding("note", "manifest", f"{counted(good, 'file')} with the right digest, besides the configuration")
     return (*found, *_without_digest(source), compared)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.errors import PlanError, PluginError, UsageError, in_words
+from vmconv.errors import PlanError, PluginError, UsageError, counted, in_words
 from vmconv.machine.model import About, Unless
 from vmconv.machine.paths import carried, is_field, marks, plain, stated, still_states
 from vmconv.machine.request import Loss
@@ -66,7 +66,7 @@ def _about(path: str, substitutions: Iterable[Substitution]) -> Substitution | N
 def words(value: Any) -> str:
     """Returns a value of a field for people: settings of a vendor by their number."""
     if isinstance(value, dict):
-        return f"{len(value)} {'setting' if len(value) == 1 else 'settings'}"
+        return counted(len(value), "setting")
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return in_words(value)

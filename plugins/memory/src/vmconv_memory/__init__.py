@@ -148,6 +148,12 @@ class Kdump(MemoryFormat):
 
         return read(file, snapshot=snapshot)
 
+    def check(self, image: Image) -> CheckReport:
+        from vmconv_memory.kdump import KdumpImage
+
+        found = super().check(image)
+        return found._replace(doubts=(*found.doubts, *image.behind)) if isinstance(image, KdumpImage) else found
+
 
 class Qevm(MemoryFormat):
     name = "qevm"

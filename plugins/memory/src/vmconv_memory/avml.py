@@ -11,16 +11,16 @@ are all zeros: nothing tells them from addresses without RAM.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
 from vmconv.plugin import Decoded, File, Image, ImageError, UsageError, damaged, read_part
 from vmconv_memory import structs
-from vmconv_memory.ranges import Entries
+from vmconv_memory.ranges import Entries, behind
 
 _HEADER = structs.LIME.size
+_MAGIC = structs.AVML_MAGIC.to_bytes(4, "little")
 _COMPRESSED, _PLAIN, _SKIPPED = 0, 1, 0x80
 _STREAM = b"\xff\x06\0\0sNaPpY"
 """The chunk that a stream begins with."""
@@ -82,7 +82,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
     if snapshot is not None:
         raise UsageError(f"{file.name}: AVML images have no snapshots, {snapshot!r} was requested")
     chunks = Chunks(file)
-    ranges = list(_ranges(file, chunks))
+    ranges, end = _ranges(file, chunks)
     if not ranges:
         raise ImageError(f"{file.name}: has no ranges")
     entries = Entries(file, "range", chunks)
@@ -90,14 +90,27 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         entries.add(place, first, length, length, offset)
     table = entries.table()
     details = {"format-specific": {"type": "avml", "data": {"ranges": len(entries), "machine-state": "none"}}}
-    return Image("avml", file, table.size, lambda: table, kind="memory", details=lambda: details)
+    warning = behind(file, end, _HEADER, _MAGIC)
+    return Image(
+        "avml",
+        file,
+        table.size,
+        lambda: table,
+        kind="memory",
+        warnings=(warning,) if warning else (),
+        details=lambda: details,
+    )
 
 
-def _ranges(file: File, chunks: Chunks) -> Iterator[tuple[int, int, int, int]]:
-    """Yields the offset of each header, address and length of its RAM, and where that begins in `chunks`."""
-    at, number = 0, 0
-    while at < file.size:
-        what = f"range {number}"
+def _ranges(file: File, chunks: Chunks) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Returns the ranges, and the offset behind the last one.
+
+    Of each range: the offset of its header, address and length of its RAM, and where that begins in `chunks`.
+    """
+    found: list[tuple[int, int, int, int]] = []
+    at = 0
+    while at < file.size and not (at and behind(file, at, _HEADER, _MAGIC)):
+        what = f"range {len(found)}"
         magic, version, first, last, _ = structs.LIME.unpack(read_part(file, what, at, _HEADER))
         if (magic, version) != (structs.AVML_MAGIC, structs.AVML_VERSION):
             wanted = f"{structs.AVML_MAGIC:#x}, version {structs.AVML_VERSION}"
@@ -106,8 +119,8 @@ def _ranges(file: File, chunks: Chunks) -> Iterator[tuple[int, int, int, int]]:
             raise damaged(file, what, at, f"last address {last:#x} is less than the first, {first:#x}")
         begin = chunks.size
         place, at = at, _stream(file, chunks, at + _HEADER, last - first + 1)
-        yield place, first, last - first + 1, begin
-        number += 1
+        found.append((place, first, last - first + 1, begin))
+    return found, at
 
 
 def _stream(file: File, chunks: Chunks, at: int, length: int) -> int:

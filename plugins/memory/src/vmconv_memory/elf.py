@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import Extents, File, Image, ImageError, UsageError, damaged, read_part
+from vmconv.plugin import Extents, File, Image, ImageError, UsageError, counted, damaged, read_part
 from vmconv_memory import structs
 from vmconv_memory.ranges import MAX_RANGES, Entries
 
@@ -121,9 +121,10 @@ def _warnings(core: Core) -> Iterator[str]:
     absent = int((loads["filesz"] == 0).sum())
     part = int(((loads["filesz"] < loads["memsz"]) & (loads["filesz"] > 0)).sum())
     if absent:
-        yield f"{core.file.name}: {absent} ranges have no bytes in the file, and count as addresses without RAM"
+        yield f"{core.file.name}: {counted(absent, 'range')} without bytes in the file, taken for addresses without RAM"
     if part:
-        yield f"{core.file.name}: {part} ranges have less bytes in the file than in memory; the rest reads as zero"
+        said = "with less bytes in the file than in memory; the rest reads as zero"
+        yield f"{core.file.name}: {counted(part, 'range')} {said}"
 
 
 def _note_bytes(core: Core) -> bytes:
@@ -162,7 +163,7 @@ def machine_state(
     count = sum(1 for _ in notes_in(notes, order))
     if count and class_ == 2 and order == "<" and machine is not None:
         return (), {"ELF notes": struct.pack("<H", machine) + notes}
-    lost = f"{count} ELF notes of a {kind_of(class_, order)} core, such as registers"
+    lost = f"{counted(count, 'ELF note')} of a {kind_of(class_, order)} core, such as registers"
     return (lost,) if count else (), {}
 
 

@@ -22,8 +22,11 @@ _MAX_PIECES = 1 << 20
 _MAX_SIZE = 1 << 45
 
 
-def flattened(file: File) -> Extents:
-    """Returns the table of the file in a flattened one. Raises `ImageError` if the stream has no end."""
+def flattened(file: File) -> tuple[Extents, int]:
+    """Returns the table of the file in a flattened one, and where the stream ends.
+
+    Raises `ImageError` if the stream has no end.
+    """
     magic, kind, version = _HEADER.unpack(read_part(file, "header", 0, _HEADER.size))
     if (magic, kind, version) != (MAGIC, 1, 1):
         raise damaged(file, "header", 0, f"type {kind}, version {version} of a flattened file, only 1 and 1 are read")
@@ -40,7 +43,7 @@ def flattened(file: File) -> Extents:
             raise damaged(file, "piece", at, f"more than {_MAX_PIECES} pieces")
         pieces.append((offset, length, begin))
         at = begin + length
-    return _table(file, pieces)
+    return _table(file, pieces), at + _PIECE.size
 
 
 def _table(file: File, pieces: list[tuple[int, int, int]]) -> Extents:

@@ -21,7 +21,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import Column, Decoded, Extents, File, Image, ImageError, Kind, Kinds, Placeholder, UsageError
+from vmconv.plugin import (
+    Column,
+    Decoded,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Kinds,
+    Placeholder,
+    UsageError,
+    counted,
+)
 from vmconv.plugin import damaged as damaged_file
 from vmconv_memory import structs
 from vmconv_memory.elf import MAX_NOTES, machine_state, notes_in
@@ -37,8 +49,8 @@ _LAYOUTS = {2: (424, struct.calcsize("=Q")), 1: (412, 4)}
 """By class of ELF: the offset of the numbers behind the timestamp, and bytes of a long number."""
 _MAX_RAM = 1 << 44
 _VERSIONS = range(1, 7)
-_SPLIT, _NOTES = 2, 4
-"""Versions from which the sub-header says that a dump is split, and where its notes are."""
+_SPLIT, _NOTES, _ERASED = 2, 4, 5
+"""Versions from which the sub-header says that a dump is split, where its notes are, and the list of erased data."""
 _INCOMPLETE = 8
 _SLICE = 1 << 17
 """Bytes of a bitmap that are read at once: 2^20 pages."""
@@ -70,6 +82,8 @@ class Dump:
     head: Head
     level: int
     notes: bytes
+    erased: int = 0
+    """The end of the list of what makedumpfile erased."""
 
     def read(self, what: str, offset: int, length: int) -> bytes:
         """Returns bytes of the dump. Raises `ImageError` if it ends before they do."""
@@ -114,24 +128,45 @@ class Dump:
             yield first, min(_SLICE, size - first)
 
 
+class KdumpImage(Image):
+    """An image whose check knows what is behind its last page."""
+
+    pages: Pages
+    end: int
+    """Where the dump ends in the file, if it is flattened; else the end of the file."""
+
+    @property
+    def behind(self) -> tuple[str, ...]:
+        """A remark on bytes behind the last page, if there are any; reads all descriptors."""
+        self.guest  # noqa: B018 finds the end
+        end, content = self.pages.end, self.pages.dump.content
+        found = [(_place(content, end), content.size - end, "page")] if content.size > end else []
+        found += [(self.end, self.file.size - self.end, "piece")] if self.file.size > self.end else []
+        return tuple(
+            f"{self.file.name}: {length} bytes at {at:#x} are behind the last {what}, and are not memory"
+            for at, length, what in found
+        )
+
+
 def read(file: File, *, snapshot: str | None = None) -> Image:
     """Returns the memory in `file`; the descriptors of its pages are read when they are needed."""
     if snapshot is not None:
         raise UsageError(f"{file.name}: kdump files have no snapshots, {snapshot!r} was requested")
-    content = flattened(file) if file.read(0, min(16, file.size)) == FLATTENED else Extents.whole(file)
+    is_flat = file.read(0, min(16, file.size)) == FLATTENED
+    content, end = flattened(file) if is_flat else (Extents.whole(file), file.size)
     dump = _dump(file, content)
     pages = Pages(dump)
     warnings = []
     if pages.excluded:
         warnings.append(
-            f"{file.name}: {pages.excluded} pages of RAM were left out (level {dump.level}), and count as addresses "
-            "without RAM"
+            f"{file.name}: left out (level {dump.level}): {counted(pages.excluded, 'page')} of RAM, taken for "
+            "addresses without RAM"
         )
     if dump.head.status & _INCOMPLETE:
         warnings.append(f"{file.name}: the dump is not complete; missing pages count as addresses without RAM")
     losses, state = machine_state(dump.notes, dump.head.class_, dump.head.order, structs.NUMBERS.get(dump.head.machine))
     size = dump.head.pages * dump.head.block
-    return Image(
+    image = KdumpImage(
         "kdump",
         file,
         size,
@@ -142,6 +177,8 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         details=lambda: _details(dump, pages),
         state=lambda: state,
     )
+    image.pages, image.end = pages, end
+    return image
 
 
 def _details(dump: Dump, pages: Pages) -> Mapping[str, Any]:
@@ -180,7 +217,8 @@ def _dump(file: File, content: Extents) -> Dump:
         if length > MAX_NOTES:
             raise dump.damaged("length of the notes", head.block + 56, f"{length} is more than {MAX_NOTES}")
         notes = dump.read("notes", offset, length)
-    return Dump(file, content, head, level, notes)
+    erased = sum(struct.unpack_from(f"{head.order}QQ", sub, 64)) if width == 8 and head.version >= _ERASED else 0
+    return Dump(file, content, head, level, notes, erased)
 
 
 def _head(file: File, content: Extents) -> Head:
@@ -230,9 +268,13 @@ def _damaged(
     file: File, content: Extents, what: str, offset: int, problem: str, *, guest: int | None = None
 ) -> ImageError:
     """Returns the error for an offset of the dump, which is another one of the file if it is flattened."""
+    return damaged_file(file, what, _place(content, offset), problem, guest=guest)
+
+
+def _place(content: Extents, offset: int) -> int:
+    """Returns the offset in the file of an offset of the dump."""
     rows = list(content.rows_of(offset, 1)) if offset < content.size else []
-    place = rows[0].offset if rows and rows[0].kind == Kind.DATA else offset
-    return damaged_file(file, what, place, problem, guest=guest)
+    return rows[0].offset if rows and rows[0].kind == Kind.DATA else offset
 
 
 # -- pages
@@ -252,6 +294,8 @@ class Pages(Decoded):
             reason="pages of a kdump file have to be decompressed",
             decode=self._decode_pages,
         )
+        self.end = 0
+        """The end of the last page, or of what makedumpfile erased, once the table was read."""
         self._before: list[Column] = []
         self.there, self.excluded = 0, 0
         for first, length in dump.parts():
@@ -297,7 +341,7 @@ class Pages(Decoded):
         plain = Placeholder("pages", dump.content.size)
 
         def slices() -> Iterator[tuple[Kinds, npt.NDArray[np.int32], Column]]:
-            rank, end = 0, self.begin
+            rank, end, last = 0, self.begin, dump.erased
             for first, length in dump.parts():
                 count = min(length * 8, dump.head.pages - first * 8)
                 inside = np.unpackbits(self._bits(first, length)[1], bitorder="little")[:count]
@@ -310,12 +354,14 @@ class Pages(Decoded):
                 # Writers put a page of zeros before all others, and all descriptors of such pages share it.
                 empty = written & ~packed & (offset == self.begin) & self._begins_with_zeros
                 end = self._in_order(rank, offset, np.where(written & ~empty, size, 0), end)
+                last = max(last, self.begin + block * bool(empty.any()))
                 rank += len(pages)
                 kind[pages] = np.where(empty, Kind.ZERO, np.where(written, Kind.DATA, Kind.HOLE))
                 data = written & ~empty
                 source[pages] = np.where(data, np.where(packed, 0, 1), -1)
                 where[pages] = np.where(data, np.where(packed, (first * 8 + pages) * block, offset), 0)
                 yield kind, source, where
+            self.end = min(max(end, last), dump.content.size)
 
         found = Extents.from_units(block, dump.head.pages * block, slices(), [self, plain])
         return found.through(plain, dump.content)

@@ -28,9 +28,10 @@ from vmconv.plugin import (
     spread,
 )
 from vmconv_memory import structs
-from vmconv_memory.ranges import MAX_RANGES, Entries, Segments, segments
+from vmconv_memory.ranges import MAX_RANGES, Entries, Segments, behind, segments
 
 _HEADER = structs.LIME.size
+_MAGIC = structs.LIME_MAGIC.to_bytes(4, "little")
 _SMALL = 16
 """Bytes of RAM in a small range. With its header it takes 48 bytes of the file, 32 more than of the memory."""
 
@@ -41,14 +42,23 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         raise UsageError(f"{file.name}: LiME images have no snapshots, {snapshot!r} was requested")
     entries = Entries(file, "range")
     at = 0
-    while at < file.size:
+    while at < file.size and not (at and behind(file, at, _HEADER, _MAGIC)):
         at = _add(entries, file, at)
     if not len(entries):
         raise ImageError(f"{file.name}: has no ranges")
     table = entries.table()
     data = {"ranges": len(entries), "machine-state": "none"}
     details = {"format-specific": {"type": "lime", "data": data}}
-    return Image("lime", file, table.size, lambda: table, kind="memory", details=lambda: details)
+    warning = behind(file, at, _HEADER, _MAGIC)
+    return Image(
+        "lime",
+        file,
+        table.size,
+        lambda: table,
+        kind="memory",
+        warnings=(warning,) if warning else (),
+        details=lambda: details,
+    )
 
 
 def _add(entries: Entries, file: File, at: int) -> int:

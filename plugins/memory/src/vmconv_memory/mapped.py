@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vmconv.plugin import Column, Extents, File, Kind, Kinds
+from vmconv.plugin import Column, Extents, File, Kind, Kinds, damaged
 from vmconv_memory.ranges import PAGE
 
 _SLICE = 1 << 20
@@ -28,8 +28,10 @@ def mapped_table(file: File, length: int, bitmap: int, pages: int) -> Extents:
             bits = np.unpackbits(np.frombuffer(file.read(at, size), dtype=np.uint8), bitorder="little")[:n]
             kind = np.where(bits, Kind.DATA, Kind.HOLE).astype(np.uint8)
             where = pages + (first + np.arange(n, dtype=np.int64)) * PAGE
-            # A file may end before the last pages of a block, if they are zero.
-            kind[where >= file.size] = Kind.HOLE
+            past = np.flatnonzero((kind == Kind.DATA) & (where + PAGE > file.size))
+            if len(past):
+                page, place = (first + int(past[0])) * PAGE, int(where[past[0]])
+                raise damaged(file, "page", place, f"ends past the end of the file ({file.size:#x})", guest=page)
             yield kind, 0, np.where(kind == Kind.DATA, where, 0)
 
     return Extents.from_units(PAGE, length, slices(), [file]).without_holes()

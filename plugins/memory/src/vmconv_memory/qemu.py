@@ -4,6 +4,7 @@
     configuration     name of the machine; subsections: capabilities, bits of a page, UUID
     section "ram"     start: the RAM blocks. Then parts with pages, each behind a word of address and flags
     other sections    state of devices, which is not looked at
+    EOF; description of the devices, in JSON
 
 With mapped RAM, each block has its pages at one place of the file, aligned to 1 MiB, and a bitmap of those that are not
 zero. All numbers are big-endian (QEMU, docs/devel/migration). A stream has addresses in RAM blocks, not physical ones:
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmconv.plugin import Columns, Extents, File, Image, ImageError, Kind, Placeholder, UsageError
+from vmconv.plugin import Columns, Extents, File, Image, ImageError, Kind, Placeholder, UsageError, counted
+from vmconv_memory.ending import ending
 from vmconv_memory.mapped import mapped_table
 from vmconv_memory.ranges import PAGE
 from vmconv_memory.stream import Stream
@@ -80,13 +82,16 @@ def read(file: File, *, snapshot: str | None = None, name: str = "qevm", at: int
     saved = _saved(stream)
     rows = _rows(file, saved)
 
-    missing = 0
+    warnings = []
     if saved.mapped:
         block = saved.blocks[saved.main]
         inner = mapped_table(file, block.length, block.bitmap, block.pages)
     else:
         # The words in front of the pages are all over the file, and tell what is missing.
         inner, missing = _of_pages(file, stream, saved)
+        if missing:
+            warnings.append(f"{file.name}: {counted(missing, 'page')} of RAM not in the stream, read as zeros")
+    warnings += ending(file, stream.at)
     table = _physical(rows, inner)
     others = [f"{each} ({block.length} bytes)" for each, block in saved.blocks.items() if each != saved.main]
     losses = ["state of the devices and processors"]
@@ -98,7 +103,7 @@ def read(file: File, *, snapshot: str | None = None, name: str = "qevm", at: int
         lambda: table,
         kind="memory",
         losses=tuple(losses),
-        warnings=(f"{file.name}: {missing} pages are not in the stream and read as zero",) if missing else (),
+        warnings=tuple(warnings),
         details=lambda: _details(saved, name),
     )
 
@@ -206,12 +211,12 @@ def _parts(stream: Stream, saved: Saved) -> None:
     at_end = False
     while True:
         _pages(stream, saved)
+        if at_end:
+            return
         kind = stream.number(1, "section type")
         if kind == _FOOTER:
             stream.number(4, "section id")
             kind = stream.number(1, "section type")
-        if at_end:
-            return
         if kind not in (_PART, _END) or stream.number(4, "section id") != saved.section:
             raise stream.error("section type", f"{kind} interrupts the RAM, and is not read")
         at_end = kind == _END

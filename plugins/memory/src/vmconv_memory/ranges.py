@@ -25,6 +25,8 @@ PAGE = 4096
 MAX_RANGES = 1 << 18
 """Ranges of one image. Machines have some ten, and an ordinary LiME file of a fragmented one some thousand."""
 
+_PADDING = 1 << 20
+
 
 class Ranges(NamedTuple):
     """Ranges of memory as columns: `address` and `length` of RAM, of which `stored` bytes lie at `offset` of a file.
@@ -104,6 +106,22 @@ class Entries:
             at = int(twice[0]) + 1
             problem = f"its bytes at {int(begin[at]):#x} are those of another range, too"
             raise damaged(self.file, self.what, int(place[at]), problem)
+
+
+def behind(file: File, at: int, header: int, magic: bytes) -> str | None:
+    """Returns a warning if what follows the last range of a file is no header: too short for one, or padding."""
+    left = file.size - at
+    if left <= 0 or magic.startswith(file.read(at, min(left, len(magic)))) or not (left < header or _empty(file, at)):
+        return None
+    return f"{file.name}: {left} bytes at {at:#x} are behind the last range, and are not memory"
+
+
+def _empty(file: File, at: int) -> bool:
+    """True if a file has nothing but zeros from an offset on, of which at most `_PADDING` are stored."""
+    stored = file.data_ranges(at, file.size)
+    return sum(end - start for start, end in stored) <= _PADDING and not any(
+        any(file.read(start, end - start)) for start, end in stored
+    )
 
 
 def _table(ranges: Ranges, source: Source) -> Extents:

@@ -26,6 +26,7 @@ from vmconv.plugin import (
     Kind,
     Opener,
     UsageError,
+    counted,
     damaged,
     read_part,
 )
@@ -255,7 +256,8 @@ def _others(state: State) -> list[str]:
 
 def _losses(state: State) -> tuple[str, ...]:
     others = _others(state)
-    return (f"state of the machine in {len(others)} groups, such as {', '.join(others[:3])}",) if others else ()
+    named = ", ".join(others[:3])
+    return (f"state of the machine in {counted(len(others), 'group')}, such as {named}",) if others else ()
 
 
 def _details(state: State) -> Mapping[str, Any]:

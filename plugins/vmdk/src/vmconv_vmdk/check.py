@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import CheckReport, Column, File, Findings, Structure, Usage, table_slices
+from vmconv.plugin import CheckReport, Column, File, Findings, Structure, Usage, counted, table_slices
 from vmconv_vmdk import structs
 from vmconv_vmdk.esx import Cowd, SeSparse
 from vmconv_vmdk.hosted import Hosted
@@ -111,7 +111,7 @@ class _Check:
             one, two = (self._entries(some[first : first + step], length) for some in (tables, others))
             differ += int(np.count_nonzero(one != two))
         if differ:
-            self.findings.doubt(f"{self.name}redundant grain tables: {differ} entries differ from the others")
+            self.findings.doubt(f"{self.name}redundant grain tables: {counted(differ, 'entry')} unlike the others")
 
     def _entries(self, tables: Column, length: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Returns the entries of grain tables as numbers, zeros for missing tables."""

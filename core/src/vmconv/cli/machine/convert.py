@@ -60,13 +60,14 @@ def _announce(plan: MachinePlan) -> None:
 
 def _print(result: MachineResult, options: argparse.Namespace) -> None:
     from vmconv.cli.output import as_plain, print_json, size_text
+    from vmconv.errors import counted
 
     if options.output == "json":
         print_json({"event": "result", **as_plain(result)})
     elif not options.quiet:
         totals, disks = result.plan.totals, len(result.plan.disks)
         print(
-            f"{result.target}: {disks} {'disk' if disks == 1 else 'disks'}, shared {size_text(totals.shared)}, "
+            f"{result.target}: {counted(disks, 'disk')}, shared {size_text(totals.shared)}, "
             f"copied {size_text(totals.copied)}, written {size_text(totals.written)} in {result.seconds:.3f} s"
         )
 

@@ -28,7 +28,9 @@ def plan_lines(plan: MachinePlan) -> Iterator[str]:
 
 def change_lines(plan: MachinePlan) -> Iterator[str]:
     """Yields the settings that the new machine has with another value, or not at all."""
-    yield f"{len(plan.carried)} settings are carried over"
+    from vmconv.errors import counted
+
+    yield f"carried over: {counted(len(plan.carried), 'setting')}"
     for one in plan.substitutions:
         yield f"changed: {one.path} {one.before} -> {one.after}: {one.reason}"
     for loss in plan.losses:
