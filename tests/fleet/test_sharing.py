@@ -18,8 +18,8 @@ from support.disks import MIB, make_disk
 from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue import sharing
 from vmconv_fleet.catalogue.scanning import Scanner
-from vmconv_fleet.catalogue.sharing import ATTRIBUTE, FILE, MAX_HISTORY, MAX_NOTE, hold, refuse_unless_owner
-from vmconv_fleet.replication.records import Record
+from vmconv_fleet.catalogue.sharing import ATTRIBUTE, FILE, MAX_HISTORY, MAX_NOTE, hold, nearest, refuse_unless_owner
+from vmconv_fleet.replication.records import Change, Record
 
 ONE, OTHER, THIRD = "1" * 32, "2" * 32, "3" * 32
 
@@ -180,3 +180,84 @@ def test_two_nodes_share_a_storage(pair: Sequence[Node], tmp_path: Path) -> None
     assert record
     assert [step["how"] for step in record.body["owners"]] == ["declared", "given", "taken"]
     assert "take" not in record.body
+
+
+def scanned(pair: Sequence[Node], paths: Sequence[Path], order: Sequence[int]) -> None:
+    """Lets the two nodes scan their datastores in this order, several times."""
+    for _ in range(2):
+        for number in order:
+            node = pair[number]
+            before = at(node)
+            scanner = Scanner(node.service, {"ds": str(paths[number])})
+            scanner.start()
+            try:
+                node.until(lambda node=node, before=before: at(node) > before)  # type: ignore[misc]
+            finally:
+                scanner.stop()
+            for other in pair:
+                same_records(other, node)
+
+
+def at(node: Node) -> int:
+    """Returns when the datastore was scanned."""
+    record = node.service.view().get(node.id, "datastore", "ds")
+    return int(record.body.get("scanned_ms", 0)) if record else 0
+
+
+def same_records(one: Node, other: Node) -> None:
+    one.until(lambda: one.service.view().positions() == other.service.view().positions())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["the outer one first", "the inner one first"])
+def test_a_datastore_in_another_node_s_is_listed_once(
+    pair: Sequence[Node], tmp_path: Path, order: Sequence[int]
+) -> None:
+    outer, inner = tmp_path / "outer", tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    make_disk(outer / "a.raw", MIB)
+    make_disk(inner / "b.raw", MIB)
+    scanned(pair, (outer, inner), order)
+    one, other = pair
+    problems = [node.service.view().get(node.id, "datastore", "ds").body.get("problem") for node in pair]  # type: ignore[union-attr]
+    if order == (0, 1):
+        assert listed(one) == {"1:a.raw", "1:inner/b.raw"}
+        assert problems == [None, f"lies in {outer}, a datastore of node {one.id}, which lists its disks"]
+        refuse_unless_owner(str(inner), one.id)
+        with pytest.raises(AccessError, match=f"belongs to node {one.id}"):
+            refuse_unless_owner(str(inner), other.id)
+    else:
+        assert listed(one) == {"1:a.raw", "2:b.raw"}
+        assert problems == [f"inner: is a datastore of node {other.id}, which lists its disks", None]
+        refuse_unless_owner(str(outer), one.id)
+        with pytest.raises(AccessError, match=f"belongs to node {other.id}"):
+            refuse_unless_owner(str(inner), one.id)
+        # Its node gives it up.
+        other.write(
+            Change("datastore", "ds", None),
+            *(Change("disk", record.id, None) for record in other.service.view().find("disk", other.id)),
+        )
+        same_records(one, other)
+        scanned(pair, (outer, inner), (0,))
+        assert listed(one) == {"1:a.raw", "1:inner/b.raw"}
+        refuse_unless_owner(str(inner), one.id)
+
+
+def test_a_filesystem_below_belongs_to_no_directory_above_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    owner(tmp_path, ONE)
+    assert nearest(str(inner))
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: Device(real(path, **more), 1 + len(str(path))))
+    assert nearest(str(inner)) is None
+
+
+class Device:
+    """The status of a file, on another device."""
+
+    def __init__(self, status: os.stat_result, device: int) -> None:
+        self._status = status
+        self.st_dev = device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._status, name)

@@ -24,7 +24,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.plugin import AccessError, VmconvError, printable
-from vmconv_fleet.catalogue import machines, sharing
+from vmconv_fleet.catalogue import machines
+from vmconv_fleet.catalogue.ownership import Ownership
 from vmconv_fleet.catalogue.places import disk_id, listing, refuse_outside
 from vmconv_fleet.replication.clock import wall_ms
 
@@ -128,8 +129,8 @@ def main() -> int:
     signal.signal(signal.SIGALRM, _too_long)
     asked = json.loads(sys.stdin.readline())
     inspection = _Inspection(asked["datastores"], asked.get("skip", {}))
-    inspection.node, inspection.acts = asked.get("node", ""), asked.get("acts", {})
-    inspection.retired = frozenset(asked.get("retired", ()))
+    about = (asked.get(name, {}) for name in ("acts", "retired", "stores"))
+    inspection.ownership = Ownership(asked.get("node", ""), *about)
     _print("capabilities", "installed", _capabilities(inspection.registry))
     for name in asked["datastores"]:
         for kind, identifier, body in inspection.records(name):
@@ -176,9 +177,7 @@ class _Inspection:
         self.registry = installed()
         self._suffixes = machines.suffixes()
         self._skip = skip
-        self.node = ""
-        self.acts: Mapping[str, Mapping[str, Any]] = {}
-        self.retired: frozenset[str] = frozenset()
+        self.ownership = Ownership()
         self._clock = _Clock()
         self._roots = {name: os.path.realpath(path) for name, path in datastores.items()}
 
@@ -188,8 +187,11 @@ class _Inspection:
         if not os.path.isdir(root):
             yield "datastore", datastore, {"path": root, "problem": "is not a directory", "scanned_ms": began}
             return
-        holding = self._held(datastore, root)
-        if holding.get("owner", self.node) != self.node:
+        if problem := self.ownership.around(root):
+            yield "datastore", datastore, {**self._datastore(root, 0, [problem]), "scanned_ms": began}
+            return
+        holding = self.ownership.held(datastore, root)
+        if holding.get("owner", self.ownership.node) != self.ownership.node:
             yield "datastore", datastore, {**self._datastore(root, 0, []), **holding, "scanned_ms": began}
             return
         own = yield from self._contents(datastore, root)
@@ -220,21 +222,15 @@ class _Inspection:
                 yield "vm", disk_id(datastore, found.name), machine
         return self._datastore(root, len(disks), remarks)
 
-    def _held(self, datastore: str, root: str) -> Body:
-        """Returns the fields of a datastore about its owner; none without a node, or where they cannot be noted."""
-        act = self.acts.get(datastore, {})
-        give_to, take = act.get("give_to"), bool(act.get("take"))
-        found = None
-        if self.node:
-            found = sharing.hold(root, self.node, wall_ms(), give_to=give_to, take=take, retired=self.retired)
-        return found.fields() if found else {}
-
     def _files(self, datastore: str, root: str, remarks: list[str]) -> Iterator[_Found]:
         """Yields the files that may be images, in the order of names; does not follow links to directories."""
         seen = 0
         waiting = [("", 0)]
         while waiting:
             below, depth = waiting.pop()
+            if below and (problem := self.ownership.below(os.path.join(root, below), self._roots.values())):
+                remarks.append(f"{below}: {problem}")
+                continue
             try:
                 entries = self._listed(os.path.normpath(os.path.join(root, below)), below, remarks)
             except (OSError, AccessError) as exc:

@@ -61,18 +61,24 @@ def hold(path: str, roots: Iterable[str]) -> int:
 
 
 @contextmanager
-def listing(path: str, roots: Iterable[str]) -> Iterator[Iterator[os.DirEntry[str]]]:
-    """Yields the entries of a directory, given as to `hold`."""
+def opened(path: str, roots: Iterable[str]) -> Iterator[int]:
+    """Yields a descriptor for reading a directory, given as to `hold`."""
     held = hold(path, roots)
     try:
         readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=held)
         try:
-            with os.scandir(readable) as entries:
-                yield entries
+            yield readable
         finally:
             os.close(readable)
     finally:
         os.close(held)
+
+
+@contextmanager
+def listing(path: str, roots: Iterable[str]) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """Yields the entries of a directory, given as to `hold`."""
+    with opened(path, roots) as directory, os.scandir(directory) as entries:
+        yield entries
 
 
 def refuse_as_file_name(name: str) -> None:

@@ -221,7 +221,17 @@ class Scanner:
         stores = self._service.view().find("datastore", node)
         acts = {one.id: {key: one.body[key] for key in _ACTS if key in one.body} for one in stores}
         gone = {*self._retired(), *(str(one.body["owner"]) for one in stores if self._is_released(one))}
-        return {"datastores": dict(datastores), "skip": skip, "node": node, "acts": acts, "retired": sorted(gone)}
+        task = {"datastores": dict(datastores), "skip": skip, "node": node, "acts": acts, "retired": sorted(gone)}
+        return {**task, "stores": self._stores()}
+
+    def _stores(self) -> dict[str, list[str]]:
+        """Returns the storages of each known node."""
+        view = self._service.view()
+        found: dict[str, list[str]] = {one.owner: [] for one in view.find("node")}
+        for one in view.find("datastore"):
+            if one.owner in found:
+                found[one.owner].append(str(one.body.get("storage")))
+        return found
 
     def _is_released(self, datastore: Record) -> bool:
         """Returns whether the owner of a shared storage says that it no longer has it."""

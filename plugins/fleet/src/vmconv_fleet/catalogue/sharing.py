@@ -3,6 +3,8 @@
 The note is an extended attribute of the directory, or a file in it where a network filesystem has none. Only a node
 that sees the storage can write it, so no other member can take a datastore away. A note that was copied with its
 directory does not count: it states the machine, filesystem and directory that it is about.
+
+Datastores of two nodes can also be one in the other. A file belongs to the nearest directory above it with a note.
 """
 
 from __future__ import annotations
@@ -82,15 +84,44 @@ def hold(
 
 
 def refuse_unless_owner(path: str, node: str) -> None:
-    """Raises AccessError if another node owns the directory."""
+    """Raises AccessError if another node owns the directory, or the nearest one above it that has an owner."""
+    found = nearest(path)
+    if found and found[1].owner != node:
+        where, holding = found
+        raise AccessError(f"{where}: this storage belongs to node {holding.owner}", hint="ask that node")
+
+
+def nearest(path: str) -> tuple[str, Holding] | None:
+    """Returns the nearest directory with an owner from `path` upwards, on the same filesystem, and who owns it."""
+    with suppress(OSError):
+        device = os.stat(path).st_dev
+        while os.stat(path).st_dev == device:
+            if found := owner_of(path):
+                return path, found
+            if path == (above := os.path.dirname(path)):
+                break
+            path = above
+    return None
+
+
+def owner_of(path: str) -> Holding | None:
+    """Returns who owns this very directory; None without a note that is about it."""
     with suppress(OSError):
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             found = _read(directory)
-            if found and found.owner != node and not _is_elsewhere(found.place, _place(directory, path)):
-                raise AccessError(f"{path}: this storage belongs to node {found.owner}", hint="ask that node")
+            return None if found is None or _is_elsewhere(found.place, _place(directory, path)) else found
         finally:
             os.close(directory)
+    return None
+
+
+def release(directory: int) -> None:
+    """Removes the note of an open directory."""
+    with suppress(OSError):
+        os.removexattr(directory, ATTRIBUTE)
+    with suppress(OSError):
+        os.unlink(FILE, dir_fd=directory)
 
 
 def _place(directory: int, path: str) -> dict[str, Any]:

@@ -154,6 +154,9 @@ class Run:
                 raise Refusal(f"datastore {name} no longer exists")
             if name is not None:
                 _refuse_of_another(roots[name], node)
+        # A directory on the way to the source may be a datastore of another node.
+        own = source.body.get("name") or source.body["file"]
+        _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[source.body["datastore"]]), own)), node)
         usable = roots if job.within is None else {name: roots[name] for name in job.within if name in roots}
         return Task(
             job=self._job,
