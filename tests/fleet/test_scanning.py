@@ -166,8 +166,10 @@ def test_a_header_in_a_flat_extent_makes_no_disk(
 
 
 def test_a_header_in_a_data_file_or_a_bundles_plain_image_makes_no_disk(
-    node: Node, datastore: Path, qemu_img: QemuImg, victims_child: bytes
+    node: Node, datastore: Path, qemu_img: QemuImg, victims_child: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # QEMU makes a relative data file in its own directory.
+    monkeypatch.chdir(datastore)
     data = "data_file=payload.vmdk,data_file_raw=on"
     make_disk(datastore / "payload.vmdk", MIB)
     qemu_img("create", "-q", "-f", "qcow2", "-o", data, datastore / "outside.qcow2", "1M")
