@@ -91,6 +91,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "datastore-give": {"name": "ds", "to": OTHER},
     "datastore-take": {"name": "ds"},
     "policy-set": {"max_parallel": 3},
+    "resume": {"without": [OTHER]},
     "token-create": {"id": "0" * 12, "hash": "0" * 64, "label": "x", "role": "viewer"},
     "token-revoke": {"id": "0" * 12},
     "retire": {"node": OTHER},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +22,14 @@ T = TypeVar("T")
 
 
 class TrustsAll(PlainTrust):
-    """Needs no certificates: a signature by an owner's key is the owner's."""
+    """Needs no certificates: a signature by an owner's key is the owner's. `others` are further members."""
+
+    def __init__(self, others: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._others = frozenset(others)
+
+    def members(self) -> set[str]:
+        return {*super().members(), *self._others}
 
     def verify(self, owner: str, key_id: str, signed: Sequence[tuple[bytes, bytes]], position: Position) -> bool:
         return all(PlainSigner(owner, key_id).sign(payload) == signature for payload, signature in signed)
@@ -79,7 +86,10 @@ class Wire:
 class Node:
     """One node: its service, its link, its directory."""
 
-    def __init__(self, number: int, directory: Path, wires: dict[str, Wire]) -> None:
+    def __init__(
+        self, number: int, directory: Path, wires: dict[str, Wire], *, restored_with: Iterable[str] | None = None
+    ) -> None:
+        """`restored_with`: its database was restored, and these are the other members."""
         self.id = f"{number:x}" * 32
         self.directory = directory / f"n{number:02}"
         self.directory.mkdir(exist_ok=True)
@@ -88,11 +98,11 @@ class Node:
             fleet="test",
             database=str(self.directory / "store.sqlite"),
             signer=PlainSigner(self.id),
-            trust=TrustsAll(),
+            trust=TrustsAll(restored_with or ()),
             transport=self.wire,
             handlers=make_handlers(str(self.directory)),
             schema=SCHEMA,
-            patience_ms=0,
+            patience_ms=0 if restored_with is None else None,
             indexes=INDEXES,
         )
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fleet import test_backup, test_replica, test_requests
+from fleet import test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id, signed_by_authority
 from fleet.sim import simulate
 from vmconv_fleet.replication import anti_entropy, clock, ownlog, receiver, requests
@@ -220,17 +220,29 @@ _WANT = AntiEntropy.want
 
 
 @mutation(
-    "the wait for records that neighbours announce is counted from the start",
-    test_backup.test_an_old_database_continues_the_history_that_neighbours_have,
+    "a restored node writes once it has heard from one member",
+    test_replica.test_a_restored_node_writes_once_it_has_heard_from_all_members,
 )
-def counted_from_the_start() -> Iterator[None]:
-    original = EpochRecovery._may_serve
+def heard_from_one() -> Iterator[None]:
+    def awaited(self: EpochRecovery) -> frozenset[str]:
+        return frozenset()
 
-    def may_serve(self: EpochRecovery, now: int) -> bool:
-        self._announced = self._started
-        return original(self, now)
+    with patch.object(EpochRecovery, "awaited", awaited):
+        yield
 
-    with patch.object(EpochRecovery, "_may_serve", may_serve):
+
+@mutation(
+    "a restored node that knows no member is alone",
+    test_replica.test_a_restored_node_that_knows_no_member_waits_for_any,
+)
+def alone_by_default() -> Iterator[None]:
+    original = EpochRecovery.__init__
+
+    def init(self: EpochRecovery, *arguments: Any) -> None:
+        original(self, *arguments)
+        self._alone = True
+
+    with patch.object(EpochRecovery, "__init__", init):
         yield
 
 

@@ -83,6 +83,9 @@ class PlainTrust:
             self._revoked.add((body["node"], body["key"]))
         return True
 
+    def members(self) -> set[str]:
+        return {owner for owner, _ in self._keys - self._revoked} - self._retired
+
     def retired(self, owner: str) -> bool:
         return owner in self._retired
 

@@ -567,6 +567,7 @@ class World:
             if self.time > begin + HEALING_MS:
                 raise Violation(f"no convergence {HEALING_MS} ms after all was healed: {why}")
             self._advance(self.time + 250)
+            self._resume_far_ones()
         self.counts["convergence ms"] += self.time - begin
         alive = self._alive()
         for id in alive:
@@ -578,6 +579,17 @@ class World:
             self.oracle.check_requests(node.replica.store, alive)
             self._check_clock(node)
         self.counts.update(self.oracle.counts)
+
+    def _resume_far_ones(self) -> None:
+        """Lets administrators give up the members that a restored node waits for and that it has no link with."""
+        for node in self.nodes.values():
+            if node.replica is None or not node.replica.is_restored:
+                continue
+            far = [other for other in node.replica.awaited() if frozenset((node.id, other)) not in self._links]
+            if far:
+                self.counts["resumed"] += 1
+                node.replica.excuse(far, alone=False)
+                self._alarm(node)
 
     def _check_clock(self, node: Node) -> None:
         """Checks that a jump of a clock is over when the clock is right again."""

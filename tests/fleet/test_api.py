@@ -593,6 +593,54 @@ def test_metrics_are_what_prometheus_reads(api: Served, pair: Sequence[Node]) ->
         float(value)
 
 
+# A restored node
+
+
+@pytest.fixture
+def restored(tmp_path: Path) -> Iterator[Served]:
+    """A node without links that waits for two members."""
+    node = Node(3, tmp_path, {}, restored_with=["1" * 32, "2" * 32])
+    with closing(node.service):
+        node.service.start()
+        with served(node) as one:
+            yield one
+
+
+def test_a_restored_node_says_whom_it_waits_for_and_changes_nothing(restored: Served) -> None:
+    assert restored.local.get("/api/v1/fleet")["waits_for"] == ["1" * 8, "2" * 8]
+    waits = "this node has a restored database, and writes again once it has heard from 11111111, 22222222"
+    for path, body in (
+        ("/api/v1/tokens", {"label": "x", "role": "viewer"}),
+        (f"/api/v1/nodes/{restored.node.id}/scan", {}),
+        (f"/api/v1/nodes/{restored.node.id}/revoke", {}),
+    ):
+        with pytest.raises(VmconvError) as refused:
+            restored.local.call("POST", path, body)
+        assert str(refused.value) == waits
+        assert "vmconv node resume" in str(refused.value.hint)
+
+
+def test_a_restored_node_resumes_without_members_and_its_history_says_so(restored: Served) -> None:
+    for wish, said in (
+        ({"without": ["4" * 32]}, "this node does not wait for"),
+        ({"without": ["n77"]}, "this node does not wait for"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            restored.local.call("POST", "/api/v1/resume", wish)
+    answer = restored.local.call("POST", "/api/v1/resume", {"without": ["1" * 32]}).content
+    assert (answer, restored.node.service.serving) == ({"waits_for": ["2" * 8]}, False)
+    assert restored.local.call("POST", "/api/v1/resume", {"alone": True}).content == {"waits_for": []}
+    acts = restored.node.until(lambda: restored.node.service.view().find("transaction"))
+    assert {("resume", "1" * 32)} <= {(act.body["verb"], *act.body["body"]["without"]) for act in acts}
+    with pytest.raises(UsageError, match="waits for no other one"):
+        restored.local.call("POST", "/api/v1/resume", {"alone": True})
+
+
+def test_only_the_local_administrator_resumes_a_node(api: Served) -> None:
+    with pytest.raises(AccessError, match="for the local administrator"):
+        api.client("admin").call("POST", "/api/v1/resume", {"alone": True})
+
+
 # The application itself
 
 
@@ -610,6 +658,7 @@ def test_the_description_has_every_verb(api: Served) -> None:
         "datastore-give": "POST /api/v1/datastores/{owner}/{name}/give",
         "datastore-take": "POST /api/v1/datastores/{owner}/{name}/take",
         "policy-set": "PATCH /api/v1/nodes/{node}/policy",
+        "resume": "POST /api/v1/resume",
         "token-create": "POST /api/v1/tokens",
         "token-revoke": "DELETE /api/v1/tokens/{owner}/{identifier}",
         "retire": "POST /api/v1/nodes/{node}/retire",

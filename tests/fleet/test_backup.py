@@ -35,9 +35,9 @@ def node(lab: Lab) -> NodeConfig:
     return config
 
 
-def restored(path: Path, directory: Path, **options: bool) -> NodeConfig:
+def restored(path: Path, directory: Path) -> NodeConfig:
     directory.mkdir(0o700)
-    return restore_backup(str(path), str(directory), **options)
+    return restore_backup(str(path), str(directory))
 
 
 def value(config: NodeConfig) -> str:
@@ -58,19 +58,11 @@ def test_a_node_is_restored_as_it_was(node: NodeConfig, tmp_path: Path) -> None:
     assert value(config) == "now"
     assert credentials.load(config).bound.node == node.node
     assert Authority.load(config.directory).fleet == "lab"
-    assert not Path(config.path(RESTORED)).exists()
+    assert Path(config.path(RESTORED)).exists()
     files = [path for path in Path(config.directory).rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     assert not list(Path(config.directory).rglob("tokens.json"))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_a_node_with_others_waits_for_one_unless_it_is_alone(node: NodeConfig, lab: Lab, tmp_path: Path) -> None:
-    lab.add()
-    lab.introduce()
-    write_backup(node, str(tmp_path / "backup"))
-    assert Path(restored(tmp_path / "backup", tmp_path / "a").path(RESTORED)).exists()
-    assert not Path(restored(tmp_path / "backup", tmp_path / "b", alone=True).path(RESTORED)).exists()
 
 
 def test_a_backup_replaces_no_file_and_follows_no_link(node: NodeConfig, tmp_path: Path) -> None:

@@ -393,6 +393,79 @@ def test_a_node_recovers_its_own_records_before_it_writes() -> None:
     assert _agree(again, other)
 
 
+def _restored() -> tuple[Fleet, Machine, Machine, Machine]:
+    """Returns a node with an old database, a member that was off since then, and one that has its later records."""
+    fleet = Fleet()
+    one, old, new = (fleet.add(number) for number in range(3))
+    fleet.flow(100)
+    for pair_ in ((one, old), (one, new), (old, new)):
+        fleet.link(*pair_)
+    fleet.flow(500)
+    backup = one.disk.serialize()
+    fleet.cut(one, old)
+    fleet.cut(old, new)
+    one.write("thing", "since", {"value": 1})
+    fleet.flow(500)
+    fleet.cut(one, new)
+    disk = sqlite3.connect(":memory:", isolation_level=None)
+    disk.deserialize(backup)
+    return fleet, fleet.add(0, disk=disk, patience=None), old, new
+
+
+def test_a_restored_node_writes_once_it_has_heard_from_all_members() -> None:
+    fleet, again, old, new = _restored()
+    fleet.flow(60_000)
+    fleet.link(again, old)
+    fleet.flow(600_000)
+    assert (again.replica.serving, again.replica.is_restored, {*again.replica.awaited()}) == (False, True, {new.id})
+    with pytest.raises(NotReadyError):
+        again.replica.write([Change("thing", "t", {})])
+    fleet.cut(again, old)
+    fleet.link(again, new)
+    fleet.flow(5000)
+    assert (again.replica.serving, again.replica.is_restored) == (True, False)
+    assert again.body(again, "thing", "since") == {"value": 1}
+    again.write("thing", "t", {})
+    fleet.link(again, old)
+    fleet.flow(1000)
+    assert _agree(again, old)
+    assert _agree(again, new)
+    assert again.problems() == old.problems() == new.problems() == []
+
+
+def test_a_restored_node_does_not_wait_for_a_retired_member() -> None:
+    fleet, again, old, new = _restored()
+    fleet.send(old, old.replica.write([retirement(new.id)])[1])
+    fleet.link(again, old)
+    fleet.flow(5000)
+    assert again.replica.serving
+
+
+def test_a_restored_node_does_not_wait_for_members_that_are_given_up() -> None:
+    fleet, again, old, new = _restored()
+    again.replica.excuse([new.id], alone=False)
+    fleet.flow(60_000)
+    assert again.replica.awaited() == {old.id}
+    fleet.link(again, old)
+    fleet.flow(5000)
+    assert again.replica.serving
+
+
+def test_a_restored_node_that_knows_no_member_waits_for_any() -> None:
+    """Its backup is of the time before the others joined."""
+    fleet, _, other = pair()
+    again = fleet.add(0, patience=None)
+    fleet.flow(60_000)
+    assert (again.replica.serving, again.replica.awaited()) == (False, frozenset())
+    fleet.link(again, other)
+    fleet.flow(5000)
+    assert again.replica.serving
+    alone = fleet.add(0, patience=None)
+    alone.replica.excuse([], alone=True)
+    fleet.flow(500)
+    assert alone.replica.serving
+
+
 def test_an_older_database_is_brought_up_to_date() -> None:
     fleet, one, other = pair()
     one.write("thing", "before", {"value": 1})

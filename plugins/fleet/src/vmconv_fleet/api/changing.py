@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -33,6 +35,8 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
 MAX_SELECTED = 5000
+_RESUMES_WITHIN = 15.0
+"""Seconds in which a node that waits for no other one writes."""
 
 
 class _Wish(BaseModel):
@@ -102,6 +106,13 @@ class RevokeWish(_Wish):
 class RetireWish(_Wish):
     reason: Annotated[str, Field(max_length=255)] = ""
     authority: str | None = None
+
+
+class ResumeWish(_Wish):
+    """Members by name or id, or `alone`: any member at all."""
+
+    without: Annotated[list[str], Field(max_length=4096)] = []
+    alone: bool = False
 
 
 class JoinWish(_Wish):
@@ -250,6 +261,30 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
     arguments = {"node": _node(state, node), "reason": wish.reason}
     authority = _authority(state, wish.authority)
     return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
+
+
+@router.post("/resume", summary="Let this restored node write without waiting for members; local administrator only")
+async def resume(wish: ResumeWish, state: StateOf, caller: Known) -> dict[str, list[str]]:
+    """The answer has the members that it still waits for."""
+    refuse_unless_allowed("resume", state.node, caller.by, state.view(), state.now_ms(), arguments={})
+    if not state.service.is_restored:
+        raise UsageError("this node waits for no other one")
+    awaited = state.service.awaited()
+    without = awaited if wish.alone else {_node_among(state, awaited, named) for named in wish.without}
+    written = state.service.resume(without, caller.by.plain(), alone=wish.alone)
+    if wish.alone or awaited == without:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.wrap_future(written), _RESUMES_WITHIN)
+    return {"waits_for": state.waits_for()}
+
+
+def _node_among(state: State, nodes: Collection[str], named: str) -> str:
+    """Returns the one of these nodes with this name or id; a member that is awaited may have no record here."""
+    found = named if named in nodes else state.snapshot().find_node(named)
+    if found is None or found not in nodes:
+        names = ", ".join(state.snapshot().names(nodes)) or "no other one"
+        raise UsageError(f"this node does not wait for {named!r}", hint=f"it waits for {names}")
+    return found
 
 
 @router.post("/join-tokens", summary="Create an invitation for a new node, on a node with the fleet's authority")

@@ -136,6 +136,7 @@ def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
         "node": state.node,
         "name": snapshot.name(state.node),
         "serving": state.service.serving,
+        "waits_for": state.waits_for(),
         "cut": bool(state.link and state.link.is_disconnected),
         "problems": state.problems(),
         "nodes": len(nodes),

@@ -9,10 +9,13 @@ from fastapi import Depends, Request
 from vmconv_fleet.api.bus import Bus
 from vmconv_fleet.api.sessions import BrowserSessions
 from vmconv_fleet.catalogue.snapshot import Snapshot
+from vmconv_fleet.errors import NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView
+
+RESUME = "if one is lost: vmconv node resume --without NODE, or --alone"
 
 
 class Link(Protocol):
@@ -58,6 +61,19 @@ class State:
             neighbours=self.service.neighbours(),
             retirements=self.service.retirements(),
         )
+
+    def refuse_while_restored(self) -> None:
+        """Raises NotReadyError if this node does not write until it has heard from other members."""
+        if names := ", ".join(self.waits_for()):
+            raise NotReadyError(
+                f"this node has a restored database, and writes again once it has heard from {names}", hint=RESUME
+            )
+
+    def waits_for(self) -> list[str]:
+        """Returns the names of the members that this node waits for before it writes."""
+        if not self.service.is_restored:
+            return []
+        return self.snapshot().names(self.service.awaited()) or ["any other node"]
 
     def problems(self) -> list[str]:
         """Returns the node's own problems as text."""

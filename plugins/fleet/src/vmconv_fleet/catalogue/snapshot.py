@@ -88,6 +88,10 @@ class Snapshot:
         name = (body.name if body else self._retired.get(node, ""))[:MAX_NAME]
         return node[:8] if trap_in(name) else name
 
+    def names(self, nodes: Iterable[str]) -> list[str]:
+        """Returns the names of nodes, in their order."""
+        return sorted(map(self.name, nodes))
+
     def nodes(self) -> list[NodeView]:
         """Returns all nodes by name, including this one."""
         beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self._about_themselves("heartbeat")}

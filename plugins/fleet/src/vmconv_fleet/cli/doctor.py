@@ -15,6 +15,7 @@ from vmconv_fleet.words import age_text, cell
 
 _UNANSWERED_MS = 60_000
 _LITTLE_SPACE = 0.05
+_RESUME = "if one is lost, vmconv node resume --without NODE, or --alone"
 
 
 class Diagnosis(NamedTuple):
@@ -41,7 +42,10 @@ def doctor(options: argparse.Namespace) -> int:
 def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     fleet = client.get("/api/v1/fleet")
     here = fleet["name"]
-    if not fleet["serving"]:
+    if fleet["waits_for"]:
+        names = ", ".join(fleet["waits_for"])
+        yield Diagnosis(here, f"has a restored database, and writes again once it has heard from {names}: {_RESUME}")
+    elif not fleet["serving"]:
         yield Diagnosis(here, "cannot write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
         yield Diagnosis(here, "is disconnected from the others by its administrator")

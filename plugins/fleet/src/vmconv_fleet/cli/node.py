@@ -81,9 +81,17 @@ def _backup(parser: argparse.ArgumentParser) -> None:
 
 def _restore(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="the output of vmconv node backup")
-    parser.add_argument(
-        "--alone", action="store_true", help="do not wait for another node, which has the records written since"
+
+
+def _resume(parser: argparse.ArgumentParser) -> None:
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument(
+        "--without",
+        action="append",
+        metavar="NODE",
+        help="do not wait for this node, by name or id: it is lost with the records that it alone has of this node",
     )
+    given.add_argument("--alone", action="store_true", help="wait for no other node: all are lost")
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +114,7 @@ ACTIONS: dict[str, tuple[str, Adder]] = {
     "authority": ("copy the fleet's authority to another node", _authority),
     "backup": ("write settings, keys, authority and database into one file", _backup),
     "restore": ("make the directory of a node from its backup", _restore),
+    "resume": ("let a restored node write without hearing from all members first", _resume),
     "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
 }
 

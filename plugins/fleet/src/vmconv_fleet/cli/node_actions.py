@@ -22,7 +22,6 @@ from vmconv_fleet.words import cell, trap_in
 
 
 def init_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.daemon import FOUNDED
     from vmconv_fleet.trust import credentials
     from vmconv_fleet.trust.addresses import local_addresses, names_of
     from vmconv_fleet.trust.authority import Authority
@@ -46,8 +45,7 @@ def init_node(options: argparse.Namespace) -> int:
         request = keys.request(node, options.fleet, names_of(config))
         credentials.install(directory, keys, authority.issue(request, drops=not stated))
         settings.save(config)
-        with open(config.path(FOUNDED), "w", encoding="ascii"):
-            pass
+        _mark_as_new(config)
     print(f"node {node} ({config.name}) created fleet {options.fleet} in {directory}")
     print(f"  next: vmconv node run --directory {directory}")
     return 0
@@ -75,6 +73,7 @@ def join_node(options: argparse.Namespace) -> int:
         credentials.install(directory, keys, granted.certificate)
         credentials.load(config)
         settings.save(config)
+        _mark_as_new(config)
     print(f"node {node} ({config.name}) joined fleet {granted.fleet} in {directory}")
     print(f"  next: vmconv node run --directory {directory}")
     return 0
@@ -90,6 +89,7 @@ def run_node(options: argparse.Namespace) -> int:
 
 
 def status_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.node.backup import RESTORED
     from vmconv_fleet.node.daemon import running
     from vmconv_fleet.trust import credentials
 
@@ -116,6 +116,8 @@ def status_node(options: argparse.Namespace) -> int:
     print(f"  certificate  until {bound.not_after:%Y-%m-%d}")
     print(f"  authority    {'here' if found['authority'] else 'elsewhere'}")
     print(f"  neighbours   {', '.join(beat.get('neighbours', [])) or 'none'}")
+    if os.path.exists(config.path(RESTORED)):
+        print("  problem      the database is restored: vmconv fleet doctor shows the nodes that it waits for")
     for problem in beat.get("problems", []):
         print(f"  problem      {problem}")
     return 0
@@ -208,15 +210,25 @@ def backup_node(options: argparse.Namespace) -> int:
 
 
 def restore_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.backup import RESTORED, restore_backup
+    from vmconv_fleet.node.backup import restore_backup
 
     directory = _fresh_directory(options)
     with _undone_on_failure(directory):
-        config = restore_backup(options.file, directory, alone=options.alone)
+        config = restore_backup(options.file, directory)
     print(f"node {config.node} ({config.name}) of fleet {config.fleet} is restored in {directory}")
-    if os.path.exists(config.path(RESTORED)):
-        print("  it writes again once it has met another node, which has its records since the backup")
+    print("  it writes again once it has heard from all other members, which may have its records since the backup")
     print(f"  next: vmconv node run --directory {directory}")
+    return 0
+
+
+def resume_node(options: argparse.Namespace) -> int:
+    from vmconv_fleet.cli.client import NodeClient
+
+    config = settings.load(_directory(options))
+    with NodeClient(config.directory) as client:
+        wish = {"without": options.without or [], "alone": options.alone}
+        left = client.call("POST", "/api/v1/resume", wish).content["waits_for"]
+    print(f"node {config.node} " + (f"still waits for {', '.join(left)}" if left else "writes again"))
     return 0
 
 
@@ -238,6 +250,14 @@ def leave_node(options: argparse.Namespace) -> int:
         shutil.rmtree(config.directory)
     print(f"node {config.node} has left fleet {config.fleet}; its disks are unchanged")
     return 0
+
+
+def _mark_as_new(config: NodeConfig) -> None:
+    """Notes that no other node can have records of this one yet."""
+    from vmconv_fleet.node.daemon import FOUNDED
+
+    with open(config.path(FOUNDED), "w", encoding="ascii"):
+        pass
 
 
 def _directory(options: argparse.Namespace) -> str:

@@ -151,6 +151,15 @@ class Revoke(Arguments):
     key_id: Annotated[str, Field(max_length=128)] | None = None
 
 
+class Resume(Arguments):
+    """The members whose later records of the node are given up."""
+
+    verb: ClassVar[str] = "resume"
+
+    without: Annotated[list[NodeId], Field(max_length=4096)] = []
+    alone: bool = False
+
+
 ARGUMENTS: Mapping[str, type[Arguments]] = {
     one.verb: one
     for one in (
@@ -163,6 +172,7 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         DatastoreGive,
         DatastoreTake,
         PolicySet,
+        Resume,
         TokenCreate,
         TokenRevoke,
         Retire,

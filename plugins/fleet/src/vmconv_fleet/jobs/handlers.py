@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         DatastoreRemove,
         DatastoreTake,
         PolicySet,
+        Resume,
         Retire,
         Revoke,
         Scan,
@@ -58,6 +59,7 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
         "datastore-give": _give_datastore,
         "datastore-take": _take_datastore,
         "policy-set": _set_policy,
+        "resume": _resume,
         "token-create": _create_token,
         "token-revoke": _revoke_token,
         "retire": partial(_retire, directory),
@@ -308,6 +310,11 @@ def _set_policy(context: Context, _request: IncomingRequest, wanted: PolicySet) 
     if heard is not None and context.node not in heard:
         body["administrators_of"] = [*heard, context.node]
     return Outcome([Change("policy", POLICY, body)], {"policy": body})
+
+
+def _resume(_context: Context, _request: IncomingRequest, wanted: Resume) -> Outcome:
+    """Records the decision, which the replica has followed already: otherwise it would execute nothing."""
+    return Outcome((), wanted.given())
 
 
 def _create_token(context: Context, request: IncomingRequest, wanted: TokenCreate) -> Outcome:

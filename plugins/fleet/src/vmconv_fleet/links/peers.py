@@ -48,7 +48,7 @@ class Dialler:
     """Finds the addresses to dial: only those where a probe has met the member.
 
     `members` returns the nodes of the fleet, `record` the body of a node's record, `meets` the node at an address, or
-    None. Called on one thread; `endpoints` on any.
+    None, `awaited` the members that this node has to hear. Called on one thread; `endpoints` on any.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class Dialler:
         members: Callable[[], Iterable[str]],
         record: Callable[[str], Mapping[str, Any]],
         meets: Callable[[str], str | None],
+        awaited: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._config = config
         self._members = members
         self._record = record
         self._meets = meets
+        self._awaited = awaited
         self._here = any(is_loopback(split_address(address)[0]) for address in config.listen)
         self._absent: dict[str, tuple[float, float]] = {}
         self._found: dict[str, str] = {}
@@ -78,7 +80,8 @@ class Dialler:
         for node in [one for one in self._absent if one in linked or one not in members]:
             del self._absent[node]
         self._found = {node: address for node, address in self._found.items() if node in members}
-        missing = [node for node in dialled(self._config.node, members, self._is_missing) if node not in linked]
+        wanted = {*dialled(self._config.node, members, self._is_missing), *(members & {*self._awaited()})}
+        missing = sorted(wanted - linked)
         due = [node for node in missing if self._absent.setdefault(node, (now, now))[1] <= now]
         if not due:
             return False

@@ -24,11 +24,10 @@ from vmconv_fleet.replication.database import open_reader
 from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import Authority
-from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import MAX_MEMBERS, MAX_PEM, write_private
 
 RESTORED = "restored"
-"""A file in a node's directory: neighbours have newer records of the node than its database, so it waits for one."""
+"""A file in a node's directory: members may have later records of the node than its database, so it waits for all."""
 DATABASE = "store.sqlite"
 LIMITS: Mapping[str, int] = {
     "node.toml": 1 << 20,
@@ -104,11 +103,11 @@ def _copied(database: str, beside: str) -> Iterator[str]:
         shutil.rmtree(directory)
 
 
-def restore_backup(path: str, directory: str, *, alone: bool = False) -> NodeConfig:
+def restore_backup(path: str, directory: str) -> NodeConfig:
     """Fills a new directory from a backup and returns the node's settings.
 
-    The node then waits for a neighbour before it writes, unless it is `alone` or knows no other member. Raises
-    BackupError if the file is no backup, and leaves a part of it in the directory then.
+    The node then writes once it has heard from all members. Raises BackupError if the file is no backup, and leaves a
+    part of it in the directory then.
     """
     with os_errors("reading the backup", BackupError), open(path, "rb") as file:
         try:
@@ -122,8 +121,8 @@ def restore_backup(path: str, directory: str, *, alone: bool = False) -> NodeCon
     credentials.install(directory, bound.keys, bound.certificate)
     if credentials.holds_authority(config):
         Authority.load(directory)
-    if not alone and _others(config):
-        write_private(config.path(RESTORED), b"")
+    _check_database(config)
+    write_private(config.path(RESTORED), b"")
     return config
 
 
@@ -154,17 +153,10 @@ def _write(path: str, source: IO[bytes]) -> None:
         os.fsync(file.fileno())
 
 
-def _others(config: NodeConfig) -> bool:
-    """Returns whether the fleet has other members, as far as the backup knows."""
-    with open(config.path("ca.pem"), "rb") as file:
-        trust = CertificateTrust(file.read(MAX_PEM))
-    trust.learn_members(credentials.read_members(config))
+def _check_database(config: NodeConfig) -> None:
     if os.path.exists(config.database):
         try:
             with closing(Reader(open_reader(config.database))) as reader:
-                for kind in ("certificate", "revocation"):
-                    for record in reader.find(kind):
-                        trust.learn(record)
+                reader.positions()
         except FleetError as exc:
             raise BackupError(f"{config.database}: is no database of a node: {exc}") from exc
-    return any(node != config.node for node in trust.members())

@@ -41,7 +41,7 @@ from vmconv_fleet.replication.store import ReplicaView
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.addresses import announced
 from vmconv_fleet.trust.certificates import CertificateTrust
-from vmconv_fleet.trust.identity import Ed25519Signer
+from vmconv_fleet.trust.identity import Ed25519Signer, write_private
 from vmconv_fleet.trust.renewal import Renewal
 
 PATIENCE_MS = 3000
@@ -64,7 +64,7 @@ class Daemon:
             self.trust = CertificateTrust(file.read())
         self.trust.learn_members(credentials.read_members(config))
         self.trust.learn_certificate(self._credentials.certificate)
-        self._dialler = Dialler(config, self.trust.members, self._record_of, self._meets)
+        self._dialler = Dialler(config, self.trust.members, self._record_of, self._meets, self._awaited)
         self.link = ZenohLink(
             config,
             members=self.trust.members,
@@ -122,10 +122,12 @@ class Daemon:
 
     def _make_service(self, handlers: Mapping[str, Handler]) -> NodeService:
         patience: int | None = PATIENCE_MS
-        if not os.path.exists(self.config.database):
-            # A lost database must not begin at zero: neighbours have its records.
-            patience = 0 if os.path.exists(self.config.path(FOUNDED)) else None
-        elif os.path.exists(self.config.path(RESTORED)):
+        founded, restored = self.config.path(FOUNDED), self.config.path(RESTORED)
+        if not os.path.exists(self.config.database) and os.path.exists(founded):
+            patience = 0
+        elif not os.path.exists(self.config.database) or os.path.exists(restored):
+            # Other members may have later records of this node. Also after a restart, when there is a database.
+            write_private(restored, b"")
             patience = None
         return NodeService(
             fleet=self.config.fleet,
@@ -171,6 +173,9 @@ class Daemon:
     def _record_of(self, node: str) -> Mapping[str, Any]:
         record = self.service.view().get(node, "node", node)
         return {} if record is None else record.body
+
+    def _awaited(self) -> frozenset[str]:
+        return self.service.awaited() if self.service.is_restored else frozenset()
 
     def _meets(self, address: str) -> str | None:
         # TLS in Python takes memory that a node with all links does not need.

@@ -20,9 +20,9 @@ class Timing(NamedTuple):
     """All in milliseconds.
 
     `patience`: how long a start waits for neighbours that may have newer records of this node than its database; None:
-    until one is connected. `settle`: how long it waits for more neighbours after the first. `digest`: the interval of
-    whole digests; `tail`: the delay of the digest after a live message. `grace`: how long deletions are remembered;
-    `floor`: the interval at which old ones are dropped.
+    until all members have been heard. `settle`: how long it waits for more neighbours after the first. `digest`: the
+    interval of whole digests; `tail`: the delay of the digest after a live message. `grace`: how long deletions are
+    remembered; `floor`: the interval at which old ones are dropped.
     """
 
     patience: int | None = 3000

@@ -62,9 +62,9 @@ class NeighbourTable:
     def ids(self) -> list[str]:
         return sorted(self._peers)
 
-    def all_reported(self) -> bool:
-        """Returns whether all neighbours have sent a whole digest."""
-        return all(peer.reported for peer in self._peers.values())
+    def reported(self) -> set[str]:
+        """Returns the neighbours that have sent a whole digest."""
+        return {id for id, peer in self._peers.items() if peer.reported}
 
     def ahead(self, owner: str, position: Position) -> list[str]:
         """Returns the neighbours that have more of an owner's records."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from vmconv_fleet.replication.anti_entropy import NEVER
 from vmconv_fleet.replication.context import ReplicaContext
@@ -32,7 +33,10 @@ class EpochRecovery:
         self._cloned: str | None = None
         self._limit = LIMIT * max(context.timing.patience or 0, _LEAST_PATIENCE_MS)
         self._next = self._settled = self._started = context.monotonic()
-        self._announced: int | None = None
+        # Replaced, never changed: other threads read them.
+        self._heard: frozenset[str] = frozenset()
+        self._excused: frozenset[str] = frozenset()
+        self._alone = False
 
     @property
     def serving(self) -> bool:
@@ -43,6 +47,22 @@ class EpochRecovery:
     def settled(self) -> Position:
         """The position up to which neighbours' records of this node are already superseded."""
         return Position(self._beyond, MAX_NUMBER) if self._beyond >= self._epoch else START
+
+    @property
+    def is_restored(self) -> bool:
+        """Returns whether the database may lack own records, and the node waits for all members. On any thread."""
+        return self._context.timing.patience is None and not self._epoch
+
+    def awaited(self) -> frozenset[str]:
+        """Returns the known members that have not been heard since the start. May be called on any thread."""
+        trust = self._context.trust
+        members = {node for node in trust.members() if not trust.retired(node)}
+        return frozenset(members - {self._context.node, *self._heard, *self._excused})
+
+    def excuse(self, nodes: Iterable[str], *, alone: bool) -> None:
+        """Stops waiting for members, whose later records of this node are lost; `alone`: for any member at all."""
+        self._excused |= frozenset(nodes)
+        self._alone = self._alone or alone
 
     def settle(self) -> None:
         """Waits for more neighbours after one has connected."""
@@ -72,8 +92,7 @@ class EpochRecovery:
         now, patience = self._context.monotonic(), self._context.timing.patience
         if self._may_serve(now):
             return now
-        announced = now if self._announced is None else self._announced
-        waits = (self._settled, self._started + (patience or 0), announced + self._limit)
+        waits = (self._settled, self._started + (patience or 0), self._started + self._limit)
         return min((wait for wait in waits if wait > now), default=NEVER)
 
     def begin_due(self, now: int) -> list[Record]:
@@ -90,12 +109,14 @@ class EpochRecovery:
     def _may_serve(self, now: int) -> bool:
         context = self._context
         waited, patience = now - self._started, context.timing.patience
-        ahead = context.neighbours.ahead(context.node, max(self.settled, context.store.position(context.node)))
-        if ahead or context.anti_entropy.wants(context.node, now):
-            # Not since the start: a node may have waited for its first neighbour for hours.
-            self._announced = now if self._announced is None else self._announced
-            return now - self._announced >= self._limit
-        self._announced = None
-        if len(context.neighbours) and context.neighbours.all_reported():
+        ahead = {*context.neighbours.ahead(context.node, max(self.settled, context.store.position(context.node)))}
+        reported = context.neighbours.reported()
+        self._heard |= reported - ahead
+        if ahead - self._excused or context.anti_entropy.wants(context.node, now):
+            return patience is not None and waited >= self._limit
+        if patience is None:
+            # A database of the fleet's first days knows no other members.
+            return not self.awaited() and bool(self._heard or self._alone) and now >= self._settled
+        if reported and len(reported) == len(context.neighbours):
             return now >= self._settled
-        return patience is not None and waited >= patience
+        return waited >= patience

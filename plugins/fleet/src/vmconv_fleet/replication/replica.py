@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random, SystemRandom
 
@@ -104,6 +104,19 @@ class Replica:
     def serving(self) -> bool:
         """Returns whether the node may write: it has recovered its own records from its neighbours."""
         return self._recovery.serving and not self._context.trust.retired(self.node)
+
+    @property
+    def is_restored(self) -> bool:
+        """Returns whether the node waits for all members before it writes. May be called on any thread."""
+        return self._recovery.is_restored
+
+    def awaited(self) -> frozenset[str]:
+        """Returns the known members that it still waits for then. May be called on any thread."""
+        return self._recovery.awaited()
+
+    def excuse(self, nodes: Iterable[str], *, alone: bool) -> None:
+        """Stops waiting for these members, or for any member at all: the administrator's decision."""
+        self._recovery.excuse(nodes, alone=alone)
 
     def retirements(self) -> Mapping[str, str]:
         """Returns the retired nodes and their names. May be called on any thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -43,7 +43,7 @@ class NodeService:
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
-        0 for a node that connects to nobody; None, without limit, for a node that joined with a new database.
+        0 for a new node; None for one with a lost or restored database: it waits for all members.
         `introduction`: the node's certificate, written with its first record unless it is there.
         """
         self.fleet = fleet
@@ -73,6 +73,24 @@ class NodeService:
     def serving(self) -> bool:
         """Returns whether own records can be written."""
         return self._replica.serving
+
+    @property
+    def is_restored(self) -> bool:
+        """Returns whether the database was lost or restored, and the node waits for all members before it writes."""
+        return self._replica.is_restored
+
+    def awaited(self) -> frozenset[str]:
+        """Returns the known members that it still waits for then."""
+        return self._replica.awaited()
+
+    def resume(self, without: Collection[str], by: Mapping[str, Any], *, alone: bool) -> Future[str]:
+        """Stops waiting for these members, or for any at all. Once the node writes, its history says who decided it.
+
+        The future is done once this request is durable.
+        """
+        self._engine.call(lambda: self._replica.excuse(without, alone=alone))
+        arguments = {"without": sorted(without), "alone": alone}
+        return self._engine.request(lambda requests: requests.submit(self.node, "resume", arguments, by))
 
     def start(self) -> None:
         self._engine.start()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from vmconv_fleet.replication.records import Position, Record
@@ -44,6 +44,9 @@ class Trust(Protocol):
         Called before the record's own signature is verified, at each start for all stored records, and again for known
         ones: the authority's signature in the body decides, not the sender.
         """
+
+    def members(self) -> Iterable[str]:
+        """Returns the known nodes of the fleet that are not revoked, this one included. May be called on any thread."""
 
     def retired(self, owner: str) -> bool:
         """Returns whether the node was retired: its records are dropped everywhere."""

@@ -27,6 +27,7 @@ VERBS: Mapping[str, Role] = {
     "datastore-give": "admin",
     "datastore-take": "admin",
     "policy-set": "admin",
+    "resume": "admin",
     "retire": "admin",
     "revoke": "admin",
     "token-create": "admin",
@@ -34,8 +35,8 @@ VERBS: Mapping[str, Role] = {
 }
 """The role that a verb needs; reading needs `viewer`."""
 
-LOCAL_ONLY = frozenset({"datastore-add"})
-"""Verbs for the local administrator of the target only: they name its paths."""
+LOCAL_ONLY = frozenset({"datastore-add", "resume"})
+"""Verbs for the local administrator of the target only: they name its paths, or decide about its database."""
 
 ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin"}
 """The verbs, and what a node does without a request."""
@@ -100,7 +101,7 @@ def refuse_unless_allowed(
             f"{_act(verb, places, rights)} needs the role {needed}, {by.user or by.token} has {rights.role}"
         )
     if verb in LOCAL_ONLY and not (by.token is None and by.node == target):
-        raise AccessError(f"{verb} is for the local administrator of the node alone: it names its paths")
+        raise AccessError(f"{verb} is for the local administrator of the node alone")
 
 
 def _act(verb: str, places: Sequence[str], rights: Rights) -> str:
