@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
+from collections.abc import Callable
 from typing import Any
 from xml.sax.saxutils import escape
+
+import xxhash
 
 MIB = 1 << 20
 UUID = "421f245c-7fa8-60fa-1122-334455667788"
@@ -74,7 +77,28 @@ def config(objects: list[dict[str, Any]]) -> bytes:
     return ("<?xml version='1.0'?>\n" + value(whole)).encode()
 
 
-def pieces(disks: dict[str, bytes], *, keep_alive: int = 0) -> list[tuple[str, bytes]]:
+Digest = Callable[[str, bytes], list[tuple[str, bytes]]]
+"""The files beside a piece, by its name and content."""
+
+
+def sha1(name: str, data: bytes) -> list[tuple[str, bytes]]:
+    """The digest of releases up to 8.2: `Sha1.to_hex`."""
+    return [(f"{name}.checksum", hashlib.sha1(data).hexdigest().encode())]
+
+
+def xxh64(name: str, data: bytes) -> list[tuple[str, bytes]]:
+    """The digest of later releases: `Printf.sprintf "%016LX"`."""
+    return [(f"{name}.xxhash", b"%016X" % xxhash.xxh64_intdigest(data))]
+
+
+def no_digest(name: str, data: bytes) -> list[tuple[str, bytes]]:
+    return []
+
+
+DIGESTS: dict[str, Digest] = {"checksum": sha1, "xxhash": xxh64}
+
+
+def pieces(disks: dict[str, bytes], *, keep_alive: int = 0, digest: Digest = sha1) -> list[tuple[str, bytes]]:
     """Returns the pieces and digests of disks, as xapi sends them; each `keep_alive`th has an empty one before."""
     found = []
     for reference, data in disks.items():
@@ -82,17 +106,17 @@ def pieces(disks: dict[str, bytes], *, keep_alive: int = 0) -> list[tuple[str, b
         for at in range(last + 1):
             piece = data[at * MIB : (at + 1) * MIB]
             if keep_alive and at and at % keep_alive == 0:
-                found += piece_of(reference, number, b"")
+                found += piece_of(reference, number, b"", digest)
                 number += 1
             if any(piece) or at in (0, last):
-                found += piece_of(reference, number, piece)
+                found += piece_of(reference, number, piece, digest)
             number += 1
     return found
 
 
-def piece_of(reference: str, number: int, data: bytes) -> list[tuple[str, bytes]]:
+def piece_of(reference: str, number: int, data: bytes, digest: Digest = sha1) -> list[tuple[str, bytes]]:
     name = f"{reference}/{number:08d}"
-    return [(name, data), (f"{name}.checksum", hashlib.sha1(data).hexdigest().encode())]
+    return [(name, data), *digest(name, data)]
 
 
 def archive(files: list[tuple[str, bytes]], *, end: bool = True) -> bytes:
@@ -106,6 +130,7 @@ def archive(files: list[tuple[str, bytes]], *, end: bool = True) -> bytes:
     return target.getvalue() if end else target.getvalue()[:size]
 
 
-def export(disks: dict[str, bytes], *, keep_alive: int = 0, **vm: Any) -> bytes:
+def export(disks: dict[str, bytes], *, keep_alive: int = 0, digest: Digest = sha1, **vm: Any) -> bytes:
     """Returns the export of a machine with these disks."""
-    return archive([("ova.xml", config(records(disks, **vm))), *pieces(disks, keep_alive=keep_alive)])
+    files = pieces(disks, keep_alive=keep_alive, digest=digest)
+    return archive([("ova.xml", config(records(disks, **vm))), *files])

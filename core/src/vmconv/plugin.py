@@ -62,12 +62,13 @@ if TYPE_CHECKING:
         Member,
         Substitution,
     )
-    from vmconv.io.decompressing import Decompressed
+    from vmconv.io.decompressing import Decompressed, compression_of, decoded_head
     from vmconv.io.directory import Directory
     from vmconv.io.foreign import described_beside
     from vmconv.io.known import RAM_NAME, RAW_NAME, qemu_name
     from vmconv.io.opener import MAX_CHAIN_DEPTH, Opener
     from vmconv.io.registry import Registry, installed
+    from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
     from vmconv.model.disk import Disk
     from vmconv.model.extents import (
@@ -113,6 +114,7 @@ _HOMES = {
     "Backend": "interface.backend",
     "BackendError": "errors",
     "Backing": "model.layout",
+    "Beginning": "machine.beginning",
     "Blob": "model.sources",
     "Capabilities": "interface.backend",
     "CheckReport": "interface.format",
@@ -184,8 +186,10 @@ _HOMES = {
     "add_output": "cli.options",
     "blocks": "placing.blocks",
     "clip_to_sources": "model.extents",
+    "compression_of": "io.decompressing",
     "cut": "model.extents",
     "damaged": "fields",
+    "decoded_head": "io.decompressing",
     "derived": "model.identity",
     "describe": "model.options",
     "described_beside": "io.foreign",
@@ -243,6 +247,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "Backing",
+    "Beginning",
     "Blob",
     "Capabilities",
     "CheckReport",
@@ -315,9 +320,11 @@ __all__ = [
     "add_output",
     "blocks",
     "clip_to_sources",
+    "compression_of",
     "counted",
     "cut",
     "damaged",
+    "decoded_head",
     "derived",
     "describe",
     "described_beside",

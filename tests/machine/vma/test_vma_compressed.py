@@ -20,7 +20,7 @@ from support.requirements import oracle_program
 from support.vma_archives import CONF, Archive, conf_of, extent
 from vmconv.errors import BackendError, ImageError, PlanError, VmconvError, ZeroCopyError
 from vmconv.machine import nvram
-from vmconv.plugin import Decoded, Decompressed, File
+from vmconv.plugin import Beginning, Decoded, Decompressed, File
 from vmconv.testing import image_file, random_bytes
 from vmconv.testing.malformed import memory_limit, time_limit
 from vmconv_vma import Vma
@@ -194,8 +194,22 @@ def test_check_reads_the_beginning_of_the_disks(tmp_path: Path) -> None:
     assert said[0] == said[1]
 
 
+def test_check_says_which_disks_lie_behind_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmconv.machine.check import check
+    from vmconv.machine.source import opened
+
+    monkeypatch.setattr(Beginning, "limit", MIB)
+    (tmp_path / "web.vma.zst").write_bytes(zst(archive(disk(1), disk(2)).written()))
+    with opened(str(tmp_path / "web.vma.zst")) as source:
+        found = check(source, source.machine, None, inside=False)
+    (second,) = (one for one in found if one.path == "disks[1]")
+    assert second.text.startswith("was not looked at: web.vma.zst: drive-scsi1 at 0x0: is not in the first 1 MiB")
+    assert (second.level, second.hint) == ("warning", "decompress the archive first, or convert the machine")
+    assert not [one for one in found if one.path == "disks[0]" and "looked at" in one.text]
+
+
 def test_blocks_behind_the_beginning_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vmconv_vma.decoding._LOOKED_AT", MIB)
+    monkeypatch.setattr(Beginning, "limit", MIB)
     content = disk(1, 16 * MIB)
     file = image_file(zst(archive(content).written()), "web.vma.zst")
     table = VMA.members(file)[-1].table

@@ -9,6 +9,7 @@ from vmconv.interface.format import NoOptions
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from vmconv.interface.format import CheckReport
     from vmconv.io.opener import Opener
     from vmconv.machine.decoding import NewFile
     from vmconv.machine.model import Machine
@@ -147,6 +148,16 @@ class MachineFormat:
         `progress` is called with bytes of the package: read, and all.
         """
         raise NotImplementedError(f"{self.name} has no compressed packages")
+
+    def check_payload(
+        self, file: File, progress: Progress | None = None, *, sample: bool = False
+    ) -> CheckReport | None:
+        """Compares payload in a package with the checksums that lie beside it: all of it, or random parts.
+
+        The report counts parts with the right checksum as allocated. None if packages of this format have none.
+        `progress` is called with bytes of the package: read, and all.
+        """
+        return None
 
     def adapt(self, machine: Machine, options: Any) -> Adapted:
         """Returns the machine in terms that this format can express, with a reason for each changed field.

@@ -293,6 +293,21 @@ class Decompressed:
         return b"".join(parts)
 
 
+def compression_of(file: File) -> str | None:
+    """Returns how a file is compressed, as `Decompressed` names it; None if it cannot be decoded."""
+    kind = foreign_content(file)
+    return kind.title if kind and kind.title in _DECODERS else None
+
+
+def decoded_head(file: File, length: int) -> bytes:
+    """Returns the first bytes of what a compressed file becomes, none if it is not compressed, or damaged."""
+    compression = compression_of(file)
+    try:
+        return Decompressed(file, compression).read(length) if compression else b""
+    except ImageError:
+        return b""
+
+
 def _binary(reader: Any) -> BinaryIO:
     return reader  # type: ignore[no-any-return]
 

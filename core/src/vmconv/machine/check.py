@@ -53,8 +53,11 @@ def _findings(source: Source, machine: Machine, target: str | None, *, inside: b
         image = source.image(disk)
         disks.append(image.flat if image else Extents.filled(0))
         if image is not None:
-            table = partitions.read(image.flat)
-            contents = [content_of(image.flat, start) for start in _starts(table)]
+            found = _looked_at(path, image.flat, source)
+            if isinstance(found, Finding):
+                yield found
+                continue
+            table, contents = found
             yield from _of_disk(path, image.flat, table, contents)
             volumes += _volumes(number, image.flat, table, contents)
             if number == boot:
@@ -69,6 +72,17 @@ def _findings(source: Source, machine: Machine, target: str | None, *, inside: b
         if readiness.HAVE_LIBRARIES:
             needs = readiness.Needs(machine, boot)
             yield from readiness.findings(disks, volumes, needs, moved=target is not None)
+
+
+def _looked_at(path: str, disk: Extents, source: Source) -> tuple[partitions.Table, list[str | None]] | Finding:
+    """Returns the partitions of a disk and their contents, or that a compressed package has to be decoded for them."""
+    try:
+        table = partitions.read(disk)
+        return table, [content_of(disk, start) for start in _starts(table)]
+    except ImageError as exc:
+        if source.compression is None:
+            raise
+        return Finding("warning", path, f"was not looked at: {exc}", exc.hint or "")
 
 
 def _starts(table: partitions.Table) -> list[int]:

@@ -1,4 +1,4 @@
-"""Compares the files of a package with the digests in its manifest, which reads all of their bytes."""
+"""Compares payload of a package with the digests in it, which reads all of its bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vmconv.errors import AccessError, counted
+from vmconv.errors import AccessError, ImageError, counted
 from vmconv.machine.findings import Finding
 
 if TYPE_CHECKING:
@@ -16,6 +16,32 @@ if TYPE_CHECKING:
     from vmconv.model.sources import File
 
 _CHUNK = 4 << 20
+
+
+_DAMAGED = "the package is damaged or was changed"
+
+
+def check_payload(source: Source, progress: Progress | None = None) -> tuple[Finding, ...]:
+    """Returns an error for each part of a package that has another digest than the package states, and a summary."""
+    report = source.format.check_payload(source.file, progress)
+    if report is None:
+        return check_manifest(source, progress)
+    if not report.allocated_clusters and not report.corruption_count:
+        return (Finding("warning", "checksums", "there are none of the disks"),)
+    found = [Finding("error", "checksums", text, _DAMAGED) for text in report.corruptions]
+    if report.corruption_count > len(found):
+        found.append(Finding("error", "checksums", f"{report.corruption_count} in all are wrong or missing"))
+    good = report.allocated_clusters
+    return (*found, Finding("note", "checksums", f"{counted(good, 'piece')} with the right checksum"))
+
+
+def refuse_damaged(source: Source, progress: Progress | None, *, sample: bool) -> None:
+    """Raises `ImageError` if payload of a package, or of a sample of its parts, has another checksum than it states."""
+    report = source.format.check_payload(source.file, progress, sample=sample)
+    if report is not None and report.corruptions:
+        more = report.corruption_count - 1
+        problem = report.corruptions[0] + (f", and {more} more" if more else "")
+        raise ImageError(f"{source.file.name}: {problem}", hint="--verify=metadata converts it as it is")
 
 
 def check_manifest(source: Source, progress: Progress | None = None) -> tuple[Finding, ...]:
@@ -42,7 +68,7 @@ def check_manifest(source: Source, progress: Progress | None = None) -> tuple[Fi
         done += file.size
         if state.hexdigest() != digest.value:
             text = f"its {digest.algorithm} is {state.hexdigest()}, the manifest has {digest.value}"
-            found.append(Finding("error", digest.file, text, "the package is damaged or was changed"))
+            found.append(Finding("error", digest.file, text, _DAMAGED))
     good = len(source.manifest.digests) - len(found)
     compared = Finding("note", "manifest", f"{counted(good, 'file')} with the right digest, besides the configuration")
     return (*found, *_without_digest(source), compared)

@@ -19,6 +19,7 @@ from vmconv.interface.machines import Member
 from vmconv.io.registry import installed
 from vmconv.machine import losses
 from vmconv.machine.decoding import decoded, decoded_plan, undecoded_notes
+from vmconv.machine.digests import refuse_damaged
 from vmconv.machine.firmware import variables
 from vmconv.machine.layout import NewMachine, lay_out_machine
 from vmconv.machine.places import directory_at, existing_parent
@@ -179,6 +180,9 @@ def _make(
 ) -> None:
     progress, verifying, created = callbacks
     target, opener = ready.target, ready.source.opener
+    # Decoding a package compares its checksums anyway.
+    if mode in ("sample", "bytes") and not ready.source.compression:
+        refuse_damaged(ready.source, verifying, sample=mode == "sample")
 
     def check(files: list[File]) -> None:
         if mode:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from vmconv.plugin import Adapted, ConfigFile, Extents, File, Member, NewFile, Opener, Progress
 
 _MAGIC = b"VMA\0\0\0\0\1"
-_COMPRESSED = (b"\x28\xb5\x2f\xfd", b"\x1f\x8b\x08", b"\x89LZO")
 
 
 class Vma(MachineFormat):
@@ -30,12 +29,9 @@ class Vma(MachineFormat):
         return Proxmox().options()
 
     def probe(self, file: File) -> bool:
-        head = file.read(0, min(file.size, len(_MAGIC)))
-        if head == _MAGIC or not head.startswith(_COMPRESSED):
-            return head == _MAGIC
-        from vmconv_vma.compression import is_archive
+        from vmconv_vma.compression import begins_with
 
-        return is_archive(file)
+        return file.read(0, min(file.size, len(_MAGIC))) == _MAGIC or begins_with(file, _MAGIC)
 
     def compression(self, file: File) -> str | None:
         if file.read(0, min(file.size, len(_MAGIC))) == _MAGIC:

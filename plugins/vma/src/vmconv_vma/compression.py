@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmconv.plugin import Decompressed, ImageError
-from vmconv_vma import structs
+from vmconv import plugin
+from vmconv.plugin import Decompressed, ImageError, decoded_head
 
 if TYPE_CHECKING:
     from vmconv.plugin import File
 
 _LZOP = "lzop"
-_MAGICS = {b"\x28\xb5\x2f\xfd": "Zstandard", b"\x1f\x8b\x08": "gzip", b"\x89LZO\0\r\n\x1a\n": _LZOP}
+_LZOP_MAGIC = b"\x89LZO\0\r\n\x1a\n"
 
 
 def stream_of(file: File) -> Decompressed:
@@ -26,19 +26,13 @@ def stream_of(file: File) -> Decompressed:
 
 
 def compression_of(file: File) -> str | None:
-    """Returns the compression of a file by its magic number; None for none that vzdump uses."""
-    head = file.read(0, min(file.size, 16))
-    return next((name for magic, name in _MAGICS.items() if head.startswith(magic)), None)
+    """Returns the compression of a file by its magic number; None for none that is known."""
+    is_lzop = file.read(0, min(file.size, len(_LZOP_MAGIC))) == _LZOP_MAGIC
+    return _LZOP if is_lzop else plugin.compression_of(file)
 
 
-def is_archive(file: File) -> bool:
-    """True if a compressed file is an archive. lzop is not decoded: then the name decides."""
-    compression = compression_of(file)
-    if compression is None:
-        return False
-    if compression == _LZOP:
+def begins_with(file: File, magic: bytes) -> bool:
+    """True if a compressed file becomes one with this beginning. lzop is not decoded: then the name decides."""
+    if compression_of(file) == _LZOP:
         return file.path.lower().endswith(".vma.lzo")
-    try:
-        return stream_of(file).read(8) == structs.MAGIC + structs.VERSION.to_bytes(4, "big")
-    except ImageError:
-        return False
+    return decoded_head(file, len(magic)) == magic

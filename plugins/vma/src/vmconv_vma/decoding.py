@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from vmconv.plugin import Decoded, Extents, ImageError, Kind, Member, damaged
+from vmconv.plugin import Beginning, Extents, Member, damaged
 from vmconv_vma import structs
 from vmconv_vma.archive import in_order
 from vmconv_vma.compression import compression_of, stream_of
 from vmconv_vma.extents import Tables, block_count
-from vmconv_vma.header import Device, Header, parse, size_of
+from vmconv_vma.header import Header, parse, size_of
 
 if TYPE_CHECKING:
     from vmconv.plugin import Decompressed, File, NewFile, Progress
-
-_LOOKED_AT = 64 << 20
-"""Decoded bytes in which the variables of the firmware, and the beginnings of disks, are looked for."""
 
 _MAX_EMPTY = 1024
 """Extents without a cluster in a row. vmconv writes 7 for alignment."""
@@ -87,63 +84,23 @@ def _configs(header: Header) -> list[Member]:
 
 
 def members(file: File) -> tuple[Member, ...]:
-    """Returns the members of a compressed archive before it is decoded.
-
-    What of a disk is zero is not known, so all of it counts as payload. Reading it decodes the beginning of the
-    archive, and raises `ImageError` for what lies behind.
-    """
+    """Returns the members of a compressed archive before it is decoded."""
     header = header_of(file)
-    beginning = _Beginning(file)
-    disks = [Member(device.name, _undecoded(file, device, beginning)) for device in header.devices]
+    beginning = Beginning(file, str(compression_of(file)), lambda found: _fill(found, file))
+    disks = [Member(device.name, beginning.table(device.name, device.size)) for device in header.devices]
     return (*_configs(header), *disks)
 
 
-def _undecoded(file: File, device: Device, beginning: _Beginning) -> Extents:
-    source = Decoded(
-        f"{file.name}: {device.name}",
-        file,
-        unit=structs.BLOCK,
-        count=-(-device.size // structs.BLOCK),
-        reason=f"the archive is compressed ({compression_of(file)})",
-        decode=lambda first, count: beginning.blocks(device, first, count),
-    )
-    return Extents.of([(0, Kind.DATA, source, 0)], device.size)
-
-
-class _Beginning:
-    """The first `_LOOKED_AT` bytes of an archive, decoded when they are first needed."""
-
-    def __init__(self, file: File) -> None:
-        self._file = file
-        self._blocks: dict[tuple[int, int], bytes] | None = None
-        self._clusters: set[tuple[int, int]] = set()
-
-    def blocks(self, device: Device, first: int, count: int) -> list[bytes]:
-        """Returns blocks of a device; raises `ImageError` for one that is not in the beginning."""
-        if self._blocks is None:
-            self._blocks = dict(self._found())
-        found = []
-        for number in range(first, first + count):
-            if (device.number, number // 16) not in self._clusters:
-                most = f"{_LOOKED_AT >> 20} MiB of the archive, which is compressed"
-                raise ImageError(
-                    f"{self._file.name}: {device.name} at {number * structs.BLOCK:#x}: is not in the first {most}",
-                    hint="decompress the archive first, or convert the machine",
-                )
-            found.append(self._blocks.get((device.number, number), bytes(structs.BLOCK)))
-        return found
-
-    def _found(self) -> Iterator[tuple[tuple[int, int], bytes]]:
-        stream, header = open_stream(self._file)
-        tables = Tables(self._file, header)
-        for data, at, blocks in _extents(self._file, stream, header):
-            pieces, clusters = tables.parsed([data], [at])
-            for number, first, count in clusters.tolist():
-                self._clusters.update((number, cluster) for cluster in range(first, first + count))
-            for number, address, length, offset in zip(*(column.tolist() for column in pieces), strict=True):
-                begin = offset - at - structs.EXTENT_HEADER_SIZE
-                for step in range(0, length, structs.BLOCK):
-                    block = blocks[begin + step : begin + step + structs.BLOCK]
-                    yield (number, (address + step) // structs.BLOCK), block
-            if at + len(data) + len(blocks) > _LOOKED_AT:
-                return
+def _fill(beginning: Beginning, file: File) -> None:
+    stream, header = open_stream(file)
+    names = {device.number: device.name for device in header.devices}
+    tables = Tables(file, header)
+    for data, at, blocks in _extents(file, stream, header):
+        pieces, clusters = tables.parsed([data], [at])
+        for number, first, count in clusters.tolist():
+            beginning.cover(names[number], first * structs.CLUSTER, count * structs.CLUSTER)
+        for number, address, length, offset in zip(*(column.tolist() for column in pieces), strict=True):
+            begin = offset - at - structs.EXTENT_HEADER_SIZE
+            beginning.put(names[number], address, blocks[begin : begin + length])
+        if at + len(data) + len(blocks) > Beginning.limit:
+            return

@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.plugin import MachineFormat, hookimpl
 
 if TYPE_CHECKING:
     from vmconv.machine import Machine
-    from vmconv.plugin import File, Member, Opener
+    from vmconv.plugin import CheckReport, File, Member, NewFile, Opener, Progress
 
 _FIRST = b"ova.xml\0"
-_COMPRESSED = {".xva.gz": "gzip -d", ".xva.zst": "zstd -d", ".xva.xz": "xz -d"}
 
 
 class Xva(MachineFormat):
     name = "xva"
     title = "XenServer and XCP-ng export (XVA)"
-    suffixes = (".xva", *_COMPRESSED)
+    suffixes = (".xva", ".xva.gz", ".xva.zst", ".xva.xz")
     is_package = True
     can_write = False
 
     def probe(self, file: File) -> bool:
-        head = file.read(0, min(file.size, 512))
-        if head.startswith((b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0")):
-            return file.path.lower().endswith(tuple(_COMPRESSED))
-        return head.startswith(_FIRST) and head[257:262] == b"ustar"
+        from vmconv.plugin import decoded_head
+
+        # `xe vm-export compress=zstd` writes to any name, such as web.xva.
+        return any(_is_first(head) for head in (file.read(0, min(file.size, 512)), decoded_head(file, 512)))
+
+    def compression(self, file: File) -> str | None:
+        from vmconv.plugin import compression_of
+
+        return compression_of(file)
 
     def read(self, file: File, opener: Opener) -> Machine:
+        from vmconv_xva import archive, decoding
         from vmconv_xva.reader import read
 
-        self._refuse_compressed(file)
-        return read(file)
+        return read(file, decoding.Stream(file).config if self.compression(file) else archive.config_of(file))
 
     def members(self, file: File) -> Sequence[Member]:
-        from vmconv_xva.archive import members
+        from vmconv_xva import archive, decoding
 
-        self._refuse_compressed(file)
-        return members(file)
+        return decoding.members(file) if self.compression(file) else archive.members(file)
 
-    def _refuse_compressed(self, file: File) -> None:
-        from vmconv.plugin import ImageError
+    def decode(self, file: File, create: Callable[[str, int], NewFile], progress: Progress | None) -> Sequence[Member]:
+        from vmconv_xva.decoding import decode
 
-        suffix = next((each for each in _COMPRESSED if file.path.lower().endswith(each)), None)
-        if suffix and file.read(0, min(file.size, 8)) != _FIRST:
-            hint = f"decompress it first: {_COMPRESSED[suffix]} {file.name}"
-            raise ImageError(f"{file.name}: is compressed, and its pieces are read by reference", hint=hint)
+        return decode(file, create, progress)
+
+    def check_payload(self, file: File, progress: Progress | None = None, *, sample: bool = False) -> CheckReport:
+        from vmconv_xva import checksums, decoding
+
+        if self.compression(file):
+            return decoding.check(file, progress)
+        return checksums.check(file, progress, sample=sample)
+
+
+def _is_first(head: bytes) -> bool:
+    return head.startswith(_FIRST) and head[257:262] == b"ustar"
 
 
 @hookimpl

@@ -15,57 +15,114 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from vmconv.plugin import Columns, Extents, ImageError, Kind, Member
+from vmconv_xva.tar import BLOCK, Header, headers, refused
 
 if TYPE_CHECKING:
     from vmconv.plugin import File
 
-BLOCK = 512
 PIECE = 1 << 20
 CONFIG = "ova.xml"
 MAX_DIGEST = 128
-_AT_ONCE = 4096
-_NAME = re.compile(r"(?:\./)?(Ref:\d{1,10})/(\d{8,10})(\.checksum|\.xxhash)?")
-_FILES = (b"0", b"\0")
-_DIRECTORY = b"5"
+_NAME = re.compile(r"(?:\./)?(Ref:\d{1,10})/(\d{8,10})(?:\.(checksum|xxhash))?")
 
 
-class Header(NamedTuple):
-    """A file in the archive: `offset` is that of its header, `start` that of its content."""
+class Entry(NamedTuple):
+    """A piece of a disk, or the digest of the piece before it, whose `kind` is the suffix of its name."""
 
-    name: str
-    offset: int
-    start: int
-    size: int
+    disk: str
+    number: int
+    kind: str | None
+    header: Header
 
 
-class Pieces:
+class Disk:
     """The pieces of one disk, in the order of the archive."""
 
-    def __init__(self) -> None:
-        self.numbers, self.starts, self.sizes = array("q"), array("q"), array("q")
+    def __init__(self, file: File, name: str, size: int) -> None:
+        self._file, self._name, self._size = file, name, size
+        self._number = -1
+        self.end = 0
+        """The guest address behind the last piece."""
 
-    def add(self, number: int, header: Header) -> None:
-        self.numbers.append(number)
-        self.starts.append(header.start)
-        self.sizes.append(header.size)
+    def place(self, piece: Entry) -> int:
+        """Returns the guest address of the next piece; raises `ImageError` if it cannot follow the last one."""
+        at, number, size = piece.header.offset, piece.number, piece.header.size
+        if number <= self._number:
+            raise refused(self._file, at, f"piece {number} of {self._name} comes behind {self._number}")
+        if number and self._number < 0:
+            raise refused(self._file, at, f"{self._name} begins with piece {number}")
+        address = self.end + PIECE * (number - self._number - 1)
+        end = address + size
+        if end > self._size or (size not in (0, PIECE) and end != self._size):
+            where = f"at {address:#x} of a disk of {self._size:#x}"
+            raise refused(self._file, at, f"piece {number} of {self._name} has {size} bytes {where}")
+        self._number, self.end = number, end
+        return address
+
+    def refuse_cut(self) -> None:
+        """Raises `ImageError` if the last piece is missing. To be called if the archive has no end."""
+        if self.end < self._size:
+            raise ImageError(
+                f"{self._file.name}: {self._name} ends at {self.end:#x} of {self._size:#x}, and the archive has no end",
+                hint="the archive is not complete: was the export stopped, or its copy cut off?",
+            )
+
+
+class Rows:
+    """Payload of one disk: guest address, offset in its source, bytes."""
+
+    def __init__(self) -> None:
+        self._columns = array("q"), array("q"), array("q")
+
+    def add(self, *row: int) -> None:
+        for column, value in zip(self._columns, row, strict=True):
+            column.append(value)
+
+    def table(self, source: File, size: int) -> Extents:
+        address, offset, length = (np.frombuffer(column, dtype=np.int64) for column in self._columns)
+        kind, index = np.full(len(address), Kind.DATA, dtype=np.uint8), np.zeros(len(address), dtype=np.int32)
+        return Extents.placed(size, Columns(address, kind, index, offset), length, [source])
 
 
 def config_of(file: File) -> bytes:
     """Returns the records of the machine; raises `ImageError` if they are not the first file."""
+    first = first_of(file, headers(file))
+    return file.read(first.start, first.size)
+
+
+def first_of(file: File, found: Iterator[Header]) -> Header:
+    """Returns the header of `ova.xml`; raises `ImageError` if it is not the first file, or too large."""
     from vmconv.machine import MAX_CONFIG
 
-    first = next(headers(file), None)
+    first = next(found, None)
     if first is None or first.name.removeprefix("./") != CONFIG:
         raise ImageError(f"{file.name}: tar header at 0x0: an export begins with {CONFIG}")
     if first.size > MAX_CONFIG:
         raise ImageError(f"{file.name}: {CONFIG} at {first.start:#x} has {first.size} bytes, the limit is {MAX_CONFIG}")
-    return file.read(first.start, first.size)
+    return first
+
+
+def entries(file: File, found: Iterable[Header]) -> Iterator[Entry]:
+    """Yields the pieces and digests behind `ova.xml`; raises `ImageError` for anything else."""
+    before: Entry | None = None
+    for header in found:
+        match = _NAME.fullmatch(header.name)
+        if match is None:
+            raise refused(file, header.offset, f"{header.name[:60]!r} is no piece of a disk, such as Ref:12/00000000")
+        entry = Entry(match[1], int(match[2]), match[3], header)
+        limit, what = (MAX_DIGEST, "digest") if entry.kind else (PIECE, "piece")
+        if header.size > limit:
+            raise refused(file, header.offset, f"{what} has {header.size} bytes, the limit is {limit}")
+        if entry.kind and (before is None or before[:3] != (entry.disk, entry.number, None)):
+            raise refused(file, header.offset, f"{header.name} does not follow the piece that it is the digest of")
+        before = entry
+        yield entry
 
 
 def members(file: File) -> tuple[Member, ...]:
@@ -75,120 +132,22 @@ def members(file: File) -> tuple[Member, ...]:
     """
     from vmconv_xva.records import sizes
 
-    config = config_of(file)
-    disks, complete, first = _pieces(file)
-    wanted = sizes(file, config)
-    found = [Member(CONFIG, Extents.of([(0, Kind.DATA, file, first.start)] if first.size else [], first.size))]
-    for name, pieces in disks.items():
-        if name in wanted:
-            found.append(Member(name, _table(file, name, pieces, wanted[name], complete=complete)))
-    return tuple(found)
-
-
-def _pieces(file: File) -> tuple[dict[str, Pieces], bool, Header]:
-    """Returns the pieces of each disk, whether the archive has its end, and the header of `ova.xml`."""
-    disks: dict[str, Pieces] = {}
     found = headers(file)
-    first = next(found)
-    end = first.start + _padded(first.size)
-    for header in found:
-        end = header.start + _padded(header.size)
-        match = _NAME.fullmatch(header.name)
-        if match is None:
-            raise _refused(file, header.offset, f"{header.name[:60]!r} is no piece of a disk, such as Ref:12/00000000")
-        if match[3]:
-            if header.size > MAX_DIGEST:
-                raise _refused(file, header.offset, f"digest has {header.size} bytes, the limit is {MAX_DIGEST}")
-            continue
-        pieces, number = disks.setdefault(match[1], Pieces()), int(match[2])
-        if number <= (pieces.numbers[-1] if pieces.numbers else -1):
-            raise _refused(file, header.offset, f"piece {number} of {match[1]} comes behind {pieces.numbers[-1]}")
-        if header.size > PIECE:
-            raise _refused(file, header.offset, f"piece has {header.size} bytes, the limit is {PIECE}")
-        pieces.add(number, header)
-    return disks, end + BLOCK <= file.size, first
-
-
-def _table(file: File, name: str, pieces: Pieces, size: int, *, complete: bool) -> Extents:
-    """Returns the table of a disk of `size` bytes; raises `ImageError` if its pieces do not make one."""
-    number, start, length = (
-        np.frombuffer(each, dtype=np.int64) for each in (pieces.numbers, pieces.starts, pieces.sizes)
-    )
-    if number[0]:
-        raise _refused(file, int(start[0]) - BLOCK, f"{name} begins with piece {number[0]}")
-    skipped = np.diff(number, prepend=-1) - 1
-    address = np.cumsum(length) - length + PIECE * np.cumsum(skipped)
-    end = address + length
-    wrong = (end > size) | ((length != 0) & (length != PIECE) & (end != size))
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise _refused(
-            file,
-            int(start[at]) - BLOCK,
-            f"piece {number[at]} of {name} has {length[at]} bytes at {int(address[at]):#x} of a disk of {size:#x}",
-        )
-    if int(end[-1]) < size and not complete:
-        raise ImageError(
-            f"{file.name}: {name} ends at {int(end[-1]):#x} of {size:#x}, and the archive has no end",
-            hint="the archive is not complete: was the export stopped, or its copy cut off?",
-        )
-    there = length != 0
-    count = int(there.sum())
-    rows = Columns(
-        address[there], np.full(count, Kind.DATA, dtype=np.uint8), np.zeros(count, dtype=np.int32), start[there]
-    )
-    return Extents.placed(size, rows, length[there], [file])
-
-
-def headers(file: File) -> Iterator[Header]:
-    """Yields the files in an archive up to its end, which is a block of zeros or the end of the file."""
-    at, chunk, begin = 0, b"", 0
-    while at < file.size:
-        if not begin <= at <= begin + len(chunk) - BLOCK:
-            chunk, begin = file.read(at, min(_AT_ONCE, file.size - at)), at
-        block = chunk[at - begin : at - begin + BLOCK]
-        if len(block) < BLOCK:
-            raise _refused(file, at, f"is cut off after {len(block)} bytes")
-        if not any(block):
-            return
-        size = _checked(file, at, block)
-        start = at + BLOCK
-        if start + size > file.size:
-            raise _refused(file, at, f"{size} bytes from {start:#x} reach past the end of the file ({file.size:#x})")
-        if block[156:157] != _DIRECTORY:
-            yield Header(_name(file, at, block), at, start, size)
-        at = start + _padded(size)
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _checked(file: File, at: int, block: bytes) -> int:
-    """Returns the size in a header; raises `ImageError` if it is damaged, or not that of a file or directory."""
-    stated = _octal(block[148:156])
-    found = sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    if stated != found:
-        raise _refused(file, at, f"checksum is {block[148:156]!r}, and the header's is {found:o}")
-    if block[156:157] not in (*_FILES, _DIRECTORY):
-        raise _refused(file, at, f"type {block[156:157]!r} is neither a file nor a directory")
-    size = _octal(block[124:136])
-    if size is None:
-        raise _refused(file, at, f"size {block[124:136]!r} is no number")
-    return 0 if block[156:157] == _DIRECTORY else size
-
-
-def _octal(field: bytes) -> int | None:
-    digits = field.strip(b" \0")
-    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None
-
-
-def _name(file: File, at: int, block: bytes) -> str:
-    name = block[:100].split(b"\0")[0]
-    if any(block[345:500]):
-        raise _refused(file, at, "has a prefix for a long name, which no file of an export has")
-    return name.decode("ascii", "replace")
-
-
-def _refused(file: File, at: int, problem: str) -> ImageError:
-    return ImageError(f"{file.name}: tar header at {at:#x}: {problem}")
+    first = first_of(file, found)
+    wanted = sizes(file, file.read(first.start, first.size))
+    disks: dict[str, tuple[Disk, Rows]] = {}
+    end = first.end
+    for entry in entries(file, found):
+        end = entry.header.end
+        if entry.kind is None and entry.disk in wanted:
+            new = disks.get(entry.disk) or (Disk(file, entry.disk, wanted[entry.disk]), Rows())
+            disk, rows = disks.setdefault(entry.disk, new)
+            address = disk.place(entry)
+            if entry.header.size:
+                rows.add(address, entry.header.start, entry.header.size)
+    if end + BLOCK > file.size:
+        for disk, _ in disks.values():
+            disk.refuse_cut()
+    config = Extents.of([(0, Kind.DATA, file, first.start)] if first.size else [], first.size)
+    tables = (Member(name, rows.table(file, wanted[name])) for name, (_, rows) in disks.items())
+    return (Member(CONFIG, config), *tables)

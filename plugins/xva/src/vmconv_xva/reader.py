@@ -25,7 +25,6 @@ from vmconv.machine import (
     quoted,
     refused,
 )
-from vmconv_xva.archive import config_of
 from vmconv_xva.records import NULL, Record, Records, size_of, text, texts
 
 if TYPE_CHECKING:
@@ -59,9 +58,9 @@ _NOTHING: tuple[object, ...] = ("", "Xen", "0", "false", "OpaqueRef:NULL", [], {
 _SHOWN = 4096
 
 
-def read(file: File) -> Machine:
-    """Returns the machine of an export; raises `ImageError` with the record and the field that is damaged."""
-    records = Records.of(file, config_of(file))
+def read(file: File, config: bytes) -> Machine:
+    """Returns the machine in an export's records; raises `ImageError` with the record and the field that is damaged."""
+    records = Records.of(file, config)
     vm = _machine(records)
     disks, removables = _drives(records, vm)
     platform = texts(vm, "platform")

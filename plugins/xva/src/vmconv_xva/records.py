@@ -77,9 +77,10 @@ def texts(record: Record, field: str) -> dict[str, str]:
 
 
 def sizes(file: File, config: bytes) -> dict[str, int]:
-    """Returns the bytes of each disk by the reference of its VDI."""
+    """Returns the bytes of each disk of a machine by the reference of its VDI; not of others, such as its memory."""
     records = Records.of(file, config)
-    return {vdi.reference: size_of(records, vdi) for vdi in records.of_kind("VDI")}
+    disks = (records.related(vbd, "VDI", "VDI") for vbd in records.of_kind("VBD"))
+    return {vdi.reference: size_of(records, vdi) for vdi in disks if vdi}
 
 
 def size_of(records: Records, vdi: Record) -> int:

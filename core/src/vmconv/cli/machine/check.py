@@ -35,10 +35,10 @@ def _run(options: argparse.Namespace) -> int:
         machine = adapted_to(request, source.machine) if request.target_format else source.machine
         findings = check(source, machine, request.target_format, inside=options.filesystems)
         end = _end(request, source.machine, inside=options.filesystems)
-        if options.manifest:
-            from vmconv.machine.digests import check_manifest
+        if options.payload:
+            from vmconv.machine.digests import check_payload
 
-            findings += check_manifest(source)
+            findings += check_payload(source)
     if options.output == "json":
         print_json([as_plain(one) for one in findings], indent=4)
     else:
@@ -71,9 +71,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="format_f", metavar="FMT", help="format of CONFIG (default: by its content)")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="check the machine as it would be on this platform")
     parser.add_argument(
+        "--payload",
         "--manifest",
+        dest="payload",
         action="store_true",
-        help="also read all files of an OVF or OVA package, and compare them with the digests in its manifest",
+        help="also read all of a package, and compare it with its digests: the manifest of an OVF or OVA, those beside "
+        "the pieces of an XVA",
     )
     add_options(parser, "the machine format")
     parser.add_argument(
@@ -101,5 +104,5 @@ VERB = Verb(
 examples:
   vmconv machine check web.vmx
   vmconv machine check -O proxmox web.vmx
-  vmconv machine check --manifest appliance.ova""",
+  vmconv machine check --payload appliance.ova""",
 )
