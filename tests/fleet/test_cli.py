@@ -109,6 +109,19 @@ def test_vms(run: Run, fleet: Fleet) -> None:
     assert shop[1:] == ["n02", "shop", "libvirt", "x86_64", "2", "512", "MiB", "web-1.raw"]
 
 
+def test_vms_are_searched_selected_and_sorted(run: Run) -> None:
+    def names(*arguments: str) -> list[str]:
+        return [line.split()[2] for line in run("vms", *arguments).splitlines()[1:]]
+
+    assert names("--sort=-memory") == ["shop", "old"]
+    assert names("--select", "memory>=512M and not problem") == ["shop"]
+    assert names("--select", "disks=0 or node=n01") == ["old"]
+    assert names("--search", "OLD vmx") == ["old"]
+    assert names("--search", "old xml") == []
+    assert names("--of", "n01") == []
+    assert "'depth' at character 1 where a field was expected" in run("vms", "--select", "depth=1", code=2)
+
+
 def test_a_disk_of_a_machine_that_is_elsewhere_is_marked(run: Run, fleet: Fleet) -> None:
     disks = [{"name": "web-9.vmdk"}, {"name": "", "capacity": 512}]
     fleet.other.write(Change("vm", "v1", {"datastore": "ds", "file": "x", "name": "x", "disks": disks}))
@@ -139,7 +152,7 @@ def test_convert_of_a_machine_says_what_changes_and_what_is_lost(run: Run, tmp_p
 
 def test_convert_takes_the_options_of_a_machine_only_with_its_format(run: Run) -> None:
     assert "name its format with -O" in run("convert", "n02:web-1.raw", "--to", "raw", "--strict", code=2)
-    assert "--select chooses disks" in run("convert", "--select", "format=raw", "-O", "vmx", code=2)
+    assert "no vm is selected by 'name=none'" in run("convert", "--select", "name=none", "-O", "vmx", code=2)
     assert "no vm 'n02:web-1.raw'" in run("convert", "n02:web-1.raw", "-O", "vmx", code=2)
     assert "refused: this node cannot write qcow2 machines" in run(
         "convert", "n02:shop.xml", "-O", "qcow2", "--wait", "30", code=1
@@ -172,7 +185,36 @@ def test_convert_of_many_is_planned_first(run: Run, fleet: Fleet, tmp_path: Path
     assert run(*many, "--follow").count("done") == 2
     assert len(list((tmp_path / "images").glob("*.vhdx"))) == 2
     assert "no disk is selected" in run("convert", "--select", "format=dmg", "--to", "raw", code=2)
-    assert "--select chooses many" in run(*many, "--target", "x", code=2)
+    assert "--target applies to one conversion" in run(*many, "--target", "x", code=2)
+
+
+def test_convert_of_several_by_name(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    said = run("convert", "n02:web-1.raw", "n02:web-2.raw", "--to", "vhdx", "--follow", "--wait", "30")
+    assert said.count(" done ") == 2
+    (batch,) = {one["body"]["batch"] for one in fleet.api.local.everything("/api/v1/jobs")}
+    assert run("jobs", "--batch", batch, "--search", "WEB-2").splitlines()[1].split()[-1] == "web-2.vhdx"
+    # One of two fails, and the other one is done.
+    said = run("convert", "n02:web-1.raw", "n02:web-2.raw", "--to", "luks", "--wait", "30", code=1)
+    assert said.count("refused: this node cannot write luks") == 2
+    lines = run("convert", "n02:shop", "n02:old", "-O", "vmx", "--wait", "30", "--follow", code=1).splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [
+        ["shop", "shop.vmx/shop.vmx", "done"],
+        ["old", "-", "refused:"],
+    ]
+
+
+@pytest.mark.parametrize(("answer", "jobs"), [("y", 2), ("n", 0), ("", 0)])
+def test_convert_of_many_asks_on_a_terminal(
+    run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, answer: str, jobs: int
+) -> None:
+    terminal = SimpleNamespace(isatty=lambda: True, readline=lambda: f"{answer}\n")
+    monkeypatch.setattr("sys.stdin", terminal)
+    many = ["convert", "--select", "format=raw", "--to", "qcow2", "--wait", "30"]
+    said = run(*many, code=0 if jobs else 2)
+    assert "n02:web-1.raw\nn02:web-2.raw\nConvert 2 disks (" in said
+    assert "of n02 to qcow2: each becomes a new file beside its source, the sources stay? [y/N]" in said
+    assert len(fleet.api.local.everything("/api/v1/jobs")) == jobs
+    run(*many, "--yes")
 
 
 def test_a_refused_conversion_fails(run: Run) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fleet.selecting import Facts, selects
 from vmconv.errors import UsageError
-from vmconv_fleet.catalogue.selection import FIELDS, MAX_DEPTH, MAX_LENGTH, parse
+from vmconv_fleet.catalogue.selection import DISKS, MAX_DEPTH, MAX_LENGTH, parse
 
 DISK: Facts = {
     "id": "4409b271a84a472e",
@@ -100,7 +100,7 @@ def test_nesting_is_possible_up_to_the_limit() -> None:
     assert selects(parse("(" * depth + "in-use" + ")" * depth), DISK)
 
 
-words = st.sampled_from(["and", "or", "not", "(", ")", "=", "!=", ">", "vmdk", "10G", "'a b'", *FIELDS])
+words = st.sampled_from(["and", "or", "not", "(", ")", "=", "!=", ">", "vmdk", "10G", "'a b'", *DISKS.meanings])
 
 
 @given(st.lists(words, max_size=30))

@@ -132,18 +132,23 @@ async def ask(
 
 
 async def ask_many(
-    state: State, caller: Caller, wishes: Sequence[tuple[str, str, Mapping[str, Any]]], *, wait: float
+    state: State,
+    caller: Caller,
+    wishes: Sequence[tuple[str, str, Mapping[str, Any]]],
+    *,
+    wait: float,
+    keys: Sequence[str | None],
 ) -> list[Answer]:
     """Submits many requests at once, like `ask`. A refusal does not stop the others."""
     gate = asyncio.Semaphore(16)
 
-    async def one(target: str, verb: str, arguments: Mapping[str, Any]) -> Answer:
+    async def one(target: str, verb: str, arguments: Mapping[str, Any], key: str | None) -> Answer:
         async with gate:
             try:
-                return await ask(state, caller, target, verb, arguments, wait=wait)
+                return await ask(state, caller, target, verb, arguments, wait=wait, key=key)
             except VmconvError as exc:
                 return Answer(
                     request="", requester=state.node, target=target, state="refused", ok=False, reason=str(exc)
                 )
 
-    return await asyncio.gather(*(one(*wish) for wish in wishes))
+    return await asyncio.gather(*(one(*wish, key) for wish, key in zip(wishes, keys, strict=True)))

@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vmconv.plugin import AccessError, UsageError
 from vmconv_fleet.api.access import UNAUTHORIZED, Known
-from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask, ask_many
+from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.conversion import BulkSpec
 from vmconv_fleet.catalogue.fields import Name, PlainName, Role
-from vmconv_fleet.catalogue.selection import parse
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import refuse_unless_allowed
@@ -34,7 +30,6 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
-MAX_SELECTED = 5000
 _RESUMES_WITHIN = 15.0
 """Seconds in which a node that waits for no other one writes."""
 
@@ -49,21 +44,6 @@ class AnyRequest(_Wish):
     target: str
     verb: Name
     arguments: dict[str, Any] = {}
-
-
-class Bulk(BulkSpec, _Wish):
-    """Conversions of all selected disks. `max_parallel` applies to each node by itself."""
-
-    select: Annotated[str, Field(max_length=4000)]
-
-
-class Selected(BaseModel):
-    """One of many disks, and the answer to its conversion."""
-
-    node: str
-    disk: str
-    name: str
-    answer: Answer
 
 
 class ScanWish(_Wish):
@@ -165,23 +145,6 @@ async def convert_machine(
     return (
         await ask(state, caller, target, "convert-machine", arguments, wait=wait, key=idempotency_key)
     ).as_response()
-
-
-@router.post("/conversions", summary="Convert all selected disks")
-async def convert_selected(wish: Bulk, state: StateOf, caller: Known, wait: Wait = 0) -> list[Selected]:
-    caller.must_be_somewhere("operator")
-    page = await run_in_threadpool(lambda: state.snapshot().disks(parse(wish.select), limit=MAX_SELECTED))
-    if page.next:
-        raise UsageError(f"{page.total} disks are selected, {MAX_SELECTED} at most")
-    chosen = page.records
-    common = wish.model_dump(mode="json", exclude_unset=True, exclude={"select"})
-    batch = f"batch-{time.time_ns():x}"
-    wishes = [(one.owner, "convert", {**common, "disk": one.id, "batch": batch}) for one in chosen]
-    answers = await ask_many(state, caller, wishes, wait=wait)
-    return [
-        Selected(node=one.owner, disk=one.id, name=str(one.body["name"]), answer=answer)
-        for one, answer in zip(chosen, answers, strict=True)
-    ]
 
 
 @router.post("/jobs/{owner}/{job}/cancel", responses=_ANSWERS, summary="Cancel a conversion")

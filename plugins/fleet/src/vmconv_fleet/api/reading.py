@@ -14,8 +14,9 @@ from vmconv_fleet.api.asking import Answer, NotHereError, answer_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.api.tags import tag_of, tag_of_all, tag_of_positions, tagged
 from vmconv_fleet.catalogue.paging import Page
+from vmconv_fleet.catalogue.searching import MAX_SEARCH, containing
 from vmconv_fleet.catalogue.secrets import shown
-from vmconv_fleet.catalogue.selection import parse
+from vmconv_fleet.catalogue.selection import VMS, parse
 from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
 from vmconv_fleet.replication.clock import milliseconds
 from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
@@ -35,6 +36,11 @@ DiskOrder = Annotated[
     Literal["node", "name", "-name", "size", "-size", "actual-size", "-actual-size", "format", "-format"],
     Query(description="The order; `-` reverses it. node: by node, datastore and name"),
 ]
+VmOrder = Annotated[
+    Literal["name", "-name", "system", "-system", "memory", "-memory", "processors", "-processors", "disks", "-disks"],
+    Query(description="The order; `-` reverses it. disks: by their number"),
+]
+Search = Annotated[str, Query(description="Words that are all in the record's texts", max_length=MAX_SEARCH)]
 JobStates = Annotated[str | None, Query(description="Only jobs in one of these states, separated by commas")]
 
 
@@ -165,31 +171,42 @@ def node(request: Request, node: str, state: StateOf, _caller: Known) -> Respons
 def disks(
     wanted: Listed,
     select: Annotated[str | None, Query(description="Such as: format=vmdk and node=n0*", max_length=4000)] = None,
+    search: Search = "",
     sort: DiskOrder = "node",
 ) -> Response:
     chosen = parse(select) if select else None
-    page = wanted.snapshot.disks(chosen, wanted.owner, sort=sort, after=wanted.after, limit=wanted.limit)
+    page = wanted.snapshot.disks(chosen, wanted.owner, search=search, sort=sort, after=wanted.after, limit=wanted.limit)
     return wanted.answer(page)
 
 
 @router.get("/jobs", summary="Conversions, the latest first")
-def jobs(wanted: Listed, states: JobStates = None, id: BeginningOfId = None) -> Response:
-    where = _begins(id)
+def jobs(
+    wanted: Listed,
+    states: JobStates = None,
+    id: BeginningOfId = None,
+    batch: Annotated[str | None, Query(description="Only jobs of one call", max_length=128)] = None,
+    search: Search = "",
+) -> Response:
+    where = _begins(id).joined(containing("job", search))
     if states:
         where = where.also("state IN (SELECT value FROM json_each(?))", json.dumps(states.split(",")))
+    if batch:
+        where = where.also("batch = ?", batch)
     return wanted.answer(wanted.page("job", where, order=("created_ms",), descending=True))
 
 
-@router.get("/vms", summary="Virtual machines, as files in datastores define them")
+@router.get(
+    "/vms", summary="Virtual machines, as files in datastores define them, of which a selection can choose some"
+)
 def vms(
     wanted: Listed,
-    named: Annotated[str | None, Query(description="Only those with this name or file", max_length=4096)] = None,
-    id: BeginningOfId = None,
+    select: Annotated[str | None, Query(description="Such as: os=debian* and memory>4G", max_length=4000)] = None,
+    search: Search = "",
+    sort: VmOrder = "name",
 ) -> Response:
-    where = _begins(id)
-    if named is not None:
-        where = where.also("? IN (name, file)", named.casefold())
-    return wanted.answer(wanted.page("vm", where, order=("name",)))
+    chosen = parse(select, VMS) if select else None
+    page = wanted.snapshot.vms(chosen, wanted.owner, search=search, sort=sort, after=wanted.after, limit=wanted.limit)
+    return wanted.answer(page)
 
 
 def _list_of(kind: str, *order: str, descending: bool = False) -> Callable[..., Response]:

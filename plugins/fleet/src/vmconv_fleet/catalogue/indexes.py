@@ -48,11 +48,22 @@ def _disk(body: Body) -> Row:
 
 
 def _vm(body: Body) -> Row:
+    disks = _list(body, "disks")
     return (
         _folded(body, "name", most=4096),
         _folded(body, "file", most=4096, needed=True),
-        _references(_list(body, "disks")),
+        *(_folded(body, name) for name in ("datastore", "format", "system", "os", "firmware")),
+        *(number(body, name) for name in ("memory", "processors")),
+        len(disks),
+        int(bool(body.get("problem"))),
+        _references(disks),
     )
+
+
+def _person(body: Body) -> str:
+    """Returns the name of the person who asked for it."""
+    by = body.get("by")
+    return _folded(by, "user") if isinstance(by, dict) else ""
 
 
 def _job(body: Body) -> Row:
@@ -69,6 +80,10 @@ def _job(body: Body) -> Row:
         text(body, "vm"),
         text(body, "datastore"),
         text(body, "target_datastore"),
+        text(body, "batch"),
+        _folded(body, "source", most=4096),
+        _folded(body, "format"),
+        _person(body),
         *(number(plan, name) for name in ("shared", "referenced", "copied", "written")),
     )
 
@@ -100,15 +115,22 @@ INDEXES = (
             *(f"{name}, owner, id" for name in ("name", "format", "size", "actual_size")),
         ),
     ),
-    Index("vm", {"name": _TEXT, "file": _TEXT, "disks": _TEXT}, _vm, by=("name, owner, id",)),
+    Index(
+        "vm",
+        dict.fromkeys(("name", "file", "datastore", "format", "system", "os", "firmware"), _TEXT)
+        | dict.fromkeys(("memory", "processors", "disks", "problem"), _INTEGER)
+        | {"uses": _TEXT},
+        _vm,
+        by=[f"{name}, owner, id" for name in ("name", "system", "memory", "processors", "disks")],
+    ),
     Index(
         "job",
         {"state": _TEXT}
         | dict.fromkeys(("dry_run", "ended", "created_ms", "ended_ms"), _INTEGER)
-        | dict.fromkeys(("disk", "vm", "datastore", "target_datastore"), _TEXT)
+        | dict.fromkeys(("disk", "vm", "datastore", "target_datastore", "batch", "source", "format", "person"), _TEXT)
         | dict.fromkeys(("shared", "referenced", "copied", "written"), _INTEGER),
         _job,
-        by=("created_ms, owner, id", "owner, ended, ended_ms, id", "disk, owner", "vm, owner"),
+        by=("created_ms, owner, id", "owner, ended, ended_ms, id", "disk, owner", "vm, owner", "batch"),
     ),
     Index("datastore", {"disks": _INTEGER}, _datastore),
     Index("policy", {}, _policy),

@@ -1,4 +1,4 @@
-"""Selections of disks: `format=vmdk and node=n0*`, `size>=10G and not in-use`, `name='web *' or (depth>0 and free)`.
+"""Selections of disks and machines: `format=vmdk and node=n0*`, `size>=10G and not in-use`, `name='web *' or depth>0`.
 
     selection   = conjunction *( "or" conjunction )
     conjunction = term *( "and" term )
@@ -20,22 +20,52 @@ from typing import NamedTuple
 from vmconv.plugin import UsageError, parse_size
 from vmconv_fleet.replication.indexing import MAX_INTEGER, Where
 
-FIELDS: Mapping[str, str] = {
-    "actual-size": "bytes on storage",
-    "datastore": "its datastore",
-    "depth": "images below it",
-    "format": "its format",
-    "id": "its id in the catalogue",
-    "identity": "the UUID in the image",
-    "in-use": "whether it is open for writing",
-    "name": "its path below the datastore",
-    "node": "its owner's name or id",
-    "problem": "whether it cannot be read",
-    "size": "bytes of the guest's disk",
-}
 
-_NUMBERS = frozenset({"actual-size", "depth", "size"})
-_FLAGS = frozenset({"in-use", "problem"})
+class Fields(NamedTuple):
+    """The fields that a kind of record is selected by, with their meanings; others than these two sets are texts."""
+
+    meanings: Mapping[str, str]
+    numbers: frozenset[str]
+    flags: frozenset[str]
+
+
+DISKS = Fields(
+    {
+        "actual-size": "bytes on storage",
+        "datastore": "its datastore",
+        "depth": "images below it",
+        "format": "its format",
+        "id": "its id in the catalogue",
+        "identity": "the UUID in the image",
+        "in-use": "whether it is open for writing",
+        "name": "its path below the datastore",
+        "node": "its owner's name or id",
+        "problem": "whether it cannot be read",
+        "size": "bytes of the guest's disk",
+    },
+    frozenset({"actual-size", "depth", "size"}),
+    frozenset({"in-use", "problem"}),
+)
+
+VMS = Fields(
+    {
+        "datastore": "its datastore",
+        "disks": "the number of its disks",
+        "file": "the path of its configuration below the datastore",
+        "firmware": "bios or uefi",
+        "format": "the format of its configuration",
+        "id": "its id in the catalogue",
+        "memory": "bytes of its memory",
+        "name": "its name",
+        "node": "its owner's name or id",
+        "os": "its operating system, a short id of libosinfo",
+        "problem": "whether its configuration cannot be read",
+        "processors": "the number of its processors",
+        "system": "its operating system as the configuration says it",
+    },
+    frozenset({"disks", "memory", "processors"}),
+    frozenset({"problem"}),
+)
 
 MAX_LENGTH = 4000
 MAX_DEPTH = 50
@@ -59,7 +89,7 @@ class Owner(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A text of the disk that fits a pattern, or does not if `sign` is `!=`."""
+    """A text of the record that fits a pattern, or does not if `sign` is `!=`."""
 
     field: str
     sign: str
@@ -99,7 +129,7 @@ Selection = Match | Number | Flag | Not | Some | Every
 
 
 def condition(selection: Selection, owners: Sequence[Owner]) -> Where:
-    """Returns the condition on the columns of the disks' index."""
+    """Returns the condition on the columns of the kind's index."""
     match selection:
         case Match("node", sign, pattern):
             fitting = [one.number for one in owners if any(fnmatchcase(name.casefold(), pattern) for name in one[1:])]
@@ -148,19 +178,20 @@ class _Token(NamedTuple):
     at: int
 
 
-def parse(text: str) -> Selection:
-    """Returns the predicate of a selection. Raises UsageError with the position of a syntax error."""
+def parse(text: str, fields: Fields = DISKS) -> Selection:
+    """Returns the predicate of a selection by these fields. Raises UsageError with the position of a syntax error."""
     if len(text) > MAX_LENGTH:
         raise UsageError(f"selection of {len(text)} characters, {MAX_LENGTH} at most")
-    parser = _Parser(text)
+    parser = _Parser(text, fields)
     selection = parser.selection(0)
     parser.end()
     return selection
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, fields: Fields) -> None:
         self._text = text
+        self._fields = fields
         self._tokens = list(_tokens(text))
         self._next = 0
 
@@ -196,18 +227,18 @@ class _Parser:
 
     def _comparison(self) -> Selection:
         token = self._peek()
-        if token is None or token.mark not in FIELDS:
-            raise self._wrong("a field", hint=f"fields: {', '.join(FIELDS)}")
+        if token is None or token.mark not in self._fields.meanings:
+            raise self._wrong("a field", hint=f"fields: {', '.join(self._fields.meanings)}")
         self._next += 1
         sign = self._peek()
         if sign is None or sign.mark not in _SIGNS:
-            return _flag(token.mark, wanted=True)
+            return _flag(self._fields, token.mark, wanted=True)
         self._next += 1
         value = self._peek()
         if value is None or value.mark in _SIGNS or value.mark in ("(", ")"):
             raise self._wrong(f"a value after {token.mark}{sign.mark}")
         self._next += 1
-        return _compare(token.mark, sign.mark, value.text)
+        return _compare(self._fields, token.mark, sign.mark, value.text)
 
     def _peek(self) -> _Token | None:
         return self._tokens[self._next] if self._next < len(self._tokens) else None
@@ -242,17 +273,17 @@ def _tokens(text: str) -> list[_Token]:
     return tokens
 
 
-def _compare(field: str, sign: str, value: str) -> Selection:
-    if field in _NUMBERS:
+def _compare(fields: Fields, field: str, sign: str, value: str) -> Selection:
+    if field in fields.numbers:
         return _number(field, sign, value)
     if sign not in ("=", "!="):
         raise UsageError(f"selection: {field} has no order, so not {sign!r}", hint="= or !=")
-    if field in _FLAGS:
+    if field in fields.flags:
         if value not in ("yes", "no"):
             raise UsageError(f"selection: {field}{sign}{value}: it is yes or no")
-        return _flag(field, wanted=(value == "yes") is (sign == "="))
+        return _flag(fields, field, wanted=(value == "yes") is (sign == "="))
     if "\0" in value or not _is_unicode(value):
-        raise UsageError(f"selection: {field}{sign}{value!r}: no disk can have this value")
+        raise UsageError(f"selection: {field}{sign}{value!r}: nothing can have this value")
     return Match(field, sign, value.casefold())
 
 
@@ -271,7 +302,7 @@ def _number(field: str, sign: str, value: str) -> Selection:
         raise UsageError(f"selection: {field}{sign}{value}: {exc}") from exc
 
 
-def _flag(field: str, *, wanted: bool) -> Selection:
-    if field not in _FLAGS:
+def _flag(fields: Fields, field: str, *, wanted: bool) -> Selection:
+    if field not in fields.flags:
         raise UsageError(f"selection: {field} needs a value", hint=f"such as {field}=...")
     return Flag(field, wanted)

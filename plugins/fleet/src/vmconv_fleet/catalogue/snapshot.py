@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from vmconv.plugin import UsageError
 from vmconv_fleet.catalogue.kinds import KINDS, Body, Granted, HeartbeatBody, NodeBody
 from vmconv_fleet.catalogue.paging import Page, page_of, place_of
+from vmconv_fleet.catalogue.searching import containing
 from vmconv_fleet.catalogue.selection import Owner, Selection, condition
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.indexing import ALL, Where
@@ -173,22 +174,44 @@ class Snapshot:
         selection: Selection | None = None,
         owner: str | None = None,
         *,
+        search: str = "",
         sort: str = "node",
         after: str | None = None,
         limit: int,
     ) -> Page:
         """Returns the selected disks: by node, datastore and name, or by another field, which `-` reverses."""
-        owners = [one for one in self.owners() if owner in (None, one.node)]
-        where = condition(selection, owners) if selection else ALL
+        owners = self._owners(owner)
+        where = _chosen("disk", selection, search, owners)
         if sort == "node":
             return self._disks_by_node(owners, where, after, limit)
+        return self._sorted("disk", where, owners, sort, after, limit)
+
+    def vms(
+        self,
+        selection: Selection | None = None,
+        owner: str | None = None,
+        *,
+        search: str = "",
+        sort: str = "name",
+        after: str | None = None,
+        limit: int,
+    ) -> Page:
+        """Returns the selected virtual machines by a field, which `-` reverses."""
+        owners = self._owners(owner)
+        return self._sorted("vm", _chosen("vm", selection, search, owners), owners, sort, after, limit)
+
+    def _owners(self, owner: str | None) -> list[Owner]:
+        return [one for one in self.owners() if owner in (None, one.node)]
+
+    def _sorted(
+        self, kind: str, where: Where, owners: Sequence[Owner], sort: str, after: str | None, limit: int
+    ) -> Page:
         numbers = ", ".join(str(one.number) for one in owners)
-        column = sort.removeprefix("-").replace("-", "_")
         return self.page(
-            "disk",
+            kind,
             # The sign keeps SQLite from looking up the owners, and then sorting: the index of the order is quicker.
             where.also(f"+owner IN ({numbers})"),
-            order=(column,),
+            order=(sort.removeprefix("-").replace("-", "_"),),
             descending=sort.startswith("-"),
             after=after,
             limit=limit,
@@ -252,6 +275,12 @@ class Snapshot:
             return ""
         who = str(by.get("user") or "somebody")[:MAX_NAME]
         return f"{who} at {self.name(str(by.get('node', '')))}"
+
+
+def _chosen(kind: str, selection: Selection | None, search: str, owners: Sequence[Owner]) -> Where:
+    """Returns the condition of a selection and a search."""
+    where = containing(kind, search)
+    return where if selection is None else where.joined(condition(selection, owners))
 
 
 def _still_good_ms(beat: HeartbeatBody | None, *, is_reached: bool) -> float:

@@ -39,33 +39,29 @@ def only(found: Sequence[dict[str, Any]], named: str, kind: str) -> dict[str, An
     return found[0]
 
 
-def disk_named(client: NodeClient, named: str) -> dict[str, Any]:
-    """Returns the disk with this id, unique beginning of an id, or NODE:NAME."""
+_NAMES = {"disk": ("name",), "vm": ("file", "name")}
+"""The fields of a kind that name a record, after the node's name and a colon."""
+
+
+def source_named(client: NodeClient, kind: str, named: str) -> dict[str, Any]:
+    """Returns the disk or machine with this id, unique beginning of an id, or name: NODE:NAME, or NODE:FILE."""
     node, _, name = named.partition(":")
     select = f"id={_pattern(named)}"
     if len(named) >= 4:
         select = f"id={_pattern(named, '*')}"
     if name:
-        select += f" or node={_pattern(node)} and name={_pattern(name)}"
+        select += f" or node={_pattern(node)} and ({' or '.join(f'{one}={_pattern(name)}' for one in _NAMES[kind])})"
     # A pattern fits more than the name itself.
-    disks = client.everything("/api/v1/disks", select=select)
-    exact = [one for one in disks if named in (one["id"], f"{one['node']}:{one['body']['name']}")]
-    return only(exact or [one for one in disks if len(named) >= 4 and one["id"].startswith(named)], named, "disk")
+    found = client.everything(f"/api/v1/{kind}s", select=select)
+    exact = [
+        one for one in found if named in (one["id"], *(f"{one['node']}:{one['body'][key]}" for key in _NAMES[kind]))
+    ]
+    return only(exact or [one for one in found if len(named) >= 4 and one["id"].startswith(named)], named, kind)
 
 
 def _pattern(text: str, end: str = "") -> str:
     """Returns a quoted pattern of a selection that fits the text, followed by `end`."""
     return "'" + re.sub(r"[*?\['\"]", "?", text) + end + "'"
-
-
-def vm_named(client: NodeClient, named: str) -> dict[str, Any]:
-    """Returns the virtual machine with this id, unique beginning of an id, NODE:FILE or NODE:NAME."""
-    name = named.partition(":")[2]
-    vms = client.everything("/api/v1/vms", **({"named": name} if name else {"id": named}))
-    exact = [
-        one for one in vms if named in (one["id"], *(f"{one['node']}:{one['body'][key]}" for key in ("file", "name")))
-    ]
-    return only(exact or [one for one in vms if len(named) >= 4 and one["id"].startswith(named)], named, "vm")
 
 
 def job_named(client: NodeClient, named: str) -> dict[str, Any]:

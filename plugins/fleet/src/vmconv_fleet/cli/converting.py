@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 from vmconv.plugin import UsageError, print_json, print_table, size_text
 from vmconv_fleet.cli.client import NodeClient
-from vmconv_fleet.cli.connecting import connected, disk_named, vm_named
+from vmconv_fleet.cli.connecting import connected, source_named
 from vmconv_fleet.cli.following import Ended, follow
 from vmconv_fleet.words import cell, plan_text, time_text
 
@@ -27,17 +28,14 @@ def convert(options: argparse.Namespace) -> int:
         events = listener.lines("/api/v1/events", kinds="job,response") if _stays(options) else None
         if events:
             next(events)
-        asked = _many(options, client, at) if options.select else [_one(options, client, at)]
-        if not asked:
-            raise UsageError(f"no disk is selected by {options.select!r}", hint="vmconv fleet disks --select tries it")
+        single = len(options.named) == 1
+        asked = [_one(options, client, at)] if single else _many(options, client, at)
         ended = follow(client, events, asked, bar=options.output != "json") if events else {}
     return _report(options, asked, ended, at)
 
 
 def _refuse_mixed(options: argparse.Namespace) -> None:
-    """Raises UsageError for options of machines without -O, and for -O with --select."""
-    if options.machine_format and options.select:
-        raise UsageError("-O converts one virtual machine, and --select chooses disks")
+    """Raises UsageError for options of machines without -O."""
     given = [name for name in options.machine_spec if getattr(options, name)]
     if given and not options.machine_format:
         raise UsageError(f"--{given[0].replace('_', '-')} applies to a virtual machine", hint="name its format with -O")
@@ -70,18 +68,20 @@ def _wish(options: argparse.Namespace, at: datetime | None) -> dict[str, Any]:
     """Returns the fields of the conversion that the command line sets."""
     names = (*options.spec, *options.machine_spec)
     wish = {name: value for name in names if (value := getattr(options, name)) not in (None, {})}
+    if options.machine_format:
+        wish["format"] = options.machine_format
     return wish if at is None else wish | {"at_ms": int(at.timestamp() * 1000)}
 
 
+def _kind(options: argparse.Namespace) -> str:
+    return "vm" if options.machine_format else "disk"
+
+
 def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> Asked:
-    if options.machine_format:
-        kind, found = "vm", vm_named(client, options.named)
-    else:
-        kind, found = "disk", disk_named(client, options.named)
+    kind = _kind(options)
+    found = source_named(client, kind, options.named[0])
     # The caller chooses the job's id, to follow the job before its owner has received it.
     wish = _wish(options, at) | {"job": options.id or f"job-{secrets.token_hex(6)}"}
-    if options.machine_format:
-        wish["format"] = options.machine_format
     path = f"/api/v1/{kind}s/{found['owner']}/{found['id']}/convert"
     reply = client.call("POST", path, wish, query={"wait": options.wait})
     asked = {"node": found["owner"], kind: found["id"], "name": found["body"]["name"], "answer": reply.content}
@@ -91,10 +91,44 @@ def _one(options: argparse.Namespace, client: NodeClient, at: datetime | None) -
 def _many(options: argparse.Namespace, client: NodeClient, at: datetime | None) -> list[Asked]:
     for name in ("target", "target_datastore", "id"):
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} applies to one disk, and --select chooses many")
-    wish = _wish(options, at) | {"select": options.select}
-    answers = client.call("POST", "/api/v1/conversions", wish, query={"wait": options.wait}).content
+            raise UsageError(f"--{name.replace('_', '-')} applies to one conversion, and these are many")
+    kind = _kind(options)
+    if options.select:
+        found = client.everything(f"/api/v1/{kind}s", select=options.select)
+    else:
+        found = [source_named(client, kind, one) for one in options.named]
+    if not found:
+        hint = f"vmconv fleet {kind}s --select tries it"
+        raise UsageError(f"no {kind} is selected by {options.select!r}", hint=hint)
+    if not (options.yes or options.dry_run):
+        _confirm(options, found)
+    # What was shown is converted, not what the selection chooses by now.
+    wish = _wish(options, at) | {"items": [{"owner": one["owner"], "id": one["id"]} for one in found]}
+    path = "/api/v1/machine-conversions" if kind == "vm" else "/api/v1/conversions"
+    answers = client.call("POST", path, wish, query={"wait": options.wait}).content
     return [one | {"job": one["answer"].get("body", {}).get("job") or one["answer"]["request"]} for one in answers]
+
+
+def _confirm(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> None:
+    """Asks on a terminal whether the conversion of many shall begin. Raises UsageError if not."""
+    if not sys.stdin.isatty():
+        return
+    for one in found:
+        print(f"{cell(one['node'])}:{cell(one['body']['name'])}")
+    print(f"{_intention(options, found)} [y/N] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UsageError("nothing is converted", hint="--yes does not ask, --dry-run only plans")
+
+
+def _intention(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what a conversion of many will do, as a question."""
+    size = sum(int(one["body"].get("actual_size", 0)) for one in found)
+    nodes = ", ".join(dict.fromkeys(cell(one["node"]) for one in found))
+    what = f"{len(found)} {_kind(options)}s" + (f" ({size_text(size)} on storage)" if size else "")
+    becomes = options.machine_format or options.format
+    where = "each becomes a new directory" if options.machine_format else "each becomes a new file"
+    removed = "the sources are removed" if options.keep_source is False else "the sources stay"
+    return f"Convert {what} of {nodes} to {becomes}: {where} beside its source, {removed}?"
 
 
 def _report(options: argparse.Namespace, asked: list[Asked], ended: dict[str, Ended], at: datetime | None) -> int:
@@ -157,7 +191,10 @@ def _print_ended(options: argparse.Namespace, asked: list[Asked], ended: dict[st
     for note in notes:
         print(cell(note))
     if len(asked) > 1:
-        print(", ".join(f"{name} {size_text(value)}" for name, value in total.items()) + f" of {len(asked)} disks")
+        print(
+            ", ".join(f"{name} {size_text(value)}" for name, value in total.items())
+            + f" of {len(asked)} {_kind(options)}s"
+        )
 
 
 def _state(body: Mapping[str, Any]) -> str:

@@ -78,11 +78,31 @@ def _disks(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         help="the order: name, size, actual-size or format; --sort=-size reverses it. By default by node and datastore",
     )
+    _searching(parser)
+    _listing(parser)
+
+
+def _searching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--search", metavar="WORDS", help="only those with all these words in their texts")
+
+
+def _vms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--select", metavar="SELECTION", help="only these, such as 'os=debian* and memory>4G'")
+    fields = ("name", "system", "memory", "processors", "disks")
+    parser.add_argument(
+        "--sort",
+        choices=[f"{sign}{field}" for sign in ("", "-") for field in fields],
+        metavar="FIELD",
+        help=f"the order: {', '.join(fields[:-1])} or disks (their number); --sort=-memory reverses it",
+    )
+    _searching(parser)
     _listing(parser)
 
 
 def _jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="STATES", help="only jobs in these states, separated by commas")
+    parser.add_argument("--batch", metavar="ID", help="only jobs of one conversion of many")
+    _searching(parser)
     _listing(parser)
 
 
@@ -97,11 +117,13 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "named",
-        nargs="?",
+        nargs="*",
+        default=[],
         metavar="DISK|VM",
-        help="a disk of the catalogue: its id, or NODE:NAME; with -O a virtual machine: its id, NODE:FILE or NODE:NAME",
+        help="disks of the catalogue: ids, or NODE:NAME; with -O virtual machines: ids, NODE:FILE or NODE:NAME",
     )
-    which.add_argument("--select", metavar="SELECTION", help="all selected disks")
+    which.add_argument("--select", metavar="SELECTION", help="all selected disks; with -O all selected machines")
+    parser.add_argument("--yes", action="store_true", help="do not ask before the conversion of many")
     what = parser.add_mutually_exclusive_group(required=True)
     # Named as the fields of the request, and without defaults: an option that is not given is not sent.
     spec = [
@@ -134,7 +156,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--dry-run", action="store_const", const=True, help="only plan, make nothing"),
     ]
     what.add_argument(
-        "-O", dest="machine_format", metavar="FMT", help="machine format to convert a whole virtual machine to"
+        "-O", dest="machine_format", metavar="FMT", help="machine format to convert whole virtual machines to"
     )
     machine = [
         parser.add_argument("--disk-format", metavar="FMT", help="with -O: format of the new disks (default: its own)"),
@@ -280,11 +302,11 @@ VERBS = {
     "nodes": _Verb("list the nodes: state, age of the last heartbeat, records behind", "listing", _reading),
     "datastores": _Verb("list the datastores", "listing", _listing),
     "disks": _Verb("list disk images", "listing", _disks),
-    "vms": _Verb("list virtual machines", "listing", _listing),
+    "vms": _Verb("list virtual machines", "listing", _vms),
     "jobs": _Verb("list conversions", "listing", _jobs),
     "requests": _Verb("list requests and their responses", "listing", _newest),
     "history": _Verb("list executed transactions: caller, records before and after", "listing", _newest),
-    "convert": _Verb("convert a disk, all selected disks or a virtual machine, on any node", "converting", _convert),
+    "convert": _Verb("convert disks or whole virtual machines, on any node", "converting", _convert),
     "cancel": _Verb("cancel a conversion", "changing", _job),
     "scan": _Verb("scan a node's datastores", "changing", _scan),
     "datastore": _Verb("declare datastores of this node, or remove them from the catalogue", "changing", _datastore),
@@ -313,5 +335,6 @@ examples:
   vmconv fleet disks --select 'format=vmdk and size>=10G'
   vmconv fleet convert n02:web.vmdk --to qcow2 --follow
   vmconv fleet convert n02:web.vmx -O libvirt --dry-run
+  vmconv fleet convert --select 'os=debian* and node=n02' -O libvirt --dry-run
   vmconv fleet convert --select 'format=vmdk and node=n0*' --to qcow2 --max-parallel 4 --at 22:00 --dry-run""",
 )

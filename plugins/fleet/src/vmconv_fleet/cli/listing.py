@@ -66,7 +66,7 @@ def _node_row(one: Item) -> list[str]:
 
 def datastores(options: argparse.Namespace) -> int:
     with connected(options) as client:
-        pages = client.pages("/api/v1/datastores", **({"node": options.of} if options.of else {}))
+        pages = client.pages("/api/v1/datastores", **_query(options))
         head = ["NODE", "DATASTORE", "FILESYSTEM", "SHARES", "FREE", "DISKS", "PATH"]
         return _print(options, pages, head, _datastore_row)
 
@@ -85,10 +85,14 @@ def _datastore_row(one: Item) -> list[str]:
     ]
 
 
+def _query(options: argparse.Namespace, *names: str) -> dict[str, str]:
+    """Returns the given options among these, and the node, as a query."""
+    found = {name: getattr(options, name) for name in names} | {"node": options.of}
+    return {name: value for name, value in found.items() if value}
+
+
 def disks(options: argparse.Namespace) -> int:
-    query = {
-        ("node" if key == "of" else key): value for key in ("select", "sort", "of") if (value := getattr(options, key))
-    }
+    query = _query(options, "select", "search", "sort")
     with connected(options) as client:
         pages = client.pages("/api/v1/disks", **query)
         _print(
@@ -116,7 +120,7 @@ def _disk_row(one: Item) -> list[str]:
 
 def vms(options: argparse.Namespace) -> int:
     with connected(options) as client:
-        pages = client.pages("/api/v1/vms", **({"node": options.of} if options.of else {}))
+        pages = client.pages("/api/v1/vms", **_query(options, "select", "search", "sort"))
         return _print(options, pages, ["ID", "NODE", "VM", "FORMAT", "SYSTEM", "CPUS", "MEMORY", "DISKS"], _vm_row)
 
 
@@ -138,7 +142,7 @@ def _vm_disks(body: Item) -> str:
 
 
 def jobs(options: argparse.Namespace) -> int:
-    query = {key: value for key, value in (("states", options.state), ("node", options.of)) if value}
+    query = _query(options, "search", "batch") | ({"states": options.state} if options.state else {})
     with connected(options) as client:
         pages = client.pages("/api/v1/jobs", **query)
         _print(options, pages, ["JOB", "NODE", "STATE", "DONE", "TO", "PLAN", "DISK"], _job_row)

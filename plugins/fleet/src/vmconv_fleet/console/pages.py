@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.kinds import Body
 from vmconv_fleet.catalogue.paging import Page
-from vmconv_fleet.catalogue.selection import FIELDS, Selection, parse
+from vmconv_fleet.catalogue.selection import DISKS, Selection, parse
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console import forms
 from vmconv_fleet.console.web import PAGE, Visit, failed, visit_of
@@ -144,7 +144,7 @@ def _disks(visit: Visit) -> Response:
         select=text,
         sort=sort,
         wrong=wrong,
-        fields=FIELDS,
+        fields=DISKS.meanings,
     )
 
 
@@ -161,7 +161,7 @@ def _disk(visit: Visit) -> Response:
         formats=[name for name, one in sorted(formats.items()) if one.writes],
         children=_using(snapshot, kinds.DiskBody, "disk", "parents", record),
         jobs=_jobs_of(snapshot, record),
-        vms=_using(snapshot, kinds.VmBody, "vm", "disks", record),
+        vms=_using(snapshot, kinds.VmBody, "vm", "uses", record),
     )
 
 

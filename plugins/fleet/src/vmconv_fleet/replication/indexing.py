@@ -103,6 +103,10 @@ class Where(NamedTuple):
         """Returns the condition and another one."""
         return Where(f"({self.sql}) AND ({sql})", (*self.arguments, *arguments))
 
+    def joined(self, other: Where) -> Where:
+        """Returns the condition that both hold."""
+        return self.also(other.sql, *other.arguments)
+
 
 ALL = Where()
 
