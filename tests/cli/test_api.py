@@ -382,10 +382,10 @@ def keywords_of(function: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "kinds", "besides"),
     [
-        ("convert", (Request, arguments.RunOptions), {"descriptor", "facts"}),
-        ("plan", (Request,), {"descriptor", "facts"}),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts", "confined"}),
-        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts"}),
+        ("convert", (Request, arguments.RunOptions), {"descriptor", "facts", "blank"}),
+        ("plan", (Request,), {"descriptor", "facts", "blank"}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts", "confined", "blank"}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts", "blank"}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("check", (arguments.Reading, arguments.CheckOptions), set()),

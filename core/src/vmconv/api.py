@@ -118,6 +118,7 @@ __all__ = [
     "checking",
     "compare",
     "convert",
+    "create",
     "fanout",
     "generation",
     "info",
@@ -219,6 +220,35 @@ def convert(
     """
     # locals() has exactly the arguments here, as no other variable exists yet. So below, too.
     return _converted(locals())
+
+
+@_named
+def create(
+    target: StrPath,
+    size: int | None = None,
+    *,
+    target_format: str | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    backing_file: StrPath | None = None,
+    backing_format: str | None = None,
+    mode: int | None = None,
+    force: bool = False,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    cache: Cache = "writeback",
+    created: Created | None = None,
+) -> Result:
+    """Makes the image `target` of an empty disk of `size` bytes and returns the result.
+
+    With `backing_file`, stored as given and relative to the target's directory, it is an empty layer on that image, by
+    default of its size.
+    """
+    given = locals()
+    if size is None and backing_file is None:
+        raise UsageError("a new disk needs a size", hint="or a backing file, whose size it gets")
+    del given["size"]
+    return _converted({**given, "source": target, "blank": size or 0})
 
 
 @_named

@@ -17,6 +17,7 @@ COMMANDS = (
     ("map", "show where each range of the guest's disk lies"),
     ("check", "check the structure of an image"),
     ("plan", "show what a conversion would share, copy and write"),
+    ("create", "make an image of an empty disk"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),
     ("sync", "bring an image up to date with the disk that it was made of"),

@@ -148,13 +148,13 @@ def add_decompress(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decompress-limit",
-        type=_size,
+        type=read_size,
         metavar="SIZE",
         help="most that SOURCE may become, such as 100G (default: 64T)",
     )
 
 
-def _size(text: str) -> int:
+def read_size(text: str) -> int:
     """Returns a number of bytes. Raises argparse's error for a value."""
     from vmconv.model.options import parse_size
 
@@ -202,14 +202,14 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--mode",
-        type=_mode,
+        type=read_mode,
         metavar="OCTAL",
         help="permission bits of new files, such as 0640 (default: as for any new file, less what a file of SOURCE\n"
         "does not allow; a file replaced by --force keeps its owner, mode and attributes)",
     )
 
 
-def _mode(text: str) -> int:
+def read_mode(text: str) -> int:
     """Returns permission bits. Raises `ValueError`, which argparse turns into a message."""
     mode = int(text, 8)
     if not 0 <= mode <= 0o777:

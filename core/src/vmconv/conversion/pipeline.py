@@ -87,7 +87,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         ]
         directory = _only_directory(found)
         refuse_directory(directory)
-        image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+        image = _source(request, opener)
         for _, wanted in targets:
             refuse_other_kind(image.file.name, image.kind, wanted.format, registry)
         # Before the lower layers are opened, so that only this image's own files are replaced.
@@ -119,6 +119,15 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                     access=Access(opener.files, request.mode),
                 )
                 yield Prepared(image, backend, conversions, plan, opener, begin)
+
+
+def _source(request: Request, opener: Opener) -> Image:
+    """Returns the image to convert."""
+    if request.blank is not None:
+        from vmconv.conversion.blank import blank_image
+
+        return blank_image(request, opener)
+    return opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
 
 
 @contextmanager
@@ -431,6 +440,10 @@ def _kept_layer(request: Request, target: Target, image: Image, registry: Regist
         return None
     if not target.format.supports_backing:
         raise UsageError(f"{target.format.name} cannot have a backing file")
+    if request.blank is not None:
+        from vmconv.conversion.blank import kept_base
+
+        return kept_base(request, image, registry, target.directory)
     path = os.path.join(os.path.dirname(request.target), request.backing_file)
     with os_errors("cannot be used as backing file", AccessError):
         wanted = os.stat(path)

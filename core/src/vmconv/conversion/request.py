@@ -40,6 +40,9 @@ class Request(NamedTuple):
     `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile; the target's
     directory has to lie there, too. An interrupted conversion in place is refused instead of recovered.
 
+    `blank` makes an empty disk of so many bytes instead of reading `source`, which is not used. It may be on top of
+    `backing_file`, which is any image then, of `backing_format`; 0 is the size of that.
+
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
 
@@ -69,6 +72,7 @@ class Request(NamedTuple):
     facts: Mapping[str, str | None] = MappingProxyType({})
     descriptor: int | None = None
     confined: bool = False
+    blank: int | None = None
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
