@@ -379,13 +379,17 @@ def keywords_of(function: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
+INTERNAL = {"descriptor", "facts", "blank"}
+"""Fields of a request that other functions of the API set."""
+
+
 @pytest.mark.parametrize(
     ("function", "kinds", "besides"),
     [
-        ("convert", (Request, arguments.RunOptions), {"descriptor", "facts", "blank"}),
-        ("plan", (Request,), {"descriptor", "facts", "blank"}),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "descriptor", "facts", "confined", "blank"}),
-        ("fanout", (Request, arguments.RunOptions), {"target_format", "descriptor", "facts", "blank"}),
+        ("convert", (Request, arguments.RunOptions), INTERNAL),
+        ("plan", (Request,), INTERNAL),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *INTERNAL}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", *INTERNAL}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("check", (arguments.Reading, arguments.CheckOptions), set()),
