@@ -78,10 +78,17 @@ def undecoded_notes(source: Source, plan: MachinePlan, directory: str) -> Machin
         "disks is zero is known only then, so the plan counts all bytes of the disks"
     )
     warnings = (*plan.warnings, text)
-    found = (each.capabilities(directory) for each in installed().backends.values() if each.automatic)
-    if not any(each.usable and each.shares for each in found):
-        warnings += (f"{plan.directory} cannot share blocks, so payload will be written twice",)
+    if why := _why_twice(plan, directory):
+        warnings += (f"{why}, so payload will be written twice",)
     return plan._replace(warnings=warnings)
+
+
+def _why_twice(plan: MachinePlan, directory: str) -> str | None:
+    """Returns why new files cannot share blocks with decoded ones; None if they can."""
+    if plan.backend == "compress":
+        return "the new archive is compressed"
+    found = (each.capabilities(directory) for each in installed().backends.values() if each.automatic)
+    return None if any(each.usable and each.shares for each in found) else f"{plan.directory} cannot share blocks"
 
 
 def decoded_plan(source: Source, plan: MachinePlan) -> MachinePlan:
@@ -91,8 +98,8 @@ def decoded_plan(source: Source, plan: MachinePlan) -> MachinePlan:
     notes = plan.notes
     if plan.totals.copied:
         notes += (
-            f"payload is written twice: decoded into files without a name, and from there into the disks, because "
-            f"{plan.directory} cannot share it",
+            f"payload is written twice: decoded into files without a name in {plan.directory}, and from there into the "
+            "new files, which cannot share it",
         )
     return plan._replace(
         totals=_copied(plan.totals),

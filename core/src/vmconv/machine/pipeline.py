@@ -14,7 +14,7 @@ from vmconv.conversion.execute import carry_out
 from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_too_large
 from vmconv.conversion.verify import verify_mode
 from vmconv.errors import UsageError
-from vmconv.interface.backend import Access
+from vmconv.interface.backend import Access, Proposal
 from vmconv.interface.machines import Member
 from vmconv.io.registry import installed
 from vmconv.machine import losses
@@ -32,8 +32,9 @@ from vmconv.model.sources import File
 
 if TYPE_CHECKING:
     from vmconv.interface.arguments import Verify
-    from vmconv.interface.backend import Created, Proposal
+    from vmconv.interface.backend import Backend, Created
     from vmconv.io.directory import Directory
+    from vmconv.io.registry import Registry
     from vmconv.model.image import Image
     from vmconv.model.plan import Progress
 
@@ -131,12 +132,31 @@ def _prepared(request: MachineRequest, source: Source, target: Target, directory
     kept = _kept(source, target, images, request)
     payload = [file for image in images if image is not None for file in _payload(image, chain=request.chain)]
     payload += [each for member in kept.values() for each in member.table.sources if isinstance(each, File)]
-    way = choose_backend(registry, request.backend, directory, payload)
+    way = _way(registry, request, target, directory, payload)
     firmware = variables(source, target)
     made = lay_out_machine(target, images, firmware, request, way, registry, kept)
     found = machine_plan(source, target, made, images, firmware)
     losses.refuse(found.losses, strict=request.strict, keep=request.keep)
     return Prepared(source, target, made, found, way)
+
+
+def _way(
+    registry: Registry, request: MachineRequest, target: Target, directory: str, payload: Sequence[File]
+) -> Proposal:
+    """Returns the backend of a conversion with its survey of the files with payload."""
+    if not target.compressed:
+        return choose_backend(registry, request.backend, directory, payload)
+    if request.backend != "auto":
+        hint = "end its name in the suffix of packages that are not compressed"
+        raise UsageError(f"--backend {request.backend}: {target.name} will be compressed, by no backend", hint=hint)
+    backend = _compressing()
+    return Proposal(backend, backend.survey(directory, payload))
+
+
+def _compressing(*, read_back: bool = False) -> Backend:
+    from vmconv.backends.compress import CompressBackend
+
+    return CompressBackend(read_back=read_back)
 
 
 def _kept(source: Source, target: Target, images: Sequence[Image | None], request: MachineRequest) -> dict[int, Member]:
@@ -192,7 +212,10 @@ def _make(
         configuration = os.path.normpath(directory.join(target.name))
         done.append(MachineResult(request.source, configuration, ready.plan, time.perf_counter() - began))
 
-    transaction = ready.way.backend.begin(
+    backend = ready.way.backend
+    if target.compressed:
+        backend = _compressing(read_back=mode in ("sample", "bytes"))
+    transaction = backend.begin(
         directory, force=request.force, durable=request.cache != "unsafe", access=Access(opener.files, request.mode)
     )
     carry_out(

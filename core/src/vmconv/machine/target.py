@@ -40,6 +40,11 @@ class Target(NamedTuple):
     name: str
     stem: str | None = None
 
+    @property
+    def compressed(self) -> bool:
+        """True if the name of the new package asks for compression."""
+        return self.name.lower().endswith(self.format.compressed_suffixes)
+
     def disk_name(self, number: int, suffix: str) -> str:
         """Returns the file name of a disk; disks are counted from 0."""
         return file_name(self.format.disk_name(self._named(), number, suffix, self.options))
@@ -66,7 +71,7 @@ class Target(NamedTuple):
             options = ", ".join(sorted(f"-o {name}" for name in _fields(self.options)))
             other = f"choose another directory, or another id ({options})"
         else:
-            suffix = self.format.suffixes[0]
+            suffix = _suffix_of(self.name, self.format)
             name = f"{self.stem or self.name.removesuffix(suffix)}-2{suffix}"
             other = f"name the new configuration, such as {directory.join(name)}"
         # Machines without a UUID are told apart by their names alone.
@@ -145,7 +150,7 @@ def _place(
     is_directory = path.endswith("/") or os.path.isdir(path)
     if not is_directory and path.lower().endswith(found.suffixes):
         name = os.path.basename(path)
-        suffix = max((each for each in found.suffixes if name.lower().endswith(each)), key=len)
+        suffix = _suffix_of(name, found)
         # The members of a package are in no other machine's way.
         stem = None if found.is_package else name[: -len(suffix)] or None
         return os.path.dirname(path) or ".", name, stem
@@ -155,6 +160,12 @@ def _place(
         raise UsageError(f"{path}: has the suffix of {named}, not of {found.name}", hint=hint)
     below = found.directory(machine, options)
     return os.path.normpath(os.path.join(path, below)), file_name(found.config_name(machine, options)), None
+
+
+def _suffix_of(name: str, found: MachineFormat) -> str:
+    """Returns the longest of the format's suffixes that a name has, by default the first of all."""
+    own = [each for each in found.suffixes if name.lower().endswith(each)]
+    return max(own, key=len, default=found.suffixes[0])
 
 
 def _refuse_other_disks(before: Machine, after: Machine, format_name: str) -> None:

@@ -1,0 +1,109 @@
+"""One output file, compressed by Zstandard while it is written.
+
+A compressed file cannot be read back by tables. So the result is verified by its planned table, then compressed from
+its first byte to its last. The frame has a checksum of the content, which `read_back` compares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from vmconv.backends.files import FileTransaction
+from vmconv.backends.planned import PlannedOutput
+from vmconv.errors import BackendError, ImageError, VerifyError, os_errors
+from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Output, Survey, Transaction
+from vmconv.io.decompressing import Decompressed
+from vmconv.io.directory import Directory
+from vmconv.model.plan import Plan, Progress
+from vmconv.model.sources import File
+from vmconv.model.view import View
+
+_PIECE = 4 << 20
+_LEVEL = 3
+"""The level of the command zstd."""
+
+
+class CompressBackend(Backend):
+    """Compresses the one file of a package; made per conversion, so not registered."""
+
+    name = "compress"
+    title = "compresses all bytes"
+    automatic = False
+
+    def __init__(self, *, read_back: bool) -> None:
+        self.read_back = read_back
+        """Whether the finished file is decompressed before it gets its name."""
+
+    def capabilities(self, directory: str) -> Capabilities:
+        return Capabilities(usable=True, shares=False)
+
+    def survey(self, directory: str, sources: Sequence[File]) -> Survey:
+        return Survey(1, {id(file): "the new archive is compressed (Zstandard)" for file in sources})
+
+    def begin(
+        self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
+    ) -> Transaction:
+        found = CompressTransaction(directory, force=force, durable=durable, access=access)
+        found.read_back = self.read_back
+        return found
+
+
+class CompressTransaction(FileTransaction):
+    """Compresses one file after its verification."""
+
+    read_back = False
+
+    def prepare(self, plan: Plan) -> None:
+        (self._planned,) = plan.files
+        super().prepare(plan)
+
+    def create(self, name: str, size: int, sources: Sequence[File]) -> Output:
+        made = super().create(name, size, ())
+        planned = PlannedOutput(self._planned)
+        planned.descriptor = made.descriptor
+        return planned
+
+    def deliver(self, progress: Progress | None) -> None:
+        """Compresses the file. Raises `BackendError` if storage fails or is full, `AccessError` if a source changed."""
+        (output,) = self._outputs
+        view = View(self._planned.table)
+        with os_errors("cannot be written", BackendError, where=output.path):
+            _compress(view, output.descriptor, progress)
+            made = output.finish()
+        view.refuse_changed()
+        if self.read_back:
+            _read_back(made, view.size)
+
+
+def _compress(view: View, descriptor: int, progress: Progress | None) -> None:
+    from zstandard import ZstdCompressor
+
+    # With threads the result does not depend on their number.
+    frame = ZstdCompressor(level=_LEVEL, write_checksum=True, threads=-1).compressobj(size=view.size)
+    for at in range(0, view.size, _PIECE):
+        length = min(_PIECE, view.size - at)
+        _write(descriptor, frame.compress(view.read(at, length)))
+        if progress:
+            progress(at + length, view.size)
+    _write(descriptor, frame.flush())
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _read_back(made: File, size: int) -> None:
+    """Raises `VerifyError` unless a file decompresses to `size` bytes, which the frame's checksum confirms."""
+    # The page cache would hide what storage has.
+    os.posix_fadvise(made.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    stream, found = Decompressed(made, "Zstandard"), 0
+    try:
+        while piece := stream.read(_PIECE):
+            found += len(piece)
+    except ImageError as exc:
+        raise VerifyError(f"the result cannot be read back: {exc}") from exc
+    if found != size:
+        raise VerifyError(f"{made.name}: decompresses to {found} bytes, {size} were written")
