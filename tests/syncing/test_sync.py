@@ -511,6 +511,66 @@ def test_a_target_that_is_not_as_it_was_synced_is_refused(disk: Path, way: str) 
     assert vmconv.compare(disk, target)
 
 
+@pytest.mark.parametrize("last", ["first", "again", "same"])
+@pytest.mark.parametrize("way", ["replaced", "appended", "journalled", "split"])
+def test_a_target_whose_mtime_was_put_back_is_read(
+    xfs_dir: Path, ext4_dir: Path, other_dir: Path, way: str, last: str
+) -> None:
+    disk = make_disk(xfs_dir / "disk.raw", 8 * MIB)
+    suffix = {"journalled": "vhdx", "split": "vmdk"}.get(way, "qcow2")
+    target = (other_dir if way == "replaced" else ext4_dir) / f"target.{suffix}"
+    vmconv.sync(disk, target, options={"subformat": "monolithicFlat"} if way == "split" else {})
+    if last != "first":
+        write(disk, 0, 4096)
+        vmconv.sync(disk, target)
+    if last == "same":
+        assert vmconv.sync(disk, target).backend == "none"
+    assert vmconv.sync(disk, target).evidence == "the record of the last sync: the source is unchanged"
+    held = target.with_name("target-flat.vmdk") if way == "split" else target
+    before = held.stat()
+    with held.open("r+b") as file:
+        at = held.read_bytes().index(disk.read_bytes()[4096:8192])
+        file.seek(at)
+        file.write(b"\x55" * 512)
+    os.utime(held, ns=(before.st_atime_ns, before.st_mtime_ns))
+    result = vmconv.sync(disk, target)
+    assert result.evidence == "both disks were read: the target's ctime is not that of its last sync"
+    assert vmconv.compare(disk, target)
+    assert vmconv.sync(disk, target).evidence == "the record of the last sync: the source is unchanged"
+
+
+def test_a_source_whose_mtime_was_put_back_is_read(disk: Path, other_dir: Path) -> None:
+    target = other_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    before = disk.stat()
+    write(disk, 5 * MIB, 4096)
+    os.utime(disk, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert vmconv.sync(disk, target).evidence == "both disks were read: nothing told what changed"
+    assert vmconv.compare(disk, target)
+
+
+@pytest.mark.parametrize("since", [False, True])
+def test_a_target_with_another_mode_is_read_and_recorded_again(disk: Path, other_dir: Path, since: bool) -> None:
+    first, target = snapshot(disk, "first.raw"), other_dir / "target.qcow2"
+    vmconv.sync(first, target)
+    write(disk, 5 * MIB, 4096)
+    target.chmod(0o600)
+    result = vmconv.sync(disk, target, since=first if since else None)
+    assert result.evidence == "both disks were read: the target's ctime is not that of its last sync"
+    assert vmconv.compare(disk, target)
+    assert vmconv.sync(disk, target).evidence == "the record of the last sync: the source is unchanged"
+
+
+def test_a_record_without_ctimes_is_no_evidence(disk: Path, other_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process leaves it that is killed right after the commit."""
+    target = other_dir / "target.qcow2"
+    with monkeypatch.context() as patch:
+        patch.setattr("vmconv.syncing.record.settle", lambda *_: None)
+        vmconv.sync(disk, target)
+    assert vmconv.sync(disk, target).evidence.startswith("both disks were read: the target's ctime")
+    assert vmconv.sync(disk, target).evidence == "the record of the last sync: the source is unchanged"
+
+
 @pytest.mark.parametrize("value", [b"", b"1 ", b"2 00 {}", b"1 " + b"00" * 32 + b" {}", b"x" * 4000])
 def test_a_record_of_nobody_s_is_ignored(
     ext4_dir: Path, other_dir: Path, value: bytes, caplog: pytest.LogCaptureFixture

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import refuse_directory, refuse_kept_names
 from vmconv.conversion import pipeline
@@ -165,7 +165,7 @@ def _replace(
 ) -> None:
     """Makes the new target, and gives it the name of the old one."""
     registry = installed()
-    recorded = False
+    recorded: _Recorded | None = None
 
     def check(files: list[File]) -> None:
         nonlocal recorded
@@ -174,24 +174,32 @@ def _replace(
             if mode != "metadata":
                 verify_result(_against_source(ready), files, registry, mode, verifying)
         recorded = _record(ready, files)
+        if recorded:
+            # The commit closes the files, and changes their ctime.
+            recorded = recorded._replace(descriptors=[os.dup(each) for each in recorded.descriptors])
+            for descriptor in recorded.descriptors:
+                opened.callback(os.close, descriptor)
 
     def committed() -> None:
+        if recorded:
+            records.settle(*recorded)
         done()
         # Not before the commit: until then the file may still become what it was.
         if ready.place and not recorded:
             records.remove(ready.place.descriptor)
 
     assert ready.begin
-    carry_out(
-        planned,
-        ready.begin(),
-        ready.files,
-        ready.request.target,
-        verify=check,
-        progress=progress,
-        created=None,
-        done=committed,
-    )
+    with ExitStack() as opened:
+        carry_out(
+            planned,
+            ready.begin(),
+            ready.files,
+            ready.request.target,
+            verify=check,
+            progress=progress,
+            created=None,
+            done=committed,
+        )
 
 
 def _against_source(ready: Ready) -> list[Container]:
@@ -199,15 +207,22 @@ def _against_source(ready: Ready) -> list[Container]:
     return [made._replace(source=ready.image) for made in ready.containers]
 
 
-def _record(ready: Ready, files: list[File]) -> bool:
-    """Writes the record of a target's files, its own the last, and returns whether it was written.
+class _Recorded(NamedTuple):
+    """The files of a target, its own the last, and the record that was written into that."""
+
+    descriptors: list[int]
+    record: records.Record
+
+
+def _record(ready: Ready, files: list[File]) -> _Recorded | None:
+    """Writes the record of a target's files, its own the last.
 
     Writes nothing if the request asks for no record. Warns if the record cannot be written.
     """
     if not ready.request.record:
-        return False
-    # Else a write within the same tick of the clock would leave source and target as recorded.
-    references.settle([*ready.files, *files])
+        return None
+    # Else a write within the same tick of the clock would leave the source as recorded.
+    references.settle(ready.files)
     place = ready.place if ready.plan.plan else None
     stamps, descriptors = [], []
     for file, planned in zip_longest(files, ready.plan.plan.files if ready.plan.plan else ()):
@@ -230,7 +245,8 @@ def _record(ready: Ready, files: list[File]) -> bool:
         place.carrier.file.stamp = stamp_of(os.fstat(place.descriptor))
     if why:
         warn(f"{ready.request.target}: no record of this sync can be kept: {why}")
-    return why is None
+        return None
+    return _Recorded(descriptors, found[0])
 
 
 def _confirm(ready: Ready) -> None:
@@ -238,10 +254,12 @@ def _confirm(ready: Ready) -> None:
     for file in ready.files:
         if file.changed():
             raise AccessError(f"{file.name}: changed while it was being compared", hint="try again")
-    if ready.old:
+    if ready.old and not (ready.is_recorded and ready.request.record):
         own = ready.old.image.file
         recorded = _record(ready, [*(file for file in ready.old.files if file is not own), own])
-        if not recorded and not (ready.record and ready.request.record):
+        if recorded:
+            records.settle(*recorded)
+        elif not (ready.record and ready.request.record):
             records.remove(own.descriptor)
 
 

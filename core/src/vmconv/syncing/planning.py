@@ -43,7 +43,8 @@ _BLOCK = 4096
 class Ready(NamedTuple):
     """A planned sync; all files are open. `image` is the source, `state` and `identity` its digests for the record.
 
-    `record` is that of the last sync, if the target is as it was then. `place` is the target's file, if that itself is
+    `record` is that of the last sync, if the target is as it was then, with `is_recorded` beyond doubt and of this
+    source. `place` is the target's file, if that itself is
     changed. `begin` returns the transaction. `files` may not
     change until the target has its name.
     """
@@ -61,6 +62,7 @@ class Ready(NamedTuple):
     identity: str
     record: Record | None
     place: Place | None
+    is_recorded: bool = False
 
 
 class _AsItLies(Image):
@@ -87,7 +89,9 @@ class Planning:
     ) -> None:
         directory, name = place
         self.stack = stack
-        self.valid: Record | None = None
+        self.valid = records.last(old.image.file, old.files, request)
+        # The target may have changed since, although its size and mtime are those of then.
+        self.touched = self.valid is not None and not self.valid.fits(file.descriptor for file in old.files)
         self.place: Place | None = None
         self._read: tuple[tuple[Container, ...], Image] | None = None
         self.request = request
@@ -139,15 +143,15 @@ class Planning:
             self.identity,
             self.valid,
             self.place,
+            self._is_recorded(),
         )
 
     # -- the ways
 
     def _planned(self) -> tuple[Changes, Conversion, Proposal]:
         """Returns what changed, and the conversion by the first way that moves only that, if there is one."""
-        self.valid = self._record()
         new, old = self.image.flat, self.old.image.flat
-        found = self._learned(None if self.request.compare else self.valid)
+        found = None if self.request.compare or self.touched else self._learned(self.valid)
         if self._shares_all():
             # Compared for the report only: all payload is shared with the source.
             found = changing.by_address(new, old, "physical addresses: other blocks are at other places")
@@ -264,19 +268,10 @@ class Planning:
 
     # -- what changed
 
-    def _record(self) -> Record | None:
-        """Returns the record of the last sync. Raises `PlanError` if the target was modified since."""
-        found = records.read(self.old.image.file)
-        state = records.state_of_target(records.stamp_of(file.descriptor) for file in self.old.files)
-        for record in found:
-            if record.target == state:
-                return record
-        if found and not self.request.force:
-            raise PlanError(
-                f"{self.request.target}: was modified since its last sync, or is a copy of the file that was synced",
-                hint="--force replaces what was written to it",
-            )
-        return None
+    def _is_recorded(self) -> bool:
+        """True if the record of the last sync is that of this one, too."""
+        known = self.valid and (self.valid.source, self.valid.identity) == (self.state, self.identity)
+        return bool(known) and not self.touched
 
     def _learned(self, record: Record | None) -> Changes | None:
         """Returns the changes since the last sync without reading payload; None if nothing tells them."""
@@ -330,7 +325,10 @@ class Planning:
         return changing.by_bitmap(self.image.flat, self.old.image.flat, written, evidence)
 
     def _reason(self) -> str:
-        return "both disks were read" if self.request.compare else "both disks were read: nothing told what changed"
+        if self.request.compare:
+            return "both disks were read"
+        told = "the target's ctime is not that of its last sync" if self.touched else "nothing told what changed"
+        return f"both disks were read: {told}"
 
     def _refuse_other_disk(self, changes: Changes) -> None:
         """Raises `PlanError` if source and target have payload, and nothing of it is known to be equal."""

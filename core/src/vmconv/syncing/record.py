@@ -2,6 +2,9 @@
 
 It is evidence, so it is believed only with the mark of this user's vmconv (`vmconv.io.ownership`), and only while size,
 mtime and inode of the target's files are those of the record: after any write, and in any copy, it says nothing.
+
+A program may put the mtime back, so the ctime counts, too. It also changes with a new mode or name, and with the record
+itself. So a ctime that does not fit proves no write, but the record then proves nothing: the disks are read.
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vmconv.errors import warn
+from vmconv.errors import PlanError, warn
 from vmconv.io import ownership
 from vmconv.io.attributes import SYNC_RECORD
 from vmconv.model.sources import Decoded, File
@@ -22,11 +26,18 @@ from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.model.image import Image
+    from vmconv.syncing.request import SyncRequest
 
 _VERSION = b"1"
 _DIGEST = 16
 _MOST = 4096
 """Bytes of an attribute: ext4 keeps all attributes of a file in one block."""
+
+_SPANS = (1_000_000, 1_000_000, 32_000_000, 512_000_000)
+"""How long writing a record may take, ns; the first time tells what the clock of the filesystem says."""
+
+_COARSE = 5
+"""CLOCK_REALTIME_COARSE, the kernel's clock of file times, which the module `time` does not name."""
 
 _NO_RECORD = linux.NOT_SUPPORTED | {errno.ENODATA, errno.EPERM, errno.EACCES, errno.ERANGE}
 _NO_ROOM = linux.NOT_SUPPORTED | {errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.EROFS}
@@ -39,12 +50,19 @@ Stamp = tuple[int, int, int, int]
 class Record(NamedTuple):
     """The state of the target's files after a sync, the state of the source that it holds, and which files that are.
 
-    All are digests.
+    These are digests. `since` and `until` are the first and the last ctime that the target's files can have had then,
+    ns; none before the commit, after which the record is written again.
     """
 
     target: str
     source: str
     identity: str
+    since: int = 0
+    until: int = -1
+
+    def fits(self, descriptors: Iterable[int]) -> bool:
+        """True if the ctimes of all files are those of the sync."""
+        return all(self.since <= os.fstat(each).st_ctime_ns <= self.until for each in descriptors)
 
 
 def stamp_of(descriptor: int) -> Stamp:
@@ -100,6 +118,21 @@ def read(file: File) -> tuple[Record, ...]:
     return found
 
 
+def last(own: File, files: Iterable[File], request: SyncRequest) -> Record | None:
+    """Returns the record of the last sync. Raises `PlanError` if the target was modified since."""
+    found = read(own)
+    state = state_of_target(stamp_of(file.descriptor) for file in files)
+    for record in found:
+        if record.target == state:
+            return record
+    if found and not request.force:
+        raise PlanError(
+            f"{request.target}: was modified since its last sync, or is a copy of the file that was synced",
+            hint="--force replaces what was written to it",
+        )
+    return None
+
+
 def _parsed(value: bytes) -> tuple[Record, ...]:
     version, _, rest = value.partition(b" ")
     mark, _, body = rest.partition(b" ")
@@ -115,7 +148,9 @@ def _parsed(value: bytes) -> tuple[Record, ...]:
 
 
 def _is_record(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == len(Record._fields) and all(isinstance(each, str) for each in row)
+    # Without ctimes, it is of an older vmconv.
+    kinds = (str, str, str, int, int)
+    return isinstance(row, list) and len(row) in (3, 5) and all(map(isinstance, row, kinds))
 
 
 def write(descriptor: int, *records: Record) -> str | None:
@@ -131,6 +166,28 @@ def write(descriptor: int, *records: Record) -> str | None:
             raise
         return f"the filesystem keeps no such attribute: {exc.strerror}"
     return None
+
+
+def settle(descriptors: Sequence[int], record: Record) -> None:
+    """Writes the record again, with the ctimes that the target's files have now; its own file is the last.
+
+    Writing changes the ctime, so the record states a short time in which it did. That is over on return: any later
+    change has another ctime. A file that changed meanwhile gets no ctimes, and so the next sync reads it.
+    """
+    own = descriptors[-1]
+    with suppress(OSError):
+        for span in _SPANS:
+            times = [os.fstat(each).st_ctime_ns for each in descriptors]
+            # Whole seconds are all that this filesystem has: a later change could have the same.
+            if not times[-1] % 1_000_000_000:
+                return
+            until = times[-1] + span
+            write(own, record._replace(since=min(times), until=until))
+            now = os.fstat(own).st_ctime_ns
+            if now <= until and record.target == state_of_target(map(stamp_of, descriptors)):
+                time.sleep((until - now) / 1e9 + time.clock_getres(_COARSE))
+                return
+        write(own, record)
 
 
 def remove(descriptor: int) -> None:
