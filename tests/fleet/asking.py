@@ -94,6 +94,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "resume": {"without": [OTHER]},
     "token-create": {"id": "0" * 12, "hash": "0" * 64, "label": "x", "role": "viewer"},
     "token-revoke": {"id": "0" * 12},
+    "webhook-add": {"id": "0" * 12, "place": "https://hooks.example"},
+    "webhook-remove": {"id": "0" * 12},
     "retire": {"node": OTHER},
     "revoke": {"node": OTHER},
 }

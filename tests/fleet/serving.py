@@ -53,7 +53,7 @@ def served(node: Node, limits: Limits = API_LIMITS) -> Iterator[Served]:
     """Yields the node's API while it is served."""
     app = create_app(node.service, directory=str(node.directory), link=node.wire)
     console.install(app)
-    key, certificate = _certificate(node.directory)
+    key, certificate = tls_files(node.directory)
     local, remote = Limiter("local", LOCAL_LIMITS), Limiter("api", limits)
     node.service.observe(remote)
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def _running(sites: Sequence[Site]) -> Iterator[None]:
         assert not thread.is_alive()
 
 
-def _certificate(directory: Path) -> tuple[str, str]:
+def tls_files(directory: Path) -> tuple[str, str]:
     """Returns the files of a new key and of its certificate, for loopback."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])

@@ -661,6 +661,8 @@ def test_the_description_has_every_verb(api: Served) -> None:
         "resume": "POST /api/v1/resume",
         "token-create": "POST /api/v1/tokens",
         "token-revoke": "DELETE /api/v1/tokens/{owner}/{identifier}",
+        "webhook-add": "POST /api/v1/webhooks",
+        "webhook-remove": "DELETE /api/v1/webhooks/{owner}/{identifier}",
         "retire": "POST /api/v1/nodes/{node}/retire",
         "revoke": "POST /api/v1/nodes/{node}/revoke",
     }

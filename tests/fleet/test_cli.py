@@ -28,6 +28,7 @@ from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.cli import doctor
 from vmconv_fleet.cli.converting import moment
 from vmconv_fleet.cli.fleet import COMMAND, VERBS
+from vmconv_fleet.config import NodeConfig, save
 from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.testing import PATIENCE
@@ -311,6 +312,22 @@ def test_a_token_for_some_datastores(run: Run, fleet: Fleet, tmp_path: Path) -> 
     assert "operator of n02:ds" in run("token", "list")
     run("scan", "n02", "--datastore", "ds", *there)
     assert "scan needs the role operator, eve has viewer" in run("scan", "n02", *there, code=1)
+
+
+def test_webhook(run: Run, fleet: Fleet, tmp_path: Path) -> None:
+    save(NodeConfig(directory=str(fleet.here.directory), fleet="test", node=fleet.here.id, name="n01"))
+    secret = "whsec_" + "A" * 44
+    (tmp_path / "secret").write_text(secret)
+    arguments = ("--events", "job.*", "--secret-file", str(tmp_path / "secret"), "--allow-http")
+    said = run("webhook", "add", "http://127.0.0.1:1/key", *arguments)
+    match = re.fullmatch(rf"webhook (\w{{12}})\nsecret {secret}\n", said)
+    assert match
+    assert re.search(rf"{match[1]} +n01 +http://127.0.0.1:1 +job\.\* ", run("webhook", "list", "--of", "n01"))
+    assert "loopback addresses are refused" in run("webhook", "test", match[1], code=1)
+    assert run("webhook", "remove", match[1]).startswith(f"webhook {match[1]} is removed")
+    assert "no webhook" in run("webhook", "test", match[1], code=2)
+    assert "http is not encrypted" in run("webhook", "add", "http://127.0.0.1:1/key", code=2)
+    assert json.loads(run("webhook", "list", "--output", "json")) == []
 
 
 def test_watch(run: Run, fleet: Fleet) -> None:

@@ -24,8 +24,8 @@ from vmconv_fleet.words import trap_in
 LINK_PORT = 7447
 JOIN_PORT = 7448
 API_PORT = 7449
-_LISTS = ("addresses", "authorities", "connect", "listen")
-_TEXTS = ("api", "archive", "fleet", "join", "name", "node")
+_LISTS = ("addresses", "authorities", "connect", "listen", "webhook_networks")
+_TEXTS = ("api", "archive", "fleet", "join", "name", "node", "syslog", "webhook_ca")
 
 
 class ConfigError(FleetError):
@@ -39,6 +39,8 @@ class NodeConfig:
     `listen` and `connect` are HOST:PORT of the links between nodes, `api` that of HTTPS, `join` that of the service for
     nodes that join (only where the authority is); an empty text disables it. `authorities` are the join services
     that renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
+    `syslog` is where events are logged. Webhooks may also connect to `webhook_networks`; `webhook_ca` is a file of the
+    authorities of their servers, instead of the system's.
     """
 
     directory: str
@@ -54,6 +56,9 @@ class NodeConfig:
     archive: str = ""
     join: str = f"[::]:{JOIN_PORT}"
     gossip: bool = True
+    syslog: str = ""
+    webhook_networks: list[str] = field(default_factory=list)
+    webhook_ca: str = ""
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -107,9 +112,21 @@ def _check(path: str, found: dict[str, Any]) -> None:
     for name, value in found.items():
         if not _is_of_its_kind(name, value):
             raise ConfigError(f"{path}: setting {name!r} is {value!r}")
+    _check_notices(path, found)
     for name in ("fleet", "name"):
         if problem := trap_in(found[name]):
             raise ConfigError(f"{path}: setting {name!r} {problem}: {found[name][:80]!r}")
+
+
+def _check_notices(path: str, found: dict[str, Any]) -> None:
+    """Refuses a destination of syslog and networks of webhooks that are not valid."""
+    import ipaddress
+
+    for text in found.get("webhook_networks", ()):
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as exc:
+            raise ConfigError(f"{path}: setting 'webhook_networks': {exc}") from exc
 
 
 def _is_of_its_kind(name: str, value: object) -> bool:
@@ -123,7 +140,7 @@ def _is_of_its_kind(name: str, value: object) -> bool:
 def save(config: NodeConfig) -> None:
     """Writes the settings as TOML, for editing by hand."""
     lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
-    for name in (*_LISTS, "api", "archive", "join", "gossip"):
+    for name in (*_LISTS, "api", "archive", "join", "gossip", "syslog", "webhook_ca"):
         lines.append(f"{name} = {_text(getattr(config, name))}")
     lines += ["", "[datastores]"]
     lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vmconv.plugin import AccessError, UsageError, VmconvError
-from vmconv_fleet.api import bulk, changing, events, exporting, metrics, reading
+from vmconv_fleet.api import bulk, changing, events, exporting, metrics, reading, webhooks
 from vmconv_fleet.api.access import CALLER, UnknownCallerError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.api.state import Link, State
@@ -69,7 +69,7 @@ def create_app(service: NodeService, *, directory: str, link: Link | None = None
         redoc_url=None,
     )
     app.state.fleet = State(service, directory, link)
-    for one in (reading, exporting, bulk, changing, events, metrics):
+    for one in (reading, exporting, bulk, changing, events, metrics, webhooks):
         app.include_router(one.router)
     for kind, status in _STATUS:
         app.add_exception_handler(kind, _answers(status))

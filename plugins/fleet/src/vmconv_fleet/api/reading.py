@@ -221,6 +221,7 @@ def _list_of(kind: str, *order: str, descending: bool = False) -> Callable[..., 
 for _path, _summary, _route in (
     ("/datastores", "Directories whose disks are in the catalogue", _list_of("datastore")),
     ("/policies", "How nodes convert", _list_of("policy")),
+    ("/webhooks", "Webhooks: nodes, hosts and events", _list_of("webhook")),
     ("/tokens", "Tokens: holders and roles", _list_of("token", "label")),
     (
         "/transactions",

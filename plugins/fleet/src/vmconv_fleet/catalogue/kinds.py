@@ -310,6 +310,18 @@ class TokenBody(TokenSpec, Body):
     by: Principal | None = None
 
 
+class WebhookBody(Body):
+    """A webhook of the record's node: `place` is the beginning of its URL, `events` are patterns of their types.
+
+    URL and secret are in a file of the node, and in no record.
+    """
+
+    place: Annotated[str, Field(min_length=1, max_length=300)]
+    events: Annotated[list[Name], Field(max_length=32)] = []
+    created_ms: Milliseconds = 0
+    by: Principal | None = None
+
+
 class RequestBody(Body):
     """A request to `target` for a change of its records."""
 
@@ -388,6 +400,7 @@ KINDS: Mapping[str, type[Body]] = {
     "job": JobBody,
     "policy": PolicyBody,
     "token": TokenBody,
+    "webhook": WebhookBody,
     "request": RequestBody,
     "response": ResponseBody,
     "transaction": TransactionBody,

@@ -17,7 +17,7 @@ _MAX_DAYS = 3650
 """The longest life of a token."""
 
 
-def _said(options: argparse.Namespace, reply: Reply, done: str) -> int:
+def said(options: argparse.Namespace, reply: Reply, done: str) -> int:
     """Prints the answer to a request."""
     content = refuse_refused(reply)
     if options.output == "json":
@@ -33,7 +33,7 @@ def cancel(options: argparse.Namespace) -> int:
     with connected(options) as client:
         job = job_named(client, options.job)
         reply = client.call("POST", f"/api/v1/jobs/{job['owner']}/{job['id']}/cancel", query={"wait": options.wait})
-    return _said(options, reply, f"job {job['id']}: cancelled")
+    return said(options, reply, f"job {job['id']}: cancelled")
 
 
 def scan(options: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def scan(options: argparse.Namespace) -> int:
     with connected(options) as client:
         node = options.scanned or _own(client)
         reply = client.call("POST", f"/api/v1/nodes/{node}/scan", body, query={"wait": options.wait})
-    return _said(options, reply, "scan begun")
+    return said(options, reply, "scan begun")
 
 
 def _own(client: NodeClient) -> str:
@@ -53,15 +53,15 @@ def datastore(options: argparse.Namespace) -> int:
         if options.action == "add":
             path = os.path.abspath(options.path)
             reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
-            return _said(options, reply, f"datastore {options.name} is {path}")
+            return said(options, reply, f"datastore {options.name} is {path}")
         owner = options.of or _own(client)
         if options.action in ("give", "take"):
             body = {"to": options.to} if options.action == "give" else None
             path = f"/api/v1/datastores/{owner}/{options.name}/{options.action}"
             reply = client.call("POST", path, body, query={"wait": options.wait})
-            return _said(options, reply, f"datastore {options.name} changes its owner")
+            return said(options, reply, f"datastore {options.name} changes its owner")
         reply = client.call("DELETE", f"/api/v1/datastores/{owner}/{options.name}", query={"wait": options.wait})
-    return _said(options, reply, f"datastore {options.name} is removed from the catalogue; its files stay")
+    return said(options, reply, f"datastore {options.name} is removed from the catalogue; its files stay")
 
 
 def policy(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def policy(options: argparse.Namespace) -> int:
             wish["administrators_of"] = [one["node"] for one in nodes]
         if wish:
             reply = client.call("PATCH", f"/api/v1/nodes/{node}/policy", wish, query={"wait": options.wait})
-            return _said(options, reply, "policy changed")
+            return said(options, reply, "policy changed")
         items = client.everything("/api/v1/policies", node=node)
     body = items[0]["body"] if items else {}
     if options.output == "json":
@@ -110,7 +110,7 @@ def token(options: argparse.Namespace) -> int:
         found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
         one = only(found, options.id, "token")
         reply = client.call("DELETE", f"/api/v1/tokens/{one['owner']}/{one['id']}", query={"wait": options.wait})
-    return _said(options, reply, f"token {options.id} is revoked")
+    return said(options, reply, f"token {options.id} is revoked")
 
 
 def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
@@ -155,4 +155,4 @@ def retire(options: argparse.Namespace) -> int:
     body = {"reason": options.reason} | ({"authority": options.authority} if options.authority else {})
     with connected(options) as client:
         reply = client.call("POST", f"/api/v1/nodes/{options.retired}/retire", body, query={"wait": options.wait})
-    return _said(options, reply, f"{options.retired} is retired")
+    return said(options, reply, f"{options.retired} is retired")

@@ -11,7 +11,7 @@ from typing import Any
 from vmconv.plugin import UsageError, VmconvError, os_errors
 from vmconv_fleet.cli.client import TOKEN, NodeClient, Reply
 
-_LISTED_BY = {"token": "token list"}
+_LISTED_BY = {"token": "token list", "webhook": "webhook list"}
 """The commands that list a kind, where it is not the kind's plural."""
 
 

@@ -275,6 +275,29 @@ def _token(parser: argparse.ArgumentParser) -> None:
     _reading(actions.add_parser("list", help="list tokens and their roles", formatter_class=formatter))
 
 
+def _webhook(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    add = actions.add_parser(
+        "add", help="send events of the node to a URL; shows the secret once", formatter_class=formatter
+    )
+    add.add_argument("url", metavar="URL", help="where to send them: https://HOST[:PORT]/PATH")
+    add.add_argument(
+        "--events",
+        metavar="TYPES",
+        help="types, separated by commas, with * for a part, such as job.*\n"
+        "(default: job.done,job.failed,job.cancelled,*.problem,*.well)",
+    )
+    add.add_argument("--secret-file", metavar="FILE", help="file with a secret, whsec_..., instead of a new one")
+    add.add_argument("--allow-http", action="store_true", help="allow a URL of http, which is not encrypted")
+    _asking(add)
+    remove = actions.add_parser("remove", help="remove a webhook and its secret", formatter_class=formatter)
+    test = actions.add_parser("test", help="send an event webhook.test now", formatter_class=formatter)
+    for action in (remove, test):
+        action.add_argument("id", metavar="ID", help="the webhook's id, as listed")
+        _asking(action)
+    _listing(actions.add_parser("list", help="list webhooks", formatter_class=formatter))
+
+
 def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ruled", nargs="?", metavar="NODE", help="the node (default: this one)")
     parser.add_argument("--naming", metavar="TEXT", help="names of targets, from {stem}, {suffix}, {format}, {job}")
@@ -312,6 +335,7 @@ VERBS = {
     "datastore": _Verb("declare datastores of this node, or remove them from the catalogue", "changing", _datastore),
     "policy": _Verb("show and change how a node converts", "changing", _policy),
     "token": _Verb("create, list and revoke tokens for people and programs", "changing", _token),
+    "webhook": _Verb("add, list, remove and test webhooks for events of a node", "webhooks", _webhook),
     "retire": _Verb("remove a node from the fleet permanently", "changing", _retire),
     "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
     "export": _Verb("print all records, one on each line", "watching", _export),

@@ -8,7 +8,16 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
-from vmconv_fleet.catalogue.fields import DatastoreName, Identifier, Naming, NodeId, PlainName, TokenId
+from vmconv_fleet.catalogue.fields import (
+    DatastoreName,
+    EventPattern,
+    Identifier,
+    Naming,
+    NodeId,
+    PlainName,
+    TokenId,
+    WebhookPlace,
+)
 from vmconv_fleet.catalogue.kinds import TokenSpec
 from vmconv_fleet.words import trap_in
 
@@ -135,6 +144,22 @@ class TokenRevoke(Arguments):
     id: TokenId
 
 
+class WebhookAdd(Arguments):
+    """A webhook of the node, which has its URL and secret already."""
+
+    verb: ClassVar[str] = "webhook-add"
+
+    id: TokenId
+    place: WebhookPlace
+    events: Annotated[list[EventPattern], Field(max_length=32)] = []
+
+
+class WebhookRemove(Arguments):
+    verb: ClassVar[str] = "webhook-remove"
+
+    id: TokenId
+
+
 class Retire(Arguments):
     verb: ClassVar[str] = "retire"
 
@@ -175,6 +200,8 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         Resume,
         TokenCreate,
         TokenRevoke,
+        WebhookAdd,
+        WebhookRemove,
         Retire,
         Revoke,
     )

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         Scan,
         TokenCreate,
         TokenRevoke,
+        WebhookAdd,
+        WebhookRemove,
     )
     from vmconv_fleet.trust.authority import Authority
 
@@ -62,6 +64,8 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
         "resume": _resume,
         "token-create": _create_token,
         "token-revoke": _revoke_token,
+        "webhook-add": _add_webhook,
+        "webhook-remove": _remove_webhook,
         "retire": partial(_retire, directory),
         "revoke": partial(_revoke, directory),
     }
@@ -331,6 +335,24 @@ def _create_token(context: Context, request: IncomingRequest, wanted: TokenCreat
 def _revoke_token(context: Context, _request: IncomingRequest, wanted: TokenRevoke) -> Outcome:
     record = _own(context, "token", wanted.id)
     return Outcome([Change("token", wanted.id, {**record.body, "revoked": True})], {"token": wanted.id})
+
+
+def _add_webhook(context: Context, request: IncomingRequest, wanted: WebhookAdd) -> Outcome:
+    if request.requester != context.node:
+        raise Refusal("a webhook is added at its own node, which keeps its secret", hint="--node names that node")
+    if context.get(context.node, "webhook", wanted.id):
+        raise Refusal(f"webhook {wanted.id} already exists")
+    body = {
+        **wanted.model_dump(mode="json", exclude={"id"}),
+        "created_ms": context.now,
+        "by": dict(request.by),
+    }
+    return Outcome([Change("webhook", wanted.id, body)], {"webhook": wanted.id})
+
+
+def _remove_webhook(context: Context, _request: IncomingRequest, wanted: WebhookRemove) -> Outcome:
+    _own(context, "webhook", wanted.id)
+    return Outcome([Change("webhook", wanted.id, None)], {"webhook": wanted.id})
 
 
 def _retire(directory: str, context: Context, _request: IncomingRequest, wanted: Retire) -> Outcome:

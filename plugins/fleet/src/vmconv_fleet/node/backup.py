@@ -37,10 +37,11 @@ LIMITS: Mapping[str, int] = {
     "identity/tls.key": MAX_PEM,
     "identity/signing.key": MAX_PEM,
     "authority/ca.key": MAX_PEM,
+    "webhooks.json": 1 << 20,
     DATABASE: 1 << 40,
 }
 """The files of a backup and their largest sizes."""
-_OPTIONAL = ("members.pem", "authority/ca.key", DATABASE)
+_OPTIONAL = ("members.pem", "authority/ca.key", "webhooks.json", DATABASE)
 _CHUNK = 1 << 20
 
 

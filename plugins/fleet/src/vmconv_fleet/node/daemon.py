@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet import config as settings
@@ -43,6 +43,9 @@ from vmconv_fleet.trust.addresses import announced
 from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import Ed25519Signer, write_private
 from vmconv_fleet.trust.renewal import Renewal
+
+if TYPE_CHECKING:
+    from vmconv_fleet.notices.syslog import Syslog
 
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
@@ -96,6 +99,7 @@ class Daemon:
             self.service.observe(part.thread)
             parts.callback(part.close)
             part.start()
+        self._start_notices()
         self._start_work()
 
     def close(self) -> None:
@@ -214,6 +218,21 @@ class Daemon:
             Scanner(self.service, self.config.datastores, retired=self.service.retirements),
             JobRunner(self.service, self.config.directory),
         ):
+            self.service.observe(part.thread)
+            self._parts.callback(part.stop)
+            part.start()
+
+    def _start_notices(self) -> None:
+        """Starts webhooks, and syslog if it is configured."""
+        from vmconv_fleet.notices.webhooks import Webhooks, delivery_of
+
+        parts: list[Webhooks | Syslog] = [Webhooks(self.service, self.config.directory, delivery_of(self.config))]
+        if self.config.syslog:
+            from vmconv_fleet.notices.syslog import Syslog, destination
+
+            parts.append(Syslog(self.service, destination(self.config.syslog), self.config.name))
+        for part in parts:
+            self.service.observe(part)
             self.service.observe(part.thread)
             self._parts.callback(part.stop)
             part.start()

@@ -32,18 +32,20 @@ VERBS: Mapping[str, Role] = {
     "revoke": "admin",
     "token-create": "admin",
     "token-revoke": "admin",
+    "webhook-add": "admin",
+    "webhook-remove": "admin",
 }
 """The role that a verb needs; reading needs `viewer`."""
 
 LOCAL_ONLY = frozenset({"datastore-add", "resume"})
 """Verbs for the local administrator of the target only: they name its paths, or decide about its database."""
 
-ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin"}
+ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin", "webhook-test": "admin"}
 """The verbs, and what a node does without a request."""
 
-GOVERNING = frozenset({"invite", "retire", "revoke", "token-create"})
-"""Acts that decide who belongs to the fleet, and who may do what in it. By default they are for the node's own
-administrators, so that the root of one node cannot remove another, or get a token of it.
+GOVERNING = frozenset({"invite", "retire", "revoke", "token-create", "webhook-add", "webhook-test"})
+"""Acts that decide who belongs to the fleet, who may do what in it, and where a node connects to. By default they are
+for the node's own administrators, so that the root of one node cannot remove another, or get a token of it.
 """
 
 _GOVERNING_RULE = "administrators_of"

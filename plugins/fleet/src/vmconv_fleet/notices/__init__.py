@@ -1,0 +1,1 @@
+"""Events of a node for other programs: webhooks and syslog."""

@@ -1,0 +1,79 @@
+"""The addresses that a webhook may connect to.
+
+The URL of a webhook comes from an administrator of the fleet, who may know less of the node's network than the node.
+Services of the machine itself and of its cloud trust whoever reaches them, so they are refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from vmconv_fleet.errors import FleetError
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_METADATA = tuple(
+    ipaddress.ip_address(text)
+    for text in ("169.254.169.254", "100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
+)
+"""Services of clouds that give credentials to their machines, outside of link-local networks too."""
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class ForbiddenAddressError(FleetError):
+    """A host has no address that may be connected to."""
+
+
+class Place(NamedTuple):
+    """Where to connect: arguments of a socket."""
+
+    family: int
+    address: Any
+
+
+def network(text: str) -> Network:
+    """Returns a network of the settings. Raises ValueError."""
+    return ipaddress.ip_network(text)
+
+
+def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
+    """Returns why an address is refused; None if it may be connected to."""
+    inner = _inner(address)
+    if any(inner in one or address in one for one in allowed):
+        return None
+    if inner in _METADATA:
+        return "a cloud's metadata service"
+    for name in ("loopback", "link_local", "multicast", "unspecified", "reserved"):
+        if getattr(inner, f"is_{name}"):
+            return name.replace("_", "-")
+    return None
+
+
+def _inner(address: Address) -> Address:
+    """Returns the IPv4 address that an IPv6 address leads to, if it does."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else address)
+
+
+def places_of(host: str, port: int, allowed: Sequence[Network]) -> list[Place]:
+    """Returns the permitted addresses of a host. Raises ForbiddenAddressError if it has none, OSError if it is unknown.
+
+    Connect to these, not to the name, which may have another address the next time.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    reasons = [(one, why_refused(ipaddress.ip_address(str(one[4][0]).partition("%")[0]), allowed)) for one in found]
+    places = [Place(one[0], one[4]) for one, reason in reasons if reason is None]
+    if not places:
+        (*_, address), reason = reasons[0]
+        raise ForbiddenAddressError(
+            f"{host} is {address[0]}: {reason} addresses are refused",
+            hint="list networks that are allowed as webhook_networks in node.toml",
+        )
+    return places
