@@ -171,7 +171,7 @@ def test_convert_says_what_was_accepted(run: Run) -> None:
         "convert", "n02:web-1.raw", "--to", "raw", "--target", "b.raw", "--at", "2999-01-01T10:00", "--id", "mine-1"
     )
     assert said.splitlines()[1].split() == ["web-1.raw", "mine-1", "accepted"]
-    assert said.endswith("begins 2999-01-01 10:00:00\n")
+    assert re.search(r"begins 2999-01-01 10:00:00 \S+\n$", said)
 
 
 def test_convert_of_many_is_planned_first(run: Run, fleet: Fleet, tmp_path: Path) -> None:
@@ -244,9 +244,19 @@ def test_requests_and_history(run: Run) -> None:
     run("policy", "n02", "--max-parallel", "7", "--wait", "30")
     assert run("requests").splitlines()[1].split()[-2:] == ["transaction", "1"]
     said = run("history", "--of", "n02")
-    assert "policy-set by" in said
+    assert "policy: max_parallel default -> 7 by" in said
     assert "        max_parallel: - -> 7" in said
     assert json.loads(run("history", "--output", "json"))[0]["body"]["number"] == 1
+
+
+def test_history_is_about_names_and_without_scans(run: Run, fleet: Fleet) -> None:
+    run("scan", "n02", "--wait", "30")
+    run("convert", "n02:web-1.raw", "--to", "qcow2", "--follow", "--wait", "30")
+    lines = [line for line in run("history").splitlines() if not line.startswith(" ")]
+    assert [line.split("  ")[-1].partition(" by ")[0] for line in lines] == ["web-1.raw -> web-1.qcow2"]
+    assert " by scan" not in run("requests")
+    assert "  scan of ds by " in run("history", "--scans")
+    assert " scan " in run("requests", "--scans")
 
 
 def test_policy(run: Run) -> None:

@@ -25,10 +25,10 @@ def age_text(milliseconds: int | None) -> str:
 
 
 def time_text(milliseconds: int | None) -> str:
-    """Returns a moment in the time of this machine."""
+    """Returns a moment in the time of this machine, with its time zone."""
     if not milliseconds:
         return "-"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000))
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(milliseconds / 1000))
 
 
 def cell(text: object) -> str:

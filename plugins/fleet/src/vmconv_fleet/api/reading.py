@@ -18,6 +18,7 @@ from vmconv_fleet.catalogue.searching import MAX_SEARCH, containing
 from vmconv_fleet.catalogue.secrets import shown
 from vmconv_fleet.catalogue.selection import VMS, parse
 from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
+from vmconv_fleet.catalogue.summaries import summary
 from vmconv_fleet.replication.clock import milliseconds
 from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
@@ -117,10 +118,10 @@ class Listing:
     def answer(self, page: Page) -> Response:
         return self.answer_with(page, [plain(one, self.snapshot) for one in page.records], page.records)
 
-    def answer_with(self, page: Page, items: list[Any], shown: Sequence[Record]) -> Response:
-        """Returns the answer with these items, made of the records `shown`."""
+    def answer_with(self, page: Page, items: list[Any], shown: Sequence[Record], *more_of: str) -> Response:
+        """Returns the answer with these items, made of the records `shown` and of these texts."""
         more = {} if page.total is None else {"total": page.total}
-        tag = tag_of_all(shown, page.total, page.next, self.after)
+        tag = tag_of_all(shown, page.total, page.next, self.after, *more_of)
         return tagged(self.request, tag, {**more, "next": page.next, "items": items})
 
 
@@ -223,20 +224,36 @@ for _path, _summary, _route in (
     ("/policies", "How nodes convert", _list_of("policy")),
     ("/webhooks", "Webhooks: nodes, hosts and events", _list_of("webhook")),
     ("/tokens", "Tokens: holders and roles", _list_of("token", "label")),
-    (
-        "/transactions",
-        "Executed transactions: caller, records before and after; the latest first",
-        _list_of("transaction", "clock", descending=True),
-    ),
 ):
     router.add_api_route(_path, _route, methods=["GET"], summary=_summary, name=_path.strip("/"))
 
 
+_SCANS_TOO = Query(description="Also those that only asked for a scan")
+NO_SCANS = Where("verb != 'scan'")
+"""The condition for requests and transactions that did more than ask for a scan."""
+
+
+@router.get(
+    "/transactions",
+    summary="Executed transactions: caller, one line of text, records before and after; the latest first",
+)
+def transactions(wanted: Listed, scans: Annotated[bool, _SCANS_TOO] = True) -> Response:
+    page = wanted.page("transaction", ALL if scans else NO_SCANS, order=("clock",), descending=True)
+    items = [
+        plain(one, wanted.snapshot) | {"summary": summary(wanted.snapshot, one.owner, one.body)} for one in page.records
+    ]
+    # The text depends on other records, such as a job that knows its target by now.
+    return wanted.answer_with(page, items, page.records, *(one["summary"] for one in items))
+
+
 @router.get("/requests", summary="Requests and their responses, the latest first")
 def requests(
-    wanted: Listed, unanswered: Annotated[bool, Query(description="Only requests without a response")] = False
+    wanted: Listed,
+    unanswered: Annotated[bool, Query(description="Only requests without a response")] = False,
+    scans: Annotated[bool, _SCANS_TOO] = True,
 ) -> Response:
-    page = wanted.page("request", UNANSWERED if unanswered else ALL, order=("clock",), descending=True)
+    where = (UNANSWERED if unanswered else ALL).joined(ALL if scans else NO_SCANS)
+    page = wanted.page("request", where, order=("clock",), descending=True)
     answers = [wanted.snapshot.response_of(one) for one in page.records]
     items = [
         plain(one, wanted.snapshot) | {"answer": _answer(one, answer).model_dump(exclude_none=True)}

@@ -246,13 +246,20 @@ class Progress(Body):
     total: Bytes = 0
 
 
+class JobEvent(Body):
+    """A line of a job's log."""
+
+    at_ms: Milliseconds
+    text: Annotated[str, Field(max_length=1000)]
+
+
 class JobBody(ConversionSpec, MachineSpec, Body):
     """A requested conversion of a disk or of a virtual machine, executed once.
 
     `disk` or `vm`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
     state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
     is the name of the target; for a machine the directory and the name of the new configuration. `within` are the
-    datastores whose files it may open, those of its caller; None: all.
+    datastores whose files it may open, those of its caller; None: all. `log` has a line for each step, the last ones.
     """
 
     state: JobState = "queued"
@@ -275,6 +282,7 @@ class JobBody(ConversionSpec, MachineSpec, Body):
     warnings: list[str] = []
     error: str | None = None
     hint: str | None = None
+    log: list[JobEvent] = []
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:

@@ -110,6 +110,7 @@ def _newest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=int, default=20, metavar="N", help="the number of records, newest first (default: 20)"
     )
+    parser.add_argument("--scans", action="store_true", help="also those that only asked for a scan")
     _listing(parser)
 
 

@@ -160,7 +160,7 @@ def _job_row(one: Item) -> list[str]:
 
 
 def _latest(options: argparse.Namespace, path: str) -> list[Item]:
-    query = {"limit": min(max(options.limit, 1), 1000)} | ({"node": options.of} if options.of else {})
+    query = {"limit": min(max(options.limit, 1), 1000), "scans": options.scans, **_query(options)}
     with connected(options) as client:
         items: list[Item] = client.get(path, **query)["items"]
     return items
@@ -187,11 +187,10 @@ def history(options: argparse.Namespace) -> int:
         return _print(options, [items], [], lambda _one: [])
     for one in items:
         body = one["body"]
-        by = body.get("by") or {}
-        who = by.get("user") or "somebody"
+        who = (body.get("by") or {}).get("user") or "somebody"
         late = ", late" if body.get("late") else ""
         when = time_text(body.get("at_ms"))
-        print(f"{cell(one['node'])} {body['number']}  {when}  {cell(body.get('verb'))} by {cell(who)}{late}")
+        print(f"{cell(one['node'])} {body['number']}  {when}  {cell(one['summary'])} by {cell(who)}{late}")
         for change in body.get("changes", ()):
             _print_change(change)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from vmconv.plugin import printable, size_text
 from vmconv_fleet.catalogue.kinds import JobPlan
-from vmconv_fleet.words import age_text
+from vmconv_fleet.words import age_text, time_text
 
 
 class BarSegment(NamedTuple):
@@ -38,8 +37,7 @@ def parts_of(plan: JobPlan) -> list[BarSegment]:
 
 
 def _moment(milliseconds: int | None) -> str:
-    """Returns a moment in this node's time zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(milliseconds / 1000)) if milliseconds else "\N{EN DASH}"
+    return time_text(milliseconds) if milliseconds else "\N{EN DASH}"
 
 
 def _shown(value: Any) -> Any:

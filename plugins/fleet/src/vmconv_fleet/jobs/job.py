@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from vmconv.plugin import size_text
 from vmconv_fleet.replication.clock import wall_ms
+from vmconv_fleet.words import plan_text
 
 _MAX_TEXT = 500
+_MAX_LINES = 50
 
 
 class Job(NamedTuple):
@@ -54,16 +57,21 @@ class Job(NamedTuple):
         """Returns the record of the started job; None if it does not wait for a start."""
         if self.state != "queued":
             return None
-        return self._changed(started_ms=wall_ms(), attempts=self.body.get("attempts", 0) + 1)
+        attempt = self.body.get("attempts", 0) + 1
+        return self.logged(f"started, attempt {attempt}", started_ms=wall_ms(), attempts=attempt)
 
     def planned(self, *, event: Mapping[str, Any], ended: bool = False) -> Mapping[str, Any]:
         """Returns the record with the worker's plan; `ended` for a dry run."""
         end = {"ended_ms": wall_ms()} if ended else {}
-        return self._changed(state="planned", plan=event["plan"], file=event["file"], **end)
+        said = f"planned {event['file']}: {plan_text(event['plan'])}"
+        return self.logged(said, state="planned", plan=event["plan"], file=event["file"], **end)
 
     def running(self, *, done: int, total: int) -> Mapping[str, Any]:
         """Returns the record with the progress in bytes."""
-        return self._changed(state="running", progress={"done": done, "total": total})
+        fields = {"state": "running", "progress": {"done": done, "total": total}}
+        if self.state == "running":
+            return self._changed(**fields)
+        return self.logged(f"copies and writes {size_text(total)}", **fields)
 
     def done(self, *, event: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns the record of the finished job, with warnings and seconds of the worker's last event."""
@@ -77,16 +85,23 @@ class Job(NamedTuple):
             changed["warnings"] = warnings
         if "seconds" in event:
             changed["seconds"] = event["seconds"]
-        return self._changed(state="done", ended_ms=wall_ms(), **changed)
+        took = f" after {event['seconds']:.2f} s" if "seconds" in event else ""
+        return self.logged(f"done{took}", state="done", ended_ms=wall_ms(), **changed)
 
     def failed(self, *, message: str, hint: str | None = None) -> Mapping[str, Any]:
         """Returns the record of the failed job."""
         why = {"error": message[:_MAX_TEXT]} | ({"hint": hint[:_MAX_TEXT]} if hint else {})
-        return self._changed(state="failed", ended_ms=wall_ms(), **why)
+        text = message if message.startswith("failed") else f"failed: {message}"
+        return self.logged(text, state="failed", ended_ms=wall_ms(), **why)
 
     def cancelled(self) -> Mapping[str, Any]:
         """Returns the record of the cancelled job."""
-        return self._changed(state="cancelled", ended_ms=wall_ms())
+        return self.logged("cancelled", state="cancelled", ended_ms=wall_ms())
+
+    def logged(self, text: str, **fields: Any) -> Mapping[str, Any]:
+        """Returns the record with these fields, and with a new line in its log."""
+        line = {"at_ms": wall_ms(), "text": text[:_MAX_TEXT]}
+        return self._changed(log=[*self.body.get("log", ()), line][-_MAX_LINES:], **fields)
 
     def _changed(self, **fields: Any) -> Mapping[str, Any]:
         return {**self.body, **fields}

@@ -11,9 +11,10 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from vmconv_fleet.errors import ClosedError
 from vmconv_fleet.jobs.job import Job
@@ -194,12 +195,15 @@ def _left_over(node: str, identifier: str, made: str | None, view: ReplicaView) 
     if record is None or Job(identifier, record.body).is_over:
         return []
     body = {key: value for key, value in record.body.items() if key not in ("plan", "progress", "started_ms", "file")}
+    return [Change("job", identifier, _recovered(Job(identifier, record.body), Job(identifier, body), made))]
+
+
+def _recovered(interrupted: Job, job: Job, made: str | None) -> Mapping[str, Any]:
+    """Returns the record of an interrupted job after the start of its node; `job` has no trace of the attempt."""
     if made:
-        done = {"state": "done", "ended_ms": wall_ms(), "recovered": True}
-        return [Change("job", identifier, {**record.body, **done})]
-    if record.body.get("cancel"):
-        return [Change("job", identifier, {**body, "state": "cancelled", "ended_ms": wall_ms()})]
-    if record.body.get("attempts", 0) >= MAX_ATTEMPTS:
-        error = f"failed: the job was interrupted {MAX_ATTEMPTS} times"
-        return [Change("job", identifier, {**body, "state": "failed", "error": error, "ended_ms": wall_ms()})]
-    return [Change("job", identifier, {**body, "state": "queued"})]
+        return interrupted.logged("found done", state="done", ended_ms=wall_ms(), recovered=True)
+    if job.cancel:
+        return job.cancelled()
+    if job.body.get("attempts", 0) >= MAX_ATTEMPTS:
+        return job.failed(message=f"failed: the job was interrupted {MAX_ATTEMPTS} times")
+    return job.logged("interrupted: the node ended", state="queued")

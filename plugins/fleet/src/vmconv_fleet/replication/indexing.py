@@ -73,8 +73,14 @@ class Index(NamedTuple):
         return "\n".join(lines)
 
 
+def _verb(body: Body) -> str:
+    """Returns the verb, cut: a request with a wrong one is refused, and not ignored."""
+    verb = body.get("verb")
+    return verb.partition("\0")[0][:255] if isinstance(verb, str) else ""
+
+
 def _request(body: Body) -> Row:
-    return (text(body, "target", needed=True),)
+    return text(body, "target", needed=True), _verb(body)
 
 
 def _response(body: Body) -> Row:
@@ -82,13 +88,25 @@ def _response(body: Body) -> Row:
 
 
 def _transaction(body: Body) -> Row:
-    return text(body, "requester"), text(body, "request")
+    return text(body, "requester"), text(body, "request"), _verb(body)
 
 
 REQUESTS = (
-    Index("request", {"target": "TEXT"}, _request, by=("clock, owner, id", "target, owner, id"), revision=2),
+    Index(
+        "request",
+        dict.fromkeys(("target", "verb"), "TEXT"),
+        _request,
+        by=("clock, owner, id", "target, owner, id"),
+        revision=2,
+    ),
     Index("response", {"requester": "TEXT", "request": "TEXT"}, _response, by=("owner, clock, id",), revision=2),
-    Index("transaction", {"requester": "TEXT", "request": "TEXT"}, _transaction, by=("clock, owner, id",), revision=2),
+    Index(
+        "transaction",
+        dict.fromkeys(("requester", "request", "verb"), "TEXT"),
+        _transaction,
+        by=("clock, owner, id",),
+        revision=2,
+    ),
 )
 """The indexes of the replica's own kinds."""
 
