@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,22 @@ def test_a_snapshot_is_chosen_by_name_and_by_date(top: Path, keep: Keep) -> None
     with pytest.raises(AccessError, match="no snapshot '2026-01-01' has it") as caught:
         in_snapshot(str(live), "2026-01-01")
     assert str(newest) in str(caught.value.hint)
+
+
+def test_a_moment_is_a_whole_date_minute_or_second(top: Path, keep: Keep) -> None:
+    live = top / "vm" / "disk.raw"
+    rewrite(live, 1)
+    keep(top / "vm", "10")
+    found = in_snapshot(str(live), "newest")
+    second = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.made))
+    for wanted in (second, second[:16], second[:10]):
+        assert in_snapshot(str(live), wanted) == found
+    for wanted in (second[:18], second[:15], second[:13], second[:11], f"{second[:14]}59"):
+        with pytest.raises(AccessError, match="no snapshot"):
+            in_snapshot(str(live), wanted)
+    with pytest.raises(UsageError, match="--from-snapshot: no snapshot is named") as caught:
+        in_snapshot(str(live), "")
+    assert caught.value.exit_code == 2
 
 
 def test_a_file_that_was_deleted_is_found(top: Path, keep: Keep) -> None:

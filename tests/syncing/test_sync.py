@@ -474,6 +474,16 @@ def test_a_bitmap_of_another_disk_is_refused(recorded: tuple[Path, Path]) -> Non
         vmconv.sync(source, target, bitmap="b0", force=True)
 
 
+def test_a_bitmap_counts_from_no_sync_of_a_modified_target(recorded: tuple[Path, Path]) -> None:
+    source, target = recorded
+    os.utime(target, ns=(0, 0))
+    qemu_io(source, "write -P 7 1M 64k")
+    with pytest.raises(PlanError, match="was modified since its last sync, so no bitmap counts from it"):
+        vmconv.sync(source, target, force=True, bitmap="b0")
+    with pytest.raises(PlanError, match=r"was modified since its last sync, so .*disk.raw is no evidence"):
+        vmconv.sync(source, target, force=True, since=source.with_name("disk.raw"))
+
+
 def test_the_same_sync_by_bitmap_again_finds_nothing_to_do(recorded: tuple[Path, Path]) -> None:
     source, target = recorded
     qemu_io(source, "write -P 7 1M 64k")
@@ -489,6 +499,53 @@ def test_a_bitmap_is_the_only_evidence(recorded: tuple[Path, Path]) -> None:
             vmconv.sync(source, target, bitmap="b0", **other)
     with pytest.raises(UsageError, match="does not exist"):
         vmconv.sync(source, target.with_name("new.vmdk"), bitmap="b0")
+
+
+# -- a target that does not exist
+
+
+def test_a_target_that_another_process_makes_meanwhile_is_kept(disk: Path) -> None:
+    target = disk.with_name("target.qcow2")
+
+    def make(_: object) -> None:
+        target.write_bytes(b"theirs")
+
+    with pytest.raises(AccessError, match=r"target.qcow2: was made by another process during this sync") as caught:
+        vmconv.sync(disk, target, announce=make)
+    assert caught.value.hint == "sync again, which brings it up to date"
+    assert target.read_bytes() == b"theirs"
+
+
+def test_a_part_in_the_way_of_a_new_target_is_named(disk: Path) -> None:
+    disk.with_name("target-flat.vmdk").write_bytes(b"theirs")
+    with pytest.raises(PlanError, match=r"target-flat.vmdk: already exists, and is no part of a target") as caught:
+        vmconv.sync(disk, disk.with_name("target.vmdk"), options={"subformat": "monolithicFlat"})
+    assert caught.value.hint == "move it away"
+
+
+def test_a_dangling_link_gets_the_file_that_it_names(disk: Path) -> None:
+    """As with convert: the link keeps naming the target."""
+    link, made = disk.with_name("target.qcow2"), disk.with_name("real.qcow2")
+    link.symlink_to(made.name)
+    assert vmconv.sync(disk, link).evidence == "the target is new"
+    assert link.is_symlink()
+    assert vmconv.compare(disk, made)
+    assert vmconv.sync(disk, link).backend == "none"
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_a_conversion_in_place_leaves_no_record(ext4_dir: Path, undone: bool) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), ext4_dir / "target.qcow2"
+    vmconv.sync(disk, target)
+    assert os.listxattr(target) == ["user.vmconv.sync"]
+    made = ext4_dir / "target.vmdk"
+    vmconv.convert(target, made, in_place=True, keep_undo=undone)
+    if undone:
+        vmconv.undo(made)
+        made = target
+    assert os.listxattr(made) == []
+    assert vmconv.sync(disk, made).evidence == "both disks were read: nothing told what changed"
+    assert vmconv.compare(disk, made)
 
 
 # -- the record

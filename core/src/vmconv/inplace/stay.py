@@ -28,7 +28,7 @@ from vmconv.interface.backend import (
     Survey,
     Transaction,
 )
-from vmconv.io import ownership
+from vmconv.io import attributes, ownership
 from vmconv.io.directory import Directory
 from vmconv.model.plan import Action, FilePlan, Plan, ShareSteps
 from vmconv.model.sources import File, Source, stamp_of
@@ -82,6 +82,9 @@ class InPlaceBackend(Backend):
 
 class InPlaceTransaction(Transaction):
     """Changes one file, and creates small ones beside it."""
+
+    keeps_record = False
+    """True if the file's record of a sync is of what it becomes."""
 
     def __init__(self, backend: InPlaceBackend, *, force: bool) -> None:
         self.claim = backend.claim
@@ -185,6 +188,8 @@ class InPlaceTransaction(Transaction):
             if not self.force and self.directory.has(name):
                 raise BackendError(f"{self.directory.join(name)}: already exists", hint="--force replaces it")
         change.complete()
+        if not self.keeps_record:
+            attributes.remove_record(self.carrier.descriptor)
         self._close()
 
     def abort(self) -> None:

@@ -12,6 +12,7 @@ import re
 import stat
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from vmconv.system import linux
@@ -206,6 +207,13 @@ def _attribute(descriptor: int, name: str) -> bytes | None:
         if exc.errno not in (*_ABSENT, errno.EPERM, errno.EACCES):
             raise
         return None
+
+
+def remove_record(descriptor: int) -> None:
+    """Removes the record of a sync from a file."""
+    # The next sync refuses one that stays.
+    with suppress(OSError):
+        os.removexattr(descriptor, SYNC_RECORD)
 
 
 def _user_names(descriptor: int) -> list[str]:

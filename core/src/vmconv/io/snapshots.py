@@ -18,7 +18,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
-from vmconv.errors import AccessError, os_errors
+from vmconv.errors import AccessError, UsageError, os_errors
 from vmconv.system import linux
 
 NEWEST = "newest"
@@ -31,6 +31,8 @@ _BTRBK_DIRECTORIES = ("", ".snapshots", "_btrbk_snap", "btrbk_snapshots", "btrbk
 _BTRBK = re.compile(r"\.(\d{8})(?:T(\d{4})(\d{2})?([+-]\d{4})?)?(?:_(\d{1,6}))?")
 _TIMESHIFT = re.compile(r"\d{4}-\d{2}-\d{2}_\d{2}-\d{2}-\d{2}")
 _SNAPPER_DATE = re.compile(rb"<date>\s*(\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2})\s*</date>")
+_WHOLE = tuple(map(len, ("2026-01-01", "2026-01-01 03:00", "2026-01-01 03:00:01")))
+"""Lengths of a date, a minute and a second. Part of a number would fit several."""
 _INFO = 64 << 10
 _SHOWN = 5
 
@@ -63,6 +65,8 @@ def in_snapshot(path: str, wanted: str) -> Snapshot:
     finally:
         os.close(descriptor)
     live = os.path.join(directory, os.path.basename(path.rstrip("/")))
+    if not wanted:
+        raise UsageError("--from-snapshot: no snapshot is named", hint="newest, or a snapshot's name, number or date")
     found = sorted({each for place in _places(live) for each in _candidates(place)}, reverse=True)
     usable = (one for one in found if wanted == NEWEST or _is_meant(one, wanted))
     for one in usable:
@@ -76,7 +80,7 @@ def in_snapshot(path: str, wanted: str) -> Snapshot:
 
 def _is_meant(one: Snapshot, wanted: str) -> bool:
     date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.made))
-    return wanted == one.name or (len(wanted) >= len("2026-01-01") and date.startswith(wanted))
+    return wanted == one.name or (len(wanted) in _WHOLE and date.startswith(wanted))
 
 
 def _filesystem(descriptor: int) -> bytes | None:

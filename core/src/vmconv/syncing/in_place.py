@@ -126,6 +126,8 @@ class SyncBackend(InPlaceBackend):
 class _Stay(InPlaceTransaction):
     """What changed is behind the end before the commit; the file keeps the rest."""
 
+    keeps_record = True
+
     def __init__(self, backend: SyncBackend, *, force: bool) -> None:
         super().__init__(backend, force=force)
         self.mtime = backend.place.mtime

@@ -21,9 +21,10 @@ from vmconv.conversion.execute import carry_out
 from vmconv.conversion.refusals import refuse_copies, refuse_other_kind, refuse_too_large
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
-from vmconv.errors import AccessError, UsageError, warn
+from vmconv.errors import AccessError, BackendError, PlanError, UsageError, warn
 from vmconv.inplace.settling import settle
 from vmconv.inspect import checking
+from vmconv.io import attributes
 from vmconv.io.registry import installed
 from vmconv.model import references
 from vmconv.model.plan import Plan, Progress, Totals
@@ -35,6 +36,7 @@ from vmconv.syncing.request import NEW, SyncPlan, SyncRequest, SyncResult
 
 if TYPE_CHECKING:
     from vmconv.interface.arguments import Verify
+    from vmconv.io.directory import Directory
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def prepared(request: SyncRequest, comparing: Progress | None = None) -> Iterato
     settle(request.target)
     with pipeline.places(request.conversion(None, force=True)) as [(directory, name)]:
         if directory.status(name) is None:
-            with _new(request) as ready:
+            with _never_replaced(directory, name), _new(request) as ready:
                 yield ready
             return
         refuse_directory(directory)
@@ -71,6 +73,22 @@ def _refuse_combinations(request: SyncRequest) -> None:
     for name, value in others.items():
         if request.bitmap is not None and value:
             raise UsageError(f"--bitmap and --{name} exclude each other")
+
+
+@contextmanager
+def _never_replaced(directory: Directory, name: str) -> Iterator[None]:
+    """Gives errors of files that exist another hint: `--force` would destroy what another process made meanwhile."""
+    try:
+        yield
+    except (PlanError, BackendError) as exc:
+        if not exc.hint or not exc.hint.startswith("--force"):
+            raise
+        if not directory.has(name):
+            raise PlanError(f"{exc}, and is no part of a target", hint="move it away") from exc
+        raise AccessError(
+            f"{directory.join(name)}: was made by another process during this sync",
+            hint="sync again, which brings it up to date",
+        ) from exc
 
 
 @contextmanager
@@ -186,7 +204,7 @@ def _replace(
         done()
         # Not before the commit: until then the file may still become what it was.
         if ready.place and not recorded:
-            records.remove(ready.place.descriptor)
+            attributes.remove_record(ready.place.descriptor)
 
     assert ready.begin
     with ExitStack() as opened:
@@ -260,7 +278,7 @@ def _confirm(ready: Ready) -> None:
         if recorded:
             records.settle(*recorded)
         elif not (ready.record and ready.request.record):
-            records.remove(own.descriptor)
+            attributes.remove_record(own.descriptor)
 
 
 def _result(ready: Ready, seconds: float) -> SyncResult:

@@ -292,7 +292,7 @@ class Planning:
         """Returns the ranges with other physical blocks than the disk of the last sync."""
         if record is None:
             raise PlanError(
-                f"{self.request.target}: has no record of a sync with {path}",
+                f"{self.request.target}: {self._unrecorded()}, so {path} is no evidence",
                 hint="omit --since: vmconv reads both disks once, and later syncs have a record",
             )
         with self.asked.opener(self.registry) as opener:
@@ -313,7 +313,7 @@ class Planning:
         """Returns the ranges that a bitmap of the source has as written since the last sync."""
         hint = "omit --bitmap: vmconv reads both disks if nothing else tells what changed"
         if record is None:
-            raise PlanError(f"{self.request.target}: has no record of a sync, so no bitmap counts from it", hint=hint)
+            raise PlanError(f"{self.request.target}: {self._unrecorded()}, so no bitmap counts from it", hint=hint)
         name = self.image.file.name
         if self.identity != record.identity:
             raise AccessError(
@@ -323,6 +323,10 @@ class Planning:
         written = self.registry.format(self.image.format_name).dirty_ranges(self.image, bitmap)
         evidence = f"bitmap {bitmap!r} of {name}, believed to have all writes since the last sync"
         return changing.by_bitmap(self.image.flat, self.old.image.flat, written, evidence)
+
+    def _unrecorded(self) -> str:
+        has_one = records.read(self.old.image.file)
+        return "was modified since its last sync" if has_one else "has no record of a sync"
 
     def _reason(self) -> str:
         if self.request.compare:

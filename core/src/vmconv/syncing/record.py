@@ -188,10 +188,3 @@ def settle(descriptors: Sequence[int], record: Record) -> None:
                 time.sleep((until - now) / 1e9 + time.clock_getres(_COARSE))
                 return
         write(own, record)
-
-
-def remove(descriptor: int) -> None:
-    """Removes the records of a target."""
-    # One that stays is only refused by the next sync.
-    with suppress(OSError):
-        os.removexattr(descriptor, SYNC_RECORD)
