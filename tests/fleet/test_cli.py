@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -232,6 +232,24 @@ def test_cancel_and_jobs(run: Run) -> None:
     assert run("cancel", "job-o", "--wait", "30").startswith("job job-one: cancelled (transaction ")
     assert run("jobs", "--state", "queued").count("\n") == 1
     assert "already cancelled" in run("cancel", "job-one", "--wait", "30", code=1)
+
+
+def test_a_job_shows_what_it_waits_for(run: Run, fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    now = datetime.now(UTC)
+    window = f"{now + timedelta(hours=2):%H:%M}-{now + timedelta(hours=3):%H:%M}"
+    run("convert", "n02:web-1.raw", "--to", "vhdx", "--between", window, "--wait", "30")
+    (body,) = (one["body"] for one in json.loads(run("jobs", "--output", "json")))
+    assert body["between"] == f"{window} UTC"
+    waits = datetime.fromtimestamp(json.loads(run("jobs", "--output", "json"))[0]["waits_until_ms"] / 1000, UTC)
+    assert f"{waits:%H:%M}" == window.partition("-")[0]
+    assert " queued (waits for " in run("jobs")
+    run("policy", "n02", "--between", window, "--bandwidth", "ds=100M", "--datastore-parallel", "ds=1", "--wait", "30")
+    policy = json.loads(run("policy", "n02", "--output", "json"))
+    assert policy == {"between": f"{window} UTC", "bandwidth": {"ds": 100 * MIB}, "datastore_parallel": {"ds": 1}}
+    run("policy", "n02", "--between", "none", "--bandwidth", "none", "--wait", "30")
+    assert json.loads(run("policy", "n02", "--output", "json"))["bandwidth"] == {}
+    assert "is not a window" in run("convert", "n02:web-1.raw", "--to", "vhdx", "--between", "night", code=2)
 
 
 def test_scan(run: Run, fleet: Fleet, tmp_path: Path) -> None:

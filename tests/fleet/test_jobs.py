@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,83 @@ def test_no_more_run_at_a_time_than_they_may(node: Node, datastore: Path, tmp_pa
         arrived(tmp_path)
         (tmp_path / "pipe.go").write_text("")
         assert ended(node, "j1")["state"] == "done"
+
+
+def closed_window() -> str:
+    """Returns a window that neither is open nor opens soon."""
+    now = datetime.now(UTC)
+    return f"{now + timedelta(hours=11):%H:%M}-{now + timedelta(hours=12):%H:%M}"
+
+
+def test_a_job_waits_for_its_window_and_for_that_of_its_node(node: Node, datastore: Path) -> None:
+    node.write(Change("job", "j1", job(between=closed_window())), Change("job", "j2", job(target="b.qcow2")))
+    node.write(Change("policy", "conversion", {"between": closed_window()}))
+    node.write(Change("job", "plan", job(dry_run=True, target="c.qcow2")))
+    with runner(node):
+        node.body_when(node.id, "job", "plan", lambda one: bool(one.body.get("ended_ms")))
+        for name in ("j1", "j2"):
+            waiting = node.service.view().get(node.id, "job", name)
+            assert waiting
+            assert "attempts" not in waiting.body
+        node.write(Change("policy", "conversion", {}))
+        assert ended(node, "j2")["state"] == "done"
+        node.write(Change("job", "j1", job()))
+        assert ended(node, "j1")["state"] == "done"
+
+
+def test_a_job_that_runs_when_its_window_ends_is_finished(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("job", "j1", job()))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+        node.write(Change("policy", "conversion", {"between": closed_window()}))
+        (tmp_path / "pipe.go").write_text("")
+        assert ended(node, "j1")["state"] == "done"
+
+
+def test_a_window_with_a_zone_that_is_gone_fails_its_job(node: Node, datastore: Path) -> None:
+    node.write(Change("job", "j1", job(between="00:00-23:59 No/Where")))
+    with runner(node):
+        assert "No/Where: is not a time zone" in ended(node, "j1")["error"]
+
+
+def test_no_more_run_in_a_datastore_than_it_allows(node: Node, datastore: Path, tmp_path: Path) -> None:
+    node.write(Change("policy", "conversion", {"max_parallel": 3, "datastore_parallel": {"ds": 1}}))
+    node.write(*(Change("job", f"j{n}", job(target=f"t{n}.qcow2", created_ms=n)) for n in range(2)))
+    with runner(node, *gated("begun", tmp_path)):
+        arrived(tmp_path)
+        waiting = node.service.view().get(node.id, "job", "j1")
+        assert waiting
+        assert "attempts" not in waiting.body
+        (tmp_path / "pipe.go").write_text("")
+        arrived(tmp_path)
+        (tmp_path / "pipe.go").write_text("")
+        assert ended(node, "j1")["state"] == "done"
+
+
+def test_copied_bytes_take_the_time_that_the_bandwidth_allows(node: Node, ext4_dir: Path) -> None:
+    make_disk(ext4_dir / "a.raw", 4 * MIB)
+    catalogue(node, ext4_dir, "a.raw")
+    rate = 8 * MIB
+    node.write(Change("policy", "conversion", {"bandwidth": {"ds": rate, "other": 1 << 16}}))
+    node.write(Change("job", "j1", job()))
+    with runner(node):
+        body = ended(node, "j1")
+    copied = body["plan"]["copied"] + body["plan"]["written"]
+    assert copied > MIB
+    assert body["seconds"] >= copied / rate * 0.99
+    (file,) = (node.directory / "jobs" / "bandwidth").iterdir()
+    assert file.name == "ds"
+
+
+def test_shared_bytes_are_free(node: Node, xfs_dir: Path) -> None:
+    make_disk(xfs_dir / "a.raw", 4 * MIB)
+    catalogue(node, xfs_dir, "a.raw")
+    node.write(Change("policy", "conversion", {"bandwidth": {"ds": MIB}}))
+    node.write(Change("job", "j1", job(zero_copy="require")))
+    with runner(node):
+        body = ended(node, "j1")
+    assert body["plan"]["shared"] > MIB
+    assert body["progress"]["total"] == body["plan"]["written"] < MIB
 
 
 # Cancelled, killed

@@ -31,6 +31,12 @@ def time_text(milliseconds: int | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(milliseconds / 1000))
 
 
+def soon_text(milliseconds: int) -> str:
+    """Returns a moment in the time of this machine, without the date if it is within a day."""
+    then = time_text(milliseconds)[:-3]
+    return then.partition(" ")[2] if milliseconds < (time.time() + 86_000) * 1000 else then
+
+
 def cell(text: object) -> str:
     """Returns a cell of a table, escaped: untrusted names could control the terminal."""
     return printable(str(text)) if text not in (None, "") else "-"

@@ -46,7 +46,9 @@ JobStates = Annotated[str | None, Query(description="Only jobs in one of these s
 
 
 def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns a record as JSON, without the hashes of tokens."""
+    """Returns a record as JSON, without the hashes of tokens; of a queued job also when it may begin."""
+    waits_until_ms = snapshot.waits_until_ms(record) if record.kind == "job" else None
+    more = {} if waits_until_ms is None else {"waits_until_ms": waits_until_ms}
     return {
         "owner": record.owner,
         "node": snapshot.name(record.owner),
@@ -57,6 +59,7 @@ def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
         "transaction": record.txn or None,
         "key": record.key_id,
         "body": shown(record.body),
+        **more,
     }
 
 

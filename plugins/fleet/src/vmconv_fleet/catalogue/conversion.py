@@ -20,6 +20,8 @@ from vmconv_fleet.catalogue.fields import (
     NodeId,
     Option,
     Parallel,
+    Rate,
+    WindowText,
     ZeroCopy,
 )
 
@@ -27,7 +29,8 @@ from vmconv_fleet.catalogue.fields import (
 class BulkSpec(BaseModel):
     """The fields that conversions of several disks can share.
 
-    The job begins at `at_ms` or later. No more than `max_parallel` jobs of one batch run on a node at a time.
+    The job begins at `at_ms` or later, and within the window `between`. No more than `max_parallel` jobs of one batch
+    run on a node at a time.
     """
 
     format: FormatName
@@ -36,6 +39,7 @@ class BulkSpec(BaseModel):
     keep_source: bool = True
     dry_run: bool = False
     at_ms: Milliseconds | None = None
+    between: WindowText | None = None
     max_parallel: Parallel | None = None
 
 
@@ -78,6 +82,8 @@ class ConversionPolicy(BaseModel):
     job ask for the source's removal. `formats` are the formats that may be written; None: any. `administrators_of` are
     the nodes whose administrators may send requests; None: every node, except for acts that govern the node. Jobs that
     have ended and transactions are deleted after `keep_days`, or if there are more than `keep_records` of a kind.
+    Jobs begin within the window `between`. `datastore_parallel` limits the jobs at a time of datastores, as source or
+    target, and `bandwidth` the bytes per second that jobs copy and write there.
     """
 
     naming: Naming = "{stem}{suffix}"
@@ -86,5 +92,8 @@ class ConversionPolicy(BaseModel):
     max_parallel: Parallel = 2
     formats: Annotated[list[Name], Field(max_length=64)] | None = None
     administrators_of: Annotated[list[NodeId], Field(max_length=1000)] | None = None
+    between: WindowText | None = None
+    datastore_parallel: Annotated[dict[DatastoreName, Parallel], Field(max_length=64)] = {}
+    bandwidth: Annotated[dict[DatastoreName, Rate], Field(max_length=64)] = {}
     keep_days: Annotated[int, Field(ge=7, le=36_500)] = 90
     keep_records: Annotated[int, Field(ge=100, le=1_000_000)] = 10_000

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from vmconv.plugin import AccessError
+from vmconv_fleet.catalogue import windows
 from vmconv_fleet.catalogue.places import refuse_as_file_name
 from vmconv_fleet.words import trap_in
 
@@ -63,6 +64,10 @@ Naming = Annotated[str, Field(pattern=_NAMING, min_length=1, max_length=200)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]
 Milliseconds = Annotated[int, Field(ge=0, lt=1 << 53)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Rate = Annotated[int, Field(ge=1 << 16, lt=1 << 50)]
+"""Bytes per second."""
+WindowText = Annotated[str, Field(pattern=windows.PATTERN)]
+"""A window; its time zone may be unknown to this node."""
 Parallel = Annotated[int, Field(ge=1, le=1000)]
 TokenId = Annotated[str, Field(pattern=_TOKEN_ID)]
 WebhookPlace = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:_\[\]-]{1,260}$")]

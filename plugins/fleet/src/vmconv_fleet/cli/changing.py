@@ -11,6 +11,7 @@ from urllib.parse import quote
 from vmconv.plugin import UsageError, print_json, print_table
 from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.cli.connecting import connected, job_named, only, refuse_refused
+from vmconv_fleet.cli.values import NONE
 from vmconv_fleet.words import cell, role_text, time_text
 
 _MAX_DAYS = 3650
@@ -94,6 +95,10 @@ def _wished(options: argparse.Namespace) -> dict[str, Any]:
     }
     if options.may_remove_source is not None:
         wish["may_remove_source"] = options.may_remove_source == "yes"
+    for name, nothing in (("between", None), ("datastore_parallel", {}), ("bandwidth", {})):
+        value = getattr(options, name)
+        if value is not None:
+            wish[name] = nothing if value == NONE else value
     for name in ("formats", "administrators_of"):
         value = getattr(options, name)
         if value is not None:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
-from vmconv.plugin import Command, SetOptions, formatter
+from vmconv.plugin import Command, SetOptions, formatter, parse_size
+from vmconv_fleet.cli.values import none_or, numbers, window
+
+_WINDOW = "such as 22:00-05:00 by this machine's clock, or '22:00-05:00 Europe/Berlin'"
 
 
 class _Verb(NamedTuple):
@@ -154,6 +157,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
             help="remove the disk afterwards, if the node's policy allows it",
         ),
         parser.add_argument("--max-parallel", type=int, metavar="N", help="limit of parallel conversions on each node"),
+        parser.add_argument("--between", type=window, metavar="WINDOW", help=f"begin within these times, {_WINDOW}"),
         parser.add_argument("--dry-run", action="store_const", const=True, help="only plan, make nothing"),
     ]
     what.add_argument(
@@ -303,6 +307,21 @@ def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ruled", nargs="?", metavar="NODE", help="the node (default: this one)")
     parser.add_argument("--naming", metavar="TEXT", help="names of targets, from {stem}, {suffix}, {format}, {job}")
     parser.add_argument("--max-parallel", type=int, metavar="N", help="limit of parallel conversions")
+    parser.add_argument(
+        "--between", type=none_or(window), metavar="WINDOW", help=f"when conversions may begin, {_WINDOW}; none: always"
+    )
+    parser.add_argument(
+        "--datastore-parallel",
+        type=none_or(numbers(int)),
+        metavar="NAME=N,NAME=N",
+        help="limits of parallel conversions of datastores; none: no limits",
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=none_or(numbers(parse_size)),
+        metavar="NAME=SIZE,NAME=SIZE",
+        help="limits of bytes per second that conversions copy and write in datastores; none: no limits",
+    )
     parser.add_argument("--zero-copy", choices=("auto", "require"), help="require: no conversion copies payload")
     parser.add_argument("--may-remove-source", choices=("yes", "no"), help="whether jobs may remove sources")
     parser.add_argument("--formats", metavar="FMT,FMT", help="formats that may be written; all: any format")

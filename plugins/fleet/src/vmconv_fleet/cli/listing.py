@@ -12,7 +12,7 @@ from vmconv.plugin import size_text
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.cli.client import NodeClient
 from vmconv_fleet.cli.connecting import connected
-from vmconv_fleet.words import age_text, cell, plan_text, progress_text, time_text
+from vmconv_fleet.words import age_text, cell, plan_text, progress_text, soon_text, time_text
 
 Item = dict[str, Any]
 
@@ -153,6 +153,8 @@ def jobs(options: argparse.Namespace) -> int:
 def _job_row(one: Item) -> list[str]:
     body = one["body"]
     state = body["state"] + (" (dry run)" if body.get("dry_run") else "")
+    if one.get("waits_until_ms"):
+        state += f" (waits for {soon_text(one['waits_until_ms'])})"
     name = body.get("source", "") + (f" -> {body['file']}" if body.get("file") else "")
     if body.get("error"):
         name += f": {body['error']}"

@@ -17,6 +17,7 @@ from vmconv.plugin import printable
 from vmconv_fleet.catalogue.places import hold, place_of, refuse_as_file_name, refuse_outside
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
+from vmconv_fleet.jobs.throttle import Bandwidth, Throttle
 
 if TYPE_CHECKING:
     from vmconv.api import MachinePlan, MachineResult, Plan, Result
@@ -40,6 +41,7 @@ class Conversion(ABC):
         self._names: list[str] = []
         self._made: list[int] = []
         self._last_progress = 0.0
+        self._throttle = Throttle([Bandwidth(*one) for one in task.bandwidth])
 
     def run(self) -> None:
         """Converts the source, by its name in its directory, which becomes the working directory.
@@ -120,6 +122,7 @@ class Conversion(ABC):
         if done == total or now - self._last_progress >= _PROGRESS_SECONDS:
             self._last_progress = now
             emit("progress", done=done, total=total)
+        self._throttle.moved(done)
 
     def _finish(self, source: str, result: Result | MachineResult) -> None:
         emit("done", seconds=round(result.seconds, 3), **self._outcome(source, result))

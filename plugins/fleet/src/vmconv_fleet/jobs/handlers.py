@@ -160,6 +160,7 @@ def _queued(
     for name in (fields["datastore"], wanted.target_datastore):
         if name is not None:
             _refuse_of_another(context, name)
+    _refuse_windows(context, fields)
     if context.count("job", OPEN) >= MAX_OPEN_JOBS:
         raise Refusal(f"this node already has {MAX_OPEN_JOBS} jobs that have not ended")
     by = Principal.model_validate(request.by)
@@ -167,6 +168,16 @@ def _queued(
     within = rights_of(by, context, context.now).only_in(context.node, VERBS[request.verb])
     body = JobBody(state="queued", created_ms=context.now, by=by, within=within, **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
+
+
+def _refuse_windows(context: Context, fields: Mapping[str, Any]) -> None:
+    """Raises Refusal if a job would never begin, or its time zone is unknown here."""
+    from vmconv_fleet.catalogue.windows import next_open_ms, windows_of
+
+    policy = context.get(context.node, "policy", POLICY)
+    windows = windows_of(fields, policy.body if policy else {})
+    if next_open_ms(windows, context.now) is None:
+        raise Refusal(f"the windows {' and '.join(windows)} do not overlap: the job would never begin")
 
 
 def _refuse_of_another(context: Context, datastore: str) -> None:
@@ -310,6 +321,10 @@ def _remove_datastore(context: Context, _request: IncomingRequest, wanted: Datas
 def _set_policy(context: Context, _request: IncomingRequest, wanted: PolicySet) -> Outcome:
     before = context.get(context.node, "policy", POLICY)
     body = {**(before.body if before else {}), **wanted.given()}
+    if wanted.between is not None:
+        from vmconv_fleet.catalogue.windows import parsed
+
+        parsed(wanted.between)
     heard = body.get("administrators_of")
     if heard is not None and context.node not in heard:
         body["administrators_of"] = [*heard, context.node]

@@ -42,6 +42,11 @@ class Job(NamedTuple):
         return int(self.body.get("at_ms") or 0)
 
     @property
+    def datastores(self) -> frozenset[str]:
+        """Returns the names of the datastores that the job reads and writes."""
+        return frozenset(filter(None, (self.body.get("datastore"), self.body.get("target_datastore"))))
+
+    @property
     def batch(self) -> str | None:
         return self.body.get("batch")
 

@@ -14,10 +14,12 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vmconv_fleet.catalogue.windows import WindowError, parsed, windows_of
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
+from vmconv_fleet.jobs.throttle import Bandwidth
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change
@@ -54,6 +56,7 @@ class Run:
     ) -> None:
         self.job = job.id
         self.batch = job.batch
+        self.datastores = job.datastores
         self.error: Exception | None = None
         self._service = service
         self._job = job.id
@@ -158,6 +161,7 @@ class Run:
         own = source.body.get("name") or source.body["file"]
         _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[source.body["datastore"]]), own)), node)
         usable = roots if job.within is None else {name: roots[name] for name in job.within if name in roots}
+        _refuse_unknown_zones(windows_of(body, {"between": self._policy.between}))
         return Task(
             job=self._job,
             root=roots[source.body["datastore"]],
@@ -179,7 +183,15 @@ class Run:
             keep=job.keep,
             uuid=job.uuid,
             new_identity=job.new_identity,
+            bandwidth=self._bandwidth(),
         )
+
+    def _bandwidth(self) -> list[Bandwidth]:
+        directory = bandwidth_directory(os.path.dirname(self._journal.path))
+        found = {name: rate for name, rate in self._policy.bandwidth.items() if name in self.datastores}
+        if found:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        return [Bandwidth(os.path.abspath(os.path.join(directory, name)), rate) for name, rate in found.items()]
 
     def _is_parent(self, disk: str | None) -> bool:
         """Returns whether another disk of the catalogue needs this one."""
@@ -265,6 +277,20 @@ class Run:
 
         records = settled(self._service.update(decide), self._node_ends)
         return records[0].body if records else None
+
+
+def bandwidth_directory(jobs: str) -> str:
+    """Returns the directory of the files that workers share to keep bandwidths."""
+    return os.path.join(jobs, "bandwidth")
+
+
+def _refuse_unknown_zones(windows: Sequence[str]) -> None:
+    """Raises Refusal if the time zone of a window has become unknown on this machine."""
+    try:
+        for text in windows:
+            parsed(text)
+    except WindowError as exc:
+        raise Refusal(str(exc)) from exc
 
 
 def _refuse_of_another(root: str, node: str) -> None:

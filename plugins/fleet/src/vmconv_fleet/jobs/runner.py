@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,8 @@ from vmconv_fleet.errors import ClosedError
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.policy import policy_of
-from vmconv_fleet.jobs.run import WORKER, Run
+from vmconv_fleet.jobs.run import WORKER, Run, bandwidth_directory
+from vmconv_fleet.jobs.schedule import Schedule
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
@@ -46,6 +48,7 @@ class JobRunner:
         self._command = command
         self._events: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._waiting: dict[str, Job] = {}
+        self._next_ms = 0
         self._running: dict[str, Run] = {}
         self._ending = threading.Event()
         self._interrupted: set[str] = set()
@@ -55,6 +58,8 @@ class JobRunner:
 
     def start(self) -> None:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        # The times in them are those of this start of the machine.
+        shutil.rmtree(bandwidth_directory(self._directory), ignore_errors=True)
         self._unsubscribe = self._service.subscribe(self._notice)
         self.thread.start()
 
@@ -136,8 +141,7 @@ class JobRunner:
 
     def _wait(self) -> None:
         """Handles changed records; also returns when a job may be due."""
-        now = wall_ms()
-        until = min((job.at_ms - now for job in self._waiting.values() if job.at_ms > now), default=0) / 1000
+        until = (self._next_ms - wall_ms()) / 1000
         with suppress(queue.Empty):
             record = self._events.get(timeout=min(until, _LOOK_AT_CLOCK) if until > 0 else _LOOK_AT_CLOCK)
             while True:
@@ -159,14 +163,16 @@ class JobRunner:
 
     def _begin_due(self) -> None:
         """Starts the due jobs, as many at a time as policy and batches allow."""
+        self._next_ms = 0
         if not self._waiting:
             return
         policy = policy_of(self._service.node, self._service.view())
-        now = wall_ms()
+        schedule = Schedule(policy, wall_ms())
         for job in sorted(self._waiting.values(), key=Job.order):
             if self._ending.is_set() or len(self._running) >= policy.max_parallel:
-                return
-            if job.at_ms > now or not self._batch_allows(job):
+                break
+            running = [run.datastores for run in self._running.values()]
+            if not self._batch_allows(job) or schedule.is_full(job, running) or not schedule.is_due(job):
                 continue
             run = Run(
                 self._service,
@@ -179,6 +185,7 @@ class JobRunner:
             run.start()
             del self._waiting[job.id]
             self._running[job.id] = run
+        self._next_ms = schedule.next_ms
 
     def _batch_allows(self, job: Job) -> bool:
         if job.batch is None or job.max_parallel is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from vmconv_fleet.jobs.throttle import Bandwidth
+
 
 class Task(NamedTuple):
     """A conversion of `name` below the datastore at `root`: a disk, or a machine's configuration (`is_machine`).
 
     Only files below `roots` may be touched. `target` is the name of the file to make, or of the machine's directory, at
     `target_root` or beside the source (None); without it `naming` makes the name. `journal` is the path of the job's
-    journal. `removable`: the source may be removed afterwards. Only machines have the fields after it.
+    journal. `removable`: the source may be removed afterwards. Only machines have the fields between `removable` and
+    `bandwidth`, which limits the datastores of source and target.
     """
 
     job: str
@@ -33,3 +36,4 @@ class Task(NamedTuple):
     keep: list[str]
     uuid: Literal["guest", "text"]
     new_identity: bool
+    bandwidth: list[Bandwidth]
