@@ -1,4 +1,6 @@
-"""Copies a file and makes the copy durable: what moving the same bytes costs at least, in this interpreter."""
+"""Copies a file, and makes the copy and its name durable: what moving the same bytes costs at least, in this
+interpreter.
+"""
 
 import os
 import sys
@@ -10,6 +12,7 @@ def main() -> None:
         while piece := reading.read(4 << 20):
             writing.write(piece)
         os.fsync(writing.fileno())
+    os.fsync(os.open(os.path.dirname(target), os.O_RDONLY))
 
 
 main()

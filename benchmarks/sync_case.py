@@ -8,7 +8,7 @@ import random
 from bench import VMCONV, Bench, python, vmconv
 from correct import same_as
 from images import Filesystem, Place, command
-from measure import Contender, Measured, remove, run
+from measure import Contender, Measured, side_by_side
 from report import print_measured
 
 _PIECE = 64 << 10
@@ -19,7 +19,9 @@ def sync(bench: Bench, place: Place) -> None:
     """Where blocks can be shared; and from ext4 to another filesystem, which shares blocks or does not."""
     if place.kind == "ext4":
         for kind in ("xfs", "ext4"):
-            _across(bench, place, kind)
+            # The larger one shows what is left of the fixed cost.
+            for size in (bench.size, 8 * bench.size):
+                _across(bench, place, kind, size)
         return
     old = bench.random(place)
     with place.scratch("changed.raw", "target.qcow2") as (changed, target):
@@ -53,57 +55,53 @@ def _change(path: str, size: int) -> None:
         os.fsync(file.fileno())
 
 
-def _across(bench: Bench, place: Place, kind: str) -> None:
-    """External snapshots of a raw disk on ext4, one more in each round; its image is on another filesystem."""
-    raw = bench.random(place)
+def _across(bench: Bench, place: Place, kind: str, size: int) -> None:
+    """An external snapshot of an empty disk on ext4; the disk's image is on another filesystem.
+
+    The copy is of the snapshot's file, which has the same payload. It is durable with its name, as the image is, and
+    a process of the same interpreter.
+    """
     other = os.path.join(bench.work, f"sync-{kind}")
     os.mkdir(other)
-    layers = [f"layer-{number}.qcow2" for number in range(bench.runs)]
     with (
-        Filesystem(kind, other, bench.size + (4 << 30)) as there,
+        Filesystem(kind, other, size // 16 + (4 << 30)) as there,
         there.scratch("target.qcow2", "copy") as (target, copy),
-        place.scratch("pieces", *layers) as (pieces, *tops),
+        place.scratch("base.raw", "top.qcow2") as (base, top),
     ):
-        with open(pieces, "wb") as file:
-            file.writelines(os.urandom(_PIECE) for _ in _changed_pieces(bench.size))
-        command(VMCONV, "sync", "-q", raw, target)
-        measured = Measured(
-            "sync", place.kind, f"qcow2 of {bench.size >> 30} GiB on another {kind}, 1 % in a new layer"
+        with open(base, "wb") as file:
+            file.truncate(size)
+        _layer(top, base, size)
+
+        def settle() -> None:
+            # Else the file behind the filesystem would keep what earlier runs wrote.
+            command("fstrim", there.directory)
+            place.settle()
+            there.settle()
+
+        made, synced = ([VMCONV, "sync", "-q", source, target] for source in (base, top))
+        both = ["sh", "-c", '"$0" sync -q "$1" "$3" && "$0" sync -q "$2" "$3"', VMCONV, base, top, target]
+        measured = side_by_side(
+            Measured("sync", place.kind, f"qcow2 of {size >> 30} GiB on another {kind}, 1 % in a new layer"),
+            [
+                Contender("vmconv sync", synced, target, check=same_as(top, "qcow2", "qcow2"), before=made),
+                # Nothing has changed: what a sync costs before it moves a byte.
+                Contender("the same again", synced, target, before=both),
+                python("copying the same bytes", "child_copy.py", top, copy, target=copy),
+            ],
+            bench.runs,
+            settle,
         )
-        below = raw
-        for top in tops:
-            _layer(top, below, bench.size)
-            synced = [VMCONV, "sync", "-q", top, target]
-            for contender in (
-                # The target of the round before is what it finds.
-                Contender("vmconv sync", synced),
-                # Now nothing has changed: what a sync costs before it moves a byte.
-                Contender("the same again", synced),
-                python("copying the same bytes", "child_copy.py", pieces, copy, target=copy),
-            ):
-                # Else the first to read the new layer would also write it.
-                place.settle()
-                there.settle()
-                measured.samples.setdefault(contender.name, []).append(run(contender))
-                remove(contender.target)
-            below = top
         print_measured(measured)
         bench.results.append(measured)
-        same_as(below, "qcow2", "qcow2")(target)
     os.rmdir(other)
     one, nothing, copied = (
         measured.median(each) for each in ("vmconv sync", "the same again", "copying the same bytes")
     )
-    bench.at_most(measured, f"a sync to {kind}, in copies of the same bytes", one / copied, 1.2, "x")
-    bench.at_most(
-        measured,
-        f"a sync to {kind} beyond that of nothing, in copies of the same bytes",
-        (one - nothing) / copied,
-        1.2,
-        "x",
-    )
+    what = f"a sync of {size >> 30} GiB to {kind}"
+    bench.at_most(measured, f"{what}, in copies of the same bytes", one / copied, 1.2, "x")
+    bench.at_most(measured, f"{what} beyond its fixed cost, in such copies", (one - nothing) / copied, 1.2, "x")
     written = measured.median("vmconv sync", "wchar") / measured.median("copying the same bytes", "wchar")
-    bench.at_most(measured, f"a sync to {kind}: bytes written, in those of the copy", written, 1.2, "x")
+    bench.at_most(measured, f"{what}: bytes written, in those of the copy", written, 1.2, "x")
 
 
 def _layer(top: str, below: str, size: int) -> None:

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -628,7 +630,76 @@ def test_a_record_without_ctimes_is_no_evidence(disk: Path, other_dir: Path, mon
     assert vmconv.sync(disk, target).evidence == "the record of the last sync: the source is unchanged"
 
 
-@pytest.mark.parametrize("value", [b"", b"1 ", b"2 00 {}", b"1 " + b"00" * 32 + b" {}", b"x" * 4000])
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    attach = ["losetup", "--find", "--show", str(path)]
+    device = subprocess.run(attach, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextmanager
+def mounted(device: str, directory: Path, *words: str) -> Iterator[None]:
+    directory.mkdir(exist_ok=True)
+    subprocess.run(["mount", *words, device, str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@pytest.mark.parametrize("given", ["record", "since"])
+def test_a_record_holds_after_a_mount_with_another_device_number(tmp_path: Path, kind: str, given: str) -> None:
+    """As after a restart of the host."""
+    store, spare, directory = tmp_path / "store.img", tmp_path / "spare.img", tmp_path / "there"
+    for path in (store, spare):
+        path.touch()
+        os.truncate(path, 320 * MIB)
+    subprocess.run([f"mkfs.{kind}", "-q", str(store)], check=True, capture_output=True)
+    disk, target = directory / "disk.raw", make_disk(tmp_path / "other.raw", MIB).with_name("target.qcow2")
+    back = directory / "back.qcow2"
+    with loop_device(store) as device, mounted(device, directory):
+        make_disk(disk, 8 * MIB)
+        shutil.copy2(disk, directory / "first.raw")
+        vmconv.sync(directory / "first.raw" if given == "since" else disk, target)
+        vmconv.sync(tmp_path / "other.raw", back)
+        first = directory.stat().st_dev
+    # Whatever number the first mount had, another one has it now.
+    with (
+        loop_device(spare),
+        mounted("none", tmp_path / "memory", "-t", "tmpfs"),
+        loop_device(store) as device,
+        mounted(device, directory),
+    ):
+        assert directory.stat().st_dev != first
+        for source, made in ((disk, target), (tmp_path / "other.raw", back)):
+            since = directory / "first.raw" if given == "since" and source is disk else None
+            result = vmconv.sync(source, made, since=since)
+            assert result.compared == 0
+            if since is None:
+                assert result.evidence == "the record of the last sync: the source is unchanged"
+
+
+def test_a_block_device_is_never_known_to_be_unchanged(ext4_dir: Path, tmp_path: Path) -> None:
+    """A mounted filesystem writes to it, which changes none of its times."""
+    disk, target, directory = ext4_dir / "disk.img", ext4_dir / "target.qcow2", tmp_path / "there"
+    disk.touch()
+    os.truncate(disk, 16 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", str(disk)], check=True, capture_output=True)
+    with loop_device(disk) as device:
+        vmconv.sync(device, target)
+        with mounted(device, directory):
+            (directory / "file").write_bytes(os.urandom(MIB))
+        result = vmconv.sync(device, target)
+        assert result.evidence == "both disks were read: nothing told what changed"
+        assert result.changed >= MIB
+        assert vmconv.compare(device, target)
+
+
+@pytest.mark.parametrize("value", [b"", b"2 ", b"1 00 []", b"2 00 {}", b"2 " + b"00" * 32 + b" {}", b"x" * 4000])
 def test_a_record_of_nobody_s_is_ignored(
     ext4_dir: Path, other_dir: Path, value: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -245,8 +245,8 @@ def _record(ready: Ready, files: list[File]) -> _Recorded | None:
     stamps, descriptors = [], []
     for file, planned in zip_longest(files, ready.plan.plan.files if ready.plan.plan else ()):
         if place and planned and planned.name == place.carrier.name:
-            device, inode, *_ = records.stamp_of(place.descriptor)
-            stamps.append((device, inode, planned.size, place.mtime))
+            inode, *_ = records.stamp_of(place.descriptor)
+            stamps.append((inode, planned.size, place.mtime))
             descriptors.append(place.descriptor)
         else:
             stamps.append(records.stamp_of(file.descriptor))

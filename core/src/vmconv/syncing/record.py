@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vmconv.model.image import Image
     from vmconv.syncing.request import SyncRequest
 
-_VERSION = b"1"
+_VERSION = b"2"
 _DIGEST = 16
 _MOST = 4096
 """Bytes of an attribute: ext4 keeps all attributes of a file in one block."""
@@ -43,8 +43,11 @@ _NO_RECORD = linux.NOT_SUPPORTED | {errno.ENODATA, errno.EPERM, errno.EACCES, er
 _NO_ROOM = linux.NOT_SUPPORTED | {errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.EROFS}
 
 
-Stamp = tuple[int, int, int, int]
-"""Device, inode, size in bytes and mtime in ns of a file of the target."""
+Stamp = tuple[int, int, int]
+"""Inode, size in bytes and mtime in ns of a file of the target.
+
+Without the device: another mount may have another number. A copy with the inode of the original has another ctime.
+"""
 
 
 class Record(NamedTuple):
@@ -68,7 +71,7 @@ class Record(NamedTuple):
 def stamp_of(descriptor: int) -> Stamp:
     """Returns the stamp of a file: without ctime, which a rename and the record itself change."""
     found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def state_of_target(stamps: Iterable[Stamp]) -> str:
@@ -86,13 +89,24 @@ def identity_of_source(image: Image, snapshot: str | None) -> str:
 
     It changes with any write to the layers below.
     """
-    top = [(*file.stamp[:2], linux.generation(file.descriptor)) for file in _files(image)]
+    top = [(_place(file), linux.generation(file.descriptor)) for file in _files(image)]
     below = image.parent and state_of_source(image.parent, None)
     return _digest([snapshot, image.format_name, top, below])
 
 
-def _stamps(layer: Image) -> Iterator[tuple[int, ...]]:
-    return (tuple(file.stamp) for file in _files(layer))
+def _stamps(layer: Image) -> Iterator[tuple[object, ...]]:
+    for file in _files(layer):
+        # Writes through a mounted filesystem leave the times of a block device: its state is never known.
+        yield (*_place(file), *file.stamp[2:], os.urandom(_DIGEST) if file.is_device else None)
+
+
+def _place(file: File) -> tuple[bytes, int]:
+    """Returns what names a file for good: a device number changes with the next mount."""
+    try:
+        return linux.filesystem_uuid(file.descriptor), file.stamp.inode
+    except OSError:
+        # Containers may deny the call.
+        return str(file.stamp.device).encode(), file.stamp.inode
 
 
 def _files(layer: Image) -> Iterable[File]:
@@ -114,7 +128,7 @@ def read(file: File) -> tuple[Record, ...]:
         raise
     found = _parsed(value) if len(value) <= _MOST else ()
     if not found:
-        warn(f"{file.name}: its record of the last sync is not of this user's vmconv, and is ignored")
+        warn(f"{file.name}: its record of the last sync is of another user or version of vmconv, and is ignored")
     return found
 
 
@@ -148,9 +162,8 @@ def _parsed(value: bytes) -> tuple[Record, ...]:
 
 
 def _is_record(row: Any) -> bool:
-    # Without ctimes, it is of an older vmconv.
     kinds = (str, str, str, int, int)
-    return isinstance(row, list) and len(row) in (3, 5) and all(map(isinstance, row, kinds))
+    return isinstance(row, list) and len(row) == len(kinds) and all(map(isinstance, row, kinds))
 
 
 def write(descriptor: int, *records: Record) -> str | None:

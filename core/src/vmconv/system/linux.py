@@ -30,6 +30,7 @@ _FIEMAP = 0xC020660B
 _GETFLAGS = 0x80086601
 _SETFLAGS = 0x40086602
 _GETVERSION = 0x80087601
+_GETFSUUID = 0x80111500
 _BTRFS_FS_INFO = 0x8400941F
 _BTRFS_SUBVOL_GETFLAGS = 0x80089419
 _SUBVOL_RDONLY = 2
@@ -333,6 +334,20 @@ def filesystem_id(descriptor: int) -> bytes:
         if exc.errno not in _UNKNOWN:
             raise
         return os.fstat(descriptor).st_dev.to_bytes(8, "little")
+
+
+def filesystem_uuid(descriptor: int) -> bytes:
+    """Returns the UUID of the filesystem of an open file, which a mount keeps; else `filesystem_id`.
+
+    FS_IOC_GETFSUUID: Linux 6.9 and later, of filesystems with a UUID. Raises `OSError`, see `not_told`.
+    """
+    try:
+        answer = bytes(_ioctl(descriptor, _GETFSUUID, bytes(17)))
+    except OSError as exc:
+        if exc.errno not in _UNKNOWN:
+            raise
+        return filesystem_id(descriptor)
+    return answer[1 : 1 + answer[0]]
 
 
 def physical_ranges(descriptor: int) -> npt.NDArray[np.int64]:
