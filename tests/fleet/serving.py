@@ -21,10 +21,13 @@ from fleet.in_memory import Node
 from vmconv_fleet import console
 from vmconv_fleet.api import as_local, create_app
 from vmconv_fleet.cli.client import NodeClient
+from vmconv_fleet.config import LIMITS
 from vmconv_fleet.limiter import Limiter, Limits
-from vmconv_fleet.node.activation import API_LIMITS, LOCAL_LIMITS
+from vmconv_fleet.node.activation import API_S, LOCAL_LIMITS
 from vmconv_fleet.node.serving import Site, serve
 from vmconv_fleet.testing import PATIENCE
+
+USUAL = Limits(LIMITS["connections"], LIMITS["connections_per_address"], API_S)
 
 
 class Served(NamedTuple):
@@ -49,7 +52,7 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(node: Node, limits: Limits = API_LIMITS) -> Iterator[Served]:
+def served(node: Node, limits: Limits = USUAL) -> Iterator[Served]:
     """Yields the node's API while it is served."""
     app = create_app(node.service, directory=str(node.directory), link=node.wire)
     console.install(app)

@@ -24,6 +24,15 @@ from vmconv_fleet.words import trap_in
 LINK_PORT = 7447
 JOIN_PORT = 7448
 API_PORT = 7449
+LIMITS = {
+    "connections": 256,
+    "connections_per_address": 64,
+    "requests": 64,
+    "join_connections": 64,
+    "join_connections_per_address": 32,
+}
+"""The limits of listening sockets, unless `node.toml` has others in its table `limits`."""
+MAX_LIMIT = 1 << 16
 _LISTS = ("addresses", "authorities", "connect", "listen", "webhook_networks")
 _TEXTS = ("api", "archive", "fleet", "join", "name", "node", "syslog", "webhook_ca")
 
@@ -59,6 +68,11 @@ class NodeConfig:
     syslog: str = ""
     webhook_networks: list[str] = field(default_factory=list)
     webhook_ca: str = ""
+    limits: dict[str, int] = field(default_factory=dict)
+
+    def limit(self, name: str) -> int:
+        """Returns a limit of connections or requests."""
+        return self.limits.get(name, LIMITS[name])
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -104,7 +118,7 @@ def load(directory: str) -> NodeConfig:
 
 
 def _check(path: str, found: dict[str, Any]) -> None:
-    known = {*_LISTS, *_TEXTS, "datastores", "gossip"}
+    known = {*_LISTS, *_TEXTS, "datastores", "gossip", "limits"}
     if unknown := sorted(set(found) - known):
         raise ConfigError(f"{path}: unknown setting {unknown[0]!r}", hint=f"known are {', '.join(sorted(known))}")
     if missing := sorted({"fleet", "node", "name"} - set(found)):
@@ -132,6 +146,10 @@ def _check_notices(path: str, found: dict[str, Any]) -> None:
 def _is_of_its_kind(name: str, value: object) -> bool:
     if name in _LISTS:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name == "limits":
+        return isinstance(value, dict) and all(
+            limit in LIMITS and type(number) is int and 1 <= number <= MAX_LIMIT for limit, number in value.items()
+        )
     if name == "datastores":
         return isinstance(value, dict) and all(isinstance(path, str) for path in value.values())
     return isinstance(value, bool if name == "gossip" else str)
@@ -142,6 +160,8 @@ def save(config: NodeConfig) -> None:
     lines = [f"{name} = {_text(getattr(config, name))}" for name in ("fleet", "node", "name")]
     for name in (*_LISTS, "api", "archive", "join", "gossip", "syslog", "webhook_ca"):
         lines.append(f"{name} = {_text(getattr(config, name))}")
+    if config.limits:
+        lines += ["", "[limits]", *(f"{name} = {number}" for name, number in config.limits.items())]
     lines += ["", "[datastores]"]
     lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]
     with os_errors("writing the settings", ConfigError), open(config.path("node.toml"), "w", encoding="utf-8") as file:

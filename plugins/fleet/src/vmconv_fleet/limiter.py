@@ -32,12 +32,13 @@ class Limits(NamedTuple):
 
     `total` connections at a time, `address` of them from one IPv4 address or IPv6 network of 64 bits. A stranger has
     `seconds` for the TLS handshake, the head, the body and reading the answer. A known caller has as long for the next
-    head, and for a body.
+    head, and for a body. No more than `requests` are answered at a time, streams of events not counted.
     """
 
     total: int
     address: int
     seconds: float
+    requests: int = 64
 
 
 def raise_descriptor_limit() -> None:
@@ -61,10 +62,15 @@ class Connection:
         self._requests = 0
         self._reading = False
 
-    def begin(self) -> None:
-        """Notes that the head of a request has arrived."""
+    def begin(self) -> bool:
+        """Notes that the head of a request has arrived; returns whether it has a place."""
         self._requests += 1
         self.since = time.monotonic()
+        return self._limiter.ask(self)
+
+    def stream(self) -> None:
+        """Notes that the request has become a stream of events, which are limited elsewhere."""
+        self._limiter.answered(self)
 
     def reading(self, reading: bool) -> None:
         """Notes whether the body of a request is waited for."""
@@ -75,6 +81,12 @@ class Connection:
         self._requests -= 1
         self._reading = False
         self.since = time.monotonic()
+        self._limiter.answered(self)
+
+    @property
+    def is_slow(self) -> bool:
+        """Returns whether a stranger's body is waited for."""
+        return not self.known and self._reading
 
     @property
     def is_busy(self) -> bool:
@@ -127,10 +139,11 @@ class Limiter:
     def __init__(self, name: str, limits: Limits) -> None:
         self.name = name
         self.limits = limits
-        self.counters = {"accepted": 0, "displaced": 0, "refused": 0, "overdue": 0, "failed": 0}
+        self.counters = {"accepted": 0, "displaced": 0, "refused": 0, "overdue": 0, "failed": 0, "busy": 0}
         self._lock = threading.RLock()
         self._placed: set[Connection] = set()
         self._leaving: set[Connection] = set()
+        self._asking: set[Connection] = set()
         self._lost: deque[float] = deque(maxlen=10_000)
         self._logged = -RECENT
         self._spare: int | None = _spare()
@@ -182,6 +195,26 @@ class Limiter:
         self._leaving.add(connection)
         connection.disconnect()
 
+    def ask(self, connection: Connection) -> bool:
+        """Gives a request a place, if necessary that of a stranger's slow body. Returns False if all are in use."""
+        with self._lock:
+            if len(self._asking) >= self.limits.requests:
+                slow = [one for one in self._asking if one.is_slow]
+                if not slow:
+                    self.counters["busy"] += 1
+                    return False
+                oldest = min(slow, key=lambda one: one.since)
+                self._asking.discard(oldest)
+                self._lose("displaced")
+                self._disconnect(oldest)
+            self._asking.add(connection)
+            return True
+
+    def answered(self, connection: Connection) -> None:
+        """Frees the place of a connection's request."""
+        with self._lock:
+            self._asking.discard(connection)
+
     def sweep(self) -> None:
         """Disconnects those whose time has passed; to be called every second or so."""
         with self._lock:
@@ -196,6 +229,7 @@ class Limiter:
         with self._lock:
             self._placed.discard(connection)
             self._leaving.discard(connection)
+            self._asking.discard(connection)
             connection._close()
 
     def exhausted(self, listening: socket.socket) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
 
 LOCAL_LIMITS = Limits(128, 128, 60.0)
-API_LIMITS = Limits(256, 64, 15.0)
+API_S = 15.0
 END_S = 5
 """Time for the servers to stop."""
 
@@ -34,13 +34,12 @@ END_S = 5
 class ApiSockets:
     """Serves the API on the node's Unix socket and, if configured, over HTTPS."""
 
-    def __init__(
-        self, config: NodeConfig, service: NodeService, link: ZenohLink, *, limits: Limits = API_LIMITS
-    ) -> None:
+    def __init__(self, config: NodeConfig, service: NodeService, link: ZenohLink) -> None:
         self._config = config
         self._service = service
         self._link = link
-        self.limiters = [Limiter("local", LOCAL_LIMITS), Limiter("api", limits)]
+        local = LOCAL_LIMITS._replace(requests=config.limit("requests"))
+        self.limiters = [Limiter("local", local), Limiter("api", limits_of(config))]
         for limiter in self.limiters:
             service.observe(limiter)
         self._sockets: list[LimitedSocket] = []
@@ -117,6 +116,13 @@ class ApiSockets:
         self._servers = [site.server() for site in sites]
         if not self._ended.is_set():
             asyncio.run(serve(self._servers, self._sockets, works))
+
+
+def limits_of(config: NodeConfig) -> Limits:
+    """Returns the limits of the API over HTTPS."""
+    numbers = (config.limit(name) for name in ("connections", "connections_per_address", "requests"))
+    total, address, requests = numbers
+    return Limits(total, address, API_S, requests)
 
 
 def _listen_locally(path: str) -> socket.socket:

@@ -85,6 +85,19 @@ class _Protocol(H11Protocol):
             self.app = cast("Any", _tracked(self.app, connection))
 
 
+async def _busy(_scope: Scope, _receive: Receive, send: Send) -> None:
+    """Answers that too many requests are being answered."""
+    body = b'{"error": "this node answers as many requests as it may at a time", "hint": "try again in a moment"}'
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"1"), (b"connection", b"close")]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_stream(start: Message) -> bool:
+    return any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"])
+
+
 def _tracked(app: Any, connection: Connection) -> ASGIApp:
     """Returns the application for one connection: notes its requests, their bodies, and whether the caller is known."""
 
@@ -104,11 +117,12 @@ def _tracked(app: Any, connection: Connection) -> ASGIApp:
         async def known(message: Message) -> None:
             if CALLER in scope:
                 connection.known = True
+            if message["type"] == "http.response.start" and _is_stream(message):
+                connection.stream()
             await send(message)
 
-        connection.begin()
         try:
-            await app(scope, noted, known)
+            await (app if connection.begin() else _busy)(scope, noted, known)
         finally:
             connection.end()
 

@@ -52,7 +52,7 @@ from vmconv_fleet.trust.peers import common_name
 LIMIT = 64 << 10
 MAX_ANSWER = 2 * MAX_MEMBERS
 TIMEOUT = 10.0
-JOIN_LIMITS = Limits(64, 32, 30.0)
+JOIN_S = 30.0
 MAX_SEEDS = 8
 RETURN_WITHIN = datetime.timedelta(days=180)
 """The time after its end within which a certificate renews itself: for a machine that was off."""
@@ -96,12 +96,13 @@ class JoinService:
     """The joining service, on threads of its own, from `start` to `close`."""
 
     def __init__(
-        self, config: NodeConfig, authority: Authority, membership: Membership, *, limits: Limits = JOIN_LIMITS
+        self, config: NodeConfig, authority: Authority, membership: Membership, *, limits: Limits | None = None
     ) -> None:
         self.config = config
         self.authority = authority
         self.membership = membership
-        self.limiter = Limiter("join", limits)
+        total, address = config.limit("join_connections"), config.limit("join_connections_per_address")
+        self.limiter = Limiter("join", limits or Limits(total, address, JOIN_S))
         self._server: _Server | None = None
         self._ended = threading.Event()
         self.thread = Supervised("joining", self._run, self._ended)
@@ -216,7 +217,7 @@ def _within(limit: int, certificates: list[bytes]) -> str:
 
 
 class _Server(ThreadingHTTPServer):
-    """HTTPS with handshakes on the threads of the connections, within `JOIN_LIMITS`."""
+    """HTTPS with handshakes on the threads of the connections, within the limits of the service."""
 
     daemon_threads = True
     block_on_close = False
