@@ -62,17 +62,18 @@ class Fleet:
             lab.add(host=network.address(number), port=7447, connect=connect, gossip=True)
         self.configs = [self._equipped(config, directory, stack) for config in lab.nodes]
         self.ids = [config.node for config in self.configs]
+        self._due: Counter[int] = Counter()
         self.nodes = [self._run(number) for number in range(self.size)]
         stack.callback(self._end)
-        for number, node in enumerate(self.nodes):
+        for number in range(self.size):
             wait_until(partial(self._keeps, number, kept), SETTLED_S, "it serves")
-            node.ask("load", every=every, targets=self.ids)
+            self._load(number)
 
     def _keeps(self, number: int, kept: int) -> bool:
         """Limits the ended records that a node keeps; returns False if it does not serve yet."""
         with contextlib.suppress(AssertionError):
             target, rule = self.ids[number], {"keep_records": kept}
-            return bool(self.nodes[number].ask("request", target=target, verb="policy-set", arguments=rule)["ok"])
+            return bool(self.ask(number, "request", target=target, verb="policy-set", arguments=rule)["ok"])
         return False
 
     def _equipped(self, config: NodeConfig, directory: str, stack: ExitStack) -> NodeConfig:
@@ -103,22 +104,29 @@ class Fleet:
         clock = f"{config.directory}.clock"
         node = Driven(config, prefix=self.network.prefix(number), environment={OFFSET_FILE: clock}, program=PROGRAM)
         node.clock = clock
-        node.answer()
+        # Its first answer: it is ready.
+        self._due[number] = 1
         return node
+
+    def _load(self, number: int) -> None:
+        self.nodes[number].tell("load", every=self._every, targets=self.ids)
+        self._due[number] += 1
 
     def _end(self) -> None:
         for node in self.nodes:
             node.kill()
 
     def start(self, number: int) -> None:
-        """Starts an ended node."""
-        try:
-            self.nodes[number] = self._run(number)
-            self.nodes[number].ask("load", every=self._every, targets=self.ids)
-        except AssertionError as exc:
-            self.nodes[number].kill()
-            self.anomalies.append(f"node {number} does not start: {exc}")
-            raise
+        """Starts an ended node, and does not wait for it."""
+        self.nodes[number] = self._run(number)
+        self._load(number)
+
+    def ask(self, number: int, do: str, **arguments: Any) -> dict[str, Any]:
+        """Returns the answer of a node, once it has started."""
+        while self._due[number]:
+            self.nodes[number].answer()
+            self._due[number] -= 1
+        return self.nodes[number].ask(do, **arguments)
 
     def shake(self, random: Random) -> None:
         """Unplugs and plugs the bad cables."""
@@ -256,32 +264,31 @@ class Soak:
         databases = [self._fleet.database(number) / 1e6 for number in range(self._fleet.size)]
         executed = 0
         with contextlib.suppress(AssertionError):
-            ledger = self._fleet.nodes[STEADY].ask("ledger", timeout=60) if STEADY not in down else {}
+            ledger = self._fleet.ask(STEADY, "ledger") if STEADY not in down else {}
             executed = sum(one["last"] for one in ledger.get("tallies", {}).values())
         self.samples.append(Sample((time.monotonic() - self._begin) / 60, memory, databases, executed))
 
     def settle(self) -> float:
         """Waits until everything is answered and all views are the same; returns the seconds."""
         fleet = self._fleet
-        for node in fleet.nodes:
-            node.ask("rest")
+        for number in range(fleet.size):
+            fleet.ask(number, "rest")
         begin = time.monotonic()
         try:
-            wait_until(lambda: not any(self._open(node) for node in fleet.nodes), SETTLED_S, "all is answered")
+            wait_until(lambda: not any(map(self._open, range(fleet.size))), SETTLED_S, "all is answered")
             wait_until(lambda: agree(fleet.configs), SETTLED_S, "all views are the same")
         except AssertionError as exc:
             fleet.anomalies.append(str(exc))
         return time.monotonic() - begin
 
-    @staticmethod
-    def _open(node: Driven) -> bool:
-        ledger = node.ask("ledger")
+    def _open(self, number: int) -> bool:
+        ledger = self._fleet.ask(number, "ledger")
         return not ledger["serving"] or bool(ledger["unanswered"] or ledger["open jobs"])
 
 
 def verdict(fleet: Fleet) -> dict[str, Any]:
     """Returns the sums over all pairs of nodes, and whether all views are equal."""
-    ledgers = [node.ask("ledger") for node in fleet.nodes]
+    ledgers = [fleet.ask(number, "ledger") for number in range(fleet.size)]
     asked = lost = again = 0
     for requester, ledger in zip(fleet.ids, ledgers, strict=True):
         for target, serial in ledger["asked"].items():
@@ -289,7 +296,7 @@ def verdict(fleet: Fleet) -> dict[str, Any]:
             asked += serial
             lost += serial - tally["last"] + tally["missing"]
             again += tally["again"]
-    states = [node.ask("state") for node in fleet.nodes]
+    states = [fleet.ask(number, "state") for number in range(fleet.size)]
     return {
         "requests": asked,
         "lost": lost,

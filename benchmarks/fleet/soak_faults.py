@@ -47,6 +47,8 @@ def _kill(fleet: Fleet, number: int, _random: Random) -> Undo:
 
 
 def _restart(fleet: Fleet, number: int, _random: Random) -> Undo:
+    # A node that has not started yet has no handler of the signal.
+    fleet.ask(number, "state")
     code = fleet.nodes[number].end(60)
     if code:
         fleet.anomalies.append(f"node {number} ended with the code {code}")
