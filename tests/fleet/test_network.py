@@ -7,6 +7,7 @@ Then everything is to be as if nothing had happened: each request answered once,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -225,6 +226,48 @@ def test_a_fleet_goes_on_without_its_founder(fleet: Callable[..., Fleet]) -> Non
     before = credentials.load(three.configs[2]).bound.serial
     subprocess.run([*three.network.prefix(2), *renew], check=True)
     assert credentials.load(three.configs[2]).bound.serial != before
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing_once_there_is_room(
+    fleet: Callable[..., Fleet], request: pytest.FixtureRequest
+) -> None:
+    three = fleet([(), (0,), (0, 1)])
+    room = Path(three.configs[1].directory)
+    three.nodes[1].kill()
+    kept = room.rename(f"{room}.kept")
+    room.mkdir(0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=700", "tmpfs", room], check=True)
+    request.addfinalizer(lambda: subprocess.run(["umount", "-l", room], check=True))
+    shutil.copytree(kept, room, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock", "log"))
+    # The log is not on the disk that is full.
+    os.symlink(f"{room}.log", room / "log")
+    three.nodes[1] = three._run(1)
+    for number in range(3):
+        three.work(number)
+    wait_until(lambda: three.rows(3), PATIENCE, "everybody answers everybody")
+
+    with open(room / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    wait_until(lambda: "store" in three.nodes[1].ask("state")["kinds"], PATIENCE, "it says that its disk is full")
+    other = three.ids[2]
+    before = len(ledger_of(three.configs[0]).transactions[other])
+    wait_until(lambda: len(ledger_of(three.configs[0]).transactions[other]) > before + 3, PATIENCE, "the others go on")
+    (room / "filler").unlink()
+    before = max(len(found) for found in ledger_of(three.configs[0]).transactions.values())
+    wait_until(lambda: three.rows(before), PATIENCE, "it goes on")
+
+    for node in three.nodes:
+        node.ask("rest")
+    wait_until(lambda: not ledger_of(three.configs[0]).unanswered, PATIENCE, "all is answered")
+    wait_until(three.agree, PATIENCE, "all views are the same")
+    for config in three.configs:
+        ledger = ledger_of(config)
+        assert (ledger.unanswered, ledger.answered_twice) == ([], [])
+        assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in ledger.transactions.values())
+    # Neither a restart nor an administrator was needed.
+    assert three.nodes[1].ask("state")["kinds"] == []
 
 
 def test_loss_of_a_neighbour_is_noticed(fleet: Callable[[Connections], Fleet]) -> None:
