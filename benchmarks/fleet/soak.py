@@ -38,7 +38,7 @@ STEADY = 0
 """The node that is never restarted, so that its memory would show a leak."""
 SETTLED_S = 180.0
 SAMPLE_S = 15.0
-CONVERT_S = 20.0
+CONVERT_S, READ_S = 20.0, 0.3
 MOST = 2
 """Other faults at the time when a node goes down."""
 CABLES = ("partition", "bad cable")
@@ -169,7 +169,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         next_conversion = time.monotonic() + CONVERT_S
-        while not self.ending.wait(0.3):
+        while not self.ending.wait(READ_S):
             number = self._random.randrange(self._fleet.size)
             with NodeClient(self._fleet.configs[number].directory) as client:
                 try:

@@ -17,6 +17,7 @@ from vmconv.errors import UsageError
 from vmconv_fleet.catalogue.indexes import INDEXES
 from vmconv_fleet.catalogue.selection import Every, Flag, Match, Not, Number, Selection, Some, parse
 from vmconv_fleet.errors import StoreError
+from vmconv_fleet.replication.database import VERSION
 from vmconv_fleet.replication.indexing import REQUESTS, InvalidColumnError
 from vmconv_fleet.replication.store import Store
 
@@ -234,7 +235,8 @@ def old_database(path: Path, rows: Sequence[tuple[str, str, Mapping[str, Any] | 
         base.connection.execute(f"DROP TABLE {index.table}")
     base.connection.execute("DELETE FROM meta WHERE name = 'indexes'")
     base.connection.execute("DROP INDEX executed_by_clock")
-    base.connection.execute("ALTER TABLE executed DROP COLUMN clock")
+    for column in ("clock", "epoch", "seq"):
+        base.connection.execute(f"ALTER TABLE executed DROP COLUMN {column}")
     base.connection.execute("INSERT INTO executed VALUES ('r.x', 1)")
     base.connection.execute("INSERT INTO meta VALUES ('executed-clock', 77)")
     base.connection.execute("PRAGMA auto_vacuum = NONE")
@@ -250,15 +252,15 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     assert [one.id for one, _ in store.listed("disk")] == ["d1"]
     assert store.tally("request") == [(1,)]
     assert store._connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
-    assert store._connection.execute("SELECT * FROM executed").fetchall() == [("r.x", 1, 77)]
+    assert store._connection.execute("SELECT * FROM executed").fetchall() == [("r.x", 1, 77, 0, 0)]
     assert store.position(NODES[0]).seq == 3
     store.close()
     # The version before refuses it, as this one refuses what is newer, and changes nothing.
     connection = sqlite3.connect(path)
-    assert connection.execute("PRAGMA user_version").fetchone() == (2,)
-    connection.execute("PRAGMA user_version = 3")
+    assert connection.execute("PRAGMA user_version").fetchone() == (VERSION,)
+    connection.execute(f"PRAGMA user_version = {VERSION + 1}")
     connection.close()
-    with pytest.raises(StoreError, match="version 3") as raised:
+    with pytest.raises(StoreError, match=f"version {VERSION + 1}") as raised:
         Store.open(str(path), NODES[0], indexes=INDEXES)
     assert "downgrade" in str(raised.value.hint)
 

@@ -109,6 +109,9 @@ def test_a_transaction_states_its_changes_and_its_caller() -> None:
     assert transaction is not None
     body = dict(transaction.body)
     assert body.pop("at_ms") == pytest.approx(other.wall(), abs=1000)
+    request = one.replica.store.get(one.id, "request", id)
+    assert request is not None
+    assert tuple(body.pop("position")) == request.position
     assert body == {
         "number": 2,
         "schema_revision": 1,
@@ -319,6 +322,9 @@ def test_old_requests_are_cleaned_away_and_their_responses_after_them() -> None:
     assert other.requests is not None
     assert one.requests.clean() == other.requests.clean() == []
     one.offset = other.offset = KEPT_MS + 10_000
+    one.write("heartbeat", one.id, {})
+    other.write("heartbeat", other.id, {})
+    fleet.flow(10)
     assert other.requests.clean() == []
     fleet.send(one, one.requests.clean())
     fleet.flow()

@@ -47,6 +47,9 @@ def _pass(fleet: Fleet, milliseconds: int) -> None:
     """Lets time pass on the wall clocks, and each machine clean until nothing is left."""
     for machine in fleet.machines.values():
         machine.offset += milliseconds
+    for machine in fleet.machines.values():
+        machine.write("heartbeat", machine.id, {})
+    fleet.flow(10)
     for machine in (*fleet.machines.values(), *fleet.machines.values()):
         assert machine.requests is not None
         while sends := machine.requests.clean():
@@ -117,24 +120,63 @@ def test_a_request_from_before_the_memory_of_its_owner_is_refused() -> None:
     """It may have been executed. Its requester's database was restored from an old backup."""
     fleet, one, other = _fleet(Keep(8 * DAY_MS, 10))
     _ask(fleet, one, other, 2)
+    old = one.replica.store.find("request")
     _pass(fleet, 10 * DAY_MS)
     _pass(fleet, KEPT_MS + DAY_MS)
     assert other.requests is not None
     assert one.replica.store.find("request") == []
     assert other.disk.execute("SELECT count(*) FROM executed").fetchone() == (0,)
     jobs = _counts(other, other)["job"]
-    horizon = other.replica.store.load("executed-horizon")
-    assert horizon > 0
-    # Its clock is that of the backup.
-    one.offset = -60_000
-    body = {"target": other.id, "verb": "job", "arguments": {}, "by": BY}
-    fake = one.replica.write([Change("request", "r000000", body)])[0][0]._replace(clock=horizon)
-    other.requests._execute(fake)
-    answer = other.replica.store.get(other.id, "response", response_id(one.id, "r000000"))
-    assert answer is not None
-    assert not answer.body["ok"]
-    assert "may have been executed" in answer.body["reason"]
+    for record in old:
+        other.requests._execute(record)
+        answer = other.replica.store.get(other.id, "response", response_id(one.id, record.id))
+        assert answer is not None
+        assert not answer.body["ok"]
+        assert "may have been executed" in answer.body["reason"]
     assert _counts(other, other)["job"] == jobs
+    # A later one is executed, whatever its clock: that was wrong.
+    one.offset = -300 * DAY_MS
+    _ask(fleet, one, other, 1, 2)
+    assert _counts(other, other)["job"] == jobs + 1
+
+
+@pytest.mark.parametrize("jump", [400 * DAY_MS, 20_000 * DAY_MS], ids=["a year", "decades"])
+def test_a_clock_that_was_ahead_for_hours_makes_no_request_refused(jump: int) -> None:
+    """Not even those that were on their way all the time, nor after requests by clocks that were wrong too."""
+    fleet, one, other = _fleet(Keep(8 * DAY_MS, 10))
+    _ask(fleet, one, other, 2)
+    one.offset += 300 * DAY_MS
+    _ask(fleet, one, other, 1, 2)
+    one.offset -= 300 * DAY_MS
+    fleet.cut(one, other)
+    assert one.requests is not None
+    assert other.requests is not None
+    one.requests.submit(other.id, "job", {}, BY, id="r000003")
+    other.offset += jump
+    while other.requests.clean():
+        pass
+    assert other.disk.execute("SELECT count(*) FROM executed").fetchone() == (0,)
+    other.offset -= jump
+    fleet.link(one, other)
+    fleet.flow(10_000)
+    answer = other.replica.store.get(other.id, "response", response_id(one.id, "r000003"))
+    assert answer is not None
+    assert answer.body["ok"], answer.body
+
+
+def test_nothing_is_deleted_by_a_clock_that_is_ahead_of_all_neighbours() -> None:
+    fleet, one, other = _fleet(Keep(8 * DAY_MS, 10))
+    _ask(fleet, one, other, 3)
+    other.offset += 400 * DAY_MS
+    assert other.requests is not None
+    assert other.requests.clean() == []
+    assert other.problems() == ["clock"]
+    other.offset -= 400 * DAY_MS
+    assert other.requests.clean() == []
+    assert other.problems() == []
+    # All clocks agree: the time has passed indeed.
+    _pass(fleet, 30 * DAY_MS)
+    assert _counts(other, other)["transaction"] == 1
 
 
 def test_records_are_archived_before_they_are_deleted(tmp_path: Path) -> None:

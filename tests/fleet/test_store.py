@@ -81,7 +81,7 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 7")
     connection.close()
-    with pytest.raises(StoreError, match="version 7, and this vmconv-fleet knows versions up to 2"):
+    with pytest.raises(StoreError, match="version 7, and this vmconv-fleet knows versions up to 3"):
         Store.open(str(path), NODE)
 
 

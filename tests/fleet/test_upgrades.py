@@ -69,7 +69,8 @@ class Fleet:
                 database.execute(f"DROP TABLE {name}")
             database.execute("DELETE FROM meta WHERE name = 'indexes'")
             database.execute("DROP INDEX executed_by_clock")
-            database.execute("ALTER TABLE executed DROP COLUMN clock")
+            for column in ("clock", "epoch", "seq"):
+                database.execute(f"ALTER TABLE executed DROP COLUMN {column}")
             database.execute("PRAGMA user_version = 1")
         database.close()
 
@@ -166,7 +167,7 @@ def test_a_downgrade_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch:
     before = content()
     # The program before: it knows version 1 of the database.
     monkeypatch.setattr("vmconv_fleet.replication.database.VERSION", 1)
-    with pytest.raises(StoreError, match="database has version 2, and this vmconv-fleet knows versions up to 1"):
+    with pytest.raises(StoreError, match="database has version 3, and this vmconv-fleet knows versions up to 1"):
         Store.open(str(path), node.id)
     assert content() == before
     monkeypatch.undo()

@@ -361,9 +361,10 @@ class TransactionChange(Body):
 
 
 class TransactionBody(Body):
-    """An executed request; `number` grows by one with each, on each node."""
+    """An executed request; `number` grows by one with each, on each node. `position` is that of the request."""
 
     number: Count
+    position: list[int] = []
     schema_revision: Annotated[int, Field(ge=0)] = SCHEMA
     request: str
     requester: NodeId

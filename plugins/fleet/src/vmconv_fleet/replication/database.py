@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 
 from vmconv_fleet.errors import StoreError
 
-VERSION = 2
-"""Version 2 has index tables, clocks of executed requests, and a file that shrinks."""
+VERSION = 3
+"""Version 2 has index tables, clocks of executed requests, and a file that shrinks; version 3 also their positions."""
 
 WAL_BYTES = 16 << 20
 """The size that the write-ahead log keeps."""
@@ -29,7 +29,8 @@ CREATE UNIQUE INDEX records_by_key ON records (kind, owner, id);
 CREATE UNIQUE INDEX records_by_position ON records (owner, seq);
 CREATE INDEX deletions ON records (owner, seq) WHERE deleted;
 CREATE TABLE executed (
-    response TEXT PRIMARY KEY, number INTEGER NOT NULL, clock INTEGER NOT NULL DEFAULT 0
+    response TEXT PRIMARY KEY, number INTEGER NOT NULL, clock INTEGER NOT NULL DEFAULT 0,
+    epoch INTEGER NOT NULL DEFAULT 0, seq INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE INDEX executed_by_clock ON executed (clock);
 CREATE TABLE notices (content BLOB PRIMARY KEY, wire BLOB NOT NULL) WITHOUT ROWID;
@@ -94,28 +95,34 @@ def prepare(connection: sqlite3.Connection, node: str) -> None:
         connection.executescript(STAGED)
         (owner,) = connection.execute("SELECT value FROM meta WHERE name = 'node'").fetchone() or (None,)
         if owner == node and 0 < version < VERSION:
-            _migrate(connection)
+            _migrate(connection, version)
     except sqlite3.Error as exc:
         raise StoreError(f"database: {exc}") from exc
     if owner != node:
         raise StoreError(f"database belongs to node {owner}, not to {node}")
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Brings a database of version 1 up to date; the caller fills the indexes.
-
-    A crash before the last statement leaves a database of version 1, whose next start does it again.
-    """
-    connection.execute("VACUUM")
+_STEPS = {
     # Requests that were executed before count as executed now: they are remembered for as long as new ones.
-    connection.executescript(
-        "BEGIN;"
-        "ALTER TABLE executed ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;"
-        "CREATE INDEX executed_by_clock ON executed (clock);"
-        "UPDATE executed SET clock = coalesce((SELECT value FROM meta WHERE name = 'executed-clock'), 0);"
-        f"PRAGMA user_version = {VERSION};"
-        "COMMIT;"
-    )
+    1: "ALTER TABLE executed ADD COLUMN clock INTEGER NOT NULL DEFAULT 0;"
+    "CREATE INDEX executed_by_clock ON executed (clock);"
+    "UPDATE executed SET clock = coalesce((SELECT value FROM meta WHERE name = 'executed-clock'), 0);",
+    2: "ALTER TABLE executed ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;"
+    "ALTER TABLE executed ADD COLUMN seq INTEGER NOT NULL DEFAULT 0;",
+}
+"""What brings a database of a version to the next one."""
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Brings a database of an older version up to date; the caller fills the indexes.
+
+    A crash before the last statement leaves a database of the old version, whose next start does it again.
+    """
+    if version == 1:
+        # For the file that shrinks.
+        connection.execute("VACUUM")
+    steps = "".join(_STEPS[step] for step in range(version, VERSION))
+    connection.executescript(f"BEGIN;{steps}PRAGMA user_version = {VERSION};COMMIT;")
 
 
 def _fits(text: str, pattern: str) -> bool:

@@ -14,6 +14,7 @@ request is not executed again.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from typing import Any, NamedTuple, Protocol
 
 from vmconv.plugin import VmconvError
 from vmconv_fleet.errors import MalformedError, Refusal
-from vmconv_fleet.replication.clock import COUNTER_BITS, is_ahead, milliseconds
+from vmconv_fleet.replication.clock import COUNTER_BITS, MAX_AHEAD_MS, is_ahead, milliseconds
 from vmconv_fleet.replication.indexing import ALL, ANSWERED, UNANSWERED, UNASKED, Where
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.pending import Pending
-from vmconv_fleet.replication.records import Change, Position, Record
+from vmconv_fleet.replication.records import START, Change, Position, Record, restore
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.retention import BATCH, Retention, archive, deletions, overdue
 from vmconv_fleet.replication.store import Store
@@ -39,7 +40,12 @@ KEPT_MS = 7 * 24 * 3600 * 1000
 """The time for which a request is kept after its response, and the response after the request."""
 
 _HORIZON = "executed-horizon"
-"""The clock of the latest request whose execution was forgotten."""
+"""The position, of each requester, of the latest request whose execution was forgotten.
+
+Not a clock: one that was wrong for an hour would make this node refuse what it has not executed.
+"""
+
+_AHEAD = "the clock of this node is ahead of all its neighbours': it deletes no old records until that is over"
 
 MAX_REASON = 1000
 
@@ -59,6 +65,7 @@ class IncomingRequest(NamedTuple):
     by: Mapping[str, Any]
     clock: int
     late: bool
+    position: Position = START
 
 
 class Outcome(NamedTuple):
@@ -170,11 +177,21 @@ class Requests:
         if not self._replica.serving:
             return []
         now, keep = self._now(), self._retention.keep(self._store)
+        if self._is_ahead_of_all(now):
+            self._replica.problems.report("clock", _AHEAD)
+            return []
+        self._replica.problems.forget("clock", _AHEAD)
         self._forget_executed(now - max(keep.age_ms, KEPT_MS))
         gone = list(islice(self._over(now, keep.number), BATCH))
         if gone and self._retention.archive:
             archive(self._retention.archive, gone)
         return self._replica.write(deletions(gone))[1] if gone else []
+
+    def _is_ahead_of_all(self, now: int) -> bool:
+        """Returns whether the newest records of all neighbours are from long ago: this node's clock may be wrong."""
+        wires = (self._store.at(peer, self._store.position(peer).seq) for peer in self._replica.neighbours.ids())
+        clocks = [restore(wire).clock for wire in wires if wire is not None]
+        return bool(clocks) and all(milliseconds(clock) < now - MAX_AHEAD_MS for clock in clocks)
 
     def _over(self, now: int, count: int) -> Iterator[Record]:
         yield from self._old("request", ANSWERED, now, count)
@@ -192,9 +209,13 @@ class Requests:
 
     def _forget_executed(self, before: int) -> None:
         """Forgets which requests were executed before a moment; requests as old as these are refused from now on."""
-        horizon = self._store.forget_executed_before(before << COUNTER_BITS)
-        if horizon is not None:
-            self._store.save(_HORIZON, horizon)
+        for requester, position in self._store.forget_executed_before(before << COUNTER_BITS).items():
+            if position > self._horizon(requester):
+                self._store.save(f"{_HORIZON} {requester}", json.dumps(position))
+
+    def _horizon(self, requester: str) -> Position:
+        known = self._store.load(f"{_HORIZON} {requester}")
+        return START if known is None else Position(*json.loads(known))
 
     def _see(self, records: Sequence[Record]) -> None:
         if any(record.kind == "epoch" and record.owner == self._replica.node for record in records):
@@ -226,7 +247,8 @@ class Requests:
         with self._store.atomic():
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
-                self._store.note_executed(_answers(record), record.body["number"], record.clock)
+                number, asked = record.body["number"], record.body.get("position", START)
+                self._store.note_executed(_answers(record), number, record.clock, Position(*asked))
             self._store.save("recovered", 0)
 
     def _execute(self, record: Record) -> list[Send]:
@@ -237,7 +259,7 @@ class Requests:
         number = self._store.executed(response)
         if number is not None:
             return self._respond(record, {"ok": True, **self._done(number)})
-        if record.clock <= (self._store.load(_HORIZON) or 0):
+        if record.position <= self._horizon(record.owner):
             reason = "the request is older than what this node remembers, and may have been executed: ask again"
             return self._respond(record, {"ok": False, "reason": reason})
         if record.owner != node and record.owner in self._store.cloned():
@@ -290,6 +312,7 @@ class Requests:
             "schema_revision": self._schema,
             "request": request.id,
             "requester": request.requester,
+            "position": list(request.position),
             "verb": request.verb,
             "by": dict(request.by),
             "at_ms": self._now(),
@@ -308,7 +331,9 @@ class Requests:
         }
         written = [Change("transaction", f"{number:012}", transaction), *outcome.changes]
         _, sends = self._replica.write([*written, Change("response", response, answer)], txn=number)
-        self._store.note_executed(response, number, request.clock)
+        # A clock that is ahead would make the execution remembered for as long.
+        clock = min(request.clock, self._now() << COUNTER_BITS)
+        self._store.note_executed(response, number, clock, request.position)
         return sends
 
     def _respond(self, record: Record, answer: Mapping[str, Any]) -> list[Send]:
@@ -345,4 +370,5 @@ def _request(record: Record, late: bool) -> IncomingRequest:
         by=by if isinstance(by, dict) else {},
         clock=record.clock,
         late=late,
+        position=record.position,
     )

@@ -338,15 +338,24 @@ class Store(ReplicaView):
         rows = self._rows("SELECT number FROM executed WHERE response = ?", response)
         return rows[0][0] if rows else None
 
-    def note_executed(self, response: str, number: int, clock: int) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO executed VALUES (?, ?, ?)", (response, number, clock))
+    def note_executed(self, response: str, number: int, clock: int, position: Position = START) -> None:
+        """Remembers an executed request: its answer, its transaction, its clock and its position, START if unknown."""
+        query = "INSERT OR REPLACE INTO executed (response, number, clock, epoch, seq) VALUES (?, ?, ?, ?, ?)"
+        self._connection.execute(query, (response, number, clock, *position))
 
-    def forget_executed_before(self, clock: int) -> int | None:
-        """Forgets requests older than a clock; returns the clock of the latest one of them."""
-        ((latest,),) = self._rows("SELECT max(clock) FROM executed WHERE clock < ?", clock)
-        if latest is not None:
-            self._connection.execute("DELETE FROM executed WHERE clock < ?", (clock,))
-        return None if latest is None else int(latest)
+    def forget_executed_before(self, clock: int) -> dict[str, Position]:
+        """Forgets requests older than a clock; returns the latest position among them of each requester.
+
+        Those of an older version, without a position, are never forgotten.
+        """
+        latest: dict[str, Position] = {}
+        old = "FROM executed WHERE clock < ? AND epoch > 0"
+        for response, epoch, seq in self._rows(f"SELECT response, epoch, seq {old}", clock):
+            requester = response.rpartition(".")[2]
+            latest[requester] = max(Position(epoch, seq), latest.get(requester, START))
+        if latest:
+            self._connection.execute(f"DELETE {old}", (clock,))
+        return latest
 
     def shrink(self) -> None:
         """Gives free pages of the file back, some at a time, if many are free. Not within a group."""
