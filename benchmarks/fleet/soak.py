@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ PATHS = (*LISTS, "/api/v1/nodes", "/api/v1/fleet", "/metrics")
 class Fleet:
     """Nodes in namespaces, each with a filesystem of its own for its database, and a datastore."""
 
-    def __init__(self, directory: str, network: Network, stack: ExitStack, *, every: float, kept: int) -> None:
+    def __init__(self, directory: str, network: Network, stack: ExitStack, *, every: float) -> None:
         self.network, self.size = network, network.size
         self.anomalies: list[str] = []
         self.loose: set[int] = set()
@@ -66,15 +65,8 @@ class Fleet:
         self.nodes = [self._run(number) for number in range(self.size)]
         stack.callback(self._end)
         for number in range(self.size):
-            wait_until(partial(self._keeps, number, kept), SETTLED_S, "it serves")
+            wait_until(lambda number=number: self.ask(number, "state")["serving"], SETTLED_S, "it serves")
             self._load(number)
-
-    def _keeps(self, number: int, kept: int) -> bool:
-        """Limits the ended records that a node keeps; returns False if it does not serve yet."""
-        with contextlib.suppress(AssertionError):
-            target, rule = self.ids[number], {"keep_records": kept}
-            return bool(self.ask(number, "request", target=target, verb="policy-set", arguments=rule)["ok"])
-        return False
 
     def _equipped(self, config: NodeConfig, directory: str, stack: ExitStack) -> NodeConfig:
         """Returns the settings with a datastore; the node's directory becomes a filesystem."""
@@ -370,7 +362,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vmconv-soak-", dir=options.directory) as work, ExitStack() as stack:
         network = Network(options.nodes)
         stack.callback(network.close)
-        fleet = Fleet(work, network, stack, every=options.every, kept=options.kept)
+        fleet = Fleet(work, network, stack, every=options.every)
         soak = Soak(fleet, options.seed)
         try:
             soak.run(options.minutes * 60)
@@ -391,7 +383,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nodes", type=int, default=5)
     parser.add_argument("--every", type=float, default=0.1, help="seconds between two requests of a node")
-    parser.add_argument("--kept", type=int, default=300, help="ended records of a kind that each node keeps")
     parser.add_argument("--directory", metavar="DIR", help="where the nodes' filesystems are")
     parser.add_argument("--keep-logs", metavar="DIR")
     return parser.parse_args()

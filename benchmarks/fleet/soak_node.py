@@ -19,15 +19,17 @@ from typing import Any
 from unittest.mock import patch
 
 from vmconv.plugin import VmconvError
-from vmconv_fleet.node.daemon import Daemon
-from vmconv_fleet.replication import engine, service
+from vmconv_fleet.node import daemon
+from vmconv_fleet.replication import engine, requests, service
 from vmconv_fleet.replication.context import Timing
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
+from vmconv_fleet.replication.retention import Keep
 from vmconv_fleet.testing import driver
 
 CLEAN_MS, SHRINK_MS, FLOOR_MS, GRACE_MS = 10_000, 5_000, 10_000, 60_000
 """The pace of retention: hours and days otherwise."""
+KEEP = Keep(60_000, 300)
 
 _NOTHING = {"last": 0, "again": 0, "missing": 0}
 
@@ -46,8 +48,8 @@ def _count(context: Context, request: IncomingRequest) -> Outcome:
 class SoakDriver(driver.Driver):
     """The commands of the soak, besides those of the tests."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        super().__init__(daemon)
+    def __init__(self, node: daemon.Daemon) -> None:
+        super().__init__(node)
         self._asked_of: dict[str, int] = {}
         self._refused: list[str] = []
         self._service.subscribe(self._see)
@@ -115,6 +117,8 @@ class SoakDriver(driver.Driver):
 def main() -> int:
     with (
         patch.object(engine, "CLEAN_MS", CLEAN_MS),
+        patch.object(requests, "KEPT_MS", KEEP.age_ms),
+        patch.object(daemon, "kept_of", lambda _node, _records: KEEP),
         patch.object(engine, "SHRINK_MS", SHRINK_MS),
         patch.object(service, "Timing", partial(Timing, grace=GRACE_MS, floor=FLOOR_MS)),
     ):
