@@ -24,8 +24,9 @@ from vmconv.model.facts import Geometry
 from vmconv.model.image import Image
 from vmconv.model.layout import Placement
 from vmconv.testing import disk_of, image_file, patterned, random_bytes
+from vmconv.testing.malformed import memory_limit
 from vmconv.testing.memory import MemoryFile
-from vmconv_vdi import Vdi, structs
+from vmconv_vdi import Vdi, reader, structs
 from vmconv_vdi.options import Options
 from vmconv_vdi.writer import MAX_BLOCKS, write
 
@@ -171,6 +172,25 @@ def test_a_block_map_in_a_hole_takes_no_memory() -> None:
     image.write(0, build({}, [], cbDisk=count * MIB, cBlocks=count, offData=0xFFFFFE00))
     with pytest.raises(ImageError, match=r"entry 1 .* is used twice"):
         _ = Vdi().read(image, Opener(Registry())).guest
+
+
+@pytest.mark.malformed
+def test_a_block_map_of_several_slices_has_no_block_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "SLICE", 2)
+    free = structs.UNALLOCATED
+    assert read(build({0: b"a", 1: b"b"}, [0, free, free, 1])).guest.size == 4 * MIB
+    image = read(build({0: b"a", 1: b"b"}, [0, 1, free, 0]))
+    with pytest.raises(ImageError, match=r"entry 3 at 0x20c .*: block 0 of the file is used twice"):
+        _ = image.guest
+
+
+@pytest.mark.malformed
+def test_a_file_of_many_small_blocks_takes_no_memory() -> None:
+    """The file could hold four billion blocks; the disk has two."""
+    image = MemoryFile("sparse.vdi", 1 << 43)
+    image.write(0, build({}, [0, 1], cbBlock=512, cbDisk=1024))
+    with memory_limit(64 << 20):
+        assert Vdi().read(image, Opener(Registry())).guest.size == 1024
 
 
 # -- differencing images

@@ -6,7 +6,7 @@ import numpy as np
 
 from vmconv.plugin import CheckReport, Findings, Image, Usage
 from vmconv_vdi import structs
-from vmconv_vdi.reader import SLICE, Header, head_of, read_header
+from vmconv_vdi.reader import SLICE, Header, entries_of, head_of, read_header
 
 
 def check(image: Image) -> CheckReport:
@@ -27,8 +27,7 @@ def check(image: Image) -> CheckReport:
 
 def _count(header: Header, first: int, findings: Findings, usage: Usage) -> int:
     """Checks a slice of the block map; returns the number of allocated blocks."""
-    file, count = header.file, min(SLICE, header.blocks - first)
-    raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
+    file, raw = header.file, entries_of(header, first)
     number = np.flatnonzero(raw < structs.DISCARDED)
     place = header.data_offset + raw[number] * header.stride
     # Up to the end of the disk: the rest of its last block is not needed.

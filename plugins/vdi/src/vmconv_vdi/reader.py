@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -283,11 +283,9 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
     """
     file = header.file
     room = min(max(0, -(-(file.size - header.data_offset) // header.stride)), structs.DISCARDED)
-    # One byte per block of the file; memory is taken only for touched pages.
-    used = np.zeros(room, dtype=bool)
+    taken: list[npt.NDArray[np.uint32]] = []
     for first in range(0, header.blocks, SLICE):
-        count = min(SLICE, header.blocks - first)
-        raw = np.frombuffer(file.read(header.map_offset + first * 4, count * 4), dtype="<u4").astype(np.int64)
+        raw = entries_of(header, first)
         allocated = raw < structs.DISCARDED
         blocks = raw[allocated]
         offset = header.data_offset + header.block_extra + blocks * header.stride
@@ -298,27 +296,42 @@ def _slices(header: Header) -> Iterator[tuple[Kinds, int, Column]]:
             raise _refuse(
                 header, first + entry, f"payload at {where:#x} lies past the end of the file ({file.size:#x})"
             )
-        twice = _taken_twice(blocks, used)
-        if twice is not None:
-            entry = int(np.flatnonzero(allocated)[twice])
-            raise _refuse(header, first + entry, f"block {raw[entry]} of the file is used twice")
-        used[blocks] = True
+        _refuse_repeated(header, [blocks], first)
+        taken.append(blocks.astype(np.uint32))
         kind = np.where(allocated, Kind.DATA, np.where(raw == structs.DISCARDED, Kind.ZERO, Kind.HOLE))
-        place = np.zeros(count, dtype=np.int64)
+        place = np.zeros(len(raw), dtype=np.int64)
         place[allocated] = offset
         yield kind.astype(np.uint8), 0, place
+    _refuse_repeated(header, taken)
 
 
-def _taken_twice(blocks: Column, used: npt.NDArray[np.bool_]) -> int | None:
-    """Returns the index of a block that is in `used` or repeated."""
-    before = used[blocks]
-    if before.any():
-        return int(np.flatnonzero(before)[0])
-    if (np.diff(blocks) > 0).all():
-        return None
+def entries_of(header: Header, first: int) -> Column:
+    """Returns a slice of the block map."""
+    count = min(SLICE, header.blocks - first)
+    raw = np.frombuffer(header.file.read(header.map_offset + first * 4, count * 4), dtype="<u4")
+    return raw.astype(np.int64)
+
+
+def _refuse_repeated(header: Header, slices: Sequence[npt.NDArray[np.integer[Any]]], first: int = 0) -> None:
+    """Raises `ImageError` if a block of the file is repeated in slices of the block map, from entry `first` on.
+
+    A slice has its allocated entries only.
+    """
+    blocks = np.concatenate(slices) if slices else np.zeros(0, dtype=np.uint32)
+    # Mostly, blocks are in order.
+    if (blocks[1:] > blocks[:-1]).all():
+        return
     order = np.argsort(blocks, kind="stable")
-    again = np.diff(blocks[order]) == 0
-    return int(order[1:][again].min()) if again.any() else None
+    again = blocks[order][1:] == blocks[order][:-1]
+    if not again.any():
+        return
+    index = int(order[1:][again].min())
+    for part, one in enumerate(slices):
+        if index < len(one):
+            start = first + part * SLICE
+            entry = start + int(np.flatnonzero(entries_of(header, start) < structs.DISCARDED)[index])
+            raise _refuse(header, entry, f"block {one[index]} of the file is used twice")
+        index -= len(one)
 
 
 def _refuse(header: Header, block: int, problem: str) -> ImageError:
