@@ -379,7 +379,7 @@ def keywords_of(function: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
 
-INTERNAL = {"descriptor", "facts", "blank"}
+INTERNAL = {"descriptor", "facts", "blank", "size"}
 """Fields of a request that other functions of the API set."""
 
 

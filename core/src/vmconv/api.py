@@ -138,6 +138,7 @@ __all__ = [
     "prove",
     "recover",
     "refuse_copies",
+    "resize",
     "settle",
     "stamp_of",
     "stream",
@@ -611,6 +612,33 @@ def recover(path: StrPath, *, trust: bool = False) -> Recovery:
     journal = checked(RestoreOptions, path=path, trust=trust)
     with _errors():
         return recover_path(journal.path, trust=journal.trust)
+
+
+@_named
+def resize(
+    path: StrPath,
+    size: int,
+    *,
+    relative: bool = False,
+    source_format: str | None = None,
+    shrink: bool = False,
+    keep_undo: bool = False,
+    any_owner: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+) -> Result:
+    """Gives the disk in `path` a size of `size` bytes, or with `relative` one that differs by `size`.
+
+    Payload stays where it lies, and the image keeps its options and ids. A smaller disk needs `shrink`: what lies
+    behind its end is lost.
+    """
+    given = locals()
+    from vmconv.conversion.resizing import resize as resized
+    from vmconv.interface.arguments import Resizing, checked
+
+    asked = checked(Resizing, **given)
+    with _errors():
+        return resized(asked)
 
 
 @_named

@@ -18,6 +18,7 @@ COMMANDS = (
     ("check", "check the structure of an image"),
     ("plan", "show what a conversion would share, copy and write"),
     ("create", "make an image of an empty disk"),
+    ("resize", "give a disk another size"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),
     ("sync", "bring an image up to date with the disk that it was made of"),

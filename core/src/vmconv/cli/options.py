@@ -66,8 +66,7 @@ def add_format(
     )
 
 
-def add_opening(parser: argparse.ArgumentParser, whose: str = "images") -> None:
-    """Adds the arguments on files that `whose` name, and on images in use."""
+def add_allow_external(parser: argparse.ArgumentParser, whose: str = "images") -> None:
     parser.add_argument(
         "--allow-external",
         action="append",
@@ -75,19 +74,28 @@ def add_opening(parser: argparse.ArgumentParser, whose: str = "images") -> None:
         metavar="PATH",
         help=f"let {whose} refer to files in this tree besides their own directory; may be repeated",
     )
+
+
+def add_opening(parser: argparse.ArgumentParser, whose: str = "images") -> None:
+    """Adds the arguments on files that `whose` name, and on images in use."""
+    add_allow_external(parser, whose)
     parser.add_argument(
         "-U", "--force-share", action="store_true", help="read images that another process has open for writing"
     )
 
 
-def add_access(parser: argparse.ArgumentParser) -> None:
-    add_opening(parser)
+def add_backing_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing-format",
         dest="source_backing_format",
         metavar="FMT",
         help="format of backing files where the image above them does not state it (default: by suffix and content)",
     )
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    add_opening(parser)
+    add_backing_format(parser)
 
 
 def access(options: argparse.Namespace) -> dict[str, Any]:
@@ -215,6 +223,22 @@ def read_mode(text: str) -> int:
     if not 0 <= mode <= 0o777:
         raise ValueError
     return mode
+
+
+def add_keep_undo(parser: argparse.ArgumentParser, whose: str, when: str = "") -> None:
+    parser.add_argument(
+        "--keep-undo",
+        action="store_true",
+        help=f"{when}write an undo file, {whose}.vmconv-undo; see vmconv undo",
+    )
+
+
+def add_any_owner(parser: argparse.ArgumentParser, whose: str = "FILE", when: str = "") -> None:
+    parser.add_argument(
+        "--any-owner",
+        action="store_true",
+        help=f"{when}also change and remove files of {whose} with another owner than {whose}",
+    )
 
 
 def add_making(parser: argparse.ArgumentParser) -> None:

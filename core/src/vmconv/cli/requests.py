@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from vmconv.cli.options import (
     add_access,
+    add_any_owner,
     add_decompress,
     add_format,
     add_from_snapshot,
+    add_keep_undo,
     add_options,
     add_output,
     add_snapshot,
@@ -60,16 +62,8 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="turn SOURCE's own file into TARGET: payload stays in place, SOURCE no longer exists afterwards",
     )
-    parser.add_argument(
-        "--keep-undo",
-        action="store_true",
-        help="with --in-place: write an undo file, TARGET.vmconv-undo; see vmconv undo",
-    )
-    parser.add_argument(
-        "--any-owner",
-        action="store_true",
-        help="with --in-place: also change and remove files of SOURCE with another owner than SOURCE",
-    )
+    add_keep_undo(parser, "TARGET", when="with --in-place: ")
+    add_any_owner(parser, "SOURCE", when="with --in-place: ")
     add_output(parser)
     add_access(parser)
 

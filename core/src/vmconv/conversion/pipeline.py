@@ -127,7 +127,8 @@ def _source(request: Request, opener: Opener) -> Image:
         from vmconv.conversion.blank import blank_image
 
         return blank_image(request, opener)
-    return opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+    image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+    return image if request.size is None else image.sized(request.size)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Request(NamedTuple):
     `blank` makes an empty disk of so many bytes instead of reading `source`, which is not used. It may be on top of
     `backing_file`, which is any image then, of `backing_format`; 0 is the size of that.
 
+    `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
+
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
 
@@ -73,6 +75,7 @@ class Request(NamedTuple):
     descriptor: int | None = None
     confined: bool = False
     blank: int | None = None
+    size: int | None = None
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.

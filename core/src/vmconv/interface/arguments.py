@@ -172,6 +172,20 @@ class RestoreOptions(NamedTuple):
     trust: bool = False
 
 
+class Resizing(NamedTuple):
+    """A disk to resize to `size` bytes, or with `relative` by so many; `shrink` allows a smaller one."""
+
+    path: FilePath
+    size: int
+    relative: bool = False
+    source_format: str | None = None
+    shrink: bool = False
+    keep_undo: bool = False
+    any_owner: bool = False
+    allow_external: FilePaths = ()
+    source_backing_format: str | None = None
+
+
 class Descriptor(NamedTuple):
     """An open descriptor to write to."""
 

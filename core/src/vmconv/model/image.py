@@ -151,18 +151,34 @@ class Image:
         """Returns this layer with other facts."""
         if not facts:
             return self
-        other = copy(self)
+        other = self._changed(lambda table: table)
         other.facts = self.facts._replace(**facts)
+        return other
+
+    def sized(self, size: int) -> Image:
+        """Returns this layer cut off at `size` bytes, or longer: the rest is zero, whatever the layers below have."""
+        from vmconv.model.extents import Kind
+
+        # A parent may be longer than this layer. It is not opened to know that: in place, it must not be open.
+        beyond = Kind.HOLE if self.parent_reference is None else Kind.ZERO
+        other = self._changed(lambda table: table.window(0, size, beyond))
+        other.size = size
+        other._load_places = None
+        return other
+
+    def _changed(self, change: Callable[[Extents], Extents]) -> Image:
+        """Returns a copy of this layer whose table is changed when it is loaded."""
+        other = copy(self)
 
         def load_guest() -> Extents:
             table = self.guest
             # Loading the table may add warnings to the image that its reader knows.
             other.warnings = tuple(dict.fromkeys((*other.warnings, *self.warnings)))
-            return table
+            return change(table)
 
         other._load_guest = load_guest
-        # Derived from the facts, or loaded before.
-        for name in ("disk", "guest"):
+        # Loaded before, from what is changed.
+        for name in ("disk", "guest", "stored", "places", "flat"):
             other.__dict__.pop(name, None)
         return other
 

@@ -98,18 +98,19 @@ class _Writer:
         self.chunks = distinct(self.partial // self.ratio)
 
     def _blocks(self, options: Options, carrier: File | None) -> int:
-        """Returns the bytes of a block; in place the smallest, because the first block may have to move."""
+        """Returns the bytes of a block; in place by default the smallest, because the first block may have to move."""
         if carrier is None:
             return options.block_size or next((b for limit, b in _BLOCK_SIZES if self.size > limit), _SMALL_BLOCK)
         if self.fixed:
             raise PlanError("in place, a VHDX cannot be fixed", hint="use -o subformat=dynamic")
-        return structs.MIB
+        return options.block_size or structs.MIB
 
     def _pin(self, carrier: File) -> None:
         """Leaves payload in place, except for the part that must clear the headers."""
         from vmconv.plugin import pin
 
-        self.pinned = pin(self.guest.window(0, self.size), carrier, [self.block]).cleared(structs.HEADER_SECTION)
+        found = pin(self.guest.window(0, self.size), carrier, [self.block], structs.MIB)
+        self.pinned = found.cleared(structs.HEADER_SECTION)
         runs = self.runs.take(self.runs.kind != Kind.DATA).joined(self.pinned.runs)
         self.runs = runs.take(np.argsort(runs.first, kind="stable"))
 

@@ -1,0 +1,76 @@
+"""Resizing: a conversion in place into the same format, with the image's own options and another size."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from vmconv.conversion import pipeline
+from vmconv.conversion.request import Request, Result
+from vmconv.errors import PlanError, UsageError
+from vmconv.inplace.settling import settle
+from vmconv.io.opener import Opener
+from vmconv.io.registry import installed
+
+if TYPE_CHECKING:
+    from vmconv.interface.arguments import Resizing
+    from vmconv.model.image import Image
+    from vmconv.model.plan import Plan
+
+_SECTOR = 512
+
+
+def resize(asked: Resizing) -> Result:
+    """Gives a disk another size. Payload stays where it lies.
+
+    Raises `UsageError` for a size that no disk has. Raises `PlanError` if the disk would become smaller without
+    `shrink`, or the image would lose something without an undo file.
+    """
+    with Opener(
+        installed(),
+        allow_external=asked.allow_external,
+        backing_format=asked.source_backing_format,
+        settle=settle,
+    ) as opener:
+        image = opener.image(asked.path, asked.source_format)
+        size = image.size + asked.size if asked.relative else asked.size
+        _refuse(image, size, shrink=asked.shrink)
+        request = _request(asked, image, size)
+
+    def announce(plan: Plan) -> None:
+        if plan.losses and not asked.keep_undo:
+            raise PlanError(f"{asked.path}: resizing would drop {plan.losses[0]}", hint="--keep-undo allows that")
+
+    return pipeline.run(request, announce=announce)[0]
+
+
+def _request(asked: Resizing, image: Image, size: int) -> Request:
+    one = installed().format(image.format_name)
+    options = one.options_of(image)
+    return Request(
+        asked.path,
+        asked.path,
+        source_format=one.name,
+        target_format=one.name,
+        options={field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
+        backing_file=image.parent_reference,
+        in_place=True,
+        keep_undo=asked.keep_undo,
+        any_owner=asked.any_owner,
+        allow_external=asked.allow_external,
+        source_backing_format=asked.source_backing_format,
+        size=size,
+    )
+
+
+def _refuse(image: Image, size: int, *, shrink: bool) -> None:
+    name = image.file.name
+    if image.kind != "disk":
+        raise PlanError(f"{name}: a memory image has the size of its machine's memory")
+    if size <= 0 or size % _SECTOR:
+        raise UsageError(f"{name}: size {size} is not a positive multiple of {_SECTOR}")
+    if size < image.size and not shrink:
+        raise PlanError(
+            f"{name}: has {image.size} bytes, and what lies behind {size} would be lost",
+            hint="shrink the partitions and filesystems in it first; --shrink then cuts off the rest",
+        )

@@ -1,0 +1,171 @@
+"""`vmconv resize`: every format grows and shrinks in its own file, as QEMU reads it, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vmconv
+from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.variants import Variant, make, qemu_name, self_contained, title
+from vmconv.cli.main import main
+from vmconv.errors import AccessError, PlanError, UsageError
+
+Capture = pytest.CaptureFixture[str]
+
+REFUSED = {
+    "vmdk-streamOptimized": "is always rebuilt as a whole",
+    "vmdk-twoGbMaxExtentSparse": "refers to disk-s001.vmdk, which is a disk of its own",
+}
+"""Images that cannot be changed in place anywhere."""
+REFUSED_ON_EXT4 = REFUSED | {
+    "vmdk-monolithicFlat": "is part of the source",
+    "vmdk-twoGbMaxExtentFlat": "is part of the source",
+    "vmdk-vmfs": "is part of the source",
+}
+
+
+def state(path: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in path.parent.iterdir()}
+
+
+def assert_resized(path: Path, variant: Variant, disk: Path, size: int, qemu_img: QemuImg) -> None:
+    """Resizes an image with the content of a raw disk, and the disk, and asks QEMU whether they are equal."""
+    before, names = vmconv.info(path), set(state(path))
+    result = vmconv.resize(path, size, shrink=True)
+    os.truncate(disk, size)
+    qemu_img("compare", "-f", qemu_name(variant), "-F", "raw", path, disk)
+    after = vmconv.info(path)
+    assert after["virtual-size"] == size
+    for name in ("format", "cluster-size"):
+        assert after.get(name) == before.get(name)
+    assert (set(state(path)), result.losses) == (names, ())
+    report = vmconv.check(path)
+    assert report is None or not (report.errors or report.corruptions or report.leaks)
+
+
+def assert_refused(path: Path, size: int, message: str) -> None:
+    before = state(path)
+    with pytest.raises((PlanError, AccessError), match=message):
+        vmconv.resize(path, size)
+    assert state(path) == before
+
+
+@pytest.mark.parametrize("size", [24 * MIB, 5 * MIB], ids=["grow", "shrink"])
+@pytest.mark.parametrize("variant", self_contained(), ids=title)
+def test_each_format_on_a_filesystem_that_shares(
+    variant: Variant, size: int, reflink_dir: Path, qemu_img: QemuImg
+) -> None:
+    disk = make_disk(reflink_dir / "disk.raw", 16 * MIB)
+    path = make(disk, variant, reflink_dir)
+    if title(variant) in REFUSED:
+        assert_refused(path, 24 * MIB, REFUSED[title(variant)])
+    else:
+        assert_resized(path, variant, disk, size, qemu_img)
+
+
+@pytest.mark.parametrize("size", [24 * MIB, 5 * MIB], ids=["grow", "shrink"])
+@pytest.mark.parametrize("variant", self_contained(), ids=title)
+def test_each_format_in_its_own_blocks_on_ext4(variant: Variant, size: int, ext4_dir: Path, qemu_img: QemuImg) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", 16 * MIB)
+    path = make(disk, variant, ext4_dir)
+    if title(variant) in REFUSED_ON_EXT4:
+        assert_refused(path, 24 * MIB, REFUSED_ON_EXT4[title(variant)])
+        return
+    inode = path.stat().st_ino
+    assert_resized(path, variant, disk, size, qemu_img)
+    assert path.stat().st_ino == inode
+
+
+@pytest.mark.parametrize("base_size", [16 * MIB, 48 * MIB], ids=["shorter base", "longer base"])
+def test_a_base_does_not_show_behind_the_old_end(base_size: int, tmp_path: Path, qemu_img: QemuImg) -> None:
+    base = make_disk(tmp_path / "base.raw", base_size)
+    content = base.read_bytes()
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "top.qcow2", "20M")
+    qemu_io(tmp_path / "top.qcow2", "write -P 7 1M 1M", format_name="qcow2")
+    expected = tmp_path / "expected.raw"
+    expected.write_bytes(content[: 20 * MIB])
+    qemu_io(expected, "write -P 7 1M 1M", format_name="raw")
+    os.truncate(expected, 32 * MIB)
+    vmconv.resize(tmp_path / "top.qcow2", 32 * MIB)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", tmp_path / "top.qcow2", expected)
+    assert vmconv.info(tmp_path / "top.qcow2")["backing-filename"] == "base.raw"
+    assert base.read_bytes() == content
+
+
+def test_what_is_cut_off_is_zero_when_the_disk_grows_again(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    vmconv.convert(disk, tmp_path / "disk.qcow2")
+    first = disk.read_bytes()[:MIB]
+    for path in (disk, tmp_path / "disk.qcow2"):
+        vmconv.resize(path, MIB, shrink=True)
+        vmconv.resize(path, 3 * MIB, relative=True)
+    assert disk.read_bytes() == first + bytes(3 * MIB)
+    assert vmconv.compare(disk, tmp_path / "disk.qcow2")
+
+
+def test_an_undo_file_brings_the_old_disk_back(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    path = tmp_path / "disk.qcow2"
+    vmconv.convert(disk, path)
+    before = path.read_bytes()
+    vmconv.resize(path, MIB, shrink=True, keep_undo=True)
+    vmconv.undo(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("lost", ["snapshot", "bitmap"])
+def test_snapshots_and_bitmaps_are_not_dropped(lost: str, tmp_path: Path, qemu_img: QemuImg) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "16M")
+    qemu_img(*(("snapshot", "-c", "one", path) if lost == "snapshot" else ("bitmap", "--add", path, "one")))
+    assert_refused(path, 24 * MIB, lost)
+
+
+def test_a_disk_in_use_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    vmconv.convert(make_disk(tmp_path / "disk.raw", 4 * MIB), path)
+    with subprocess.Popen(["qemu-io", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
+        assert guest.stdin and guest.stdout
+        guest.stdin.write(b"write 0 512\n")
+        guest.stdin.flush()
+        guest.stdout.readline()
+        assert_refused(path, 8 * MIB, "open for writing in another process")
+        guest.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"size": MIB}, PlanError, "what lies behind 1048576 would be lost"),
+        ({"size": -MIB, "relative": True}, PlanError, "what lies behind 3145728 would be lost"),
+        ({"size": 0, "shrink": True}, UsageError, "size 0 is not a positive multiple of 512"),
+        ({"size": -5 * MIB, "relative": True, "shrink": True}, UsageError, "size -1048576 is not"),
+        ({"size": 1000, "shrink": True}, UsageError, "size 1000 is not"),
+        ({"size": "5M"}, UsageError, "size"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused(
+    keywords: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    disk = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    before = disk.read_bytes()
+    with pytest.raises(error, match=message):
+        vmconv.resize(disk, **keywords)
+    assert disk.read_bytes() == before
+
+
+def test_the_command_line_takes_sizes_with_a_sign(tmp_path: Path, capsys: Capture) -> None:
+    disk = str(make_disk(tmp_path / "disk.raw", 4 * MIB))
+    assert main(["resize", disk, "+1M"]) == 0
+    assert "kept" in capsys.readouterr().out
+    assert main(["resize", "--shrink", "--output", "json", disk, "-2M"]) == 0
+    assert json.loads(capsys.readouterr().out)["target"] == disk
+    assert os.path.getsize(disk) == 3 * MIB
+    assert main(["resize", disk, "-1M"]) == 1
+    assert "--shrink" in capsys.readouterr().err
