@@ -11,7 +11,7 @@ from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.conversion import ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
 from vmconv_fleet.cli.fleet import COMMAND
-from vmconv_fleet.console.forms import CONVERSION
+from vmconv_fleet.console.converting import FLAGS, TEXTS
 from vmconv_fleet.jobs.arguments import ARGUMENTS, Convert, ConvertMachine, JobRequest, MachineJobRequest
 from vmconv_fleet.jobs.task import Task
 from vmconv_fleet.trust.roles import VERBS
@@ -81,7 +81,7 @@ def test_every_part_of_a_conversion_is_a_field_of_its_definition() -> None:
     assert set(options.spec) <= ConversionSpec.model_fields.keys()
     assert {name: getattr(options, name) for name in options.spec if getattr(options, name)} == {"format": "qcow2"}
     assert set(options.machine_spec) == MachineSpec.model_fields.keys() <= set(Task._fields)
-    assert set(CONVERSION) <= ConversionSpec.model_fields.keys()
+    assert {*TEXTS, *FLAGS} <= ConversionSpec.model_fields.keys() | MachineSpec.model_fields.keys()
     assert {"format", "options", "target", "zero_copy", "dry_run"} == set(
         Task._fields
     ) & ConversionSpec.model_fields.keys()

@@ -7,7 +7,7 @@ snapshot states that age.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,6 +26,8 @@ from vmconv_fleet.words import role_text, trap_in
 
 if TYPE_CHECKING:
     from vmconv_fleet.trust.rights import Rights
+
+B = TypeVar("B", bound=Body)
 
 NodeState = Literal["here", "up", "silent", "retired", "cloned"]
 
@@ -74,6 +76,11 @@ class Snapshot:
         self._retired = retirements
         self._cloned = view.cloned()
         self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
+
+    def body(self, model: type[B], owner: str, kind: str, id: str) -> B | None:
+        """Returns the body of a record; None if it is not here, or is not valid."""
+        record = self.view.get(owner, kind, id)
+        return model.model_validate(record.body) if record and _fits(model, record) else None
 
     def find(self, kind: str, owner: str | None = None) -> list[Record]:
         """Returns the records of a kind with valid bodies; other nodes may write invalid ones."""

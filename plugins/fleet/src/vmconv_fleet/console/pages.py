@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import TypeVar
@@ -12,23 +12,25 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from starlette.routing import Route
 
-from vmconv.plugin import UsageError, VmconvError
+from vmconv.plugin import VmconvError
 from vmconv_fleet.api.asking import NotHereError
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.kinds import Body
-from vmconv_fleet.catalogue.paging import Page
-from vmconv_fleet.catalogue.selection import DISKS, Selection, parse
 from vmconv_fleet.catalogue.snapshot import Snapshot
-from vmconv_fleet.console import forms
-from vmconv_fleet.console.web import PAGE, Visit, failed, visit_of
-from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
+from vmconv_fleet.catalogue.summaries import conversion
+from vmconv_fleet.console import confirming, converting, forms, governing, lists
+from vmconv_fleet.console.lists import bodies
+from vmconv_fleet.console.web import Visit, failed, visit_of
+from vmconv_fleet.replication.indexing import UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
 
 _STATIC = {"fleet.css": "text/css", "fleet.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 _RELATED = 200
 """The most related records on a page of one."""
+
+_FIRST = 20
+"""The records of each kind on the page of a datastore."""
 
 B = TypeVar("B", bound=Body)
 Show = Callable[[Visit], Response]
@@ -38,7 +40,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def install(app: FastAPI) -> None:
     """Adds the console to the application; its pages are not part of the API's description."""
     routes = [Route(path, _shown(page), methods=["GET"]) for path, page in _PAGES.items()]
-    routes += [Route(path, _guarded(form), methods=["POST"]) for path, form in forms.FORMS.items()]
+    routes += [Route(path, _guarded(form), methods=["POST"]) for path, form in _FORMS.items()]
     routes += [
         Route("/login", _guarded(forms.login_page), methods=["GET"]),
         Route("/static/{name}", _static, methods=["GET"]),
@@ -83,9 +85,10 @@ def _one(visit: Visit, model: type[B], kind: str) -> tuple[Record, B]:
     """Returns the record that the page's address names."""
     owner, identifier = visit.request.path_params["owner"], visit.request.path_params["id"]
     record = visit.snapshot.view.get(owner, kind, identifier)
-    if record is None:
+    body = visit.snapshot.body(model, owner, kind, identifier)
+    if record is None or body is None:
         raise NotHereError(f"{kind} {identifier} is not here")
-    return record, model.model_validate(record.body)
+    return record, body
 
 
 def _nodes(visit: Visit) -> Response:
@@ -112,47 +115,24 @@ def _node(visit: Visit) -> Response:
     found = [one for one in snapshot.nodes() if one.node == owner]
     if not found:
         raise NotHereError(f"node {owner} is not here")
-    policy = snapshot.view.get(owner, "policy", "conversion")
-    able = snapshot.view.get(owner, "capabilities", "installed")
     return visit.page(
         "node.html",
         title=found[0].name,
         node=found[0],
         datastores=_read(snapshot, kinds.DatastoreBody, "datastore", owner),
-        policy=kinds.PolicyBody.model_validate(policy.body if policy else {}),
-        formats=kinds.CapabilitiesBody.model_validate(able.body).formats if able else {},
+        policy=snapshot.body(kinds.PolicyBody, owner, "policy", "conversion") or kinds.PolicyBody(),
+        formats=_able(snapshot, owner).formats,
     )
 
 
-def _disks(visit: Visit) -> Response:
-    text = visit.request.query_params.get("select", "")[:4000]
-    selection: Selection | None = None
-    wrong = None
-    try:
-        selection = parse(text) if text.strip() else None
-    except UsageError as exc:
-        wrong = str(exc)
-    sort = visit.request.query_params.get("sort", "node")
-    if sort.removeprefix("-") not in ("node", "name", "size", "actual-size", "format"):
-        sort = "node"
-    page = Page([], None, 0) if wrong else visit.snapshot.disks(selection, sort=sort, after=visit.after(), limit=PAGE)
-    return visit.listing(
-        "disks.html",
-        page,
-        title="Disks",
-        disks=[(one, kinds.DiskBody.model_validate(one.body)) for one in page.records],
-        select=text,
-        sort=sort,
-        wrong=wrong,
-        fields=DISKS.meanings,
-    )
+def _able(snapshot: Snapshot, owner: str) -> kinds.CapabilitiesBody:
+    return snapshot.body(kinds.CapabilitiesBody, owner, "capabilities", "installed") or kinds.CapabilitiesBody()
 
 
 def _disk(visit: Visit) -> Response:
     record, disk = _one(visit, kinds.DiskBody, "disk")
     snapshot = visit.snapshot
-    able = snapshot.view.get(record.owner, "capabilities", "installed")
-    formats = kinds.CapabilitiesBody.model_validate(able.body).formats if able else {}
+    formats = _able(snapshot, record.owner).formats
     return visit.page(
         "disk.html",
         title=disk.name,
@@ -160,109 +140,100 @@ def _disk(visit: Visit) -> Response:
         disk=disk,
         formats=[name for name, one in sorted(formats.items()) if one.writes],
         children=_using(snapshot, kinds.DiskBody, "disk", "parents", record),
-        jobs=_jobs_of(snapshot, record),
+        jobs=_jobs_of(snapshot, record.owner, Where("disk = ?", (record.id,))),
         vms=_using(snapshot, kinds.VmBody, "vm", "uses", record),
     )
 
 
 def _vm(visit: Visit) -> Response:
     record, vm = _one(visit, kinds.VmBody, "vm")
-    able = visit.snapshot.view.get(record.owner, "capabilities", "installed")
-    machines = kinds.CapabilitiesBody.model_validate(able.body).machines if able else {}
+    jobs = _jobs_of(visit.snapshot, record.owner, Where("vm = ?", (record.id,)))
+    ids = [one.disk for one in vm.disks if one.disk]
+    disks = {one: visit.snapshot.body(kinds.DiskBody, record.owner, "disk", one) for one in ids}
+    machines = _able(visit.snapshot, record.owner).machines
     return visit.page(
         "vm.html",
         title=vm.name,
         record=record,
         vm=vm,
+        disks=disks,
+        planned=next((one for _, one in jobs if one.plan), None),
         formats=[name for name, one in sorted(machines.items()) if one.writes],
-        jobs=_jobs_of(visit.snapshot, record),
+        jobs=jobs,
     )
 
 
 def _using(snapshot: Snapshot, model: type[B], kind: str, column: str, disk: Record) -> list[tuple[Record, B]]:
     """Returns the first records of a node whose `column` names one of its disks."""
     uses = Where(f"instr({column}, ?)", (f" {disk.id} ",))
-    return _bodies(model, snapshot.page(kind, uses, owner=disk.owner, limit=_RELATED))
+    return bodies(model, snapshot.page(kind, uses, owner=disk.owner, limit=_RELATED))
 
 
-def _jobs_of(snapshot: Snapshot, source: Record) -> list[tuple[Record, kinds.JobBody]]:
-    """Returns the latest jobs of a disk or a machine."""
-    whose = Where(f"{source.kind} = ?", (source.id,))
-    page = snapshot.page("job", whose, owner=source.owner, order=("created_ms",), descending=True, limit=_RELATED)
-    return _bodies(kinds.JobBody, page)
+def _jobs_of(snapshot: Snapshot, owner: str, whose: Where) -> list[tuple[Record, kinds.JobBody]]:
+    """Returns the latest jobs of an owner for which a condition holds."""
+    page = snapshot.page("job", whose, owner=owner, order=("created_ms",), descending=True, limit=_RELATED)
+    return bodies(kinds.JobBody, page)
 
 
-def _bodies(model: type[B], page: Page) -> list[tuple[Record, B]]:
-    return [(one, model.model_validate(one.body)) for one in page.records]
-
-
-def _vms(visit: Visit) -> Response:
-    page = visit.snapshot.page("vm", order=("name",), after=visit.after(), limit=PAGE)
-    return visit.listing("vms.html", page, title="Virtual machines", vms=_bodies(kinds.VmBody, page))
-
-
-def _jobs(visit: Visit) -> Response:
-    wanted = visit.request.query_params.get("state", "")
-    where = Where("state = ?", (wanted,)) if wanted else ALL
-    page = visit.snapshot.page("job", where, order=("created_ms",), descending=True, after=visit.after(), limit=PAGE)
-    states = Counter(dict(visit.snapshot.view.tally("job", by=("state",))))
-    return visit.listing(
-        "jobs.html", page, title="Jobs", jobs=_bodies(kinds.JobBody, page), states=states, state=wanted
+def _datastore(visit: Visit) -> Response:
+    record, store = _one(visit, kinds.DatastoreBody, "datastore")
+    snapshot, place = visit.snapshot, Where("datastore = ?", (record.id.casefold(),))
+    disks = snapshot.page("disk", place, owner=record.owner, order=("size",), descending=True, limit=_FIRST)
+    vms = snapshot.page("vm", place, owner=record.owner, order=("name",), limit=_FIRST)
+    jobs = Where("? IN (datastore, target_datastore)", (record.id,))
+    return visit.page(
+        "datastore.html",
+        title=record.id,
+        record=record,
+        store=store,
+        disks=bodies(kinds.DiskBody, disks),
+        disk_total=disks.total,
+        vms=bodies(kinds.VmBody, vms),
+        vm_total=vms.total,
+        jobs=_jobs_of(snapshot, record.owner, jobs)[:_FIRST],
+        selection=f"node={record.owner} and datastore={record.id}",
     )
 
 
 def _job(visit: Visit) -> Response:
     record, job = _one(visit, kinds.JobBody, "job")
-    return visit.page("job.html", title=f"{job.source} to {job.format}", record=record, job=job)
+    return visit.page("job.html", title=conversion(record.body), record=record, job=job, steps=_steps(job))
 
 
-def _requests(visit: Visit) -> Response:
-    snapshot = visit.snapshot
-    found = snapshot.page("request", order=("clock",), descending=True, after=visit.after(), limit=PAGE)
-    page = _bodies(kinds.RequestBody, found)
-    return visit.listing(
-        "requests.html",
-        found,
-        title="Requests",
-        requests=page,
-        responses={(one.owner, one.id): _response_to(snapshot, one) for one, _ in page},
-        wishes={(one.owner, one.id): differences(None, body.arguments) for one, body in page},
-    )
-
-
-def _response_to(snapshot: Snapshot, request: Record) -> kinds.ResponseBody | None:
-    record = snapshot.response_of(request)
-    return kinds.ResponseBody.model_validate(record.body) if record else None
-
-
-def _history(visit: Visit) -> Response:
-    owner = visit.request.query_params.get("node", "")
-    found = visit.snapshot.page(
-        "transaction", owner=owner or None, order=("clock",), descending=True, after=visit.after(), limit=PAGE
-    )
-    page = _bodies(kinds.TransactionBody, found)
-    changes = defaultdict(list)
-    for record, transaction in page:
-        for change in transaction.changes:
-            changes[record.owner, record.id].append((change, differences(change.before, change.after)))
-    return visit.listing("history.html", found, title="History", transactions=page, changes=changes, owner=owner)
-
-
-def _tokens(visit: Visit) -> Response:
-    found = sorted(_read(visit.snapshot, kinds.TokenBody, "token"), key=lambda one: (one[1].label, one[0].id))
-    return visit.page("tokens.html", title="Tokens", tokens=found)
+def _steps(job: kinds.JobBody) -> list[kinds.JobEvent]:
+    """Returns the log of a job, from its request on."""
+    who = (job.by.user if job.by else "") or "somebody"
+    return [kinds.JobEvent(at_ms=job.created_ms, text=f"requested by {who}"), *job.log]
 
 
 _PAGES: dict[str, Show] = {
     "/": _nodes,
     "/nodes/{owner}": _node,
-    "/disks": _disks,
+    "/datastores": lists.datastores,
+    "/datastores/{owner}/{id}": _datastore,
+    "/disks": lists.disks,
     "/disks/{owner}/{id}": _disk,
-    "/vms": _vms,
+    "/vms": lists.vms,
     "/vms/{owner}/{id}": _vm,
-    "/jobs": _jobs,
+    "/convert": converting.choose,
+    "/convert/review": converting.review,
+    "/jobs": lists.jobs,
     "/jobs/{owner}/{id}": _job,
-    "/requests": _requests,
-    "/history": _history,
-    "/tokens": _tokens,
+    "/requests": lists.requests,
+    "/history": lists.history,
+    "/policies": lists.policies,
+    "/policies/{owner}": governing.policy,
+    "/policies/{owner}/review": governing.policy_review,
+    "/tokens": lists.tokens,
+    "/tokens/new": governing.new_token,
+    "/tokens/new/review": governing.token_review,
+    **{path: confirming.asking(act) for path, act in confirming.ACTS.items()},
+}
+
+_FORMS: dict[str, Endpoint] = {
+    **forms.FORMS,
+    "/convert": converting.convert,
+    "/policies/{owner}": governing.set_policy,
+    "/tokens": governing.make_token,
+    **{path: confirming.doing(act) for path, act in confirming.ACTS.items()},
 }

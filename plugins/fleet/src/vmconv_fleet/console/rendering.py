@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vmconv.plugin import printable, size_text
 from vmconv_fleet.catalogue.kinds import JobPlan
+from vmconv_fleet.replication.records import Record
 from vmconv_fleet.words import age_text, time_text
+
+
+def address_of(pages: str, record: Record) -> str:
+    """Returns the address of a record's page. Its id may be anything: another node has chosen it."""
+    return f"/{pages}/{quote(record.owner, safe='')}/{quote(record.id, safe='')}"
 
 
 class BarSegment(NamedTuple):
@@ -57,6 +64,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "address": address_of,
         "age": age_text,
         "moment": _moment,
         "percent": lambda part, whole: f"{100 * part / whole:.0f}" if whole else "0",

@@ -3,6 +3,7 @@
 "use strict";
 
 (() => {
+  chooseAll();
   const LEAST = 700; // milliseconds between two fetches
   const kinds = document.body.dataset.events;
   if (!kinds || !window.EventSource) return;
@@ -43,9 +44,33 @@
       made.querySelectorAll("details").forEach((one, index) => {
         if (index < open.length && open.length === made.querySelectorAll("details").length) one.open = open[index];
       });
+      const focused = old.contains(document.activeElement) ? keyOf(document.activeElement) : null;
+      const chosen = new Set([...old.querySelectorAll("input:checked")].map((one) => one.value));
+      for (const one of made.querySelectorAll("input[type=checkbox]")) one.checked = chosen.has(one.value);
       old.replaceWith(made);
+      // Somebody who uses the keyboard stays at the same link or box.
+      const again = focused && [...made.querySelectorAll("a, input, summary, [tabindex]")].find((one) => keyOf(one) === focused);
+      if (again) again.focus({ preventScroll: true });
     }
+    chooseAll();
     document.documentElement.dataset.looked = String(Number(document.documentElement.dataset.looked || 0) + 1);
+  }
+
+  function keyOf(element) {
+    return `${element.tagName} ${element.getAttribute("href") || element.value || element.textContent}`;
+  }
+
+  // A box that chooses all rows: without this script each row has its own.
+  function chooseAll() {
+    for (const head of document.querySelectorAll("th[data-all]")) {
+      if (head.querySelector("input")) continue;
+      const all = document.createElement("input");
+      all.type = "checkbox";
+      all.setAttribute("aria-label", "Choose all on this page");
+      const boxes = () => head.closest("table").querySelectorAll(`td input[name=${head.dataset.all}]`);
+      all.addEventListener("change", () => boxes().forEach((one) => (one.checked = all.checked)));
+      head.append(all);
+    }
   }
 
   const events = new EventSource(`/api/v1/events?kinds=${encodeURIComponent(kinds)}`);
