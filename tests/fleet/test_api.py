@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from fleet.in_memory import Node, nodes
 from fleet.plain import retirement, retirement_named
@@ -357,7 +358,7 @@ def test_a_retired_node_is_history(api: Served, pair: Sequence[Node]) -> None:
     pair[0].body_when(pair[1].id, "retirement", retired, lambda _record: True)
     states = {one["name"]: (one["state"], one["age_ms"]) for one in api.local.get("/api/v1/nodes")["items"]}
     assert states["n09"] == ("retired", None)
-    assert 'vmconv_fleet_nodes{state="retired"} 1' in list(api.local.lines("/metrics"))
+    assert 'vmconv_fleet_nodes{state="retired"} 1.0' in list(api.local.lines("/metrics"))
     assert [one["name"] for one in api.local.get("/api/v1/fleet")["unseen"]] == []
 
 
@@ -581,16 +582,49 @@ def test_a_reconnecting_subscriber_must_read_again(api: Served) -> None:
     assert (lines[0], lines[4:]) == ("event: here", ["event: lost", "data: {}"])
 
 
+def samples(api: Served) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """Returns the metrics as Prometheus reads them, which refuses the same labels twice."""
+    families = text_string_to_metric_families("\n".join(api.local.lines("/metrics")))
+    found = [one for family in families for one in family.samples]
+    read = {(one.name, frozenset(one.labels.items())): one.value for one in found}
+    assert len(read) == len(found)
+    return read
+
+
 def test_metrics_are_what_prometheus_reads(api: Served, pair: Sequence[Node]) -> None:
-    pair[1].write(Change("disk", "d2", {"datastore": "ds", "name": "x", "format": 'a"b\\c\nd'}))
-    pair[0].body_when(pair[1].id, "disk", "d2", lambda _record: True)
-    lines = [line for line in api.local.lines("/metrics") if line and not line.startswith("#")]
-    assert 'vmconv_fleet_disks{node="n02",format="a\\"b\\\\c\\nd"} 1' in lines
-    assert 'vmconv_fleet_nodes{state="here"} 1' in lines
-    for line in lines:
-        name, _, value = line.rpartition(" ")
-        assert name.startswith("vmconv_fleet_")
-        float(value)
+    one, other = pair
+    names = 'a"b\\c\nd', "n02\r\x00\u2028"
+    other.write(
+        Change("disk", "d2", {"datastore": "ds", "name": "x", "format": names[0]}),
+        Change("node", other.id, {"name": names[1], "fleet": "test"}),
+    )
+    one.body_when(other.id, "node", other.id, lambda record: record.body["name"] == names[1])
+    read = samples(api)
+    formats = {dict(labels)["format"] for name, labels in read if name == "vmconv_fleet_disks"}
+    assert formats == {"vmdk", names[0]}
+    assert read["vmconv_fleet_nodes", frozenset({("state", "here")})] == 1
+    assert all(name.startswith("vmconv_fleet_") for name, _ in read)
+    assert read["vmconv_fleet_records_written_total", frozenset({"node": "n01", "id": one.id}.items())] > 0
+
+
+def test_two_nodes_of_one_name_have_metrics_of_their_own(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    for node in pair:
+        node.write(Change("job", "j1", {"state": "done", "disk": "d1", "datastore": "ds", "format": "qcow2"}))
+    other.write(Change("datastore", "ds", {"path": "/srv", "size": 5}), Change("node", other.id, {"name": "n01"}))
+    one.write(Change("datastore", "ds", {"path": "/srv", "size": 7}))
+    one.body_when(other.id, "node", other.id, lambda record: record.body["name"] == "n01")
+    read = samples(api)
+    sizes = {dict(labels)["id"]: value for (name, labels), value in read.items() if name.endswith("_size_bytes")}
+    assert sizes == {one.id: 7, other.id: 5}
+
+
+def test_metrics_have_the_format_that_is_asked_for(api: Served) -> None:
+    token = api.token("viewer")["token"]
+    kinds = {"text/plain": "text/plain", "application/openmetrics-text; version=1.0.0": "application/openmetrics-text"}
+    for asked, given in kinds.items():
+        answer = raw(api, "GET", "/metrics", Authorization=f"Bearer {token}", Accept=asked)
+        assert (answer.status, answer.headers["Content-Type"].partition(";")[0]) == (200, given)
 
 
 # A restored node
