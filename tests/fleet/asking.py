@@ -96,6 +96,8 @@ ASKED: dict[str, dict[str, Any]] = {
     "token-revoke": {"id": "0" * 12},
     "webhook-add": {"id": "0" * 12, "place": "https://hooks.example"},
     "webhook-remove": {"id": "0" * 12},
+    "group-set": {"group": "ops", "role": "operator"},
+    "group-remove": {"id": "0" * 32},
     "retire": {"node": OTHER},
     "revoke": {"node": OTHER},
 }

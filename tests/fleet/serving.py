@@ -6,7 +6,7 @@ import asyncio
 import datetime
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from vmconv_fleet.config import LIMITS
 from vmconv_fleet.limiter import Limiter, Limits
 from vmconv_fleet.node.activation import API_S, LOCAL_LIMITS
 from vmconv_fleet.node.serving import Site, serve
+from vmconv_fleet.oidc.settings import OidcSettings
 from vmconv_fleet.testing import PATIENCE
 
 USUAL = Limits(LIMITS["connections"], LIMITS["connections_per_address"], API_S)
@@ -52,10 +53,11 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(node: Node, limits: Limits = USUAL) -> Iterator[Served]:
-    """Yields the node's API while it is served."""
+def served(
+    node: Node, limits: Limits = USUAL, sign_in: Callable[[str], OidcSettings] | None = None
+) -> Iterator[Served]:
+    """Yields the node's API while it is served; `sign_in` returns where people sign in, for the console's address."""
     app = create_app(node.service, directory=str(node.directory), link=node.wire)
-    console.install(app)
     key, certificate = tls_files(node.directory)
     local, remote = Limiter("local", LOCAL_LIMITS), Limiter("api", limits)
     node.service.observe(remote)
@@ -64,13 +66,14 @@ def served(node: Node, limits: Limits = USUAL) -> Iterator[Served]:
         unix.bind(str(node.directory / "api.sock"))
         unix.listen()
         listening = [local.listen(unix), remote.listen(socket.create_server(("127.0.0.1", 0)))]
+        url = f"https://127.0.0.1:{listening[1].getsockname()[1]}"
+        console.install(app, sign_in(url) if sign_in else None)
         for one in listening:
             stack.enter_context(one)
         tls = {"ssl_keyfile": key, "ssl_certfile": certificate}
         stack.enter_context(_running([Site(as_local(app), listening[0], {}), Site(app, listening[1], tls)]))
         stack.callback(local.close)
         stack.callback(remote.close)
-        url = f"https://127.0.0.1:{listening[1].getsockname()[1]}"
         yield Served(node, app, stack.enter_context(NodeClient(str(node.directory))), url, certificate, remote)
 
 
@@ -94,7 +97,7 @@ def _running(sites: Sequence[Site]) -> Iterator[None]:
 def tls_files(directory: Path) -> tuple[str, str]:
     """Returns the files of a new key and of its certificate, for loopback."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, directory.name)])
     now = datetime.datetime.now(datetime.UTC)
     import ipaddress
 

@@ -697,6 +697,8 @@ def test_the_description_has_every_verb(api: Served) -> None:
         "token-revoke": "DELETE /api/v1/tokens/{owner}/{identifier}",
         "webhook-add": "POST /api/v1/webhooks",
         "webhook-remove": "DELETE /api/v1/webhooks/{owner}/{identifier}",
+        "group-set": "POST /api/v1/groups",
+        "group-remove": "DELETE /api/v1/groups/{owner}/{identifier}",
         "retire": "POST /api/v1/nodes/{node}/retire",
         "revoke": "POST /api/v1/nodes/{node}/revoke",
     }

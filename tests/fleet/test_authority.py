@@ -543,5 +543,6 @@ def test_invalid_settings_are_reported_in_one_line(lab: Lab) -> None:
 
 def test_settings_are_kept_as_they_are(lab: Lab) -> None:
     config = replace(lab.add(), datastores={"b ä": '/data/"x"'}, name="\\nöde", connect=["[::1]:1"])
+    config = replace(config, oidc={"issuer": "https://id.example", "minutes": 5})
     settings.save(config)
     assert settings.load(config.directory) == config

@@ -358,6 +358,16 @@ def test_webhook(run: Run, fleet: Fleet, tmp_path: Path) -> None:
     assert json.loads(run("webhook", "list", "--output", "json")) == []
 
 
+def test_group(run: Run) -> None:
+    run("group", "set", "/dc/ops", "--role", "operator", "--datastore", "n02:ds")
+    run("group", "set", "staff", "--role", "viewer")
+    assert run("group", "list").splitlines()[1:] == ["n01   /dc/ops  operator of n02:ds", "n01   staff    viewer"]
+    assert json.loads(run("group", "list", "--output", "json"))[0]["body"]["group"] == "/dc/ops"
+    assert "has no role" in run("group", "remove", "/dc/ops")
+    assert "has no role at this node" in run("group", "remove", "/dc/ops", code=2)
+    assert "does not accept administrators" in run("group", "set", "staff", "--role", "admin", "--of", "n02", code=1)
+
+
 def test_watch(run: Run, fleet: Fleet) -> None:
     command = [sys.executable, "-u", "-m", "vmconv", "fleet", "watch", "--kinds", "vm"]
     heard = threading.Event()

@@ -18,6 +18,7 @@ from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.places import disk_id
 from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change
+from vmconv_fleet.trust.groups import group_id
 from vmconv_fleet.trust.rights import Rights
 from vmconv_fleet.trust.roles import VERBS
 from vmconv_fleet.words import role_text
@@ -122,6 +123,94 @@ def test_a_node_without_roles_by_datastore_sees_a_viewer() -> None:
 )
 def test_roles_in_words(granted: dict[str, Any], said: str) -> None:
     assert role_text(granted, lambda _node: "n") == said
+
+
+# Of people who have signed in
+
+
+PERSON = {"issuer": "https://id.example", "subject": "248289"}
+
+
+def signed_in(replica: Replica, *groups: str, **more: Any) -> dict[str, Any]:
+    """Returns who asks: a person of these groups, who has signed in at another node."""
+    by = replica.token(OTHER, "viewer", person={**PERSON, "groups": list(groups)})
+    return {**by, **PERSON, **more}
+
+
+def group(replica: Replica, name: str, role: Role, owner: str = OTHER, **more: Any) -> None:
+    replica.add(owner, "group", group_id(name), {"group": name, "role": role, **more})
+
+
+def test_the_groups_of_a_person_give_the_role(replica: Replica) -> None:
+    group(replica, "staff", "viewer")
+    group(replica, "ops", "operator")
+    assert is_allowed(replica, "scan", signed_in(replica, "staff", "ops"))
+    assert not is_allowed(replica, "scan", signed_in(replica, "staff"))
+    assert not is_allowed(replica, "policy-set", signed_in(replica, "staff", "ops"), max_parallel=3)
+
+
+def test_groups_give_roles_by_datastore(replica: Replica) -> None:
+    group(replica, "web", "viewer", datastores={f"{HERE}/ds": "operator"})
+    group(replica, "db", "viewer", datastores={f"{HERE}/ds": "viewer", f"{HERE}/other": "admin"})
+    by = signed_in(replica, "web", "db")
+    assert is_allowed(replica, "scan", by, datastore="ds")
+    assert is_allowed(replica, "datastore-remove", by, name="other")
+    assert not is_allowed(replica, "datastore-remove", by, name="ds")
+    assert not is_allowed(replica, "scan", signed_in(replica, "web"), datastore="other")
+
+
+def test_a_changed_role_of_a_group_counts_at_once(replica: Replica) -> None:
+    group(replica, "ops", "operator")
+    by = signed_in(replica, "ops")
+    assert is_allowed(replica, "scan", by)
+    group(replica, "ops", "viewer")
+    assert not is_allowed(replica, "scan", by)
+    del replica.records[OTHER, "group", group_id("ops")]
+    with pytest.raises(AccessError, match="no group of this person has a role any more"):
+        replica.ask("scan", requester=OTHER, by=by)
+
+
+def test_a_group_has_the_role_that_the_node_of_the_sign_in_gives(replica: Replica) -> None:
+    group(replica, "ops", "admin", owner=HERE)
+    group(replica, "ops", "viewer")
+    assert not is_allowed(replica, "scan", signed_in(replica, "ops"))
+
+
+@pytest.mark.parametrize("body", [{"group": "staff", "role": "admin"}, {"group": "ops", "role": "root"}, {}], ids=str)
+def test_a_record_that_is_no_group_of_this_name_gives_nothing(replica: Replica, body: dict[str, Any]) -> None:
+    replica.add(OTHER, "group", group_id("ops"), body)
+    with pytest.raises(AccessError, match="no group of this person has a role any more"):
+        replica.ask("scan", requester=OTHER, by=signed_in(replica, "ops"))
+
+
+@pytest.mark.parametrize("stated", [{"subject": "1"}, {"issuer": "x"}, {"user": "root"}, {"issuer": None}], ids=str)
+def test_nobody_states_to_be_another_person(replica: Replica, stated: dict[str, Any]) -> None:
+    group(replica, "ops", "admin")
+    with pytest.raises(AccessError, match="states another person"):
+        replica.ask("scan", requester=OTHER, by=signed_in(replica, "ops", **stated))
+
+
+def test_a_person_is_stated_with_a_session_alone(replica: Replica) -> None:
+    for by in ({"node": OTHER, "user": "root"}, replica.token(OTHER, "admin")):
+        with pytest.raises(AccessError, match="states another person"):
+            replica.ask("scan", requester=OTHER, by={**by, **PERSON})
+
+
+def test_groups_are_set_and_removed(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmconv_fleet.jobs.groups.MAX_GROUPS", 1)
+    wanted: dict[str, Any] = {"group": "/dc/ops", "role": "viewer", "datastores": {f"{HERE}/ds": "operator"}}
+    replica.ask("group-set", **wanted)
+    assert replica.body("group", group_id("/dc/ops")) == wanted
+    replica.ask("group-set", group="/dc/ops", role="viewer")
+    assert replica.body("group", group_id("/dc/ops")) == {"group": "/dc/ops", "role": "viewer"}
+    with pytest.raises(VmconvError, match="already has 1 groups"):
+        replica.ask("group-set", group="more", role="viewer")
+    replica.ask("group-remove", id=group_id("/dc/ops"))
+    assert not replica.find("group")
+    faults: list[dict[str, Any]] = [{"group": one} for one in ("a\nb", "\u202e", "")]
+    for wrong in (*faults, {"group": "x", "datastores": {"ds": "admin"}}):
+        with pytest.raises(VmconvError, match="group-set: "):
+            replica.ask("group-set", **{"role": "viewer", **wrong})
 
 
 # By the API, across nodes

@@ -50,6 +50,7 @@ class NodeConfig:
     that renew the certificate. `addresses` are the names in the certificate under which other nodes find this one.
     `syslog` is where events are logged. Webhooks may also connect to `webhook_networks`; `webhook_ca` is a file of the
     authorities of their servers, instead of the system's.
+    `oidc` is where people sign in, as `oidc.settings` reads it.
     """
 
     directory: str
@@ -68,6 +69,7 @@ class NodeConfig:
     syslog: str = ""
     webhook_networks: list[str] = field(default_factory=list)
     webhook_ca: str = ""
+    oidc: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
 
     def limit(self, name: str) -> int:
@@ -118,7 +120,7 @@ def load(directory: str) -> NodeConfig:
 
 
 def _check(path: str, found: dict[str, Any]) -> None:
-    known = {*_LISTS, *_TEXTS, "datastores", "gossip", "limits"}
+    known = {*_LISTS, *_TEXTS, "datastores", "gossip", "limits", "oidc"}
     if unknown := sorted(set(found) - known):
         raise ConfigError(f"{path}: unknown setting {unknown[0]!r}", hint=f"known are {', '.join(sorted(known))}")
     if missing := sorted({"fleet", "node", "name"} - set(found)):
@@ -152,7 +154,7 @@ def _is_of_its_kind(name: str, value: object) -> bool:
         )
     if name == "datastores":
         return isinstance(value, dict) and all(isinstance(path, str) for path in value.values())
-    return isinstance(value, bool if name == "gossip" else str)
+    return isinstance(value, {"gossip": bool, "oidc": dict}.get(name, str))
 
 
 def save(config: NodeConfig) -> None:
@@ -164,6 +166,8 @@ def save(config: NodeConfig) -> None:
         lines += ["", "[limits]", *(f"{name} = {number}" for name, number in config.limits.items())]
     lines += ["", "[datastores]"]
     lines += [f"{_text(name)} = {_text(path)}" for name, path in config.datastores.items()]
+    if config.oidc:
+        lines += ["", "[oidc]", *(f"{name} = {_text(value)}" for name, value in config.oidc.items())]
     with os_errors("writing the settings", ConfigError), open(config.path("node.toml"), "w", encoding="utf-8") as file:
         file.write("\n".join([*lines, ""]))
 

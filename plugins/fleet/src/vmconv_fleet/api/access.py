@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.fields import Role
-from vmconv_fleet.catalogue.kinds import Principal
+from vmconv_fleet.catalogue.kinds import Principal, TokenBody
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.rights import Rights, allows
 from vmconv_fleet.trust.roles import rights_of, rights_of_token, token_in
@@ -84,7 +84,13 @@ def of_token(text: str, state: State) -> Caller:
         rights = rights_of_token(record, view, state.now_ms())
     except AccessError as exc:
         raise UnknownCallerError(str(exc)) from exc
-    return Caller(Principal(node=state.node, token="/".join(reference), user=token.label), rights)
+    by = Principal(node=state.node, token="/".join(reference), user=token.label, **_person(token))
+    return Caller(by, rights)
+
+
+def _person(token: TokenBody) -> dict[str, str]:
+    """Returns the fields of a caller who has signed in."""
+    return {"issuer": token.person.issuer, "subject": token.person.subject} if token.person else {}
 
 
 def refuse_if_over(caller: Caller, state: State, needed: Role = "viewer") -> None:

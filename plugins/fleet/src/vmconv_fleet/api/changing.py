@@ -17,7 +17,7 @@ from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.fields import Name, PlainName, Role
+from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName, Role
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import refuse_unless_allowed
@@ -74,6 +74,15 @@ class TokenMade(Answer):
     """`token` is shown only once: the fleet stores its hash."""
 
     token: str | None = None
+
+
+class GroupWish(_Wish):
+    """`datastores` are as for a token; `node` is where the group signs in, by default this one."""
+
+    group: GroupName
+    role: Role
+    datastores: Annotated[list[str], Field(min_length=1, max_length=256)] | None = None
+    node: str | None = None
 
 
 class RevokeWish(_Wish):
@@ -210,6 +219,19 @@ async def create_token(wish: TokenWish, state: StateOf, caller: Known) -> TokenM
 async def revoke_token(owner: str, identifier: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
     target = _node(state, owner)
     return (await ask(state, caller, target, "token-revoke", {"id": identifier}, wait=wait)).as_response()
+
+
+@router.post("/groups", responses=_ANSWERS, summary="Give the people of a group a role where they sign in")
+async def set_group(wish: GroupWish, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    arguments = {"group": wish.group, **granted(state, wish.role, wish.datastores)}
+    target = _node(state, wish.node) if wish.node else state.node
+    return (await ask(state, caller, target, "group-set", arguments, wait=wait)).as_response()
+
+
+@router.delete("/groups/{owner}/{identifier}", responses=_ANSWERS, summary="Take a group's role")
+async def remove_group(owner: str, identifier: str, state: StateOf, caller: Known, wait: Wait = 0) -> JSONResponse:
+    target = _node(state, owner)
+    return (await ask(state, caller, target, "group-remove", {"id": identifier}, wait=wait)).as_response()
 
 
 @router.post("/nodes/{node}/revoke", responses=_ANSWERS, summary="Revoke the keys of a node, by the fleet's authority")

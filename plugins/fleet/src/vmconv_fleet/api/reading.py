@@ -227,6 +227,7 @@ for _path, _summary, _route in (
     ("/policies", "How nodes convert", _list_of("policy")),
     ("/webhooks", "Webhooks: nodes, hosts and events", _list_of("webhook")),
     ("/tokens", "Tokens: holders and roles", _list_of("token", "label")),
+    ("/groups", "Groups of people, and their roles where they sign in", _list_of("group", "name")),
 ):
     router.add_api_route(_path, _route, methods=["GET"], summary=_summary, name=_path.strip("/"))
 

@@ -25,12 +25,12 @@ class BrowserSessions:
     def __init__(self) -> None:
         self._sessions: OrderedDict[str, BrowserSession] = OrderedDict()
 
-    def begin(self, token: str) -> str:
+    def begin(self, token: str, *, lifetime: float = LIFETIME) -> str:
         """Returns a new cookie for a valid token."""
         while len(self._sessions) >= MAX_SESSIONS:
             self._sessions.popitem(last=False)
         cookie = secrets.token_urlsafe(32)
-        self._sessions[cookie] = BrowserSession(token, secrets.token_urlsafe(32), time.monotonic() + LIFETIME)
+        self._sessions[cookie] = BrowserSession(token, secrets.token_urlsafe(32), time.monotonic() + lifetime)
         return cookie
 
     def get(self, cookie: str) -> BrowserSession | None:

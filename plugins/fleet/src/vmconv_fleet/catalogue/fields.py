@@ -26,6 +26,12 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"{text[:80]!r} contains characters that cannot be printed")
+    return text
+
+
 Name = Annotated[str, Field(min_length=1, max_length=255)]
 """A name in a record of any node; it may be a trap."""
 PlainName = Annotated[str, AfterValidator(_plain_name)]
@@ -59,6 +65,8 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 DatastoreName = Annotated[str, Field(pattern=_DATASTORE)]
 DatastoreReference = Annotated[str, Field(pattern=_DATASTORE_OF)]
 """A datastore of any node: NODE/NAME, with the node's id."""
+GroupName = Annotated[str, AfterValidator(_printable), Field(min_length=1, max_length=255)]
+"""A group of people, as an OpenID provider calls it."""
 Option = Annotated[str, Field(max_length=255)]
 Naming = Annotated[str, Field(pattern=_NAMING, min_length=1, max_length=200)]
 Bytes = Annotated[int, Field(ge=0, lt=1 << 63)]

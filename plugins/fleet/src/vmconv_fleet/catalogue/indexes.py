@@ -96,6 +96,10 @@ def _token(body: Body) -> Row:
     return (text(body, "label", needed=True),)
 
 
+def _group(body: Body) -> Row:
+    return (text(body, "group", needed=True),)
+
+
 def _without_columns(_body: Body) -> Row:
     return ()
 
@@ -136,4 +140,5 @@ INDEXES = (
     Index("policy", {}, _without_columns),
     Index("webhook", {}, _without_columns),
     Index("token", {"label": _TEXT}, _token),
+    Index("group", {"name": _TEXT}, _group),
 )

@@ -20,6 +20,7 @@ from vmconv_fleet.catalogue.fields import (
     Count,
     DatastoreName,
     DatastoreReference,
+    GroupName,
     Identifier,
     Milliseconds,
     Name,
@@ -206,13 +207,16 @@ class VmBody(Body):
 class Principal(Body):
     """The caller of a request: a token's holder, or the local administrator of a node (`token` None) named `user`.
 
-    `address` is where a token's holder connects from, as the node sees it.
+    `address` is where a token's holder connects from, as the node sees it. `issuer` and `subject` are those of a person
+    who has signed in.
     """
 
     node: NodeId
     token: str | None = None
     user: str = ""
     address: Annotated[str, Field(max_length=64)] | None = None
+    issuer: str | None = None
+    subject: str | None = None
 
 
 class PlannedCopy(Body):
@@ -310,12 +314,35 @@ class TokenSpec(Granted):
     expires_ms: Milliseconds | None = None
 
 
+class Person(BaseModel):
+    """A person who has signed in at an OpenID provider; `groups` are those that had a role then."""
+
+    issuer: Annotated[str, Field(min_length=1, max_length=512)]
+    subject: Annotated[str, Field(min_length=1, max_length=255)]
+    groups: Annotated[list[GroupName], Field(max_length=64)]
+
+
 class TokenBody(TokenSpec, Body):
-    """A person's token. The id is a part of the token."""
+    """A person's token. The id is a part of the token.
+
+    With a `person` it is a session, and the roles of the groups are what counts, as its owner's records of groups
+    state them.
+    """
 
     created_ms: Milliseconds = 0
     revoked: bool = False
     by: Principal | None = None
+    person: Person | None = None
+
+
+class GroupSpec(Granted):
+    """What the people of a group may do, if they sign in at this node."""
+
+    group: GroupName
+
+
+class GroupBody(GroupSpec, Body):
+    """A group of people; the id is a hash of its name."""
 
 
 class WebhookBody(Body):
@@ -410,6 +437,7 @@ KINDS: Mapping[str, type[Body]] = {
     "policy": PolicyBody,
     "token": TokenBody,
     "webhook": WebhookBody,
+    "group": GroupBody,
     "request": RequestBody,
     "response": ResponseBody,
     "transaction": TransactionBody,

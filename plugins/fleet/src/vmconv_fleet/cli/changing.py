@@ -40,12 +40,13 @@ def cancel(options: argparse.Namespace) -> int:
 def scan(options: argparse.Namespace) -> int:
     body = {"datastore": options.datastore} if options.datastore else {}
     with connected(options) as client:
-        node = options.scanned or _own(client)
+        node = options.scanned or own_node(client)
         reply = client.call("POST", f"/api/v1/nodes/{node}/scan", body, query={"wait": options.wait})
     return said(options, reply, "scan begun")
 
 
-def _own(client: NodeClient) -> str:
+def own_node(client: NodeClient) -> str:
+    """Returns the id of the node that is asked."""
     return str(client.get("/api/v1/fleet")["node"])
 
 
@@ -55,7 +56,7 @@ def datastore(options: argparse.Namespace) -> int:
             path = os.path.abspath(options.path)
             reply = client.call("POST", "/api/v1/datastores", {"name": options.name, "path": path})
             return said(options, reply, f"datastore {options.name} is {path}")
-        owner = options.of or _own(client)
+        owner = options.of or own_node(client)
         if options.action in ("give", "take"):
             body = {"to": options.to} if options.action == "give" else None
             path = f"/api/v1/datastores/{owner}/{options.name}/{options.action}"
@@ -68,7 +69,7 @@ def datastore(options: argparse.Namespace) -> int:
 def policy(options: argparse.Namespace) -> int:
     wish = _wished(options)
     with connected(options) as client:
-        node = options.ruled or _own(client)
+        node = options.ruled or own_node(client)
         if wish.get("administrators_of"):
             nodes = (client.get(f"/api/v1/nodes/{quote(named, safe='')}") for named in wish["administrators_of"])
             wish["administrators_of"] = [one["node"] for one in nodes]
@@ -109,7 +110,7 @@ def _wished(options: argparse.Namespace) -> dict[str, Any]:
 def token(options: argparse.Namespace) -> int:
     with connected(options) as client:
         if options.action == "list":
-            return _list_tokens(options, client.everything("/api/v1/tokens"), _names(client))
+            return _list_tokens(options, client.everything("/api/v1/tokens"), names_of(client))
         if options.action == "create":
             return _create_token(options, client)
         found = [one for one in client.everything("/api/v1/tokens") if one["id"] == options.id]
@@ -134,7 +135,7 @@ def _create_token(options: argparse.Namespace, client: NodeClient) -> int:
     return 0
 
 
-def _names(client: NodeClient) -> dict[str, str]:
+def names_of(client: NodeClient) -> dict[str, str]:
     """Returns the names of nodes by their ids."""
     return {one["node"]: one["name"] for one in client.everything("/api/v1/nodes")}
 

@@ -303,6 +303,25 @@ def _webhook(parser: argparse.ArgumentParser) -> None:
     _listing(actions.add_parser("list", help="list webhooks", formatter_class=formatter))
 
 
+def _group(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    change = actions.add_parser("set", help="give the people of a group a role", formatter_class=formatter)
+    remove = actions.add_parser("remove", help="take a group's role", formatter_class=formatter)
+    for action in (change, remove):
+        action.add_argument("group", metavar="GROUP", help="the group, as the OpenID provider calls it")
+        action.add_argument("--of", metavar="NODE", help="the node where its people sign in (default: this one)")
+        _asking(action)
+    change.add_argument("--role", choices=("viewer", "operator", "admin"), required=True, help="the role")
+    change.add_argument(
+        "--datastore",
+        dest="datastores",
+        action="append",
+        metavar="[NODE:]NAME",
+        help="the role applies to this datastore alone, and the group views the others; may be repeated",
+    )
+    _reading(actions.add_parser("list", help="list groups and their roles", formatter_class=formatter))
+
+
 def _policy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ruled", nargs="?", metavar="NODE", help="the node (default: this one)")
     parser.add_argument("--naming", metavar="TEXT", help="names of targets, from {stem}, {suffix}, {format}, {job}")
@@ -356,6 +375,7 @@ VERBS = {
     "policy": _Verb("show and change how a node converts", "changing", _policy),
     "token": _Verb("create, list and revoke tokens for people and programs", "changing", _token),
     "webhook": _Verb("add, list, remove and test webhooks for events of a node", "webhooks", _webhook),
+    "group": _Verb("give roles to groups of people who sign in at an OpenID provider", "groups", _group),
     "retire": _Verb("remove a node from the fleet permanently", "changing", _retire),
     "watch": _Verb("print changes of the fleet as they arrive", "watching", _watch),
     "export": _Verb("print all records, one on each line", "watching", _export),

@@ -20,7 +20,9 @@ from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.catalogue.summaries import conversion
 from vmconv_fleet.console import confirming, converting, forms, governing, lists
 from vmconv_fleet.console.lists import bodies
+from vmconv_fleet.console.signin import SIGN_IN, SignIn, login_page
 from vmconv_fleet.console.web import Visit, failed, visit_of
+from vmconv_fleet.oidc.settings import OidcSettings
 from vmconv_fleet.replication.indexing import UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
 
@@ -37,12 +39,17 @@ Show = Callable[[Visit], Response]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def install(app: FastAPI) -> None:
-    """Adds the console to the application; its pages are not part of the API's description."""
+def install(app: FastAPI, sign_in: OidcSettings | None = None) -> None:
+    """Adds the console to the application; its pages are not part of the API's description.
+
+    `sign_in` is the provider where people sign in.
+    """
+    app.state.sign_in = SignIn(sign_in) if sign_in else None
     routes = [Route(path, _shown(page), methods=["GET"]) for path, page in _PAGES.items()]
     routes += [Route(path, _guarded(form), methods=["POST"]) for path, form in _FORMS.items()]
     routes += [
-        Route("/login", _guarded(forms.login_page), methods=["GET"]),
+        Route("/login", _guarded(login_page), methods=["GET"]),
+        *(Route(path, _guarded(page), methods=["GET"]) for path, page in SIGN_IN.items() if sign_in),
         Route("/static/{name}", _static, methods=["GET"]),
     ]
     app.router.routes.extend(routes)
@@ -64,7 +71,7 @@ def _guarded(endpoint: Endpoint) -> Endpoint:
         try:
             return await endpoint(request)
         except VmconvError as exc:
-            return await failed(exc)
+            return await failed(request, exc)
 
     return answer
 

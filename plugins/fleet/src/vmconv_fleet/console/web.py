@@ -16,6 +16,7 @@ from vmconv_fleet.api.state import State, state_of
 from vmconv_fleet.catalogue.paging import Page
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.console.rendering import render
+from vmconv_fleet.oidc.states import own_path
 
 PAGE = 50
 MAX_FORM = 64 << 10
@@ -152,10 +153,17 @@ def back_to(path: str, said: str, *, wrong: bool = False) -> RedirectResponse:
 _STATUS = ((AccessError, 403), (NotHereError, 404), (UsageError, 422))
 
 
-async def failed(exc: Exception) -> Response:
+def _next(request: Request) -> str:
+    """Returns the query that makes the login lead back to this page; none for a form."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    path = own_path(f"{request.url.path}{query}") if request.method == "GET" else "/"
+    return "" if path == "/" else f"?next={quote(path, safe='/')}"
+
+
+async def failed(request: Request, exc: Exception) -> Response:
     """Returns the page for an error; the login page without a session."""
     if isinstance(exc, UnknownCallerError):
-        return RedirectResponse("/login", 303)
+        return RedirectResponse(f"/login{_next(request)}", 303)
     status = next((status for kind, status in _STATUS if isinstance(exc, kind)), 409)
     hint = exc.hint if isinstance(exc, VmconvError) else None
     return HTMLResponse(render("error.html", {"title": "Not possible", "message": str(exc), "hint": hint}), status)

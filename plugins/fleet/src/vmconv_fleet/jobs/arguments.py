@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue.fields import (
     TokenId,
     WebhookPlace,
 )
-from vmconv_fleet.catalogue.kinds import TokenSpec
+from vmconv_fleet.catalogue.kinds import GroupSpec, TokenSpec
 from vmconv_fleet.words import trap_in
 
 
@@ -160,6 +160,18 @@ class WebhookRemove(Arguments):
     id: TokenId
 
 
+class GroupSet(GroupSpec, Arguments):
+    """A role for the people of a group who sign in at the target."""
+
+    verb: ClassVar[str] = "group-set"
+
+
+class GroupRemove(Arguments):
+    verb: ClassVar[str] = "group-remove"
+
+    id: Identifier
+
+
 class Retire(Arguments):
     verb: ClassVar[str] = "retire"
 
@@ -202,6 +214,8 @@ ARGUMENTS: Mapping[str, type[Arguments]] = {
         TokenRevoke,
         WebhookAdd,
         WebhookRemove,
+        GroupSet,
+        GroupRemove,
         Retire,
         Revoke,
     )

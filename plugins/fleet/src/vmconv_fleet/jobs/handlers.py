@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv_fleet.errors import Refusal
+from vmconv_fleet.jobs.groups import remove_group, set_group
 from vmconv_fleet.jobs.policy import POLICY, policy_of
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
@@ -66,6 +67,8 @@ def make_handlers(directory: str) -> Mapping[str, Handler]:
         "token-revoke": _revoke_token,
         "webhook-add": _add_webhook,
         "webhook-remove": _remove_webhook,
+        "group-set": set_group,
+        "group-remove": remove_group,
         "retire": partial(_retire, directory),
         "revoke": partial(_revoke, directory),
     }

@@ -7,6 +7,7 @@ daemon only listens, and imports them at the first connection.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import select
 import socket
@@ -14,9 +15,10 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmconv_fleet.config import NodeConfig, split_address
+from vmconv_fleet.config import ConfigError, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits
+from vmconv_fleet.oidc.settings import OidcSettings, read
 from vmconv_fleet.supervision import Supervised
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class ApiSockets:
         self.limiters = [Limiter("local", local), Limiter("api", limits_of(config))]
         for limiter in self.limiters:
             service.observe(limiter)
+        self._sign_in = sign_in_of(config)
         self._sockets: list[LimitedSocket] = []
         self._servers: list[uvicorn.Server] = []
         self._ended = threading.Event()
@@ -107,7 +110,7 @@ class ApiSockets:
         from vmconv_fleet.node.serving import Site, serve
 
         app = create_app(self._service, directory=self._config.directory, link=self._link)
-        console.install(app)
+        console.install(app, self._sign_in)
         tls = {
             "ssl_certfile": self._config.credential("node.pem"),
             "ssl_keyfile": self._config.credential("tls.key"),
@@ -123,6 +126,18 @@ def limits_of(config: NodeConfig) -> Limits:
     numbers = (config.limit(name) for name in ("connections", "connections_per_address", "requests"))
     total, address, requests = numbers
     return Limits(total, address, API_S, requests)
+
+
+def sign_in_of(config: NodeConfig) -> OidcSettings | None:
+    """Returns where people sign in. Raises ConfigError if the settings are not valid, or authlib is missing."""
+    if not config.oidc:
+        return None
+    if importlib.util.find_spec("authlib") is None:
+        raise ConfigError("authlib is not installed: oidc needs it", hint="pip install 'vmconv-fleet[oidc]'")
+    try:
+        return read(config.oidc)
+    except ValueError as exc:
+        raise ConfigError(f"{config.path('node.toml')}: oidc: {exc}") from exc
 
 
 def _listen_locally(path: str) -> socket.socket:

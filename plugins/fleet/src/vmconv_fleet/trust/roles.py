@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import AccessError
+from vmconv_fleet.trust.groups import refuse_impostor, rights_of_person
 from vmconv_fleet.trust.rights import Records, Rights, allows, datastores_of, rights_in
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ VERBS: Mapping[str, Role] = {
     "token-revoke": "admin",
     "webhook-add": "admin",
     "webhook-remove": "admin",
+    "group-set": "admin",
+    "group-remove": "admin",
 }
 """The role that a verb needs; reading needs `viewer`."""
 
@@ -43,7 +46,9 @@ LOCAL_ONLY = frozenset({"datastore-add", "resume"})
 ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin", "webhook-test": "admin"}
 """The verbs, and what a node does without a request."""
 
-GOVERNING = frozenset({"invite", "retire", "revoke", "token-create", "webhook-add", "webhook-test"})
+GOVERNING = frozenset(
+    {"invite", "retire", "revoke", "token-create", "group-set", "group-remove", "webhook-add", "webhook-test"}
+)
 """Acts that decide who belongs to the fleet, who may do what in it, and where a node connects to. By default they are
 for the node's own administrators, so that the root of one node cannot remove another, or get a token of it.
 """
@@ -53,13 +58,15 @@ _GOVERNING_RULE = "administrators_of"
 
 
 def rights_of(by: Principal, records: Records, now_ms: int) -> Rights:
-    """Returns the rights of the caller. Raises AccessError if the token is not valid."""
+    """Returns the rights of the caller. Raises AccessError if the token is not valid, or not that of the caller."""
     if by.token is None:
+        refuse_impostor(by, None)
         return Rights("admin")
     owner, _, identifier = by.token.partition("/")
     record = records.get(owner, "token", identifier)
     if record is None:
         raise AccessError(f"token {identifier} is unknown here")
+    refuse_impostor(by, token_in(record))
     return rights_of_token(record, records, now_ms)
 
 
@@ -73,7 +80,7 @@ def rights_of_token(record: Record, records: Records, now_ms: int) -> Rights:
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:
         raise AccessError(f"token {identifier} has expired")
-    return rights_in(token)
+    return rights_of_person(record.owner, token.person, records) if token.person else rights_in(token)
 
 
 def token_in(record: Record) -> TokenBody:

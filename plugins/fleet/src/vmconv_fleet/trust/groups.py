@@ -1,0 +1,64 @@
+"""The rights of people who have signed in: those of their groups, as the node states them where they did.
+
+They are looked up for each request, so a change of a group's role counts at once, on all nodes that know of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from vmconv.plugin import AccessError
+from vmconv_fleet.trust.rights import ORDER, Records, Rights, allows, rights_in
+
+if TYPE_CHECKING:
+    from vmconv_fleet.catalogue.fields import Role
+    from vmconv_fleet.catalogue.kinds import GroupBody, Person, Principal, TokenBody
+
+KIND = "group"
+
+
+def group_id(name: str) -> str:
+    """Returns the id of a group's record."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def rights_of_person(owner: str, person: Person, records: Records) -> Rights:
+    """Returns the rights of all groups together. Raises AccessError if none has a role at the node `owner` any more."""
+    found = [one for one in (_group(owner, name, records) for name in person.groups) if one is not None]
+    if not found:
+        raise AccessError("no group of this person has a role any more")
+    rights = [rights_in(one) for one in found]
+    datastores: dict[str, Role] = {}
+    for one in rights:
+        for reference, role in one.datastores.items():
+            datastores[reference] = _higher(role, datastores.get(reference, "viewer"))
+    return Rights(max((one.role for one in rights), key=ORDER.index), datastores)
+
+
+def refuse_impostor(by: Principal, token: TokenBody | None) -> None:
+    """Raises AccessError if the caller states another person than the one who has signed in with the token."""
+    person = token.person if token else None
+    signed_in = (person.issuer, person.subject) if person else (None, None)
+    if (by.issuer, by.subject) != signed_in or (token and person and by.user != token.label):
+        raise AccessError("the request states another person than the one who has signed in")
+
+
+def _higher(one: Role, other: Role) -> Role:
+    return one if allows(one, other) else other
+
+
+def _group(owner: str, name: str, records: Records) -> GroupBody | None:
+    """Returns what a group may do; None if it has no role, or its record is not valid."""
+    from pydantic import ValidationError
+
+    from vmconv_fleet.catalogue.kinds import GroupBody
+
+    record = records.get(owner, KIND, group_id(name))
+    if record is None:
+        return None
+    try:
+        group = GroupBody.model_validate(record.body)
+    except ValidationError:
+        return None
+    return group if group.group == name else None
