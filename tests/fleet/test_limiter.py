@@ -22,7 +22,7 @@ from vmconv_fleet.config import ConfigError, NodeConfig, load, save, split_addre
 from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits, address_key, connection_of
 from vmconv_fleet.node.activation import limits_of
 from vmconv_fleet.replication.records import Record
-from vmconv_fleet.testing import PATIENCE, Lab, free_port
+from vmconv_fleet.testing import PATIENCE, Lab, free_port, wait_until
 from vmconv_fleet.trust import joining
 from vmconv_fleet.trust.identity import Keys, new_node_id
 from vmconv_fleet.trust.joining import JoinService
@@ -157,17 +157,9 @@ def test_a_strangers_slow_body_takes_nobodys_place(node: Node) -> None:
         context = ssl.create_default_context(cafile=api.ca)
         with context.wrap_socket(plain, server_hostname="127.0.0.1") as connection:
             connection.sendall(sent)
-            wait_until(lambda: any(one.is_slow for one in api.limiter._asking))
+            wait_until(lambda: any(one.is_slow for one in api.limiter._asking), PATIENCE, "the body is awaited")
             assert client.get("/api/v1/fleet")["node"] == node.id
             assert is_ended(connection)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    for _ in range(int(PATIENCE * 50)):
-        if holds():
-            return
-        threading.Event().wait(0.02)
-    raise AssertionError("what was waited for did not come")
 
 
 def test_limits_are_settings(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -204,3 +205,37 @@ def test_revoking_needs_a_running_node(machine: Callable[[str], Machine]) -> Non
     one = machine("one")
     one.node("init", *LOCAL)
     assert f"{one.directory}: no node runs here" in one.node("revoke", "f" * 32, code=1)
+
+
+def test_a_node_sends_its_events_and_reports_a_webhook_that_fails(
+    machine: Callable[[str], Machine], tmp_path: Path
+) -> None:
+    one = machine("n01")
+    (tmp_path / "images").mkdir()
+    one.node("init", str(tmp_path / "images"), "--no-api", "--fleet", "f", "--name", "n01")
+    settings = one.directory / "node.toml"
+    more = f'syslog = "{tmp_path / "log"}"\nwebhook_networks = ["127.0.0.0/8"]\n'
+    settings.write_text(settings.read_text().replace('syslog = ""\n', "").replace("webhook_networks = []\n", more))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log, socket.create_server(("127.0.0.1", 0)) as nobody:
+        log.bind(str(tmp_path / "log"))
+        log.settimeout(PATIENCE)
+        one.run()
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
+        nobody.close()
+        fleet(one, "webhook", "add", url, "--events", "transaction.*", "--allow-http")
+        assert b"webhook-add" in next(text for text in iter(lambda: log.recv(1 << 16), b"") if b"transaction." in text)
+        assert "no problems" in fleet(one, "doctor")
+        fleet(one, "scan")
+        wait_until(lambda: "webhook" in fleet(one, "doctor", code=None), PATIENCE, "the doctor shows the webhook")
+        assert "the last time with: Connection refused" in fleet(one, "doctor", code=1)
+    one.end()
+    settings.write_text(settings.read_text().replace(str(tmp_path / "log"), "nonsense"))
+    assert "setting 'syslog': 'nonsense' is not /dev/log" in one.node("run", code=1)
+
+
+def fleet(machine: Machine, *arguments: str, code: int | None = 0) -> str:
+    """Runs `vmconv fleet` on the machine's node and returns what it printed."""
+    command = [sys.executable, "-m", "vmconv", "fleet", *arguments, "--node", str(machine.directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert code in (None, done.returncode), done.stdout + done.stderr
+    return done.stdout

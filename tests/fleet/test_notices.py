@@ -11,7 +11,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,7 +32,7 @@ from vmconv_fleet.notices.secrets import HookSecrets, Target
 from vmconv_fleet.notices.syslog import Destination, Syslog, destination, message
 from vmconv_fleet.notices.webhooks import Webhooks, delay_ms
 from vmconv_fleet.replication.records import Change, Record
-from vmconv_fleet.testing import PATIENCE
+from vmconv_fleet.testing import PATIENCE, wait_until
 
 LOOPBACK = [ipaddress.ip_network("127.0.0.0/8")]
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -145,6 +145,9 @@ def test_a_problem_is_an_event_when_it_begins_and_when_all_are_over() -> None:
     assert types("heartbeat", {"problems": []}) == []
     assert types("heartbeat", {"problems": ["a"]}) == [("node.problem", "a")]
     assert types("heartbeat", {"problems": ["a", "b"]}) == [("node.problem", "b")]
+    once, again = "c failed once: 5 wait", "c failed 2 times in a row: 16 wait"
+    assert types("heartbeat", {"problems": [once]}) == [("node.problem", once)]
+    assert types("heartbeat", {"problems": [again]}) == []
     assert types("heartbeat", {"problems": []}) == [("node.well", None)]
     assert types("datastore", {}) == []
     assert types("datastore", {"problem": "gone"}) == [("datastore.problem", "gone")]
@@ -301,17 +304,8 @@ def test_each_event_of_the_nodes_own_records_arrives(receiver: Receiver, tmp_pat
         said = json.loads(got.body)
         assert (said["type"], said["data"]["id"], said["data"]["by"]["user"]) == ("job.done", "j1", "anna")
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["timestamp"])
-        until(lambda: hooks.counters["delivered"] == 1)
+        wait_until(lambda: hooks.counters["delivered"] == 1, PATIENCE, "a delivery")
         assert receiver.got.empty()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    ended = threading.Event()
-    for _ in range(int(PATIENCE * 50)):
-        if holds():
-            return
-        ended.wait(0.02)
-    raise AssertionError("what was waited for did not come")
 
 
 def test_a_failed_delivery_is_repeated_with_the_same_id(
@@ -325,7 +319,7 @@ def test_a_failed_delivery_is_repeated_with_the_same_id(
         node.write(Change("job", "j1", job("done")))
         got = [receiver.next() for _ in range(3)]
         assert len({one.headers["webhook-id"] for one in got}) == len({one.body for one in got}) == 1
-        until(lambda: hooks.problem() is None)
+        wait_until(lambda: hooks.problem() is None, PATIENCE, "no problem")
         assert hooks.counters == {"delivered": 1, "failed": 2, "dropped": 0, "expired": 0}
 
 
@@ -347,7 +341,7 @@ def test_a_failing_webhook_is_a_problem_until_it_works(node: Node, receiver: Rec
         receiver.answers.put(503)
         hook = add(node, receiver.url, "job.done")
         node.write(Change("job", "j1", job("done")))
-        until(lambda: hooks.problem() is not None)
+        wait_until(lambda: hooks.problem() is not None, PATIENCE, "a problem")
         place = receiver.url.partition("/hook")[0]
         said = f"webhook {hook} ({place}): failed once, the last time with: status 503"
         assert [one.text for one in node.service.problems()] == [said]
@@ -363,7 +357,7 @@ def test_a_restart_sends_what_waited_and_what_was_committed_meanwhile(
         add(node, receiver.url, "job.*", "transaction.*")
         node.write(Change("job", "j1", job("done")))
         receiver.next()
-        until(lambda: hooks.counters["failed"] == 1)
+        wait_until(lambda: hooks.counters["failed"] == 1, PATIENCE, "a failure")
     node.write(Change("job", "j2", job("queued")))
     node.write(Change("job", "j2", job("failed")))
     request = node.service.submit(node.id, "scan", {}, {"node": node.id, "user": "root"})
@@ -371,7 +365,7 @@ def test_a_restart_sends_what_waited_and_what_was_committed_meanwhile(
     with hooked(node) as hooks:
         types = {json.loads(receiver.next().body)["type"] for _ in range(3)}
         assert types == {"job.done", "job.failed", "transaction.executed"}
-        until(lambda: hooks.counters["delivered"] == 3)
+        wait_until(lambda: hooks.counters["delivered"] == 3, PATIENCE, "three deliveries")
     with hooked(node) as hooks:
         node.write(Change("job", "j3", job("done")))
         assert json.loads(receiver.next().body)["data"]["id"] == "j3"
@@ -393,9 +387,9 @@ def test_a_removed_webhook_gets_nothing_and_leaves_nothing(node: Node, receiver:
         hook = add(node, receiver.url)
         node.write(Change("job", "j1", job("done")))
         receiver.next()
-        until(lambda: hooks.problem() is not None)
+        wait_until(lambda: hooks.problem() is not None, PATIENCE, "a problem")
         node.write(Change("webhook", hook, None))
-        until(lambda: hooks.problem() is None)
+        wait_until(lambda: hooks.problem() is None, PATIENCE, "no problem")
         assert HookSecrets(str(node.directory)).all() == {}
     box = Outbox(str(node.directory))
     assert (box.hooks(), box.waiting(hook)) == ({}, 0)
@@ -406,7 +400,7 @@ def test_a_webhook_without_its_secret_is_a_problem(node: Node) -> None:
     with hooked(node) as hooks:
         node.write(Change("webhook", "0123456789ab", {"place": "https://hooks.example", "events": []}))
         node.write(Change("job", "j1", job("done")))
-        until(lambda: "its secret is not on this node" in (hooks.problem() or ""))
+        wait_until(lambda: "its secret is not on this node" in (hooks.problem() or ""), PATIENCE, "a problem")
 
 
 def test_the_queue_of_a_webhook_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,10 +422,10 @@ def test_an_event_is_given_up_after_a_day(node: Node, receiver: Receiver, monkey
     with hooked(node) as hooks:
         add(node, receiver.url)
         node.write(Change("job", "j1", job("done")))
-        until(lambda: hooks.counters["expired"] == 1)
+        wait_until(lambda: hooks.counters["expired"] == 1, PATIENCE, "an event is given up")
         assert "1 events were not delivered" in (hooks.problem() or "")
         node.write(Change("job", "j2", job("done")))
-        until(lambda: hooks.problem() is None)
+        wait_until(lambda: hooks.problem() is None, PATIENCE, "no problem")
 
 
 def test_delays_grow_to_an_hour_and_vary() -> None:

@@ -27,7 +27,7 @@ API_PORT = 7449
 LIMITS = {
     "connections": 256,
     "connections_per_address": 64,
-    "requests": 64,
+    "requests": 128,
     "join_connections": 64,
     "join_connections_per_address": 32,
 }

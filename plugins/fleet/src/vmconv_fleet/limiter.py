@@ -38,7 +38,7 @@ class Limits(NamedTuple):
     total: int
     address: int
     seconds: float
-    requests: int = 64
+    requests: int = 128
 
 
 def raise_descriptor_limit() -> None:

@@ -230,7 +230,11 @@ class Daemon:
         if self.config.syslog:
             from vmconv_fleet.notices.syslog import Syslog, destination
 
-            parts.append(Syslog(self.service, destination(self.config.syslog), self.config.name))
+            try:
+                where = destination(self.config.syslog)
+            except ValueError as exc:
+                raise FleetError(f"{self.config.path('node.toml')}: setting 'syslog': {exc}") from exc
+            parts.append(Syslog(self.service, where, self.config.name))
         for part in parts:
             self.service.observe(part)
             self.service.observe(part.thread)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -93,12 +94,17 @@ class Events:
         """Yields the problems that are new, or that the last one is over."""
         key, what = (record.kind, record.id), "node" if record.kind == "heartbeat" else record.kind
         known = self._states.get(key, ())
-        self._states[key] = tuple(problems)
+        self._states[key] = {_uncounted(text) for text in problems}
         for text in problems:
-            if text not in known:
+            if _uncounted(text) not in known:
                 yield f"{what}.problem", {"problem": text[:_MAX_TEXT]}
         if known and not problems:
             yield f"{what}.well", {}
+
+
+def _uncounted(text: str) -> str:
+    """Returns the text of a problem without numbers: one that is counted further is not a new one."""
+    return re.sub(r"\d+|\bonce\b", "#", text).replace("# times in a row", "#")
 
 
 def _chosen(body: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
