@@ -130,7 +130,8 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
     The bytes are None for tables that are not allocated (offset 0) or lie in a hole of the file. Contiguous tables are
     read at once, up to `most` bytes (at least one table).
     """
-    tables = np.where(_in_hole(file, tables, length), 0, tables)
+    hole = _in_hole(file, tables, length)
+    tables = np.where(hole, 0, tables) if hole.any() else tables
     at_once = max(1, most // length)
     # A run ends where allocation changes, or where the next table is not contiguous.
     breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != length)) + 1
@@ -147,10 +148,10 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
 def _in_hole(file: File, tables: Column, length: int) -> npt.NDArray[np.bool_]:
     """Returns a mask of the allocated tables in holes of the file; vectorised, because there may be millions."""
     storage = on_storage(file)
-    if not len(storage) or not len(tables):
-        return np.zeros(len(tables), dtype=bool)
     hole = np.zeros(len(tables), dtype=bool)
+    if (storage.kind == Kind.DATA).all():
+        return hole
     there = np.flatnonzero(tables != 0)
-    first, last = storage.row_at(tables[there]), storage.row_at(tables[there] + (length - 1))
-    hole[there] = (first == last) & (storage.kind[first] != Kind.DATA)
+    row = storage.row_at(tables[there])
+    hole[there] = (storage.kind[row] != Kind.DATA) & (tables[there] + length <= storage.end[row])
     return hole

@@ -573,7 +573,7 @@ def largest_disk(path: Path) -> None:
     """A disk of 2 EiB in clusters of 2 MiB, of which nothing is allocated."""
     count = (32 << 20) // 8
     with path.open("wb") as file:
-        file.write(image(cluster_bits=21, size=1 << 61, l1_size=count, payload=b""))
+        file.write(image(cluster_bits=21, size=1 << 61, l1=[], l1_size=count, l2=[], payload=b""))
         file.truncate(1 << 40)
 
 

@@ -213,9 +213,10 @@ class Image:
 
 def _through_storage(table: Extents) -> Extents:
     """Returns the table with ZERO for windows onto holes of their file."""
-    from vmconv.model.extents import on_storage
+    from vmconv.model.extents import Kind, on_storage
 
     for source in table.sources:
-        if isinstance(source, File):
-            table = table.through(source, on_storage(source))
+        # In a file without holes each window stays as it is.
+        if isinstance(source, File) and ((stored := on_storage(source)).kind != Kind.DATA).any():
+            table = table.through(source, stored)
     return table
