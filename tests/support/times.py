@@ -29,7 +29,7 @@ def format_of(item: pytest.Item) -> str | None:
     match getattr(item, "callspec", None) and item.callspec.params:  # type: ignore[attr-defined]
         case {"row": {"format": str(name)}}:
             return name.split("-")[0]
-        case {"opinion": ((str(name), _), _)} | {"variant": (str(name), _)}:
+        case {"opinion": ((str(name), _), _)} | {"variant": (str(name), _)} | {"made": (str(name), _)}:
             return name
         case {"name": str(name)}:
             return NAMES.get(name, name)
