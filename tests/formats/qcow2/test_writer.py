@@ -198,7 +198,7 @@ def test_a_layer_allocates_what_is_needed_and_no_more(variant: dict[str, Any]) -
 
 def test_many_refcount_blocks_and_two_clusters_of_their_table() -> None:
     """Of 64 counts to a block and 64 blocks to a cluster of the table."""
-    image = disk([(0, 0, 2 * MIB)], 3 * MIB)
+    image = disk([(0, 0, 2 * MIB)], 2 * MIB)
     layout = write(image, options(cluster_size=512, refcount_bits=64), Placement())
     assert check(image, layout).counting_clusters == 2
 

@@ -83,6 +83,8 @@ def _coalesce(rows: Columns) -> Columns:
         return rows
     start, kind, source, offset = rows
     data = kind == Kind.DATA
+    if n == 1 and data[0]:
+        return rows
     if not data.all():
         source = np.where(data, source, np.int32(-1))
         offset = np.where(data, offset, 0)
@@ -154,11 +156,14 @@ class Extents:
             raise ValueError(f"unknown kind {kind.max()}")
         data = kind == Kind.DATA
         if data.any():
-            if source[data].min() < 0 or source[data].max() >= len(self.sources):
+            named = source[data]
+            if named.min() < 0 or named.max() >= len(self.sources):
                 raise ValueError("a DATA row names no source")
             # Rows that are not DATA get the limit of the last source (index -1); `bad` leaves them out.
             limits = np.array([s.size for s in self.sources], dtype=np.int64)[source]
-            end = offset + np.diff(start, append=self.size)
+            end = offset - start
+            end[:-1] += start[1:]
+            end[-1] += self.size
             bad = data & ((offset < 0) | (end > limits))
             if bad.any():
                 row = int(np.flatnonzero(bad)[0])
@@ -328,10 +333,19 @@ class Extents:
         inside = max(0, min(length, self.size - start))
         rows = _columns([], [], [], [])
         if inside:
-            rows = gather(self, np.array([start]), np.array([inside]), np.array([0]))
+            rows = self._rows(start, start + inside)
         if inside < length:
             rows = Columns.join([rows, _columns([inside], [beyond], [-1], [0])])
         return Extents(length, rows, self.sources)
+
+    def _rows(self, start: int, end: int) -> Columns:
+        """Returns copies of the rows of a range that is not empty, moved to 0; faster than `gather` for one range."""
+        part = slice(int(self.start.searchsorted(start, "right")) - 1, int(self.start.searchsorted(end, "left")))
+        begin, offset = self.start[part] - start, self.offset[part].copy()
+        if self.kind[part.start] == Kind.DATA:
+            offset[0] -= begin[0]
+        begin[0] = 0
+        return Columns(begin, self.kind[part].copy(), self.source[part].copy(), offset)
 
     def over(self, parent: Extents) -> Extents:
         """Returns this layer on top of `parent`: each HOLE is replaced by the parent's rows.
