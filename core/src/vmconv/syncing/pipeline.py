@@ -282,13 +282,18 @@ def _confirm(ready: Ready) -> None:
 
 
 def _result(ready: Ready, seconds: float) -> SyncResult:
-    found, made = ready.plan, ready.containers[-1]
-    planned = found.plan
+    found, planned = ready.plan, ready.plan.plan
+    if ready.containers:
+        kind, warned = ready.containers[-1].format, [one.source for one in ready.containers]
+    else:
+        # The target stays as it is.
+        assert ready.old
+        kind, warned = ready.old.format, [ready.image, ready.old.image]
     return SyncResult(
         ready.request.source,
         ready.request.target,
         ready.image.format_name,
-        made.format.name,
+        kind.name,
         ready.backend.name if planned and ready.backend else "none",
         found.evidence,
         found.changed,
@@ -297,6 +302,6 @@ def _result(ready: Ready, seconds: float) -> SyncResult:
         planned.totals if planned else Totals(0, 0, 0, 0),
         planned.copies if planned else (),
         planned.losses if planned else (),
-        tuple(dict.fromkeys(text for one in ready.containers for text in one.source.warnings)),
+        tuple(dict.fromkeys(text for one in warned for text in one.warnings)),
         seconds,
     )

@@ -13,7 +13,7 @@ from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Target
 from vmconv.conversion.planner import merge_plans
 from vmconv.conversion.verify import read_back
-from vmconv.errors import AccessError, PlanError
+from vmconv.errors import PlanError
 from vmconv.interface.backend import Access, Backend, Proposal, Transaction
 from vmconv.model.extents import Extents, Kind, distinct
 from vmconv.model.identity import fresh
@@ -21,8 +21,8 @@ from vmconv.model.image import Image
 from vmconv.model.planned import PlannedFile
 from vmconv.model.sources import Decoded, File
 from vmconv.syncing import changes as changing
-from vmconv.syncing import record as records
 from vmconv.syncing.changes import Changes
+from vmconv.syncing.evidence import UNCHANGED, Evidence
 from vmconv.syncing.request import SyncPlan
 
 if TYPE_CHECKING:
@@ -89,9 +89,6 @@ class Planning:
     ) -> None:
         directory, name = place
         self.stack = stack
-        self.valid = records.last(old.image.file, old.files, request)
-        # The target may have changed since, although its size and mtime are those of then.
-        self.touched = self.valid is not None and not self.valid.fits(file.descriptor for file in old.files)
         self.place: Place | None = None
         self._read: tuple[tuple[Container, ...], Image] | None = None
         self.request = request
@@ -101,9 +98,8 @@ class Planning:
         self.directory = directory
         self.registry = opener.registry
         self.comparing = comparing
-        self.state = records.state_of_source(image, request.snapshot)
-        self.identity = records.identity_of_source(image, request.snapshot)
         self.asked = request.conversion(old.format.name, force=True)
+        self.evidence = Evidence(request, self.asked, image, old, self.registry)
         found = Target.of(old.format, old.options, directory.path, name)
         stated = old.image.facts.identity
         identity = found.identity if stated is None else stated.bytes
@@ -111,7 +107,11 @@ class Planning:
 
     def ready(self) -> Ready:
         """Returns the plan. Raises `PlanError` if the disk would shrink, or the target is another's."""
-        changes, made, way = self._planned()
+        shares_all = self._shares_all()
+        # Nothing has to be laid out to find that nothing changed.
+        if self.evidence.is_recorded and not (self.request.compare or shares_all):
+            return self._ready(SyncPlan(UNCHANGED, 0, 0, 0, None), self.old.files)
+        changes, made, way = self._planned(shares_all)
         self._refuse_names(made.plan)
         size = self._result(made.containers).size
         if size < self.old.image.size and not self.request.shrink:
@@ -129,33 +129,44 @@ class Planning:
             access=Access(self.opener.files),
         )
         kept = [file for file in self.old.files if not way.carrier or file.stamp[:2] != way.carrier.stamp[:2]]
+        files = [*kept, *([way.carrier] if way.carrier else [])]
+        return self._ready(plan if same else plan._replace(plan=made.plan), files, made.containers, way.backend, begin)
+
+    def _ready(
+        self,
+        plan: SyncPlan,
+        files: list[File],
+        containers: tuple[Container, ...] = (),
+        backend: Backend | None = None,
+        begin: Callable[[], Transaction] | None = None,
+    ) -> Ready:
         return Ready(
             self.request,
             self.asked,
             self.image,
-            plan if same else plan._replace(plan=made.plan),
-            made.containers,
-            way.backend,
+            plan,
+            containers,
+            backend,
             begin,
-            (*self.opener.files, *kept, *([way.carrier] if way.carrier else [])),
+            (*self.opener.files, *files),
             self.old,
-            self.state,
-            self.identity,
-            self.valid,
+            self.evidence.state,
+            self.evidence.identity,
+            self.evidence.record,
             self.place,
-            self._is_recorded(),
+            self.evidence.is_recorded,
         )
 
     # -- the ways
 
-    def _planned(self) -> tuple[Changes, Conversion, Proposal]:
+    def _planned(self, shares_all: bool) -> tuple[Changes, Conversion, Proposal]:
         """Returns what changed, and the conversion by the first way that moves only that, if there is one."""
         new, old = self.image.flat, self.old.image.flat
-        found = None if self.request.compare or self.touched else self._learned(self.valid)
-        if self._shares_all():
+        found = self.evidence.learned()
+        if shares_all:
             # Compared for the report only: all payload is shared with the source.
             found = changing.by_address(new, old, "physical addresses: other blocks are at other places")
-            if self.valid is None:
+            if self.evidence.record is None:
                 self._refuse_other_disk(found)
             return found, *self._shared(new)
         if self._may_share(old):
@@ -171,7 +182,7 @@ class Planning:
     def _known(self, found: Changes | None) -> Changes:
         """Returns the changes, found by reading both disks if nothing else tells them."""
         if found is None:
-            found = changing.by_reading(self.image.flat, self.old.image.flat, self._reason(), self.comparing)
+            found = changing.by_reading(self.image.flat, self.old.image.flat, self.evidence.reason, self.comparing)
             self._refuse_other_disk(found)
         return found
 
@@ -265,74 +276,6 @@ class Planning:
             twice = (copy._replace(reason=f"{copy.reason}: written to a journal first") for copy in made.plan.copies)
             made = made._replace(plan=made.plan._replace(copies=tuple(twice)))
         return made, way
-
-    # -- what changed
-
-    def _is_recorded(self) -> bool:
-        """True if the record of the last sync is that of this one, too."""
-        known = self.valid and (self.valid.source, self.valid.identity) == (self.state, self.identity)
-        return bool(known) and not self.touched
-
-    def _learned(self, record: Record | None) -> Changes | None:
-        """Returns the changes since the last sync without reading payload; None if nothing tells them."""
-        if record and self.state == record.source:
-            return changing.nothing("the record of the last sync: the source is unchanged")
-        if self.request.since is not None:
-            return self._since(self.request.since, record)
-        if self.request.bitmap is not None:
-            return self._marked(self.request.bitmap, record)
-        layers = list(self.image.chain())
-        for number, layer in enumerate(layers[1:] if record else (), 1):
-            if record and records.state_of_source(layer, None) == record.source:
-                above = ", ".join(one.file.name for one in layers[:number])
-                return changing.by_layers(self.image, layer, f"layers made since the last sync: {above}")
-        return None
-
-    def _since(self, path: str, record: Record | None) -> Changes:
-        """Returns the ranges with other physical blocks than the disk of the last sync."""
-        if record is None:
-            raise PlanError(
-                f"{self.request.target}: {self._unrecorded()}, so {path} is no evidence",
-                hint="omit --since: vmconv reads both disks once, and later syncs have a record",
-            )
-        with self.asked.opener(self.registry) as opener:
-            base = opener.image(path, self.request.source_format)
-            if records.state_of_source(base, None) != record.source:
-                raise AccessError(
-                    f"{path}: is not the disk that {self.request.target} was last synced with, or was modified since",
-                    hint="omit --since: vmconv reads both disks if nothing else tells what changed",
-                )
-            found = changing.by_address(
-                self.image.flat, base.flat, f"physical addresses: {path} has the disk of the last sync"
-            )
-            if any(file.changed() for file in opener.files):
-                raise AccessError(f"{path}: changed while it was being compared")
-        return found
-
-    def _marked(self, bitmap: str, record: Record | None) -> Changes:
-        """Returns the ranges that a bitmap of the source has as written since the last sync."""
-        hint = "omit --bitmap: vmconv reads both disks if nothing else tells what changed"
-        if record is None:
-            raise PlanError(f"{self.request.target}: {self._unrecorded()}, so no bitmap counts from it", hint=hint)
-        name = self.image.file.name
-        if self.identity != record.identity:
-            raise AccessError(
-                f"{name}: is not the file that {self.request.target} was last synced with, or has other layers below",
-                hint=hint,
-            )
-        written = self.registry.format(self.image.format_name).dirty_ranges(self.image, bitmap)
-        evidence = f"bitmap {bitmap!r} of {name}, believed to have all writes since the last sync"
-        return changing.by_bitmap(self.image.flat, self.old.image.flat, written, evidence)
-
-    def _unrecorded(self) -> str:
-        has_one = records.read(self.old.image.file)
-        return "was modified since its last sync" if has_one else "has no record of a sync"
-
-    def _reason(self) -> str:
-        if self.request.compare:
-            return "both disks were read"
-        told = "the target's ctime is not that of its last sync" if self.touched else "nothing told what changed"
-        return f"both disks were read: {told}"
 
     def _refuse_other_disk(self, changes: Changes) -> None:
         """Raises `PlanError` if source and target have payload, and nothing of it is known to be equal."""

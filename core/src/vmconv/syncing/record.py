@@ -33,9 +33,11 @@ _DIGEST = 16
 _MOST = 4096
 """Bytes of an attribute: ext4 keeps all attributes of a file in one block."""
 
-_SPANS = (1_000_000, 1_000_000, 32_000_000, 512_000_000)
+_SPANS = (1_000_000, 2_000_000, 8_000_000, 32_000_000, 256_000_000)
 """How long writing a record may take, ns; the first time tells what the clock of the filesystem says."""
 
+_MOST_LATE = 100_000_000
+"""Nanoseconds that the clock of file times may be late."""
 _COARSE = 5
 """CLOCK_REALTIME_COARSE, the kernel's clock of file times, which the module `time` does not name."""
 
@@ -96,8 +98,16 @@ def identity_of_source(image: Image, snapshot: str | None) -> str:
 
 def _stamps(layer: Image) -> Iterator[tuple[object, ...]]:
     for file in _files(layer):
-        # Writes through a mounted filesystem leave the times of a block device: its state is never known.
-        yield (*_place(file), *file.stamp[2:], os.urandom(_DIGEST) if file.is_device else None)
+        yield (*_place(file), *file.stamp[2:], None if _has_times(file) else os.urandom(_DIGEST))
+
+
+def _has_times(file: File) -> bool:
+    """True if any write to a file gives it another ctime; else its state is never known."""
+    # A filesystem that is mounted from a block device writes to it without a new time. Whole seconds are those of a
+    # filesystem that has no others. What a FUSE program says need not be true: nbdfuse always says when it began.
+    if file.is_device or not file.stamp.ctime % 1_000_000_000:
+        return False
+    return not linux.mount_of(linux.name_of(file.descriptor)).type.startswith("fuse")
 
 
 def _place(file: File) -> tuple[bytes, int]:
@@ -198,6 +208,14 @@ def settle(descriptors: Sequence[int], record: Record) -> None:
             write(own, record._replace(since=min(times), until=until))
             now = os.fstat(own).st_ctime_ns
             if now <= until and record.target == state_of_target(map(stamp_of, descriptors)):
-                time.sleep((until - now) / 1e9 + time.clock_getres(_COARSE))
+                _wait_until_past(until, now)
                 return
         write(own, record)
+
+
+def _wait_until_past(until: int, now: int) -> None:
+    """Waits until no file gets a ctime up to `until` any more; `now` is the latest one."""
+    # The clock of file times is late by a tick, or by more on a busy machine. Another machine's clock cannot be read.
+    ends = time.monotonic_ns() + until - now + _MOST_LATE
+    while time.clock_gettime_ns(_COARSE) <= until and time.monotonic_ns() < ends:
+        time.sleep(0.001)
