@@ -51,7 +51,7 @@ class Replica:
         store.close()
         return found
 
-    def cloned(self) -> frozenset[str]:
+    def forked(self) -> frozenset[str]:
         return frozenset()
 
     def positions(self) -> dict[str, Position]:

@@ -20,13 +20,14 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fleet import test_replica, test_requests
+from fleet import test_forks, test_replica, test_requests
 from fleet.plain import PlainSigner, PlainTrust, node_id, signed_by_authority
 from fleet.sim import simulate
-from vmconv_fleet.replication import anti_entropy, clock, ownlog, receiver, requests
+from vmconv_fleet.replication import anti_entropy, clock, forks, merging, ownlog, receiver, requests
 from vmconv_fleet.replication.anti_entropy import AntiEntropy
 from vmconv_fleet.replication.clock import HybridClock
 from vmconv_fleet.replication.epochs import History
+from vmconv_fleet.replication.forks import Forks
 from vmconv_fleet.replication.neighbours import NeighbourTable
 from vmconv_fleet.replication.ownlog import OwnLog
 from vmconv_fleet.replication.pending import Pending
@@ -85,10 +86,10 @@ class _Anything:
 
 @mutation("an epoch is used again after a start")
 def epoch_again() -> Iterator[None]:
-    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
+    def begin(self: OwnLog, now: int, beyond: int, merged: Sequence[tuple[int, int]] = ()) -> list[Record]:
         position = self._store.position(self._signer.owner)
         epoch = max(position.epoch, 1)
-        history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1)
+        history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1, merged)
         return self._write_history(history, Position(epoch, position.seq), now)
 
     with patch.object(OwnLog, "begin_epoch", begin):
@@ -99,10 +100,10 @@ def epoch_again() -> Iterator[None]:
 def epoch_counted() -> Iterator[None]:
     original = OwnLog.begin_epoch
 
-    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
+    def begin(self: OwnLog, now: int, beyond: int, merged: Sequence[tuple[int, int]] = ()) -> list[Record]:
         self._random = Random(0)
         with patch.object(ownlog, "EPOCH_CHANCE", 1):
-            return original(self, 0, 0)
+            return original(self, 0, 0, merged)
 
     with patch.object(OwnLog, "begin_epoch", begin):
         yield
@@ -152,7 +153,7 @@ def gaps_noticed() -> Iterator[None]:
 
 @mutation("the floor is ignored: who has missed deletions gets what came after them")
 def floor_ignored() -> Iterator[None]:
-    with blind(), patch.object(History, "holds", History._passed):
+    with blind(), patch.object(History, "holds", History.passed):
         yield
 
 
@@ -246,7 +247,7 @@ def alone_by_default() -> Iterator[None]:
         yield
 
 
-@mutation("a recovered past replaces what was written since", test_replica.test_recovery_keeps_what_was_written_since)
+@mutation("a history replaces another one that it does not contain")
 def past_wins() -> Iterator[None]:
     with patch.object(Receiver, "_continues", lambda self, session, records: True):
         yield
@@ -266,31 +267,74 @@ def on_top() -> Iterator[None]:
         yield
 
 
-@mutation("a node does not notice that others have more of it than it has")
-def not_superseded() -> Iterator[None]:
-    with patch.object(EpochRecovery, "supersede", lambda self, *_, **__: None):
+@mutation(
+    "a node does not notice that another process has written as it",
+    test_forks.test_a_clone_that_writes_in_turn_is_noticed_though_it_knows_all,
+)
+def not_foreign() -> Iterator[None]:
+    with (
+        patch.object(Receiver, "_is_foreign", lambda self, position: False),
+        patch.object(Receiver, "_keep_own", lambda self, session, records: []),
+    ):
         yield
 
 
-@mutation("a node that was restored from an older backup is taken for a clone")
-def restored_is_cloned() -> Iterator[None]:
-    original = EpochRecovery.supersede
-
-    def supersede(self: EpochRecovery, position: Position, history: Record | None = None, **_: bool) -> None:
-        original(self, position, history, forked=True)
-
-    with patch.object(EpochRecovery, "supersede", supersede):
+@mutation("two histories are no fork")
+def no_fork() -> Iterator[None]:
+    with patch.object(forks, "contradict", lambda one, other: False):
         yield
 
 
-@mutation("a node tells nobody that it was cloned")
-def clone_is_hidden() -> Iterator[None]:
-    original = OwnLog.begin_epoch
+@mutation("a fork is kept from the others")
+def fork_is_hidden() -> Iterator[None]:
+    with patch.object(Publisher, "proofs", lambda self, peer, pairs: []):
+        yield
 
-    def begin(self: OwnLog, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
-        return original(self, now, beyond)
 
-    with patch.object(OwnLog, "begin_epoch", begin):
+@mutation("one history is taken for two", test_forks.test_records_of_one_history_prove_nothing)
+def always_forked() -> Iterator[None]:
+    with patch.object(History, "follows", lambda self, position: False):
+        yield
+
+
+@mutation("anybody proves a fork", test_forks.test_only_records_that_its_owner_signed_prove_a_fork)
+def proved_by_anybody() -> Iterator[None]:
+    with patch.object(Forks, "_counts", lambda self, pair: True):
+        yield
+
+
+@mutation(
+    "a node with two histories continues to write",
+    test_forks.test_a_node_that_wrote_with_an_old_database_has_forked_and_nothing_is_lost,
+)
+def forked_writes() -> Iterator[None]:
+    with patch.object(EpochRecovery, "serving", property(lambda self: self.has_begun)):
+        yield
+
+
+@mutation("a merged history forgets what the other one has executed")
+def nothing_adopted() -> Iterator[None]:
+    with patch.object(merging, "adopt", lambda replica, strays, number: []):
+        yield
+
+
+@mutation("the transactions of a merged history keep their numbers")
+def merged_numbers() -> Iterator[None]:
+    original = merging._repeat
+
+    def repeat(replica: Replica, transaction: Record, number: int) -> Any:
+        return original(replica, transaction, transaction.body["number"])
+
+    with patch.object(merging, "_repeat", repeat):
+        yield
+
+
+@mutation(
+    "histories are merged although a member may have more",
+    test_forks.test_histories_are_merged_only_once_they_are_here,
+)
+def merged_too_early() -> Iterator[None]:
+    with patch.object(EpochRecovery, "refuse_to_merge", lambda self, proof, ends: None):
         yield
 
 
@@ -374,7 +418,7 @@ def executed_twice() -> Iterator[None]:
 @mutation("transaction and response are two commits")
 def two_commits() -> Iterator[None]:
     def transact(self: Requests, request: Any, outcome: Any) -> Any:
-        number = self._next_number()
+        number = self.next_number()
         body = {
             "number": number,
             "request": request.id,
@@ -419,7 +463,7 @@ def out_of_order() -> Iterator[None]:
 
 @mutation("transactions are numbered by the clock")
 def numbered_by_clock() -> Iterator[None]:
-    with patch.object(Requests, "_next_number", lambda self: self._now() % 10**12):
+    with patch.object(Requests, "next_number", lambda self: self._now() % 10**12):
         yield
 
 

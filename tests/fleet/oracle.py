@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from vmconv_fleet.replication.records import Position, Record
+from vmconv_fleet.replication.records import Position, Record, restore
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.requests import response_id
 from vmconv_fleet.replication.store import Store
@@ -29,6 +29,8 @@ class Oracle:
         self._losses: Counter[str] = Counter()
         self._written: dict[str, list[tuple[Sequence[Record], int]]] = {}
         self._model: dict[str, dict[tuple[str, str], bytes]] = {}
+        self._seen: dict[tuple[str, str], set[tuple[str, str]]] = {}
+        self._executions: dict[bytes, tuple[str, str]] = {}
 
     def attach(self, replica: Replica) -> None:
         """Watches what the replica of an owner writes, commit by commit."""
@@ -53,6 +55,26 @@ class Oracle:
         """The node's disk has lost something."""
         self._losses[node] += 1
         self._acknowledged.pop(node, None)
+        self._seen = {pair: seen for pair, seen in self._seen.items() if pair[0] != node}
+
+    def may_have_forked(self, node: str) -> bool:
+        """A node has two histories only if its disk has lost something."""
+        return self._losses[node] > 0
+
+    def remember(self, replica: Replica, owner: str) -> None:
+        """What an owner has executed must not disappear from a view of it: not even when it has another history."""
+        rows = replica.store._connection.execute(_TRANSACTIONS, (owner,))
+        found = {self._execution(wire) for (wire,) in rows}
+        before = self._seen.get((replica.node, owner), set())
+        if lost := before - found:
+            raise Violation(f"{replica.node[:4]} has lost the transaction of {owner[:4]} for {min(lost)[1]}")
+        self._seen[replica.node, owner] = found
+
+    def _execution(self, wire: bytes) -> tuple[str, str]:
+        if wire not in self._executions:
+            body = restore(wire).body
+            self._executions[wire] = body["requester"], body["request"]
+        return self._executions[wire]
 
     def look(self, replica: Replica, owner: str) -> None:
         """A view must be exactly a state that its owner was in."""
@@ -148,6 +170,12 @@ class Oracle:
         before = change["before"]["value"] if change["before"] else 0
         if change["after"]["value"] != before + 1:
             raise Violation(f"{owner[:4]} changed {before} to {change['after']['value']}")
+
+
+_TRANSACTIONS = (
+    "SELECT wire FROM records WHERE kind = 'transaction' AND NOT deleted"
+    " AND owner = (SELECT number FROM owners WHERE owner = ?)"
+)
 
 
 def _forgotten(store: Store, owner: str, record: Record) -> bool:

@@ -18,6 +18,12 @@ from vmconv_fleet.replication.store import Store
 WALL = 1_700_000_000_000
 
 
+def copy_of(disk: sqlite3.Connection) -> sqlite3.Connection:
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    copy.deserialize(disk.serialize())
+    return copy
+
+
 class Machine:
     """A node of a test: its database, its clocks, its replica."""
 

@@ -19,14 +19,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleet.in_memory import Node, nodes
-from fleet.plain import retirement, retirement_named
+from fleet.plain import PlainSigner, retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api import access, exporting
 from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
 from vmconv_fleet.replication.clock import wall_ms
-from vmconv_fleet.replication.records import Change
+from vmconv_fleet.replication.records import Change, decode, encode, seal
 from vmconv_fleet.testing import PATIENCE
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import VERBS
@@ -673,6 +673,27 @@ def test_a_restored_node_resumes_without_members_and_its_history_says_so(restore
 def test_only_the_local_administrator_resumes_a_node(api: Served) -> None:
     with pytest.raises(AccessError, match="for the local administrator"):
         api.client("admin").call("POST", "/api/v1/resume", {"alone": True})
+
+
+def test_a_node_with_two_histories_changes_nothing_until_they_are_merged(api: Served) -> None:
+    one = api.node
+    (record,) = one.write(Change("thing", "t", {"value": 1}))
+    payload = encode(record._replace(body={"value": 2}))
+    other = decode(seal(PlainSigner(one.id).sign(payload), payload))
+    replica = one.service._replica
+    one.service._engine.call(lambda: replica._context.forks.keep((record, other), 0)).result(PATIENCE)
+    assert api.local.get("/api/v1/fleet")["forked"]
+    with pytest.raises(VmconvError, match="this node has two histories") as refused:
+        api.local.call("POST", "/api/v1/tokens", {"label": "x", "role": "viewer"})
+    assert "vmconv node resume --merge" in str(refused.value.hint)
+    assert any("has two histories" in text for text in api.local.get("/api/v1/fleet")["problems"])
+    assert api.local.call("POST", "/api/v1/resume", {"merge": True}).content == {"waits_for": []}
+    assert not api.local.get("/api/v1/fleet")["forked"]
+    api.local.call("POST", "/api/v1/tokens", {"label": "x", "role": "viewer"})
+    acts = one.service.view().find("transaction", one.id)
+    assert ("resume", True) in {(act.body["verb"], act.body["body"].get("merge")) for act in acts}
+    with pytest.raises(VmconvError, match="has one history"):
+        api.local.call("POST", "/api/v1/resume", {"merge": True})
 
 
 # The application itself

@@ -10,19 +10,15 @@ from unittest.mock import patch
 
 import pytest
 
-from fleet.pairs import Fleet, Machine, pair
-from fleet.plain import PlainSigner, certificate, key_revocation, node_id, retirement
-from vmconv.plugin import AccessError
-from vmconv_fleet.catalogue.kinds import Principal
-from vmconv_fleet.catalogue.snapshot import Snapshot
+from fleet.pairs import Fleet, Machine, copy_of, pair
+from fleet.plain import PlainSigner, certificate, node_id, retirement
 from vmconv_fleet.errors import MalformedError, NotReadyError
-from vmconv_fleet.replication import epochs, messages, records
+from vmconv_fleet.replication import messages, records
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
-from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, Summary
+from vmconv_fleet.replication.merging import merge
+from vmconv_fleet.replication.messages import Digest, Live, Page, Pull, Summary
 from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.records import Change, Position, Record, seal
-from vmconv_fleet.replication.requests import Outcome
-from vmconv_fleet.trust.roles import rights_of
 
 
 def _signed(signer: PlainSigner, record: Record, **changes: Any) -> bytes:
@@ -182,20 +178,22 @@ def test_pages_of_two_histories_are_not_put_together() -> None:
         for number in range(20):
             one.write("thing", f"t{number}", {"filling": "x" * 300})
         fleet.flow()
-        backup = _copy(one.disk)
+        backup = copy_of(one.disk)
         for number in range(20):
             one.write("thing", f"t{number}", {"filling": "y" * 300})
         fleet.flow(100)
         fleet.cut(one, relay)
+        again = fleet.add(0, disk=backup)
+        fleet.flow(50)
+        fleet.link(again, relay)
+        fleet.flow(3000)
         late = fleet.add(2)
         fleet.flow(100)
         fleet.link(relay, late)
         sessions = late.replica._context.anti_entropy._sessions
         fleet.flow_until(lambda: one.id in sessions and sessions[one.id].begun)
         fleet.drop()
-        again = fleet.add(0, disk=backup)
-        fleet.flow(50)
-        fleet.link(again, relay)
+        fleet.send(again, merge(again.replica, again.handle({}), None))
         fleet.flow(8000)
     assert late.problems() == []
     assert _agree(again, relay, late)
@@ -289,7 +287,7 @@ def test_an_answer_that_does_not_follow_newer_records_is_requested_again() -> No
     """A live record comes between its pages, one that its owner has lost since: with the rest it is no state."""
     with patch.object(messages, "PAGE_BYTES", 300):
         fleet, one, other = pair()
-        backup = _copy(one.disk)
+        backup = copy_of(one.disk)
         one.write("thing", "lost", {"value": 1})
         (lost,) = {message for _, _, message in fleet.drop()}
         fleet.cut(one, other)
@@ -307,8 +305,11 @@ def test_an_answer_that_does_not_follow_newer_records_is_requested_again() -> No
             other.replica.received(again.id, page.message)
         assert other.body(again, "thing", "lost") == {"value": 1}
         fleet.flow(5000)
-    assert other.problems() == []
-    assert other.body(again, "thing", "lost") is None
+    assert other.problems() == ["fork"]
+    assert other.body(again, "thing", "lost") == {"value": 1}
+    fleet.send(again, merge(again.replica, again.handle({}), None))
+    fleet.flow(5000)
+    assert again.body(again, "thing", "lost") == {"value": 1}
     assert _agree(again, other)
 
 
@@ -364,12 +365,18 @@ def test_a_new_life_leaves_nothing_of_the_old_one() -> None:
     """As in chitchat #94: a generation change left old state."""
     fleet, one, other = pair()
     one.write("thing", "old", {"value": 1})
+    backup = copy_of(one.disk)
+    one.write("thing", "since", {"value": 1})
     fleet.flow()
     fleet.cut(one, other)
-    again = fleet.add(0)
+    again = fleet.add(0, disk=backup)
     fleet.flow(100)
+    again.write("thing", "old", None)
     again.write("thing", "new", {"value": 2})
     fleet.link(again, other)
+    fleet.flow(2000)
+    assert other.body(again, "thing", "old") == {"value": 1}
+    fleet.send(again, merge(again.replica, again.handle({}), None))
     fleet.flow(2000)
     assert other.body(again, "thing", "old") is None
     assert other.body(again, "thing", "new") == {"value": 2}
@@ -490,148 +497,6 @@ def test_an_epoch_is_never_used_again_even_by_a_clock_that_stands() -> None:
         machine.fleet.flow(50)
         epochs.add(machine.replica.store.position(machine.id).epoch)
     assert len(epochs) == 20
-
-
-def test_recovery_keeps_what_was_written_since() -> None:
-    """A node has lost its disk while its clock was ahead: what it has written since is worth more than its past."""
-    fleet, one, other = pair()
-    one.offset = 0
-    one.write("thing", "past", {"value": 1})
-    fleet.flow()
-    fleet.cut(one, other)
-    ahead = max(one.replica.store.position(one.id).epoch - one.wall(), 0)
-    again = fleet.add(0)
-    again.offset = -ahead - 3_000_000
-    fleet.flow(100)
-    again.write("thing", "since", {"value": 2})
-    assert again.replica.store.position(one.id) < other.replica.store.position(one.id)
-    third = fleet.add(0, disk=again.disk, patience=5000)
-    third.offset = again.offset
-    fleet.link(third, other)
-    fleet.flow(8000)
-    assert third.body(third, "thing", "since") == {"value": 2}
-    assert third.body(third, "thing", "past") is None
-    assert other.body(third, "thing", "since") == {"value": 2}
-    assert "lost" in third.problems()
-    assert _agree(third, other)
-
-
-def test_both_records_for_one_position_are_kept_and_the_owner_continues() -> None:
-    fleet, one, other = pair()
-    position = one.replica.store.position(one.id)
-    clone = Machine(fleet, 0, disk=_copy(one.disk))
-    clone.replica._recovery._epoch = position.epoch
-    one.write("thing", "t", {"value": "original"})
-    fleet.flow()
-    _, sends = clone.replica.write([Change("thing", "t", {"value": "clone"})])
-    fleet.send(other, other.replica.received(one.id, sends[0].message))
-    assert "fork" in other.problems()
-    assert {record.body["value"] for record in other.replica.store.forks()} == {"original", "clone"}
-    fleet.flow(3000)
-    assert one.replica.store.position(one.id).epoch > position.epoch
-    assert other.body(one, "thing", "t") == {"value": "original"}
-    assert _agree(one, other)
-
-
-def _swap(fleet: Fleet, linked: Machine, other: Machine, peer: Machine) -> None:
-    """Gives the link of a machine to another one with the same keys."""
-    fleet.cut(linked, peer)
-    fleet.machines[other.id] = other
-    fleet.link(other, peer)
-    fleet.flow(3000)
-
-
-def _cloned() -> tuple[Fleet, Machine, Machine, Machine]:
-    """Returns a node, its clone that has met the others in its place, and these: one neighbour, and one behind it."""
-    fleet, one, other = pair()
-    far = fleet.add(2)
-    fleet.flow(100)
-    fleet.link(other, far)
-    one.write("token", "0123456789ab", {"label": "anna", "role": "admin", "hash": "0" * 64, "created_ms": 1})
-    fleet.flow(1000)
-    copy = Machine(fleet, 0, disk=_copy(one.disk))
-    copy.replica.tick()
-    _swap(fleet, one, copy, other)
-    _swap(fleet, copy, one, other)
-    _swap(fleet, one, copy, other)
-    return fleet, copy, other, far
-
-
-def test_all_nodes_show_a_clone_until_its_key_is_revoked() -> None:
-    fleet, copy, other, far = _cloned()
-    for machine in (copy, other, far):
-        assert machine.replica.store.cloned() == {copy.id}
-        assert "cloned" in machine.problems()
-    far.write("node", far.id, {"name": "n03", "fleet": "f"})
-    copy.write("node", copy.id, {"name": "n01", "fleet": "f"})
-    fleet.flow(1000)
-    nodes = Snapshot(far.replica.store, far.id, far.wall(), neighbours=[copy.id], retirements={}).nodes()
-    assert [(one.name, one.state) for one in nodes] == [("n01", "cloned"), ("n03", "here")]
-    again = Machine(fleet, 2, disk=far.disk)
-    assert "cloned" in again.problems()
-    other.write("revocation", copy.signer.key_id, key_revocation(copy.id, copy.signer.key_id).body)
-    fleet.flow(1000)
-    for machine in (other, far):
-        assert machine.replica.store.cloned() == frozenset()
-        assert "cloned" not in machine.problems()
-
-
-def test_requests_and_tokens_of_a_cloned_node_are_refused() -> None:
-    """A token that one of the two has revoked may be valid in the history of the other."""
-    fleet, copy, other, far = _cloned()
-    far.handle({"do": lambda *_: Outcome([], {})})
-    for requester in (copy, other):
-        requester.handle({})
-        assert requester.requests is not None
-        fleet.send(requester, requester.requests.submit(far.id, "do", {}, {}, id="r")[1])
-    fleet.flow(3000)
-    answers = {record.body["requester"]: record.body["ok"] for record in far.replica.store.find("response")}
-    assert answers == {copy.id: False, other.id: True}
-    by = Principal(node=other.id, token=f"{copy.id}/0123456789ab", user="anna")
-    assert far.body(copy, "token", "0123456789ab") is not None
-    for machine in (other, far):
-        with pytest.raises(AccessError, match="two machines write"):
-            rights_of(by, machine.replica.store, 0)
-
-
-def test_a_node_restored_without_neighbours_is_no_clone() -> None:
-    """Its first process has written what the second one does not know, but does not run any more."""
-    fleet, one, other = pair()
-    backups = [_copy(one.disk)]
-    for number in range(4):
-        one.write("thing", "t", {"value": number})
-        fleet.flow(500)
-        backups.append(_copy(one.disk))
-        fleet.cut(one, other)
-        one = fleet.add(0, disk=_copy(backups[number // 2]))
-        # Each time the clock is further behind: the new epoch is earlier than those that neighbours know.
-        one.offset = (4 - number) * 3_000_000
-        fleet.flow(500)
-        one.write("thing", "t", {"value": -number})
-        fleet.link(one, other)
-        fleet.flow(5000)
-        assert number == 0 or "lost" in one.problems()
-        for machine in (one, other):
-            assert "cloned" not in machine.problems()
-            assert machine.replica.store.cloned() == frozenset()
-    assert _agree(one, other)
-
-
-def test_only_a_node_itself_says_that_it_is_cloned() -> None:
-    _, one, other = pair()
-    history = one.replica.store.get(one.id, epochs.KIND, epochs.ID)
-    assert history is not None
-    said = {**history.body, epochs.CLONED: ""}
-    other.replica.received(one.id, messages.encode(Notice([_signed(PlainSigner(other.id), history, body=said)])))
-    assert other.replica.store.cloned() == frozenset()
-    other.replica.received(one.id, messages.encode(Notice([_signed(one.signer, history, body=said)])))
-    assert other.replica.store.cloned() == {one.id}
-
-
-def _copy(disk: sqlite3.Connection) -> sqlite3.Connection:
-    copy = sqlite3.connect(":memory:", isolation_level=None)
-    copy.deserialize(disk.serialize())
-    return copy
 
 
 def test_a_forged_record_is_refused_and_reported() -> None:

@@ -34,6 +34,7 @@ def test_everything_was_tried() -> None:
         "forged retirements",
         "garbled",
         "lost",
+        "merges",
         "older databases",
         "partitions",
         "requests",

@@ -26,7 +26,7 @@ from vmconv_fleet.replication.records import (
     restore,
     seal,
 )
-from vmconv_fleet.replication.store import MAX_QUARANTINE, Store
+from vmconv_fleet.replication.store import Store
 
 NODE = node_id(0)
 SIGNER = PlainSigner(NODE)
@@ -280,10 +280,10 @@ def test_a_clock_never_goes_back_and_follows_others_within_reason() -> None:
     assert clock.last == (3000 << 16) + 6
 
 
-def test_the_forks_of_one_owner_do_not_hide_those_of_another(store: Store) -> None:
+def test_one_proof_of_a_fork_is_kept_for_each_owner(store: Store) -> None:
     with store.atomic():
-        kept = [store.quarantine([_record(seq), _record(seq, id="other")], 0) for seq in range(1, 2 * MAX_QUARANTINE)]
+        kept = [store.quarantine((_record(seq), _record(seq, id="other")), 0) for seq in range(1, 5)]
         other = _record(1)._replace(owner=node_id(1))
-        assert store.quarantine([other], 0)
-    assert kept.count(True) == MAX_QUARANTINE // 2
-    assert len(store.forks()) == MAX_QUARANTINE + 1
+        assert store.quarantine((other, other._replace(seq=2)), 0)
+    assert kept == [True, False, False, False]
+    assert len(store.forks()) == 4

@@ -111,7 +111,7 @@ async def ask(
     UnknownCallerError if the caller's token ends while it waits; the request stays.
     """
     given = arguments_of(verb, arguments).given()
-    state.refuse_while_restored()
+    state.refuse_while_held()
     refuse_unless_allowed(verb, target, caller.by, state.view(), state.now_ms(), arguments=given)
     by = caller.by.plain()
     async with state.bus.listener() as listener:

@@ -98,10 +98,11 @@ class RetireWish(_Wish):
 
 
 class ResumeWish(_Wish):
-    """Members by name or id, or `alone`: any member at all."""
+    """Members by name or id, or `alone`: any member at all; or `merge`: the other histories of this node."""
 
     without: Annotated[list[str], Field(max_length=4096)] = []
     alone: bool = False
+    merge: bool = False
 
 
 class JoinWish(_Wish):
@@ -248,11 +249,14 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
     return (await ask(state, caller, authority, "retire", arguments, wait=wait)).as_response()
 
 
-@router.post("/resume", summary="Let this restored node write without waiting for members; local administrator only")
+@router.post("/resume", summary="Let this restored or forked node write again; local administrator only")
 async def resume(wish: ResumeWish, state: StateOf, caller: Known) -> dict[str, list[str]]:
     """The answer has the members that it still waits for."""
     refuse_unless_allowed("resume", state.node, caller.by, state.view(), state.now_ms(), arguments={})
-    if not state.service.is_restored:
+    if wish.merge:
+        await asyncio.wait_for(asyncio.wrap_future(state.service.merge(caller.by.plain())), _RESUMES_WITHIN)
+        return {"waits_for": []}
+    if not (state.service.is_restored or state.service.is_forked):
         raise UsageError("this node waits for no other one")
     awaited = state.service.awaited()
     without = awaited if wish.alone else {_node_among(state, awaited, named) for named in wish.without}

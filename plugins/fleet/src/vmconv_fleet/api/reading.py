@@ -147,6 +147,7 @@ def fleet(request: Request, state: StateOf, _caller: Known) -> Response:
         "name": snapshot.name(state.node),
         "serving": state.service.serving,
         "waits_for": state.waits_for(),
+        "forked": state.service.is_forked,
         "cut": bool(state.link and state.link.is_disconnected),
         "problems": state.problems(),
         "nodes": len(nodes),

@@ -15,6 +15,7 @@ from vmconv_fleet.replication.problems import NodeProblem
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView
 
+MERGE = "end all other copies of this node, then: vmconv node resume --merge"
 RESUME = "if one is lost: vmconv node resume --without NODE, or --alone"
 
 
@@ -62,8 +63,10 @@ class State:
             retirements=self.service.retirements(),
         )
 
-    def refuse_while_restored(self) -> None:
-        """Raises NotReadyError if this node does not write until it has heard from other members."""
+    def refuse_while_held(self) -> None:
+        """Raises NotReadyError if this node writes nothing until other members or its administrator act."""
+        if self.service.is_forked:
+            raise NotReadyError("this node has two histories, and changes nothing until they are merged", hint=MERGE)
         if names := ", ".join(self.waits_for()):
             raise NotReadyError(
                 f"this node has a restored database, and writes again once it has heard from {names}", hint=RESUME

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 B = TypeVar("B", bound=Body)
 
-NodeState = Literal["here", "up", "silent", "retired", "cloned"]
+NodeState = Literal["here", "up", "silent", "retired", "forked"]
 
 _BEATS_MISSED = 3
 _GRACE_MS = 3000
@@ -74,7 +74,7 @@ class Snapshot:
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
         self._retired = retirements
-        self._cloned = view.cloned()
+        self._forked = view.forked()
         self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
 
     def body(self, model: type[B], owner: str, kind: str, id: str) -> B | None:
@@ -119,8 +119,8 @@ class Snapshot:
             state, age = "here", 0
         elif node in self._retired or body.retired:
             state = "retired"
-        elif node in self._cloned:
-            state = "cloned"
+        elif node in self._forked:
+            state = "forked"
         elif node in self._neighbours or (age is not None and age <= _still_good_ms(beat, is_reached=node in reached)):
             state = "up"
         position = self._positions.get(node, Position(0, 0))

@@ -45,7 +45,7 @@ def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     if fleet["waits_for"]:
         names = ", ".join(fleet["waits_for"])
         yield Diagnosis(here, f"has a restored database, and writes again once it has heard from {names}: {_RESUME}")
-    elif not fleet["serving"]:
+    elif not fleet["serving"] and not fleet["forked"]:
         yield Diagnosis(here, "cannot write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
         yield Diagnosis(here, "is disconnected from the others by its administrator")
@@ -67,7 +67,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     for one in nodes:
         if one["state"] == "silent":
             yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
-        elif one["state"] in ("up", "cloned"):
+        elif one["state"] in ("up", "forked"):
             yield from (Diagnosis(one["name"], text) for text in one["problems"])
 
 

@@ -92,6 +92,9 @@ def _resume(parser: argparse.ArgumentParser) -> None:
         help="do not wait for this node, by name or id: it is lost with the records that it alone has of this node",
     )
     given.add_argument("--alone", action="store_true", help="wait for no other node: all are lost")
+    given.add_argument(
+        "--merge", action="store_true", help="take over the other histories of this node, whose copies have ended"
+    )
 
 
 def _status(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +117,7 @@ ACTIONS: dict[str, tuple[str, Adder]] = {
     "authority": ("copy the fleet's authority to another node", _authority),
     "backup": ("write settings, keys, authority and database into one file", _backup),
     "restore": ("make the directory of a node from its backup", _restore),
-    "resume": ("let a restored node write without hearing from all members first", _resume),
+    "resume": ("let a node write again that was restored without all members, or has two histories", _resume),
     "leave": ("leave the fleet: the certificate is revoked and deleted, disks stay", _leave),
 }
 

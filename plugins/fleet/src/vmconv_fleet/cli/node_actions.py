@@ -226,7 +226,7 @@ def resume_node(options: argparse.Namespace) -> int:
 
     config = settings.load(_directory(options))
     with NodeClient(config.directory) as client:
-        wish = {"without": options.without or [], "alone": options.alone}
+        wish = {"without": options.without or [], "alone": options.alone, "merge": options.merge}
         left = client.call("POST", "/api/v1/resume", wish).content["waits_for"]
     print(f"node {config.node} " + (f"still waits for {', '.join(left)}" if left else "writes again"))
     return 0

@@ -189,12 +189,13 @@ class Revoke(Arguments):
 
 
 class Resume(Arguments):
-    """The members whose later records of the node are given up."""
+    """The members whose later records of the node are given up, or the merging of its histories."""
 
     verb: ClassVar[str] = "resume"
 
     without: Annotated[list[NodeId], Field(max_length=4096)] = []
     alone: bool = False
+    merge: bool = False
 
 
 ARGUMENTS: Mapping[str, type[Arguments]] = {

@@ -155,6 +155,9 @@ class JobRunner:
         job = Job(record.id, record.body)
         if record.deleted or job.state != "queued":
             self._waiting.pop(record.id, None)
+            if job.was_begun and not (record.deleted or job.is_over or record.id in self._running):
+                # Of another history of this node, which was merged.
+                self._interrupted.add(record.id)
         elif record.id not in self._running:
             self._waiting[record.id] = job
         run = self._running.get(record.id)

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -52,6 +52,8 @@ END_WITHIN_S = 20
 """Threads that still run this long after the request to stop are abandoned."""
 FOUNDED = "founded"
 """A file in a node's directory: the node is new, so no neighbour can have newer records of it than its database."""
+MERGED = "merged.jsonl"
+"""A file in a node's directory: the records of other histories of the node, before they were merged."""
 _log = logging.getLogger("vmconv_fleet.daemon")
 
 
@@ -144,6 +146,7 @@ class Daemon:
             patience_ms=patience,
             introduction=[_certificate_record(self._credentials)],
             indexes=INDEXES,
+            merged=self.config.path(MERGED),
             retention=Retention(ENDED, partial(kept_of, self.config.node), self._archive()),
         )
 
@@ -178,8 +181,11 @@ class Daemon:
         record = self.service.view().get(node, "node", node)
         return {} if record is None else record.body
 
-    def _awaited(self) -> frozenset[str]:
-        return self.service.awaited() if self.service.is_restored else frozenset()
+    def _awaited(self) -> Iterable[str]:
+        """Returns the members that this node has to be linked with, however large the fleet is."""
+        if self.service.is_forked:
+            return self.trust.members()
+        return self.service.awaited() if self.service.is_restored else ()
 
     def _meets(self, address: str) -> str | None:
         # TLS in Python takes memory that a node with all links does not need.

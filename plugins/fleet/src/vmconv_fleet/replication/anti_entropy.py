@@ -113,6 +113,10 @@ class AntiEntropy:
         want = self._wants.get(owner)
         return owner in self._sessions or (want is not None and want.due <= now)
 
+    def is_busy(self, owner: str) -> bool:
+        """Returns whether a pull of the owner's records runs or is scheduled, so that `want` may change nothing."""
+        return owner in self._wants or owner in self._sessions
+
     def forget(self, owner: str) -> None:
         self._wants.pop(owner, None)
         self._sessions.pop(owner, None)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from vmconv_fleet.replication.anti_entropy import AntiEntropy
 from vmconv_fleet.replication.change_feed import ChangeFeed
-from vmconv_fleet.replication.clones import Clones
 from vmconv_fleet.replication.forks import Forks
 from vmconv_fleet.replication.neighbours import NeighbourTable
 from vmconv_fleet.replication.problems import ProblemLog
@@ -43,7 +42,6 @@ class ReplicaContext(NamedTuple):
     neighbours: NeighbourTable
     anti_entropy: AntiEntropy
     forks: Forks
-    clones: Clones
     feed: ChangeFeed
     problems: ProblemLog
     timing: Timing

@@ -49,6 +49,14 @@ CREATE INDEX IF NOT EXISTS temp.staged_by_position ON staged (session, seq);
 """
 
 
+STRAYS = """
+CREATE TABLE IF NOT EXISTS strays (
+    epoch INTEGER NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL, PRIMARY KEY (epoch, seq, wire)
+) WITHOUT ROWID;
+"""
+"""Made at each start: earlier versions ignore it."""
+
+
 def open_writer(path: str) -> sqlite3.Connection:
     """Opens or creates the database for its only writer."""
     try:
@@ -93,6 +101,7 @@ def prepare(connection: sqlite3.Connection, node: str) -> None:
             connection.executescript(f"BEGIN;{_TABLES}PRAGMA user_version = {VERSION};COMMIT;")
             connection.execute("INSERT INTO meta VALUES ('node', ?)", (node,))
         connection.executescript(STAGED)
+        connection.executescript(STRAYS)
         (owner,) = connection.execute("SELECT value FROM meta WHERE name = 'node'").fetchone() or (None,)
         if owner == node and 0 < version < VERSION:
             _migrate(connection, version)

@@ -136,6 +136,10 @@ class Engine:
         """Runs a function on the replica's thread. The future is done once its writes are durable."""
         return self._put(lambda: (function(), []), own=False)
 
+    def act(self, function: Callable[[], tuple[T, list[Send]]]) -> Future[T]:
+        """Calls a function that returns a result and messages, whether the replica is serving or not."""
+        return self._put(function, own=False)
+
     def write(self, changes: Sequence[Change]) -> Future[list[Record]]:
         """Writes own records without a transaction number. Waits until the replica is serving."""
         return self._put(lambda: self._replica.write(changes), own=True)

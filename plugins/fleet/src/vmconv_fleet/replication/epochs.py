@@ -6,6 +6,7 @@ rises. So they are signed, and a replica with a state also has the history of th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vmconv_fleet.replication.records import MAX_NUMBER, Position, Record
@@ -13,39 +14,39 @@ from vmconv_fleet.replication.records import MAX_NUMBER, Position, Record
 KIND = "epoch"
 ID = "history"
 MAX_EPOCHS = 64
-CLONED = "cloned"
-"""The field by which an owner says that another process writes as it: the other one's record, in hex."""
 
 
 class History(NamedTuple):
     """The owner's epochs: `starts` are (epoch, seq of its first record), ascending, the newest MAX_EPOCHS.
 
-    `floor`: deletions up to this seq are forgotten, so a replica below it cannot learn what to delete. `beyond`: the
-    newest epoch of another history that the owner knew when it began its own last one; 0 if it knew none.
+    `floor`: deletions up to this seq are forgotten, so a replica below it cannot learn what to delete. `merged`: the
+    ends, (epoch, last seq), of other histories that the owner's administrator has merged into this one.
     """
 
     starts: tuple[tuple[int, int], ...] = ()
     floor: int = 0
-    beyond: int = 0
+    merged: tuple[tuple[int, int], ...] = ()
 
-    def begun(self, epoch: int, seq: int, beyond: int = 0) -> History:
+    def begun(self, epoch: int, seq: int, merged: Iterable[tuple[int, int]] = ()) -> History:
         """Returns the history with one more epoch, which begins with this record."""
-        return self._replace(starts=(*self.starts, (epoch, seq))[-MAX_EPOCHS:], beyond=beyond)
+        starts = (*self.starts, (epoch, seq))[-MAX_EPOCHS:]
+        return self._replace(starts=starts, merged=(*self.merged, *merged)[-MAX_EPOCHS:])
 
     def holds(self, position: Position) -> bool:
         """Returns whether a replica at the position has a part of this history, and can be sent the rest."""
-        return position.seq >= self.floor and self._passed(position)
+        return position.seq >= self.floor and self.passed(position)
 
     def follows(self, position: Position) -> bool:
-        """Returns whether this history continues from the position, as far as it is recorded."""
+        """Returns whether this history contains the position, as far as it is recorded, also as a merged one."""
         forgotten = len(self.starts) == MAX_EPOCHS and position < self.starts[0]
-        return forgotten or self._passed(position)
+        return forgotten or self.passed(position) or self.has_merged(position)
 
-    def knows(self) -> set[int]:
-        """Returns the epochs that the writer knew, those of other histories included."""
-        return {self.beyond, *(epoch for epoch, _ in self.starts)}
+    def has_merged(self, position: Position) -> bool:
+        """Returns whether the position is in another history, which was merged into this one."""
+        return any(epoch == position.epoch and position.seq <= last for epoch, last in self.merged)
 
-    def _passed(self, position: Position) -> bool:
+    def passed(self, position: Position) -> bool:
+        """Returns whether the owner itself was at the position in this history."""
         for number, (epoch, first) in enumerate(self.starts):
             if epoch == position.epoch:
                 following = self.starts[number + 1 : number + 2]
@@ -53,7 +54,8 @@ class History(NamedTuple):
         return False
 
     def body(self) -> dict[str, Any]:
-        return {"starts": [list(start) for start in self.starts], "floor": self.floor, "beyond": self.beyond}
+        merged = {"merged": [list(end) for end in self.merged]} if self.merged else {}
+        return {"starts": [list(start) for start in self.starts], "floor": self.floor, **merged}
 
 
 def history_of(record: Record | None) -> History:
@@ -62,7 +64,8 @@ def history_of(record: Record | None) -> History:
         return History()
     try:
         starts = tuple((_number(epoch), _number(first)) for epoch, first in record.body["starts"])
-        return History(starts[-MAX_EPOCHS:], _number(record.body["floor"]), _number(record.body.get("beyond", 0)))
+        merged = tuple((_number(epoch), _number(last)) for epoch, last in record.body.get("merged", ()))
+        return History(starts[-MAX_EPOCHS:], _number(record.body["floor"]), merged[-MAX_EPOCHS:])
     except (KeyError, TypeError, ValueError):
         return History()
 

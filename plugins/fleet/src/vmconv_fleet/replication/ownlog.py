@@ -43,16 +43,16 @@ class OwnLog:
         """
         return self._write(changes, self._store.position(self._signer.owner), now, txn)
 
-    def begin_epoch(self, now: int, beyond: int, cloned: str | None = None) -> list[Record]:
-        """Begins an epoch later than all known ones of this node and different from all earlier ones.
+    def begin_epoch(self, now: int, beyond: int, merged: Sequence[tuple[int, int]] = ()) -> list[Record]:
+        """Begins an epoch later than `beyond` and all own ones, and different from all earlier ones.
 
         The clock alone cannot ensure that: it may go back, and the database may be lost. So a random part is added.
-        `cloned`: the record that shows that another process writes as this node.
+        `merged`: the ends of other histories of this node that this one contains from now on.
         """
         position = self._store.position(self._signer.owner)
         epoch = max(position.epoch + 1, beyond + 1, now) + self._random.randrange(EPOCH_CHANCE)
-        history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1, beyond)
-        return self._write_history(history, Position(epoch, position.seq), now, cloned)
+        history = self._store.history(self._signer.owner).begun(epoch, position.seq + 1, merged)
+        return self._write_history(history, Position(epoch, position.seq), now)
 
     def raise_floor(self, now: int, grace_ms: int) -> list[Record]:
         """Drops deletions older than `grace_ms` and publishes the new floor."""
@@ -71,9 +71,8 @@ class OwnLog:
             self._store.purge(node, floor)
         return written
 
-    def _write_history(self, history: History, position: Position, now: int, cloned: str | None = None) -> list[Record]:
-        body = history.body() if cloned is None else {**history.body(), epochs.CLONED: cloned}
-        return self._write([Change(epochs.KIND, epochs.ID, body)], position, now, 0)
+    def _write_history(self, history: History, position: Position, now: int) -> list[Record]:
+        return self._write([Change(epochs.KIND, epochs.ID, history.body())], position, now, 0)
 
     def _write(self, changes: Sequence[Change], position: Position, now: int, txn: int) -> list[Record]:
         node = self._signer.owner

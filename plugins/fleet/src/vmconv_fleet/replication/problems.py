@@ -22,9 +22,8 @@ class NodeProblem(NamedTuple):
 
     | kind | meaning |
     | --- | --- |
-    | fork | an owner has signed two records for one position: both are kept, see `ReplicaView.forks` |
-    | cloned | two machines write with the keys of one node: its requests and tokens are refused |
-    | lost | neighbours have records of this node that its database lacks; they are superseded |
+    | fork | an owner has two histories: neither is lost, see `ReplicaView.forks`; its requests and tokens are refused |
+    | cloned | a neighbour has the id of this node |
     | forged | a neighbour sent a record without a valid signature of its owner |
     | torn | a neighbour sent records that do not form a state of their owner |
     | malformed | a neighbour sent an invalid message or record |

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vmconv_fleet.replication import messages
 from vmconv_fleet.replication.context import ReplicaContext
-from vmconv_fleet.replication.messages import Digest, Live, Notice, Page, Pull, Send, Summary
+from vmconv_fleet.replication.messages import Digest, Notice, Page, Pull, Send, Summary
 from vmconv_fleet.replication.records import START, Record, restore
 
 SOON_MS = 100
@@ -75,9 +75,9 @@ class Publisher:
         message = messages.encode(Digest(self._summaries([owner]))) if behind else b""
         return [Send(peer, message) for peer in behind]
 
-    def evidence(self, records: Iterable[Record]) -> list[Send]:
-        """Sends both halves of a fork to all neighbours."""
-        return [Send(None, messages.encode(Live([record.wire]))) for record in records]
+    def proofs(self, peer: str | None, pairs: Iterable[tuple[Record, Record]]) -> list[Send]:
+        """Sends proofs of forks, each in a message of its own."""
+        return [Send(peer, messages.encode(Notice([record.wire for record in pair]))) for pair in pairs]
 
     def notices(self, peer: str | None, wires: Sequence[bytes]) -> list[Send]:
         """Sends revocations, split into messages."""

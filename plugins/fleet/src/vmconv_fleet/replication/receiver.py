@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.replication import epochs, messages
@@ -12,7 +13,7 @@ from vmconv_fleet.replication.epochs import history_of
 from vmconv_fleet.replication.messages import Digest, Live, Message, Notice, Page, Pull, Send, Summary
 from vmconv_fleet.replication.ownlog import promised, sound
 from vmconv_fleet.replication.publisher import Publisher
-from vmconv_fleet.replication.records import START, Position, Record, decode
+from vmconv_fleet.replication.records import START, Position, Record, decode, restore
 from vmconv_fleet.replication.recovery import EpochRecovery
 from vmconv_fleet.replication.reorder_buffer import EarlyMessage, ReorderBuffer
 from vmconv_fleet.replication.verifier import ForgedError, consecutive
@@ -43,7 +44,7 @@ class Receiver:
             case Notice(wires):
                 records = [decode(wire) for wire in wires]
                 self._context.verifier.learn(records)
-                self._context.clones.learn(records)
+                self._context.forks.learn(records, self._context.now())
                 return []
 
     def _live(self, peer: str, wires: Sequence[bytes]) -> list[Send]:
@@ -76,9 +77,13 @@ class Receiver:
         if first.position <= context.store.position(owner):
             return self._examine_known([first])
         context.neighbours[peer].note_position(owner, first.position)
-        context.anti_entropy.want(owner, context.monotonic())
         if owner != context.node:
+            context.anti_entropy.want(owner, context.monotonic())
             self._buffer.keep(first, EarlyMessage(peer, wires))
+        else:
+            # If this process has begun to write, another one has written them.
+            evidence = peer if self._recovery.has_begun else None
+            context.anti_entropy.want(owner, context.monotonic(), evidence=evidence)
         return []
 
     def _examine_known(self, records: Sequence[Record]) -> list[Send]:
@@ -90,9 +95,14 @@ class Receiver:
         if not other:
             return []
         context.verifier.admit(other, context.now())
-        if other[0].owner == context.node:
-            self._recovery.supersede(other[-1].position, forked=True)
-        return self._publisher.evidence(context.forks.keep(other, context.now()))
+        self._keep_halves(other)
+        return []
+
+    def _keep_halves(self, records: Iterable[Record]) -> bool:
+        """Keeps the first record that contradicts a stored one as a proof; returns whether there is one."""
+        forks, now = self._context.forks, self._context.now()
+        halves = ((forks.counterpart(record), record) for record in records)
+        return any(forks.keep((ours, theirs), now) for ours, theirs in halves if ours is not None)
 
     def _accept(self, peer: str, fresh: Sequence[Record]) -> list[Send]:
         """Applies the next records of an owner and forwards them."""
@@ -137,6 +147,7 @@ class Receiver:
         sends = []
         if digest.notices != context.store.notices_hash():
             sends += self._publisher.notices(peer, context.store.notices())
+            sends += self._publisher.proofs(peer, context.store.proofs().values())
         behind = any(neighbour.position(owner) < position for owner, position in context.store.positions().items())
         if behind and now - neighbour.answered >= context.timing.digest // 5 * max(1, len(context.neighbours) // 4):
             neighbour.answered = now
@@ -146,14 +157,27 @@ class Receiver:
     def _compare(self, peer: str, owner: str, theirs: Summary, due: int) -> None:
         context = self._context
         ours = context.store.position(owner)
-        if owner == context.node:
-            ours = max(ours, self._recovery.settled)
-        if theirs.position < ours or context.trust.retired(owner):
+        if context.trust.retired(owner):
             return
-        if theirs.position > ours:
+        if owner == context.node and self._is_foreign(theirs.position):
+            self._examine(peer, owner, theirs, due)
+        elif theirs.position > ours and owner not in context.forks:
             context.anti_entropy.want(owner, due)
-        elif self._contradicts(owner, theirs) and context.forks.unexamined(peer, owner, theirs):
+        elif theirs.position > ours or (theirs.position == ours and self._contradicts(owner, theirs)):
+            self._examine(peer, owner, theirs, due)
+
+    def _examine(self, peer: str, owner: str, theirs: Summary, due: int) -> None:
+        """Schedules a pull of all that a neighbour has of an owner, once for each of its states."""
+        context = self._context
+        if not context.anti_entropy.is_busy(owner) and context.forks.unexamined(peer, owner, theirs):
             context.anti_entropy.want(owner, due, evidence=peer)
+
+    def _is_foreign(self, position: Position) -> bool:
+        """Returns whether a neighbour's position in this node's records is none that the node has been at."""
+        ours = self._context.store.position(self._context.node)
+        if position in (START, ours) or (position > ours and not self._recovery.has_begun):
+            return False
+        return position > ours or not self._context.store.history(self._context.node).follows(position)
 
     def _contradicts(self, owner: str, theirs: Summary) -> bool:
         return theirs.state != messages.abridged(self._context.store.state(owner))
@@ -180,6 +204,8 @@ class Receiver:
                 return []
             sends = self._complete(session, records)
         except TornError as exc:
+            # Its history has forked within an epoch, or a neighbour has spoiled the answer.
+            session.evidence = peer
             anti_entropy.fail(session, now)
             self._context.problems.report("torn", f"from {peer}: {exc}")
             return []
@@ -190,23 +216,53 @@ class Receiver:
         return [*sends, *self._release(session.owner)]
 
     def _complete(self, session: PullSession, records: Sequence[Record]) -> list[Send]:
-        """Applies a complete answer if it is newer than the local records, or if these are no state of their owner."""
+        """Applies a complete answer if it is newer than the local records, or if these are no state of their owner.
+
+        It is not applied if it does not contain the local records: then the owner has forked.
+        """
         context, owner = self._context, session.owner
         last = records[-1].position if records else session.after
         ours = context.store.position(owner)
-        halves = []
+        forked = False
         if session.whole and ours != START:
-            halves = context.forks.keep(context.anti_entropy.rows(session, records), context.now())
-        sends = self._publisher.evidence(halves)
-        if owner == context.node and (self._recovery.serving or not self._continues(session, records)):
-            if halves or last > ours:
-                self._recovery.supersede(last, self._history(session, records), forked=bool(halves))
-            return sends
-        newer = last > ours and (last.epoch > ours.epoch or not halves)
-        if newer or (last == ours and not halves and not sound(context.store, owner)):
+            forked = self._keep_halves(context.anti_entropy.rows(session, records))
+        if owner == context.node and (forked or self._recovery.has_begun or not self._continues(session, records)):
+            return self._keep_own(session, records)
+        if last > ours and not (forked or self._continues(session, records)):
+            forked = self._keep_fork(session, records)
+        if not forked and (last > ours or (last == ours and not sound(context.store, owner))):
             self._replace(session, records)
-            sends += self._publisher.notify_behind(owner)
-        return sends
+            return self._publisher.notify_behind(owner)
+        return []
+
+    def _keep_fork(self, session: PullSession, records: Sequence[Record]) -> bool:
+        """Keeps the proof that an answer does not contain the local records; returns whether there is one."""
+        store, forks, now = self._context.store, self._context.forks, self._context.now()
+        last = deque(self._context.anti_entropy.rows(session, records), maxlen=1)
+        theirs = [row for row in (self._history(session, records), *last) if row is not None]
+        wire = store.at(session.owner, store.position(session.owner).seq)
+        ours = [store.get(session.owner, epochs.KIND, epochs.ID), None if wire is None else restore(wire)]
+        pairs = ((one, other) for one in ours if one is not None for other in theirs)
+        return any(forks.keep(pair, now) for pair in pairs)
+
+    def _keep_own(self, session: PullSession, records: Sequence[Record]) -> list[Send]:
+        """Keeps records of this node that this process has not written, and proves the fork."""
+        context = self._context
+        history = context.store.history(context.node)
+        rows = list(context.anti_entropy.rows(session, records))
+        strays = [row for row in rows if not history.follows(row.position) or context.forks.counterpart(row)]
+        if not strays and self._recovery.has_begun:
+            strays = [row for row in rows if row.position > context.store.position(context.node)]
+        if not strays:
+            return []
+        with context.store.atomic():
+            context.store.keep_strays(strays)
+        if context.node in context.forks or self._keep_fork(session, records) or not self._recovery.has_begun:
+            return []
+        # Their history contains this one, but another process has written it: the next epoch says that they part here.
+        begun = self._recovery.begin(strays[-1].epoch)
+        context.forks.keep((strays[-1], begun[0]), context.now())
+        return self._publisher.publish(begun)
 
     def _continues(self, session: PullSession, records: Sequence[Record]) -> bool:
         """Returns whether a complete answer continues from the local records, so that none of them is lost."""
@@ -229,6 +285,7 @@ class Receiver:
             count = context.anti_entropy.finish(session, records)
             if owner == context.node:
                 context.store.save("recovered", 1)
+            context.forks.refresh()
         if count <= SMALL and not session.staged:
             context.feed.add(list(context.anti_entropy.rows(session, records, after.seq)))
         else:

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
+from vmconv_fleet.errors import NotReadyError
 from vmconv_fleet.replication.anti_entropy import NEVER
 from vmconv_fleet.replication.context import ReplicaContext
-from vmconv_fleet.replication.epochs import history_of
+from vmconv_fleet.replication.forks import Pair, settles
 from vmconv_fleet.replication.ownlog import OwnLog
-from vmconv_fleet.replication.records import MAX_NUMBER, START, Position, Record
+from vmconv_fleet.replication.records import MAX_NUMBER, START, Record
 
 LIMIT = 10
 """The multiple of its patience that a node waits for records that neighbours announce but do not send."""
 
 _LEAST_PATIENCE_MS = 3000
-_PAUSE_MS = 1000
-_MAX_SHOWN = 8 << 10
-"""Bytes of another writer's record that are shown to all."""
 
 
 class EpochRecovery:
-    """Decides when this node may begin an epoch."""
+    """Decides when this node may begin an epoch, and whether it may write."""
 
     def __init__(self, context: ReplicaContext, own: OwnLog) -> None:
         self._context = context
         self._own = own
         self._epoch = 0
-        self._beyond = 0
-        # The epochs of this process: it is not restored with the database.
-        self._begun: deque[int] = deque(maxlen=64)
-        self._cloned: str | None = None
         self._limit = LIMIT * max(context.timing.patience or 0, _LEAST_PATIENCE_MS)
-        self._next = self._settled = self._started = context.monotonic()
+        self._settled = self._started = context.monotonic()
         # Replaced, never changed: other threads read them.
         self._heard: frozenset[str] = frozenset()
         self._excused: frozenset[str] = frozenset()
         self._alone = False
 
     @property
-    def serving(self) -> bool:
-        """Returns whether the node has begun an epoch that is in the database, not one of a failed commit."""
+    def has_begun(self) -> bool:
+        """Returns whether this process has begun an epoch that is in the database, not one of a failed commit."""
         return self._epoch != 0 and self._context.store.position(self._context.node).epoch == self._epoch
 
     @property
-    def settled(self) -> Position:
-        """The position up to which neighbours' records of this node are already superseded."""
-        return Position(self._beyond, MAX_NUMBER) if self._beyond >= self._epoch else START
+    def serving(self) -> bool:
+        """Returns whether the node may write: it has begun an epoch, and has one history."""
+        return self.has_begun and self._context.node not in self._context.forks
 
     @property
     def is_restored(self) -> bool:
@@ -64,32 +57,38 @@ class EpochRecovery:
         self._excused |= frozenset(nodes)
         self._alone = self._alone or alone
 
+    def refuse_to_merge(self, proof: Pair, ends: Mapping[int, int]) -> None:
+        """Raises NotReadyError if a member may have more of the other histories of this node, which `ends` have."""
+        context = self._context
+        history = context.store.history(context.node).begun(MAX_NUMBER, MAX_NUMBER, ends.items())
+        reported = context.neighbours.reported()
+        theirs = {one: context.neighbours[one].position(context.node) for one in reported}
+        ahead = {one for one, position in theirs.items() if position != START and not history.follows(position)}
+        if ahead - self._excused:
+            raise NotReadyError("the other history of this node is being fetched: try again")
+        members = {node for node in context.trust.members() if not context.trust.retired(node)}
+        unknown = members - {context.node, *reported, *self._excused}
+        if unknown and (self.is_restored or not settles(history, proof)):
+            names = ", ".join(sorted(unknown))
+            raise NotReadyError(f"the other history of this node is not here: these members may have it: {names}")
+
     def settle(self) -> None:
         """Waits for more neighbours after one has connected."""
         self._settled = self._context.monotonic() + self._context.timing.settle
 
-    def supersede(self, position: Position, history: Record | None = None, *, forked: bool = False) -> None:
-        """Notes a signed record of this node that its database lacks: the next epoch has to be later.
-
-        `history` is the record of epochs that belongs to it. `forked`: it has the position of another record.
-        """
-        self._beyond = max(self._beyond, position.epoch)
-        known = tuple(self._context.store.position(self._context.node))
-        found = f"neighbours have records of this node at {tuple(position)}, it is at {known}"
-        self._context.problems.report("lost", found)
-        # Whoever has written it has seen an epoch of this process, and it was not this process.
-        followed = history is not None and not history_of(history).knows().isdisjoint(self._begun)
-        if forked or (followed and position.epoch not in self._begun):
-            wire = history.wire if history is not None else b""
-            self._cloned = wire.hex() if len(wire) <= _MAX_SHOWN else ""
+    def begin(self, beyond: int, merged: Sequence[tuple[int, int]] = ()) -> list[Record]:
+        """Begins an epoch and returns the written records."""
+        written = self._own.begin_epoch(self._context.now(), beyond, merged)
+        self._epoch = written[-1].epoch
+        self._context.forks.refresh()
+        return written
 
     def next_due(self) -> int:
         """Returns when the next epoch is due, as far as that depends on time alone."""
-        if self.serving:
-            return self._next if self._beyond >= self._epoch else NEVER
-        if self._context.trust.retired(self._context.node):
+        context = self._context
+        if self.has_begun or context.node in context.forks or context.trust.retired(context.node):
             return NEVER
-        now, patience = self._context.monotonic(), self._context.timing.patience
+        now, patience = context.monotonic(), context.timing.patience
         if self._may_serve(now):
             return now
         waits = (self._settled, self._started + (patience or 0), self._started + self._limit)
@@ -99,17 +98,12 @@ class EpochRecovery:
         """Begins an epoch if one is due and returns the written records."""
         if now < self.next_due():
             return []
-        self._next = now + _PAUSE_MS
-        written = self._own.begin_epoch(self._context.now(), self._beyond, self._cloned)
-        self._epoch = written[-1].epoch
-        self._begun.append(self._epoch)
-        self._context.clones.learn(written)
-        return written
+        return self.begin(0)
 
     def _may_serve(self, now: int) -> bool:
         context = self._context
         waited, patience = now - self._started, context.timing.patience
-        ahead = {*context.neighbours.ahead(context.node, max(self.settled, context.store.position(context.node)))}
+        ahead = {*context.neighbours.ahead(context.node, context.store.position(context.node))}
         reported = context.neighbours.reported()
         self._heard |= reported - ahead
         if ahead - self._excused or context.anti_entropy.wants(context.node, now):

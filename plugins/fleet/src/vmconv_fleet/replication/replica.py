@@ -14,7 +14,6 @@ from vmconv_fleet.replication import messages
 from vmconv_fleet.replication.anti_entropy import NEVER, AntiEntropy
 from vmconv_fleet.replication.change_feed import ChangeFeed
 from vmconv_fleet.replication.clock import HybridClock
-from vmconv_fleet.replication.clones import Clones
 from vmconv_fleet.replication.context import ReplicaContext, Timing
 from vmconv_fleet.replication.forks import Forks
 from vmconv_fleet.replication.messages import Send
@@ -64,8 +63,7 @@ class Replica:
         random = random or SystemRandom()
         node, problems, neighbours = signer.owner, ProblemLog(), NeighbourTable()
         clock = HybridClock()
-        clones = Clones(store, trust, problems)
-        verifier = Verifier(store, trust, clock, problems, verify_all, clones)
+        verifier = Verifier(store, trust, clock, problems, verify_all)
         context = ReplicaContext(
             node=node,
             store=store,
@@ -73,8 +71,7 @@ class Replica:
             verifier=verifier,
             neighbours=neighbours,
             anti_entropy=AntiEntropy(store, verifier, neighbours, problems, random),
-            forks=Forks(store, clones),
-            clones=clones,
+            forks=Forks(store, trust, problems),
             feed=ChangeFeed(store),
             problems=problems,
             timing=timing,
@@ -94,7 +91,7 @@ class Replica:
         self._grouped = False
         self._next_floor = monotonic()
         verifier.learn_stored()
-        clones.refresh()
+        context.forks.load()
         self._drop_retired()
         newest = store.at(node, store.position(node).seq)
         if newest is not None:
@@ -109,6 +106,11 @@ class Replica:
     def is_restored(self) -> bool:
         """Returns whether the node waits for all members before it writes. May be called on any thread."""
         return self._recovery.is_restored
+
+    @property
+    def is_forked(self) -> bool:
+        """Returns whether this node has two histories, and writes nothing. May be called on any thread."""
+        return self.node in self._context.forks
 
     def awaited(self) -> frozenset[str]:
         """Returns the known members that it still waits for then. May be called on any thread."""
@@ -162,12 +164,35 @@ class Replica:
         """
         if not self.serving:
             raise NotReadyError(
-                "node cannot write: it still recovers its own records after its start, or it was retired"
+                "node cannot write: it recovers its own records after its start, has two histories, or was retired"
             )
         with self.batch():
             records = self._own.append(changes, self._context.now(), txn)
             self._context.verifier.learn(records)
             return records, [*self._publisher.publish(records), *self._forward_notices()]
+
+    def strays(self) -> list[Record]:
+        """Returns the records of the other histories of this node, in their order.
+
+        Raises NotReadyError if it has not forked, or if a member may have more of them.
+        """
+        proof, strays = self.store.proofs().get(self.node), self.store.strays()
+        if proof is None:
+            raise NotReadyError("this node has one history: there is nothing to merge")
+        self._recovery.refuse_to_merge(proof, _ends(strays))
+        return strays
+
+    def merge(self, strays: Sequence[Record]) -> list[Send]:
+        """Begins an epoch whose history contains the others of this node, of which these are the records."""
+        proof, history, ends = self.store.proofs()[self.node], self.store.history(self.node), _ends(strays)
+        for record in proof:
+            # If no member has it any more, it was lost with a disk.
+            if not history.follows(record.position) or proof[0].position == proof[1].position:
+                ends[record.epoch] = max(record.seq, ends.get(record.epoch, 0))
+        with self.batch():
+            begun = self._recovery.begin(max(ends), sorted(ends.items()))
+            self.store.forget_strays()
+            return [*self._publisher.publish(self._introduced(begun)), *self._forward_notices()]
 
     def connected(self, peer: str) -> list[Send]:
         """Notes a new neighbour; returns the whole digest for it."""
@@ -175,6 +200,7 @@ class Replica:
             self.problems.report("cloned", "a neighbour has the id of this node")
             return []
         self.neighbours.connect(peer)
+        self._context.forks.forget_examined(peer)
         self._recovery.settle()
         self._publisher.schedule_digest()
         return [self._publisher.digest(peer)]
@@ -241,13 +267,14 @@ class Replica:
         return self._next_floor if self.serving else NEVER
 
     def _forward_notices(self) -> list[Send]:
-        """Forwards new revocations and proofs of clones to all neighbours, and drops the records of retired nodes."""
+        """Forwards new revocations and proofs of forks to all neighbours, and drops the records of retired nodes."""
         revocations, self._context.verifier.revocations = self._context.verifier.revocations, []
         if revocations:
             self._drop_retired()
-            self._context.clones.refresh()
-        proofs, self._context.clones.news = self._context.clones.news, []
-        return self._publisher.notices(None, [record.wire for record in (*revocations, *proofs)])
+            self._context.forks.refresh()
+        proofs, self._context.forks.news = self._context.forks.news, []
+        revoked = self._publisher.notices(None, [record.wire for record in revocations])
+        return [*revoked, *self._publisher.proofs(None, proofs)]
 
     def _drop_retired(self) -> None:
         if self._context.trust.retired(self.node):
@@ -259,3 +286,8 @@ class Replica:
                 with self.store.atomic():
                     self.store.clear(owner)
                 self._context.anti_entropy.forget(owner)
+
+
+def _ends(records: Iterable[Record]) -> dict[int, int]:
+    """Returns the last seq of each epoch, of records in their order."""
+    return {record.epoch: record.seq for record in records}

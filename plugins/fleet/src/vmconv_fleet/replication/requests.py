@@ -94,7 +94,7 @@ class Context(Protocol):
 
     def positions(self) -> dict[str, Position]: ...
 
-    def cloned(self) -> frozenset[str]: ...
+    def forked(self) -> frozenset[str]: ...
 
 
 Handler = Callable[[Context, IncomingRequest], Outcome]
@@ -111,7 +111,7 @@ class _Context:
         self.get = store.get
         self.find = store.find
         self.positions = store.positions
-        self.cloned = store.cloned
+        self.forked = store.forked
         self._store = store
 
     def count(self, kind: str, where: Where = ALL) -> int:
@@ -248,7 +248,7 @@ class Requests:
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
                 number, asked = record.body["number"], record.body.get("position", START)
-                self._store.note_executed(_answers(record), number, record.clock, Position(*asked))
+                self._store.note_executed(answers(record), number, record.clock, Position(*asked))
             self._store.save("recovered", 0)
 
     def _execute(self, record: Record) -> list[Send]:
@@ -262,8 +262,8 @@ class Requests:
         if record.position <= self._horizon(record.owner):
             reason = "the request is older than what this node remembers, and may have been executed: ask again"
             return self._respond(record, {"ok": False, "reason": reason})
-        if record.owner != node and record.owner in self._store.cloned():
-            return self._respond(record, {"ok": False, "reason": "two machines write with the keys of the requester"})
+        if record.owner != node and record.owner in self._store.forked():
+            return self._respond(record, {"ok": False, "reason": "the requester has two histories"})
         now = self._now()
         last = self._store.load("executed-clock") or 0
         if is_ahead(last, now):
@@ -296,7 +296,7 @@ class Requests:
         return outcome
 
     def _transact(self, request: IncomingRequest, outcome: Outcome) -> list[Send]:
-        node, number = self._replica.node, self._next_number()
+        node, number = self._replica.node, self.next_number()
         before = {change[:2]: self._store.get(node, *change[:2]) for change in outcome.changes}
         changes = [
             {
@@ -345,7 +345,8 @@ class Requests:
         body = transaction.body if transaction is not None else {}
         return {"transaction": number, "body": body.get("body", {}), "late": body.get("late", False)}
 
-    def _next_number(self) -> int:
+    def next_number(self) -> int:
+        """Returns the number of the next transaction."""
         last = self._store.last_id(self._replica.node, "transaction")
         return 1 if last is None else int(last) + 1
 
@@ -354,7 +355,8 @@ def _body(record: Record | None) -> dict[str, Any] | None:
     return None if record is None else dict(record.body)
 
 
-def _answers(transaction: Record) -> str:
+def answers(transaction: Record) -> str:
+    """Returns the id of the response to the request that a transaction has executed."""
     return response_id(transaction.body["requester"], transaction.body["request"])
 
 

@@ -13,6 +13,8 @@ from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
 from vmconv_fleet.replication.indexing import Index
+from vmconv_fleet.replication.merging import merge
+from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
@@ -40,13 +42,16 @@ class NodeService:
         introduction: Sequence[Change] = (),
         indexes: Sequence[Index] = (),
         retention: Retention = Retention(),  # noqa: B008 - a value
+        merged: str | None = None,
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
         0 for a new node; None for one with a lost or restored database: it waits for all members.
-        `introduction`: the node's certificate, written with its first record unless it is there.
+        `introduction`: the node's certificate, written with its first record unless it is there. `merged`: a file for
+        the records of histories that are merged into this node's.
         """
         self.fleet = fleet
+        self._merged = merged
         self.node = signer.owner
         self._verifier_pool = VerifierPool()
         store = Store.open(database, signer.owner, indexes=indexes)
@@ -91,6 +96,25 @@ class NodeService:
         self._engine.call(lambda: self._replica.excuse(without, alone=alone))
         arguments = {"without": sorted(without), "alone": alone}
         return self._engine.request(lambda requests: requests.submit(self.node, "resume", arguments, by))
+
+    @property
+    def is_forked(self) -> bool:
+        """Returns whether this node has two histories, and writes nothing until they are merged."""
+        return self._replica.is_forked
+
+    def merge(self, by: Mapping[str, Any]) -> Future[str]:
+        """Makes one history of those of this node. The history says who decided it.
+
+        The future raises NotReadyError if the others are not here.
+        """
+
+        def merged() -> tuple[str, list[Send]]:
+            with self._replica.batch():
+                sends = merge(self._replica, self._requests, self._merged)
+                id, asked = self._requests.submit(self.node, "resume", {"merge": True}, by)
+                return id, [*sends, *asked]
+
+        return self._engine.act(merged)
 
     def start(self) -> None:
         self._engine.start()

@@ -23,11 +23,9 @@ QUERY_S = 10.0
 _STEPS = 100_000
 _FREE_PAGES = 2000
 MAX_NOTICES = 4096
-MAX_QUARANTINE = 16
-"""Records kept as evidence of forks, for each owner: so that none can hide the forks of another."""
 
-CLONED = "cloned"
-"""The value with the ids of cloned nodes."""
+FORKED = "cloned"
+"""The value with the ids of nodes with two histories; it has the name of earlier versions."""
 
 
 Place = tuple[Any, ...]
@@ -122,13 +120,13 @@ class ReplicaView:
         return {owner: Position(*at) for owner, *at in self._rows("SELECT owner, epoch, seq FROM owners WHERE seq > 0")}
 
     def forks(self) -> list[Record]:
-        """Returns the evidence of forks: two records of one position."""
-        rows = self._rows("SELECT wire FROM quarantine ORDER BY owner, epoch, seq, number")
+        """Returns the proofs of forks: two records of each owner."""
+        rows = self._rows("SELECT wire FROM quarantine ORDER BY owner, number")
         return [restore(wire) for (wire,) in rows]
 
-    def cloned(self) -> frozenset[str]:
-        """Returns the nodes whose keys two machines use: their requests and tokens are refused."""
-        return frozenset(json.loads(self.load(CLONED) or "[]"))
+    def forked(self) -> frozenset[str]:
+        """Returns the nodes with two histories: their requests and tokens are refused."""
+        return frozenset(json.loads(self.load(FORKED) or "[]"))
 
     def load(self, name: str) -> Any:
         """Returns a value of this node; None if there is none."""
@@ -400,30 +398,61 @@ class Store(ReplicaView):
         self._connection.execute("DELETE FROM temp.staged WHERE session = ?", (session,))
 
     def notices(self) -> list[bytes]:
-        """Returns the wires of all revocations and proofs of clones, one for each."""
+        """Returns the wires of all revocations, one for each."""
         return [wire for (wire,) in self._rows("SELECT wire FROM notices ORDER BY content")]
 
     def notices_hash(self) -> str:
+        """Returns a hash of all revocations, and of the owners with a proof of a fork."""
         content = b"".join(content for (content,) in self._rows("SELECT content FROM notices ORDER BY content"))
-        return blake2b(content, digest_size=16).hexdigest()
+        owners = "".join(owner for (owner,) in self._rows("SELECT DISTINCT owner FROM quarantine ORDER BY owner"))
+        return blake2b(content + owners.encode(), digest_size=16).hexdigest()
 
     def note(self, content: bytes, wire: bytes) -> bool:
-        """Keeps a revocation or a proof of a clone; returns False if it is known or there are too many."""
+        """Keeps a revocation; returns False if it is known or there are too many."""
         ((count,),) = self._rows("SELECT count(*) FROM notices")
         query = "INSERT OR IGNORE INTO notices VALUES (?, ?)"
         return count < MAX_NOTICES and self._connection.execute(query, (content, wire)).rowcount > 0
 
-    def remove_notice(self, content: bytes) -> None:
-        self._connection.execute("DELETE FROM notices WHERE content = ?", (content,))
+    def remove_notice(self, wire: bytes) -> None:
+        self._connection.execute("DELETE FROM notices WHERE wire = ?", (wire,))
 
-    def quarantine(self, records: Sequence[Record], at_ms: int) -> bool:
-        """Keeps evidence of an owner's fork; returns whether some of it is new."""
-        ((count,),) = self._rows("SELECT count(*) FROM quarantine WHERE owner = ?", records[0].owner)
-        if count >= MAX_QUARANTINE:
+    def quarantine(self, pair: tuple[Record, Record], at_ms: int) -> bool:
+        """Keeps the proof of an owner's fork; returns False if there is one, so that no owner fills the table."""
+        rows = [(at_ms, record.owner, *record.position, record.wire) for record in pair]
+        if self._rows("SELECT 1 FROM quarantine WHERE owner = ? LIMIT 1", pair[0].owner):
             return False
-        query = "INSERT OR IGNORE INTO quarantine (at_ms, owner, epoch, seq, wire) VALUES (?, ?, ?, ?, ?)"
-        rows = [(at_ms, record.owner, *record.position, record.wire) for record in records]
-        return self._connection.executemany(query, rows).rowcount > 0
+        query = "INSERT INTO quarantine (at_ms, owner, epoch, seq, wire) VALUES (?, ?, ?, ?, ?)"
+        self._connection.executemany(query, rows)
+        return True
+
+    def proofs(self) -> dict[str, tuple[Record, Record]]:
+        """Returns the proof of each owner's fork."""
+        found: dict[str, list[Record]] = {}
+        for record in self.forks():
+            found.setdefault(record.owner, []).append(record)
+        # Earlier versions kept up to 16 records of an owner, each beside its counterpart.
+        return {owner: (records[0], records[1]) for owner, records in found.items() if len(records) > 1}
+
+    def release(self, owner: str) -> None:
+        """Drops the proof of an owner's fork."""
+        self._connection.execute("DELETE FROM quarantine WHERE owner = ?", (owner,))
+
+    def keep_strays(self, records: Iterable[Record]) -> None:
+        """Keeps records of this node that are in another history of it."""
+        rows = ((*record.position, record.wire) for record in records)
+        self._connection.executemany("INSERT OR IGNORE INTO strays VALUES (?, ?, ?)", rows)
+
+    def strays(self) -> list[Record]:
+        """Returns the records of this node in other histories of it, in their order."""
+        return [restore(wire) for (wire,) in self._rows("SELECT wire FROM strays ORDER BY epoch, seq, wire")]
+
+    def forget_strays(self) -> None:
+        self._connection.execute("DELETE FROM strays")
+
+    def version(self, owner: str, kind: str, id: str) -> Record | None:
+        """Returns the newest version of a record, also its deletion as long as that is remembered."""
+        rows = self._rows(f"SELECT wire FROM records WHERE kind = ? {_OF} AND id = ?", kind, owner, id)
+        return restore(rows[0][0]) if rows else None
 
     def save(self, name: str, value: int | str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))

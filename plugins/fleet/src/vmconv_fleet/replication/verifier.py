@@ -9,7 +9,6 @@ from itertools import groupby, pairwise
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.replication.clock import HybridClock, describe_ms, is_ahead, milliseconds
-from vmconv_fleet.replication.clones import Clones
 from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import Position, Record, decode
 from vmconv_fleet.replication.signing import SIGNATURE, Trust
@@ -38,14 +37,12 @@ class Verifier:
         clock: HybridClock,
         problems: ProblemLog,
         verify_all: VerifyAll,
-        clones: Clones,
     ) -> None:
         self._store = store
         self._trust = trust
         self._clock = clock
         self._problems = problems
         self._verify_all = verify_all
-        self._clones = clones
         self._off: dict[str, str] = {}
         self.revocations: list[Record] = []
         """New revocations, signed by the authority, to be forwarded; the forwarder removes them."""
@@ -84,7 +81,6 @@ class Verifier:
                 first, more = group[0], f" and {len(group) - 1} more" if len(group) > 1 else ""
                 where = f"{first.owner}/{first.kind}/{first.id} at {tuple(first.position)}{more}"
                 raise ForgedError(f"{where}: signature by key {first.key_id} is not accepted")
-        self._clones.learn(records)
         for record in records:
             self._clock.observe(record.clock, now)
         if records:

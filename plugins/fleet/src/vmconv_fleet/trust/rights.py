@@ -14,11 +14,11 @@ ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")
 
 
 class Records(Protocol):
-    """Looks up live records, None if there is none; and the nodes whose keys two machines use."""
+    """Looks up live records, None if there is none; and the nodes with two histories."""
 
     def get(self, owner: str, kind: str, id: str, /) -> Record | None: ...
 
-    def cloned(self) -> frozenset[str]: ...
+    def forked(self) -> frozenset[str]: ...
 
 
 def allows(role: Role, needed: Role) -> bool:

@@ -71,11 +71,11 @@ def rights_of(by: Principal, records: Records, now_ms: int) -> Rights:
 
 
 def rights_of_token(record: Record, records: Records, now_ms: int) -> Rights:
-    """Returns the rights of a token. Raises AccessError if it was revoked, has expired, or its issuer is cloned."""
+    """Returns the rights of a token. Raises AccessError if it was revoked, has expired, or its issuer has forked."""
     token, identifier = token_in(record), record.id
-    if record.owner in records.cloned():
+    if record.owner in records.forked():
         # It may be revoked in the other history.
-        raise AccessError(f"two machines write with the keys of the node that issued token {identifier}")
+        raise AccessError(f"the node that issued token {identifier} has two histories")
     if token.revoked:
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:

@@ -1,0 +1,365 @@
+"""A node with two histories: all nodes notice it, none of the two is lost, and its administrator makes one of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleet.pairs import Fleet, Machine, copy_of, pair
+from fleet.plain import PlainSigner, key_revocation, retirement
+from vmconv.plugin import AccessError
+from vmconv_fleet.catalogue.kinds import Principal
+from vmconv_fleet.catalogue.snapshot import Snapshot
+from vmconv_fleet.errors import NotReadyError
+from vmconv_fleet.replication import epochs, messages, records
+from vmconv_fleet.replication.merging import merge
+from vmconv_fleet.replication.messages import Notice
+from vmconv_fleet.replication.records import Change, Record, seal
+from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, response_id
+from vmconv_fleet.trust.roles import rights_of
+
+TOKEN = {"label": "anna", "role": "admin", "hash": "0" * 64, "created_ms": 1}
+
+
+def _count(context: Context, request: IncomingRequest) -> Outcome:
+    before = context.get(context.node, "count", "c")
+    value = before.body["value"] + 1 if before else 1
+    return Outcome([Change("count", "c", {"value": value, "last": request.id})], {"value": value})
+
+
+HANDLERS = {"count": _count}
+
+
+def _ask(fleet: Fleet, one: Machine, other: Machine, id: str) -> None:
+    assert one.requests is not None
+    fleet.send(one, one.requests.submit(other.id, "count", {}, {}, id=id)[1])
+
+
+def _agree(*machines: Machine) -> bool:
+    return all(one.replica.store.positions() == machines[0].replica.store.positions() for one in machines)
+
+
+def _swap(fleet: Fleet, linked: Machine, other: Machine, peer: Machine) -> None:
+    """Gives the link of a machine to another one with the same keys."""
+    fleet.cut(linked, peer)
+    fleet.machines[other.id] = other
+    fleet.link(other, peer)
+    fleet.flow(3000)
+
+
+def _rolled_back() -> tuple[Fleet, Machine, Machine, Machine]:
+    """Returns a node that writes with an old database, and two members: only the first one knows its later records."""
+    fleet, one, other = pair()
+    third = fleet.add(2)
+    fleet.link(other, third)
+    fleet.link(one, third)
+    one.write("token", "0123456789ab", TOKEN)
+    fleet.flow(1000)
+    for machine in (one, other, third):
+        machine.handle(HANDLERS)
+    old = copy_of(one.disk)
+    fleet.cut(one, third)
+    fleet.cut(other, third)
+    one.write("token", "0123456789ab", {**TOKEN, "revoked": True})
+    _ask(fleet, other, one, "done")
+    fleet.flow(1000)
+    fleet.cut(one, other)
+    again = fleet.add(0, disk=old)
+    again.handle(HANDLERS)
+    again.offset = 1000
+    fleet.flow(500)
+    again.write("thing", "mine", {"value": 1})
+    return fleet, again, other, third
+
+
+def _forked(*machines: Machine) -> bool:
+    return all(
+        machine.replica.store.forked() == {machines[0].id} and "fork" in machine.problems() for machine in machines
+    )
+
+
+def _refusal(machine: Machine) -> str | None:
+    """Returns why the histories of a node cannot be merged."""
+    try:
+        machine.replica.strays()
+    except NotReadyError as exc:
+        return str(exc)
+    return None
+
+
+def test_a_node_that_wrote_with_an_old_database_has_forked_and_nothing_is_lost() -> None:
+    fleet, again, other, third = _rolled_back()
+    fleet.link(again, other)
+    fleet.link(other, third)
+    fleet.flow(3000)
+    assert _forked(again, other, third)
+    assert other.body(again, "token", "0123456789ab") == {**TOKEN, "revoked": True}
+    assert again.body(again, "thing", "mine") == {"value": 1}
+    assert not again.replica.serving
+    with pytest.raises(NotReadyError, match="two histories"):
+        again.replica.write([Change("thing", "t", {})])
+    position = again.replica.store.position(again.id)
+    fleet.flow(600_000)
+    assert again.replica.store.position(again.id) == position
+    assert _forked(again, other, third)
+
+
+@pytest.mark.parametrize("behind", [0, 3_000_000], ids=["later", "earlier"])
+def test_a_fork_is_noticed_whatever_the_order_of_the_two(behind: int) -> None:
+    """With a clock that is behind, the second history has the earlier epochs."""
+    fleet, one, other = pair()
+    old = copy_of(one.disk)
+    ahead = max(one.replica.store.position(one.id).epoch - one.wall(), 0)
+    one.write("thing", "lost", {"value": 1})
+    fleet.flow(500)
+    fleet.cut(one, other)
+    again = Machine(fleet, 0, disk=old)
+    with again.replica.batch():
+        again.replica._own._clock.last = 0
+    again.offset = -(ahead + behind) if behind else 0
+    fleet.machines[again.id] = again
+    fleet.flow(500)
+    again.write("thing", "mine", {"value": 2})
+    fleet.link(again, other)
+    fleet.flow(5000)
+    assert _forked(again, other)
+    assert other.body(one, "thing", "lost") == {"value": 1}
+    assert again.body(again, "thing", "mine") == {"value": 2}
+
+
+def test_merged_histories_have_all_of_both(tmp_path: Path) -> None:
+    fleet, again, other, third = _rolled_back()
+    fleet.link(again, third)
+    _ask(fleet, third, again, "more")
+    fleet.flow(1000)
+    fleet.link(again, other)
+    fleet.flow(3000)
+    assert _forked(again, other, third)
+    assert again.requests is not None
+    fleet.send(again, merge(again.replica, again.requests, str(tmp_path / "merged.jsonl")))
+    fleet.flow(3000)
+    assert again.replica.serving
+    assert _agree(again, other, third)
+    for machine in (again, other, third):
+        assert machine.replica.store.forked() == frozenset()
+        assert "fork" not in machine.problems()
+        assert machine.body(again, "token", "0123456789ab") == {**TOKEN, "revoked": True}
+        assert machine.body(again, "thing", "mine") == {"value": 1}
+        done = machine.replica.store.find("transaction", again.id)
+        assert [(one.body["number"], one.body["request"]) for one in done] == [(1, "more"), (2, "done")]
+        answers = [
+            machine.body(again, "response", response_id(*one)) for one in ((other.id, "done"), (third.id, "more"))
+        ]
+        assert [answer and answer["transaction"] for answer in answers] == [2, 1]
+    kept = [json.loads(line) for line in (tmp_path / "merged.jsonl").read_text().splitlines()]
+    assert {"token", "transaction", "response", "count"} <= {one["kind"] for one in kept}
+    _ask(fleet, other, again, "next")
+    fleet.flow(1000)
+    assert [one.body["number"] for one in other.replica.store.find("transaction", again.id)] == [1, 2, 3]
+    assert again.problems() == other.problems() == []
+
+
+def test_histories_are_merged_only_once_they_are_here() -> None:
+    fleet, again, other, third = _rolled_back()
+    assert again.requests is not None
+    assert _refusal(again) == "this node has one history: there is nothing to merge"
+    # The third one has this history, and brings the proof that there is another one.
+    for one, peer in ((again, third), (other, third), (again, third)):
+        fleet.link(one, peer)
+        fleet.flow(3000)
+        fleet.cut(one, peer)
+    fleet.link(again, third)
+    fleet.flow(3000)
+    assert _forked(again, third)
+    assert other.id in (_refusal(again) or "")
+    fleet.link(again, other)
+    fleet.flow(3000)
+    fleet.send(again, merge(again.replica, again.requests, None))
+    fleet.flow(3000)
+    assert _agree(again, other, third)
+
+
+def test_a_history_that_no_member_has_any_more_is_given_up() -> None:
+    """It was written by this node alone, which has lost its disk since."""
+    fleet, again, other, third = _rolled_back()
+    fleet.link(again, other)
+    fleet.flow(3000)
+    fleet.cut(again, other)
+    fleet.link(other, third)
+    fleet.flow(1000)
+    new = fleet.add(0, patience=None)
+    fleet.link(new, other)
+    fleet.flow(3000)
+    assert _forked(new, other, third)
+    assert third.id in (_refusal(new) or "")
+    fleet.link(new, third)
+    fleet.flow(3000)
+    fleet.send(new, merge(new.replica, new.handle({}), None))
+    fleet.flow(3000)
+    assert new.replica.serving
+    assert new.body(new, "token", "0123456789ab") == {**TOKEN, "revoked": True}
+    assert _agree(new, other, third)
+
+
+def test_a_merged_history_that_goes_on_elsewhere_has_forked_again() -> None:
+    """The other machine still runs."""
+    fleet, one, other = pair()
+    copy = Machine(fleet, 0, disk=copy_of(one.disk))
+    copy.replica.tick()
+    one.write("thing", "one", {"value": 1})
+    fleet.flow(500)
+    copy.write("thing", "copy", {"value": 2})
+    _swap(fleet, one, copy, other)
+    assert _forked(copy, other)
+    copy.handle({})
+    assert copy.requests is not None
+    fleet.send(copy, merge(copy.replica, copy.requests, None))
+    fleet.flow(3000)
+    assert not other.replica.store.forked()
+    fleet.cut(copy, other)
+    one.write("thing", "one", {"value": 3})
+    _swap(fleet, copy, one, other)
+    assert _forked(one, other)
+
+
+def _cloned() -> tuple[Fleet, Machine, Machine, Machine]:
+    """Returns a node, its clone that has met the others in its place, and these: one neighbour, and one behind it."""
+    fleet, one, other = pair()
+    far = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, far)
+    one.write("token", "0123456789ab", TOKEN)
+    fleet.flow(1000)
+    copy = Machine(fleet, 0, disk=copy_of(one.disk))
+    copy.replica.tick()
+    _swap(fleet, one, copy, other)
+    _swap(fleet, copy, one, other)
+    return fleet, one, other, far
+
+
+def test_a_clone_that_writes_in_turn_is_noticed_though_it_knows_all() -> None:
+    """The copy has begun its epoch behind all that the first machine has written, and that wrote no more meanwhile."""
+    _, one, other, far = _cloned()
+    assert _forked(one, other, far)
+    assert not one.replica.serving
+
+
+def test_all_nodes_show_a_fork_until_its_key_is_revoked() -> None:
+    fleet, one, other, far = _cloned()
+    far.write("node", far.id, {"name": "n03", "fleet": "f"})
+    nodes = Snapshot(far.replica.store, far.id, far.wall(), neighbours=[one.id], retirements={}).nodes()
+    assert {node.node: node.state for node in nodes}[far.id] == "here"
+    assert one.id not in {node.node for node in nodes if node.state != "forked"}
+    again = Machine(fleet, 2, disk=far.disk)
+    assert "fork" in again.problems()
+    other.write("revocation", one.signer.key_id, key_revocation(one.id, one.signer.key_id).body)
+    fleet.flow(1000)
+    for machine in (other, far):
+        assert machine.replica.store.forked() == frozenset()
+        assert "fork" not in machine.problems()
+
+
+def test_a_fork_is_over_when_its_node_is_retired() -> None:
+    fleet, one, other, far = _cloned()
+    fleet.send(other, other.replica.write([retirement(one.id)])[1])
+    fleet.flow(1000)
+    for machine in (other, far):
+        assert machine.replica.store.forked() == frozenset()
+        assert "fork" not in machine.problems()
+
+
+def test_requests_and_tokens_of_a_forked_node_are_refused() -> None:
+    """A token that one of the two has revoked may be valid in the history of the other."""
+    fleet, one, other = pair()
+    far = fleet.add(2)
+    fleet.flow(100)
+    fleet.link(other, far)
+    one.write("token", "0123456789ab", TOKEN)
+    far.handle({"do": lambda *_: Outcome([], {})})
+    copy = Machine(fleet, 0, disk=copy_of(one.disk))
+    copy.replica.tick()
+    one.write("thing", "one", {})
+    fleet.flow(1000)
+    copy.write("thing", "copy", {})
+    for requester in (one, other):
+        requester.handle({})
+    _swap(fleet, one, copy, other)
+    for machine in (other, far):
+        by = Principal(node=other.id, token=f"{one.id}/0123456789ab", user="anna")
+        assert machine.body(one, "token", "0123456789ab") is not None
+        with pytest.raises(AccessError, match="has two histories"):
+            rights_of(by, machine.replica.store, 0)
+    # A version that does not know forks writes in spite of it.
+    one.replica._context.forks._forked = frozenset()
+    for requester in (one, other):
+        assert requester.requests is not None
+        fleet.send(requester, requester.requests.submit(far.id, "do", {}, {}, id="r")[1])
+    _swap(fleet, copy, one, other)
+    answers = {record.body["requester"]: record.body["ok"] for record in far.replica.store.find("response")}
+    assert answers == {one.id: False, other.id: True}
+
+
+def test_both_records_for_one_position_are_kept() -> None:
+    """As after a virtual machine went back to a snapshot with its memory."""
+    fleet, one, other = pair()
+    position = one.replica.store.position(one.id)
+    clone = Machine(fleet, 0, disk=copy_of(one.disk))
+    clone.replica._recovery._epoch = position.epoch
+    one.write("thing", "t", {"value": "original"})
+    fleet.flow()
+    _, sends = clone.replica.write([Change("thing", "t", {"value": "clone"})])
+    fleet.send(other, other.replica.received(one.id, sends[0].message))
+    assert "fork" in other.problems()
+    assert {record.body["value"] for record in other.replica.store.forks()} == {"original", "clone"}
+    fleet.flow(3000)
+    assert _forked(one, other)
+    assert other.body(one, "thing", "t") == {"value": "original"}
+
+
+def _signed(signer: PlainSigner, record: Record, **changes: Any) -> Record:
+    payload = records.encode(record._replace(**changes))
+    return records.decode(seal(signer.sign(payload), payload))
+
+
+def test_only_records_that_its_owner_signed_prove_a_fork() -> None:
+    _, one, other = pair()
+    record = one.write("thing", "t", {"value": 1})
+    for signer, body, forked in (
+        (PlainSigner(other.id), {"value": 2}, set()),
+        (one.signer, {"value": 1}, set()),
+        (one.signer, {"value": 2}, {one.id}),
+    ):
+        pair_ = record, _signed(signer, record, body=body)
+        other.replica.received(one.id, messages.encode(Notice([half.wire for half in pair_])))
+        assert other.replica.store.forked() == forked
+
+
+def test_records_of_one_history_prove_nothing() -> None:
+    fleet, one, other = pair()
+    halves = [one.replica.store.get(one.id, epochs.KIND, epochs.ID)]
+    halves += [one.write("thing", f"t{number}", {}) for number in range(3)]
+    again = fleet.add(0, disk=one.disk)
+    fleet.flow(500)
+    halves += [again.replica.store.get(one.id, epochs.KIND, epochs.ID), again.write("thing", "t4", {})]
+    for first in halves:
+        for second in halves:
+            assert first is not None and second is not None
+            other.replica.received(one.id, messages.encode(Notice([first.wire, second.wire])))
+    assert other.replica.store.forked() == frozenset()
+
+
+def test_the_proof_of_an_earlier_version_counts() -> None:
+    """Then a node accused itself, in the record of its epochs."""
+    _, one, other = pair()
+    history = one.replica.store.get(one.id, epochs.KIND, epochs.ID)
+    assert history is not None
+    theirs = _signed(
+        one.signer, history, epoch=history.epoch + 5, body={"starts": [[history.epoch + 5, 1]], "floor": 0}
+    )
+    said = {"starts": [[history.epoch, 1], [history.epoch + 9, 2]], "floor": 0, "cloned": theirs.wire.hex()}
+    accusing = _signed(one.signer, history, epoch=history.epoch + 9, seq=2, body=said)
+    other.replica.received(one.id, messages.encode(Notice([accusing.wire])))
+    assert other.replica.store.forked() == {one.id}
