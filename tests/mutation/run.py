@@ -105,7 +105,7 @@ _LONG = tuple(
 )
 """What takes half of the time of these tests, and is done once more on another filesystem or at random."""
 
-_RAM = ("elf", "elf_writer", "lime", "mapped", "qemu", "ranges", "vmware", "vmware_writer")
+_RAM = ("elf", "elf_writer", "ending", "lime", "mapped", "qemu", "ranges", "vmware", "vmware_writer")
 
 ROOMS: dict[str, Room] = {
     "extents": _core("model/extents placing/ranges", "extents ranges"),

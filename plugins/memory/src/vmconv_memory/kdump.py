@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,21 +34,13 @@ from vmconv.plugin import (
     UsageError,
     counted,
 )
-from vmconv.plugin import damaged as damaged_file
 from vmconv_memory import structs
 from vmconv_memory.elf import MAX_NOTES, machine_state, notes_in
 from vmconv_memory.flattened import MAGIC as FLATTENED
 from vmconv_memory.flattened import flattened
+from vmconv_memory.kdump_head import LAYOUTS, Head, damaged, place, read_head
 from vmconv_memory.pages import COMPRESSIONS, unpack
 
-MAGIC = b"KDUMP   "
-_NAMES = 390
-"""Bytes of the names of the system: 6 of 65 bytes. The last but one is the processor's."""
-_MACHINE = 8 + 4 + 4 * 65
-_LAYOUTS = {2: (424, struct.calcsize("=Q")), 1: (412, 4)}
-"""By class of ELF: the offset of the numbers behind the timestamp, and bytes of a long number."""
-_MAX_RAM = 1 << 44
-_VERSIONS = range(1, 7)
 _SPLIT, _NOTES, _ERASED = 2, 4, 5
 """Versions from which the sub-header says that a dump is split, where its notes are, and the list of erased data."""
 _INCOMPLETE = 8
@@ -57,20 +49,6 @@ _SLICE = 1 << 17
 _CHUNK = 1 << 12
 """Bytes of a bitmap whose bits are counted together."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.int64)
-
-
-class Head(NamedTuple):
-    """The header: class and order of numbers, and the fields that are needed."""
-
-    class_: int
-    order: str
-    version: int
-    machine: str
-    status: int
-    block: int
-    sub: int
-    bitmaps: int
-    pages: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +70,7 @@ class Dump:
         return self.content.read(offset, length)
 
     def damaged(self, what: str, offset: int, problem: str, *, guest: int | None = None) -> ImageError:
-        return _damaged(self.file, self.content, what, offset, problem, guest=guest)
+        return damaged(self.file, self.content, what, offset, problem, guest=guest)
 
     @property
     def flattened(self) -> bool:
@@ -140,7 +118,7 @@ class KdumpImage(Image):
         """A remark on bytes behind the last page, if there are any; reads all descriptors."""
         self.guest  # noqa: B018 finds the end
         end, content = self.pages.end, self.pages.dump.content
-        found = [(_place(content, end), content.size - end, "page")] if content.size > end else []
+        found = [(place(content, end), content.size - end, "page")] if content.size > end else []
         found += [(self.end, self.file.size - self.end, "piece")] if self.file.size > self.end else []
         return tuple(
             f"{self.file.name}: {length} bytes at {at:#x} are behind the last {what}, and are not memory"
@@ -202,9 +180,9 @@ def _details(dump: Dump, pages: Pages) -> Mapping[str, Any]:
 
 
 def _dump(file: File, content: Extents) -> Dump:
-    head = _head(file, content)
+    head = read_head(file, content)
     dump = Dump(file, content, head, 0, b"")
-    width = _LAYOUTS[head.class_][1]
+    width = LAYOUTS[head.class_][1]
     size = 64 if width == 4 else 112
     sub = dump.read("sub-header", head.block, size)
     level, split = struct.unpack_from(f"{head.order}ii", sub, width)
@@ -219,62 +197,6 @@ def _dump(file: File, content: Extents) -> Dump:
         notes = dump.read("notes", offset, length)
     erased = sum(struct.unpack_from(f"{head.order}QQ", sub, 64)) if width == 8 and head.version >= _ERASED else 0
     return Dump(file, content, head, level, notes, erased)
-
-
-def _head(file: File, content: Extents) -> Head:
-    """Returns the header. Nothing in it states its layout: of the possible ones, one makes sense."""
-    raw = content.read(0, min(content.size, 512)).ljust(512, b"\0")
-    if raw[:8] != MAGIC:
-        raise _damaged(file, content, "magic", 0, "no signature of a kdump file")
-    found, problems = [], []
-    for order in "<>":
-        (version,) = struct.unpack_from(f"{order}I", raw, 8)
-        if version not in _VERSIONS:
-            continue
-        machine = raw[_MACHINE : _MACHINE + 65].partition(b"\0")[0].decode("ascii", "replace")
-        for class_, (at, _) in _LAYOUTS.items():
-            status, block, sub, bitmaps, pages = struct.unpack_from(f"{order}5I", raw, at)
-            head = Head(class_, order, version, machine, status, block, sub, bitmaps, pages)
-            problem = _problem(head, content.size)
-            if problem:
-                problems.append((at, problem))
-            else:
-                found.append(head)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise _damaged(file, content, "header", 0, "has a meaning in more than one layout")
-    if not problems:
-        raise _damaged(file, content, "version", 8, f"{raw[8:12].hex()} is none of 1 to {_VERSIONS[-1]}")
-    at, problem = problems[0]
-    raise _damaged(file, content, "header", at, problem)
-
-
-def _problem(head: Head, size: int) -> str | None:
-    """Returns why the numbers of a header make no sense together; None if they do."""
-    if head.block & (head.block - 1) or not 4096 <= head.block <= 65536:
-        return f"block size {head.block} is not a power of two from 4096 to 65536"
-    if not 0 < head.pages < min(_MAX_RAM // head.block, 0xFFFFFFFF):
-        return f"{head.pages} pages, from 1 to {min(_MAX_RAM // head.block, 0xFFFFFFFF) - 1} are read"
-    need = 2 * -(-head.pages // (8 * head.block))
-    if head.bitmaps < need or head.bitmaps % 2:
-        return f"{head.bitmaps} blocks of bitmaps, {need} are needed for {head.pages} pages"
-    if not head.sub or (1 + head.sub + head.bitmaps) * head.block > size:
-        return f"sub-header of {head.sub} blocks and bitmaps of {head.bitmaps} are not in the {size} bytes"
-    return None
-
-
-def _damaged(
-    file: File, content: Extents, what: str, offset: int, problem: str, *, guest: int | None = None
-) -> ImageError:
-    """Returns the error for an offset of the dump, which is another one of the file if it is flattened."""
-    return damaged_file(file, what, _place(content, offset), problem, guest=guest)
-
-
-def _place(content: Extents, offset: int) -> int:
-    """Returns the offset in the file of an offset of the dump."""
-    rows = list(content.rows_of(offset, 1)) if offset < content.size else []
-    return rows[0].offset if rows and rows[0].kind == Kind.DATA else offset
 
 
 # -- pages
