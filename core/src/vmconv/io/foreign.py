@@ -67,7 +67,8 @@ FOREIGN = (
     Foreign("compress", (".z",), ((0, b"\x1f\x9d\x90"),), _DECOMPRESS.format("gzip -d")),
     Foreign("brotli", (".br",), (), _DECOMPRESS.format("brotli -d")),
     # -- archives
-    Foreign("AFF4", (".aff4", ".af4"), (), _RESTORE.format("AFF4 tools export it")),
+    # A ZIP archive that begins with this file (pyaff4).
+    Foreign("AFF4", (".aff4", ".af4"), ((30, b"container.description"),), _RESTORE.format("AFF4 tools export it")),
     Foreign(
         "ZIP archive",
         (".zip", ".zipx"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 class Vmrs(Format):
     name = "vmrs"
-    title = "Hyper-V saved state, memory that is not compressed"
+    title = "Hyper-V saved state"
     kind = "memory"
     suffixes = (".vmrs",)
     can_write = False

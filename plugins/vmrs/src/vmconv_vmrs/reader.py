@@ -4,8 +4,7 @@
     savedstate/RamMemoryBlockN   a range of RAM: its first page, its pages, and its first page in the blocks
     savedstate/RamBlockN         1 MiB of RAM; what is shorter is compressed
 
-Microsoft publishes the layout in openvmm, support/hvs_file/FORMAT.md, but not how a block is compressed. So a state
-with compressed blocks is refused.
+Microsoft publishes the layout in openvmm, support/hvs_file/FORMAT.md; compressed blocks are those of `packed.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +13,30 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vmconv.plugin import MAX_SIZE, Extents, File, Image, ImageError, Kind, UsageError, damaged, read_part
+from vmconv.plugin import (
+    MAX_SIZE,
+    Decoded,
+    Extents,
+    File,
+    Image,
+    ImageError,
+    Kind,
+    Source,
+    UsageError,
+    damaged,
+    read_part,
+)
 from vmconv_hyperv.storage import Limits, Node, Place
 from vmconv_hyperv.storage import read as read_storage
+from vmconv_vmrs.packed import BLOCK as _BLOCK
+from vmconv_vmrs.packed import PAGE as _PAGE
+from vmconv_vmrs.packed import PackedError, unpack
 
-_PAGE, _BLOCK = 4096, 1 << 20
 _RANGE = struct.Struct("<IIQQQIIQ")
 _VERSION, _HOT_ADDED = 3, 1
 _OLDEST = 0x0501
+_SMALL = 64
+"""Bytes of compressed blocks that are looked into for zeros: 1 MiB of zeros has 16, or 20 with a record of the end."""
 _LIMITS = Limits(objects=1 << 19, keys=1 << 25, entries=1 << 19)
 """Of a machine with 256 GiB of RAM, which has a key and an object for each MiB."""
 
@@ -36,7 +51,7 @@ class _Range(NamedTuple):
 
 
 def read(file: File, *, snapshot: str | None = None) -> Image:
-    """Returns the memory of a saved state. Raises `ImageError` if it has none, or if it is compressed."""
+    """Returns the memory of a saved state. Raises `ImageError` if it has none."""
     if snapshot is not None:
         raise UsageError(f"{file.name}: a saved state has no snapshots, {snapshot!r} was requested")
     node = read_storage(file, limits=_LIMITS).child("savedstate")
@@ -51,7 +66,10 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
         raise node.refused("VmVersion", f"{version:#x} is not read, only versions from {_OLDEST:#x} on")
     ranges = sorted(_ranges(file, node, places), key=lambda each: each.address)
     table = _table(file, node, ranges, places)
+    packed = next((each.count for each in table.sources if isinstance(each, Packed)), 0)
     data = {"version": f"{version >> 8}.{version & 0xFF}", "ranges": len(ranges), "machine-state": "of Hyper-V"}
+    if packed:
+        data["compressed-blocks"] = packed
     return Image(
         "vmrs",
         file,
@@ -84,8 +102,9 @@ def _ranges(file: File, node: Node, places: Mapping[str, Place]) -> Iterator[_Ra
 
 def _table(file: File, node: Node, ranges: list[_Range], places: Mapping[str, Place]) -> Extents:
     """Returns the table of sorted ranges."""
-    rows: list[tuple[int, Kind, File | None, int]] = []
-    used: set[int] = set()
+    rows: list[tuple[int, Kind, Source | None, int]] = []
+    used: dict[int, int] = {}
+    packed = Packed(file)
     end = 0
     for each in ranges:
         if each.address < end:
@@ -93,36 +112,74 @@ def _table(file: File, node: Node, ranges: list[_Range], places: Mapping[str, Pl
         if each.address > end:
             rows.append((end, Kind.HOLE, None, 0))
         for at in range(0, each.length, _BLOCK):
-            offset = _block(file, node, (each.begin + at) // _BLOCK, places)
+            offset, size = _block(file, node, (each.begin + at) // _BLOCK, places)
             if offset in used:
                 raise node.refused(each.name, f"has its bytes at {offset:#x}, which are those of other RAM, too")
-            used.add(offset)
-            rows.append((each.address + at, Kind.DATA, file, offset))
+            used[offset] = size
+            if size == _BLOCK:
+                rows.append((each.address + at, Kind.DATA, file, offset))
+            elif packed.is_zero(offset, size):
+                rows.append((each.address + at, Kind.ZERO, None, 0))
+            else:
+                rows.append((each.address + at, Kind.DATA, packed, packed.add(offset, size)))
         end = each.address + each.length
     _refuse_overlaps(file, used)
     return Extents.of(rows, end)
 
 
-def _block(file: File, node: Node, number: int, places: Mapping[str, Place]) -> int:
-    """Returns the offset of a block."""
+class Packed(Decoded):
+    """The compressed blocks of a state, one behind the other."""
+
+    def __init__(self, file: File) -> None:
+        super().__init__(
+            f"{file.name} (compressed memory)",
+            file,
+            unit=_BLOCK,
+            count=0,
+            reason="Hyper-V compresses memory",
+            decode=lambda first, count: [self._block(*place) for place in self._places[first : first + count]],
+        )
+        self._places: list[tuple[int, int]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._places)
+
+    def add(self, offset: int, size: int) -> int:
+        """Adds a block by its place in the file, and returns its offset among the decompressed ones."""
+        self._places.append((offset, size))
+        self.size += _BLOCK
+        return self.size - _BLOCK
+
+    def is_zero(self, offset: int, size: int) -> bool:
+        """True for a small block that is all zeros; decompresses no large one."""
+        return size <= _SMALL and not any(self._block(offset, size))
+
+    def _block(self, offset: int, size: int) -> bytes:
+        try:
+            return unpack(self.file.read(offset, size))
+        except PackedError as exc:
+            error = damaged(self.file, "compressed block", offset, str(exc))
+            error.hint = "if it is not damaged, WinDbg on Windows reads it, by vmsavedstatedumpprovider.dll"
+            raise error from exc
+
+
+def _block(file: File, node: Node, number: int, places: Mapping[str, Place]) -> Place:
+    """Returns the offset and the size of a block."""
     name = f"RamBlock{number}"
     if name not in places:
         raise node.refused(name, "is not there")
     offset, size = places[name]
-    if size > _BLOCK:
-        raise node.refused(name, f"has {size} bytes, {_BLOCK} at most")
-    if size < _BLOCK:
-        error = damaged(file, name, offset, f"{size} bytes: the memory is compressed, which vmconv does not read")
-        error.hint = "on Windows, tools with Microsoft's vmsavedstatedumpprovider.dll read it, such as WinDbg"
-        raise error
+    if not 0 < size <= _BLOCK:
+        raise node.refused(name, f"has {size} bytes, {_BLOCK} at most and not 0")
     if offset + size > file.size:
         raise damaged(file, name, offset, f"{size} bytes reach past the end of the file ({file.size:#x})")
-    return offset
+    return places[name]
 
 
-def _refuse_overlaps(file: File, offsets: set[int]) -> None:
+def _refuse_overlaps(file: File, sizes: Mapping[int, int]) -> None:
     end = 0
-    for offset in sorted(offsets):
+    for offset in sorted(sizes):
         if offset < end:
             raise damaged(file, "block", offset, f"begins before {end:#x}, the end of another one")
-        end = offset + _BLOCK
+        end = offset + sizes[offset]
