@@ -549,6 +549,7 @@ def test_the_audit_has_each_request_with_its_result(api: Served, pair: Sequence[
     created = found["token-create", one.id, "executed"]
     assert created["address"] is None
     assert "hash" not in json.dumps(entries)
+    assert len({(entry["from"], entry["request"]) for entry in entries}) == len(entries)
     assert [entry["at_ms"] for entry in entries] == sorted(entry["at_ms"] for entry in entries)
 
 
@@ -611,7 +612,9 @@ def test_two_nodes_of_one_name_have_metrics_of_their_own(api: Served, pair: Sequ
     one, other = pair
     for node in pair:
         node.write(Change("job", "j1", {"state": "done", "disk": "d1", "datastore": "ds", "format": "qcow2"}))
-    other.write(Change("datastore", "ds", {"path": "/srv", "size": 5}), Change("node", other.id, {"name": "n01"}))
+    other.write(
+        Change("datastore", "ds", {"path": "/srv", "size": 5}), Change("node", other.id, {"name": "n01", "fleet": "f"})
+    )
     one.write(Change("datastore", "ds", {"path": "/srv", "size": 7}))
     one.body_when(other.id, "node", other.id, lambda record: record.body["name"] == "n01")
     read = samples(api)

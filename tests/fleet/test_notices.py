@@ -22,6 +22,7 @@ import pytest
 from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served, tls_files
 from vmconv.errors import AccessError, UsageError, VmconvError
+from vmconv_fleet.api.asking import Answer
 from vmconv_fleet.config import NodeConfig, load, save
 from vmconv_fleet.notices import delivery, outbox, webhooks
 from vmconv_fleet.notices.addresses import ForbiddenAddressError, places_of, why_refused
@@ -31,6 +32,7 @@ from vmconv_fleet.notices.outbox import Outbox
 from vmconv_fleet.notices.secrets import HookSecrets, Target
 from vmconv_fleet.notices.syslog import Destination, Syslog, destination, message
 from vmconv_fleet.notices.webhooks import Webhooks, delay_ms
+from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.testing import PATIENCE, wait_until
 
@@ -47,11 +49,12 @@ class Got(NamedTuple):
 
 
 class Receiver:
-    """A real server of webhooks; `answers` are the status codes of its next answers, 204 afterwards."""
+    """A real server of webhooks: it has the status codes of its next `answers`, and refuses bodies with `refused`."""
 
     def __init__(self, tls: tuple[str, str] | None = None) -> None:
         self.got: queue.Queue[Got] = queue.Queue()
         self.answers: queue.Queue[int] = queue.Queue()
+        self.refused = b""
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,7 +64,7 @@ class Receiver:
                 try:
                     self.send_response(receiver.answers.get_nowait())
                 except queue.Empty:
-                    self.send_response(204)
+                    self.send_response(400 if receiver.refused and receiver.refused in body else 204)
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
 
@@ -327,12 +330,27 @@ def test_one_event_that_is_never_accepted_does_not_stop_the_others(
     node: Node, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "delay_ms", lambda _failures: 20)
-    receiver.answers.put(400)
+    receiver.refused = b'"bad"'
     with hooked(node):
         add(node, receiver.url, "job.*")
         node.write(Change("job", "bad", job("done")), Change("job", "good", job("done")))
-        ids = [json.loads(receiver.next().body)["data"]["id"] for _ in range(3)]
-        assert sorted(ids) == ["bad", "bad", "good"]
+        assert [json.loads(receiver.next().body)["data"]["id"] for _ in range(2)] == ["bad", "good"]
+
+
+def test_a_receiver_that_fails_is_left_alone_for_a_while(node: Node, receiver: Receiver) -> None:
+    receiver.answers.put(500)
+    with hooked(node) as hooks:
+        hook = add(node, receiver.url)
+        node.write(Change("job", "j1", job("done")))
+        receiver.next()
+        node.write(Change("job", "j2", job("done")))
+        box = Outbox(str(node.directory))
+        wait_until(lambda: box.waiting(hook) == 2, PATIENCE, "both wait")
+        # The node looks at its queue again for this event of no webhook.
+        node.write(Change("job", "j3", job("running")))
+        wait_until(hooks._queue.empty, PATIENCE, "it is taken")
+        box.close()
+        assert receiver.got.empty()
 
 
 def test_a_failing_webhook_is_a_problem_until_it_works(node: Node, receiver: Receiver) -> None:
@@ -487,6 +505,29 @@ def test_invalid_webhooks_are_refused_and_leave_nothing(api: Served, wish: dict[
         api.local.call("POST", "/api/v1/webhooks", wish)
     assert "YQ" not in str(refused.value)
     assert not HookSecrets(str(api.node.directory)).all()
+
+
+def test_a_webhook_that_the_owner_refuses_leaves_nothing(api: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(*_arguments: Any, **_more: Any) -> Answer:
+        assert HookSecrets(str(api.node.directory)).all()
+        return Answer(request="r", requester="n", target="n", state="refused", ok=False, reason="no")
+
+    monkeypatch.setattr("vmconv_fleet.api.webhooks.ask", ask)
+    made = api.local.call("POST", "/api/v1/webhooks", {"url": "https://host/"}).content
+    assert made.get("secret") is None
+    assert not HookSecrets(str(api.node.directory)).all()
+
+
+def test_events_of_long_ago_are_not_sent(node: Node, receiver: Receiver) -> None:
+    long_ago = wall_ms() - 2 * webhooks.OLDEST_MS
+    with hooked(node) as hooks:
+        hook = add(node, receiver.url)
+        wait_until(lambda: hook in hooks._complete, PATIENCE, "the node knows the webhook")
+        old = record("job", job("done"), 1 << 40, id="old")._replace(owner=node.id, clock=long_ago << 16)
+        hooks._queue.put(old)
+        node.write(Change("job", "new", job("done")))
+        assert json.loads(receiver.next().body)["data"]["id"] == "new"
+    assert receiver.got.empty()
 
 
 def test_webhooks_are_for_administrators(api: Served) -> None:

@@ -119,7 +119,10 @@ class Listing:
         )
 
     def answer(self, page: Page) -> Response:
-        return self.answer_with(page, [plain(one, self.snapshot) for one in page.records], page.records)
+        items = [plain(one, self.snapshot) for one in page.records]
+        # What a job waits for changes without its record.
+        waits = (str(item["waits_until_ms"]) for item in items if "waits_until_ms" in item)
+        return self.answer_with(page, items, page.records, *waits)
 
     def answer_with(self, page: Page, items: list[Any], shown: Sequence[Record], *more_of: str) -> Response:
         """Returns the answer with these items, made of the records `shown` and of these texts."""

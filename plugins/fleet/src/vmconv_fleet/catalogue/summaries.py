@@ -43,6 +43,8 @@ _PREFIX = {
     "token-revoke": "revoked token of ",
     "retire": "retired ",
     "revoke": "revoked ",
+    "webhook-add": "new webhook to ",
+    "webhook-remove": "removed webhook to ",
 }
 
 
@@ -103,6 +105,10 @@ def _revocation(snapshot: Snapshot, _owner: str, _identifier: str, _before: Body
     return f"key {key} of {node}" if key else f"all keys of {node}"
 
 
+def _webhook(_snapshot: Snapshot, _owner: str, _identifier: str, before: Body, after: Body) -> str:
+    return str(after.get("place") or before.get("place") or "?")
+
+
 _KINDS: Mapping[str, Callable[[Snapshot, str, str, Body, Body], str]] = {
     "job": _job,
     "datastore": _datastore,
@@ -110,4 +116,5 @@ _KINDS: Mapping[str, Callable[[Snapshot, str, str, Body, Body], str]] = {
     "token": _token,
     "retirement": _retirement,
     "revocation": _revocation,
+    "webhook": _webhook,
 }

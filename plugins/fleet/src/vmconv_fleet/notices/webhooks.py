@@ -29,6 +29,8 @@ SOONEST_MS, LATEST_MS = 5000, 3600 * 1000
 """The delays after a failed delivery, doubled with each failure, with a jitter of a half."""
 GIVE_UP_MS = 24 * 3600 * 1000
 """The time after which an event is not sent again."""
+OLDEST_MS = GIVE_UP_MS
+"""The age of events that are not sent at all: without its outbox a node reads them again from its records."""
 _PAGE = 500
 _LOOK_AT_CLOCK = 60.0
 
@@ -158,6 +160,7 @@ class Webhooks:
 
     def _put_for(self, hook: str, state: _State, events: Sequence[Event]) -> None:
         assert self._outbox is not None
+        events = [one for one in events if one.at_ms >= wall_ms() - OLDEST_MS]
         if not events:
             return
         messages = [(one.id, body_of(one), one.at_ms) for one in events]

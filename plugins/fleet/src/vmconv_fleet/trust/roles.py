@@ -47,7 +47,10 @@ ACTS: Mapping[str, Role] = {**VERBS, "invite": "admin", "webhook-test": "admin"}
 """The verbs, and what a node does without a request."""
 
 GOVERNING = frozenset(
-    {"invite", "retire", "revoke", "token-create", "group-set", "group-remove", "webhook-add", "webhook-test"}
+    (
+        *("invite", "retire", "revoke", "token-create", "group-set", "group-remove"),
+        *("webhook-add", "webhook-remove", "webhook-test"),
+    )
 )
 """Acts that decide who belongs to the fleet, who may do what in it, and where a node connects to. By default they are
 for the node's own administrators, so that the root of one node cannot remove another, or get a token of it.
