@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.errors import ImageError
-from vmconv.model.extents import Column, Extents
+from vmconv.model.extents import Column, Extents, lengths
 from vmconv.model.sources import File, Source
 
 _LONG = 1 << 62
@@ -84,9 +84,9 @@ class Usage:
             return
         count = np.arange(len(begin), dtype=np.int64) if number is None else number
         first = np.ones(len(begin), dtype=bool)
-        first[1:] = (np.diff(begin) != length) | (np.diff(count) != 1)
+        first[1:] = (begin[1:] - begin[:-1] != length) | (count[1:] - count[:-1] != 1)
         starts = np.flatnonzero(first)
-        end = begin[starts] + np.diff(starts, append=len(begin)) * length
+        end = begin[starts] + lengths(starts, len(begin)) * length
         # Unit 0: ranges without numbers are described by their name alone.
         self._take(name, length if number is not None else 0, begin[starts], end, count[starts])
 

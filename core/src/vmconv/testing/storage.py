@@ -64,6 +64,15 @@ def title(options: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value}" for key, value in options.items()) or "default"
 
 
+def same_bytes(one: Path, other: Path) -> bool:
+    """True if two files have the same content. To read them whole takes five times as long, for new memory."""
+    with one.open("rb", buffering=0) as left, other.open("rb", buffering=0) as right:
+        while (piece := left.read(MIB)) == right.read(MIB):
+            if not piece:
+                return True
+    return False
+
+
 class StorageFormatTests:
     """Subclass it, set `format`, and override the fixture `directory` with one on a filesystem with reflinks.
 
@@ -138,7 +147,7 @@ class StorageFormatTests:
         assert there.totals.shared > 0
         assert again.totals.shared > 0
         self._same(qemu_img, raw, image)
-        assert raw.read_bytes() == back.read_bytes()
+        assert same_bytes(raw, back)
         for result, name in ((image, self.format.name), (back, "raw")):
             proof = api.prove(str(raw), str(result), right_format=name)
             assert proof
@@ -154,7 +163,7 @@ class StorageFormatTests:
         self._same(qemu_img, raw, image)
         back = directory / "back.raw"
         self._convert(image, back, source_format=self.format.name)
-        assert back.read_bytes() == raw.read_bytes()
+        assert same_bytes(raw, back)
 
     def test_images_of_qemu_are_read(
         self, directory: Path, qemu_img: QemuImg, made_by_qemu_options: Mapping[str, str]
@@ -168,7 +177,7 @@ class StorageFormatTests:
         result = self._convert(image, back, source_format=self.format.name, zero_copy=policy)
         assert result.totals.shared > 0 or not self.shares_qemu_s
         qemu_img("convert", "-f", self._qemu_s, "-O", "raw", image, directory / "theirs.raw")
-        assert back.read_bytes() == (directory / "theirs.raw").read_bytes()
+        assert same_bytes(directory / "theirs.raw", back)
 
     def test_in_place_and_undone(
         self, directory: Path, qemu_img: QemuImg, in_place_options: Mapping[str, str], tmp_path: Path
@@ -184,4 +193,4 @@ class StorageFormatTests:
         api.undo(str(image))
         assert [path.name for path in directory.iterdir()] == ["disk.raw"]
         assert disk.stat().st_size == before
-        assert disk.read_bytes() == (tmp_path / "before.raw").read_bytes()
+        assert same_bytes(tmp_path / "before.raw", disk)
