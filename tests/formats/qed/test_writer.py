@@ -163,3 +163,15 @@ def test_the_largest_disk_and_the_longest_name() -> None:
     plan(512, "a" * 1023)
     with pytest.raises(PlanError, match="name of 1024 bytes, 1023 at most"):
         plan(512, "a" * 1024)
+
+
+def test_the_last_entry_of_a_full_table_is_its_end() -> None:
+    image = disk([((1 << 32) - 4096, 0, 4096)], 1 << 32)
+    layout = write(image, Options(cluster_size=4096, table_size=2), Placement())
+    assert laid_out(layout) == [
+        "0x0 header",
+        "0x1000 L1 table",
+        "0x3000 L2 tables",
+        "0x5000 payload 0x0+0x1000",
+        "0x6000 end",
+    ]
