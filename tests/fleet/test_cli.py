@@ -247,7 +247,12 @@ def test_a_job_shows_what_it_waits_for(run: Run, fleet: Fleet, monkeypatch: pyte
     run("policy", "n02", "--between", window, "--bandwidth", "ds=100M", "--datastore-parallel", "ds=1", "--wait", "30")
     policy = json.loads(run("policy", "n02", "--output", "json"))
     assert policy == {"between": f"{window} UTC", "bandwidth": {"ds": 100 * MIB}, "datastore_parallel": {"ds": 1}}
+    other = f"{now + timedelta(hours=5):%H:%M}-{now + timedelta(hours=6):%H:%M}"
+    run("policy", "n02", "--between", other, "--wait", "30")
+    assert "never overlap" in run("jobs")
+    assert re.search(r"WRONG  n02 job \S+: never begins, because its window", run("doctor", code=1))
     run("policy", "n02", "--between", "none", "--bandwidth", "none", "--wait", "30")
+    assert "no problems" in run("doctor")
     assert json.loads(run("policy", "n02", "--output", "json"))["bandwidth"] == {}
     assert "is not a window" in run("convert", "n02:web-1.raw", "--to", "vhdx", "--between", "night", code=2)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fleet.asking import NOW, Replica
 from vmconv.errors import UsageError, VmconvError
 from vmconv_fleet.catalogue.conversion import ConversionPolicy
-from vmconv_fleet.catalogue.windows import WindowError, next_open_ms, parsed, waits_until_ms
+from vmconv_fleet.catalogue.windows import Waiting, WindowError, next_open_ms, parsed, waiting_of
 from vmconv_fleet.cli import values
 from vmconv_fleet.jobs.job import Job
 from vmconv_fleet.jobs.schedule import Schedule
@@ -84,17 +84,19 @@ def test_invalid_windows_are_refused(text: str) -> None:
     "more", [{"at_ms": "soon"}, {"at_ms": 1 << 60}, {"between": 7}, {"between": "22:00-05:00 No/Where"}]
 )
 def test_unsound_jobs_of_other_nodes_wait_for_nothing(more: dict[str, Any]) -> None:
-    assert waits_until_ms({"state": "queued", **more}, {"between": 5 if "at_ms" in more else None}, NOW) is None
+    policy = {"between": 5 if "at_ms" in more else None}
+    assert waiting_of({"state": "queued", **more}, policy, NOW) == Waiting()
 
 
 def test_a_job_waits_for_the_later_of_its_time_and_its_window() -> None:
     now, job = ms("2026-11-30T12:00Z"), {"state": "queued", "between": "22:00-05:00"}
-    assert waits_until_ms(job, {}, now) == ms("2026-11-30T22:00Z")
-    assert waits_until_ms(job | {"at_ms": ms("2026-12-01T08:00Z")}, {}, now) == ms("2026-12-01T22:00Z")
-    assert waits_until_ms(job | {"at_ms": ms("2026-12-01T03:00Z")}, {}, now) == ms("2026-12-01T03:00Z")
-    assert waits_until_ms({"state": "queued"}, {"between": "22:00-05:00"}, now) == ms("2026-11-30T22:00Z")
-    assert waits_until_ms(job | {"dry_run": True}, {"between": "22:00-05:00"}, now) is None
-    assert waits_until_ms(job | {"state": "running"}, {}, now) is None
+    assert waiting_of(job, {}, now) == Waiting(ms("2026-11-30T22:00Z"))
+    assert waiting_of(job | {"at_ms": ms("2026-12-01T08:00Z")}, {}, now) == Waiting(ms("2026-12-01T22:00Z"))
+    assert waiting_of(job | {"at_ms": ms("2026-12-01T03:00Z")}, {}, now) == Waiting(ms("2026-12-01T03:00Z"))
+    assert waiting_of({"state": "queued"}, {"between": "22:00-05:00"}, now) == Waiting(ms("2026-11-30T22:00Z"))
+    assert waiting_of(job | {"dry_run": True}, {"between": "22:00-05:00"}, now) == Waiting()
+    assert waiting_of(job, {"between": "05:00-22:00"}, now) == Waiting(None, is_forever=True)
+    assert waiting_of(job | {"state": "running"}, {}, now) == Waiting()
 
 
 def test_an_owner_refuses_windows_that_never_open() -> None:

@@ -19,6 +19,7 @@ from vmconv_fleet.catalogue.secrets import shown
 from vmconv_fleet.catalogue.selection import VMS, parse
 from vmconv_fleet.catalogue.snapshot import NodeView, Snapshot
 from vmconv_fleet.catalogue.summaries import summary
+from vmconv_fleet.catalogue.windows import Waiting
 from vmconv_fleet.replication.clock import milliseconds
 from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
@@ -47,8 +48,9 @@ JobStates = Annotated[str | None, Query(description="Only jobs in one of these s
 
 def plain(record: Record, snapshot: Snapshot) -> dict[str, Any]:
     """Returns a record as JSON, without the hashes of tokens; of a queued job also when it may begin."""
-    waits_until_ms = snapshot.waits_until_ms(record) if record.kind == "job" else None
-    more = {} if waits_until_ms is None else {"waits_until_ms": waits_until_ms}
+    waiting = snapshot.waiting_of(record) if record.kind == "job" else Waiting()
+    more = {} if waiting.until_ms is None else {"waits_until_ms": waiting.until_ms}
+    more |= {"waits_forever": True} if waiting.is_forever else {}
     return {
         "owner": record.owner,
         "node": snapshot.name(record.owner),
@@ -121,7 +123,7 @@ class Listing:
     def answer(self, page: Page) -> Response:
         items = [plain(one, self.snapshot) for one in page.records]
         # What a job waits for changes without its record.
-        waits = (str(item["waits_until_ms"]) for item in items if "waits_until_ms" in item)
+        waits = (f"{item.get('waits_until_ms')} {item.get('waits_forever')}" for item in items)
         return self.answer_with(page, items, page.records, *waits)
 
     def answer_with(self, page: Page, items: list[Any], shown: Sequence[Record], *more_of: str) -> Response:

@@ -16,7 +16,7 @@ from vmconv_fleet.catalogue.kinds import KINDS, Body, Granted, HeartbeatBody, No
 from vmconv_fleet.catalogue.paging import Page, page_of, place_of
 from vmconv_fleet.catalogue.searching import containing
 from vmconv_fleet.catalogue.selection import Owner, Selection, condition
-from vmconv_fleet.catalogue.windows import waits_until_ms
+from vmconv_fleet.catalogue.windows import Waiting, waiting_of
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
 from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
@@ -271,10 +271,10 @@ class Snapshot:
         identifier = response_id(request.owner, request.id)
         return self.view.get(str(request.body.get("target", "")), "response", identifier)
 
-    def waits_until_ms(self, job: Record) -> int | None:
-        """Returns the moment for which a queued job waits, by its own time and window and those of its node."""
+    def waiting_of(self, job: Record) -> Waiting:
+        """Returns for what a queued job waits, by its own time and window and those of its node."""
         policy = self.view.get(job.owner, "policy", "conversion")
-        return waits_until_ms(job.body, policy.body if policy else {}, self.now_ms)
+        return waiting_of(job.body, policy.body if policy else {}, self.now_ms)
 
     def since(self, moment_ms: int) -> int:
         return max(0, self.now_ms - moment_ms)

@@ -99,14 +99,20 @@ def windows_of(job: Mapping[str, Any], policy: Mapping[str, Any]) -> tuple[str, 
     return () if job.get("dry_run") else tuple(filter(None, (job.get("between"), policy.get("between"))))
 
 
-def waits_until_ms(job: Mapping[str, Any], policy: Mapping[str, Any], now_ms: int) -> int | None:
-    """Returns the moment for which a queued job waits; None if it waits for none, or for one that never comes."""
+class Waiting(NamedTuple):
+    """For what a queued job waits: a moment, or None for none; `is_forever`: its windows never overlap."""
+
+    until_ms: int | None = None
+    is_forever: bool = False
+
+
+def waiting_of(job: Mapping[str, Any], policy: Mapping[str, Any], now_ms: int) -> Waiting:
     if job.get("state") != "queued":
-        return None
+        return Waiting()
     try:
         earliest = max(now_ms, int(job.get("at_ms") or 0))
         then = next_open_ms(windows_of(job, policy), earliest)
     except (WindowError, TypeError, ValueError, OverflowError, OSError):
         # The records of another node may have any form.
-        return None
-    return then if then is not None and then > now_ms else None
+        return Waiting()
+    return Waiting(then if then is not None and then > now_ms else None, then is None)

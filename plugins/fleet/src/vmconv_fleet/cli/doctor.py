@@ -89,6 +89,12 @@ def _of_work(client: NodeClient, retired: Collection[str]) -> Iterator[Diagnosis
         if now - one["written_ms"] > _UNANSWERED_MS and one["body"]["target"] not in retired:
             age = age_text(now - one["written_ms"])
             yield Diagnosis(f"request {one['id']}", f"its owner {one['body']['target'][:8]} has not answered for {age}")
+    for one in client.everything("/api/v1/jobs", states="queued"):
+        if one.get("waits_forever"):
+            what = (
+                "never begins, because its window and that of its node do not overlap: change the policy, or cancel it"
+            )
+            yield Diagnosis(f"{one['node']} job {one['id']}", what)
     failed = Counter(one["node"] for one in client.everything("/api/v1/jobs", states="failed"))
     yield from (
         Diagnosis(node, f"{n} jobs have failed: vmconv fleet jobs --state failed", False) for node, n in failed.items()

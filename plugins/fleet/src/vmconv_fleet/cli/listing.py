@@ -155,6 +155,8 @@ def _job_row(one: Item) -> list[str]:
     state = body["state"] + (" (dry run)" if body.get("dry_run") else "")
     if one.get("waits_until_ms"):
         state += f" (waits for {soon_text(one['waits_until_ms'])})"
+    if one.get("waits_forever"):
+        state += " (its window and the node's never overlap)"
     name = body.get("source", "") + (f" -> {body['file']}" if body.get("file") else "")
     if body.get("error"):
         name += f": {body['error']}"
