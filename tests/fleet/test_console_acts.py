@@ -182,6 +182,7 @@ def test_a_policy_is_changed_after_its_differences_were_shown(entered: Desk) -> 
     entered.go(f"/policies/{entered.here.id}")
     entered.page.fill("input[name=max_parallel]", "7")
     entered.page.fill("input[name=formats]", "raw, qcow2")
+    entered.page.fill("input[name=between]", "22:00-05:00")
     entered.page.click("text=Change the policy")
     assert "max_parallel\n2 -> 7" in entered.text("dl")
     assert "naming" not in entered.text("dl")
@@ -189,7 +190,10 @@ def test_a_policy_is_changed_after_its_differences_were_shown(entered: Desk) -> 
     entered.page.wait_for_selector(".banner.said:has-text('Done')")
     policy = entered.here.service.view().get(entered.here.id, "policy", "conversion")
     assert policy
-    assert policy.body == {"max_parallel": 7, "formats": ["raw", "qcow2"]}
+    assert policy.body == {"max_parallel": 7, "formats": ["raw", "qcow2"], "between": "22:00-05:00"}
+    entered.page.fill("input[name=between]", "25:00")
+    entered.page.click("text=Change the policy")
+    assert "between: '25:00' is not allowed" in entered.text("[role=alert]")
     entered.go(f"/policies/{entered.here.id}/review?naming=fixed")
     assert "naming: 'fixed' is not allowed" in entered.text("[role=alert]")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.conversion import ConversionSpec, MachineSpec
+from vmconv_fleet.catalogue.fields import ALLOWED
 from vmconv_fleet.catalogue.kinds import KINDS, DiskBody, JobBody
 from vmconv_fleet.cli.fleet import COMMAND
 from vmconv_fleet.console.converting import FLAGS, TEXTS
@@ -107,3 +109,20 @@ def test_bodies_cannot_be_changed() -> None:
 
 def test_states_in_which_a_job_stays_are_states() -> None:
     assert set(kinds.JobState.__args__) > kinds.ENDED  # type: ignore[attr-defined]
+
+
+def patterns(schema: object) -> Iterator[str]:
+    """Yields the patterns in a JSON schema."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            yield schema["pattern"]
+        for part in schema.values():
+            yield from patterns(part)
+    elif isinstance(schema, list):
+        for part in schema:
+            yield from patterns(part)
+
+
+@pytest.mark.parametrize("verb", ARGUMENTS)
+def test_what_a_pattern_allows_can_be_said_in_words(verb: str) -> None:
+    assert set(patterns(ARGUMENTS[verb].model_json_schema())) <= ALLOWED.keys()

@@ -47,7 +47,9 @@ def _said(error: Mapping[str, Any]) -> str:
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error") or error["msg"])
     allowed = _allowed(kind, context)
-    return f"{_value(error.get('input'))} is not allowed: {allowed or error['msg']}"
+    return (
+        f"{_value(error.get('input'))} is not allowed: {allowed or str(error['msg']).removeprefix('Input should be ')}"
+    )
 
 
 def _allowed(kind: str, context: Mapping[str, Any]) -> str | None:

@@ -43,6 +43,9 @@ _DATASTORE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _DATASTORE_OF = r"^[1-9a-f][0-9a-f]{31}/[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _NAMING = r"^[^/\x00{}]*(\{(stem|suffix|format|job)\}[^/\x00{}]*)+$"
 _TOKEN_ID = r"^[0-9a-f]{12}$"
+_WEBHOOK = r"^https?://[A-Za-z0-9.:_\[\]-]{1,260}$"
+_EVENT = r"^[a-z*.]{1,64}$"
+HASH = r"^[0-9a-f]{64}$"
 REQUEST_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{7,63}$"
 
 _PLAIN = "letters, digits, '.', '_' and '-', first a letter or a digit"
@@ -53,6 +56,10 @@ ALLOWED = {
     _DATASTORE: f"up to 64 of {_PLAIN}",
     _DATASTORE_OF: "a datastore as NODE/NAME, with the node's id",
     _NAMING: "a name with {stem}, {suffix}, {format} or {job}, without '/' and other braces",
+    windows.PATTERN: "HH:MM-HH:MM, in UTC or followed by a time zone such as Europe/Berlin",
+    _WEBHOOK: "http:// or https:// and a host, with a port if you like",
+    _EVENT: "a kind of events, up to 64 of a-z, '.' and '*'",
+    HASH: "a SHA-256, 64 hexadecimal digits",
     _TOKEN_ID: "the id of a token, 12 hexadecimal digits",
     REQUEST_ID: f"8 to 64 of {_PLAIN}",
 }
@@ -78,7 +85,7 @@ WindowText = Annotated[str, Field(pattern=windows.PATTERN)]
 """A window; its time zone may be unknown to this node."""
 Parallel = Annotated[int, Field(ge=1, le=1000)]
 TokenId = Annotated[str, Field(pattern=_TOKEN_ID)]
-WebhookPlace = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.:_\[\]-]{1,260}$")]
-EventPattern = Annotated[str, Field(pattern=r"^[a-z*.]{1,64}$")]
+WebhookPlace = Annotated[str, Field(pattern=_WEBHOOK)]
+EventPattern = Annotated[str, Field(pattern=_EVENT)]
 Role = Literal["viewer", "operator", "admin"]
 ZeroCopy = Literal["auto", "require"]

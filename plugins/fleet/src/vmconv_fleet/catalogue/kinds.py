@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vmconv_fleet.catalogue.conversion import ConversionPolicy, ConversionSpec, MachineSpec
 from vmconv_fleet.catalogue.fields import (
+    HASH,
     Bytes,
     Count,
     DatastoreName,
@@ -310,7 +311,7 @@ class TokenSpec(Granted):
     """A person's token, without the token itself: `hash` is its SHA-256."""
 
     label: Name
-    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    hash: Annotated[str, Field(pattern=HASH)]
     expires_ms: Milliseconds | None = None
 
 

@@ -9,7 +9,8 @@ from vmconv_fleet.replication.indexing import ALL, Where
 MAX_SEARCH = 200
 
 _COLUMNS: Mapping[str, Sequence[str]] = {
-    "disk": ("name", "datastore", "format", "identity", "id"),
+    # All are in the index by which disks are listed: others would be looked up row by row.
+    "disk": ("name", "datastore", "id"),
     "vm": ("name", "file", "datastore", "format", "system", "os", "id"),
     "job": ("source", "datastore", "format", "person", "id"),
 }

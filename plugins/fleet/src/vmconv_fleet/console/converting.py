@@ -21,7 +21,7 @@ from vmconv_fleet.replication.records import Record
 
 MAX_ITEMS = 200
 
-TEXTS = ("format", "target", "target_datastore", "zero_copy", "disk_format", "uuid")
+TEXTS = ("format", "target", "target_datastore", "zero_copy", "between", "disk_format", "uuid")
 FLAGS = ("dry_run", "strict", "new_identity")
 _OF_MACHINES = frozenset({"disk_format", "uuid", "strict", "new_identity", "keep"})
 
@@ -218,6 +218,8 @@ def _sentences(visit: Visit, wish: Wish) -> list[str]:
         f"Each becomes a {made} {where}; nothing is converted in place.",
         "The sources are removed afterwards." if wish.given.get("keep_source") is False else "The sources stay.",
     ]
+    if window := wish.given.get("between"):
+        said.append(f"They begin between {window}{'' if ' ' in window else ' UTC'}.")
     if wish.given.get("zero_copy") == "require":
         said.append("A conversion that would have to copy payload fails.")
     return [*said, *_losses(wish.given)]

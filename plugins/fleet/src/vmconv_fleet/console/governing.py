@@ -86,6 +86,8 @@ def _rules(visit: Visit, fields: Fields) -> dict[str, Any]:
     rules |= {name: _number(name, given[name]) for name in _NUMBERS if given.get(name)}
     if given.get("may_remove_source"):
         rules["may_remove_source"] = given["may_remove_source"] == "yes"
+    if "between" in given:
+        rules["between"] = given["between"] or None
     for name in ("formats", "administrators_of"):
         if name in given:
             listed = [one.strip() for one in given[name].split(",") if one.strip()]
