@@ -16,6 +16,7 @@ from vmconv.testing.disks import image_file
 
 if TYPE_CHECKING:
     from vmconv.machine import Machine
+    from vmconv.plugin import File
 
 _MIB = 1 << 20
 
@@ -75,7 +76,8 @@ def _backups() -> list[bytes]:
 def _exports() -> list[bytes]:
     from support.xva_archives import export
 
-    return [export({"Ref:12": b"x" * 3000}), export({"Ref:12": b"x" * 3000}, HVM_boot_policy="")]
+    plain = export({"Ref:12": b"x" * 3000})
+    return [plain, export({"Ref:12": b"x" * 3000}, HVM_boot_policy=""), gzip.compress(plain, mtime=0)]
 
 
 def _configurations() -> list[bytes]:
@@ -112,6 +114,16 @@ class HypervTarget(Target):
         self._inner.run(resealed((frame[:TABLES] + data).ljust(len(frame), b"\0")))
 
 
+def _read_package(one: MachineFormat, file: File) -> None:
+    with contextlib.suppress(VmconvError):
+        one.read(file, Opener(Registry()))
+    with contextlib.suppress(VmconvError):
+        for member in one.members(file):
+            member.table.read(0, min(member.table.size, _MIB))
+    with contextlib.suppress(VmconvError):
+        one.check_payload(file)
+
+
 class VmaTarget(Target):
     """Backups of Proxmox whose checksums are right, whatever their fields are."""
 
@@ -129,12 +141,23 @@ class VmaTarget(Target):
                 block = data[at : at + 512]
                 parts.append(sealed(block, 24) if block[:4] == b"VMAE" and len(block) == 512 else block)
             data = b"".join(parts)
-        file = image_file(data, "web.vma")
-        with contextlib.suppress(VmconvError):
-            one.read(file, Opener(Registry()))
-        with contextlib.suppress(VmconvError):
-            for member in one.members(file):
-                member.table.read(0, min(member.table.size, _MIB))
+        for file in (image_file(data, "web.vma"), image_file(gzip.compress(data, 1, mtime=0), "web.vma.gz")):
+            _read_package(one, file)
+
+
+class XvaTarget(Target):
+    """Exports of XenServer whose headers have right checksums, plain and compressed, and their digests."""
+
+    def seeds(self) -> list[bytes]:
+        return _exports()[:2]
+
+    def run(self, data: bytes) -> None:
+        from support.xva_archives import summed
+
+        one = installed_machines().machines["xva"]
+        data = b"".join(summed(data[at : at + 512]) for at in range(0, len(data), 512))
+        for file in (image_file(data, "web.xva"), image_file(gzip.compress(data, 1, mtime=0), "web.xva.gz")):
+            _read_package(one, file)
 
 
 class MachineTarget(Target):

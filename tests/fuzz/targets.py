@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import zstandard
 
-from fuzz.machine_targets import HypervTarget, MachineTarget, NvramTarget, VmaTarget, machine_formats
+from fuzz.machine_targets import HypervTarget, MachineTarget, NvramTarget, VmaTarget, XvaTarget, machine_formats
 from fuzz.samples import extra, seal_log
 from fuzz.target import Target
 from support.kits import kit
@@ -424,5 +424,6 @@ def targets() -> dict[str, Target]:
     found |= {f"machine-{name}": MachineTarget(name) for name in machine_formats()}
     found["nvram"] = NvramTarget()
     found["vma-sealed"] = VmaTarget()
+    found["xva-summed"] = XvaTarget()
     found["hyperv-sealed"] = HypervTarget()
     return found

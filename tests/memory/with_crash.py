@@ -45,7 +45,7 @@ SAID = "ready"
 SOURCES = ("web.elf", "web.ram", "web.mig", "web.kdump")
 """QEMU's: an ELF core with registers, raw memory, a migration stream, a kdump file compressed by zlib."""
 TARGETS = ("new.ram", "new.elf", "new.lime", "new.vmss")
-COMMANDS = "sys\nps\nlist -o task_struct.tasks -s task_struct.pid,comm -h init_task\nlog\nquit\n"
+COMMANDS = "set scroll off\nsys\nps\nlist -o task_struct.tasks -s task_struct.pid,comm -h init_task\nlog\nquit\n"
 """`ps` of crash 8.0.2 finds the idle task only, also in QEMU's own dump of Linux 6.1; the kernel's list has all."""
 NOT_CRASH = "new.ram"
 """crash reads raw memory only as that of ARM's RAM dumps, by its own option."""
@@ -113,7 +113,7 @@ def _machine(initrd: Path, serial: Path) -> Iterator[subprocess.Popen[str]]:
 def crash(image: Path, vmlinux: str) -> str:
     """Returns what crash says of an image, without the image's name."""
     command = ["crash", "-s", vmlinux, str(image)]
-    done = subprocess.run(command, input=COMMANDS, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, input=COMMANDS, capture_output=True, text=True, check=False, timeout=3600)
     if done.returncode:
         return f"exit {done.returncode}: {done.stdout}{done.stderr}"
     return re.sub(r"^ *DUMPFILE: .*$", "", done.stdout, flags=re.MULTILINE)

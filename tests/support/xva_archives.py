@@ -130,6 +130,14 @@ def archive(files: list[tuple[str, bytes]], *, end: bool = True) -> bytes:
     return target.getvalue() if end else target.getvalue()[:size]
 
 
+def summed(block: bytes) -> bytes:
+    """Returns a header of a tar archive with its checksum, and any other block as it is."""
+    if len(block) < 512 or block[257:262] != b"ustar":
+        return block
+    total = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    return block[:148] + b"%06o\0 " % total + block[156:]
+
+
 def export(disks: dict[str, bytes], *, keep_alive: int = 0, digest: Digest = sha1, **vm: Any) -> bytes:
     """Returns the export of a machine with these disks."""
     files = pieces(disks, keep_alive=keep_alive, digest=digest)

@@ -14,7 +14,9 @@ from vmconv.errors import PlanError
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement
+from vmconv.model.sources import Blob
 from vmconv.testing import disk_of
+from vmconv.testing.malformed import memory_limit
 from vmconv.testing.memory import MemoryFile
 from vmconv_qcow2 import clusters
 from vmconv_qcow2.options import Options
@@ -269,6 +271,10 @@ def test_values_past_a_limit_are_refused() -> None:
     with pytest.raises(PlanError, match="needs an L1 table") as caught:
         plan(1 << 61, [], cluster_size=1 << 20)
     assert "cluster_size=2097152" in str(caught.value.hint)
+    # With payload everywhere, as a compressed archive is planned: no table is counted before the size is refused.
+    full = Extents.of([(0, Kind.DATA, Blob("payload", lambda _, length: bytes(length), 1 << 61), 0)], 1 << 61)
+    with memory_limit(), pytest.raises(PlanError, match="needs an L1 table"):
+        write(disk_of(full, MemoryFile("x.raw", 0)), options(), Placement())
     with pytest.raises(PlanError, match=r"a refcount table of 8[0-9]* bytes, 8388608 at most"):
         plan(40 * GIB, [(0, 0, 32 * GIB)], cluster_size=512, refcount_bits=64)
     writer = _Writer(disk([], 512), options(cluster_size=512), Placement(), None)

@@ -162,6 +162,8 @@ def test_what_an_archive_cannot_hold_is_refused() -> None:
     odd = Extents.filled(100)
     with pytest.raises(PlanError, match="whole sectors"):
         packed([odd])
+    with pytest.raises(PlanError, match="281474976711168 bytes, disks of a backup have 281474976710656 at most"):
+        packed([Extents.filled((65536 << 32) + 512)])
     with pytest.raises(PlanError, match="more than a backup can have"):
         packed([Extents.filled(512)] * 255)
     with pytest.raises(PlanError, match="'a,b' cannot be the name of a device"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import vmconv
 from support.disks import QemuImg
 from support.requirements import oracle_module
-from support.xva_archives import MIB, archive, config, export, piece_of, pieces, record, records
+from support.xva_archives import MIB, archive, config, export, piece_of, pieces, record, records, summed
 from vmconv.errors import ImageError, VmconvError
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed_machines
@@ -178,9 +178,7 @@ def _damaged(at: int, new: bytes, *, sum_up: bool = True) -> bytes:
     start = 512 + -(-len(XML[1]) // 512) * 512
     data[start + at : start + at + len(new)] = new
     if sum_up:
-        head = data[start : start + 512]
-        total = sum(head) - sum(head[148:156]) + 8 * 32
-        data[start + 148 : start + 156] = b"%06o\0 " % total
+        data[start : start + 512] = summed(bytes(data[start : start + 512]))
     return bytes(data)
 
 

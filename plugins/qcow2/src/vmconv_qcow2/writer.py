@@ -106,6 +106,8 @@ class _Writer:
         if backing and image.parent:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
         self.guest = table
+        # Before tables are counted, whose number a stated size alone decides.
+        self.l1_entries = self._l1_entries()
         self.runs = blocks.whole_blocks(table, self.cluster)
         self.allocated = self.runs.kind == Kind.DATA
         # Version 2 has no zero clusters: hiding the parent takes allocated ones, which are holes in the file.
@@ -209,12 +211,7 @@ class _Writer:
 
     def _tables(self, start: int, refcount_blocks: Column) -> _Tables:
         """Returns the offsets of all tables from `start` on."""
-        cluster = self.cluster
-        # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
-        l1_entries = max(1, -(-self.guest.size // (cluster * self.entries)))
-        if l1_entries * 8 > structs.MAX_L1_BYTES:
-            most = structs.MAX_L1_BYTES // 8 * cluster * self.entries
-            self._refuse_size(f"an L1 table of {l1_entries * 8} bytes; {most} bytes are the largest disk")
+        cluster, l1_entries = self.cluster, self.l1_entries
         table_bytes = (int(refcount_blocks[-1]) + 1) * 8 if len(refcount_blocks) else 0
         if table_bytes > structs.MAX_REFCOUNT_TABLE_BYTES:
             self._refuse_size(f"a refcount table of {table_bytes} bytes, {structs.MAX_REFCOUNT_TABLE_BYTES} at most")
@@ -223,6 +220,14 @@ class _Writer:
         l2 = l1 + -(-l1_entries * 8 // cluster) * cluster
         end = l2 + len(self.l2_tables) * cluster
         return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, end)
+
+    def _l1_entries(self) -> int:
+        # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
+        count = max(1, -(-self.guest.size // (self.cluster * self.entries)))
+        if count * 8 > structs.MAX_L1_BYTES:
+            most = structs.MAX_L1_BYTES // 8 * self.cluster * self.entries
+            self._refuse_size(f"an L1 table of {count * 8} bytes; {most} bytes are the largest disk")
+        return count
 
     def _refuse_size(self, problem: str) -> None:
         raise PlanError(

@@ -14,7 +14,7 @@ from vmconv.plugin import Adapted, Blob, ConfigFile, Extents, Kind, PlanError
 from vmconv_proxmox import Proxmox
 from vmconv_proxmox.backup import drive_key
 from vmconv_vma import structs
-from vmconv_vma.header import is_name
+from vmconv_vma.header import MAX_DEVICE, is_name
 from vmconv_vma.placing import Archive
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int) -
     for name, table in devices:
         if table.size % 512 or not table.size:
             raise PlanError(f"{name}: has {table.size} bytes, disks of a backup have whole sectors")
+        if table.size > MAX_DEVICE:
+            raise PlanError(f"{name}: has {table.size} bytes, disks of a backup have {MAX_DEVICE} at most")
     if len(devices) >= structs.MAX_DEVICES - 1:
         raise PlanError(f"{len(devices)} disks are more than a backup can have")
     header, uuid = _header(blobs, [(_name(name), table.size) for name, table in devices])
