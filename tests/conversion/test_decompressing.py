@@ -93,6 +93,17 @@ def test_a_compressed_disk_is_decoded_once_and_shared(disk: Path, way: str) -> N
     assert set(os.listdir(disk.parent)) == {*before, target.name}
 
 
+@pytest.mark.parametrize("kind", ["xfs", "btrfs", "ext4"])
+def test_payload_that_is_written_twice_is_announced(kind: str, request: pytest.FixtureRequest, capsys: Capture) -> None:
+    folder: Path = request.getfixturevalue(f"{kind}_dir")
+    (folder / "disk.raw.gz").write_bytes(gzip.compress(b"payload" * 100_000))
+    assert main(["plan", "--decompress", str(folder / "disk.raw.gz"), str(folder / "new.qcow2")]) == 0
+    result = vmconv.convert(folder / "disk.raw.gz", folder / "new.qcow2", decompress=True)
+    twice = ["payload is written twice" in said for said in (capsys.readouterr().out, " ".join(result.warnings))]
+    # The end of the last block is copied everywhere.
+    assert twice == [kind == "ext4"] * 2
+
+
 @pytest.mark.parametrize("way", ["gzip", "xz", "zstd", "zip"])
 def test_the_format_is_that_of_the_name_inside(disk: Path, qemu_img: QemuImg, way: str) -> None:
     image = disk.with_name("image.qcow2")

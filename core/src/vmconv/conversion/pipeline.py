@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from vmconv.interface.backend import Created
 
 
+_WRITTEN_TWICE = (
+    "payload is written twice: decompressed into a file without a name, and from there into the new image, which does "
+    "not share it"
+)
+
+
 class Conversion(NamedTuple):
     """The plan of one request and its images, the user's target last."""
 
@@ -106,6 +112,9 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
+            # The end of a disk may be copied everywhere.
+            if request.decompress and plan.totals.copied > plan.totals.shared:
+                image.warnings += (_WRITTEN_TWICE,)
             with no_collisions(plan, directory, opener.files, force=request.force, but=own):
                 # A single new file is linked. All else is renamed, which an append-only directory refuses.
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
