@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import zenoh
@@ -111,6 +111,7 @@ class ZenohLink:
         self._watched: dict[str, Any] = {}
         self._connected: frozenset[str] = frozenset()
         self._links: dict[str, set[tuple[str, str]]] = {}
+        self._refused: frozenset[str] = frozenset()
         self._seen: set[str] = set()
         self._allowed: set[str] = set()
         self._session: zenoh.Session | None = None
@@ -315,6 +316,7 @@ class ZenohLink:
         for peer in list(self._open):
             self._drop(peer)
         self._links = {}
+        self._report_refused({})
         for declared in self._declared:
             with contextlib.suppress(zenoh.ZError):
                 declared.undeclare()
@@ -357,17 +359,19 @@ class ZenohLink:
         if generation != self._generation or self._session is None:
             return
         links: dict[str, set[tuple[str, str]]] = {}
+        refused: dict[str, NodeProblem] = {}
         for link in self._session.info.links():
             node, zid = str(link.auth_identifier or ""), str(link.zid)
             if node != zid or not is_node_id(node):
                 text = f"{link.dst}: node {node or 'without certificate'} calls itself {zid}"
-                self.report(f"name {zid}", NodeProblem("impostor", text))
+                refused[f"name {zid}"] = NodeProblem("impostor", text)
             elif self._is_revoked(node):
                 text = f"{link.dst}: node {node} was revoked, its messages are refused"
-                self.report(f"revoked {node}", NodeProblem("revoked", text))
+                refused[f"revoked {node}"] = NodeProblem("revoked", text)
             else:
                 ends = (str(link.src).removeprefix("tls/"), str(link.dst).removeprefix("tls/"))
                 links.setdefault(node, set()).add(ends)
+        self._report_refused(refused)
         # Both ends may have made a link: they belong together, and may end one after the other.
         for node in [one for one in self._open if one != ALL and links.get(one, set()).isdisjoint(self._links[one])]:
             self._drop(node)
@@ -380,6 +384,14 @@ class ZenohLink:
         self._look_at_members()
         for node in links:
             self._meet(generation, node)
+
+    def _report_refused(self, refused: Mapping[str, NodeProblem]) -> None:
+        """Reports refused links, and forgets those that have ended."""
+        for name in self._refused - refused.keys():
+            self.report(name, None)
+        for name, problem in refused.items():
+            self.report(name, problem)
+        self._refused = frozenset(refused)
 
     def _bound(self, links: set[tuple[str, str]]) -> None:
         """Makes the kernel end links whose other end is gone.
