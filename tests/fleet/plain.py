@@ -86,6 +86,9 @@ class PlainTrust:
     def members(self) -> set[str]:
         return {owner for owner, _ in self._keys - self._revoked} - self._retired
 
+    def names(self) -> dict[str, str]:
+        return {}
+
     def retired(self, owner: str) -> bool:
         return owner in self._retired
 

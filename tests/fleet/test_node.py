@@ -108,7 +108,7 @@ def test_an_invitation_admits_one_node(founder: Machine, machine: Callable[[str]
     invitation = founder.node("invite", "--address", "127.0.0.1").strip()
     machine("second").node("join", invitation, *ports("listen"), *LOCAL)
     third = machine("third")
-    error = third.node("join", invitation, *ports("listen"), *LOCAL, code=1)
+    error = third.node("join", invitation, *ports("listen"), *LOCAL, "--name", "third", code=1)
     assert error.splitlines()[0] == "vmconv: refused: the token is unknown or was used before"
     assert list(third.directory.iterdir()) == []
 
@@ -130,7 +130,7 @@ def test_the_authority_moves_to_another_node(
     wait_until(lambda: second.status()["neighbours"], PATIENCE, "the second one is in")
     founder.end()
     invitation = second.node("invite", "--address", "127.0.0.1").strip()
-    third.node("join", invitation, *ports("listen"), *LOCAL)
+    third.node("join", invitation, *ports("listen"), *LOCAL, "--name", "third")
     third.run()
     wait_until(lambda: third.status()["neighbours"], PATIENCE, "the third one is in")
 

@@ -69,6 +69,7 @@ def plain_node(one: NodeView) -> dict[str, Any]:
     return {
         "node": one.node,
         "name": one.name,
+        "claims": one.claims,
         "state": one.state,
         "age_ms": one.age_ms,
         "lag": one.lag,

@@ -61,6 +61,7 @@ class State:
             self.now_ms(),
             neighbours=self.service.neighbours(),
             retirements=self.service.retirements(),
+            names=self.service.names(),
         )
 
     def refuse_while_held(self) -> None:

@@ -7,6 +7,7 @@ snapshot states that age.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -41,11 +42,13 @@ MAX_NAME = 80
 class NodeView(NamedTuple):
     """A node as seen from here. `age_ms` is the age of its last heartbeat; None without one.
 
-    `lag`: records this node has that the other lacked when last heard from.
+    `claims`: a name that it states, and that is not its own. `lag`: records this node has that the other lacked when
+    last heard from.
     """
 
     node: str
     name: str
+    claims: str
     state: NodeState
     age_ms: int | None
     lag: int
@@ -66,14 +69,19 @@ class Snapshot:
         *,
         neighbours: Iterable[str],
         retirements: Mapping[str, str],
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`retirements` are the nodes that the authority has retired, and their names."""
+        """`retirements` are the nodes that the authority has retired, and their names; `names` those that it has given
+        to nodes.
+        """
         self.view = view
         self.node = node
         self.now_ms = now_ms
         self._neighbours = frozenset(neighbours)
         self._positions = view.positions()
         self._retired = retirements
+        self._given = names
+        self._in_use = {name.casefold() for name in names.values()}
         self._forked = view.forked()
         self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
 
@@ -92,10 +100,23 @@ class Snapshot:
         return (one for one in self.find(kind) if one.id == one.owner)
 
     def name(self, node: str) -> str:
-        """Returns the name of a node, or the beginning of its id if it has none, or one that is a trap."""
+        """Returns the name of a node that the authority has given to it, or the beginning of its id.
+
+        A node of an earlier version has the name that it states itself, unless that is another's, or a trap.
+        """
+        if node in self._given:
+            return self._given[node]
+        name = self._stated(node)
+        return node[:8] if trap_in(name) or name.casefold() in self._in_use else name
+
+    def claims(self, node: str) -> str:
+        """Returns the name that a node states and that is not its own; empty if it does not."""
+        stated = self._stated(node)
+        return "" if stated == self.name(node) or node not in self._bodies else stated
+
+    def _stated(self, node: str) -> str:
         body = self._bodies.get(node)
-        name = (body.name if body else self._retired.get(node, ""))[:MAX_NAME]
-        return node[:8] if trap_in(name) else name
+        return (body.name if body else self._retired.get(node, ""))[:MAX_NAME]
 
     def names(self, nodes: Iterable[str]) -> list[str]:
         """Returns the names of nodes, in their order."""
@@ -125,7 +146,9 @@ class Snapshot:
             state = "up"
         position = self._positions.get(node, Position(0, 0))
         lag = self._lag(node, beat) if beat and node != self.node else 0
-        return NodeView(node, self.name(node), state, age, lag, position, node in self._neighbours, body, beat)
+        return NodeView(
+            node, self.name(node), self.claims(node), state, age, lag, position, node in self._neighbours, body, beat
+        )
 
     def _reached(self, beats: Mapping[str, HeartbeatBody]) -> set[str]:
         """Returns the nodes that links lead to, directly or through others, by their last heartbeats."""

@@ -65,6 +65,8 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     names = Counter(one["name"] for one in nodes if one["state"] != "retired")
     yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
+        if one["claims"] and one["state"] != "retired":
+            yield Diagnosis(one["name"], f"calls itself {one['claims']}, which is not its name: {one['node']}")
         if one["state"] == "silent":
             yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
         elif one["state"] in ("up", "forked"):

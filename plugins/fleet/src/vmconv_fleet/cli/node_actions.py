@@ -43,7 +43,7 @@ def init_node(options: argparse.Namespace) -> int:
         authority, keys, node = Authority.found(directory, options.fleet, permitted), Keys.generate(), new_node_id()
         config = _config(options, directory, options.fleet, node, [])
         request = keys.request(node, options.fleet, names_of(config))
-        credentials.install(directory, keys, authority.issue(request, drops=not stated))
+        credentials.install(directory, keys, authority.issue(request, drops=not stated, name=config.name))
         settings.save(config)
         _mark_as_new(config)
     print(f"node {node} ({config.name}) created fleet {options.fleet} in {directory}")
@@ -66,7 +66,7 @@ def join_node(options: argparse.Namespace) -> int:
         stated = _stated_addresses(options)
         names = stated or local_addresses()
         # The authority decides the fleet's name and puts it into the certificate.
-        granted = joining.join(invitation, keys.request(node, "joining", names), drops=not stated)
+        granted = joining.join(invitation, keys.request(node, "joining", names), drops=not stated, name=_name(options))
         config = _config(options, directory, granted.fleet, node, [invitation.address], granted.seeds)
         write_private(config.path("ca.pem"), granted.authorities)
         credentials.keep_members(directory, [granted.members])

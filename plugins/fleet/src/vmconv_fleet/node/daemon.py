@@ -42,6 +42,7 @@ from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.addresses import announced
 from vmconv_fleet.trust.certificates import CertificateTrust
 from vmconv_fleet.trust.identity import Ed25519Signer, write_private
+from vmconv_fleet.trust.names import name_key
 from vmconv_fleet.trust.renewal import Renewal
 
 if TYPE_CHECKING:
@@ -194,9 +195,9 @@ class Daemon:
         return probe(self.config, address).node
 
     def _renewal(self) -> Renewal:
-        return Renewal(
-            lambda: self.config, lambda: self._credentials.renew_at, self._credentials.bound.addresses, self.renew
-        )
+        bound = self._credentials.bound
+        asked = [*bound.addresses, name_key(bound.name)]
+        return Renewal(lambda: self.config, lambda: self._credentials.renew_at, asked, self.renew)
 
     def _start_joining(self) -> None:
         """Serves joining nodes, if the authority is here and not served yet."""

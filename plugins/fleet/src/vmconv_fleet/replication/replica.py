@@ -124,6 +124,10 @@ class Replica:
         """Returns the retired nodes and their names. May be called on any thread."""
         return self._context.trust.retirements()
 
+    def names(self) -> Mapping[str, str]:
+        """Returns the names that the authority has given to nodes. May be called on any thread."""
+        return self._context.trust.names()
+
     def subscribe(self, callback: Callable[[list[Record]], None]) -> Callable[[], None]:
         """Calls back after each commit with the written and received records, deletions included; returns an
         unsubscriber.

@@ -187,6 +187,10 @@ class NodeService:
         """Returns the nodes that the authority has retired, and their names."""
         return self._replica.retirements()
 
+    def names(self) -> Mapping[str, str]:
+        """Returns the names that the authority has given to nodes; nodes of earlier versions have none."""
+        return self._replica.names()
+
     def problems(self) -> list[NodeProblem]:
         """Returns the problems for the administrator, the newest last."""
         found = ((one, one.problem()) for one in tuple(self._observed))

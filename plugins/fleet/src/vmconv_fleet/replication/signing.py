@@ -48,6 +48,9 @@ class Trust(Protocol):
     def members(self) -> Iterable[str]:
         """Returns the known nodes of the fleet that are not revoked, this one included. May be called on any thread."""
 
+    def names(self) -> Mapping[str, str]:
+        """Returns the names that the authority has given to nodes. May be called on any thread."""
+
     def retired(self, owner: str) -> bool:
         """Returns whether the node was retired: its records are dropped everywhere."""
 

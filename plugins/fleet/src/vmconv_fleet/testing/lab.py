@@ -82,7 +82,7 @@ class Lab:
             gossip=gossip,
         )
         request = keys.request(node, self.fleet, config.addresses)
-        certificate = self.authority.issue(request, lifetime=lifetime)
+        certificate = self.authority.issue(request, lifetime=lifetime, name=config.name)
         credentials.keep_members(directory, self._certificates)
         credentials.install(directory, keys, certificate)
         if moves:

@@ -34,12 +34,13 @@ from vmconv_fleet.trust.identity import (
     SIGNING_NAME,
     IdentityError,
     is_node_id,
+    name_uri,
     private_pem,
     read_authorities,
     subject_name,
     write_private,
 )
-from vmconv_fleet.trust.names import PRIVATE, constraints, why_not
+from vmconv_fleet.trust.names import PRIVATE, constraints, why_not, why_not_called
 
 NODE_LIFETIME = datetime.timedelta(days=365)
 AUTHORITY_LIFETIME = datetime.timedelta(days=20 * 365)
@@ -159,20 +160,23 @@ class Authority:
         node: str | None = None,
         taken: Mapping[str, AbstractSet[str]] = {},
         drops: bool = False,
+        name: str = "",
     ) -> bytes:
         """Returns the PEM certificate for a request; with `node`, only for that node.
 
         Only the keys, the node id and the addresses are taken from the request. `taken` are names and addresses in use,
         and the nodes that use them. `drops`: the certificate lacks names that are not allowed; otherwise the request is
-        refused.
+        refused. `name` is the node's own name; versions that state none get a certificate without one.
         """
         asked = _checked_request(request)
-        (name,) = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        wanted = str(name.value)
+        (subject,) = asked.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        wanted = str(subject.value)
         if not is_node_id(wanted) or (node is not None and wanted != node):
             raise AuthorityError(f"certificate request for {wanted!r}" + (f", by {node}" if node else ", no node id"))
         names = asked.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        names = x509.SubjectAlternativeName(list(self._allowed(names, wanted, taken, drops)))
+        # A member whose name is in use gets a certificate without one, rather than none.
+        own = self._own_name(name, wanted, taken, drops=node is not None)
+        names = x509.SubjectAlternativeName([*self._allowed(names, wanted, taken, drops), *own])
         now = datetime.datetime.now(datetime.UTC)
         begin = min(now, now + lifetime) - _CLOCKS_DIFFER
         builder = (
@@ -193,6 +197,15 @@ class Authority:
             .add_extension(_authority_identifier(self.certificate), critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _own_name(
+        self, name: str, node: str, taken: Mapping[str, AbstractSet[str]], *, drops: bool
+    ) -> Iterator[x509.GeneralName]:
+        reason = why_not_called(name, taken, node) if name else None
+        if reason and not drops:
+            raise AuthorityError(reason, hint="give another one with --name")
+        if name and not reason:
+            yield name_uri(name)
 
     def _allowed(
         self, names: Iterable[x509.GeneralName], node: str, taken: Mapping[str, AbstractSet[str]], drops: bool

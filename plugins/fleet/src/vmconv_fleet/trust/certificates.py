@@ -68,6 +68,14 @@ class CertificateTrust:
         with self._lock:
             return {node: self._names.get(node, "") for node in self._retired}
 
+    def names(self) -> dict[str, str]:
+        """Returns the names that the authority has given to nodes, each from the node's newest certificate."""
+        with self._lock:
+            newest = {
+                node: max(known.values(), key=lambda one: one.not_after) for node, known in self._bindings.items()
+            }
+        return {node: bound.name for node, bound in newest.items() if bound.name}
+
     def learn_certificate(self, pem: bytes) -> Binding | None:
         """Returns the content of a certificate; None if it is not of this fleet."""
         try:

@@ -114,7 +114,8 @@ def request_new(config: NodeConfig, *, new_keys: bool = False) -> Credentials:
     keys = Keys.generate() if new_keys else Keys.load(config.path("identity"))
     request = keys.request(config.node, config.fleet, names_of(config))
     if holds_authority(config):
-        certificate = Authority.load(config.directory).issue(request, node=config.node, drops=not config.addresses)
+        authority, drops = Authority.load(config.directory), not config.addresses
+        certificate = authority.issue(request, node=config.node, drops=drops, name=config.name)
     else:
         # Its modules take memory and are needed once in months.
         from vmconv_fleet.trust.joining import first_that_answers, renew

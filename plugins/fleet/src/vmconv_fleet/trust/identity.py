@@ -18,6 +18,7 @@ import os
 import secrets
 from collections.abc import Sequence
 from typing import NamedTuple, Self
+from urllib.parse import quote, unquote
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -29,8 +30,11 @@ from cryptography.x509.oid import NameOID
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.replication.hashtree import MAX_LEAVES, root_of, tree
 from vmconv_fleet.replication.signing import SIGNATURE
+from vmconv_fleet.words import trap_in
 
 SIGNING_NAME = "vmconv:ed25519:"
+NODE_NAME = "vmconv:name:"
+"""Begins the alternative name with the node's own name, percent-encoded."""
 NODE_ID_DIGITS = 32
 MAX_PEM = 64 << 10
 MAX_MEMBERS = 4 << 20
@@ -71,6 +75,8 @@ class Binding(NamedTuple):
     serial: int
     not_after: datetime.datetime
     addresses: frozenset[str]
+    name: str = ""
+    """The node's name, which the authority gives to no other node; empty in certificates of earlier versions."""
 
 
 def read_certificate(pem: bytes) -> x509.Certificate:
@@ -113,7 +119,10 @@ def binding(certificate: x509.Certificate, authorities: list[x509.Certificate]) 
         raise IdentityError(f"certificate of {node!r}, which is not a node id")
     key = _signing_key(certificate.extensions)
     end = certificate.not_valid_after_utc
-    return Binding(node, fleet, key_id_of(key), key, certificate.serial_number, end, _addresses(certificate.extensions))
+    names = certificate.extensions
+    return Binding(
+        node, fleet, key_id_of(key), key, certificate.serial_number, end, _addresses(names), node_name(names)
+    )
 
 
 def request_binding(pem: bytes) -> tuple[object, Ed25519PublicKey]:
@@ -145,6 +154,23 @@ def _addresses(extensions: x509.Extensions) -> frozenset[str]:
     names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     addresses = map(str, names.get_values_for_type(x509.IPAddress))
     return frozenset([*addresses, *names.get_values_for_type(x509.DNSName)])
+
+
+def node_name(extensions: x509.Extensions) -> str:
+    """Returns the name of the node among the alternative names, empty without one."""
+    names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    found = [one for one in names.get_values_for_type(x509.UniformResourceIdentifier) if one.startswith(NODE_NAME)]
+    if len(found) > 1:
+        raise IdentityError(f"certificate with {len(found)} names of nodes, at most 1 is allowed")
+    return _name_in(found[0]) if found else ""
+
+
+def _name_in(uri: str) -> str:
+    """Returns the name of a node in an alternative name. Raises IdentityError if it is not valid."""
+    name = unquote(uri.removeprefix(NODE_NAME), errors="surrogateescape")
+    if problem := trap_in(name):
+        raise IdentityError(f"name of a node that {problem}: {name[:80]!r}")
+    return name
 
 
 def _signing_key(extensions: x509.Extensions) -> Ed25519PublicKey:
@@ -204,6 +230,13 @@ def subject_names(key: Ed25519PublicKey, addresses: list[str]) -> x509.SubjectAl
             names.append(x509.DNSName(address))
     signing = x509.UniformResourceIdentifier(SIGNING_NAME + key.public_bytes_raw().hex())
     return x509.SubjectAlternativeName([*names, signing])
+
+
+def name_uri(name: str) -> x509.UniformResourceIdentifier:
+    """Returns the alternative name that is the node's own name. Raises IdentityError if it is not valid."""
+    uri = x509.UniformResourceIdentifier(NODE_NAME + quote(name))
+    _name_in(uri.value)
+    return uri
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:

@@ -180,7 +180,8 @@ class JoinService:
 
     def _issue(self, asked: dict[str, Any], node: str | None = None) -> bytes:
         request, drops = str(asked.get("request")).encode(), asked.get("drops") is True
-        return self.authority.issue(request, node=node, taken=self.membership.names(), drops=drops)
+        taken, name = self.membership.names(), str(asked.get("name") or "")
+        return self.authority.issue(request, node=node, taken=taken, drops=drops, name=name)
 
     def _join(self, asked: dict[str, Any], token: str) -> dict[str, Any]:
         # The request is checked first, so that a refused one does not use up the token.
@@ -321,16 +322,20 @@ class Granted(NamedTuple):
     members: bytes = b""
 
 
-def join(invitation: Invitation, request: bytes, *, drops: bool = False) -> Granted:
-    """Requests a certificate with an invitation; `drops`: without the names that the authority does not allow."""
+def join(invitation: Invitation, request: bytes, *, drops: bool = False, name: str = "") -> Granted:
+    """Requests a certificate with an invitation, for a node of this name.
+
+    `drops`: without the addresses that the authority does not allow.
+    """
     host, _ = split_address(invitation.address)
     context = _client_context(_authority_certificate(invitation))
     with _connected(invitation.address, context) as connection:
         assert isinstance(connection.sock, ssl.SSLSocket)
-        name = common_name(connection.sock)
-        if name != invitation.node:
-            raise JoinError(f"{invitation.address}: is node {name}, the invitation names {invitation.node}")
-        found = _post(connection, "/join", {"request": request.decode(), "token": invitation.token, "drops": drops})
+        node = common_name(connection.sock)
+        if node != invitation.node:
+            raise JoinError(f"{invitation.address}: is node {node}, the invitation names {invitation.node}")
+        asked = {"request": request.decode(), "token": invitation.token, "drops": drops, "name": name}
+        found = _post(connection, "/join", asked)
     link = join_address(host, int(found["link_port"]))
     seeds = list(dict.fromkeys([link, *map(str, found["seeds"])]))[: MAX_SEEDS + 1]
     return Granted(
@@ -346,7 +351,7 @@ def renew(config: NodeConfig, address: str, request: bytes) -> Granted:
     """Requests a new certificate with the present one, which may have expired."""
     with open(config.credential("node.pem"), "rb") as file:
         pem = file.read(MAX_PEM)
-    asked: dict[str, Any] = {"request": request.decode(), "drops": not config.addresses}
+    asked: dict[str, Any] = {"request": request.decode(), "drops": not config.addresses, "name": config.name}
     present = read_certificate(pem)
     if present.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         asked["certificate"] = pem.decode()

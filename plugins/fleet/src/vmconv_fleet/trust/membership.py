@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv_fleet.errors import FleetError, NotReadyError
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.trust.identity import read_certificate
-from vmconv_fleet.trust.names import names_in_use
+from vmconv_fleet.trust.names import name_key, names_in_use
 
 if TYPE_CHECKING:
     from vmconv_fleet.replication.service import NodeService
@@ -43,7 +43,13 @@ class Members:
         return self._trust.is_revoked(node, key_id)
 
     def names(self) -> dict[str, set[str]]:
-        return names_in_use([read_certificate(pem) for pem in self.certificates()])
+        found, certified = names_in_use([read_certificate(pem) for pem in self.certificates()]), self._trust.names()
+        members = {*self._trust.members()}
+        for record in self._service.view().find("node"):
+            # Nodes of earlier versions have no name in their certificate.
+            if record.id == record.owner and record.owner in members - certified.keys():
+                found.setdefault(name_key(str(record.body.get("name"))), set()).add(record.owner)
+        return found
 
     def seeds(self) -> list[str]:
         return self._seeds()

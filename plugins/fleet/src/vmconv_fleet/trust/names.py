@@ -10,6 +10,7 @@ from cryptography import x509
 
 from vmconv.plugin import UsageError
 from vmconv_fleet.trust.addresses import is_host_name, is_loopback
+from vmconv_fleet.trust.identity import NODE_NAME, node_name
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -59,6 +60,19 @@ def why_not(
     return f"{text} is in use by node {min(owners)}"
 
 
+def why_not_called(name: str, taken: Mapping[str, AbstractSet[str]], node: str) -> str | None:
+    """Returns why the authority does not give a node its name; None if it does. No two nodes have one name."""
+    if len(name) in (8, 32) and not name.strip("0123456789abcdef"):
+        return f"{name} may be taken for the id of a node"
+    owners = taken.get(name_key(name), frozenset()) - {node}
+    return f"{name} is the name of node {min(owners)}" if owners else None
+
+
+def name_key(name: str) -> str:
+    """Returns the key of a node's name among the names in use: names that differ in case alone are one."""
+    return NODE_NAME + name.casefold()
+
+
 def _is_permitted(name: x509.GeneralName, authority: x509.Certificate) -> bool:
     try:
         found = authority.extensions.get_extension_for_class(x509.NameConstraints).value.permitted_subtrees or ()
@@ -99,6 +113,8 @@ def names_in_use(certificates: Sequence[x509.Certificate]) -> dict[str, set[str]
     for certificate in certificates:
         (node,) = certificate.subject.get_attributes_for_oid(x509.oid.NameOID.COMMON_NAME)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        if called := node_name(certificate.extensions):
+            found.setdefault(name_key(called), set()).add(str(node.value))
         for kind in (x509.DNSName, x509.IPAddress):
             for name in names.get_values_for_type(kind):
                 found.setdefault(str(name).lower(), set()).add(str(node.value))

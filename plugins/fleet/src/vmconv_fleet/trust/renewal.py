@@ -14,6 +14,7 @@ from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.addresses import names_of
 from vmconv_fleet.trust.credentials import request_new
+from vmconv_fleet.trust.names import name_key
 
 LOOK_EVERY = 10.0
 AGAIN_AFTER, AGAIN_BEFORE = 5.0, 600.0
@@ -24,7 +25,7 @@ _log = logging.getLogger("vmconv_fleet.renewal")
 class Renewal:
     """Checks periodically on a thread of its own; calls `renewed` after a renewal.
 
-    `config` returns the present settings. `certified` are the names and addresses that the authority was last asked
+    `config` returns the present settings. `certified` are the name and the addresses that the authority was last asked
     for: those that it does not allow are missing in the certificate, and not asked for again.
     """
 
@@ -60,13 +61,17 @@ class Renewal:
             pause = AGAIN_AFTER if self.renew() else min(2 * pause, AGAIN_BEFORE)
 
     def is_due(self) -> bool:
-        return datetime.datetime.now(datetime.UTC) >= self._due() or {*names_of(self._config())} != self._certified
+        return datetime.datetime.now(datetime.UTC) >= self._due() or self._wanted() != self._certified
+
+    def _wanted(self) -> set[str]:
+        config = self._config()
+        return {*names_of(config), name_key(config.name)}
 
     def renew(self) -> bool:
         """Returns whether the node has a new certificate."""
         config = self._config()
         try:
-            names = {*names_of(config)}
+            names = self._wanted()
             request_new(config)
             self._certified = names
             self._renewed()
