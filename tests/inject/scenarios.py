@@ -110,6 +110,12 @@ def pair(at: Path) -> None:
     _vmconv("convert", "-q", at / "d.raw", at / "o.qcow2")
 
 
+def qcow2_alone(at: Path) -> None:
+    raw(at)
+    _qemu("convert", "-O", "qcow2", at / "d.raw", at / "o.qcow2")
+    (at / "d.raw").unlink()
+
+
 def older(at: Path) -> None:
     data = bytearray(content())
     data[2 * MIB : 2 * MIB + 65536] = bytes(65536)
@@ -306,6 +312,14 @@ SCENARIOS = (
         ("convert", "-q", "--in-place", "{}/d.vhdx", "{}/o.raw"),
         {"o.raw": "raw"},
         ("d.vhdx",),
+        kind="in-place",
+    ),
+    Scenario(
+        "resize",
+        qcow2_alone,
+        ("resize", "-q", "--keep-undo", "{}/o.qcow2", "1G"),
+        QCOW2,
+        ("o.qcow2",),
         kind="in-place",
     ),
     Scenario("undo", converted_in_place, ("undo", "{}/o.qcow2"), {"d.raw": "raw"}, ("o.qcow2",), kind="in-place"),

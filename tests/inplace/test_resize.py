@@ -98,6 +98,37 @@ def test_a_base_does_not_show_behind_the_old_end(base_size: int, tmp_path: Path,
     assert base.read_bytes() == content
 
 
+def with_bytes_behind_the_end(path: Path, name: str) -> Path:
+    """Returns a copy of an image with bytes in its last cluster, behind the end of the disk, that no guest can see."""
+    dirty = path.with_name(name)
+    dirty.write_bytes(path.read_bytes())
+    last = max(row.offset + row.length for row in vmconv.map_disk(path) if row.offset is not None)
+    with dirty.open("r+b") as file:
+        file.seek(last)
+        file.write(b"what no guest has written")
+    return dirty
+
+
+@pytest.mark.parametrize("made_by", ["qemu-img", "vmconv"])
+def test_bytes_behind_the_old_end_do_not_show_on_ext4(made_by: str, ext4_dir: Path, qemu_img: QemuImg) -> None:
+    disk = make_disk(ext4_dir / "disk.raw", 4 * MIB + 1536, unit=512)
+    path = ext4_dir / "disk.qcow2"
+    if made_by == "vmconv":
+        vmconv.convert(disk, path)
+    else:
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", disk, path)
+    dirty = with_bytes_behind_the_end(path, "dirty.qcow2")
+    assert_resized(path, ("qcow2", ""), disk, 8 * MIB, qemu_img)
+    assert_refused(dirty, 8 * MIB, "not whole blocks|not zero")
+
+
+def test_bytes_behind_the_old_end_do_not_show_where_blocks_are_shared(reflink_dir: Path, qemu_img: QemuImg) -> None:
+    disk = make_disk(reflink_dir / "disk.raw", 4 * MIB + 1536, unit=512)
+    vmconv.convert(disk, reflink_dir / "disk.qcow2")
+    dirty = with_bytes_behind_the_end(reflink_dir / "disk.qcow2", "dirty.qcow2")
+    assert_resized(dirty, ("qcow2", ""), disk, 8 * MIB, qemu_img)
+
+
 def test_what_is_cut_off_is_zero_when_the_disk_grows_again(tmp_path: Path) -> None:
     disk = make_disk(tmp_path / "disk.raw", 4 * MIB)
     vmconv.convert(disk, tmp_path / "disk.qcow2")
@@ -165,7 +196,8 @@ def test_the_command_line_takes_sizes_with_a_sign(tmp_path: Path, capsys: Captur
     assert main(["resize", disk, "+1M"]) == 0
     assert "kept" in capsys.readouterr().out
     assert main(["resize", "--shrink", "--output", "json", disk, "-2M"]) == 0
-    assert json.loads(capsys.readouterr().out)["target"] == disk
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["plan", "result"]
     assert os.path.getsize(disk) == 3 * MIB
     assert main(["resize", disk, "-1M"]) == 1
     assert "--shrink" in capsys.readouterr().err

@@ -626,6 +626,7 @@ def resize(
     any_owner: bool = False,
     allow_external: Iterable[StrPath] = (),
     source_backing_format: str | None = None,
+    announce: Callable[[Plan], None] | None = None,
 ) -> Result:
     """Gives the disk in `path` a size of `size` bytes, or with `relative` one that differs by `size`.
 
@@ -633,12 +634,13 @@ def resize(
     behind its end is lost.
     """
     given = locals()
+    del given["announce"]
     from vmconv.conversion.resizing import resize as resized
     from vmconv.interface.arguments import Resizing, checked
 
     asked = checked(Resizing, **given)
     with _errors():
-        return resized(asked)
+        return resized(asked, announce)
 
 
 @_named

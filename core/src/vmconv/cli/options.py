@@ -241,10 +241,15 @@ def add_any_owner(parser: argparse.ArgumentParser, whose: str = "FILE", when: st
     )
 
 
-def add_making(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of commands that make images, unlike `plan`."""
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments on what `vmconv.cli.report` prints besides `--output`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_making(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of commands that make images, unlike `plan`."""
+    add_report(parser)
     parser.add_argument(
         "--verify",
         choices=("metadata", "sample", "bytes", "qemu"),

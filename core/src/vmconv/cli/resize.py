@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 
 from vmconv.cli.options import (
     add_allow_external,
@@ -13,6 +12,7 @@ from vmconv.cli.options import (
     add_format,
     add_keep_undo,
     add_output,
+    add_report,
 )
 from vmconv.cli.verbs import Verb
 
@@ -33,7 +33,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     add_keep_undo(parser, "FILE")
     add_any_owner(parser)
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_report(parser)
     add_output(parser)
     add_allow_external(parser)
     add_backing_format(parser)
@@ -50,9 +50,10 @@ def _size(text: str) -> tuple[int, bool]:
 
 def _run(options: argparse.Namespace) -> int:
     from vmconv.api import resize
-    from vmconv.cli.output import as_plain, print_json, say, size_text
+    from vmconv.cli.report import report_of
 
     size, relative = options.size
+    report = report_of(options)
     result = resize(
         options.file,
         size,
@@ -63,18 +64,9 @@ def _run(options: argparse.Namespace) -> int:
         any_owner=options.any_owner,
         allow_external=options.allow_external,
         source_backing_format=options.source_backing_format,
+        announce=report.announce,
     )
-    if options.output == "json":
-        print_json({"event": "result", **as_plain(result)})
-        return 0
-    for warning in result.warnings:
-        say(f"warning: {warning}", to=sys.stderr)
-    if not options.quiet:
-        totals = result.totals
-        say(
-            f"{options.file}: resized; kept {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
-            f"written {size_text(totals.written)} in {result.seconds:.3f} s"
-        )
+    report.results(result)
     return 0
 
 

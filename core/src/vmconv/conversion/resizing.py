@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmconv.conversion import pipeline
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 _SECTOR = 512
 
 
-def resize(asked: Resizing) -> Result:
-    """Gives a disk another size. Payload stays where it lies.
+def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> Result:
+    """Gives a disk another size. Payload stays where it lies; `announce` gets the plan, with what must be copied.
 
     Raises `UsageError` for a size that no disk has. Raises `PlanError` if the disk would become smaller without
     `shrink`, or the image would lose something without an undo file.
@@ -37,11 +38,13 @@ def resize(asked: Resizing) -> Result:
         _refuse(image, size, shrink=asked.shrink)
         request = _request(asked, image, size)
 
-    def announce(plan: Plan) -> None:
+    def planned(plan: Plan) -> None:
         if plan.losses and not asked.keep_undo:
             raise PlanError(f"{asked.path}: resizing would drop {plan.losses[0]}", hint="--keep-undo allows that")
+        if announce:
+            announce(plan)
 
-    return pipeline.run(request, announce=announce)[0]
+    return pipeline.run(request, announce=planned)[0]
 
 
 def _request(asked: Resizing, image: Image, size: int) -> Request:

@@ -51,7 +51,7 @@ def physical_pieces(main: FilePlan, carrier: File) -> Ranges:
     Raises `PlanError` if shifting cannot reach these offsets.
     """
     rows = _rows(main, carrier)
-    _refuse_torn_blocks(rows, main, os.fstatvfs(carrier.descriptor).f_bsize)
+    _refuse_torn_blocks(rows, main, carrier, os.fstatvfs(carrier.descriptor).f_bsize)
     delta = rows[:, 2] - rows[:, 0]
     shifts = int(np.count_nonzero(np.diff(delta, prepend=0)))
     if (rows[1:, 0] < rows[:-1, 0] + rows[:-1, 1]).any():
@@ -76,16 +76,25 @@ def _rows(main: FilePlan, carrier: File) -> Ranges:
     return np.stack([table.offset[chosen], table.length[chosen], table.start[chosen]], axis=1)
 
 
-def _refuse_torn_blocks(rows: Ranges, main: FilePlan, block: int) -> None:
-    """Raises `PlanError` unless payload is whole blocks; the last may be partial if its rest need not be zero."""
+def _refuse_torn_blocks(rows: Ranges, main: FilePlan, carrier: File, block: int) -> None:
+    """Raises `PlanError` unless payload is whole blocks; the last may be partial if its rest is as the target needs it.
+
+    The rest moves with the payload. Where the target has zeros a guest may see it: behind the end of a disk that grows.
+    """
     end = rows[:, 2] + rows[:, 1]
     torn = (rows[:, 0] % block != 0) | (rows[:, 2] % block != 0)
     torn[:-1] |= end[:-1] % block != 0
     last = int(end[-1]) if len(end) else 0
     # Past its end the table is a HOLE.
     rest = main.table.window(last, -last % block)
-    if torn.any() or (rest.total(Kind.ZERO) and not main.slack):
+    if torn.any() or (rest.total(Kind.ZERO) and any(_behind(rows, carrier, rest.size))):
         raise PlanError(f"in place, payload cannot be shifted: it is not whole blocks of {block} bytes in the file")
+
+
+def _behind(rows: Ranges, carrier: File, length: int) -> bytes:
+    """Returns at most `length` bytes of the carrier behind the last row."""
+    end = int(rows[-1, 0] + rows[-1, 1])
+    return carrier.read(end, max(0, min(length, carrier.size - end)))
 
 
 def _on_storage(rows: Ranges, extents: Ranges) -> Ranges:

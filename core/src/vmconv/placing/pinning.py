@@ -20,6 +20,8 @@ from vmconv.placing import blocks
 
 MOST_MOVED = 2 << 20
 """Limit of payload that moves to make room for a header, bytes: the largest cluster of qcow2."""
+_MOST_READ = 1 << 20
+"""Limit of data that is read to see whether it is zero, bytes: the rest of one block behind the old end of a disk."""
 _SMALL_BLOCKS = 65536
 """The limit for blocks up to this size, bytes."""
 
@@ -150,7 +152,10 @@ def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit
 
 
 def _holds_data(file: File, start: Column, length: Column) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the ranges that have data on storage; there is none past the end of the file."""
+    """Returns a mask of the ranges that have data on storage; there is none past the end of the file.
+
+    A few bytes that are stored as zeros do not count.
+    """
     found = np.zeros(len(start), dtype=bool)
     inside = np.clip(file.size - start, 0, length)
     chosen = np.flatnonzero(inside > 0)
@@ -162,6 +167,9 @@ def _holds_data(file: File, start: Column, length: Column) -> npt.NDArray[np.boo
         # All windows were moved to address 0, so a row at 0 begins the next window.
         window = np.cumsum(rows.start == 0) - 1
         found[chosen] = np.bincount(window[rows.kind == Kind.DATA], minlength=len(chosen)) > 0
+    if inside[found].sum() <= _MOST_READ:
+        for index in np.flatnonzero(found).tolist():
+            found[index] = any(file.read(int(start[index]), int(inside[index])))
     return found
 
 
