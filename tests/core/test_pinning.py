@@ -20,9 +20,11 @@ Cells = list[tuple[Kind, int]]
 """Kind and, for payload, offset in the file."""
 
 
-def carrier_of(size: int, *data: tuple[int, int]) -> MemoryFile:
-    """Returns a file in which storage holds data in the given `(start, end)` ranges, in order."""
+def carrier_of(size: int, *data: tuple[int, int], byte: bytes = b"x") -> MemoryFile:
+    """Returns a file in which storage holds data in the given `(start, end)` ranges, in order: all of one byte."""
     file = MemoryFile("carrier", size)
+    for start, end in data:
+        file.write(start, byte * (min(end, size) - start))
     rows: list[tuple[int, Kind, None, int]] = [(0, Kind.ZERO, None, 0)]
     for start, end in data:
         rows += [(start, Kind.DATA, file, start), (end, Kind.ZERO, None, 0)]  # type: ignore[list-item]
@@ -148,6 +150,15 @@ def test_zeros_of_a_block_stay_zeros_where_the_file_holds_nothing(held: tuple[in
     else:
         with pytest.raises(PlanError, match="a block of 8 bytes around guest address 0x2 covers bytes that are not"):
             pinning.pin(table, carrier, [8])
+
+
+def test_zeros_that_the_file_holds_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    carrier = carrier_of(24, (8, 16), byte=b"\0")
+    table = table_of([(Kind.DATA, 8), (Kind.ZERO, 0), (Kind.ZERO, 0)], carrier, 6)
+    assert places_of(pinning.pin(table, carrier, [8])) == {0: 8}
+    monkeypatch.setattr(pinning, "_MOST_READ", 3)
+    with pytest.raises(PlanError, match="covers bytes that are not zero"):
+        pinning.pin(table, carrier, [8])
 
 
 @pytest.mark.parametrize(
