@@ -579,6 +579,8 @@ def found_by(mistake: Mutation, seeds: int = SEEDS) -> str | None:
 
 def main() -> int:
     """Prints the table."""
+    from fleet.mutations_kept import MUTATIONS
+
     missed = 0
     for mistake in MUTATIONS:
         how = found_by(mistake)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +17,11 @@ from fleet.in_memory import Wire
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id
 from vmconv_fleet.errors import ClosedError, MalformedError, NotReadyError, StoreError
 from vmconv_fleet.replication import engine
+from vmconv_fleet.replication.anti_entropy import NEVER
+from vmconv_fleet.replication.engine import CLEAN_MS, Engine
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome
+from vmconv_fleet.replication.retention import DAY_MS
 from vmconv_fleet.replication.service import NodeService
 from vmconv_fleet.replication.store import ReplicaView, Store
 from vmconv_fleet.replication.verifier_pool import FEW, VerifierPool
@@ -81,6 +85,43 @@ def _seen(service: NodeService, owner: str, id: str) -> threading.Event:
     service.subscribe(look)
     look([])
     return event
+
+
+@pytest.mark.parametrize("jump_ms", [-400 * DAY_MS, 20 * 60_000, 400 * DAY_MS], ids=["back", "20 minutes", "a year"])
+def test_cleaning_waits_after_a_jump_of_the_clock(jump_ms: int) -> None:
+    """By the clock after the jump all records may seem old."""
+    times = {"monotonic": 0, "wall": 1_700_000_000_000}
+    cleaned: list[int] = []
+
+    def clean() -> list[Any]:
+        cleaned.append(times["monotonic"])
+        return []
+
+    requests: Any = SimpleNamespace(run=list, clean=clean)
+    replica: Any = SimpleNamespace(due=lambda: NEVER)
+
+    def pass_time(milliseconds: int) -> None:
+        for name in times:
+            times[name] += milliseconds
+        one._routine([])
+
+    with (
+        patch.object(engine, "wall_ms", lambda: times["wall"]),
+        patch.object(engine, "_monotonic_ms", lambda: times["monotonic"]),
+    ):
+        one = Engine(replica, requests, Wire("0", {}))
+        pass_time(CLEAN_MS - 1)
+        # A clock that NTP corrects a little is no reason.
+        times["wall"] += 60_000
+        pass_time(1)
+        assert cleaned == [CLEAN_MS]
+        pass_time(CLEAN_MS - 1)
+        times["wall"] += jump_ms
+        pass_time(1)
+        pass_time(CLEAN_MS - 1)
+        assert cleaned == [CLEAN_MS]
+        pass_time(1)
+        assert cleaned == [CLEAN_MS, 3 * CLEAN_MS]
 
 
 def test_records_are_durable_when_the_future_is_done(nodes: Nodes) -> None:

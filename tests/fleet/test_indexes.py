@@ -227,6 +227,18 @@ def test_indexes_are_those_of_the_records_after_any_writes(data: st.DataObject) 
     assert base.indexed() == kept
 
 
+def test_what_is_deleted_or_dropped_leaves_the_indexes() -> None:
+    written = Written()
+    written.write(NODES[0], ("disk", "d1", disk("a")), ("disk", "d2", disk("b")))
+    written.write(NODES[1], ("disk", "d1", disk("a")))
+    written.write(NODES[0], ("disk", "d1", None))
+    assert [(one.owner, one.id) for one, _ in written.store.listed("disk")] == [(NODES[0], "d2"), (NODES[1], "d1")]
+    assert written.store.tally("disk") == [(2,)]
+    with written.store.group():
+        written.store.clear(NODES[0])
+    assert written.store.tally("disk") == [(1,)]
+
+
 def old_database(path: Path, rows: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> None:
     """Makes a database as version 1 did: without indexes, in a file that never shrinks."""
     base = Written(str(path))

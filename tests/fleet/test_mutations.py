@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fleet.mutations import MUTATIONS, Mutation, found_by
+from fleet.mutations import Mutation, found_by
+from fleet.mutations_kept import MUTATIONS
 
 
 def test_there_are_enough_mistakes() -> None:

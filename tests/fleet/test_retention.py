@@ -95,11 +95,14 @@ def test_open_jobs_and_unanswered_requests_stay() -> None:
     _ask(fleet, one, other, 3)
     for state in ("queued", "running"):
         other.write("job", state, {"state": state})
-    other.requests = requests
     assert one.requests is not None
     one.offset = other.offset = 400 * DAY_MS
+    one.write("heartbeat", one.id, {})
+    other.write("heartbeat", other.id, {})
+    fleet.flow(10)
     assert one.requests.clean() == []
     assert requests.clean() == []
+    assert one.problems() == other.problems() == []
     assert len(other.replica.store.find("job", other.id)) == 2
 
 
@@ -152,7 +155,10 @@ def test_a_clock_that_was_ahead_for_hours_makes_no_request_refused(jump: int) ->
     assert one.requests is not None
     assert other.requests is not None
     one.requests.submit(other.id, "job", {}, BY, id="r000003")
-    other.offset += jump
+    other.offset += jump // 2
+    other.requests.submit(other.id, "job", {}, BY, id="own")
+    other.requests.run()
+    other.offset += jump // 2
     while other.requests.clean():
         pass
     assert other.disk.execute("SELECT count(*) FROM executed").fetchone() == (0,)

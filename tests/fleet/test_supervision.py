@@ -6,8 +6,10 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +30,7 @@ from vmconv_fleet.node.daemon import Daemon
 from vmconv_fleet.node.heartbeat import HeartbeatWriter
 from vmconv_fleet.replication import engine
 from vmconv_fleet.replication.problems import FORGOTTEN_S, NodeProblem, ProblemLog
-from vmconv_fleet.replication.records import Change
+from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.store import Store
 from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.testing import PATIENCE, Lab, free_port, wait_until
@@ -231,6 +233,26 @@ def test_heartbeats_continue(node: Node) -> None:
         node.body_when(node.id, "heartbeat", node.id, lambda one: one.body["memory"] == 1)
         writer.close()
     assert writer.thread.counters == {"failures": 2}
+
+
+def test_a_heartbeat_waits_for_the_one_before() -> None:
+    """A node that cannot write for hours must not queue heartbeats for as long."""
+    written: list[Future[list[Record]]] = []
+
+    def write(_changes: object) -> Future[list[Record]]:
+        written.append(Future())
+        return written[-1]
+
+    view = SimpleNamespace(positions=dict)
+    service: Any = SimpleNamespace(node="1" * 32, view=lambda: view, problems=list, write=write)
+    link: Any = SimpleNamespace(problems=list, neighbours=list)
+    writer = HeartbeatWriter(service, link)
+    assert [writer._beat() for _ in range(3)] == [heartbeat.INTERVAL] * 3
+    assert len(written) == 1
+    written[0].set_exception(StoreError("disk full"))
+    writer._beat()
+    writer._beat()
+    assert len(written) == 2
 
 
 def test_the_api_listens_again(node: Node) -> None:
