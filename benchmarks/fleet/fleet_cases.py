@@ -153,7 +153,10 @@ def loss(setting: Setting) -> list[Figure]:
 
 def idle(setting: Setting) -> list[Figure]:
     setting.mesh(5)
-    return _at_rest(setting.nodes, "five nodes at rest", 10 if setting.quick else 60)
+    figures = _at_rest(setting.nodes, "five nodes at rest", 10 if setting.quick else 60)
+    with NodeClient(setting.config(0).directory) as client:
+        client.get("/api/v1/nodes")
+    return [*figures, Figure("the same after the first read by the API", setting.nodes[0].memory() / 1e6, "MB")]
 
 
 def _at_rest(nodes: list[Driven], name: str, seconds: float) -> list[Figure]:
