@@ -296,11 +296,19 @@ def verdict(fleet: Fleet) -> dict[str, Any]:
         "stuck": sum(ledger["unanswered"] for ledger in ledgers),
         "refused": sorted({reason for ledger in ledgers for reason in ledger["refused"]}),
         "open jobs": sum(len(ledger["open jobs"]) for ledger in ledgers),
-        "views equal": agree(fleet.configs),
+        "views equal": _agree(fleet),
         "problems": sorted({f"{kind}: {text}" for state in states for kind, text in _problems(state)}),
         "anomalies": fleet.anomalies,
         "failures in logs": dict(_failures(fleet)),
     }
+
+
+def _agree(fleet: Fleet) -> bool:
+    """Returns whether all views are the same at some moment: each node still writes heartbeats."""
+    try:
+        return wait_until(lambda: agree(fleet.configs), SETTLED_S, "all views are the same") >= 0
+    except AssertionError:
+        return False
 
 
 def _problems(state: dict[str, Any]) -> Iterator[tuple[str, str]]:

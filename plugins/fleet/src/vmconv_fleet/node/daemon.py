@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import logging
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
 """Threads that still run this long after the request to stop are abandoned."""
+_M_ARENA_MAX, _HEAPS = -8, 2
+"""From malloc.h. With 2, a node had 112 MB instead of 131 after five minutes of faults (glibc 2.36, two processors)."""
 FOUNDED = "founded"
 """A file in a node's directory: the node is new, so no neighbour can have newer records of it than its database."""
 MERGED = "merged.jsonl"
@@ -268,6 +271,7 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
     the links does not close, the process exits here instead of returning.
     """
     raise_descriptor_limit()
+    _bound_heaps()
     with _locked(config), _Signals() as told:
         daemon = Daemon(config, handlers=handlers)
         try:
@@ -289,6 +293,12 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _bound_heaps() -> None:
+    """Limits the heaps of glibc: by default each thread of a busy node has one, of the largest size it ever needed."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 def _renew(daemon: Daemon) -> None:
