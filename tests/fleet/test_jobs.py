@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,13 @@ def test_a_job_is_done(node: Node, datastore: Path) -> None:
     assert plan["written"] > 0
     assert plan["files"] == ["a.qcow2"]
     assert body["progress"]["done"] == body["progress"]["total"] == plan["copied"] + plan["written"]
+    lines = [one["text"].partition(":")[0] for one in body["log"]]
+    assert [re.sub(r"[\d.]+ \w+$", "N", line) for line in lines] == [
+        "started, attempt 1",
+        "planned a.qcow2",
+        "copies and writes N",
+        "done after N",
+    ]
     assert compare(str(datastore / "a.raw"), str(datastore / "a.qcow2"))
     assert not os.listdir(node.directory / "jobs")
 
@@ -440,6 +448,7 @@ def test_a_node_killed_in_the_middle_does_it_again(tmp_path: Path, datastore: Pa
     with node_again(tmp_path) as node, runner(node):
         body = ended(node, "j1")
     assert (body["state"], body["attempts"], body.get("recovered")) == ("done", 2, None)
+    assert "interrupted: the node ended" in [one["text"] for one in body["log"]]
     assert sorted(os.listdir(datastore)) == ["a.qcow2", "a.raw"]
     assert compare(str(datastore / "a.raw"), str(datastore / "a.qcow2"))
 
