@@ -69,3 +69,18 @@ anything = st.recursive(
 @given(st.sampled_from(["job", "token", "policy", "revocation", "retirement", "datastore"]), anything, anything)
 def test_no_body_of_another_node_breaks_the_history(kind: str, before: Any, after: Any) -> None:
     assert isinstance(said("retire", change(kind, "x", before, after)), str)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"merge": True}, "merged the histories of this node"),
+        ({"without": ["b" * 32, "c" * 32]}, "resumed without bbbbbbbb, cccccccc"),
+        ({"alone": True, "without": []}, "resumed without other nodes"),
+        ({"without": 7}, "resumed without other nodes"),
+        (None, "resumed without other nodes"),
+    ],
+    ids=["merge", "without", "alone", "no list", "no body"],
+)
+def test_a_node_that_resumes(body: object, said: str) -> None:
+    assert summary(Written().snapshot(), NODES[0], {"verb": "resume", "changes": [], "body": body}) == said

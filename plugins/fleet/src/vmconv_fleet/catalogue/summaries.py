@@ -17,6 +17,8 @@ Body = Mapping[str, Any]
 def summary(snapshot: Snapshot, owner: str, transaction: Body) -> str:
     """Returns what a transaction of `owner` did, such as `web.raw -> web.qcow2`. The body may be another node's."""
     verb = str(transaction.get("verb") or "change")
+    if verb == "resume":
+        return _resumed(snapshot, _object(transaction.get("body")))
     changes = [one for one in transaction.get("changes", ()) if isinstance(one, Mapping)]
     said = [_said(snapshot, owner, verb, one) for one in changes]
     listed = [one for one in said[:_MAX_LISTED] if one]
@@ -58,6 +60,15 @@ def _said(snapshot: Snapshot, owner: str, verb: str, change: Body) -> str:
         # It comes with a retirement, whose text says enough.
         return ""
     return describe(snapshot, owner, identifier, before, after)
+
+
+def _resumed(snapshot: Snapshot, given: Body) -> str:
+    """Returns how a node writes again that was restored, or had two histories."""
+    if given.get("merge"):
+        return "merged the histories of this node"
+    without = given.get("without")
+    names = ", ".join(snapshot.names(map(str, without))) if isinstance(without, list) else ""
+    return "resumed without " + (names or "other nodes")
 
 
 def _object(value: Any) -> Body:
