@@ -6,7 +6,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vmconv.plugin import MAX_SIZE, Dependency, File, Image, ImageError, Opener, Structure, UsageError, field_offset
+from vmconv.plugin import (
+    MAX_SIZE,
+    Dependency,
+    File,
+    Image,
+    ImageError,
+    Opener,
+    Structure,
+    UsageError,
+    counted,
+    field_offset,
+)
 from vmconv_ewf import structs
 from vmconv_ewf.chunks import Chunks, refuse_missing, tables_of
 from vmconv_ewf.sections import Section, segments
@@ -108,7 +119,8 @@ def _digests(sections: Sequence[Section]) -> dict[str, str]:
 def _unread(file: File, sections: Sequence[Section]) -> tuple[str, ...]:
     """Returns a warning if the source had sectors that could not be read: they are zeros."""
     count = sum(int.from_bytes(one.read(4), "little") for one in sections if one.kind == "error2")
-    return (f"{file.name}: {count} range(s) of sectors could not be read when it was acquired",) if count else ()
+    said = "of sectors could not be read when it was acquired"
+    return (f"{file.name}: {counted(count, 'range')} {said}",) if count else ()
 
 
 def _case(sections: Sequence[Section]) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -20,6 +20,7 @@ from vmconv.plugin import (
     Opener,
     Source,
     UsageError,
+    counted,
     named_by,
 )
 from vmconv_parallels import reader
@@ -158,7 +159,7 @@ def _identity(descriptor: Descriptor) -> UUID | None:
 def _losses(descriptor: Descriptor) -> Iterator[str]:
     others = len(descriptor.shots) - 1
     if others:
-        yield f"{others} other snapshot(s); --snapshot converts one"
+        yield f"{counted(others, 'other snapshot')}; --snapshot converts one"
 
 
 def _details(descriptor: Descriptor, headers: list[Header]) -> Mapping[str, Any]:

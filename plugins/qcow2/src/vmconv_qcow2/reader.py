@@ -26,6 +26,7 @@ from vmconv.plugin import (
     Structure,
     Usage,
     UsageError,
+    counted,
     damaged,
     read_records,
     table_slices,
@@ -132,10 +133,10 @@ def _snapshot(header: Header, wanted: str) -> Snapshot:
 
 def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
     if header.bitmaps is not None:
-        yield f"{header.bitmaps.nb_bitmaps} persistent bitmap(s)"
+        yield f"{counted(header.bitmaps.nb_bitmaps, 'persistent bitmap')}"
     others = header.snapshot_count - (snapshot is not None)
     if others:
-        yield f"{others} internal snapshot(s); --snapshot converts one"
+        yield f"{counted(others, 'internal snapshot')}; --snapshot converts one"
     for kind in header.unknown_extensions:
         yield f"unknown header extension {kind:#010x}"
 
