@@ -43,7 +43,12 @@ def cell(text: object) -> str:
 
 
 def role_text(granted: Mapping[str, Any], name: Callable[[str], str]) -> str:
-    """Returns the role that a record grants, with the datastores where it is higher; `name` is that of a node."""
+    """Returns the role that a record grants, with the datastores where it is higher; `name` is that of a node.
+
+    A session has the roles of the person's groups.
+    """
+    if person := granted.get("person"):
+        return f"of {', '.join(person['groups'])}"
     by_role: dict[str, list[str]] = {}
     for reference, role in sorted((granted.get("datastores") or {}).items()):
         node, _, datastore = reference.partition("/")

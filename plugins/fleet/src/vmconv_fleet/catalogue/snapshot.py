@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from vmconv.plugin import UsageError
-from vmconv_fleet.catalogue.kinds import KINDS, Body, Granted, HeartbeatBody, NodeBody
+from vmconv_fleet.catalogue.kinds import KINDS, Body, Granted, HeartbeatBody, NodeBody, TokenBody
 from vmconv_fleet.catalogue.paging import Page, page_of, place_of
 from vmconv_fleet.catalogue.searching import containing
 from vmconv_fleet.catalogue.selection import Owner, Selection, condition
@@ -303,7 +303,9 @@ class Snapshot:
         return max(0, self.now_ms - moment_ms)
 
     def describe_role(self, granted: Granted | Rights) -> str:
-        return role_text({"role": granted.role, "datastores": granted.datastores}, self.name)
+        person = granted.person if isinstance(granted, TokenBody) else None
+        groups = {"person": {"groups": person.groups}} if person else {}
+        return role_text({"role": granted.role, "datastores": granted.datastores, **groups}, self.name)
 
     def describe_by(self, by: Mapping[str, Any] | None) -> str:
         """Returns the caller of a request as text."""
