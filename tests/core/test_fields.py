@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from construct import Bytes, Const, Int16ul, Int32ub, Padding, Struct
 
 from vmconv.errors import ImageError
-from vmconv.fields import Structure, damaged, field_offset, read_part
+from vmconv.fields import Structure, damaged, field_offset, read_part, table_slices
 from vmconv.testing import image_file
+from vmconv.testing.memory import MemoryFile
 
 LAYOUT = Struct("magic" / Const(b"TOY!"), Padding(2), "version" / Int16ul, "size" / Int32ub, "name" / Bytes(4))
 CONTENT = b"TOY!" + b"\xff\xff" + b"\x02\x00" + b"\x00\x00\x10\x00" + b"name"
@@ -120,3 +122,21 @@ def test_no_power_of_two_or_one_outside_its_limits_is_refused(value: int, proble
     with pytest.raises(ImageError) as caught:
         head().limit_power("size", value, 1, 8)
     assert text(caught.value) == f"disk.toy: size at 0x8: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("table", "is_read"),
+    [(0, False), (1024, False), (3072, False), (3584, True), (4096, True), (7168, True), (7680, True), (8192, False)],
+)
+def test_a_table_is_read_unless_it_is_missing_or_lies_in_a_hole(table: int, is_read: bool) -> None:
+    file = MemoryFile("disk.toy", 16384)
+    file.write(4096, b"x" * 4096)
+    expected = file.read(table, 1024) if is_read else None
+    assert list(table_slices(file, np.array([table], dtype=np.int64), 1024, 4096)) == [(0, 1, expected)]
+
+
+def test_contiguous_tables_are_read_at_once() -> None:
+    file = image_file(bytes(range(256)) * 64, "disk.toy")
+    tables = np.array([0, 0, 1024, 2048, 3072, 8192, 7168, 0], dtype=np.int64)
+    found = [(first, count, data and len(data)) for first, count, data in table_slices(file, tables, 1024, 2048)]
+    assert found == [(0, 2, None), (2, 2, 2048), (4, 1, 1024), (5, 1, 1024), (6, 1, 1024), (7, 1, None)]

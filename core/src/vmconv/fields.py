@@ -134,7 +134,9 @@ def table_slices(file: File, tables: Column, length: int, most: int) -> Iterator
     tables = np.where(hole, 0, tables) if hole.any() else tables
     at_once = max(1, most // length)
     # A run ends where allocation changes, or where the next table is not contiguous.
-    breaks = np.flatnonzero(np.where(tables[1:] == 0, tables[:-1] != 0, tables[1:] - tables[:-1] != length)) + 1
+    there = tables != 0
+    apart = there[1:] & (tables[1:] - tables[:-1] != length)
+    breaks = np.flatnonzero(apart | (there[1:] != there[:-1])) + 1
     edges = [0, *breaks.tolist(), len(tables)] if len(tables) else []
     for begin, end in itertools.pairwise(edges):
         if not tables[begin]:

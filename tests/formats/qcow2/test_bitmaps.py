@@ -134,5 +134,7 @@ def test_a_bitmap_has_to_exist(tmp_path: Path, qemu_img: QemuImg) -> None:
     plain.write_bytes(bytes(MIB))
     target = tmp_path / "b.qcow2"
     vmconv.sync(plain, target)
+    # No bitmap is needed while nothing has changed.
+    plain.write_bytes(b"1" * MIB)
     with pytest.raises(UsageError, match="raw has no bitmaps"):
         vmconv.sync(plain, target, bitmap="b0")

@@ -507,6 +507,22 @@ def test_a_zstd_frame_followed_by_padding_is_read(write: Callable[[bytes], Path]
     assert outcome("convert", write(zstd(zstandard.compress(CLUSTER_DATA)))) is None
 
 
+def test_a_table_right_behind_the_header_is_read(write: Callable[[bytes], Path], qemu_img: QemuImg) -> None:
+    """Its offset is the length of a table, as the distance from the table before it, which is missing."""
+    cluster, entries = 512, 64
+    tables = {"l1": [0, COPIED | cluster], "l1_size": 2, "l2": [0], "refcount_table_offset": L2_TABLE * cluster}
+    data = bytearray(
+        image(cluster_bits=9, size=2 * entries * cluster, payload=b"\x5a" * cluster, **tables)  # type: ignore[arg-type]
+    )
+    data[cluster : 2 * cluster] = struct.pack(">Q", COPIED | PAYLOAD * cluster).ljust(cluster, b"\0")
+    path = write(bytes(data))
+    target = path.with_suffix(".target")
+    api.convert(str(path), str(target), target_format="raw")
+    assert target.read_bytes() == bytes(entries * cluster) + b"\x5a" * cluster + bytes((entries - 1) * cluster)
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", path, target)
+    assert target.read_bytes() == bytes(entries * cluster) + b"\x5a" * cluster + bytes((entries - 1) * cluster)
+
+
 # Absurd numbers, and how much memory and time they cost
 
 
