@@ -47,8 +47,8 @@ SOURCES = ("web.elf", "web.ram", "web.mig", "web.kdump")
 TARGETS = ("new.ram", "new.elf", "new.lime", "new.vmss")
 COMMANDS = "set scroll off\nsys\nps\nlist -o task_struct.tasks -s task_struct.pid,comm -h init_task\nlog\nquit\n"
 """`ps` of crash 8.0.2 finds the idle task only, also in QEMU's own dump of Linux 6.1; the kernel's list has all."""
-NOT_CRASH = "new.ram"
-"""crash reads raw memory only as that of ARM's RAM dumps, by its own option."""
+NOT_CRASH = ("new.ram", "new.lime", "new.vmss")
+"""crash 8.0.2 reads no LiME of x86-64, and no `.vmss` that is short or has no processors, as vmconv writes it."""
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def main() -> int:
             vmconv.convert(str(folder / source), str(made), force=True)
             if options.symbols and pslist(made, options.symbols) != processes:
                 wrong.append(f"volatility3: {source} as {target}")
-            if target != NOT_CRASH and crash(made, options.vmlinux) != wanted:
+            if target not in NOT_CRASH and crash(made, options.vmlinux) != wanted:
                 wrong.append(f"crash: {source} as {target}")
             print(f"{source} as {target}: compared", flush=True)
     print("\n".join(f"WRONG  {each}" for each in wrong) or f"all the same, {wanted.count('sleep')} of sleep among them")
@@ -123,7 +123,7 @@ def pslist(image: Path, symbols: str) -> list[tuple[int, str]]:
     """Returns the processes that volatility3 finds in an image."""
     beside = image.with_suffix(".vmem")
     path = beside if image.suffix == ".vmss" else image
-    command = [sys.executable, "-m", "volatility3.cli", "-q", "-r", "json", "-f", str(path)]
+    command = [str(Path(sys.executable).with_name("vol")), "-q", "-r", "json", "-f", str(path)]
     command += ["-s", str(Path(symbols).resolve().parent), "linux.pslist"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1200)
     return [(each["PID"], each["COMM"]) for each in json.loads(done.stdout)]

@@ -160,8 +160,9 @@ def segments(image: Image, table: Extents, modulus: int, most: int, unit: int = 
     """
     ram = table.kind != Kind.HOLE
     first = ram & ~np.append(False, ram[:-1])
-    # Short rows have no whole block to share.
-    shared = table.in_files() & (table.kind == Kind.DATA) & (table.length >= modulus)
+    # A page behind a header has no whole block to share: each of them would become a segment for nothing.
+    whole = (table.offset + table.length) // modulus > -(-table.offset // modulus)
+    shared = table.in_files() & (table.kind == Kind.DATA) & whole
     known = np.flatnonzero(shared & ((table.offset - table.start) % unit == 0))
     delta = (table.offset - table.start)[known] % modulus
     split = first.copy()
