@@ -42,10 +42,10 @@ def doctor(options: argparse.Namespace) -> int:
 def _findings(client: NodeClient) -> Iterator[Diagnosis]:
     fleet = client.get("/api/v1/fleet")
     here = fleet["name"]
-    if fleet["waits_for"]:
+    if fleet.get("waits_for"):
         names = ", ".join(fleet["waits_for"])
         yield Diagnosis(here, f"has a restored database, and writes again once it has heard from {names}: {_RESUME}")
-    elif not fleet["serving"] and not fleet["forked"]:
+    elif not fleet["serving"] and not fleet.get("forked"):
         yield Diagnosis(here, "cannot write yet: it recovers its own records from its neighbours")
     if fleet["cut"]:
         yield Diagnosis(here, "is disconnected from the others by its administrator")
@@ -65,7 +65,7 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     names = Counter(one["name"] for one in nodes if one["state"] != "retired")
     yield from (Diagnosis(name, f"is the name of {n} nodes") for name, n in names.items() if n > 1)
     for one in nodes:
-        if one["claims"] and one["state"] != "retired":
+        if one.get("claims") and one["state"] != "retired":
             yield Diagnosis(one["name"], f"calls itself {one['claims']}, which is not its name: {one['node']}")
         if one["state"] == "silent":
             yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
