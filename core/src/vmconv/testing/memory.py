@@ -100,7 +100,7 @@ class MemoryFile(File):
             if first < last:
                 before, after = self._pieces[first], self._pieces[last - 1]
                 if before.start < piece.start:
-                    new.insert(0, before.cut(before.start, piece.start))
+                    new = [before.cut(before.start, piece.start), piece]
                 if piece.end < after.end:
                     new.append(after.cut(piece.end, after.end))
             self._pieces[first:last] = new
