@@ -681,32 +681,36 @@ def test_payload_is_shifted_to_where_it_belongs(rows: list[tuple[int, int, int]]
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "slack", "right"),
+    ("rows", "size", "behind", "right"),
     [
-        ([(8, 8, 16), (20, 4, 24)], 32, False, True),
-        ([(8, 8, 16), (20, 3, 24)], 27, False, True),
-        ([(8, 8, 16), (20, 3, 24)], 28, False, False),
-        ([(8, 8, 16), (20, 3, 24)], 28, True, True),
-        ([(9, 8, 16)], 24, False, False),
-        ([(8, 8, 17)], 25, False, False),
-        ([(8, 7, 16), (20, 4, 24)], 28, False, False),
-        ([], 8, False, True),
+        ([(8, 8, 16), (20, 4, 24)], 32, b"x", True),
+        ([(8, 8, 16), (20, 3, 24)], 27, b"x", True),
+        ([(8, 8, 16), (20, 3, 24)], 28, b"x", False),
+        ([(8, 8, 16), (20, 3, 24)], 28, b"\0x", True),
+        ([(8, 8, 16), (60, 3, 24)], 28, b"\0", True),
+        ([(9, 8, 16)], 24, b"", False),
+        ([(8, 8, 17)], 25, b"", False),
+        ([(8, 7, 16), (20, 4, 24)], 28, b"", False),
+        ([], 8, b"", True),
     ],
 )
-def test_payload_is_whole_blocks(rows: list[tuple[int, int, int]], size: int, slack: bool, right: bool) -> None:
+def test_payload_is_whole_blocks(rows: list[tuple[int, int, int]], size: int, behind: bytes, right: bool) -> None:
+    """`behind` is what the file has behind the last piece, which moves with it."""
     carrier = carrier_of(64)
+    if rows:
+        carrier.write(rows[-1][0] + rows[-1][1], behind)
     parts: list[tuple[int, Any, int]] = [(0, None, 0)]
     for offset, length, at in rows:
         parts = [part for part in parts if part[0] != at]
         parts += [(at, carrier, offset), *([(at + length, None, 0)] if at + length < size else [])]
-    main = plan_of(table_of(size, *parts), slack=slack)
+    main = plan_of(table_of(size, *parts))
     found = shifting._rows(main, carrier)
     assert found.tolist() == [list(row) for row in rows]
     if right:
-        shifting._refuse_torn_blocks(found, main, 4)
+        shifting._refuse_torn_blocks(found, main, carrier, 4)
     else:
         with pytest.raises(PlanError, match="it is not whole blocks of 4 bytes"):
-            shifting._refuse_torn_blocks(found, main, 4)
+            shifting._refuse_torn_blocks(found, main, carrier, 4)
 
 
 @pytest.mark.parametrize(
