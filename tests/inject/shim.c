@@ -298,7 +298,8 @@ struct named { unsigned long number; const char *call; };
 static const struct named IOCTLS[] = {
     {0x4020940D, "ioctl:FICLONERANGE"}, {0x40049409, "ioctl:FICLONE"}, {0xC020660B, "ioctl:FIEMAP"},
     {0x80086601, "ioctl:GETFLAGS"}, {0x40086602, "ioctl:SETFLAGS"}, {0x80087601, "ioctl:GETVERSION"},
-    {0x8400941F, "ioctl:BTRFS_FS_INFO"}, {0x40305828, "ioctl:RESVSP"}, {0x4030582B, "ioctl:UNRESVSP"},
+    {0x8400941F, "ioctl:BTRFS_FS_INFO"}, {0x80111500, "ioctl:GETFSUUID"},
+    {0x40305828, "ioctl:RESVSP"}, {0x4030582B, "ioctl:UNRESVSP"},
     {0x541B, "ioctl:FIONREAD"}, {0x5401, "ioctl:TCGETS"}, {0x5413, "ioctl:TIOCGWINSZ"}, {0, NULL}};
 
 static const struct named FCNTLS[] = {
