@@ -162,6 +162,42 @@ def test_merged_histories_have_all_of_both(tmp_path: Path) -> None:
     assert again.problems() == other.problems() == []
 
 
+def test_what_a_node_has_recovered_is_not_executed_again_by_merging() -> None:
+    """Both histories have executed one request; the disk with the later one was lost and has been recovered."""
+    fleet, one, other = pair()
+    third = fleet.add(2)
+    one.handle(HANDLERS)
+    third.handle({})
+    old = copy_of(one.disk)
+    fleet.cut(one, other)
+    fleet.link(other, third)
+    fleet.flow(1000)
+    _ask(fleet, third, one, "both")
+    fleet.flow(1000)
+    fleet.cut(other, third)
+    fleet.link(one, other)
+    fleet.flow(1000)
+    fleet.cut(one, other)
+    again = fleet.add(0, disk=old)
+    again.handle(HANDLERS)
+    again.offset = 1000
+    fleet.link(again, third)
+    fleet.flow(1000)
+    fleet.cut(again, third)
+    new = fleet.add(0)
+    requests = new.handle(HANDLERS)
+    fleet.link(new, third)
+    fleet.flow(1000)
+    fleet.link(new, other)
+    fleet.flow(3000)
+    assert _forked(new, other, third)
+    fleet.send(new, merge(new.replica, requests, None))
+    fleet.flow(3000)
+    assert _agree(new, other, third)
+    done = other.replica.store.find("transaction", new.id)
+    assert [(record.body["number"], record.body["request"]) for record in done] == [(1, "both")]
+
+
 def test_histories_are_merged_only_once_they_are_here() -> None:
     fleet, again, other, third = _rolled_back()
     assert again.requests is not None

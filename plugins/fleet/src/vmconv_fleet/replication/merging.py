@@ -27,6 +27,8 @@ def merge(replica: Replica, requests: Requests, path: str | None) -> list[Send]:
     if path:
         archive(path, strays)
     with replica.batch():
+        # A node that was forked when it recovered has not executed any request since.
+        requests.remember_recovered()
         return [*replica.merge(strays), *adopt(replica, strays, requests.next_number())]
 
 

@@ -233,8 +233,7 @@ class Requests:
         if not self.waiting():
             return sends
         with self._replica.batch():
-            if self._store.load("recovered"):
-                self._remember_executed()
+            self.remember_recovered()
             for _ in range(BURST):
                 record = self._pending.next(self._store)
                 if record is None:
@@ -242,8 +241,10 @@ class Requests:
                 sends += self._execute(record)
         return sends
 
-    def _remember_executed(self) -> None:
-        """Notes the requests that recovered transactions have executed."""
+    def remember_recovered(self) -> None:
+        """Notes the requests that recovered transactions have executed, once after each recovery."""
+        if not self._store.load("recovered"):
+            return
         with self._store.atomic():
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
