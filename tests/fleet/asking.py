@@ -12,6 +12,7 @@ from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record
 from vmconv_fleet.replication.requests import IncomingRequest, Outcome
+from vmconv_fleet.replication.signing import CertifiedKey
 from vmconv_fleet.replication.store import Store
 from vmconv_fleet.trust import tokens
 
@@ -27,6 +28,7 @@ class Replica:
 
     def __init__(self) -> None:
         self.records: dict[tuple[str, str, str], Record] = {}
+        self.certified: list[CertifiedKey] = []
         self.add(HERE, "datastore", "ds", {"path": "/srv/images"})
         self.add(HERE, "disk", "d1", {"datastore": "ds", "name": "a.vmdk", "format": "vmdk", "virtual_size": 5})
         self.add(HERE, "vm", "v1", {"datastore": "ds", "file": "web.vmx", "name": "web", "format": "vmx"})
@@ -53,6 +55,9 @@ class Replica:
 
     def forked(self) -> frozenset[str]:
         return frozenset()
+
+    def certified_keys(self) -> list[CertifiedKey]:
+        return self.certified
 
     def positions(self) -> dict[str, Position]:
         return {HERE: Position(1, 9), OTHER: Position(3, 4)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any
 
 from vmconv_fleet.replication.records import Change, Position, Record
+from vmconv_fleet.replication.signing import CertifiedKey
 
 AUTHORITY = b"the fleet's authority"
 
@@ -85,6 +87,10 @@ class PlainTrust:
 
     def members(self) -> set[str]:
         return {owner for owner, _ in self._keys - self._revoked} - self._retired
+
+    def certified_keys(self) -> list[CertifiedKey]:
+        end = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+        return [CertifiedKey(*key, end, key in self._revoked) for key in self._keys]
 
     def names(self) -> dict[str, str]:
         return {}

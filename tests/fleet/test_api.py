@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleet.in_memory import Node, nodes
-from fleet.plain import PlainSigner, retirement, retirement_named
+from fleet.plain import PlainSigner, certificate, key_revocation, retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api import access, exporting
@@ -227,6 +227,25 @@ def test_a_refusal_is_a_conflict(api: Served) -> None:
         False,
         "job none does not exist on this node",
     )
+
+
+def test_members_do_not_falsify_the_keys_of_others(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    mine, theirs = (PlainSigner(node.id).key_id for node in pair)
+    for node, key in ((one.id, mine), (other.id, theirs), (other.id, "old")):
+        other.write(certificate(node, key))
+    other.write(key_revocation(other.id, "old"), Change("heartbeat", other.id, {"at_ms": 1, "interval_s": 5}))
+    other.write(
+        Change("revocation", "a", {"node": one.id, "key_id": mine}),
+        Change("revocation", "b", {}),
+        Change("certificate", "c", {"node": one.id, "pem": "junk"}),
+        Change("certificate", "d", {"node": ["x"]}),
+    )
+    one.body_when(other.id, "certificate", "d", lambda _record: True)
+    found = {(key["node"], key["key"]): key["state"] for key in api.local.get("/api/v1/keys")["items"]}
+    assert found == {(one.id, mine): "unused", (other.id, theirs): "in use", (other.id, "old"): "revoked"}
+    (only,) = api.local.get("/api/v1/keys", node=one.id)["items"]
+    assert (only["node"], only["key"], only["until"]) == (one.id, mine, "2030-01-01T00:00:00+00:00")
 
 
 def test_the_same_key_is_the_same_request(api: Served) -> None:

@@ -179,6 +179,21 @@ def test_a_revocation_is_the_authoritys_alone(authority: Authority, tmp_path: Pa
     assert not is_revocation(stranger.revocation(node), [authority.certificate])
 
 
+def test_the_keys_of_nodes_and_their_revocations_are_the_authoritys_alone(authority: Authority, lab: Lab) -> None:
+    trust = CertificateTrust(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    node, keys = new_node_id(), Keys.generate()
+    for days in (20, 10):
+        trust.learn_certificate(authority.issue(csr(keys, node), lifetime=datetime.timedelta(days=days)))
+    ((owner, key, until, is_revoked),) = trust.certified_keys()
+    assert (owner, is_revoked, (until - datetime.datetime.now(datetime.UTC)).days) == (node, False, 19)
+    for body in ({"node": node, "key_id": key}, {"node": node, "key_id": None}, {}):
+        assert not trust.learn_revocation(body)
+    assert trust.learn_certificate(b"junk") is None
+    assert trust.certified_keys() == [(node, key, until, False)]
+    assert trust.learn_revocation(authority.revocation(node, key_id=key))
+    assert trust.certified_keys() == [(node, key, until, True)]
+
+
 def test_the_name_of_a_retired_node_is_the_authoritys_alone(authority: Authority) -> None:
     node, key = new_node_id(), authority.certificate.public_bytes(serialization.Encoding.PEM)
     body = authority.retirement(node, name="n09", reason="burnt", at_ms=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vmconv.errors import VmconvError
 from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
 from vmconv_fleet.replication.requests import IncomingRequest
+from vmconv_fleet.replication.signing import CertifiedKey
 from vmconv_fleet.trust.rights import ORDER
 from vmconv_fleet.trust.roles import GOVERNING, VERBS
 
@@ -292,15 +294,17 @@ def test_a_key_is_revoked_of_its_node_alone(replica: Replica, tmp_path: Path) ->
     from vmconv_fleet.trust.authority import Authority
 
     Authority.found(str(tmp_path), "test")
-    for node, key in ((HERE, "k"), (HERE, "k2"), (OTHER, "k3")):
-        replica.add(node, "certificate", key, {"pem": "", "node": node})
+    end = datetime.datetime(2030, 1, 1, tzinfo=datetime.UTC)
+    replica.certified = [CertifiedKey(*one, end, False) for one in ((HERE, "k"), (HERE, "k2"), (OTHER, "k3"))]
+    replica.add(OTHER, "certificate", "k4", {"pem": "junk", "node": HERE})
     replica.add(HERE, "heartbeat", HERE, {})
 
     def revoke(node: str, key: str) -> Any:
         asked = IncomingRequest("r1", HERE, "revoke", {"node": node, "key_id": key}, {"node": HERE}, 0, False)
         return make_handlers(str(tmp_path))["revoke"](replica, asked).changes[0]
 
-    for node, key, said in ((HERE, "k", "signs with key k"), (HERE, "k3", "has no key"), (OTHER, "k2", "has no key")):
+    strange = ((HERE, "k3"), (OTHER, "k2"), (HERE, "k4"))
+    for node, key, said in ((HERE, "k", "signs with key k"), *((*one, "has no key") for one in strange)):
         with pytest.raises(VmconvError, match=said):
             revoke(node, key)
     assert (revoke(HERE, "k2").id, revoke(OTHER, "k3").body["key_id"]) == ("k2", "k3")

@@ -23,6 +23,7 @@ from vmconv_fleet.catalogue.windows import Waiting
 from vmconv_fleet.replication.clock import milliseconds
 from vmconv_fleet.replication.indexing import ALL, UNANSWERED, Where
 from vmconv_fleet.replication.records import Record
+from vmconv_fleet.replication.signing import CertifiedKey
 
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 
@@ -77,6 +78,18 @@ def plain_node(one: NodeView) -> dict[str, Any]:
         "neighbour": one.is_neighbour,
         "problems": one.heartbeat.problems if one.heartbeat else [],
         "body": one.body.plain(),
+    }
+
+
+def plain_key(one: CertifiedKey, snapshot: Snapshot, signing: frozenset[tuple[str, str]]) -> dict[str, str]:
+    """Returns a key of a node; a key in use has signed the node's last heartbeat."""
+    used = "in use" if (one.node, one.key_id) in signing else "unused"
+    return {
+        "node": one.node,
+        "name": snapshot.name(one.node),
+        "key": one.key_id,
+        "state": "revoked" if one.is_revoked else used,
+        "until": one.until.isoformat(timespec="seconds"),
     }
 
 
@@ -176,6 +189,16 @@ def node(request: Request, node: str, state: StateOf, _caller: Known) -> Respons
     owner = owner_of(snapshot, node)
     (one,) = [one for one in snapshot.nodes() if one.node == owner]
     return tagged(request, tag_of_all((), one.node, one.position, one.state, one.lag), plain_node(one))
+
+
+@router.get("/keys", summary="The signing keys that the authority has certified for nodes, and which are revoked")
+def keys(request: Request, state: StateOf, _caller: Known, node: NodeName = None) -> Response:
+    snapshot = state.snapshot()
+    owner = owner_of(snapshot, node)
+    signing = snapshot.signing()
+    found = [plain_key(one, snapshot, signing) for one in state.service.certified_keys() if owner in (None, one.node)]
+    found.sort(key=lambda one: (one["name"], one["node"], one["state"], one["key"]))
+    return tagged(request, tag_of_all((), json.dumps(found)), {"total": len(found), "next": None, "items": found})
 
 
 @router.get("/disks", summary="Disk images, of which a selection can choose some")

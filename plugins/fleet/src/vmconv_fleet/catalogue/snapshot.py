@@ -95,6 +95,10 @@ class Snapshot:
         model = KINDS[kind]
         return [one for one in self.view.find(kind, owner) if _fits(model, one)]
 
+    def signing(self) -> frozenset[tuple[str, str]]:
+        """Returns the nodes and the keys that have signed their last heartbeats."""
+        return frozenset((one.owner, one.key_id) for one in self._about_themselves("heartbeat"))
+
     def _about_themselves(self, kind: str) -> Iterable[Record]:
         """Returns the records that nodes have written about themselves: no node speaks for another."""
         return (one for one in self.find(kind) if one.id == one.owner)

@@ -168,15 +168,14 @@ def revoke_node(options: argparse.Namespace) -> int:
 
 def keys_node(options: argparse.Namespace) -> int:
     from vmconv_fleet.cli.client import NodeClient
-    from vmconv_fleet.cli.keys import keys_of
 
     config = settings.load(_directory(options))
     with NodeClient(config.directory) as client:
-        found = keys_of(client, options.node)
+        found = client.get("/api/v1/keys", node=options.node)["items"]
     if options.output == "json":
-        print_json([one._asdict() for one in found], indent=2)
+        print_json(found, indent=2)
         return 0
-    rows = [[one.name, one.key, one.state, one.until[:10]] for one in found]
+    rows = [[one["name"], one["key"], one["state"], one["until"][:10]] for one in found]
     print_table([["NODE", "KEY", "STATE", "CERTIFICATE UNTIL"], *([cell(text) for text in row] for row in rows)])
     return 0
 

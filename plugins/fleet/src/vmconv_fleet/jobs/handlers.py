@@ -400,7 +400,7 @@ def _revoke(directory: str, context: Context, _request: IncomingRequest, wanted:
 
 def _refuse_key(context: Context, node: str, key_id: str) -> None:
     """Raises Refusal for a key of another node, and for the one that this node signs with."""
-    if not any(one.id == key_id and one.body.get("node") == node for one in context.find("certificate")):
+    if not any((one.node, one.key_id) == (node, key_id) for one in context.certified_keys()):
         raise Refusal(f"node {node} has no key {key_id}", hint="vmconv node keys lists keys")
     newest = context.get(context.node, "heartbeat", context.node)
     if node == context.node and newest is not None and newest.key_id == key_id:

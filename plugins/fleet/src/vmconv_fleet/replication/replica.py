@@ -24,7 +24,7 @@ from vmconv_fleet.replication.publisher import Publisher
 from vmconv_fleet.replication.receiver import Receiver
 from vmconv_fleet.replication.records import Change, Record, restore
 from vmconv_fleet.replication.recovery import EpochRecovery
-from vmconv_fleet.replication.signing import Signer, Trust
+from vmconv_fleet.replication.signing import CertifiedKey, Signer, Trust
 from vmconv_fleet.replication.store import Store
 from vmconv_fleet.replication.verifier import ForgedError, Verifier, VerifyAll
 
@@ -123,6 +123,10 @@ class Replica:
     def retirements(self) -> Mapping[str, str]:
         """Returns the retired nodes and their names. May be called on any thread."""
         return self._context.trust.retirements()
+
+    def certified_keys(self) -> Iterable[CertifiedKey]:
+        """Returns all keys that the authority has certified. May be called on any thread."""
+        return self._context.trust.certified_keys()
 
     def names(self) -> Mapping[str, str]:
         """Returns the names that the authority has given to nodes. May be called on any thread."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +30,7 @@ from vmconv_fleet.replication.pending import Pending
 from vmconv_fleet.replication.records import START, Change, Position, Record, restore
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.retention import BATCH, Retention, archive, deletions, overdue
-from vmconv_fleet.replication.store import Store
+from vmconv_fleet.replication.signing import CertifiedKey
 
 MAX_ID = 90
 BURST = 64
@@ -96,6 +96,8 @@ class Context(Protocol):
 
     def forked(self) -> frozenset[str]: ...
 
+    def certified_keys(self) -> Iterable[CertifiedKey]: ...
+
 
 Handler = Callable[[Context, IncomingRequest], Outcome]
 """A handler decides quickly and without side effects, on the replica's thread. Raises Refusal to change nothing.
@@ -105,13 +107,15 @@ Any other VmconvError refuses with its message; any other exception refuses with
 
 
 class _Context:
-    def __init__(self, store: Store, now: int) -> None:
+    def __init__(self, replica: Replica, now: int) -> None:
+        store = replica.store
         self.node = store.node
         self.now = now
         self.get = store.get
         self.find = store.find
         self.positions = store.positions
         self.forked = store.forked
+        self.certified_keys = replica.certified_keys
         self._store = store
 
     def count(self, kind: str, where: Where = ALL) -> int:
@@ -285,7 +289,7 @@ class Requests:
         if handler is None:
             raise Refusal(f"verb {request.verb!r} is unknown to this node")
         try:
-            outcome = handler(_Context(self._store, self._now()), request)
+            outcome = handler(_Context(self._replica, self._now()), request)
         except VmconvError:
             raise
         except Exception as exc:

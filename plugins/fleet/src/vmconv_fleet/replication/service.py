@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
@@ -20,7 +20,7 @@ from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.requests import RESERVED, Handler, Requests, response_id
 from vmconv_fleet.replication.retention import Retention
-from vmconv_fleet.replication.signing import Signer, Trust
+from vmconv_fleet.replication.signing import CertifiedKey, Signer, Trust
 from vmconv_fleet.replication.store import Reader, ReplicaView, Store
 from vmconv_fleet.replication.verifier_pool import VerifierPool
 
@@ -186,6 +186,10 @@ class NodeService:
     def retirements(self) -> Mapping[str, str]:
         """Returns the nodes that the authority has retired, and their names."""
         return self._replica.retirements()
+
+    def certified_keys(self) -> Iterable[CertifiedKey]:
+        """Returns all keys that the authority has certified for nodes, revoked ones too."""
+        return self._replica.certified_keys()
 
     def names(self) -> Mapping[str, str]:
         """Returns the names that the authority has given to nodes; nodes of earlier versions have none."""

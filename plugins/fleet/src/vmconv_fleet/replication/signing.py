@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmconv_fleet.replication.records import Position, Record
 
@@ -29,6 +30,15 @@ class Signer(Protocol):
         """
 
 
+class CertifiedKey(NamedTuple):
+    """A signing key that the authority has certified for a node; `until` is the end of its last certificate."""
+
+    node: str
+    key_id: str
+    until: datetime.datetime
+    is_revoked: bool
+
+
 class Trust(Protocol):
     """The accepted keys. Runs on the replica's thread, except `verify`, which runs on several threads."""
 
@@ -47,6 +57,9 @@ class Trust(Protocol):
 
     def members(self) -> Iterable[str]:
         """Returns the known nodes of the fleet that are not revoked, this one included. May be called on any thread."""
+
+    def certified_keys(self) -> Iterable[CertifiedKey]:
+        """Returns all certified keys, revoked ones too, in no order. May be called on any thread."""
 
     def names(self) -> Mapping[str, str]:
         """Returns the names that the authority has given to nodes. May be called on any thread."""

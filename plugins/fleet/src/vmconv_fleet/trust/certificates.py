@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from vmconv_fleet.replication.signing import CertifiedKey
 from vmconv_fleet.trust.authority import is_retirement, is_revocation
 from vmconv_fleet.trust.identity import (
     Binding,
@@ -120,6 +122,15 @@ class CertificateTrust:
         found = [self._revoked.get((node, name)) for name in {_ALL_KEYS, key_id}]
         limits = [limit for limit in found if limit is not None]
         return bool(limits) and (position is None or position > min(limits))
+
+    def certified_keys(self) -> list[CertifiedKey]:
+        """Returns all certified keys, revoked ones too, in no order."""
+        until: dict[tuple[str, str], datetime.datetime] = {}
+        with self._lock:
+            for bound in (one for bindings in self._bindings.values() for one in bindings.values()):
+                key = bound.node, bound.key_id
+                until[key] = max(until.get(key, bound.not_after), bound.not_after)
+            return [CertifiedKey(*key, end, self.is_revoked(*key)) for key, end in until.items()]
 
     def is_certified(self, node: str) -> bool:
         return node in self._bindings
