@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from fleet.serving import Served, served, tls_files
 from vmconv.errors import AccessError, UsageError, VmconvError
 from vmconv_fleet.api.asking import Answer
 from vmconv_fleet.config import NodeConfig, load, save
+from vmconv_fleet.deadline import Deadline, TimedConnection
 from vmconv_fleet.notices import delivery, outbox, webhooks
 from vmconv_fleet.notices.addresses import ForbiddenAddressError, places_of, why_refused
 from vmconv_fleet.notices.delivery import Delivery, DeliveryError, key_of, parsed, place_in, signature
@@ -170,6 +171,15 @@ def test_a_transaction_names_its_caller_and_not_the_contents_of_records() -> Non
 # Deliveries
 
 
+def named(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    """Lets every name have these addresses."""
+
+    def found(_host: str, port: int, **_more: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
 def test_signatures_are_those_of_the_convention() -> None:
     # The example of the specification's own libraries.
     signed = signature(key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
@@ -291,6 +301,54 @@ def test_a_receiver_that_never_ends_its_answer_is_given_up(monkeypatch: pytest.M
             Delivery(LOOPBACK).send(f"http://127.0.0.1:{server.getsockname()[1]}/", SECRET, "evt_1", b"{}")
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def test_addresses_that_hang_do_not_exceed_the_time_of_a_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "CONNECT_S", 0.2)
+    monkeypatch.setattr(delivery, "DELIVER_S", 0.3)
+    with ExitStack() as stack:
+        # They accept connections, but begin no TLS.
+        first = stack.enter_context(socket.create_server(("127.0.1.1", 0)))
+        port = first.getsockname()[1]
+        others = [stack.enter_context(socket.create_server((f"127.0.1.{n}", port))) for n in (2, 3, 4)]
+        named(monkeypatch, *(f"127.0.1.{n}" for n in (1, 2, 3, 4)))
+        with pytest.raises(DeliveryError, match="timed out"):
+            Delivery(LOOPBACK).send(f"https://hooks.example:{port}/", SECRET, "evt_1", b"{}")
+        first.accept()[0].close()
+        others[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            others[-1].accept()
+
+
+def test_bytes_that_drip_do_not_exceed_a_deadline() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        connection = TimedConnection(here, Deadline(0.3))
+        ended = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                while not ended.wait(0.05):
+                    there.sendall(b"a")
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        try:
+            with pytest.raises(TimeoutError):
+                connection.makefile("rb").read()
+        finally:
+            ended.set()
+            thread.join(PATIENCE)
+
+
+def test_no_more_than_four_addresses_are_tried(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = receiver.url.replace("127.0.0.1", "hooks.example")
+    named(monkeypatch, *(f"127.0.1.{n}" for n in (1, 2, 3)), "127.0.0.1")
+    Delivery(LOOPBACK).send(url, SECRET, "evt_1", b"{}")
+    named(monkeypatch, *(f"127.0.1.{n}" for n in (1, 2, 3, 4)), "127.0.0.1")
+    with pytest.raises(DeliveryError, match="refused"):
+        Delivery(LOOPBACK).send(url, SECRET, "evt_2", b"{}")
+    assert receiver.next().headers["webhook-id"] == "evt_1"
 
 
 # Webhooks

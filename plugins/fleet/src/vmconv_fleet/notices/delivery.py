@@ -12,7 +12,6 @@ import json
 import re
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -21,6 +20,7 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from vmconv.plugin import UsageError, printable
+from vmconv_fleet.deadline import Deadline, TimedConnection
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.notices.addresses import ForbiddenAddressError, Network, places_of
 from vmconv_fleet.notices.event import Event
@@ -30,6 +30,8 @@ SECRET_BYTES = (24, 64)
 CONNECT_S = 5.0
 DELIVER_S = 15.0
 """Time for one delivery in all; the receiver answers first and works later."""
+MAX_ADDRESSES = 4
+"""Addresses of a receiver that are tried."""
 MAX_URL = 1000
 
 _HOST = re.compile(r"[A-Za-z0-9.:_-]+")
@@ -115,18 +117,12 @@ class Delivery:
         }
         import http.client
 
-        # A receiver that sends a byte now and then must not hold the others up.
-        watch = threading.Timer(DELIVER_S, self._shut_down)
-        watch.daemon = True
-        watch.start()
         try:
             status = self._post(parts, headers, body)
         except ForbiddenAddressError as exc:
             raise DeliveryError(str(exc), hint=exc.hint) from exc
         except (OSError, http.client.HTTPException, UnicodeError) as exc:
             raise DeliveryError(printable(str(getattr(exc, "strerror", None) or exc) or type(exc).__name__)) from exc
-        finally:
-            watch.cancel()
         if not 200 <= status < 300:
             raise DeliveryError(f"status {status}" + (", a redirect" if 300 <= status < 400 else ""))
 
@@ -135,11 +131,13 @@ class Delivery:
 
         host = parts.hostname or ""
         port = parts.port or (443 if parts.scheme == "https" else 80)
+        # A receiver that sends a byte now and then must not hold the others up.
+        deadline = Deadline(DELIVER_S)
         connection = http.client.HTTPConnection(host, port)
         with closing(connection):
-            connection.sock = self._connected(host, port, secure=parts.scheme == "https")
-            if self._aborted:
-                raise DeliveryError("the node ends")
+            connected = self._connected(host, port, deadline, secure=parts.scheme == "https")
+            connection.sock = TimedConnection(connected, deadline)
+            self._refuse_if_aborted()
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             try:
                 connection.request("POST", target, body, headers)
@@ -147,20 +145,27 @@ class Delivery:
             finally:
                 self._socket = None
 
-    def _connected(self, host: str, port: int, *, secure: bool) -> socket.socket:
+    def _connected(self, host: str, port: int, deadline: Deadline, *, secure: bool) -> socket.socket:
         """Returns a connection to the first permitted address that answers."""
         error: OSError = OSError(f"{host} has no address")
-        for place in places_of(host, port, self._allowed):
+        for place in places_of(host, port, self._allowed)[:MAX_ADDRESSES]:
+            self._refuse_if_aborted()
+            seconds = deadline.left(CONNECT_S)
             plain = self._socket = socket.socket(place.family, socket.SOCK_STREAM)
             try:
-                plain.settimeout(CONNECT_S)
+                plain.settimeout(seconds)
                 plain.connect(place.address)
+                plain.settimeout(deadline.left(CONNECT_S))
                 self._socket = connected = self._secured(plain, host) if secure else plain
                 return connected
             except OSError as exc:
                 plain.close()
                 error = exc
         raise error
+
+    def _refuse_if_aborted(self) -> None:
+        if self._aborted:
+            raise DeliveryError("the node ends")
 
     def _secured(self, plain: socket.socket, host: str) -> socket.socket:
         import ssl

@@ -1,0 +1,50 @@
+"""Connections with one deadline: a time-out starts again with each address and each byte, a deadline does not."""
+
+from __future__ import annotations
+
+import io
+import socket
+import time
+from typing import Any
+
+
+class Deadline:
+    """A point in time, `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self, most: float | None = None) -> float:
+        """Returns the seconds that are left, at most `most`. Raises TimeoutError if none are left."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left if most is None else min(left, most)
+
+
+class TimedConnection(io.RawIOBase):
+    """The connection of an http.client.HTTPConnection, whose reads and writes end at the deadline."""
+
+    def __init__(self, connected: socket.socket, deadline: Deadline) -> None:
+        self._socket = connected
+        self._deadline = deadline
+
+    def sendall(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            self._socket.settimeout(self._deadline.left())
+            left = left[self._socket.send(left) :]
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._socket.settimeout(self._deadline.left())
+        return self._socket.recv_into(buffer)
+
+    def close(self) -> None:
+        super().close()
+        self._socket.close()
