@@ -215,6 +215,8 @@ def test_urls_that_are_not_plain_https_are_refused(url: str) -> None:
         "127.0.0.1", "127.9.9.9", "::1", "169.254.169.254", "169.254.0.1", "fe80::1", "0.0.0.0", "::", "224.0.0.1",
         "ff02::1", "240.0.0.1", "255.255.255.255", "100.100.100.200", "168.63.129.16", "fd00:ec2::254",
         "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::",
+        "fec0::1", "feff::1", "2001:db8::5efe:127.0.0.1", "2001:db8::200:5efe:169.254.169.254", "fe80::5efe:8.8.8.8",
+        "2002:808:808::5efe:127.0.0.1", "2001:0:7f00:1::f7f7:f7f7", "2001:0:808:808::80ff:fffe", "::127.0.0.1",
     ],
 )  # fmt: skip
 def test_addresses_of_the_machine_and_of_its_cloud_are_refused(address: str) -> None:
@@ -223,7 +225,9 @@ def test_addresses_of_the_machine_and_of_its_cloud_are_refused(address: str) -> 
     assert why_refused(one, [ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")]) is None
 
 
-@pytest.mark.parametrize("address", ["192.0.2.7", "10.0.0.5", "192.168.1.1", "2001:db8::1", "fd12:3456::1"])
+@pytest.mark.parametrize(
+    "address", ["192.0.2.7", "10.0.0.5", "192.168.1.1", "2001:db8::1", "fd12:3456::1", "2001:db8::5efe:10.0.0.5"]
+)
 def test_other_addresses_are_permitted(address: str) -> None:
     assert why_refused(ipaddress.ip_address(address), []) is None
 

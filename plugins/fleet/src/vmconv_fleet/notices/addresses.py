@@ -22,6 +22,10 @@ _METADATA = tuple(
 )
 """Services of clouds that give credentials to their machines, outside of link-local networks too."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ISATAP = 0x5EFE
+"""The upper half of an interface identifier with an IPv4 address (RFC 5214, 6.1)."""
+_ISATAP_MASK = 0xFCFFFFFF
+"""Without the bits that say whether the identifier is universal, and of a group."""
 
 
 class ForbiddenAddressError(FleetError):
@@ -42,24 +46,32 @@ def network(text: str) -> Network:
 
 def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
     """Returns why an address is refused; None if it may be connected to."""
-    inner = _inner(address)
-    if any(inner in one or address in one for one in allowed):
+    if any(address in one for one in allowed):
         return None
-    if inner in _METADATA:
+    judged = (one for one in _judged(address) if not any(one in network for network in allowed))
+    return next(filter(None, map(_reason, judged)), None)
+
+
+def _reason(address: Address) -> str | None:
+    if address in _METADATA:
         return "a cloud's metadata service"
-    for name in ("loopback", "link_local", "multicast", "unspecified", "reserved"):
-        if getattr(inner, f"is_{name}"):
+    for name in ("loopback", "link_local", "site_local", "multicast", "unspecified", "reserved"):
+        # An IPv4 address has no `is_site_local`.
+        if getattr(address, f"is_{name}", False):
             return name.replace("_", "-")
     return None
 
 
-def _inner(address: Address) -> Address:
-    """Returns the IPv4 address that an IPv6 address leads to, if it does."""
+def _judged(address: Address) -> list[Address]:
+    """Returns the address, and the IPv4 addresses in it that packets to it may reach."""
     if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address in _NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else address)
+        return [address]
+    last = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address.ipv4_mapped or address in _NAT64:
+        return [last]
+    isatap = (int(address) >> 32) & _ISATAP_MASK == _ISATAP
+    embedded = [address.sixtofour, *(address.teredo or ()), last if isatap else None]
+    return [address, *(one for one in embedded if one is not None)]
 
 
 def places_of(host: str, port: int, allowed: Sequence[Network]) -> list[Place]:
