@@ -314,7 +314,16 @@ def forked_writes() -> Iterator[None]:
 
 @mutation("a merged history forgets what the other one has executed")
 def nothing_adopted() -> Iterator[None]:
-    with patch.object(merging, "adopt", lambda replica, strays, number: []):
+    with patch.object(merging, "adopt", lambda replica, strays, number, join: []):
+        yield
+
+
+@mutation(
+    "a merge executes again what was recovered",
+    test_forks.test_what_a_node_has_recovered_is_not_executed_again_by_merging,
+)
+def recovered_unnoted() -> Iterator[None]:
+    with patch.object(Requests, "remember_recovered", lambda self: None):
         yield
 
 

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 from fleet.oracle import Oracle, Violation
 from fleet.plain import PlainSigner, PlainTrust, certificate, node_id, retirement
+from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.errors import NotReadyError, Refusal
 from vmconv_fleet.replication import anti_entropy, epochs, messages, requests
 from vmconv_fleet.replication.clock import MAX_AHEAD_MS
@@ -534,7 +535,7 @@ class World:
         def attempt(replica: Replica) -> list[Send]:
             assert node.requests is not None
             try:
-                sends = merge(replica, node.requests, None)
+                sends = merge(replica, node.requests, None, join)
             except NotReadyError:
                 self.counts["merges too early"] += 1
                 return []

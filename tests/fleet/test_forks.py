@@ -11,6 +11,7 @@ import pytest
 from fleet.pairs import Fleet, Machine, copy_of, pair
 from fleet.plain import PlainSigner, key_revocation, retirement
 from vmconv.plugin import AccessError
+from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.errors import NotReadyError
@@ -139,7 +140,7 @@ def test_merged_histories_have_all_of_both(tmp_path: Path) -> None:
     fleet.flow(3000)
     assert _forked(again, other, third)
     assert again.requests is not None
-    fleet.send(again, merge(again.replica, again.requests, str(tmp_path / "merged.jsonl")))
+    fleet.send(again, merge(again.replica, again.requests, str(tmp_path / "merged.jsonl"), join))
     fleet.flow(3000)
     assert again.replica.serving
     assert _agree(again, other, third)
@@ -191,11 +192,61 @@ def test_what_a_node_has_recovered_is_not_executed_again_by_merging() -> None:
     fleet.link(new, other)
     fleet.flow(3000)
     assert _forked(new, other, third)
-    fleet.send(new, merge(new.replica, requests, None))
+    fleet.send(new, merge(new.replica, requests, None, join))
     fleet.flow(3000)
     assert _agree(new, other, third)
     done = other.replica.store.find("transaction", new.id)
     assert [(record.body["number"], record.body["request"]) for record in done] == [(1, "both")]
+
+
+POLICY = {"max_parallel": 1, "administrators_of": ["a", "b"], "zero_copy": "require"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "first", "second", "merged"),
+    [
+        ("token", TOKEN, {**TOKEN, "revoked": True}, {**TOKEN, "label": "x"}, {**TOKEN, "revoked": True}),
+        ("token", TOKEN, None, {**TOKEN, "label": "x"}, None),
+        ("group", {"role": "admin"}, None, {"role": "reader"}, None),
+        ("group", {"role": "admin"}, {"role": "reader"}, {"role": "operator"}, {"role": "operator"}),
+        ("job", {"state": "queued"}, {"state": "done"}, {"state": "queued", "x": 1}, {"state": "done"}),
+        ("job", {"state": "queued"}, {"state": "failed"}, {"state": "cancelled"}, {"state": "cancelled"}),
+        ("job", {"state": "queued"}, {"state": "running"}, {"state": "queued", "x": 1}, {"state": "running"}),
+        ("job", {"state": "done"}, None, {"state": ["done"]}, None),
+        (
+            "job",
+            {"state": "queued"},
+            {"state": "queued", "cancel": True},
+            {"state": "running"},
+            {"state": "running", "cancel": True},
+        ),
+        ("job", {}, {"state": "planned", "dry_run": True}, {"state": "running"}, {"state": "planned", "dry_run": True}),
+        ("policy", {}, POLICY, {"max_parallel": 2}, {**POLICY, "max_parallel": 2}),
+        ("policy", {}, POLICY, {"administrators_of": ["b", "c"]}, {**POLICY, "administrators_of": ["b"]}),
+        ("policy", {}, {"may_remove_source": False}, {"may_remove_source": True}, {}),
+        ("thing", {}, {"value": 1}, {"value": 2}, {"value": 2}),
+    ],
+)
+@pytest.mark.parametrize("is_owner", [False, True], ids=["of the other history", "of this history"])
+def test_what_has_ended_in_one_history_has_ended(
+    kind: str, before: Any, first: Any, second: Any, merged: Any, is_owner: bool
+) -> None:
+    """The second history wrote it later."""
+    fleet, one, other = pair()
+    one.write(kind, "r", before)
+    fleet.flow(500)
+    copy = Machine(fleet, 0, disk=copy_of(one.disk))
+    ahead = copy if is_owner else one
+    ahead.offset = 60_000
+    copy.replica.tick()
+    one.write(kind, "r", second if ahead is one else first)
+    fleet.flow(500)
+    copy.write(kind, "r", second if ahead is copy else first)
+    _swap(fleet, one, copy, other)
+    assert _forked(copy, other)
+    fleet.send(copy, merge(copy.replica, copy.handle({}), None, join))
+    fleet.flow(3000)
+    assert copy.body(copy, kind, "r") == other.body(copy, kind, "r") == merged
 
 
 def test_histories_are_merged_only_once_they_are_here() -> None:
@@ -213,7 +264,7 @@ def test_histories_are_merged_only_once_they_are_here() -> None:
     assert other.id in (_refusal(again) or "")
     fleet.link(again, other)
     fleet.flow(3000)
-    fleet.send(again, merge(again.replica, again.requests, None))
+    fleet.send(again, merge(again.replica, again.requests, None, join))
     fleet.flow(3000)
     assert _agree(again, other, third)
 
@@ -233,7 +284,7 @@ def test_a_history_that_no_member_has_any_more_is_given_up() -> None:
     assert third.id in (_refusal(new) or "")
     fleet.link(new, third)
     fleet.flow(3000)
-    fleet.send(new, merge(new.replica, new.handle({}), None))
+    fleet.send(new, merge(new.replica, new.handle({}), None, join))
     fleet.flow(3000)
     assert new.replica.serving
     assert new.body(new, "token", "0123456789ab") == {**TOKEN, "revoked": True}
@@ -252,7 +303,7 @@ def test_a_merged_history_that_goes_on_elsewhere_has_forked_again() -> None:
     assert _forked(copy, other)
     copy.handle({})
     assert copy.requests is not None
-    fleet.send(copy, merge(copy.replica, copy.requests, None))
+    fleet.send(copy, merge(copy.replica, copy.requests, None, join))
     fleet.flow(3000)
     assert not other.replica.store.forked()
     fleet.cut(copy, other)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vmconv.plugin import VmconvError
 from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue.indexes import INDEXES
+from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.jobs.handlers import make_handlers
@@ -151,6 +152,7 @@ class Daemon:
             introduction=[_certificate_record(self._credentials)],
             indexes=INDEXES,
             merged=self.config.path(MERGED),
+            join=join,
             retention=Retention(ENDED, partial(kept_of, self.config.node), self._archive()),
         )
 

@@ -1,12 +1,14 @@
 """Merging: what a node takes over from another history of its own, once its administrator has decided so.
 
-Transactions are kept with the next numbers, so that no request is executed again. Of any other record, the version with
-the later clock counts: a token that was revoked in one of the two stays revoked. Records of the process itself stay.
+Transactions are kept with the next numbers, so that no request is executed again. Of any other record, the catalogue
+says which version counts: what has ended in one of the two has ended. Records of the process itself stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
+from typing import Any
 
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import START, Change, Position, Record
@@ -17,8 +19,16 @@ from vmconv_fleet.replication.retention import archive
 BATCH = 256
 OF_THE_PROCESS = frozenset({"epoch", "heartbeat", "node"})
 
+Join = Callable[[Record, Record], Record]
+"""Returns what counts of two versions of a record; the first one is that of this history."""
 
-def merge(replica: Replica, requests: Requests, path: str | None) -> list[Send]:
+
+def later(one: Record, other: Record) -> Record:
+    """Returns the version with the later clock."""
+    return max(one, other, key=lambda record: record.clock)
+
+
+def merge(replica: Replica, requests: Requests, path: str | None, join: Join = later) -> list[Send]:
     """Makes one history of those of this node, and writes the records of the others to the file `path`.
 
     Raises NotReadyError, and changes nothing, if they are not here yet.
@@ -29,19 +39,20 @@ def merge(replica: Replica, requests: Requests, path: str | None) -> list[Send]:
     with replica.batch():
         # A node that was forked when it recovered has not executed any request since.
         requests.remember_recovered()
-        return [*replica.merge(strays), *adopt(replica, strays, requests.next_number())]
+        return [*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)]
 
 
-def adopt(replica: Replica, strays: Iterable[Record], number: int) -> list[Send]:
+def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -> list[Send]:
     """Writes what this node lacks of another history; `number` is that of the next transaction."""
-    newest = {(record.kind, record.id): record for record in strays if record.kind not in OF_THE_PROCESS}
+    # There may be more than two histories. Each one has written in epochs of its own.
+    newest = {(one.kind, one.id, one.epoch): one for one in strays if one.kind not in OF_THE_PROCESS}
     executed = [one for one in newest.values() if one.kind == "transaction" and not one.deleted]
     sends: list[Send] = []
     for transaction in executed:
         if replica.store.executed(answers(transaction)) is None:
             sends += _repeat(replica, transaction, number)
             number += 1
-    changes = list(_changes(replica, newest.values()))
+    changes = list(_changes(replica, newest.values(), join))
     for first in range(0, len(changes), BATCH):
         sends += replica.write(changes[first : first + BATCH])[1]
     return sends
@@ -55,14 +66,22 @@ def _repeat(replica: Replica, transaction: Record, number: int) -> list[Send]:
     return sends
 
 
-def _changes(replica: Replica, strays: Iterable[Record]) -> Iterator[Change]:
-    store = replica.store
+def _changes(replica: Replica, strays: Iterable[Record], join: Join) -> Iterator[Change]:
+    versions: dict[tuple[str, str], list[Record]] = {}
     for stray in strays:
-        ours = store.version(replica.node, stray.kind, stray.id)
-        is_answered = stray.kind == "response" and ours is not None
-        if stray.kind == "transaction" or is_answered or (ours is not None and ours.clock >= stray.clock):
+        if stray.kind != "transaction":
+            versions.setdefault((stray.kind, stray.id), []).append(stray)
+    for (kind, id), theirs in versions.items():
+        ours = replica.store.version(replica.node, kind, id)
+        if kind == "response" and ours is not None:
             continue
-        body = dict(stray.body)
-        if "transaction" in body and stray.kind == "response":
-            body["transaction"] = store.executed(stray.id)
-        yield Change(stray.kind, stray.id, None if stray.deleted else body)
+        joined = reduce(join, [ours, *theirs] if ours else theirs)
+        if ours is None or (joined.deleted, joined.body) != (ours.deleted, ours.body):
+            yield Change(kind, id, None if joined.deleted else _adopted(replica, joined))
+
+
+def _adopted(replica: Replica, record: Record) -> dict[str, Any]:
+    body = dict(record.body)
+    if "transaction" in body and record.kind == "response":
+        body["transaction"] = replica.store.executed(record.id)
+    return body

@@ -13,7 +13,7 @@ from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
 from vmconv_fleet.replication.indexing import Index
-from vmconv_fleet.replication.merging import merge
+from vmconv_fleet.replication.merging import Join, later, merge
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
@@ -43,15 +43,17 @@ class NodeService:
         indexes: Sequence[Index] = (),
         retention: Retention = Retention(),  # noqa: B008 - a value
         merged: str | None = None,
+        join: Join = later,
     ) -> None:
         """`patience_ms`: how long a start waits for a neighbour that may have newer own records than the database.
 
         0 for a new node; None for one with a lost or restored database: it waits for all members.
         `introduction`: the node's certificate, written with its first record unless it is there. `merged`: a file for
-        the records of histories that are merged into this node's.
+        the records of histories that are merged into this node's, of whose versions `join` chooses.
         """
         self.fleet = fleet
         self._merged = merged
+        self._join = join
         self.node = signer.owner
         self._verifier_pool = VerifierPool()
         store = Store.open(database, signer.owner, indexes=indexes)
@@ -110,7 +112,7 @@ class NodeService:
 
         def merged() -> tuple[str, list[Send]]:
             with self._replica.batch():
-                sends = merge(self._replica, self._requests, self._merged)
+                sends = merge(self._replica, self._requests, self._merged, self._join)
                 id, asked = self._requests.submit(self.node, "resume", {"merge": True}, by)
                 return id, [*sends, *asked]
 

@@ -1,0 +1,71 @@
+"""Joining: which version of a record counts if two histories of its node differ in it.
+
+What ended in one history has ended, whatever the clocks say: else a revoked token would work again, and a finished
+conversion would run again. Bodies may have any form: a machine with stolen keys may have written them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vmconv_fleet.catalogue.kinds import ENDED
+from vmconv_fleet.replication.records import Record
+
+_Body = Mapping[str, Any]
+
+
+def join(one: Record, other: Record) -> Record:
+    """Returns what counts of two versions of a record; for most kinds the version with the later clock."""
+    earlier, later = sorted((other, one), key=lambda record: record.clock)
+    return _RULES.get(one.kind, _later)(earlier, later)
+
+
+def _later(_earlier: Record, later: Record) -> Record:
+    return later
+
+
+def _group(earlier: Record, later: Record) -> Record:
+    return earlier if earlier.deleted else later
+
+
+def _token(earlier: Record, later: Record) -> Record:
+    return max(later, earlier, key=lambda record: (record.deleted, bool(record.body.get("revoked"))))
+
+
+def _job(earlier: Record, later: Record) -> Record:
+    """Only jobs that have ended are deleted."""
+    job = max(later, earlier, key=lambda record: (record.deleted, *_progress(record.body)))
+    cancelled = any(record.body.get("cancel") for record in (earlier, later))
+    if job.deleted or _progress(job.body)[0] or not cancelled:
+        return job
+    return job._replace(body={**job.body, "cancel": True})
+
+
+def _progress(body: _Body) -> tuple[bool, bool]:
+    """Returns whether a job is over, and whether it was begun."""
+    state = str(body.get("state"))
+    is_over = state in ENDED or (state == "planned" and bool(body.get("dry_run")))
+    return is_over, state in ("planned", "running") or body.get("started_ms") is not None
+
+
+def _policy(earlier: Record, later: Record) -> Record:
+    """All rules of both count; where they differ, the stricter one if that can be told, else the later one."""
+    body = {**earlier.body, **later.body}
+    for name in ("administrators_of", "formats"):
+        one, other = earlier.body.get(name), later.body.get(name)
+        if isinstance(one, list) and isinstance(other, list):
+            body[name] = [value for value in other if value in one]
+    if "require" in (earlier.body.get("zero_copy"), later.body.get("zero_copy")):
+        body["zero_copy"] = "require"
+    if not (earlier.body.get("may_remove_source") and later.body.get("may_remove_source")):
+        body.pop("may_remove_source", None)
+    return later._replace(body=body, deleted=earlier.deleted and later.deleted)
+
+
+_RULES: Mapping[str, Callable[[Record, Record], Record]] = {
+    "group": _group,
+    "job": _job,
+    "policy": _policy,
+    "token": _token,
+}
