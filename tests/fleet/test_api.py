@@ -22,7 +22,7 @@ from fleet.in_memory import Node, nodes
 from fleet.plain import PlainSigner, certificate, key_revocation, retirement, retirement_named
 from fleet.serving import Served, served
 from vmconv.errors import AccessError, UsageError, VmconvError
-from vmconv_fleet.api import access, exporting
+from vmconv_fleet.api import access, exporting, sessions
 from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
 from vmconv_fleet.replication.clock import wall_ms
@@ -482,16 +482,34 @@ def test_a_stream_ends_when_its_token_expires(api: Served, monkeypatch: pytest.M
 
 
 def test_a_stream_ends_with_its_browsers_session(api: Served) -> None:
-    sessions = api.app.state.fleet.sessions
-    cookie = sessions.begin(api.token("viewer")["token"])
+    begun = api.app.state.fleet.sessions
+    cookie = begun.begin(api.token("viewer")["token"])
     context = ssl.create_default_context(cafile=api.ca)
     connection = http.client.HTTPSConnection(api.url.removeprefix("https://"), timeout=PATIENCE, context=context)
     with closing(connection):
         connection.request("GET", "/api/v1/events", headers={"Cookie": f"__Host-vmconv={cookie}"})
         response = connection.getresponse()
         assert response.readline() == b"event: here\n"
-        sessions.end(cookie)
+        begun.end(cookie)
         assert b"event: ended\n" in response.read()
+
+
+def test_many_sessions_of_one_token_end_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", sessions.MAX_OF_ONE + 1)
+    all_ = sessions.BrowserSessions()
+    other = all_.begin("other")
+    made = [all_.begin("one") for _ in range(sessions.MAX_OF_ONE + 1)]
+    assert all_.get(other)
+    assert [one for one in made if not all_.get(one)] == made[:1]
+
+
+def test_many_sessions_of_one_person_end_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", sessions.MAX_OF_ONE + 1)
+    all_ = sessions.BrowserSessions()
+    other = all_.begin("other", holder="issuer 1")
+    made = [all_.begin(f"token {n}", holder="issuer 2") for n in range(sessions.MAX_OF_ONE + 1)]
+    assert all_.get(other)
+    assert [one for one in made if not all_.get(one)] == made[:1]
 
 
 def test_a_caller_does_not_wait_beyond_its_token(api: Served, pair: Sequence[Node]) -> None:

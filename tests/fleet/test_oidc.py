@@ -14,6 +14,7 @@ import pytest
 from fleet.in_memory import Node, nodes
 from fleet.openid import Browser, OpenIdProvider
 from fleet.serving import Served, served
+from vmconv_fleet.api import sessions
 from vmconv_fleet.config import ConfigError
 from vmconv_fleet.console import signin
 from vmconv_fleet.node.activation import sign_in_of
@@ -157,6 +158,17 @@ def test_a_node_without_the_library_says_what_to_install(lab: Lab, monkeypatch: 
     assert sign_in_of(lab.add()) is None
     with pytest.raises(ConfigError, match="authlib is not installed"):
         sign_in_of(replace(lab.add(), oidc={"issuer": "x"}))
+
+
+def test_the_sessions_of_a_person_in_browsers_are_limited(entered: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_OF_ONE", 1)
+    cookies = entered.browser.cookies[urlsplit(entered.api.url).netloc]
+    first = dict(cookies)
+    cookies.clear()
+    assert entered.enter().status == 200
+    assert entered.go("/jobs").status == 200
+    cookies.update(first)
+    assert entered.go("/jobs").status == 303
 
 
 # What other browsers and sites cannot do

@@ -31,7 +31,7 @@ async def _login(request: Request) -> Response:
         return login_door(request, next_, wrong=str(exc), status=401)
     _audit.info("login", extra={"fields": {"by": caller.by.plain()}})
     answer = RedirectResponse(next_, 303)
-    begin_session(request, answer, token, LIFETIME)
+    begin_session(request, answer, token, caller, LIFETIME)
     return answer
 
 

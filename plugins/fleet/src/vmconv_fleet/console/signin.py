@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from vmconv.plugin import AccessError
-from vmconv_fleet.api.access import CALLER, COOKIE, of_token
+from vmconv_fleet.api.access import CALLER, COOKIE, Caller, of_token
 from vmconv_fleet.api.state import state_of
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.errors import NotReadyError
@@ -74,13 +74,14 @@ async def login_page(request: Request) -> Response:
     return login_door(request, states.own_path(request.query_params.get("next")))
 
 
-def begin_session(request: Request, answer: Response, token: str, lifetime: float) -> None:
+def begin_session(request: Request, answer: Response, token: str, caller: Caller, lifetime: float) -> None:
     """Sets the cookie of a new session, which replaces the browser's old one."""
     sessions = state_of(request).sessions
     sessions.end(request.cookies.get(COOKIE, ""))
+    by = caller.by
     answer.set_cookie(
         COOKIE,
-        sessions.begin(token, lifetime=lifetime),
+        sessions.begin(token, holder=f"{by.issuer} {by.subject}" if by.subject else None, lifetime=lifetime),
         max_age=int(lifetime),
         path="/",
         secure=True,
@@ -127,12 +128,12 @@ async def _callback(request: Request) -> Response:
     try:
         begun = _begun(request, sign_in)
         next_ = begun.next
-        token = await run_in_threadpool(_enter, request, sign_in, begun)
+        token, caller = await run_in_threadpool(_enter, request, sign_in, begun)
     except (SignInError, AccessError, NotReadyError) as exc:
         return _refused(request, next_, exc)
     # Not a redirect: after one from another site, browsers do not send cookies that are SameSite=Strict.
     answer = HTMLResponse(render("entered.html", {"title": "Enter", "next": next_}))
-    begin_session(request, answer, token, sign_in.settings.minutes * 60)
+    begin_session(request, answer, token, caller, sign_in.settings.minutes * 60)
     return _without_state(answer)
 
 
@@ -142,8 +143,8 @@ def _begun(request: Request, sign_in: SignIn) -> states.SignInState:
     return sign_in.seal.open(request.cookies.get(SIGN_IN_COOKIE, ""), request.query_params.get("state", ""))
 
 
-def _enter(request: Request, sign_in: SignIn, begun: states.SignInState) -> str:
-    """Returns the token of a person's new session."""
+def _enter(request: Request, sign_in: SignIn, begun: states.SignInState) -> tuple[str, Caller]:
+    """Returns the token of a person's new session, and the person as its holder."""
     state = state_of(request)
     with sign_in.asking() as provider:
         person = provider.person(dict(request.query_params), nonce=begun.nonce, verifier=begun.verifier)
@@ -151,7 +152,7 @@ def _enter(request: Request, sign_in: SignIn, begun: states.SignInState) -> str:
     caller = of_token(token, state)
     request.scope[CALLER] = caller.by.user
     _audit.info("login", extra={"fields": {"by": caller.by.plain()}})
-    return token
+    return token, caller
 
 
 def _refused(request: Request, next_: str, exc: SignInError | AccessError | NotReadyError) -> Response:
