@@ -249,6 +249,45 @@ def test_what_has_ended_in_one_history_has_ended(
     assert copy.body(copy, kind, "r") == other.body(copy, kind, "r") == merged
 
 
+ODD = {"number": 1, "requester": "c" * 32, "request": "odd"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"number": 1},
+        {**ODD, "request": 7},
+        {**ODD, "requester": ["c"]},
+        {**ODD, "request": "\ud800"},
+        {**ODD, "position": [1]},
+        {**ODD, "position": 5},
+        {**ODD, "position": ["a", -1]},
+        {**ODD, "position": [1 << 70, 1]},
+    ],
+)
+def test_a_transaction_without_a_request_is_left_out(body: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A machine with stolen keys has written it."""
+    fleet, one, other = pair()
+    thief = Machine(fleet, 0, disk=copy_of(one.disk))
+    thief.replica.tick()
+    one.write("thing", "one", {})
+    fleet.flow(500)
+    thief.write("transaction", f"{1:012}", body)
+    thief.write("thing", "thief", {})
+    _swap(fleet, one, thief, other)
+    third = fleet.add(2)
+    fleet.link(third, thief)
+    fleet.flow(3000)
+    fleet.cut(third, thief)
+    _swap(fleet, thief, one, third)
+    assert _forked(one, other)
+    fleet.send(one, merge(one.replica, one.handle(HANDLERS), None, join))
+    fleet.flow(3000)
+    assert not one.replica.store.find("transaction", one.id)
+    assert one.body(one, "thing", "thief") == {}
+    assert "transaction 000000000001 of the other history is left out" in caplog.text
+
+
 def test_histories_are_merged_only_once_they_are_here() -> None:
     fleet, again, other, third = _rolled_back()
     assert again.requests is not None

@@ -6,15 +6,18 @@ says which version counts: what has ended in one of the two has ended. Records o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
 from vmconv_fleet.replication.messages import Send
-from vmconv_fleet.replication.records import START, Change, Position, Record
+from vmconv_fleet.replication.records import Change, Position, Record
 from vmconv_fleet.replication.replica import Replica
-from vmconv_fleet.replication.requests import Requests, answers
+from vmconv_fleet.replication.requests import Requests, executed
 from vmconv_fleet.replication.retention import archive
+
+_log = logging.getLogger(__name__)
 
 BATCH = 256
 OF_THE_PROCESS = frozenset({"epoch", "heartbeat", "node"})
@@ -46,11 +49,14 @@ def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -
     """Writes what this node lacks of another history; `number` is that of the next transaction."""
     # There may be more than two histories. Each one has written in epochs of its own.
     newest = {(one.kind, one.id, one.epoch): one for one in strays if one.kind not in OF_THE_PROCESS}
-    executed = [one for one in newest.values() if one.kind == "transaction" and not one.deleted]
+    transactions = [one for one in newest.values() if one.kind == "transaction" and not one.deleted]
     sends: list[Send] = []
-    for transaction in executed:
-        if replica.store.executed(answers(transaction)) is None:
-            sends += _repeat(replica, transaction, number)
+    for transaction in transactions:
+        done = executed(transaction)
+        if done is None:
+            _log.warning("transaction %s of the other history is left out: it names no request", transaction.id)
+        elif replica.store.executed(done[0]) is None:
+            sends += _repeat(replica, transaction, number, *done)
             number += 1
     changes = list(_changes(replica, newest.values(), join))
     for first in range(0, len(changes), BATCH):
@@ -58,11 +64,10 @@ def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -
     return sends
 
 
-def _repeat(replica: Replica, transaction: Record, number: int) -> list[Send]:
+def _repeat(replica: Replica, transaction: Record, number: int, response: str, asked: Position) -> list[Send]:
     body = {**transaction.body, "number": number}
     sends = replica.write([Change("transaction", f"{number:012}", body)], txn=number)[1]
-    asked = Position(*transaction.body.get("position", START))
-    replica.store.note_executed(answers(transaction), number, transaction.clock, asked)
+    replica.store.note_executed(response, number, transaction.clock, asked)
     return sends
 
 

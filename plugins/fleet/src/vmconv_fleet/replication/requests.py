@@ -27,7 +27,7 @@ from vmconv_fleet.replication.clock import COUNTER_BITS, MAX_AHEAD_MS, is_ahead,
 from vmconv_fleet.replication.indexing import ALL, ANSWERED, UNANSWERED, UNASKED, Where
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.pending import Pending
-from vmconv_fleet.replication.records import START, Change, Position, Record, restore
+from vmconv_fleet.replication.records import MAX_NUMBER, START, Change, Position, Record, restore
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.retention import BATCH, Retention, archive, deletions, overdue
 from vmconv_fleet.replication.signing import CertifiedKey
@@ -252,8 +252,9 @@ class Requests:
         with self._store.atomic():
             self._store.forget_executed()
             for record in self._store.find("transaction", self._replica.node):
-                number, asked = record.body["number"], record.body.get("position", START)
-                self._store.note_executed(answers(record), number, record.clock, Position(*asked))
+                done = executed(record)
+                if done is not None:
+                    self._store.note_executed(done[0], int(record.id), record.clock, done[1])
             self._store.save("recovered", 0)
 
     def _execute(self, record: Record) -> list[Send]:
@@ -360,9 +361,22 @@ def _body(record: Record | None) -> dict[str, Any] | None:
     return None if record is None else dict(record.body)
 
 
-def answers(transaction: Record) -> str:
-    """Returns the id of the response to the request that a transaction has executed."""
-    return response_id(transaction.body["requester"], transaction.body["request"])
+def executed(transaction: Record) -> tuple[str, Position] | None:
+    """Returns the id of the response to the request that a transaction has executed, and the request's position.
+
+    None for a transaction that no node writes by itself: a machine with stolen keys may have written it.
+    """
+    names, position = (
+        [transaction.body.get(name) for name in ("requester", "request")],
+        transaction.body.get("position"),
+    )
+    numbers = START if position is None else position
+    are_texts = all(isinstance(name, str) and name.isascii() for name in names)
+    if not are_texts or not isinstance(numbers, Sequence) or len(numbers) != len(START):
+        return None
+    if any(type(number) is not int or not 0 <= number <= MAX_NUMBER for number in numbers):
+        return None
+    return response_id(*names), Position(*numbers)
 
 
 def _request(record: Record, late: bool) -> IncomingRequest:
