@@ -279,7 +279,21 @@ def test_a_token_names_its_key_unless_there_is_one(openid: OpenIdProvider) -> No
         [{**OTHER.as_dict(private=False), "use": "enc"}],
         [OTHER.as_dict(private=False)] * (MAX_KEYS + 1),
     ],
-    ids=lambda keys: repr(keys)[:40],
+    ids=[
+        "null",
+        "an object",
+        "empty",
+        "a number",
+        "a secret",
+        "EC without a point",
+        "EC with an odd point",
+        "RSA of three bytes",
+        "a type in a list",
+        "RSA of 1024 bits",
+        "RSA of 65536 bits",
+        "for encryption",
+        "too many",
+    ],
 )
 def test_a_key_set_without_usable_keys_is_refused(openid: OpenIdProvider, keys: Any) -> None:
     openid.keys = keys

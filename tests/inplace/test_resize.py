@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,36 @@ def test_an_undo_file_brings_the_old_disk_back(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_an_undo_file_is_not_made_useless(tmp_path: Path) -> None:
+    path = make_disk(tmp_path / "disk.raw", 4 * MIB)
+    before = path.read_bytes()
+    vmconv.resize(path, MIB, shrink=True, keep_undo=True)
+    assert_refused(path, 2 * MIB, "disk.raw.vmconv-undo: would no longer undo")
+    vmconv.undo(path)
+    assert path.read_bytes() == before
+
+
+def test_a_size_is_changed_once_though_the_first_run_was_interrupted(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    vmconv.convert(make_disk(tmp_path / "disk.raw", 8 * MIB), path)
+    code = (
+        "import os, sys, vmconv\nfrom vmconv.inplace import change\n"
+        "change.Change._finish_file = lambda *_: os._exit(9)\n"
+        "vmconv.resize(sys.argv[1], -2 << 20, relative=True, shrink=True)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 9
+    with pytest.raises(AccessError, match="was interrupted"):
+        vmconv.resize(path, -2 * MIB, relative=True, shrink=True)
+    vmconv.recover(path)
+    assert vmconv.info(path)["virtual-size"] == 6 * MIB
+
+
+def test_a_size_that_the_format_would_round_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "disk.vhd"
+    vmconv.create(path, 32 * MIB, options={"subformat": "fixed"})
+    assert_refused(path, 32 * MIB + 512, "cannot have 33554944 bytes")
+
+
 @pytest.mark.parametrize("lost", ["snapshot", "bitmap"])
 def test_snapshots_and_bitmaps_are_not_dropped(lost: str, tmp_path: Path, qemu_img: QemuImg) -> None:
     path = tmp_path / "disk.qcow2"
@@ -179,6 +210,7 @@ def test_a_disk_in_use_is_refused(tmp_path: Path) -> None:
         ({"size": -5 * MIB, "relative": True, "shrink": True}, UsageError, "size -1048576 is not"),
         ({"size": 1000, "shrink": True}, UsageError, "size 1000 is not"),
         ({"size": "5M"}, UsageError, "size"),
+        ({"size": 1 << 63}, UsageError, "is more than 4611686018427387904, the largest disk"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused(

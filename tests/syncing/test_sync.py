@@ -941,3 +941,17 @@ def test_random_writes_between_syncs(
         same(qemu_img, source, target, name, "qcow2")
         assert vmconv.sync(source, target, target_format=name).backend == "none", number
     target.unlink()
+
+
+def test_the_image_of_another_disk_is_not_replaced_after_a_sync(reflink_dir: Path) -> None:
+    first, other = (
+        make_disk(reflink_dir / f"{name}.raw", MIB, pieces=8, seed=number) for number, name in enumerate("ab")
+    )
+    target = reflink_dir / "target.qcow2"
+    vmconv.sync(first, target)
+    before = target.read_bytes()
+    with pytest.raises(PlanError, match=r"has nothing in common with .*b\.raw"):
+        vmconv.sync(other, target)
+    assert target.read_bytes() == before
+    vmconv.sync(other, target, force=True)
+    assert vmconv.compare(other, target)

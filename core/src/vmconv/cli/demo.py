@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmconv.cli.demonstration import Demonstration, Row
 
 _SMALLEST = 8 << 20
+_LARGEST = 1 << 40
 _RECIPE = """\
 {type} cannot share blocks between files; XFS and Btrfs can. As root:
   truncate -s 4G xfs.img && mkfs.xfs -q xfs.img && mkdir xfs && mount -o loop xfs.img xfs
@@ -35,6 +36,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"--size: {exc}") from exc
     if size < _SMALLEST:
         raise UsageError(f"--size: {options.size} is less than {_SMALLEST >> 20}M, the smallest that shows anything")
+    if size > _LARGEST:
+        raise UsageError(f"--size: {options.size} is more than {_LARGEST >> 40}T, and half of it would be written")
     with _workplace(options.directory, options.keep) as directory:
         return _demonstrate(directory, size)
 

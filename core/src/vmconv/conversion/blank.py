@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from vmconv.conversion.containers import Kept, keep_source
+from vmconv.conversion.refusals import refuse_size
 from vmconv.errors import UsageError
 from vmconv.io.known import RAW_NAME
 from vmconv.model.extents import Extents, Kind
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from vmconv.conversion.request import Request
     from vmconv.io.opener import Opener
     from vmconv.io.registry import Registry
-
-_SECTOR = 512
 
 
 def blank_image(request: Request, opener: Opener) -> Image:
@@ -52,8 +51,5 @@ def _size(request: Request, base: Image | None) -> int:
     size = request.blank or (base.size if base else 0)
     if not size:
         raise UsageError("a new disk needs a size", hint="give it behind the name, such as 10G")
-    if size % _SECTOR:
-        raise UsageError(
-            f"size {size} is not a multiple of {_SECTOR}", hint=f"the next one is {size + -size % _SECTOR}"
-        )
+    refuse_size(size)
     return size

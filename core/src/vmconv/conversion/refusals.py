@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vmconv.backends import targets
 from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
 from vmconv.io.directory import Directory
+from vmconv.model.extents import MAX_SIZE
 from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vmconv.machine.request import MachinePlan
 
 
+_SECTOR = 512
 _WORDS = {"disk": "a disk", "memory": "a memory image"}
 
 
@@ -98,3 +100,12 @@ def refuse_changed(files: Sequence[File]) -> None:
                 f"{file.name}: changed while it was being converted",
                 hint="nothing was created; stop who writes to it and try again",
             )
+
+
+def refuse_size(size: int) -> None:
+    """Raises `UsageError` for a size in bytes that no disk has."""
+    if size <= 0 or size % _SECTOR:
+        next_one = max(_SECTOR, size + -size % _SECTOR)
+        raise UsageError(f"size {size} is not a positive multiple of {_SECTOR}", hint=f"the next one is {next_one}")
+    if size > MAX_SIZE:
+        raise UsageError(f"size {size} is more than {MAX_SIZE}, the largest disk")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmconv.conversion import pipeline
+from vmconv.conversion.refusals import refuse_size
 from vmconv.conversion.request import Request, Result
-from vmconv.errors import PlanError, UsageError
-from vmconv.inplace.settling import settle
+from vmconv.conversion.verify import planned_image
+from vmconv.errors import PlanError
+from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 
@@ -17,8 +21,6 @@ if TYPE_CHECKING:
     from vmconv.interface.arguments import Resizing
     from vmconv.model.image import Image
     from vmconv.model.plan import Plan
-
-_SECTOR = 512
 
 
 def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> Result:
@@ -31,12 +33,16 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         installed(),
         allow_external=asked.allow_external,
         backing_format=asked.source_backing_format,
-        settle=settle,
+        # Completing an interrupted resize and resizing again would change the size twice.
+        settle=refuse_interrupted if asked.relative else settle,
     ) as opener:
         image = opener.image(asked.path, asked.source_format)
         size = image.size + asked.size if asked.relative else asked.size
         _refuse(image, size, shrink=asked.shrink)
+        _refuse_undo_file(image)
         request = _request(asked, image, size)
+
+    _refuse_rounding(request, size)
 
     def planned(plan: Plan) -> None:
         if plan.losses and not asked.keep_undo:
@@ -70,10 +76,29 @@ def _refuse(image: Image, size: int, *, shrink: bool) -> None:
     name = image.file.name
     if image.kind != "disk":
         raise PlanError(f"{name}: a memory image has the size of its machine's memory")
-    if size <= 0 or size % _SECTOR:
-        raise UsageError(f"{name}: size {size} is not a positive multiple of {_SECTOR}")
+    refuse_size(size)
     if size < image.size and not shrink:
         raise PlanError(
             f"{name}: has {image.size} bytes, and what lies behind {size} would be lost",
             hint="shrink the partitions and filesystems in it first; --shrink then cuts off the rest",
         )
+
+
+def _refuse_undo_file(image: Image) -> None:
+    """Raises `PlanError` if the image has an undo file, which only fits it as it is."""
+    undo = beside(os.path.realpath(image.file.path), UNDO)
+    if os.path.lexists(undo):
+        raise PlanError(
+            f"{undo}: would no longer undo the last change",
+            hint=f"vmconv undo {image.file.name}, or remove the file if it is not needed",
+        )
+
+
+def _refuse_rounding(request: Request, size: int) -> None:
+    """Raises `PlanError` if the format would round the size."""
+    with pipeline.prepared(request) as ready:
+        made = planned_image(ready.containers, ready.opener.registry)
+        if made.size != size:
+            raise PlanError(
+                f"{request.target}: cannot have {size} bytes", hint=f"the next possible size is {made.size}"
+            )

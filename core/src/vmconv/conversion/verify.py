@@ -15,6 +15,7 @@ from vmconv.inspect.comparison import first_difference
 from vmconv.io.known import qemu_name
 from vmconv.model.extents import Extents, Kind, on_storage
 from vmconv.model.image import Image
+from vmconv.model.planned import PlannedFile
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
@@ -87,6 +88,13 @@ class Made(NamedTuple):
     image: Image
     sides: Sides
     below: Made | None
+
+
+def planned_image(containers: Sequence[Container], registry: Registry) -> Image:
+    """Returns the last of planned images as its reader will see it: its format may round the size."""
+    planned = [PlannedFile(out.name or made.name, out.table) for made in containers for out in made.layout.files]
+    *_, top = read_back(containers, planned, registry)
+    return top.image
 
 
 def read_back(containers: Sequence[Container], files: Iterable[File], registry: Registry) -> Iterator[Made]:

@@ -43,6 +43,11 @@ class Evidence:
         known = self.record and (self.record.source, self.record.identity) == (self.state, self.identity)
         return bool(known) and not self.touched
 
+    @property
+    def is_same_disk(self) -> bool:
+        """True if the target was last synced with this file, whatever was written to it since."""
+        return self.record is not None and self.record.identity == self.identity
+
     def learned(self) -> Changes | None:
         """Returns the changes since the last sync without reading payload; None if nothing tells them."""
         record = self.record

@@ -12,13 +12,12 @@ from vmconv.conversion import pipeline
 from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Target
 from vmconv.conversion.planner import merge_plans
-from vmconv.conversion.verify import read_back
+from vmconv.conversion.verify import planned_image
 from vmconv.errors import PlanError
 from vmconv.interface.backend import Access, Backend, Proposal, Transaction
 from vmconv.model.extents import Extents, Kind, distinct
 from vmconv.model.identity import fresh
 from vmconv.model.image import Image
-from vmconv.model.planned import PlannedFile
 from vmconv.model.sources import Decoded, File
 from vmconv.syncing import changes as changing
 from vmconv.syncing.changes import Changes
@@ -166,7 +165,7 @@ class Planning:
         if shares_all:
             # Compared for the report only: all payload is shared with the source.
             found = changing.by_address(new, old, "physical addresses: other blocks are at other places")
-            if self.evidence.record is None:
+            if not self.evidence.is_same_disk:
                 self._refuse_other_disk(found)
             return found, *self._shared(new)
         if self._may_share(old):
@@ -332,13 +331,10 @@ class Planning:
             )
 
     def _result(self, containers: tuple[Container, ...]) -> Image:
-        """Returns the planned image as its reader sees it: its format may round the size."""
-        if self._read and self._read[0] is containers:
-            return self._read[1]
-        planned = [PlannedFile(out.name or made.name, out.table) for made in containers for out in made.layout.files]
-        *_, top = read_back(containers, planned, self.registry)
-        self._read = containers, top.image
-        return top.image
+        """Returns the planned image."""
+        if not (self._read and self._read[0] is containers):
+            self._read = containers, planned_image(containers, self.registry)
+        return self._read[1]
 
 
 def _common(new: Extents, old: Extents, changes: Changes) -> int:
