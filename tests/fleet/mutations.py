@@ -331,8 +331,8 @@ def recovered_unnoted() -> Iterator[None]:
 def merged_numbers() -> Iterator[None]:
     original = merging._repeat
 
-    def repeat(replica: Replica, transaction: Record, number: int) -> Any:
-        return original(replica, transaction, transaction.body["number"])
+    def repeat(replica: Replica, transaction: Record, _number: int, *done: Any) -> Any:
+        return original(replica, transaction, transaction.body["number"], *done)
 
     with patch.object(merging, "_repeat", repeat):
         yield

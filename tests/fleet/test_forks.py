@@ -258,7 +258,7 @@ ODD = {"number": 1, "requester": "c" * 32, "request": "odd"}
         {"number": 1},
         {**ODD, "request": 7},
         {**ODD, "requester": ["c"]},
-        {**ODD, "request": "\ud800"},
+        {**ODD, "request": "\u00e9"},
         {**ODD, "position": [1]},
         {**ODD, "position": 5},
         {**ODD, "position": ["a", -1]},

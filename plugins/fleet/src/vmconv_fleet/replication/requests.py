@@ -366,17 +366,15 @@ def executed(transaction: Record) -> tuple[str, Position] | None:
 
     None for a transaction that no node writes by itself: a machine with stolen keys may have written it.
     """
-    names, position = (
-        [transaction.body.get(name) for name in ("requester", "request")],
-        transaction.body.get("position"),
-    )
-    numbers = START if position is None else position
-    are_texts = all(isinstance(name, str) and name.isascii() for name in names)
-    if not are_texts or not isinstance(numbers, Sequence) or len(numbers) != len(START):
+    requester, request = (transaction.body.get(name) for name in ("requester", "request"))
+    position = transaction.body.get("position", START)
+    if not (isinstance(requester, str) and isinstance(request, str) and (requester + request).isascii()):
         return None
-    if any(type(number) is not int or not 0 <= number <= MAX_NUMBER for number in numbers):
+    if not isinstance(position, Sequence) or len(position) != len(START):
         return None
-    return response_id(*names), Position(*numbers)
+    if any(type(number) is not int or not 0 <= number <= MAX_NUMBER for number in position):
+        return None
+    return response_id(requester, request), Position(*position)
 
 
 def _request(record: Record, late: bool) -> IncomingRequest:
