@@ -105,6 +105,16 @@ def test_a_node_is_not_shown_by_a_name_that_it_states_besides_its_own() -> None:
     assert snapshot.find_node("other") is None
 
 
+def test_a_member_without_a_valid_record_of_itself_is_listed() -> None:
+    written = Written()
+    written.write(NODES[0], ("node", NODES[0], {"name": "n01", "fleet": "f"}))
+    written.write(NODES[1], ("node", NODES[1], {"name": 1}), ("heartbeat", NODES[1], {}), ("note", "x", {}))
+    snapshot = Snapshot(written.store, NODES[0], 0, neighbours=[NODES[1]], retirements={}, certified=NODES[:2])
+    shown = {one.node: (one.name, one.state, one.has_record) for one in snapshot.nodes()}
+    assert shown == {NODES[0]: ("n01", "here", True), NODES[1]: (NODES[1][:8], "up", False)}
+    assert snapshot.find_node(NODES[1]) == NODES[1]
+
+
 def test_two_nodes_of_an_old_version_may_still_have_one_name() -> None:
     written = Written()
     for node in NODES[:2]:

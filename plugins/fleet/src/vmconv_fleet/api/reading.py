@@ -71,6 +71,7 @@ def plain_node(one: NodeView) -> dict[str, Any]:
         "node": one.node,
         "name": one.name,
         "claims": one.claims,
+        "has_record": one.has_record,
         "state": one.state,
         "age_ms": one.age_ms,
         "lag": one.lag,

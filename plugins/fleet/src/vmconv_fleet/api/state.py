@@ -62,6 +62,7 @@ class State:
             neighbours=self.service.neighbours(),
             retirements=self.service.retirements(),
             names=self.service.names(),
+            certified=(one.node for one in self.service.certified_keys()),
         )
 
     def refuse_while_held(self) -> None:

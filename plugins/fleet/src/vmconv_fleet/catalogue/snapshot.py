@@ -42,8 +42,8 @@ MAX_NAME = 80
 class NodeView(NamedTuple):
     """A node as seen from here. `age_ms` is the age of its last heartbeat; None without one.
 
-    `claims`: a name that it states, and that is not its own. `lag`: records this node has that the other lacked when
-    last heard from.
+    `claims`: a name that it states, and that is not its own. `has_record`: it describes itself in a valid record.
+    `lag`: records this node has that the other lacked when last heard from.
     """
 
     node: str
@@ -56,6 +56,7 @@ class NodeView(NamedTuple):
     is_neighbour: bool
     body: NodeBody
     heartbeat: HeartbeatBody | None
+    has_record: bool
 
 
 class Snapshot:
@@ -70,9 +71,10 @@ class Snapshot:
         neighbours: Iterable[str],
         retirements: Mapping[str, str],
         names: Mapping[str, str] = MappingProxyType({}),
+        certified: Iterable[str] = (),
     ) -> None:
         """`retirements` are the nodes that the authority has retired, and their names; `names` those that it has given
-        to nodes.
+        to nodes; `certified` the nodes that have a certificate.
         """
         self.view = view
         self.node = node
@@ -81,6 +83,7 @@ class Snapshot:
         self._positions = view.positions()
         self._retired = retirements
         self._given = names
+        self._certified = frozenset(certified)
         self._in_use = {name.casefold() for name in names.values()}
         self._forked = view.forked()
         self._bodies = {one.owner: NodeBody.model_validate(one.body) for one in self._about_themselves("node")}
@@ -127,9 +130,9 @@ class Snapshot:
         return sorted(map(self.name, nodes))
 
     def nodes(self) -> list[NodeView]:
-        """Returns all nodes by name, including this one."""
+        """Returns all nodes by name, including this one, and certified ones without a valid record of themselves."""
         beats = {one.owner: HeartbeatBody.model_validate(one.body) for one in self._about_themselves("heartbeat")}
-        known = {*self._bodies, *beats, *self._retired, self.node}
+        known = {*self._bodies, *beats, *self._retired, *self._certified, self.node}
         reached = self._reached(beats)
         found = [self._node(one, beats.get(one), reached) for one in known]
         return sorted(found, key=lambda one: (one.name, one.node))
@@ -150,8 +153,9 @@ class Snapshot:
             state = "up"
         position = self._positions.get(node, Position(0, 0))
         lag = self._lag(node, beat) if beat and node != self.node else 0
+        is_neighbour, has_record = node in self._neighbours, node in self._bodies
         return NodeView(
-            node, self.name(node), self.claims(node), state, age, lag, position, node in self._neighbours, body, beat
+            node, self.name(node), self.claims(node), state, age, lag, position, is_neighbour, body, beat, has_record
         )
 
     def _reached(self, beats: Mapping[str, HeartbeatBody]) -> set[str]:

@@ -62,6 +62,7 @@ def _node_row(one: Item) -> list[str]:
     heard = "-" if one["state"] == "here" else age_text(one["age_ms"])
     behind = "-" if one["age_ms"] is None else str(one["lag"])
     name = one["name"] + (f" (claims {one['claims']})" if one.get("claims") else "")
+    name += "" if one["state"] == "retired" or one.get("has_record", True) else " (no record)"
     return [name, one["state"], heard, behind, one["position"].rpartition(".")[2], one["node"]]
 
 
