@@ -266,6 +266,33 @@ def test_the_same_key_is_the_same_request(api: Served) -> None:
     assert len(api.local.everything("/api/v1/jobs")) == 1
 
 
+def test_the_key_of_another_caller_answers_nothing(api: Served, pair: Sequence[Node]) -> None:
+    def ask(token: str, verb: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
+        context = ssl.create_default_context(cafile=api.ca)
+        with closing(http.client.HTTPSConnection(api.url.removeprefix("https://"), context=context)) as connection:
+            wish = json.dumps({"target": pair[0].id, "verb": verb, "arguments": arguments})
+            headers = {
+                "Authorization": f"Bearer {token}",
+                "Idempotency-Key": "key-number-1",
+                "Content-Type": "application/json",
+            }
+            connection.request("POST", "/api/v1/requests?wait=30", wish, headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    admin, operator = (api.token(role)["token"] for role in ("admin", "operator"))
+    first = ask(admin, "policy-set", max_parallel=3)
+    assert (first[0], first[1]["state"]) == (200, "executed")
+    assert ask(admin, "policy-set", max_parallel=3) == first
+    for token, verb, arguments, other in (
+        (operator, "scan", {}, "another caller"),
+        (admin, "scan", {}, "another verb"),
+        (admin, "policy-set", {"max_parallel": 4}, "other arguments"),
+    ):
+        status, said = ask(token, verb, **arguments)
+        assert (status, said["error"]) == (409, f"request key-number-1 was sent before with {other}")
+
+
 def test_all_selected_disks_are_requested(api: Served, pair: Sequence[Node]) -> None:
     _, other = pair
     for number in range(2, 6):
@@ -445,6 +472,14 @@ def test_a_node_of_which_only_a_heartbeat_came_is_shown(api: Served, pair: Seque
     pair[1].write(Change("node", pair[1].id, None), Change("heartbeat", pair[1].id, {"at_ms": 1, "interval_s": 5}))
     pair[0].body_when(pair[1].id, "heartbeat", pair[1].id, lambda _record: True)
     assert pair[1].id[:8] in [one["name"] for one in api.local.get("/api/v1/nodes")["items"]]
+
+
+def test_a_certified_node_that_writes_nothing_of_itself_is_shown(api: Served, pair: Sequence[Node]) -> None:
+    one, other = pair
+    other.write(Change("node", other.id, None), certificate(other.id, "k"))
+    one.body_when(other.id, "certificate", "k", lambda _record: True)
+    shown = {node["node"]: (node["name"], node["has_record"]) for node in api.local.get("/api/v1/nodes")["items"]}
+    assert shown[other.id] == (other.id[:8], False)
 
 
 def test_changes_are_sent_as_they_arrive(api: Served, pair: Sequence[Node]) -> None:

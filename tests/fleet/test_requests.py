@@ -218,7 +218,7 @@ def test_a_late_request_is_executed_and_marked() -> None:
 
 def test_the_same_id_is_the_same_request() -> None:
     fleet, one, other = _handling()
-    assert _ask(fleet, one, other, 1, id="mine") == _ask(fleet, one, other, 2, id="mine") == "mine"
+    assert _ask(fleet, one, other, 1, id="mine") == _ask(fleet, one, other, 1, id="mine") == "mine"
     fleet.flow()
     assert one.body(other, "setting", "s") == {"values": [1]}
 
@@ -234,6 +234,32 @@ def test_a_response_to_another_requester_is_not_accepted() -> None:
     _ask(fleet, one, other, "mine", id="mine")
     fleet.flow(500)
     assert one.body(other, "setting", "s") == {"values": ["thief", "mine"]}
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("target", "f" * 32),
+        ("verb", "refuse"),
+        ("arguments", {"value": 2}),
+        ("arguments", {}),
+        ("by", {"user": "eve"}),
+        ("by", {**BY, "token": "x"}),
+    ],
+)
+def test_a_request_id_is_good_for_one_request_of_one_caller(field: str, other: Any) -> None:
+    _, one, there = _handling()
+    assert one.requests is not None
+    first: dict[str, Any] = {
+        "target": there.id,
+        "verb": "set",
+        "arguments": {"value": 1},
+        "by": {**BY, "address": "10.0.0.1"},
+    }
+    one.requests.submit(**first, id="r1")
+    assert one.requests.submit(**{**first, "by": {**BY, "address": "10.0.0.2"}}, id="r1") == ("r1", [])
+    with pytest.raises(Refusal, match=f"request r1 was sent before with .*{'caller' if field == 'by' else field}"):
+        one.requests.submit(**{**first, field: other}, id="r1")
 
 
 def test_a_request_id_has_a_limit() -> None:

@@ -49,6 +49,9 @@ _AHEAD = "the clock of this node is ahead of all its neighbours': it deletes no 
 
 MAX_REASON = 1000
 
+_OTHER = {"by": "another caller", "target": "another target", "verb": "another verb", "arguments": "other arguments"}
+"""The fields in which requests of one id are alike, and what a difference is called."""
+
 RESERVED = frozenset({"epoch", "request", "response", "transaction"})
 """Kinds that neither handlers nor telemetry write."""
 
@@ -160,13 +163,18 @@ class Requests:
     def submit(
         self, target: str, verb: str, arguments: Mapping[str, Any], by: Mapping[str, Any], *, id: str | None = None
     ) -> tuple[str, list[Send]]:
-        """Writes a request. The same id again is the same request and writes nothing."""
+        """Writes a request. The same id again is the same request and writes nothing.
+
+        Raises Refusal if the request with this id is another one, or another caller's.
+        """
         id = secrets.token_hex(8) if id is None else id
         if len(id) > MAX_ID:
             raise MalformedError(f"request id of {len(id)} characters, not {MAX_ID} at most")
-        if self._store.get(self._replica.node, "request", id) is not None:
-            return id, []
         body = {"target": target, "verb": verb, "arguments": dict(arguments), "by": dict(by)}
+        known = self._store.get(self._replica.node, "request", id)
+        if known is not None:
+            _refuse_unless_same(id, known.body, body)
+            return id, []
         return id, self._replica.write([Change("request", id, body)])[1]
 
     def withdraw(self, id: str) -> list[Send]:
@@ -355,6 +363,17 @@ class Requests:
         """Returns the number of the next transaction."""
         last = self._store.last_id(self._replica.node, "transaction")
         return 1 if last is None else int(last) + 1
+
+
+def _refuse_unless_same(id: str, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for field, other in _OTHER.items():
+        if _compared(field, known.get(field)) != _compared(field, asked[field]):
+            raise Refusal(f"request {id} was sent before with {other}", hint="use a new id")
+
+
+def _compared(field: str, value: Any) -> Any:
+    """Returns a field as it is compared: a caller that connects from another address is the same caller."""
+    return {key: one for key, one in value.items() if key != "address"} if field == "by" else value
 
 
 def _body(record: Record | None) -> dict[str, Any] | None:
