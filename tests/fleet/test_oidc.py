@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+from fastapi import Request
 
 from fleet.in_memory import Node, nodes
 from fleet.openid import Browser, OpenIdProvider
@@ -17,6 +19,7 @@ from fleet.serving import Served, served
 from vmconv_fleet.api import sessions
 from vmconv_fleet.config import ConfigError
 from vmconv_fleet.console import signin
+from vmconv_fleet.errors import NotReadyError
 from vmconv_fleet.node.activation import sign_in_of
 from vmconv_fleet.oidc import people
 from vmconv_fleet.oidc.provider import SignedIn
@@ -229,14 +232,31 @@ def test_a_provider_that_is_away_is_told(house: House) -> None:
     assert (page.status, "answers with status 503" in page.text) == (403, True)
 
 
-def test_strangers_do_not_take_all_threads(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def from_address(host: str) -> Request:
+    return Request({"type": "http", "client": (host, 1)})
+
+
+def test_strangers_do_not_take_all_threads(house: House) -> None:
     sign_in = house.api.app.state.sign_in
-    for _ in range(signin._AT_ONCE):
-        sign_in._gate.acquire()
-    page = house.go(START)
-    assert (page.status, "too many people sign in" in page.text) == (503, True)
-    sign_in._gate.release()
+    with ExitStack() as stack:
+        for n in range(signin._AT_ONCE):
+            stack.enter_context(sign_in.asking(from_address(f"192.0.2.{n}")))
+        page = house.go(START)
+        assert (page.status, "too many people sign in" in page.text) == (503, True)
     assert house.go(START).status == 303
+
+
+@pytest.mark.parametrize("hosts", [["192.0.2.1", "::ffff:192.0.2.1"], ["2001:db8::1", "2001:db8::2"]])
+def test_one_address_does_not_take_all_places_of_the_sign_in(house: House, hosts: list[str]) -> None:
+    sign_in = house.api.app.state.sign_in
+    with ExitStack() as stack:
+        for host in hosts:
+            stack.enter_context(sign_in.asking(from_address(host)))
+        with pytest.raises(NotReadyError, match="too many people"), sign_in.asking(from_address(hosts[0])):
+            pass
+        assert house.go(START).status == 303
+    with sign_in.asking(from_address(hosts[0])):
+        pass
 
 
 def test_a_new_session_replaces_the_browsers_old_one(entered: House) -> None:

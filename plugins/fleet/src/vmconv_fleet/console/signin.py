@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from vmconv_fleet.api.access import CALLER, COOKIE, Caller, of_token
 from vmconv_fleet.api.state import state_of
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.errors import NotReadyError
+from vmconv_fleet.limiter import address_key
 from vmconv_fleet.oidc import states
 from vmconv_fleet.oidc.fetching import SignInError
 from vmconv_fleet.oidc.people import enter
@@ -28,8 +30,10 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 SIGN_IN_COOKIE = "__Host-vmconv-signin"
 START = "/login/oidc"
-_AT_ONCE = 4
+_AT_ONCE = 8
 """Sign-ins that may wait for the provider, so that strangers do not take all threads."""
+_OF_ONE = 2
+"""Those from one address, so that one stranger does not take all places."""
 _MAX_ANSWER = 8192
 
 
@@ -40,17 +44,28 @@ class SignIn:
         self.settings = settings
         self.provider = Provider(settings)
         self.seal = states.Seal()
-        self._gate = threading.BoundedSemaphore(_AT_ONCE)
+        self._lock = threading.Lock()
+        self._asking: list[bytes] = []
 
     @contextmanager
-    def asking(self) -> Iterator[Provider]:
-        """Yields the provider. Raises NotReadyError if too many ask it."""
-        if not self._gate.acquire(blocking=False):
-            raise NotReadyError("too many people sign in at this moment", hint="try again")
+    def asking(self, request: Request) -> Iterator[Provider]:
+        """Yields the provider. Raises NotReadyError if too many ask it, or too many from the caller's address."""
+        address = _address_of(request)
+        with self._lock:
+            if len(self._asking) >= _AT_ONCE or self._asking.count(address) >= _OF_ONE:
+                raise NotReadyError("too many people sign in at this moment", hint="try again")
+            self._asking.append(address)
         try:
             yield self.provider
         finally:
-            self._gate.release()
+            with self._lock:
+                self._asking.remove(address)
+
+
+def _address_of(request: Request) -> bytes:
+    host = request.client.host if request.client else ""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET if host else socket.AF_UNIX
+    return address_key(family, (host,))
 
 
 def sign_in_of(request: Request) -> SignIn | None:
@@ -99,7 +114,7 @@ async def _start(request: Request) -> Response:
         return RedirectResponse(f"{sign_in.settings.url}{START}?next={quote(next_, safe='/')}", 303)
     begun = states.begun(next_)
     try:
-        address = await run_in_threadpool(_address, sign_in, begun)
+        address = await run_in_threadpool(_address, request, sign_in, begun)
     except (SignInError, NotReadyError) as exc:
         return _refused(request, next_, exc)
     answer = RedirectResponse(address, 303)
@@ -116,8 +131,8 @@ async def _start(request: Request) -> Response:
     return answer
 
 
-def _address(sign_in: SignIn, begun: states.SignInState) -> str:
-    with sign_in.asking() as provider:
+def _address(request: Request, sign_in: SignIn, begun: states.SignInState) -> str:
+    with sign_in.asking(request) as provider:
         return provider.address(state=begun.state, nonce=begun.nonce, verifier=begun.verifier)
 
 
@@ -146,7 +161,7 @@ def _begun(request: Request, sign_in: SignIn) -> states.SignInState:
 def _enter(request: Request, sign_in: SignIn, begun: states.SignInState) -> tuple[str, Caller]:
     """Returns the token of a person's new session, and the person as its holder."""
     state = state_of(request)
-    with sign_in.asking() as provider:
+    with sign_in.asking(request) as provider:
         person = provider.person(dict(request.query_params), nonce=begun.nonce, verifier=begun.verifier)
     token = enter(state.service, person, now_ms=state.now_ms(), minutes=sign_in.settings.minutes)
     caller = of_token(token, state)
