@@ -367,6 +367,9 @@ def _outcomes(chosen: Sequence[Mistake], workers: int) -> Iterator[Outcome]:
         fork = multiprocessing.get_context("fork")
         with fork.Pool(workers, Worker.begin, (first.directory, directory, mounted)) as pool:
             yield from pool.imap_unordered(Worker.outcome, [(made, limits[made.room]) for made in chosen])
+            # The signal of the block's end can reach a worker that holds a lock of the pool.
+            pool.close()
+            pool.join()
 
 
 def main() -> int:
