@@ -23,9 +23,11 @@ from support import domains
 from support.disks import MIB, make_disk
 from vmconv.cli import main as cli
 from vmconv.errors import UsageError
+from vmconv_fleet.api import bulk
 from vmconv_fleet.catalogue.differences import differences
 from vmconv_fleet.catalogue.scanning import Scanner
 from vmconv_fleet.cli import doctor
+from vmconv_fleet.cli.client import NodeClient, NotThereError, OlderNodeError
 from vmconv_fleet.cli.converting import moment
 from vmconv_fleet.cli.fleet import COMMAND, VERBS
 from vmconv_fleet.config import NodeConfig, save
@@ -280,6 +282,40 @@ def test_history_is_about_names_and_without_scans(run: Run, fleet: Fleet) -> Non
     assert " by scan" not in run("requests")
     assert "  scan of ds by " in run("history", "--scans")
     assert " scan " in run("requests", "--scans")
+
+
+def test_a_node_of_an_earlier_version_states_no_summary(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("policy", "n02", "--max-parallel", "7", "--wait", "30")
+    get = NodeClient.get
+
+    def earlier(client: NodeClient, path: str, **query: Any) -> Any:
+        answer = get(client, path, **query)
+        for one in answer["items"]:
+            one.pop("summary", None)
+        return answer
+
+    monkeypatch.setattr(NodeClient, "get", earlier)
+    assert "  policy-set by " in run("history", "--of", "n02")
+
+
+@pytest.mark.parametrize("said", ["body.select: Field required", "select: Field required"])
+def test_a_node_of_an_earlier_version_converts_no_list(run: Run, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    def refuse(*_arguments: Any, **_more: Any) -> Any:
+        raise UsageError(said)
+
+    monkeypatch.setattr(bulk, "_chosen", refuse)
+    error = run("convert", "--select", "format=raw", "--to", "qcow2", "--yes", code=1)
+    assert (
+        error.splitlines()[0] == "vmconv: the node runs an earlier version, which does not know conversions of a list"
+    )
+
+
+def test_a_request_that_no_route_takes_is_one_of_a_later_version(fleet: Fleet) -> None:
+    for method, path in (("GET", "/api/v1/later"), ("PUT", "/api/v1/keys")):
+        with pytest.raises(OlderNodeError, match="the node runs an earlier version, which does not know this request"):
+            fleet.api.local.call(method, path)
+    with pytest.raises(NotThereError, match="no node 'n77'"):
+        fleet.api.local.get("/api/v1/nodes/n77")
 
 
 def test_policy(run: Run) -> None:

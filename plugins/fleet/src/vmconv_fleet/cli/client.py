@@ -28,6 +28,13 @@ class NotThereError(VmconvError):
     """The node does not know the object."""
 
 
+class OlderNodeError(VmconvError):
+    """The node runs an earlier version, which does not know the request."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the node runs an earlier version, which does not know {what}", hint="upgrade the node")
+
+
 class Reply(NamedTuple):
     status: int
     content: Any
@@ -167,6 +174,9 @@ def _content(response: http.client.HTTPResponse) -> Any:
 
 def _error(status: int, content: Any) -> VmconvError:
     said = content if isinstance(content, dict) else {}
+    if status in (404, 405) and "detail" in said:
+        # A node's own answers have `error`; this one is of no route.
+        return OlderNodeError("this request")
     message, hint = str(said.get("error", f"status {status}")), said.get("hint")
     kind: type[VmconvError] = {401: AccessError, 403: AccessError, 404: NotThereError, 422: UsageError}.get(
         status, VmconvError

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from vmconv.plugin import UsageError, print_json, print_table, size_text
-from vmconv_fleet.cli.client import NodeClient
+from vmconv_fleet.cli.client import NodeClient, OlderNodeError
 from vmconv_fleet.cli.connecting import connected, source_named
 from vmconv_fleet.cli.following import Ended, follow
 from vmconv_fleet.words import cell, plan_text, time_text
@@ -105,8 +105,18 @@ def _many(options: argparse.Namespace, client: NodeClient, at: datetime | None) 
     # What was shown is converted, not what the selection chooses by now.
     wish = _wish(options, at) | {"items": [{"owner": one["owner"], "id": one["id"]} for one in found]}
     path = "/api/v1/machine-conversions" if kind == "vm" else "/api/v1/conversions"
-    answers = client.call("POST", path, wish, query={"wait": options.wait}).content
+    answers = _answers(client, path, wish, options.wait)
     return [one | {"job": one["answer"].get("body", {}).get("job") or one["answer"]["request"]} for one in answers]
+
+
+def _answers(client: NodeClient, path: str, wish: Mapping[str, Any], wait: float) -> list[Asked]:
+    try:
+        found: list[Asked] = client.call("POST", path, wish, query={"wait": wait}).content
+    except UsageError as exc:
+        if re.search(r"\bselect: Field required", str(exc)):
+            raise OlderNodeError("conversions of a list") from exc
+        raise
+    return found
 
 
 def _confirm(options: argparse.Namespace, found: Sequence[Mapping[str, Any]]) -> None:

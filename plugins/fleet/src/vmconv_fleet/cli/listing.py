@@ -196,7 +196,9 @@ def history(options: argparse.Namespace) -> int:
         who = (body.get("by") or {}).get("user") or "somebody"
         late = ", late" if body.get("late") else ""
         when = time_text(body.get("at_ms"))
-        print(f"{cell(one['node'])} {body['number']}  {when}  {cell(one['summary'])} by {cell(who)}{late}")
+        # Nodes of an earlier version state no summary.
+        what = one.get("summary") or str(body.get("verb"))
+        print(f"{cell(one['node'])} {body['number']}  {when}  {cell(what)} by {cell(who)}{late}")
         for change in body.get("changes", ()):
             _print_change(change)
     return 0
