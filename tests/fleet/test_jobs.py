@@ -25,9 +25,10 @@ from vmconv.api import compare, machine_info
 from vmconv.backends import naming
 from vmconv.backends.targets import open_directory
 from vmconv.backends.temporary import Temporary
+from vmconv.errors import VmconvError
 from vmconv.system.linux import generation
 from vmconv_fleet.catalogue.places import disk_id
-from vmconv_fleet.jobs import run
+from vmconv_fleet.jobs import run, worker
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.runner import MAX_ATTEMPTS, JobRunner
 from vmconv_fleet.replication.clock import wall_ms
@@ -194,7 +195,22 @@ def test_a_chain_out_of_the_datastores_is_not_converted(
         body = ended(node, "j1")
     assert body["state"] == "failed"
     assert "lies outside" in body["error"]
+    assert "vmconv fleet datastore add" in body["hint"]
     assert not (datastore / "top.raw").exists()
+
+
+@pytest.mark.parametrize(
+    ("hint", "kept"),
+    [
+        ("install it", True),
+        ("--disk-format vhdx", True),
+        ("omit --since: vmconv reads both disks", False),
+        ("use --verify=bytes", False),
+    ],
+)
+def test_hints_of_jobs_name_no_options_that_jobs_do_not_have(hint: str, kept: bool) -> None:
+    assert worker._hint(VmconvError("x", hint=hint)) == (hint if kept else None)
+    assert worker._hint(VmconvError("x")) is None
 
 
 def test_a_chain_over_two_datastores_is_converted(

@@ -11,6 +11,8 @@ from vmconv.api import inside
 from vmconv.plugin import AccessError, os_errors
 from vmconv_fleet.words import trap_in
 
+DECLARE = "its administrator declares datastores: vmconv fleet datastore add NAME PATH"
+"""The hint about a file outside the datastores."""
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -36,7 +38,7 @@ def refuse_outside(path: str, said: str, roots: Iterable[str]) -> None:
     if not any(inside(path, os.path.realpath(root)) for root in roots):
         raise AccessError(
             f"{said}: lies outside the datastores of this node, at {path}",
-            hint="its administrator declares datastores: vmconv fleet datastore add NAME PATH",
+            hint=DECLARE,
         )
 
 

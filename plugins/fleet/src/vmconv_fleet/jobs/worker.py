@@ -18,13 +18,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 
 from vmconv.plugin import VmconvError, printable
+from vmconv_fleet.catalogue.places import DECLARE
 from vmconv_fleet.jobs.conversion import Conversion, emit
 from vmconv_fleet.jobs.journal import JobJournal
 from vmconv_fleet.jobs.task import Task
+
+_OPTION = re.compile(r"(?<!\S)--([a-z-]+)")
+_OPTIONS = {name.replace("_", "-") for name in Task._fields}
 
 
 class _Stopped(BaseException):
@@ -68,7 +73,7 @@ def _done(task: Task, journal: JobJournal) -> int:
     except _Stopped:
         return 143
     except VmconvError as exc:
-        emit("error", message=str(exc), hint=exc.hint)
+        emit("error", message=str(exc), hint=_hint(exc))
         return 1
     except OSError as exc:
         emit("error", message=printable(f"{exc.filename or 'storage'}: {exc.strerror or exc}"), hint=None)
@@ -77,6 +82,14 @@ def _done(task: Task, journal: JobJournal) -> int:
         emit("error", message=printable(f"internal error: {type(exc).__name__}: {exc}"), hint=None)
         return 1
     return 0
+
+
+def _hint(exc: VmconvError) -> str | None:
+    """Returns the hint of a failed job; core's may name options that jobs do not have."""
+    named = set(_OPTION.findall(exc.hint or ""))
+    if "allow-external" in named:
+        return DECLARE
+    return exc.hint if named <= _OPTIONS else None
 
 
 if __name__ == "__main__":
