@@ -6,8 +6,10 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -20,7 +22,7 @@ from joserfc.jwk import ECKey, OctKey, OKPKey
 from fleet.openid import NOW, Browser, OpenIdProvider
 from fleet.serving import tls_files
 from vmconv_fleet.oidc import fetching, states
-from vmconv_fleet.oidc.fetching import SignInError
+from vmconv_fleet.oidc.fetching import Fetcher, SignInError
 from vmconv_fleet.oidc.keys import MAX_KEYS
 from vmconv_fleet.oidc.provider import LEEWAY_S, Provider, SignedIn
 from vmconv_fleet.oidc.settings import OidcSettings, read
@@ -480,3 +482,30 @@ def test_a_sealed_state_is_that_of_its_browser_and_time() -> None:
     now[0] += states.LIFETIME_S + 1
     with pytest.raises(SignInError, match="too long ago"):
         seal.open(cookie, begun.state)
+
+
+def test_addresses_that_hang_do_not_exceed_the_time_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "CONNECT_S", 0.2, raising=False)
+    monkeypatch.setattr(fetching, "SECONDS", 0.3)
+    with ExitStack() as stack:
+        last = stack.enter_context(socket.create_server(("127.0.1.4", 0)))
+        port = last.getsockname()[1]
+        for host in ("127.0.1.1", "127.0.1.2", "127.0.1.3"):
+            stack.enter_context(socket.create_server((host, port), backlog=0))
+            for _ in range(3):
+                # They fill the backlog: no other connection is accepted.
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex((host, port))
+        real = socket.getaddrinfo
+
+        def found(host: str, *arguments: Any, **more: Any) -> Any:
+            hosts = [f"127.0.1.{n}" for n in (1, 2, 3, 4)] if host == "id.example" else [host]
+            return [entry for one in hosts for entry in real(one, *arguments, **more)]
+
+        monkeypatch.setattr(socket, "getaddrinfo", found)
+        with pytest.raises(SignInError, match="timed out"):
+            Fetcher("").get(f"https://id.example:{port}/")
+        last.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            last.accept()

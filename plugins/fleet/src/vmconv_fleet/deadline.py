@@ -22,8 +22,11 @@ class Deadline:
         return left if most is None else min(left, most)
 
 
-class TimedConnection(io.RawIOBase):
-    """The connection of an http.client.HTTPConnection, whose reads and writes end at the deadline."""
+class TimedConnection:
+    """The connection of an http.client.HTTPConnection, whose reads and writes end at the deadline.
+
+    It does not close its socket: an answer is read after http.client has closed the connection.
+    """
 
     def __init__(self, connected: socket.socket, deadline: Deadline) -> None:
         self._socket = connected
@@ -36,7 +39,15 @@ class TimedConnection(io.RawIOBase):
             left = left[self._socket.send(left) :]
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
+        return io.BufferedReader(_Reader(self._socket, self._deadline))
+
+    def close(self) -> None: ...
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, connected: socket.socket, deadline: Deadline) -> None:
+        self._socket = connected
+        self._deadline = deadline
 
     def readable(self) -> bool:
         return True
@@ -44,7 +55,3 @@ class TimedConnection(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._socket.settimeout(self._deadline.left())
         return self._socket.recv_into(buffer)
-
-    def close(self) -> None:
-        super().close()
-        self._socket.close()

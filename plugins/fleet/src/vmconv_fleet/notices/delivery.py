@@ -134,8 +134,7 @@ class Delivery:
         # A receiver that sends a byte now and then must not hold the others up.
         deadline = Deadline(DELIVER_S)
         connection = http.client.HTTPConnection(host, port)
-        with closing(connection):
-            connected = self._connected(host, port, deadline, secure=parts.scheme == "https")
+        with closing(connection), self._connected(host, port, deadline, secure=parts.scheme == "https") as connected:
             connection.sock = TimedConnection(connected, deadline)
             self._refuse_if_aborted()
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -6,15 +6,16 @@ import http.client
 import json
 import socket
 import ssl
-import threading
 from collections.abc import Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
+from vmconv_fleet.deadline import Deadline, TimedConnection
 from vmconv_fleet.errors import FleetError
 
 MAX_ANSWER = 256 << 10
+CONNECT_S = 5.0
 SECONDS = 10.0
 """Time for one request in all."""
 
@@ -55,31 +56,32 @@ class Fetcher:
 
     def _send(self, method: str, url: str, body: str | None, headers: Mapping[str, str]) -> tuple[int, bytes]:
         parts = urlsplit(url)
-        connection = http.client.HTTPSConnection(
-            parts.hostname or "", parts.port or 443, timeout=SECONDS, context=self._context
-        )
-        # The connection's own time-out starts again with each byte.
-        deadline = threading.Timer(SECONDS, _end, [connection])
-        deadline.daemon = True
+        host, port = parts.hostname or "", parts.port or 443
+        deadline = Deadline(SECONDS)
+        connection = http.client.HTTPSConnection(host, port, context=self._context)
         try:
-            with closing(connection):
-                connection.connect()
-                deadline.start()
+            with closing(connection), self._connected(host, port, deadline) as connected:
+                connection.sock = TimedConnection(connected, deadline)
                 path = f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
                 connection.request(method, path, body, dict(headers))
                 response = connection.getresponse()
                 data = response.read(MAX_ANSWER + 1)
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise SignInError(f"{parts.netloc}: the provider cannot be asked: {exc}") from exc
-        finally:
-            deadline.cancel()
         if len(data) > MAX_ANSWER:
             raise SignInError(f"{url}: the provider's answer has more than {MAX_ANSWER} bytes")
         return response.status, data
 
-
-def _end(connection: http.client.HTTPSConnection) -> None:
-    """Ends a connection that another thread waits for."""
-    if (sock := connection.sock) is not None:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    def _connected(self, host: str, port: int, deadline: Deadline) -> ssl.SSLSocket:
+        """Returns a connection to the first address that answers."""
+        error = OSError(f"{host} has no address")
+        for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            seconds = deadline.left(CONNECT_S)
+            try:
+                plain = socket.create_connection((str(address[0]), port), timeout=seconds)
+            except OSError as exc:
+                error = exc
+                continue
+            plain.settimeout(deadline.left())
+            return self._context.wrap_socket(plain, server_hostname=host)
+        raise error
