@@ -111,6 +111,8 @@ class World:
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self.nodes = {node.id: node for node in map(Node, range(self.random.randint(2, 5)))}
+        self._parted: set[str] = set()
+        """The nodes whose histories cannot be merged any more."""
         self._links = self._topology()
         self._connected: dict[frozenset[str], int] = {}
         self._parts: dict[str, int] = dict.fromkeys(self.nodes, 0)
@@ -501,8 +503,10 @@ class World:
 
     def _retire(self, node: Node) -> None:
         others = [other for other in self.nodes.values() if other is not node and not other.retired]
-        if len(others) < 2 or any(other.retired for other in self.nodes.values()) or self.random.random() < 0.5:
-            return
+        if len(others) >= 2 and not any(other.retired for other in self.nodes.values()) and self.random.random() < 0.5:
+            self._retire_by(others, node)
+
+    def _retire_by(self, others: list[Node], node: Node) -> None:
         witness = self.random.choice(others)
 
         def retire(replica: Replica) -> list[Send]:
@@ -539,10 +543,17 @@ class World:
             except NotReadyError:
                 self.counts["merges too early"] += 1
                 return []
+            except Refusal:
+                self.counts["merges too late"] += 1
+                self._parted.add(node.id)
+                return []
             self.counts["merges"] += 1
             return sends
 
         self._step(node, attempt)
+        others = [other for other in self.nodes.values() if other is not node and not other.retired]
+        if node.id in self._parted and others:
+            self._retire_by(others, node)
 
     _mishaps: ClassVar[dict[Callable[[World, Node], None], int]] = {
         _write: 40,
@@ -609,6 +620,10 @@ class World:
                 self._rewire()
             for node in self.nodes.values():
                 self._merge(node)
+            if self._parted.issuperset(self._alive()):
+                # None can write, so none can retire another one.
+                self.counts["fleets lost"] += 1
+                return
         self.counts["convergence ms"] += self.time - begin
         alive = self._alive()
         for id in alive:

@@ -14,7 +14,7 @@ from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.catalogue.snapshot import Snapshot
-from vmconv_fleet.errors import NotReadyError
+from vmconv_fleet.errors import NotReadyError, Refusal
 from vmconv_fleet.replication import epochs, messages, records
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
@@ -286,6 +286,44 @@ def test_a_transaction_without_a_request_is_left_out(body: Any, caplog: pytest.L
     assert not one.replica.store.find("transaction", one.id)
     assert one.body(one, "thing", "thief") == {}
     assert "transaction 000000000001 of the other history is left out" in caplog.text
+
+
+@pytest.mark.parametrize("deleter", ["first", "second", "neither"])
+def test_histories_that_have_forgotten_deletions_are_not_merged(deleter: str) -> None:
+    """A deletion is forgotten after the grace: then nothing says that the record of the other history is over."""
+    rare: dict[str, Any] = {"grace": 4000, "floor": 1000}
+    fleet, one, other = pair(**rare)
+    one.write("group", "g", {"role": "admin"})
+    one.write("thing", "old", {})
+    one.write("thing", "old", None)
+    fleet.flow(10_000)
+    assert one.replica.store.history(one.id).floor
+    copy = Machine(fleet, 0, disk=copy_of(one.disk), **rare)
+    copy.replica.tick()
+    one.write("thing", "one", {})
+    if deleter == "first":
+        one.write("group", "g", None)
+        fleet.flow(10_000)
+        one.write("thing", "one", {"value": 2})
+    if deleter == "second":
+        one.write("group", "g", {"role": "reader"})
+    fleet.flow(1000)
+    fleet.cut(one, other)
+    fleet.machines[copy.id] = copy
+    copy.write("group", "g", None if deleter == "second" else {"role": "reader"})
+    fleet.flow(10_000 if deleter == "second" else 500)
+    fleet.link(copy, other)
+    fleet.flow(3000)
+    assert _forked(copy, other)
+    requests = copy.handle({})
+    if deleter == "neither":
+        fleet.send(copy, merge(copy.replica, requests, None, join))
+        fleet.flow(3000)
+        assert other.body(copy, "group", "g") == {"role": "reader"}
+        return
+    with pytest.raises(Refusal, match="parted too long ago"):
+        merge(copy.replica, requests, None, join)
+    assert copy.replica.is_forked
 
 
 def test_histories_are_merged_only_once_they_are_here() -> None:

@@ -53,6 +53,13 @@ class History(NamedTuple):
                 return first <= position.seq and all(position.seq < start for _, start in following)
         return False
 
+    def shared(self, other: History) -> int:
+        """Returns the seq of the last record that two histories have in common; 0 if none is known."""
+        ours, theirs = dict(self.starts), dict(other.starts)
+        last = max(ours.keys() & theirs.keys(), default=0)
+        following = [first for epoch, first in (*self.starts, *other.starts) if epoch > last]
+        return min(following, default=ours[last]) - 1 if last else 0
+
     def body(self) -> dict[str, Any]:
         merged = {"merged": [list(end) for end in self.merged]} if self.merged else {}
         return {"starts": [list(start) for start in self.starts], "floor": self.floor, **merged}

@@ -7,12 +7,14 @@ says which version counts: what has ended in one of the two has ended. Records o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
+from vmconv_fleet.errors import Refusal
+from vmconv_fleet.replication.epochs import KIND, History, history_of
 from vmconv_fleet.replication.messages import Send
-from vmconv_fleet.replication.records import Change, Position, Record
+from vmconv_fleet.replication.records import MAX_NUMBER, Change, Position, Record
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.requests import Requests, executed
 from vmconv_fleet.replication.retention import archive
@@ -34,15 +36,46 @@ def later(one: Record, other: Record) -> Record:
 def merge(replica: Replica, requests: Requests, path: str | None, join: Join = later) -> list[Send]:
     """Makes one history of those of this node, and writes the records of the others to the file `path`.
 
-    Raises NotReadyError, and changes nothing, if they are not here yet.
+    Raises NotReadyError, and changes nothing, if they are not here yet; Refusal if merging may bring deleted records
+    back.
     """
     strays = replica.strays()
+    _refuse_forgotten(replica, strays)
     if path:
         archive(path, strays)
     with replica.batch():
         # A node that was forked when it recovered has not executed any request since.
         requests.remember_recovered()
         return [*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)]
+
+
+def _refuse_forgotten(replica: Replica, strays: Sequence[Record]) -> None:
+    """Raises Refusal if a history has forgotten what it deleted after the histories parted."""
+    ours = replica.store.history(replica.node)
+    parted = min((_parted(ours, stray) for stray in strays), default=MAX_NUMBER)
+    floor = max((history_of(stray).floor for stray in strays if stray.kind == KIND), default=0)
+    if floor > parted or (ours.floor > parted and any(_is_unknown(replica, stray) for stray in strays)):
+        raise Refusal(
+            "the histories of this node parted too long ago: one has forgotten what was deleted in it since, which "
+            "merging would bring back; let the authority retire the node: vmconv fleet retire"
+        )
+
+
+def _parted(ours: History, stray: Record) -> int:
+    """Returns the seq at which another history parted from this one, or an earlier one, as far as a record tells it."""
+    starts = dict(ours.starts)
+    if stray.kind == KIND:
+        return ours.shared(history_of(stray))
+    if ours.passed(stray.position):
+        return starts[stray.epoch] - 1
+    same = starts.get(stray.epoch)
+    return MAX_NUMBER if same is None else ours.shared(History(((stray.epoch, same),)))
+
+
+def _is_unknown(replica: Replica, stray: Record) -> bool:
+    """Returns whether this history has no version of a record, or has forgotten its deletion."""
+    is_kept = stray.kind in OF_THE_PROCESS or stray.kind in ("transaction", "response")
+    return not is_kept and not stray.deleted and replica.store.version(replica.node, stray.kind, stray.id) is None
 
 
 def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -> list[Send]:
