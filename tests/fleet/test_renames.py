@@ -82,6 +82,7 @@ def task(base: Path, name: str, **more: Any) -> Task:
         "keep": [],
         "uuid": "guest",
         "new_identity": False,
+        "bandwidth": [],
     }
     return Task(**values | more)
 

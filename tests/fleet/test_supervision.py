@@ -308,7 +308,18 @@ def test_all_threads_of_a_daemon_are_supervised(lab: Lab) -> None:
             wait_until(lambda: _answers(config.join), PATIENCE, "it listens again")
         started = {one.name for one in set(threading.enumerate()) - before}
         names = {name.removesuffix(" failures") for name in daemon.service.counters() if name.endswith(" failures")}
-        assert names == {"api", "heartbeat", "jobs", "joining", "link", "link-bulk", "renewal", "scanner", "watch"}
+        assert names == {
+            "api",
+            "heartbeat",
+            "jobs",
+            "joining",
+            "link",
+            "link-bulk",
+            "renewal",
+            "scanner",
+            "watch",
+            "webhooks",
+        }
         # The replica's thread continues by itself; Zenoh's call back and end, and that of an inspection ends with it.
         others = {name for name in started if not name.startswith(("Dummy", "Thread", "asyncio", "pyo3"))}
         assert others - names - {"inspection"} == {"fleet-replica"}
