@@ -2,7 +2,7 @@
 
 {"do": "load", "every", "targets"}   requests with the verb `count` to all nodes in turn, and own records, until
 {"do": "rest"}
-{"do": "ledger"}                     what was asked for, what was executed here, and what is not answered
+{"do": "ledger"}                     requests made, requests executed here, and requests without an answer
 
 A request has a serial number, dense for each requester and target. The target keeps the last one of each requester,
 and how often a serial was there before or was missing, so nothing that retention deletes is needed for the proof.

@@ -33,7 +33,7 @@ class CompressBackend(Backend):
 
     def __init__(self, *, read_back: bool) -> None:
         self.read_back = read_back
-        """Whether the finished file is decompressed before it gets its name."""
+        """True if the finished file is decompressed before it is named."""
 
     def capabilities(self, directory: str) -> Capabilities:
         return Capabilities(usable=True, shares=False)

@@ -40,7 +40,7 @@ class Request(NamedTuple):
     `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile; the target's
     directory has to lie there, too. An interrupted conversion in place is refused instead of recovered.
 
-    `blank` makes an empty disk of so many bytes instead of reading `source`, which is not used. It may be on top of
+    `blank` makes an empty disk of this size, bytes, instead of reading `source`, which is not used. It may be on top of
     `backing_file`, which is any image then, of `backing_format`; 0 is the size of that.
 
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.

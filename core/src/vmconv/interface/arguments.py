@@ -173,7 +173,7 @@ class RestoreOptions(NamedTuple):
 
 
 class Resizing(NamedTuple):
-    """A disk to resize to `size` bytes, or with `relative` by so many; `shrink` allows a smaller one."""
+    """A disk to resize to `size` bytes, or with `relative` by `size` bytes; `shrink` allows a smaller one."""
 
     path: FilePath
     size: int

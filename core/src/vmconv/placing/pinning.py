@@ -152,7 +152,7 @@ def _torn(table: Extents, runs: blocks.Runs, offset: Column, carrier: File, unit
 
 
 def _holds_data(file: File, start: Column, length: Column) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the ranges that have data on storage; there is none past the end of the file.
+    """Returns a mask of the ranges that have data on storage. Past the end of the file no range has.
 
     A few bytes that are stored as zeros do not count.
     """

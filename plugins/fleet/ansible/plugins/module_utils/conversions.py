@@ -1,4 +1,4 @@
-"""A conversion that is done once: what is there, under way, or to be requested."""
+"""A conversion that is done once: its target exists, its job runs, or it is requested."""
 
 from __future__ import annotations
 

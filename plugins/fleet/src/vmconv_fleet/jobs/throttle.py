@@ -24,7 +24,7 @@ class Bandwidth(NamedTuple):
 
 
 class Throttle:
-    """Limits how fast one worker goes on."""
+    """Limits the speed of one worker."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The addresses that a webhook may connect to.
 
 The URL of a webhook comes from an administrator of the fleet, who may know less of the node's network than the node.
-Services of the machine itself and of its cloud trust whoever reaches them, so they are refused.
+Services of the machine itself and of its cloud trust each caller that reaches them, so they are refused.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def new_secret() -> str:
 
 
 def key_of(secret: str) -> bytes:
-    """Returns the key of a secret. Raises UsageError if it is none."""
+    """Returns the key of a secret. Raises UsageError if the secret is not valid."""
     try:
         key = base64.b64decode(secret.removeprefix(PREFIX), validate=True) if secret.startswith(PREFIX) else b""
     except (binascii.Error, ValueError):

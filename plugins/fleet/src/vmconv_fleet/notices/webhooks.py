@@ -139,7 +139,7 @@ class Webhooks:
             self._complete |= new
 
     def _since(self, seq: int) -> list[Record]:
-        """Returns the node's records behind a seq, in their order: what was committed while nobody listened."""
+        """Returns the node's records behind a seq, in their order, also those committed while nobody listened."""
         view, found = self._service.view(), list[Record]()
         for kind in sorted(KINDS):
             after: Sequence[object] = ()
@@ -228,7 +228,7 @@ def delivery_of(config: NodeConfig) -> Delivery:
 
 
 def delay_ms(failures: int) -> int:
-    """Returns the time until the next attempt after so many failures before this one."""
+    """Returns the time until the next attempt after this number of failures in a row."""
     delay = min(SOONEST_MS * 2 ** min(failures, 20), LATEST_MS)
     return int(delay * random.uniform(0.5, 1.5))
 

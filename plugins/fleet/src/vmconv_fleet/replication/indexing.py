@@ -199,7 +199,7 @@ class Indexes:
     def _in_order(self, number: int, index: Index, records: Sequence[Record]) -> dict[str, int]:
         """Returns the clocks of new records by id, and makes none of an owner later than what it wrote afterwards.
 
-        A clock that was wrong for a while would put what was written then before all else, for as long as it is kept.
+        Otherwise records written while a clock was wrong would come first for as long as they are kept.
         """
         clocks: dict[str, int] = {}
         latest = MAX_CLOCK
