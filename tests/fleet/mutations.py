@@ -40,7 +40,7 @@ from vmconv_fleet.replication.requests import Requests
 from vmconv_fleet.replication.store import Store
 from vmconv_fleet.replication.verifier import Verifier
 
-SEEDS = 60
+SEEDS = 120
 """Number of seeds within which a mistake must be found."""
 
 
