@@ -34,7 +34,7 @@ NOT_ASKED = "-"
 
 
 class Row(NamedTuple):
-    """One conversion: what was done with its payload, in words, and whether a guest sees the same bytes."""
+    """One conversion: bytes copied and written, as text, and whether a guest sees the same bytes."""
 
     way: str
     conversion: str
@@ -211,7 +211,7 @@ def _same(disk: Path, target: Path, name: str) -> bool:
 
 def _places(path: Path, name: str, places: PhysicalMap) -> Extents:
     with _images((path, name)) as (image,):
-        return places.apply(image.flat.without_holes())
+        return places.apply(image.flat)
 
 
 def _digest(path: Path, name: str) -> bytes:
@@ -221,7 +221,7 @@ def _digest(path: Path, name: str) -> bytes:
     digest = hashlib.sha256()
     with _images((path, name)) as (image,):
         for at in range(0, image.size, PART):
-            digest.update(image.flat.without_holes().read(at, min(PART, image.size - at)))
+            digest.update(image.flat.read(at, min(PART, image.size - at)))
     return digest.digest()
 
 
