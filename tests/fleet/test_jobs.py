@@ -555,6 +555,7 @@ def test_a_source_is_removed_on_request_if_no_disk_needs_it(node: Node, datastor
     catalogue(node, datastore, "a.raw", "b.raw")
     child = {"datastore": "ds", "name": "child.qcow2", "chain": [{"name": "b.raw", "disk": disk_id("ds", "b.raw")}]}
     node.write(
+        Change("policy", "conversion", {"may_remove_source": True}),
         Change("disk", "child", child),
         Change("job", "j1", job(keep_source=False)),
         Change("job", "j2", job(disk_id("ds", "b.raw"), keep_source=False)),

@@ -262,9 +262,11 @@ class JobBody(ConversionSpec, MachineSpec, Body):
     """A requested conversion of a disk or of a virtual machine, executed once.
 
     `disk` or `vm`, `source` and `datastore` name the source. `cancel` requests the job's end. A dry run ends in the
-    state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died. `file`
-    is the name of the target; for a machine the directory and the name of the new configuration. `within` are the
-    datastores whose files it may open, those of its caller; None: all. `log` has a line for each step, the last ones.
+    state `planned`. `attempts` counts the starts. `recovered`: the job was found done after its node had died.
+    `file` is the name of the target; for a machine the directory and the name of the new configuration. `within`
+    are the datastores whose files it may open, those of its caller; None: all. `groups` are those of a caller who
+    has signed in: what they may do when the job begins is what counts, also after the session. `log` has a line for
+    each step, the last ones.
     """
 
     state: JobState = "queued"
@@ -280,6 +282,7 @@ class JobBody(ConversionSpec, MachineSpec, Body):
     attempts: Count = 0
     cancel: bool = False
     within: list[DatastoreName] | None = None
+    groups: Annotated[list[GroupName], Field(max_length=64)] | None = None
     recovered: bool = False
     plan: JobPlan | None = None
     progress: Progress | None = None

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.jobs.groups import remove_group, set_group
-from vmconv_fleet.jobs.policy import POLICY, policy_of
+from vmconv_fleet.jobs.policy import POLICY, policy_of, refuse_ruled_out
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Context, Handler, IncomingRequest, Outcome
+from vmconv_fleet.trust.groups import groups_of
 from vmconv_fleet.trust.roles import VERBS, refuse_unless_allowed, rights_of
 from vmconv_fleet.words import trap_in
 
@@ -169,7 +170,8 @@ def _queued(
     by = Principal.model_validate(request.by)
     # Disks name others as their parents, also those in datastores that are not the caller's.
     within = rights_of(by, context, context.now).only_in(context.node, VERBS[request.verb])
-    body = JobBody(state="queued", created_ms=context.now, by=by, within=within, **fields)
+    groups = groups_of(by, context)
+    body = JobBody(state="queued", created_ms=context.now, by=by, within=within, groups=groups, **fields)
     return Outcome([Change("job", identifier, body.stated())], {"job": identifier})
 
 
@@ -213,8 +215,7 @@ def _refuse_trap(policy: PolicyBody, source: str, wanted: Convert | ConvertMachi
 def _refuse_format(context: Context, policy: PolicyBody, name: str) -> None:
     from vmconv_fleet.catalogue.kinds import CapabilitiesBody
 
-    if policy.formats is not None and name not in policy.formats:
-        raise Refusal(f"the policy of this node converts to {', '.join(policy.formats) or 'nothing'}, not to {name}")
+    refuse_ruled_out(policy, name, keep_source=True)
     known = context.get(context.node, "capabilities", "installed")
     if known is None:
         return
@@ -238,8 +239,7 @@ def _refuse_machine_format(context: Context, policy: PolicyBody, wanted: Convert
 
 def _ruled(policy: PolicyBody, wanted: Convert | ConvertMachine) -> dict[str, Any]:
     """Returns the fields of a job from the policy."""
-    if not wanted.keep_source and not policy.may_remove_source:
-        raise Refusal("the policy of this node keeps sources")
+    refuse_ruled_out(policy, None, keep_source=wanted.keep_source)
     return {"zero_copy": "require"} if policy.zero_copy == "require" else {}
 
 

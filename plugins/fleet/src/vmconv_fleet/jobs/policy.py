@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmconv_fleet.errors import Refusal
 from vmconv_fleet.replication.indexing import Where
 from vmconv_fleet.replication.retention import DAY_MS, Ended, Keep
 
 if TYPE_CHECKING:
+    from vmconv_fleet.catalogue.conversion import ConversionPolicy
     from vmconv_fleet.catalogue.kinds import PolicyBody
     from vmconv_fleet.trust.rights import Records
 
@@ -38,3 +40,12 @@ def policy_of(node: str, records: Records) -> PolicyBody:
 
     record = records.get(node, "policy", POLICY)
     return PolicyBody.model_validate(record.body if record else {})
+
+
+def refuse_ruled_out(policy: ConversionPolicy, format_name: str | None, *, keep_source: bool) -> None:
+    """Raises Refusal if the policy keeps sources, or does not write the format of disks; None: a machine's own."""
+    if not keep_source and not policy.may_remove_source:
+        raise Refusal("the policy of this node keeps sources")
+    if policy.formats is not None and format_name is not None and format_name not in policy.formats:
+        allowed = ", ".join(policy.formats) or "nothing"
+        raise Refusal(f"the policy of this node converts to {allowed}, not to {format_name}")

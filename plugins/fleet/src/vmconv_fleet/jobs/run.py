@@ -157,10 +157,11 @@ class Run:
                 raise Refusal(f"datastore {name} no longer exists")
             if name is not None:
                 _refuse_of_another(roots[name], node)
+        within = _still_allowed(node, job, view, self._policy)
         # A directory on the way to the source may be a datastore of another node.
         own = source.body.get("name") or source.body["file"]
         _refuse_of_another(os.path.dirname(os.path.join(os.path.realpath(roots[source.body["datastore"]]), own)), node)
-        usable = roots if job.within is None else {name: roots[name] for name in job.within if name in roots}
+        usable = roots if within is None else {name: roots[name] for name in within if name in roots}
         _refuse_unknown_zones(windows_of(body, {"between": self._policy.between}))
         return Task(
             job=self._job,
@@ -172,7 +173,7 @@ class Run:
             target=job.target,
             target_root=roots[job.target_datastore] if job.target_datastore else None,
             naming=self._policy.naming,
-            zero_copy=job.zero_copy,
+            zero_copy="require" if self._policy.zero_copy == "require" else job.zero_copy,
             journal=self._journal.path,
             dry_run=job.dry_run,
             removable=not job.keep_source and job.vm is None and not self._is_parent(job.disk),
@@ -282,6 +283,17 @@ class Run:
 def bandwidth_directory(jobs: str) -> str:
     """Returns the directory of the files that workers share to keep bandwidths."""
     return os.path.join(jobs, "bandwidth")
+
+
+def _still_allowed(node: str, job: JobBody, view: ReplicaView, policy: ConversionPolicy) -> list[str] | None:
+    """Returns the datastores that a job may open; raises Refusal if it may not begin any more."""
+    from vmconv.plugin import AccessError
+    from vmconv_fleet.jobs.starting import openable
+
+    try:
+        return openable(node, job, view, policy)
+    except (AccessError, Refusal) as exc:
+        raise Refusal(f"not allowed any more: {exc}") from exc
 
 
 def _refuse_unknown_zones(windows: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from vmconv.plugin import AccessError, printable
 from vmconv_fleet.oidc.provider import SignedIn
 from vmconv_fleet.replication.records import Change, Record
+from vmconv_fleet.replication.retention import DAY_MS
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.groups import KIND, group_id
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MAX_SESSIONS = 1000
 MAX_OF_ONE = 10
 """Sessions of one person."""
+REVOKED_KEPT_MS = 90 * DAY_MS
 _MAX_GROUPS = 64
 _MAX_NAME, _MAX_SUBJECT, _MAX_ISSUER = 60, 64, 80
 _WRITTEN_WITHIN = 10.0
@@ -66,14 +68,19 @@ def leave(service: NodeService, token: str) -> None:
     if reference is None or reference[0] != service.node:
         return
     record = service.view().get(service.node, "token", reference[1])
-    if record is not None and record.body.get("person"):
+    if record is not None and record.body.get("person") and not record.body.get("revoked"):
         service.update(lambda _view: [Change("token", reference[1], None)])
 
 
 def _over(view: ReplicaView, node: str, who: tuple[str, str], now_ms: int) -> list[Change]:
-    """Returns the deletions of sessions that are over, and of the oldest if there are too many, the person's first."""
-    sessions = sorted((one for one in view.find("token", node) if one.body.get("person")), key=_end)
+    """Returns the deletions of sessions that are over, and of the oldest if there are too many, the person's first.
+
+    A revoked session stays for longer: jobs of it may still wait.
+    """
+    found = sorted((one for one in view.find("token", node) if one.body.get("person")), key=_end)
+    sessions = [one for one in found if not one.body.get("revoked")]
     over = {one.id for one in sessions if _end(one) <= now_ms}
+    over |= {one.id for one in found if _end(one) <= now_ms - REVOKED_KEPT_MS}
     own = [one.id for one in sessions if one.id not in over and _who(one.body) == who]
     over |= set(own[: max(0, len(own) + 1 - MAX_OF_ONE)])
     left = [one.id for one in sessions if one.id not in over]

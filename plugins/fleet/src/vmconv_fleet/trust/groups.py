@@ -44,6 +44,14 @@ def refuse_impostor(by: Principal, token: TokenBody | None) -> None:
         raise AccessError("the request states another person than the one who has signed in")
 
 
+def groups_of(by: Principal, records: Records) -> list[str] | None:
+    """Returns the groups of a caller who has signed in; None for any other caller."""
+    owner, _, identifier = (by.token or "").partition("/")
+    record = records.get(owner, "token", identifier) if by.subject is not None else None
+    person = record.body.get("person") if record else None
+    return list(person["groups"]) if person else None
+
+
 def _higher(one: Role, other: Role) -> Role:
     return one if allows(one, other) else other
 

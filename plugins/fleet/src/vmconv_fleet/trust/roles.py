@@ -99,14 +99,24 @@ def token_in(record: Record) -> TokenBody:
 
 
 def refuse_unless_allowed(
-    verb: str, target: str, by: Principal, records: Records, now_ms: int, *, arguments: Mapping[str, Any]
+    verb: str,
+    target: str,
+    by: Principal,
+    records: Records,
+    now_ms: int,
+    *,
+    arguments: Mapping[str, Any],
+    rights: Rights | None = None,
 ) -> None:
-    """Raises AccessError unless the caller may send this verb with these arguments to the node `target`."""
+    """Raises AccessError unless the caller may send this verb with these arguments to the node `target`.
+
+    `rights` are those of the caller, if they are known already.
+    """
     needed = ACTS.get(verb)
     if needed is None:
         raise AccessError(f"no verb {verb!r}", hint=f"verbs: {', '.join(sorted(VERBS))}")
     _refuse_strangers(verb, target, by, records, governs=verb in GOVERNING or _GOVERNING_RULE in arguments)
-    rights = rights_of(by, records, now_ms)
+    rights = rights_of(by, records, now_ms) if rights is None else rights
     places = datastores_of(verb, target, arguments, records)
     if not allows(rights.role, needed) and not (places and all(rights.allow(needed, target, one) for one in places)):
         raise AccessError(
