@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vmconv.plugin import AccessError
 from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.catalogue.snapshot import Snapshot
-from vmconv_fleet.errors import NotReadyError, Refusal
+from vmconv_fleet.errors import NotReadyError, Refusal, StoreError
 from vmconv_fleet.replication import epochs, messages, records
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
@@ -161,6 +162,71 @@ def test_merged_histories_have_all_of_both(tmp_path: Path) -> None:
     fleet.flow(1000)
     assert [one.body["number"] for one in other.replica.store.find("transaction", again.id)] == [1, 2, 3]
     assert again.problems() == other.problems() == []
+
+
+class FullDiskError(Exception):
+    """What the database raises instead of committing."""
+
+
+def _fail(machine: Machine, act: Callable[[], object]) -> None:
+    """Does something whose commit fails."""
+    with pytest.raises(FullDiskError), machine.replica.batch():
+        act()
+        raise FullDiskError
+
+
+def test_a_merge_whose_commit_fails_leaves_the_history_as_it_was() -> None:
+    fleet, again, other, third = _rolled_back()
+    fleet.link(again, other)
+    fleet.link(other, third)
+    fleet.flow(3000)
+    requests = again.requests
+    assert requests is not None
+    before = again.replica.store.position(again.id), again.replica.store.history(again.id)
+    _fail(again, lambda: merge(again.replica, requests, None, join))
+    fleet.flow(60_000)
+    assert before == (again.replica.store.position(again.id), again.replica.store.history(again.id))
+    assert again.replica.is_forked
+    assert _forked(again, other, third)
+    fleet.send(again, merge(again.replica, requests, None, join))
+    fleet.flow(3000)
+    assert again.replica.serving
+    assert _agree(again, other, third)
+
+
+def test_a_fork_is_found_again_if_the_commit_of_its_proof_has_failed() -> None:
+    fleet, again, other, _ = _rolled_back()
+    fleet.link(again, other)
+    fleet.flow_until(lambda: again.id in other.replica._context.forks)
+    fleet, again, other, _ = _rolled_back()
+    fleet.link(again, other)
+    failed = 0
+    handle = other.replica._receiver.handle
+
+    def full(peer: str, message: messages.Message) -> list[messages.Send]:
+        nonlocal failed
+        sends = handle(peer, message)
+        if other.replica._context.forks.news and not failed:
+            failed += 1
+            raise StoreError("database: disk is full")
+        return sends
+
+    other.replica._receiver.handle = full  # type: ignore[method-assign]
+    with pytest.raises(StoreError):
+        fleet.flow(3000)
+    assert not other.replica.store.forked()
+    assert again.id not in other.replica._context.forks
+    fleet.flow(60_000)
+    assert _forked(again, other)
+
+
+def test_a_restored_node_waits_on_if_the_commit_of_its_epoch_fails() -> None:
+    fleet = Fleet()
+    one = fleet.add(0, patience=None)
+    _fail(one, lambda: one.replica._recovery.begin(0))
+    assert one.replica.is_restored
+    fleet.flow(5000)
+    assert not one.replica.serving
 
 
 def test_what_a_node_has_recovered_is_not_executed_again_by_merging() -> None:
@@ -471,7 +537,7 @@ def test_both_records_for_one_position_are_kept() -> None:
     fleet, one, other = pair()
     position = one.replica.store.position(one.id)
     clone = Machine(fleet, 0, disk=copy_of(one.disk))
-    clone.replica._recovery._epoch = position.epoch
+    clone.replica._recovery.epoch = position.epoch
     one.write("thing", "t", {"value": "original"})
     fleet.flow()
     _, sends = clone.replica.write([Change("thing", "t", {"value": "clone"})])

@@ -96,6 +96,15 @@ class Forks:
                 for owner in over:
                     self._store.release(owner)
                 self._store.save(FORKED, text)
+        self._report(forked)
+
+    def undo(self) -> None:
+        """Returns to what the database has, after a failed commit."""
+        self.news.clear()
+        self._examined.clear()
+        self._report(self._store.forked())
+
+    def _report(self, forked: frozenset[str]) -> None:
         for owner in self._forked - forked:
             self._problems.forget("fork", fork_text(owner))
         for owner in sorted(forked - self._forked):

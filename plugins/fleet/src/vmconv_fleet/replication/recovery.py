@@ -23,7 +23,8 @@ class EpochRecovery:
     def __init__(self, context: ReplicaContext, own: OwnLog) -> None:
         self._context = context
         self._own = own
-        self._epoch = 0
+        self.epoch = 0
+        """The epoch that this process has begun; a failed commit sets it back."""
         self._limit = LIMIT * max(context.timing.patience or 0, _LEAST_PATIENCE_MS)
         self._settled = self._started = context.monotonic()
         # Replaced, never changed: other threads read them.
@@ -34,7 +35,7 @@ class EpochRecovery:
     @property
     def has_begun(self) -> bool:
         """Returns whether this process has begun an epoch that is in the database, not one of a failed commit."""
-        return self._epoch != 0 and self._context.store.position(self._context.node).epoch == self._epoch
+        return self.epoch != 0 and self._context.store.position(self._context.node).epoch == self.epoch
 
     @property
     def serving(self) -> bool:
@@ -44,7 +45,7 @@ class EpochRecovery:
     @property
     def is_restored(self) -> bool:
         """Returns whether the database may lack own records, and the node waits for all members. On any thread."""
-        return self._context.timing.patience is None and not self._epoch
+        return self._context.timing.patience is None and not self.epoch
 
     def awaited(self) -> frozenset[str]:
         """Returns the known members that have not been heard since the start. May be called on any thread."""
@@ -79,7 +80,7 @@ class EpochRecovery:
     def begin(self, beyond: int, merged: Sequence[tuple[int, int]] = ()) -> list[Record]:
         """Begins an epoch and returns the written records."""
         written = self._own.begin_epoch(self._context.now(), beyond, merged)
-        self._epoch = written[-1].epoch
+        self.epoch = written[-1].epoch
         self._context.forks.refresh()
         return written
 

@@ -154,16 +154,23 @@ class Replica:
             yield
             return
         self._grouped = True
+        epoch = self._recovery.epoch
         try:
             with self.store.group():
                 yield
         except BaseException:
-            self._context.feed.forget()
-            self._context.anti_entropy.reset()
+            self._undo(epoch)
             raise
         finally:
             self._grouped = False
         self._context.feed.deliver()
+
+    def _undo(self, epoch: int) -> None:
+        """Forgets what a transaction has changed in memory that the database has not done."""
+        self._context.feed.forget()
+        self._context.anti_entropy.reset()
+        self._recovery.epoch = epoch
+        self._context.forks.undo()
 
     def write(self, changes: Sequence[Change], *, txn: int = 0) -> tuple[list[Record], list[Send]]:
         """Writes own records, all or none.
