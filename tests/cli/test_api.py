@@ -392,6 +392,7 @@ INTERNAL = {"descriptor", "facts", "blank", "size"}
         ("fanout", (Request, arguments.RunOptions), {"target_format", *INTERNAL}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
+        ("measure", (arguments.Measuring,), {"source"}),
         ("check", (arguments.Reading, arguments.CheckOptions), set()),
         ("compare", (arguments.ImagePair,), set()),
         ("prove", (arguments.ImagePair,), {"strict"}),

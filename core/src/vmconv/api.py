@@ -34,6 +34,7 @@ from vmconv.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import new_name
+    from vmconv.conversion.measuring import Measure
     from vmconv.conversion.pipeline import prepared
     from vmconv.conversion.refusals import refuse_copies
     from vmconv.conversion.request import Request, Result
@@ -66,6 +67,7 @@ _HOMES = {
     "MachinePlan": "machine.request",
     "MachineResult": "machine.request",
     "MapRow": "inspect.mapping",
+    "Measure": "conversion.measuring",
     "OptionValue": "interface.arguments",
     "Plan": "model.plan",
     "Proof": "inspect.proof",
@@ -102,6 +104,7 @@ __all__ = [
     "MachinePlan",
     "MachineResult",
     "MapRow",
+    "Measure",
     "OptionValue",
     "Plan",
     "Proof",
@@ -131,6 +134,7 @@ __all__ = [
     "machine_info",
     "machine_plan",
     "map_disk",
+    "measure",
     "mount_of",
     "new_name",
     "plan",
@@ -698,6 +702,29 @@ def map_disk(
     asked = checked(Reading, **given)
     with _errors(), opened(asked) as (image, _):
         return list(map_rows(image))
+
+
+@_named
+def measure(
+    target_format: str,
+    source: StrPath | None = None,
+    *,
+    size: int | None = None,
+    options: Mapping[str, OptionValue] = _EMPTY,
+    source_format: str | None = None,
+    snapshot: str | None = None,
+    force_share: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+) -> Measure:
+    """Returns how large an image of the disk in `source`, or of an empty disk of `size` bytes, will be in a format."""
+    given = locals()
+    from vmconv.conversion.measuring import measure as measured
+    from vmconv.interface.arguments import Measuring, checked
+
+    asked = checked(Measuring, **given)
+    with _errors():
+        return measured(asked)
 
 
 @_named

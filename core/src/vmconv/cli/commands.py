@@ -17,6 +17,7 @@ COMMANDS = (
     ("map", "show where each range of the guest's disk lies"),
     ("check", "check the structure of an image"),
     ("plan", "show what a conversion would share, copy and write"),
+    ("measure", "tell how large an image of a disk will be"),
     ("create", "make an image of an empty disk"),
     ("resize", "give a disk another size"),
     ("convert", "convert a disk to another format"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_type_hints
 
 from vmconv.errors import UsageError
@@ -182,6 +183,20 @@ class Resizing(NamedTuple):
     shrink: bool = False
     keep_undo: bool = False
     any_owner: bool = False
+    allow_external: FilePaths = ()
+    source_backing_format: str | None = None
+
+
+class Measuring(NamedTuple):
+    """The disk in `source`, or an empty one of `size` bytes, and the image of it to measure."""
+
+    target_format: str
+    source: FilePath | None = None
+    size: int | None = None
+    options: WriterOptions = MappingProxyType({})
+    source_format: str | None = None
+    snapshot: str | None = None
+    force_share: bool = False
     allow_external: FilePaths = ()
     source_backing_format: str | None = None
 

@@ -118,6 +118,13 @@ class Format:
         """
         raise UsageError(f"{image.file.name}: {self.name} has no bitmaps")
 
+    def bitmaps_size(self, image: Image, options: Any) -> int | None:
+        """Returns how many bytes copies of the bitmaps of `image` would take in an image of this format.
+
+        None if `image` or this format can have no bitmaps.
+        """
+        return None
+
     def qemu_incompatibility(self, image: Image) -> str | None:
         """Returns why QEMU cannot read this layer, or reads other bytes; None if it reads the same."""
         return f"QEMU has no driver for {self.name}"

@@ -47,6 +47,11 @@ class Qcow2(Format):
 
         return dirty_ranges(image, bitmap)
 
+    def bitmaps_size(self, image: Image, options: Any) -> int | None:
+        from vmconv_qcow2.bitmaps import bitmaps_size
+
+        return bitmaps_size(image, options)
+
     def keeps_source(self, options: Any) -> bool:
         return bool(options.subformat == "reference")
 

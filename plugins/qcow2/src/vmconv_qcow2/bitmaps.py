@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +13,14 @@ from vmconv.plugin import Column, Image, PlanError, UsageError, damaged, read_pa
 from vmconv_qcow2 import structs
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header
 
+if TYPE_CHECKING:
+    from vmconv_qcow2.options import Options
+
 _SLICE = 1 << 20
 """Bytes of a bitmap that are parsed at once; that needs about 100 times as much."""
 _MOST_RANGES = 1 << 24
+_CLUSTER = 64 << 10
+"""Bytes of a cluster if the user names none."""
 
 _Pair = tuple[Column, Column]
 
@@ -35,6 +42,31 @@ def dirty_ranges(image: Image, name: str) -> _Pair:
         starts.append(start)
         lengths.append(length)
     return np.concatenate(starts), np.concatenate(lengths)
+
+
+def bitmaps_size(image: Image, options: Options) -> int | None:
+    """Returns the bytes of copies of all bitmaps with all their clusters; None if either version has no bitmaps.
+
+    Bitmaps that their last user did not save are not copied.
+    """
+    if image.format_name != "qcow2" or options.version < 3:
+        return None
+    header = read_header(image.file)
+    if header.version < 3:
+        return None
+    cluster = options.cluster_size or _CLUSTER
+    total, directory = 0, 0
+    for bitmap in read_bitmaps(header):
+        if not bitmap.flags & structs.BITMAP_IN_USE:
+            clusters = -(-image.size // ((1 << bitmap.granularity_bits) * 8 * cluster))
+            total += clusters * cluster + _rounded(clusters * 8, cluster)
+            # An entry ends at a multiple of 8 bytes.
+            directory += _rounded(structs.BitmapEntry.sizeof() + len(os.fsencode(bitmap.name)), 8)
+    return total + _rounded(directory, cluster)
+
+
+def _rounded(length: int, unit: int) -> int:
+    return -(-length // unit) * unit
 
 
 def _named(header: Header, name: str) -> Bitmap:
