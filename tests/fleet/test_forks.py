@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -16,7 +16,7 @@ from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.errors import NotReadyError, Refusal, StoreError
-from vmconv_fleet.replication import epochs, messages, records
+from vmconv_fleet.replication import epochs, messages, records, strays
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
 from vmconv_fleet.replication.records import Change, Record, seal
@@ -593,3 +593,83 @@ def test_the_proof_of_an_earlier_version_counts() -> None:
     accusing = _signed(one.signer, history, epoch=history.epoch + 9, seq=2, body=said)
     other.replica.received(one.id, messages.encode(Notice([accusing.wire])))
     assert other.replica.store.forked() == {one.id}
+
+
+# How much is kept of another history
+
+
+class Theft(NamedTuple):
+    """A node, another machine with its keys, and a member that is linked to one of them in turn."""
+
+    fleet: Fleet
+    one: Machine
+    thief: Machine
+    third: Machine
+
+    def tell(self) -> None:
+        """Lets the node know what the thief has written."""
+        self.fleet.cut(self.one, self.third)
+        _swap(self.fleet, self.one, self.thief, self.third)
+        _swap(self.fleet, self.thief, self.one, self.third)
+        assert _forked(self.one, self.third)
+
+
+@pytest.fixture
+def theft() -> Theft:
+    fleet, one, other = pair()
+    thief = Machine(fleet, 0, disk=copy_of(one.disk))
+    thief.replica.tick()
+    one.write("thing", "one", {})
+    fleet.flow(500)
+    fleet.cut(one, other)
+    third = fleet.add(2)
+    _swap(fleet, one, thief, third)
+    return Theft(fleet, one, thief, third)
+
+
+def test_telemetry_of_another_history_is_kept_once(theft: Theft) -> None:
+    """A machine with stolen keys that runs for months writes its heartbeat all the time."""
+    kept = theft.one.replica.store.others
+    for number in range(3):
+        kinds = ("heartbeat", "disk", "token")
+        records = [theft.thief.write(kind, "0123456789ab", {**TOKEN, "n": number}) for kind in kinds]
+        assert kept.keep(records) == kept.keep(records) == records[-1]
+    found = [(stray.kind, stray.body["n"]) for stray in kept.all()]
+    assert sorted(found) == [("disk", 2), ("heartbeat", 2), *(("token", n) for n in range(3))]
+    assert not kept.dropped()
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_RECORDS", 4), ("MAX_BYTES", 1000)])
+def test_a_history_that_is_too_large_is_dropped_and_not_merged(
+    theft: Theft, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with stolen keys writes without end."""
+    monkeypatch.setattr(strays, limit, value)
+    for number in range(12):
+        theft.thief.write("thing", f"t{number}", {"value": number})
+    theft.tell()
+    one = theft.one
+    kept = len(one.replica.store.others.all())
+    assert 0 < kept <= 5
+    (problem,) = [problem.text for problem in one.replica.problems.all() if problem.kind == "strays"]
+    assert f"{13 - kept} of its records were dropped" in problem
+    with pytest.raises(Refusal, match="let the authority retire the node"):
+        merge(one.replica, one.handle({}), None, join)
+    assert one.replica.is_forked
+    assert "strays" in Machine(theft.fleet, 0, disk=copy_of(one.disk)).problems()
+
+
+def test_a_database_of_an_earlier_revision_keeps_its_strays(theft: Theft) -> None:
+    theft.thief.write("thing", "thief", {})
+    theft.tell()
+    known = theft.one.replica.store.others.all()
+    disk = copy_of(theft.one.disk)
+    disk.executescript(
+        "CREATE TABLE old (epoch INTEGER NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL,"
+        " PRIMARY KEY (epoch, seq, wire)) WITHOUT ROWID; INSERT INTO old SELECT epoch, seq, wire FROM strays;"
+        " DROP TABLE strays; ALTER TABLE old RENAME TO strays;"
+    )
+    again = Machine(theft.fleet, 0, disk=disk).replica.store.others
+    assert again.all() == known != []
+    again.keep(known)
+    assert again.all() == known

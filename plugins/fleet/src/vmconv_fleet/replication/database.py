@@ -51,9 +51,11 @@ CREATE INDEX IF NOT EXISTS temp.staged_by_position ON staged (session, seq);
 
 STRAYS = """
 CREATE TABLE IF NOT EXISTS strays (
-    epoch INTEGER NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL, PRIMARY KEY (epoch, seq, wire)
+    epoch INTEGER NOT NULL, seq INTEGER NOT NULL, wire BLOB NOT NULL, kind TEXT, id TEXT,
+    PRIMARY KEY (epoch, seq, wire)
 ) WITHOUT ROWID;
 """
+_STRAYS_BY_KEY = "CREATE INDEX IF NOT EXISTS strays_by_key ON strays (kind, id, epoch);"
 """Made at each start: earlier versions ignore it."""
 
 
@@ -102,6 +104,9 @@ def prepare(connection: sqlite3.Connection, node: str) -> None:
             connection.execute("INSERT INTO meta VALUES ('node', ?)", (node,))
         connection.executescript(STAGED)
         connection.executescript(STRAYS)
+        if "kind" not in {name for _, name, *_ in connection.execute("PRAGMA table_info(strays)")}:
+            connection.executescript("ALTER TABLE strays ADD COLUMN kind TEXT; ALTER TABLE strays ADD COLUMN id TEXT;")
+        connection.executescript(_STRAYS_BY_KEY)
         (owner,) = connection.execute("SELECT value FROM meta WHERE name = 'node'").fetchone() or (None,)
         if owner == node and 0 < version < VERSION:
             _migrate(connection, version)

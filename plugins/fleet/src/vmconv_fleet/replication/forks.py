@@ -21,6 +21,7 @@ from vmconv_fleet.replication.problems import ProblemLog
 from vmconv_fleet.replication.records import MAX_NUMBER, Position, Record, decode, payload_of, restore
 from vmconv_fleet.replication.signing import Trust
 from vmconv_fleet.replication.store import FORKED, Store
+from vmconv_fleet.replication.strays import MAX_BYTES, MAX_RECORDS
 
 Pair = tuple[Record, Record]
 
@@ -84,6 +85,7 @@ class Forks:
         """Loads the stored proofs, also those of an earlier version."""
         self._translate()
         self.refresh()
+        self.report_dropped()
 
     def refresh(self) -> None:
         """Drops the proofs that do not count any more, and reports the others."""
@@ -97,6 +99,20 @@ class Forks:
                     self._store.release(owner)
                 self._store.save(FORKED, text)
         self._report(forked)
+
+    def report_dropped(self) -> str | None:
+        """Reports and returns that records of the other histories of this node were not kept; None if all were."""
+        dropped = self._store.others.dropped()
+        if not dropped:
+            return None
+        text = (
+            f"another history of this node is too large: {dropped} of its records were dropped, because {MAX_RECORDS} "
+            f"or {MAX_BYTES >> 20} MiB are kept; it cannot be merged: let the authority retire the node (vmconv "
+            "fleet retire), and join again"
+        )
+        self._problems.forget("strays")
+        self._problems.report("strays", text)
+        return text
 
     def undo(self) -> None:
         """Returns to what the database has, after a failed commit."""

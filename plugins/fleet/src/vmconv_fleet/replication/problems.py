@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 KEPT = 100
 FORGOTTEN_S = 600.0
 """Seconds after which a problem that was not reported again is over."""
-LASTING = frozenset(("cloned", "fork", "retired"))
+LASTING = frozenset(("cloned", "fork", "retired", "strays"))
 """Kinds that are over only when somebody acts."""
 
 _log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class NodeProblem(NamedTuple):
     | kind | meaning |
     | --- | --- |
     | fork | an owner has two histories: neither is lost, see `ReplicaView.forks`; its requests and tokens are refused |
+    | strays | another history of this node has more records than are kept: it cannot be merged |
     | cloned | a neighbour has the id of this node |
     | forged | a neighbour sent a record without a valid signature of its owner |
     | torn | a neighbour sent records that do not form a state of their owner |

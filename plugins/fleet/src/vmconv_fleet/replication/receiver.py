@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from vmconv_fleet.errors import FleetError, MalformedError
 from vmconv_fleet.replication import epochs, messages
@@ -248,20 +249,22 @@ class Receiver:
     def _keep_own(self, session: PullSession, records: Sequence[Record]) -> list[Send]:
         """Keeps records of this node that this process has not written, and proves the fork."""
         context = self._context
-        history = context.store.history(context.node)
-        rows = list(context.anti_entropy.rows(session, records))
-        strays = [row for row in rows if not history.follows(row.position) or context.forks.counterpart(row)]
-        if not strays and self._recovery.has_begun:
-            strays = [row for row in rows if row.position > context.store.position(context.node)]
-        if not strays:
-            return []
+        history, position = context.store.history(context.node), context.store.position(context.node)
+        rows = partial(context.anti_entropy.rows, session, records)
         with context.store.atomic():
-            context.store.keep_strays(strays)
+            last = context.store.others.keep(
+                row for row in rows() if not history.follows(row.position) or context.forks.counterpart(row)
+            )
+            if last is None and self._recovery.has_begun:
+                last = context.store.others.keep(row for row in rows() if row.position > position)
+        if last is None:
+            return []
+        context.forks.report_dropped()
         if context.node in context.forks or self._keep_fork(session, records) or not self._recovery.has_begun:
             return []
         # Their history contains this one, but another process has written it: the next epoch says that they part here.
-        begun = self._recovery.begin(strays[-1].epoch)
-        context.forks.keep((strays[-1], begun[0]), context.now())
+        begun = self._recovery.begin(last.epoch)
+        context.forks.keep((last, begun[0]), context.now())
         return self._publisher.publish(begun)
 
     def _continues(self, session: PullSession, records: Sequence[Record]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random, SystemRandom
 
-from vmconv_fleet.errors import MalformedError, NotReadyError, StoreError
+from vmconv_fleet.errors import MalformedError, NotReadyError, Refusal, StoreError
 from vmconv_fleet.replication import messages
 from vmconv_fleet.replication.anti_entropy import NEVER, AntiEntropy
 from vmconv_fleet.replication.change_feed import ChangeFeed
@@ -189,11 +189,13 @@ class Replica:
     def strays(self) -> list[Record]:
         """Returns the records of the other histories of this node, in their order.
 
-        Raises NotReadyError if it has not forked, or if a member may have more of them.
+        Raises NotReadyError if it has not forked, or if a member may have more of them; Refusal if some were dropped.
         """
-        proof, strays = self.store.proofs().get(self.node), self.store.strays()
+        proof, strays = self.store.proofs().get(self.node), self.store.others.all()
         if proof is None:
             raise NotReadyError("this node has one history: there is nothing to merge")
+        if problem := self._context.forks.report_dropped():
+            raise Refusal(problem)
         self._recovery.refuse_to_merge(proof, _ends(strays))
         return strays
 
@@ -206,7 +208,7 @@ class Replica:
                 ends[record.epoch] = max(record.seq, ends.get(record.epoch, 0))
         with self.batch():
             begun = self._recovery.begin(max(ends), sorted(ends.items()))
-            self.store.forget_strays()
+            self.store.others.clear()
             return [*self._publisher.publish(self._introduced(begun)), *self._forward_notices()]
 
     def connected(self, peer: str) -> list[Send]:

@@ -17,6 +17,7 @@ from vmconv_fleet.replication.database import Transactions, open_reader, open_wr
 from vmconv_fleet.replication.epochs import ID, KIND, History, history_of
 from vmconv_fleet.replication.indexing import ALL, Index, Indexes, Where
 from vmconv_fleet.replication.records import START, STATE_MODULUS, Position, Record, fingerprint, payload_of, restore
+from vmconv_fleet.replication.strays import Strays
 
 BATCH = 256
 QUERY_S = 10.0
@@ -183,6 +184,7 @@ class Store(ReplicaView):
         self._connection = connection
         self._path = path
         self._transactions = Transactions(connection)
+        self.others = Strays(connection)
         self._owners: dict[str, _Owner] = {}
         self._load()
 
@@ -436,18 +438,6 @@ class Store(ReplicaView):
     def release(self, owner: str) -> None:
         """Drops the proof of an owner's fork."""
         self._connection.execute("DELETE FROM quarantine WHERE owner = ?", (owner,))
-
-    def keep_strays(self, records: Iterable[Record]) -> None:
-        """Keeps records of this node that are in another history of it."""
-        rows = ((*record.position, record.wire) for record in records)
-        self._connection.executemany("INSERT OR IGNORE INTO strays VALUES (?, ?, ?)", rows)
-
-    def strays(self) -> list[Record]:
-        """Returns the records of this node in other histories of it, in their order."""
-        return [restore(wire) for (wire,) in self._rows("SELECT wire FROM strays ORDER BY epoch, seq, wire")]
-
-    def forget_strays(self) -> None:
-        self._connection.execute("DELETE FROM strays")
 
     def version(self, owner: str, kind: str, id: str) -> Record | None:
         """Returns the newest version of a record, also its deletion as long as that is remembered."""
