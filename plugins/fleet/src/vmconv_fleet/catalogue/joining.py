@@ -7,10 +7,14 @@ conversion would run again. Bodies may have any form: a machine with stolen keys
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
+from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.kinds import ENDED
 from vmconv_fleet.replication.records import Record
+
+ORDER: tuple[str, ...] = get_args(Role)
+"""The roles, the lowest first."""
 
 _Body = Mapping[str, Any]
 
@@ -25,12 +29,22 @@ def _later(_earlier: Record, later: Record) -> Record:
     return later
 
 
-def _group(earlier: Record, later: Record) -> Record:
-    return earlier if earlier.deleted else later
+def _granted(earlier: Record, later: Record) -> Record:
+    """A removed group stays removed, a revoked token revoked; of roles, the lower ones of both count."""
+    granted = max(later, earlier, key=lambda record: (record.deleted, bool(record.body.get("revoked"))))
+    if granted.deleted or earlier.body == later.body:
+        return granted
+    body = {**granted.body, "role": _lower(earlier.body.get("role"), later.body.get("role"))}
+    one, other = (record.body.get("datastores") for record in (earlier, later))
+    body.pop("datastores", None)
+    if isinstance(one, Mapping) and isinstance(other, Mapping) and (both := one.keys() & other.keys()):
+        body["datastores"] = {name: _lower(one[name], other[name]) for name in sorted(both)}
+    return granted._replace(body=body)
 
 
-def _token(earlier: Record, later: Record) -> Record:
-    return max(later, earlier, key=lambda record: (record.deleted, bool(record.body.get("revoked"))))
+def _lower(one: object, other: object) -> str:
+    """Returns the lower one of two roles: the lowest, if one of them is no role."""
+    return min((one, other), key=ORDER.index) if one in ORDER and other in ORDER else ORDER[0]  # type: ignore[arg-type]
 
 
 def _job(earlier: Record, later: Record) -> Record:
@@ -64,8 +78,8 @@ def _policy(earlier: Record, later: Record) -> Record:
 
 
 _RULES: Mapping[str, Callable[[Record, Record], Record]] = {
-    "group": _group,
+    "group": _granted,
     "job": _job,
     "policy": _policy,
-    "token": _token,
+    "token": _granted,
 }
