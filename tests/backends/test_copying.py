@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmconv.backends import direct, files
+from vmconv.backends import direct, writing
 from vmconv.backends.direct import STEP, DirectFile
 from vmconv.backends.files import FileOutput
 from vmconv.backends.reflink import ReflinkBackend
@@ -114,7 +114,7 @@ def test_a_copy_continues_where_the_kernel_stopped(
     kernel = Kernel(steps, error)
     size = offset + length + 7
     with closing(source_of(place, 3000)) as source, output(place, size, kernel=True) as made:
-        with patch.object(os, "copy_file_range", kernel), patch.object(files, "_STEP", 97):
+        with patch.object(os, "copy_file_range", kernel), patch.object(writing, "_STEP", 97):
             made.copy(source, source_offset, offset, length)
         wanted = PATTERN[source_offset : min(3000, source_offset + length)].ljust(length, b"\0")
         assert content(made) == bytes(offset) + wanted + bytes(7)
@@ -424,7 +424,7 @@ def test_a_durable_copy_is_whole_however_much_is_written_directly(
         return pwrite(descriptor, part[:takes], at)
 
     monkeypatch.setattr(direct, "STEP", 1 << 18)
-    monkeypatch.setattr(files, "STEP", 1 << 18)
+    monkeypatch.setattr(writing, "STEP", 1 << 18)
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, at, length, what: advised.append((at, length, what)))
     length = MIB + 777
     with closing(source_of(place)) as source, output(place, offset + length, durable=True) as made:
@@ -470,7 +470,7 @@ def test_any_part_of_decoded_payload_is_copied(
 def test_decoded_payload_is_gathered_before_it_is_written_directly(
     place: Path, ext4: Direct, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    monkeypatch.setattr(files, "STEP", 1 << 18)
+    monkeypatch.setattr(writing, "STEP", 1 << 18)
     monkeypatch.setattr(Decoded, "step", step)
     through: list[int] = []
     write = FileOutput._write

@@ -381,6 +381,8 @@ def keywords_of(function: str) -> dict[str, Any]:
 
 INTERNAL = {"descriptor", "facts", "blank", "size"}
 """Fields of a request that other functions of the API set."""
+DEVICE = {"no_create", "target_is_zero"}
+"""Fields that make a block device the target."""
 
 
 @pytest.mark.parametrize(
@@ -388,8 +390,8 @@ INTERNAL = {"descriptor", "facts", "blank", "size"}
     [
         ("convert", (Request, arguments.RunOptions), INTERNAL),
         ("plan", (Request,), INTERNAL),
-        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *INTERNAL}),
-        ("fanout", (Request, arguments.RunOptions), {"target_format", *INTERNAL}),
+        ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *DEVICE, *INTERNAL}),
+        ("fanout", (Request, arguments.RunOptions), {"target_format", *DEVICE, *INTERNAL}),
         ("info", (arguments.Reading,), set()),
         ("map_disk", (arguments.Reading,), set()),
         ("measure", (arguments.Measuring,), {"source"}),

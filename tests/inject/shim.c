@@ -300,7 +300,8 @@ static const struct named IOCTLS[] = {
     {0x80086601, "ioctl:GETFLAGS"}, {0x40086602, "ioctl:SETFLAGS"}, {0x80087601, "ioctl:GETVERSION"},
     {0x8400941F, "ioctl:BTRFS_FS_INFO"}, {0x80111500, "ioctl:GETFSUUID"},
     {0x40305828, "ioctl:RESVSP"}, {0x4030582B, "ioctl:UNRESVSP"},
-    {0x541B, "ioctl:FIONREAD"}, {0x5401, "ioctl:TCGETS"}, {0x5413, "ioctl:TIOCGWINSZ"}, {0, NULL}};
+    {0x541B, "ioctl:FIONREAD"}, {0x5401, "ioctl:TCGETS"}, {0x5413, "ioctl:TIOCGWINSZ"},
+    {0x125E, "ioctl:BLKROGET"}, {0x1268, "ioctl:BLKSSZGET"}, {0x4C05, "ioctl:LOOP_GET_STATUS64"}, {0, NULL}};
 
 static const struct named FCNTLS[] = {
     {F_OFD_SETLK, "fcntl:OFD_SETLK"}, {F_OFD_SETLKW, "fcntl:OFD_SETLK"}, {F_OFD_GETLK, "fcntl:OFD_GETLK"},

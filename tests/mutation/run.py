@@ -121,8 +121,10 @@ ROOMS: dict[str, Room] = {
     "physical": _core("io/physical", "physical proof"),
     "verify": _core("conversion/verify conversion/results", "verify verifying conversion"),
     "files": _core(
-        "conversion/execute backends/files backends/direct backends/copy", "copying temporary targets backends"
+        "conversion/execute backends/files backends/writing backends/direct backends/copy",
+        "copying temporary targets backends",
     ),
+    "devices": _core("backends/device conversion/device io/devices system/block", "devices"),
     "stream": _core("backends/stream backends/planned", "stream"),
     "naming": _core("backends/temporary backends/naming", "temporary naming"),
     "reflink": _core("backends/reflink", "reflink backends conversion"),

@@ -212,6 +212,8 @@ def convert(
     decompress: bool = False,
     decompress_limit: int | None = None,
     confined: bool = False,
+    no_create: bool = False,
+    target_is_zero: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -222,6 +224,7 @@ def convert(
 
     The target appears complete or not at all. The source is not modified unless `in_place`, which turns it into the
     target. `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile.
+    With `no_create` the target is a block device, whose content is lost.
     """
     # locals() has exactly the arguments here, as no other variable exists yet. So below, too.
     return _converted(locals())
@@ -376,6 +379,8 @@ def plan(
     decompress: bool = False,
     decompress_limit: int | None = None,
     confined: bool = False,
+    no_create: bool = False,
+    target_is_zero: bool = False,
 ) -> Plan:
     """Returns the plan of `convert` with the same arguments; writes nothing."""
     given = locals()

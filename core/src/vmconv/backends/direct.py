@@ -51,10 +51,13 @@ class DirectFile:
             if self._descriptor < 0 and not self._refused:
                 # The file may have no name. Without /proc everything goes through the cache.
                 path = f"/proc/self/fd/{self._through_cache}"
-                self._refused = linux.mount_of(os.path.dirname(os.path.realpath(path))).type not in _FILESYSTEMS
+                self._refused = not self._suits(path)
                 if not self._refused:
                     self._open(path)
             return not self._refused
+
+    def _suits(self, path: str) -> bool:
+        return linux.mount_of(os.path.dirname(os.path.realpath(path))).type in _FILESYSTEMS
 
     def _open(self, path: str) -> None:
         try:
@@ -88,3 +91,13 @@ class DirectFile:
             # Linux closes the descriptor even on errors, and fsync has reported failed writes.
             with suppress(OSError):
                 os.close(descriptor)
+
+
+class DirectDevice(DirectFile):
+    """A second descriptor of a block device, with O_DIRECT: nothing has to be allocated."""
+
+    def prepare(self, offset: int, length: int) -> bool:
+        return length >= _SHORTEST and offset % _BLOCK == 0 and self._try_open()
+
+    def _suits(self, path: str) -> bool:
+        return True

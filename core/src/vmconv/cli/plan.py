@@ -59,7 +59,7 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
         yield f"layer {layer['source']} ({layer['source_format']}) -> {layer['name']}"
     yield from (f"file {file.name}: {size_text(file.size)}" for file in plan.files)
     yield from (f"not carried over: {loss}" for loss in plan.losses)
-    yield from (f"note: {note}" for note in notes(plan.references, plan.directory))
+    yield from (f"note: {note}" for note in (*plan.notes, *notes(plan.references, plan.directory)))
     yield from (f"warning: {warning}" for warning in warnings)
 
 

@@ -24,6 +24,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "copies": [copy._asdict() for copy in plan.copies],
         "references": [{"name": one.name, "bytes": one.length} for one in plan.references],
         "losses": list(plan.losses),
+        "notes": list(plan.notes),
         "files": [{"name": file.name, "size": file.size, **_steps(file)} for file in plan.files],
     }
 
@@ -111,7 +112,7 @@ class _Words(_Silence):
             say(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", to=sys.stderr)
         for loss in plan.losses:
             say(f"not carried over: {loss}", to=sys.stderr)
-        for note in notes(plan.references, plan.directory):
+        for note in (*plan.notes, *notes(plan.references, plan.directory)):
             say(f"note: {note}", to=sys.stderr)
 
     def progress(self, done: int, to_do: int) -> None:

@@ -62,6 +62,17 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="turn SOURCE's own file into TARGET: payload stays in place, SOURCE no longer exists afterwards",
     )
+    parser.add_argument(
+        "-n",
+        dest="no_create",
+        action="store_true",
+        help="write into the block device TARGET, whose content is lost, instead of making a file",
+    )
+    parser.add_argument(
+        "--target-is-zero",
+        action="store_true",
+        help="with -n: the device should be zero, as a new thin volume is: read it, and zero only what is not zero",
+    )
     add_keep_undo(parser, "TARGET", when="with --in-place: ")
     add_any_owner(parser, "SOURCE", when="with --in-place: ")
     add_output(parser)
@@ -84,6 +95,8 @@ def request_of(options: argparse.Namespace) -> Request:
         keep_undo=options.keep_undo,
         any_owner=options.any_owner,
         descriptor=_STANDARD_OUTPUT if options.target == "-" else None,
+        no_create=options.no_create,
+        target_is_zero=options.target_is_zero,
         decompress=options.decompress,
         decompress_limit=options.decompress_limit,
         **source_and_storage(options),

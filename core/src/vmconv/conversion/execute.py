@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from vmconv.conversion.refusals import refuse_changed
-from vmconv.errors import os_errors
+from vmconv.errors import VmconvError, os_errors
 from vmconv.interface.backend import Created, Output, Transaction
 from vmconv.model import references
 from vmconv.model.plan import Action, FilePlan, Plan, Progress
@@ -17,6 +17,8 @@ from vmconv.system.parallel import in_order
 _PIECE = 4 << 20
 # Metadata is computed while it is written, in pieces that fit into the processor's cache.
 _METADATA_PIECE = 1 << 20
+# One call zeroes a piece, and storage may have to write it.
+_ZEROED = 64 << 20
 
 
 class _Piece(NamedTuple):
@@ -56,10 +58,22 @@ def carry_out(
         with signals.held():
             transaction.commit()
             done()
+    except BaseException as exc:
+        if transaction.left:
+            _state_left(exc, transaction.left)
+        raise
     finally:
         with signals.held():
             # After the commit this only closes files.
             transaction.abort()
+
+
+def _state_left(exc: BaseException, left: str) -> None:
+    """Makes the message of an error, or of a signal, say what the run leaves."""
+    if isinstance(exc, VmconvError):
+        exc.hint = left
+    else:
+        vars(exc)["left"] = left
 
 
 def make(plan: Plan, transaction: Transaction, progress: Progress | None, created: Created | None = None) -> list[File]:
@@ -78,7 +92,12 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
                 created(file.name, output.descriptor)
     pairs = [pair for pair in zip(plan.files, outputs, strict=True) if pair[1].takes_bytes]
     # Planned outputs take no bytes here, so there is no progress to report.
-    steps = _Steps(plan.totals.copied + plan.totals.written, progress if pairs or not outputs else None)
+    zeros = [piece for file, output in pairs if not output.reads_as_zero for piece in _zeros(file, output)]
+    to_do = plan.totals.copied + plan.totals.written + sum(length for _, _, length in zeros)
+    steps = _Steps(to_do, progress if pairs or not outputs else None)
+    for output, offset, length in zeros:
+        output.zero(offset, length)
+        steps.add(length)
     for file, output in pairs:
         for piece in _pieces(file, output, Action.WRITE, _METADATA_PIECE):
             output.write(piece.offset, piece.source.read(piece.source_offset, piece.length))
@@ -110,6 +129,13 @@ def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) 
         source = file.sources[index]
         for at in range(0, length, size):
             yield _Piece(output, source, source_offset + at, offset + at, min(size, length - at))
+
+
+def _zeros(file: FilePlan, output: Output) -> Iterator[tuple[Output, int, int]]:
+    """Yields ranges to zero, in pieces that a signal need not wait for."""
+    for offset, length in file.gaps():
+        for at in range(0, length, _ZEROED):
+            yield output, offset + at, min(_ZEROED, length - at)
 
 
 def _copy(pieces: Sequence[_Piece]) -> int:

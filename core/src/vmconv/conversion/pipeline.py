@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names, refuse_outside
 from vmconv.conversion.choice import choose_backend
 from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
+from vmconv.conversion.device import claimed, on_device
 from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_other_kind, refuse_too_large
@@ -87,7 +88,11 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             yield ready
         return
     registry = installed()
-    with request.opener(registry) as opener, places(request, *others) as found:
+    with (
+        request.opener(registry) as opener,
+        places(request, *others) as found,
+        claimed(request, *found[0]) as device,
+    ):
         targets = [
             (each, _target(registry, each, place)) for each, place in zip((request, *others), found, strict=True)
         ]
@@ -104,7 +109,12 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 backend, conversions, own = _in_place(site, *targets[0], image, registry)
             else:
                 storage = directory.by_descriptor() if request.confined else directory.path
-                way = choose_backend(registry, request.backend, storage, image.payload_files())
+                files = image.payload_files()
+                way = (
+                    Proposal(device, device.survey("", files))
+                    if device
+                    else choose_backend(registry, request.backend, storage, files)
+                )
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
                     conversion_of(request, target, image, way, registry, _kept_layer(request, target, image, registry))
@@ -112,13 +122,16 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
+            if device:
+                plan = on_device(plan, device, [made for one in conversions for made in one.containers], opener)
             # The end of a disk may be copied everywhere.
             if request.decompress and plan.totals.copied > plan.totals.shared:
                 image.warnings += (_WRITTEN_TWICE,)
-            with no_collisions(plan, directory, opener.files, force=request.force, but=own):
+            collisions = no_collisions(plan, directory, opener.files, force=request.force, but=own)
+            with nullcontext() if device else collisions:
                 # A single new file is linked. All else is renamed, which an append-only directory refuses.
                 single = len(plan.files) == 1 and not directory.has(plan.files[0].name)
-                if not (site or single):
+                if not (site or single or device):
                     refuse_kept_names(directory)
                 begin = partial(
                     backend.begin,
@@ -326,6 +339,7 @@ def _refuse_with_stream(request: Request) -> None:
         raise UsageError("a stream has no suffix that names a format", hint="name the format with -O")
     for given, what in (
         (request.chain, "a chain"),
+        (request.no_create, "-n"),
         (request.in_place or request.keep_undo, "in place"),
         (request.backing_file is not None or request.backing_format is not None, "a backing file"),
         (request.backend != "auto", f"the backend {request.backend}"),
@@ -372,7 +386,9 @@ def _target(registry: Registry, request: Request, place: _Place) -> Target:
     options = parse_options(wanted.options(), request.options, wanted.name)
     directory, name = place
     there = directory.status(name)
-    if there and not stat.S_ISREG(there.st_mode):
+    if there and stat.S_ISBLK(there.st_mode) and not request.no_create:
+        raise PlanError(f"{request.target}: is a block device", hint="-n writes into it, and its content is lost")
+    if there and not stat.S_ISREG(there.st_mode) and not request.no_create:
         raise PlanError(f"{request.target}: is not a regular file")
     return Target.of(wanted, options, directory.path, name)
 

@@ -45,6 +45,9 @@ class Request(NamedTuple):
 
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
 
+    `no_create` writes into the existing block device `target`, whose content is lost. With `target_is_zero`
+    it is read, and only what is not zero is zeroed.
+
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
 
@@ -76,6 +79,8 @@ class Request(NamedTuple):
     confined: bool = False
     blank: int | None = None
     size: int | None = None
+    no_create: bool = False
+    target_is_zero: bool = False
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -97,6 +102,8 @@ class Request(NamedTuple):
             raise UsageError("--in-place: a compressed file cannot become an image", hint="omit --in-place")
         if self.confined and (self.in_place or self.decompress or self.descriptor is not None):
             raise UsageError("a confined conversion makes a new file of an image that is not compressed")
+        if self.target_is_zero and not self.no_create:
+            raise UsageError("--target-is-zero is for -n", hint="a new file is zero where nothing is written")
         if self.decompress_limit is not None and not self.decompress:
             raise UsageError("--decompress-limit is for --decompress")
         if self.decompress_limit is not None and self.decompress_limit < 0:

@@ -63,12 +63,14 @@ DEFAULT_ACCESS = Access()
 
 
 class Output(ABC):
-    """One output file that is being written. Ranges never written read as zero."""
+    """One output file that is being written. Ranges never written read as zero at the end."""
 
     descriptor = -1
     """The open descriptor of the file; -1 if there is none."""
     takes_bytes = True
     """False if the output takes its bytes from the plan; then `write` and `copy` are not called."""
+    reads_as_zero = True
+    """False if ranges never written have to be zeroed by `zero`."""
 
     @abstractmethod
     def share(self, steps: ShareSteps) -> None:
@@ -82,6 +84,10 @@ class Output(ABC):
         """Copies bytes of a source; called from several threads, for disjoint ranges."""
         self.write(offset, source.read(source_offset, length))
 
+    def zero(self, offset: int, length: int) -> None:
+        """Zeroes a range that is never written; called only without `reads_as_zero`."""
+        raise NotImplementedError
+
     @abstractmethod
     def finish(self) -> File:
         """Syncs the file, in a durable transaction, and returns it for reading back. The transaction closes it."""
@@ -89,6 +95,9 @@ class Output(ABC):
 
 class Transaction(ABC):
     """All output files of one conversion: they exist under their names after `commit`, and not after `abort`."""
+
+    left: str | None = None
+    """What a run that ends now leaves behind, for messages; None for nothing."""
 
     def prepare(self, plan: Plan) -> None:  # noqa: B027 most have nothing to prepare
         """Called with the plan before any write, for backends that save what they overwrite."""

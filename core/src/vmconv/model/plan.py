@@ -105,8 +105,8 @@ class Steps:
         return joined.take(np.argsort(joined.offset, kind="stable"))
 
 
-Destination = Literal["files", "source", "stream"]
-"""Where a backend writes: to new files, into the source's own file, or into a stream."""
+Destination = Literal["files", "source", "stream", "device"]
+"""Where a backend writes: to new files, into the source's own file, into a stream, or to a block device."""
 
 
 class FilePlan(NamedTuple):
@@ -122,6 +122,16 @@ class FilePlan(NamedTuple):
     def shares(self) -> ShareSteps:
         rows = self.steps.take(self.steps.action == Action.SHARE)
         return ShareSteps(self.sources, rows.source, rows.source_offset, rows.length, rows.offset)
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Yields `(offset, length)` of each range without a step, which reads as zero."""
+        at = 0
+        for offset, length in zip(self.steps.offset.tolist(), self.steps.length.tolist(), strict=True):
+            if offset > at:
+                yield at, offset - at
+            at = max(at, offset + length)
+        if at < self.size:
+            yield at, self.size - at
 
 
 class CopyReason(NamedTuple):
@@ -163,6 +173,8 @@ class Plan(NamedTuple):
     destination: Destination = "files"
     opened: tuple[str, ...] = ()
     """Real paths of the source's files when they were opened."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know before anything is written."""
 
     @property
     def totals(self) -> Totals:

@@ -141,7 +141,7 @@ def _change_space(descriptor: int, request: int, offset: int, length: int) -> No
     _ioctl(descriptor, request, _SPACE.pack(0, os.SEEK_SET, 0, offset, length, 0, 0))
 
 
-_COLLAPSE, _INSERT = 0x08, 0x20
+_KEEP_SIZE, _PUNCH, _COLLAPSE, _ZERO, _INSERT = 0x01, 0x02, 0x08, 0x10, 0x20
 
 
 def collapse_range(descriptor: int, offset: int, length: int) -> None:
@@ -152,6 +152,15 @@ def collapse_range(descriptor: int, offset: int, length: int) -> None:
 def insert_range(descriptor: int, offset: int, length: int) -> None:
     """Inserts a hole of whole blocks into a file; later extents move up without a copy (FALLOC_FL_INSERT_RANGE)."""
     _fallocate(descriptor, _INSERT, offset, length)
+
+
+def zero_device(descriptor: int, offset: int, length: int, *, free: bool) -> None:
+    """Zeroes a range of whole blocks of a block device, and frees it in the device if `free`.
+
+    Freeing raises `OSError` (EOPNOTSUPP) if the device does not guarantee zeros afterwards. Without it, the kernel
+    writes zeros if the device cannot (block/fops.c, blkdev_fallocate).
+    """
+    _fallocate(descriptor, _KEEP_SIZE | (_PUNCH if free else _ZERO), offset, length)
 
 
 def _fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
