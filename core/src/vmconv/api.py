@@ -34,6 +34,7 @@ from vmconv.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import new_name
+    from vmconv.conversion.editing import Edited
     from vmconv.conversion.measuring import Measure
     from vmconv.conversion.pipeline import prepared
     from vmconv.conversion.refusals import refuse_copies
@@ -63,6 +64,7 @@ _HOMES = {
     "Cache": "interface.arguments",
     "CheckReport": "interface.format",
     "Comparison": "inspect.comparison",
+    "Edited": "conversion.editing",
     "Machine": "machine.model",
     "MachinePlan": "machine.request",
     "MachineResult": "machine.request",
@@ -100,6 +102,7 @@ __all__ = [
     "Cache",
     "CheckReport",
     "Comparison",
+    "Edited",
     "Machine",
     "MachinePlan",
     "MachineResult",
@@ -140,6 +143,7 @@ __all__ = [
     "plan",
     "prepared",
     "prove",
+    "rebase",
     "recover",
     "refuse_copies",
     "resize",
@@ -650,6 +654,33 @@ def resize(
     asked = checked(Resizing, **given)
     with _errors():
         return resized(asked, announce)
+
+
+@_named
+def rebase(
+    path: StrPath,
+    backing_file: str,
+    *,
+    backing_format: str | None = None,
+    unsafe: bool = False,
+    source_format: str | None = None,
+    keep_undo: bool = False,
+    allow_external: Iterable[StrPath] = (),
+) -> Edited:
+    """Gives the layer in `path` another parent, or none for an empty name.
+
+    With `unsafe` only the stored name and format change, and the parent is not opened: the caller knows that it has the
+    content of the old one.
+    """
+    given = locals()
+    from vmconv.conversion.rebasing import rebase_unsafely
+    from vmconv.interface.arguments import Rebasing, checked
+
+    asked = checked(Rebasing, **given)
+    if not asked.unsafe:
+        raise UsageError("rebase compares no parents yet", hint="-u changes only the stored name")
+    with _errors():
+        return rebase_unsafely(asked)
 
 
 @_named

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
     from vmconv.model.disk import Disk
+    from vmconv.model.draft import Draft
     from vmconv.model.extents import (
         MAX_SIZE,
         Column,
@@ -127,6 +128,7 @@ _HOMES = {
     "Decompressed": "io.decompressing",
     "Dependency": "model.references",
     "Directory": "io.directory",
+    "Draft": "model.draft",
     "Disk": "model.disk",
     "DiskFacts": "model.facts",
     "Extents": "model.extents",
@@ -263,6 +265,7 @@ __all__ = [
     "Directory",
     "Disk",
     "DiskFacts",
+    "Draft",
     "Extents",
     "File",
     "Findings",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from vmconv.conversion.refusals import refuse_size
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import planned_image
 from vmconv.errors import PlanError
-from vmconv.inplace.names import UNDO, beside
+from vmconv.inplace.rules import refuse_undo_file
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
@@ -39,7 +38,7 @@ def resize(asked: Resizing, announce: Callable[[Plan], None] | None = None) -> R
         image = opener.image(asked.path, asked.source_format)
         size = image.size + asked.size if asked.relative else asked.size
         _refuse(image, size, shrink=asked.shrink)
-        _refuse_undo_file(image)
+        refuse_undo_file(image.file)
         request = _request(asked, image, size)
 
     _refuse_rounding(request, size)
@@ -81,16 +80,6 @@ def _refuse(image: Image, size: int, *, shrink: bool) -> None:
         raise PlanError(
             f"{name}: has {image.size} bytes, and what lies behind {size} would be lost",
             hint="shrink the partitions and filesystems in it first; --shrink then cuts off the rest",
-        )
-
-
-def _refuse_undo_file(image: Image) -> None:
-    """Raises `PlanError` if the image has an undo file, which only fits it as it is."""
-    undo = beside(os.path.realpath(image.file.path), UNDO)
-    if os.path.lexists(undo):
-        raise PlanError(
-            f"{undo}: would no longer undo the last change",
-            hint=f"vmconv undo {image.file.name}, or remove the file if it is not needed",
         )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vmconv.errors import AccessError, PlanError
 from vmconv.inplace.codec import MAX_BODY, Ranges
-from vmconv.inplace.names import JOURNAL, WORKING, beside
+from vmconv.inplace.names import JOURNAL, UNDO, WORKING, beside
 from vmconv.io.directory import Directory
 from vmconv.io.registry import Registry
 from vmconv.model.image import Image
@@ -107,6 +107,16 @@ def refuse_leftovers(directory: Directory, own: Iterable[Own]) -> None:
                     f"{directory.join(other)}: is in the way of a conversion in place",
                     hint=f"if one was interrupted: vmconv recover {directory.join(name)}; else move it away",
                 )
+
+
+def refuse_undo_file(file: File) -> None:
+    """Raises `PlanError` if a file has an undo file, which only fits it as it is."""
+    undo = beside(os.path.realpath(file.path), UNDO)
+    if os.path.lexists(undo):
+        raise PlanError(
+            f"{undo}: would no longer undo the last change",
+            hint=f"vmconv undo {file.name}, or remove the file if it is not needed",
+        )
 
 
 def refuse_too_much(name: str, saved: Ranges) -> None:

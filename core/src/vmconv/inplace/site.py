@@ -10,6 +10,7 @@ from vmconv.backends.targets import locate
 from vmconv.errors import AccessError, PlanError, os_errors
 from vmconv.inplace import neighbours, rules
 from vmconv.inplace.rules import Own
+from vmconv.inplace.stay import Claim
 from vmconv.io import locks, ownership
 from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
@@ -67,8 +68,7 @@ class Site:
 
         Raises `PlanError` or `AccessError` if they may not be changed in place.
         """
-        losses = [loss for layer in self.layers for loss in layer.losses]
-        rules.refuse_losses(losses, keep_undo=self.keep_undo)
+        self._refuse_losses()
         rules.refuse_links(self.source)
         with ExitStack() as claims:
             # From here on by descriptor, because the directory's owner might replace it.
@@ -78,6 +78,10 @@ class Site:
             self._refuse()
             self.descriptors = {id(own.file): self._claim(own, claims) for own in self.own}
             yield
+
+    def _refuse_losses(self) -> None:
+        losses = [loss for layer in self.layers for loss in layer.losses]
+        rules.refuse_losses(losses, keep_undo=self.keep_undo)
 
     def _refuse_led_away(self) -> None:
         """Raises `AccessError` if a symbolic link of another user leads to the source."""
@@ -94,10 +98,14 @@ class Site:
             named = rules.own_name(self.image.file)
             rules.refuse_other_owners(self.directory, named, [own.name for own in self.own], "--any-owner")
         rules.refuse_foreign(self.layers, self.files, self.opener.registry)
+        unmarked = None if ownership.can_mark() else _UNMARKED
+        self.image.warnings += tuple(text for text in (self._refuse_neighbours(), unmarked) if text)
+
+    def _refuse_neighbours(self) -> str | None:
+        """Returns a warning if not all files could be searched."""
         found = neighbours.look(self.directory, self.own, self.opener.registry)
         neighbours.refuse(found)
-        unmarked = None if ownership.can_mark() else _UNMARKED
-        self.image.warnings += tuple(text for text in (neighbours.warning(found), unmarked) if text)
+        return neighbours.warning(found)
 
     def _claim(self, own: Own, claims: ExitStack) -> int:
         """Returns a writable descriptor of a file, locked. Raises `AccessError` if another process uses it."""
@@ -125,3 +133,34 @@ class Site:
             # --force replaces existing files, and the image chooses some of the names.
             made = [file.name for file in plan.files]
             rules.refuse_other_owners(self.directory, rules.own_name(self.image.file), made, "--any-owner")
+
+
+class MetadataSite(Site):
+    """The file of an image whose metadata changes where it lies; it keeps its name, and the files with payload.
+
+    With `keeps_content` the guest's disk stays as it is, so layers on top of the image stay right.
+    """
+
+    def __init__(self, image: Image, opener: Opener, source: str, *, keep_undo: bool, keeps_content: bool) -> None:
+        # Neither tables nor the parent are read: both may be damaged or missing.
+        self.image = image
+        self.opener = opener
+        self.source = source
+        self.keep_undo = keep_undo
+        self.any_owner = False
+        self.keeps_content = keeps_content
+        self.layers = [image]
+        self.own = (Own(image.file, rules.own_name(image.file)),)
+
+    @property
+    def claim(self) -> Claim:
+        """The claim on the file, for a transaction."""
+        (own,) = self.own
+        descriptor = self.descriptors[id(own.file)]
+        return Claim(own, descriptor, (), self.image.format_name, self.directory, self.owner)
+
+    def _refuse_losses(self) -> None:
+        """Does nothing: the image keeps all that is not changed."""
+
+    def _refuse_neighbours(self) -> str | None:
+        return None if self.keeps_content else super()._refuse_neighbours()

@@ -201,6 +201,31 @@ class Measuring(NamedTuple):
     source_backing_format: str | None = None
 
 
+class Editing(NamedTuple):
+    """An image whose metadata changes where it lies."""
+
+    path: FilePath
+    source_format: str | None = None
+    keep_undo: bool = False
+    allow_external: FilePaths = ()
+
+
+class Rebasing(NamedTuple):
+    """A layer that gets another parent, or none for an empty name; with `unsafe` only the stored name changes."""
+
+    path: FilePath
+    backing_file: str
+    backing_format: str | None = None
+    unsafe: bool = False
+    source_format: str | None = None
+    keep_undo: bool = False
+    allow_external: FilePaths = ()
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
+
+
 class Descriptor(NamedTuple):
     """An open descriptor to write to."""
 

@@ -9,6 +9,7 @@ from vmconv.errors import UsageError
 
 if TYPE_CHECKING:
     from vmconv.io.opener import Opener
+    from vmconv.model.draft import Draft
     from vmconv.model.extents import Column
     from vmconv.model.image import Image
     from vmconv.model.layout import Backing, Layout, Placement
@@ -128,6 +129,15 @@ class Format:
     def qemu_incompatibility(self, image: Image) -> str | None:
         """Returns why QEMU cannot read this layer, or reads other bytes; None if it reads the same."""
         return f"QEMU has no driver for {self.name}"
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        """Returns the file of `image` with another stored parent, or none; the parent is not opened.
+
+        Raises `PlanError` if the format has no parents, or the file has no room for the name.
+        """
+        from vmconv.errors import PlanError
+
+        raise PlanError(f"{image.file.name}: {self.name} stores no name of a parent that could change")
 
     def check(self, image: Image) -> CheckReport | None:
         """Returns the defects in the structure of `image`; None if the format has no structure to check."""

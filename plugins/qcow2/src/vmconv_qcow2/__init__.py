@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, Column, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Column, Draft, File, Image, Layout, Opener, Placement
 
 
 class Qcow2(Format):
@@ -59,6 +59,11 @@ class Qcow2(Format):
         from vmconv_qcow2.reader import qemu_incompatibility
 
         return qemu_incompatibility(image)
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        from vmconv_qcow2.parent import set_parent
+
+        return set_parent(image, parent)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_qcow2.check import check

@@ -101,6 +101,13 @@ class Header(NamedTuple):
         return self.cluster_size // (16 if self.extended_l2 else 8)
 
 
+def header_length(header: Header) -> int:
+    """Returns the bytes of the header's fields; extensions follow."""
+    if header.version == 2:
+        return structs.V2_LENGTH
+    return int(Structure(header.file, structs.HeaderV3, structs.V2_LENGTH).parse().header_length)
+
+
 def read_header(file: File) -> Header:
     """Returns the header of the image in `file`. Raises `ImageError` with the invalid field."""
     head = Structure(file, structs.HeaderV2)
@@ -129,9 +136,9 @@ def read_header(file: File) -> Header:
             compression = additional_head.parse().compression_type
     name = _backing_name(head, basic, cluster_size)
     end = basic.backing_file_offset or cluster_size
-    extensions = dict(_extensions(file, length, min(end, file.size)))
-    _refuse_unknown_features(newer_head, fields["incompatible"], extensions.get(structs.FEATURE_NAMES, b""))
-    if basic.crypt_method or structs.ENCRYPTION in extensions:
+    stored = dict(extensions(file, length, min(end, file.size)))
+    _refuse_unknown_features(newer_head, fields["incompatible"], stored.get(structs.FEATURE_NAMES, b""))
+    if basic.crypt_method or structs.ENCRYPTION in stored:
         method = structs.CRYPT_METHODS.get(basic.crypt_method, f"method {basic.crypt_method}")
         raise head.damaged("crypt_method", f"{method} encryption is not supported")
     if compression not in structs.COMPRESSION_TYPES:
@@ -151,11 +158,11 @@ def read_header(file: File) -> Header:
         snapshot_count=basic.nb_snapshots,
         snapshots_offset=basic.snapshots_offset,
         backing_file=name,
-        backing_format=_text(extensions.get(structs.BACKING_FORMAT)),
-        data_file=_text(extensions.get(structs.DATA_FILE_NAME)),
-        records=tuple(_decode(extensions.get(structs.RECORDS, b"")).split("\0")),
-        bitmaps=_bitmaps(file, extensions, fields["autoclear"]),
-        unknown_extensions=tuple(sorted(extensions.keys() - _KNOWN_EXTENSIONS)),
+        backing_format=_text(stored.get(structs.BACKING_FORMAT)),
+        data_file=_text(stored.get(structs.DATA_FILE_NAME)),
+        records=tuple(_decode(stored.get(structs.RECORDS, b"")).split("\0")),
+        bitmaps=_bitmaps(file, stored, fields["autoclear"]),
+        unknown_extensions=tuple(sorted(stored.keys() - _KNOWN_EXTENSIONS)),
         **fields,
     )
     head.limit("nb_snapshots", header.snapshot_count, 0, structs.MAX_SNAPSHOTS)
@@ -261,7 +268,8 @@ def _backing_name(head: Structure, basic: Any, cluster_size: int) -> str | None:
     return _decode(read_part(head.file, "backing file name", offset, length))
 
 
-def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+def extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yields `(type, content)` of the header extensions between two offsets. Raises `ImageError` for a damaged one."""
     size = structs.Extension.sizeof()
     for _ in range(structs.MAX_EXTENSIONS):
         if at + size > end:
@@ -279,6 +287,11 @@ def _extensions(file: File, at: int, end: int) -> Iterator[tuple[int, bytes]]:
         yield extension.type, file.read(at + size, extension.length)
         at += size + -(-extension.length // 8) * 8
     raise damaged(file, "header extensions", at, f"more than {structs.MAX_EXTENSIONS}")
+
+
+def build_extension(kind: int, data: bytes) -> bytes:
+    """Returns a header extension, padded."""
+    return bytes(structs.Extension.build({"type": kind, "length": len(data)})) + data + bytes(-len(data) % 8)
 
 
 def _refuse_unknown_features(head: Structure, features: int, names: bytes) -> None:

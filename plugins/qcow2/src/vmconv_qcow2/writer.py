@@ -39,6 +39,7 @@ from vmconv.plugin import (
     spread,
 )
 from vmconv_qcow2 import clusters, structs
+from vmconv_qcow2.header import build_extension
 from vmconv_qcow2.options import Options
 
 _PAGE = 4096
@@ -281,13 +282,13 @@ class _Writer:
         name = b""
         if backing:
             name = os.fsencode(backing.reference)
-            extensions += _extension(structs.BACKING_FORMAT, qemu_name(backing.format).encode())
+            extensions += build_extension(structs.BACKING_FORMAT, qemu_name(backing.format).encode())
             if backing.records:
                 records = "\0".join(str(record) for record in backing.records)
-                extensions += _extension(structs.RECORDS, os.fsencode(records))
+                extensions += build_extension(structs.RECORDS, os.fsencode(records))
         if options.data_file:
-            extensions += _extension(structs.DATA_FILE_NAME, os.fsencode(options.data_file))
-        extensions += _extension(structs.END, b"")
+            extensions += build_extension(structs.DATA_FILE_NAME, os.fsencode(options.data_file))
+        extensions += build_extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)
         if len(name) > structs.MAX_BACKING_NAME or name_offset + len(name) > self.cluster:
@@ -444,11 +445,6 @@ def _neighbours(indices: Column, first: int, most: int) -> int:
     some = indices[first : first + most]
     gaps = np.flatnonzero(np.diff(some) != 1)
     return int(gaps[0]) + 1 if len(gaps) else len(some)
-
-
-def _extension(kind: int, data: bytes) -> bytes:
-    padding = bytes(-len(data) % 8)
-    return b"".join([structs.Extension.build({"type": kind, "length": len(data)}), data, padding])
 
 
 def _by_words(compute: Callable[[int, int], bytes], word: int = 8) -> Callable[[int, int], bytes]:

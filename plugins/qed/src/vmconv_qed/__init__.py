@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 
 class Qed(Format):
@@ -42,6 +42,11 @@ class Qed(Format):
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         return None
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        from vmconv_qed.parent import set_parent
+
+        return set_parent(image, parent)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_qed.check import check

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 _COOKIE = b"conectix"
 
@@ -53,6 +53,11 @@ class Vhd(Format):
         from vmconv_vhd.reader import qemu_incompatibility
 
         return qemu_incompatibility(image)
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        from vmconv_vhd.parent import set_parent
+
+        return set_parent(image, parent)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vhd.check import check

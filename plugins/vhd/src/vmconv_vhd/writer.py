@@ -145,7 +145,7 @@ class _Writer:
         at = structs.FOOTER_LENGTH + structs.DYNAMIC_HEADER_LENGTH
         name, title, locator = b"", b"", structs.ParentLocator.parse(bytes(24))
         if self.backing:
-            name, title, locator = _locator(self.backing.reference, at)
+            name, title, locator = locate_parent(self.backing.reference, at)
         name += bytes(-len(name) % structs.SECTOR)
         fields: dict[str, Any] = {
             "data_offset": structs.NOWHERE,
@@ -229,7 +229,7 @@ def _parent_id(image: Image, backing: Backing | None) -> bytes:
     return identity.bytes
 
 
-def _locator(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
+def locate_parent(reference: str, at: int) -> tuple[bytes, bytes, dict[str, Any]]:
     """Returns the parent's path as Windows writes it, its name for the header, and the locator that points to `at`."""
     windows = to_windows(reference)
     absolute = reference.startswith("/")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 
 class Vhdx(Format):
@@ -46,6 +46,11 @@ class Vhdx(Format):
         if image.parent_reference is not None:
             return "QEMU refuses differencing VHDX images"
         return "QEMU replays its log before it reads it, or refuses to" if image.details["dirty-flag"] else None
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        from vmconv_vhdx.parent import set_parent
+
+        return set_parent(image, parent)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vhdx.check import check

@@ -68,7 +68,7 @@ def read_header(file: File) -> Header:
     if file.size < end:
         raise damaged(file, "headers", 0, f"the file has {file.size:#x} bytes, they take {end:#x}")
     identifier = Structure(file, structs.FileTypeIdentifier, 0, "file").parse(_NO_SIGNATURE)
-    header, head = _current_header(file)
+    header, head = current_header(file)
     if header.version != 1:
         raise head.damaged("version", f"{header.version}, 1 is expected")
     log = Log(header.log_offset, header.log_length, header.log_guid)
@@ -97,7 +97,7 @@ def _text(data: bytes) -> str:
     return data[: len(data) // 2 * 2].decode("utf-16-le", "replace").split("\0", maxsplit=1)[0]
 
 
-def _current_header(file: File) -> tuple[Any, Structure]:
+def current_header(file: File) -> tuple[Any, Structure]:
     """Returns the valid header with the greater sequence number, and its offset."""
     found, problems = [], []
     for at in structs.HEADER_OFFSETS:

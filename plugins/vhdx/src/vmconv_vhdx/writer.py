@@ -269,7 +269,7 @@ class _Writer:
             (structs.PHYSICAL_SECTOR_SIZE, physical.to_bytes(4, "little"), virtual),
         ]
         if self.backing:
-            items.append((structs.PARENT_LOCATOR, _locator(self.backing.reference, self.linkage), 0))
+            items.append((structs.PARENT_LOCATOR, parent_locator(self.backing.reference, self.linkage), 0))
         table, content = structs.MetadataTableHeader.build({"entry_count": len(items)}), b""
         for guid, data, flag in items:
             entry = {
@@ -336,7 +336,7 @@ def _linkage(image: Image, backing: Backing) -> UUID:
     return UUID(guid)
 
 
-def _locator(reference: str, linkage: UUID | None) -> bytes:
+def parent_locator(reference: str, linkage: UUID | None) -> bytes:
     """Returns the parent locator: the parent's GUID, and its path as Windows writes it."""
     windows = to_windows(reference)
     absolute = reference.startswith("/")

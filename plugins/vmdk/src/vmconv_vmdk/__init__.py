@@ -9,7 +9,7 @@ from vmconv.plugin import Format, hookimpl
 from vmconv_vmdk.title import is_descriptor
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 _SIGNATURES = (b"KDMV", b"COWD", b"\xbe\xba\xfe\xca\0\0\0\0")
 _HEAD = 4096
@@ -53,6 +53,11 @@ class Vmdk(Format):
         from vmconv_vmdk.reader import qemu_incompatibility
 
         return qemu_incompatibility(image)
+
+    def set_parent(self, image: Image, parent: Backing | None) -> Draft:
+        from vmconv_vmdk.parent import set_parent
+
+        return set_parent(image, parent)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vmdk.check import check
