@@ -539,7 +539,7 @@ class World:
         def attempt(replica: Replica) -> list[Send]:
             assert node.requests is not None
             try:
-                sends = merge(replica, node.requests, None, join)
+                sends = merge(replica, node.requests, None, join).sends
             except NotReadyError:
                 self.counts["merges too early"] += 1
                 return []

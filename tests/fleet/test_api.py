@@ -762,7 +762,11 @@ def test_a_node_with_two_histories_changes_nothing_until_they_are_merged(api: Se
         api.local.call("POST", "/api/v1/tokens", {"label": "x", "role": "viewer"})
     assert "vmconv node resume --merge" in str(refused.value.hint)
     assert any("has two histories" in text for text in api.local.get("/api/v1/fleet")["problems"])
-    assert api.local.call("POST", "/api/v1/resume", {"merge": True}).content == {"waits_for": []}
+    assert api.local.call("POST", "/api/v1/resume", {"merge": True}).content == {
+        "waits_for": [],
+        "overridden": [],
+        "overridden_count": 0,
+    }
     assert not api.local.get("/api/v1/fleet")["forked"]
     api.local.call("POST", "/api/v1/tokens", {"label": "x", "role": "viewer"})
     acts = one.service.view().find("transaction", one.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,16 +12,22 @@ import pytest
 
 from fleet.pairs import Fleet, Machine, copy_of, pair
 from fleet.plain import PlainSigner, key_revocation, retirement
+from vmconv.cli.main import main
 from vmconv.plugin import AccessError
+from vmconv_fleet.catalogue import overridden
 from vmconv_fleet.catalogue.joining import join
 from vmconv_fleet.catalogue.kinds import Principal
+from vmconv_fleet.catalogue.overridden import overridden_in
 from vmconv_fleet.catalogue.snapshot import Snapshot
+from vmconv_fleet.cli.client import NodeClient, Reply
 from vmconv_fleet.errors import NotReadyError, Refusal, StoreError
+from vmconv_fleet.node.daemon import MERGED, Daemon
 from vmconv_fleet.replication import epochs, messages, records, strays
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
-from vmconv_fleet.replication.records import Change, Record, seal
+from vmconv_fleet.replication.records import Change, Record, decode, encode, seal
 from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, response_id
+from vmconv_fleet.testing import PATIENCE, Lab
 from vmconv_fleet.trust.roles import rights_of
 
 TOKEN = {"label": "anna", "role": "admin", "hash": "0" * 64, "created_ms": 1}
@@ -141,7 +148,7 @@ def test_merged_histories_have_all_of_both(tmp_path: Path) -> None:
     fleet.flow(3000)
     assert _forked(again, other, third)
     assert again.requests is not None
-    fleet.send(again, merge(again.replica, again.requests, str(tmp_path / "merged.jsonl"), join))
+    fleet.send(again, merge(again.replica, again.requests, str(tmp_path / "merged.jsonl"), join).sends)
     fleet.flow(3000)
     assert again.replica.serving
     assert _agree(again, other, third)
@@ -188,7 +195,7 @@ def test_a_merge_whose_commit_fails_leaves_the_history_as_it_was() -> None:
     assert before == (again.replica.store.position(again.id), again.replica.store.history(again.id))
     assert again.replica.is_forked
     assert _forked(again, other, third)
-    fleet.send(again, merge(again.replica, requests, None, join))
+    fleet.send(again, merge(again.replica, requests, None, join).sends)
     fleet.flow(3000)
     assert again.replica.serving
     assert _agree(again, other, third)
@@ -258,7 +265,7 @@ def test_what_a_node_has_recovered_is_not_executed_again_by_merging() -> None:
     fleet.link(new, other)
     fleet.flow(3000)
     assert _forked(new, other, third)
-    fleet.send(new, merge(new.replica, requests, None, join))
+    fleet.send(new, merge(new.replica, requests, None, join).sends)
     fleet.flow(3000)
     assert _agree(new, other, third)
     done = other.replica.store.find("transaction", new.id)
@@ -328,9 +335,123 @@ def test_what_has_ended_in_one_history_has_ended(
     copy.write(kind, "r", second if ahead is copy else first)
     _swap(fleet, one, copy, other)
     assert _forked(copy, other)
-    fleet.send(copy, merge(copy.replica, copy.handle({}), None, join))
+    fleet.send(copy, merge(copy.replica, copy.handle({}), None, join).sends)
     fleet.flow(3000)
     assert copy.body(copy, kind, "r") == other.body(copy, kind, "r") == merged
+
+
+class Theft(NamedTuple):
+    """A node, another machine with its keys, and a member that is linked to one of them in turn."""
+
+    fleet: Fleet
+    one: Machine
+    thief: Machine
+    third: Machine
+
+    def tell(self) -> None:
+        """Lets the node know what the thief has written."""
+        self.fleet.cut(self.one, self.third)
+        _swap(self.fleet, self.one, self.thief, self.third)
+        _swap(self.fleet, self.thief, self.one, self.third)
+        assert _forked(self.one, self.third)
+
+
+@pytest.fixture
+def theft() -> Theft:
+    fleet, one, other = pair()
+    thief = Machine(fleet, 0, disk=copy_of(one.disk))
+    thief.replica.tick()
+    one.write("thing", "one", {})
+    fleet.flow(500)
+    fleet.cut(one, other)
+    third = fleet.add(2)
+    _swap(fleet, one, thief, third)
+    return Theft(fleet, one, thief, third)
+
+
+def test_a_merge_says_what_it_has_overridden(theft: Theft) -> None:
+    """Only what both have changed since they parted, and rights first; scans are repeated anyway."""
+    one, thief = theft.one, theft.thief
+    for machine, value in ((one, 1), (thief, 2)):
+        machine.write("thing", "both", {"value": value, "same": 1})
+        machine.write("thing", f"alone-{value}", {"value": value})
+        machine.write("disk", "d", {"value": value})
+        machine.write("token", "0123456789ab", {**TOKEN, "revoked": value == 1})
+        machine.write("group", "g", {"group": "ops", "role": "admin"})
+    thief.write("group", "g", None)
+    theft.tell()
+    lost = merge(one.replica, one.handle({}), None, join).overridden
+    shown = overridden_in(lost)
+    assert shown["overridden_count"] == len(shown["overridden"]) == 3
+    token, group, thing = shown["overridden"]
+    assert (token["kind"], token["name"], token["history"], token["fields"]) == ("token", "anna", "other", ["revoked"])
+    assert (group["name"], group["history"], group["is_deleted"]) == ("ops", "this", True)
+    assert (thing["id"], thing["fields"], thing["is_deletion"]) == ("both", ["value"], False)
+    assert thing["history"] == ("this" if one.body(one, "thing", "both") == {"value": 2, "same": 1} else "other")
+    assert len(overridden_in(lost * 100)["overridden"]) == overridden.MAX_LISTED
+
+
+def test_what_was_not_changed_here_since_they_parted_is_not_overridden() -> None:
+    fleet, one, other = pair()
+    one.write("token", "0123456789ab", TOKEN)
+    fleet.flow(500)
+    thief = Machine(fleet, 0, disk=copy_of(one.disk))
+    thief.replica.tick()
+    one.write("thing", "one", {})
+    fleet.flow(500)
+    fleet.cut(one, other)
+    theft = Theft(fleet, one, thief, fleet.add(2))
+    thief.write("token", "0123456789ab", {**TOKEN, "revoked": True})
+    theft.tell()
+    assert not merge(one.replica, one.handle({}), None, join).overridden
+    assert one.body(one, "token", "0123456789ab") == {**TOKEN, "revoked": True}
+
+
+def test_the_node_of_a_machine_merges_by_the_rules_of_the_catalogue(lab: Lab) -> None:
+    """By the later clock, the revoked token would work again."""
+    daemon = Daemon(lab.add())
+    daemon.start()
+    try:
+        said = {**TOKEN, "revoked": True}
+        changes = [Change("token", "0123456789ab", said)]
+        (record,) = daemon.service.update(lambda _view: changes).result(PATIENCE)
+        payload = encode(record._replace(clock=record.clock + 1, body=TOKEN))
+        (signature,) = daemon._signer.sign_many([payload])
+        other = decode(seal(signature, payload))
+
+        def fork() -> None:
+            assert daemon.service._replica._context.forks.keep((record, other), 0)
+            daemon.service._replica.store.others.keep([other])
+
+        daemon.service._engine.call(fork).result(PATIENCE)
+        (lost,) = daemon.service.merge({"node": daemon.service.node}).result(PATIENCE)
+        assert (lost.record.wire, lost.is_own) == (other.wire, False)
+        kept = daemon.service.view().get(daemon.service.node, "token", "0123456789ab")
+        assert kept is not None
+        assert kept.body == said
+        assert not daemon.service.is_forked
+        assert os.path.getsize(daemon.config.path(MERGED))
+    finally:
+        daemon.close()
+
+
+def test_the_command_lists_what_a_merge_has_overridden(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"kind": "token", "id": "t1", "name": "an\x1bna", "history": "other", "fields": ["revoked"]}
+    states = ({"is_deletion": False, "is_deleted": False}, {"is_deletion": False, "is_deleted": True})
+    found = [{**lost, **state} for state in (*states, {"is_deletion": True, "is_deleted": False})]
+    answer = {"waits_for": [], "overridden": found, "overridden_count": 5}
+    monkeypatch.setattr(NodeClient, "call", lambda *_arguments, **_named: Reply(200, answer))
+    resume = ["node", "resume", "--merge", "--directory", lab.add().directory]
+    assert main(resume) == 0
+    said = capsys.readouterr().out
+    assert "writes again" in said
+    assert "an\\x1bna" in said
+    assert [line.split()[-1] for line in said.splitlines()[3:6]] == ["revoked", "deleted", "deletion"]
+    assert "and 2 more" in said
+    assert main([*resume, "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == answer
 
 
 ODD = {"number": 1, "requester": "c" * 32, "request": "odd"}
@@ -365,7 +486,7 @@ def test_a_transaction_without_a_request_is_left_out(body: Any, caplog: pytest.L
     fleet.cut(third, thief)
     _swap(fleet, thief, one, third)
     assert _forked(one, other)
-    fleet.send(one, merge(one.replica, one.handle(HANDLERS), None, join))
+    fleet.send(one, merge(one.replica, one.handle(HANDLERS), None, join).sends)
     fleet.flow(3000)
     assert not one.replica.store.find("transaction", one.id)
     assert one.body(one, "thing", "thief") == {}
@@ -401,12 +522,14 @@ def test_histories_that_have_forgotten_deletions_are_not_merged(deleter: str) ->
     assert _forked(copy, other)
     requests = copy.handle({})
     if deleter == "neither":
-        fleet.send(copy, merge(copy.replica, requests, None, join))
+        fleet.send(copy, merge(copy.replica, requests, None, join).sends)
         fleet.flow(3000)
         assert other.body(copy, "group", "g") == {"role": "reader"}
         return
-    with pytest.raises(Refusal, match="parted too long ago"):
+    said = "the other one has forgotten" if deleter == "first" else "this one has forgotten .*, which may be .*group g"
+    with pytest.raises(Refusal, match=f"parted too long ago, after record .*: {said}") as refused:
         merge(copy.replica, requests, None, join)
+    assert "let the authority retire the node" in str(refused.value.hint)
     assert copy.replica.is_forked
 
 
@@ -425,7 +548,7 @@ def test_histories_are_merged_only_once_they_are_here() -> None:
     assert other.id in (_refusal(again) or "")
     fleet.link(again, other)
     fleet.flow(3000)
-    fleet.send(again, merge(again.replica, again.requests, None, join))
+    fleet.send(again, merge(again.replica, again.requests, None, join).sends)
     fleet.flow(3000)
     assert _agree(again, other, third)
 
@@ -445,7 +568,7 @@ def test_a_history_that_no_member_has_any_more_is_given_up() -> None:
     assert third.id in (_refusal(new) or "")
     fleet.link(new, third)
     fleet.flow(3000)
-    fleet.send(new, merge(new.replica, new.handle({}), None, join))
+    fleet.send(new, merge(new.replica, new.handle({}), None, join).sends)
     fleet.flow(3000)
     assert new.replica.serving
     assert new.body(new, "token", "0123456789ab") == {**TOKEN, "revoked": True}
@@ -464,7 +587,7 @@ def test_a_merged_history_that_goes_on_elsewhere_has_forked_again() -> None:
     assert _forked(copy, other)
     copy.handle({})
     assert copy.requests is not None
-    fleet.send(copy, merge(copy.replica, copy.requests, None, join))
+    fleet.send(copy, merge(copy.replica, copy.requests, None, join).sends)
     fleet.flow(3000)
     assert not other.replica.store.forked()
     fleet.cut(copy, other)
@@ -614,35 +737,6 @@ def test_the_proof_of_an_earlier_version_counts() -> None:
 
 
 # How much is kept of another history
-
-
-class Theft(NamedTuple):
-    """A node, another machine with its keys, and a member that is linked to one of them in turn."""
-
-    fleet: Fleet
-    one: Machine
-    thief: Machine
-    third: Machine
-
-    def tell(self) -> None:
-        """Lets the node know what the thief has written."""
-        self.fleet.cut(self.one, self.third)
-        _swap(self.fleet, self.one, self.thief, self.third)
-        _swap(self.fleet, self.thief, self.one, self.third)
-        assert _forked(self.one, self.third)
-
-
-@pytest.fixture
-def theft() -> Theft:
-    fleet, one, other = pair()
-    thief = Machine(fleet, 0, disk=copy_of(one.disk))
-    thief.replica.tick()
-    one.write("thing", "one", {})
-    fleet.flow(500)
-    fleet.cut(one, other)
-    third = fleet.add(2)
-    _swap(fleet, one, thief, third)
-    return Theft(fleet, one, thief, third)
 
 
 def test_telemetry_of_another_history_is_kept_once(theft: Theft) -> None:

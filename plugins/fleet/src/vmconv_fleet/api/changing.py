@@ -18,6 +18,7 @@ from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, 
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName, Role
+from vmconv_fleet.catalogue.overridden import overridden_in
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import refuse_unless_allowed
@@ -250,12 +251,12 @@ async def retire(node: str, wish: RetireWish, state: StateOf, caller: Known, wai
 
 
 @router.post("/resume", summary="Let this restored or forked node write again; local administrator only")
-async def resume(wish: ResumeWish, state: StateOf, caller: Known) -> dict[str, list[str]]:
-    """The answer has the members that it still waits for."""
+async def resume(wish: ResumeWish, state: StateOf, caller: Known) -> dict[str, Any]:
+    """The answer has the members that it still waits for, and of a merge the records that it has overridden."""
     refuse_unless_allowed("resume", state.node, caller.by, state.view(), state.now_ms(), arguments={})
     if wish.merge:
-        await asyncio.wait_for(asyncio.wrap_future(state.service.merge(caller.by.plain())), _RESUMES_WITHIN)
-        return {"waits_for": []}
+        merged = asyncio.wrap_future(state.service.merge(caller.by.plain()))
+        return {"waits_for": [], **overridden_in(await asyncio.wait_for(merged, _RESUMES_WITHIN))}
     if not (state.service.is_restored or state.service.is_forked):
         raise UsageError("this node waits for no other one")
     awaited = state.service.awaited()

@@ -95,6 +95,7 @@ def _resume(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--merge", action="store_true", help="take over the other histories of this node, whose copies have ended"
     )
+    _status(parser)
 
 
 def _status(parser: argparse.ArgumentParser) -> None:

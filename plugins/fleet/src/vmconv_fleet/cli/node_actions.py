@@ -226,9 +226,32 @@ def resume_node(options: argparse.Namespace) -> int:
     config = settings.load(_directory(options))
     with NodeClient(config.directory) as client:
         wish = {"without": options.without or [], "alone": options.alone, "merge": options.merge}
-        left = client.call("POST", "/api/v1/resume", wish).content["waits_for"]
+        answer = client.call("POST", "/api/v1/resume", wish).content
+    if options.output == "json":
+        print_json(answer, indent=2)
+        return 0
+    left = answer["waits_for"]
     print(f"node {config.node} " + (f"still waits for {', '.join(left)}" if left else "writes again"))
+    if found := answer.get("overridden"):
+        print(
+            f"  {answer['overridden_count']} versions of records do not count, because both histories had changed them:"
+        )
+        rows = [[cell(text) for text in _overridden(one)] for one in found]
+        print_table([["KIND", "ID", "NAME", "OF HISTORY", "LOST"], *rows], "  ")
+        if more := answer["overridden_count"] - len(found):
+            print(f"  and {more} more: compare merged.jsonl in the directory of the node")
     return 0
+
+
+def _overridden(one: dict[str, Any]) -> tuple[str, ...]:
+    lost = (
+        "its deletion"
+        if one["is_deletion"]
+        else "all: it is deleted"
+        if one["is_deleted"]
+        else ", ".join(one["fields"])
+    )
+    return one["kind"], one["id"], one["name"], one["history"], lost
 
 
 def leave_node(options: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from vmconv_fleet.errors import Refusal
 from vmconv_fleet.replication.epochs import KIND, History, history_of
@@ -18,10 +18,12 @@ from vmconv_fleet.replication.records import MAX_NUMBER, Change, Position, Recor
 from vmconv_fleet.replication.replica import Replica
 from vmconv_fleet.replication.requests import Requests, executed
 from vmconv_fleet.replication.retention import archive
+from vmconv_fleet.replication.strays import TELEMETRY
 
 _log = logging.getLogger(__name__)
 
 BATCH = 256
+_NAMED = 5
 OF_THE_PROCESS = frozenset({"epoch", "heartbeat", "node"})
 
 Join = Callable[[Record, Record], Record]
@@ -33,32 +35,62 @@ def later(one: Record, other: Record) -> Record:
     return max(one, other, key=lambda record: record.clock)
 
 
-def merge(replica: Replica, requests: Requests, path: str | None, join: Join = later) -> list[Send]:
+class Overridden(NamedTuple):
+    """The version of a record that does not count after a merge, and what does; `is_own`: it is of this history."""
+
+    record: Record
+    kept: Record
+    is_own: bool
+
+
+class Merge(NamedTuple):
+    """The messages of a merge, and what it has overridden: records that both histories have changed."""
+
+    sends: list[Send]
+    overridden: list[Overridden]
+
+
+def merge(replica: Replica, requests: Requests, path: str | None, join: Join = later) -> Merge:
     """Makes one history of those of this node, and writes the records of the others to the file `path`.
 
     Raises NotReadyError, and changes nothing, if they are not here yet; Refusal if merging may bring deleted records
     back.
     """
     strays = replica.strays()
-    _refuse_forgotten(replica, strays)
+    parted = _refuse_forgotten(replica, strays)
     if path:
         archive(path, strays)
     with replica.batch():
         # A node that was forked when it recovered has not executed any request since.
         requests.remember_recovered()
-        return [*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)]
+        lost = list(overridden(replica, strays, parted, join))
+        return Merge([*replica.merge(strays), *adopt(replica, strays, requests.next_number(), join)], lost)
 
 
-def _refuse_forgotten(replica: Replica, strays: Sequence[Record]) -> None:
-    """Raises Refusal if a history has forgotten what it deleted after the histories parted."""
+def _refuse_forgotten(replica: Replica, strays: Sequence[Record]) -> int:
+    """Returns the seq at which the histories have parted.
+
+    Raises Refusal if one of them has forgotten what it deleted after that.
+    """
     ours = replica.store.history(replica.node)
     parted = min((_parted(ours, stray) for stray in strays), default=MAX_NUMBER)
     floor = max((history_of(stray).floor for stray in strays if stray.kind == KIND), default=0)
-    if floor > parted or (ours.floor > parted and any(_is_unknown(replica, stray) for stray in strays)):
-        raise Refusal(
-            "the histories of this node parted too long ago: one has forgotten what was deleted in it since, which "
-            "merging would bring back; let the authority retire the node: vmconv fleet retire"
-        )
+    unknown = [stray for stray in strays if _is_unknown(replica, stray)] if ours.floor > parted else []
+    if floor > parted:
+        _refuse(f"the other one has forgotten what it deleted up to its record {floor}", parted)
+    if unknown:
+        first = ", ".join(f"{one.kind} {one.id}" for one in unknown[:_NAMED])
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        found = f"this one has forgotten what it deleted up to its record {ours.floor}, which may be {first}{more}"
+        _refuse(found, parted)
+    return parted
+
+
+def _refuse(found: str, parted: int) -> NoReturn:
+    raise Refusal(
+        f"the histories of this node parted too long ago, after record {parted}: {found}; merging would bring it back",
+        hint="let the authority retire the node (vmconv fleet retire NODE), join again, and make its tokens and groups",
+    )
 
 
 def _parted(ours: History, stray: Record) -> int:
@@ -78,11 +110,21 @@ def _is_unknown(replica: Replica, stray: Record) -> bool:
     return not is_kept and not stray.deleted and replica.store.version(replica.node, stray.kind, stray.id) is None
 
 
+def overridden(replica: Replica, strays: Iterable[Record], parted: int, join: Join) -> Iterator[Overridden]:
+    """Yields the versions that do not count of records that both histories have written since they parted."""
+    for ours, theirs in _versions(replica, _newest(strays)):
+        if ours is None or ours.seq <= parted or ours.kind in (*TELEMETRY, "response"):
+            continue
+        joined = reduce(join, theirs, ours)
+        for one in (ours, *theirs):
+            if not _same(one, joined):
+                yield Overridden(one, joined, one is ours)
+
+
 def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -> list[Send]:
     """Writes what this node lacks of another history; `number` is that of the next transaction."""
-    # There may be more than two histories. Each one has written in epochs of its own.
-    newest = {(one.kind, one.id, one.epoch): one for one in strays if one.kind not in OF_THE_PROCESS}
-    transactions = [one for one in newest.values() if one.kind == "transaction" and not one.deleted]
+    newest = _newest(strays)
+    transactions = [one for one in newest if one.kind == "transaction" and not one.deleted]
     sends: list[Send] = []
     for transaction in transactions:
         done = executed(transaction)
@@ -91,7 +133,7 @@ def adopt(replica: Replica, strays: Iterable[Record], number: int, join: Join) -
         elif replica.store.executed(done[0]) is None:
             sends += _repeat(replica, transaction, number, *done)
             number += 1
-    changes = list(_changes(replica, newest.values(), join))
+    changes = list(_changes(replica, newest, join))
     for first in range(0, len(changes), BATCH):
         sends += replica.write(changes[first : first + BATCH])[1]
     return sends
@@ -104,18 +146,35 @@ def _repeat(replica: Replica, transaction: Record, number: int, response: str, a
     return sends
 
 
+def _newest(strays: Iterable[Record]) -> list[Record]:
+    """Returns the newest version of each record in each epoch.
+
+    There may be more than two histories. Each one has written in epochs of its own.
+    """
+    return list({(one.kind, one.id, one.epoch): one for one in strays if one.kind not in OF_THE_PROCESS}.values())
+
+
 def _changes(replica: Replica, strays: Iterable[Record], join: Join) -> Iterator[Change]:
+    for ours, theirs in _versions(replica, strays):
+        if theirs[0].kind == "response" and ours is not None:
+            continue
+        joined = reduce(join, [ours, *theirs] if ours else theirs)
+        if ours is None or not _same(joined, ours):
+            yield Change(joined.kind, joined.id, None if joined.deleted else _adopted(replica, joined))
+
+
+def _versions(replica: Replica, strays: Iterable[Record]) -> Iterator[tuple[Record | None, list[Record]]]:
+    """Yields this history's version of each record, and those of the others."""
     versions: dict[tuple[str, str], list[Record]] = {}
     for stray in strays:
         if stray.kind != "transaction":
             versions.setdefault((stray.kind, stray.id), []).append(stray)
-    for (kind, id), theirs in versions.items():
-        ours = replica.store.version(replica.node, kind, id)
-        if kind == "response" and ours is not None:
-            continue
-        joined = reduce(join, [ours, *theirs] if ours else theirs)
-        if ours is None or (joined.deleted, joined.body) != (ours.deleted, ours.body):
-            yield Change(kind, id, None if joined.deleted else _adopted(replica, joined))
+    for name, theirs in versions.items():
+        yield replica.store.version(replica.node, *name), theirs
+
+
+def _same(one: Record, other: Record) -> bool:
+    return (one.deleted, one.body) == (other.deleted, other.body)
 
 
 def _adopted(replica: Replica, record: Record) -> dict[str, Any]:

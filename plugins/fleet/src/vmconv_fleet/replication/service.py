@@ -13,7 +13,7 @@ from vmconv_fleet.errors import MalformedError, NotReadyError
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.engine import Engine, Transport
 from vmconv_fleet.replication.indexing import Index
-from vmconv_fleet.replication.merging import Join, later, merge
+from vmconv_fleet.replication.merging import Join, Overridden, later, merge
 from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.problems import NodeProblem, Observed
 from vmconv_fleet.replication.records import Change, Record
@@ -104,17 +104,17 @@ class NodeService:
         """Returns whether this node has two histories, and writes nothing until they are merged."""
         return self._replica.is_forked
 
-    def merge(self, by: Mapping[str, Any]) -> Future[str]:
+    def merge(self, by: Mapping[str, Any]) -> Future[list[Overridden]]:
         """Makes one history of those of this node. The history says who decided it.
 
-        The future raises NotReadyError if the others are not here.
+        The future has what was overridden. It raises NotReadyError if the others are not here.
         """
 
-        def merged() -> tuple[str, list[Send]]:
+        def merged() -> tuple[list[Overridden], list[Send]]:
             with self._replica.batch():
-                sends = merge(self._replica, self._requests, self._merged, self._join)
-                id, asked = self._requests.submit(self.node, "resume", {"merge": True}, by)
-                return id, [*sends, *asked]
+                sends, overridden = merge(self._replica, self._requests, self._merged, self._join)
+                _, asked = self._requests.submit(self.node, "resume", {"merge": True}, by)
+                return overridden, [*sends, *asked]
 
         return self._engine.act(merged)
 
