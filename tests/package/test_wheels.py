@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import sysconfig
-import venv
-import zipfile
-from email.message import Message
-from email.parser import Parser
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-DISTRIBUTIONS = [ROOT / "core", *sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))]
+from support.wheels import DISTRIBUTIONS, ROOT, Environment, members, metadata, requirements
+
 NAMES = [path.name for path in DISTRIBUTIONS]
 
 CORE_TESTS = ("core/test_extents.py", "core/test_blocks.py", "backends/test_backends.py")
@@ -32,40 +26,6 @@ NEEDED_BY_TESTS = (
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheel of each distribution, by the name of its folder."""
-    directory = tmp_path_factory.mktemp("wheels")
-    built = {}
-    for path in DISTRIBUTIONS:
-        out = directory / path.name
-        # This environment has hatchling and no other backend.
-        command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(out), str(path)]
-        subprocess.run(command, check=True, capture_output=True)
-        (built[path.name],) = out.glob("*.whl")
-    return built
-
-
-class Environment:
-    """A fresh environment. It also sees what is installed in `below`, so that this need not be installed again."""
-
-    def __init__(self, directory: Path, *packages: str | Path, below: Environment | None = None) -> None:
-        venv.create(directory, with_pip=False)
-        self.binaries = directory / "bin"
-        self.packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
-        if below:
-            (self.packages / "below.pth").write_text(f"{below.packages}\n")
-        command = [sys.executable, "-m", "pip", "--python", str(directory), "install", "-q"]
-        subprocess.run(
-            [*command, "-c", str(ROOT / "constraints.txt"), *map(str, packages)], check=True, capture_output=True
-        )
-
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self.binaries / "python"), *arguments]
-        variables = {**os.environ, **environment}
-        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="session")
 def core(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """Core without plugins."""
     return Environment(tmp_path_factory.mktemp("core"), wheels["core"])
@@ -74,23 +34,12 @@ def core(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> E
 @pytest.fixture(scope="session")
 def tools(core: Environment, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory of packages that only the tests need."""
-    return str(Environment(tmp_path_factory.mktemp("tools"), *NEEDED_BY_TESTS, below=core).packages)
-
-
-def members(wheel: Path) -> list[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
-
-
-def metadata(wheel: Path) -> Message:
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        return Parser().parsestr(archive.read(name).decode())
+    return str(Environment(tmp_path_factory.mktemp("tools"), libraries=NEEDED_BY_TESTS, below=core).packages)
 
 
 def with_needed(name: str, wheels: dict[str, Path]) -> list[Path]:
     """Returns the wheel of a plugin and those of the plugins that it needs."""
-    needed = re.findall(r"^vmconv-([a-z0-9]+)==", "\n".join(metadata(wheels[name]).get_all("Requires-Dist", [])), re.M)
+    needed = re.findall(r"^vmconv-([a-z0-9]+)==", "\n".join(requirements(wheels[name])), re.M)
     return [wheels[name], *(wheels[one] for one in needed)]
 
 
