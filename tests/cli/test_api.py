@@ -393,7 +393,7 @@ DEVICE = {"no_create", "target_is_zero"}
         ("stream", (Request, arguments.RunOptions), {"target_format", "created", "confined", *DEVICE, *INTERNAL}),
         ("fanout", (Request, arguments.RunOptions), {"target_format", *DEVICE, *INTERNAL}),
         ("info", (arguments.Reading,), set()),
-        ("map_disk", (arguments.Reading,), set()),
+        ("map_disk", (arguments.Reading, arguments.MapOptions), set()),
         ("measure", (arguments.Measuring,), {"source"}),
         ("check", (arguments.Reading, arguments.CheckOptions), set()),
         ("compare", (arguments.ImagePair,), set()),

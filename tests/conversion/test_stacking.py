@@ -118,6 +118,19 @@ def test_flattening(stack: Case, beside: Path, qemu_img: QemuImg) -> None:
     assert same(ours(made.files[0]), wanted)
 
 
+def test_a_part_of_the_disk(stack: Case, beside: Path, qemu_img: QemuImg) -> None:
+    made, wanted, rng = stack
+    sectors = len(wanted) // 512
+    first = rng.randrange(sectors)
+    count = rng.randint(1, sectors - first)
+    part = {"offset": first * 512, "length": count * 512, "verify": "bytes"}
+    raw = convert(made.files[0], beside / "part.raw", **part)
+    assert raw and raw.read_bytes() == wanted[first * 512 :][: count * 512]
+    name = rng.choice(READ_BY_QEMU)
+    image = convert(made.files[0], beside / f"part.{name}", target_format=name, **part)
+    assert image and same(guest(qemu_img, image, name), raw.read_bytes())
+
+
 def test_comparing(stack: Case, beside: Path) -> None:
     made, wanted, rng = stack
     raw = beside / "wanted.raw"

@@ -72,6 +72,27 @@ def test_map_of_a_chain_equals_that_of_qemu_img(
         assert our_map(capsys, path) == qemu_img("map", "--output=json", path).stdout
 
 
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 1), (1, 20 * MIB), (5 * MIB - 512, None), (11 * MIB, 9 * MIB), (19 * MIB, 99 * MIB)]
+)
+def test_map_of_a_part_equals_that_of_qemu_img(
+    chain: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str], start: int, length: int | None
+) -> None:
+    part = [f"--start-offset={start}", *([] if length is None else [f"--max-length={length}"])]
+    for path in (chain, chain.parent / "layer1.qcow2", chain.parent / "layer0.qcow2"):
+        if path.stat().st_size > start:
+            assert our_map(capsys, path, *part) == qemu_img("map", "--output=json", *part, path).stdout
+
+
+def test_map_of_nothing_is_empty(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in (["--start-offset", "1P"], ["--max-length", "0"]):
+        assert our_map(capsys, image, *part) == "[]\n"
+    with pytest.raises(vmconv.UsageError, match="no part of a disk"):
+        vmconv.map_disk(image, start_offset=-1)
+    with pytest.raises(vmconv.UsageError, match="no part of a disk"):
+        vmconv.map_disk(image, max_length=-1)
+
+
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_map_of_compressed_clusters_equals_that_of_qemu_img(
     tmp_path: Path, qemu_img: QemuImg, capsys: pytest.CaptureFixture[str], kind: str

@@ -14,6 +14,8 @@ nothing. "sample" and "bytes" read payload and call `verifying(bytes read, bytes
 
 `from_snapshot`: read the source as it was in a snapshot of its filesystem: "newest", or its name, number or date.
 
+`offset`, `length`: take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
+
 `decompress`: read a file compressed by gzip, xz, Zstandard, bzip2 or ZIP, of at most `decompress_limit` bytes.
 
 The other keywords of conversions are the fields of `Request`. The remaining names serve our own plugins `view` and
@@ -215,6 +217,8 @@ def convert(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    offset: int = 0,
+    length: int | None = None,
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -289,6 +293,8 @@ def fanout(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    offset: int = 0,
+    length: int | None = None,
     confined: bool = False,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
@@ -340,6 +346,8 @@ def stream(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    offset: int = 0,
+    length: int | None = None,
     verify: bool | Verify = True,
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
@@ -382,6 +390,8 @@ def plan(
     from_snapshot: str | None = None,
     decompress: bool = False,
     decompress_limit: int | None = None,
+    offset: int = 0,
+    length: int | None = None,
     confined: bool = False,
     no_create: bool = False,
     target_is_zero: bool = False,
@@ -727,17 +737,23 @@ def map_disk(
     backing_format: str | None = None,
     allow_external: Iterable[StrPath] = (),
     force_share: bool = False,
+    start_offset: int = 0,
+    max_length: int | None = None,
     from_snapshot: str | None = None,
 ) -> list[MapRow]:
-    """Returns where each range of the guest's disk lies, with all layers of the chain merged."""
+    """Returns where each range of the guest's disk lies, with all layers of the chain merged.
+
+    `start_offset` and `max_length` cut the map to bytes `[start_offset, start_offset + max_length)` of the disk.
+    """
     given = locals()
     from vmconv.inspect.images import opened
     from vmconv.inspect.mapping import map_rows
-    from vmconv.interface.arguments import Reading, checked
+    from vmconv.interface.arguments import MapOptions, Reading, checked
 
+    part = checked(MapOptions, **{name: given.pop(name) for name in MapOptions._fields})
     asked = checked(Reading, **given)
     with _errors(), opened(asked) as (image, _):
-        return list(map_rows(image))
+        return list(map_rows(image, part.start_offset, part.max_length))
 
 
 @_named

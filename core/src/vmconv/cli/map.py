@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.cli.options import add_access, add_format, add_output, read_size, reading
 from vmconv.cli.verbs import Verb
 
 
@@ -15,7 +15,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.inspect.mapping import map_rows
 
     with opened(reading(options)) as (image, _):
-        rows = map_rows(image)
+        rows = map_rows(image, options.start_offset, options.max_length)
         if options.output == "json":
             _print_map(rows)
             return 0
@@ -43,6 +43,12 @@ def _print_map(rows: Any) -> None:
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="image to map")
     add_format(parser)
+    parser.add_argument(
+        "--start-offset", type=read_size, default=0, metavar="N", help="begin at this byte of the disk (default: 0)"
+    )
+    parser.add_argument(
+        "--max-length", type=read_size, metavar="N", help="map this number of bytes (default: up to the disk's end)"
+    )
     add_output(parser)
     add_access(parser)
 

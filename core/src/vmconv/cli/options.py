@@ -138,6 +138,15 @@ def add_snapshot(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_part(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--offset", type=read_size, default=0, metavar="N", help="begin at this byte of the disk (default: 0)"
+    )
+    parser.add_argument(
+        "--length", type=read_size, metavar="N", help="take this number of bytes of the disk (default: up to its end)"
+    )
+
+
 def add_from_snapshot(parser: argparse.ArgumentParser, whose: str = "SOURCE") -> None:
     parser.add_argument(
         "--from-snapshot",

@@ -14,6 +14,7 @@ from vmconv.cli.options import (
     add_keep_undo,
     add_options,
     add_output,
+    add_part,
     add_snapshot,
     add_storage,
     in_snapshot,
@@ -35,6 +36,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
     add_snapshot(parser)
+    add_part(parser)
     add_from_snapshot(parser)
     add_decompress(parser)
     parser.add_argument(
@@ -99,5 +101,7 @@ def request_of(options: argparse.Namespace) -> Request:
         target_is_zero=options.target_is_zero,
         decompress=options.decompress,
         decompress_limit=options.decompress_limit,
+        offset=options.offset,
+        length=options.length,
         **source_and_storage(options),
     )

@@ -150,7 +150,23 @@ def _source(request: Request, opener: Opener) -> Image:
 
         return blank_image(request, opener)
     image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+    image = _part(request, image)
     return image if request.size is None else image.sized(request.size)
+
+
+def _part(request: Request, image: Image) -> Image:
+    """Returns the part of the disk that the request asks for. Raises `UsageError` if the disk ends before it does."""
+    if not request.is_part:
+        return image
+    if image.kind != "disk":
+        raise UsageError(f"{image.file.name}: a part of a memory image is no memory image")
+    length = image.size - request.offset if request.length is None else request.length
+    if length <= 0 or request.offset + length > image.size:
+        raise UsageError(
+            f"{image.file.name}: has {image.size} bytes, and no {max(length, 1)} from {request.offset} on",
+            hint="--offset and --length name bytes of the guest's disk",
+        )
+    return image.part(request.offset, length)
 
 
 @contextmanager
@@ -165,7 +181,7 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
     with request.opener(registry) as opener:
         target = _stream_target(request, registry)
         refuse_source_kept(target.format, target.options)
-        image = opener.image(request.source, request.source_format, snapshot=request.snapshot)
+        image = _source(request, opener)
         refuse_other_kind(image.file.name, image.kind, target.format, registry)
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
@@ -227,6 +243,8 @@ def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
     request = ready.conversions[0].request
     if mode == "qemu" and request.snapshot is not None:
         raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
+    if mode == "qemu" and request.is_part:
+        raise UsageError("--verify=qemu: qemu-img compares no parts of disks", hint="use --verify=bytes")
     refuse_impossible(mode, ready.containers, ready.opener.registry, request)
 
 
@@ -452,7 +470,12 @@ def _target_format(registry: Registry, request: Request) -> str:
 def _kept_layer(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
     """Returns the layer of the source that stays as the parent of the new images, if any."""
     if target.format.keeps_source(target.options):
-        for asked, what in ((request.backing_file, "-B"), (request.snapshot, "--snapshot"), (request.chain, "--chain")):
+        for asked, what in (
+            (request.backing_file, "-B"),
+            (request.snapshot, "--snapshot"),
+            (request.chain, "--chain"),
+            (request.is_part, "--offset and --length"),
+        ):
             if asked:
                 raise UsageError(
                     f"{what}: the target's backing file would be the unchanged source, and the target is an empty layer"

@@ -47,6 +47,7 @@ class Request(NamedTuple):
 
     `no_create` writes into the existing block device `target`, whose content is lost. With `target_is_zero`
     it is read, and only what is not zero is zeroed.
+    `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
 
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """
@@ -81,6 +82,8 @@ class Request(NamedTuple):
     size: int | None = None
     no_create: bool = False
     target_is_zero: bool = False
+    offset: int = 0
+    length: int | None = None
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -104,10 +107,31 @@ class Request(NamedTuple):
             raise UsageError("a confined conversion makes a new file of an image that is not compressed")
         if self.target_is_zero and not self.no_create:
             raise UsageError("--target-is-zero is for -n", hint="a new file is zero where nothing is written")
+        self._refuse_part()
         if self.decompress_limit is not None and not self.decompress:
             raise UsageError("--decompress-limit is for --decompress")
         if self.decompress_limit is not None and self.decompress_limit < 0:
             raise UsageError(f"--decompress-limit: {self.decompress_limit} is negative")
+
+    @property
+    def is_part(self) -> bool:
+        """True if the target is a part of the source's disk."""
+        return self.offset != 0 or self.length is not None
+
+    def _refuse_part(self) -> None:
+        """Raises `UsageError` for a part of the disk where the target holds all of it."""
+        if self.offset < 0 or (self.length is not None and self.length <= 0):
+            raise UsageError(f"no part of a disk has {self.length} bytes from {self.offset} on")
+        if self.is_part:
+            for given, name in (
+                (self.in_place, "--in-place"),
+                (self.chain, "--chain"),
+                (self.backing_file is not None, "-B"),
+            ):
+                if given:
+                    raise UsageError(
+                        f"{name}: the target would be a part of the disk", hint="omit --offset and --length"
+                    )
 
     def opener(self, registry: Registry) -> Opener:
         """Returns the opener of the source. Raises `UsageError` for options that exclude each other."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vmconv.errors import UsageError
 from vmconv.model.extents import Columns, Extents, Kind, Row, on_storage
 from vmconv.model.image import Image
 from vmconv.model.sources import Decoded, File, Reserved, Source
@@ -56,8 +57,20 @@ class _Layer(Source):
         return bytes(length)
 
 
-def map_rows(image: Image) -> Iterator[MapRow]:
-    """Yields the rows of the whole disk in order."""
+def map_rows(image: Image, start: int = 0, length: int | None = None) -> Iterator[MapRow]:
+    """Yields the rows of the disk in order, cut to `length` bytes from `start` on; `UsageError` if one is negative."""
+    if start < 0 or (length is not None and length < 0):
+        raise UsageError(f"no part of a disk has {length} bytes from {start} on")
+    end = image.size if length is None else min(start + length, image.size)
+    for row in _all_rows(image):
+        skipped = max(0, start - row.start)
+        there = min(row.start + row.length, end) - row.start - skipped
+        if there > 0:
+            offset = None if row.offset is None else row.offset + skipped
+            yield row._replace(start=row.start + skipped, length=there, offset=offset)
+
+
+def _all_rows(image: Image) -> Iterator[MapRow]:
     depths: dict[int, int] = {}
     sparse: dict[int, bool] = {}
     table = Extents.filled(image.size, Kind.HOLE)

@@ -153,6 +153,13 @@ class CheckOptions(NamedTuple):
     payload: bool = False
 
 
+class MapOptions(NamedTuple):
+    """Arguments of a map besides the image: the part of the disk, in bytes."""
+
+    start_offset: int = 0
+    max_length: int | None = None
+
+
 class ImagePair(NamedTuple):
     """Two images to compare."""
 

@@ -166,6 +166,21 @@ class Image:
         other._load_places = None
         return other
 
+    def part(self, offset: int, length: int) -> Image:
+        """Returns bytes `[offset, offset + length)` of the disk as a disk of its own, each layer cut to them.
+
+        What an image states of a whole disk does not apply to a part of it.
+        """
+        other = self._changed(lambda table: table.window(offset, other.size))
+        # A shorter layer hides what lies below its end, in a part, too.
+        other.size = max(0, min(length, self.size - offset))
+        other.facts, other.digests, other._load_places = DiskFacts(), MappingProxyType({}), None
+        if self._load_parent:
+            load = self._load_parent
+            other._load_parent = lambda: (self.parent or load()).part(offset, length)
+            other.__dict__.pop("parent", None)
+        return other
+
     def _changed(self, change: Callable[[Extents], Extents]) -> Image:
         """Returns a copy of this layer whose table is changed when it is loaded."""
         other = copy(self)
