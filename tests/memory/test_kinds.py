@@ -84,6 +84,19 @@ def test_other_ways_refuse_it_too(both: tuple[Path, Path], tmp_path: Path) -> No
     assert (tmp_path / "stream").read_bytes() == b""
 
 
+@pytest.mark.parametrize("content", [b"", bytes(5000)], ids=["empty", "zeros"])
+@pytest.mark.parametrize("suffix", ["lime", "elf", "vmss", "avml", "kdump", "mig", "save", "vmrs"])
+def test_a_file_with_a_name_of_memory_and_no_signature_is_no_disk(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"web.{suffix}"
+    path.write_bytes(content)
+    for verb in (vmconv.info, lambda source: vmconv.convert(source, str(tmp_path / "new.raw"))):
+        with pytest.raises(
+            ImageError, match=rf"^web.{suffix}: no signature of \w+, the format of its suffix"
+        ) as caught:
+            verb(str(path))
+        assert caught.value.hint == "if it is raw memory, use -f ram"
+
+
 def test_memory_is_no_backing_file(both: tuple[Path, Path], tmp_path: Path) -> None:
     qcow2 = tmp_path / "top.qcow2"
     vmconv.convert(str(both[0]), str(qcow2))

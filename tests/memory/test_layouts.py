@@ -218,6 +218,14 @@ def test_a_vmem_alone_is_read_up_to_where_a_gap_must_be(tmp_path: Path) -> None:
     assert "beside it" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("size", [0, 1, PAGE + 1])
+def test_a_vmem_alone_that_is_no_whole_pages_is_refused(tmp_path: Path, size: int) -> None:
+    path = put(tmp_path, "web.vmem", bytes(size))
+    with pytest.raises(ImageError, match=rf"^web\.vmem: .*its {size} bytes are not whole pages of 4096") as caught:
+        vmconv.info(str(path))
+    assert caught.value.hint == "if it is raw memory, use -f ram"
+
+
 def test_a_saved_state_without_its_memory_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(AccessError, match=r"web\.vmss: its memory is not inside, and no \.vmem"):
         memory(put(tmp_path, "web.vmss", saved_state([])[0]))
@@ -314,6 +322,41 @@ CORES = [
 @pytest.mark.parametrize(("data", "message"), CORES)
 def test_a_malformed_core_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     refused(put(tmp_path, "web.elf", data), message)
+
+
+@pytest.mark.parametrize("suffix", ["elf", "x"])
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        pytest.param(18, r"ELF header at 0x10: 48 bytes reach past the end of the file \(0x12\)", id="behind the type"),
+        pytest.param(51, r"ELF header at 0x10: 48 bytes reach past the end of the file \(0x33\)", id="header"),
+        pytest.param(70, r"program headers at 0x40: 112 bytes reach past the end", id="program headers"),
+    ],
+)
+def test_a_core_that_is_cut_is_named_as_a_core(tmp_path: Path, length: int, message: str, suffix: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        vmconv.info(str(put(tmp_path, f"web.{suffix}", elf_core(TWO)[:length])))
+
+
+@pytest.mark.parametrize("length", [4, 17])
+def test_a_core_that_is_cut_before_its_type_is_known_by_its_name(tmp_path: Path, length: int) -> None:
+    with pytest.raises(ImageError, match=rf"ELF header at 0x\w+: \d+ bytes reach past the end .*\({length:#x}\)"):
+        vmconv.info(str(put(tmp_path, "web.vmcore", elf_core(TWO)[:length])))
+    with pytest.raises(ImageError, match="signature of ELF file, which is not a disk"):
+        vmconv.info(str(put(tmp_path, "web.x", elf_core(TWO)[:length])))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("web.vmss", saved_state([])[0][:8], r"header at 0x0: 12 bytes reach past the end"),
+        ("web.save", b"LibvirtQemudSave".ljust(30, b"\0"), r"header at 0x0: 36 bytes reach past the end"),
+        ("web.kdump", b"KDUMP   \6\0\0\0", r"header at 0x0: is cut off after 12 of 4096 bytes"),
+    ],
+)
+def test_an_image_that_is_cut_in_its_header_says_so(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        vmconv.info(str(put(tmp_path, name, data)))
 
 
 def test_a_core_of_a_process_is_named_as_such(tmp_path: Path) -> None:

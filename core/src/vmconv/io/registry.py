@@ -23,7 +23,7 @@ from vmconv.interface.format import Format, FormatKind
 from vmconv.interface.machines import MachineFormat
 from vmconv.io.discovery import Plugin, entry_points
 from vmconv.io.foreign import described_beside, foreign_content, foreign_suffix, hint_for, is_payload, suffix_of
-from vmconv.io.known import KNOWN, RAW_NAME, known_content, known_format, known_suffix
+from vmconv.io.known import KNOWN, RAM_NAME, RAW_NAME, known_content, known_format, known_suffix
 
 if TYPE_CHECKING:
     from vmconv.model.sources import File
@@ -242,10 +242,7 @@ class Registry:
             if suffix and self._is_plain(suffix, file):
                 return self.format(suffix)
             if suffix not in (None, RAW_NAME):
-                raise ImageError(
-                    f"{file.name}: no signature of {suffix}, the format of its suffix",
-                    hint=described_beside(file.path) or f"if it is a raw disk, {_say(option, RAW_NAME)}",
-                )
+                raise self._unsigned(file, suffix, option)
             return self.format(RAW_NAME)
         if content != suffix:
             spoken = f"its name says {suffix}" if suffix else "its name has no format's suffix"
@@ -260,6 +257,9 @@ class Registry:
         content, suffix = self.probe(file), self.format_by_suffix(file.path)
         if content is None:
             _refuse_foreign(file, suffix, option)
+            # The name says memory, and nothing says disk.
+            if suffix and not self._is_plain(suffix, file) and self.format_by_suffix(file.path, "memory"):
+                raise self._unsigned(file, suffix, option)
         found = content or (suffix if suffix and self._is_plain(suffix, file) else RAW_NAME)
         if suffix in (None, found):
             return self.format(found), ()
@@ -269,6 +269,15 @@ class Registry:
         """True if files with this suffix have no signature in the format `name`, that of the suffix."""
         one = self.all_formats.get(name)
         return one is not None and file.path.lower().endswith(tuple(one.plain_suffixes))
+
+    def _unsigned(self, file: File, suffix: str, option: str) -> ImageError:
+        """Returns the error of a file without the signature of its suffix's format."""
+        memory = self.format_by_suffix(file.path, "memory")
+        hint = f"if it is raw memory, {_say(option, RAM_NAME)}" if memory else described_beside(file.path)
+        return ImageError(
+            f"{file.name}: no signature of {suffix}, the format of its suffix",
+            hint=hint or f"if it is a raw disk, {_say(option, RAW_NAME)}",
+        )
 
     def _choice(self, content: str, option: str) -> str:
         """Returns the hint for a file whose signature does not match its suffix."""

@@ -56,9 +56,12 @@ class ElfCore(MemoryFormat):
         return ElfOptions
 
     def probe(self, file: File) -> bool:
-        head = file.read(0, 20) if file.size >= _SMALLEST_ELF else b""
+        head = file.read(0, min(file.size, _TYPED_ELF))
+        if len(head) < _TYPED_ELF and file.path.lower().endswith(self.suffixes):
+            # Cut before the type: the reader says where.
+            return head[:4] == b"\x7fELF"
         # e_type, in the byte order of e_ident: a core. Programs and libraries are others.
-        return head[:4] == b"\x7fELF" and (head[5], head[16:18]) in ((1, b"\4\0"), (2, b"\0\4"))
+        return head[:4] == b"\x7fELF" and (head[5:6], head[16:]) in ((b"\1", b"\4\0"), (b"\2", b"\0\4"))
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_memory.elf import read
@@ -71,7 +74,8 @@ class ElfCore(MemoryFormat):
         return write(image, options, placement)
 
 
-_SMALLEST_ELF = 52
+_TYPED_ELF = 18
+"""Bytes up to e_type."""
 
 
 class Lime(MemoryFormat):
@@ -115,9 +119,7 @@ class Vmem(MemoryFormat):
     plain_suffixes = frozenset({".vmem"})
 
     def probe(self, file: File) -> bool:
-        if file.size < _VMSS_HEADER:
-            return False
-        magic = file.read(0, 4)
+        magic = file.read(0, min(file.size, 4))
         return magic in (b"\xd0\xbe\xd2\xbe", b"\xd1\xba\xd1\xba", b"\xd2\xbe\xd2\xbe", b"\xd3\xbe\xd3\xbe")
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
@@ -131,9 +133,6 @@ class Vmem(MemoryFormat):
         return write(image, placement)
 
 
-_VMSS_HEADER = 12
-
-
 class Kdump(MemoryFormat):
     name = "kdump"
     title = "kdump-compressed dump of makedumpfile or QEMU"
@@ -141,7 +140,7 @@ class Kdump(MemoryFormat):
     can_write = False
 
     def probe(self, file: File) -> bool:
-        return file.size >= 16 and file.read(0, 16).startswith((b"KDUMP   ", b"makedumpfile\0\0\0\0"))
+        return file.read(0, min(file.size, 16)).startswith((b"KDUMP   ", b"makedumpfile\0\0\0\0"))
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_memory.kdump import read
@@ -177,15 +176,12 @@ class LibvirtSave(MemoryFormat):
     can_write = False
 
     def probe(self, file: File) -> bool:
-        return file.size >= _SAVED and file.read(0, 16) == b"LibvirtQemudSave"
+        return file.read(0, min(file.size, 16)) == b"LibvirtQemudSave"
 
     def read(self, file: File, opener: Opener, *, snapshot: str | None = None) -> Image:
         from vmconv_memory.libvirt import read
 
         return read(file, snapshot=snapshot)
-
-
-_SAVED = 92
 
 
 @hookimpl

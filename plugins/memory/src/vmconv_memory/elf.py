@@ -65,7 +65,7 @@ def read(file: File, *, snapshot: str | None = None) -> Image:
 
 def read_core(file: File) -> Core:
     """Returns header and program headers. Raises `ImageError` with the invalid field."""
-    ident = read_part(file, "header", 0, structs.IDENT)
+    ident = read_part(file, "ELF header", 0, structs.IDENT)
     class_, data = ident[4], ident[5]
     if ident[:4] != structs.ELF_MAGIC:
         raise damaged(file, "magic", 0, "no ELF signature")
@@ -75,7 +75,7 @@ def read_core(file: File) -> Core:
         raise damaged(file, "EI_DATA", 5, f"{data} is not 1 (little-endian) or 2 (big-endian)")
     order = "<" if data == 1 else ">"
     layout = struct.Struct(order + structs.HEADER[class_])
-    head = structs.ElfHeader(*layout.unpack(read_part(file, "header", structs.IDENT, layout.size)))
+    head = structs.ElfHeader(*layout.unpack(read_part(file, "ELF header", structs.IDENT, layout.size)))
     if head.type != structs.ET_CORE:
         raise damaged(file, "e_type", structs.IDENT, f"{head.type} is not {structs.ET_CORE}, a core")
     kind = structs.program_headers(class_, order)

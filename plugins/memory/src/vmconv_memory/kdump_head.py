@@ -16,6 +16,9 @@ LAYOUTS = {2: (424, struct.calcsize("=Q")), 1: (412, 4)}
 _MAX_RAM = 1 << 44
 _VERSIONS = range(1, 7)
 
+_SMALLEST = 4096
+"""Bytes of a block, of which the header has one to itself."""
+
 
 class Head(NamedTuple):
     """The header: class and order of numbers, and the fields that are needed."""
@@ -36,6 +39,8 @@ def read_head(file: File, content: Extents) -> Head:
     raw = content.read(0, min(content.size, 512)).ljust(512, b"\0")
     if raw[:8] != MAGIC:
         raise damaged(file, content, "magic", 0, "no signature of a kdump file")
+    if content.size < _SMALLEST:
+        raise damaged(file, content, "header", 0, f"is cut off after {content.size} of {_SMALLEST} bytes")
     found, problems = [], []
     for order in "<>":
         (version,) = struct.unpack_from(f"{order}I", raw, 8)
@@ -62,8 +67,8 @@ def read_head(file: File, content: Extents) -> Head:
 
 def _problem(head: Head, size: int) -> str | None:
     """Returns why the numbers of a header make no sense together; None if they do."""
-    if head.block & (head.block - 1) or not 4096 <= head.block <= 65536:
-        return f"block size {head.block} is not a power of two from 4096 to 65536"
+    if head.block & (head.block - 1) or not _SMALLEST <= head.block <= 65536:
+        return f"block size {head.block} is not a power of two from {_SMALLEST} to 65536"
     if not 0 < head.pages < min(_MAX_RAM // head.block, 0xFFFFFFFF):
         return f"{head.pages} pages, from 1 to {min(_MAX_RAM // head.block, 0xFFFFFFFF) - 1} are read"
     need = 2 * -(-head.pages // (8 * head.block))

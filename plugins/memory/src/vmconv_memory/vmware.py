@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vmconv.plugin import (
+    RAM_NAME,
     AccessError,
     Dependency,
     Extents,
@@ -130,6 +131,12 @@ def _alone(file: File) -> Image:
         raise ImageError(
             f"{file.name}: has neither a .vmss nor a .vmsn beside it, and {file.size} bytes of memory have a gap",
             hint="put the .vmss or .vmsn of the same name beside it",
+        )
+    if not file.size or file.size % PAGE:
+        raise ImageError(
+            f"{file.name}: has neither a .vmss nor a .vmsn beside it, and its {file.size} bytes are not whole pages of "
+            f"{PAGE} bytes: it is cut, or not VMware's",
+            hint=f"if it is raw memory, use -f {RAM_NAME}",
         )
     warning = f"{file.name}: neither a .vmss nor a .vmsn is beside it: offsets are taken for addresses"
     table = Extents.whole(file)
