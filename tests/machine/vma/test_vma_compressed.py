@@ -245,6 +245,16 @@ def test_other_compressed_files_are_not_claimed(kind: str) -> None:
 # -- archives that are not as they should be
 
 
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("length", [12, 100])
+def test_an_archive_that_is_cut_in_its_first_block_is_said_to_end(kind: str, length: int, tmp_path: Path) -> None:
+    path = tmp_path / f"web.vma.{kind}"
+    path.write_bytes(PACKED[kind](archive(disk(1)).written())[:length])
+    with pytest.raises(ImageError, match=rf"web.vma.{kind}: cannot be decompressed as \w+: .*end") as error:
+        vmconv.machine_info(path)
+    assert "\n" not in str(error.value)
+
+
 class _Sink(File):
     """A new file in memory, without limits on what is written."""
 

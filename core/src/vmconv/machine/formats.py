@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vmconv.errors import ImageError, PluginError, ReadError, UsageError
+from vmconv.io.decompressing import Decompressed, compression_of
 from vmconv.io.known_machines import DISTRIBUTIONS, SUFFIXES
 from vmconv.io.registry import installed_machines
 
@@ -56,10 +57,18 @@ def identify(file: File, named: str | None) -> MachineFormat:
         )
     if by_suffix is not None and by_suffix not in installed_machines().machines:
         return machine_format(by_suffix)
+    _refuse_undecodable(file)
     raise ImageError(
         f"{file.name}: is not a configuration of a known machine format",
         hint="vmconv machine formats lists them; vmconv convert converts a single disk",
     )
+
+
+def _refuse_undecodable(file: File) -> None:
+    """Raises `ImageError` for a compressed file whose beginning cannot be decoded: so no format claims it."""
+    compression = compression_of(file)
+    if compression:
+        Decompressed(file, compression).read(1)
 
 
 def claimants(file: File) -> list[MachineFormat]:

@@ -55,6 +55,8 @@ class Header(NamedTuple):
 def size_of(file: File, data: bytes) -> int:
     """Returns the bytes of the header whose fixed part is `data`; raises `ImageError` if it cannot be one."""
     head = Structure(file, structs.Header)
+    if len(data) < head.length:
+        raise head.refused(f"is cut off after {len(data)} of {head.length} bytes")
     fields = head.parse("is no VMA archive", "magic", data=data)
     if fields.version != structs.VERSION:
         raise head.damaged("version", f"{fields.version} is not supported, only {structs.VERSION}")
