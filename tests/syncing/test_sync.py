@@ -397,6 +397,23 @@ def test_the_same_sync_again_finds_nothing_to_do(disk: Path, other_dir: Path) ->
     assert again.evidence == "the record of the last sync: the source is unchanged"
 
 
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [("target.vmss", True), ("TARGET.VMEM", True), ("target.save", True), ("other.vmss", False), ("target.txt", False)],
+)
+def test_a_saved_state_beside_the_target_is_named(name: str, warns: bool, ext4_dir: Path, other_dir: Path) -> None:
+    disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.vmdk"
+    vmconv.sync(disk, target)
+    (other_dir / name).write_bytes(b"")
+    write(disk, 0, 4096)
+    said = [text for text in vmconv.sync(disk, target).warnings if "saved state" in text]
+    assert said == (
+        [f"{other_dir / name}: if it is a saved state of this machine, do not resume it on the synced disk"]
+        if warns
+        else []
+    )
+
+
 def test_zero_copy_can_be_required(ext4_dir: Path, other_dir: Path) -> None:
     disk, target = make_disk(ext4_dir / "disk.raw", 8 * MIB), other_dir / "target.qcow2"
     vmconv.sync(disk, target)
@@ -494,6 +511,22 @@ def test_a_bitmap_is_the_only_evidence(recorded: tuple[Path, Path]) -> None:
             vmconv.sync(source, target, bitmap="b0", **other)
     with pytest.raises(UsageError, match="does not exist"):
         vmconv.sync(source, target.with_name("new.vmdk"), bitmap="b0")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_bitmap_that_cannot_be_used_is_refused_though_nothing_changed(
+    changed: bool, recorded: tuple[Path, Path], ext4_dir: Path, other_dir: Path
+) -> None:
+    source, target = recorded
+    disk, copy = ext4_dir / "disk.raw", other_dir / "raw.qcow2"
+    vmconv.sync(disk, copy)
+    if changed:
+        write(disk, 0, 4096)
+        qemu_io(source, "write -P 7 1M 64k")
+    with pytest.raises(UsageError, match=r"disk\.raw: raw has no bitmaps"):
+        vmconv.sync(disk, copy, bitmap="b0")
+    with pytest.raises(UsageError, match="no bitmap 'b1'"):
+        vmconv.sync(source, target, bitmap="b1")
 
 
 # -- a target that does not exist

@@ -11,6 +11,7 @@ from vmconv.syncing import record as records
 if TYPE_CHECKING:
     from vmconv.conversion.request import Request
     from vmconv.io.registry import Registry
+    from vmconv.model.extents import Column
     from vmconv.model.image import Image
     from vmconv.syncing.changes import Changes
     from vmconv.syncing.old import Old
@@ -36,6 +37,8 @@ class Evidence:
         self.touched = self.record is not None and not self.record.fits(file.descriptor for file in old.files)
         self.state = records.state_of_source(image, request.snapshot)
         self.identity = records.identity_of_source(image, request.snapshot)
+        # Also if nothing has changed: a bitmap that cannot be used is no evidence for the next sync either.
+        self.written = None if request.bitmap is None else self._written(request.bitmap)
 
     @property
     def is_recorded(self) -> bool:
@@ -57,8 +60,8 @@ class Evidence:
             return changing.nothing(UNCHANGED)
         if self.request.since is not None:
             return self._since(self.request.since)
-        if self.request.bitmap is not None:
-            return self._marked(self.request.bitmap)
+        if self.request.bitmap is not None and self.written is not None:
+            return self._marked(self.request.bitmap, self.written)
         layers = list(self.image.chain())
         for number, layer in enumerate(layers[1:] if record else (), 1):
             if record and records.state_of_source(layer, None) == record.source:
@@ -87,7 +90,10 @@ class Evidence:
                 raise AccessError(f"{path}: changed while it was being compared")
         return found
 
-    def _marked(self, bitmap: str) -> Changes:
+    def _written(self, bitmap: str) -> tuple[Column, Column]:
+        return self.registry.format(self.image.format_name).dirty_ranges(self.image, bitmap)
+
+    def _marked(self, bitmap: str, written: tuple[Column, Column]) -> Changes:
         """Returns the ranges that a bitmap of the source has as written since the last sync."""
         hint = "omit --bitmap: vmconv reads both disks if nothing else tells what changed"
         if self.record is None:
@@ -98,7 +104,6 @@ class Evidence:
                 f"{name}: is not the file that {self.request.target} was last synced with, or has other layers below",
                 hint=hint,
             )
-        written = self.registry.format(self.image.format_name).dirty_ranges(self.image, bitmap)
         evidence = f"bitmap {bitmap!r} of {name}, believed to have all writes since the last sync"
         return changing.by_bitmap(self.image.flat, self.old.image.flat, written, evidence)
 

@@ -80,7 +80,20 @@ def opened(
         seen = neighbours.look(directory, own, registry)
         neighbours.refuse(seen)
         image.warnings += tuple(text for text in (neighbours.warning(seen),) if text)
+        image.warnings += tuple(_saved_states(directory, name, registry))
         yield Old(image, found, options, own)
+
+
+def _saved_states(directory: Directory, name: str, registry: Registry) -> Iterator[str]:
+    """Yields a warning for each memory image of the target's name: perhaps the state of a machine that was suspended.
+
+    Resumed on a disk that has changed, its guest would write what it knows of the old one.
+    """
+    stem = registry.stem(name).casefold()
+    for other in directory.names():
+        if registry.format_by_suffix(other, "memory") and registry.stem(other).casefold() == stem:
+            path = directory.join(other)
+            yield f"{path}: if it is a saved state of this machine, do not resume it on the synced disk"
 
 
 def _refuse_source(directory: Directory, name: str, sources: Sequence[File]) -> None:
