@@ -145,11 +145,10 @@ def test_no_payload_is_copied_into_a_backup(toys: object, xfs_dir: Path) -> None
     assert Path(again.target).read_bytes() == Path(result.target).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["web.vma.gz", "web.vma.lzo"])
-def test_another_compression_is_refused(name: str, toys: object, tmp_path: Path) -> None:
+def test_another_compression_is_refused(toys: object, tmp_path: Path) -> None:
     config = machine(tmp_path / "toy")
-    with pytest.raises(PlanError, match=f"{name}: vmconv compresses archives by Zstandard"):
-        vmconv.machine_convert(config, tmp_path / name)
+    with pytest.raises(PlanError, match=r"web\.vma\.lzo: vmconv compresses archives by Zstandard or gzip"):
+        vmconv.machine_convert(config, tmp_path / "web.vma.lzo")
 
 
 def test_a_machine_without_disks_has_no_backup() -> None:

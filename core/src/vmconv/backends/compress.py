@@ -1,13 +1,14 @@
-"""One output file, compressed by Zstandard while it is written.
+"""One output file, compressed by Zstandard or gzip while it is written.
 
 A compressed file cannot be read back by tables. So the result is verified by its planned table, then compressed from
-its first byte to its last. The frame has a checksum of the content, which `read_back` compares.
+its first byte to its last. Both formats have checksums of the content, which `read_back` compares.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 
 from vmconv.backends.files import FileTransaction
 from vmconv.backends.planned import PlannedOutput
@@ -20,8 +21,12 @@ from vmconv.model.sources import File
 from vmconv.model.view import View
 
 _PIECE = 4 << 20
-_LEVEL = 3
-"""The level of the command zstd."""
+_ZSTD_LEVEL, _GZIP_LEVEL = 3, 6
+"""The levels of the commands zstd and gzip."""
+_MEMBER = 1 << 20
+"""Bytes in a member of a gzip file. Each is compressed by itself, so by a thread of its own; readers join them."""
+_GZIP = 31
+"""zlib's name for a gzip member with the largest window."""
 
 
 class CompressBackend(Backend):
@@ -31,7 +36,9 @@ class CompressBackend(Backend):
     title = "compresses all bytes"
     automatic = False
 
-    def __init__(self, *, read_back: bool) -> None:
+    def __init__(self, compression: str, *, read_back: bool = False) -> None:
+        self.compression = compression
+        """`Zstandard` or `gzip`."""
         self.read_back = read_back
         """True if the finished file is decompressed before it is named."""
 
@@ -39,19 +46,20 @@ class CompressBackend(Backend):
         return Capabilities(usable=True, shares=False)
 
     def survey(self, directory: str, sources: Sequence[File]) -> Survey:
-        return Survey(1, {id(file): "the new archive is compressed (Zstandard)" for file in sources})
+        return Survey(1, {id(file): f"the new archive is compressed ({self.compression})" for file in sources})
 
     def begin(
         self, directory: Directory, *, force: bool = False, durable: bool = True, access: Access = DEFAULT_ACCESS
     ) -> Transaction:
         found = CompressTransaction(directory, force=force, durable=durable, access=access)
-        found.read_back = self.read_back
+        found.compression, found.read_back = self.compression, self.read_back
         return found
 
 
 class CompressTransaction(FileTransaction):
     """Compresses one file after its verification."""
 
+    compression = "Zstandard"
     read_back = False
 
     def prepare(self, plan: Plan) -> None:
@@ -69,24 +77,43 @@ class CompressTransaction(FileTransaction):
         (output,) = self._outputs
         view = View(self._planned.table)
         with os_errors("cannot be written", BackendError, where=output.path):
-            _compress(view, output.descriptor, progress)
+            for packed in _COMPRESSORS[self.compression](view, progress):
+                _write(output.descriptor, packed)
             made = output.finish()
         view.refuse_changed()
         if self.read_back:
-            _read_back(made, view.size)
+            _read_back(made, self.compression, view.size)
 
 
-def _compress(view: View, descriptor: int, progress: Progress | None) -> None:
+def _zstandard(view: View, progress: Progress | None) -> Iterator[bytes]:
     from zstandard import ZstdCompressor
 
     # With threads the result does not depend on their number.
-    frame = ZstdCompressor(level=_LEVEL, write_checksum=True, threads=-1).compressobj(size=view.size)
-    for at in range(0, view.size, _PIECE):
-        length = min(_PIECE, view.size - at)
-        _write(descriptor, frame.compress(view.read(at, length)))
+    frame = ZstdCompressor(level=_ZSTD_LEVEL, write_checksum=True, threads=-1).compressobj(size=view.size)
+    for data in _read(view, _PIECE, progress):
+        yield frame.compress(data)
+    yield frame.flush()
+
+
+def _gzip(view: View, progress: Progress | None) -> Iterator[bytes]:
+    from vmconv.system.parallel import in_order
+
+    def member(data: bytes) -> bytes:
+        return zlib.compress(data, _GZIP_LEVEL, _GZIP)
+
+    yield from in_order(member, _read(view, _MEMBER, progress))
+
+
+def _read(view: View, most: int, progress: Progress | None) -> Iterator[bytes]:
+    """Yields all bytes of a file, in pieces."""
+    for at in range(0, view.size, most):
+        length = min(most, view.size - at)
+        yield view.read(at, length)
         if progress:
             progress(at + length, view.size)
-    _write(descriptor, frame.flush())
+
+
+_COMPRESSORS = {"Zstandard": _zstandard, "gzip": _gzip}
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -95,11 +122,11 @@ def _write(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _read_back(made: File, size: int) -> None:
-    """Raises `VerifyError` unless a file decompresses to `size` bytes, which the frame's checksum confirms."""
+def _read_back(made: File, compression: str, size: int) -> None:
+    """Raises `VerifyError` unless a file decompresses to `size` bytes, which the checksums confirm."""
     # The page cache would hide what storage has.
     os.posix_fadvise(made.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    stream, found = Decompressed(made, "Zstandard"), 0
+    stream, found = Decompressed(made, compression), 0
     try:
         while piece := stream.read(_PIECE):
             found += len(piece)

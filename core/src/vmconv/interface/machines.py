@@ -103,7 +103,8 @@ class MachineFormat:
     """True if one file holds the configuration and the disks, as an OVA does; see `members` and `pack`."""
 
     compressed_suffixes: tuple[str, ...] = ()
-    """Those of `suffixes` that new packages of that name are compressed for, by Zstandard, while they are written."""
+    """Those of `suffixes` that new packages of that name are compressed for while they are written:
+    by Zstandard (`.zst`) or gzip (`.gz`)."""
 
     def disk_options(self, options: Any) -> Mapping[str, Any]:
         """Returns options for the writer of `disk_format` that the configuration states; users cannot change them."""

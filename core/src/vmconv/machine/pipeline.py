@@ -144,19 +144,19 @@ def _way(
     registry: Registry, request: MachineRequest, target: Target, directory: str, payload: Sequence[File]
 ) -> Proposal:
     """Returns the backend of a conversion with its survey of the files with payload."""
-    if not target.compressed:
+    if target.compression is None:
         return choose_backend(registry, request.backend, directory, payload)
     if request.backend != "auto":
         hint = "end its name in the suffix of packages that are not compressed"
         raise UsageError(f"--backend {request.backend}: {target.name} will be compressed, by no backend", hint=hint)
-    backend = _compressing()
+    backend = _compressing(target.compression)
     return Proposal(backend, backend.survey(directory, payload))
 
 
-def _compressing(*, read_back: bool = False) -> Backend:
+def _compressing(compression: str, *, read_back: bool = False) -> Backend:
     from vmconv.backends.compress import CompressBackend
 
-    return CompressBackend(read_back=read_back)
+    return CompressBackend(compression, read_back=read_back)
 
 
 def _kept(source: Source, target: Target, images: Sequence[Image | None], request: MachineRequest) -> dict[int, Member]:
@@ -213,8 +213,8 @@ def _make(
         done.append(MachineResult(request.source, configuration, ready.plan, time.perf_counter() - began))
 
     backend = ready.way.backend
-    if target.compressed:
-        backend = _compressing(read_back=mode in ("sample", "bytes"))
+    if target.compression:
+        backend = _compressing(target.compression, read_back=mode in ("sample", "bytes"))
     transaction = backend.begin(
         directory, force=request.force, durable=request.cache != "unsafe", access=Access(opener.files, request.mode)
     )

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from vmconv.errors import PluginError, UsageError, VmconvError
 from vmconv.interface.machines import Adapted, Substitution
+from vmconv.io.foreign import foreign_suffix
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
 from vmconv.machine.formats import format_by_suffix, machine_format, refuse_result
@@ -41,9 +42,11 @@ class Target(NamedTuple):
     stem: str | None = None
 
     @property
-    def compressed(self) -> bool:
-        """True if the name of the new package asks for compression."""
-        return self.name.lower().endswith(self.format.compressed_suffixes)
+    def compression(self) -> str | None:
+        """The compression that the name of the new package asks for, `Zstandard` or `gzip`."""
+        name = self.name.lower()
+        kind = foreign_suffix(os.path.splitext(name)[1]) if name.endswith(self.format.compressed_suffixes) else None
+        return kind.title if kind else None
 
     def disk_name(self, number: int, suffix: str) -> str:
         """Returns the file name of a disk; disks are counted from 0."""

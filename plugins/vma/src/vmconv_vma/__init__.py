@@ -19,7 +19,7 @@ class Vma(MachineFormat):
     name = "vma"
     title = "Proxmox VE backup (VMA)"
     suffixes = (".vma", ".vma.zst", ".vma.gz", ".vma.lzo")
-    compressed_suffixes = (".vma.zst",)
+    compressed_suffixes = (".vma.zst", ".vma.gz")
     # Devices of a backup are named by their drives, and raw.
     carries = Proxmox.carries - {"disks.file", "disks.format"} | {"extra.vma"}
     disk_formats = frozenset({"raw"})

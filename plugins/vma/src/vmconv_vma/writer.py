@@ -86,8 +86,9 @@ def pack(configs: Sequence[ConfigFile], disks: Sequence[Member], modulus: int) -
     If blocks can be shared (`modulus` above 1), blocks lie at multiples of their size.
     """
     *others, config = configs
-    if config.name.lower().endswith((".gz", ".lzo")):
-        raise PlanError(f"{config.name}: vmconv compresses archives by Zstandard", hint="end the name in .vma.zst")
+    if config.name.lower().endswith(".lzo"):
+        hint = "end the name in .vma.zst or .vma.gz"
+        raise PlanError(f"{config.name}: vmconv compresses archives by Zstandard or gzip", hint=hint)
     blobs = [("qemu-server.conf", config.content)]
     blobs += [(each.name, each.content) for each in others if each.name == FIREWALL]
     # Small devices first: what decodes an archive for the firmware's variables finds them in its beginning.
