@@ -200,3 +200,21 @@ def test_a_file_size_limit_leaves_nothing(disk: Path) -> None:
     assert done.returncode == 1
     assert "File too large" in done.stderr
     assert [path.name for path in disk.parent.iterdir()] == ["disk.raw"]
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32", "freebsd14"])
+def test_another_system_is_refused_in_one_line(system: str) -> None:
+    """Before anything is imported that only Linux has."""
+    code = f"import sys; sys.platform = {system!r}; sys.modules['fcntl'] = None; import vmconv.__main__ as m; m.run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"vmconv: needs Linux: conversions, copies and views do not work on {system}; ")
+
+
+def test_another_system_is_refused_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vmconv
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ImportError, match="needs Linux"):
+        _ = vmconv.convert
+    assert issubclass(vmconv.UsageError, vmconv.VmconvError)

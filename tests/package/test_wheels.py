@@ -11,6 +11,7 @@ import pytest
 
 from support.wheels import DISTRIBUTIONS, ROOT, Environment, members, metadata, requirements
 
+VERSIONS = {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)}
 NAMES = [path.name for path in DISTRIBUTIONS]
 
 CORE_TESTS = ("core/test_extents.py", "core/test_blocks.py", "backends/test_backends.py")
@@ -78,7 +79,10 @@ def test_a_wheel_has_licence_type_marker_and_metadata(wheels: dict[str, Path], n
     assert any(member.endswith("/py.typed") for member in found)
     assert any(member.endswith("licenses/LICENSE") for member in found)
     assert not any(member.startswith(("tests", "src")) for member in found)
+    # For every processor.
+    assert wheels[name].name.endswith("-py3-none-any.whl")
     fields = metadata(wheels[name])
+    assert set(fields.get_all("Classifier", [])) >= VERSIONS
     assert fields["License-Expression"] == "Apache-2.0"
     assert fields["Requires-Python"] == ">=3.11"
     assert fields["Summary"]

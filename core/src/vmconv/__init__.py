@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vmconv.system.platforms import refusal
+
 if TYPE_CHECKING:
     from vmconv.api import (
         Cache,
@@ -123,4 +125,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "errors" if name.endswith("Error") else "api"
+    refused = refusal()
+    if refused and home == "api":
+        raise ImportError(f"vmconv {refused}")
     return getattr(import_module(f"{__name__}.{home}"), name)

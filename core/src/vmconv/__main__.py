@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
+from vmconv.system.platforms import refusal
+
 
 class _NDArray:
     """Replaces `numpy.typing.NDArray`, which only type checkers use."""
@@ -56,6 +58,9 @@ class _Postponed(ModuleType):
 
 def run() -> NoReturn:
     """Runs the command of the command line and ends the process with its exit code."""
+    refused = refusal()
+    if refused:
+        sys.exit(f"vmconv: {refused}")
     # Imported modules stay alive. Searching them for garbage again and again takes a tenth of the run.
     gc.set_threshold(50_000)
     for name, known in _SELDOM_USED.items():
