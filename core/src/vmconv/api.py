@@ -232,7 +232,8 @@ def convert(
 
     The target appears complete or not at all. The source is not modified unless `in_place`, which turns it into the
     target. `confined` reads and makes no file outside of `allow_external`, whatever other users rename meanwhile.
-    With `no_create` the target is a block device, whose content is lost.
+    With `no_create` the target exists, and gets another content: a block device, or an image that keeps its format,
+    options and size.
     """
     # locals() has exactly the arguments here, as no other variable exists yet. So below, too.
     return _converted(locals())

@@ -68,7 +68,8 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         "-n",
         dest="no_create",
         action="store_true",
-        help="write into the block device TARGET, whose content is lost, instead of making a file",
+        help="replace the content of TARGET, which exists: a block device, or an image that keeps its format, options\n"
+        "and size, and is replaced in one step",
     )
     parser.add_argument(
         "--target-is-zero",

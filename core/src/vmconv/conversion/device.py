@@ -27,15 +27,15 @@ def claimed(request: Request, directory: Directory, name: str) -> Iterator[Devic
 
     Raises `UsageError` for options that do not apply to a device, `AccessError` if it is in use.
     """
-    if not request.no_create:
+    status = directory.status(name)
+    if not request.no_create or (status and stat.S_ISREG(status.st_mode)):
         yield None
         return
     _refuse_options(request)
-    status = directory.status(name)
     if status is None:
         raise PlanError(f"{request.target}: does not exist", hint="omit -n to make a file")
     if not stat.S_ISBLK(status.st_mode):
-        raise PlanError(f"{request.target}: is not a block device", hint="--force replaces a file")
+        raise PlanError(f"{request.target}: is neither a block device nor a regular file")
     from vmconv.backends.device import DeviceBackend
     from vmconv.io.devices import Device
 

@@ -28,6 +28,7 @@ from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
 from vmconv.model import references
+from vmconv.model.identity import fresh
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing
 from vmconv.model.options import parse_options
@@ -88,6 +89,10 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             yield ready
         return
     registry = installed()
+    if request.no_create:
+        from vmconv.conversion.existing import as_it_is
+
+        request = as_it_is(request, registry)
     with (
         request.opener(registry) as opener,
         places(request, *others) as found,
@@ -151,6 +156,11 @@ def _source(request: Request, opener: Opener) -> Image:
         return blank_image(request, opener)
     image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
     image = _part(request, image)
+    if request.no_create and request.size is not None and image.size > request.size:
+        raise PlanError(
+            f"{request.target}: has a disk of {request.size} bytes, and the source has {image.size}",
+            hint="vmconv resize makes it larger",
+        )
     return image if request.size is None else image.sized(request.size)
 
 
@@ -245,6 +255,8 @@ def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
         raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
     if mode == "qemu" and request.is_part:
         raise UsageError("--verify=qemu: qemu-img compares no parts of disks", hint="use --verify=bytes")
+    if mode == "qemu" and ready.plan.destination == "device":
+        raise UsageError("--verify=qemu: a device cannot be read before all is written", hint="use --verify=bytes")
     refuse_impossible(mode, ready.containers, ready.opener.registry, request)
 
 
@@ -408,7 +420,8 @@ def _target(registry: Registry, request: Request, place: _Place) -> Target:
         raise PlanError(f"{request.target}: is a block device", hint="-n writes into it, and its content is lost")
     if there and not stat.S_ISREG(there.st_mode) and not request.no_create:
         raise PlanError(f"{request.target}: is not a regular file")
-    return Target.of(wanted, options, directory.path, name)
+    # The image keeps its ids, but not those of its content.
+    return Target.of(wanted, options, directory.path, name)._replace(content=fresh() if request.no_create else None)
 
 
 def _only_directory(places: Sequence[_Place]) -> Directory:

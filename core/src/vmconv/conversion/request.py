@@ -45,9 +45,10 @@ class Request(NamedTuple):
 
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
 
-    `no_create` writes into the existing block device `target`, whose content is lost. With `target_is_zero`
-    it is read, and only what is not zero is zeroed.
     `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
+
+    `no_create` replaces the content of the existing `target`: of a block device, or of an image, whose format, options
+    and size stay. With `target_is_zero` a device is read, and only what is not zero is zeroed.
 
     `descriptor` is an open descriptor that gets the image as a stream; then `target` is only its name in messages.
     """

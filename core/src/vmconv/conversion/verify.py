@@ -70,10 +70,6 @@ def refuse_impossible(
         return
     if request.descriptor is not None:
         raise UsageError("--verify=qemu: QEMU cannot read a stream", hint="use --verify=bytes")
-    if request.no_create:
-        raise UsageError(
-            "--verify=qemu: QEMU cannot read a device whose first bytes are written last", hint="use --verify=bytes"
-        )
     from vmconv.conversion.qemu import refuse_impossible as refuse
     from vmconv.model.planned import PlannedFile
 
