@@ -588,6 +588,7 @@ def found_by(mistake: Mutation, seeds: int = SEEDS) -> str | None:
 
 def main() -> int:
     """Prints the table."""
+    from fleet import mutations_merged  # noqa: F401 - registers its own
     from fleet.mutations_kept import MUTATIONS
 
     missed = 0

@@ -454,6 +454,78 @@ def test_the_command_lists_what_a_merge_has_overridden(
     assert json.loads(capsys.readouterr().out) == answer
 
 
+def _three() -> tuple[Fleet, Machine, Machine, list[Machine]]:
+    """Returns a node, a member that is linked to it, and two copies of its machine, each with a member of its own."""
+    fleet, one, other = pair()
+    one.write("token", "0123456789ab", TOKEN)
+    one.write("group", "g", {"role": "admin"})
+    one.write("job", "j", {"state": "queued"})
+    fleet.flow(500)
+    copies = [Machine(fleet, 0, disk=copy_of(one.disk)) for _ in range(2)]
+    witnesses = [fleet.add(number) for number in (2, 3)]
+    for machine in (one, other, *copies, *witnesses):
+        machine.handle(HANDLERS)
+    fleet.cut(one, other)
+    for number, (copy, witness) in enumerate(zip(copies, witnesses, strict=True)):
+        copy.offset = 1000 * number
+        fleet.machines[copy.id] = copy
+        fleet.link(copy, witness)
+        fleet.flow(1000)
+        if number == 0:
+            copy.write("token", "0123456789ab", {**TOKEN, "revoked": True})
+        else:
+            copy.write("group", "g", None)
+        copy.write("thing", f"of-{number}", {})
+        _ask(fleet, witness, copy, f"r{number}")
+        fleet.flow(1000)
+        fleet.cut(copy, witness)
+    fleet.machines[one.id] = one
+    fleet.link(one, other)
+    one.write("job", "j", {"state": "done"})
+    _ask(fleet, other, one, "own")
+    fleet.flow(1000)
+    return fleet, one, other, witnesses
+
+
+def _check_all_three(*machines: Machine) -> None:
+    for machine in machines:
+        one = machines[0]
+        assert machine.body(one, "token", "0123456789ab") == {**TOKEN, "revoked": True}
+        assert machine.body(one, "group", "g") is None
+        assert machine.body(one, "job", "j") == {"state": "done"}
+        assert machine.body(one, "thing", "of-0") == machine.body(one, "thing", "of-1") == {}
+        done = machine.replica.store.find("transaction", one.id)
+        assert [record.body["number"] for record in done] == [1, 2, 3]
+        assert {record.body["request"] for record in done} == {"own", "r0", "r1"}
+
+
+def test_three_histories_become_one_with_all_that_has_ended() -> None:
+    fleet, one, other, witnesses = _three()
+    for witness in witnesses:
+        fleet.link(one, witness)
+    fleet.flow(5000)
+    assert _forked(one, other, *witnesses)
+    assert one.requests is not None
+    fleet.send(one, merge(one.replica, one.requests, None, join).sends)
+    fleet.flow(5000)
+    _check_all_three(one, other, *witnesses)
+    assert _agree(one, other, *witnesses)
+    assert one.problems() == []
+
+
+def test_a_third_history_that_comes_after_a_merge_forks_the_node_again() -> None:
+    fleet, one, other, witnesses = _three()
+    assert one.requests is not None
+    for linked, witness in enumerate(witnesses, 1):
+        fleet.link(one, witness)
+        fleet.flow(5000)
+        assert _forked(one, other, *witnesses[:linked])
+        fleet.send(one, merge(one.replica, one.requests, None, join).sends)
+        fleet.flow(5000)
+    _check_all_three(one, other, *witnesses)
+    assert _agree(one, other, *witnesses)
+
+
 ODD = {"number": 1, "requester": "c" * 32, "request": "odd"}
 
 

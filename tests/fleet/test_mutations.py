@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fleet import mutations_merged  # noqa: F401 - registers its own
 from fleet.mutations import Mutation, found_by
 from fleet.mutations_kept import MUTATIONS
 

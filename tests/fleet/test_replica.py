@@ -194,7 +194,7 @@ def test_pages_of_two_histories_are_not_put_together() -> None:
         sessions = late.replica._context.anti_entropy._sessions
         fleet.flow_until(lambda: one.id in sessions and sessions[one.id].begun)
         fleet.drop()
-        fleet.send(again, merge(again.replica, again.handle({}), None, join))
+        fleet.send(again, merge(again.replica, again.handle({}), None, join).sends)
         fleet.flow(8000)
     assert late.problems() == []
     assert _agree(again, relay, late)
@@ -308,7 +308,7 @@ def test_an_answer_that_does_not_follow_newer_records_is_requested_again() -> No
         fleet.flow(5000)
     assert other.problems() == ["fork"]
     assert other.body(again, "thing", "lost") == {"value": 1}
-    fleet.send(again, merge(again.replica, again.handle({}), None, join))
+    fleet.send(again, merge(again.replica, again.handle({}), None, join).sends)
     fleet.flow(5000)
     assert again.body(again, "thing", "lost") == {"value": 1}
     assert _agree(again, other)
@@ -377,7 +377,7 @@ def test_a_new_life_leaves_nothing_of_the_old_one() -> None:
     fleet.link(again, other)
     fleet.flow(2000)
     assert other.body(again, "thing", "old") == {"value": 1}
-    fleet.send(again, merge(again.replica, again.handle({}), None, join))
+    fleet.send(again, merge(again.replica, again.handle({}), None, join).sends)
     fleet.flow(2000)
     assert other.body(again, "thing", "old") is None
     assert other.body(again, "thing", "new") == {"value": 2}

@@ -44,7 +44,7 @@ def _granted(earlier: Record, later: Record) -> Record:
 
 def _lower(one: object, other: object) -> str:
     """Returns the lower one of two roles: the lowest, if one of them is no role."""
-    return min((one, other), key=ORDER.index) if one in ORDER and other in ORDER else ORDER[0]  # type: ignore[arg-type]
+    return min((one, other), key=ORDER.index) if one in ORDER and other in ORDER else ORDER[0]
 
 
 def _job(earlier: Record, later: Record) -> Record:
