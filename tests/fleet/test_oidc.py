@@ -240,7 +240,7 @@ def test_strangers_do_not_take_all_threads(house: House) -> None:
     sign_in = house.api.app.state.sign_in
     with ExitStack() as stack:
         for n in range(signin._AT_ONCE):
-            stack.enter_context(sign_in.asking(from_address(f"192.0.2.{n}")))
+            stack.enter_context(sign_in.asking(from_address(f"192.0.{n}.1")))
         page = house.go(START)
         assert (page.status, "too many people sign in" in page.text) == (503, True)
     assert house.go(START).status == 303
@@ -257,6 +257,24 @@ def test_one_address_does_not_take_all_places_of_the_sign_in(house: House, hosts
         assert house.go(START).status == 303
     with sign_in.asking(from_address(hosts[0])):
         pass
+
+
+@pytest.mark.parametrize(
+    ("hosts", "more"),
+    [
+        (["192.0.2.1", "192.0.2.2", "::ffff:192.0.2.3"], "192.0.2.4"),
+        (["2001:db8:0:1::1", "2001:db8:0:2::1", "2001:db8:0:3::1"], "2001:db8:0:4::1"),
+    ],
+)
+def test_one_network_does_not_take_all_places_of_the_sign_in(house: House, hosts: list[str], more: str) -> None:
+    sign_in = house.api.app.state.sign_in
+    with ExitStack() as stack:
+        for host in hosts:
+            stack.enter_context(sign_in.asking(from_address(host)))
+        with pytest.raises(NotReadyError, match="too many people"), sign_in.asking(from_address(more)):
+            pass
+        for other in ("192.0.3.1", "2001:db8:1::1"):
+            stack.enter_context(sign_in.asking(from_address(other)))
 
 
 def test_a_new_session_replaces_the_browsers_old_one(entered: House) -> None:

@@ -321,6 +321,11 @@ def address_key(family: int, peer: Any) -> bytes:
     return b""
 
 
+def network_key(address: bytes) -> bytes:
+    """Returns a key of the network of an address's key: 24 bits of IPv4, 48 bits of IPv6, which one site has."""
+    return address[: 3 if len(address) == 4 else 6]
+
+
 def _spare() -> int | None:
     try:
         return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

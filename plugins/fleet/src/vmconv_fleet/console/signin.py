@@ -19,7 +19,7 @@ from vmconv_fleet.api.access import CALLER, COOKIE, Caller, of_token
 from vmconv_fleet.api.state import state_of
 from vmconv_fleet.console.rendering import render
 from vmconv_fleet.errors import NotReadyError
-from vmconv_fleet.limiter import address_key
+from vmconv_fleet.limiter import address_key, network_key
 from vmconv_fleet.oidc import states
 from vmconv_fleet.oidc.fetching import SignInError
 from vmconv_fleet.oidc.people import enter
@@ -30,10 +30,11 @@ _audit = logging.getLogger("vmconv_fleet.audit")
 
 SIGN_IN_COOKIE = "__Host-vmconv-signin"
 START = "/login/oidc"
-_AT_ONCE = 8
+_AT_ONCE = 16
 """Sign-ins that may wait for the provider, so that strangers do not take all threads."""
 _OF_ONE = 2
-"""Those from one address, so that one stranger does not take all places."""
+_OF_NETWORK = 3
+"""Those from one address, and from one network, so that one stranger does not take all places."""
 _MAX_ANSWER = 8192
 
 
@@ -49,10 +50,10 @@ class SignIn:
 
     @contextmanager
     def asking(self, request: Request) -> Iterator[Provider]:
-        """Yields the provider. Raises NotReadyError if too many ask it, or too many from the caller's address."""
+        """Yields the provider. Raises NotReadyError if too many ask it, or too many from the caller's network."""
         address = _address_of(request)
         with self._lock:
-            if len(self._asking) >= _AT_ONCE or self._asking.count(address) >= _OF_ONE:
+            if self._is_full(address):
                 raise NotReadyError("too many people sign in at this moment", hint="try again")
             self._asking.append(address)
         try:
@@ -60,6 +61,11 @@ class SignIn:
         finally:
             with self._lock:
                 self._asking.remove(address)
+
+    def _is_full(self, address: bytes) -> bool:
+        networks = [network_key(one) for one in self._asking]
+        taken = len(networks), self._asking.count(address), networks.count(network_key(address))
+        return any(count >= most for count, most in zip(taken, (_AT_ONCE, _OF_ONE, _OF_NETWORK), strict=True))
 
 
 def _address_of(request: Request) -> bytes:
