@@ -8,9 +8,11 @@ import ssl
 from typing import NamedTuple
 
 from vmconv_fleet.config import NodeConfig, split_address
+from vmconv_fleet.resolving import Resolver, connected
 from vmconv_fleet.trust.peers import common_name
 
 TIMEOUT = 2.0
+_RESOLVER = Resolver()
 _REFUSAL_WAIT = 0.5
 """Time for the other end to refuse: in TLS 1.3 it checks our certificate after our handshake has ended."""
 
@@ -34,7 +36,7 @@ def probe(config: NodeConfig, address: str) -> Probe:
     except (OSError, ssl.SSLError) as exc:
         return Probe(None, "certificate", f"own certificate or key cannot be used: {exc}")
     try:
-        with socket.create_connection((host, port), TIMEOUT) as plain:
+        with connected(_RESOLVER, host, port, TIMEOUT) as plain:
             return _handshake(context, plain, host, address)
     except OSError as exc:
         return Probe(None, "unreachable", f"{address}: cannot be reached: {exc.strerror or exc}")

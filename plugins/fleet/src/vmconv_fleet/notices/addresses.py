@@ -7,11 +7,11 @@ Services of the machine itself and of its cloud trust each caller that reaches t
 from __future__ import annotations
 
 import ipaddress
-import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.resolving import LOOK_UP_S, Resolver
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -21,6 +21,7 @@ _METADATA = tuple(
     for text in ("169.254.169.254", "100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
 )
 """Services of clouds that give credentials to their machines, outside of link-local networks too."""
+_RESOLVER = Resolver()
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _ISATAP = 0x5EFE
 """The upper half of an interface identifier with an IPv4 address (RFC 5214, 6.1)."""
@@ -74,12 +75,14 @@ def _judged(address: Address) -> list[Address]:
     return [address, *(one for one in embedded if one is not None)]
 
 
-def places_of(host: str, port: int, allowed: Sequence[Network]) -> list[Place]:
-    """Returns the permitted addresses of a host. Raises ForbiddenAddressError if it has none, OSError if it is unknown.
+def places_of(host: str, port: int, allowed: Sequence[Network], *, within: float = LOOK_UP_S) -> list[Place]:
+    """Returns the permitted addresses of a host, `within` seconds.
+
+    Raises ForbiddenAddressError if it has none, OSError if it is unknown or not answered in time.
 
     Connect to these, not to the name, which may have another address the next time.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = _RESOLVER.addresses(host, port, within=within)
     reasons = [(one, why_refused(ipaddress.ip_address(str(one[4][0]).partition("%")[0]), allowed)) for one in found]
     places = [Place(one[0], one[4]) for one, reason in reasons if reason is None]
     if not places:

@@ -147,7 +147,7 @@ class Delivery:
     def _connected(self, host: str, port: int, deadline: Deadline, *, secure: bool) -> socket.socket:
         """Returns a connection to the first permitted address that answers."""
         error: OSError = OSError(f"{host} has no address")
-        for place in places_of(host, port, self._allowed)[:MAX_ADDRESSES]:
+        for place in places_of(host, port, self._allowed, within=deadline.left(CONNECT_S))[:MAX_ADDRESSES]:
             self._refuse_if_aborted()
             seconds = deadline.left(CONNECT_S)
             plain = self._socket = socket.socket(place.family, socket.SOCK_STREAM)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from vmconv_fleet.notices.event import KINDS, Event, Events
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.replication.writing import Writes
+from vmconv_fleet.resolving import Resolver, connected
 from vmconv_fleet.supervision import Supervised
 
 PORT = 514
@@ -30,6 +31,7 @@ MAX_WAITING = 1000
 MAX_DATAGRAM = 2048
 """The length that every receiver should take, by RFC 5424."""
 _TIMEOUT_S = 5.0
+_RESOLVER = Resolver()
 _HOST = re.compile("[^!-~]")
 _ADDRESS = re.compile(
     r"(?P<kind>udp|tcp)://(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9_.-]+))(?::(?P<port>[0-9]{1,5}))?"
@@ -169,8 +171,8 @@ def _connected(where: Destination) -> socket.socket:
             raise
         return made
     if where.kind == socket.SOCK_STREAM:
-        return socket.create_connection(where.address, _TIMEOUT_S)
-    family, kind, protocol, _, address = socket.getaddrinfo(*where.address, type=where.kind)[0]
+        return connected(_RESOLVER, *where.address, _TIMEOUT_S)
+    family, kind, protocol, _, address = _RESOLVER.addresses(*where.address, where.kind, within=_TIMEOUT_S)[0]
     made = socket.socket(family, kind, protocol)
     made.connect(address)
     return made

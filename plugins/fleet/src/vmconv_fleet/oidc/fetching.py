@@ -13,11 +13,15 @@ from urllib.parse import urlsplit
 
 from vmconv_fleet.deadline import Deadline, TimedConnection
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.resolving import Resolver
 
 MAX_ANSWER = 256 << 10
 CONNECT_S = 5.0
 SECONDS = 10.0
 """Time for one request in all."""
+
+
+_RESOLVER = Resolver()
 
 
 class SignInError(FleetError):
@@ -75,7 +79,7 @@ class Fetcher:
     def _connected(self, host: str, port: int, deadline: Deadline) -> ssl.SSLSocket:
         """Returns a connection to the first address that answers."""
         error = OSError(f"{host} has no address")
-        for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        for *_, address in _RESOLVER.addresses(host, port, within=deadline.left(CONNECT_S)):
             seconds = deadline.left(CONNECT_S)
             try:
                 plain = socket.create_connection((str(address[0]), port), timeout=seconds)
