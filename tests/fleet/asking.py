@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
-from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.indexes import INDEXES
+from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.handlers import make_handlers
 from vmconv_fleet.replication.indexing import ALL, Where
 from vmconv_fleet.replication.records import Position, Record

@@ -15,7 +15,8 @@ from fleet.pairs import pair
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
-from vmconv_fleet.node.backup import DATABASE, LIMITS, RESTORED, restore_backup, write_backup
+from vmconv_fleet.node.backup import DATABASE, LIMITS, restore_backup, write_backup
+from vmconv_fleet.node.marks import RESTORED
 from vmconv_fleet.replication.database import open_reader, open_writer, prepare
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.store import Store

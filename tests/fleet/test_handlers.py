@@ -11,7 +11,7 @@ import pytest
 
 from fleet.asking import ASKED, HERE, NOW, OTHER, THIRD, Replica
 from vmconv.errors import VmconvError
-from vmconv_fleet.catalogue.fields import Role
+from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.handlers import MAX_OPEN_JOBS, make_handlers
 from vmconv_fleet.replication.requests import IncomingRequest
 from vmconv_fleet.replication.signing import CertifiedKey

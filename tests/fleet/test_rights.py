@@ -14,8 +14,8 @@ from fleet.in_memory import Node, nodes
 from fleet.serving import Served, served
 from support.disks import MIB, QemuImg, make_disk
 from vmconv.errors import AccessError, UsageError, VmconvError
-from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.places import disk_id
+from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.trust.groups import group_id

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vmconv.plugin import AccessError
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.fields import Role
 from vmconv_fleet.catalogue.kinds import Principal, TokenBody
+from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.rights import Rights, allows
 from vmconv_fleet.trust.roles import rights_of, rights_of_token, token_in

@@ -17,8 +17,9 @@ from vmconv_fleet.api.access import UNAUTHORIZED, Known
 from vmconv_fleet.api.asking import Answer, IdempotencyKey, NotHereError, Wait, ask
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
-from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName, Role
+from vmconv_fleet.catalogue.fields import GroupName, Name, PlainName
 from vmconv_fleet.catalogue.overridden import overridden_in
+from vmconv_fleet.catalogue.terms import Role
 from vmconv_fleet.jobs.arguments import JobRequest, MachineJobRequest, PolicySet
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import refuse_unless_allowed

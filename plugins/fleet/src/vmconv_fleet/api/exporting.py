@@ -14,8 +14,9 @@ from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known, refuse_if_over
 from vmconv_fleet.api.reading import MAX_LISTED, plain
 from vmconv_fleet.api.state import State, StateOf
 from vmconv_fleet.catalogue.audit import audited
-from vmconv_fleet.catalogue.fields import Milliseconds, Role
+from vmconv_fleet.catalogue.fields import Milliseconds
 from vmconv_fleet.catalogue.kinds import KINDS
+from vmconv_fleet.catalogue.terms import Role
 
 router = APIRouter(prefix="/api/v1", responses=UNAUTHORIZED)
 

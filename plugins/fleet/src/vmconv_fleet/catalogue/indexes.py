@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vmconv_fleet.catalogue.terms import ENDED
 from vmconv_fleet.replication.indexing import Body, Index, InvalidColumnError, Row, number, text
-
-_ENDED = ("done", "failed", "cancelled")
 
 
 def _folded(body: Body, name: str, *, most: int = 255, needed: bool = False) -> str:
@@ -73,7 +72,7 @@ def _job(body: Body) -> Row:
     return (
         state,
         int(bool(body.get("dry_run"))),
-        int(state in _ENDED or (state == "planned" and bool(body.get("dry_run")))),
+        int(state in ENDED or (state == "planned" and bool(body.get("dry_run")))),
         number(body, "created_ms"),
         number(body, "ended_ms"),
         text(body, "disk"),

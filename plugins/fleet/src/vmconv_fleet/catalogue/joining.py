@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from vmconv_fleet.catalogue.fields import Role
-from vmconv_fleet.catalogue.kinds import ENDED
+from vmconv_fleet.catalogue.terms import ENDED, Role
 from vmconv_fleet.replication.records import Record
 
 ORDER: tuple[str, ...] = get_args(Role)

@@ -26,15 +26,12 @@ from vmconv_fleet.catalogue.fields import (
     Milliseconds,
     Name,
     NodeId,
-    Role,
 )
+from vmconv_fleet.catalogue.terms import Role
 
 SCHEMA = 4
 
 JobState = Literal["queued", "planned", "running", "done", "failed", "cancelled"]
-
-ENDED: frozenset[str] = frozenset({"done", "failed", "cancelled"})
-"""The final states of a job."""
 
 
 class Body(BaseModel):

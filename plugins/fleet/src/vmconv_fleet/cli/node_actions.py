@@ -89,8 +89,8 @@ def run_node(options: argparse.Namespace) -> int:
 
 
 def status_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.backup import RESTORED
     from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.node.marks import RESTORED
     from vmconv_fleet.trust import credentials
 
     config = settings.load(_directory(options))
@@ -276,7 +276,7 @@ def leave_node(options: argparse.Namespace) -> int:
 
 def _mark_as_new(config: NodeConfig) -> None:
     """Notes that no other node can have records of this one yet."""
-    from vmconv_fleet.node.daemon import FOUNDED
+    from vmconv_fleet.node.marks import FOUNDED
 
     with open(config.path(FOUNDED), "w", encoding="ascii"):
         pass

@@ -20,14 +20,13 @@ from vmconv.plugin import os_errors
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.errors import FleetError
+from vmconv_fleet.node.marks import RESTORED
 from vmconv_fleet.replication.database import open_reader
 from vmconv_fleet.replication.store import Reader
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import Authority
 from vmconv_fleet.trust.identity import MAX_MEMBERS, MAX_PEM, write_private
 
-RESTORED = "restored"
-"""A file in a node's directory: members may have later records of the node than its database, so it waits for all."""
 DATABASE = "store.sqlite"
 LIMITS: Mapping[str, int] = {
     "node.toml": 1 << 20,

@@ -32,8 +32,8 @@ from vmconv_fleet.links.peers import Dialler
 from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
-from vmconv_fleet.node.backup import RESTORED
 from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
+from vmconv_fleet.node.marks import FOUNDED, RESTORED
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
@@ -55,8 +55,6 @@ END_WITHIN_S = 20
 """Threads that still run this long after the request to stop are abandoned."""
 _M_ARENA_MAX, _HEAPS = -8, 2
 """From malloc.h. With 2, a node had 112 MB instead of 131 after five minutes of faults (glibc 2.36, two processors)."""
-FOUNDED = "founded"
-"""A file in a node's directory: the node is new, so no neighbour can have newer records of it than its database."""
 MERGED = "merged.jsonl"
 """A file in a node's directory: the records of other histories of the node, before they were merged."""
 _log = logging.getLogger("vmconv_fleet.daemon")

@@ -12,7 +12,7 @@ import socket
 
 from vmconv_fleet import config as settings
 from vmconv_fleet.config import NodeConfig, split_address
-from vmconv_fleet.node.daemon import FOUNDED
+from vmconv_fleet.node.marks import FOUNDED
 from vmconv_fleet.trust import credentials
 from vmconv_fleet.trust.authority import NODE_LIFETIME, Authority
 from vmconv_fleet.trust.identity import Keys, new_node_id

@@ -12,8 +12,8 @@ from vmconv.plugin import AccessError
 from vmconv_fleet.trust.rights import ORDER, Records, Rights, allows, rights_in
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.fields import Role
     from vmconv_fleet.catalogue.kinds import GroupBody, Person, Principal, TokenBody
+    from vmconv_fleet.catalogue.terms import Role
 
 KIND = "group"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.fields import Role
     from vmconv_fleet.catalogue.kinds import Granted
+    from vmconv_fleet.catalogue.terms import Role
     from vmconv_fleet.replication.records import Record
 
 ORDER: tuple[Role, ...] = ("viewer", "operator", "admin")

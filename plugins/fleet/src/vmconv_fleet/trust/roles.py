@@ -14,8 +14,8 @@ from vmconv_fleet.trust.groups import refuse_impostor, rights_of_person
 from vmconv_fleet.trust.rights import Records, Rights, allows, datastores_of, rights_in
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.fields import Role
     from vmconv_fleet.catalogue.kinds import Principal, TokenBody
+    from vmconv_fleet.catalogue.terms import Role
     from vmconv_fleet.replication.records import Record
 
 VERBS: Mapping[str, Role] = {
