@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from vmconv.plugin import printable, size_text
 from vmconv_fleet.catalogue.kinds import JobPlan
 from vmconv_fleet.replication.records import Record
 from vmconv_fleet.words import age_text, time_text
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def address_of(pages: str, record: Record) -> str:
@@ -49,12 +50,18 @@ def _moment(milliseconds: int | None) -> str:
 
 def _shown(value: Any) -> Any:
     """Returns foreign text without characters that hide or change the direction of text."""
+    from markupsafe import Markup
+
     if isinstance(value, str) and not isinstance(value, Markup):
         return printable(value)
     return "\N{EN DASH}" if value is None else value
 
 
+@cache
 def _environment() -> Environment:
+    # Most callers of a node read the API only.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("vmconv_fleet.console"),
         autoescape=True,
@@ -74,8 +81,5 @@ def _environment() -> Environment:
     return environment
 
 
-_ENVIRONMENT = _environment()
-
-
 def render(template: str, values: Mapping[str, Any]) -> str:
-    return _ENVIRONMENT.get_template(template).render(values)
+    return _environment().get_template(template).render(values)

@@ -7,6 +7,7 @@ daemon only listens, and imports them at the first connection.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import select
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from vmconv_fleet.config import ConfigError, NodeConfig, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import LimitedSocket, Limiter, Limits
+from vmconv_fleet.node.memory import release
 from vmconv_fleet.oidc.settings import OidcSettings, read
 from vmconv_fleet.supervision import Supervised
 
@@ -118,6 +120,9 @@ class ApiSockets:
         sites = [Site(as_local(app), self._sockets[0], {}), *(Site(app, one, tls) for one in self._sockets[1:])]
         self._servers = [site.server() for site in sites]
         if not self._ended.is_set():
+            # The start of the API leaves memory too.
+            gc.collect()
+            release()
             asyncio.run(serve(self._servers, self._sockets, works))
 
 

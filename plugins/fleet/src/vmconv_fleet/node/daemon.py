@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import fcntl
 import logging
@@ -34,6 +33,7 @@ from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
 from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
 from vmconv_fleet.node.marks import FOUNDED, RESTORED
+from vmconv_fleet.node.memory import bound_heaps, release
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 PATIENCE_MS = 3000
 END_WITHIN_S = 20
 """Threads that still run this long after the request to stop are abandoned."""
-_M_ARENA_MAX, _HEAPS = -8, 2
-"""From malloc.h. With 2, a node had 112 MB instead of 131 after five minutes of faults (glibc 2.36, two processors)."""
+RELEASE_S = 30.0
+"""The time between two times that memory which is not needed is given back."""
 MERGED = "merged.jsonl"
 """A file in a node's directory: the records of other histories of the node, before they were merged."""
 _log = logging.getLogger("vmconv_fleet.daemon")
@@ -271,13 +271,13 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
     the links does not close, the process exits here instead of returning.
     """
     raise_descriptor_limit()
-    _bound_heaps()
+    bound_heaps()
     with _locked(config), _Signals() as told:
         daemon = Daemon(config, handlers=handlers)
         try:
             daemon.start()
             ready(daemon)
-            while told.next() == signal.SIGHUP:
+            while _next(told) == signal.SIGHUP:
                 _renew(daemon)
         finally:
             told.must_end()
@@ -295,10 +295,11 @@ def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mappin
     return code
 
 
-def _bound_heaps() -> None:
-    """Limits the heaps of glibc: by default each thread of a busy node has one, of the largest size it ever needed."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)
+def _next(told: _Signals) -> int:
+    """Returns the next event, and gives memory back until it comes."""
+    while (event := told.next(RELEASE_S)) is None:
+        release()
+    return event
 
 
 def _renew(daemon: Daemon) -> None:
@@ -336,9 +337,13 @@ class _Signals:
         self._told.close()
         self._tell.close()
 
-    def next(self) -> int:
-        """Waits for the next event: SIGHUP asks for a renewal, anything else for the end."""
-        return self._told.recv(1)[0]
+    def next(self, timeout: float) -> int | None:
+        """Waits for the next event: SIGHUP asks for a renewal, anything else for the end; None: there was none."""
+        self._told.settimeout(timeout)
+        try:
+            return self._told.recv(1)[0]
+        except TimeoutError:
+            return None
 
     def must_end(self) -> None:
         """Ends the process by force after a while, with a traceback, if something hangs."""

@@ -9,6 +9,7 @@
 {"do": "record"} {"do": "recorded"}         when notes were committed here, by the clock that all processes share
 {"do": "fail"}                              an exception that ends a thread
 {"do": "stick"}                             the session of the links will never close
+{"do": "modules"}                           the modules that the process has imported
 {"do": "state"}                             neighbours, problems, requests without a response, counters
 """
 
@@ -71,6 +72,7 @@ class Driver:
             "rest": self.rest,
             "record": self.record,
             "recorded": self.recorded,
+            "modules": lambda: {"modules": sorted(sys.modules)},
             "state": self.state,
             "forge": self.forge,
             "fail": self.fail,
