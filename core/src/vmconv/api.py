@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from vmconv.errors import BackendError, UsageError
 
@@ -150,6 +150,7 @@ __all__ = [
     "refuse_copies",
     "resize",
     "settle",
+    "snapshot",
     "stamp_of",
     "stream",
     "sync",
@@ -665,6 +666,29 @@ def resize(
     asked = checked(Resizing, **given)
     with _errors():
         return resized(asked, announce)
+
+
+@_named
+def snapshot(
+    path: StrPath,
+    verb: Literal["create", "delete", "apply"],
+    name: str,
+    *,
+    source_format: str | None = None,
+    keep_undo: bool = False,
+    allow_external: Iterable[StrPath] = (),
+) -> Edited:
+    """Takes an internal snapshot of the image in `path`, deletes it, or makes the disk what it was in it.
+
+    A name or an id names an existing snapshot. `info` lists them.
+    """
+    given = locals()
+    from vmconv.conversion.snapshots import change_snapshots
+    from vmconv.interface.arguments import Snapshotting, checked
+
+    asked = checked(Snapshotting, **given)
+    with _errors():
+        return change_snapshots(asked)
 
 
 @_named

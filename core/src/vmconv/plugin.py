@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from vmconv.interface.command import Command
     from vmconv.interface.findings import Findings
-    from vmconv.interface.format import CheckReport, Format, FormatKind, NoOptions
+    from vmconv.interface.format import CheckReport, Format, FormatKind, NoOptions, SnapshotChange
     from vmconv.interface.hooks import hookimpl
     from vmconv.interface.machines import (
         Adapted,
@@ -109,6 +109,7 @@ _HOMES = {
     "Digest": "interface.machines",
     "Manifest": "interface.machines",
     "Adapted": "interface.machines",
+    "SnapshotChange": "interface.format",
     "Stamp": "model.sources",
     "Access": "interface.backend",
     "AccessError": "errors",
@@ -305,6 +306,7 @@ __all__ = [
     "SetOptions",
     "ShareSteps",
     "Size",
+    "SnapshotChange",
     "Source",
     "Stamp",
     "Structure",

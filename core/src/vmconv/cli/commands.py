@@ -20,6 +20,7 @@ COMMANDS = (
     ("measure", "tell how large an image of a disk will be"),
     ("create", "make an image of an empty disk"),
     ("resize", "give a disk another size"),
+    ("snapshot", "list, take, delete or apply internal snapshots"),
     ("rebase", "give a layer another parent"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),

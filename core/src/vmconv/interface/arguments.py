@@ -217,6 +217,21 @@ class Editing(NamedTuple):
     allow_external: FilePaths = ()
 
 
+class Snapshotting(NamedTuple):
+    """An internal snapshot to take, to delete, or to go back to."""
+
+    path: FilePath
+    verb: Literal["create", "delete", "apply"]
+    name: str
+    source_format: str | None = None
+    keep_undo: bool = False
+    allow_external: FilePaths = ()
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
+
+
 class Rebasing(NamedTuple):
     """A layer that gets another parent, or none for an empty name; with `unsafe` only the stored name changes."""
 

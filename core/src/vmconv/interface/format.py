@@ -43,6 +43,20 @@ class CheckReport(NamedTuple):
     errors: tuple[str, ...] = ()
 
 
+SnapshotVerb = Literal["create", "delete", "apply"]
+
+
+class SnapshotChange(NamedTuple):
+    """A change of internal snapshots: the one named `name` is taken, deleted, or becomes the disk.
+
+    `time` is that of a new snapshot, nanoseconds since the epoch.
+    """
+
+    verb: SnapshotVerb
+    name: str
+    time: int = 0
+
+
 class Format:
     """One image format. A plugin subclasses it, sets the names and overrides the supported operations.
 
@@ -138,6 +152,15 @@ class Format:
         from vmconv.errors import PlanError
 
         raise PlanError(f"{image.file.name}: {self.name} stores no name of a parent that could change")
+
+    def change_snapshots(self, image: Image, change: SnapshotChange) -> Draft:
+        """Returns the file of `image` after a change of its internal snapshots.
+
+        Raises `PlanError` if the format has none, or the image has no room; `UsageError` for an unknown name.
+        """
+        from vmconv.errors import PlanError
+
+        raise PlanError(f"{image.file.name}: {self.name} has no internal snapshots that vmconv changes")
 
     def check(self, image: Image) -> CheckReport | None:
         """Returns the defects in the structure of `image`; None if the format has no structure to check."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from vmconv.errors import ImageError
+from vmconv.errors import ImageError, PlanError
 from vmconv.model.extents import Columns, Extents, Kind
 from vmconv.model.sources import Blob, File, Stamp
 
 _SECTOR = 512
+_MOST = 128 << 20
+"""Bytes that an edit may write. A journal holds half of it, so more cannot be carried out."""
 
 
 class Draft(File):
@@ -24,6 +26,7 @@ class Draft(File):
         self.descriptor = file.descriptor
         self.size = file.size
         self.is_device = file.is_device
+        self.settled = True
         # Unique, because files are compared by device and inode.
         self.stamp = Stamp(0, id(self), file.size, 0, 0)
         self._sectors: dict[int, bytearray] = {}
@@ -36,6 +39,8 @@ class Draft(File):
         self.size = max(self.size, offset + len(data))
         self.on_storage = None
         first, last = offset // _SECTOR, -(-(offset + len(data)) // _SECTOR)
+        if (len(self._sectors) + last - first) * _SECTOR > _MOST:
+            raise PlanError(f"{self.name}: more than {_MOST} bytes of metadata would be written, in place")
         for number in range(first, last):
             if number not in self._sectors:
                 self._sectors[number] = bytearray(self._old(number * _SECTOR, _SECTOR))

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, Column, Draft, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import (
+        Backing,
+        CheckReport,
+        Column,
+        Draft,
+        File,
+        Image,
+        Layout,
+        Opener,
+        Placement,
+        SnapshotChange,
+    )
 
 
 class Qcow2(Format):
@@ -64,6 +75,11 @@ class Qcow2(Format):
         from vmconv_qcow2.parent import set_parent
 
         return set_parent(image, parent)
+
+    def change_snapshots(self, image: Image, change: SnapshotChange) -> Draft:
+        from vmconv_qcow2.snapshots import change_snapshots
+
+        return change_snapshots(image, change)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_qcow2.check import check

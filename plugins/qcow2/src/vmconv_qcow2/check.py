@@ -32,7 +32,7 @@ class Steps(NamedTuple):
 
 def check(image: Image) -> CheckReport:
     """Returns the report on the structure of the image's file, without its parents."""
-    return _Check(read_header(image.file)).report(image.size)
+    return Check(read_header(image.file)).report(image.size)
 
 
 def is_preallocated(header: Header) -> bool:
@@ -40,7 +40,7 @@ def is_preallocated(header: Header) -> bool:
 
     As in QEMU, only then maps show which clusters are holes.
     """
-    counts = _Check(header).stored_counts()
+    counts = Check(header).stored_counts()
     clusters = -(-header.file.size // header.cluster_size)
     start = np.minimum(counts.start, clusters)
     used = int(np.diff(start, append=clusters)[counts.value != 0].sum())
@@ -48,7 +48,9 @@ def is_preallocated(header: Header) -> bool:
     return used >= max(on_storage * 10 // 9, on_storage + 2)
 
 
-class _Check:
+class Check:
+    """A running check; `runs` are the references to clusters that were counted so far."""
+
     def __init__(self, header: Header) -> None:
         self.header = header
         self.file = header.file
@@ -57,20 +59,17 @@ class _Check:
         self.findings = Findings()
         self.runs: list[tuple[Column, Column]] = []
         self.allocated = 0
+        self.blocks: Column = np.zeros(0, dtype=np.int64)
+        """Offsets of the refcount blocks by their index, 0 for missing and bad ones."""
+        self.has_table = False
+        """True if the refcount table lies in the file."""
 
     def report(self, size: int) -> CheckReport:
         header, findings = self.header, self.findings
         stored = self.stored_counts()
-        self._count(0, 1)
-        needed = -(-size // (self.cluster * header.l2_entries))
-        if header.l1_size < needed:
-            place = Structure(self.file, structs.HeaderV2).offset_of("l1_size")
-            findings.corrupt(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
-        self._count_l1("", header.l1_offset, header.l1_size, stored, active=True)
-        self._count_snapshots(stored)
-        self._count_bitmaps()
-        counted = _steps(self.runs)
-        low, high, references, counts = _differences(counted, stored, self.clusters)
+        self.count_references(size, stored)
+        counted = steps_of(self.runs)
+        low, high, references, counts = differences(counted, stored, self.clusters)
         missing = counts < references
 
         def difference(row: int) -> str:
@@ -85,6 +84,18 @@ class _Check:
         return findings.report(
             allocated=self.allocated, total=-(-size // self.cluster), end=self._end(counted, stored) * self.cluster
         )
+
+    def count_references(self, size: int, stored: Steps) -> None:
+        """Counts all references but those of the refcount structures, for a disk of `size` bytes."""
+        header, findings = self.header, self.findings
+        self._count(0, 1)
+        needed = -(-size // (self.cluster * header.l2_entries))
+        if header.l1_size < needed:
+            place = Structure(self.file, structs.HeaderV2).offset_of("l1_size")
+            findings.corrupt(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
+        self._count_l1("", header.l1_offset, header.l1_size, stored, active=True)
+        self._count_snapshots(stored)
+        self._count_bitmaps()
 
     def _end(self, counted: Steps, stored: Steps) -> int:
         """Returns the number of the first cluster behind all referenced or counted ones."""
@@ -299,6 +310,7 @@ class _Check:
             return _NO_COUNTS
         if not self._place("refcount table", header.refcount_table_offset, length):
             return _NO_COUNTS
+        self.has_table = True
         raw = np.frombuffer(self.file.read(header.refcount_table_offset, length), dtype=">u8")
         # A table is whole clusters, mostly empty ones at its end.
         raw = raw[: np.append(0, np.flatnonzero(raw) + 1)[-1]].astype(np.uint64)
@@ -312,6 +324,7 @@ class _Check:
         twice[again] = True
         self._corrupt_where(twice, "refcount table entry", raw, "is used twice")
         blocks[again] = 0
+        self.blocks = blocks
         per_block = self.cluster * 8 >> header.refcount_order
         starts, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
         for first, count, data in table_slices(self.file, blocks, self.cluster, 1 << 20):
@@ -346,7 +359,7 @@ def _settled(start: Column, value: Column) -> Steps:
     return Steps(start[changes], value[changes])
 
 
-def _steps(runs: list[tuple[Column, Column]]) -> Steps:
+def steps_of(runs: list[tuple[Column, Column]]) -> Steps:
     """Returns the number of runs `(first, count)` that cover each cluster.
 
     Each run is two edges, kept as one number: the cluster, and in the lowest bit whether the run begins or ends there.
@@ -364,7 +377,7 @@ def _steps(runs: list[tuple[Column, Column]]) -> Steps:
     return _settled(edges, np.cumsum(change, dtype=np.int64))
 
 
-def _differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
+def differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
     """Returns `(first, end, references, stored count)` of the runs of clusters where the two differ."""
     cuts = distinct(np.concatenate([counted.start, stored.start, [clusters]]))
     # Past the end of the file, stored counts do not matter, but references do.
