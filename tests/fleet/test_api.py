@@ -27,7 +27,7 @@ from vmconv_fleet.api.app import MAX_BODY
 from vmconv_fleet.cli.client import NodeClient, UnreachableError, _lines
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, decode, encode, seal
-from vmconv_fleet.testing import PATIENCE
+from vmconv_fleet.testing import PATIENCE, wait_until
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import VERBS
 
@@ -824,7 +824,9 @@ def test_no_body_is_too_large_to_refuse(api: Served) -> None:
 
 def test_the_local_administrator_cuts_a_node_off(api: Served, pair: Sequence[Node]) -> None:
     assert api.local.call("PUT", "/api/v1/link", {"connected": False}).content == {"connected": False}
+    wait_until(lambda: not pair[0].service.neighbours(), PATIENCE, "no neighbour")
     fleet = api.local.get("/api/v1/fleet")
     assert (fleet["cut"], fleet["problems"]) == (True, ["disconnected by the administrator"])
     assert api.local.call("PUT", "/api/v1/link", {"connected": True}).content == {"connected": True}
-    assert pair[0].service.neighbours() == [pair[1].id]
+    # The service learns of links on its own thread.
+    wait_until(lambda: pair[0].service.neighbours() == [pair[1].id], PATIENCE, "neighbours again")

@@ -464,6 +464,17 @@ def test_doctor(run: Run, fleet: Fleet) -> None:
     assert "WRONG  n02: is unreachable" in said
 
 
+def test_a_member_without_a_record_is_a_problem() -> None:
+    member: dict[str, Any] = {"node": "2" * 32, "name": "n02", "state": "silent", "age_ms": None, "problems": []}
+    shown = {**member, "body": {}, "has_record": False}
+    assert [one.what.partition(":")[0] for one in doctor._of_nodes([shown])] == [
+        "is a member without a valid record of itself"
+    ]
+    assert [one.what for one in doctor._of_nodes([{**shown, "state": "up", "problems": ["late"]}])][1:] == ["late"]
+    for state in ("here", "retired"):
+        assert not list(doctor._of_nodes([{**shown, "state": state}]))
+
+
 def test_what_concerns_retired_nodes_is_over() -> None:
     retired: dict[str, Any] = {"node": "2" * 32, "name": "n01", "state": "retired", "body": {}, "problems": []}
     here = {**retired, "node": "1" * 32, "state": "here"}

@@ -15,6 +15,7 @@ from vmconv_fleet.words import age_text, cell
 
 _UNANSWERED_MS = 60_000
 _LITTLE_SPACE = 0.05
+_UNRECORDED = "look at its log, or start it; vmconv fleet retire NODE, if it never comes"
 _RESUME = "if one is lost, vmconv node resume --without NODE, or --alone"
 
 
@@ -67,7 +68,11 @@ def _of_nodes(nodes: list[dict[str, Any]]) -> Iterator[Diagnosis]:
     for one in nodes:
         if one.get("claims") and one["state"] != "retired":
             yield Diagnosis(one["name"], f"calls itself {one['claims']}, which is not its name: {one['node']}")
-        if one["state"] == "silent":
+        # Older nodes do not say it.
+        is_recorded = one.get("has_record", True)
+        if not is_recorded and one["state"] not in ("here", "retired"):
+            yield Diagnosis(one["name"], f"is a member without a valid record of itself: {_UNRECORDED}")
+        if one["state"] == "silent" and is_recorded:
             yield Diagnosis(one["name"], f"is unreachable: its records are {age_text(one['age_ms'])} old")
         elif one["state"] in ("up", "forked"):
             yield from (Diagnosis(one["name"], text) for text in one["problems"])
