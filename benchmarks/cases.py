@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from archive_case import archives
 from backup_case import backups
+from batch_case import batch
 from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
@@ -298,4 +299,5 @@ CASES = (
     Case("views", ("xfs", "ext4"), views),
     Case("backups", ("xfs",), backups),
     Case("archives", ("xfs", "ext4"), archives),
+    Case("batch", ("xfs", "ext4"), batch),
 )

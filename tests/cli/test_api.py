@@ -348,7 +348,7 @@ COMMAND_LINE: dict[str, tuple[list[str], dict[str, Any]]] = {
 def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
     given, keywords = COMMAND_LINE[case]
     options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
-    by_line = _request(options)
+    by_line = _request(options, *options.names)
     by_api = checked(Request, source=Path("source"), target="target", **keywords)
     assert by_api == by_line._replace(allow_external=list(by_line.allow_external))._replace(
         allow_external=by_api.allow_external
@@ -359,7 +359,7 @@ def test_the_command_line_and_the_api_make_the_same_request(case: str) -> None:
 def test_requests_of_the_command_line_pass_the_check_unchanged() -> None:
     for given, _ in COMMAND_LINE.values():
         options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
-        request = _request(options)
+        request = _request(options, *options.names)
         again = checked(Request, **request._asdict())
         assert again._asdict() == request._asdict() | {"options": dict(request.options)}
 

@@ -557,7 +557,7 @@ def test_required_zero_copy_has_an_exit_code_of_its_own(ext4_dir: Path) -> None:
 def test_an_error_is_one_line_and_its_hint_another(source: Path, target: Path) -> None:
     target.write_bytes(OLD)
     done = run_cli("convert", source, target)
-    assert done.returncode == 1
+    assert done.returncode == 4
     error, hint = done.stderr.splitlines()
     assert error == f"vmconv: {target}: already exists"
     assert hint == "  hint: --force replaces it"

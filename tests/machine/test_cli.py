@@ -64,9 +64,9 @@ def test_events_are_printed_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [event["event"] for event in events if event["event"] != "progress"] == ["plan", "result"]
     assert events[-1]["plan"]["totals"] == events[0]["totals"]
-    assert main(given) == 1
+    assert main(given) == 4
     (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert (event["event"], event["exit-code"]) == ("error", 1)
+    assert (event["event"], event["exit-code"]) == ("error", 4)
 
 
 def test_formats_are_listed_with_those_that_could_be_installed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from vmconv.errors import (
         AccessError,
         BackendError,
+        ExistsError,
         ImageError,
         PlanError,
         PluginError,
@@ -75,6 +76,7 @@ __all__ = [
     "Cache",
     "CheckReport",
     "Comparison",
+    "ExistsError",
     "ImageError",
     "Machine",
     "MachinePlan",

@@ -72,6 +72,12 @@ class PlanError(VmconvError):
     """The conversion cannot be planned: the target cannot hold the disk, exists, or is the source."""
 
 
+class ExistsError(PlanError):
+    """A target exists and is not to be replaced. Nothing was written."""
+
+    exit_code = 4
+
+
 class ZeroCopyError(PlanError):
     """The caller requires zero-copy, but payload would have to be copied. Nothing was written."""
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vmconv.errors import (
         AccessError,
         BackendError,
+        ExistsError,
         ImageError,
         PlanError,
         PluginError,
@@ -115,6 +116,7 @@ _HOMES = {
     "AccessError": "errors",
     "Backend": "interface.backend",
     "BackendError": "errors",
+    "ExistsError": "errors",
     "Backing": "model.layout",
     "Beginning": "machine.beginning",
     "Blob": "model.sources",
@@ -267,6 +269,7 @@ __all__ = [
     "Disk",
     "DiskFacts",
     "Draft",
+    "ExistsError",
     "Extents",
     "File",
     "Findings",

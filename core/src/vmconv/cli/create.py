@@ -68,8 +68,9 @@ VERB = Verb(
     _run,
     """exit status:
   0  made
-  1  the storage does not allow it, or FILE exists; nothing was created
+  1  the storage does not allow it; nothing was created
   2  the request makes no sense: an unknown format, option or size
+  4  FILE exists; nothing was touched
 
 examples:
   vmconv create disk.qcow2 10G

@@ -78,6 +78,7 @@ VERB = Verb(
   1  an image, the storage or the plan does not allow it; none was created
   2  the request makes no sense: an unknown format, option or combination
   3  --zero-copy=require, and payload would have to be copied; nothing was touched
+  4  an image exists; nothing was touched
 
 example:
   vmconv fanout golden.raw --to qcow2,vmdk,vhdx,vdi --directory published -o qcow2.cluster_size=2M""",

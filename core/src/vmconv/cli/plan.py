@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.cli.output import say
 from vmconv.cli.report import plan_json, shared_word
-from vmconv.cli.requests import configure_request, request_of
+from vmconv.cli.requests import add_source_and_target, configure_request, request_of
 from vmconv.cli.verbs import Verb
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.conversion.pipeline import prepared
     from vmconv.conversion.refusals import refuse_copies
 
-    with prepared(request_of(options)) as ready:
+    with prepared(request_of(options, options.source, options.target)) as ready:
         layers = [_layer(made) for made in ready.containers[-2::-1]]
         warnings = ready.conversions[0].warnings
         if options.output == "json":
@@ -63,10 +63,15 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
     yield from (f"warning: {warning}" for warning in warnings)
 
 
+def _configure(parser: argparse.ArgumentParser) -> None:
+    add_source_and_target(parser)
+    configure_request(parser)
+
+
 VERB = Verb(
     "Shows what convert would do with the same arguments: the bytes shared, copied and written, and a reason for\n"
     "each copied byte. Changes nothing.",
-    configure_request,
+    _configure,
     _run,
     "exit status: that of vmconv convert, as far as it can be known beforehand",
 )

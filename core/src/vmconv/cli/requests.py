@@ -27,11 +27,17 @@ if TYPE_CHECKING:
 _STANDARD_OUTPUT = 1
 
 
+SOURCE = "image or disk to convert; never changed without --in-place"
+TARGET = "file to make; appears complete or not at all; -: standard output"
+
+
+def add_source_and_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("target", metavar="TARGET", help=TARGET)
+
+
 def configure_request(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="image or disk to convert; never changed without --in-place")
-    parser.add_argument(
-        "target", metavar="TARGET", help="file to make; appears complete or not at all; -: standard output"
-    )
+    """Adds the arguments of a conversion, without the names of its source and target."""
     add_format(parser, "-f", "SOURCE")
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
@@ -82,13 +88,13 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     add_access(parser)
 
 
-def request_of(options: argparse.Namespace) -> Request:
-    """Returns the request from the arguments of `configure_request`."""
+def request_of(options: argparse.Namespace, source: str, target: str) -> Request:
+    """Returns the request from the arguments of `configure_request`, and the names."""
     from vmconv.conversion.request import Request
 
     return Request(
-        in_snapshot(options, options.source),
-        options.target,
+        in_snapshot(options, source),
+        target,
         target_format=options.format_O,
         options=options.options,
         chain=options.chain,
@@ -97,7 +103,7 @@ def request_of(options: argparse.Namespace) -> Request:
         in_place=options.in_place,
         keep_undo=options.keep_undo,
         any_owner=options.any_owner,
-        descriptor=_STANDARD_OUTPUT if options.target == "-" else None,
+        descriptor=_STANDARD_OUTPUT if target == "-" else None,
         no_create=options.no_create,
         target_is_zero=options.target_is_zero,
         decompress=options.decompress,

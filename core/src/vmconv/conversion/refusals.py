@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from vmconv.backends import targets
-from vmconv.errors import AccessError, PlanError, UsageError, ZeroCopyError
+from vmconv.errors import AccessError, ExistsError, PlanError, UsageError, ZeroCopyError
 from vmconv.io.directory import Directory
 from vmconv.model.extents import MAX_SIZE
 from vmconv.model.plan import Plan
@@ -71,7 +71,7 @@ def no_collisions(
                     f"{path}: is part of the source", hint="choose another name or directory for the target"
                 )
             if not force:
-                raise PlanError(f"{path}: already exists", hint=hint)
+                raise ExistsError(f"{path}: already exists", hint=hint)
             claims.enter_context(targets.claim_for_replacement(directory, file.name))
         yield
 

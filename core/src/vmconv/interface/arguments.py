@@ -37,6 +37,8 @@ else:
 ZeroCopy = Literal["auto", "require"]
 Cache = Literal["writeback", "unsafe"]
 Verify = Literal["metadata", "sample", "bytes", "qemu"]
+Existing = Literal["refuse", "skip", "compare"]
+"""A target that exists: an error, left as it is, or left as it is if it is the source's disk."""
 """How a result is compared with its source before it appears under its name; see the guide."""
 
 _Tuple = TypeVar("_Tuple", bound=tuple[Any, ...])

@@ -88,6 +88,7 @@ VERB = Verb(
   1  the machine, a disk, the storage or --strict does not allow it; nothing was created
   2  the request makes no sense: an unknown format, option or combination
   3  --zero-copy=require, and payload would have to be copied; nothing was touched
+  4  a file of the new machine exists; nothing was touched
 
 examples:
   vmconv machine convert -O libvirt web.vmx /var/lib/libvirt/images
