@@ -11,7 +11,7 @@ import pytest
 
 from fleet.pairs import Fleet, Machine, pair
 from fleet.plain import node_id
-from vmconv_fleet.errors import ArchiveError
+from vmconv_fleet.errors import ArchiveError, Refusal
 from vmconv_fleet.jobs.policy import ENDED, kept_of
 from vmconv_fleet.replication.database import open_writer
 from vmconv_fleet.replication.records import Change
@@ -141,6 +141,59 @@ def test_a_request_from_before_the_memory_of_its_owner_is_refused() -> None:
     one.offset = -300 * DAY_MS
     _ask(fleet, one, other, 1, 2)
     assert _counts(other, other)["job"] == jobs + 1
+
+
+def test_an_id_that_comes_again_after_its_answer_was_deleted_is_not_executed_again() -> None:
+    """Requester and owner have deleted request and answer; the owner remembers for as long as it keeps transactions."""
+    fleet, one, other = _fleet(Keep(90 * DAY_MS, 1000))
+    _ask(fleet, one, other, 1)
+    _ask(fleet, one, other, 1, 5)
+    _pass(fleet, KEPT_MS + DAY_MS)
+    _pass(fleet, KEPT_MS + DAY_MS)
+    assert _counts(one, one)["request"] == _counts(one, other)["response"] == 0
+    for _ in range(2):
+        _ask(fleet, one, other, 1)
+    answer = one.replica.store.get(other.id, "response", response_id(one.id, "r000000"))
+    assert answer is not None
+    assert (answer.body["ok"], answer.body["reason"]) == (
+        False,
+        "request r000000 was executed before, as transaction 1: use a new id",
+    )
+    assert _counts(one, other)["transaction"] == _counts(one, other)["job"] == 2
+    # Forgotten by both, it is a new request.
+    _pass(fleet, 100 * DAY_MS)
+    _pass(fleet, KEPT_MS + DAY_MS)
+    _ask(fleet, one, other, 1)
+    assert one.replica.store.find("transaction", other.id)[-1].body["number"] == 3
+
+
+def test_an_id_whose_request_was_deleted_before_its_answer_is_refused() -> None:
+    fleet, one, other = _fleet(Keep(90 * DAY_MS, 1000))
+    _ask(fleet, one, other, 1)
+    assert one.requests is not None
+    fleet.send(one, one.requests.withdraw("r000000"))
+    fleet.flow(100)
+    with pytest.raises(Refusal, match="request r000000 was answered before, and is deleted"):
+        one.requests.submit(other.id, "job", {}, BY, id="r000000")
+    assert _counts(one, other)["transaction"] == 1
+
+
+def test_an_answer_that_is_lost_is_given_again_without_executing() -> None:
+    """What was executed is remembered with the position of its request, also by an owner of an earlier version."""
+    fleet, one, other = _fleet(Keep(90 * DAY_MS, 1000))
+    for number, forgotten in enumerate((False, True)):
+        _ask(fleet, one, other, 1, number)
+        answer = response_id(one.id, f"r{number:06}")
+        if forgotten:
+            other.disk.execute("UPDATE executed SET epoch = 0, seq = 0")
+        other.write("response", answer, None)
+        assert other.requests is not None
+        other.requests.reset()
+        fleet.flow(100)
+        found = one.replica.store.get(other.id, "response", answer)
+        assert found is not None
+        assert (found.body["ok"], found.body["transaction"]) == (True, number + 1)
+    assert _counts(one, other)["transaction"] == 2
 
 
 @pytest.mark.parametrize("jump", [400 * DAY_MS, 20_000 * DAY_MS], ids=["a year", "decades"])

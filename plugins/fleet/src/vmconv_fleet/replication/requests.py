@@ -165,7 +165,7 @@ class Requests:
     ) -> tuple[str, list[Send]]:
         """Writes a request. The same id again is the same request and writes nothing.
 
-        Raises Refusal if the request with this id is another one, or another caller's.
+        Raises Refusal if the request with this id is another one, another caller's, or one that was deleted.
         """
         id = secrets.token_hex(8) if id is None else id
         if len(id) > MAX_ID:
@@ -175,6 +175,9 @@ class Requests:
         if known is not None:
             _refuse_unless_same(id, known.body, body)
             return id, []
+        if self._store.get(target, "response", response_id(self._replica.node, id)) is not None:
+            # The request is deleted, so nothing says whether this is the same one.
+            raise Refusal(f"request {id} was answered before, and is deleted", hint="use a new id")
         return id, self._replica.write([Change("request", id, body)])[1]
 
     def withdraw(self, id: str) -> list[Send]:
@@ -271,6 +274,9 @@ class Requests:
         if self._store.get(node, "response", response) is not None:
             return []
         number = self._store.executed(response)
+        if number is not None and record.position != self._store.executed_at(response) != START:
+            reason = f"request {record.id} was executed before, as transaction {number}: use a new id"
+            return self._respond(record, {"ok": False, "reason": reason})
         if number is not None:
             return self._respond(record, {"ok": True, **self._done(number)})
         if record.position <= self._horizon(record.owner):

@@ -338,6 +338,11 @@ class Store(ReplicaView):
         rows = self._rows("SELECT number FROM executed WHERE response = ?", response)
         return rows[0][0] if rows else None
 
+    def executed_at(self, response: str) -> Position:
+        """Returns the position of the executed request that this response answers, START if unknown."""
+        rows = self._rows("SELECT epoch, seq FROM executed WHERE response = ?", response)
+        return Position(*rows[0]) if rows else START
+
     def note_executed(self, response: str, number: int, clock: int, position: Position = START) -> None:
         """Remembers an executed request: its answer, its transaction, its clock and its position, START if unknown."""
         query = "INSERT OR REPLACE INTO executed (response, number, clock, epoch, seq) VALUES (?, ?, ?, ?, ?)"
