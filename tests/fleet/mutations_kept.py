@@ -41,6 +41,21 @@ def cleans_at_once() -> Iterator[None]:
         yield
 
 
+@mutation("an answer is deleted before its request")
+def answer_deleted() -> Iterator[None]:
+    with patch.object(requests, "UNASKED", Where()):
+        yield
+
+
+@mutation(
+    "an id that comes again is answered with what it had done before",
+    test_retention.test_an_id_that_comes_again_after_its_answer_was_deleted_is_not_executed_again,
+)
+def answered_again() -> Iterator[None]:
+    with patch.object(Store, "executed_at", lambda self, response: Position(0, 0)):
+        yield
+
+
 @mutation("heartbeats queue while none can be written", test_supervision.test_a_heartbeat_waits_for_the_one_before)
 def heartbeats_queue() -> Iterator[None]:
     original = HeartbeatWriter._beat

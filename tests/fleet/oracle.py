@@ -31,6 +31,8 @@ class Oracle:
         self._model: dict[str, dict[tuple[str, str], bytes]] = {}
         self._seen: dict[tuple[str, str], set[tuple[str, str]]] = {}
         self._executions: dict[bytes, tuple[str, str]] = {}
+        self._pruned: dict[str, dict[int, tuple[str, str]]] = {}
+        """The deleted transactions of each owner, and what they have executed."""
 
     def attach(self, replica: Replica) -> None:
         """Watches what the replica of an owner writes, commit by commit."""
@@ -65,7 +67,7 @@ class Oracle:
         """What an owner has executed must not disappear from a view of it: not even when it has another history."""
         rows = replica.store._connection.execute(_TRANSACTIONS, (owner,))
         found = {self._execution(wire) for (wire,) in rows}
-        before = self._seen.get((replica.node, owner), set())
+        before = self._seen.get((replica.node, owner), set()) - {*self._pruned.get(owner, {}).values()}
         if lost := before - found:
             raise Violation(f"{replica.node[:4]} has lost the transaction of {owner[:4]} for {min(lost)[1]}")
         self._seen[replica.node, owner] = found
@@ -97,8 +99,11 @@ class Oracle:
         for owner in alive:
             transactions = store.find("transaction", owner)
             numbers = [record.body["number"] for record in transactions]
-            if numbers != list(range(1, len(numbers) + 1)):
-                raise Violation(f"transactions of {owner[:4]} are numbered {numbers}")
+            pruned = self._pruned.get(owner, {})
+            if len({*numbers}) < len(numbers) or {*range(1, max(numbers, default=0))} - {*numbers, *pruned}:
+                raise Violation(f"transactions of {owner[:4]} are numbered {numbers}, deleted {sorted(pruned)}")
+            if not self._losses[owner] and (again := pruned.keys() & {*numbers}):
+                raise Violation(f"transaction {min(again)} of {owner[:4]} is deleted, and lives")
             asked = Counter((record.body["requester"], record.body["request"]) for record in transactions)
             twice = [request for request, count in asked.items() if count > 1]
             if twice:
@@ -112,6 +117,8 @@ class Oracle:
             self.counts["responses"] += 1
             if body["ok"]:
                 done = transactions.get(body["transaction"])
+                if done is None and body["transaction"] in self._pruned.get(owner, {}):
+                    continue
                 if done is None or (done["requester"], done["request"]) != (body["requester"], body["request"]):
                     raise Violation(f"response {response.id} of {owner[:4]} names a transaction of something else")
 
@@ -124,13 +131,18 @@ class Oracle:
                 model = self._model[replica.node]
                 for record in records:
                     if record.deleted:
-                        model.pop((record.kind, record.id), None)
+                        self._delete(record, model.pop((record.kind, record.id), None))
                     else:
                         model[record.kind, record.id] = record.wire
                 self._written[replica.node].append((records, _state(model)))
             return records
 
         return watched
+
+    def _delete(self, record: Record, before: bytes | None) -> None:
+        self.counts[f"deletions of {record.kind}"] += 1
+        if record.kind == "transaction" and before is not None:
+            self._pruned.setdefault(record.owner, {})[int(record.id)] = self._execution(before)
 
     def _committed(self, replica: Replica) -> None:
         written, self._written[replica.node] = self._written[replica.node], []

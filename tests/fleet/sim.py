@@ -40,11 +40,13 @@ from vmconv_fleet.replication.messages import Send
 from vmconv_fleet.replication.records import Change
 from vmconv_fleet.replication.replica import Replica, Timing
 from vmconv_fleet.replication.requests import Context, IncomingRequest, Outcome, Requests
+from vmconv_fleet.replication.retention import Keep, Retention
 from vmconv_fleet.replication.store import Store
 
 WALL = 1_700_000_000_000
 CHAOS_MS = 20_000
 HEALING_MS = 180_000
+GRACE_MS = 4000
 YEAR_MS = 365 * 86_400_000
 HONEST = ("internal", "malformed", "forged", "torn", "fork", "cloned", "clock")
 """Problems that no node may report as long as all are honest and the network does not garble."""
@@ -123,6 +125,8 @@ class World:
         self._large = self.random.choice((30, 30, 300, 3000))
         self._healing = False
         self._cloned: str | None = None
+        # Of its own, so that all other seeds stay what they are.
+        self._cleaning = Random(f"cleaning {seed}") if seed % 4 == 3 else None
         self.counts["seeds"] = 1
 
     def run(self) -> None:
@@ -133,7 +137,10 @@ class World:
             patch.object(epochs, "MAX_EPOCHS", self.random.choice((FEW_EPOCHS, 64))),
             patch.object(requests, "BURST", self.random.choice((1, 64))),
             patch.object(anti_entropy, "KEPT", self.random.choice((0, 2000, anti_entropy.KEPT))),
+            patch.object(requests, "KEPT_MS", GRACE_MS),
         ):
+            if self._cleaning:
+                self._at(1000, self._clean)
             for node in self.nodes.values():
                 self._boot(node, patience=self.random.randint(0, 3000))
             self._at(self.random.randint(50, 500), self._mishap)
@@ -248,7 +255,7 @@ class World:
         node.number += 1
         node.disk.executescript("DROP TABLE IF EXISTS temp.staged")
         node.trust = trust = PlainTrust(node.signer)
-        timing = Timing(patience=patience, settle=500, digest=2000, grace=4000, floor=1500)
+        timing = Timing(patience=patience, settle=500, digest=2000, grace=GRACE_MS, floor=1500)
 
         def wall() -> int:
             return WALL + self.time + node.offset
@@ -272,7 +279,8 @@ class World:
             random=self.random,
         )
         node.replica = replica
-        node.requests = Requests(replica, {"add": self._add, "refuse": _refuse, "break": _break}, wall)
+        handlers = {"add": self._add, "refuse": _refuse, "break": _break}
+        node.requests = Requests(replica, handlers, wall, retention=self._retention())
         node.changed.clear()
         replica.subscribe(lambda records: node.changed.update(record.owner for record in records))
         if node.id != self._cloned:
@@ -405,6 +413,22 @@ class World:
         if mine:
             id, requests = self.random.choice(mine).id, node.requests
             self._own(node, "withdrawals", lambda _: requests.withdraw(id))
+
+    def _retention(self) -> Retention:
+        """Returns how much a node keeps from this start on: the shortest time that is safe, or a number."""
+        if self._cleaning is None:
+            return Retention()
+        keep = Keep(GRACE_MS, self._cleaning.choice((2, 10, 1000)))
+        return Retention(keep=lambda _view: keep)
+
+    def _clean(self) -> None:
+        """Lets a node delete what is old; others may be away. Like the engine, it waits after a jump of the clock."""
+        if self._cleaning is None or self._healing:
+            return
+        node = self._cleaning.choice(list(self.nodes.values()))
+        if node.requests is not None and not node.jumped:
+            self._own(node, "cleanings", lambda _: node.requests.clean() if node.requests else [])
+        self._at(self._cleaning.randint(50, 1000), self._clean)
 
     def _own(self, node: Node, name: str, action: Callable[[Replica], list[Send]]) -> None:
         def attempt(replica: Replica) -> list[Send]:

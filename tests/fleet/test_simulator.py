@@ -26,12 +26,16 @@ def test_everything_was_tried() -> None:
         pytest.skip("no seeds were run before")
     expected = {
         "amnesias",
+        "cleanings",
         "clock jumps",
         "clones",
         "clock steps",
         "crashes",
         "crashes in a commit",
         "forged retirements",
+        "deletions of request",
+        "deletions of response",
+        "deletions of transaction",
         "garbled",
         "lost",
         "merges",
