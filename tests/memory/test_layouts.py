@@ -64,6 +64,19 @@ def test_cores_of_all_classes_are_read(tmp_path: Path, bits: int, order: str) ->
     assert data["ranges"] == 2
 
 
+def test_long_names_of_notes_are_shortened(tmp_path: Path) -> None:
+    owners = [f"{number}-".encode() + b"x" * 100_000 for number in range(20)]
+    notes = b"".join(
+        struct.pack("<3I", len(name) + 1, 0, 1) + name.ljust(-(-(len(name) + 1) // 4) * 4, b"\0") for name in owners
+    )
+    path = put(tmp_path, "web.elf", elf_core(TWO, notes=notes))
+    shown = vmconv.info(str(path))["format-specific"]["data"]["notes"]
+    assert len(shown) < 400
+    assert shown.endswith(", ...")
+    vmconv.convert(str(path), str(tmp_path / "new.elf"))
+    assert notes in (tmp_path / "new.elf").read_bytes()
+
+
 def test_the_registers_of_other_classes_are_named_as_lost(tmp_path: Path) -> None:
     note = struct.pack(">3I", 5, 4, 1) + b"CORE\0\0\0\0abcd"
     path = put(tmp_path, "web.elf", elf_core(TWO, order=">", notes=note))
@@ -258,6 +271,27 @@ def test_the_pair_is_named_after_the_target(xfs_dir: Path, name: str) -> None:
     assert {path.name for path in made.iterdir()} == {name, other}
     if name != "new":
         assert memory(made / name) == TWO
+
+
+def test_a_new_state_has_what_crash_asks_for(tmp_path: Path) -> None:
+    vmconv.convert(str(put(tmp_path, "web.elf", elf_core(TWO))), str(tmp_path / "new.vmss"))
+    state = (tmp_path / "new.vmss").read_bytes()
+    count = int.from_bytes(state[8:12], "little")
+    # It multiplies the 80 bytes of an entry by their number, and by 80 again.
+    assert len(state) >= 12 + 80 * 80 * count
+    assert tag("cpu:numVCPUs", 1) in state
+    said = vmconv.info(str(tmp_path / "new.vmss"))
+    assert said["losses"] == []
+    assert said["format-specific"]["data"]["machine-state"] == "none"
+
+
+@pytest.mark.parametrize("more", [b"", tag("rip", 7, 0, width=8)], ids=["a number", "registers"])
+def test_the_state_of_processors_is_lost_unless_it_is_a_number(tmp_path: Path, more: bytes) -> None:
+    body = tag("align_mask", 0xFFFF) + regions([])
+    put(tmp_path, "web.vmem", A)
+    path = put(tmp_path, "web.vmss", groups([("cpu", tag("cpu:numVCPUs", 1) + more), ("memory", body)]))
+    lost = ["state of the machine in 1 group, such as cpu"] if more else []
+    assert vmconv.info(str(path))["losses"] == lost
 
 
 def test_ram_that_is_no_whole_pages_has_no_regions(tmp_path: Path) -> None:

@@ -105,6 +105,11 @@ def changed(at: int, value: bytes) -> bytes:
 
 STREAMS = [
     pytest.param(changed(4, b"\0\0\0\2"), "signature of QEMU migration of another version", id="version"),
+    pytest.param(
+        changed(AT_RAM, bytes([255]) + b"i~\x8f" * 85),
+        r"section name at 0x\w+: b'i~.{,70} is no name of QEMU's$",
+        id="no name",
+    ),
     pytest.param(changed(9, b"\xff" * 4), "length of the machine's name at 0x9: 4294967295 is more", id="name"),
     pytest.param(changed(AT_RAM + 1, b"rom"), "section name at 0x.*'rom' precedes the RAM", id="other section"),
     pytest.param(changed(AT_SIZE, b"\xff" * 8), "size of all blocks at 0x.*: 0xffffffffffffffff is not", id="total"),

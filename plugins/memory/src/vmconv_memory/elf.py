@@ -22,6 +22,8 @@ from vmconv_memory.ranges import MAX_RANGES, Entries
 MAX_NOTES = 16 << 20
 """Bytes of notes."""
 _MOST_NOTES = 1 << 16
+_OWNER, _OWNERS = 32, 8
+"""Bytes of the name of a note's owner, and owners, that are shown. Names are such as CORE, QEMU and VMCOREINFO."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def notes_in(data: bytes, order: str) -> Iterator[tuple[str, int]]:
         if at + 12 > len(data):
             return
         name_size, size, kind = struct.unpack_from(f"{order}III", data, at)
-        name = data[at + 12 : at + 12 + name_size]
+        name = data[at + 12 : at + 12 + min(name_size, _OWNER)]
         at += 12 + -(-name_size // 4) * 4 + -(-size // 4) * 4
         if not name_size or at > len(data) + 3:
             return
@@ -179,7 +181,7 @@ def _details(core: Core, notes: list[tuple[str, int]]) -> Mapping[str, Any]:
         "class": kind_of(core.class_, core.order),
         "machine": structs.MACHINES.get(core.machine, str(core.machine)),
         "ranges": len(core.loads),
-        "notes": ", ".join(owners) or "none",
+        "notes": ", ".join([*owners[:_OWNERS], *(["..."] if len(owners) > _OWNERS else [])]) or "none",
         "processors-with-registers": cpus,
         "machine-state": "registers of processors" if cpus else "none",
     }

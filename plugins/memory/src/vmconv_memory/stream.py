@@ -6,6 +6,8 @@ from vmconv.plugin import File, ImageError, damaged
 
 _PIECE = 256 << 10
 
+_SHOWN = 24
+
 
 class Stream:
     """Reads big-endian numbers and names; `at` is the offset of the next byte."""
@@ -39,8 +41,12 @@ class Stream:
         return int.from_bytes(self.take(width, what), "big")
 
     def text(self, what: str) -> str:
-        """Returns a name behind a byte with its length."""
-        return self.take(self.number(1, what), what).decode("ascii", "backslashreplace")
+        """Returns a name behind a byte with its length. Raises `ImageError` if it is no printable ASCII."""
+        found = self.take(self.number(1, what), what)
+        name = found.decode("ascii", "replace")
+        if not (name.isascii() and name.isprintable()):
+            raise self.error(what, f"{found[:_SHOWN]!r} is no name of QEMU's", back=len(found))
+        return name
 
     def error(self, what: str, problem: str, *, back: int = 0) -> ImageError:
         """Returns the error for a field that began `back` bytes before."""

@@ -37,7 +37,9 @@ MAGICS = {0xBED2BED0: 0, 0xBAD1BAD1: 1, 0xBED2BED2: 2, 0xBED3BED3: 3}
 """Magic numbers and the versions they stand for; version 0 has blocks with 32-bit sizes."""
 HEADER = struct.Struct("<III")
 GROUP = struct.Struct("<64sQQ")
-MEMORY = b"memory"
+MEMORY, CPU = b"memory", b"cpu"
+PROCESSORS = b"\4\x0ccpu:numVCPUs\1\0\0\0\0\0"
+"""The group of the processors that vmconv writes: their number, 1, which debuggers ask for, and no state."""
 
 STATES, PAYLOADS = (".vmss", ".vmsn"), (".vmem",)
 
@@ -258,7 +260,10 @@ def _region(state: State, name: bytes, number: int) -> int:
 
 def _others(state: State) -> list[str]:
     """Returns the names of the groups with the state of devices and processors."""
-    return sorted(name.decode("ascii", "replace") for name in state.groups if name != MEMORY)
+    at, size = state.groups.get(CPU, (0, 0))
+    known = state.file.read(at, min(size, len(PROCESSORS), state.file.size - at))
+    without = {MEMORY, CPU} if known == PROCESSORS else {MEMORY}
+    return sorted(name.decode("ascii", "replace") for name in state.groups.keys() - without)
 
 
 def _losses(state: State) -> tuple[str, ...]:

@@ -1,6 +1,9 @@
 """Writes VMware memory: a .vmem with all RAM, and a .vmss that maps its pages to addresses.
 
 Debuggers and forensic tools read the pair. VMware cannot resume it: the state of the devices is not there.
+
+`crash` asks for two things that no reader of memory needs (seen with 8.0.2): the number of processors, and a file of
+at least 80 times the bytes of its groups' entries, which it multiplies by their size once more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import numpy as np
 
 from vmconv.plugin import Blob, Column, Extents, Image, Layout, OutFile, Placement, PlanError, blocks, cut
 from vmconv_memory.ranges import PAGE, Segments, placed, segments
-from vmconv_memory.vmware import GROUP, HEADER, MEMORY, PAYLOADS, STATES
+from vmconv_memory.vmware import CPU, GROUP, HEADER, MEMORY, PAYLOADS, PROCESSORS, STATES
 
 _MAGIC = 0xBED2BED2
 _MOST = 1 << 12
@@ -50,16 +53,25 @@ def write(image: Image, placement: Placement) -> Layout:
 
 
 def _state(found: Segments | None, offset: Column) -> bytes:
-    """Returns a state with one group, the regions; without regions if `found` is None."""
+    """Returns a state with the regions; without regions if `found` is None."""
     columns = [] if found is None else [found.start // PAGE, offset // PAGE, found.length // PAGE]
     regions = list(zip(*(column.tolist() for column in columns), strict=True))
     tags = [_tag(b"regionsCount", (), len(regions))]
     for number, values in enumerate(regions):
         names = (b"regionPPN", b"regionPageNum", b"regionSize")
         tags += [_tag(name, (number,), value) for name, value in zip(names, values, strict=True)]
-    body = b"".join(tags) + b"\0\0"
-    begin = HEADER.size + GROUP.size
-    return HEADER.pack(_MAGIC, 8, 1) + GROUP.pack(MEMORY, begin, len(body)) + body
+    return _grouped([(CPU, PROCESSORS), (MEMORY, b"".join(tags) + b"\0\0")])
+
+
+def _grouped(groups: list[tuple[bytes, bytes]]) -> bytes:
+    """Returns a state with these groups, whose bodies end with an empty tag."""
+    at = HEADER.size + len(groups) * GROUP.size
+    head = HEADER.pack(_MAGIC, 8, len(groups))
+    for name, body in groups:
+        head += GROUP.pack(name, at, len(body))
+        at += len(body)
+    state = head + b"".join(body for _, body in groups)
+    return state.ljust(HEADER.size + len(groups) * GROUP.size**2, b"\0")
 
 
 def _tag(name: bytes, indices: tuple[int, ...], value: int) -> bytes:
