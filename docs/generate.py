@@ -4,8 +4,8 @@
     python docs/generate.py --release 0.2.0 --date 2026-12-01
 
 The first writes `commands.md`, `formats.md` and `machines.md` in `docs/reference`, and `CHANGELOG.md`. The second turns
-the unreleased changes into a release and removes their fragments. A test compares the pages with what this module
-renders.
+the unreleased changes into a release, removes their fragments, and gives all distributions its version. A test compares
+the pages with what this module renders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import machine_tables
+import versions
 from vmconv.cli import parser as cli
 from vmconv.io.registry import installed
 from vmconv.model.options import describe
@@ -256,6 +257,7 @@ def changelog(current: str, release: str | None = None) -> str:
 
 
 def _release(version: str, date: str) -> None:
+    versions.set_version(ROOT, version)
     CHANGELOG.write_text(changelog(CHANGELOG.read_text(), f"{version} ({date})"))
     for paths in fragments().values():
         for path in paths:
