@@ -207,19 +207,6 @@ def test_a_wrong_word_is_answered_with_the_right_one(
     assert len(said.splitlines()) == 2
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
-def test_completion_knows_the_commands(capsys: Capture, shell: str) -> None:
-    assert main(["completion", shell]) == 0
-    script = capsys.readouterr().out
-    assert "convert" in script
-    assert "--zero-copy" in script
-
-
-def test_bash_accepts_its_completion(capsys: Capture) -> None:
-    assert main(["completion", "bash"]) == 0
-    subprocess.run(["bash", "-n"], input=capsys.readouterr().out, text=True, check=True)
-
-
 def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
     from importlib.metadata import version
 

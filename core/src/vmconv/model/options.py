@@ -113,6 +113,23 @@ def describe(model: type[Any]) -> Iterator[Described]:
         yield Described(field.name, field.default, field.metadata.get("help", ""))
 
 
+def choices(model: type[Any]) -> dict[str, list[str]]:
+    """Returns the values of each option as text, for those with few; else none."""
+    hints = get_type_hints(model, include_extras=True)
+    return {field.name: list(_few(hints[field.name])) for field in dataclasses.fields(model)}
+
+
+def _few(hint: Any) -> Iterator[str]:
+    """Yields the values of a type that has few."""
+    if get_origin(hint) in (Union, UnionType):
+        for member in get_args(hint):
+            yield from _few(member)
+    elif get_origin(hint) is Literal:
+        yield from map(str, get_args(hint))
+    elif hint is bool:
+        yield from ("on", "off")
+
+
 def parse_options(model: type[Any], given: Mapping[str, Any], format_name: str) -> Any:
     """Returns the options of a writer from strings or values; raises `UsageError` with the option and its value."""
     if not dataclasses.is_dataclass(model):
