@@ -58,7 +58,8 @@ def test_everything_of_a_release_is_built_twice_and_equal(tmp_path: Path) -> Non
     out = tmp_path / "out"
     done = subprocess.run([*RELEASE, "--trial", "--out", str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    listed = dict(reversed(line.split()) for line in (out / "SHA256SUMS").read_text().splitlines())
+    sums = (out / "SHA256SUMS").read_text().splitlines()
+    listed = {name: digest for digest, name in map(str.split, sums)}
     assert len(listed) == 2 * len(DISTRIBUTIONS)
     assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
     again = subprocess.run([*RELEASE, "--trial", "--out", str(out)], capture_output=True, text=True, check=False)
