@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vmconv.conversion.measuring import Measure
     from vmconv.conversion.pipeline import prepared
     from vmconv.conversion.refusals import refuse_copies
+    from vmconv.conversion.repairing import Repaired
     from vmconv.conversion.request import Request, Result
     from vmconv.conversion.views import views
     from vmconv.inplace.recovery import Recovery
@@ -77,6 +78,7 @@ _HOMES = {
     "Proof": "inspect.proof",
     "Recovery": "inplace.recovery",
     "Registry": "io.registry",
+    "Repaired": "conversion.repairing",
     "Request": "conversion.request",
     "Result": "conversion.request",
     "StrPath": "interface.arguments",
@@ -115,6 +117,7 @@ __all__ = [
     "Proof",
     "Recovery",
     "Registry",
+    "Repaired",
     "Request",
     "Result",
     "StrPath",
@@ -148,6 +151,7 @@ __all__ = [
     "rebase",
     "recover",
     "refuse_copies",
+    "repair",
     "resize",
     "settle",
     "snapshot",
@@ -666,6 +670,28 @@ def resize(
     asked = checked(Resizing, **given)
     with _errors():
         return resized(asked, announce)
+
+
+@_named
+def repair(
+    path: StrPath,
+    what: Literal["leaks", "all"] = "all",
+    *,
+    source_format: str | None = None,
+    keep_undo: bool = False,
+    allow_external: Iterable[StrPath] = (),
+) -> Repaired | None:
+    """Repairs the structure of the image in `path`: leaks, or all that follows from the rest of the image.
+
+    Returns the checks before and afterwards; None if the format has no structure to check. The guest's content stays.
+    """
+    given = locals()
+    from vmconv.conversion.repairing import repair as repaired
+    from vmconv.interface.arguments import Repairing, checked
+
+    asked = checked(Repairing, **given)
+    with _errors():
+        return repaired(asked)
 
 
 @_named

@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_output, reading
+from vmconv.cli.options import add_access, add_format, add_keep_undo, add_output, reading
 from vmconv.cli.verbs import Verb
-from vmconv.errors import printable
+from vmconv.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from vmconv.interface.format import CheckReport
@@ -25,6 +25,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also read all of the disk, and compare it with the hashes that the image stores (EWF: MD5, SHA-1)",
     )
+    parser.add_argument(
+        "-r",
+        dest="repair",
+        choices=("leaks", "all"),
+        metavar="leaks|all",
+        help="repair leaks, or all that follows from the rest of the image; its content stays as it is",
+    )
+    add_keep_undo(parser, "FILE", "with -r, ")
     add_output(parser)
     add_access(parser)
     # As in qemu-img check, 2 and 3 are findings, so a check that failed needs another code.
@@ -32,6 +40,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.repair:
+        return _repair(options)
+    if options.keep_undo:
+        raise UsageError("--keep-undo is for repairs", hint="-r all repairs what can be")
     from vmconv.cli.output import print_json
     from vmconv.inspect.checking import check_image
     from vmconv.inspect.images import opened
@@ -45,6 +57,40 @@ def _run(options: argparse.Namespace) -> int:
         print_json({"filename": options.file, "format": image.format_name, **_report_json(report)}, indent=4)
     else:
         _print_report(report)
+    return _code(report)
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from vmconv.api import repair
+    from vmconv.cli.output import print_json
+
+    for given, name in ((options.payload, "--payload"), (options.force_share, "-U")):
+        if given:
+            raise UsageError(f"{name} is for a check that changes nothing", hint=f"without -r {options.repair}")
+    done = repair(
+        options.file,
+        options.repair,
+        source_format=options.format_f,
+        keep_undo=options.keep_undo,
+        allow_external=options.allow_external,
+    )
+    if done is None:
+        print(f"vmconv: {options.file}: the format has no structure to check", file=sys.stderr)
+        return _CHECK_UNSUPPORTED
+    if options.output == "json":
+        fixed = {"leaks-fixed": done.leaks, "corruptions-fixed": done.corruptions, "written": done.written}
+        print_json({"filename": options.file, **_report_json(done.after), **fixed}, indent=4)
+        return _code(done.after)
+    if done.written:
+        # The wording of qemu-img check.
+        print("The following inconsistencies were found and repaired:\n")
+        print(f"    {done.leaks} leaked clusters\n    {done.corruptions} corruptions\n")
+        print("Double checking the fixed image now...")
+    _print_report(done.after)
+    return _code(done.after)
+
+
+def _code(report: CheckReport) -> int:
     if report.errors:
         return _CHECK_NOT_DONE
     if report.corruption_count:
@@ -93,11 +139,11 @@ def _print_report(report: CheckReport) -> None:
 
 VERB = Verb(
     "Checks the structure of an image: references out of range, overlaps, leaks and wrong reference counts; and\n"
-    "whether the files it refers to exist and are unchanged. Changes nothing.",
+    "whether the files it refers to exist and are unchanged. Changes nothing without -r.",
     _configure,
     _run,
     "exit status (as qemu-img check):\n"
-    "  0   no errors\n"
+    "  0   no errors, or all are repaired\n"
     "  1   the check failed\n"
     "  2   the image is corrupt, or a file that it refers to has changed\n"
     "  3   clusters are leaked, nothing is corrupt\n"

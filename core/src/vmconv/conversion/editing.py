@@ -25,7 +25,7 @@ from vmconv.interface.format import CheckReport, Format
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.draft import Draft
-from vmconv.model.extents import Extents
+from vmconv.model.extents import Column, Extents
 from vmconv.model.image import Image
 from vmconv.model.layout import Layout, OutFile
 from vmconv.model.sources import File
@@ -104,7 +104,11 @@ def damage(one: Format, made: Image) -> str | None:
 
 def same_table(one: Extents, other: Extents) -> bool:
     """True if both tables have the same rows; of the sources only the order counts, because the edited file is new."""
-    if one.size != other.size or len(one.sources) != len(other.sources) or len(one) != len(other):
-        return False
-    names = ("start", "kind", "source", "offset")
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
+    return one.size == other.size and all(map(np.array_equal, _columns(one), _columns(other)))
+
+
+def _columns(table: Extents) -> tuple[Column, ...]:
+    """Returns the columns of a table, its sources numbered in the order of their use."""
+    _, first, number = np.unique(table.source, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(first))
+    return table.start, table.kind.astype(np.int64), table.offset, order[number.reshape(-1)]

@@ -219,6 +219,20 @@ class Editing(NamedTuple):
     allow_external: FilePaths = ()
 
 
+class Repairing(NamedTuple):
+    """An image to repair: only leaks, or all that can be."""
+
+    path: FilePath
+    what: Literal["leaks", "all"] = "all"
+    source_format: str | None = None
+    keep_undo: bool = False
+    allow_external: FilePaths = ()
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
+
+
 class Snapshotting(NamedTuple):
     """An internal snapshot to take, to delete, or to go back to."""
 

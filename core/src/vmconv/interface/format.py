@@ -162,6 +162,13 @@ class Format:
 
         raise PlanError(f"{image.file.name}: {self.name} has no internal snapshots that vmconv changes")
 
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        """Returns the file of `image` with what can be derived made right; without `errors` only leaks.
+
+        None, or a draft without changes, if nothing can be repaired. The guest's content does not change.
+        """
+        return None
+
     def check(self, image: Image) -> CheckReport | None:
         """Returns the defects in the structure of `image`; None if the format has no structure to check."""
         return None

@@ -107,6 +107,11 @@ class Draft(File):
 
     # -- as an output
 
+    @property
+    def is_changed(self) -> bool:
+        """True if the file will be another one."""
+        return self.size != self.file.size or bool(self._freed or self._changed())
+
     def table(self) -> Extents:
         """Returns the table of the file afterwards: bytes that change, freed blocks, and the file itself elsewhere."""
         table = Extents.whole(self.file).window(0, self.size, Kind.ZERO)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 
 class Parallels(Format):
@@ -52,6 +52,11 @@ class Parallels(Format):
     def qemu_incompatibility(self, image: Image) -> str | None:
         descriptor = is_descriptor(image.file.read(0, min(512, image.file.size)))
         return "QEMU does not read the descriptor of a Parallels disk" if descriptor else None
+
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_parallels.repair import repair
+
+        return repair(image, errors=errors)
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_parallels.bundle import headers_of

@@ -81,6 +81,11 @@ class Qcow2(Format):
 
         return change_snapshots(image, change)
 
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_qcow2.repair import repair
+
+        return repair(image, errors=errors)
+
     def check(self, image: Image) -> CheckReport:
         from vmconv_qcow2.check import check
 

@@ -69,8 +69,8 @@ def opened(draft: Draft, size: int) -> Space:
     return Space(check, stored)
 
 
-def settle(draft: Draft, space: Space, size: int) -> None:
-    """Makes reference counts and COPIED flags those of the references, and frees the clusters without any.
+def settle(draft: Draft, space: Space, size: int, *, frees: bool = True) -> None:
+    """Makes reference counts and COPIED flags those of the references; `frees` the blocks of clusters without any.
 
     Raises `PlanError` if a count is too large for the format of this image.
     """
@@ -83,11 +83,31 @@ def settle(draft: Draft, space: Space, size: int) -> None:
     _refuse_overflow(header, counted)
     _write_counts(draft, header, tables, counted, stored, check.blocks, space.end)
     _write_flags(draft, header, counted)
-    low, high, references, _ = differences(counted, stored, before)
-    for first, end in zip(low[references == 0].tolist(), high[references == 0].tolist(), strict=True):
-        inside = min(end * check.cluster, draft.file.size // check.cluster * check.cluster)
-        if inside > first * check.cluster:
-            draft.free(first * check.cluster, inside - first * check.cluster)
+    if frees:
+        _free(draft, counted, stored, before, check.cluster)
+
+
+def drop_leaks(draft: Draft, size: int) -> None:
+    """Makes the counts of unreferenced clusters 0, and changes nothing else."""
+    header, check = _checked(draft)
+    stored = check.stored_counts()
+    check.count_references(size, stored)
+    counted = steps_of(check.runs)
+    start = distinct(np.concatenate([counted.start, stored.start]))
+    wanted = Steps(start, np.where(counted.at(start) == 0, 0, stored.at(start)))
+    if check.has_table:
+        blocks = np.zeros(header.refcount_table_clusters * check.cluster // 8, dtype=np.int64)
+        blocks[: len(check.blocks)] = check.blocks
+        tables = _Tables(header.refcount_table_offset, header.refcount_table_clusters, blocks)
+        _write_blocks(draft, header, tables, wanted, stored, check.blocks, check.clusters)
+
+
+def _free(draft: Draft, counted: Steps, stored: Steps, end: int, cluster: int) -> None:
+    low, high, references, _ = differences(counted, stored, end)
+    for first, last in zip(low[references == 0].tolist(), high[references == 0].tolist(), strict=True):
+        inside = min(last, draft.file.size // cluster) - first
+        if inside > 0:
+            draft.free(first * cluster, inside * cluster)
 
 
 def _checked(draft: Draft) -> tuple[Header, Check]:
@@ -170,7 +190,17 @@ def _refuse_overflow(header: Header, counted: Steps) -> None:
 def _write_counts(
     draft: Draft, header: Header, tables: _Tables, counted: Steps, stored: Steps, old: Column, end: int
 ) -> None:
-    """Writes the blocks whose counts change, the table if an entry changes, and the header if the table moves."""
+    """Writes the blocks whose counts change, the table, and the header if the table moves."""
+    _write_blocks(draft, header, tables, counted, stored, old, end)
+    if tables.offset != header.refcount_table_offset:
+        place = Structure(draft, structs.HeaderV2).offset_of("refcount_table_offset")
+        draft.write(place, struct.pack(">QI", tables.offset, tables.clusters))
+    draft.write(tables.offset, tables.blocks.astype(">u8").tobytes())
+
+
+def _write_blocks(
+    draft: Draft, header: Header, tables: _Tables, counted: Steps, stored: Steps, old: Column, end: int
+) -> None:
     per_block = header.cluster_size * 8 >> header.refcount_order
     low, high, _, _ = differences(counted, stored, end)
     row, step = spread((high - 1) // per_block - low // per_block + 1)
@@ -182,13 +212,6 @@ def _write_counts(
         if index < len(tables.blocks) and tables.blocks[index]:
             counts = _dense(counted, index * per_block, per_block)
             draft.write(int(tables.blocks[index]), _encoded(counts, header.refcount_order))
-    if tables.offset != header.refcount_table_offset:
-        draft.write(tables.offset, bytes(tables.clusters * header.cluster_size))
-        place = Structure(draft, structs.HeaderV2).offset_of("refcount_table_offset")
-        draft.write(place, struct.pack(">QI", tables.offset, tables.clusters))
-    elif not len(moved):
-        return
-    draft.write(tables.offset, tables.blocks.astype(">u8").tobytes())
 
 
 def _dense(counted: Steps, first: int, count: int) -> Raw:

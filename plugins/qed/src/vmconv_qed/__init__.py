@@ -48,6 +48,11 @@ class Qed(Format):
 
         return set_parent(image, parent)
 
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_qed.repair import repair
+
+        return repair(image)
+
     def check(self, image: Image) -> CheckReport:
         from vmconv_qed.check import check
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vmconv.plugin import Format, hookimpl
 
 if TYPE_CHECKING:
-    from vmconv.plugin import Backing, CheckReport, File, Image, Layout, Opener, Placement
+    from vmconv.plugin import Backing, CheckReport, Draft, File, Image, Layout, Opener, Placement
 
 
 class Vdi(Format):
@@ -45,6 +45,11 @@ class Vdi(Format):
         from vmconv_vdi.reader import qemu_incompatibility
 
         return qemu_incompatibility(image)
+
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_vdi.repair import repair
+
+        return repair(image) if errors else None
 
     def check(self, image: Image) -> CheckReport:
         from vmconv_vdi.check import check

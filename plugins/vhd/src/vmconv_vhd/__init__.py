@@ -59,6 +59,11 @@ class Vhd(Format):
 
         return set_parent(image, parent)
 
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_vhd.repair import repair
+
+        return repair(image) if errors else None
+
     def check(self, image: Image) -> CheckReport:
         from vmconv_vhd.check import check
 

@@ -52,6 +52,11 @@ class Vhdx(Format):
 
         return set_parent(image, parent)
 
+    def repair(self, image: Image, *, errors: bool) -> Draft | None:
+        from vmconv_vhdx.repair import repair
+
+        return repair(image) if errors else None
+
     def check(self, image: Image) -> CheckReport:
         from vmconv_vhdx.check import check
 
