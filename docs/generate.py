@@ -3,9 +3,9 @@
     python docs/generate.py
     python docs/generate.py --release 0.2.0 --date 2026-12-01
 
-The first writes `commands.md`, `formats.md` and `machines.md` in `docs/reference`, and `CHANGELOG.md`. The second turns
-the unreleased changes into a release, removes their fragments, and gives all distributions its version. A test compares
-the pages with what this module renders.
+The first writes `commands.md`, `formats.md` and `machines.md` in `docs/reference`, `CHANGELOG.md`, and the manual pages
+in the folders `man`. The second turns the unreleased changes into a release, removes their fragments, and gives all
+distributions its version. A test compares the pages with what this module renders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import machine_tables
+import manpages
 import versions
 from vmconv.cli import parser as cli
 from vmconv.io.registry import installed
@@ -30,6 +31,9 @@ FORMATS = ROOT / "docs/reference/formats.md"
 MACHINES = ROOT / "docs/reference/machines.md"
 CHANGELOG = ROOT / "CHANGELOG.md"
 FRAGMENTS = ROOT / "changelog.d"
+
+BEFORE_RELEASES = "2026-11-30"
+"""Date of the manual pages until the first release."""
 
 KINDS = ("added", "changed", "fixed", "removed", "security")
 
@@ -136,6 +140,19 @@ def _epilog(text: str) -> Iterator[str]:
             yield f"```sh\n{textwrap.dedent(rest)}\n```"
         else:
             yield f"{part[0].upper()}{part[1:].rstrip('.')}."
+
+
+def manual() -> dict[Path, dict[str, str]]:
+    """Returns the manual pages of each distribution with commands, by folder."""
+    released = re.search(r"^## \S+ \((\d{4}-\d\d-\d\d)\)", CHANGELOG.read_text(), re.MULTILINE)
+    date = released[1] if released else BEFORE_RELEASES
+    texts = manpages.pages(cli.make_parser(), own_commands(), versions.current_version(ROOT), date)
+    folders: dict[Path, dict[str, str]] = {}
+    for name, text in texts.items():
+        owner = installed().owners.get(("command", name.removesuffix(".1").partition("-")[2]), "vmconv")
+        home = ROOT / "core" if owner == "vmconv" else ROOT / "plugins" / owner.removeprefix("vmconv-")
+        folders.setdefault(home / "man", {})[name] = text
+    return folders
 
 
 # Formats
@@ -278,6 +295,7 @@ def main() -> None:
     FORMATS.write_text(formats_page())
     MACHINES.write_text(machines_page())
     CHANGELOG.write_text(changelog(CHANGELOG.read_text() if CHANGELOG.exists() else ""))
+    manpages.write(manual())
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def test_a_wheel_has_licence_type_marker_and_metadata(wheels: dict[str, Path], n
     assert len(fields.get_payload()) > 50
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wheel_installs_its_manual_pages(wheels: dict[str, Path], name: str) -> None:
+    (source,) = (path for path in DISTRIBUTIONS if path.name == name)
+    installed = {Path(one).name for one in members(wheels[name]) if "/data/share/man/man1/" in one}
+    assert installed == {path.name for path in source.glob("man/*")}
+
+
 def test_metadata_passes_the_check_of_the_package_index(wheels: dict[str, Path]) -> None:
     command = [sys.executable, "-m", "twine", "check", "--strict", *map(str, wheels.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
