@@ -21,6 +21,10 @@ from vmconv_fleet.trust import joining
 from vmconv_fleet.trust.identity import Keys, new_node_id
 
 STRANGERS = 2000
+REOPENED_S = 10.0
+"""After a member has joined, the node opens its links again. Its port refuses connections for a moment, and all that it
+had are gone: strangers who come before are no flood.
+"""
 HELLO = b"\x16\x03\x01\x02\x00\x01"
 """The first bytes of a handshake."""
 
@@ -39,6 +43,7 @@ def flood(setting: Setting) -> list[Figure]:
         for number, (name, address) in enumerate(ports.items()):
             with open(os.path.join(images, f"{number}.raw"), "wb") as disk:
                 disk.truncate(1 << 20)
+            time.sleep(REOPENED_S)
             with strangers(address, 200 if setting.quick else STRANGERS):
                 figures += _figures(setting, config, name, f"{number}.raw")
     return figures
