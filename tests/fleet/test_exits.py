@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from vmconv_fleet import config as settings
-from vmconv_fleet.node.daemon import running
+from vmconv_fleet.node.lock import running
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 Drive = Callable[..., Driven]

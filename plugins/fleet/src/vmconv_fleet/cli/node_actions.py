@@ -89,7 +89,7 @@ def run_node(options: argparse.Namespace) -> int:
 
 
 def status_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.node.lock import running
     from vmconv_fleet.node.marks import RESTORED
     from vmconv_fleet.trust import credentials
 
@@ -135,7 +135,7 @@ def invite_node(options: argparse.Namespace) -> int:
 
 def _reload(config: settings.NodeConfig) -> None:
     """Makes the node read its keys and authority again, if it runs."""
-    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.node.lock import running
 
     if (process := running(config)) is not None:
         os.kill(process, signal.SIGHUP)
@@ -255,7 +255,7 @@ def _overridden(one: dict[str, Any]) -> tuple[str, ...]:
 
 
 def leave_node(options: argparse.Namespace) -> int:
-    from vmconv_fleet.node.daemon import running
+    from vmconv_fleet.node.lock import running
     from vmconv_fleet.trust import credentials, joining
 
     config = settings.load(_directory(options))

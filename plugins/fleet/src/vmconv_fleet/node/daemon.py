@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -32,8 +31,10 @@ from vmconv_fleet.links.watching import Watch
 from vmconv_fleet.links.zenoh_link import ZenohLink
 from vmconv_fleet.node.activation import ApiSockets
 from vmconv_fleet.node.heartbeat import SCHEMA, HeartbeatWriter, node_record
+from vmconv_fleet.node.lock import locked, note_process
 from vmconv_fleet.node.marks import FOUNDED, RESTORED
 from vmconv_fleet.node.memory import bound_heaps, release
+from vmconv_fleet.node.room import wait_for_room
 from vmconv_fleet.replication.clock import wall_ms
 from vmconv_fleet.replication.records import Change, Record
 from vmconv_fleet.replication.requests import Handler
@@ -267,12 +268,15 @@ def _certificate_record(found: credentials.Credentials) -> Change:
 def run(config: NodeConfig, ready: Callable[[Daemon], None], *, handlers: Mapping[str, Handler] | None = None) -> int:
     """Runs the node until SIGTERM or SIGINT and returns the exit code; calls `ready` once it is up.
 
-    SIGHUP reloads certificate and keys. An exception that ends a thread ends the daemon with code 1. If a session of
-    the links does not close, the process exits here instead of returning.
+    It first waits for room on its disk. SIGHUP reloads certificate and keys. An exception that ends a thread ends the
+    daemon with code 1. If a session of the links does not close, the process exits here instead of returning.
     """
     raise_descriptor_limit()
     bound_heaps()
-    with _locked(config), _Signals() as told:
+    with locked(config), _Signals() as told:
+        if not wait_for_room(config.directory, told.next):
+            return 0
+        note_process(config)
         daemon = Daemon(config, handlers=handlers)
         try:
             daemon.start()
@@ -360,35 +364,3 @@ class _Signals:
         # If the socket is full or closed, the daemon is about to end anyway.
         with contextlib.suppress(OSError):
             self._tell.send(bytes([signal.SIGTERM]))
-
-
-@contextmanager
-def _locked(config: NodeConfig) -> Iterator[None]:
-    """Prevents a second process for the same node; the lock file has the process id, for `running`."""
-    with open(config.path("lock"), "a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FleetError(f"{config.directory}: the node is already running, as process {_pid(config)}") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        try:
-            yield
-        finally:
-            lock.truncate(0)
-
-
-def _pid(config: NodeConfig) -> str:
-    with open(config.path("lock"), encoding="ascii") as file:
-        return file.read().strip() or "?"
-
-
-def running(config: NodeConfig) -> int | None:
-    """Returns the process id of the node's daemon; None if it does not run."""
-    with contextlib.suppress(FileNotFoundError, ValueError), open(config.path("lock"), encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(lock.read())
-    return None
