@@ -273,6 +273,31 @@ def test_the_pair_is_named_after_the_target(xfs_dir: Path, name: str) -> None:
         assert memory(made / name) == TWO
 
 
+@pytest.mark.parametrize(
+    ("target", "other"),
+    [("web.vmss", "web.vmsn"), ("web.vmsn", "web.vmss"), ("web.vmem", "web.VMSS"), ("web.vmss", "web.VMEM")],
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_would_become_a_part_of_a_new_pair_is_named(
+    tmp_path: Path, target: str, other: str, force: bool
+) -> None:
+    source = put(tmp_path, "source.elf", elf_core(TWO))
+    made = tmp_path / "made"
+    made.mkdir()
+    put(made, other, saved_state([])[0])
+    for make in (vmconv.plan, vmconv.convert):
+        with pytest.raises(VmconvError, match=rf"{other}: would be read as a part of .*{target}"):
+            make(str(source), str(made / target), force=force)
+    assert {path.name for path in made.iterdir()} == {other}
+    vmconv.convert(str(source), str(made / f"new{target[3:]}"))
+    assert memory(made / f"new{target[3:]}") == TWO
+    # Its own files are replaced.
+    (made / other).unlink()
+    for _ in range(2):
+        vmconv.convert(str(source), str(made / target), force=True)
+    assert memory(made / target) == TWO
+
+
 def test_a_new_state_has_what_crash_asks_for(tmp_path: Path) -> None:
     vmconv.convert(str(put(tmp_path, "web.elf", elf_core(TWO))), str(tmp_path / "new.vmss"))
     state = (tmp_path / "new.vmss").read_bytes()

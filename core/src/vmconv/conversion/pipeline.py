@@ -16,7 +16,13 @@ from vmconv.conversion.containers import Container, Kept, Target, keep_source, l
 from vmconv.conversion.device import claimed, on_device
 from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans, plan_layout
-from vmconv.conversion.refusals import no_collisions, refuse_copies, refuse_other_kind, refuse_too_large
+from vmconv.conversion.refusals import (
+    no_collisions,
+    refuse_copies,
+    refuse_other_kind,
+    refuse_other_states,
+    refuse_too_large,
+)
 from vmconv.conversion.request import Request, Result
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
@@ -127,6 +133,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
+            refuse_other_states((made for one in conversions for made in one.containers), directory)
             if device:
                 plan = on_device(plan, device, [made for one in conversions for made in one.containers], opener)
             # The end of a disk may be copied everywhere.

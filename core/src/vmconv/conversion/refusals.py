@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from vmconv.model.plan import Plan
 from vmconv.model.sources import File
 
 if TYPE_CHECKING:
+    from vmconv.conversion.containers import Container
     from vmconv.interface.format import Format
     from vmconv.io.registry import Registry
     from vmconv.machine.request import MachinePlan
@@ -39,6 +40,23 @@ def refuse_copies(target: str, zero_copy: str, plan: Plan | MachinePlan) -> None
     if zero_copy == "require" and plan.copies:
         why = "; ".join(f"{copy.bytes} bytes would have to be copied because {copy.reason}" for copy in plan.copies)
         raise ZeroCopyError(f"{target}: {why}")
+
+
+def refuse_other_states(containers: Iterable[Container], directory: Directory) -> None:
+    """Raises `PlanError` if a file beside a memory image of several files would take one of them for a part of it.
+
+    Such files find each other by name: `web.vmsn` would be read with a new `web.vmem`, the memory of another time.
+    """
+    for made in containers:
+        names = {out.name or made.name for out in made.layout.files}
+        if made.format.kind != "memory" or len(names) < 2:
+            continue
+        stem = os.path.splitext(made.name)[0]
+        spelled = (f"{stem}{suffix}" for each in made.format.suffixes for suffix in (each, each.upper()))
+        for name in spelled:
+            if name not in names and directory.has(name):
+                said = f"would be read as a part of {directory.join(made.name)}, which is of another machine or time"
+                raise PlanError(f"{directory.join(name)}: {said}", hint="choose another name, or move that file away")
 
 
 @contextmanager

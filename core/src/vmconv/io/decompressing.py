@@ -53,7 +53,7 @@ class Spool:
         if kind is None or kind.title not in (*_DECODERS, _ZIP):
             known = ", ".join((*_DECODERS, _ZIP))
             raise ImageError(f"{file.name}: is not compressed: --decompress is for {known}")
-        with os_errors("cannot be made", where=self._directory), Directory.at(self._directory) as directory:
+        with os_errors("cannot hold files", where=self._directory), Directory.at(self._directory) as directory:
             descriptor = directory.create_scratch()
         try:
             name = self._fill(file, kind.title, descriptor)
