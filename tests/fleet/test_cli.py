@@ -33,7 +33,7 @@ from vmconv_fleet.cli.fleet import COMMAND, VERBS
 from vmconv_fleet.config import NodeConfig, save
 from vmconv_fleet.jobs.runner import JobRunner
 from vmconv_fleet.replication.records import Change
-from vmconv_fleet.testing import PATIENCE
+from vmconv_fleet.testing import PATIENCE, wait_until
 from vmconv_fleet.words import age_text
 
 Run = Callable[..., str]
@@ -459,6 +459,7 @@ def test_doctor(run: Run, fleet: Fleet) -> None:
     fleet.here.body_when(fleet.other.id, "disk", "bad", lambda _one: True)
     assert run("doctor") == "note   n02 disk bad: no signature\nno problems\n"
     fleet.here.wire.disconnect()
+    wait_until(lambda: not fleet.here.service.neighbours(), PATIENCE, "the service learns of it")
     said = run("doctor", code=1)
     assert "WRONG  n01: is disconnected from the others" in said
     assert "WRONG  n02: is unreachable" in said
