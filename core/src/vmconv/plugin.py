@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from vmconv.model.facts import DiskFacts, Geometry
     from vmconv.model.identity import derived, fresh
     from vmconv.model.image import Image
-    from vmconv.model.layout import Backing, Layout, OutFile, Placement, Reference
+    from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference
     from vmconv.model.options import Identified, Size, describe, option, parse_size
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
     from vmconv.model.plan import Plan, Progress, ShareSteps
@@ -114,6 +114,7 @@ _HOMES = {
     "Stamp": "model.sources",
     "Access": "interface.backend",
     "AccessError": "errors",
+    "Allocation": "model.layout",
     "Backend": "interface.backend",
     "BackendError": "errors",
     "ExistsError": "errors",
@@ -249,6 +250,7 @@ __all__ = [
     "Access",
     "AccessError",
     "Adapted",
+    "Allocation",
     "Backend",
     "BackendError",
     "Backing",

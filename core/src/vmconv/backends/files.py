@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING
 from vmconv.backends.direct import DirectFile
 from vmconv.backends.temporary import Temporary, already_exists
 from vmconv.backends.writing import DescriptorOutput
-from vmconv.errors import AccessError, os_errors, warn
+from vmconv.errors import AccessError, BackendError, os_errors, warn
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Output, Transaction
 from vmconv.io import attributes
 from vmconv.io.directory import Directory
 from vmconv.model.sources import File
+from vmconv.system import linux
 
 if TYPE_CHECKING:
     from vmconv.model.plan import Plan, ShareSteps
@@ -32,6 +34,17 @@ class FileOutput(DescriptorOutput):
     def share(self, steps: ShareSteps) -> None:
         super().share(steps)
         os.ftruncate(self.descriptor, self.size)
+
+    def allocate(self, offset: int, length: int) -> None:
+        try:
+            linux.allocate(self.descriptor, offset, length)
+        except OSError as exc:
+            if exc.errno not in linux.NOT_SUPPORTED | {errno.EINVAL}:
+                raise
+            raise BackendError(
+                f"{self.path}: its filesystem cannot allocate space: {exc.strerror}",
+                hint="use preallocation=full, which writes zeros",
+            ) from exc
 
     def finish(self) -> File:
         if self.durable:

@@ -70,6 +70,8 @@ def on_device(plan: Plan, backend: DeviceBackend, made: Sequence[Container], ope
             f"{device.path}: {made[-1].format.name} would need more than the one device",
             hint="choose another -o subformat",
         )
+    if plan.files[0].allocation != "holes":
+        raise UsageError(f"{device.path}: preallocation does not apply to a block device")
     size = plan.files[0].size
     if size > device.size:
         raise PlanError(f"{device.path}: has {device.size} bytes, and the image needs {size}")

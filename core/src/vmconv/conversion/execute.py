@@ -87,17 +87,14 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
         output.share(file.shares())
         outputs.append(output)
     if created:
-        for file, output in zip(plan.files, outputs, strict=True):
-            if output.descriptor >= 0:
-                created(file.name, output.descriptor)
+        _announce(plan, outputs, created)
     pairs = [pair for pair in zip(plan.files, outputs, strict=True) if pair[1].takes_bytes]
+    to_do = plan.totals.copied + plan.totals.written + sum(_to_fill(file, output) for file, output in pairs)
     # Planned outputs take no bytes here, so there is no progress to report.
-    zeros = [piece for file, output in pairs if not output.reads_as_zero for piece in _zeros(file, output)]
-    to_do = plan.totals.copied + plan.totals.written + sum(length for _, _, length in zeros)
     steps = _Steps(to_do, progress if pairs or not outputs else None)
-    for output, offset, length in zeros:
-        output.zero(offset, length)
-        steps.add(length)
+    for file, output in pairs:
+        for step in _filled(file, output):
+            steps.add(step)
     for file, output in pairs:
         for piece in _pieces(file, output, Action.WRITE, _METADATA_PIECE):
             output.write(piece.offset, piece.source.read(piece.source_offset, piece.length))
@@ -109,6 +106,12 @@ def make(plan: Plan, transaction: Transaction, progress: Progress | None, create
         for step in map(_copy, _batches(copies)) if few else in_order(_copy, _batches(copies)):
             steps.add(step)
     return [output.finish() for output in outputs]
+
+
+def _announce(plan: Plan, outputs: Sequence[Output], created: Created) -> None:
+    for file, output in zip(plan.files, outputs, strict=True):
+        if output.descriptor >= 0:
+            created(file.name, output.descriptor)
 
 
 class _Steps:
@@ -131,11 +134,28 @@ def _pieces(file: FilePlan, output: Output, action: Action, size: int = _PIECE) 
             yield _Piece(output, source, source_offset + at, offset + at, min(size, length - at))
 
 
-def _zeros(file: FilePlan, output: Output) -> Iterator[tuple[Output, int, int]]:
-    """Yields ranges to zero, in pieces that a signal need not wait for."""
+def _to_fill(file: FilePlan, output: Output) -> int:
+    """Returns the bytes that `_filled` yields."""
+    return sum(length for _, length in file.gaps()) if file.allocation == "zeros" or not output.reads_as_zero else 0
+
+
+def _filled(file: FilePlan, output: Output) -> Iterator[int]:
+    """Gives ranges without payload what the plan and the output ask for; yields the bytes of each step."""
     for offset, length in file.gaps():
-        for at in range(0, length, _ZEROED):
-            yield output, offset + at, min(_ZEROED, length - at)
+        if not output.reads_as_zero:
+            yield from _in_steps(output.zero, offset, length, _ZEROED)
+        elif file.allocation == "zeros":
+            yield from _in_steps(lambda at, size: output.write(at, bytes(size)), offset, length, _METADATA_PIECE)
+        elif file.allocation == "space":
+            output.allocate(offset, length)
+
+
+def _in_steps(work: Callable[[int, int], object], offset: int, length: int, size: int) -> Iterator[int]:
+    """Calls `work` for pieces of a range, which a signal need not wait for; yields their lengths."""
+    for at in range(0, length, size):
+        step = min(size, length - at)
+        work(offset + at, step)
+        yield step
 
 
 def _copy(pieces: Sequence[_Piece]) -> int:

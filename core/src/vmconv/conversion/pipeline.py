@@ -134,6 +134,8 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
             plan = merge_plans([conversion.plan for conversion in conversions])
             plan = plan._replace(opened=tuple(file.real_path() for file in opener.files))
             refuse_other_states((made for one in conversions for made in one.containers), directory)
+            if site and any(file.allocation != "holes" for file in plan.files):
+                raise UsageError("--in-place: nothing can be preallocated", hint="omit preallocation")
             if device:
                 plan = on_device(plan, device, [made for one in conversions for made in one.containers], opener)
             # The end of a disk may be copied everywhere.

@@ -16,6 +16,8 @@ from vmconv.model.layout import Layout
 from vmconv.model.plan import Action, CopyReason, Destination, FilePlan, Plan, Steps
 from vmconv.model.sources import Blob, Decoded, File, Source
 
+_FILLED = {"space": "allocated", "zeros": "written as zeros"}
+
 
 def merge_plans(plans: Sequence[Plan]) -> Plan:
     """Returns the plans as one, in their order; all have one directory and one backend."""
@@ -28,7 +30,10 @@ def merge_plans(plans: Sequence[Plan]) -> Plan:
     files = tuple(file for plan in plans for file in plan.files)
     losses = tuple(dict.fromkeys(loss for plan in plans for loss in plan.losses))
     references = tuple(reference for plan in plans for reference in plan.references)
-    return plans[0]._replace(files=files, copies=tuple(copies.values()), losses=losses, references=references)
+    notes = tuple(note for plan in plans for note in plan.notes)
+    return plans[0]._replace(
+        files=files, copies=tuple(copies.values()), losses=losses, references=references, notes=notes
+    )
 
 
 def plan_layout(
@@ -48,9 +53,22 @@ def plan_layout(
         steps = _steps(out.table, survey, reasons)
         if out.reason:
             _give_reason(steps, out.table.sources, reasons.number(out.reason))
-        files.append(FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table, out.slack))
+        files.append(
+            FilePlan(out.name or name, out.table.size, steps, out.table.sources, out.table, out.slack, out.allocation)
+        )
     copies = tuple(_copy_reasons(files, reasons.texts))
-    return Plan(directory, backend, tuple(files), copies, losses + layout.losses, layout.references, destination)
+    filled = (file for file in files if file.filled)
+    notes = tuple(f"{file.name}: {file.filled} bytes without payload are {_FILLED[file.allocation]}" for file in filled)
+    return Plan(
+        directory,
+        backend,
+        tuple(files),
+        copies,
+        losses + layout.losses,
+        layout.references,
+        destination,
+        notes=notes,
+    )
 
 
 class _Reasons:

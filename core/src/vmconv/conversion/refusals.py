@@ -100,7 +100,7 @@ def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
 
 def refuse_too_large(plan: Plan) -> None:
     """Raises `PlanError` if the filesystem has too little space, instead of failing after hours of copying."""
-    need = plan.totals.copied + plan.totals.written
+    need = plan.totals.copied + plan.totals.written + sum(file.filled for file in plan.files)
     if plan.destination == "device" or not os.path.isdir(plan.directory):
         return
     space = os.statvfs(plan.directory)

@@ -84,6 +84,9 @@ class Output(ABC):
         """Copies bytes of a source; called from several threads, for disjoint ranges."""
         self.write(offset, source.read(source_offset, length))
 
+    def allocate(self, offset: int, length: int) -> None:  # noqa: B027 most outputs have no space of their own
+        """Allocates a range that is never written, so that later writes to it find space."""
+
     def zero(self, offset: int, length: int) -> None:
         """Zeroes a range that is never written; called only without `reads_as_zero`."""
         raise NotImplementedError

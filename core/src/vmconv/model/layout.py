@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from vmconv.errors import PlanError
 from vmconv.model.identity import fresh
@@ -47,18 +47,23 @@ class Placement(NamedTuple):
         return self.content or self.identity
 
 
+Allocation = Literal["holes", "space", "zeros"]
+"""What ranges without payload get: nothing, space that reads as zero (fallocate), or zeros that are written."""
+
+
 class OutFile(NamedTuple):
     """One output file: `table` maps its bytes (DATA of a source's file or of a `Blob`, or ZERO).
 
     `name` is None for the target itself, else the name of a file beside it. `reason` completes "copied because ..." for
     payload that cannot be referenced, in an output that refers to other files. `slack`: no reader looks at ZERO ranges,
-    so a conversion in place need not clear them.
+    so a conversion in place need not clear them. `allocation` is what ZERO ranges get on storage.
     """
 
     table: Extents
     name: str | None = None
     reason: str | None = None
     slack: bool = False
+    allocation: Allocation = "holes"
 
 
 class Reference(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmconv.model.extents import Column, Extents, spread
-from vmconv.model.layout import Reference
+from vmconv.model.layout import Allocation, Reference
 from vmconv.model.sources import File, Source
 
 Progress = Callable[[int, int], None]
@@ -118,6 +118,7 @@ class FilePlan(NamedTuple):
     sources: tuple[Source, ...]
     table: Extents
     slack: bool
+    allocation: Allocation = "holes"
 
     def shares(self) -> ShareSteps:
         rows = self.steps.take(self.steps.action == Action.SHARE)
@@ -132,6 +133,11 @@ class FilePlan(NamedTuple):
             at = max(at, offset + length)
         if at < self.size:
             yield at, self.size - at
+
+    @property
+    def filled(self) -> int:
+        """Bytes without payload that take space all the same."""
+        return 0 if self.allocation == "holes" else sum(length for _, length in self.gaps())
 
 
 class CopyReason(NamedTuple):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vmconv.plugin import Size, option
 
+if TYPE_CHECKING:
+    from vmconv.plugin import Allocation
+
 Subformat = Literal["standard", "reference"]
+Preallocation = Literal["off", "metadata", "falloc", "full"]
 Compat = Literal["1.1", "0.10", "v3", "v2"]
 
 
@@ -26,6 +30,10 @@ class Options:
     data_file: str | None = option(None, "SOURCE as its data file: payload stays in it, and guests write into it")
     data_file_raw: bool = option(False, "on: the data file is the disk and remains so, readable without the image")
 
+    preallocation: Preallocation = option(
+        "off", "metadata: map all clusters; falloc: and allocate their space; full: and write zeros into it"
+    )
+
     def __post_init__(self) -> None:
         if self.cluster_size is not None and self.cluster_size not in (1 << bits for bits in range(9, 22)):
             raise ValueError("a cluster is a power of two from 512 to 2M")
@@ -39,11 +47,17 @@ class Options:
             raise ValueError("data_file_raw needs data_file")
         if self.data_file and self.subformat == "reference":
             raise ValueError("data_file and subformat=reference exclude each other")
+        if self.preallocation != "off" and (self.data_file or self.subformat == "reference"):
+            raise ValueError("preallocation is for payload in the image itself")
         if self.version == 2:
             newer = [name for name in ("extended_l2", "lazy_refcounts", "data_file") if getattr(self, name)]
             newer += ["refcount_bits"] if self.refcount_bits != 16 else []
             if newer:
                 raise ValueError(f"{newer[0]} needs compat=1.1")
+
+    @property
+    def allocation(self) -> Allocation:
+        return {"falloc": "space", "full": "zeros"}.get(self.preallocation, "holes")  # type: ignore[return-value]
 
     @property
     def version(self) -> int:

@@ -114,8 +114,20 @@ class _Writer:
         # Version 2 has no zero clusters: hiding the parent takes allocated ones, which are holes in the file.
         if backing and options.version == 2:
             self.allocated |= self.runs.kind == Kind.ZERO
+        if options.preallocation != "off":
+            self._refuse_preallocation()
+            self.allocated[:] = True
         mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
         self.l2_tables = _touched(self.runs.first[mapped], self.runs.blocks[mapped], self.entries)
+
+    def _refuse_preallocation(self) -> None:
+        if self.backing:
+            raise PlanError(
+                "preallocation and a backing file exclude each other: every cluster would hide it",
+                hint="use preallocation=off",
+            )
+        if self.carrier:
+            raise PlanError("in place, nothing can be preallocated", hint="use preallocation=off")
 
     def _pin(self, table: Extents, carrier: File) -> None:
         """Leaves payload in place, in clusters of the requested size, or else the largest possible."""
@@ -157,7 +169,12 @@ class _Writer:
         blob_length = np.array([blob.size for _, blob in metadata], dtype=np.int64)
         both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
         # The last cluster is whole even if it ends in zeros: only QEMU reads a partial one.
-        return Layout((OutFile(Extents.placed(end, both, both_length, sources), slack=True),), (), self.references)
+        table = Extents.placed(end, both, both_length, sources)
+        return Layout(
+            (OutFile(table, slack=True, allocation=self.options.allocation),),
+            (),
+            self.references,
+        )
 
     # -- placement
 
@@ -371,6 +388,8 @@ class _Writer:
             return entry.astype(">i8").tobytes()
         n = structs.SUBCLUSTERS
         kinds, _, _ = shape.units(self.unit, first * n, count * n)
+        if self.options.preallocation != "off":
+            kinds = np.repeat(kind, n)
         bits = np.stack([kinds.reshape(-1, n) == Kind.DATA, kinds.reshape(-1, n) == Kind.ZERO], axis=1)
         if not self.backing:
             # No parent has to be hidden.

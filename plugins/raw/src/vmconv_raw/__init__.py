@@ -21,10 +21,18 @@ class Raw(Format):
 
         return read(file, snapshot=snapshot)
 
+    def options(self) -> type[Any]:
+        from vmconv_raw.options import Options
+
+        return Options
+
+    def options_of(self, image: Image) -> Any:
+        return self.options()()
+
     def write(self, image: Image, options: Any, placement: Placement, *, backing: Backing | None = None) -> Layout:
         from vmconv_raw.writer import write
 
-        return write(image)
+        return write(image, options)
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         return None
