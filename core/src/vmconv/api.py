@@ -125,6 +125,7 @@ __all__ = [
     "SyncResult",
     "View",
     "ZeroCopy",
+    "bitmap",
     "check",
     "checking",
     "compare",
@@ -670,6 +671,31 @@ def resize(
     asked = checked(Resizing, **given)
     with _errors():
         return resized(asked, announce)
+
+
+@_named
+def bitmap(
+    path: StrPath,
+    name: str,
+    changes: Iterable[str],
+    *,
+    granularity: int = 0,
+    source_format: str | None = None,
+    keep_undo: bool = False,
+    allow_external: Iterable[StrPath] = (),
+) -> Edited:
+    """Changes a persistent bitmap of the image in `path`. `info` lists them.
+
+    `changes` are "add", "remove", "clear", "enable", "disable" or "merge:SOURCE", made in this order as one edit. An
+    added bitmap has a bit for each `granularity` bytes, 0 for the format's choice.
+    """
+    given = locals()
+    from vmconv.conversion.bitmaps import change_bitmaps
+    from vmconv.interface.arguments import Bitmapping, checked
+
+    asked = checked(Bitmapping, **given)
+    with _errors():
+        return change_bitmaps(asked)
 
 
 @_named

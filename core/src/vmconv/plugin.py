@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     )
     from vmconv.interface.command import Command
     from vmconv.interface.findings import Findings
-    from vmconv.interface.format import CheckReport, Format, FormatKind, NoOptions, SnapshotChange
+    from vmconv.interface.format import BitmapChange, CheckReport, Format, FormatKind, NoOptions, SnapshotChange
     from vmconv.interface.hooks import hookimpl
     from vmconv.interface.machines import (
         Adapted,
@@ -120,6 +120,7 @@ _HOMES = {
     "ExistsError": "errors",
     "Backing": "model.layout",
     "Beginning": "machine.beginning",
+    "BitmapChange": "interface.format",
     "Blob": "model.sources",
     "Capabilities": "interface.backend",
     "CheckReport": "interface.format",
@@ -255,6 +256,7 @@ __all__ = [
     "BackendError",
     "Backing",
     "Beginning",
+    "BitmapChange",
     "Blob",
     "Capabilities",
     "CheckReport",

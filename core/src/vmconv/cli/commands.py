@@ -21,6 +21,7 @@ COMMANDS = (
     ("create", "make an image of an empty disk"),
     ("resize", "give a disk another size"),
     ("snapshot", "list, take, delete or apply internal snapshots"),
+    ("bitmap", "change the persistent bitmaps of an image"),
     ("rebase", "give a layer another parent"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),

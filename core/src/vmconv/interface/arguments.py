@@ -219,6 +219,25 @@ class Editing(NamedTuple):
     allow_external: FilePaths = ()
 
 
+class Bitmapping(NamedTuple):
+    """Changes of the bitmap `name`, made in their order as one.
+
+    Each is a verb: "add", "remove", "clear", "enable", "disable", or "merge:SOURCE" with the name of another bitmap.
+    """
+
+    path: FilePath
+    name: str
+    changes: Names
+    granularity: int = 0
+    source_format: str | None = None
+    keep_undo: bool = False
+    allow_external: FilePaths = ()
+
+    @property
+    def editing(self) -> Editing:
+        return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
+
+
 class Repairing(NamedTuple):
     """An image to repair: only leaks, or all that can be."""
 

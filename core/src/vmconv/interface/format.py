@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from vmconv.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmconv.io.opener import Opener
     from vmconv.model.draft import Draft
     from vmconv.model.extents import Column
@@ -41,6 +43,20 @@ class CheckReport(NamedTuple):
     image_end: int = 0
     doubts: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
+
+
+BitmapVerb = Literal["add", "remove", "clear", "enable", "disable", "merge"]
+
+
+class BitmapChange(NamedTuple):
+    """A change of a bitmap. One that is added has `granularity` bytes for each bit, 0 for the format's choice.
+
+    `source` is the bitmap whose bits are merged into it.
+    """
+
+    verb: BitmapVerb
+    granularity: int = 0
+    source: str = ""
 
 
 SnapshotVerb = Literal["create", "delete", "apply"]
@@ -161,6 +177,15 @@ class Format:
         from vmconv.errors import PlanError
 
         raise PlanError(f"{image.file.name}: {self.name} has no internal snapshots that vmconv changes")
+
+    def change_bitmaps(self, image: Image, name: str, changes: Sequence[BitmapChange]) -> Draft:
+        """Returns the file of `image` after changes of the bitmap `name`, in their order.
+
+        Raises `PlanError` if the format has none, or the image has no room; `UsageError` for an unknown name.
+        """
+        from vmconv.errors import PlanError
+
+        raise PlanError(f"{image.file.name}: {self.name} has no bitmaps that vmconv changes")
 
     def repair(self, image: Image, *, errors: bool) -> Draft | None:
         """Returns the file of `image` with what can be derived made right; without `errors` only leaks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import Format, hookimpl
@@ -10,6 +10,7 @@ from vmconv.plugin import Format, hookimpl
 if TYPE_CHECKING:
     from vmconv.plugin import (
         Backing,
+        BitmapChange,
         CheckReport,
         Column,
         Draft,
@@ -75,6 +76,11 @@ class Qcow2(Format):
         from vmconv_qcow2.parent import set_parent
 
         return set_parent(image, parent)
+
+    def change_bitmaps(self, image: Image, name: str, changes: Sequence[BitmapChange]) -> Draft:
+        from vmconv_qcow2.bitmap_edits import change_bitmaps
+
+        return change_bitmaps(image, name, changes)
 
     def change_snapshots(self, image: Image, change: SnapshotChange) -> Draft:
         from vmconv_qcow2.snapshots import change_snapshots

@@ -32,13 +32,18 @@ def dirty_ranges(image: Image, name: str) -> _Pair:
     `ImageError` if it is damaged.
     """
     header = read_header(image.file)
-    bitmap = _named(header, name)
+    bitmap = bitmap_named(header, name)
     _refuse_incomplete(header, bitmap)
+    return ranges_of(header, bitmap)
+
+
+def ranges_of(header: Header, bitmap: Bitmap) -> _Pair:
+    """Returns the ranges that a bitmap has as written, complete or not."""
     count, starts, lengths = 0, [], []
     for start, length in _slices(header, bitmap):
         count += len(start)
         if count > _MOST_RANGES:
-            raise PlanError(f"{image.file.name}: bitmap {name!r} has more than {_MOST_RANGES} ranges")
+            raise PlanError(f"{header.file.name}: bitmap {bitmap.name!r} has more than {_MOST_RANGES} ranges")
         starts.append(start)
         lengths.append(length)
     return np.concatenate(starts), np.concatenate(lengths)
@@ -69,7 +74,8 @@ def _rounded(length: int, unit: int) -> int:
     return -(-length // unit) * unit
 
 
-def _named(header: Header, name: str) -> Bitmap:
+def bitmap_named(header: Header, name: str) -> Bitmap:
+    """Returns the bitmap with this name; raises `UsageError` if there is none."""
     bitmaps = list(read_bitmaps(header))
     found = [bitmap for bitmap in bitmaps if bitmap.name == name]
     if len(found) != 1:
