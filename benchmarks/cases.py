@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archive_case import archives
 from backup_case import backups
@@ -16,7 +16,7 @@ from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
-from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw
+from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw, text_raw
 from inplace_cases import in_place
 from machine_case import machines, machines_in_place
 from measure import Contender, Measured
@@ -179,6 +179,46 @@ def compressed(bench: Bench, place: Place) -> None:
             bench.at_least(measured, text, "vmconv", "qemu-img -W -m 16", 1.5, hasty=HASTY)
 
 
+def compressing(bench: Bench, place: Place) -> None:
+    """Clusters that are compressed while they are written, and clusters of a source that is compressed already."""
+    size = GIB // 4 if bench.quick else GIB
+    with place.scratch("text.raw") as (raw,):
+        text_raw(raw, size)
+        for kind in ("zlib", "zstd"):
+            title = f"raw -> qcow2 -c ({kind}), {_gib(size)} of text"
+            text = f"{kind}: as fast as qemu-img -c -W -m 16"
+            flags = ("-c", "-o", f"compression_type={kind}")
+            _compressing(bench, place, (raw, "raw"), flags, title, text, 1)
+            image = bench.compressed(place, kind)
+            title = f"qcow2 ({kind}) -> qcow2 -c ({kind}), {_gib(size)} of text"
+            text = f"{kind}: taken over 10 times faster than qemu-img -c -W -m 16"
+            _compressing(bench, place, (image, "qcow2"), flags, title, text, 10)
+
+
+def _compressing(
+    bench: Bench, place: Place, source: tuple[str, str], flags: Sequence[str], title: str, text: str, limit: float
+) -> None:
+    sizes: dict[str, int] = {}
+
+    def checked(name: str) -> Callable[[str], None]:
+        def check(target: str) -> None:
+            sizes[name] = os.path.getsize(target)
+            same_as(*source, "qcow2")(target)
+
+        return check
+
+    with place.scratch("target.qcow2") as (target,):
+        ours = vmconv(source[0], target, *flags, check=checked("vmconv"))
+        theirs = qemu_img(*source, target, "qcow2", *flags, *PARALLEL, heavy=False)
+        hasty = replace(vmconv(source[0], target, *flags, "-t", "unsafe"), name=HASTY, durable=False)
+        theirs = replace(theirs, name="qemu-img", check=checked("qemu-img"))
+        measured = bench.measure("compressing", place, title, [ours, hasty, theirs], _few(bench))
+    print(f"  size of the result: vmconv {sizes['vmconv']}, qemu-img {sizes['qemu-img']}")
+    bench.at_least(measured, text, "vmconv", "qemu-img", limit, hasty=HASTY)
+    larger = 100 * (sizes["vmconv"] / sizes["qemu-img"] - 1)
+    bench.at_most(measured, f"{title}: larger than by qemu-img", larger, 3, "%")
+
+
 def scale(bench: Bench, place: Place) -> None:
     """Disks far larger than storage: time and memory follow the metadata."""
     content = bench.random(place)
@@ -286,6 +326,7 @@ CASES = (
     Case("scale", ("xfs",), scale),
     Case("reference", ("xfs", "ext4"), reference),
     Case("compressed", ("xfs", "ext4"), compressed),
+    Case("compressing", ("xfs", "ext4"), compressing),
     Case("in-place", ("ext4",), in_place),
     Case("sync", ("xfs", "btrfs", "ext4"), sync),
     Case("copy", ("ext4", "directory"), copy),

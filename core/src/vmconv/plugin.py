@@ -90,12 +90,12 @@ if TYPE_CHECKING:
     from vmconv.model.facts import DiskFacts, Geometry
     from vmconv.model.identity import derived, fresh
     from vmconv.model.image import Image
-    from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference
+    from vmconv.model.layout import Allocation, Backing, Layout, OutFile, Placement, Reference, Scratch
     from vmconv.model.options import Identified, Size, describe, option, parse_size
     from vmconv.model.paths import from_url, from_windows, is_foreign, named_by, text_of, to_windows
     from vmconv.model.plan import Plan, Progress, ShareSteps
     from vmconv.model.references import Dependency, Record, read_records, refer
-    from vmconv.model.sources import Blob, Decoded, File, Placeholder, Reserved, Source, Stamp
+    from vmconv.model.sources import Blob, Decoded, Encoded, File, Placeholder, Reserved, Source, Stamp
     from vmconv.model.usage import GUEST, Metadata, Usage, overlaps, refuse_overlaps
     from vmconv.placing import blocks
     from vmconv.placing.pinning import Pinned, pin
@@ -136,6 +136,7 @@ _HOMES = {
     "Draft": "model.draft",
     "Disk": "model.disk",
     "DiskFacts": "model.facts",
+    "Encoded": "model.sources",
     "Extents": "model.extents",
     "File": "model.sources",
     "Findings": "interface.findings",
@@ -174,6 +175,7 @@ _HOMES = {
     "Reference": "model.layout",
     "Registry": "io.registry",
     "Reserved": "model.sources",
+    "Scratch": "model.layout",
     "SetOptions": "cli.options",
     "ShareSteps": "model.plan",
     "Size": "model.options",
@@ -273,6 +275,7 @@ __all__ = [
     "Disk",
     "DiskFacts",
     "Draft",
+    "Encoded",
     "ExistsError",
     "Extents",
     "File",
@@ -310,6 +313,7 @@ __all__ = [
     "Reference",
     "Registry",
     "Reserved",
+    "Scratch",
     "SetOptions",
     "ShareSteps",
     "Size",

@@ -8,6 +8,7 @@ from functools import partial
 
 from vmconv.cli.options import (
     add_access,
+    add_compress,
     add_format,
     add_from_snapshot,
     add_making,
@@ -58,6 +59,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directory", default=".", metavar="DIR", help="where to make the images (default: .)")
     add_format(parser, "-f", "SOURCE")
     add_options(parser, "the formats", "FMT.NAME=VALUE")
+    add_compress(parser)
     add_snapshot(parser)
     add_from_snapshot(parser)
     add_storage(parser)

@@ -132,6 +132,16 @@ def add_options(parser: argparse.ArgumentParser, whose: str, metavar: str = "NAM
     )
 
 
+def add_compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        dest="compress",
+        action="store_true",
+        help="compress payload: qcow2 (see -o compression_type, compression_level), VMDK as streamOptimized; clusters\n"
+        "that SOURCE has compressed in the same way are taken over as they are",
+    )
+
+
 def add_snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
@@ -277,10 +287,11 @@ def add_making(parser: argparse.ArgumentParser) -> None:
 
 
 def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of a `Request` from `-f`, `-l`, `add_storage`, `--force` and `add_access`."""
+    """Returns the fields of a `Request` from `-f`, `-c`, `-l`, `add_storage`, `--force` and `add_access`."""
     return {
         "source_format": options.format_f,
         "source_backing_format": options.source_backing_format,
+        "compress": options.compress,
         "snapshot": options.snapshot,
         "backend": options.backend,
         "zero_copy": options.zero_copy,

@@ -17,7 +17,7 @@ from vmconv.io.registry import Registry
 from vmconv.model.extents import Extents, Kind
 from vmconv.model.identity import derived, fresh
 from vmconv.model.image import Image
-from vmconv.model.layout import Backing, Layout, Placement
+from vmconv.model.layout import Backing, Layout, Placement, Scratch
 from vmconv.model.references import name_for, plain, refer
 from vmconv.model.sources import File
 
@@ -26,7 +26,7 @@ class Target(NamedTuple):
     """The requested target: the file `name` in `directory`, its format and its writer's options.
 
     `identity` comes from the options or is random. `content` is the identity of the content of an image that keeps its
-    own; see `Placement`.
+    own; see `Placement`. `scratch` is room for what its writer makes.
     """
 
     format: Format
@@ -35,6 +35,7 @@ class Target(NamedTuple):
     name: str
     identity: bytes
     content: bytes | None = None
+    scratch: Scratch | None = None
 
     @classmethod
     def of(cls, wanted: Format, options: Any, directory: str, name: str) -> Target:
@@ -182,7 +183,9 @@ def lay_out(
     # Parts begin with the base; layers are numbered from the user's target, 0, downwards.
     for layer, part in zip(reversed(range(len(parts))), parts, strict=True):
         disk = part.image.onto(part.base, parent) if part.base and backing else part.image
-        placement = Placement(modulus, part.name, target.directory, carrier, target.identity_of(layer), target.content)
+        placement = Placement(
+            modulus, part.name, target.directory, carrier, target.identity_of(layer), target.content, target.scratch
+        )
         # Writers are plugins: a wrong result must name its plugin, not fail somewhere else.
         layout: Any = target.format.write(disk, target.options, placement, backing=backing)
         if not isinstance(layout, Layout):

@@ -49,6 +49,7 @@ def _refuse_options(request: Request) -> None:
         (request.backing_file is not None, "a backing file"),
         (request.blank is not None, "a new disk"),
         (request.options, "-o"),
+        (request.compress, "-c"),
     ):
         if given:
             raise UsageError(f"-n keeps what {request.target} is: {what} does not apply", hint="--force replaces it")

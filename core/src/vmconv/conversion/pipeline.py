@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,7 @@ from vmconv.conversion.refusals import (
     refuse_other_states,
     refuse_too_large,
 )
-from vmconv.conversion.request import Request, Result
+from vmconv.conversion.request import Request, Result, options_of
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
@@ -33,11 +33,11 @@ from vmconv.interface.backend import Access, Backend, Proposal, Survey, Transact
 from vmconv.io.directory import Directory
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry, installed
+from vmconv.io.scratch import ScratchFile
 from vmconv.model import references
 from vmconv.model.identity import fresh
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing
-from vmconv.model.options import parse_options
 from vmconv.model.plan import Plan, Progress
 from vmconv.model.sources import File
 
@@ -103,11 +103,14 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         request.opener(registry) as opener,
         places(request, *others) as found,
         claimed(request, *found[0]) as device,
+        ExitStack() as stack,
     ):
         targets = [
             (each, _target(registry, each, place)) for each, place in zip((request, *others), found, strict=True)
         ]
         directory = _only_directory(found)
+        scratch = stack.enter_context(closing(_scratch(None if device else directory.path)))
+        targets = [(each, target._replace(scratch=scratch)) for each, target in targets]
         refuse_directory(directory)
         image = _source(request, opener)
         for _, wanted in targets:
@@ -157,6 +160,15 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 yield Prepared(image, backend, conversions, plan, opener, begin)
 
 
+def _scratch(directory: str | None) -> ScratchFile:
+    """Returns room for what writers make, in a target's directory; elsewhere if the target is a device or a stream."""
+    if directory is None:
+        from tempfile import gettempdir
+
+        directory = gettempdir()
+    return ScratchFile(directory)
+
+
 def _source(request: Request, opener: Opener) -> Image:
     """Returns the image to convert."""
     if request.blank is not None:
@@ -197,8 +209,8 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
     _refuse_with_stream(request)
     backend = StreamBackend(descriptor)
     registry = installed()
-    with request.opener(registry) as opener:
-        target = _stream_target(request, registry)
+    with request.opener(registry) as opener, closing(_scratch(None)) as scratch:
+        target = _stream_target(request, registry)._replace(scratch=scratch)
         refuse_source_kept(target.format, target.options)
         image = _source(request, opener)
         refuse_other_kind(image.file.name, image.kind, target.format, registry)
@@ -390,7 +402,7 @@ def _refuse_with_stream(request: Request) -> None:
 def _stream_target(request: Request, registry: Registry) -> Target:
     """Returns the target of a stream. Its name is a guess, for formats that store their own file name."""
     wanted = registry.writer(request.target_format or "")
-    options = parse_options(wanted.options(), request.options, wanted.name)
+    options = options_of(request, wanted, registry)
     return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
 
 
@@ -422,7 +434,7 @@ def places(*requests: Request) -> Iterator[list[_Place]]:
 def _target(registry: Registry, request: Request, place: _Place) -> Target:
     """Returns the target of a request. Raises `PlanError` if a special file has its name."""
     wanted = registry.writer(_target_format(registry, request))
-    options = parse_options(wanted.options(), request.options, wanted.name)
+    options = options_of(request, wanted, registry)
     directory, name = place
     there = directory.status(name)
     if there and stat.S_ISBLK(there.st_mode) and not request.no_create:

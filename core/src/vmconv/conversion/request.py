@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.errors import UsageError
 from vmconv.inplace.settling import refuse_interrupted, settle
 from vmconv.interface.arguments import Cache, FilePath, FilePaths, Mode, WriterOptions, ZeroCopy
 from vmconv.io.opener import Opener
 from vmconv.io.registry import Registry
+from vmconv.model.options import parse_options
 from vmconv.model.plan import CopyReason, Totals
+
+if TYPE_CHECKING:
+    from vmconv.interface.format import Format
 
 
 class Request(NamedTuple):
@@ -42,6 +46,8 @@ class Request(NamedTuple):
 
     `blank` makes an empty disk of this size, bytes, instead of reading `source`, which is not used. It may be on top of
     `backing_file`, which is any image then, of `backing_format`; 0 is the size of that.
+
+    `compress` compresses all payload, as `Format.compressing` says for the target's format.
 
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
 
@@ -85,6 +91,7 @@ class Request(NamedTuple):
     target_is_zero: bool = False
     offset: int = 0
     length: int | None = None
+    compress: bool = False
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -160,6 +167,21 @@ class Request(NamedTuple):
         from tempfile import gettempdir
 
         return gettempdir()
+
+
+def options_of(request: Request, wanted: Format, registry: Registry) -> Any:
+    """Returns the options of the target's writer. Raises `UsageError` if it cannot do what is asked."""
+    if not request.compress:
+        return parse_options(wanted.options(), request.options, wanted.name)
+    if not wanted.compressing:
+        can = ", ".join(sorted(name for name, one in registry.formats.items() if one.compressing))
+        raise UsageError(f"-c: {wanted.name} has no compression", hint=f"formats that have: {can or 'none installed'}")
+    for name, value in wanted.compressing.items():
+        given = request.options.get(name, value)
+        mine, theirs = (parse_options(wanted.options(), {name: each}, wanted.name) for each in (value, given))
+        if getattr(mine, name) != getattr(theirs, name):
+            raise UsageError(f"-c is -o {name}={value} for {wanted.name}, and {name}={given!s} contradicts it")
+    return parse_options(wanted.options(), {**request.options, **wanted.compressing}, wanted.name)
 
 
 class Result(NamedTuple):

@@ -16,7 +16,7 @@ from vmconv.io.known import qemu_name
 from vmconv.model.extents import Extents, Kind, on_storage
 from vmconv.model.image import Image
 from vmconv.model.planned import PlannedFile
-from vmconv.model.sources import File
+from vmconv.model.sources import Decoded, File
 
 if TYPE_CHECKING:
     from vmconv.conversion.containers import Container
@@ -144,7 +144,8 @@ def _checked(containers: Sequence[Container], files: Iterable[File], registry: R
     from vmconv.conversion.readback import check_places
 
     for one in read_back(containers, files, registry):
-        table = one.image.guest
+        # Before the files are composed: windows onto encoded payload name the result's own file.
+        table = _as_encoded(one)
         for out, file in zip(one.container.layout.files, one.files, strict=True):
             table = table.through(file, out.table)
         for reference in one.container.layout.references:
@@ -152,6 +153,18 @@ def _checked(containers: Sequence[Container], files: Iterable[File], registry: R
         _check_table(one.container, table)
         check_places(one.sides)
         yield one
+
+
+def _as_encoded(one: Made) -> Extents:
+    """Returns the table of a result; payload that is encoded as planned is the source's."""
+    table = one.image.guest
+    if not any(isinstance(source, Decoded) and source.encoding for source in table.sources):
+        return table
+    from vmconv.conversion.encoded import as_encoded
+
+    disk = one.container.disk
+    wanted = disk.flat if one.container.below is None else disk.guest
+    return as_encoded(table, one.sides.layouts, wanted.window(0, table.size, Kind.ZERO))
 
 
 def _check_parent(container: Container, result: Image) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vmconv.errors import UsageError
@@ -100,6 +102,8 @@ class Format:
     not_mountable: frozenset[str] = frozenset()
     """Values of the option `subformat` that mounts leave out, because planning reads all payload, for example, or the
     image needs other files."""
+    compressing: Mapping[str, str] = MappingProxyType({})
+    """The writer's options that compress all payload, for `convert -c`; none if it cannot."""
     in_place = False
     """True if the writer supports `Placement.carrier`: payload stays at its offset in a file."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from vmconv.errors import PlanError
 from vmconv.model.identity import fresh
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 # A default argument has to be a constant. Conversions pass an identity for each image.
 _OF_THIS_PROCESS = fresh()
+
+
+class Scratch(Protocol):
+    """Bytes that a writer keeps until the output is written, so that it need not make them twice."""
+
+    def append(self, data: bytes) -> int:
+        """Keeps bytes and returns their offset: behind all that were kept before."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Returns bytes that were kept."""
 
 
 class Placement(NamedTuple):
@@ -32,6 +42,9 @@ class Placement(NamedTuple):
     `identity` is the UUID of this image, 16 bytes; other ids are derived by `vmconv.model.identity.derived`. The caller
     gives each image its own. The default is random per process. `content`, 16 bytes, is given if an image keeps its
     identity and gets another content: ids that change with the content are derived from `content_identity`.
+
+    `scratch` is room for bytes that cost much to make, such as compressed ones. Without it they are made twice: once
+    for their sizes.
     """
 
     modulus: int = 1
@@ -40,6 +53,7 @@ class Placement(NamedTuple):
     carrier: File | None = None
     identity: bytes = _OF_THIS_PROCESS
     content: bytes | None = None
+    scratch: Scratch | None = None
 
     @property
     def content_identity(self) -> bytes:

@@ -14,7 +14,7 @@ from vmconv.errors import ImageError, ReadError
 from vmconv.system import linux
 
 if TYPE_CHECKING:
-    from vmconv.model.extents import Extents
+    from vmconv.model.extents import Column, Extents
 
 
 # Filesystems without SEEK_DATA fail with EINVAL, network filesystems and FUSE with EOPNOTSUPP or ENOSYS. ENXIO is an
@@ -205,6 +205,9 @@ class Decoded(Source):
     """A decoded view of parts of `file`: `count` units of `unit` bytes each, made by `decode(first, count)`.
 
     `reason` completes the sentence "copied because ...". A subclass may override `units` instead of passing `decode`.
+
+    `encoding` names how units are encoded: equal names mean that equal bytes are equal units. Then `encoded` returns
+    `(offset, length)` of the encoded bytes in `file`, for the numbers of units that some table has.
     """
 
     step = 512 << 10
@@ -219,13 +222,23 @@ class Decoded(Source):
         count: int,
         reason: str,
         decode: Callable[[int, int], list[bytes]] | None = None,
+        encoding: str | None = None,
+        encoded: Callable[[Column], tuple[Column, Column]] | None = None,
     ) -> None:
         self.name = name
         self.file = file
+        self.encoding = encoding if encoded else None
+        self._encoded = encoded
         self.unit = unit
         self.size = unit * count
         self.reason = reason
         self._decode = decode
+
+    def encoded(self, units: Column) -> tuple[Column, Column]:
+        """Returns offset and length in `file` of the encoded bytes of each unit, of a source with an `encoding`."""
+        if self._encoded is None:
+            raise NotImplementedError(f"{self.name}: has no encoded units")
+        return self._encoded(units)
 
     def read(self, offset: int, length: int) -> bytes:
         return b"".join(self.units(offset, length))
@@ -241,6 +254,18 @@ class Decoded(Source):
         units[-1] = units[-1][: offset + length - (end - 1) * self.unit]
         units[0] = units[0][offset - first * self.unit :]
         return units
+
+
+class Encoded(Decoded):
+    """Bytes that a writer encodes: units of the guest's disk, such as compressed clusters. `encoding` names how."""
+
+    def __init__(self, name: str, file: File, *, size: int, encoding: str, reason: str) -> None:
+        super().__init__(name, file, unit=1, count=size, reason=reason)
+        self.encoding = encoding
+
+    @abstractmethod
+    def units_at(self, offset: Column) -> tuple[Column, Column]:
+        """Returns guest address and encoded length of the units that begin at these offsets; -1 where none does."""
 
 
 class Placeholder(Source):

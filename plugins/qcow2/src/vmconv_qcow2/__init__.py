@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import Format, hookimpl
@@ -30,6 +31,7 @@ class Qcow2(Format):
     supports_backing = True
     not_mountable = frozenset({"reference"})
     in_place = True
+    compressing = MappingProxyType({"compress": "on"})
 
     def options(self) -> type[Any]:
         from vmconv_qcow2.options import Options

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vmconv.plugin import Allocation
 
 Subformat = Literal["standard", "reference"]
+Compression = Literal["zlib", "zstd"]
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 Compat = Literal["1.1", "0.10", "v3", "v2"]
 
@@ -26,6 +27,9 @@ class Options:
     refcount_bits: int = option(16, "bits of a reference count: 1, 2, 4, 8, 16, 32 or 64")
     extended_l2: bool = option(False, "on: allocate by 32nds of a cluster (clusters of 16K and more)")
     lazy_refcounts: bool = option(False, "on: later writers may postpone updates of reference counts")
+    compress: bool = option(False, "on: compress clusters, as convert -c; those that are compressed so are kept")
+    compression_type: Compression = option("zlib", "how clusters are compressed: zlib or zstd")
+    compression_level: int | None = option(None, "1 to 9 for zlib, 1 to 19 for zstd; by default fast and small enough")
     subformat: Subformat = option("standard", "reference: payload stays in SOURCE, which becomes the backing file")
     data_file: str | None = option(None, "SOURCE as its data file: payload stays in it, and guests write into it")
     data_file_raw: bool = option(False, "on: the data file is the disk and remains so, readable without the image")
@@ -49,11 +53,25 @@ class Options:
             raise ValueError("data_file and subformat=reference exclude each other")
         if self.preallocation != "off" and (self.data_file or self.subformat == "reference"):
             raise ValueError("preallocation is for payload in the image itself")
+        self._refuse_compression()
         if self.version == 2:
             newer = [name for name in ("extended_l2", "lazy_refcounts", "data_file") if getattr(self, name)]
             newer += ["refcount_bits"] if self.refcount_bits != 16 else []
+            newer += ["compression_type=zstd"] if self.compression_type == "zstd" else []
             if newer:
                 raise ValueError(f"{newer[0]} needs compat=1.1")
+
+    def _refuse_compression(self) -> None:
+        most = 19 if self.compression_type == "zstd" else 9
+        if self.compression_level is not None and not self.compress:
+            raise ValueError("compression_level needs compress=on (convert -c)")
+        if self.compression_level is not None and not 1 <= self.compression_level <= most:
+            raise ValueError(f"compression_level of {self.compression_type} is 1 to {most}")
+        if self.compress and self.preallocation != "off":
+            raise ValueError("preallocation is for clusters that are not compressed")
+        if self.compress and (self.data_file or self.subformat == "reference"):
+            given = "data_file" if self.data_file else "subformat=reference"
+            raise ValueError(f"{given} keeps payload in SOURCE, which cannot be compressed there")
 
     @property
     def allocation(self) -> Allocation:

@@ -111,6 +111,7 @@ def options_of(image: Image) -> Options:
         refcount_bits=1 << header.refcount_order,
         extended_l2=header.extended_l2,
         lazy_refcounts=bool(header.compatible & structs.LAZY_REFCOUNTS),
+        compression_type="zstd" if header.compression == "zstd" else "zlib",
     )
 
 

@@ -1,6 +1,7 @@
 """Writes qcow2 images: a pure function from the guest's table to the table of the output file.
 
     header | refcount table | refcount blocks | L1 table | L2 tables | payload
+    header | refcount table | refcount blocks | L1 table | L2 tables | payload | compressed ones      (compress)
     header | payload, unmoved | payload moved to clear the header | refcount table | ... | L2 tables     (in place)
 
 Payload is placed so that it can be shared: in the order of its sources, each run congruent to its source. In place it
@@ -11,8 +12,8 @@ at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,16 +32,19 @@ from vmconv.plugin import (
     Placement,
     PlanError,
     Reference,
+    Scratch,
     Source,
     blocks,
     cut,
-    distinct,
     qemu_name,
-    spread,
 )
 from vmconv_qcow2 import clusters, structs
+from vmconv_qcow2 import tables as columns
 from vmconv_qcow2.header import build_extension
 from vmconv_qcow2.options import Options
+
+if TYPE_CHECKING:
+    from vmconv_qcow2.packing import Packing
 
 _PAGE = 4096
 """Limit of metadata for small clusters in place."""
@@ -102,14 +106,19 @@ class _Writer:
             self.cluster = options.cluster_size or self._default_cluster(table)
         self.entry_size = 16 if options.extended_l2 else 8
         self.entries = self.cluster // self.entry_size
-        self.unit = self.cluster // structs.SUBCLUSTERS if options.extended_l2 else self.cluster
+        # A compressed cluster has no subclusters.
+        parts = structs.SUBCLUSTERS if options.extended_l2 and not options.compress else 1
+        self.unit = self.cluster // parts
         table = blocks.padded(table, self.cluster)
         if backing and image.parent:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
-        self.guest = table
         # Before tables are counted, whose number a stated size alone decides.
-        self.l1_entries = self._l1_entries()
-        self.runs = blocks.whole_blocks(table, self.cluster)
+        self.l1_entries = self._l1_entries(table.size)
+        self.packing = self._pack(table, image, placement.scratch) if options.compress else None
+        if self.packing:
+            table = self._without_zeros(table, self.packing.zero)
+        self.guest = table
+        self.runs = blocks.whole_blocks(self._unpacked(table), self.cluster)
         self.allocated = self.runs.kind == Kind.DATA
         # Version 2 has no zero clusters: hiding the parent takes allocated ones, which are holes in the file.
         if backing and options.version == 2:
@@ -118,7 +127,11 @@ class _Writer:
             self._refuse_preallocation()
             self.allocated[:] = True
         mapped = self.allocated | (self.runs.kind == Kind.ZERO if backing else False)
-        self.l2_tables = _touched(self.runs.first[mapped], self.runs.blocks[mapped], self.entries)
+        first, count = self.runs.first[mapped], self.runs.blocks[mapped]
+        if self.packing:
+            first = np.append(first, self.packing.number)
+            count = np.append(count, np.ones_like(self.packing.number))
+        self.l2_tables = columns.touched(first, count, self.entries)
 
     def _refuse_preallocation(self) -> None:
         if self.backing:
@@ -141,7 +154,36 @@ class _Writer:
         self.cluster = self.pinned.unit
         self.pinned = self.pinned.cleared(self.cluster)
 
+    def _pack(self, table: Extents, image: Image, scratch: Scratch | None) -> Packing:
+        from vmconv_qcow2.packing import Compression, pack
+
+        if self.carrier:
+            raise PlanError("in place, payload keeps its bytes: it cannot be compressed", hint="omit --in-place")
+        how = Compression(self.cluster, self.options.compression_type, self.options.compression_level)
+        # Version 2 has no zero clusters to hide the parent.
+        zeros = not (self.backing and self.options.version == 2)
+        return pack(table, how, self.modulus, image.file, scratch, zeros=zeros)
+
+    def _without_zeros(self, table: Extents, zero: Column) -> Extents:
+        """Returns the table with ZERO for clusters of zeros that were found by reading."""
+        from vmconv_qcow2.packing import ranges_of
+
+        return table.replaced(Extents.filled(table.size), *ranges_of(zero, self.cluster)) if len(zero) else table
+
+    def _unpacked(self, table: Extents) -> Extents:
+        """Returns the table with a HOLE for each compressed cluster."""
+        if not self.packing or not len(self.packing.number):
+            return table
+        from vmconv_qcow2.packing import ranges_of
+
+        holes = Extents.filled(table.size, Kind.HOLE)
+        return table.replaced(holes, *ranges_of(self.packing.number, self.cluster))
+
     def _default_cluster(self, table: Extents) -> int:
+        if self.options.compress:
+            from vmconv_qcow2.packing import source_cluster
+
+            return source_cluster(table, self.options.compression_type) or clusters.DEFAULT
         # Extended entries need large clusters.
         if self.options.extended_l2:
             return clusters.DEFAULT
@@ -152,11 +194,14 @@ class _Writer:
         length = runs.blocks * self.cluster
         payload_end = 0 if self.options.data_file else int((offset + length).max(initial=0))
         end = max(tables.end, payload_end)
+        packed_at = self._packed_at(end)
+        if self.packing and self.packing.end:
+            end = packed_at + -(-self.packing.end // self.cluster) * self.cluster
         rows, row_length = cut(self.guest, runs.first * self.cluster, length, offset)
         if self.options.data_file:
             # Payload stays there, and the entries of its clusters are the same.
             rows, row_length = rows.take(row_length < 0), row_length[:0]
-        file = self._file(tables, runs, offset, end)
+        file = self._file(tables, runs, offset, end, packed_at)
         metadata = [(offset, blob) for offset, blob in file if blob.size]
         sources = (*self.guest.sources, *(blob for _, blob in metadata))
         first = len(self.guest.sources)
@@ -168,6 +213,11 @@ class _Writer:
         )
         blob_length = np.array([blob.size for _, blob in metadata], dtype=np.int64)
         both, both_length = Columns.join([blobs, rows]), np.concatenate([blob_length, row_length])
+        if self.packing:
+            packed = self.packing.rows
+            packed = packed._replace(start=packed.start + packed_at, source=packed.source + np.int32(len(sources)))
+            both, both_length = Columns.join([both, packed]), np.append(both_length, self.packing.row_length)
+            sources = (*sources, *self.packing.sources)
         # The last cluster is whole even if it ends in zeros: only QEMU reads a partial one.
         table = Extents.placed(end, both, both_length, sources)
         return Layout(
@@ -187,11 +237,17 @@ class _Writer:
             tables = self._tables(self.cluster, needed)
             base = -(-tables.end // align) * align
             placed = self._place(payload, base)
-            total = -(-max(tables.end, placed.end) // self.cluster)
+            end = max(tables.end, placed.end)
+            total = -(-(self._packed_at(end) + self.packing.end if self.packing else end) // self.cluster)
             count = -(-total // self._counts_in_a_block())
             if count <= len(needed):
                 return tables, payload.take(placed.run), placed.offset
             needed = np.arange(count, dtype=np.int64)
+
+    def _packed_at(self, end: int) -> int:
+        """Returns the offset of the compressed clusters, which begin behind `end`."""
+        align = max(self.cluster, self.modulus)
+        return -(-end // align) * align
 
     def _place(self, payload: blocks.Runs, base: int) -> blocks.Placed:
         if self.options.data_file:
@@ -209,7 +265,7 @@ class _Writer:
             tables = self._tables(start, needed)
             first = np.append(offset, [0, start]) // self.cluster
             count = np.append(runs.blocks, [1, (tables.end - start) // self.cluster])
-            touched = _touched(first, count, self._counts_in_a_block())
+            touched = columns.touched(first, count, self._counts_in_a_block())
             if len(touched) <= len(needed):
                 break
             needed = touched
@@ -239,9 +295,9 @@ class _Writer:
         end = l2 + len(self.l2_tables) * cluster
         return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, end)
 
-    def _l1_entries(self) -> int:
+    def _l1_entries(self, size: int) -> int:
         # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
-        count = max(1, -(-self.guest.size // (self.cluster * self.entries)))
+        count = max(1, -(-size // (self.cluster * self.entries)))
         if count * 8 > structs.MAX_L1_BYTES:
             most = structs.MAX_L1_BYTES // 8 * self.cluster * self.entries
             self._refuse_size(f"an L1 table of {count * 8} bytes; {most} bytes are the largest disk")
@@ -257,7 +313,9 @@ class _Writer:
 
     # -- metadata
 
-    def _file(self, tables: _Tables, runs: blocks.Runs, offset: Column, end: int) -> list[tuple[int, Blob]]:
+    def _file(
+        self, tables: _Tables, runs: blocks.Runs, offset: Column, end: int, packed_at: int
+    ) -> list[tuple[int, Blob]]:
         """Returns the metadata of the file and its offsets."""
         cluster = self.cluster
         used_to = -(-end // cluster) * cluster
@@ -267,7 +325,7 @@ class _Writer:
         if self.options.data_file:
             # Clusters of a data file have no refcounts.
             places, length, output = places[:2], length[:2], Placeholder("output", max(used_to, self.guest.size))
-        used = _windows(places, length, places, output, used_to)
+        used = columns.windows(places, length, places, output, used_to)
         host = self._host(runs, offset, output)
         l1 = np.zeros(tables.l1_entries, dtype=">u8")
         l2_places = tables.l2 + np.arange(len(tables.l2_tables), dtype=np.int64) * cluster
@@ -277,16 +335,16 @@ class _Writer:
         return [
             (0, Blob("header", self._header(tables))),
             (tables.refcount_table, Blob("refcount table", counting.tobytes())),
-            (tables.first_block, self._refcounts(used, tables.refcount_blocks)),
+            (tables.first_block, self._refcounts(used, tables.refcount_blocks, packed_at // cluster)),
             # An empty table is a hole.
             (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
-            (tables.l2, self._l2(host, tables.l2_tables)),
+            (tables.l2, self._l2(host, tables.l2_tables, packed_at)),
         ]
 
     def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
         """Returns the table from guest clusters to the output file."""
         length = runs.blocks * self.cluster
-        host = _windows(runs.first * self.cluster, length, offset, output, self.guest.size, Kind.HOLE)
+        host = columns.windows(runs.first * self.cluster, length, offset, output, self.guest.size, Kind.HOLE)
         if not self.backing:
             return host
         zero = self.runs.take((self.runs.kind == Kind.ZERO) & ~self.allocated)
@@ -339,57 +397,90 @@ class _Writer:
                     "header_length": length,
                 }
             )
-            header += structs.HeaderV3Additional.build({"compression_type": 0})
+            header += structs.HeaderV3Additional.build({"compression_type": int(options.compression_type == "zstd")})
         return b"".join([header, extensions, name])
 
     def _incompatible(self) -> int:
-        extended = structs.EXTENDED_L2 if self.options.extended_l2 else 0
-        return extended | (structs.EXTERNAL_DATA if self.options.data_file else 0)
+        features = structs.EXTENDED_L2 if self.options.extended_l2 else 0
+        features |= structs.EXTERNAL_DATA if self.options.data_file else 0
+        return features | (structs.COMPRESSION if self.options.compression_type == "zstd" else 0)
 
-    def _refcounts(self, used: Extents, numbers: Column) -> Blob:
-        """Returns the concatenated refcount blocks of these numbers: 1 for each used cluster of the file."""
+    def _refcounts(self, used: Extents, numbers: Column, packed_from: int) -> Blob:
+        """Returns the concatenated refcount blocks of these numbers: 1 for each used cluster of the file.
+
+        From cluster `packed_from` on it is the number of compressed clusters in each.
+        """
         bits, cluster, each = self.options.refcount_bits, self.cluster, self._counts_in_a_block()
+        packed = self._packed_counts()
 
         def compute(first: int, count: int) -> bytes:
             kind, _, _ = used.units(cluster, first, count)
-            ones = kind == Kind.DATA
-            if bits >= 8:
-                return bytes(ones.astype(f">u{bits // 8}"))
-            single = np.zeros((count, bits), dtype=np.uint8)
-            single[:, 0] = ones
-            return bytes(np.packbits(single, bitorder="little"))
+            found = (kind == Kind.DATA).astype(np.int64)
+            if len(packed):
+                low = min(max(first, packed_from), first + count)
+                some = packed[max(first - packed_from, 0) : max(first + count - packed_from, 0)]
+                found[low - first : low - first + len(some)] = some
+            return columns.counts(found, bits)
 
         # Counts of clusters past the end of the file are zero, and so are unwritten bytes.
         last = -(-used.size // cluster) - int(numbers[-1]) * each
         size = (len(numbers) - 1) * cluster + -(-last * bits // 64) * 8
-        read = _by_words(_tables_of(numbers, cluster, each, compute))
+        read = columns.by_words(columns.concatenated(numbers, cluster, each, compute))
         return Blob("refcount blocks", read, min(size, len(numbers) * cluster))
 
-    def _l2(self, host: Extents, indices: Column) -> Blob:
+    def _packed_counts(self) -> Column:
+        """Returns the references to each cluster with compressed ones. Raises `PlanError` if they cannot be counted."""
+        if not self.packing:
+            return np.empty(0, dtype=np.int64)
+        counts = self.packing.counts(self.cluster)
+        bits, most = self.options.refcount_bits, int(counts.max(initial=0))
+        if most >> bits:
+            raise PlanError(
+                f"{most} compressed clusters share a cluster of the file, and refcount_bits={bits} counts to "
+                f"{(1 << bits) - 1}",
+                hint=f"use -o refcount_bits={min(bits * 2, 64)}",
+            )
+        return counts
+
+    def _l2(self, host: Extents, indices: Column, packed_at: int) -> Blob:
         """Returns the concatenated L2 tables of the given L1 entries."""
         shape = self._shape() if self.options.extended_l2 else None
+        number, packed = self._packed_entries(packed_at)
 
         def compute(first: int, count: int) -> bytes:
-            return self._entries(host, shape, first, count)
+            low, high = np.searchsorted(number, (first, first + count))
+            entry = self._entries(host, first, count)
+            entry[number[low:high] - first] = packed[low:high]
+            return entry.astype(">i8").tobytes() if shape is None else self._with_bitmaps(entry, shape, first)
 
-        read = _by_words(_tables_of(indices, self.cluster, self.entries, compute), self.entry_size)
+        read = columns.by_words(columns.concatenated(indices, self.cluster, self.entries, compute), self.entry_size)
         return Blob("L2 tables", read, len(indices) * self.cluster)
 
-    def _entries(self, host: Extents, shape: Extents | None, first: int, count: int) -> bytes:
+    def _packed_entries(self, packed_at: int) -> tuple[Column, Column]:
+        """Returns numbers and entries of the compressed clusters, sorted."""
+        if not self.packing:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        at = packed_at + self.packing.at
+        sectors = (packed_at + self.packing.sectors_end) // 512 - at // 512
+        bits = 62 - (self.cluster.bit_length() - 9)
+        return self.packing.number, at | (sectors - 1) << bits | np.int64(structs.COMPRESSED)
+
+    def _entries(self, host: Extents, first: int, count: int) -> Column:
         kind, _, offset = host.units(self.cluster, first, count)
         data = kind == Kind.DATA
         if data.all():
-            entry = offset | np.int64(-structs.COPIED)
-        else:
-            entry = np.where(data, offset | np.int64(-structs.COPIED), 0)
-            if shape is None:
-                entry[kind == Kind.ZERO] = structs.ZERO
-        if shape is None:
-            return entry.astype(">i8").tobytes()
-        n = structs.SUBCLUSTERS
-        kinds, _, _ = shape.units(self.unit, first * n, count * n)
+            return offset | np.int64(-structs.COPIED)
+        entry = np.where(data, offset | np.int64(-structs.COPIED), 0)
+        if not self.options.extended_l2:
+            entry[kind == Kind.ZERO] = structs.ZERO
+        return entry
+
+    def _with_bitmaps(self, entry: Column, shape: Extents, first: int) -> bytes:
+        """Returns extended entries: with the bitmap of the subclusters of each."""
+        n, count = structs.SUBCLUSTERS, len(entry)
+        kinds, _, _ = shape.units(self.cluster // n, first * n, count * n)
         if self.options.preallocation != "off":
-            kinds = np.repeat(kind, n)
+            kinds = np.repeat(np.where(entry != 0, np.uint8(Kind.DATA), np.uint8(Kind.HOLE)), n)
         bits = np.stack([kinds.reshape(-1, n) == Kind.DATA, kinds.reshape(-1, n) == Kind.ZERO], axis=1)
         if not self.backing:
             # No parent has to be hidden.
@@ -400,77 +491,13 @@ class _Writer:
         return both.tobytes()
 
     def _shape(self) -> Extents:
-        """Returns the table of subclusters: DATA, ZERO or HOLE."""
-        runs = blocks.whole_blocks(self.guest, self.unit)
+        """Returns the table of subclusters: DATA, ZERO or HOLE. Compressed clusters have none."""
+        unit = self.cluster // structs.SUBCLUSTERS
+        runs = blocks.whole_blocks(self._unpacked(self.guest), unit)
         rows = Columns(
-            runs.first * self.unit,
+            runs.first * unit,
             runs.kind,
             np.zeros(len(runs.first), dtype=np.int32),
-            runs.first * self.unit,
+            runs.first * unit,
         )
         return Extents(self.guest.size, rows, [Placeholder("output", self.guest.size)])
-
-
-def _windows(
-    start: Column, length: Column, offset: Column, source: Source, size: int, rest: Kind = Kind.ZERO
-) -> Extents:
-    """Returns a table with windows onto `source` and `rest` between them."""
-    order = np.argsort(start, kind="stable")
-    start, length, offset = start[order], length[order], offset[order]
-    there = length > 0
-    start, length, offset = start[there], length[there], offset[there]
-    zero = np.zeros(len(start), dtype=np.int32)
-    rows = Columns(start, np.full(len(start), Kind.DATA, dtype=np.uint8), zero, offset)
-    table = Extents.placed(size, rows, length, [source])
-    if rest == Kind.ZERO:
-        return table
-    kind = np.where(table.kind == Kind.ZERO, np.uint8(rest), table.kind)
-    return Extents(size, table.columns._replace(kind=kind), [source])
-
-
-def _touched(first: Column, count: Column, entries: int) -> Column:
-    """Returns the numbers of the tables that hold these runs of entries."""
-    there = count > 0
-    low, high = first[there] // entries, (first + count - 1)[there] // entries
-    run, place = spread(high - low + 1)
-    return distinct(low[run] + place)
-
-
-def _tables_of(
-    numbers: Column, size: int, entries: int, compute: Callable[[int, int], bytes]
-) -> Callable[[int, int], bytes]:
-    """Returns a function that reads the concatenated tables of these numbers, `size` bytes each, by computing runs of
-    entries.
-    """
-
-    def read(offset: int, length: int) -> bytes:
-        parts = []
-        end = offset + length
-        while offset < end:
-            table, skip = divmod(offset, size)
-            # Neighbouring tables are computed together.
-            together = _neighbours(numbers, table, -(-(skip + end - offset) // size))
-            step = min(end - offset, together * size - skip)
-            first = int(numbers[table]) * entries + skip * entries // size
-            parts.append(compute(first, step * entries // size))
-            offset += step
-        return b"".join(parts)
-
-    return read
-
-
-def _neighbours(indices: Column, first: int, most: int) -> int:
-    """Returns the length of the run of consecutive numbers from index `first` on, at most `most`."""
-    some = indices[first : first + most]
-    gaps = np.flatnonzero(np.diff(some) != 1)
-    return int(gaps[0]) + 1 if len(gaps) else len(some)
-
-
-def _by_words(compute: Callable[[int, int], bytes], word: int = 8) -> Callable[[int, int], bytes]:
-    """Returns a blob's function for ranges at any byte, from one for whole words."""
-
-    def read(offset: int, length: int) -> bytes:
-        low, high = offset // word * word, -(-(offset + length) // word) * word
-        return compute(low, high - low)[offset - low :][:length]
-
-    return read

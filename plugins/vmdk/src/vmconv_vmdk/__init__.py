@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vmconv.plugin import Format, hookimpl
@@ -22,6 +23,7 @@ class Vmdk(Format):
     carries = frozenset({"adapter_type", "geometry"})
     supports_backing = True
     in_place = True
+    compressing = MappingProxyType({"subformat": "streamOptimized"})
     # The offset of a compressed grain depends on all grains before it.
     not_mountable = frozenset({"reference", "streamOptimized"})
 
