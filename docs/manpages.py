@@ -37,8 +37,8 @@ def _page(name: str, blocks: list[str], source: str, summary: str) -> str:
 def _first(parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser]) -> list[str]:
     """Returns the blocks of the page on the program itself."""
     helps = _help(parser)
-    blocks = [".SH SYNOPSIS", "\\fBvmconv\\fR \\fICOMMAND\\fR [\\fIARGUMENTS\\fR]", ".SH DESCRIPTION"]
-    blocks += _paragraphs(parser.description or "")
+    blocks = [".SH SYNOPSIS", "\\fBvmconv\\fR [\\fIOPTIONS\\fR] \\fICOMMAND\\fR [\\fIARGUMENTS\\fR]", ".SH DESCRIPTION"]
+    blocks += [*_paragraphs(parser.description or ""), *_arguments(parser, ".SH OPTIONS")]
     blocks.append(".SH COMMANDS")
     for name in sorted(commands):
         blocks += [".TP", f"\\fBvmconv {_text(name)}\\fR", _line(helps[name])]

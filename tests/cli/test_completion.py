@@ -105,6 +105,8 @@ def test_a_shell_completes(shell: str, what: str, programs: Path, tmp_path: Path
     [
         ("vmconv for", ["formats"]),
         ("sudo /usr/bin/vmconv for", ["formats"]),
+        ("vmconv --de", ["--debug"]),
+        ("vmconv --debug for", ["formats"]),
         ("vmconv machine conv", ["convert"]),
         ("vmconv convert --output=j", ["--output=json"]),
         ("vmconv convert a.raw b.vmdk -o subformat=streamO", ["subformat=streamOptimized"]),

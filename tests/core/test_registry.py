@@ -508,6 +508,29 @@ def test_a_command_that_fails_is_named_in_one_line(install: Install, capfd: pyte
     assert capfd.readouterr().err.startswith("vmconv: vmconv-acme: failed with KeyError: 'x'\n")
 
 
+def test_debug_prints_the_traceback_with_the_distribution(
+    install: Install, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install(PRELUDE + METHODS["the table fails"] + "\n" + FORMATS + "return [Acme()]")
+    (tmp_path / "disk.acme").write_bytes(bytes(512))
+    command = ["map", "-f", "acme", str(tmp_path / "disk.acme")]
+    assert cli.main(command) == 1
+    short = capfd.readouterr().err
+    assert "Traceback" not in short
+    assert "report it there, with what vmconv --debug prints" in short
+    assert cli.main(["--debug", *command]) == 1
+    shown = capfd.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert "ZeroDivisionError" in shown
+    assert "\nin this traceback: vmconv_acme_plugin of vmconv-acme 1.5\n" in shown
+    assert shown.endswith(short)
+
+
+def test_debug_prints_the_traceback_of_an_error_of_the_system(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--debug", "info", "/nowhere/disk.raw"]) == 1
+    assert "Traceback (most recent call last):" in capfd.readouterr().err
+
+
 # Names that two plugins claim
 
 CLASHING = {"formats": "acme", "backends": "acmestore", "commands": "acme-hello"}

@@ -36,8 +36,10 @@ def candidates(words: list[str]) -> list[str]:
     if not words:
         return []
     *before, current = words
+    if before[:1] == ["--debug"]:
+        before.pop(0)
     if not before:
-        return _beginning(current, [*installed().commands, "--help", "--version"])
+        return _beginning(current, [*installed().commands, "--debug", "--help", "--version"])
     if before[0] not in installed().commands:
         return []
     return _Line(before).candidates(current)

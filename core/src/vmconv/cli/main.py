@@ -47,7 +47,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
     options = argparse.Namespace()
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        options = make_parser(given[0] if given else None).parse_args(given)
+        options = make_parser(next((word for word in given if word != "--debug"), None)).parse_args(given)
         gc.enable()
         with plugin_faults():
             code: int = options.run(options)
@@ -66,6 +66,7 @@ def _guarded(arguments: Sequence[str] | None) -> int:
         return 1
     except OSError as exc:
         streams.drop_output()
+        _trace(exc, options)
         named = (getattr(options, name, None) for name in ("source", "file", "path", "left"))
         where = exc.filename or next(filter(None, named), None)
         print(f"vmconv: {printable(f'{where}: ' if where else '')}{exc.strerror or exc}", file=sys.stderr)
@@ -80,10 +81,25 @@ def _report(exc: VmconvError, options: argparse.Namespace) -> int:
 
         with streams.drop_output_on_error():
             print_json({"event": "error", "message": str(exc), "hint": exc.hint, "exit-code": code})
+    _trace(exc, options)
     print(f"vmconv: {exc}", file=sys.stderr)
     if exc.hint:
         print(f"  hint: {exc.hint}", file=sys.stderr)
     return code
+
+
+def _trace(exc: BaseException, options: argparse.Namespace) -> None:
+    """Prints the traceback of an error, and the plugins in it, if the user asked for it."""
+    if not getattr(options, "debug", False):
+        return
+    import traceback
+
+    from vmconv.io.faults import plugins_in
+
+    for line in "".join(traceback.format_exception(exc)).splitlines():
+        print(printable(line), file=sys.stderr)
+    for plugin in plugins_in(exc):
+        print(f"in this traceback: {plugin.module} of {plugin.distribution} {plugin.version}", file=sys.stderr)
 
 
 def _makes_images(options: argparse.Namespace) -> bool:

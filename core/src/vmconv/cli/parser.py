@@ -23,6 +23,9 @@ def make_parser(wanted: str | None = None) -> argparse.ArgumentParser:
         formatter_class=formatter,
     )
     parser.add_argument("--version", action="version", version=_Version())
+    parser.add_argument(
+        "--debug", action="store_true", help="print the traceback of an error, and the distributions of plugins in it"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     registry = installed()
     found = registry.commands.get(wanted or "")

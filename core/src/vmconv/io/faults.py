@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vmconv.errors import PluginError, VmconvError
 
 if TYPE_CHECKING:
+    from vmconv.io.discovery import Plugin
     from vmconv.io.registry import Registry
 
 
@@ -53,8 +54,20 @@ def _registries() -> Iterator[Registry]:
         yield installed_machines()
 
 
+def plugins_in(exc: BaseException) -> list[Plugin]:
+    """Returns the plugins whose code is in the traceback of an exception, or of one that led to it."""
+    plugins = {_top(plugin.module): plugin for one in _registries() for plugin in one.plugins}
+    plugins.pop("vmconv", None)
+    found: dict[str, Plugin] = {}
+    at: BaseException | None = exc
+    while at is not None:
+        found |= {top: plugins[top] for top in map(_top, _modules(at.__traceback__)) if top in plugins}
+        at = at.__cause__ or at.__context__
+    return [*found.values()]
+
+
 def _hint(owner: str) -> str:
-    return f"this is a defect of {owner}: report it there; vmconv formats lists what is installed"
+    return f"this is a defect of {owner}: report it there, with what vmconv --debug prints"
 
 
 def _owner(exc: BaseException) -> str | None:
