@@ -88,6 +88,11 @@ def _writer(name: str, *tests: str) -> Room:
     return Room(modules, (*quick, f"tests/formats/{name}/test_{name}.py", *tests))
 
 
+def _fleet(modules: str, tests: str) -> Room:
+    paths = tuple(f"plugins/fleet/src/vmconv_fleet/{module}.py" for module in modules.split())
+    return Room(paths, tuple(f"tests/fleet/test_{name}.py" for name in tests.split()))
+
+
 _CRASHES = tuple(f"tests/inplace/test_crash.py::{name}" for name in CRASHES)
 
 _LONG = tuple(
@@ -165,6 +170,10 @@ ROOMS: dict[str, Room] = {
     "vma": Room(("plugins/vma/src/vmconv_vma/*.py",), ("tests/machine/vma",)),
     "xva": Room(("plugins/xva/src/vmconv_xva/*.py",), ("tests/machine/xva",)),
     "ewf": Room(("plugins/ewf/src/vmconv_ewf/*.py",), ("tests/formats/ewf",)),
+    "oidc": _fleet("oidc/*", "oidc_oracle oidc_provider oidc"),
+    "notices": _fleet("notices/*", "resolving notices"),
+    "joining": _fleet("catalogue/joining catalogue/overridden replication/merging replication/strays", "forks"),
+    "starting": _fleet("jobs/starting trust/groups", "starting rights handlers"),
 }
 
 
