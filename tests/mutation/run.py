@@ -358,7 +358,8 @@ def _limit(tree: trials.Tree, tests: Sequence[str]) -> float:
 
 @contextlib.contextmanager
 def _directory(parent: Path | None = None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="vmconv-mutation-", dir=parent) as name:
+    # Short: nodes have sockets below it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="vmm-", dir=parent) as name:
         directory = Path(name)
         # Some tests run the program as another user.
         directory.chmod(0o755)
