@@ -89,6 +89,7 @@ def jobs_of(node: str) -> list[str]:
 
 
 PAGES = ["/", "/datastores", "/disks", "/vms", "/jobs", "/requests", "/history", "/policies", "/tokens", "/tokens/new"]
+PAGES += ["/webhooks", "/webhooks/new"]
 
 
 def pages_of(node: str) -> list[str]:

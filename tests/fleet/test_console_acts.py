@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fleet.desk import EVIL, JOB, PAGES, Desk, pages_of, post
+from vmconv_fleet.config import NodeConfig, save
 from vmconv_fleet.replication.records import Change
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
@@ -198,6 +199,87 @@ def test_a_policy_is_changed_after_its_differences_were_shown(entered: Desk) -> 
     assert "naming: 'fixed' is not allowed" in entered.text("[role=alert]")
 
 
+def test_limits_of_datastores_are_changed_and_taken_back(entered: Desk) -> None:
+    place = f"/policies/{entered.here.id}"
+    for limits in ({"datastore_parallel": {"ds": 1, "more": 2}, "bandwidth": {"ds": 100 << 20, "more": 65537}}, None):
+        entered.go(place)
+        if limits is None:
+            shown = {
+                name: entered.page.input_value(f"input[name={name}]") for name in ("datastore_parallel", "bandwidth")
+            }
+            assert shown == {"datastore_parallel": "ds=1, more=2", "bandwidth": "ds=100M, more=65537"}
+        entered.page.fill("input[name=datastore_parallel]", "ds=1, more=2" if limits else "")
+        entered.page.fill("input[name=bandwidth]", "ds=100M,more=65537" if limits else "")
+        entered.page.click("text=Change the policy")
+        entered.page.click("button:text-is('Change the policy')")
+        entered.page.wait_for_selector(".banner.said:has-text('Done')")
+        policy = entered.here.service.view().get(entered.here.id, "policy", "conversion")
+        assert policy
+        assert policy.body == (limits or {"datastore_parallel": {}, "bandwidth": {}})
+    for query, said in (
+        ("bandwidth=ds", "bandwidth: 'ds'"),
+        ("bandwidth=ds%3Dmuch", "bandwidth: 'ds=much': 'much' is not a number"),
+        ("datastore_parallel=ds%3D0", "datastore_parallel"),
+        ("datastore_parallel=%3D1", "'=1' is not NAME=NUMBER"),
+    ):
+        entered.go(f"{place}/review?{query}")
+        assert said in entered.text("[role=alert]")
+
+
+def test_a_webhook_is_made_tested_and_removed(entered: Desk) -> None:
+    """Its URL is in no address and on no page: the path may be a secret."""
+    save(NodeConfig(directory=str(entered.here.directory), fleet="test", node=entered.here.id, name="n01"))
+    entered.go("/webhooks")
+    entered.page.click("text=New webhook")
+    entered.page.fill("input[name=url]", "https://127.0.0.1:1/key-of-anna")
+    entered.page.fill("input[name=events]", "job.*, *.problem")
+    entered.page.click("button:text-is('Make the webhook')")
+    secret = entered.page.locator("#secret").inner_text()
+    (made,) = entered.api.local.everything("/api/v1/webhooks")
+    assert (made["body"]["place"], made["body"]["events"]) == ("https://127.0.0.1:1", ["job.*", "*.problem"])
+    assert secret.startswith("whsec_")
+    assert "key-of-anna" not in entered.page.url + entered.page.content()
+    entered.page.reload()
+    assert "its secret was shown then" in entered.text()
+    assert len(entered.api.local.everything("/api/v1/webhooks")) == 1
+    entered.go("/webhooks")
+    assert secret not in entered.page.content()
+    entered.page.click("button[aria-label='Test the webhook to https://127.0.0.1:1']")
+    entered.page.wait_for_selector(".banner.warn:has-text('loopback addresses are refused')")
+    entered.page.click("a[aria-label='Remove the webhook to https://127.0.0.1:1']")
+    assert "sends no more events to https://127.0.0.1:1" in entered.text()
+    entered.page.click("button:text-is('Remove the webhook')")
+    entered.page.wait_for_selector(".banner.said:has-text('Done')")
+    assert not entered.api.local.everything("/api/v1/webhooks")
+
+
+@pytest.mark.parametrize(
+    ("url", "events", "said"),
+    [
+        ("https://user@hooks.example/x", "", "has a user, a password or a fragment"),
+        ("http://hooks.example/x", "", "http is not encrypted"),
+        ("https://hooks.example/x", "nosuch.event", "no event is called 'nosuch.event'"),
+        ("https://hooks.example/x", "a" * 90, "events"),
+    ],
+)
+def test_a_webhook_that_cannot_be_is_not_made(entered: Desk, url: str, events: str, said: str) -> None:
+    entered.go("/webhooks/new")
+    entered.page.fill("input[name=url]", url)
+    entered.page.fill("input[name=events]", events)
+    entered.page.click("button:text-is('Make the webhook')")
+    assert said in entered.text("[role=alert]")
+    assert not entered.api.local.everything("/api/v1/webhooks")
+
+
+def test_a_webhook_of_another_node_is_not_tested_here(entered: Desk) -> None:
+    entered.other.write(Change("webhook", "0" * 12, {"place": EVIL}))
+    entered.here.body_when(entered.other.id, "webhook", "0" * 12, lambda _one: True)
+    entered.go("/webhooks")
+    assert EVIL in entered.text()
+    assert entered.page.locator("#webhooks form").count() == 0
+    assert entered.page.locator("#webhooks a.danger").count() == 1
+
+
 def test_a_datastore_has_a_page_with_its_acts(entered: Desk) -> None:
     entered.go("/datastores")
     entered.page.click("#datastores td.name a")
@@ -302,7 +384,18 @@ def test_on_a_phone_all_pages_and_failures_can_be_reached(entered: Desk, scheme:
     entered.page.route("**/api/v1/events*", lambda route: route.abort())
     disks(entered, "broken.raw", problem="no signature at 0x0")
     entered.go("/")
-    for name in ("Nodes", "Datastores", "Disks", "VMs", "Jobs", "Requests", "History", "Policies", "Tokens"):
+    for name in (
+        "Nodes",
+        "Datastores",
+        "Disks",
+        "VMs",
+        "Jobs",
+        "Requests",
+        "History",
+        "Policies",
+        "Tokens",
+        "Webhooks",
+    ):
         _is_within(entered, f"nav a:text-is('{name}')")
     for path, failure in (("/disks", "no signature at 0x0"), ("/jobs", EVIL), ("/", EVIL)):
         entered.go(path)

@@ -7,9 +7,10 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vmconv.plugin import printable, size_text
+from vmconv.plugin import UsageError, printable, size_text
 
 MAX_NAME = 200
+UNITS = {unit: 1 << 10 * power for power, unit in enumerate("KMGT", 1)}
 
 
 def age_text(milliseconds: int | None) -> str:
@@ -87,3 +88,23 @@ def progress_text(job: Mapping[str, Any]) -> str:
     if job.get("state") == "running" and progress and progress["total"]:
         return f"{progress['done'] / progress['total']:.0%}"
     return "100%" if job.get("state") == "done" else "-"
+
+
+def numbers_by_name(type_: Callable[[str], int], text: str) -> dict[str, int]:
+    """Returns the numbers of NAME=NUMBER,NAME=NUMBER. Raises UsageError if the text is something else."""
+    found = {}
+    for part in map(str.strip, text.split(",")):
+        name, equals, number = part.partition("=")
+        try:
+            found[name] = type_(number)
+        except ValueError as exc:
+            raise UsageError(f"{part[:40]!r}: {number[:40]!r} is not a number") from exc
+        if not equals or not name:
+            raise UsageError(f"{part[:40]!r} is not NAME=NUMBER")
+    return found
+
+
+def exact_size(size: int) -> str:
+    """Returns a number of bytes as an option takes it: `100M`, or `1025`."""
+    unit = next((unit for unit in "TGMK" if size and size % UNITS[unit] == 0), "")
+    return f"{size // UNITS.get(unit, 1)}{unit}"

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vmconv.plugin import UsageError
 from vmconv_fleet import config
-from vmconv_fleet.api.access import UNAUTHORIZED, Known
+from vmconv_fleet.api.access import UNAUTHORIZED, Caller, Known
 from vmconv_fleet.api.asking import Answer, NotHereError, Wait, ask
 from vmconv_fleet.api.reading import owner_of, record_of
 from vmconv_fleet.api.state import State, StateOf
@@ -56,6 +56,11 @@ class Tested(BaseModel):
 
 @router.post("/webhooks", summary="Add a webhook of this node; only this answer shows its secret")
 async def add_webhook(wish: WebhookWish, state: StateOf, caller: Known) -> WebhookMade:
+    return await added(wish, state, caller)
+
+
+async def added(wish: WebhookWish, state: State, caller: Caller, *, key: str | None = None) -> WebhookMade:
+    """Adds a webhook; the same `key` again adds none."""
     parts = delivery.parsed(wish.url, allow_http=wish.allow_http)
     secret = wish.secret or delivery.new_secret()
     delivery.key_of(secret)
@@ -70,7 +75,7 @@ async def add_webhook(wish: WebhookWish, state: StateOf, caller: Known) -> Webho
     await run_in_threadpool(kept.add, identifier, Target(wish.url, secret))
     answer = None
     try:
-        answer = await ask(state, caller, state.node, "webhook-add", arguments)
+        answer = await ask(state, caller, state.node, "webhook-add", arguments, key=key)
     finally:
         if answer is None or answer.ok is False:
             await run_in_threadpool(kept.remove, identifier)

@@ -6,9 +6,11 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from vmconv.plugin import UsageError
+from vmconv_fleet.words import numbers_by_name
 
 T = TypeVar("T")
 
@@ -25,20 +27,7 @@ def none_or(type_: Callable[[str], T]) -> Callable[[str], T | str]:
 
 def numbers(type_: Callable[[str], int]) -> Callable[[str], dict[str, int]]:
     """Returns the type of NAME=NUMBER,NAME=NUMBER."""
-
-    def value(text: str) -> dict[str, int]:
-        found = {}
-        for part in text.split(","):
-            name, equals, number = part.partition("=")
-            try:
-                found[name] = type_(number)
-            except ValueError as exc:
-                raise UsageError(f"{part!r}: {number!r} is not a number") from exc
-            if not equals or not name:
-                raise UsageError(f"{part!r} is not NAME=NUMBER")
-        return found
-
-    return value
+    return partial(numbers_by_name, type_)
 
 
 def window(text: str) -> str:

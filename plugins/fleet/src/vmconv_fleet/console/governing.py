@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import ValidationError
 
-from vmconv.plugin import UsageError, VmconvError
+from vmconv.plugin import UsageError, VmconvError, parse_size
 from vmconv_fleet.api.asking import NotHereError, arguments_of, ask
 from vmconv_fleet.api.changing import TokenWish, granted
 from vmconv_fleet.api.reading import owner_of
@@ -22,9 +22,11 @@ from vmconv_fleet.console.confirming import Confirmation, sent, words
 from vmconv_fleet.console.web import Fields, Visit, fields_of, query_of, refuse_forged, visit_of
 from vmconv_fleet.trust import tokens
 from vmconv_fleet.trust.roles import refuse_unless_allowed
-from vmconv_fleet.words import role_text, time_text
+from vmconv_fleet.words import numbers_by_name, role_text, time_text
 
 _NUMBERS = ("max_parallel", "keep_days", "keep_records")
+_LIMITS: Mapping[str, Callable[[str], int]] = {"datastore_parallel": int, "bandwidth": parse_size}
+"""Rules with a number for each datastore."""
 
 
 # Policies
@@ -88,6 +90,9 @@ def _rules(visit: Visit, fields: Fields) -> dict[str, Any]:
         rules["may_remove_source"] = given["may_remove_source"] == "yes"
     if "between" in given:
         rules["between"] = given["between"] or None
+    for name, type_ in _LIMITS.items():
+        if name in given:
+            rules[name] = _limits(name, type_, given[name])
     for name in ("formats", "administrators_of"):
         if name in given:
             listed = [one.strip() for one in given[name].split(",") if one.strip()]
@@ -98,6 +103,13 @@ def _rules(visit: Visit, fields: Fields) -> dict[str, Any]:
     found = {name: value for name, value in rules.items() if value != now.get(name)}
     arguments_of("policy-set", found)
     return found
+
+
+def _limits(name: str, type_: Callable[[str], int], text: str) -> dict[str, int]:
+    try:
+        return numbers_by_name(type_, text) if text else {}
+    except UsageError as exc:
+        raise UsageError(f"{name}: {exc}") from exc
 
 
 def _number(name: str, text: str) -> int:

@@ -18,7 +18,7 @@ from vmconv_fleet.catalogue import kinds
 from vmconv_fleet.catalogue.kinds import Body
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.catalogue.summaries import conversion
-from vmconv_fleet.console import confirming, converting, forms, governing, lists
+from vmconv_fleet.console import confirming, converting, forms, governing, lists, webhooks
 from vmconv_fleet.console.lists import bodies
 from vmconv_fleet.console.signin import SIGN_IN, SignIn, login_page
 from vmconv_fleet.console.web import Visit, failed, visit_of
@@ -213,6 +213,8 @@ def _steps(job: kinds.JobBody) -> list[kinds.JobEvent]:
     return [kinds.JobEvent(at_ms=job.created_ms, text=f"requested by {who}"), *job.log]
 
 
+_ACTS = {**confirming.ACTS, **webhooks.REMOVE}
+
 _PAGES: dict[str, Show] = {
     "/": _nodes,
     "/nodes/{owner}": _node,
@@ -231,10 +233,12 @@ _PAGES: dict[str, Show] = {
     "/policies": lists.policies,
     "/policies/{owner}": governing.policy,
     "/policies/{owner}/review": governing.policy_review,
+    "/webhooks": webhooks.webhooks,
+    "/webhooks/new": webhooks.new_webhook,
     "/tokens": lists.tokens,
     "/tokens/new": governing.new_token,
     "/tokens/new/review": governing.token_review,
-    **{path: confirming.asking(act) for path, act in confirming.ACTS.items()},
+    **{path: confirming.asking(act) for path, act in _ACTS.items()},
 }
 
 _FORMS: dict[str, Endpoint] = {
@@ -242,5 +246,7 @@ _FORMS: dict[str, Endpoint] = {
     "/convert": converting.convert,
     "/policies/{owner}": governing.set_policy,
     "/tokens": governing.make_token,
-    **{path: confirming.doing(act) for path, act in confirming.ACTS.items()},
+    "/webhooks": webhooks.make_webhook,
+    "/webhooks/{owner}/{id}/test": webhooks.try_webhook,
+    **{path: confirming.doing(act) for path, act in _ACTS.items()},
 }

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from vmconv.plugin import printable, size_text
 from vmconv_fleet.catalogue.kinds import JobPlan
 from vmconv_fleet.replication.records import Record
-from vmconv_fleet.words import age_text, time_text
+from vmconv_fleet.words import age_text, exact_size, time_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -75,6 +75,7 @@ def _environment() -> Environment:
         "age": age_text,
         "moment": _moment,
         "percent": lambda part, whole: f"{100 * part / whole:.0f}" if whole else "0",
+        "exact": exact_size,
         "size": size_text,
         "parts": parts_of,
     }

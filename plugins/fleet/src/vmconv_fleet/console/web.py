@@ -22,7 +22,7 @@ PAGE = 50
 MAX_FORM = 64 << 10
 MAX_FIELDS = 400
 
-EVENTS = "node,heartbeat,datastore,disk,vm,job,request,response,transaction,policy,token,retirement"
+EVENTS = "node,heartbeat,datastore,disk,vm,job,request,response,transaction,policy,token,webhook,retirement"
 """The kinds of records after whose changes a page looks again."""
 
 Fields = Mapping[str, list[str]]
