@@ -14,6 +14,7 @@ from vmconv.cli.options import (
     add_making,
     add_options,
     add_output,
+    add_rate,
     add_snapshot,
     add_storage,
     in_snapshot,
@@ -63,6 +64,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_snapshot(parser)
     add_from_snapshot(parser)
     add_storage(parser)
+    add_rate(parser)
     parser.add_argument("--force", action="store_true", help="replace images that exist")
     add_making(parser)
     add_output(parser)

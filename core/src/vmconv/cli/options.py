@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from vmconv.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from vmconv.interface.arguments import ImagePair, Reading
+    from vmconv.interface.arguments import Cache, ImagePair, Reading
 
 
 class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
@@ -207,6 +207,33 @@ def in_snapshot(options: argparse.Namespace, path: str) -> str:
     return found.path
 
 
+CACHES = ("none", "writethrough", "directsync", "writeback", "unsafe")
+"""The cache modes of qemu-img."""
+
+
+def durability(cache: str) -> Cache:
+    """Returns the one of two cache modes that a mode of qemu-img means here."""
+    return "unsafe" if cache == "unsafe" else "writeback"
+
+
+def add_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-r",
+        dest="rate",
+        type=read_size,
+        metavar="RATE",
+        help="bytes per second that a conversion copies and writes at most, such as 50M",
+    )
+
+
+def add_ignored(parser: argparse.ArgumentParser) -> None:
+    """Adds arguments of `qemu-img convert` that scripts give and that have no effect here."""
+    ignored = "accepted for scripts of qemu-img, without effect"
+    parser.add_argument("-T", choices=CACHES, help=f"cache mode of SOURCE: {ignored}")
+    parser.add_argument("-m", type=int, metavar="N", help=f"number of coroutines: {ignored}")
+    parser.add_argument("-W", action="store_true", help=f"writes out of order: {ignored}")
+
+
 def add_storage(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments on sharing, copying and access rights."""
     parser.add_argument(
@@ -221,12 +248,12 @@ def add_storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t",
         dest="cache",
-        choices=("writeback", "unsafe"),
+        choices=CACHES,
         default="writeback",
-        help="writeback: sync new files before they are named; unsafe: do not sync, like qemu-img convert by default:\n"
-        "a power failure may leave damaged images (default: writeback)",
+        help="unsafe: do not sync new files, like qemu-img convert by default; a power failure may leave damaged\n"
+        "images. All others: sync them before they are named; copies go past the page cache if possible\n"
+        "(default: writeback)",
     )
-
     parser.add_argument(
         "--mode",
         type=read_mode,
@@ -295,7 +322,8 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
         "snapshot": options.snapshot,
         "backend": options.backend,
         "zero_copy": options.zero_copy,
-        "cache": options.cache,
+        "cache": durability(options.cache),
+        "rate": options.rate,
         "force": options.force,
         "force_share": options.force_share,
         "allow_external": options.allow_external,

@@ -12,10 +12,12 @@ from vmconv.cli.options import (
     add_decompress,
     add_format,
     add_from_snapshot,
+    add_ignored,
     add_keep_undo,
     add_options,
     add_output,
     add_part,
+    add_rate,
     add_snapshot,
     add_storage,
     in_snapshot,
@@ -64,6 +66,8 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
         "-F", dest="backing_format", metavar="FMT", help="format of the backing file (default: that in SOURCE)"
     )
     add_storage(parser)
+    add_rate(parser)
+    add_ignored(parser)
     parser.add_argument(
         "--force", action="store_true", help="replace TARGET, and the files made beside it, if they exist"
     )

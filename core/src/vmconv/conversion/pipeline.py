@@ -244,6 +244,10 @@ def run(
     """
     began = time.perf_counter()
     done: list[Result] = []
+    if request.rate is not None:
+        from vmconv.conversion.rate import limited
+
+        progress = limited(progress, request.rate)
     try:
         if request.descriptor is None:
             with places(request, *others) as found:

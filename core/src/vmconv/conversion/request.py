@@ -53,6 +53,8 @@ class Request(NamedTuple):
 
     `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
 
+    `rate` limits copying and writing, in bytes per second.
+
     `no_create` replaces the content of the existing `target`: of a block device, or of an image, whose format, options
     and size stay. With `target_is_zero` a device is read, and only what is not zero is zeroed.
 
@@ -87,6 +89,7 @@ class Request(NamedTuple):
     confined: bool = False
     blank: int | None = None
     size: int | None = None
+    rate: int | None = None
     no_create: bool = False
     target_is_zero: bool = False
     offset: int = 0

@@ -12,6 +12,7 @@ from vmconv.cli.options import (
     add_options,
     add_output,
     add_storage,
+    durability,
     in_snapshot,
 )
 
@@ -92,7 +93,7 @@ def request_of(options: argparse.Namespace) -> MachineRequest:
         keep=tuple(options.keep),
         backend=options.backend,
         zero_copy=options.zero_copy,
-        cache=options.cache,
+        cache=durability(options.cache),
         force=options.force,
         force_share=options.force_share,
         allow_external=tuple(options.allow_external),
