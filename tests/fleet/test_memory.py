@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 
 from vmconv_fleet import config as settings
 from vmconv_fleet.catalogue import kinds
-from vmconv_fleet.node import daemon
+from vmconv_fleet.node import daemon, memory
 from vmconv_fleet.testing import PATIENCE, Driven, Lab, wait_until
 
 HEAVY = (
@@ -66,7 +68,7 @@ print(resident())
 """
 
 
-def test_released_code_is_read_again_when_it_runs() -> None:
+def test_released_pages_are_read_again_when_they_are_used() -> None:
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
     before, after, later = map(int, done.stdout.split())
     assert after < before // 2
@@ -89,3 +91,18 @@ def test_a_daemon_gives_memory_back_as_long_as_nothing_ends_it(monkeypatch: pyte
     monkeypatch.setattr(daemon, "release", lambda: released.append(True))
     assert daemon._next(Quiet(3)) == signal.SIGTERM  # type: ignore[arg-type]
     assert len(released) == 3
+
+
+def test_mappings_with_pages_of_their_own_are_kept(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    path = tmp_path / "library"
+    path.write_bytes(b"a" * 2 * page)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 2 * page, mmap.MAP_PRIVATE) as mapped:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        mapped[:1] = b"b"
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        assert protect(ctypes.c_void_p(address), ctypes.c_size_t(2 * page), mmap.PROT_READ) == 0
+        memory.release()
+        assert mapped[:2] == b"ba"
+        kept = [start for start, _end in memory._unwritten(frozenset(memory._files()))]
+        assert address not in kept

@@ -77,7 +77,7 @@ def test_a_node_starts_once_its_disk_has_room(
     directory = Path(config.directory)
     kept = directory.rename(f"{directory}.kept")
     directory.mkdir(0o700)
-    command = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", directory]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "tmpfs", str(directory)]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         missing("namespaces", "tmpfs cannot be mounted")
