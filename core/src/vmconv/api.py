@@ -60,12 +60,14 @@ if TYPE_CHECKING:
     from vmconv.model.plan import Plan, Progress
     from vmconv.model.sources import inside, stamp_of
     from vmconv.model.view import View
+    from vmconv.syncing.commit import CommitResult
     from vmconv.syncing.request import SyncPlan, SyncResult
     from vmconv.system.linux import generation, mount_of
 
 _HOMES = {
     "Cache": "interface.arguments",
     "CheckReport": "interface.format",
+    "CommitResult": "syncing.commit",
     "Comparison": "inspect.comparison",
     "Edited": "conversion.editing",
     "Machine": "machine.model",
@@ -105,6 +107,7 @@ _HOMES = {
 __all__ = [
     "Cache",
     "CheckReport",
+    "CommitResult",
     "Comparison",
     "Edited",
     "Machine",
@@ -128,6 +131,7 @@ __all__ = [
     "bitmap",
     "check",
     "checking",
+    "commit",
     "compare",
     "convert",
     "create",
@@ -749,6 +753,32 @@ def snapshot(
     asked = checked(Snapshotting, **given)
     with _errors():
         return change_snapshots(asked)
+
+
+@_named
+def commit(
+    path: StrPath,
+    *,
+    base: StrPath | None = None,
+    keep_top: bool = False,
+    source_format: str | None = None,
+    force: bool = False,
+    allow_external: Iterable[StrPath] = (),
+    source_backing_format: str | None = None,
+    announce: Callable[[Plan], None] | None = None,
+) -> CommitResult:
+    """Brings the content of the layer `path` into its parent, or into the deeper layer `base`, and empties it.
+
+    `keep_top` leaves it as it is, as with a deeper layer. `force` allows other layers on the base, which become wrong.
+    """
+    given = locals()
+    del given["announce"]
+    from vmconv.interface.arguments import Committing, checked
+    from vmconv.syncing.commit import commit as committed
+
+    asked = checked(Committing, **given)
+    with _errors():
+        return committed(asked, announce)
 
 
 @_named

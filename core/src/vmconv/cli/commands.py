@@ -22,6 +22,7 @@ COMMANDS = (
     ("resize", "give a disk another size"),
     ("snapshot", "list, take, delete or apply internal snapshots"),
     ("bitmap", "change the persistent bitmaps of an image"),
+    ("commit", "bring the content of a layer into its base"),
     ("rebase", "give a layer another parent"),
     ("convert", "convert a disk to another format"),
     ("fanout", "make images of one disk in several formats"),

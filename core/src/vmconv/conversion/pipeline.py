@@ -174,7 +174,7 @@ def _source(request: Request, opener: Opener) -> Image:
     if request.blank is not None:
         from vmconv.conversion.blank import blank_image
 
-        return blank_image(request, opener)
+        return blank_image(request, opener).stating(**request.facts)
     image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
     image = _part(request, image)
     if request.no_create and request.size is not None and image.size > request.size:

@@ -51,6 +51,9 @@ class Request(NamedTuple):
 
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
 
+    `no_create` writes into the existing block device `target`, whose content is lost. With `target_is_zero`
+    it is read, and only what is not zero is zeroed.
+
     `offset` and `length` take bytes `[offset, offset + length)` of the source as the disk, by default up to its end.
 
     `rate` limits copying and writing, in bytes per second.

@@ -283,6 +283,18 @@ class Rebasing(NamedTuple):
         return Editing(self.path, self.source_format, self.keep_undo, self.allow_external)
 
 
+class Committing(NamedTuple):
+    """The top of layers whose content goes into `base`, by default its parent; `keep_top` does not empty it."""
+
+    path: FilePath
+    base: FilePath | None = None
+    keep_top: bool = False
+    source_format: str | None = None
+    force: bool = False
+    allow_external: FilePaths = ()
+    source_backing_format: str | None = None
+
+
 class Descriptor(NamedTuple):
     """An open descriptor to write to."""
 

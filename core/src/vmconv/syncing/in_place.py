@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 def carrier_of(old: Old) -> Own:
     """Returns the file with all payload of the target. Raises `PlanError` if there are several."""
-    table = old.image.flat
+    table = old.image.stored
     used = [table.sources[index] for index in distinct(table.source[table.kind == Kind.DATA]).tolist()]
     if len(used) > 1 or not all(isinstance(source, File) for source in used):
         raise PlanError(f"{old.image.file.name}: its payload is not in one file as it is")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmconv.backends.targets import claim_for_replacement
 from vmconv.errors import AccessError, PlanError, UsageError
 from vmconv.inplace import neighbours, rules
+from vmconv.inplace.neighbours import Neighbours
 from vmconv.inplace.rules import Own
 from vmconv.inplace.settling import settle
 from vmconv.io.opener import Opener
@@ -43,9 +44,19 @@ class Old(NamedTuple):
 
 @contextmanager
 def opened(
-    directory: Directory, name: str, request: SyncRequest, sources: Sequence[File], registry: Registry
+    directory: Directory,
+    name: str,
+    request: SyncRequest,
+    sources: Sequence[File],
+    registry: Registry,
+    *,
+    is_layer: bool = False,
+    but: Collection[str] = (),
+    judge: Callable[[Neighbours], None] = neighbours.refuse,
 ) -> Iterator[Old]:
-    """Yields the target `name` of a directory, locked.
+    """Yields the target `name` of a directory, locked; only `is_layer` allows one with a parent.
+
+    `judge` gets the images of the directory that refer to it, except `but`.
 
     Raises `PlanError` or `AccessError` if it may not be replaced: it is in use, a layer, a part of the source, or
     another image refers to it.
@@ -54,11 +65,20 @@ def opened(
     with ExitStack() as claims:
         claims.enter_context(claim_for_replacement(directory, name))
         # The claim is ours, and would look like another user's.
-        opener = claims.enter_context(Opener(registry, force_share=True, format_option="-O", settle=settle))
+        opener = claims.enter_context(
+            Opener(
+                registry,
+                force_share=True,
+                format_option="-O",
+                settle=settle,
+                allow_external=request.allow_external if is_layer else (),
+                backing_format=request.source_backing_format if is_layer else None,
+            )
+        )
         image = opener.image(directory.join(name), request.target_format)
         if not directory.holds(name, image.file.descriptor):
             raise AccessError(f"{directory.join(name)}: was replaced while it was being examined", hint="try again")
-        if image.parent_reference is not None:
+        if image.parent_reference is not None and not is_layer:
             raise PlanError(
                 f"{request.target}: is a layer on top of {image.parent_reference}, and only whole disks are synced",
                 hint="convert to a new file, without -B",
@@ -77,8 +97,8 @@ def opened(
                 _refuse_source(directory, each.name, sources)
                 claims.enter_context(claim_for_replacement(directory, each.name))
         _refuse_losses(request, image)
-        seen = neighbours.look(directory, own, registry)
-        neighbours.refuse(seen)
+        seen = neighbours.look(directory, own, registry, but)
+        judge(seen)
         image.warnings += tuple(text for text in (neighbours.warning(seen),) if text)
         image.warnings += tuple(_saved_states(directory, name, registry))
         yield Old(image, found, options, own)

@@ -148,7 +148,7 @@ def run(
                 _confirm(ready)
                 note()
             else:
-                _replace(ready, ready.plan.plan, mode, progress, verifying, note)
+                replace(ready, ready.plan.plan, mode, progress, verifying, note)
     except BaseException as exc:
         if not isinstance(exc, Exception):
             vars(exc)["results"] = tuple(done)
@@ -173,7 +173,7 @@ def plan(request: SyncRequest, comparing: Progress | None = None) -> SyncPlan:
         return ready.plan
 
 
-def _replace(
+def replace(
     ready: Ready,
     planned: Plan,
     mode: Verify | None,
