@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vmconv.cli.options import add_access, add_format, add_output, read_size, reading
+from vmconv.cli.options import add_access, add_format, add_output, columns, read_size, reading
+from vmconv.cli.picture import add_picture, draw_image, print_bars
 from vmconv.cli.verbs import Verb
+from vmconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from vmconv.model.image import Image
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -15,6 +20,8 @@ def _run(options: argparse.Namespace) -> int:
     from vmconv.inspect.mapping import map_rows
 
     with opened(reading(options)) as (image, _):
+        if options.picture or options.bar:
+            return _draw(options, image)
         rows = map_rows(image, options.start_offset, options.max_length)
         if options.output == "json":
             _print_map(rows)
@@ -25,6 +32,16 @@ def _run(options: argparse.Namespace) -> int:
                 place = "-" if row.offset is None else f"{row.offset:#x}"
                 table.append([f"{row.start:#x}", f"{row.length:#x}", place, row.file or "-"])
         print_table(table)
+    return 0
+
+
+def _draw(options: argparse.Namespace, image: Image) -> int:
+    if options.start_offset or options.max_length is not None or options.output == "json":
+        raise UsageError("a picture shows the whole disk", hint="omit --start-offset, --max-length and --output json")
+    if options.picture:
+        draw_image(options.picture, image)
+    if options.bar:
+        print_bars(image, max(20, columns() - 4))
     return 0
 
 
@@ -49,6 +66,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=read_size, metavar="N", help="map this number of bytes (default: up to the disk's end)"
     )
+    add_picture(parser, "the disk and its files")
+    parser.add_argument("--bar", action="store_true", help="draw the disk and its files in the terminal")
     add_output(parser)
     add_access(parser)
 

@@ -18,7 +18,7 @@ class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
     """Help of at most 100 columns; keeps the line breaks of descriptions."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=min(_columns(), 100))
+        super().__init__(prog, max_help_position=28, width=min(columns(), 100))
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {meant}choose from {choices}")
 
 
-def _columns() -> int:
+def columns() -> int:
     """Returns the columns of the terminal, without `shutil`, whose import takes longer than the rest of the parser."""
     try:
         return int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns or 100

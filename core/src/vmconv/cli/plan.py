@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vmconv.cli.output import say
+from vmconv.cli.picture import add_picture, draw_plan
 from vmconv.cli.report import plan_json, shared_word
 from vmconv.cli.requests import add_source_and_target, configure_request, request_of
 from vmconv.cli.verbs import Verb
@@ -37,6 +38,8 @@ def _run(options: argparse.Namespace) -> int:
             say(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
             for line in plan_lines(ready.plan, layers, warnings):
                 say(f"  {line}")
+        if options.picture:
+            draw_plan(options.picture, ready.image, ready.plan)
         refuse_copies(options.target, options.zero_copy, ready.plan)
     return 0
 
@@ -66,6 +69,7 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_source_and_target(parser)
     configure_request(parser)
+    add_picture(parser, "the source's disk and the new files")
 
 
 VERB = Verb(

@@ -1,0 +1,152 @@
+"""Pictures of disks and plans: strips against a byte-by-byte model, files that need no others, and how they look."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vmconv
+from support.disks import MIB, QemuImg, make_disk, qemu_io
+from vmconv.cli.main import main
+from vmconv.inspect.strips import Category, Ranges, strip
+
+Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
+
+NOTHING, LITTLE, MUCH = (Category("hole", "nothing", payload=False), Category("a", "a"), Category("b", "b"))
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> tuple[list[int], int]:
+    """Returns the category of each byte of a small address space, and a number of parts."""
+    runs = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40)), min_size=1, max_size=12))
+    return [category for category, length in runs for _ in range(length)], draw(st.integers(1, 50))
+
+
+@given(spaces())
+def test_a_strip_shows_what_a_model_of_bytes_shows(space: tuple[list[int], int]) -> None:
+    content, parts = space
+    size = len(content)
+    edges = [0, *(at for at in range(1, size) if content[at] != content[at - 1]), size]
+    runs = [(start, end - start, content[start]) for start, end in itertools.pairwise(edges)]
+    columns = zip(*[run for run in runs if run[2]] or [(0, 0, 1)], strict=True)
+    ranges = Ranges(*(np.array(column, dtype=np.int64) for column in columns))
+    found = strip("", size, ranges, (NOTHING, LITTLE, MUCH), parts)
+    assert list(found.bytes) == [content.count(category) for category in range(3)]
+    # Each byte in as many equal pieces as there are parts: a part has as many pieces as there are bytes.
+    pieces = np.repeat(np.array(content), parts).reshape(parts, size)
+    for part, there in enumerate(pieces):
+        counts = [int((there == category).sum()) for category in range(3)]
+        best = max((1, 2), key=lambda category: counts[category]) if counts[1] or counts[2] else 0
+        shown = int(found.category[part])
+        # Equal shares may be shown as either.
+        assert counts[shown] == counts[best] and (shown == 0) == (best == 0)
+        # Exactly a half is rounded.
+        assert counts[shown] * 2 == size or bool(found.full[part]) == (counts[shown] * 2 > size)
+
+
+def picture(directory: Path, command: str, *arguments: object, suffix: str = ".svg") -> str:
+    path = directory / f"{command}{suffix}"
+    path.unlink(missing_ok=True)
+    assert main([command, "--picture", str(path), *map(str, arguments)]) == 0
+    return path.read_text()
+
+
+def legend(text: str) -> list[str]:
+    return [element.text or "" for element in ET.fromstring(text).iter(f"{SVG}text") if not element.get("class")]
+
+
+@pytest.fixture
+def chain(tmp_path: Path, qemu_img: QemuImg) -> Path:
+    base, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    with base.open("wb") as file:
+        file.truncate(64 * MIB)
+        file.seek(8 * MIB)
+        file.write(b"b" * 4 * MIB)
+    qemu_img("create", "-f", "qcow2", "-b", base, "-F", "raw", top)
+    qemu_io(top, "write -P 7 16M 2M", "write -z 8M 1M")
+    return top
+
+
+def test_the_sums_are_those_of_the_disk(chain: Path, tmp_path: Path) -> None:
+    text = picture(tmp_path, "map", chain)
+    assert "2 MiB payload of top.qcow2" in legend(text) and "3 MiB payload of base.raw" in legend(text)
+    assert "1 MiB zero" not in legend(text) and "59 MiB zero" in legend(text)
+
+
+def test_compressed_payload_is_hatched(chain: Path, tmp_path: Path, qemu_img: QemuImg) -> None:
+    packed = tmp_path / "packed.qcow2"
+    qemu_img("convert", "-c", "-O", "qcow2", chain, packed)
+    text = picture(tmp_path, "map", packed)
+    assert "5 MiB compressed payload" in legend(text)
+    assert len(re.findall(r'<path fill="url\(#hatch\)"', text)) == 1
+    assert any("metadata, compressed payload" in line for line in legend(text))
+
+
+def test_the_picture_of_a_plan_shows_what_is_shared_and_copied(reflink_dir: Path) -> None:
+    disk = make_disk(reflink_dir / "disk.raw", 4 * MIB)
+    plan = vmconv.plan(disk, reflink_dir / "disk.vmdk")
+    found = legend(picture(reflink_dir, "plan", disk, reflink_dir / "disk.vmdk"))
+    assert any(line.endswith("shared with the source") for line in found)
+    assert not any("copied" in line for line in found)
+    found = legend(picture(reflink_dir, "plan", "--backend", "copy", disk, reflink_dir / "disk.vmdk"))
+    assert any(line.endswith("copied") for line in found) and plan.totals.shared
+
+
+def test_a_picture_needs_no_other_file_and_runs_nothing(tmp_path: Path) -> None:
+    hostile = make_disk(tmp_path / "<script>alert(1)</script>&\x1b[31m.raw".replace("/", "\u2215"), MIB)
+    for suffix in (".svg", ".html"):
+        text = picture(tmp_path, "map", hostile, suffix=suffix)
+        assert "<script" not in text and "\x1b" not in text
+        links = re.findall(r'(?:href|src|url\()\s*=?\s*["\']?([^"\')\s>]+)', text)
+        assert set(links) <= {"#hatch"}
+
+
+def test_a_picture_replaces_no_file(tmp_path: Path, capsys: Capture) -> None:
+    disk = make_disk(tmp_path / "disk.raw", MIB)
+    taken = tmp_path / "taken.svg"
+    taken.write_text("mine")
+    assert main(["map", "--picture", str(taken), str(disk)]) == 4
+    assert "taken.svg: already exists" in capsys.readouterr().err and taken.read_text() == "mine"
+    with pytest.raises(SystemExit):
+        main(["map", "--picture", str(tmp_path / "disk.png"), str(disk)])
+    assert "a picture is .svg or .html" in capsys.readouterr().err
+    assert main(["map", "--bar", "--output", "json", str(disk)]) == 2
+
+
+def test_the_terminal_shows_the_same(chain: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "68")
+    assert main(["map", "--bar", str(chain)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "the guest's disk, qcow2: 64 MiB"
+    # A line has 16 MiB: payload of the base at 9 to 12, of the layer at 16 to 18.
+    assert lines[1].strip() == "░" * 36 + "█" * 12 + "░" * 16
+    assert lines[2].strip() == "█" * 8 + "░" * 56
+
+
+def test_the_pictures_of_the_documentation_are_what_its_command_makes(xfs_dir: Path) -> None:
+    def fixed(text: str) -> str:
+        # Where a filesystem puts blocks is not ours.
+        return re.sub(r"\d+ extents?", "extents", text)
+
+    made = _script().make(xfs_dir)
+    for name, text in made.items():
+        assert fixed(text) == fixed((ROOT / "docs/pictures" / name).read_text()), "python docs/pictures.py DIR"
+
+
+def _script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
