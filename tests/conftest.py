@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -124,3 +125,17 @@ def corpus() -> Path:
     if not (CORPUS / "expected.tsv").exists():
         missing("corpus", f"no corpus at {CORPUS}")
     return CORPUS
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = shutil.which("chromium")
+    if program is None:
+        missing("chromium", "chromium is not installed")
+    with playwright.sync_playwright() as driver:
+        # Tests run as root, whom Chromium gives no sandbox.
+        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield made
+        made.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,23 +9,8 @@ from typing import Any
 import pytest
 
 from fleet.desk import Desk, enter, seated
-from support.requirements import missing
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.testing import Driven, Lab, Network, why_no_namespaces
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium")
-    if program is None:
-        missing("chromium", "chromium is not installed")
-    with playwright.sync_playwright() as driver:
-        # Tests run as root, whom Chromium gives no sandbox.
-        made = driver.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield made
-        made.close()
 
 
 @pytest.fixture

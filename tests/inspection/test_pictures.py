@@ -8,6 +8,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,24 @@ def test_a_picture_needs_no_other_file_and_runs_nothing(tmp_path: Path) -> None:
         assert "<script" not in text and "\x1b" not in text
         links = re.findall(r'(?:href|src|url\()\s*=?\s*["\']?([^"\')\s>]+)', text)
         assert set(links) <= {"#hatch"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 940])
+def test_a_browser_shows_all_of_it(browser: Any, chain: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    picture(tmp_path, "map", chain, suffix=".html")
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.goto((tmp_path / "map.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    looks = {}
+    for look in ("ground", "zero", "layer0", "layer1", "metadata"):
+        looks[look] = page.evaluate(f"getComputedStyle(document.querySelector('svg .{look}')).fill")
+    assert len(set(looks.values())) == len(looks)
+    assert (looks["ground"] == "rgb(255, 255, 255)") == (scheme == "light")
+    for look in looks:
+        shape = page.evaluate(f"document.querySelector('svg .{look}').getBoundingClientRect().toJSON()")
+        assert shape["width"] > 0 and shape["height"] > 0 and shape["left"] >= 0 and shape["right"] <= width
+    page.close()
 
 
 def test_a_picture_replaces_no_file(tmp_path: Path, capsys: Capture) -> None:
