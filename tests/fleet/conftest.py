@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fleet.desk import Desk, enter, seated
+from support.requirements import missing
 from vmconv_fleet.config import NodeConfig
 from vmconv_fleet.testing import Driven, Lab, Network, why_no_namespaces
 
