@@ -322,6 +322,14 @@ SCENARIOS = (
         ("o.qcow2",),
         kind="in-place",
     ),
+    Scenario(
+        "snapshot",
+        qcow2_alone,
+        ("snapshot", "-q", "-c", "new", "--keep-undo", "{}/o.qcow2"),
+        QCOW2,
+        ("o.qcow2",),
+        kind="in-place",
+    ),
     Scenario("undo", converted_in_place, ("undo", "{}/o.qcow2"), {"d.raw": "raw"}, ("o.qcow2",), kind="in-place"),
     Scenario(
         "stream-file",

@@ -11,15 +11,15 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from support.crash import RecordingCalls, Stopped, StoppingCalls, TornCalls, storages
-from support.disks import MIB, QemuImg, make_disk
-from support.inplace import BACK, SIZE, THERE, UNDOABLE, Contents, Work, contents, copied
+from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.inplace import BACK, SIZE, THERE, UNDOABLE, Contents, Edit, Work, contents, copied
 from support.inplace_pairs import Source, Target, pairs, shifted_pairs
 from support.tried import TRIED
 from support.variants import QEMU_NAMES
@@ -59,6 +59,39 @@ def work(request: pytest.FixtureRequest, ext4_dir: Path, tmp_path: Path) -> Work
     return make_work(pair, way, ext4_dir, tmp_path / "disk.raw")
 
 
+EDITS: dict[str, Callable[..., object]] = {
+    "rebase": lambda path, **more: api.rebase(path, "other.raw", backing_format="raw", unsafe=True, **more),
+    "snapshot-create": lambda path, **more: api.snapshot(path, "create", "new", **more),
+    "snapshot-delete": lambda path, **more: api.snapshot(path, "delete", "old", **more),
+    "snapshot-apply": lambda path, **more: api.snapshot(path, "apply", "old", **more),
+    "bitmap": lambda path, **more: api.bitmap(path, "new", ["add"], **more),
+    "repair": api.repair,
+}
+
+
+@pytest.fixture(params=EDITS)
+def verb(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "undoable"])
+def edit(request: pytest.FixtureRequest, verb: str, ext4_dir: Path, qemu_img: QemuImg) -> Edit:
+    """An edit of a qcow2 with a snapshot; of a damaged one for a repair."""
+    (ext4_dir / "work").mkdir()
+    path = ext4_dir / "work" / "disk.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", path, "256k")
+    qemu_io(path, "write -P 1 0 64k", format_name="qcow2")
+    qemu_img("snapshot", "-c", "old", path)
+    qemu_io(path, "write -P 2 32k 64k", format_name="qcow2")
+    if verb == "repair":
+        data = bytearray(path.read_bytes())
+        table = int.from_bytes(data[48:56], "big")
+        data[table : table + 8] = bytes(8)
+        path.write_bytes(data)
+    return Edit(path.parent, path.name, EDITS[verb], request.param)
+
+
 @pytest.fixture
 def anywhere() -> Iterator[Path]:
     """A directory for what needs no particular filesystem: where syncing costs nothing, if there is such a place."""
@@ -77,7 +110,7 @@ class Finished(NamedTuple):
     """How many calls it takes until it is committed and that is durable."""
 
 
-def finished(work: Work, directory: Path) -> Finished:
+def finished(work: Work | Edit, directory: Path) -> Finished:
     folder = copied(work.directory, directory)
     before = contents(folder)
     calls = RecordingCalls(folder)
@@ -89,7 +122,7 @@ def finished(work: Work, directory: Path) -> Finished:
     return Finished(calls, before, after, syncs[-1])
 
 
-def recover(folder: Path, work: Work, calls: Syscalls | None = None, *, trust: bool = False) -> None:
+def recover(folder: Path, work: Work | Edit, calls: Syscalls | None = None, *, trust: bool = False) -> None:
     """Recovers by the name that the disk had, or by the one that it got when there is nothing left to recover.
 
     With `trust` what is there was made again in another directory, where marks do not count.
@@ -123,6 +156,14 @@ def test_a_conversion_killed_while_shifting_is_rolled_back_or_completed(shifted:
     killed(shifted, ext4_dir)
 
 
+def test_a_killed_edit_is_rolled_back_or_completed(edit: Edit, ext4_dir: Path) -> None:
+    killed(edit, ext4_dir)
+
+
+def test_after_a_power_failure_an_edit_is_rolled_back_or_completed(edit: Edit, ext4_dir: Path, anywhere: Path) -> None:
+    without_power(edit, ext4_dir, anywhere)
+
+
 def test_a_torn_shift_is_finished(shifted: Work, ext4_dir: Path) -> None:
     """Torn in the middle of each shift, at several places, and once more while that is repaired."""
     run = finished(shifted, ext4_dir / "finished")
@@ -141,7 +182,7 @@ def test_a_torn_shift_is_finished(shifted: Work, ext4_dir: Path) -> None:
             TRIED["torn shifts"] += 1
 
 
-def killed(work: Work, ext4_dir: Path) -> None:
+def killed(work: Work | Edit, ext4_dir: Path) -> None:
     """Stops a run before each call, and in the middle of each write."""
     # In the same directory as those that are stopped: marks speak of it.
     run = finished(work, ext4_dir / "stopped")
@@ -159,6 +200,11 @@ def killed(work: Work, ext4_dir: Path) -> None:
 
 
 def test_after_a_power_failure_a_change_is_rolled_back_or_completed(work: Work, ext4_dir: Path, anywhere: Path) -> None:
+    without_power(work, ext4_dir, anywhere)
+
+
+def without_power(work: Work | Edit, ext4_dir: Path, anywhere: Path) -> None:
+    """Cuts the power before each call, with any part of what is pending done."""
     run = finished(work, ext4_dir / "finished")
     rng, count = random.Random(4), 0
     for number, storage in storages(run.calls):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,27 @@ class Work(NamedTuple):
             in_place=True,
             keep_undo=keep_undo,
         )
+
+
+class Edit(NamedTuple):
+    """What is stopped: an edit of the metadata of the image `before`, which keeps its name."""
+
+    directory: Path
+    before: str
+    change: Callable[..., object]
+    """Called with the image's path and `keep_undo`."""
+    keep_undo: bool
+
+    @property
+    def after(self) -> str:
+        return self.before
+
+    def run(self, calls: Syscalls, directory: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vmconv.inplace.stay.Syscalls", lambda: calls)
+            # Two runs are to make the same image.
+            patch.setattr("time.time_ns", lambda: 10**18)
+            self.change(directory / self.before, keep_undo=self.keep_undo)
 
 
 THERE, UNDOABLE, BACK = "there", "there and undoable", "back"
