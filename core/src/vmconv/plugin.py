@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from vmconv.io.registry import Registry, installed
     from vmconv.machine.beginning import Beginning
     from vmconv.machine.decoding import NewFile
+    from vmconv.model.bitmaps import DirtyBitmap
     from vmconv.model.disk import Disk
     from vmconv.model.draft import Draft
     from vmconv.model.extents import (
@@ -134,6 +135,7 @@ _HOMES = {
     "Dependency": "model.references",
     "Directory": "io.directory",
     "Draft": "model.draft",
+    "DirtyBitmap": "model.bitmaps",
     "Disk": "model.disk",
     "DiskFacts": "model.facts",
     "Encoded": "model.sources",
@@ -272,6 +274,7 @@ __all__ = [
     "Dependency",
     "Digest",
     "Directory",
+    "DirtyBitmap",
     "Disk",
     "DiskFacts",
     "Draft",

@@ -8,6 +8,7 @@ from functools import partial
 
 from vmconv.cli.options import (
     add_access,
+    add_bitmaps,
     add_compress,
     add_format,
     add_from_snapshot,
@@ -61,6 +62,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add_format(parser, "-f", "SOURCE")
     add_options(parser, "the formats", "FMT.NAME=VALUE")
     add_compress(parser)
+    add_bitmaps(parser)
     add_snapshot(parser)
     add_from_snapshot(parser)
     add_storage(parser)

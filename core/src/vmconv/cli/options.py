@@ -142,6 +142,17 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bitmaps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bitmaps", action="store_true", help="carry over the persistent bitmaps of SOURCE itself, from qcow2 to qcow2"
+    )
+    parser.add_argument(
+        "--skip-broken-bitmaps",
+        action="store_true",
+        help="leave out bitmaps that are in use, or were not saved, so that they may lack writes",
+    )
+
+
 def add_snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
@@ -319,6 +330,8 @@ def source_and_storage(options: argparse.Namespace) -> dict[str, Any]:
         "source_format": options.format_f,
         "source_backing_format": options.source_backing_format,
         "compress": options.compress,
+        "bitmaps": options.bitmaps,
+        "skip_broken_bitmaps": options.skip_broken_bitmaps,
         "snapshot": options.snapshot,
         "backend": options.backend,
         "zero_copy": options.zero_copy,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vmconv.cli.options import (
     add_access,
     add_any_owner,
+    add_bitmaps,
     add_compress,
     add_decompress,
     add_format,
@@ -45,6 +46,7 @@ def configure_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
     add_compress(parser)
+    add_bitmaps(parser)
     add_snapshot(parser)
     add_part(parser)
     add_from_snapshot(parser)

@@ -18,6 +18,7 @@ from vmconv.conversion.execute import carry_out
 from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.conversion.refusals import (
     no_collisions,
+    refuse_bitmaps,
     refuse_copies,
     refuse_other_kind,
     refuse_other_states,
@@ -115,6 +116,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         image = _source(request, opener)
         for _, wanted in targets:
             refuse_other_kind(image.file.name, image.kind, wanted.format, registry)
+            refuse_bitmaps(image, wanted.format)
         # Before the lower layers are opened, so that only this image's own files are replaced.
         site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))
@@ -177,6 +179,9 @@ def _source(request: Request, opener: Opener) -> Image:
         return blank_image(request, opener).stating(**request.facts)
     image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
     image = _part(request, image)
+    if request.bitmaps:
+        one = opener.registry.format(image.format_name)
+        image = one.with_bitmaps(image, skip_broken=request.skip_broken_bitmaps)
     if request.no_create and request.size is not None and image.size > request.size:
         raise PlanError(
             f"{request.target}: has a disk of {request.size} bytes, and the source has {image.size}",
@@ -214,6 +219,7 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
         refuse_source_kept(target.format, target.options)
         image = _source(request, opener)
         refuse_other_kind(image.file.name, image.kind, target.format, registry)
+        refuse_bitmaps(image, target.format)
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
         kept = _kept_layer(request, target, image, registry)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmconv.interface.format import Format
     from vmconv.io.registry import Registry
     from vmconv.machine.request import MachinePlan
+    from vmconv.model.image import Image
 
 
 _SECTOR = 512
@@ -33,6 +34,12 @@ def refuse_other_kind(name: str, kind: str, target: Format, registry: Registry) 
             f"{name}: is {_WORDS[kind]}, and {target.name} holds {_WORDS[target.kind]}",
             hint=f"formats of {_WORDS[kind]}: {', '.join(there) or 'none is installed'}",
         )
+
+
+def refuse_bitmaps(image: Image, target: Format) -> None:
+    """Raises `UsageError` if an image has bitmaps to carry over that `target` cannot hold."""
+    if image.bitmaps and not target.keeps_bitmaps:
+        raise UsageError(f"--bitmaps: {target.name} has no bitmaps", hint="omit --bitmaps, or convert to qcow2")
 
 
 def refuse_copies(target: str, zero_copy: str, plan: Plan | MachinePlan) -> None:

@@ -49,6 +49,9 @@ class Request(NamedTuple):
 
     `compress` compresses all payload, as `Format.compressing` says for the target's format.
 
+    `bitmaps` carries over the persistent bitmaps of the image itself, not of its backing files. `skip_broken_bitmaps`
+    leaves out those that may lack writes.
+
     `size` is the size of the target's disk in bytes, if it is not the source's; what is beyond the source is zero.
 
     `no_create` writes into the existing block device `target`, whose content is lost. With `target_is_zero`
@@ -98,6 +101,8 @@ class Request(NamedTuple):
     offset: int = 0
     length: int | None = None
     compress: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -122,6 +127,10 @@ class Request(NamedTuple):
         if self.target_is_zero and not self.no_create:
             raise UsageError("--target-is-zero is for -n", hint="a new file is zero where nothing is written")
         self._refuse_part()
+        if self.bitmaps and (self.chain or self.snapshot is not None or self.is_part):
+            raise UsageError("--bitmaps: only for the present state of one whole image, no --chain, --snapshot or part")
+        if self.skip_broken_bitmaps and not self.bitmaps:
+            raise UsageError("--skip-broken-bitmaps is for --bitmaps")
         if self.decompress_limit is not None and not self.decompress:
             raise UsageError("--decompress-limit is for --decompress")
         if self.decompress_limit is not None and self.decompress_limit < 0:

@@ -68,6 +68,8 @@ def _request(asked: Resizing, image: Image, size: int) -> Request:
         allow_external=asked.allow_external,
         source_backing_format=asked.source_backing_format,
         size=size,
+        bitmaps=one.keeps_bitmaps,
+        skip_broken_bitmaps=one.keeps_bitmaps and asked.keep_undo,
     )
 
 

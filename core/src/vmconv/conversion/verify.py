@@ -5,6 +5,7 @@ file), must equal the source's table (guest -> source file). It reads no payload
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vmconv.conversion.request import Request
     from vmconv.interface.arguments import Verify
     from vmconv.io.registry import Registry
+    from vmconv.model.bitmaps import DirtyBitmap
     from vmconv.model.plan import Progress
 
 
@@ -151,6 +153,7 @@ def _checked(containers: Sequence[Container], files: Iterable[File], registry: R
         for reference in one.container.layout.references:
             table = table.through(reference.file, on_storage(reference.file))
         _check_table(one.container, table)
+        _check_bitmaps(one)
         check_places(one.sides)
         yield one
 
@@ -165,6 +168,23 @@ def _as_encoded(one: Made) -> Extents:
     disk = one.container.disk
     wanted = disk.flat if one.container.below is None else disk.guest
     return as_encoded(table, one.sides.layouts, wanted.window(0, table.size, Kind.ZERO))
+
+
+def _check_bitmaps(one: Made) -> None:
+    """Raises `VerifyError` unless a result has the bitmaps that it carries over."""
+    wanted = one.container.disk.bitmaps
+    if not wanted:
+        return
+    found = one.container.format.with_bitmaps(one.image, skip_broken=False).bitmaps
+    mine, theirs = ([_stated(bitmap, one.image.size) for bitmap in bitmaps] for bitmaps in (wanted, found))
+    for ours, read in zip_longest(mine, theirs):
+        if ours != read:
+            raise VerifyError(f"{one.container.name}: bitmap {(ours or read)[0]!r} is not that of the source")
+
+
+def _stated(bitmap: DirtyBitmap, size: int) -> tuple[str, int, bool, bytes, bytes]:
+    first, end = bitmap.bits(size)
+    return bitmap.name, bitmap.granularity, bitmap.enabled, first.tobytes(), end.tobytes()
 
 
 def _check_parent(container: Container, result: Image) -> None:

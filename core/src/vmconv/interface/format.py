@@ -102,6 +102,8 @@ class Format:
     not_mountable: frozenset[str] = frozenset()
     """Values of the option `subformat` that mounts leave out, because planning reads all payload, for example, or the
     image needs other files."""
+    keeps_bitmaps = False
+    """True if `with_bitmaps` reads persistent bitmaps and the writer stores `Image.bitmaps`."""
     compressing: Mapping[str, str] = MappingProxyType({})
     """The writer's options that compress all payload, for `convert -c`; none if it cannot."""
     in_place = False
@@ -159,6 +161,13 @@ class Format:
         None if `image` or this format can have no bitmaps.
         """
         return None
+
+    def with_bitmaps(self, image: Image, *, skip_broken: bool) -> Image:
+        """Returns the image with its persistent bitmaps to carry over.
+
+        `skip_broken` leaves out those that cannot be; else they are a `PlanError`.
+        """
+        raise UsageError(f"{image.file.name}: {self.name} has no bitmaps")
 
     def qemu_incompatibility(self, image: Image) -> str | None:
         """Returns why QEMU cannot read this layer, or reads other bytes; None if it reads the same."""

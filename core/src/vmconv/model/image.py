@@ -14,6 +14,7 @@ from vmconv.model.sources import File
 
 if TYPE_CHECKING:
     from vmconv.interface.format import FormatKind
+    from vmconv.model.bitmaps import DirtyBitmap
     from vmconv.model.disk import Disk
     from vmconv.model.extents import Extents
     from vmconv.model.references import Dependency
@@ -32,6 +33,7 @@ class Image:
     `details` are format-specific facts for `info`. `dependencies` are other files of this layer with their expected
     properties. `shows_holes` tells whether maps show holes of a file as zeros, as `qemu-img map` does for payload that
     lies in a file as the guest sees it. Without it, they do for a file with so many holes that payload must have some.
+    `bitmaps` are the persistent bitmaps that a writer carries over; none unless they are asked for.
     `digests` are hashes of the disk that the image stores, in hexadecimal, by their names in hashlib.
     """
 
@@ -55,8 +57,10 @@ class Image:
         digests: Mapping[str, str] = MappingProxyType({}),
         kind: FormatKind = "disk",
         state: Callable[[], Mapping[str, bytes]] = dict,
+        bitmaps: tuple[DirtyBitmap, ...] = (),
     ) -> None:
         self.format_name = format_name
+        self.bitmaps = bitmaps
         self.file = file
         self.size = size
         self.kind = kind
@@ -145,7 +149,14 @@ class Image:
             details=lambda: self.details,
             kind=self.kind,
             state=self._state,
+            bitmaps=self.bitmaps,
         )
+
+    def carrying(self, bitmaps: tuple[DirtyBitmap, ...], losses: tuple[str, ...]) -> Image:
+        """Returns this layer with bitmaps to carry over, and with these losses."""
+        other = self._changed(lambda table: table)
+        other.bitmaps, other.losses = bitmaps, losses
+        return other
 
     def stating(self, **facts: Any) -> Image:
         """Returns this layer with other facts."""

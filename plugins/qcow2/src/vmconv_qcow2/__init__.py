@@ -31,6 +31,7 @@ class Qcow2(Format):
     supports_backing = True
     not_mountable = frozenset({"reference"})
     in_place = True
+    keeps_bitmaps = True
     compressing = MappingProxyType({"compress": "on"})
 
     def options(self) -> type[Any]:
@@ -60,6 +61,11 @@ class Qcow2(Format):
         from vmconv_qcow2.bitmaps import dirty_ranges
 
         return dirty_ranges(image, bitmap)
+
+    def with_bitmaps(self, image: Image, *, skip_broken: bool) -> Image:
+        from vmconv_qcow2.bitmaps import with_bitmaps
+
+        return with_bitmaps(image, skip_broken=skip_broken)
 
     def bitmaps_size(self, image: Image, options: Any) -> int | None:
         from vmconv_qcow2.bitmaps import bitmaps_size

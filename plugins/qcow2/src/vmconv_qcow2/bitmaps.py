@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import Column, Image, PlanError, UsageError, damaged, read_part
+from vmconv.plugin import Column, DirtyBitmap, Image, PlanError, UsageError, counted, damaged, read_part
 from vmconv_qcow2 import structs
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header
 
@@ -47,6 +47,45 @@ def ranges_of(header: Header, bitmap: Bitmap) -> _Pair:
         starts.append(start)
         lengths.append(length)
     return np.concatenate(starts), np.concatenate(lengths)
+
+
+def with_bitmaps(image: Image, *, skip_broken: bool) -> Image:
+    """Returns the image with its bitmaps to carry over. Raises `PlanError` if one may lack writes, is unknown, or has
+    the name of another.
+    """
+    header = read_header(image.file)
+    found: list[DirtyBitmap] = []
+    lost = []
+    for bitmap in read_bitmaps(header):
+        problem = _unusable(bitmap)
+        if problem and not skip_broken:
+            raise PlanError(
+                f"{image.file.name}: bitmap {bitmap.name!r} {problem}", hint="--skip-broken-bitmaps leaves it out"
+            )
+        if problem:
+            lost.append(f"bitmap {bitmap.name!r}, which {problem}")
+            continue
+        if any(other.name == bitmap.name for other in found):
+            raise PlanError(f"{image.file.name}: several bitmaps are named {bitmap.name!r}")
+        enabled = bool(bitmap.flags & structs.BITMAP_AUTO)
+        found.append(DirtyBitmap(bitmap.name, 1 << bitmap.granularity_bits, enabled, *ranges_of(header, bitmap)))
+    dropped = losses_of_bitmaps(header)
+    losses = [loss for loss in image.losses if loss not in dropped]
+    return image.carrying(tuple(found), (*losses, *lost))
+
+
+def _unusable(bitmap: Bitmap) -> str | None:
+    """Returns why a bitmap cannot be copied."""
+    if bitmap.flags & structs.BITMAP_IN_USE:
+        return "is in use, or its last user did not save it, so it may lack writes"
+    if bitmap.flags & ~structs.BITMAP_AUTO or bitmap.extra_size:
+        return f"has unknown flags ({bitmap.flags:#x}) or data"
+    return f"has the unknown type {bitmap.type}" if bitmap.type != structs.DIRTY_BITMAP else None
+
+
+def losses_of_bitmaps(header: Header) -> list[str]:
+    """Returns what a conversion loses that carries over no bitmaps."""
+    return [counted(header.bitmaps.nb_bitmaps, "persistent bitmap")] if header.bitmaps is not None else []
 
 
 def bitmaps_size(image: Image, options: Options) -> int | None:

@@ -32,6 +32,7 @@ from vmconv.plugin import (
     table_slices,
 )
 from vmconv_qcow2 import structs
+from vmconv_qcow2.bitmaps import losses_of_bitmaps
 from vmconv_qcow2.compression import CompressedClusters
 from vmconv_qcow2.header import Header, Snapshot, read_bitmaps, read_header, read_snapshots
 from vmconv_qcow2.options import Options
@@ -133,8 +134,7 @@ def _snapshot(header: Header, wanted: str) -> Snapshot:
 
 
 def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
-    if header.bitmaps is not None:
-        yield f"{counted(header.bitmaps.nb_bitmaps, 'persistent bitmap')}"
+    yield from losses_of_bitmaps(header)
     others = header.snapshot_count - (snapshot is not None)
     if others:
         yield f"{counted(others, 'internal snapshot')}; --snapshot converts one"

@@ -44,6 +44,7 @@ from vmconv_qcow2.header import build_extension
 from vmconv_qcow2.options import Options
 
 if TYPE_CHECKING:
+    from vmconv_qcow2.bitmap_writer import BitmapArea
     from vmconv_qcow2.packing import Packing
 
 _PAGE = 4096
@@ -65,6 +66,7 @@ class _Tables(NamedTuple):
     first_block: int
     l1: int
     l2: int
+    bitmaps: int
     end: int
 
 
@@ -114,6 +116,7 @@ class _Writer:
             table = blocks.fill_partial_holes(table, image.parent.flat.window(0, table.size), self.unit)
         # Before tables are counted, whose number a stated size alone decides.
         self.l1_entries = self._l1_entries(table.size)
+        self.bitmaps = self._bitmaps(image)
         self.packing = self._pack(table, image, placement.scratch) if options.compress else None
         if self.packing:
             table = self._without_zeros(table, self.packing.zero)
@@ -153,6 +156,15 @@ class _Writer:
         self.pinned = pin(table, carrier, [self.options.cluster_size] if self.options.cluster_size else units)
         self.cluster = self.pinned.unit
         self.pinned = self.pinned.cleared(self.cluster)
+
+    def _bitmaps(self, image: Image) -> BitmapArea | None:
+        if not image.bitmaps:
+            return None
+        if self.options.version == 2:
+            raise PlanError("version 2 of qcow2 has no bitmaps", hint="use -o compat=1.1, or omit --bitmaps")
+        from vmconv_qcow2.bitmap_writer import BitmapArea
+
+        return BitmapArea(image.bitmaps, self.size, self.cluster)
 
     def _pack(self, table: Extents, image: Image, scratch: Scratch | None) -> Packing:
         from vmconv_qcow2.packing import Compression, pack
@@ -292,8 +304,9 @@ class _Writer:
         first_block = start + -(-table_bytes // cluster) * cluster
         l1 = first_block + len(refcount_blocks) * cluster
         l2 = l1 + -(-l1_entries * 8 // cluster) * cluster
-        end = l2 + len(self.l2_tables) * cluster
-        return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, end)
+        bitmaps = l2 + len(self.l2_tables) * cluster
+        end = bitmaps + (self.bitmaps.length if self.bitmaps else 0)
+        return _Tables(l1_entries, self.l2_tables, refcount_blocks, start, first_block, l1, l2, bitmaps, end)
 
     def _l1_entries(self, size: int) -> int:
         # One entry even for a disk of 0 bytes: libqcow refuses an empty L1 table.
@@ -339,6 +352,7 @@ class _Writer:
             # An empty table is a hole.
             (tables.l1, Blob("L1 table", l1.tobytes() if len(tables.l2_tables) else b"")),
             (tables.l2, self._l2(host, tables.l2_tables, packed_at)),
+            *(self.bitmaps.blobs(tables.bitmaps) if self.bitmaps else []),
         ]
 
     def _host(self, runs: blocks.Runs, offset: Column, output: Source) -> Extents:
@@ -363,6 +377,8 @@ class _Writer:
                 extensions += build_extension(structs.RECORDS, os.fsencode(records))
         if options.data_file:
             extensions += build_extension(structs.DATA_FILE_NAME, os.fsencode(options.data_file))
+        if self.bitmaps:
+            extensions += build_extension(structs.BITMAPS, self.bitmaps.extension(tables.bitmaps))
         extensions += build_extension(structs.END, b"")
         length = structs.V2_LENGTH if options.version == 2 else structs.V3_FULL_LENGTH
         name_offset = length + len(extensions)
@@ -392,7 +408,8 @@ class _Writer:
                 {
                     "incompatible_features": self._incompatible(),
                     "compatible_features": structs.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
-                    "autoclear_features": structs.RAW_EXTERNAL_DATA if options.data_file_raw else 0,
+                    "autoclear_features": (structs.RAW_EXTERNAL_DATA if options.data_file_raw else 0)
+                    | (structs.BITMAPS_CONSISTENT if self.bitmaps else 0),
                     "refcount_order": options.refcount_bits.bit_length() - 1,
                     "header_length": length,
                 }
