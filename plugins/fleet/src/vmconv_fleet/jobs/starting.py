@@ -36,14 +36,12 @@ def openable(node: str, job: JobBody, records: Records, policy: ConversionPolicy
 
 
 def _rights(job: JobBody, by: Principal, records: Records) -> Rights:
-    from vmconv_fleet.catalogue.kinds import Person
-
     owner, _, identifier = (by.token or "").partition("/")
-    if job.groups is None or by.issuer is None or by.subject is None or records.get(owner, "token", identifier):
+    if job.groups is None or records.get(owner, "token", identifier):
         return rights_of(by, records, job.created_ms)
     if owner in records.forked():
         raise Refusal(f"the node where {by.user} had signed in has two histories")
-    return rights_of_person(owner, Person(issuer=by.issuer, subject=by.subject, groups=job.groups), records)
+    return rights_of_person(owner, job.groups, records)
 
 
 def _both(one: Sequence[str] | None, other: Sequence[str] | None) -> list[str] | None:

@@ -6,13 +6,14 @@ They are looked up for each request, so a change of a group's role counts at onc
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vmconv.plugin import AccessError
 from vmconv_fleet.trust.rights import ORDER, Records, Rights, allows, rights_in
 
 if TYPE_CHECKING:
-    from vmconv_fleet.catalogue.kinds import GroupBody, Person, Principal, TokenBody
+    from vmconv_fleet.catalogue.kinds import GroupBody, Principal, TokenBody
     from vmconv_fleet.catalogue.terms import Role
 
 KIND = "group"
@@ -23,9 +24,9 @@ def group_id(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def rights_of_person(owner: str, person: Person, records: Records) -> Rights:
+def rights_of_person(owner: str, groups: Iterable[str], records: Records) -> Rights:
     """Returns the rights of all groups together. Raises AccessError if none has a role at the node `owner` any more."""
-    found = [one for one in (_group(owner, name, records) for name in person.groups) if one is not None]
+    found = [one for one in (_group(owner, name, records) for name in groups) if one is not None]
     if not found:
         raise AccessError("no group of this person has a role any more")
     rights = [rights_in(one) for one in found]

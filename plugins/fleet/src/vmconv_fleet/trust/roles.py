@@ -83,7 +83,7 @@ def rights_of_token(record: Record, records: Records, now_ms: int) -> Rights:
         raise AccessError(f"token {identifier} was revoked")
     if token.expires_ms is not None and now_ms >= token.expires_ms:
         raise AccessError(f"token {identifier} has expired")
-    return rights_of_person(record.owner, token.person, records) if token.person else rights_in(token)
+    return rights_of_person(record.owner, token.person.groups, records) if token.person else rights_in(token)
 
 
 def token_in(record: Record) -> TokenBody:
