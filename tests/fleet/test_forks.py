@@ -303,6 +303,8 @@ POLICY = {"max_parallel": 1, "administrators_of": ["a", "b"], "zero_copy": "requ
         ("job", {"state": "queued"}, {"state": "done"}, {"state": "queued", "x": 1}, {"state": "done"}),
         ("job", {"state": "queued"}, {"state": "failed"}, {"state": "cancelled"}, {"state": "cancelled"}),
         ("job", {"state": "queued"}, {"state": "running"}, {"state": "queued", "x": 1}, {"state": "running"}),
+        ("job", {"state": "queued"}, {"state": "planned"}, {"state": "running"}, {"state": "running"}),
+        ("job", {}, {"state": "running", "dry_run": True}, {"state": "planned"}, {"state": "planned"}),
         ("job", {"state": "done"}, None, {"state": ["done"]}, None),
         (
             "job",

@@ -103,6 +103,11 @@ def test_a_record_that_is_no_token_grants_nothing(replica: Replica) -> None:
             replica.ask("scan", requester=OTHER, by=by)
 
 
+def test_the_id_of_a_group_stays_what_it_is() -> None:
+    """Records of earlier versions have it."""
+    assert group_id("ops") == "a92c36e66a25ee99ff862faa8e87987b"
+
+
 def test_a_node_without_roles_by_datastore_sees_a_viewer() -> None:
     rights = Rights("viewer", {f"{HERE}/ds": "operator"})
     assert rights.role == "viewer"

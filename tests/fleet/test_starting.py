@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def change(replica: Replica, by: Mapping[str, Any], **fields: Any) -> None:
 
 def signed_in(replica: Replica) -> dict[str, Any]:
     replica.add(OTHER, "group", group_id("ops"), {"group": "ops", "role": "operator"})
-    person = {**PERSON, "groups": ["ops"]}
+    # As from a database: not the same object as in the group's record.
+    person = json.loads(json.dumps({**PERSON, "groups": ["ops"]}))
     return replica.token(OTHER, "viewer", person=person, expires_ms=NOW + 1) | PERSON
 
 
