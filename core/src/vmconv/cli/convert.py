@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vmconv.cli.batch import add_batch, refuse_without_directory
-from vmconv.cli.options import add_making
+from vmconv.cli.options import Parser, add_making
 from vmconv.cli.output import print_json, say
 from vmconv.cli.report import run_and_report
 from vmconv.cli.requests import SOURCE, TARGET, configure_request, request_of
@@ -27,8 +27,8 @@ def _run(options: argparse.Namespace) -> int:
 
         return run_batch(options, options.names)
     refuse_without_directory(options)
-    options.source, target = _source_and_target(options.names)
-    request = request_of(options, options.source, target)
+    options.source, *more, target = _sources_and_target(options.names)
+    request = request_of(options, options.source, target)._replace(more_sources=more)
     from vmconv.conversion.pipeline import run
 
     if request.descriptor is not None:
@@ -38,15 +38,15 @@ def _run(options: argparse.Namespace) -> int:
     return run_and_report(options, partial(run, request))
 
 
-def _source_and_target(names: Sequence[str]) -> tuple[str, str]:
+def _sources_and_target(names: Sequence[str]) -> Sequence[str]:
     from vmconv.errors import UsageError
 
-    if len(names) != 2:
+    if len(names) < 2:
         raise UsageError(
             f"{counted(len(names), 'name')} given, and a conversion has SOURCE and TARGET",
             hint="--directory DIR converts many disks",
         )
-    return names[0], names[1]
+    return names
 
 
 def _is_done(options: argparse.Namespace, request: Request) -> bool:
@@ -81,10 +81,15 @@ def _run_stream(options: argparse.Namespace, request: Request) -> int:
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
+    if isinstance(parser, Parser):
+        parser.intermixed = True
     parser.usage = (
-        f"{parser.prog} [option ...] SOURCE TARGET\n       {parser.prog} [option ...] -O FMT --directory DIR SOURCE ..."
+        f"{parser.prog} [option ...] SOURCE ... TARGET\n"
+        f"       {parser.prog} [option ...] -O FMT --directory DIR SOURCE ..."
     )
-    parser.add_argument("names", nargs="+", metavar="SOURCE TARGET", help=f"SOURCE: {SOURCE}\nTARGET: {TARGET}")
+    parser.add_argument(
+        "names", nargs="+", metavar="SOURCE TARGET", help=f"SOURCE: {SOURCE}; several are joined\nTARGET: {TARGET}"
+    )
     configure_request(parser)
     parser.add_argument(
         "--if-needed",
@@ -109,6 +114,7 @@ examples:
   vmconv convert -f raw -O qcow2 -o cluster_size=2M /dev/vg0/guest guest.qcow2
   vmconv convert --snapshot before-upgrade disk.qcow2 disk.raw
   vmconv convert -O vhd -o subformat=fixed disk.vmdk - | upload-command
+  vmconv convert first.raw second.qcow2 joined.vmdk
   vmconv convert --chain snapshot.vmdk converted/snapshot.qcow2
   vmconv convert -O qcow2 --directory converted --skip-existing --jobs 4 *.vmdk"""
 

@@ -24,10 +24,22 @@ class formatter(argparse.RawDescriptionHelpFormatter):  # noqa: N801
 class Parser(argparse.ArgumentParser):
     """A parser, and that of each command, whose errors suggest the word that was meant."""
 
+    intermixed = False
+    """True for a command with any number of names, which may have options between them."""
+    _inside = False
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        options, rest = super().parse_known_args(args, namespace)
+        # Until Python 3.12, parsing intermixed arguments calls this method.
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        if self.intermixed:
+            self._inside = True
+            options, rest = self.parse_known_intermixed_args(args, namespace)
+            self._inside = False
+        else:
+            options, rest = super().parse_known_args(args, namespace)
         if rest:
             meant = did_you_mean(rest[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(rest)}{f'; {meant.strip()}' if meant else ''}")

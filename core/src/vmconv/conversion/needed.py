@@ -26,6 +26,9 @@ def refuse_unanswerable(request: Request) -> None:
         (request.snapshot is not None, "--snapshot"),
         (request.decompress, "--decompress"),
         (request.no_create, "-n"),
+        (request.compress, "-c"),
+        (request.bitmaps, "--bitmaps"),
+        (request.more_sources, "several sources"),
         (request.offset or request.length is not None, "--offset, --length"),
     ):
         if given:

@@ -177,7 +177,12 @@ def _source(request: Request, opener: Opener) -> Image:
         from vmconv.conversion.blank import blank_image
 
         return blank_image(request, opener).stating(**request.facts)
-    image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
+    if request.more_sources:
+        from vmconv.conversion.joining import joined
+
+        image = joined(request, opener)
+    else:
+        image = opener.image(request.source, request.source_format, snapshot=request.snapshot).stating(**request.facts)
     image = _part(request, image)
     if request.bitmaps:
         one = opener.registry.format(image.format_name)
@@ -284,6 +289,8 @@ def _refuse_unverifiable(ready: Prepared, mode: Verify | None) -> None:
     request = ready.conversions[0].request
     if mode == "qemu" and request.snapshot is not None:
         raise UsageError("--verify=qemu: qemu-img compares no internal snapshots", hint="use --verify=bytes")
+    if mode == "qemu" and request.more_sources:
+        raise UsageError("--verify=qemu: qemu-img compares one disk with one", hint="use --verify=bytes")
     if mode == "qemu" and request.is_part:
         raise UsageError("--verify=qemu: qemu-img compares no parts of disks", hint="use --verify=bytes")
     if mode == "qemu" and ready.plan.destination == "device":

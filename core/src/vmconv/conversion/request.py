@@ -49,6 +49,8 @@ class Request(NamedTuple):
 
     `compress` compresses all payload, as `Format.compressing` says for the target's format.
 
+    `more_sources` are further disks, all in `source_format` if it is given: the target's disk is `source`, then these.
+
     `bitmaps` carries over the persistent bitmaps of the image itself, not of its backing files. `skip_broken_bitmaps`
     leaves out those that may lack writes.
 
@@ -103,6 +105,7 @@ class Request(NamedTuple):
     compress: bool = False
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
+    more_sources: FilePaths = ()
 
     def located(self) -> Request:
         """Returns the request with the path of the source in the snapshot that it is read from.
@@ -127,6 +130,8 @@ class Request(NamedTuple):
         if self.target_is_zero and not self.no_create:
             raise UsageError("--target-is-zero is for -n", hint="a new file is zero where nothing is written")
         self._refuse_part()
+        if self.more_sources:
+            self._refuse_with_several()
         if self.bitmaps and (self.chain or self.snapshot is not None or self.is_part):
             raise UsageError("--bitmaps: only for the present state of one whole image, no --chain, --snapshot or part")
         if self.skip_broken_bitmaps and not self.bitmaps:
@@ -155,6 +160,19 @@ class Request(NamedTuple):
                     raise UsageError(
                         f"{name}: the target would be a part of the disk", hint="omit --offset and --length"
                     )
+
+    def _refuse_with_several(self) -> None:
+        for given, name in (
+            (self.in_place, "--in-place"),
+            (self.chain, "--chain"),
+            (self.backing_file is not None, "-B"),
+            (self.snapshot is not None, "--snapshot"),
+            (self.from_snapshot is not None, "--from-snapshot"),
+            (self.bitmaps, "--bitmaps"),
+            (self.blank is not None, "a new disk"),
+        ):
+            if given:
+                raise UsageError(f"{name}: is for one source, and {len(self.more_sources) + 1} are given")
 
     def opener(self, registry: Registry) -> Opener:
         """Returns the opener of the source. Raises `UsageError` for options that exclude each other."""
