@@ -25,6 +25,7 @@ from support.disks import QemuImg
 from support.mounts import Mounts
 from vmconv import errors
 from vmconv.cli.parser import make_parser
+from vmconv.cli.plugin import files as skeleton
 from vmconv.cli.stops import EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED
 from vmconv.interface import hooks
 
@@ -401,6 +402,11 @@ def toy(tmp_path: Path) -> Path:
     (information / "entry_points.txt").write_text(f"[vmconv]\n{points}")
     (site / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     return site
+
+
+def test_the_skeleton_of_a_plugin_is_the_example() -> None:
+    shown = {block.title: block.text for block in blocks(PLUGINS.read_text()) if block.title}
+    assert dict(skeleton("toy")) == shown
 
 
 def test_the_example_plugin_passes_the_conformance_kit(toy: Path) -> None:

@@ -24,7 +24,9 @@ def house(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     libraries = {library for wheel in wheels.values() for library in needed_libraries(wheel)}
     command = [sys.executable, "-m", "pip", "download", "-q", "-c", str(ROOT / "constraints.txt"), "-d", str(directory)]
     # pipx wants a pip of its own.
-    subprocess.run([*command, "--only-binary", ":all:", "pip", *libraries], check=True)
+    subprocess.run(
+        [*command, "--only-binary", ":all:", "pip", "pytest", "hypothesis", "hatchling", *libraries], check=True
+    )
     for wheel in wheels.values():
         shutil.copy(wheel, directory)
     return directory
@@ -111,3 +113,16 @@ def converts(program: Path, directory: Path) -> None:
     (directory / "disk.img").write_bytes(b"payload!" * 512)
     run(program, "convert", directory / "disk.img", directory / "disk.vhdx")
     run(program, "compare", directory / "disk.img", directory / "disk.vhdx")
+
+
+def test_a_new_plugin_passes_the_kit_as_it_is(house: Path, tmp_path: Path) -> None:
+    python = pip_install(house, tmp_path / "venv", "vmconv[testing]")
+    plugin = tmp_path / "vmconv-acme"
+    run(tmp_path / "venv/bin/vmconv", "plugin", "new", "acme", "--directory", plugin)
+    pip_install(house, tmp_path / "venv", str(plugin))
+    tested = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", plugin, plugin / "tests")
+    assert " passed" in tested
+    assert "acme" in run(tmp_path / "venv/bin/vmconv", "formats", "--kind", "disk")
+    (tmp_path / "disk.img").write_bytes(b"payload!" * 512)
+    run(tmp_path / "venv/bin/vmconv", "convert", tmp_path / "disk.img", tmp_path / "disk.acme")
+    run(tmp_path / "venv/bin/vmconv", "compare", tmp_path / "disk.img", tmp_path / "disk.acme")

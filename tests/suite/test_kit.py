@@ -47,24 +47,8 @@ class TestFlat(FormatTests):
 def test_a_format_that_is_only_read_passes_the_kit(can_write: bool, passes: bool, tmp_path: Path) -> None:
     """The same format that claims to have a writer does not."""
     (tmp_path / "test_flat.py").write_text(SOURCE.format(can_write=can_write))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(tmp_path),
-        "-k",
-        "not heavy",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *flags, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    flags = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", "not heavy"]
+    command = [sys.executable, "-m", "pytest", *flags, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode == 0) is passes, done.stdout
     assert "passed" in done.stdout

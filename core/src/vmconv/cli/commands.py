@@ -33,6 +33,7 @@ COMMANDS = (
     ("prove", "prove by physical addresses that two images share their payload"),
     ("machine", "convert whole machines: configuration, firmware and disks"),
     ("demo", "convert a disk in every way that works here, with the proof"),
+    ("plugin", "write the skeleton of a plugin"),
     ("completion", "print a completion script for a shell"),
 )
 """Name and help of each command. The module of this name is imported when the command is used."""
