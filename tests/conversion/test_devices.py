@@ -151,18 +151,27 @@ def test_containers_on_a_larger_device_are_read_by_qemu(
 
 
 @pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
-def test_a_format_with_a_footer_needs_a_device_of_its_size(
-    source: Path, device: Path, tmp_path: Path, qemu_img: QemuImg, subformat: str
+def test_a_format_with_a_footer_is_refused_on_a_device_of_any_size(
+    source: Path, device: Path, tmp_path: Path, subformat: str
 ) -> None:
-    with pytest.raises(PlanError, match="bytes behind the image, where vhd looks for the end of a file"):
-        convert(source, device, "vhd", options={"subformat": subformat})
-    assert content(device, 4) == b"\xee" * 4
-    plan = vmconv.plan(source, tmp_path / "disk.vhd", options={"subformat": subformat})
+    given = {"target_format": "vhd", "options": {"subformat": subformat}}
+    # The footer is written before the head: an interrupted run would leave a disk.
+    refused(source, device, PlanError, "would look complete before it is", **given)
     exact = tmp_path / "exact.img"
-    exact.write_bytes(b"\xee" * plan.files[0].size)
+    exact.write_bytes(b"\xee" * vmconv.plan(source, tmp_path / "disk.vhd", **given).files[0].size)
     with loop_device(exact) as fitting:
-        convert(source, fitting, "vhd", options={"subformat": subformat}, verify="bytes")
-        assert vmconv.compare(source, fitting, right_format="vhd")
+        refused(source, fitting, PlanError, "would look complete before it is", **given)
+
+
+def test_a_format_that_looks_for_its_end_needs_a_device_of_its_size(source: Path, device: Path, tmp_path: Path) -> None:
+    given = {"target_format": "vmdk", "options": {"subformat": "streamOptimized"}}
+    refused(source, device, PlanError, "bytes behind the image, where vmdk looks for the end of a file", **given)
+    vmconv.convert(source, tmp_path / "disk.vmdk", **given)
+    exact = tmp_path / "exact.img"
+    exact.write_bytes(b"\xee" * (tmp_path / "disk.vmdk").stat().st_size)
+    with loop_device(exact) as fitting:
+        convert(source, fitting, verify="bytes", **given)
+        assert vmconv.compare(source, fitting, right_format="vmdk")
 
 
 # Where the head is not the last

@@ -92,7 +92,8 @@ class DeviceOutput(DescriptorOutput):
         super().__init__(device.path, descriptor, size, durable=durable)
         self._reads_first = reads_first
         self.head = bytearray(min(HEAD, size))
-        self._direct = DirectDevice(descriptor) if durable else None
+        # Through the page cache, closing the device would write all of it, slower.
+        self._direct = DirectDevice(descriptor)
         self._block = max(_SMALLEST, device.block)
         self._ways: list[Callable[[int, int], None]] = [self._free, self._zero]
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from vmconv.backends.device import HEAD
 from vmconv.conversion.results import Results
 from vmconv.errors import ImageError, PlanError, UsageError, VmconvError
 from vmconv.model.extents import Extents
@@ -75,6 +78,7 @@ def on_device(plan: Plan, backend: DeviceBackend, made: Sequence[Container], ope
     size = plan.files[0].size
     if size > device.size:
         raise PlanError(f"{device.path}: has {device.size} bytes, and the image needs {size}")
+    _refuse_early(made[-1], device.path)
     behind = device.size - size
     if behind:
         _refuse_unreadable(made[-1], behind, opener, device.path)
@@ -89,6 +93,18 @@ def _notes(plan: Plan, path: str, behind: int, *, reads_first: bool) -> Iterator
     )
     if behind:
         yield f"{path} has {behind} bytes behind the image, which stay as they are"
+
+
+def _refuse_early(made: Container, path: str) -> None:
+    """Raises `PlanError` if the image looks like one before its first bytes are written."""
+    table = made.layout.files[-1].table
+    begins = np.zeros(1, dtype=np.int64)
+    headless = table.replaced(Extents.filled(table.size), begins, begins + min(HEAD, table.size))
+    if made.format.probe(PlannedFile(made.name, headless)):
+        raise PlanError(
+            f"{path}: this {made.format.name} has its signature at its end, and would look complete before it is",
+            hint="choose another -o subformat or another format",
+        )
 
 
 def _refuse_unreadable(made: Container, behind: int, opener: Opener, path: str) -> None:
