@@ -15,6 +15,7 @@ from batch_case import batch
 from bench import HASTY, VMCONV, Bench, python, qemu_img, vmconv, vmconv_hasty
 from child_clone import DESCRIPTOR
 from correct import same_as, samples_of, some_offsets
+from device_case import devices
 from format_cases import PARALLEL, misaligned, pairs, streams, terabyte
 from images import CLUSTER, GIB, TIB, Place, command, dense_raw, qcow2, shuffled, sparse_raw, text_raw
 from inplace_cases import in_place
@@ -330,6 +331,7 @@ CASES = (
     Case("in-place", ("ext4",), in_place),
     Case("sync", ("xfs", "btrfs", "ext4"), sync),
     Case("copy", ("ext4", "directory"), copy),
+    Case("devices", ("ext4",), devices),
     Case("pairs", ("xfs", "btrfs"), pairs),
     Case("misaligned", ("xfs", "btrfs"), misaligned),
     Case("terabyte", ("xfs",), terabyte),

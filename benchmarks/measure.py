@@ -39,7 +39,8 @@ class Sample:
 class Contender:
     """A program that takes part: it makes `target`, which is removed again after each run, or turned `back`.
 
-    `before` makes what the program finds as its target, outside the timing.
+    `before` makes what the program finds as its target, outside the timing. `device` is a block device that it writes
+    instead of a target, and that stays.
 
     `durable` says that the program flushes what it writes. A `heavy` one takes part in every second round only.
     `check` is called once with the target and raises `BenchmarkError` when that is not what it should be.
@@ -53,6 +54,7 @@ class Contender:
     check: Callable[[str], None] | None = None
     back: Sequence[str] | None = None
     before: Sequence[str] | None = None
+    device: str | None = None
 
 
 @dataclass
@@ -90,8 +92,9 @@ def side_by_side(
             settle()
             try:
                 measured.samples.setdefault(contender.name, []).append(run(contender))
-                if contender.check and contender.target and turn == 0:
-                    contender.check(contender.target)
+                made = contender.target or contender.device
+                if contender.check and made and turn == 0:
+                    contender.check(made)
             finally:
                 if contender.back and contender.target and os.path.lexists(contender.target):
                     subprocess.run(contender.back, stdout=subprocess.DEVNULL, check=True)
@@ -121,8 +124,9 @@ def run(contender: Contender) -> Sample:
             said = errors.read().decode(errors="replace").strip()
             raise BenchmarkError(f"{' '.join(contender.command)}: exit status {child.returncode}: {said}")
         began_flush = time.perf_counter()
-        if contender.target and not contender.durable:
-            flush(contender.target)
+        made = contender.target or contender.device
+        if made and not contender.durable:
+            flush(made)
         durable = seconds + time.perf_counter() - began_flush
         output.seek(0)
         inner = _inner(output.read())
