@@ -362,7 +362,8 @@ def test_requests_of_the_command_line_pass_the_check_unchanged() -> None:
         options = make_parser("convert").parse_args(["convert", *given, "source", "target"])
         request = _request(options, *options.names)
         again = checked(Request, **request._asdict())
-        assert again._asdict() == request._asdict() | {"options": dict(request.options)}
+        changed = {"options": dict(request.options), "more_sources": list(request.more_sources)}
+        assert again._asdict() == request._asdict() | changed
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_api() -> None:

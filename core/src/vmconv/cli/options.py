@@ -167,7 +167,11 @@ def add_bitmaps(parser: argparse.ArgumentParser) -> None:
 
 def add_snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-l", "--snapshot", metavar="NAME", help="convert this internal snapshot (id or name), not the present state"
+        "-l",
+        "--snapshot",
+        metavar="NAME",
+        help="convert this internal snapshot (id or name, also snapshot.id=ID or snapshot.name=NAME), not the present\n"
+        "state",
     )
 
 

@@ -125,12 +125,31 @@ def qemu_incompatibility(image: Image) -> str | None:
 
 
 def _snapshot(header: Header, wanted: str) -> Snapshot:
-    """Returns the snapshot with this id, or else this name, as in qemu-img."""
+    """Returns the snapshot with this id, or else this name, as in qemu-img.
+
+    "snapshot.id=ID", "snapshot.name=NAME", or both with a comma between them, are exact.
+    """
     snapshots = list(read_snapshots(header))
-    for found in [s for s in snapshots if s.id == wanted] + [s for s in snapshots if s.name == wanted]:
-        return found
+    if wanted.startswith("snapshot."):
+        given = _parameters(wanted)
+        found = [s for s in snapshots if given == {key: getattr(s, key) for key in given}]
+    else:
+        found = [s for s in snapshots if s.id == wanted] + [s for s in snapshots if s.name == wanted]
+    if found:
+        return found[0]
     have = ", ".join(f"{s.id} ({s.name})" for s in snapshots) or "none"
     raise UsageError(f"{header.file.name}: no snapshot {wanted!r}", hint=f"its snapshots: {have}")
+
+
+def _parameters(text: str) -> dict[str, str]:
+    """Returns `id` and `name` of QEMU's notation, in which a comma of a value is written twice."""
+    given = {}
+    for part in text.replace(",,", "\0").split(","):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if key not in ("snapshot.id", "snapshot.name") or not equals:
+            raise UsageError(f"--snapshot: {part!r} is neither snapshot.id=ID nor snapshot.name=NAME")
+        given[key.removeprefix("snapshot.")] = value
+    return given
 
 
 def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
