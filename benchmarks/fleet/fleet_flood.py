@@ -99,7 +99,7 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _vmconv(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "vmconv", *arguments], check=True, capture_output=True, timeout=LONG)
+    subprocess.run([sys.executable, "-m", "vmconv", *arguments], check=True, stdout=subprocess.DEVNULL, timeout=LONG)
 
 
 @contextmanager
