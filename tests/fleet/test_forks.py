@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 
@@ -20,9 +21,9 @@ from vmconv_fleet.catalogue.kinds import Principal
 from vmconv_fleet.catalogue.overridden import overridden_in
 from vmconv_fleet.catalogue.snapshot import Snapshot
 from vmconv_fleet.cli.client import NodeClient, Reply
-from vmconv_fleet.errors import NotReadyError, Refusal, StoreError
+from vmconv_fleet.errors import MalformedError, NotReadyError, Refusal, StoreError
 from vmconv_fleet.node.daemon import MERGED, Daemon
-from vmconv_fleet.replication import epochs, messages, records, strays
+from vmconv_fleet.replication import epochs, merging, messages, records, strays
 from vmconv_fleet.replication.merging import merge
 from vmconv_fleet.replication.messages import Notice
 from vmconv_fleet.replication.records import Change, Record, decode, encode, seal
@@ -198,6 +199,30 @@ def test_a_merge_whose_commit_fails_leaves_the_history_as_it_was() -> None:
     fleet.send(again, merge(again.replica, requests, None, join).sends)
     fleet.flow(3000)
     assert again.replica.serving
+    assert _agree(again, other, third)
+
+
+def test_a_merge_that_fails_within_a_commit_leaves_the_history_as_it_was() -> None:
+    """Such as by a record that cannot be written again; the rest of the group is committed."""
+    fleet, again, other, third = _rolled_back()
+    fleet.link(again, other)
+    fleet.link(other, third)
+    fleet.flow(3000)
+    requests = again.requests
+    assert requests is not None
+    before = again.replica.store.position(again.id), again.replica.store.others.all()
+    again.news.clear()
+    with again.replica.batch():
+        with patch.object(merging, "_changes", side_effect=MalformedError("too large")), pytest.raises(MalformedError):
+            merge(again.replica, requests, None, join)
+        again.replica.received(other.id, messages.encode(Notice([])))
+    assert before == (again.replica.store.position(again.id), again.replica.store.others.all())
+    assert again.replica.is_forked
+    assert not again.news
+    fleet.flow(10_000)
+    assert again.replica.store.position(again.id) == before[0]
+    fleet.send(again, merge(again.replica, requests, None, join).sends)
+    fleet.flow(3000)
     assert _agree(again, other, third)
 
 

@@ -62,8 +62,12 @@ class ChangeFeed:
         """Adds the records of an owner behind a seq, to be read from the database."""
         self._items.append(_Item((), owner, after))
 
-    def forget(self) -> None:
-        self._items.clear()
+    def mark(self) -> int:
+        """Returns the place behind what was added, for `forget`."""
+        return len(self._items)
+
+    def forget(self, behind: int = 0) -> None:
+        del self._items[behind:]
 
     def deliver(self) -> None:
         """Calls the subscribers. An exception in one is logged and does not reach the others."""

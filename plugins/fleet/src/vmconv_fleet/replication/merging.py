@@ -60,7 +60,7 @@ def merge(replica: Replica, requests: Requests, path: str | None, join: Join = l
     parted = _refuse_forgotten(replica, strays)
     if path:
         archive(path, strays)
-    with replica.batch():
+    with replica.batch(), replica.attempt():
         # A node that was forked when it recovered has not executed any request since.
         requests.remember_recovered()
         lost = list(overridden(replica, strays, parted, join))

@@ -165,6 +165,19 @@ class Replica:
             self._grouped = False
         self._context.feed.deliver()
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Runs the block within `batch`: if it fails, nothing of it is done, and what else the batch does stays."""
+        epoch, news = self._recovery.epoch, self._context.feed.mark()
+        try:
+            with self.store.atomic():
+                yield
+        except BaseException:
+            self._recovery.epoch = epoch
+            self._context.feed.forget(news)
+            self._context.forks.undo()
+            raise
+
     def _undo(self, epoch: int) -> None:
         """Forgets what a transaction has changed in memory that the database has not done."""
         self._context.feed.forget()
