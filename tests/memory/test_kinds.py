@@ -94,7 +94,7 @@ def test_a_file_with_a_name_of_memory_and_no_signature_is_no_disk(tmp_path: Path
             ImageError, match=rf"^web.{suffix}: no signature of \w+, the format of its suffix"
         ) as caught:
             verb(str(path))
-        assert caught.value.hint == "if it is raw memory, use -f ram"
+        assert caught.value.hint == "if it is raw memory, use -f ram; if it is a raw disk, use -f raw"
 
 
 def test_memory_is_no_backing_file(both: tuple[Path, Path], tmp_path: Path) -> None:

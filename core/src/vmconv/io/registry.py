@@ -272,12 +272,10 @@ class Registry:
 
     def _unsigned(self, file: File, suffix: str, option: str) -> ImageError:
         """Returns the error of a file without the signature of its suffix's format."""
+        by_raw = f"if it is a raw disk, {_say(option, RAW_NAME)}"
         memory = self.format_by_suffix(file.path, "memory")
-        hint = f"if it is raw memory, {_say(option, RAM_NAME)}" if memory else described_beside(file.path)
-        return ImageError(
-            f"{file.name}: no signature of {suffix}, the format of its suffix",
-            hint=hint or f"if it is a raw disk, {_say(option, RAW_NAME)}",
-        )
+        hint = f"if it is raw memory, {_say(option, RAM_NAME)}; {by_raw}" if memory else described_beside(file.path)
+        return ImageError(f"{file.name}: no signature of {suffix}, the format of its suffix", hint=hint or by_raw)
 
     def _choice(self, content: str, option: str) -> str:
         """Returns the hint for a file whose signature does not match its suffix."""
