@@ -298,6 +298,15 @@ def test_a_file_that_would_become_a_part_of_a_new_pair_is_named(
     assert memory(made / target) == TWO
 
 
+def test_a_new_core_begins_with_a_note_segment_as_crash_asks_for(tmp_path: Path) -> None:
+    vmconv.convert(str(put(tmp_path, "web.lime", lime(TWO))), str(tmp_path / "new.elf"))
+    core = (tmp_path / "new.elf").read_bytes()
+    assert struct.unpack_from("<H", core, 56) == (3,)
+    assert [struct.unpack_from("<I", core, 64 + 56 * number)[0] for number in range(3)] == [4, 1, 1]
+    assert vmconv.info(str(tmp_path / "new.elf"))["format-specific"]["data"]["notes"] == "none"
+    assert memory(tmp_path / "new.elf") == TWO
+
+
 def test_a_new_state_has_what_crash_asks_for(tmp_path: Path) -> None:
     vmconv.convert(str(put(tmp_path, "web.elf", elf_core(TWO))), str(tmp_path / "new.vmss"))
     state = (tmp_path / "new.vmss").read_bytes()

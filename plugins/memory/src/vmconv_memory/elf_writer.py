@@ -2,7 +2,8 @@
 
     header | program headers | notes | RAM
 
-Each PT_LOAD begins at the phase of its payload, mostly a multiple of 4096, so that blocks can be shared.
+Each PT_LOAD begins at the phase of its payload, mostly a multiple of 4096, so that blocks can be shared. The first
+program header is a PT_NOTE, also of no notes: `crash` takes no other file for a dump (seen with 8.0.2).
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ def write(image: Image, options: ElfOptions, placement: Placement) -> Layout:
     found = segments(image, table, modulus, _MOST)
     machine, notes = _state(image, options)
     kind = structs.program_headers(2, "<")
-    count = len(found.start) + bool(notes)
+    count = len(found.start) + 1
     head = structs.IDENT + struct.calcsize("<" + structs.HEADER[2])
     end = head + count * kind.itemsize + len(notes)
     offset = placed(found, end, modulus)
     size = int(offset[-1] + found.length[-1])
     programs = np.zeros(count, dtype=kind)
-    if notes:
-        programs[0] = (structs.PT_NOTE, 0, end - len(notes), 0, 0, len(notes), len(notes), 0)
-    loads = programs[bool(notes) :]
+    programs[0] = (structs.PT_NOTE, 0, end - len(notes), 0, 0, len(notes), len(notes), 0)
+    loads = programs[1:]
     loads["type"] = structs.PT_LOAD
     loads["paddr"], loads["offset"] = found.start, offset
     loads["filesz"] = loads["memsz"] = found.length
