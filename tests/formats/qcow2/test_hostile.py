@@ -76,11 +76,19 @@ OPERATIONS: dict[str, Callable[[str], object]] = {
 }
 
 
+EDITS: dict[str, Callable[[str], object]] = {
+    "snapshot": lambda path: api.snapshot(path, "create", "new", source_format="qcow2"),
+    "bitmap": lambda path: api.bitmap(path, "new", ["add"], source_format="qcow2"),
+    "rebase": lambda path: api.rebase(path, "", unsafe=True, source_format="qcow2"),
+    "repair": lambda path: api.repair(path, source_format="qcow2"),
+}
+
+
 def outcome(operation: str, path: Path) -> VmconvError | None:
     """Runs an operation under the time limit and returns the error it refused the image with, if it did."""
     with time_limit():
         try:
-            OPERATIONS[operation](str(path))
+            {**OPERATIONS, **EDITS}[operation](str(path))
         except VmconvError as exc:
             assert len(str(exc).splitlines()) == 1, str(exc)
             return exc
@@ -623,7 +631,8 @@ ABSURD = {
 def test_absurd_numbers_cost_little_memory_and_time(tmp_path: Path, case: str) -> None:
     path = tmp_path / "disk.qcow2"
     ABSURD[case](path)
-    for operation in OPERATIONS:
+    # Millions of tables without counts are repaired, which takes as long as it must.
+    for operation in (*OPERATIONS, *(EDITS if "table" not in case else EDITS.keys() - {"repair"})):
         with cost() as spent:
             outcome(operation, path)
         assert spent.seconds < 2 * SOON, operation

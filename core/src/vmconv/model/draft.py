@@ -9,8 +9,8 @@ from vmconv.model.extents import Columns, Extents, Kind
 from vmconv.model.sources import Blob, File, Stamp
 
 _SECTOR = 512
-_MOST = 128 << 20
-"""Bytes that an edit may write. A journal holds half of it, so more cannot be carried out."""
+_MOST = 96 << 20
+"""Bytes that an edit may write. A journal holds 64 MiB of old bytes."""
 
 
 class Draft(File):

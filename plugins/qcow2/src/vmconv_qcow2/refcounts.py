@@ -19,6 +19,8 @@ from vmconv_qcow2.header import Header, read_header
 
 Raw = npt.NDArray[np.uint64]
 _SLICE = 1 << 20
+_SEARCHED = 1 << 16
+"""Gaps that are searched for room; a file may have millions."""
 _GROUP = 64
 """Entries of a table that are written together: one sector."""
 
@@ -34,14 +36,18 @@ class Space:
         cuts = cuts[cuts <= self.end]
         idle = (counted.at(cuts[:-1]) == 0) & (stored.at(cuts[:-1]) == 0)
         self.start, self.length = cuts[:-1][idle], np.diff(cuts)[idle]
+        self.next = 0
+        """The first gap that may have room."""
 
     def take(self, count: int) -> int:
         """Returns the offset of contiguous clusters: the first that are free, or those behind the end."""
-        fits = np.flatnonzero(self.length >= count)
+        while self.next < len(self.length) and not self.length[self.next]:
+            self.next += 1
+        fits = np.flatnonzero(self.length[self.next : self.next + _SEARCHED] >= count)
         if not len(fits):
             self.end += count
             return (self.end - count) * self.cluster
-        found = int(fits[0])
+        found = self.next + int(fits[0])
         first = int(self.start[found])
         self.start[found] += count
         self.length[found] -= count
@@ -216,9 +222,11 @@ def _write_blocks(
 
 def _dense(counted: Steps, first: int, count: int) -> Raw:
     """Returns the counts of clusters one by one."""
-    cuts = distinct(np.concatenate([counted.start, [first, first + count]]))
-    cuts = cuts[(cuts >= first) & (cuts <= first + count)]
-    return np.repeat(counted.at(cuts[:-1]), np.diff(cuts)).astype(np.uint64)
+    low = int(np.searchsorted(counted.start, first, side="right")) - 1
+    high = int(np.searchsorted(counted.start, first + count))
+    cuts = np.append(counted.start[low:high], first + count)
+    cuts[0] = first
+    return np.repeat(counted.value[low:high], np.diff(cuts)).astype(np.uint64)
 
 
 def _encoded(counts: Raw, order: int) -> bytes:
