@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from vmconv_fleet.oidc import fetching
 from vmconv_fleet.oidc.fetching import Fetcher
 from vmconv_fleet.resolving import Resolver, connected
 from vmconv_fleet.testing import Lab, wait_until
+from vmconv_fleet.trust import joining
 
 PLACE = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 1))
 
@@ -135,7 +137,12 @@ def _probe(config: NodeConfig) -> None:
     raise OSError(found.text)
 
 
-@pytest.mark.parametrize("act", [_deliver, _fetch, _log, _log_by_tcp, _probe])
+def _ask_authority(_config: NodeConfig) -> None:
+    with joining._connected("silent.example:7448", ssl.create_default_context()):
+        pass
+
+
+@pytest.mark.parametrize("act", [_deliver, _fetch, _log, _log_by_tcp, _probe, _ask_authority])
 def test_nobody_waits_for_a_name_server_without_end(
     act: Callable[[NodeConfig], None], server: NameServer, lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +152,7 @@ def test_nobody_waits_for_a_name_server_without_end(
         (fetching, "CONNECT_S"),
         (syslog, "_TIMEOUT_S"),
         (probing, "TIMEOUT"),
+        (joining, "TIMEOUT"),
     ):
         monkeypatch.setattr(module, name, 0.01)
     with pytest.raises((OSError, FleetError), match=r"silent.example is not found in time"):

@@ -35,6 +35,7 @@ from vmconv.plugin import VmconvError
 from vmconv_fleet.config import LINK_PORT, NodeConfig, join_address, split_address
 from vmconv_fleet.errors import FleetError
 from vmconv_fleet.limiter import Limiter, Limits, connection_of
+from vmconv_fleet.resolving import Resolver, connected
 from vmconv_fleet.supervision import Supervised
 from vmconv_fleet.trust.authority import Authority, AuthorityError, Invitation, fingerprint
 from vmconv_fleet.trust.identity import (
@@ -52,6 +53,7 @@ from vmconv_fleet.trust.peers import common_name
 LIMIT = 64 << 10
 MAX_ANSWER = 2 * MAX_MEMBERS
 TIMEOUT = 10.0
+_RESOLVER = Resolver()
 JOIN_S = 30.0
 MAX_SEEDS = 8
 RETURN_WITHIN = datetime.timedelta(days=180)
@@ -407,9 +409,9 @@ def _member_context(config: NodeConfig, *, shows: bool = True) -> ssl.SSLContext
 def _connected(address: str, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
     """Opens a connection; network errors in the block become JoinError."""
     host, port = split_address(address)
-    connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT, context=context)
+    connection = http.client.HTTPSConnection(host, port)
     try:
-        connection.connect()
+        connection.sock = context.wrap_socket(connected(_RESOLVER, host, port, TIMEOUT), server_hostname=host)
         yield connection
     except (OSError, http.client.HTTPException) as exc:
         reason = getattr(exc, "verify_message", None) or getattr(exc, "strerror", None) or exc
