@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmconv.backends.targets import clean, locate, refuse_directory, refuse_kept_names, refuse_outside
 from vmconv.conversion.choice import choose_backend
-from vmconv.conversion.containers import Container, Kept, Target, keep_source, lay_out, new_name, parts_of
+from vmconv.conversion.containers import Container, Kept, Target, lay_out, parts_of
 from vmconv.conversion.device import claimed, on_device
 from vmconv.conversion.execute import carry_out
+from vmconv.conversion.keeping import kept_layer
 from vmconv.conversion.planner import merge_plans, plan_layout
 from vmconv.conversion.refusals import (
     no_collisions,
@@ -25,6 +26,7 @@ from vmconv.conversion.refusals import (
     refuse_too_large,
 )
 from vmconv.conversion.request import Request, Result, options_of
+from vmconv.conversion.streaming import refuse_with_stream, stream_target
 from vmconv.conversion.verify import refuse_impossible, verify_mode
 from vmconv.conversion.verify import verify as verify_result
 from vmconv.errors import AccessError, PlanError, UsageError, os_errors
@@ -38,7 +40,6 @@ from vmconv.io.scratch import ScratchFile
 from vmconv.model import references
 from vmconv.model.identity import fresh
 from vmconv.model.image import Image
-from vmconv.model.layout import Backing
 from vmconv.model.plan import Plan, Progress
 from vmconv.model.sources import File
 
@@ -133,7 +134,7 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
                 )
                 backend, own = way.backend, frozenset()
                 conversions = tuple(
-                    conversion_of(request, target, image, way, registry, _kept_layer(request, target, image, registry))
+                    conversion_of(request, target, image, way, registry, kept_layer(request, target, image, registry))
                     for request, target in targets
                 )
             plan = merge_plans([conversion.plan for conversion in conversions])
@@ -216,18 +217,18 @@ def _prepared_stream(request: Request, descriptor: int) -> Iterator[Prepared]:
     from vmconv.backends.stream import StreamBackend
     from vmconv.conversion.views import refuse_source_kept
 
-    _refuse_with_stream(request)
+    refuse_with_stream(request)
     backend = StreamBackend(descriptor)
     registry = installed()
     with request.opener(registry) as opener, closing(_scratch(None)) as scratch:
-        target = _stream_target(request, registry)._replace(scratch=scratch)
+        target = stream_target(request, registry)._replace(scratch=scratch)
         refuse_source_kept(target.format, target.options)
         image = _source(request, opener)
         refuse_other_kind(image.file.name, image.kind, target.format, registry)
         refuse_bitmaps(image, target.format)
         image.warnings += tuple(checking.warnings(image, opener))
         way = Proposal(backend, backend.survey("", image.payload_files()))
-        kept = _kept_layer(request, target, image, registry)
+        kept = kept_layer(request, target, image, registry)
         conversion = conversion_of(request, target, image, way, registry, kept)
         files = len(conversion.plan.files)
         if files > 1:
@@ -348,7 +349,7 @@ def _in_place(
     """Returns the conversion of the first strategy that moves no payload, and the source names it may reuse."""
     from vmconv.inplace.strategies import STRATEGIES, Unsuitable, Wanted, formats_that_hold
 
-    kept = _kept_layer(request, target, image, registry)
+    kept = kept_layer(request, target, image, registry)
     wanted = Wanted(image.onto(kept.image).guest if kept else image.flat, target.directory, target.format)
     second_best = None
     refused: list[PlanError] = []
@@ -400,27 +401,6 @@ def plan_of(made: Container, directory: str, backend: Backend, survey: Survey, *
     """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
     losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
     return plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)
-
-
-def _refuse_with_stream(request: Request) -> None:
-    if request.target_format is None:
-        raise UsageError("a stream has no suffix that names a format", hint="name the format with -O")
-    for given, what in (
-        (request.chain, "a chain"),
-        (request.no_create, "-n"),
-        (request.in_place or request.keep_undo, "in place"),
-        (request.backing_file is not None or request.backing_format is not None, "a backing file"),
-        (request.backend != "auto", f"the backend {request.backend}"),
-    ):
-        if given:
-            raise UsageError(f"a stream is a single image: {what} does not apply")
-
-
-def _stream_target(request: Request, registry: Registry) -> Target:
-    """Returns the target of a stream. Its name is a guess, for formats that store their own file name."""
-    wanted = registry.writer(request.target_format or "")
-    options = options_of(request, wanted, registry)
-    return Target.of(wanted, options, "", new_name(os.path.basename(request.source.rstrip("/")), wanted, registry))
 
 
 _Place = tuple[Directory, str]
@@ -516,51 +496,3 @@ def _target_format(registry: Registry, request: Request) -> str:
     if name is None:
         raise UsageError(f"{request.target}: its name has no format's suffix", hint="name the format with -O")
     return name
-
-
-def _kept_layer(request: Request, target: Target, image: Image, registry: Registry) -> Kept | None:
-    """Returns the layer of the source that stays as the parent of the new images, if any."""
-    if target.format.keeps_source(target.options):
-        for asked, what in (
-            (request.backing_file, "-B"),
-            (request.snapshot, "--snapshot"),
-            (request.chain, "--chain"),
-            (request.is_part, "--offset and --length"),
-        ):
-            if asked:
-                raise UsageError(
-                    f"{what}: the target's backing file would be the unchanged source, and the target is an empty layer"
-                )
-        return keep_source(image, registry, target.directory)
-    if request.backing_file is None:
-        if request.backing_format is not None:
-            raise UsageError(
-                "a backing format needs a backing file", hint="name it with -B; --backing-format is for SOURCE's"
-            )
-        return None
-    if not target.format.supports_backing:
-        raise UsageError(f"{target.format.name} cannot have a backing file")
-    if request.blank is not None:
-        from vmconv.conversion.blank import kept_base
-
-        return kept_base(request, image, registry, target.directory)
-    path = os.path.join(os.path.dirname(request.target), request.backing_file)
-    with os_errors("cannot be used as backing file", AccessError):
-        wanted = os.stat(path)
-    for layer in image.chain():
-        if layer is not image and (layer.file.stamp.device, layer.file.stamp.inode) == (wanted.st_dev, wanted.st_ino):
-            _refuse_other_format(request.backing_format, layer, registry)
-            return Kept(layer, Backing(references.plain(request.backing_file), layer.format_name))
-    raise PlanError(
-        f"{path}: is not a backing file of {image.file.name}",
-        hint="-B keeps a part of the source's own chain; its path is relative to the target's directory",
-    )
-
-
-def _refuse_other_format(stated: str | None, layer: Image, registry: Registry) -> None:
-    """Raises `UsageError` if the backing format differs from the format in which the layer was read."""
-    if stated is not None and registry.format(stated).name != layer.format_name:
-        raise UsageError(
-            f"{layer.file.name}: is read as {layer.format_name} in this chain, and cannot be declared as {stated}",
-            hint=f"omit the backing format, or give {layer.format_name}",
-        )
