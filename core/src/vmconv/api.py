@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from vmconv.model.sources import inside, stamp_of
     from vmconv.model.view import View
     from vmconv.syncing.commit import CommitResult
+    from vmconv.syncing.rebase import RebaseResult
     from vmconv.syncing.request import SyncPlan, SyncResult
     from vmconv.system.linux import generation, mount_of
 
@@ -78,6 +79,7 @@ _HOMES = {
     "OptionValue": "interface.arguments",
     "Plan": "model.plan",
     "Proof": "inspect.proof",
+    "RebaseResult": "syncing.rebase",
     "Recovery": "inplace.recovery",
     "Registry": "io.registry",
     "Repaired": "conversion.repairing",
@@ -118,6 +120,7 @@ __all__ = [
     "OptionValue",
     "Plan",
     "Proof",
+    "RebaseResult",
     "Recovery",
     "Registry",
     "Repaired",
@@ -803,21 +806,29 @@ def rebase(
     source_format: str | None = None,
     keep_undo: bool = False,
     allow_external: Iterable[StrPath] = (),
-) -> Edited:
+    announce: Callable[[Plan], None] | None = None,
+) -> Edited | RebaseResult:
     """Gives the layer in `path` another parent, or none for an empty name.
 
-    With `unsafe` only the stored name and format change, and the parent is not opened: the caller knows that it has the
-    content of the old one.
+    The guest's disk stays as it is: where the parents differ, the old content becomes the layer's own. With `unsafe`
+    only the stored name and format change, and the parent is not opened: the caller knows that it has the content of
+    the old one.
     """
     given = locals()
-    from vmconv.conversion.rebasing import rebase_unsafely
+    del given["announce"]
     from vmconv.interface.arguments import Rebasing, checked
 
     asked = checked(Rebasing, **given)
-    if not asked.unsafe:
-        raise UsageError("rebase compares no parents yet", hint="-u changes only the stored name")
+    if asked.keep_undo and not asked.unsafe:
+        raise UsageError("--keep-undo is for -u", hint="without it, the old file is whole until the new one is")
     with _errors():
-        return rebase_unsafely(asked)
+        if asked.unsafe:
+            from vmconv.conversion.rebasing import rebase_unsafely
+
+            return rebase_unsafely(asked)
+        from vmconv.syncing.rebase import rebase as rebased
+
+        return rebased(asked, announce)
 
 
 @_named

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import TYPE_CHECKING
 
-from vmconv.cli.options import add_allow_external, add_format, add_keep_undo, add_output
+from vmconv.cli.options import add_allow_external, add_format, add_keep_undo, add_output, add_report
 from vmconv.cli.verbs import Verb
+
+if TYPE_CHECKING:
+    from vmconv.syncing.rebase import RebaseResult
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +28,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help='new parent; stored as given, relative to FILE\'s directory; "" for none',
     )
-    parser.add_argument("-F", dest="backing_format", metavar="FMT", help="format of BASE")
+    parser.add_argument(
+        "-F", dest="backing_format", metavar="FMT", help="format of BASE (default without -u: by suffix and content)"
+    )
     add_format(parser)
-    add_keep_undo(parser, "FILE")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_keep_undo(parser, "FILE", when="with -u: ")
+    add_report(parser)
     add_output(parser)
     add_allow_external(parser)
 
@@ -34,6 +41,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     from vmconv.api import rebase
     from vmconv.cli.edited import report
+    from vmconv.cli.report import report_of
+    from vmconv.syncing.rebase import RebaseResult
 
     result = rebase(
         options.file,
@@ -43,13 +52,34 @@ def _run(options: argparse.Namespace) -> int:
         source_format=options.format_f,
         keep_undo=options.keep_undo,
         allow_external=options.allow_external,
+        announce=report_of(options).announce,
     )
-    report(result, options)
+    if isinstance(result, RebaseResult):
+        _report(result, options)
+    else:
+        report(result, options)
     return 0
 
 
+def _report(result: RebaseResult, options: argparse.Namespace) -> None:
+    from vmconv.cli.output import as_plain, print_json, say, size_text
+
+    if options.output == "json":
+        print_json({"event": "result", **as_plain(result)})
+        return
+    for warning in result.warnings:
+        say(f"warning: {warning}", to=sys.stderr)
+    if not options.quiet:
+        totals = result.totals
+        say(
+            f"{result.path}: {size_text(result.own)} of the old parent kept, shared {size_text(totals.shared)}, "
+            f"copied {size_text(totals.copied)}, written {size_text(totals.written)} in {result.seconds:.3f} s"
+        )
+
+
 VERB = Verb(
-    "Gives a layer another parent. With -u, only the name in its metadata changes, all of it or nothing, as after\n"
+    "Gives a layer another parent. The guest's disk stays as it is: where the layer has a hole and the parents\n"
+    "differ, the old content becomes the layer's own. With -u, only the name in its metadata changes, as after\n"
     "moving the parent.",
     _configure,
     _run,
@@ -59,6 +89,7 @@ VERB = Verb(
   2  the request makes no sense: an unknown format, or no format of BASE
 
 examples:
+  vmconv rebase -b new-base.qcow2 layer.qcow2
   vmconv rebase -u -b ../bases/base.qcow2 -F qcow2 layer.qcow2
   vmconv rebase -u -b "" layer.qcow2""",
 )

@@ -11,7 +11,7 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmconv.backends.targets import claim_for_replacement, locate, refuse_directory, refuse_kept_names
+from vmconv.backends.targets import claim_for_replacement, clean, locate, refuse_directory, refuse_kept_names
 from vmconv.conversion import pipeline, readback
 from vmconv.conversion.containers import Kept
 from vmconv.conversion.refusals import refuse_too_large
@@ -141,6 +141,8 @@ class _Commit:
         ((self.directory, self.name),) = stack.enter_context(pipeline.places(self.request.conversion(None, force=True)))
         refuse_directory(self.directory)
         refuse_kept_names(self.directory)
+        # The empty layer of a killed run would look like another layer on the base.
+        clean(self.directory, [self.name])
         self.old = self._old()
 
     def _prepare_empty(self, image: Image) -> None:
@@ -255,6 +257,7 @@ def _refuse_kept(path: str) -> None:
     with directory:
         refuse_directory(directory)
         refuse_kept_names(directory)
+        clean(directory, [name])
         if directory.status(name):
             with claim_for_replacement(directory, name):
                 pass
