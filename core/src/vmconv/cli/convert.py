@@ -103,7 +103,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 _EXIT_STATUS = """exit status:
   0  converted
-  1  the image, the storage or the plan does not allow it; TARGET was not created
+  1  the image, the storage or the plan does not allow it; TARGET was not created. A device of
+     -n that was begun holds no disk; the message says so
   2  the request makes no sense: an unknown format, option or combination
   3  --zero-copy=require, and payload would have to be copied; nothing was touched
   4  TARGET exists; nothing was touched
