@@ -28,6 +28,10 @@ def _run(options: argparse.Namespace) -> int:
         return run_batch(options, options.names)
     refuse_without_directory(options)
     options.source, *more, target = _sources_and_target(options.names)
+    if more and (options.image_opts or any(name.startswith("json:") for name in (options.source, *more))):
+        from vmconv.errors import UsageError
+
+        raise UsageError("several sources are named by their paths", hint="without --image-opts and json:")
     request = request_of(options, options.source, target)._replace(more_sources=more)
     from vmconv.conversion.pipeline import run
 

@@ -43,6 +43,11 @@ def add_source_and_target(parser: argparse.ArgumentParser) -> None:
 def configure_request(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of a conversion, without the names of its source and target."""
     add_format(parser, "-f", "SOURCE")
+    parser.add_argument(
+        "--image-opts",
+        action="store_true",
+        help="SOURCE is driver=FORMAT,file.filename=PATH, as for QEMU; json:{...} is taken without this option",
+    )
     parser.add_argument("-O", dest="format_O", metavar="FMT", help="format of TARGET (default: by its suffix)")
     add_options(parser, "the target format")
     add_compress(parser)
@@ -100,6 +105,11 @@ def request_of(options: argparse.Namespace, source: str, target: str) -> Request
     """Returns the request from the arguments of `configure_request`, and the names."""
     from vmconv.conversion.request import Request
 
+    common = source_and_storage(options)
+    if options.image_opts or source.startswith("json:"):
+        from vmconv.cli.image_opts import named
+
+        source, common["source_format"] = named(source, options.format_f, image_opts=options.image_opts)
     return Request(
         in_snapshot(options, source),
         target,
@@ -118,5 +128,5 @@ def request_of(options: argparse.Namespace, source: str, target: str) -> Request
         decompress_limit=options.decompress_limit,
         offset=options.offset,
         length=options.length,
-        **source_and_storage(options),
+        **common,
     )

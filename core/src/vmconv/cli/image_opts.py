@@ -1,0 +1,90 @@
+"""Sources in QEMU's notations, `json:{...}` and `--image-opts`, as a path and a format.
+
+Only what a path and a format can say is taken. Everything else is refused by its key, because a source is a file that
+the user names and nothing else is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from vmconv.errors import UsageError
+
+_JSON = "json:"
+_FILE_DRIVERS = ("file", "host_device")
+_KEYS = frozenset({"driver", "filename", "file.driver", "file.filename"})
+_MOST = 64 << 10
+"""Characters of a source in such a notation."""
+
+
+def named(text: str, format_name: str | None, *, image_opts: bool) -> tuple[str, str | None]:
+    """Returns path and format of the source that the user named. Raises `UsageError` for more than that."""
+    if image_opts:
+        given = _options(text)
+    elif text.startswith(_JSON) and not os.path.lexists(text):
+        given = _members(text)
+    else:
+        return text, format_name
+    if format_name is not None:
+        raise UsageError(f"-f and the notation of {text[:64]!r} exclude each other: its driver is the format")
+    return _source(given)
+
+
+def _source(given: dict[str, str]) -> tuple[str, str]:
+    unknown = sorted(given.keys() - _KEYS)
+    if unknown:
+        raise UsageError(
+            f"{unknown[0]}={given[unknown[0]]}: is not taken", hint=f"of QEMU's options: {', '.join(sorted(_KEYS))}"
+        )
+    driver, protocol = given.get("driver"), given.get("file.driver", "file")
+    if driver in _FILE_DRIVERS and "filename" in given and not any(key.startswith("file.") for key in given):
+        return given["filename"], "raw"
+    if protocol not in _FILE_DRIVERS:
+        raise UsageError(f"file.driver={protocol}: only file and host_device are read")
+    if driver is None or driver in _FILE_DRIVERS or "file.filename" not in given or "filename" in given:
+        raise UsageError("a source in QEMU's notation has driver=FORMAT and file.filename=PATH")
+    return given["file.filename"], driver
+
+
+def _options(text: str) -> dict[str, str]:
+    """Returns the options of `key=value,key=value`, in which a comma of a value is written twice."""
+    given: dict[str, str] = {}
+    for part in text[:_MOST].replace(",,", "\0").split(","):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if not equals or not key:
+            raise UsageError(f"--image-opts: {part!r} is not key=value")
+        _add(given, key, value)
+    return given
+
+
+def _members(text: str) -> dict[str, str]:
+    """Returns the members of a JSON object; those of nested objects with dots in their keys, as QEMU has them."""
+    try:
+        found = json.loads(text.removeprefix(_JSON)) if len(text) <= _MOST else None
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"{text[:64]!r}: is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise UsageError(f"{text[:64]!r}: is not an object of at most {_MOST} characters")
+    given: dict[str, str] = {}
+    for key, value in _flat(found, ""):
+        _add(given, key, value)
+    return given
+
+
+def _flat(members: dict[str, Any], above: str) -> Iterator[tuple[str, str]]:
+    for key, value in members.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        elif isinstance(value, str):
+            yield f"{above}{key}", value
+        else:
+            raise UsageError(f"{above}{key}: is not text")
+
+
+def _add(given: dict[str, str], key: str, value: str) -> None:
+    if key in given:
+        raise UsageError(f"{key}: is given twice")
+    given[key] = value
