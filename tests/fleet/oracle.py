@@ -116,8 +116,11 @@ class Oracle:
             body = response.body
             self.counts["responses"] += 1
             if body["ok"]:
-                done = transactions.get(body["transaction"])
-                if done is None and body["transaction"] in self._pruned.get(owner, {}):
+                number, pruned = body.get("transaction"), self._pruned.get(owner, {})
+                done = transactions.get(number)
+                # A response that a merge has taken over without its transaction, which was deleted, has no number.
+                asked = (body["requester"], body["request"])
+                if done is None and (number in pruned or (number is None and asked in pruned.values())):
                     continue
                 if done is None or (done["requester"], done["request"]) != (body["requester"], body["request"]):
                     raise Violation(f"response {response.id} of {owner[:4]} names a transaction of something else")

@@ -418,6 +418,17 @@ def test_a_merge_says_what_it_has_overridden(theft: Theft) -> None:
     assert len(overridden_in(lost * 100)["overridden"]) == overridden.MAX_LISTED
 
 
+def test_an_answer_whose_transaction_the_other_history_has_deleted_names_none(theft: Theft) -> None:
+    """Its number is that of another transaction in this history."""
+    answer = {"request": "q", "requester": theft.third.id, "ok": True, "transaction": 1}
+    theft.thief.write("response", f"q.{theft.third.id}", answer)
+    theft.tell()
+    one = theft.one
+    merge(one.replica, one.handle({}), None, join)
+    del answer["transaction"]
+    assert one.body(one, "response", f"q.{theft.third.id}") == answer
+
+
 def test_what_was_not_changed_here_since_they_parted_is_not_overridden() -> None:
     fleet, one, other = pair()
     one.write("token", "0123456789ab", TOKEN)

@@ -180,5 +180,7 @@ def _same(one: Record, other: Record) -> bool:
 def _adopted(replica: Replica, record: Record) -> dict[str, Any]:
     body = dict(record.body)
     if "transaction" in body and record.kind == "response":
-        body["transaction"] = replica.store.executed(record.id)
+        number = replica.store.executed(record.id)
+        # None: the other history has deleted its transaction because it was old, and this one has other numbers.
+        body = {**body, "transaction": number} if number else {k: v for k, v in body.items() if k != "transaction"}
     return body
