@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vmconv_fleet.replication.records import Position, Record, restore
@@ -111,7 +111,7 @@ class Oracle:
             self._check_answers(store, owner, {record.body["number"]: record.body for record in transactions})
         self.counts["transactions"] += sum(len(store.find("transaction", owner)) for owner in alive)
 
-    def _check_answers(self, store: Store, owner: str, transactions: dict[int, Any]) -> None:
+    def _check_answers(self, store: Store, owner: str, transactions: Mapping[Any, Any]) -> None:
         for response in store.find("response", owner):
             body = response.body
             self.counts["responses"] += 1
