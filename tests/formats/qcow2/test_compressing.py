@@ -17,7 +17,7 @@ import vmconv
 from support.disks import MIB, QemuImg
 from support.written import disk
 from vmconv.conversion import verify
-from vmconv.errors import AccessError, PlanError, UsageError, VerifyError
+from vmconv.errors import AccessError, ExistsError, PlanError, UsageError, VerifyError
 from vmconv.model.layout import Layout, Placement
 from vmconv.testing import make_in_memory, random_bytes
 from vmconv.testing.disks import content, raw_disk
@@ -254,6 +254,22 @@ def test_what_cannot_be_compressed_is_refused_by_name(raw: Path) -> None:
     with pytest.raises(PlanError, match="in place, payload keeps its bytes"):
         vmconv.convert(raw, raw.with_suffix(".qcow2"), compress=True, in_place=True)
     assert os.listdir(raw.parent) == [raw.name]
+
+
+def test_a_target_that_exists_is_refused_before_anything_is_compressed(
+    raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("compressed")
+
+    monkeypatch.setattr(packing, "pack", refused)
+    image = raw.with_suffix(".qcow2")
+    image.write_bytes(b"kept")
+    with pytest.raises(ExistsError, match="already exists"):
+        vmconv.convert(raw, image, compress=True)
+    with pytest.raises(PlanError, match="is part of the source"):
+        vmconv.convert(raw, raw, target_format="qcow2", compress=True, force=True)
+    assert image.read_bytes() == b"kept"
 
 
 def test_a_vmdk_is_streamoptimized(raw: Path, qemu_img: QemuImg) -> None:

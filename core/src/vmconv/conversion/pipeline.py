@@ -21,6 +21,7 @@ from vmconv.conversion.refusals import (
     no_collisions,
     refuse_bitmaps,
     refuse_copies,
+    refuse_existing,
     refuse_other_kind,
     refuse_other_states,
     refuse_too_large,
@@ -121,6 +122,9 @@ def prepared(request: Request, *others: Request) -> Iterator[Prepared]:
         # Before the lower layers are opened, so that only this image's own files are replaced.
         site = _site(request, others, image, opener)
         image.warnings += tuple(checking.warnings(image, opener))
+        # Compressing would take long, only to be refused.
+        for each, wanted in targets if request.compress and not (site or device) else ():
+            refuse_existing(directory, wanted.name, opener.files, force=each.force)
         with site.claimed(directory.path) if site else nullcontext():
             if site:
                 backend, conversions, own = _in_place(site, *targets[0], image, registry)

@@ -91,14 +91,23 @@ def no_collisions(
             there = directory.status(file.name)
             if file.name in but or there is None:
                 continue
-            if _is_one_of(there, sources):
-                raise PlanError(
-                    f"{path}: is part of the source", hint="choose another name or directory for the target"
-                )
-            if not force:
-                raise ExistsError(f"{path}: already exists", hint=hint)
+            _refuse_existing(path, there, sources, force=force, hint=hint)
             claims.enter_context(targets.claim_for_replacement(directory, file.name))
         yield
+
+
+def refuse_existing(directory: Directory, name: str, sources: Sequence[File], *, force: bool) -> None:
+    """Raises the errors of `no_collisions` for one name, before a plan that takes long to make."""
+    there = directory.status(name)
+    if there is not None:
+        _refuse_existing(directory.join(name), there, sources, force=force, hint="--force replaces it")
+
+
+def _refuse_existing(path: str, there: os.stat_result, sources: Sequence[File], *, force: bool, hint: str) -> None:
+    if _is_one_of(there, sources):
+        raise PlanError(f"{path}: is part of the source", hint="choose another name or directory for the target")
+    if not force:
+        raise ExistsError(f"{path}: already exists", hint=hint)
 
 
 def _is_one_of(there: os.stat_result, files: Sequence[File]) -> bool:
