@@ -254,6 +254,13 @@ def test_a_delivery_connects_to_the_address_that_was_judged(
     assert asked == ["hooks.example"]
 
 
+@pytest.mark.parametrize(("status", "said"), [(300, "status 300, a redirect"), (399, "399, a"), (400, "status 400$")])
+def test_redirects_are_called_so(receiver: Receiver, status: int, said: str) -> None:
+    receiver.answers.put(status)
+    with pytest.raises(DeliveryError, match=said):
+        Delivery(LOOPBACK).send(receiver.url, SECRET, "evt_1", b"{}")
+
+
 def test_a_delivery_is_signed_and_sent_once(receiver: Receiver) -> None:
     Delivery(LOOPBACK).send(receiver.url, SECRET, "evt_1", b'{"type": "x"}')
     got = receiver.next()
