@@ -123,6 +123,21 @@ def test_a_granularity_that_qemu_does_not_have(granularity: int, ext4_dir: Path,
         vmconv.bitmap(make(ext4_dir, "", qemu_img), "a", ["add"], granularity=granularity)
 
 
+@pytest.mark.parametrize(("place", "byte"), [(11, 2), (15, 4), (16, 2)], ids=["table", "flags", "type"])
+def test_the_check_finds_a_bitmap_that_qemu_does_not_open(
+    place: int, byte: int, ext4_dir: Path, qemu_img: QemuImg
+) -> None:
+    path = make(ext4_dir, "", qemu_img)
+    vmconv.bitmap(path, "changes", ["add"], granularity=65536)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"changes") - 24 + place] = byte
+    path.write_bytes(data)
+    qemu_img("info", path, ok=(1,))
+    report = vmconv.check(path)
+    assert report is not None
+    assert "bitmap 0: " in "".join(report.corruptions)
+
+
 def test_version_2_is_refused(ext4_dir: Path, qemu_img: QemuImg) -> None:
     with pytest.raises(PlanError, match="version 2 of qcow2 has no bitmaps"):
         vmconv.bitmap(make(ext4_dir, "compat=0.10", qemu_img), "a", ["add"])

@@ -59,10 +59,9 @@ class Check:
         self.findings = Findings()
         self.runs: list[tuple[Column, Column]] = []
         self.allocated = 0
+        # Offsets of the refcount blocks, 0 for missing and bad ones, and whether their table is in the file.
         self.blocks: Column = np.zeros(0, dtype=np.int64)
-        """Offsets of the refcount blocks by their index, 0 for missing and bad ones."""
         self.has_table = False
-        """True if the refcount table lies in the file."""
 
     def report(self, size: int) -> CheckReport:
         header, findings = self.header, self.findings
@@ -288,12 +287,23 @@ class Check:
             self._take(exc)
 
     def _count_bitmap(self, number: int, bitmap: Bitmap) -> None:
+        if not bitmap.flags & structs.BITMAP_IN_USE and (problem := self._unusable(bitmap)):
+            self.findings.corrupt(f"bitmap {number}: {problem}")
         length = bitmap.table_size * 8
         if not self._place(f"bitmap {number} table", bitmap.table_offset, length):
             return
         if bitmap.table_offset + length <= self.file.size:
             raw = np.frombuffer(self.file.read(bitmap.table_offset, length), dtype=">u8").astype(np.uint64)
             self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
+
+    def _unusable(self, bitmap: Bitmap) -> str | None:
+        """Returns why QEMU does not open an image with this bitmap."""
+        needed = -(-self.header.size // (self.cluster * 8 << bitmap.granularity_bits))
+        if bitmap.table_size != needed:
+            return f"its table has {bitmap.table_size} entries, {needed} expected"
+        if bitmap.type != structs.DIRTY_BITMAP or bitmap.flags & ~structs.BITMAP_AUTO:
+            return f"type {bitmap.type} or flags {bitmap.flags:#x} are not known"
+        return None
 
     # -- stored counts
 
