@@ -77,7 +77,8 @@ def planned(
         losses=old.image.losses,
     )
     asked = Request(directory.join(name), directory.join(name), target_format=old.format.name, force=True)
-    way = choose_backend(registry, "auto", directory.path, [each for each in table.sources if isinstance(each, File)])
+    # Those of the parent, too: a unit that the layer has only a part of is filled from there.
+    way = choose_backend(registry, "auto", directory.path, disk.payload_files())
     if way.survey.refusals:
         inside = _inside(asked, target, disk, kept, old, directory, registry, stack)
         if inside:
@@ -110,9 +111,7 @@ def _inside(
         place = in_place.opened(old, directory)
         stack.callback(os.close, place.descriptor)
         backend = in_place.SyncBackend(place, old, directory)
-        own = disk.onto(kept.image).guest if kept else disk.flat
-        files = [each for each in own.sources if isinstance(each, File)]
-        way = Proposal(backend, backend.survey(directory.path, files), place.carrier.file)
+        way = Proposal(backend, backend.survey(directory.path, disk.payload_files()), place.carrier.file)
         made = pipeline.conversion_of(asked, target, disk, way, registry, kept)
         if old.format.options_of(planned_image(made.containers, registry)) != old.options:
             return None
