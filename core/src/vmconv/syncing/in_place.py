@@ -32,6 +32,9 @@ MOST_JOURNALLED = MAX_BODY - (8 << 20)
 """Bytes of changes that a journal holds, besides its tables."""
 
 
+_PUNCHED = 4096
+
+
 class Place(NamedTuple):
     """The file to change, open for writing by `descriptor`, and its time afterwards, ns."""
 
@@ -108,6 +111,9 @@ class SyncBackend(InPlaceBackend):
         count = int(space.written(main, Action.COPY, Action.WRITE)[:, 1].sum())
         if count > MOST_JOURNALLED:
             raise PlanError(f"{main.name}: {count} bytes would be journalled, {MOST_JOURNALLED} at most")
+        # Only whole blocks are punched after the commit.
+        if any(at % _PUNCHED or (length % _PUNCHED and at + length < main.size) for at, length in main.gaps()):
+            raise PlanError(f"{main.name}: a part of a block would become zero")
         self.rolls_forward = True
 
     def begin(
