@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
 from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
+from vmconv.model.plan import CANNOT_SHARE
 from vmconv.model.sources import File
 from vmconv.system import linux
 
@@ -189,7 +190,7 @@ def _refusal(exc: OSError, directory: str, source: File | None = None, scratch: 
         return f"{name} is on another filesystem than {directory}"
     mount = linux.mount_of(directory)
     if exc.errno in linux.NOT_SUPPORTED:
-        return f"{mount.type} at {mount.point} cannot share blocks between files"
+        return f"{mount.type} at {mount.point} {CANNOT_SHARE}"
     if exc.errno == errno.ETXTBSY:
         return f"{name} is in use as swap"
     if _is_nocow_mismatch(exc) and source and mount.type == "btrfs":

@@ -318,6 +318,13 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments on what `vmconv.cli.report` prints besides `--output`."""
     parser.add_argument("-p", "--progress", action="store_true", help="show progress even when not on a terminal")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_verbose(parser)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="also name what is not carried over and nobody misses"
+    )
 
 
 def add_making(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from vmconv.cli.options import add_verbose
 from vmconv.cli.output import say
 from vmconv.cli.picture import add_picture, draw_plan
-from vmconv.cli.report import plan_json, shared_word
+from vmconv.cli.report import plan_json, shared_word, shown_losses
 from vmconv.cli.requests import add_source_and_target, configure_request, request_of
 from vmconv.cli.verbs import Verb
 
@@ -36,7 +37,7 @@ def _run(options: argparse.Namespace) -> int:
             made = ready.containers[-1]
             formats = made.source.format_name, made.format.name
             say(f"{options.source} ({formats[0]}) -> {options.target} ({formats[1]}) by {ready.plan.way}")
-            for line in plan_lines(ready.plan, layers, warnings):
+            for line in plan_lines(ready.plan, layers, warnings, details=options.verbose):
                 say(f"  {line}")
         if options.picture:
             draw_plan(options.picture, ready.image, ready.plan)
@@ -44,7 +45,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str]) -> Iterator[str]:
+def plan_lines(
+    plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[str], *, details: bool
+) -> Iterator[str]:
     from vmconv.cli.output import size_text
     from vmconv.errors import counted
     from vmconv.model.references import notes
@@ -61,7 +64,7 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
     for layer in layers:
         yield f"layer {layer['source']} ({layer['source_format']}) -> {layer['name']}"
     yield from (f"file {file.name}: {size_text(file.size)}" for file in plan.files)
-    yield from (f"not carried over: {loss}" for loss in plan.losses)
+    yield from (f"not carried over: {loss}" for loss in shown_losses(plan, details=details))
     yield from (f"note: {note}" for note in (*plan.notes, *notes(plan.references, plan.directory)))
     yield from (f"warning: {warning}" for warning in warnings)
 
@@ -69,6 +72,7 @@ def plan_lines(plan: Plan, layers: Sequence[dict[str, str]], warnings: Sequence[
 def _configure(parser: argparse.ArgumentParser) -> None:
     add_source_and_target(parser)
     configure_request(parser)
+    add_verbose(parser)
     add_picture(parser, "the source's disk and the new files")
 
 

@@ -35,6 +35,10 @@ def _steps(file: Any) -> dict[str, int]:
     return {action.name.lower(): file.steps.total(action) for action in Action}
 
 
+_WITHOUT_COPIES = (
+    "nothing is copied with --in-place, which turns SOURCE's own file into TARGET, and with -o subformat=reference of "
+    "qcow2 and vmdk, which leave payload in SOURCE"
+)
 _EVENT_SECONDS = 0.1
 _ESTIMATE_AFTER = 1.0
 
@@ -94,8 +98,10 @@ class _Events(_Silence):
 class _Words(_Silence):
     """Prints text: copies and their reasons, a progress bar, results."""
 
-    def __init__(self, *, bar: bool) -> None:
+    def __init__(self, *, bar: bool, details: bool, hints: bool) -> None:
         from vmconv.cli.output import ProgressBar
+
+        self._details, self._hints = details, hints
 
         self._bar = ProgressBar() if bar else None
         self._began, self._estimated = 0.0, False
@@ -103,6 +109,7 @@ class _Words(_Silence):
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
+        from vmconv.model.plan import CANNOT_SHARE
         from vmconv.model.references import notes
 
         self._shared = shared_word(plan)
@@ -110,7 +117,9 @@ class _Words(_Silence):
             say(f"{plan.files[0].name}: {plan.files[0].size} bytes", to=sys.stderr)
         for copy in plan.copies:
             say(f"copying {size_text(copy.bytes)} ({copy.bytes} bytes) because {copy.reason}", to=sys.stderr)
-        for loss in plan.losses:
+        if self._hints and any(copy.reason.endswith(CANNOT_SHARE) for copy in plan.copies):
+            say(f"  hint: {_WITHOUT_COPIES}", to=sys.stderr)
+        for loss in shown_losses(plan, details=self._details):
             say(f"not carried over: {loss}", to=sys.stderr)
         for note in (*plan.notes, *notes(plan.references, plan.directory)):
             say(f"note: {note}", to=sys.stderr)
@@ -146,6 +155,13 @@ class _Words(_Silence):
             print(f"{len(results)} images{seconds}")
 
 
+def shown_losses(plan: Plan, *, details: bool) -> list[str]:
+    """Returns the losses to print: all with `details`, else those that matter."""
+    from vmconv.model.facts import MinorLoss
+
+    return [loss for loss in plan.losses if details or not isinstance(loss, MinorLoss)]
+
+
 def shared_word(plan: Plan) -> str:
     """Returns the word for payload that is not copied; in place it is kept, because no second file shares it."""
     return "kept" if plan.destination == "source" else "shared"
@@ -167,7 +183,13 @@ def report_of(options: argparse.Namespace) -> _Silence:
     """Returns the report in the style of the options."""
     if options.output == "json":
         return _Events()
-    return _Silence() if options.quiet else _Words(bar=options.progress or sys.stderr.isatty())
+    if options.quiet:
+        return _Silence()
+    return _Words(
+        bar=options.progress or sys.stderr.isatty(),
+        details=options.verbose,
+        hints=getattr(options, "command", "") == "convert" and not options.in_place,
+    )
 
 
 def run_and_report(options: argparse.Namespace, convert: Callable[..., Sequence[Result]]) -> int:

@@ -133,7 +133,7 @@ def _dry(options: argparse.Namespace, request: SyncRequest) -> int:
     if found.plan:
         from vmconv.cli.plan import plan_lines
 
-        for line in plan_lines(found.plan, (), ()):
+        for line in plan_lines(found.plan, (), (), details=options.verbose):
             say(f"  {line}")
     return 0
 

@@ -15,6 +15,7 @@ from vmconv.errors import PlanError, PluginError, UsageError, in_words
 from vmconv.interface.format import Format
 from vmconv.io.registry import Registry
 from vmconv.model.extents import Extents, Kind
+from vmconv.model.facts import MINOR, MinorLoss
 from vmconv.model.identity import derived, fresh
 from vmconv.model.image import Image
 from vmconv.model.layout import Backing, Layout, Placement, Scratch
@@ -115,7 +116,8 @@ class Container(NamedTuple):
         for name, value in self.source.facts.stated():
             # New ids replace the source's, so those are not lost.
             if name not in self.format.carries and not (name == "identity" and self.identity is not None):
-                yield f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
+                loss = f"{name.replace('_', ' ')} {in_words(value)}: {self.format.name} has no place for it"
+                yield MinorLoss(loss) if name in MINOR else loss
         for name, content in self.source.state.items():
             if name not in self.format.carries_state:
                 yield f"{name} ({len(content)} bytes): {self.format.name} has no place for it"

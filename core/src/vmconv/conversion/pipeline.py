@@ -403,7 +403,7 @@ def conversion_of(
 
 def plan_of(made: Container, directory: str, backend: Backend, survey: Survey, *, alone: bool) -> Plan:
     """Returns the plan of one image; unless it is `alone`, its losses name the layer."""
-    losses = tuple(loss if alone else f"{made.source.file.name}: {loss}" for loss in made.losses())
+    losses = tuple(loss if alone else type(loss)(f"{made.source.file.name}: {loss}") for loss in made.losses())
     return plan_layout(made.layout, made.name, directory, backend.name, survey, losses, destination=backend.destination)
 
 

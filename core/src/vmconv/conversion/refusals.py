@@ -123,7 +123,10 @@ def refuse_too_large(plan: Plan) -> None:
     free = space.f_bavail * space.f_frsize
     # Some FUSE filesystems return zeros.
     if space.f_blocks and need > free:
-        raise PlanError(f"{plan.directory}: {need} bytes would have to be written, {free} are free")
+        raise PlanError(
+            f"{plan.directory}: {need} bytes would have to be written, {free} are free",
+            hint="--in-place needs space for metadata only; -o subformat=reference of qcow2 and vmdk refers to SOURCE",
+        )
 
 
 def refuse_changed(files: Sequence[File]) -> None:

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 
+MINOR = frozenset({"creator", "adapter_type"})
+"""Facts that no guest depends on once its disk is in another format."""
+
+
+class MinorLoss(str):
+    """A loss of no consequence: commands print it only if they are asked for details."""
+
+    __slots__ = ()
+
+
 class Geometry(NamedTuple):
     """Cylinders, heads and sectors per track that the guest's firmware is told."""
 
