@@ -119,7 +119,6 @@ WRONG = {
     "two rules": (["--directory", "out", "-O", "qcow2", "--skip-existing", "--if-needed"], "--if-needed"),
     "in place": (["--directory", "out", "-O", "qcow2", "--skip-existing", "--in-place"], "--in-place"),
     "in place, if needed": (["--if-needed", "--in-place"], "--in-place"),
-    "three names": (["third"], "3 names"),
 }
 
 

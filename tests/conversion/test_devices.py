@@ -154,7 +154,7 @@ def test_containers_on_a_larger_device_are_read_by_qemu(
 def test_a_format_with_a_footer_is_refused_on_a_device_of_any_size(
     source: Path, device: Path, tmp_path: Path, subformat: str
 ) -> None:
-    given = {"target_format": "vhd", "options": {"subformat": subformat}}
+    given: dict[str, Any] = {"target_format": "vhd", "options": {"subformat": subformat}}
     # The footer is written before the head: an interrupted run would leave a disk.
     refused(source, device, PlanError, "would look complete before it is", **given)
     exact = tmp_path / "exact.img"
@@ -164,7 +164,7 @@ def test_a_format_with_a_footer_is_refused_on_a_device_of_any_size(
 
 
 def test_a_format_that_looks_for_its_end_needs_a_device_of_its_size(source: Path, device: Path, tmp_path: Path) -> None:
-    given = {"target_format": "vmdk", "options": {"subformat": "streamOptimized"}}
+    given: dict[str, Any] = {"target_format": "vmdk", "options": {"subformat": "streamOptimized"}}
     refused(source, device, PlanError, "bytes behind the image, where vmdk looks for the end of a file", **given)
     vmconv.convert(source, tmp_path / "disk.vmdk", **given)
     exact = tmp_path / "exact.img"

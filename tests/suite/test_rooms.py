@@ -8,7 +8,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 
-RUN_BY_NAME = {"fleet/mutations.py", "fleet/mutations_kept.py"}
+RUN_BY_NAME = {"fleet/mutations.py", "fleet/mutations_kept.py", "fleet/mutations_merged.py"}
 """Programs that run tests by their names, to see whether these notice a mistake."""
 
 

@@ -229,7 +229,7 @@ def test_a_parent_that_a_vhd_cannot_have_is_refused(backing: Backing, identity: 
 
 def test_azure_takes_whole_mib() -> None:
     image = raw_disk(patterned(MIB + 512, [(0, MIB + 512)]))
-    layout = Vhd().write(image, Options(subformat="fixed", azure=True), Placement())
+    layout = Vhd().write(image, Options(azure=True), Placement())
     assert layout.files[0].table.size == 2 * MIB + 512
     assert layout.losses == (f"size {MIB + 512}: rounded up to whole MiB, {2 * MIB} bytes",)
 

@@ -16,7 +16,7 @@ class VhdKit(FormatTests):
     variants = ({}, {"subformat": "fixed"}, {"subformat": "dynamic", "force_size": "on"})
     wrong_options = (
         {"subformat": "differencing"},
-        {"azure": "on"},
+        {"azure": "on", "subformat": "dynamic"},
         {"azure": "on", "subformat": "fixed", "force_size": "off"},
         {"force_size": "perhaps"},
     )

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmconv.backends.files import FileOutput, FileTransaction
 from vmconv.errors import BackendError, os_errors
-from vmconv.interface.backend import DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
-from vmconv.model.plan import CANNOT_SHARE
+from vmconv.interface.backend import CANNOT_SHARE, DEFAULT_ACCESS, Access, Backend, Capabilities, Survey, Transaction
 from vmconv.model.sources import File
 from vmconv.system import linux
 

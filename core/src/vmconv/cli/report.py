@@ -109,7 +109,7 @@ class _Words(_Silence):
 
     def announce(self, plan: Plan) -> None:
         from vmconv.cli.output import size_text
-        from vmconv.model.plan import CANNOT_SHARE
+        from vmconv.interface.backend import CANNOT_SHARE
         from vmconv.model.references import notes
 
         self._shared = shared_word(plan)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 Created = Callable[[str, int], None]
 """Called with the future name and the open descriptor of each output that is a new file."""
 
+CANNOT_SHARE = "cannot share blocks between files"
+"""The end of the reason of copies on storage that shares nothing."""
+
 
 class Capabilities(NamedTuple):
     """The capabilities of a backend in one directory; `unit` is the size of shared blocks in bytes.

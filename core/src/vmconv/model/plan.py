@@ -105,9 +105,6 @@ class Steps:
         return joined.take(np.argsort(joined.offset, kind="stable"))
 
 
-CANNOT_SHARE = "cannot share blocks between files"
-"""The end of the reason of copies on storage that shares nothing."""
-
 Destination = Literal["files", "source", "stream", "device"]
 """Where a backend writes: to new files, into the source's own file, into a stream, or to a block device."""
 
