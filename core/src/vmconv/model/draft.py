@@ -89,7 +89,6 @@ class Draft(File):
         limit = self.size if end is None else min(end, self.size)
         old = self.file.data_ranges(start, min(limit, self.file.size)) if start < self.file.size else []
         touched = [(number * _SECTOR, (number + 1) * _SECTOR) for number in self._sectors]
-        touched = [(number * _SECTOR, (number + 1) * _SECTOR) for number in self._sectors]
         inside = [(max(start, low), min(limit, high)) for low, high in (*old, *touched)]
         found: list[tuple[int, int]] = []
         for low, high in sorted(piece for piece in inside if piece[0] < piece[1]):
