@@ -198,7 +198,7 @@ def test_layers_that_were_stacked_wrongly(chain: Path, mode: Any, monkeypatch: p
 def test_a_writer_that_exchanges_two_ranges(chain: Path, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vmconv_raw import writer
 
-    def write(image: Any) -> Any:
+    def write(image: Any, *_: Any) -> Any:
         from vmconv.model.layout import Layout, OutFile
 
         flat = image.flat

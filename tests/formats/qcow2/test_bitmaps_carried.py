@@ -66,9 +66,9 @@ def test_qemu_finds_the_bitmaps_of_the_source(
     qemu_img("check", target)
     assert stated(target, qemu_img) == stated(source, qemu_img)
     for name in ("b0", "fine"):
-        ranges = served(source, name, tmp_path / "one")
+        ranges = served(source, name, tmp_path / f"one-{name}")
         assert len(ranges) >= 3
-        assert served(target, name, tmp_path / "two") == ranges
+        assert served(target, name, tmp_path / f"two-{name}") == ranges
 
 
 def test_without_the_option_they_are_named_as_lost(source: Path, qemu_img: QemuImg) -> None:

@@ -32,9 +32,6 @@ MOST_JOURNALLED = MAX_BODY - (8 << 20)
 """Bytes of changes that a journal holds, besides its tables."""
 
 
-_PUNCHED = 4096
-
-
 class Place(NamedTuple):
     """The file to change, open for writing by `descriptor`, and its time afterwards, ns."""
 
@@ -111,9 +108,6 @@ class SyncBackend(InPlaceBackend):
         count = int(space.written(main, Action.COPY, Action.WRITE)[:, 1].sum())
         if count > MOST_JOURNALLED:
             raise PlanError(f"{main.name}: {count} bytes would be journalled, {MOST_JOURNALLED} at most")
-        # Only whole blocks are punched after the commit.
-        if any(at % _PUNCHED or (length % _PUNCHED and at + length < main.size) for at, length in main.gaps()):
-            raise PlanError(f"{main.name}: a part of a block would become zero")
         self.rolls_forward = True
 
     def begin(
@@ -156,10 +150,12 @@ class _RollForward(_Stay):
 
     def _journal(self, main: FilePlan, others: tuple[str, ...], named: str) -> Journal:
         later = space.written(main, Action.WRITE, Action.COPY)
+        # Zeros of the disk are in blocks that a guest reads: parts of blocks have to become zero, too.
+        exact = main._replace(slack=False)
         return self._base_journal(main, others)._replace(
             later=later,
             new=b"".join(main.table.read(offset, length) for offset, length in later.tolist()),
-            dead=space.dead_ranges(main, self.carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
+            dead=space.dead_ranges(exact, self.carrier, os.fstatvfs(self.claim.descriptor).f_bsize),
             mtime=self.mtime,
         )
 
