@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import vmconv
+from support import holders
 from support.crash import KILLED, failing_at, in_child, killed_at
 from support.disks import MIB, QemuImg, make_disk, qemu_io
 from support.mounts import Mounts
 from support.stacks import SUFFIXES, content, make_stack
 from support.tried import TRIED
-from vmconv.errors import PlanError, UsageError
+from vmconv.errors import AccessError, PlanError, UsageError
 from vmconv.syncing.rebase import RebaseResult
 
 COUNT = int(os.environ.get("VMCONV_STACKS", "24"))
@@ -113,6 +114,18 @@ def test_without_a_base_the_layer_has_all(any_dir: Path, qemu_img: QemuImg) -> N
 
 
 # -- refusals
+
+
+@pytest.mark.parametrize("name", ["base.qcow2", "other.qcow2"])
+def test_a_parent_that_a_guest_writes_to_is_refused(name: str, tmp_path: Path, qemu_img: QemuImg) -> None:
+    _, other, top = chain(tmp_path, qemu_img)
+    before = top.read_bytes()
+    with (
+        holders.qemu_io(tmp_path / name, "qcow2"),
+        pytest.raises(AccessError, match=f"{name}: is open for writing in another process"),
+    ):
+        rebased(top, other.name)
+    assert top.read_bytes() == before
 
 
 def test_what_cannot_be_rebased_is_refused(tmp_path: Path, qemu_img: QemuImg) -> None:

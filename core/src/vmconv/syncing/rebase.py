@@ -20,6 +20,7 @@ from vmconv.conversion.verify import read_back
 from vmconv.errors import PlanError, UsageError, VmconvError
 from vmconv.inplace import neighbours
 from vmconv.inplace.settling import settle
+from vmconv.io import locks
 from vmconv.io.opener import Opener
 from vmconv.io.registry import installed
 from vmconv.model.extents import Extents, Kind
@@ -88,8 +89,11 @@ def rebase(asked: Rebasing, announce: Callable[[Plan], None] | None = None) -> R
             for found in above:
                 neighbours.refuse(found)
         kept = _new_parent(asked, old, place[0].path, registry, stack)
+        files = [*_files(_old_parent(old.image)), *(_files(kept.image) if kept else ())]
+        # A guest that writes to a parent meanwhile would give the layer another disk.
+        for file in files:
+            locks.share(file)
         table, compared = _table(old.image, kept.image if kept else None)
-        files = [*_files(old.image.parent), *(_files(kept.image) if kept else ())]
         made = replacing.planned(old, table, kept, place, registry, files, stack)
         _check(made, old, registry)
         if announce:
@@ -129,15 +133,18 @@ def _new_parent(asked: Rebasing, old: Old, directory: str, registry: Registry, s
     return kept._replace(backing=Backing(plain(asked.backing_file), parent.format_name))
 
 
-def _table(image: Image, parent: Image | None) -> tuple[Extents, int]:
-    """Returns the layer's table on the new parent, and the number of bytes that were read for it."""
-    own, size = image.stored, image.size
+def _old_parent(image: Image) -> Image | None:
     try:
-        below = image.parent
+        return image.parent
     except VmconvError as exc:
         exc.hint = exc.hint or "rebase -u changes only the stored name, if the new parent has the same content"
         raise
-    before = _below(below, size)
+
+
+def _table(image: Image, parent: Image | None) -> tuple[Extents, int]:
+    """Returns the layer's table on the new parent, and the number of bytes that were read for it."""
+    own, size = image.stored, image.size
+    before = _below(image.parent, size)
     if parent is None:
         return own.over(before).without_holes(), 0
     # Only where the layer has holes do its parents matter.
