@@ -160,6 +160,18 @@ def test_the_layer_keeps_its_options(tmp_path: Path, qemu_img: QemuImg) -> None:
         assert after[name] == before[name]
 
 
+def test_a_top_named_by_a_link_in_another_directory_is_emptied(tmp_path: Path, qemu_img: QemuImg) -> None:
+    images, links = tmp_path / "images", tmp_path / "links"
+    images.mkdir()
+    links.mkdir()
+    base, top = chain(images, qemu_img)
+    wanted = guest(qemu_img, top, "qcow2")
+    (links / "top.qcow2").symlink_to(top)
+    assert vmconv.commit(links / "top.qcow2", allow_external=[images]).emptied
+    assert guest(qemu_img, base, "qcow2") == wanted == guest(qemu_img, top, "qcow2")
+    assert not any(row.present and row.depth == 0 for row in vmconv.map_disk(top))
+
+
 # -- refusals
 
 

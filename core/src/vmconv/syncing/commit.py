@@ -68,8 +68,9 @@ _NOTHING = Totals(0, 0, 0, 0, 0)
 
 
 class _Top(NamedTuple):
-    """What is needed of the top once its files are closed."""
+    """What is needed of the top once its files are closed; `path` leads through no link to its name."""
 
+    path: str
     format: str
     size: int
     stamp: Stamp
@@ -149,9 +150,9 @@ class _Commit:
         """Notes what the empty layer needs. Raises `PlanError` if the top cannot be replaced, or would lose content."""
         if image.losses:
             raise PlanError(f"{image.file.name}: would lose {image.losses[0]}", hint="-d leaves it as it is")
-        directory, _ = locate(self.asked.path)
+        directory, name = locate(self.asked.path)
         with directory:
-            self.top = _top(image, self.base, directory, self.registry)
+            self.top = _top(image, self.base, directory, name, self.registry)
 
     def _old(self) -> Old:
         """Returns the base, locked."""
@@ -314,13 +315,14 @@ def _identity(image: Image, base: str) -> tuple[int, int]:
     raise PlanError(f"{base}: does not exist")
 
 
-def _top(image: Image, base: Image, directory: Directory, registry: Registry) -> _Top:
+def _top(image: Image, base: Image, directory: Directory, name: str, registry: Registry) -> _Top:
     options = registry.format(image.format_name).options_of(image)
     reference = image.parent_reference
     if not reference or not _leads_to(os.path.join(directory.path, reference), base.file):
         reference = name_for(base.file, directory.path)
     facts = {name: value for name, value in image.facts.stated() if name != "identity"}
-    return _Top(image.format_name, image.size, image.file.stamp, facts, vars(options), reference)
+    path = directory.join(name)
+    return _Top(path, image.format_name, image.size, image.file.stamp, facts, vars(options), reference)
 
 
 def _leads_to(path: str, file: File) -> bool:
@@ -341,8 +343,8 @@ def _empty(asked: Committing, top: _Top, base: Image) -> None:
             )
 
     request = Request(
-        asked.path,
-        asked.path,
+        top.path,
+        top.path,
         target_format=top.format,
         options=top.options,  # type: ignore[arg-type]
         backing_file=top.reference,
