@@ -6,28 +6,19 @@ Both are step functions over the clusters of the file, kept as runs, so that mem
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vmconv.plugin import CheckReport, Column, Findings, Image, ImageError, Structure, distinct, table_slices
+from vmconv.plugin import CheckReport, Column, Findings, Image, ImageError, Structure, table_slices
 from vmconv_qcow2 import structs
 from vmconv_qcow2.compression import locate
 from vmconv_qcow2.header import Bitmap, Header, read_bitmaps, read_header, read_snapshots
+from vmconv_qcow2.steps import NO_COUNTS, Steps, decode_counts, differences, repeated, settled, steps_of
 
 _RESERVED = "has reserved bits set"
+_PAST = "reaches past the end of the file"
 _NO_CLUSTER = "is not the offset of a cluster of the file"
-
-
-class Steps(NamedTuple):
-    """A step function: `value[i]` from cluster `start[i]` to the next start; the first start is 0."""
-
-    start: Column
-    value: Column
-
-    def at(self, cluster: Column) -> Column:
-        return self.value[np.searchsorted(self.start, cluster, side="right") - 1]
 
 
 def check(image: Image) -> CheckReport:
@@ -62,6 +53,9 @@ class Check:
         # Offsets of the refcount blocks, 0 for missing and bad ones, and whether their table is in the file.
         self.blocks: Column = np.zeros(0, dtype=np.int64)
         self.has_table = False
+        self.is_partial = False
+        """True if a table is damaged so that what it refers to is not known, and looks like leaks."""
+        self._l1_bytes = 0
 
     def report(self, size: int) -> CheckReport:
         header, findings = self.header, self.findings
@@ -86,12 +80,14 @@ class Check:
 
     def count_references(self, size: int, stored: Steps) -> None:
         """Counts all references but those of the refcount structures, for a disk of `size` bytes."""
-        header, findings = self.header, self.findings
+        header = self.header
+        # Damage of the counts themselves hides no references.
+        self.is_partial = False
         self._count(0, 1)
         needed = -(-size // (self.cluster * header.l2_entries))
         if header.l1_size < needed:
             place = Structure(self.file, structs.HeaderV2).offset_of("l1_size")
-            findings.corrupt(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
+            self._lose(f"l1_size at {place:#x}: {header.l1_size} entries, the disk needs {needed}")
         self._count_l1("", header.l1_offset, header.l1_size, stored, active=True)
         self._count_snapshots(stored)
         self._count_bitmaps()
@@ -124,8 +120,13 @@ class Check:
 
         self.findings.corrupt_where(bad, finding)
 
+    def _lose(self, problem: str) -> None:
+        """Reports damage of a table whose references are unknown therefore."""
+        self.findings.corrupt(problem)
+        self.is_partial = True
+
     def _take(self, damage: ImageError) -> None:
-        self.findings.corrupt(str(damage).removeprefix(f"{self.file.name}: "))
+        self._lose(str(damage).removeprefix(f"{self.file.name}: "))
 
     # -- references
 
@@ -137,7 +138,7 @@ class Check:
     def _place(self, what: str, offset: int, length: int) -> bool:
         """Counts the clusters of a table; reports an invalid offset."""
         if offset % self.cluster or offset + length > -(-self.file.size // self.cluster) * self.cluster or not offset:
-            self.findings.corrupt(f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
+            self._lose(f"{what} at {offset:#x}: {length} bytes are not whole clusters of the file")
             return False
         if length:
             self._count(offset, length)
@@ -153,6 +154,7 @@ class Check:
         wide = values & np.uint64(mask)
         bad = (wide & np.uint64(self.cluster - 1) != 0) | (wide > np.uint64(max(0, self.file.size - self.cluster)))
         self._corrupt_where(bad, what, values, _NO_CLUSTER, used)
+        self.is_partial |= bool(bad.any())
         offset = np.zeros(len(raw), dtype=np.int64)
         offset[used] = np.where(bad, np.uint64(0), wide)
         self._count_offsets(offset[offset != 0])
@@ -183,22 +185,40 @@ class Check:
             self._take(exc)
         problem = "its L1 table has too few entries for its disk"
         self.findings.corrupt_where(np.array(short, dtype=bool), lambda number: f"snapshot {number}: {problem}")
+        self.is_partial |= any(short)
         self._place("snapshot table", header.snapshots_offset, end - header.snapshots_offset)
 
     def _count_l1(self, whose: str, offset: int, size: int, stored: Steps, *, active: bool) -> None:
         if size * 8 > structs.MAX_L1_BYTES:
-            self.findings.corrupt(f"{whose}L1 table: {size} entries, {structs.MAX_L1_BYTES // 8} at most")
+            self._lose(f"{whose}L1 table: {size} entries, {structs.MAX_L1_BYTES // 8} at most")
             return
-        if not size or not self._place(f"{whose}L1 table", offset, size * 8) or offset + size * 8 > self.file.size:
+        self._l1_bytes += size * 8
+        if self._l1_bytes > self.file.size:
+            # They overlap. Thousands of them would be read for hours.
+            self._lose(f"{whose}L1 table: all L1 tables have {self._l1_bytes} bytes, more than the file")
+            return
+        if not size or not self._place(f"{whose}L1 table", offset, size * 8):
+            return
+        if offset + size * 8 > self.file.size:
+            self._lose(f"{whose}L1 table {_PAST}")
             return
         raw = np.frombuffer(self.file.read(offset, size * 8), dtype=">u8").astype(np.uint64)
         tables = self._count_clusters(f"{whose}L1 entry", raw, structs.L1_RESERVED)
         if active:
             self._check_copied("L1 entry", raw, tables, tables != 0, stored)
+        self._drop_repeated(f"{whose}L1 entry", raw, tables)
         for first, _, data in table_slices(self.file, tables, self.cluster, 4 << 20):
             if data is not None:
                 entries = np.frombuffer(data, dtype=">u8").astype(np.uint64)
                 self._count_l2(whose, entries, first, stored, active=active)
+
+    def _drop_repeated(self, what: str, raw: npt.NDArray[np.uint64], tables: Column) -> None:
+        """Reports L2 tables that an L1 table has twice. They would be read as often, for hours if there are many."""
+        again = repeated(tables)
+        if again.any():
+            self._corrupt_where(again, what, raw, "is used twice")
+            self.is_partial = True
+            tables[again] = 0
 
     def _count_l2(self, whose: str, raw: npt.NDArray[np.uint64], first: int, stored: Steps, *, active: bool) -> None:
         bitmap = raw[1::2] if self.header.extended_l2 else None
@@ -278,7 +298,10 @@ class Check:
         if bitmaps is None:
             return
         offset, size = bitmaps.directory_offset, bitmaps.directory_size
-        if not self._place("bitmap directory", offset, size) or offset + size > self.file.size:
+        if not self._place("bitmap directory", offset, size):
+            return
+        if offset + size > self.file.size:
+            self._lose(f"bitmap directory {_PAST}")
             return
         try:
             for number, bitmap in enumerate(read_bitmaps(self.header)):
@@ -292,7 +315,9 @@ class Check:
         length = bitmap.table_size * 8
         if not self._place(f"bitmap {number} table", bitmap.table_offset, length):
             return
-        if bitmap.table_offset + length <= self.file.size:
+        if bitmap.table_offset + length > self.file.size:
+            self._lose(f"bitmap {number} table {_PAST}")
+        else:
             raw = np.frombuffer(self.file.read(bitmap.table_offset, length), dtype=">u8").astype(np.uint64)
             self._count_clusters(f"bitmap {number} entry", raw, structs.BITMAP_RESERVED)
 
@@ -317,9 +342,9 @@ class Check:
                 f"refcount_table_clusters at {place:#x}: {length} bytes at "
                 f"{header.refcount_table_offset:#x} are not a table inside the file"
             )
-            return _NO_COUNTS
+            return NO_COUNTS
         if not self._place("refcount table", header.refcount_table_offset, length):
-            return _NO_COUNTS
+            return NO_COUNTS
         self.has_table = True
         raw = np.frombuffer(self.file.read(header.refcount_table_offset, length), dtype=">u8")
         # A table is whole clusters, mostly empty ones at its end.
@@ -327,74 +352,18 @@ class Check:
         blocks = self._count_clusters(
             "refcount table entry", raw, structs.REFCOUNT_TABLE_RESERVED, structs.REFCOUNT_TABLE_MASK
         )
-        there = np.flatnonzero(blocks != 0)
-        order = there[np.argsort(blocks[there], kind="stable")]
-        again = order[1:][np.diff(blocks[order]) == 0]
-        twice = np.zeros(len(blocks), dtype=bool)
-        twice[again] = True
+        twice = repeated(blocks)
         self._corrupt_where(twice, "refcount table entry", raw, "is used twice")
-        blocks[again] = 0
+        blocks[twice] = 0
         self.blocks = blocks
         per_block = self.cluster * 8 >> header.refcount_order
         starts, values = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
         for first, count, data in table_slices(self.file, blocks, self.cluster, 1 << 20):
             begin = first * per_block
-            start, value = _NO_COUNTS if data is None else _decode_counts(data, header.refcount_order)
+            start, value = NO_COUNTS if data is None else decode_counts(data, header.refcount_order)
             starts += [begin + start, np.array([begin + count * per_block])]
             values += [value, np.zeros(1, dtype=np.int64)]
-        return _settled(np.concatenate(starts), np.concatenate(values))
-
-
-_NO_COUNTS = Steps(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-
-
-def _decode_counts(data: bytes, order: int) -> Steps:
-    """Returns the counts of refcount blocks. They are decoded where they change only: most are equal."""
-    bits = 1 << order
-    counts = np.frombuffer(data, dtype=f"u{max(8, bits) // 8}")
-    if bits < 8:
-        counts = np.stack([counts >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)], axis=1).ravel()
-    start = np.flatnonzero(np.append(True, counts[1:] != counts[:-1]))
-    value = counts[start].view(f">u{max(8, bits) // 8}").astype(np.uint64)
-    # A count of 2^63 is as wrong as any larger one.
-    return Steps(start, np.minimum(value, np.uint64((1 << 63) - 1)).astype(np.int64))
-
-
-def _settled(start: Column, value: Column) -> Steps:
-    """Returns the steps without redundant ones; of two at one start, the later one counts."""
-    last = np.append(start[1:] != start[:-1], True)
-    start, value = start[last], value[last]
-    changes = np.ones(len(start), dtype=bool)
-    changes[1:] = value[1:] != value[:-1]
-    return Steps(start[changes], value[changes])
-
-
-def steps_of(runs: list[tuple[Column, Column]]) -> Steps:
-    """Returns the number of runs `(first, count)` that cover each cluster.
-
-    Each run is two edges, kept as one number: the cluster, and in the lowest bit whether the run begins or ends there.
-    There may be millions, so they are sorted in place.
-    """
-    ends = [(first + count) * 2 for first, count in runs]
-    edges = np.concatenate([[0], *ends, *(first * 2 + 1 for first, _ in runs)])
-    del ends
-    # Most runs are in order already.
-    edges.sort(kind="stable")
-    change = (edges & 1).astype(np.int8) * np.int8(2) - np.int8(1)
-    # Counting begins at cluster 0.
-    change[0] = 0
-    edges >>= 1
-    return _settled(edges, np.cumsum(change, dtype=np.int64))
-
-
-def differences(counted: Steps, stored: Steps, clusters: int) -> tuple[Column, Column, Column, Column]:
-    """Returns `(first, end, references, stored count)` of the runs of clusters where the two differ."""
-    cuts = distinct(np.concatenate([counted.start, stored.start, [clusters]]))
-    # Past the end of the file, stored counts do not matter, but references do.
-    references, counts = counted.at(cuts), np.where(cuts < clusters, stored.at(cuts), 0)
-    end = np.append(cuts[1:], cuts[-1] + 1)
-    differ = references != counts
-    return cuts[differ], end[differ], references[differ], counts[differ]
+        return settled(np.concatenate(starts), np.concatenate(values))
 
 
 def _clusters(first: int, end: int) -> str:

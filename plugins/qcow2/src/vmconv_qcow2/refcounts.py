@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from vmconv.plugin import Column, Draft, PlanError, Structure, distinct, spread, table_slices
 from vmconv_qcow2 import structs
-from vmconv_qcow2.check import Check, Steps, differences, steps_of
+from vmconv_qcow2.check import Check
 from vmconv_qcow2.header import Header, read_header
+from vmconv_qcow2.steps import Steps, differences, steps_of
 
 Raw = npt.NDArray[np.uint64]
 _SLICE = 1 << 20

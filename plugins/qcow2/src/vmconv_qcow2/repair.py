@@ -12,10 +12,15 @@ from vmconv_qcow2.refcounts import drop_leaks, opened, settle
 def repair(image: Image, *, errors: bool) -> Draft:
     """Returns the file with right reference counts; while there are errors that stay, only without leaks.
 
-    Unreferenced clusters keep their bytes: they may be what damaged tables have lost.
+    Unreferenced clusters keep their bytes: they may be what damaged tables have lost. Nothing changes while a table
+    does not tell its references: they would count as leaks, and the next writes would overwrite them.
     """
     header, draft = read_header(image.file), Draft(image.file)
-    if errors or not Check(header).report(header.size).corruption_count:
+    check = Check(header)
+    report = check.report(header.size)
+    if check.is_partial:
+        return draft
+    if errors or not report.corruption_count:
         settle(draft, opened(draft, header.size), header.size, frees=False)
     else:
         drop_leaks(draft, header.size)
