@@ -141,9 +141,12 @@ def _serve(pieces: Sequence[_Piece], work: Callable[[_Piece], _Result], line: An
     while True:
         try:
             place = line.recv()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, ConnectionResetError, KeyboardInterrupt):
             return
-        line.send(work(pieces[place]))
+        result = work(pieces[place])
+        # A parent that was killed takes no result; the next read ends this process.
+        with suppress(BrokenPipeError):
+            line.send(result)
 
 
 def _end(child: _Child, line: Any) -> str:
