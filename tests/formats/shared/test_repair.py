@@ -170,6 +170,19 @@ def test_leaks_alone(image: Path, qemu_img: QemuImg) -> None:
     qemu_img("check", "-q", "-f", "qcow2", image)
 
 
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_dropped_leaks_change_no_other_cluster(damage: Damage, image: Path) -> None:
+    """A refcount block may lie where payload or a table is: no counts may be written there."""
+    data = bytearray(image.read_bytes()) + bytes(CLUSTER * 3)
+    blocks = {block_of(data)}
+    damage(data)
+    image.write_bytes(data)
+    vmconv.repair(image, "leaks")
+    after = image.read_bytes()
+    changed = {at for at in range(0, len(data), CLUSTER) if data[at : at + CLUSTER] != after[at : at + CLUSTER]}
+    assert changed <= blocks
+
+
 def test_what_does_not_follow_from_the_rest_stays_reported(image: Path) -> None:
     data = bytearray(image.read_bytes())
     table = number(data, number(data, 40)) & 0x00FFFFFFFFFFFE00

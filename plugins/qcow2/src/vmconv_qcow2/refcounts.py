@@ -105,6 +105,8 @@ def drop_leaks(draft: Draft, size: int) -> None:
     if check.has_table:
         blocks = np.zeros(header.refcount_table_clusters * check.cluster // 8, dtype=np.int64)
         blocks[: len(check.blocks)] = check.blocks
+        # Counts would overwrite what else lies there.
+        blocks[counted.at(blocks // check.cluster) > 1] = 0
         tables = _Tables(header.refcount_table_offset, header.refcount_table_clusters, blocks)
         _write_blocks(draft, header, tables, wanted, stored, check.blocks, check.clusters)
 
