@@ -51,5 +51,10 @@ def test_what_the_table_names_is_there() -> None:
         assert options <= set(known), cell
 
 
+def test_no_row_is_there_twice() -> None:
+    rows = column(0).splitlines()
+    assert sorted(rows) == sorted(set(rows))
+
+
 def every_option() -> set[str]:
     return {option for parser in COMMANDS.values() for option in parser._option_string_actions}
