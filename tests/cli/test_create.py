@@ -85,7 +85,7 @@ def test_a_base_may_lie_elsewhere_if_the_user_names_it(tmp_path: Path) -> None:
         (["new.qcow2"], 2, "a new disk needs a size"),
         (["new.qcow2", "0"], 2, "a new disk needs a size"),
         (["new.qcow2", "1000"], 2, "size 1000 is not a positive multiple of 512\n  hint: the next one is 1024"),
-        (["new", "1M"], 2, "its name has no format's suffix"),
+        (["new", "1M"], 2, "its name has no format's suffix\n  hint: name the format with -f"),
         (["there.raw", "1M"], 4, "already exists"),
         (["new.vhd", "4T"], 1, "VHD cannot hold 4398046511104 bytes"),
         (["-b", "missing.qcow2", "new.qcow2"], 1, "missing.qcow2: cannot be opened"),

@@ -498,5 +498,6 @@ def _target_format(registry: Registry, request: Request) -> str:
     if name is None:
         name = registry.format_by_suffix(request.target)
     if name is None:
-        raise UsageError(f"{request.target}: its name has no format's suffix", hint="name the format with -O")
+        option = "-O" if request.blank is None else "-f"
+        raise UsageError(f"{request.target}: its name has no format's suffix", hint=f"name the format with {option}")
     return name
