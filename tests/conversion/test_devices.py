@@ -345,6 +345,8 @@ def test_what_does_not_apply_is_refused(
 def test_n_needs_a_device(source: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="does not exist"):
         convert(source, tmp_path / "nothing")
+    with pytest.raises(PlanError, match=r"nothing\.qcow2: does not exist"):
+        vmconv.convert(source, tmp_path / "nothing.qcow2", no_create=True)
 
 
 # What the user is told

@@ -34,11 +34,11 @@ def claimed(request: Request, directory: Directory, name: str) -> Iterator[Devic
     if not request.no_create or (status and stat.S_ISREG(status.st_mode)):
         yield None
         return
-    _refuse_options(request)
     if status is None:
         raise PlanError(f"{request.target}: does not exist", hint="omit -n to make a file")
     if not stat.S_ISBLK(status.st_mode):
         raise PlanError(f"{request.target}: is neither a block device nor a regular file")
+    _refuse_options(request)
     from vmconv.backends.device import DeviceBackend
     from vmconv.io.devices import Device
 
@@ -48,7 +48,9 @@ def claimed(request: Request, directory: Directory, name: str) -> Iterator[Devic
 
 def _refuse_options(request: Request) -> None:
     if request.target_format is None:
-        raise UsageError("a block device has no suffix that names a format", hint="name the format with -O")
+        raise UsageError(
+            f"{request.target}: a block device has no suffix that names a format", hint="name the format with -O"
+        )
     for given, what in (
         (request.chain, "--chain"),
         (request.in_place, "--in-place"),
