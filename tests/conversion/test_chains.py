@@ -389,7 +389,7 @@ def test_losses_say_which_layer_has_them(reflink_dir: Path, qemu_img: QemuImg) -
     qemu_img("snapshot", "-c", "first", base)
     qemu_img("create", "-f", "qcow2", "-b", base.name, "-F", "qcow2", top)
     result = vmconv.convert(str(top), str(reflink_dir / "new.vmdk"), chain=True)
-    assert result.losses == ("base.qcow2: 1 internal snapshot; --snapshot converts one",)
+    assert result.losses == ("base.qcow2: 1 internal snapshot (convert --snapshot converts one)",)
 
 
 # Part of a chain

@@ -181,13 +181,6 @@ def test_a_size_that_the_format_would_round_is_refused(tmp_path: Path) -> None:
     assert_refused(path, 32 * MIB + 512, "cannot have 33554944 bytes")
 
 
-def test_snapshots_are_not_dropped(tmp_path: Path, qemu_img: QemuImg) -> None:
-    path = tmp_path / "disk.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, "16M")
-    qemu_img("snapshot", "-c", "one", path)
-    assert_refused(path, 24 * MIB, "snapshot")
-
-
 def test_bitmaps_are_kept(tmp_path: Path, qemu_img: QemuImg) -> None:
     path = tmp_path / "disk.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", path, "16M")
@@ -208,6 +201,18 @@ def test_a_disk_in_use_is_refused(tmp_path: Path) -> None:
         guest.stdout.readline()
         assert_refused(path, 8 * MIB, "open for writing in another process")
         guest.stdin.close()
+
+
+def test_a_disk_with_snapshots_is_named_and_kept(tmp_path: Path, qemu_img: QemuImg) -> None:
+    path = tmp_path / "disk.qcow2"
+    vmconv.convert(make_disk(tmp_path / "disk.raw", 4 * MIB), path)
+    qemu_img("snapshot", "-c", "one", path)
+    with pytest.raises(PlanError, match=r"disk\.qcow2: in place, .* lost: 1 internal snapshot") as caught:
+        vmconv.resize(path, 8 * MIB)
+    assert caught.value.hint and caught.value.hint.startswith("--keep-undo allows it")
+    vmconv.resize(path, 8 * MIB, keep_undo=True)
+    vmconv.undo(path)
+    assert [one["name"] for one in vmconv.info(path)["snapshots"]] == ["one"]
 
 
 @pytest.mark.parametrize(

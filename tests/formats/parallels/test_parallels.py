@@ -209,7 +209,9 @@ def test_an_unknown_snapshot_is_refused_with_those_there_are(tmp_path: Path) -> 
 
 def test_other_snapshots_are_a_loss(tmp_path: Path) -> None:
     path, _ = bundle(tmp_path)
-    assert vmconv.info(str(path), format_name="parallels")["losses"] == ["2 other snapshots; --snapshot converts one"]
+    assert vmconv.info(str(path), format_name="parallels")["losses"] == [
+        "2 other snapshots (convert --snapshot converts one)"
+    ]
 
 
 def test_a_split_disk_is_read_in_the_order_of_its_sectors(tmp_path: Path) -> None:

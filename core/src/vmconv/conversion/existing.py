@@ -66,7 +66,9 @@ def _refuse_losses(request: Request, image: Image, opener: Opener) -> None:
     if len({file.stamp[:2] for file in opener.files}) > 1:
         raise PlanError(f"{request.target}: has several files, and -n replaces one", hint="--force replaces them")
     if image.losses and not request.force:
-        raise PlanError(f"{request.target}: would lose {'; '.join(image.losses)}", hint="remove them, or --force")
+        raise PlanError(
+            f"{request.target}: would lose {'; '.join(image.losses)}", hint="remove them, or give them up with --force"
+        )
     if os.fstat(image.file.descriptor).st_nlink > 1 and not request.force:
         raise PlanError(
             f"{request.target}: has other names (hard links), which would keep the old disk",

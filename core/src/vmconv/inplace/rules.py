@@ -138,10 +138,10 @@ def refuse_foreign(layers: Sequence[Image], files: Sequence[File], registry: Reg
             )
 
 
-def refuse_losses(losses: Sequence[str], *, keep_undo: bool) -> None:
+def refuse_losses(source: str, losses: Sequence[str], *, keep_undo: bool) -> None:
     """Raises `PlanError` if properties of the source would be lost without an undo file."""
     if losses and not keep_undo:
         raise PlanError(
-            f"in place, these properties would be lost: {'; '.join(losses)}",
-            hint="--keep-undo keeps them, or convert to another file",
+            f"{source}: in place, these properties would be lost: {'; '.join(losses)}",
+            hint="--keep-undo allows it, because vmconv undo brings them back; or convert to another file",
         )

@@ -81,7 +81,7 @@ class Site:
 
     def _refuse_losses(self) -> None:
         losses = [loss for layer in self.layers for loss in layer.losses]
-        rules.refuse_losses(losses, keep_undo=self.keep_undo)
+        rules.refuse_losses(self.source, losses, keep_undo=self.keep_undo)
 
     def _refuse_led_away(self) -> None:
         """Raises `AccessError` if a symbolic link of another user leads to the source."""

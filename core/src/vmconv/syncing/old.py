@@ -137,7 +137,7 @@ def _refuse_losses(request: SyncRequest, image: Image) -> None:
     if image.losses and not request.force:
         raise PlanError(
             f"{request.target}: would lose {'; '.join(image.losses)}",
-            hint="remove them, or --force",
+            hint="remove them, or give them up with --force",
         )
     if os.fstat(image.file.descriptor).st_nlink > 1 and not request.force:
         raise PlanError(

@@ -159,7 +159,7 @@ def _identity(descriptor: Descriptor) -> UUID | None:
 def _losses(descriptor: Descriptor) -> Iterator[str]:
     others = len(descriptor.shots) - 1
     if others:
-        yield f"{counted(others, 'other snapshot')}; --snapshot converts one"
+        yield f"{counted(others, 'other snapshot')} (convert --snapshot converts one)"
 
 
 def _details(descriptor: Descriptor, headers: list[Header]) -> Mapping[str, Any]:

@@ -156,7 +156,7 @@ def _losses(header: Header, snapshot: str | None) -> Iterator[str]:
     yield from losses_of_bitmaps(header)
     others = header.snapshot_count - (snapshot is not None)
     if others:
-        yield f"{counted(others, 'internal snapshot')}; --snapshot converts one"
+        yield f"{counted(others, 'internal snapshot')} (convert --snapshot converts one)"
     for kind in header.unknown_extensions:
         yield f"unknown header extension {kind:#010x}"
 
