@@ -81,6 +81,7 @@ def test_a_run_is_resumed_by_running_it_again(disks: list[Path], tmp_path: Path,
     assert run("-O", "vhdx", "--directory", out, "--skip-existing", "--output", "json", *disks) == 0
     assert states(events(capsys)) == {disk.name: "exists" if disk in disks[:2] else "made" for disk in disks}
     assert run("-O", "vhdx", "--directory", out, *disks) == 1
+    assert capsys.readouterr().err.count("--skip-existing and --if-needed leave it") == len(disks)
 
 
 def test_a_tree_is_converted_into_a_tree_of_the_same_shape(tmp_path: Path, qemu_img: QemuImg, capsys: Capture) -> None:

@@ -11,7 +11,7 @@ from vmconv.conversion.containers import new_name
 from vmconv.conversion.needed import is_done
 from vmconv.conversion.pipeline import run
 from vmconv.conversion.request import Request, Result
-from vmconv.errors import UsageError, VmconvError, os_errors
+from vmconv.errors import ExistsError, UsageError, VmconvError, os_errors
 from vmconv.interface.arguments import Existing, Verify
 from vmconv.io.faults import plugin_faults
 from vmconv.io.registry import Registry, installed
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 State = Literal["made", "exists", "current", "failed", "stopped"]
 
+_EXISTS_HINT = "--force replaces it; --skip-existing and --if-needed leave it"
 _Id = tuple[int, int]
 _One = Callable[[Request], "Outcome"]
 
@@ -113,7 +114,8 @@ def convert_one(request: Request, *, existing: Existing, verify: bool | Verify) 
             with _directories(os.path.dirname(request.target)):
                 return Outcome(*names, "made", run(request, verify=verify)[0])
     except VmconvError as exc:
-        return Outcome(*names, "failed", None, str(exc), exc.hint, exc.exit_code)
+        ways = existing == "refuse" and isinstance(exc, ExistsError)
+        return Outcome(*names, "failed", None, str(exc), _EXISTS_HINT if ways else exc.hint, exc.exit_code)
 
 
 def _in_turn(requests: Sequence[Request], one: _One, note: Callable[[Outcome], None]) -> None:
