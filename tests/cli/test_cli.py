@@ -207,6 +207,12 @@ def test_a_wrong_word_is_answered_with_the_right_one(
     assert len(said.splitlines()) == 2
 
 
+def test_another_option_is_not_suggested_for_its_dashes(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["undo", "--output", "json", "a.qcow2"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_distribution(capsys: Capture) -> None:
     from importlib.metadata import version
 

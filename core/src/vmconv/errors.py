@@ -29,8 +29,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     # Imported late: only wrong words need it.
     from difflib import get_close_matches
 
-    found = get_close_matches(word, known, n=1)
-    return f"did you mean {found[0]}? " if found else ""
+    # The dashes of options resemble nothing.
+    names = {name.lstrip("-"): name for name in known}
+    found = get_close_matches(word.lstrip("-"), names, n=1)
+    return f"did you mean {names[found[0]]}? " if found else ""
 
 
 def counted(count: int, noun: str) -> str:
