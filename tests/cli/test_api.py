@@ -79,6 +79,11 @@ WRONG: dict[str, tuple[Mapping[str, Any], str]] = {
 }
 
 
+def test_an_error_names_the_argument_of_the_function(tmp_path: Path) -> None:
+    with pytest.raises(vmconv.UsageError, match="argument size: '1G' is not an integer"):
+        ANY.create(tmp_path / "new.raw", "1G")
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_an_invalid_request_is_refused_and_touches_nothing(disk: Path, case: str) -> None:
     given, words = WRONG[case]

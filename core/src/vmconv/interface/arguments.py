@@ -354,6 +354,9 @@ _WORDS = {
     "string_unicode": "is not valid text: it has a lone surrogate",
 }
 
+_ARGUMENTS = {"blank": "size"}
+"""Fields with another name than the argument of the API that sets them."""
+
 
 def _refused(exc: Any) -> UsageError:
     """Returns the error for pydantic's first finding."""
@@ -361,6 +364,7 @@ def _refused(exc: Any) -> UsageError:
     first = found[0]
     # For a union, pydantic appends the name of the member to that of the field.
     place = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "bool"))
+    place = _ARGUMENTS.get(place, place)
     said = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     # Of a union, too: the members' findings follow each other.
     words = [one["ctx"]["expected"] for one in found if one["type"] == "literal_error" and one["loc"][0] == place]
