@@ -22,7 +22,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="also if other layers are on BASE, which then read another disk"
     )
-    parser.add_argument("-r", dest="rate", metavar="RATE", help="ignored: most is shared, not copied")
+    parser.add_argument("-r", dest="rate", metavar="RATE", help="accepted for scripts of qemu-img, without effect")
     add_format(parser, whose="TOP")
     add_report(parser)
     add_output(parser)

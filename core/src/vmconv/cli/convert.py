@@ -92,7 +92,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         f"       {parser.prog} [option ...] -O FMT --directory DIR SOURCE ..."
     )
     parser.add_argument(
-        "names", nargs="+", metavar="SOURCE TARGET", help=f"SOURCE: {SOURCE}; several are joined\nTARGET: {TARGET}"
+        "names", nargs="+", metavar="SOURCE TARGET", help=f"SOURCE: {SOURCE}; several are joined.\nTARGET: {TARGET}"
     )
     configure_request(parser)
     parser.add_argument(

@@ -322,9 +322,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="also name what is not carried over and nobody misses"
-    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="also list small losses, such as the adapter type")
 
 
 def add_making(parser: argparse.ArgumentParser) -> None:
