@@ -384,6 +384,12 @@ def test_bad_lines_are_refused(old: bytes, new: bytes, problem: str) -> None:
         in_memory(descriptor('RW 1 FLAT "one" 0', "vmfs").replace(old, new))
 
 
+def test_a_large_file_of_another_format_is_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "disk.vmdk").write_bytes(b"QFI\xfb" + bytes(2 << 20))
+    with pytest.raises(ImageError, match="neither a descriptor nor an extent of a VMDK"):
+        vmconv.info(tmp_path / "disk.vmdk", format_name="vmdk")
+
+
 @pytest.mark.malformed
 def test_a_missing_extent_is_named(tmp_path: Path) -> None:
     (tmp_path / "disk.vmdk").write_bytes(descriptor('RW 1 FLAT "disk-flat.vmdk" 0', "vmfs"))

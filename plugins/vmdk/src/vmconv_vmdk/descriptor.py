@@ -204,11 +204,11 @@ def _check(descriptor: Descriptor, name: str) -> None:
 
 def separate(file: File) -> Descriptor:
     """Returns the descriptor in a file of its own."""
-    if file.size > structs.MAX_DESCRIPTOR:
-        raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {structs.MAX_DESCRIPTOR} at most")
-    data = file.read(0, file.size)
+    data = file.read(0, min(file.size, structs.MAX_DESCRIPTOR))
     if not is_descriptor(data):
         raise ImageError(f"{file.name}: neither a descriptor nor an extent of a VMDK")
+    if file.size > structs.MAX_DESCRIPTOR:
+        raise ImageError(f"{file.name}: descriptor of {file.size} bytes, {structs.MAX_DESCRIPTOR} at most")
     return parse(data, file.name)
 
 
