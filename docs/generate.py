@@ -78,7 +78,8 @@ def _command(title: str, parser: argparse.ArgumentParser, level: int) -> Iterato
     actions = [action for action in parser._actions if not isinstance(action, argparse._SubParsersAction)]
     actions = [action for action in actions if "--help" not in action.option_strings]
     yield f"{'#' * level} {title}"
-    yield f"```text\n{' '.join([title, *_synopsis(actions, bool(verbs))])}\n```"
+    usage = manpages.stated_usage(parser) or " ".join([title, *_synopsis(actions, bool(verbs))])
+    yield f"```text\n{usage}\n```"
     if parser.description:
         yield parser.description.strip()
     if actions:

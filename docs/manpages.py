@@ -89,7 +89,15 @@ def _verbs(title: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, a
         yield from _verbs(f"{title} {name}", verb)
 
 
+def stated_usage(parser: argparse.ArgumentParser) -> str:
+    """Returns the lines of a usage that the command words itself; empty without one."""
+    lines = (parser.usage or "").splitlines()
+    return "\n".join(line.strip().replace("[option ...]", "[OPTIONS]") for line in lines)
+
+
 def _usage(title: str, parser: argparse.ArgumentParser) -> str:
+    if parser.usage:
+        return stated_usage(parser)
     words = [title]
     if any(action.option_strings and not action.required for action in parser._actions):
         words.append("[OPTIONS]")

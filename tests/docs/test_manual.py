@@ -48,6 +48,13 @@ def test_a_page_has_the_options_of_its_command(name: str) -> None:
     assert f"vmconv {name}" in text
 
 
+def test_both_ways_to_call_convert_are_shown() -> None:
+    (page,) = (path for path in PAGES if path.name == "vmconv-convert.1")
+    way = "vmconv convert [OPTIONS] -O FMT --directory DIR SOURCE ..."
+    assert way in shown(page)
+    assert way in (generate.ROOT / "docs/reference/commands.md").read_text()
+
+
 def test_what_groff_would_take_as_a_request_is_text(tmp_path: Path) -> None:
     """A dot at the beginning of a line, backslashes, quotes."""
     import argparse
