@@ -35,7 +35,7 @@ def change_bitmaps(asked: Bitmapping) -> editing.Edited:
 
 def _changes(asked: Bitmapping) -> Iterator[BitmapChange]:
     if not asked.changes:
-        raise UsageError("no change of the bitmap was asked for")
+        raise UsageError("no change of the bitmap was asked for", hint="such as --add, --clear or --remove")
     verbs = get_args(BitmapVerb)
     for text in asked.changes:
         verb: Any

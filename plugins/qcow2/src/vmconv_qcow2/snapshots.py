@@ -92,7 +92,7 @@ def _new_entry(
 ) -> bytes:
     name = os.fsencode(change.name)
     if not 0 < len(name) <= _MOST_NAME:
-        raise UsageError(f"a snapshot name of {len(name)} bytes, 1 to {_MOST_NAME} are possible")
+        raise UsageError(f"{header.file.name}: a snapshot name of {len(name)} bytes, 1 to {_MOST_NAME} are possible")
     number = str(
         1 + max((int(one.id) for one in snapshots if one.id.isascii() and one.id.isdigit()), default=0)
     ).encode()
