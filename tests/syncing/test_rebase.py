@@ -206,3 +206,16 @@ def test_a_rebase_that_is_stopped_leaves_the_disk(work: Work, stop: object, qemu
         assert vmconv.info(work.top)["backing-filename"] == work.other
         assert len(list(work.directory.iterdir())) == 3, number
         TRIED["stops of a rebase"] += 1
+
+
+def test_no_hint_names_an_option_that_rebase_lacks(tmp_path: Path, qemu_img: QemuImg) -> None:
+    _, other, top = chain(tmp_path, qemu_img)
+    (tmp_path / "second.qcow2").hardlink_to(top)
+    with pytest.raises(PlanError, match="hard links") as caught:
+        vmconv.rebase(top, other.name)
+    assert caught.value.hint == "remove them first"
+    (tmp_path / "second.qcow2").unlink()
+    qemu_img("snapshot", "-c", "one", top)
+    with pytest.raises(PlanError, match="would lose 1 internal snapshot") as caught:
+        vmconv.rebase(top, other.name)
+    assert caught.value.hint == "remove them first"

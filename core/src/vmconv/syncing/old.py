@@ -134,13 +134,15 @@ def _refuse_other_options(request: SyncRequest, found: Format, options: Any) -> 
 
 
 def _refuse_losses(request: SyncRequest, image: Image) -> None:
+    # Only a rebase has its target as source, and no --force.
+    forcible = request.source != request.target
     if image.losses and not request.force:
         raise PlanError(
             f"{request.target}: would lose {'; '.join(image.losses)}",
-            hint="remove them, or give them up with --force",
+            hint="remove them, or give them up with --force" if forcible else "remove them first",
         )
     if os.fstat(image.file.descriptor).st_nlink > 1 and not request.force:
         raise PlanError(
             f"{request.target}: has other names (hard links), which would keep the old disk",
-            hint="--force replaces this name only",
+            hint="--force replaces this name only" if forcible else "remove them first",
         )
