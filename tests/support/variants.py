@@ -33,8 +33,9 @@ def self_contained() -> list[Variant]:
 def _subformats(model: type[Any]) -> list[str]:
     hints: Mapping[str, Any] = get_type_hints(model)
     subformat = hints.get("subformat")
-    if get_origin(subformat) is Literal:
-        return [f"subformat={value}" for value in get_args(subformat)]
+    for hint in (subformat, *get_args(subformat)):
+        if get_origin(hint) is Literal:
+            return [f"subformat={value}" for value in get_args(hint)]
     # VDI has an option where others have a subformat.
     return ["static=off", "static=on"] if "static" in hints else [""]
 

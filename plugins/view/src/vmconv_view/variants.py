@@ -32,6 +32,7 @@ def _subformats(one: Format) -> list[str | None]:
     """Returns None for the default subformat, then the other mountable subformats."""
     model = one.options()
     hint: Any = get_type_hints(model).get("subformat")
-    values = get_args(hint) if get_origin(hint) is Literal else ()
+    # An option whose default depends on others is a choice or None.
+    values = next((get_args(each) for each in (hint, *get_args(hint)) if get_origin(each) is Literal), ())
     default = getattr(model(), "subformat", None)
     return [None, *(value for value in values if value != default and value not in one.not_mountable)]
