@@ -77,7 +77,7 @@ class DeviceTransaction(Transaction):
         self.left = None
 
     def abort(self) -> None:
-        """Closes the device; what was written stays."""
+        """Closes the device; written bytes stay."""
         output, self._output = self._output, None
         if output:
             output.close()

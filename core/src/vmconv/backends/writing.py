@@ -135,7 +135,7 @@ class DescriptorOutput(Output):
         return done
 
     def close(self) -> None:
-        """Closes what was opened for writing and reading back; `descriptor` is the caller's."""
+        """Closes the descriptors that this output opened; `descriptor` is the caller's."""
         if self.file is not None:
             self.file.close()
         if self._direct:

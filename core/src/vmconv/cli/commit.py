@@ -31,10 +31,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import sys
-
     from vmconv.api import commit
-    from vmconv.cli.output import as_plain, print_json, say, size_text
+    from vmconv.cli.edited import print_result
+    from vmconv.cli.output import size_text
     from vmconv.cli.report import report_of
 
     report = report_of(options)
@@ -48,18 +47,14 @@ def _run(options: argparse.Namespace) -> int:
         source_backing_format=options.source_backing_format,
         announce=report.announce,
     )
-    if options.output == "json":
-        print_json({"event": "result", **as_plain(result)})
-        return 0
-    for warning in result.warnings:
-        say(f"warning: {warning}", to=sys.stderr)
-    if not options.quiet:
-        totals = result.totals
-        say(
-            f"{os.path.basename(result.base)}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
-            f"written {size_text(totals.written)} in {result.seconds:.3f} s"
-            f"{f'; {result.path} is empty' if result.emptied else ''}"
-        )
+    totals = result.totals
+    print_result(
+        result,
+        options,
+        f"{os.path.basename(result.base)}: shared {size_text(totals.shared)}, copied {size_text(totals.copied)}, "
+        f"written {size_text(totals.written)} in {result.seconds:.3f} s"
+        f"{f'; {result.path} is empty' if result.emptied else ''}",
+    )
     return 0
 
 

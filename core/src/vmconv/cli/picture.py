@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vmconv.cli.drawing import LINE, html, svg
 from vmconv.cli.output import say, size_text
 from vmconv.errors import ExistsError, PlanError, os_errors
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 _DISK_LINES, _FILE_LINES = 12, 3
 _MAX_FILES = 12
-_DRAWINGS = {".svg": svg, ".html": html}
+_SUFFIXES = (".svg", ".html")
 _BLOCKS, _ASCII = "·░▒█", ".-+#"
 
 
@@ -36,13 +35,14 @@ def add_picture(parser: argparse.ArgumentParser, what: str) -> None:
 def _picture_name(text: str) -> str:
     import argparse
 
-    if os.path.splitext(text)[1] not in _DRAWINGS:
+    if os.path.splitext(text)[1] not in _SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text}: a picture is .svg or .html")
     return text
 
 
 def draw_image(path: str, image: Image) -> None:
     """Draws a disk: its guest's bytes, and its files."""
+    from vmconv.cli.drawing import LINE
     from vmconv.inspect.strips import of_image
 
     strips = of_image(image, LINE * _DISK_LINES, LINE * _FILE_LINES)
@@ -51,6 +51,7 @@ def draw_image(path: str, image: Image) -> None:
 
 def draw_plan(path: str, image: Image, plan: Plan) -> None:
     """Draws a plan: the source's disk, and what becomes of each part of the new files."""
+    from vmconv.cli.drawing import LINE
     from vmconv.inspect.strips import of_image, of_plan
 
     strips = [*of_image(image, LINE * _DISK_LINES, LINE * _FILE_LINES), *of_plan(plan, LINE * _FILE_LINES)]
@@ -65,9 +66,12 @@ def _layers(image: Image) -> list[str]:
 
 def _write(path: str, title: str, notes: Sequence[str], strips: Sequence[Strip]) -> None:
     """Makes the file of a picture. Raises `ExistsError` if its name is taken."""
+    from vmconv.cli.drawing import html, svg
+
     left = len(strips) - _MAX_FILES
     more = [f"{left} more files are not drawn"] if left > 0 else []
-    text = _DRAWINGS[os.path.splitext(path)[1]](title, [*notes, *more], strips[:_MAX_FILES])
+    draw = html if path.endswith(".html") else svg
+    text = draw(title, [*notes, *more], strips[:_MAX_FILES])
     try:
         with os_errors("cannot be made", PlanError, where=path), open(path, "x", encoding="utf-8") as file:
             file.write(text)

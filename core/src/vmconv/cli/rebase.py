@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from vmconv.cli.options import add_allow_external, add_format, add_keep_undo, add_output, add_report
@@ -40,7 +39,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from vmconv.api import rebase
-    from vmconv.cli.edited import report
+    from vmconv.cli.edited import print_result, report
     from vmconv.cli.report import report_of
     from vmconv.syncing.rebase import RebaseResult
 
@@ -55,26 +54,20 @@ def _run(options: argparse.Namespace) -> int:
         announce=report_of(options).announce,
     )
     if isinstance(result, RebaseResult):
-        _report(result, options)
+        print_result(result, options, _in_words(result))
     else:
         report(result, options)
     return 0
 
 
-def _report(result: RebaseResult, options: argparse.Namespace) -> None:
-    from vmconv.cli.output import as_plain, print_json, say, size_text
+def _in_words(result: RebaseResult) -> str:
+    from vmconv.cli.output import size_text
 
-    if options.output == "json":
-        print_json({"event": "result", **as_plain(result)})
-        return
-    for warning in result.warnings:
-        say(f"warning: {warning}", to=sys.stderr)
-    if not options.quiet:
-        totals = result.totals
-        say(
-            f"{result.path}: {size_text(result.own)} of the old parent kept, shared {size_text(totals.shared)}, "
-            f"copied {size_text(totals.copied)}, written {size_text(totals.written)} in {result.seconds:.3f} s"
-        )
+    totals = result.totals
+    return (
+        f"{result.path}: {size_text(result.own)} of the old parent kept, shared {size_text(totals.shared)}, "
+        f"copied {size_text(totals.copied)}, written {size_text(totals.written)} in {result.seconds:.3f} s"
+    )
 
 
 VERB = Verb(

@@ -34,9 +34,9 @@ class ScratchFile:
         try:
             data = linux.read_at(self._descriptor, length, offset)
         except OSError as exc:
-            raise ReadError(f"{self._directory}: what was compressed cannot be read: {exc.strerror}") from exc
+            raise ReadError(f"{self._directory}: the compressed data cannot be read: {exc.strerror}") from exc
         if len(data) < length:
-            raise ReadError(f"{self._directory}: {length} bytes of what was compressed are {len(data)} now")
+            raise ReadError(f"{self._directory}: {length} bytes of compressed data are {len(data)} now")
         return data
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ _MOST = 96 << 20
 class Draft(File):
     """The edited bytes of `file` over its present ones; a format's own reader and check work on it.
 
-    Writing what is there already changes nothing. `size` is the size of the file afterwards.
+    Writing the present bytes changes nothing. `size` is the size of the file afterwards.
     """
 
     def __init__(self, file: File) -> None:
