@@ -262,6 +262,7 @@ async def resume(wish: ResumeWish, state: StateOf, caller: Known) -> dict[str, A
         raise UsageError("this node waits for no other one")
     awaited = state.service.awaited()
     without = awaited if wish.alone else {_node_among(state, awaited, named) for named in wish.without}
+    await asyncio.wrap_future(state.service.excuse(without, alone=wish.alone))
     written = state.service.resume(without, caller.by.plain(), alone=wish.alone)
     if wish.alone or awaited == without:
         with contextlib.suppress(TimeoutError):

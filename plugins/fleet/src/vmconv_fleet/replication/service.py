@@ -90,12 +90,15 @@ class NodeService:
         """Returns the known members that it still waits for then."""
         return self._replica.awaited()
 
+    def excuse(self, without: Collection[str], *, alone: bool) -> Future[None]:
+        """Stops waiting for these members, or for any at all."""
+        return self._engine.call(lambda: self._replica.excuse(without, alone=alone))
+
     def resume(self, without: Collection[str], by: Mapping[str, Any], *, alone: bool) -> Future[str]:
-        """Stops waiting for these members, or for any at all. Once the node writes, its history says who decided it.
+        """Lets the history say who decided to wait no longer, once the node writes.
 
         The future is done once this request is durable.
         """
-        self._engine.call(lambda: self._replica.excuse(without, alone=alone))
         arguments = {"without": sorted(without), "alone": alone}
         return self._engine.request(lambda requests: requests.submit(self.node, "resume", arguments, by))
 
