@@ -25,6 +25,28 @@ from hypothesis import strategies as st
 
 import vmconv
 from support.disks import MIB, QemuImg, make_disk, qemu_io
+from support.nbd import (
+    ABORT,
+    BLOCK_STATUS,
+    CACHE,
+    DISC,
+    EXPORT_NAME,
+    FLUSH,
+    GO,
+    INFO,
+    LIST,
+    PATIENCE,
+    READ,
+    STARTTLS,
+    STRUCTURED,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    Client,
+    Served,
+    client,
+    served,
+)
 from support.requirements import missing
 from support.variants import Variant, identified, qemu_name, title, variants
 from vmconv.cli.main import main
@@ -43,51 +65,6 @@ from vmconv_view.nbd import ProtocolError
 from vmconv_view.server import Server, listen_on_socket
 
 SIZE = 12 * MIB
-PATIENCE = 600.0
-
-GO, INFO, LIST, STRUCTURED, EXPORT_NAME, ABORT, STARTTLS = 7, 6, 3, 8, 1, 2, 5
-READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 4, 5, 6, 7
-
-
-class Served:
-    """A running `vmconv serve`: what it exports by name, and where."""
-
-    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
-        self.process = process
-        self.socket = path
-        self.uris: dict[str, str] = {}
-        self.sizes: dict[str, int] = {}
-
-    @property
-    def uri(self) -> str:
-        """Where the default export is, the last one."""
-        return list(self.uris.values())[-1]
-
-    def end(self) -> tuple[int, str]:
-        """Returns the exit code and what was printed on standard error."""
-        _, said = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, said
-
-
-@contextlib.contextmanager
-def served(image: Path, *flags: str, exports: int = 1, on_socket: bool = True) -> Iterator[Served]:
-    """Runs `vmconv serve` until the block ends, or until it ends by itself."""
-    path = image.with_name("nbd.sock")
-    where = ["--socket", str(path)] if on_socket else ["--port", "0"]
-    command = [sys.executable, "-m", "vmconv", "serve", str(image), *where, *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        running = Served(process, path)
-        try:
-            assert process.stdout
-            for _ in range(exports):
-                name, _, rest = process.stdout.readline().strip().partition(": ")
-                size, _, uri = rest.partition(" bytes at ")
-                running.uris[name], running.sizes[name] = uri, int(size)
-            yield running
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait(timeout=PATIENCE)
 
 
 def fetched(qemu_img: QemuImg, uri: str, directory: Path) -> str:
@@ -287,90 +264,6 @@ def test_a_change_after_the_last_read_is_noticed_too(xfs_dir: Path) -> None:
 
 
 # The protocol, by hand
-
-
-class Client:
-    """A scripted NBD client."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self.structured = False
-        self.size = 0
-
-    def receive(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            more = self.socket.recv(length - len(data))
-            if not more:
-                raise EOFError
-            data += more
-        return data
-
-    def greet(self, flags: int = 3) -> None:
-        assert self.receive(18) == b"NBDMAGICIHAVEOPT" + bytes([0, 3])
-        self.socket.sendall(struct.pack(">I", flags))
-
-    def option(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
-        """Sends an option and returns the replies to it."""
-        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", number, len(data)) + data)
-        replies = []
-        while True:
-            magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
-            assert (magic, option) == (0x3E889045565A9, number)
-            replies.append((kind, self.receive(length)))
-            if kind == 1 or kind >> 31:
-                return replies
-
-    def negotiate(self, *, structured: bool = True) -> None:
-        self.greet()
-        if structured:
-            assert self.option(STRUCTURED) == [(1, b"")]
-        self.structured = structured
-        replies = self.option(GO, struct.pack(">IH", 0, 0))
-        assert replies[-1] == (1, b"")
-        (export,) = [data for kind, data in replies if kind == 3 and data[:2] == b"\0\0"]
-        self.size, flags = struct.unpack(">QH", export[2:])
-        assert flags == 1 | 2 | 256
-
-    def request(self, command: int, offset: int, length: int, *, flags: int = 0, cookie: int = 77) -> None:
-        self.socket.sendall(struct.pack(">IHHQQI", 0x25609513, flags, command, cookie, offset, length))
-
-    def simple_reply(self) -> int:
-        magic, error, cookie = struct.unpack(">IIQ", self.receive(16))
-        assert (magic, cookie) == (0x67446698, 77)
-        assert isinstance(error, int)
-        return error
-
-    def chunk(self) -> tuple[int, int, bytes]:
-        magic, flags, kind, cookie, length = struct.unpack(">IHHQI", self.receive(20))
-        assert (magic, cookie) == (0x668E33EF, 77)
-        return flags, kind, self.receive(length)
-
-    def read(self, offset: int, length: int) -> bytes | int:
-        """Returns the bytes, or the error."""
-        self.request(READ, offset, length)
-        if not self.structured:
-            error = self.simple_reply()
-            return error or self.receive(length)
-        data = bytearray(length)
-        while True:
-            flags, kind, payload = self.chunk()
-            if kind == 1:
-                at = struct.unpack(">Q", payload[:8])[0] - offset
-                data[at : at + len(payload) - 8] = payload[8:]
-            elif kind >> 15:
-                assert flags == 1
-                return int(struct.unpack(">I", payload[:4])[0])
-            if flags:
-                return bytes(data)
-
-
-@contextlib.contextmanager
-def client(running: Served) -> Iterator[Client]:
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(PATIENCE)
-        connection.connect(str(running.socket))
-        yield Client(connection)
 
 
 @pytest.fixture
@@ -602,7 +495,7 @@ def test_one_host_does_not_take_every_place() -> None:
         greedy = [negotiated(stack, b"a") for _ in range(MAX_OF_ADDRESS)]
         assert all(map(clients.add, greedy))
         assert not clients.add(negotiated(stack, b"a"))
-        others = [negotiated(stack, bytes([number])) for number in range(MAX_CLIENTS - MAX_OF_ADDRESS)]
+        others = [negotiated(stack, number.to_bytes(4)) for number in range(MAX_CLIENTS - MAX_OF_ADDRESS)]
         assert all(map(clients.add, others))
         assert not clients.add(negotiated(stack, b"z"))
         # Who asked for nothing in a while goes first, of the host that has most.
@@ -611,10 +504,19 @@ def test_one_host_does_not_take_every_place() -> None:
         assert clients.add(negotiated(stack, b"z"))
         assert greedy[7].socket.recv(1) == b""
         clients.remove(greedy[7])
-        # Who has not negotiated goes before all of them.
-        others[1].negotiated = False
+        # Who has requested nothing goes before them, and who has not negotiated before all.
+        others[1].used, others[2].used, others[2].negotiated = False, False, False
         assert clients.add(negotiated(stack, b"y"))
+        assert others[2].socket.recv(1) == b""
+        assert clients.add(negotiated(stack, b"x"))
         assert others[1].socket.recv(1) == b""
+        # Who has proved who it is goes last, and then only if it is idle.
+        for one in (*others, *greedy):
+            one.active -= 60
+        others[3].authorised, others[3].used = True, False
+        for _ in range(2):
+            assert clients.add(negotiated(stack, b"w"))
+        assert is_connected(others[3])
 
 
 def negotiated(stack: contextlib.ExitStack, address: bytes) -> Connected:
@@ -623,7 +525,16 @@ def negotiated(stack: contextlib.ExitStack, address: bytes) -> Connected:
     one = Connected(ours, "")
     one.address = address
     one.progressed()
+    one.progressed()
     return one
+
+
+def is_connected(one: Connected) -> bool:
+    one.socket.setblocking(False)
+    try:
+        return bool(one.socket.recv(1))
+    except BlockingIOError:
+        return True
 
 
 def test_hosts_are_distinguished_by_their_networks() -> None:
@@ -642,6 +553,7 @@ def in_process(raw: Path, *, persistent: bool = True) -> Iterator[tuple[Server, 
     with Opener(installed()) as opener:
         image = opener.image(str(raw))
         exports = {os.fsencode(k): v for k, v in views(image, installed().formats["raw"], {}, "disk.raw").items()}
+        exports[b""] = exports[b"disk.raw"]
         server = Server(listen_on_socket(str(path)), exports, persistent=persistent)
         thread = threading.Thread(target=ended, args=(server,))
         thread.start()
@@ -796,7 +708,8 @@ OPTIONS_OR_REQUESTS = st.lists(
 @given(flags=st.sampled_from([3, 1, 0, 1 << 31]), go=st.booleans(), said=OPTIONS_OR_REQUESTS)
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_end_with_a_reply_or_a_closed_connection(flags: int, go: bool, said: list[bytes]) -> None:
-    export = {b"disk": View(Extents.whole(Blob("disk", bytes(range(256)) * 4096)))}
+    view = View(Extents.whole(Blob("disk", bytes(range(256)) * 4096)))
+    export = {b"disk": view, b"": view}
     ours, theirs = socket.socketpair()
     with ours, theirs:
         start = struct.pack(">I", flags)
@@ -835,3 +748,76 @@ def test_libnbd_agrees_about_the_exports(xfs_dir: Path) -> None:
             ["nbdinfo", "--list", "--json", running.uri], capture_output=True, text=True, check=True, timeout=PATIENCE
         )
         assert {export["export-name"] for export in json.loads(done.stdout)["exports"]} == set(running.uris)
+
+
+# Several images
+
+
+def test_several_images_are_exports_of_one_server(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    web, db = (
+        make_disk(xfs_dir / "web.raw", 4 * MIB, pieces=5),
+        make_disk(xfs_dir / "db.raw", 6 * MIB, pieces=7, seed=3),
+    )
+    vmconv.convert(str(db), str(xfs_dir / "db.vhdx"))
+    with served(web, str(xfs_dir / "db.vhdx"), "--persistent", exports=2) as running:
+        assert running.sizes == {"web.raw": 4 * MIB, "db.raw": 6 * MIB}
+        # The first is the default.
+        assert running.uris["web.raw"] == f"nbd+unix:///?socket={running.socket}"
+        for name, raw in (("web.raw", web), ("db.raw", db)):
+            qemu_img("compare", "-f", "raw", "-F", "raw", raw, running.uris[name])
+            qemu_img("compare", "-f", "raw", "-F", "raw", raw, f"nbd+unix:///{name}?socket={running.socket}")
+        done = subprocess.run(
+            ["nbdinfo", "--list", "--json", running.uris["web.raw"]],
+            capture_output=True, text=True, check=True, timeout=PATIENCE,
+        )  # fmt: skip
+        assert {one["export-name"]: one["export-size"] for one in json.loads(done.stdout)["exports"]} == running.sizes
+
+
+def test_exports_have_the_names_that_are_given(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    web, db = make_disk(xfs_dir / "web.raw", MIB), make_disk(xfs_dir / "db.raw", 2 * MIB)
+    flags = ["-x", "front/1", str(db), "--export-name", "back", "--persistent"]
+    with served(web, *flags, exports=2) as running:
+        assert running.sizes == {"front/1": MIB, "back": 2 * MIB}
+        qemu_img("compare", "-f", "raw", "-F", "raw", db, f"nbd+unix:///back?socket={running.socket}")
+
+
+def test_names_that_clash_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, same = make_disk(tmp_path / "disk.raw", MIB), tmp_path / "other"
+    same.mkdir()
+    shutil.copy(raw, same)
+    assert main(["serve", str(raw), str(same / "disk.raw")]) == 2
+    assert f"{same}/disk.raw: an export disk.raw exists\n  hint: name it with --export-name" in capsys.readouterr().err
+    assert main(["serve", str(raw), "-x", "a", "-x", "b"]) == 2
+    assert "--export-name: 2 names for 1 FILE" in capsys.readouterr().err
+    assert main(["serve", str(raw), "-x", ""]) == 2
+    assert "--export-name: 0 bytes, 1 to 4096 are possible" in capsys.readouterr().err
+
+
+# Many idle clients
+
+
+def test_a_new_client_gets_in_at_once_among_hundreds_of_idle_ones(xfs_dir: Path, qemu_img: QemuImg) -> None:
+    raw = make_disk(xfs_dir / "disk.raw", 4 * MIB, pieces=3)
+    with served(raw, "--persistent", "--bind", "0.0.0.0", on_socket=False) as running, contextlib.ExitStack() as stack:
+        port = urlsplit(running.uri).port
+        idle = []
+        for number in range(500):
+            connection = stack.enter_context(socket.socket())
+            connection.settimeout(PATIENCE)
+            # Every address of 127.0.0.0/8 is this machine: 25 connections each of 20 hosts.
+            connection.bind((f"127.0.0.{2 + number % 20}", 0))
+            connection.connect(("127.0.0.1", port))
+            idle.append(Client(connection))
+            idle[-1].negotiate()
+        qemu_img("compare", "-f", "raw", "-F", "raw", raw, f"nbd://127.0.0.1:{port}")
+        command = ["nbdinfo", "--size", f"nbd://127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        assert done.stdout == f"{4 * MIB}\n"
+        # None had to go, and all can be used.
+        assert all(one.read(0, 512) == raw.read_bytes()[:512] for one in idle)
+        # 500 more of one host, which replace each other and nobody else.
+        for _ in range(500):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+            Client(connection).negotiate()
+        qemu_img("compare", "-f", "raw", "-F", "raw", raw, f"nbd://127.0.0.1:{port}")
+        assert all(one.read(0, 512) == raw.read_bytes()[:512] for one in idle)

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 from vmconv.interface.hooks import OLDEST_INTERFACE, VMCONV_INTERFACE
 
 if TYPE_CHECKING:
-    from vmconv.cli.options import SetOptions, access, add_access, add_format, add_options, add_output, formatter
+    from vmconv.cli.options import (
+        Parser,
+        SetOptions,
+        access,
+        add_access,
+        add_format,
+        add_options,
+        add_output,
+        formatter,
+    )
     from vmconv.cli.output import ProgressBar, print_json, print_table, size_text
     from vmconv.errors import (
         AccessError,
@@ -104,6 +113,7 @@ if TYPE_CHECKING:
     from vmconv.system.parallel import in_order
 
 _HOMES = {
+    "Parser": "cli.options",
     "Substitution": "interface.machines",
     "Member": "interface.machines",
     "MachineFormat": "interface.machines",
@@ -301,6 +311,7 @@ __all__ = [
     "Opener",
     "OutFile",
     "Output",
+    "Parser",
     "Pinned",
     "Placeholder",
     "Placement",

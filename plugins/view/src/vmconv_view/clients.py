@@ -1,7 +1,8 @@
 """The clients of the NBD server, and the choice of those to disconnect if there are too many.
 
-Port scans and denial of service open connections that never negotiate. Such a connection loses its place as soon as a
-new one needs it. An idle client that has negotiated keeps its place until all places are taken.
+Port scans and denial of service open connections that never negotiate, or that negotiate and request nothing. Such a
+connection loses its place as soon as a new one needs it. A client that has requested something keeps its place while it
+is in use, and as long as there are free ones. A client that has proved who it is goes last.
 """
 
 from __future__ import annotations
@@ -13,31 +14,50 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-MAX_CLIENTS = 64
+MAX_CLIENTS = 512
 MAX_OF_ADDRESS = 32
 """Connections of one IPv4 address, one IPv6 network of 64 bits, or of the Unix socket."""
 
 IDLE = 10.0
-"""Seconds without a request after which a client may lose its place."""
+"""Seconds after which a client may lose its place that has requested something before."""
 
 
 class Client:
-    """A connection: `negotiated` if it has chosen an export, `active` at its last completed request."""
+    """A connection: `negotiated` if it has chosen an export, `active` at its last completed request.
+
+    `used` is True if it has completed a request, `authorised` if it has proved who it is.
+    """
 
     def __init__(self, connection: socket.socket, peer: Any) -> None:
         self.socket = connection
         self.address = address_of(connection, peer)
-        self.negotiated = False
+        self.negotiated = self.used = self.authorised = False
         self.active = time.monotonic()
+        self._gone = False
 
     def progressed(self) -> None:
+        """Notes the end of the negotiation, or of a request."""
+        self.used = self.negotiated
         self.negotiated = True
         self.active = time.monotonic()
 
+    def replace(self, connection: socket.socket) -> None:
+        """Continues on a socket that has taken over the descriptor of the former one."""
+        self.socket = connection
+        if self._gone:
+            self.disconnect()
+
     def disconnect(self) -> None:
         """Shuts the connection down, which ends its thread."""
+        self._gone = True
         with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
+            # `SSLSocket.shutdown` would first let go of the encryption, and its thread could send plain bytes.
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+    @property
+    def stage(self) -> int:
+        """How far it has come: 0 without an export, 1 without a request, 2 with one."""
+        return self.negotiated + self.used
 
 
 def address_of(connection: socket.socket, peer: Any) -> bytes:
@@ -76,12 +96,15 @@ class Clients:
             return True
 
     def _disconnect_one(self, crowd: list[Client]) -> bool:
-        """Disconnects one of the crowd: first without negotiation, then idle; first from the most frequent address."""
-        dispensable = [one for one in crowd if not one.negotiated or time.monotonic() - one.active >= IDLE]
+        """Disconnects one of the crowd: first without negotiation, then without a request, then idle.
+
+        Clients that have proved who they are come after all others; of equals, the most frequent address is first.
+        """
+        dispensable = [one for one in crowd if not one.used or time.monotonic() - one.active >= IDLE]
         if not dispensable:
             return False
         count = Counter(one.address for one in crowd)
-        one = min(dispensable, key=lambda one: (one.negotiated, -count[one.address], one.active))
+        one = min(dispensable, key=lambda one: (one.authorised, one.stage, -count[one.address], one.active))
         self._placed.discard(one)
         self._leaving.add(one)
         one.disconnect()

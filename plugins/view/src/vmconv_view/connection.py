@@ -25,23 +25,38 @@ PIECE_TIME = 30.0
 
 _PIECE = 64 << 10
 
+_ENCRYPTED = 256 << 10
+"""Bytes that are read and encrypted at a time."""
+
 _ANSWERED_AT_ONCE = 64 << 10
 """Reads up to this size are answered with one chunk, which is read completely before it is sent."""
 
+Secure = Callable[[socket.socket], socket.socket]
+
 
 class Connection:
-    """Serves one client `exports`: views by name; the last one is the default, which clients request by "".
+    """Serves one client `exports`: views by name, the default also by "".
 
     `serve` returns if the client disconnects or is too slow. It raises `ProtocolError`, or `AccessError` if the source
-    has changed. `progressed` is called after the negotiation and after each request.
+    has changed. `progressed` is called after the negotiation and after each request. `secure` returns the socket with
+    TLS that replaces the given one; without it there is no TLS. With `requires_tls` nothing is told before.
     """
 
     def __init__(
-        self, client: socket.socket, exports: dict[bytes, View], progressed: Callable[[], None] = lambda: None
+        self,
+        client: socket.socket,
+        exports: dict[bytes, View],
+        progressed: Callable[[], None] = lambda: None,
+        *,
+        secure: Secure | None = None,
+        requires_tls: bool = False,
     ) -> None:
         self._client = client
         self._exports = exports
         self._progressed = progressed
+        self._secure = secure
+        self._requires_tls = requires_tls
+        self._encrypted = False
         self._deadline: float | None = None
         self._transmits = False
         self._view: View | None = None
@@ -62,12 +77,14 @@ class Connection:
             self._view.refuse_changed()
 
     def _transmit(self, view: View) -> None:
-        # Blocking, for sendfile. With these options the kernel ends stalled calls with EAGAIN.
         self._transmits = True
-        self._client.settimeout(None)
-        limit = struct.pack("@ll", int(PIECE_TIME), int(PIECE_TIME % 1 * 1e6))
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            self._client.setsockopt(socket.SOL_SOCKET, option, limit)
+        # With TLS, Python repeats calls that the kernel ends. It has limits of its own, which `_limit` sets.
+        if not self._encrypted:
+            # Blocking, for sendfile. With these options the kernel ends stalled calls with EAGAIN.
+            self._client.settimeout(None)
+            limit = struct.pack("@ll", int(PIECE_TIME), int(PIECE_TIME % 1 * 1e6))
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                self._client.setsockopt(socket.SOL_SOCKET, option, limit)
         self._progressed()
         while self._request(view):
             self._progressed()
@@ -92,12 +109,21 @@ class Connection:
             self._refuse_big(option, length)
             return True
         data = self._receive(length)
+        if self._requires_tls and not self._encrypted and option not in (Opt.STARTTLS, Opt.ABORT):
+            if option == Opt.EXPORT_NAME:
+                raise ProtocolError("the client requests an export without TLS")
+            self._answer(option, Rep.ERR_TLS_REQD, b"TLS is required")
+            return True
         if option == Opt.EXPORT_NAME:
             self._begin_at_once(data, zeroes=zeroes)
             return False
         if option == Opt.ABORT:
             self._answer(option, Rep.ACK)
             return False
+        if option == Opt.STARTTLS and not data and self._secure and not self._encrypted:
+            # Its errors are the end: there is no connection left to answer on.
+            self._start_tls(self._secure)
+            return True
         try:
             return self._negotiable(option, data)
         except ProtocolError as exc:
@@ -115,7 +141,7 @@ class Connection:
         if option in (Opt.INFO, Opt.GO):
             return not (self._inform(option, nbd.parse_export_request(data)) and option == Opt.GO)
         if option == Opt.LIST and not data:
-            for name in self._exports:
+            for name in filter(None, self._exports):
                 self._answer(option, Rep.SERVER, struct.pack(">I", len(name)) + name)
             self._answer(option, Rep.ACK)
         elif option == Opt.STRUCTURED_REPLY and not data and not self._structured:
@@ -124,15 +150,24 @@ class Connection:
         elif option in (Opt.LIST_META_CONTEXT, Opt.SET_META_CONTEXT):
             self._contexts(option, *nbd.parse_context_request(data))
         else:
-            known = option in (Opt.LIST, Opt.STRUCTURED_REPLY)
+            known = option in (Opt.LIST, Opt.STRUCTURED_REPLY) or (option == Opt.STARTTLS and self._secure)
             self._answer(option, Rep.ERR_INVALID if known else Rep.ERR_UNSUP)
         return True
+
+    def _start_tls(self, secure: Secure) -> None:
+        self._answer(Opt.STARTTLS, Rep.ACK)
+        self._limit()
+        self._client = secure(self._client)
+        self._encrypted = True
+        # Others on the way may have sent what came before.
+        self._structured = self._has_context = False
+        self._context_of = None
 
     def _answer(self, option: int, kind: Rep, data: bytes = b"") -> None:
         self._send(nbd.OPTION_REPLY.pack(nbd.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
 
     def _export(self, name: bytes) -> View | None:
-        return self._exports.get(name or next(reversed(self._exports)))
+        return self._exports.get(name)
 
     def _begin_at_once(self, name: bytes, *, zeroes: bool) -> None:
         self._view = self._export(name)
@@ -198,7 +233,10 @@ class Connection:
         self._deadline = None
         first = self._receive(1)
         self._deadline = time.monotonic() + PIECE_TIME
-        return first + self._receive(nbd.REQUEST.size - 1)
+        header = first + self._receive(nbd.REQUEST.size - 1)
+        if self._encrypted:
+            self._client.settimeout(PIECE_TIME)
+        return header
 
     def _refuse_change(self, command: int, cookie: int, length: int) -> None:
         if command == Cmd.WRITE:
@@ -238,14 +276,14 @@ class Connection:
         """Answers a read with sendfile. An error inside announced data can only end the connection."""
         if not self._structured:
             self._client.sendall(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie))
-            view.send(self._client.fileno(), offset, length)
+            self._send_range(view, offset, length)
             view.refuse_changed()
             return
         for span, is_data in view.spans(offset, length):
             where = struct.pack(">Q", offset)
             if is_data:
                 self._client.sendall(self._chunk(cookie, Chunk.OFFSET_DATA, 8 + span) + where)
-                view.send(self._client.fileno(), offset, span)
+                self._send_range(view, offset, span)
             else:
                 self._client.sendall(self._chunk(cookie, Chunk.OFFSET_HOLE, 12) + where + struct.pack(">I", span))
             offset += span
@@ -255,6 +293,16 @@ class Connection:
             self._fail(cookie, exc)
             return
         self._client.sendall(self._chunk(cookie, Chunk.NONE, 0, done=True))
+
+    def _send_range(self, view: View, offset: int, length: int) -> None:
+        if not self._encrypted:
+            view.send(self._client.fileno(), offset, length)
+            return
+        buffer = memoryview(bytearray(min(length, _ENCRYPTED)))
+        for at in range(0, length, len(buffer)):
+            part = buffer[: length - at]
+            view.read_into(offset + at, part)
+            self._client.sendall(part)
 
     def _block_status(self, view: View, cookie: int, offset: int, length: int, most: int) -> None:
         spans = list(itertools.islice(view.spans(offset, length), most))
@@ -292,13 +340,15 @@ class Connection:
         self._client.sendall(data)
 
     def _limit(self) -> None:
-        """Raises `TimeoutError` after the deadline; in the negotiation also limits the next call to the rest."""
+        """Raises `TimeoutError` after the deadline; limits the next call to the rest, where calls have own limits."""
         if self._deadline is None:
+            if self._encrypted:
+                self._client.settimeout(None)
             return
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        if not self._transmits:
+        if self._encrypted or not self._transmits:
             self._client.settimeout(left)
 
     def _skip(self, length: int) -> None:

@@ -1,6 +1,7 @@
 """The NBD protocol of a read-only server (NetworkBlockDevice/nbd, doc/proto.md).
 
-Fixed newstyle negotiation, without TLS; simple and structured replies; block status in the context base:allocation.
+Fixed newstyle negotiation, with TLS if it is configured; simple and structured replies; block status in the context
+base:allocation.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Opt(IntEnum):
     EXPORT_NAME = 1
     ABORT = 2
     LIST = 3
+    STARTTLS = 5
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
@@ -68,6 +70,7 @@ class Rep(IntEnum):
     META_CONTEXT = 4
     ERR_UNSUP = (1 << 31) + 1
     ERR_INVALID = (1 << 31) + 3
+    ERR_TLS_REQD = (1 << 31) + 5
     ERR_UNKNOWN = (1 << 31) + 6
     ERR_TOO_BIG = (1 << 31) + 9
 

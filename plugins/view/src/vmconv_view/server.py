@@ -10,11 +10,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 from vmconv.api import View
 from vmconv.plugin import AccessError, BackendError, VmconvError
 from vmconv_view.clients import MAX_CLIENTS, Client, Clients
 from vmconv_view.connection import Connection
+
+if TYPE_CHECKING:
+    from vmconv_view.tls import Tls
 
 _UNSENT = 1 << 20
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -49,11 +54,17 @@ def listen_on_port(address: str, port: int) -> socket.socket:
 
 
 class Server:
-    """Serves clients of `listener`, each in a thread of its own, until `run` returns or raises."""
+    """Serves clients of `listener`, each in a thread of its own, until `run` returns or raises.
 
-    def __init__(self, listener: socket.socket, exports: dict[bytes, View], *, persistent: bool) -> None:
+    `exports` are views by name, the default one also by "".
+    """
+
+    def __init__(
+        self, listener: socket.socket, exports: dict[bytes, View], *, persistent: bool, tls: Tls | None = None
+    ) -> None:
         self._listener = listener
         self._exports = exports
+        self._tls = tls
         self._persistent = persistent
         self._clients = Clients()
         self._accepts_from = 0.0
@@ -132,8 +143,12 @@ class Server:
             client.progressed()
             self._served = True
 
+        tls = self._tls
+        secure = partial(_secure, client, tls) if tls else None
         try:
-            Connection(client.socket, self._exports, progressed).serve()
+            Connection(
+                client.socket, self._exports, progressed, secure=secure, requires_tls=bool(tls and tls.required)
+            ).serve()
         except AccessError as exc:
             # The source changed, so all further replies would be wrong.
             self._failure = exc
@@ -150,6 +165,15 @@ class Server:
             # If the pipe is full, the server wakes up anyway. If it is closed, the server has ended.
             with suppress(OSError):
                 self._waker.send(b"+")
+
+
+def _secure(client: Client, tls: Tls, connection: socket.socket) -> socket.socket:
+    """Starts TLS with a client and returns its new socket; raises `ProtocolError` if it is not let in."""
+    secured = tls.wrap(connection)
+    client.replace(secured)
+    tls.shake_hands(secured)
+    client.authorised = tls.verifies
+    return secured
 
 
 def _configure(connection: socket.socket) -> None:
